@@ -30,7 +30,7 @@ from lib.tables import machine
 from megakd.contract.completions import Sampling, TextTokens
 from megakd.models.generation import complete
 from megakd.rollouts.generators import end_tokens_of
-from megakd.servers.hidden_states import Exports, StatesServer
+from megakd.servers.hidden_states import StatesServer
 from megakd.servers.http import JsonServer
 from megakd.servers.protocol import TextRequest
 from megakd.servers.vllm import VllmServer, VllmWeightServer
@@ -116,8 +116,8 @@ def difference(case: Case, server: VllmServer, prompt: tuple[int, ...]) -> float
 
 def states_numbers(case: Case, url: str, folder: Path) -> Iterator[tuple[str, str]]:
     config = case.model.config
-    exports = Exports(folder, config.hidden_size, config.num_hidden_layers, 600)
-    server = StatesServer(JsonServer(url, time_limit_s=600), exports)
+    shape = {"width": config.hidden_size, "layers": config.num_hidden_layers}
+    server = StatesServer(JsonServer(url, time_limit_s=600), folder, **shape, time_limit_s=600)
     worst, largest = 0.0, 0.0
     for prompt in case.prompts:
         wanted, answer = case.last_layer(prompt), server.states(prompt, str(case.folder))

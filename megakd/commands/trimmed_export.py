@@ -13,11 +13,10 @@ from megakd.data.chat.conversations import is_chat
 from megakd.data.tokenizers import training_texts
 from megakd.errors import ConfigError
 from megakd.inputs.run_data import splits_of
-from megakd.models.trimming import WHERE, Trimmed, trim_vocabulary
+from megakd.models.trimming import WHERE, trim_vocabulary
 from megakd.reports.quantities import short_count
 from megakd.reports.table import score
-from megakd.run.finished_run import export_run
-from megakd.run.formats import adding
+from megakd.run.finished_run import adding, export_run
 from megakd.run.main import started
 from megakd.run.run_report import row_count
 
@@ -54,7 +53,11 @@ def export_trimmed(
             is_scored = config.task.type not in LANGUAGE_TASKS
             before = score_folder(config, splits, ranks, folder) if is_scored else None
             trimmed = trim_vocabulary(folder, texts)
-            lines.append(_sizes(trimmed))
+            weights, fewer = map(short_count, trimmed.parameters)
+            lines.append(
+                f"tokens: {trimmed.tokens[0]:,} before, {trimmed.tokens[1]:,} now; weights: "
+                f"{weights} before, {fewer} now"
+            )
             if before is not None:
                 split, rows = "test" if others else "validation", row_count(splits.held_out)
                 now = score(*score_folder(config, splits, ranks, folder))
@@ -66,11 +69,3 @@ def export_trimmed(
 
         export_run(config, stage, to, add=trim)
     return lines
-
-
-def _sizes(trimmed: Trimmed) -> str:
-    weights, fewer = map(short_count, trimmed.parameters)
-    return (
-        f"tokens: {trimmed.tokens[0]:,} before, {trimmed.tokens[1]:,} now; weights: {weights} "
-        f"before, {fewer} now"
-    )

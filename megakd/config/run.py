@@ -135,6 +135,13 @@ class RunConfig:
         return {**single, **{spec.name: spec for spec in self.teachers}}
 
     @property
+    def loaded_models(self) -> dict[str, TeacherConfig | StudentConfig]:
+        """Sections of the models that come from a folder, the Hub or a config, by role."""
+        models = {**self.teacher_specs, STUDENT: self.student}
+        others = (FROM_TEACHER, STUDENT_BASE)
+        return {role: section for role, section in models.items() if section.model not in others}
+
+    @property
     def start_role(self) -> str:
         """Role whose model the student starts from: `student`, or a teacher for `from_teacher`."""
         if self.student.model != FROM_TEACHER:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_type_hints
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -123,61 +123,37 @@ def inherit(train: TrainConfig, overrides: TrainOverrides) -> TrainConfig:
     return dataclasses.replace(train, **given)
 
 
-# Each schedule of `transformers.get_scheduler` is a dataclass with the options that
+# Each schedule of `transformers.get_scheduler` has a dataclass with the options that
 # `train.lr_scheduler_kwargs` may set: a config is checked without transformers.
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class ConstantWithWarmup:
-    """Linear warm-up, then the peak rate."""
-
-    def problem(self, warm: int, total: int | None, peak: float) -> str | None:
-        """Return why a stage of `total` steps, `warm` of them warm-up, cannot use it, or None."""
-        return None
+class ScheduleOptions:
+    """Linear decay, or the peak rate at every step: schedules without options."""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class ConstantRate(ConstantWithWarmup):
-    """The peak rate at every step."""
-
-    def problem(self, warm: int, total: int | None, peak: float) -> str | None:
-        if warm:
-            return "this schedule has no warm-up; use constant_with_warmup, or remove the warm-up"
-        return None
-
-
-@dataclass(config=STRICT, frozen=True, kw_only=True)
-class Linear(ConstantWithWarmup):
-    """Linear warm-up, then a straight line to 0."""
-
-
-@dataclass(config=STRICT, frozen=True, kw_only=True)
-class Cosine(ConstantWithWarmup):
+class Cosine(ScheduleOptions):
     """Linear warm-up, then `num_cycles` periods of a cosine; half a period ends at 0."""
 
     num_cycles: Positive = 0.5
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class CosineWithRestarts(ConstantWithWarmup):
+class CosineWithRestarts(ScheduleOptions):
     """Linear warm-up, then `num_cycles` half periods of a cosine, each from the peak rate to 0."""
 
     num_cycles: Count = 1
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class Polynomial(ConstantWithWarmup):
+class Polynomial(ScheduleOptions):
     """Linear warm-up, then a polynomial decay of degree `power` to the rate `lr_end`."""
 
     lr_end: Weight = 1e-7
     power: Positive = 1.0
 
-    def problem(self, warm: int, total: int | None, peak: float) -> str | None:
-        if self.lr_end >= peak:
-            return f"lr_end {self.lr_end:g} must be below learning_rate {peak:g}"
-        return None
-
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class InverseSqrt(ConstantWithWarmup):
+class InverseSqrt(ScheduleOptions):
     """Linear warm-up, then a decay with 1 / sqrt(step).
 
     timescale: None takes the steps of warm-up, or 10,000 without warm-up.
@@ -187,23 +163,16 @@ class InverseSqrt(ConstantWithWarmup):
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class CosineWithMinLr(ConstantWithWarmup):
+class CosineWithMinLr(ScheduleOptions):
     """Linear warm-up, then a cosine down to `min_lr`, or to `min_lr_rate` of the peak rate."""
 
     num_cycles: Positive = 0.5
     min_lr: Weight | None = None
     min_lr_rate: Fraction | None = None
 
-    def problem(self, warm: int, total: int | None, peak: float) -> str | None:
-        if (self.min_lr is None) == (self.min_lr_rate is None):
-            return "set exactly one of min_lr and min_lr_rate"
-        if self.min_lr is not None and self.min_lr >= peak:
-            return f"min_lr {self.min_lr:g} must be below learning_rate {peak:g}"
-        return None
-
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class WarmupStableDecay(ConstantWithWarmup):
+class WarmupStableDecay(ScheduleOptions):
     """Warm-up, then the peak rate, then a decay over `num_decay_steps`.
 
     num_stable_steps: steps at the peak rate; None: all steps between warm-up and decay. After the
@@ -217,24 +186,18 @@ class WarmupStableDecay(ConstantWithWarmup):
     min_lr_ratio: Fraction = 0.0
     num_cycles: Positive = 0.5
 
-    def problem(self, warm: int, total: int | None, peak: float) -> str | None:
-        stable = self.num_stable_steps or 0
-        needed = warm + stable + self.num_decay_steps
-        if total is not None and needed > total:
-            return (
-                f"warm-up {warm}, stable {stable} and decay {self.num_decay_steps} take {needed} "
-                f"steps, and the stage has {total}; lower one of the three, or train longer"
-            )
-        return None
 
-
-_KINDS = (
-    *(Linear, Cosine, ConstantRate, ConstantWithWarmup, Polynomial),
-    *(CosineWithRestarts, InverseSqrt, CosineWithMinLr, WarmupStableDecay),
-)
-SCHEDULES: Mapping[ScheduleName, type[ConstantWithWarmup]] = dict(
-    zip(get_args(ScheduleName), _KINDS, strict=True)
-)
+SCHEDULES: Mapping[ScheduleName, type[ScheduleOptions]] = {
+    "linear": ScheduleOptions,
+    "cosine": Cosine,
+    "constant": ScheduleOptions,
+    "constant_with_warmup": ScheduleOptions,
+    "polynomial": Polynomial,
+    "cosine_with_restarts": CosineWithRestarts,
+    "inverse_sqrt": InverseSqrt,
+    "cosine_with_min_lr": CosineWithMinLr,
+    "warmup_stable_decay": WarmupStableDecay,
+}
 
 
 def total_steps(train: TrainConfig, steps_per_epoch: int) -> int:
@@ -249,11 +212,30 @@ def warmup_steps(train: TrainConfig, total_steps: int) -> int:
 
 def schedule_problem(train: TrainConfig, total_steps: int | None) -> str | None:
     """Return why a schedule cannot work in a stage, or None."""
-    options = SCHEDULES[train.lr_scheduler_type](**(train.lr_scheduler_kwargs or {}))
+    name, peak, problem = train.lr_scheduler_type, train.learning_rate, None
     # Before the data are read, a ratio only tells whether there is a warm-up.
     warm = warmup_steps(train, total_steps or 1)
-    problem = options.problem(warm, total_steps, train.learning_rate)
-    return f"{train.lr_scheduler_type}: {problem}" if problem else None
+    match SCHEDULES[name](**(train.lr_scheduler_kwargs or {})):
+        case ScheduleOptions() if name == "constant" and warm:
+            problem = (
+                "this schedule has no warm-up; use constant_with_warmup, or remove the warm-up"
+            )
+        case Polynomial(lr_end=end) if end >= peak:
+            problem = f"lr_end {end:g} must be below learning_rate {peak:g}"
+        case CosineWithMinLr(min_lr=rate, min_lr_rate=share) if (rate is None) == (share is None):
+            problem = "set exactly one of min_lr and min_lr_rate"
+        case CosineWithMinLr(min_lr=rate) if rate is not None and rate >= peak:
+            problem = f"min_lr {rate:g} must be below learning_rate {peak:g}"
+        case WarmupStableDecay(num_decay_steps=decay, num_stable_steps=stable):
+            needed = warm + (stable or 0) + decay
+            if total_steps is not None and needed > total_steps:
+                problem = (
+                    f"warm-up {warm}, stable {stable or 0} and decay {decay} take {needed} steps, "
+                    f"and the stage has {total_steps}; lower one of the three, or train longer"
+                )
+        case _:
+            pass
+    return problem and f"{name}: {problem}"
 
 
 def learning_rate_schedule(train: TrainConfig, total_steps: int) -> Schedule:

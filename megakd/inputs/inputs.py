@@ -21,7 +21,7 @@ from megakd.contract.batch import LogitWarp
 from megakd.contract.metric import Metric
 from megakd.contract.options import StudentVocabulary
 from megakd.contract.results import VocabularyReport
-from megakd.contract.tasks import FROM_TEACHER, ONE_LABEL_METRICS, STUDENT, STUDENT_BASE
+from megakd.contract.tasks import ONE_LABEL_METRICS, STUDENT
 from megakd.contract.terms import looks_inside
 from megakd.data.encoding import Encoded
 from megakd.data.rows import check_row_teachers
@@ -319,14 +319,9 @@ def check_caches(config: RunConfig, student: ModelSource) -> None:
 
 def _resolved(config: RunConfig) -> tuple[dict[str, ModelSource], list[str]]:
     # Rank 0 downloads before the other ranks read; all ranks return the same.
-    specs: dict[str, TeacherConfig | StudentConfig] = {
-        name: spec for name, spec in config.teacher_specs.items() if spec.model != STUDENT_BASE
-    }
-    if config.student.model != FROM_TEACHER:
-        specs[STUDENT] = config.student
     sources: dict[str, ModelSource] = {}
     wrong: dict[str, str] = {}
-    for role, spec in specs.items():
+    for role, spec in config.loaded_models.items():
         try:
             sources[role] = main_first(functools.partial(resolve, spec, config, role))
         except MegakdError as error:

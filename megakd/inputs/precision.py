@@ -9,7 +9,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_
 
 from megakd.config.models import TeacherConfig
 from megakd.config.run import RunConfig
-from megakd.config.train import TrainConfig, inherit
+from megakd.config.train import TrainConfig
 from megakd.contract.tasks import Dtype, Kernels
 from megakd.engine.distributed import Ranks, supported_dtypes
 from megakd.errors import ConfigError
@@ -72,21 +72,13 @@ def check_device(config: RunConfig, ranks: Ranks) -> None:
     """Raise if the device lacks a dtype or kernel, before a teacher is trained in vain."""
     device = ranks.device.type
     say_precision(config, device)
-    check_dtype(training_dtype(config.train, device), ranks, "train")
-    check_kernels(config.train.kernels, ranks, "train")
-    _check_attention(config, ranks)
-    trainings: dict[str, TrainConfig] = {}
-    if config.alone is not None:
-        trainings["alone"] = inherit(config.train, config.alone)
-    for name, spec in config.teacher_specs.items():
-        key = config.key_of(name)
-        if spec.dtype is not None:
-            check_dtype(spec.dtype, ranks, f"{key}.dtype")
-        if spec.finetune is not None:
-            trainings[f"{key}.finetune"] = inherit(config.train, spec.finetune)
-    for where, train in trainings.items():
+    for where, train in config.trainings.items():
         check_dtype(training_dtype(train, device), ranks, where)
         check_kernels(train.kernels, ranks, where)
+    _check_attention(config, ranks)
+    for name, spec in config.teacher_specs.items():
+        if spec.dtype is not None:
+            check_dtype(spec.dtype, ranks, f"{config.key_of(name)}.dtype")
 
 
 def _check_attention(config: RunConfig, ranks: Ranks) -> None:

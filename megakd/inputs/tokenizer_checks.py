@@ -35,14 +35,14 @@ class ChatFacts:
 
     end: the tokenizer's end token; None: none.
     ends: the tokens that end a generated text, of the tokenizer and of generation_config.json.
+    size: number of embeddings; without weights, of the tokenizer's tokens.
     """
 
     where: str
     template: object
     end: str | None
     ends: frozenset[str]
-    tokens: int
-    embeddings: int | None
+    size: int
 
 
 def check_chat_models(
@@ -86,14 +86,13 @@ def _chat_facts(source: ModelSource, task: TaskConfig) -> ChatFacts | None:
 
 
 def _facts(where: str, tokenizer: PreTrainedTokenizerBase, source: ModelSource) -> ChatFacts:
-    end = cast("str | None", tokenizer.eos_token)
+    embeddings = None if source.wants_vocabulary else getattr(source.config, "vocab_size", None)
     return ChatFacts(
         where=where,
         template=tokenizer.chat_template,
-        end=end,
+        end=cast("str | None", tokenizer.eos_token),
         ends=frozenset(_tokens(_end_ids(tokenizer, source), tokenizer)),
-        tokens=len(tokenizer),
-        embeddings=None if source.wants_vocabulary else getattr(source.config, "vocab_size", None),
+        size=embeddings or len(tokenizer),
     )
 
 
@@ -123,11 +122,10 @@ def differences(teacher: ChatFacts, student: ChatFacts) -> Iterator[str]:
             "student learns the end token of the chat template, so that this token should be in "
             "the student's generation_config.json"
         )
-    sizes = [facts.embeddings or facts.tokens for facts in (teacher, student)]
-    if sizes[0] != sizes[1]:
+    if teacher.size != student.size:
         yield (
-            f"vocabularies of {both}: {sizes[0]} and {sizes[1]} embeddings; soft targets compare "
-            "the tokens that both have"
+            f"vocabularies of {both}: {teacher.size} and {student.size} embeddings; soft targets "
+            "compare the tokens that both have"
         )
 
 

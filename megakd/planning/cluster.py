@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -57,10 +57,6 @@ class Cluster:
                 f"{self.ranks} ranks cannot be divided equally between {self.nodes} nodes; --ranks "
                 "is the number of all ranks and must be a multiple of --nodes"
             )
-
-    @property
-    def one_node(self) -> Cluster:
-        return replace(self, ranks=self.ranks_per_node, nodes=1)
 
     @property
     def ranks_per_node(self) -> int:

@@ -15,7 +15,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from megakd.config.run import RunConfig
 from megakd.contract.batch import Batch, Documents, Extras, Knowledge, Targets, Unit, Within
-from megakd.contract.joined_batches import Part, joined, part_of, parts_of
+from megakd.contract.joined_batches import joined, part_of, parts_of
 from megakd.contract.stage import Constant, Pass, Stage, backward_groups, teacher_names
 from megakd.contract.tasks import Dtype
 from megakd.contract.views import Cut, UnitOrder, View
@@ -34,14 +34,7 @@ from megakd.models.second_vocabulary import SecondSize, build_second_vocabulary
 from megakd.models.source import ModelSource, ReadyTeacher
 from megakd.planning.cluster import Cluster, Device
 from megakd.planning.planning_lab import Phase
-from megakd.planning.tracing import (
-    VALUELESS,
-    Inventory,
-    Parameter,
-    Trace,
-    repeat_alike,
-    trace_call,
-)
+from megakd.planning.tracing import VALUELESS, Inventory, Parameter, Trace, repeat_alike, trace_call
 from megakd.pruning.importance import GateGradients
 from megakd.teachers.frozen import FrozenModel
 from megakd.training.assembly import second_sizes
@@ -155,16 +148,18 @@ class _Tracer:
             for name, ready in self._phase.teachers.items()
         }
         teachers, answers = self._asked(losses, batch, per_call)
+        # Of the first micro-batch of a call, cut to the teacher's part if rows name their teachers.
+        is_divided = stage.strategy.routes_rows
         knowledge = {
-            name: part_of(answer, next(parts_of([batch] * per_call[name])))
+            name: part_of(answer, next(parts_of([batch.of(name) if is_divided else batch])))
             for name, answer in answers.items()
         }
         plans = [teacher_names(stage.strategy.passes(step)) for step in range(PLANS)]
         sizes = {name: _answer_bytes(answer) for name, answer in answers.items()}
         waiting = [[sizes[name] for name in plan if name in sizes] for plan in plans]
-        in_step = partial(max, default=0) if stage.strategy.routes_rows else sum
+        in_step = partial(max, default=0) if is_divided else sum
         bundle = self._bundle(stage, losses)
-        phase = self._learner(stage, bundle, batch, _answers_to_parts(batch, knowledge))
+        phase = self._learner(stage, bundle, batch, knowledge)
         scored = self._batch(self._config.eval_rows(stage.train))
         evaluation, _ = self._forward(bundle.eval(), scored, view=next(iter(stage.views), None))
         return replace(
@@ -445,18 +440,6 @@ def _with_even_parts(batch: Batch, stage: Stage, make: Callable[[int, int], Batc
         places = torch.ones(part.valid.shape, dtype=torch.long)
         within = Within(places[:, 0], places, targets)
     return batch.extended(others=dict.fromkeys(teachers, part.extended(within=within)))
-
-
-def _answers_to_parts(batch: Batch, answers: Mapping[str, Knowledge]) -> dict[str, Knowledge]:
-    # Return the answers of teachers to the whole micro-batch, cut to the part of each teacher.
-    cut = dict(answers)
-    for name, answer in answers.items():
-        part = batch.of(name)
-        if part.extras.within is not None:
-            rows, length = part.valid.shape
-            targets = 0 if part.targets is None else len(part.targets)
-            cut[name] = part_of(answer, Part(slice(rows), length, slice(targets)))
-    return cut
 
 
 def send_tokens_to_one_expert(model: PreTrainedModel) -> None:

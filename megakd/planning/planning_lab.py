@@ -21,15 +21,7 @@ from megakd.config.task import TaskConfig, TokenizerConfig
 from megakd.config.train import TrainConfig, learning_rate_schedule, total_steps
 from megakd.contract.lab import TimedWork
 from megakd.contract.stage import Stage, StageResult
-from megakd.contract.tasks import (
-    AUTO,
-    FROM_TEACHER,
-    LANGUAGE_TASKS,
-    STUDENT,
-    STUDENT_BASE,
-    TEACHER,
-    Dtype,
-)
+from megakd.contract.tasks import AUTO, LANGUAGE_TASKS, STUDENT, TEACHER, Dtype
 from megakd.contract.views import View
 from megakd.data.loader import rows_with_targets
 from megakd.data.step_layout import StepShape
@@ -89,11 +81,9 @@ class Phase:
 
 def planned_sources(config: RunConfig) -> dict[str, ModelSource]:
     """Return the models of the config by role, with matching vocabularies and classes."""
-    specs: dict[str, Any] = {**config.teacher_specs, STUDENT: config.student}
     sources = {
         role: resolve(spec, config, role, with_weights=False)
-        for role, spec in specs.items()
-        if spec.model not in (FROM_TEACHER, STUDENT_BASE)
+        for role, spec in config.loaded_models.items()
     }
     sources = with_student(config, sources)
     vocabulary, size = config.method.own_vocabulary, _vocabulary(config.task, sources)
@@ -139,74 +129,8 @@ def _with_classes(sources: Mapping[str, ModelSource], task: TaskConfig) -> dict[
     return changed
 
 
-class PlannedPruning(Shapes):
-    """Tools of methods that cut models, which record work with models instead of doing it."""
-
-    def __init__(
-        self,
-        config: RunConfig,
-        sources: Mapping[str, ModelSource],
-        *,
-        teachers: Mapping[str, ReadyTeacher],
-        phases: list[Phase],
-        world: int,
-        classes: int | None = None,
-    ) -> None:
-        super().__init__(config, sources, classes=classes)
-        self._teachers, self._phases, self._world = teachers, phases, world
-
-    def sorted_teacher(
-        self, teacher: str, split: str, *, batch_size: int, residual: bool
-    ) -> SortedTeacher:
-        """Record the importance phase, once per run."""
-        ready = self._teachers[teacher]
-        if not any(known.work == "importance" for known in self._phases):
-            # Several ranks may use fewer rows per micro-batch.
-            most = self.config.train.rows_at_once(self.config.task.row_length)
-            self._phases.append(
-                Phase(
-                    name="specification",
-                    work="importance",
-                    teachers={teacher: ready},
-                    rows=StepShape.of_batch(batch_size, most, rank=0, world=1).per_device,
-                    with_width=residual,
-                )
-            )
-        return unscored(ready.source)
-
-    def layer_scores(self, teacher: str) -> tuple[float, ...]:
-        """Record the scoring of the teacher, once; return the same importance for all layers."""
-        ready, rows = self._teachers[teacher], self.config.eval_rows()
-        layers = ready.source.architecture.number_of_layers(ready.source.config)
-        if not any(known.name == "layers" for known in self._phases):
-            batches = -(-FEW[self.config.task.type] // (rows * self._world))
-            self._phases.append(
-                Phase(
-                    name="layers",
-                    work="scoring",
-                    teachers={"layers": ready},
-                    rows=rows,
-                    forwards=(layers + 1) * batches,
-                )
-            )
-        return (1.0,) * layers
-
-    def relative_times(
-        self, source: ModelSource, views: Mapping[str, View], name: str, work: TimedWork
-    ) -> Mapping[str, float]:
-        """Return the views' shares of the weights of the layers; a plan times nothing."""
-        del name, work
-        whole = self.parameters(source, source.architecture.units(source.config))
-        counts = {known: self.parameters(source, view) for known, view in views.items()}
-        return {k: n.encoder_parameters / whole.encoder_parameters for k, n in counts.items()}
-
-    def cut(self, source: ModelSource, view: View, name: str) -> ModelSource:
-        """Return the shape of the cut model; the cut itself runs tensor by tensor on one rank."""
-        return shape_of_cut(source, view, self.config.task.type)
-
-
-class PlanningLab(LabBase):
-    """Lab that records the stages of a method instead of running them.
+class PlanningLab(LabBase, Shapes):
+    """Lab that records the stages of a method, and other work with models, instead of doing it.
 
     Without the data of the run (`prepared`), the numbers of rows and the metrics are not known.
     """
@@ -221,23 +145,16 @@ class PlanningLab(LabBase):
         prepared: RunInputs | None = None,
     ) -> None:
         super().__init__(config, sources)
+        Shapes.__init__(self, config, sources, classes=prepared and prepared.classes)
         self.world, self._device, self._prepared = ranks, device, prepared
         self.phases: list[Phase] = []
         self._assistants: list[StageResult] = []
         self._made: dict[Path, ModelSource] = {}
-        self._pruning = PlannedPruning(
-            config,
-            sources,
-            teachers=self._teachers,
-            phases=self.phases,
-            world=ranks,
-            classes=None if prepared is None else prepared.classes,
-        )
 
     @property
-    def pruning(self) -> PlannedPruning:
-        """The tools of methods that cut models."""
-        return self._pruning
+    def pruning(self) -> PlanningLab:
+        """The lab itself, which has the tools of methods that cut models."""
+        return self
 
     def play(self) -> list[Phase]:
         """Run the method and the baselines, and return all phases of the run, in order.
@@ -258,7 +175,7 @@ class PlanningLab(LabBase):
             if spec.server is None and name in self._teachers
         }
         for name, ready in {**made, **teachers}.items():
-            self._record_scoring(name, ready)
+            self.phases.append(self._scoring(f"{name}-scored", name, ready))
         stored = {
             name: ready
             for name, ready in teachers.items()
@@ -311,23 +228,61 @@ class PlanningLab(LabBase):
     def made_by(self, result: StageResult, name: str, read: Any) -> None: ...
 
     def dev_score(self, name: str) -> float:
-        self._record_scoring(name, self._teachers[name])
+        self.phases.append(self._scoring(f"{name}-scored", name, self._teachers[name]))
         return 0.5
 
-    def _record_scoring(self, name: str, ready: ReadyTeacher) -> None:
-        rows, scored = self.config.eval_rows(), f"{name}-scored"
-        self.phases.append(Phase(name=scored, work="scoring", teachers={name: ready}, rows=rows))
-
-    def _record_answers(self, name: str, ready: ReadyTeacher) -> None:
-        # The pass that fills the run's own cache, before the first stage that reads it.
-        phase, rows = f"{name}-answers", self.config.eval_rows()
-        if ready.spec.cache != AUTO or phase in {one.name for one in self.phases}:
-            return
-        known = 0 if self._prepared is None else len(self._prepared.encoded.train)
-        count = -(-known // (rows * self.world))
-        self.phases.append(
-            Phase(name=phase, work="scoring", teachers={name: ready}, rows=rows, forwards=count)
+    def _scoring(self, name: str, model: str, ready: ReadyTeacher, forwards: int = 0) -> Phase:
+        rows = self.config.eval_rows()
+        return Phase(
+            name=name, work="scoring", teachers={model: ready}, rows=rows, forwards=forwards
         )
+
+    def _record_once(self, phase: Phase) -> None:
+        if all(known.name != phase.name for known in self.phases):
+            self.phases.append(phase)
+
+    def _forwards(self, rows: int) -> int:
+        # Of all ranks together, one batch each.
+        return -(-rows // (self.config.eval_rows() * self.world))
+
+    def sorted_teacher(
+        self, teacher: str, split: str, *, batch_size: int, residual: bool
+    ) -> SortedTeacher:
+        """Record the importance phase, once per run."""
+        ready = self._teachers[teacher]
+        # Several ranks may use fewer rows per micro-batch.
+        most = self.config.train.rows_at_once(self.config.task.row_length)
+        self._record_once(
+            Phase(
+                name="specification",
+                work="importance",
+                teachers={teacher: ready},
+                rows=StepShape.of_batch(batch_size, most, rank=0, world=1).per_device,
+                with_width=residual,
+            )
+        )
+        return unscored(ready.source)
+
+    def layer_scores(self, teacher: str) -> tuple[float, ...]:
+        """Record the scoring of the teacher, once; return the same importance for all layers."""
+        ready = self._teachers[teacher]
+        layers = ready.source.architecture.number_of_layers(ready.source.config)
+        forwards = (layers + 1) * self._forwards(FEW[self.config.task.type])
+        self._record_once(self._scoring("layers", "layers", ready, forwards))
+        return (1.0,) * layers
+
+    def relative_times(
+        self, source: ModelSource, views: Mapping[str, View], name: str, work: TimedWork
+    ) -> Mapping[str, float]:
+        """Return the views' shares of the weights of the layers; a plan times nothing."""
+        del name, work
+        whole = self.parameters(source, source.architecture.units(source.config))
+        counts = {known: self.parameters(source, view) for known, view in views.items()}
+        return {k: n.encoder_parameters / whole.encoder_parameters for k, n in counts.items()}
+
+    def cut(self, source: ModelSource, view: View, name: str) -> ModelSource:
+        """Return the shape of the cut model; the cut itself runs tensor by tensor on one rank."""
+        return shape_of_cut(source, view, self.config.task.type)
 
     def train(self, stage: Stage) -> StageResult:
         """Record a stage; return a result with the widest view and 0.5 for every metric."""
@@ -335,7 +290,10 @@ class PlanningLab(LabBase):
         learners = learning_models(stage, self._sources, self._teachers, self.config.student)
         teachers = {name: self._teachers[name] for name in stage.teachers}
         for name, ready in teachers.items():
-            self._record_answers(name, ready)
+            if ready.spec.cache == AUTO:  # the pass that fills the cache, before it is read first
+                rows = 0 if self._prepared is None else len(self._prepared.encoded.train)
+                answers = self._scoring(f"{name}-answers", name, ready, self._forwards(rows))
+                self._record_once(answers)
         bases = {n: teachers.pop(n).source for n in self.config.base_teachers if n in teachers}
         phase = Phase(
             name=stage.name,
@@ -349,7 +307,7 @@ class PlanningLab(LabBase):
         view, folder = next(iter(stage.views), None), Path("stages") / stage.name
         learner = phase.learner
         kept = stage.strategy.pruned_to if view is None else stage.views[view]
-        made = learner if kept is None else self.pruning.cut(learner, kept, stage.name)
+        made = learner if kept is None else self.cut(learner, kept, stage.name)
         self._made |= {folder: made, **{folder / role: learners[role] for role in stage.beside}}
         metrics = defaultdict[str, float](lambda: 0.5)
         scores = dict.fromkeys(stage.views, metrics)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -103,7 +103,9 @@ class Timeline:
 
     def _model(self, role: str, run: Trace, ds: Mapping[str, Any]) -> dict[str, Any]:
         zero = ds.get("zero_optimization", {})
-        cluster = self.cluster.one_node if shards_within_node(ds) else self.cluster
+        cluster = self.cluster
+        if shards_within_node(ds):
+            cluster = replace(cluster, ranks=cluster.ranks_per_node, nodes=1)
         return {"role": role, "inventory": run.inventory, "zero": zero, "cluster": cluster}
 
     def _frozen(self, name: str, role: str = TEACHER) -> Frozen:

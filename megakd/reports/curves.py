@@ -13,7 +13,7 @@ from megakd.contract.results import Report
 from megakd.contract.tasks import BY_POSITION, MATCH, TEXT_METRIC, is_text_metric
 from megakd.contract.unit_counts import without_source
 from megakd.reports.charts import Chart, Line, line_chart
-from megakd.reports.history import LARGEST, Curve, Panels, Points, evenly, thinned
+from megakd.reports.history import LARGEST, Curve, Panels, evenly, thinned
 from megakd.reports.quantities import is_number, short_count
 from megakd.reports.table import SHARES, Rows, pruning_course, pruning_rows
 
@@ -315,7 +315,17 @@ def pruning_section(report: Report) -> Figure | None:
         points = [(s, float(v)) for s, v in values if is_number(v) and abs(v) <= LARGEST]
         if len(points) > 1:
             drawn.append(len(points))
-            charts.append(_pruning_chart(title, unit, points))
+            start, end = (short_count(value, ".4g") for _, value in (points[0], points[-1]))
+            shown, is_marked = thinned(points, PRUNING_POINTS), len(points) <= POINTS_MARKED
+            charts.append(
+                line_chart(
+                    [Line(shown, "student", marked=is_marked)],
+                    title=title,
+                    unit=unit,
+                    label=f"Pruning over the steps: {title}. From {start} to {end}.",
+                    bounds=(0.0,),
+                )
+            )
     notes = (
         "The divergence is soft_target_kl on held-out rows; 0: the predictions of the teacher.",
         "The parameters are those of the student as it would be exported.",
@@ -326,14 +336,3 @@ def pruning_section(report: Report) -> Figure | None:
     extent = f"{ROWS_SHOWN} of {len(rows):,} evaluations" if len(rows) > ROWS_SHOWN else ""
     numbers = pruning_rows(report, most=ROWS_SHOWN)
     return Figure("Pruning", charts, " ".join(filter(None, notes)), numbers, extent)
-
-
-def _pruning_chart(title: str, unit: str, points: Points) -> Chart:
-    start, end = (short_count(value, ".4g") for _, value in (points[0], points[-1]))
-    return line_chart(
-        [Line(thinned(points, PRUNING_POINTS), "student", marked=len(points) <= POINTS_MARKED)],
-        title=title,
-        unit=unit,
-        label=f"Pruning over the steps: {title}. From {start} to {end}.",
-        bounds=(0.0,),
-    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
@@ -139,17 +139,9 @@ def _planes(report: Report, models: Sequence[Dot]) -> list[Chart]:
     return [plane_chart(dots, metric=metric, measure=m) for m, dots in shown.items() if dots]
 
 
-class ChartChoice(NamedTuple):
-    """The candidates of one iteration; without charts if less than two were scored."""
-
-    rows: table.Rows
-    charts: Sequence[Chart]
-    chosen: CandidateReport | None
-    best: CandidateReport | None
-
-
-def _choices(candidates: Sequence[CandidateReport]) -> dict[int, ChartChoice]:
-    choices: dict[int, ChartChoice] = {}
+def _choices(candidates: Sequence[CandidateReport]) -> dict[int, dict[str, Any]]:
+    # By iteration; without charts if less than two candidates were scored.
+    choices: dict[int, dict[str, Any]] = {}
     for iteration in sorted({row["iteration"] for row in candidates}):
         rows = [row for row in candidates if row["iteration"] == iteration]
         scored = _scored(rows)
@@ -158,7 +150,8 @@ def _choices(candidates: Sequence[CandidateReport]) -> dict[int, ChartChoice]:
         # Candidates of one size have no curve over sizes.
         single = len(scored) < 2 or any("shape" in row for row in rows)
         charts = [] if chosen is None or single else choice_charts(scored, chosen)
-        choices[iteration] = ChartChoice(table.candidate_rows(rows), charts, chosen, best)
+        shown = {"rows": table.candidate_rows(rows), "charts": charts}
+        choices[iteration] = {**shown, "chosen": chosen, "best": best}
     return choices
 
 

@@ -20,7 +20,6 @@ from megakd.contract.completions import (
     DISTINCT,
     TOKENS_PER_TEXT,
     TRUNCATED,
-    Completion,
     Generator,
     RemoteGenerator,
     Rollout,
@@ -57,19 +56,14 @@ class _Request(NamedTuple):
     """Texts that are generated together; rank r generates the texts r, r + world and so on.
 
     steps: the steps that learn from the texts, in order; those whose texts are on disk keep them.
-    version: number of updates of the student that generates.
     total: number of texts over all ranks.
-    mine: step and row of each text of this rank, with `prompts` and `seeds`.
-    texts: generates the texts of this rank, or waits for a remote generator; a collective.
+    made: generates the texts of this rank, or waits for a remote generator, and returns each with
+        its step; a collective.
     """
 
     steps: Sequence[int]
-    version: int
     total: int
-    mine: Sequence[tuple[int, int]]
-    prompts: Sequence[tuple[int, ...]]
-    seeds: Sequence[int]
-    texts: Callable[[], list[Completion]]
+    made: Callable[[], list[tuple[int, Rollout]]]
 
 
 class RolloutSource(BatchSource):
@@ -177,19 +171,22 @@ class RolloutSource(BatchSource):
             with doing(f"sending the weights of step {version} to the servers"):
                 generator.update(version)
             texts = generator.begin(*asked)
-        return _Request(steps, version, len(wanted), mine, prompts, seeds, texts)
+
+        def made() -> list[tuple[int, Rollout]]:
+            return [
+                (step, Rollout(row, prompt, completion, version, seed))
+                for (step, row), prompt, completion, seed in zip(
+                    mine, prompts, texts(), seeds, strict=True
+                )
+            ]
+
+        return _Request(steps, len(wanted), made)
 
     def _generate(self, request: _Request) -> None:
         began = time.perf_counter()
         with doing(f"generating {request.total} texts at step {request.steps[0]}"):
-            completions = request.texts()
+            mine = request.made()
         self._statistics.seconds += time.perf_counter() - began
-        mine = [
-            (step, Rollout(row, prompt, completion, request.version, seed))
-            for (step, row), prompt, completion, seed in zip(
-                request.mine, request.prompts, completions, request.seeds, strict=True
-            )
-        ]
         parts, world = gather(mine), self._rows.layout.shape.world
         made = [parts[number % world][number // world] for number in range(request.total)]
         on_main(lambda: self._write(request.steps, made))

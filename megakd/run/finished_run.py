@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import glob
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import Any, NamedTuple
 
 from megakd.config.checks.path_rules import names_files, places
 from megakd.config.file import config_tree, dump_config, dump_yaml, load_config
@@ -26,13 +26,14 @@ from megakd.engine.collectives import agree, on_main
 from megakd.engine.distributed import launched_ranks
 from megakd.errors import CheckpointError, ConfigError, MegakdError, suggestion
 from megakd.inputs.inputs import UnencodedInputs, unencoded_inputs
+from megakd.models.int8 import INT8, write_int8, write_restored
 from megakd.models.model_folder import brings_code
+from megakd.models.onnx import MODEL, check_packages, write_onnx
 from megakd.models.own_models import current_files
 from megakd.process.terminal import in_home
 from megakd.reports.card import CardFacts, model_card
 from megakd.reports.report_file import read_report, write_report
 from megakd.reports.table import result_table
-from megakd.run.formats import adding
 from megakd.run.holder import held, written_once
 from megakd.run.stage_identity import FREE, PLACES, rollout_files
 from megakd.storage import atomic
@@ -73,6 +74,43 @@ HEADER = """\
 # files, and type: regression for scores.
 #   deepspeed launch/train.py --config {out}/finetune.yaml task.dataset=FILE task.label_column=NAME
 """
+
+
+class Format(NamedTuple):
+    """A further format in which a run writes its student; its name is a key of `save`.
+
+    place: name of the file or folder in `final/`.
+    write: writes the format of a model folder to a path.
+    restore: writes what was written as a model folder, to be scored; None: it computes what the
+        model computes.
+    """
+
+    place: str
+    write: Callable[[Path, Path], object]
+    restore: Callable[[Path, Path], object] | None = None
+
+
+FORMATS: Mapping[str, Format] = {
+    "int8": Format(INT8, write_int8, restore=write_restored),
+    "onnx": Format(MODEL, lambda folder, graph: write_onnx(folder, to=graph)),
+}
+
+
+def check_formats(names: Collection[str]) -> None:
+    """Raise ConfigError if a package is missing that writes one of the formats."""
+    if "onnx" in names:
+        check_packages("save.onnx")
+
+
+def adding(names: Collection[str]) -> Callable[[Path], None] | None:
+    """Return a function that writes formats into a model folder; None if there are none."""
+    check_formats(names)
+
+    def add(folder: Path) -> None:
+        for name in names:
+            FORMATS[name].write(folder, folder / FORMATS[name].place)
+
+    return add if names else None
 
 
 def is_finished(config: RunConfig) -> bool:

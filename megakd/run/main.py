@@ -31,8 +31,15 @@ from megakd.planning.planning_lab import check_method
 from megakd.process.phases import counted, phase
 from megakd.process.signals import Stopped
 from megakd.reports.report_file import installed_versions
-from megakd.run.finished_run import CONFIG, FINAL, finished_table, is_finished, publish, run_inputs
-from megakd.run.formats import check_formats
+from megakd.run.finished_run import (
+    CONFIG,
+    FINAL,
+    check_formats,
+    finished_table,
+    is_finished,
+    publish,
+    run_inputs,
+)
 from megakd.run.holder import held
 from megakd.run.run_lab import RunLab
 from megakd.run.run_report import report_of

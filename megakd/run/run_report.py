@@ -47,6 +47,7 @@ from megakd.reports.quantities import paired_ratio
 from megakd.reports.report_file import environment
 from megakd.reports.samples import samples_of
 from megakd.reports.table import generation_reports, largest
+from megakd.run.finished_run import FORMATS
 from megakd.run.run_lab import RunLab
 from megakd.run.teacher_pool import Measured
 from megakd.scoring.watches import text_warnings
@@ -95,7 +96,10 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
         assistants=assistants,
         baselines={name: reports[name]["metrics"] for name in baselines},
         candidates=lab.record.candidates,
-        stages=[_stage_entry(result) for result in lab.results],
+        stages=[
+            cast("StageReport", {key: getattr(made, key) for key in StageReport.__annotations__})
+            for made in lab.results
+        ],
         speedup=_speedup(latency, teacher),
         latency=latency,
         cost=lab.record.cost,
@@ -121,10 +125,6 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
         shutil.rmtree(out / FORMATS_FOLDER, ignore_errors=True)
     report["warnings"] = on_main(lambda: _warnings(report, out / "metrics.jsonl"))
     return report
-
-
-def _stage_entry(result: StageResult) -> StageReport:
-    return cast("StageReport", {key: getattr(result, key) for key in StageReport.__annotations__})
 
 
 def _warnings(report: Report, log: Path) -> list[WarningReport]:
@@ -256,8 +256,6 @@ def _in_format(
     lab: RunLab, name: str, student: Path, metrics: Mapping[str, float]
 ) -> FormatReport | None:
     """Return size and scores of the student in a format; None if it cannot be written in it."""
-    from megakd.run.formats import FORMATS
-
     form, folder = FORMATS[name], lab.config.output_dir / FORMATS_FOLDER / name
     place, restored = folder / form.place, folder / "restored"
 

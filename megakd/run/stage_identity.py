@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from megakd.config.rollout import RolloutConfig
+from megakd.config.train import TrainConfig
 from megakd.contract.plugins import code_of
+from megakd.contract.stage import Stage
 from megakd.data.files import matching_files
+from megakd.engine.distributed import Ranks
 from megakd.errors import MegakdError
 from megakd.inputs.precision import training_dtype
 from megakd.storage.fingerprint import Fingerprint, files_identity, flatten
+from megakd.training.assembly import Assembly
 from megakd.training.stage_extra import step_shape
 from megakd.training.stage_folder import ROWS_PER_STEP
-
-if TYPE_CHECKING:
-    from megakd.config.rollout import RolloutConfig
-    from megakd.config.train import TrainConfig
-    from megakd.contract.stage import Stage
-    from megakd.engine.distributed import Ranks
-    from megakd.training.assembly import Assembly
 
 _PLAIN = (str, int, float, bool, type(None))
 SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps", "tokens_per_rank")
@@ -37,10 +35,15 @@ def stage_identity(stage: Stage, assembly: Assembly) -> Fingerprint:
     with other ranks. The stage is complete, see `recipes.completed`, and its teachers are ready.
     """
     config = assembly.config
+    (_, learner), *beside = assembly.learners(stage).items()
     tree: dict[str, Any] = {
         "seed": config.seed,
         **assembly.of(stage.role).conditions,
-        **_learners(stage, assembly),
+        "model": assembly.identity_of(learner),
+        **{
+            f"{role} (learns)": {**assembly.identity_of(source), "rate": stage.learners[role]}
+            for role, source in beside
+        },
         "train": _training(stage.train, assembly.ranks),
         "objective": [asdict(term) | code_of(term) for term in stage.objective],
         "labelled_only": stage.labelled_only,
@@ -66,17 +69,6 @@ def stage_identity(stage: Stage, assembly: Assembly) -> Fingerprint:
     if config.method.reads_rows(stage):
         tree["mixed_rows"] = assembly.method_rows.key
     return flatten(tree)
-
-
-def _learners(stage: Stage, assembly: Assembly) -> Mapping[str, Any]:
-    student, *beside = assembly.learners(stage).items()
-    return {
-        "model": assembly.identity_of(student[1]),
-        **{
-            f"{role} (learns)": {**assembly.identity_of(source), "rate": stage.learners[role]}
-            for role, source in beside
-        },
-    }
 
 
 def _teacher(assembly: Assembly, name: str) -> Mapping[str, Any]:

@@ -88,8 +88,7 @@ def check_servers(inputs: RunInputs) -> None:
     if rollouts is None or rollouts.server is None:
         return
     server = rollouts.server
-    prompts = prompts_of(inputs.encoded.train, rollouts, inputs.config, inputs.sources[STUDENT])
-    wanted = _wanted(inputs, rollouts, server, prompts)
+    prompts, wanted = _asked(inputs, rollouts, server)
     probes = tuple(map(prompts.prompt, prompts.continued[:PROBES]))
 
     def check() -> None:
@@ -119,8 +118,7 @@ def server_generator(inputs: RunInputs, model: nn.Module, *, rank: int) -> Serve
     rollouts = inputs.config.rollout
     if rollouts is None or rollouts.server is None:
         raise TypeError("the run has no rollout.server")
-    prompts = prompts_of(inputs.encoded.train, rollouts, inputs.config, inputs.sources[STUDENT])
-    wanted = _wanted(inputs, rollouts, rollouts.server, prompts)
+    _, wanted = _asked(inputs, rollouts, rollouts.server)
     servers = replicas_of(rollouts.server)
     models, push = model_names(servers, wanted), None
     if wanted.pushed is not None:
@@ -138,13 +136,14 @@ def server_generator(inputs: RunInputs, model: nn.Module, *, rank: int) -> Serve
     return ServerGenerator(servers, models=models, push=push, wanted=wanted, place=place)
 
 
-def _wanted(
-    inputs: RunInputs, rollouts: RolloutConfig, server: RolloutServerConfig, prompts: Prompts
-) -> Wanted:
+def _asked(
+    inputs: RunInputs, rollouts: RolloutConfig, server: RolloutServerConfig
+) -> tuple[Prompts, Wanted]:
+    prompts = prompts_of(inputs.encoded.train, rollouts, inputs.config, inputs.sources[STUDENT])
     tokens = text_tokens(inputs.tokenizer, inputs.sources)
     served = inputs.sources[rollouts.by]
     known, folder = tokens.known or served.config.vocab_size, server.folder
-    return Wanted(
+    return prompts, Wanted(
         name=inputs.config.served_model or "",
         pushed=None if folder is None else folder.resolve() / run_name(inputs.config.output_dir),
         longest=int(prompts.lengths[prompts.continued].max()) + rollouts.longest,

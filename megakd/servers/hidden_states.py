@@ -40,26 +40,21 @@ class ExportedStates(NamedTuple):
     following: int
 
 
-class Exports(NamedTuple):
-    """The files of a server.
+class StatesServer(VllmServer):
+    """One replica of a vLLM server that exports hidden states.
 
-    folder: the folder of the files, as this rank sees it.
-    layers: number of layers of the model, which is the number that vLLM gives the last output.
-    time_limit_s: seconds for one file.
+    Args:
+        folder: the folder of the files, as this rank sees it.
+        layers: number of layers of the model, which is the number that vLLM gives the last output.
+        time_limit_s: seconds for one file.
     """
 
-    folder: Path
-    width: int
-    layers: int
-    time_limit_s: float
-
-
-class StatesServer(VllmServer):
-    """One replica of a vLLM server that exports hidden states."""
-
-    def __init__(self, http: JsonServer, exports: Exports) -> None:
+    def __init__(
+        self, http: JsonServer, folder: Path, *, width: int, layers: int, time_limit_s: float
+    ) -> None:
         super().__init__(http)
-        self._exports = exports
+        self._folder, self._time_limit_s = folder, time_limit_s
+        self._width, self._layers = width, layers
 
     def states(self, ids: tuple[int, ...], model: str) -> ExportedStates:
         """Return the hidden states of a text, and delete their file."""
@@ -80,7 +75,7 @@ class StatesServer(VllmServer):
             try:
                 tensors = read_state_file(
                     file,
-                    time_limit_s=self._exports.time_limit_s,
+                    time_limit_s=self._time_limit_s,
                     check_server=lambda: self._check_engine(file),
                 )
             finally:
@@ -88,7 +83,7 @@ class StatesServer(VllmServer):
             return ExportedStates(self._checked(tensors, ids, file), self._following(tree))
         finally:
             # A request that was sent again after a lost connection may have left another file.
-            _remove_state_files(self._exports.folder.glob(f"*{name}*"))
+            _remove_state_files(self._folder.glob(f"*{name}*"))
 
     def _check_engine(self, file: Path) -> None:
         problem = self._http.problem("/health")
@@ -108,7 +103,7 @@ class StatesServer(VllmServer):
                 f"{given}); start vLLM with --speculative-config, method extract_hidden_states, "
                 "and --kv-transfer-config, connector ExampleHiddenStatesConnector"
             )
-        return self._exports.folder / Path(given["hidden_states_path"]).name
+        return self._folder / Path(given["hidden_states_path"]).name
 
     def _following(self, tree: Any) -> int:
         choices = field_of(tree, "choices", list, self.url)
@@ -139,7 +134,7 @@ class StatesServer(VllmServer):
         return self._last_layer(tensors["hidden_states"], len(ids), where)
 
     def _last_layer(self, states: Tensor, count: int, where: str) -> Tensor:
-        expected = (count, 1, self._exports.width)
+        expected = (count, 1, self._width)
         shape = tuple(states.shape)
         if len(shape) == len(expected) and shape[0] != count:
             raise ServerError(
@@ -150,7 +145,7 @@ class StatesServer(VllmServer):
             raise ServerError(
                 f"{where} has hidden states of shape {list(shape)} (tokens, layers, width), and "
                 f"{list(expected)} is expected; start vLLM with the model of the teacher and "
-                f"eagle_aux_hidden_state_layer_ids: [{self._exports.layers}]"
+                f"eagle_aux_hidden_state_layer_ids: [{self._layers}]"
             )
         if states.dtype not in {torch.float32, torch.bfloat16, torch.float16}:
             raise ServerError(

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from megakd.inputs.precision import TORCH_DTYPE, frozen_dtype
 from megakd.models.next_tokens import Readout, load_readout
 from megakd.models.source import ModelSource
 from megakd.servers.connect import connections, model_names
-from megakd.servers.hidden_states import ExportedStates, Exports, StatesServer, check_folder
+from megakd.servers.hidden_states import ExportedStates, StatesServer, check_folder
 from megakd.servers.http import FIRST_PATIENCE_S, PATIENCE_S, RunningCalls
 from megakd.servers.protocol import (
     REFERENCE,
@@ -96,14 +96,11 @@ class ServedTeacher(ABC, Generic[Answer]):
         for batch, documents in zip(batches, texts, strict=True):
             yield self.knowledge(batch, [(document, next(answers)) for document in documents])
 
-    def prefetch(self) -> None:
-        """Do nothing: the texts of the next step are not known."""
+    def prefetch(self) -> None: ...  # the texts of the next step are not known
 
-    def evict(self) -> None:
-        """Do nothing."""
+    def evict(self) -> None: ...
 
-    def destroy(self) -> None:
-        """Do nothing."""
+    def destroy(self) -> None: ...
 
 
 class TopKTeacher(ServedTeacher["BestTokens"]):
@@ -224,21 +221,24 @@ class StatesTeacher(ServedTeacher[ExportedStates]):
         return Knowledge(hidden=hidden, head=self._readout.head)
 
 
-def states_replicas(
-    server: TeacherServerConfig,
-    folder: Path,
-    source: ModelSource,
-    *,
-    patience_s: float = PATIENCE_S,
-) -> list[StatesServer]:
-    """Return the replicas of `teacher.server` in the order of the config; nothing is asked yet."""
-    exports = Exports(
-        folder,
+def teacher_replicas(
+    server: TeacherServerConfig, source: ModelSource, *, patience_s: float = PATIENCE_S
+) -> list[VllmServer]:
+    """Return the replicas of `teacher.server` in the order of the config; nothing is asked yet.
+
+    With `states` they are `StatesServer`s.
+    """
+    https = connections(server, patience_s)
+    if server.states is None:
+        return [VllmServer(http) for http in https]
+    export = partial(
+        StatesServer,
+        folder=server.states,
         width=source.architecture.hidden_width(source.config),
         layers=source.architecture.number_of_layers(source.config),
         time_limit_s=server.time_limit,
     )
-    return [StatesServer(http, exports) for http in connections(server, patience_s)]
+    return [export(http) for http in https]
 
 
 def _readout(inputs: RunInputs, name: str, ranks: Ranks) -> Readout:
@@ -316,15 +316,15 @@ def served_teacher(inputs: RunInputs, name: str, ranks: Ranks) -> ServedTeacher:
     server, wanted = inputs.config.teacher_specs[name].server, _wanted(inputs, name)
     if server is None:
         raise TypeError(f"{name} is not served")
+    servers = teacher_replicas(server, inputs.sources[name])
+    models = model_names(servers, wanted)
     if server.states is not None:
-        exporting = states_replicas(server, server.states, inputs.sources[name])
-        models = model_names(exporting, wanted)
         readout = together(lambda: _readout(inputs, name, ranks))
+        exporting = cast("list[StatesServer]", servers)
         return StatesTeacher(exporting, models, readout=readout, ranks=ranks)
-    servers = [VllmServer(http) for http in connections(server, PATIENCE_S)]
     return TopKTeacher(
         servers,
-        model_names(servers, wanted),
+        models,
         top_k=server.best_tokens,
         vocabulary=wanted.vocabulary,
         ranks=ranks,
@@ -335,17 +335,13 @@ def _check(inputs: RunInputs, name: str, server: TeacherServerConfig) -> None:
     wanted = _wanted(inputs, name)
     rows = inputs.encoded.train[:CHECKED_ROWS]["input_ids"]
     texts = [tuple(map(int, ids)) for ids in rows if len(ids) > 1]
+    servers = teacher_replicas(server, inputs.sources[name], patience_s=FIRST_PATIENCE_S)
+    models = [model.name for model in served_models(servers, wanted)]
     if server.states is not None:
-        exporting = states_replicas(
-            server, server.states, inputs.sources[name], patience_s=FIRST_PATIENCE_S
-        )
-        models = [model.name for model in served_models(exporting, wanted)]
         readout = _readout(inputs, name, distributed.ranks())
-        answers = check_states(exporting, models, texts, readout)
+        answers = check_states(cast("list[StatesServer]", servers), models, texts, readout)
     else:
-        replicas = [VllmServer(http) for http in connections(server, FIRST_PATIENCE_S)]
-        models = [model.name for model in served_models(replicas, wanted)]
-        answers = check_scores(replicas, models, texts, server.best_tokens)
+        answers = check_scores(servers, models, texts, server.best_tokens)
     if server.check_against is not None:
         reference = _Reference(server.check_against)
         check_reference(texts, answers, reference.logprobs, server.check_against)

@@ -13,7 +13,7 @@ from megakd.contract.metric import lower_is_better
 from megakd.contract.stage import Pass, backward_groups
 from megakd.contract.terms import TermConfig
 from megakd.errors import MegakdError
-from megakd.planning.planning_lab import PlannedPruning, PlanningLab
+from megakd.planning.planning_lab import PlanningLab
 from megakd.pruning.builder import ModelPruning
 from megakd.run.run_lab import RunLab
 from megakd.training.recipes import LabBase
@@ -28,7 +28,7 @@ def parameters(function: Any) -> list[tuple[str, object, object]]:
     ("kind", "promised"),
     [
         *((kind, contract.Lab) for kind in (RunLab, PlanningLab)),
-        *((kind, contract.Pruning) for kind in (ModelPruning, PlannedPruning)),
+        *((kind, contract.Pruning) for kind in (ModelPruning, PlanningLab)),
     ],
 )
 def test_a_lab_takes_the_arguments_that_the_contract_names(kind, promised):

@@ -23,7 +23,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config,
 from megakd.contract.completions import Completion, Sampling, TextTokens
 from megakd.errors import ServerError
 from megakd.models.generation import complete
-from megakd.servers.hidden_states import Exports, StatesServer
+from megakd.servers.hidden_states import StatesServer
 from megakd.servers.http import JsonServer
 from megakd.servers.protocol import (
     TextRequest,
@@ -208,9 +208,9 @@ def test_adapters_are_loaded_and_unloaded_twice_without_an_error(url, folders, t
 def test_hidden_states_are_those_of_the_last_layer(folders, tmp_path):
     states, text = tmp_path / "states", tuple(range(40, 60))
     states.mkdir()
-    exports = Exports(states, width=64, layers=2, time_limit_s=60)
     with vllm_server(folders[0], tmp_path / "vllm.txt", *states_flags(states, 2)) as url:
-        answer = StatesServer(http(url), exports).states(text, str(folders[0]))
+        server = StatesServer(http(url), states, width=64, layers=2, time_limit_s=60)
+        answer = server.states(text, str(folders[0]))
 
     model = Qwen2ForCausalLM.from_pretrained(folders[0])
     model.model.norm = torch.nn.Identity()

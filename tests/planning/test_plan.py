@@ -22,7 +22,7 @@ from megakd.planning.cluster import Cluster, Rates, rates_of
 from megakd.planning.engine_memory import PARTS, Peak, Share
 from megakd.planning.phase_traces import Traces
 from megakd.planning.plan import Plan, page, plan_run
-from megakd.planning.planning_lab import PlannedPruning, planned_sources
+from megakd.planning.planning_lab import PlanningLab, planned_sources
 
 DECODERS = {
     "teacher": {"model": llama(3, width=32, vocab_size=64)},
@@ -350,7 +350,7 @@ def test_one_of_three_layers_takes_a_third_of_the_time_also_beside_a_decoder(fam
     folder = tiny_cuts.saved(tiny_cuts.build(family), tmp_path)
     source = tiny_cuts.source_of(folder, "classification")
     config = cast("Any", SimpleNamespace(task=tiny_cuts.task()))
-    pruning = PlannedPruning(config, {}, teachers={}, phases=[], world=1)
+    pruning = PlanningLab(config, {}, ranks=1, device="cpu")
     units = source.architecture.units(source.config)
     kept = {"layers": (1,), "width": None}
     for kind in ("heads", "neurons"):

@@ -15,15 +15,15 @@ from server_stubs import serving
 
 from megakd.errors import ServerError
 from megakd.servers import hidden_states
-from megakd.servers.hidden_states import Exports, StatesServer, check_folder, read_state_file
+from megakd.servers.hidden_states import StatesServer, check_folder, read_state_file
 from megakd.servers.http import JsonServer
 
 TEXT = (5, 8, 30, 2)
 
 
 def connected(stub: Exporting, **keys: Any) -> StatesServer:
-    exports = Exports(stub.folder, width=WIDTH, layers=3, time_limit_s=keys.pop("limit_s", 30))
-    return StatesServer(JsonServer(stub.url, time_limit_s=30), exports)
+    http, limit_s = JsonServer(stub.url, time_limit_s=30), keys.pop("limit_s", 30)
+    return StatesServer(http, stub.folder, width=WIDTH, layers=3, time_limit_s=limit_s)
 
 
 @pytest.fixture

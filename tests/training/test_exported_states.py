@@ -16,7 +16,7 @@ from megakd.config.task import TaskConfig
 from megakd.errors import ServerError
 from megakd.models.loading import resolve_model
 from megakd.models.next_tokens import Readout, load_readout
-from megakd.servers.teachers import check_states, states_replicas
+from megakd.servers.teachers import check_states, teacher_replicas
 
 TEXTS = [(5, 8, 30, 2), (7, 9), (1, 2, 3, 4, 5, 6)]
 TASK = TaskConfig(type="causal_lm", dataset="d", max_length=32)
@@ -49,7 +49,7 @@ def check(folder: Path, *stubs: Exporting, spoil: Callable = lambda *_: None) ->
     server = TeacherServerConfig(
         url=tuple(stub.url for stub in stubs), states=folder / "states", time_limit=20
     )
-    replicas = states_replicas(server, folder / "states", source)
+    replicas = teacher_replicas(server, source)
     check_states(replicas, ["tiny"] * len(stubs), TEXTS, readout)
 
 
