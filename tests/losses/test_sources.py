@@ -248,6 +248,27 @@ def test_readings_of_several_views_together_equal_each_by_itself(is_cached):
         torch.testing.assert_close(actual.sums, wanted.sums)
 
 
+def test_readings_of_a_model_with_two_vocabularies_together_equal_each_by_itself():
+    texts, objective = Texts(), objective_of((CE,))
+    batch = with_second(texts.batch(), (texts.labels != IGNORE).flatten().nonzero()[::2, 0])
+    first, second = (
+        Knowledge(hidden=texts.hidden.flatten(0, 1)[positions], head=head_of(texts.head))
+        for positions in (batch.targets, batch.extras.second.positions)
+    )
+    reading = LossInputs(
+        student=first._replace(second=second),
+        teacher=None,
+        batch=batch,
+        weights=objective.weights,
+        per_unit=unit_scales(texts.counts(objective), 1).weights,
+    )
+
+    together, (alone,) = objective([reading, reading]), objective([reading])
+
+    for one in together:
+        torch.testing.assert_close([one.total, one.sums], [alone.total, alone.sums])
+
+
 def test_the_same_loss_on_both_sources_has_two_weights_and_two_values():
     texts = Texts()
     terms = (replace(KL, on="data"), replace(KL, on="rollouts", weight=0.5), replace(CE, on="data"))
