@@ -51,7 +51,13 @@ def _digest_of(path: Path) -> str:
 
 def read_csv(path: Path, *, digest: Digest = _digest_of) -> Table:
     """Read a csv file with a header; fields may be quoted and contain line breaks."""
-    return _with_header(path, _csv_fields, digest=digest)
+    table = _with_header(path, _csv_fields, digest=digest)
+    if len(table.columns) == 1 and (separators := {*table.columns[0]} & {*";\t|"}):
+        raise DataError(
+            f"{path}, line 1: no comma, but {min(separators)!r} in {table.columns[0]!r}; separate "
+            "the fields by commas, or by tabs in a file that is named .tsv"
+        )
+    return table
 
 
 def read_tsv(

@@ -156,7 +156,7 @@ class LanguageModelTargets(TermGroup):
 
     def _together(self, readings: Sequence[LossInputs]) -> list[Evaluated]:
         first, *others = readings
-        if not others:
+        if not others or first.student.second is not None:
             return super().of_all(readings)
         rows = self._stacked(readings)
         out = self._scored(rows, first)

@@ -27,7 +27,7 @@ class Rates:
 
     def __post_init__(self) -> None:
         for name, value in (("tflops", self.tflops), ("gbps", self.gbps)):
-            if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
+            if value is not None and not (type(value) in {int, float} and 0 < value < math.inf):
                 raise ConfigError(f"the rate {name} must be a finite number above 0, got {value}")
 
 

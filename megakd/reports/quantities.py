@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import statistics
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple, TypeGuard
 
@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeGuard
 def is_number(value: object) -> TypeGuard[float]:
     """Return whether a value of report.json is a finite number; NaN is stored as null."""
     is_bool = isinstance(value, bool)
-    return not is_bool and isinstance(value, int | float) and math.isfinite(value)
+    return not is_bool and isinstance(value, int | float) and abs(value) <= sys.float_info.max
 
 
 def step_time(seconds: float | None) -> str:
@@ -25,10 +25,12 @@ def step_time(seconds: float | None) -> str:
 
 def short_count(number: float, form: str = ".2f") -> str:
     """Return a number with a unit from a thousand on, such as 22.71M."""
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= size:
-            return f"{number / size:{form}}{unit}"
-    return f"{number:.4g}" if abs(number) > 1e-12 else "0"
+    if abs(number) < 1000:
+        return f"{number:.4g}" if abs(number) > 1e-12 else "0"
+    shown = {unit: f"{number / size:{form}}" for unit, size in (("k", 1e3), ("M", 1e6), ("B", 1e9))}
+    # 999,999 is 1.00M, not 1000.00k.
+    unit = next((unit for unit, text in shown.items() if abs(float(text)) < 1000), "B")
+    return shown[unit] + unit
 
 
 def gigabytes(size: float) -> str:

@@ -127,7 +127,7 @@ def _weights(choice: dict[str, Any], url: str) -> str | None:
     if choice.get("weight_versions") is None:
         return None
     spans = field_of(choice, "weight_versions", list, url)
-    return ", ".join(dict.fromkeys(field_of(span, "version", str, url) for span in spans))
+    return ", ".join(dict.fromkeys(field_of(span, "version", str, url) for span in spans)) or None
 
 
 def _best(entries: Sequence[dict[str, Any]], count: int, url: str) -> BestTokens:

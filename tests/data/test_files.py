@@ -420,6 +420,7 @@ CASES: list[tuple[Any, ...]] = [
         )
     ),
     ({"x.csv": 'text,label\n"",0\n" ",1\n'}, "all 2 rows have an empty text"),
+    ({"x.csv": "text;label\na;1\n"}, r"x\.csv, line 1: no comma, but ';' in 'text;label'"),
     ({"x.csv": "text,label\na,1,2\n"}, r"x\.csv, line 2: 3 fields, but there are 2 columns"),
     ({"x.csv": 'text,label\n"a,1\n'}, r"x\.csv, line 2: not valid CSV: unexpected end of data"),
     ({"x.tsv": "text\tlabel\na\n"}, r"x\.tsv, line 2: 1 fields, but there are 2 columns"),

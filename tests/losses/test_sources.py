@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from source_scene import LENGTH, ROWS, VOCABULARY, Texts, head_of, objective_of, result
 
-from megakd.contract.batch import IGNORE, Draws, Knowledge, LossInputs, TopK
+from megakd.contract.batch import IGNORE, Draws, Knowledge, LossInputs, Targets, TopK
 from megakd.contract.terms import (
     HardCrossEntropy,
     SoftTargetJsd,
@@ -219,6 +219,26 @@ def test_readings_of_several_views_together_equal_each_by_itself(is_cached):
     torch.testing.assert_close(*totals)
     for actual, wanted in zip(together, alone, strict=True):
         torch.testing.assert_close(actual.sums, wanted.sums)
+
+
+def test_readings_of_a_model_with_two_vocabularies_together_equal_each_by_itself():
+    texts, objective = Texts(), objective_of((CE,))
+    positions = (texts.labels != IGNORE).flatten().nonzero()[::2, 0]
+    second = Targets(positions, texts.labels.flatten()[positions])
+    batch, head = texts.batch().extended(second=second), head_of(texts.head)
+    learned = Knowledge(hidden=texts.hidden.flatten(0, 1)[positions], head=head)
+    reading = LossInputs(
+        student=Knowledge(hidden=texts.hidden, head=head, second=learned),
+        teacher=None,
+        batch=batch,
+        weights=objective.weights,
+        per_unit=unit_scales(texts.counts(objective), 1).weights,
+    )
+
+    together, (alone,) = objective([reading, reading]), objective([reading])
+
+    for one in together:
+        torch.testing.assert_close([one.total, one.sums], [alone.total, alone.sums])
 
 
 def test_the_same_loss_on_both_sources_has_two_weights_and_two_values():

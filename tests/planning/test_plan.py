@@ -341,6 +341,9 @@ def test_rates_come_from_a_file(tmp_path: Path) -> None:
     assert rates_of(path) == Rates(tflops=400, gbps=45)
     with pytest.raises(ConfigError, match="must hold a mapping"):
         rates_of(wrong)
+    wrong.write_text('{"gbps": true}')
+    with pytest.raises(ConfigError, match="gbps must be a finite number above 0, got True"):
+        rates_of(wrong)
     with pytest.raises(ConfigError, match="must be a finite number above 0"):
         Rates(tflops=float("inf"))
 

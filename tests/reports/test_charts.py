@@ -120,7 +120,16 @@ def test_a_lower_perplexity_stands_lower() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.0, "0"), (0.15, "0.15"), (999, "999"), (1500, "1.5k"), (22.71e6, "22.71M"), (-2e9, "-2B")],
+    [
+        (0.0, "0"),
+        (0.15, "0.15"),
+        (999, "999"),
+        (1500, "1.5k"),
+        (999_999, "1M"),
+        (22.71e6, "22.71M"),
+        (-2e9, "-2B"),
+        (5e12, "5000B"),
+    ],
 )
 def test_numbers_at_axes_are_short(value: float, text: str) -> None:
     assert short_count(value, ".4g") == text

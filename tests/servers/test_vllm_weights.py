@@ -161,9 +161,10 @@ def test_texts_state_the_versions_of_their_weights_if_weights_are_pushed(stub):
     spans = [{"version": "run-4", "start": 0, "end": 3}, {"version": "run-5", "start": 3, "end": 8}]
     stating(stub, spans)
     assert connected(stub)[0].complete(REQUEST).weights == "run-4, run-5"
-    stating(stub, None)
-    with pytest.raises(ServerError, match=r"no weight_versions.*from 0\.33 on"):
-        connected(stub)[0].complete(REQUEST)
+    for none in (None, []):
+        stating(stub, none)
+        with pytest.raises(ServerError, match=r"no weight_versions.*from 0\.33 on"):
+            connected(stub)[0].complete(REQUEST)
     # Nothing is pushed here: any version will do, without development mode.
     stub.development = False
     config = RolloutServerConfig(url=(stub.url,), kind="vllm", push="none", time_limit=30)
