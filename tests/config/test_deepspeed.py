@@ -67,7 +67,7 @@ def test_deepspeed_accepts_a_preset_with_the_stage_of_its_name(name, stage):
     zero = config.DeepSpeedZeroConfig(**ds["zero_optimization"])
 
     assert zero_stage(ds) == zero.stage == stage
-    # `tests/distributed/test_overlap.py` and docs/two-models.md say why.
+    # `tests/distributed/test_gradients.py` and docs/two-models.md say why.
     assert zero.overlap_comm == (stage == 3)
     refused = pytest.raises(ConfigError, match=rf"^{TEACHER}: ZeRO stage {stage} ")
     with nullcontext() if stage in (0, 3) else refused:

@@ -19,7 +19,6 @@ from megakd.contract.stage import Constant, Pass, Stage, Strategy
 from megakd.engine import collectives, distributed
 from megakd.engine.sharding import full_shape, gathered_state
 from megakd.inputs.inputs import prepare
-from megakd.methods import run_method
 from megakd.run.run_lab import RunLab
 from megakd.training.progress import Reporter
 from megakd.training.stage_run import StageRun
@@ -54,12 +53,6 @@ def command(*arguments: str) -> tuple[int, str]:
     log.setLevel(level)
     gc.freeze()
     return code, output.getvalue()
-
-
-def finish(config_path: str, overrides: Sequence[str] = ()) -> str:
-    """Run the method of a config to its end, from a checkpoint if there is one."""
-    with lab_of(config_path, overrides) as lab:
-        return str(run_method(lab.config.method, lab).folder)
 
 
 @contextmanager
@@ -104,17 +97,16 @@ def started(
             teacher.destroy()
 
 
-def sgd_engine(module, rate: float, stage: int, **zero):
+def sgd_engine(module, rate: float, stage: int):
     """Plain SGD with DeepSpeed, at a ZeRO stage that keeps no weight whole for long."""
-    if stage == 3:
-        kept = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
-        zero |= {f"stage3_{key}": 0 for key in (*kept, "prefetch_bucket_size")}
+    kept = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
+    none = {f"stage3_{key}": 0 for key in (*kept, "prefetch_bucket_size")}
     config = {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_clipping": 0.0,
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": stage, **zero},
+        "zero_optimization": {"stage": stage, **(none if stage == 3 else {})},
     }
     optimizer = torch.optim.SGD(module.parameters(), lr=rate)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
