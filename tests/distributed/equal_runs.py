@@ -59,6 +59,11 @@ OPTIONS = {
 }
 # (ranks, rows per micro-batch, micro-batches): each makes the same 12 rows a step.
 CUTS = [(1, 12, 1), (1, 2, 6), (2, 6, 1), (2, 1, 6), (3, 4, 1), (3, 2, 2)]
+PACKED = {
+    "per_device_train_batch_size": ROWS // 2,
+    "gradient_accumulation_steps": 1,
+    "tokens_per_rank": 40,
+}
 # The task, the teacher, and how transformers loads a student, by the first part of its name.
 KINDS = {
     "bert": ("classification", "bert-teacher", AutoModelForSequenceClassification),

@@ -9,6 +9,7 @@ from equal_runs import (
     CUTS,
     INNER,
     LANGUAGE,
+    PACKED,
     assert_same,
     assert_same_shards,
     cut_of,
@@ -53,6 +54,7 @@ CASES = [
     ("bert-student", INNER, (3, 3), 2, {}),
     ("llama-tied", INNER, (2, 0), 2, {"train": CHUNKED}),
     ("llama-tied", INNER, (3, 3), 2, {"train": RECOMPUTED}),
+    ("llama-untied", LANGUAGE, (2, 3), 2, {"train": PACKED}),
 ]
 SLOW_CASES = [
     *cases(SLOW, SLOW_CUT),
