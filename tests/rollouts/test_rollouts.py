@@ -210,12 +210,7 @@ def test_one_text_is_read_from_a_damaged_file_or_the_file_is_named(written) -> N
         store.read_one(4, 0.9)
     with pytest.raises(DataError, match=r"00000005\.jsonl does not exist, and rollout\.mix repl"):
         store.read_one(5, 0.0)
-
-
-def test_a_file_of_its_first_line_alone_is_named(written) -> None:
-    store, path = written
     path.write_text(path.read_text().splitlines(keepends=True)[0])
-
     with pytest.raises(DataError, match=r"step-00000004\.jsonl is not a complete file"):
         store.read_one(4, 0.5)
 
