@@ -188,14 +188,3 @@ def local(parameter) -> torch.Tensor:
 def elements(module) -> int:
     """Of all weights, on all ranks."""
     return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
-
-
-def steps_taken(config_path: str) -> int:
-    """Train the student's stage to its end and return the number of its steps on this rank."""
-    with lab_of(config_path) as lab:
-        teacher = lab.teacher()
-        strategy = Constant((Pass(teacher=teacher),))
-        terms = lab.config.objective
-        return lab.train(
-            Stage(name="student", teachers=(teacher,), objective=terms, strategy=strategy)
-        ).steps

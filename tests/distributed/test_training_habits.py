@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import signal
 from contextlib import suppress
+from pathlib import Path
 
 import cases
 import pytest
 import torch
 from equal_runs import CLASSIFICATION, CUTS, STEPS, cut_of
 from unit_counts import counts_of, numbers
+from whole_run import read
 
 from megakd.engine.distributed import ranks
 from megakd.process import signals
@@ -135,14 +137,16 @@ def test_options_of_the_loss_on_labels_weigh_alike_in_every_cut(trained, term):
     assert plain["losses"][0] != pytest.approx(whole["losses"][0], rel=1e-3)
 
 
-def test_all_ranks_stop_early_at_the_same_step(workers, write_run):
+def test_all_ranks_stop_early_at_the_same_step(command, write_run):
     # The first evaluation sets the score, and no later one can be so much better.
     stopping = {"early_stopping_patience": 2, "early_stopping_threshold": 1e9, "max_steps": 8}
     sections = {"train": stopping, "eval": {"eval_steps": 1}}
 
     path = write_run("bert-student", CLASSIFICATION, (3, 3), **sections)
 
-    assert workers(2).run("steps_taken", path) == [3, 3]
+    command("--config", path, code=0)
+
+    assert [stage["steps"] for stage in read(Path(f"{path}-out"))["stages"]] == [3]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
