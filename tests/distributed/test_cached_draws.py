@@ -112,15 +112,10 @@ def test_a_cache_that_is_gone_on_with_after_a_kill_has_the_same_files(write, alo
     np.testing.assert_equal(draws(whole), draws(alone))
 
 
-def test_two_ranks_learn_from_draws_as_one_does(workers, write, alone, config, tmp_path):
+def test_two_ranks_learn_from_draws_as_one_does(run_case, alone, config):
     def learned(ranks: int, stage: str) -> dict:
-        settings = [
-            f"output_dir={tmp_path / stage}",
-            f"teacher.cache={alone}",
-            f"train.per_device_train_batch_size={4 // ranks}",
-            f"student.deepspeed={stage}",
-        ]
-        return workers(ranks).run("pool_cases.learn", config, settings)[0]["weights"]
+        settings = (f"teacher.cache={alone}", f"student.deepspeed={stage}")
+        return run_case("pool_cases.learn", config, ranks, *settings)[0]["weights"]
 
     expected = learned(1, "zero0")
     for stage in ("zero2", "zero3"):

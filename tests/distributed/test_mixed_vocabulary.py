@@ -11,11 +11,11 @@ from unittest.mock import patch
 import pytest
 import torch
 from cases import lab_of, summed
-from equal_runs import ZERO3, zero
+from equal_runs import ZERO3, write_random, zero
 from mixed_reference import Pair, trained
 from safetensors.torch import load_file
-from tiny_runs import NO_DROPOUT, bert, run_in, save_tokenizer, shape_of
-from transformers import AutoTokenizer, BertForMaskedLM
+from tiny_runs import NO_DROPOUT, bert, run_in, shape_of
+from transformers import AutoTokenizer
 
 from megakd.engine.sharding import gathered_state
 from megakd.methods import run_method
@@ -121,13 +121,7 @@ def folder(tmp_path_factory) -> Path:
     words = ["".join(rng.choices("abcdefgh", k=rng.randint(2, 6))) for _ in range(150)]
     texts = [" ".join(rng.choices(words, k=rng.randint(3, 30))) for _ in range(120)]
     (folder / "text.txt").write_text("\n\n".join(texts), encoding="utf-8")
-    save_tokenizer(folder / "teacher", texts, kind="wordpiece")
-    torch.manual_seed(0)
-    model = BertForMaskedLM(shape_of(TEACHER, vocab_size=320))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    model.save_pretrained(folder / "teacher")
-    return folder
+    return write_random(folder, folder / "text.txt", teacher=shape_of(TEACHER, vocab_size=320))
 
 
 def config_of(folder: Path, out: Path, *, stage=0, train=None, **method) -> str:

@@ -10,9 +10,9 @@ from unittest.mock import patch
 import pytest
 import torch
 from cases import joined_shards, lab_of
-from equal_runs import difference, zero
-from tiny_runs import NO_DROPOUT, bert, llama, run_in, save_tokenizer, shape_of, write_text
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+from equal_runs import difference, write_random, zero
+from tiny_runs import NO_DROPOUT, bert, llama, run_in, shape_of, write_text
+from transformers import PreTrainedModel
 from whole_run import records, weights
 
 from megakd.engine.sharding import full_shape
@@ -80,23 +80,14 @@ METHOD = {"name": "homodistil", "target_width": 12, "cuts": 2, "pruning_end": 6,
 def folder(tmp_path_factory) -> Path:
     """A text, and a BERT and a Llama with random weights, once with and once without dropout."""
     folder = tmp_path_factory.mktemp("pruning")
-    text = write_text(folder / "text.txt", documents=120)
-    torch.manual_seed(0)
-    models = {
-        "bert": bert(2, 24, **SIZES, **NO_DROPOUT),
-        "dropout": bert(2, 24, **SIZES),
-        "llama": llama(2, 24, **GROUPED),
-        "headed": llama(1, 24, **{**GROUPED, "vocab_size": 1000}),
-    }
-    for name, scratch in models.items():
-        auto = AutoModelForCausalLM if name in DECODERS else AutoModelForMaskedLM
-        model = auto.from_config(shape_of(scratch))
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.2)
-        model.save_pretrained(folder / name)
-        kind = "bpe" if name in DECODERS else "wordpiece"
-        save_tokenizer(folder / name, text.read_text().split("\n\n"), kind=kind)
-    return folder
+    return write_random(
+        folder,
+        write_text(folder / "text.txt", documents=120),
+        bert=shape_of(bert(2, 24, **SIZES, **NO_DROPOUT)),
+        dropout=shape_of(bert(2, 24, **SIZES)),
+        llama=shape_of(llama(2, 24, **GROUPED)),
+        headed=shape_of(llama(1, 24, **{**GROUPED, "vocab_size": 1000})),
+    )
 
 
 ROWS = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}

@@ -69,14 +69,6 @@ def learn(run_case, config):
     return learned
 
 
-@pytest.fixture(scope="module")
-def usual(workers, config, tmp_path_factory) -> list[dict]:
-    """The findings of two ranks that change nothing of the config but their rows."""
-    out = tmp_path_factory.mktemp("usual") / "out"
-    words = [f"output_dir={out}", "train.per_device_train_batch_size=2"]
-    return workers(2).run("test_selection.selected", config, words)
-
-
 SOFT, HARD = ("method.action=soft",), ("method.action=hard",)
 # Noise switches both kinds off in some phases: their loss is 0, with gradients of 0.
 OFF = ("objective=[{loss: hard_cross_entropy}, {loss: hidden_mse}]", "method.noise=20.0")
@@ -111,16 +103,16 @@ def test_an_episode_goes_on_with_other_ranks(goes_on, config, world, zero):
     assert difference(*(weights(out / "final") for out in outs)) < 1e-5
 
 
-def test_one_choice_serves_all_micro_batches_and_the_loss_is_measured_once_per_phase(usual, learn):
-    once, twice = usual[0], learn(2, "train.gradient_accumulation_steps=2")[0]
+def test_one_choice_serves_all_micro_batches_and_the_loss_is_measured_once_per_phase(learn):
+    once, twice = learn(2)[0], learn(2, "train.gradient_accumulation_steps=2")[0]
 
     assert len(once["actions"]) == len(twice["actions"]) == (EPISODES + 1) * STEPS
     assert once["measured"] == 1 + EPISODES * STEPS // PHASE  # once before the first
 
 
-def test_no_two_ranks_draw_the_same_dropout_on_their_gpus(usual):
+def test_no_two_ranks_draw_the_same_dropout_on_their_gpus(learn):
     """Neither projections nor a selector, which are equal on all ranks, seed a GPU."""
-    first, second = (rank["seeds"] for rank in usual)
+    first, second = (rank["seeds"] for rank in learn(2))
 
     assert first
     assert set(first).isdisjoint(second)
