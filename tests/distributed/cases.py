@@ -181,7 +181,6 @@ def train(config_path: str, overrides: list[str], steps: int, *, generates: bool
 
 
 def local(parameter) -> torch.Tensor:
-    """This rank's share of a parameter."""
     return getattr(parameter, "ds_tensor", parameter).detach()
 
 

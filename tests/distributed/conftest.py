@@ -71,7 +71,6 @@ class Group:
 
     @property
     def text(self) -> str:
-        """Return the output of all ranks, rank 0 first."""
         return "\n".join(log.read_text(errors="replace") for log in self.logs)
 
     def running(self) -> bool:

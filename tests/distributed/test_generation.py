@@ -134,7 +134,6 @@ GPT2 = {
 
 @pytest.fixture(scope="module")
 def config_of(write_run):
-    """The ZeRO stages of student and teacher -> a run config."""
     return lambda *stages: write_run("llama-tied", WEIGHTS, stages, student={"model": GPT2})
 
 

@@ -204,7 +204,6 @@ def launched(folder: Path) -> list[list[str]]:
 
 
 def rendezvous(folder: Path) -> list[list[str]]:
-    """The command of torchrun, the same on each node."""
     del folder
     words = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
     meeting = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{free_port()}"]

@@ -38,7 +38,6 @@ TIMES = (
 
 
 def command_without_space(*arguments: str) -> tuple[int, str]:
-    """Run a command; rank 1 has no space on its disk when it saves step 8."""
     write = checkpoint.write_files
 
     def write_without_space(folder: Path, contents: Any) -> Any:

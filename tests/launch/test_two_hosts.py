@@ -115,7 +115,6 @@ def torchrun(folder: Path, node: int) -> list[str]:
 
 
 def deepspeed(folder: Path, node: int) -> list[str]:
-    """With a hostfile and without ssh."""
     file = folder / "hostfile"
     file.write_text("node-a slots=1\nnode-b slots=1\n")
     words = ["-m", "deepspeed.launcher.runner", "--quiet", "--hostfile", str(file), "--no_ssh"]

@@ -194,7 +194,6 @@ def test_texts_are_read_as_they_were_written_together_or_one_of_them(
 
 @pytest.fixture
 def written(tmp_path: Path) -> tuple[RolloutStore, Path]:
-    """A store of two texts, and its file."""
     store = RolloutStore(tmp_path)
     store.write(4, [_TEXT, _TEXT])
     (path,) = rollout_files(tmp_path)

@@ -37,13 +37,10 @@ def stub(request: pytest.FixtureRequest) -> Any:
 
 
 def text_of(stub: Stub, tree: Any) -> Any:
-    """The part of an answer that holds the text."""
     return tree["choices"][0] if stub.kind == "vllm" else tree
 
 
 def set_ids(stub: Stub, ids: list[int], reason: str | None = None) -> None:
-    """Let the server return other tokens."""
-
     def change(_: str, tree: Any) -> Any:
         text = text_of(stub, tree)
         text["token_ids" if stub.kind == "vllm" else "output_ids"] = ids

@@ -165,7 +165,6 @@ def test_every_file_that_reads_a_model_folder_verifies_the_folder(repository):
 
 
 def called(path: Path) -> set[str]:
-    """The names of the functions that a file calls."""
     calls = [n.func for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
     names = {func.attr for func in calls if isinstance(func, ast.Attribute)}
     return names | {func.id for func in calls if isinstance(func, ast.Name)}

@@ -63,7 +63,6 @@ def build(folder: Path, rows: Dataset, teacher: Answering, facts=FACTS) -> Path:
 
 @pytest.fixture
 def kept(tmp_path, rows) -> Path:
-    """A complete cache."""
     return build(tmp_path / "cache", rows, Teacher())
 
 
