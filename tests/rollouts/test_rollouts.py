@@ -214,16 +214,6 @@ def test_one_text_is_read_from_a_damaged_file_or_the_file_is_named(written) -> N
         store.read_one(4, 0.5)
 
 
-def test_texts_before_a_step_are_removed_except_for_some(tmp_path: Path) -> None:
-    store = RolloutStore(tmp_path)
-    for step in range(6):
-        store.write(step, [_TEXT])
-
-    store.remove_before(4, kept=[1, 5])
-
-    assert [step for step in range(6) if store.has(step)] == [1, 4, 5]
-
-
 def test_texts_of_an_equal_run_are_kept_and_those_of_another_set_aside(tmp_path: Path) -> None:
     for seed in (1, 2, 3):
         store = RolloutStore(tmp_path / "student")

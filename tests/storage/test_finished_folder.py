@@ -37,11 +37,6 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_a_finished_folder_lists_every_file_that_was_written(finished):
-    assert names(finished) == {*FILES, CHECKSUMS}
-    assert open_finished(finished, remedy=REMEDY).keys() == FILES.keys()
-
-
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 def test_a_changed_file_is_refused_naming_the_file_and_what_to_do(finished, tmp_path, name):
     (finished / name).write_text("x" * len(FILES[name]))
@@ -107,24 +102,6 @@ def test_a_copy_has_checksums_of_its_own_and_no_file_of_a_user(finished, tmp_pat
     assert (target / CARD).read_text() == "new"
     assert open_finished(target, remedy=REMEDY).keys() == names(target) - {CHECKSUMS}
     assert names(finished) == {*FILES, "notes.txt", CHECKSUMS}
-
-
-def test_a_file_of_the_user_is_not_replaced_by_one_that_is_added(finished, tmp_path):
-    copy = tmp_path / "copy"
-    copy.mkdir()
-    (copy / "notes.txt").write_text("mine")
-
-    with pytest.raises(CheckpointError, match=r"has to write: notes.txt; move these files away"):
-        copy_finished(
-            *(finished, copy),
-            changes={},
-            remedy=REMEDY,
-            keep=["notes.txt"],
-            add=lambda folder: (folder / "notes.txt").write_text("megakd's") and None,
-        )
-
-    assert names(copy) == {"notes.txt"}
-    assert (copy / "notes.txt").read_text() == "mine"
 
 
 def test_a_file_is_read_once_in_a_process_until_it_is_written_again(finished, monkeypatch):
