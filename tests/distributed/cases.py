@@ -61,12 +61,10 @@ def started(
     overrides: Sequence[str] = (),
     *,
     strategy=Constant,
-    generates: bool = False,
     scores: bool = False,
 ):
     """The stage of a run's student and its teacher, None if that is the student's own base.
 
-    generates: the student learns from its own texts if the config has `rollout`.
     scores: the teacher is scored before the stage begins.
     """
     with lab_of(config_path, overrides) as lab:
@@ -77,7 +75,6 @@ def started(
             teachers=(name,),
             objective=config.objective,
             strategy=strategy((Pass(teacher=name),)),
-            rollouts=config.rollout if generates else None,
             train=config.train,
             deepspeed=config.student.deepspeed,
         )
@@ -157,22 +154,19 @@ def summed(parts: dict) -> dict[str, float]:
     }
 
 
-def train(config_path: str, overrides: list[str], steps: int, *, generates: bool = True) -> dict:
+def train(config_path: str, overrides: list[str], steps: int) -> dict:
     """Train `steps` steps of a run config's student; return weights, gradients and losses."""
-    running = started(config_path, overrides, strategy=Watching, generates=generates)
-    with running as (run, _):
+    with started(config_path, overrides, strategy=Watching) as (run, _):
         initial = dict(gathered_state(run.student.bundle))
         reports = (run.trainer.train_step(run.source.step(step)) for step in range(steps))
-        facts = [(summed(one.parts), one.gradient_norm) for one in reports]
-        norm = facts[-1][1]
+        losses = [summed(one.parts) for one in reports]
         rows = run.assembly.prepared.encoded.validation
         return {
             "initial": initial,
             "final": dict(gathered_state(run.student.bundle)),
             "gradients": run.stage.strategy.gradients,
             "shards": run.stage.strategy.shards,
-            "losses": [losses for losses, _ in facts],
-            "gradient_norm": None if norm is None else float(norm),
+            "losses": losses,
             "scores": run.evaluation.scorer.score(run.student.predict, rows),
             "local_elements": sum(
                 getattr(p, "ds_tensor", p).numel() for p in run.student.bundle.parameters()

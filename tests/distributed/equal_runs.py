@@ -33,7 +33,7 @@ ZERO3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold":
 SETTINGS = {
     "learning_rate": 0.05,
     "adam_epsilon": 0.01,  # large: Adam would blow rounding of tiny gradients up to whole steps
-    "max_grad_norm": 0.5,
+    "max_grad_norm": 0.1,
     "temperature": 2.0,
     "total_steps": 100,
     "pairs": ((1, 2), (2, 4)),

@@ -148,29 +148,10 @@ def test_both_models_in_bf16_bring_the_loss_down(workers, write, student, teache
     result = workers(2).run("train", path, ["teacher.dtype=bf16"], 16)[0]
 
     assert {weight.dtype for weight in result["final"].values()} == {torch.bfloat16}
-    assert result["gradient_norm"] > 0
     total = [
         sum(term["weight"] * step[term["loss"]] for term in TERMS) for step in result["losses"]
     ]
     assert sum(total[-4:]) < 0.8 * sum(total[:4])
-
-
-@pytest.mark.parametrize("student", ["zero0", "zero2", "zero3"])
-def test_odd_weights_are_trained_alike_and_clipped_by_the_norm_of_their_gradients(train, student):
-    """Ranks cannot halve them. A limit of 0 clips nothing."""
-    odd = {"hidden_size": 6, "intermediate_size": 7, "max_position_embeddings": 33}
-    models = (bert(2, width=10, **NO_DROPOUT), bert(1, **{**NO_DROPOUT, **odd}))
-
-    low, off = (train(2, student=student, models=models, max_grad_norm=m) for m in (0.05, 0.0))
-    unclipped = train(2, student="zero0", models=models, max_grad_norm=1e6)["final"]
-
-    for one in (low, off):
-        squares = sum(g.double().square().sum() for g in one["gradients"][-1].values())
-        assert one["gradient_norm"] == pytest.approx(float(squares.sqrt()), rel=1e-5)
-        assert one["gradient_norm"] > 0.05
-    assert any(weight.numel() % 2 for weight in unclipped.values())
-    assert difference(off["final"], unclipped) <= 1e-6
-    assert difference(low["final"], unclipped) > 1e-3
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -72,19 +71,6 @@ class Started:
         self.process.communicate()
 
 
-@pytest.fixture
-def begin(config, tmp_path) -> Iterator:
-    started: list[Started] = []
-
-    def begin(launcher: str) -> Started:
-        started.append(Started(launcher, config, tmp_path / "out"))
-        return started[-1]
-
-    yield begin
-    for run in started:
-        run.kill()
-
-
 @pytest.mark.parametrize(
     ("launcher", "link", "number", "reason"),
     [
@@ -96,9 +82,10 @@ def begin(config, tmp_path) -> Iterator:
     ],
 )
 def test_a_run_whose_launcher_is_stopped_saves_and_goes_on_to_the_same_weights(
-    begin, truth, launch, config, launcher, link, number, reason
+    truth, launch, config, tmp_path, request, launcher, link, number, reason
 ):
-    run = begin(launcher)
+    run = Started(launcher, config, tmp_path / "out")
+    request.addfinalizer(run.kill)
 
     run.send(link, number)
     outcome = run.finish()

@@ -44,7 +44,7 @@ def train_marked(config_path: str, overrides: list[str], steps: int) -> dict:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "train_step", marking)
-        return cases.train(config_path, overrides, steps, generates=False)
+        return cases.train(config_path, overrides, steps)
 
 
 def marked(batch, step: int):
