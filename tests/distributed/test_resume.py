@@ -16,6 +16,7 @@ from unittest.mock import patch
 import cases
 import pytest
 import torch
+from checkpoint_store import flip
 from tiny_runs import bert, run_in, write_scored_pairs
 from torch.utils._pytree import tree_leaves
 
@@ -125,6 +126,9 @@ def assert_same_tensors(folder: Path, wanted: Path) -> None:
         torch.testing.assert_close(actual, there, rtol=0, atol=0)
 
 
+Moment = Callable[[float], bool]
+
+
 class Killer:
     """Starts a run again and again, and kills it at a chosen kind of moment."""
 
@@ -132,14 +136,7 @@ class Killer:
         self.launch, self.run, self.rng = launch, run, rng
         self.story: list[str] = []
 
-    def start_until(
-        self,
-        what: str,
-        moment: Callable[[float], bool],
-        *,
-        delay_s: float = 0.0,
-        rank: int | None = None,
-    ) -> None:
+    def start_until(self, what: str, moment: Moment, *, delay_s: float, rank=None) -> None:
         """Kills a random while of at most `delay_s` after `moment(start time)` holds."""
         delay = self.rng.uniform(0, delay_s)
         group = self.launch(*self.run.arguments())
@@ -151,14 +148,14 @@ class Killer:
         # A run that has ended before is no failure of resuming, unless it ended badly.
         assert reached or [p.exitcode for p in group.processes] == [0] * WORLD, group.text
 
-    def logged(self, stage: str, count: int) -> Callable[[float], bool]:
+    def logged(self, stage: str, count: int) -> Moment:
         def moment(started: float) -> bool:
             records = [r for r in self.run.records() if r["stage"] == stage]
             return sum(r["time"] > started for r in records) >= count
 
         return moment
 
-    def saving(self, stage: str) -> Callable[[float], bool]:
+    def saving(self, stage: str) -> Moment:
         """When this start writes a checkpoint; one that was killed may have left its own."""
         folder = self.run.out / "checkpoints" / stage
         left = set(folder.glob("*.partial"))
@@ -217,10 +214,7 @@ def unfinished(truth: Run, out: Path, *stages: str) -> Run:
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(truth, launch, lock, tmp_path):
     run = unfinished(truth, tmp_path / "damaged", *STAGES)
     shard = "engine-1.pt"
-    flipped = run.checkpoint(TEACHER, STEPS) / shard
-    content = bytearray(flipped.read_bytes())
-    content[len(content) // 2] ^= 0x10
-    flipped.write_bytes(content)
+    flip(run.checkpoint(TEACHER, STEPS) / shard)
     short = run.checkpoint(STUDENT, STEPS) / "rank-1.pt"
     short.write_bytes(short.read_bytes()[:-100])
 
