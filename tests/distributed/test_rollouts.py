@@ -252,7 +252,8 @@ def curves(command, texts, tmp_path_factory) -> tuple[dict[str, float], Path]:
     return evaluated(command, folder, texts, zero=0, world=1), folder / "out"
 
 
-def test_the_report_has_the_texts_and_their_metrics(curves):
+def test_the_report_has_texts_whose_means_by_position_are_those_of_the_objective(curves):
+    """At temperature 1, the loss is the divergence."""
     alone, out = curves
     report = read(out)
 
@@ -261,11 +262,6 @@ def test_the_report_has_the_texts_and_their_metrics(curves):
     assert entry["metrics"]["text_kl"] == alone["eval/text_kl"]
     assert report["warnings"] == []
     assert "Generated texts by position" in (out / "report.html").read_text()
-
-
-def test_the_means_by_position_are_those_of_the_objective_on_the_same_texts(curves):
-    """At temperature 1, the loss is the divergence."""
-    alone, _ = curves
     assert alone["eval/text_kl"] == pytest.approx(alone["eval/text_soft_target_kl"], rel=1e-4)
     assert {key for key in alone if key.endswith("/kl")} == {
         f"text/{bucket}/kl" for bucket in ("0-0", "1-1", "2-2", "3-5")

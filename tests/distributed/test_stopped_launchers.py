@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import DEEPSPEED, TIMEOUT_S, TORCHRUN, TRAIN, free_port, start
+from test_launchers import train, weights
 from tiny_runs import review_task, run_in
 
 pytestmark = pytest.mark.slow
@@ -32,15 +33,11 @@ def truth(launch, config, tmp_path_factory) -> bytes:
     return weights(out)
 
 
-def weights(out: Path) -> bytes:
-    return (out / "final" / "model.safetensors").read_bytes()
-
-
 class Started:
     def __init__(self, launcher: str, config: Path, out: Path) -> None:
-        words = (*LAUNCHERS[launcher], str(free_port()), str(TRAIN), "--config", str(config))
         self.out = out
-        self.process = start((*words, f"output_dir={out}"), {})
+        words = (*LAUNCHERS[launcher], str(free_port()), *train(config, out))
+        self.process = start(words, {})
         self._wait_for_a_step()
         below = psutil.Process(self.process.pid).children(recursive=True)
         self.ranks = [p for p in below if "RANK" in p.environ() and str(TRAIN) in p.cmdline()]
