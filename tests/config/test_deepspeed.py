@@ -72,7 +72,7 @@ def test_deepspeed_accepts_a_preset_with_the_stage_and_the_offload_of_its_name(n
     zero = config.DeepSpeedZeroConfig(**ds["zero_optimization"])
 
     assert zero_stage(ds) == zero.stage == stage
-    # `tests/distributed/test_overlap.py` and docs/two-models.md say why.
+    # `tests/distributed/test_gradients.py` and docs/two-models.md say why.
     assert zero.overlap_comm == (stage == 3)
     offloads = {k: v["device"] for k, v in ds["zero_optimization"].items() if "offload_" in k}
     assert offloads == dict.fromkeys(OFFLOADED.get(name, ()), "cpu")

@@ -19,7 +19,6 @@ from megakd.contract.stage import Constant, Pass, Stage, Strategy
 from megakd.engine import collectives, distributed
 from megakd.engine.sharding import full_shape, gathered_state
 from megakd.inputs.inputs import prepare
-from megakd.methods import run_method
 from megakd.run.run_lab import RunLab
 from megakd.training.progress import Reporter
 from megakd.training.stage_run import StageRun
@@ -56,24 +55,16 @@ def command(*arguments: str) -> tuple[int, str]:
     return code, output.getvalue()
 
 
-def finish(config_path: str, overrides: Sequence[str] = ()) -> str:
-    """Run the method of a config to its end, from a checkpoint if there is one."""
-    with lab_of(config_path, overrides) as lab:
-        return str(run_method(lab.config.method, lab).folder)
-
-
 @contextmanager
 def started(
     config_path: str,
     overrides: Sequence[str] = (),
     *,
     strategy=Constant,
-    generates: bool = False,
     scores: bool = False,
 ):
     """The stage of a run's student and its teacher, None if that is the student's own base.
 
-    generates: the student learns from its own texts if the config has `rollout`.
     scores: the teacher is scored before the stage begins.
     """
     with lab_of(config_path, overrides) as lab:
@@ -84,7 +75,6 @@ def started(
             teachers=(name,),
             objective=config.objective,
             strategy=strategy((Pass(teacher=name),)),
-            rollouts=config.rollout if generates else None,
             train=config.train,
             deepspeed=config.student.deepspeed,
         )
@@ -104,17 +94,16 @@ def started(
             teacher.destroy()
 
 
-def sgd_engine(module, rate: float, stage: int, **zero):
+def sgd_engine(module, rate: float, stage: int):
     """Plain SGD with DeepSpeed, at a ZeRO stage that keeps no weight whole for long."""
-    if stage == 3:
-        kept = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
-        zero |= {f"stage3_{key}": 0 for key in (*kept, "prefetch_bucket_size")}
+    kept = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
+    none = {f"stage3_{key}": 0 for key in (*kept, "prefetch_bucket_size")}
     config = {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_clipping": 0.0,
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": stage, **zero},
+        "zero_optimization": {"stage": stage, **(none if stage == 3 else {})},
     }
     optimizer = torch.optim.SGD(module.parameters(), lr=rate)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
@@ -165,22 +154,19 @@ def summed(parts: dict) -> dict[str, float]:
     }
 
 
-def train(config_path: str, overrides: list[str], steps: int, *, generates: bool = True) -> dict:
+def train(config_path: str, overrides: list[str], steps: int) -> dict:
     """Train `steps` steps of a run config's student; return weights, gradients and losses."""
-    running = started(config_path, overrides, strategy=Watching, generates=generates)
-    with running as (run, _):
+    with started(config_path, overrides, strategy=Watching) as (run, _):
         initial = dict(gathered_state(run.student.bundle))
         reports = (run.trainer.train_step(run.source.step(step)) for step in range(steps))
-        facts = [(summed(one.parts), one.gradient_norm) for one in reports]
-        norm = facts[-1][1]
+        losses = [summed(one.parts) for one in reports]
         rows = run.assembly.prepared.encoded.validation
         return {
             "initial": initial,
             "final": dict(gathered_state(run.student.bundle)),
             "gradients": run.stage.strategy.gradients,
             "shards": run.stage.strategy.shards,
-            "losses": [losses for losses, _ in facts],
-            "gradient_norm": None if norm is None else float(norm),
+            "losses": losses,
             "scores": run.evaluation.scorer.score(run.student.predict, rows),
             "local_elements": sum(
                 getattr(p, "ds_tensor", p).numel() for p in run.student.bundle.parameters()
@@ -189,21 +175,9 @@ def train(config_path: str, overrides: list[str], steps: int, *, generates: bool
 
 
 def local(parameter) -> torch.Tensor:
-    """This rank's share of a parameter."""
     return getattr(parameter, "ds_tensor", parameter).detach()
 
 
 def elements(module) -> int:
     """Of all weights, on all ranks."""
     return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
-
-
-def steps_taken(config_path: str) -> int:
-    """Train the student's stage to its end and return the number of its steps on this rank."""
-    with lab_of(config_path) as lab:
-        teacher = lab.teacher()
-        strategy = Constant((Pass(teacher=teacher),))
-        terms = lab.config.objective
-        return lab.train(
-            Stage(name="student", teachers=(teacher,), objective=terms, strategy=strategy)
-        ).steps

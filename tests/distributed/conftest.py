@@ -71,34 +71,27 @@ class Group:
 
     @property
     def text(self) -> str:
-        """Return the output of all ranks, rank 0 first."""
         return "\n".join(log.read_text(errors="replace") for log in self.logs)
 
     def running(self) -> bool:
         return any(process.exitcode is None for process in self.processes)
 
-    def wait(self, timeout_s: float = TIMEOUT_S) -> list[int]:
+    def wait(self) -> list[int]:
         # Ranks that run to their end need the cores that a quick look takes.
-        self.wait_until(lambda: False, timeout_s=timeout_s, look_every_s=0.02)
+        self.wait_until(lambda: False, look_every_s=0.02)
         for process in self.processes:
             process.join()
         return [process.exitcode or 0 for process in self.processes]
 
-    def wait_until(
-        self,
-        condition: Callable[[], bool],
-        *,
-        timeout_s: float = TIMEOUT_S,
-        look_every_s: float = 0.001,
-    ) -> bool:
+    def wait_until(self, condition: Callable[[], bool], *, look_every_s: float = 0.001) -> bool:
         """Waits until the condition holds (True) or all ranks have ended (False)."""
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + TIMEOUT_S
         while not condition():
             if not self.running():
                 return False
             if time.monotonic() > deadline:
                 self.kill()
-                pytest.fail(f"no end after {timeout_s:.0f} s; {self.text[-3000:]}")
+                pytest.fail(f"no end after {TIMEOUT_S} s; {self.text[-3000:]}")
             time.sleep(look_every_s)
         return True
 
@@ -208,33 +201,45 @@ def command(workers: Callable[[int], GlooWorkers]) -> Callable[..., Ended]:
 
 
 @pytest.fixture
-def goes_on(command: Callable[..., Ended], tmp_path: Path) -> Callable[..., Path]:
-    """Continue a finished run from a step of a stage, with other ranks; return the folder."""
+def goes_on(command: Callable[..., Ended], tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
+    """Two ranks finish a run; others go on from a step of a stage at a ZeRO stage; both folders.
+
+    words: overrides for both.
+    rows: of all ranks per step.
+    """
 
     def run(
-        config: str | Path, out: Path, stage: str, step: int, *overrides: str, world: int
-    ) -> Path:
-        copied = as_it_was(out, stage, step, tmp_path / "continued" / str(world))
-        words = ("--config", str(config), f"output_dir={copied}", *overrides)
-        ended = command(*words, world=world, code=0)
-        saved = copied / "checkpoints" / stage / f"step-{step}"
-        assert f"{stage}: resumed at step {step} from {saved}, which" in ended.text
-        return copied
+        config: str | Path, saved: str, *words: str, world: int = 1, zero: int = 0, rows: int = 12
+    ) -> tuple[Path, Path]:
+        whole, copied = tmp_path / "whole", tmp_path / "continued"
+        kept = ("save.save_steps=1", "save.save_total_limit=null")
+        words = ("--config", str(config), *words, *kept)
+        command(*words, f"output_dir={whole}", code=0)
+        as_it_was(whole, saved, copied)
+        other = (
+            f"train.per_device_train_batch_size={rows // world}",
+            "train.gradient_accumulation_steps=1",
+            f"student.deepspeed={{zero_optimization: {{stage: {zero}}}}}",
+        )
+        ended = command(*words, f"output_dir={copied}", *other, world=world, code=0)
+        stage, _, step = saved.partition("/step-")
+        place = copied / "checkpoints" / saved
+        assert f"{stage}: resumed at step {step} from {place}, which" in ended.text
+        return copied, whole
 
     return run
 
 
-def as_it_was(out: Path, stage: str, step: int, copied: Path) -> Path:
-    """Copy a run's folder as it was when a stage had saved a step."""
+def as_it_was(out: Path, saved: str, copied: Path) -> None:
+    """Copy a run's folder as it was when a checkpoint, `STAGE/step-STEP`, had been saved."""
     shutil.copytree(out, copied)
-    saved = (out / "checkpoints" / stage / f"step-{step}" / "manifest.json").stat().st_mtime_ns
+    then = (out / "checkpoints" / saved / "manifest.json").stat().st_mtime_ns
     for file in sorted(out.rglob("*"), reverse=True):
         there = copied / file.relative_to(out)
-        if file.is_file() and file.stat().st_mtime_ns > saved:
+        if file.is_file() and file.stat().st_mtime_ns > then:
             there.unlink()
         elif there.is_dir() and not any(there.iterdir()):
             there.rmdir()
-    return copied
 
 
 @pytest.fixture(scope="session")

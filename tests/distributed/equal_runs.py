@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 import reference
 import torch
-from tiny_runs import NO_DROPOUT, save_tokenizer, shape_of, write_jsonl, write_text
+from tiny_runs import (
+    NO_DROPOUT,
+    run_in,
+    save_tokenizer,
+    shape_of,
+    write_jsonl,
+    write_reviews,
+    write_text,
+)
 from tiny_runs import bert as scratch_bert
 from tiny_runs import llama as scratch_llama
 from transformers import (
@@ -25,7 +33,7 @@ ZERO3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold":
 SETTINGS = {
     "learning_rate": 0.05,
     "adam_epsilon": 0.01,  # large: Adam would blow rounding of tiny gradients up to whole steps
-    "max_grad_norm": 0.5,
+    "max_grad_norm": 0.1,
     "temperature": 2.0,
     "total_steps": 100,
     "pairs": ((1, 2), (2, 4)),
@@ -57,8 +65,19 @@ OPTIONS = {
         "relation_heads": SETTINGS["heads"],
     },
 }
+TERMS = [
+    {"loss": "soft_target_kl", "weight": 0.5, "temperature": 2.0},
+    {"loss": "hard_cross_entropy", "weight": 0.5},
+    {"loss": "hidden_mse", "weight": 0.2, "layer_mapping": ["1:2"]},
+]
+RAGGED = 41  # rows: no number of ranks or rows per step divides it
 # (ranks, rows per micro-batch, micro-batches): each makes the same 12 rows a step.
 CUTS = [(1, 12, 1), (1, 2, 6), (2, 6, 1), (2, 1, 6), (3, 4, 1), (3, 2, 2)]
+PACKED = {
+    "per_device_train_batch_size": ROWS // 2,
+    "gradient_accumulation_steps": 1,
+    "tokens_per_rank": 40,
+}
 # The task, the teacher, and how transformers loads a student, by the first part of its name.
 KINDS = {
     "bert": ("classification", "bert-teacher", AutoModelForSequenceClassification),
@@ -106,7 +125,6 @@ def rows(count, seed):
 
 
 def write_folder(folder: Path) -> Path:
-    """Write data and models that both sides read."""
     for split, count in {"train": 40, "validation": 13}.items():
         write_jsonl(folder / "data" / f"{split}.jsonl", rows(count, seed=count))
     texts = [row["text"] for row in rows(40, seed=40)]
@@ -122,16 +140,58 @@ def write_folder(folder: Path) -> Path:
     return folder
 
 
+def write_random(folder: Path, text: Path, **configs) -> Path:
+    """Write models with random weights by name, Llamas or BERTs, and tokenizers of a text."""
+    torch.manual_seed(0)
+    for name, config in configs.items():
+        is_llama = config.model_type == "llama"
+        model = (AutoModelForCausalLM if is_llama else AutoModelForMaskedLM).from_config(config)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+        model.save_pretrained(folder / name)
+        kind = "bpe" if is_llama else "wordpiece"
+        save_tokenizer(folder / name, text.read_text().split("\n\n"), kind=kind)
+    return folder
+
+
 def write_llama(folder: Path, layers: int, **sizes) -> Path:
     """Write a text, and a Llama with random weights and grouped heads."""
     text = write_text(folder / "text.txt", documents=120)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(llama(layers, 16, vocab_size=320, **sizes))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    model.save_pretrained(folder / "llama")
-    save_tokenizer(folder / "llama", text.read_text().split("\n\n"), kind="bpe")
-    return folder
+    return write_random(folder, text, llama=llama(layers, 16, vocab_size=320, **sizes))
+
+
+def write_pair(
+    folder: Path,
+    *,
+    language=False,
+    student="zero2",
+    teacher="teacher_zero3",
+    models=None,
+    objective=TERMS,
+    **train,
+) -> str:
+    """Write a run that distils into two layers, in a folder that is made for it."""
+    folder.mkdir()
+    if language:
+        task = {"type": "causal_lm", "dataset": str(write_text(folder / "text.txt"))}
+        task["tokenizer"] = {"type": "bpe", "vocab_size": 320}
+    else:
+        reviews = write_reviews(folder / "reviews", train=RAGGED, validation=9)
+        task = {"type": "classification", "dataset": str(reviews)}
+    make, keys = (scratch_llama, {}) if language else (scratch_bert, NO_DROPOUT)
+    big, small = models or (make(2, width=24, **keys), make(2, **keys))
+    # A large epsilon, so that the size of a gradient shows in the step that Adam takes.
+    usual = {"max_steps": 100, "adam_epsilon": 0.01, "gradient_accumulation_steps": 2}
+    config = run_in(
+        folder,
+        task,
+        teacher={"model": big, "deepspeed": teacher},
+        student={"model": small, "deepspeed": student},
+        method={"name": "single"},
+        objective=objective,
+        train={**usual, **train},
+    )
+    return str(config)
 
 
 def zero(stage):
@@ -223,7 +283,6 @@ def inputs_of(config):
 
 
 def difference(actual, wanted) -> float:
-    """The largest difference of any weight."""
     assert actual.keys() == wanted.keys()
     return max((actual[name].float() - wanted[name].float()).abs().max().item() for name in wanted)
 

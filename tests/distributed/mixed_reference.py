@@ -128,19 +128,15 @@ class Pair:
 def trained(pair: Pair, steps: list[list[Any]], train: dict, *, learners: list[str]) -> list[dict]:
     """Take AdamW steps over batches of one rank; return the losses of every step."""
     second = {id(p) for p in pair.second.values()}
-    matrices = [p for p in pair.parameters() if p.dim() > 1 and id(p) not in second]
-    vectors = [p for p in pair.parameters() if p.dim() < 2 or id(p) in second]
-    factor = train.get("teacher_factor", 1.0)
-    teachers = {id(p) for p in pair.models["teacher"].parameters()}
-    teachers |= second
+    teachers = second | {id(p) for p in pair.models["teacher"].parameters()}
+    factor, decay = train.get("teacher_factor", 1.0), train["weight_decay"]
     groups = [
         {
-            "params": [p for p in some if (id(p) in teachers) == slow],
-            "weight_decay": decay,
-            "factor": factor if slow else 1.0,
+            "params": [p],
+            "weight_decay": 0.0 if p.dim() < 2 or id(p) in second else decay,
+            "factor": factor if id(p) in teachers else 1.0,
         }
-        for some, decay in ((matrices, train["weight_decay"]), (vectors, 0.0))
-        for slow in (False, True)
+        for p in pair.parameters()
     ]
     optimizer = torch.optim.AdamW(groups, lr=0.0, eps=train["adam_epsilon"])
     collected = []

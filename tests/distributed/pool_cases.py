@@ -15,6 +15,8 @@ from megakd.teachers.cached import CachedTeacher
 
 
 class Watched:
+    """A teacher that notes its name whenever it is asked."""
+
     def __init__(self, name: str, teacher, asked: list[str]) -> None:
         self.name, self.teacher, self.asked = name, teacher, asked
 
@@ -22,24 +24,11 @@ class Watched:
         self.asked.append(self.name)
         return self.teacher(batch)
 
-    def prefetch(self) -> None:
-        self.teacher.prefetch()
-
-    def evict(self) -> None:
-        self.teacher.evict()
-
-    @property
-    def elements(self) -> int:
-        """Return the weights on this rank; none if the answers are on disk."""
-        if isinstance(self.teacher, CachedTeacher):
-            return 0
-        return sum(local(weight).numel() for weight in self.teacher.model.parameters())
+    def __getattr__(self, name: str):
+        return getattr(self.teacher, name)
 
     def answers(self, batches):
         return map(self, batches)
-
-    def destroy(self) -> None:
-        self.teacher.destroy()
 
 
 def learn(config_path: str, overrides: list[str]) -> dict:
@@ -50,9 +39,10 @@ def learn(config_path: str, overrides: list[str]) -> dict:
         frozen = lab.pool.open
 
         def watched(name, stage):
-            teacher = Watched(name, frozen(name, stage), asked)
-            held[name] = teacher.elements
-            return teacher
+            teacher = frozen(name, stage)
+            if not isinstance(teacher, CachedTeacher):
+                held[name] = sum(local(weight).numel() for weight in teacher.model.parameters())
+            return Watched(name, teacher, asked)
 
         lab.pool.open = watched
         result = run_method(lab.config.method, lab)

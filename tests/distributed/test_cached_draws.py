@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -24,30 +23,21 @@ def write_shards(config_path: str, overrides: list[str], shard: int = ROWS_PER_S
         return cache(config_path, overrides)
 
 
-def write_until(config_path: str, overrides: list[str], calls: int) -> int:
-    """Write the cache until the teacher has answered some micro-batches; return the shards."""
-    with (
-        mock.patch.object(FrozenTeacher, "draw", _ending(FrozenTeacher.draw, calls)),
-        mock.patch.object(cached, "SHARD_ROWS", ROWS_PER_SHARD),
-    ):
-        try:
-            cache(config_path, overrides)
-        except KeyboardInterrupt:
-            folder = next(o for o in overrides if ".cache=" in o).partition("=")[2]
-            return len(list(Path(folder).glob("*/ids.npy")))
-    raise AssertionError("the cache was complete before it was to end")
-
-
-def _ending(draw: Callable, calls: int) -> Callable:
-    left = [calls]
+def write_until(config_path: str, overrides: list[str], calls: int) -> None:
+    """Write the cache until the teacher has answered some micro-batches."""
+    draw, left = FrozenTeacher.draw, [None] * calls
 
     def ending(*arguments):
-        if not left[0]:
+        if not left:
             raise KeyboardInterrupt
-        left[0] -= 1
+        left.pop()
         return draw(*arguments)
 
-    return ending
+    with (
+        mock.patch.object(FrozenTeacher, "draw", ending),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        write_shards(config_path, overrides)
 
 
 @pytest.fixture(scope="module")
@@ -88,18 +78,10 @@ def write(workers, config, tmp_path_factory):
     return written
 
 
-def contents(folder: Path) -> dict[str, np.ndarray]:
-    return {str(file.relative_to(folder)): np.load(file) for file in folder.glob("*/*.npy")}
-
-
-def assert_same(actual: Path, expected: Path) -> None:
-    mine, theirs = contents(actual), contents(expected)
-    assert mine.keys() == theirs.keys()
-    assert len(mine) > 2  # several shards of two files
-    for name, values in theirs.items():
-        np.testing.assert_array_equal(mine[name], values, err_msg=name)
-    listed = [json.loads((f / "cache.json").read_text())["shards"] for f in (actual, expected)]
-    assert listed[0] == listed[1]
+def draws(folder: Path) -> dict[str, np.ndarray]:
+    """The rows of all shards."""
+    files = {kind: sorted(folder.glob(f"*/{kind}.npy")) for kind in ("ids", "counts")}
+    return {kind: np.concatenate([np.load(one) for one in each]) for kind, each in files.items()}
 
 
 @pytest.fixture(scope="module")
@@ -107,41 +89,33 @@ def alone(write) -> Path:
     return write(ranks=1, rows=8)
 
 
-@pytest.mark.parametrize(("ranks", "rows", "teacher"), [(1, 3, 0), (2, 2, 0), (2, 3, 3)])
-def test_ranks_and_batches_do_not_change_the_draws(write, alone, ranks, rows, teacher):
-    assert_same(write(ranks=ranks, rows=rows, teacher=teacher), alone)
+@pytest.mark.parametrize(
+    ("ranks", "rows", "teacher", "shard"), [(1, 3, 0, 5), (2, 2, 0, 8), (2, 3, 3, 8)]
+)
+def test_ranks_batches_and_shards_do_not_change_the_draws(
+    write, alone, ranks, rows, teacher, shard
+):
+    made = write(ranks=ranks, rows=rows, teacher=teacher, shard=shard)
+
+    np.testing.assert_equal(draws(made), draws(alone))
 
 
 def test_a_cache_that_is_gone_on_with_after_a_kill_has_the_same_files(write, alone):
     partly = write(ranks=2, rows=2, calls=5)
-    shards = len(contents(partly)) // 2
+    shards = len(list(partly.glob("*/ids.npy")))
 
     whole = write(ranks=1, rows=5, folder=partly)
 
-    assert 0 < shards < len(contents(whole)) // 2
-    assert_same(whole, alone)
+    ours, theirs = (json.loads((at / "cache.json").read_text())["shards"] for at in (whole, alone))
+    assert 0 < shards < len(theirs)
+    assert ours == theirs
+    np.testing.assert_equal(draws(whole), draws(alone))
 
 
-def test_the_number_of_the_row_decides_and_not_its_place_in_a_shard(write, alone):
-    caches = [contents(cache) for cache in (write(ranks=1, rows=8, shard=5), alone)]
-
-    for kind in ("ids", "counts"):
-        actual, expected = (
-            np.concatenate([values for name, values in sorted(cache.items()) if kind in name])
-            for cache in caches
-        )
-        np.testing.assert_array_equal(actual, expected)
-
-
-def test_two_ranks_learn_from_draws_as_one_does(workers, write, alone, config, tmp_path):
+def test_two_ranks_learn_from_draws_as_one_does(run_case, alone, config):
     def learned(ranks: int, stage: str) -> dict:
-        settings = [
-            f"output_dir={tmp_path / stage}",
-            f"teacher.cache={alone}",
-            f"train.per_device_train_batch_size={4 // ranks}",
-            f"student.deepspeed={stage}",
-        ]
-        return workers(ranks).run("pool_cases.learn", config, settings)[0]["weights"]
+        settings = (f"teacher.cache={alone}", f"student.deepspeed={stage}")
+        return run_case("pool_cases.learn", config, ranks, *settings)[0]["weights"]
 
     expected = learned(1, "zero0")
     for stage in ("zero2", "zero3"):

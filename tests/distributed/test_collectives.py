@@ -162,25 +162,23 @@ def test_an_error_of_one_rank_keeps_the_others_from_going_on(workers, kind, fail
     assert second == first
 
 
-def test_one_rank_of_a_node_makes_the_rows_and_the_others_map_its_files(workers, tmp_path):
-    first, second = workers(2).run("test_collectives.rows_of_node", [str(tmp_path)] * 2)
-
-    assert (first["ran"], second["ran"]) == ([0], [])
-    assert first["rows"] == second["rows"] == [0, 20]
-    assert second["files"] == first["files"]
+@pytest.fixture
+def places(tmp_path) -> list[str]:
+    """A folder of each rank."""
+    return [str(tmp_path / "a"), str(tmp_path / "b")]
 
 
 @pytest.mark.parametrize("sees", [True, False])
-def test_a_node_makes_rows_of_its_own_if_it_does_not_see_the_files_of_rank_0(
-    workers, tmp_path, sees
+def test_a_node_maps_the_files_of_rank_0_or_makes_rows_of_its_own_if_it_does_not_see_them(
+    workers, places, sees
 ):
-    places = [str(tmp_path / "a"), str(tmp_path / "b")]
     case = "rows_of_node" if sees else "rows_of_separate_node"
 
     first, second = workers(2).run(f"test_collectives.{case}", places)
 
     assert (first["ran"], second["ran"]) == ([0], [] if sees else [1])
     assert (first["rows"], second["rows"]) == ([0, 20], [0, 20] if sees else [1, 20])
+    assert (second["files"] == first["files"]) is sees
 
 
 def test_an_output_folder_that_a_node_shows_late_is_waited_for(workers, tmp_path):
@@ -190,20 +188,16 @@ def test_an_output_folder_that_a_node_shows_late_is_waited_for(workers, tmp_path
     assert re.fullmatch(r"held; .* not visible yet as \S+ on \S+ \(node 1\): waiting", answer[0])
 
 
-def test_an_output_folder_that_a_node_does_not_share_ends_all_ranks(workers, tmp_path):
-    folders = [str(tmp_path / "a"), str(tmp_path / "b")]
-
-    answer = workers(2).run("test_collectives.held_folder", folders, 0)
+def test_an_output_folder_that_a_node_does_not_share_ends_all_ranks(workers, places, tmp_path):
+    answer = workers(2).run("test_collectives.held_folder", places, 0)
 
     assert answer[0] == answer[1]
-    assert re.search(rf"not visible as {folders[1]}/lock.json on \S+ \(node 1\); all", answer[0])
+    assert re.search(rf"not visible as {places[1]}/lock.json on \S+ \(node 1\); all", answer[0])
     assert list(tmp_path.rglob("*")) == []
 
 
 @pytest.mark.parametrize("failing", [0, 1])
-def test_a_node_that_cannot_make_its_rows_ends_all_ranks(workers, tmp_path, failing):
-    places = [str(tmp_path / "a"), str(tmp_path / "b")]
-
+def test_a_node_that_cannot_make_its_rows_ends_all_ranks(workers, places, failing):
     result = workers(2).run("test_collectives.rows_of_separate_node", places, failing)
 
     assert all(answer["said"].endswith(f"rank {failing} cannot read it") for answer in result)

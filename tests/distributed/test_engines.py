@@ -9,9 +9,10 @@ import psutil
 import pytest
 import torch
 from cases import elements, lab_of, local, started
-from equal_runs import ZERO3, difference
+from equal_runs import RAGGED, TERMS, ZERO3, difference, write_pair
 from safetensors.torch import load_file
-from tiny_runs import NO_DROPOUT, bert, config_tree, llama, write_config, write_reviews, write_text
+from tiny_runs import NO_DROPOUT, bert, llama
+from torch.utils._pytree import tree_leaves
 
 from megakd.contract.stage import Constant, Pass, Stage
 from megakd.engine.memory import forget_models
@@ -58,16 +59,6 @@ def consecutive_stages(config_path: str, out: str, *, closes: bool) -> int:
         return opening.call_count
 
 
-def epoch(config_path: str) -> dict:
-    """Count the examples of each step of one epoch, over all ranks and on this rank."""
-    with started(config_path) as (run, _):
-        steps = [run.source.step(index) for index in range(run.source.steps_per_epoch)]
-        return {
-            "counted": [run.trainer.count_units(batches)["examples"].item() for batches in steps],
-            "mine": [sum(int(b.valid.any(1).sum()) for b in batches) for batches in steps],
-        }
-
-
 def note_gathers(model, note) -> None:
     """Call `note` with the weights that are made whole together: one, or many by their first."""
     for parameter in model.parameters():
@@ -81,9 +72,9 @@ def note_gathers(model, note) -> None:
             setattr(parameter, way, gather)
 
 
-def head_gathers(config_path: str) -> list[dict]:
+def head_gathers(config_path: str, overrides: list[str]) -> list[dict]:
     """Count the gathers of the matrix of each model's head, per micro-batch."""
-    with started(config_path) as (run, teacher):
+    with started(config_path, overrides) as (run, teacher):
         models = {"teacher": teacher.model, "student": run.student.student}
         counted = dict.fromkeys(models, 0)
         for name, model in models.items():
@@ -130,65 +121,20 @@ def resident_memory(config_path: str, stages: int) -> list[int]:
     return sizes
 
 
-ROWS = 41  # no number of ranks or rows per step divides it
-TERMS = [
-    {"loss": "soft_target_kl", "weight": 0.5, "temperature": 2.0},
-    {"loss": "hard_cross_entropy", "weight": 0.5},
-    {"loss": "hidden_mse", "weight": 0.2, "layer_mapping": ["1:2"]},
-]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("engines")
-    write_reviews(folder / "reviews", train=ROWS, validation=9)
-    write_text(folder / "text.txt")
-    return folder
-
-
 @pytest.fixture
-def write(folder, tmp_path):
+def write(tmp_path):
     """A config with the engines and settings of one test: `write(student=..., teacher=...)`."""
 
-    def written(
-        *,
-        language=False,
-        student="zero2",
-        teacher="teacher_zero3",
-        models=None,
-        objective=TERMS,
-        micro_batches_per_call=None,
-        **train,
-    ):
-        task = {"type": "classification", "dataset": str(folder / "reviews")}
-        if language:
-            task = {"type": "causal_lm", "dataset": str(folder / "text.txt")}
-            task["tokenizer"] = {"type": "bpe", "vocab_size": 320}
-        make, keys = (llama, {}) if language else (bert, NO_DROPOUT)
-        big, small = models or (make(2, width=24, **keys), make(2, **keys))
-        tree = config_tree(
-            tmp_path / "out",
-            task,
-            teacher={"model": big, "deepspeed": teacher},
-            student={"model": small, "deepspeed": student},
-            method={"name": "single"},
-            objective=objective,
-        )
-        if micro_batches_per_call:
-            tree["teacher"]["micro_batches_per_call"] = micro_batches_per_call
-        # A large epsilon, so that the size of a gradient shows in the step that Adam takes.
-        usual = {"max_steps": 100, "adam_epsilon": 0.01, "gradient_accumulation_steps": 2}
-        tree["train"] |= {**usual, **train}
-        count = len(list(tmp_path.glob("*.yaml")))
-        return str(write_config(tmp_path / f"{count}.yaml", tree))
+    def written(**settings) -> str:
+        return write_pair(tmp_path / str(len(list(tmp_path.iterdir()))), **settings)
 
     return written
 
 
 @pytest.fixture
 def train(workers, write):
-    def trained(steps=3, *, ranks=2, timeout_s=180, **settings):
-        return workers(ranks).run("train", write(**settings), [], steps, timeout_s=timeout_s)[0]
+    def trained(steps, *, ranks=2, **settings):
+        return workers(ranks).run("train", write(**settings), [], steps)[0]
 
     return trained
 
@@ -202,53 +148,16 @@ def test_both_models_in_bf16_bring_the_loss_down(workers, write, student, teache
     result = workers(2).run("train", path, ["teacher.dtype=bf16"], 16)[0]
 
     assert {weight.dtype for weight in result["final"].values()} == {torch.bfloat16}
-    assert result["gradient_norm"] > 0
     total = [
         sum(term["weight"] * step[term["loss"]] for term in TERMS) for step in result["losses"]
     ]
     assert sum(total[-4:]) < 0.8 * sum(total[:4])
 
 
-# The first use of DeepSpeed's CPU Adam compiles it, which takes a minute.
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("preset", "like", "teacher"),
-    [
-        ("zero2_offload", "zero2", "teacher_zero3_offload"),
-        ("zero3_offload", "zero3", "teacher_zero3_offload"),
-        ("zero3_offload", "zero3", "teacher_zero0"),
-    ],
-)
-def test_offloading_to_the_cpu_changes_no_weight(train, preset, like, teacher):
-    offloaded = train(student=preset, teacher=teacher, weight_decay=0.01, timeout_s=400)
-    kept = train(student=like, weight_decay=0.01)
-
-    assert difference(offloaded["final"], kept["final"]) <= 1e-5
-    assert difference(offloaded["final"], offloaded["initial"]) > 1e-3
-
-
-@pytest.mark.parametrize("student", ["zero0", "zero2", "zero3"])
-def test_odd_weights_are_trained_alike_and_clipped_by_the_norm_of_their_gradients(train, student):
-    """Ranks cannot halve them. A limit of 0 clips nothing."""
-    odd = {"hidden_size": 6, "intermediate_size": 7, "max_position_embeddings": 33}
-    models = (bert(2, width=10, **NO_DROPOUT), bert(1, **{**NO_DROPOUT, **odd}))
-
-    low, off = (train(2, student=student, models=models, max_grad_norm=m) for m in (0.05, 0.0))
-    unclipped = train(2, student="zero0", models=models, max_grad_norm=1e6)["final"]
-
-    for one in (low, off):
-        squares = sum(g.double().square().sum() for g in one["gradients"][-1].values())
-        assert one["gradient_norm"] == pytest.approx(float(squares.sqrt()), rel=1e-5)
-        assert one["gradient_norm"] > 0.05
-    assert any(weight.numel() % 2 for weight in unclipped.values())
-    assert difference(off["final"], unclipped) <= 1e-6
-    assert difference(low["final"], unclipped) > 1e-3
-
-
 @pytest.mark.parametrize(
     ("student", "teacher"),
     [
-        ("zero2", "teacher_zero0"),
+        ("zero0", "teacher_zero0"),
         ("zero2", "teacher_zero3_offload"),
         ("zero3", "teacher_zero3"),
         pytest.param("zero2_offload", "teacher_zero3_offload", marks=pytest.mark.slow),
@@ -276,37 +185,19 @@ def test_a_teacher_has_no_optimizer_no_gradient_and_no_place_in_a_checkpoint(
     assert names
     assert names <= {"learners", "objective"}
     # Weight and two moments of each element, and at ZeRO-2 the weights once more.
-    elements = sum(t.numel() for t in tensors(saved) if t.is_floating_point())
+    tensors = [leaf for leaf in tree_leaves(saved) if isinstance(leaf, torch.Tensor)]
+    elements = sum(tensor.numel() for tensor in tensors if tensor.is_floating_point())
     assert elements <= 4.2 * facts["student_elements"]
 
 
-def tensors(value):
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict | list | tuple):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from tensors(item)
-
-
 # With one micro-batch of 4 the last step has one row, and the other rank only keeps in step.
-@pytest.mark.parametrize(("accumulation", "last"), [(1, {0, 1}), (2, {4, 5})])
-def test_an_epoch_that_ends_raggedly_counts_every_row_once(workers, write, accumulation, last):
-    path = write(gradient_accumulation_steps=accumulation)
+@pytest.mark.parametrize(("student", "accumulation"), [("zero2", 1), ("zero3", 2)])
+def test_a_ragged_end_trains_two_ranks_as_one(train, student, accumulation):
+    steps = RAGGED // (8 * accumulation) + 2  # over the end, into the second epoch
+    keys = {"student": student, "gradient_accumulation_steps": accumulation}
 
-    first, second = workers(2).run("test_engines.epoch", path)
-
-    assert first["counted"] == second["counted"]
-    assert sum(first["counted"]) == ROWS
-    assert [a + b for a, b in zip(first["mine"], second["mine"], strict=True)] == first["counted"]
-    assert {first["mine"][-1], second["mine"][-1]} == last
-
-
-@pytest.mark.parametrize("student", ["zero2", "zero3"])
-def test_a_ragged_end_trains_two_ranks_as_one(train, student):
-    steps = ROWS // 16 + 2  # over the end, into the second epoch
-
-    two = train(steps, student=student)
-    one = train(steps, ranks=1, student=student, per_device_train_batch_size=8)
+    two = train(steps, **keys)
+    one = train(steps, ranks=1, per_device_train_batch_size=8, **keys)
 
     assert difference(two["final"], one["final"]) <= 3e-6
     assert two["scores"] == pytest.approx(one["scores"], abs=1e-6)
@@ -328,10 +219,10 @@ def test_a_sharded_head_is_made_whole_once_per_micro_batch_whatever_the_losses(
             {"loss": "soft_target_kl"},
             {"loss": "soft_target_reverse_kl", "temperature": 2.0},
         ],
-        micro_batches_per_call=1,
     )
 
-    _, *result = workers(2).run("test_engines.head_gathers", path)[0]
+    one = ["teacher.micro_batches_per_call=1"]
+    _, *result = workers(2).run("test_engines.head_gathers", path, one)[0]
 
     # In the first micro-batch DeepSpeed learns who reads the head.
     assert result == [{"teacher": teacher, "student": 1}] * 3
@@ -351,13 +242,11 @@ def test_a_sharded_teacher_is_made_whole_once_per_step(workers, write):
 
 
 @pytest.mark.parametrize(("language", "tied"), [(False, True), (True, True)])
-def test_a_sharded_teacher_teaches_the_same_after_it_was_scored(
-    workers, write, tmp_path, language, tied
-):
+def test_a_sharded_teacher_teaches_the_same_after_it_was_scored(workers, write, language, tied):
     """Scoring reads the head in another order, which DeepSpeed's prefetch remembers."""
     models = (llama(2, 24, tie_word_embeddings=tied), llama(1)) if language else None
     path = write(language=language, student="zero3", teacher=ZERO3, models=models)
-    scores = tmp_path / "out" / "checkpoints" / "teacher-scores.json"
+    scores = Path(path).parent / "out" / "checkpoints" / "teacher-scores.json"
 
     alone = workers(2).run("test_engines.losses", path, scores=False)
     assert not scores.exists()

@@ -9,6 +9,7 @@ from equal_runs import (
     CUTS,
     INNER,
     LANGUAGE,
+    PACKED,
     assert_same,
     assert_same_shards,
     cut_of,
@@ -16,6 +17,7 @@ from equal_runs import (
 )
 
 RECOMPUTED = {"gradient_checkpointing": True}
+OFFLOADED = {"deepspeed": "teacher_zero3_offload"}
 CHUNKED, REFERENCE = {"kernels": "chunked"}, {"kernels": "reference"}
 
 
@@ -53,6 +55,8 @@ CASES = [
     ("bert-student", INNER, (3, 3), 2, {}),
     ("llama-tied", INNER, (2, 0), 2, {"train": CHUNKED}),
     ("llama-tied", INNER, (3, 3), 2, {"train": RECOMPUTED}),
+    ("llama-untied", LANGUAGE, (2, 3), 2, {"train": PACKED}),
+    ("bert-student", CLASSIFICATION, (2, 3), 2, {"teacher": OFFLOADED}),
 ]
 SLOW_CASES = [
     *cases(SLOW, SLOW_CUT),

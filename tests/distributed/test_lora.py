@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -11,11 +10,13 @@ import torch
 from equal_runs import CLASSIFICATION, LANGUAGE, assert_same, difference, plain_run
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file
+from whole_run import weights
 
 from megakd.models.lora import WEIGHTS
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TOKENS = {"hard_cross_entropy": 0.3, "soft_target_kl": 0.5, "soft_target_reverse_kl": 0.2}
+BEST = ("checkpoints", "student", "best")
 ADAPTERS = {"lora": {"r": 4, "alpha": 6.0}}
 
 
@@ -68,68 +69,41 @@ def test_the_base_without_adapters_teaches_as_a_second_model_would(distil, write
     assert result["losses"][-1]["soft_target_kl"] > 1e-4
 
 
-@pytest.fixture(scope="module", params=[1, 3])
-def finished(request, workers, write_run):
-    sections = {"save": {"save_steps": 2, "save_total_limit": None}, "train": {"max_steps": 4}}
-    path = write_run("llama-tied", LANGUAGE, (request.param, 0), student=ADAPTERS, **sections)
-    folder, _ = workers(2).run("finish", path)
-    return path, Path(folder).parents[1]
+@pytest.mark.parametrize("zero", [1, 3])
+def test_a_checkpoint_has_the_adapters_alone(command, write_run, zero):
+    train = {"max_steps": 2}
+    path = write_run("llama-tied", LANGUAGE, (zero, 0), student=ADAPTERS, train=train)
 
+    command("--config", path, code=0)
 
-def tensors_of(folder):
-    return {
-        f"{file.name} {name}": tensor
-        for file in sorted(folder.rglob("*.safetensors"))
-        for name, tensor in load_file(file).items()
-    }
-
-
-def test_a_killed_run_resumes_from_the_adapters_to_the_same_weights(workers, finished, tmp_path):
-    path, out = finished
-    killed = tmp_path / "killed"
-    shutil.copytree(out / "checkpoints", killed / "checkpoints")
-    shutil.rmtree(killed / "checkpoints" / "student" / "step-4")
-    (killed / "checkpoints" / "student" / "latest").unlink()
-
-    workers(2).run("finish", path, [f"output_dir={killed}"])
-
-    actual, expected = (tensors_of(at / "stages" / "student") for at in (killed, out))
-    assert difference(actual, expected) == 0
-    result = json.loads((killed / "stages" / "student" / "result.json").read_text())
-    assert result["steps"] == 4
-
-
-def test_a_checkpoint_has_the_adapters_alone(finished):
-    _, out = finished
+    out = Path(f"{path}-out")
     stage, checkpoint = out / "stages" / "student", out / "checkpoints" / "student" / "step-2"
-
     for file in checkpoint.glob("engine-*.pt"):
         for name in torch.load(file, weights_only=True)["offsets"]:
             assert "lora_" in name or name.startswith("objective."), name
     learned = sum(tensor.numel() for tensor in load_file(stage / WEIGHTS).values())
-    assert learned < max(tensor.numel() for tensor in tensors_of(stage).values())
+    assert learned < max(tensor.numel() for tensor in weights(stage).values())
     written = sum(file.stat().st_size for file in checkpoint.glob("*.pt"))
     assert written < 4 * 8 * learned + 200_000, (written, learned)
 
 
 @pytest.mark.parametrize("zero", [0, 3])
 def test_the_adapters_of_the_best_evaluation_are_merged_and_not_the_last(
-    workers, write_run, models, zero
+    command, write_run, models, zero
 ):
     # Adam's steps are as large as the rate, so the first steps are better than the last.
     train = {"max_steps": 4, "learning_rate": 2.0, "lr_scheduler_type": "constant"}
     sections = {"train": {**train, "adam_epsilon": 1e-8}, "eval": {"eval_steps": 1}}
     path = write_run("llama-untied", LANGUAGE, (zero, 0), student=ADAPTERS, **sections)
 
-    folder, _ = workers(2).run("finish", path)
+    command("--config", path, code=0)
 
-    stage = Path(folder)
-    kept = stage.parents[1] / "checkpoints" / "student" / "best"
+    stage, kept = (Path(f"{path}-out", *at) for at in (("stages", "student"), BEST))
     best = load_file(kept / Path(WEIGHTS).name)
     assert json.loads((kept / "best.json").read_text())["step"] < 4
     assert difference(load_file(stage / WEIGHTS), best) == 0
     assert not (kept / "model.safetensors").exists()
-    base, merged = (load_file(at / "model.safetensors") for at in (models / "llama-untied", stage))
+    base, merged = weights(models / "llama-untied"), weights(stage)
     assert merged.keys() == base.keys()
     for name, weight in base.items():
         module = f"base_model.model.{name.removesuffix('.weight')}"

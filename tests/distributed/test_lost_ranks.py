@@ -35,41 +35,32 @@ def lose(launch, request):
     return run
 
 
+LOST_RANK = rf"^megakd: rank {{}} ends because rank {LOST} on \S+ "
+
+
 @pytest.mark.parametrize(
-    ("case", "how"),
+    ("case", "line"),
     [
-        ("work", "has ended"),
-        ("waiting", "has ended with ValueError; see the output"),
-        ("forked", "has ended"),
-        ("stopped", "has not answered for 2 s"),
+        ("work", f"{LOST_RANK}has ended"),
+        ("waiting", f"{LOST_RANK}has ended with ValueError; see the output"),
+        ("forked", f"{LOST_RANK}has ended"),
+        ("stopped", f"{LOST_RANK}has not answered for 2 s"),
+        # Stopped before they are watched, or before they meet the others.
+        ("joined", "^megakd: rank {} ends because the ranks have not met within 2.5 s"),
+        ("unwatched", "^megakd: rank {} ends because the ranks have not met within 2.5 s"),
+        (
+            "absent",
+            r"PeerLostError: not all of 3 ranks have met at \S+ within 6 s .*; see the output",
+        ),
     ],
 )
-def test_a_rank_that_is_lost_ends_all_others_with_a_line_that_names_it(lose, case, how):
+def test_a_rank_that_is_lost_ends_all_others_with_a_line_each(lose, case, line):
     group = lose(case)
 
     assert [rank.exitcode for rank in group.processes[:LOST]] == [1, 1]
-    for rank in range(LOST):
-        line = rf"^megakd: rank {rank} ends because rank {LOST} on \S+ {how}"
-        assert len(re.findall(line, group.text, re.MULTILINE)) == 1, group.text
-
-
-@pytest.mark.parametrize("case", ["joined", "unwatched"])
-def test_a_rank_that_is_stopped_before_it_is_watched_ends_all_others(lose, case):
-    group = lose(case)
-
-    assert [rank.exitcode for rank in group.processes[:LOST]] == [1, 1]
-    for rank in range(LOST):
-        assert f"megakd: rank {rank} ends because the ranks have not met within 2.5 s" in group.text
-
-
-def test_a_rank_that_is_stopped_before_it_meets_the_others_is_missed_by_them(lose):
-    group = lose("absent")
-
-    assert [rank.exitcode for rank in group.processes[:LOST]] == [1, 1]
-    line = (
-        r"PeerLostError: not all of 3 ranks have met at 127.0.0.1:\d+ within 6 s .*; see the output"
-    )
-    assert len(re.findall(line, group.text)) == LOST, group.text
+    for rank, log in enumerate(group.logs[:LOST]):
+        said = re.findall(line.format(rank), log.read_text(), re.MULTILINE)
+        assert len(said) == 1, group.text
 
 
 def test_ranks_that_end_one_after_another_lose_nobody(lose):

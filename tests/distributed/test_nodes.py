@@ -6,7 +6,6 @@ import os
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -14,8 +13,7 @@ import torch
 import torch.distributed as dist
 from cases import elements, local, started, summed
 from deepspeed.runtime.zero import partition_parameters
-from equal_runs import ZERO3, difference
-from tiny_runs import NO_DROPOUT, bert, llama, run_in, write_reviews, write_text
+from equal_runs import ZERO3, difference, write_pair
 
 from megakd.engine import nodes
 from megakd.engine.memory import forget_models
@@ -69,26 +67,6 @@ def gathers() -> Iterator[list[int]]:
 
 # Small weights are sharded too, and gathered in every forward.
 NODE = {"megakd": {"shard_within_node": True}, **ZERO3}
-KL, HIDDEN = {"loss": "soft_target_kl"}, {"loss": "hidden_mse", "layer_mapping": ["1:2"]}
-
-
-def config_of(folder: Path, *, language: bool, student: str) -> str:
-    task = {"type": "classification", "dataset": str(write_reviews(folder / "reviews", train=41))}
-    big, small = bert(2, width=24, **NO_DROPOUT), bert(1, **NO_DROPOUT)
-    if language:
-        task = {"type": "causal_lm", "dataset": str(write_text(folder / "text.txt"))}
-        task["tokenizer"] = {"type": "bpe", "vocab_size": 320}
-        big, small = llama(2, width=24), llama(1)
-    config = run_in(
-        folder,
-        task,
-        teacher={"model": big, "deepspeed": NODE},
-        student={"model": small, "deepspeed": student},
-        method={"name": "single"},
-        objective=[KL, HIDDEN],
-        train={"gradient_accumulation_steps": 2},
-    )
-    return str(config)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +82,8 @@ def config_of(folder: Path, *, language: bool, student: str) -> str:
 def test_each_node_has_one_copy_of_a_teacher_that_answers_as_if_whole(
     workers, tmp_path, ranks, nodes, language, student
 ):
-    path, of_node = config_of(tmp_path, language=language, student=student), ranks // nodes
+    path = write_pair(tmp_path / "run", language=language, student=student, teacher=NODE)
+    of_node = ranks // nodes
     whole = ["teacher.deepspeed=teacher_zero0"]
 
     expected = workers(ranks).run("test_nodes.taught", path, whole, nodes)

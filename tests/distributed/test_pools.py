@@ -23,7 +23,6 @@ TRAIN = {"gradient_accumulation_steps": MICRO_BATCHES, "adam_epsilon": 0.01}
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory) -> str:
-    """A run whose steps draw a teacher of three."""
     folder = tmp_path_factory.mktemp("pools")
     teachers = [
         {"name": name, "model": bert(layers, width=width, initializer_range=0.2, **NO_DROPOUT)}
@@ -52,27 +51,21 @@ def routed(tmp_path_factory) -> dict[str, str]:
         "validation_files": str(write_jsonl(folder / "held.jsonl", chat[:4])),
         "max_length": 24,
     }
+
+    def written(task, model, objective, **keys) -> str:
+        teachers = [
+            {"name": name, "model": model(2, initializer_range=spread, **keys)}
+            for name, spread in SPREADS.items()
+        ]
+        sections = {"method": {"name": "routed"}, "objective": objective, "train": TRAIN}
+        student, named = {"model": model(1, **keys)}, {**task, "teacher_column": "expert"}
+        path = folder / task["type"]
+        return str(run_in(path, named, student=student, teachers=teachers, **sections))
+
     both = [{"loss": "soft_target_kl"}, {"loss": "hard_cross_entropy", "weight": 0.3}]
-    kinds = (
-        (reviews, bert, NO_DROPOUT, [*both, {"loss": "hidden_mse"}]),
-        (conversations, llama, {}, both),
-    )
     return {
-        task["type"]: str(
-            run_in(
-                folder / task["type"],
-                {**task, "teacher_column": "expert"},
-                student={"model": kind(1, **keys)},
-                teachers=[
-                    {"name": name, "model": kind(2, initializer_range=spread, **keys)}
-                    for name, spread in SPREADS.items()
-                ],
-                method={"name": "routed"},
-                objective=terms,
-                train=TRAIN,
-            )
-        )
-        for task, kind, keys, terms in kinds
+        "classification": written(reviews, bert, [*both, {"loss": "hidden_mse"}], **NO_DROPOUT),
+        "causal_lm": written(conversations, llama, both),
     }
 
 

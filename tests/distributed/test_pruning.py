@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
-import re
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -12,10 +10,10 @@ from unittest.mock import patch
 import pytest
 import torch
 from cases import joined_shards, lab_of
-from equal_runs import difference, zero
-from safetensors.torch import load_file
-from tiny_runs import NO_DROPOUT, bert, llama, run_in, save_tokenizer, shape_of, write_text
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+from equal_runs import difference, write_random, zero
+from tiny_runs import NO_DROPOUT, bert, llama, run_in, shape_of, write_text
+from transformers import PreTrainedModel
+from whole_run import records, weights
 
 from megakd.engine.sharding import full_shape
 from megakd.methods import run_method
@@ -23,7 +21,7 @@ from megakd.methods.homodistil import strategy as pruning
 
 
 def prune(config_path: str, overrides: list[str]) -> dict[str, Any]:
-    """Run the method; return the weights, every selection, and the logged losses.
+    """Run the method; return the weights and every selection.
 
     alive: the number of models that are still in memory afterwards.
     """
@@ -49,20 +47,13 @@ def prune(config_path: str, overrides: list[str]) -> dict[str, Any]:
     ):
         result = run_method(lab.config.method, lab)
     facts = {
-        "state": load_file(result.folder / "model.safetensors"),
+        "state": weights(result.folder),
         "notes": notes,
         "sensitivities": sensitivities,
         "stages": [result.name for result in lab.results],
-        "logged": logged(lab.config.output_dir),
     }
     del lab, result
     return {**facts, "alive": models_in_memory() - before}
-
-
-def logged(out: Path) -> list[dict]:
-    path = out / "metrics.jsonl"
-    lines = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
-    return [line for line in lines if "train/loss" in line]
 
 
 def whole_sensitivities(student) -> dict[str, torch.Tensor]:
@@ -89,53 +80,38 @@ METHOD = {"name": "homodistil", "target_width": 12, "cuts": 2, "pruning_end": 6,
 def folder(tmp_path_factory) -> Path:
     """A text, and a BERT and a Llama with random weights, once with and once without dropout."""
     folder = tmp_path_factory.mktemp("pruning")
-    text = write_text(folder / "text.txt", documents=120)
-    torch.manual_seed(0)
-    models = {
-        "bert": bert(2, 24, **SIZES, **NO_DROPOUT),
-        "dropout": bert(2, 24, **SIZES),
-        "llama": llama(2, 24, **GROUPED),
-        "headed": llama(1, 24, **{**GROUPED, "vocab_size": 1000}),
-    }
-    for name, scratch in models.items():
-        auto = AutoModelForCausalLM if name in DECODERS else AutoModelForMaskedLM
-        model = auto.from_config(shape_of(scratch))
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.2)
-        model.save_pretrained(folder / name)
-        kind = "bpe" if name in DECODERS else "wordpiece"
-        save_tokenizer(folder / name, text.read_text().split("\n\n"), kind=kind)
-    return folder
-
-
-@pytest.fixture
-def config_of(folder, tmp_path):
-    """A config in a folder of its own: `config_of(model, ZeRO stage, options, train=...)`."""
-
-    def written(name="bert", stage=0, method=None, **sections) -> Path:
-        out = tmp_path / str(len(list(tmp_path.iterdir())))
-        return write_run(folder, out, name, stage, method or {}, **sections)
-
-    return written
+    return write_random(
+        folder,
+        write_text(folder / "text.txt", documents=120),
+        bert=shape_of(bert(2, 24, **SIZES, **NO_DROPOUT)),
+        dropout=shape_of(bert(2, 24, **SIZES)),
+        llama=shape_of(llama(2, 24, **GROUPED)),
+        headed=shape_of(llama(1, 24, **{**GROUPED, "vocab_size": 1000})),
+    )
 
 
 ROWS = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}
 TRAIN = {**ROWS, "max_steps": 8, "adam_epsilon": 0.01, "weight_decay": 0.01}
 
 
-def write_run(
-    folder: Path, out: Path, name: str, stage: int, method: dict, *, train=None, **sections
-) -> Path:
-    is_llama = name in DECODERS
-    return run_in(
-        out,
-        {"type": "causal_lm" if is_llama else "mlm", "dataset": str(folder / "text.txt")},
-        teacher={"model": str(folder / name)},
-        student={"model": "from_teacher", "deepspeed": zero(stage)},
-        method=METHOD | ({"target_width": 16, "round_to": 8} if is_llama else {}) | method,
-        train={**TRAIN, **(train or {})},
-        **sections,
-    )
+@pytest.fixture(scope="module")
+def config_of(folder, tmp_path_factory):
+    """A config in a folder of its own: `config_of(model, ZeRO stage, options, train=...)`."""
+
+    def written(name="bert", stage=0, method=None, train=None, **sections) -> Path:
+        is_llama = name in DECODERS
+        sizes = {"target_width": 16, "round_to": 8} if is_llama else {}
+        return run_in(
+            tmp_path_factory.mktemp(name),
+            {"type": "causal_lm" if is_llama else "mlm", "dataset": str(folder / "text.txt")},
+            teacher={"model": str(folder / name)},
+            student={"model": "from_teacher", "deepspeed": zero(stage)},
+            method=METHOD | sizes | (method or {}),
+            train=TRAIN | (train or {}),
+            **sections,
+        )
+
+    return written
 
 
 @pytest.fixture(scope="module")
@@ -147,24 +123,16 @@ TWO_RANKS = {"per_device_train_batch_size": 6}
 
 
 @pytest.fixture(scope="module")
-def alone(pruned, folder, tmp_path_factory) -> dict:
+def alone(pruned, config_of) -> dict:
     """By model: one rank at ZeRO 0 that never cuts, with the batch of two ranks."""
-    configs = {
-        name: write_run(
-            folder, tmp_path_factory.mktemp(name), name, 0, {"cuts": 0}, train=TWO_RANKS
-        )
-        for name in ("bert", "llama")
+    return {
+        name: pruned(config_of(name, 0, {"cuts": 0}, TWO_RANKS), 1)[0] for name in ("bert", "llama")
     }
-    return {name: pruned(config, 1)[0] for name, config in configs.items()}
 
 
 def assert_same(result: dict, reference: dict, *, tolerance=1e-5) -> None:
     assert [n["wanted"] for n in result["notes"]] == [n["wanted"] for n in reference["notes"]]
-    assert result["state"].keys() == reference["state"].keys()
-    for name, weight in reference["state"].items():
-        torch.testing.assert_close(
-            result["state"][name], weight, atol=tolerance, rtol=1e-4, msg=name
-        )
+    torch.testing.assert_close(result["state"], reference["state"], atol=tolerance, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -185,8 +153,8 @@ def test_two_ranks_with_cuts_end_as_one_rank_that_only_masks_and_leave_no_engine
 
 
 def test_a_rank_that_holds_the_output_matrix_alone_takes_part_in_a_cut(pruned, config_of):
-    one_rank = {"train": {"per_device_train_batch_size": 9}}
-    reference = pruned(config_of("headed", 0, {"cuts": 0}, **one_rank), 1)[0]
+    three_ranks = {"per_device_train_batch_size": 9}
+    reference = pruned(config_of("headed", 0, {"cuts": 0}, three_ranks), 1)[0]
 
     three = pruned(config_of("headed", 1), 3)
 
@@ -254,47 +222,18 @@ DISTILLATION = [
 
 def test_at_step_0_no_term_separates_the_student_from_its_teacher(pruned, config_of):
     sections = {"objective": DISTILLATION, "log": {"logging_steps": 1}, "train": {"max_steps": 2}}
+    config = config_of("bert", 3, {"cuts": 0, "pruning_end": 2}, **sections)
 
-    result = pruned(config_of("bert", 3, {"cuts": 0, "pruning_end": 2}, **sections))[0]
+    result = pruned(config)[0]
 
     assert all(values.count_nonzero() == 0 for values in result["sensitivities"][0].values())
-    first = result["logged"][0]
+    logged = records(config.parent / "out", "student")
+    first = next(record for record in logged if "train/loss" in record)
     assert [first[f"train/{term['loss']}"] for term in DISTILLATION] == [0.0] * 4
 
 
-@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
-def test_a_run_killed_within_a_window_ends_with_the_same_weights(command, launch, config_of, stage):
-    whole = config_of("dropout", stage)
-    killed = config_of("dropout", stage, save={"save_steps": 1}, log={"logging_steps": 1})
-    latest = killed.parent / "out" / "checkpoints" / "pruning-2" / "latest"
+@pytest.mark.parametrize(("world", "zero"), [(1, 0), pytest.param(4, 3, marks=pytest.mark.slow)])
+def test_a_window_goes_on_with_other_ranks(goes_on, config_of, world, zero):
+    outs = goes_on(config_of("bert", 2), "pruning-2/step-5", world=world, zero=zero)
 
-    command("--config", str(whole), code=0)
-    first = launch("--config", str(killed))
-    assert first.wait_until(latest.exists), first.text
-    first.kill()
-    second = command("--config", str(killed), code=0)
-
-    # The kill may come late, in the window after it.
-    assert re.search("(pruning-2|student): resumed at step", second.text)
-    one, other = (
-        load_file(config.parent / "out" / "final" / "model.safetensors")
-        for config in (whole, killed)
-    )
-    assert difference(one, other) == 0
-
-
-@pytest.mark.parametrize(("world", "stage"), [(1, 0), pytest.param(4, 3, marks=pytest.mark.slow)])
-def test_a_window_goes_on_with_other_ranks(command, goes_on, config_of, world, stage):
-    config = config_of("bert", 2, save={"save_steps": 1, "save_total_limit": None})
-    out = config.parent / "out"
-    command("--config", str(config), code=0)
-    other = f"student.deepspeed={{zero_optimization: {{stage: {stage}}}}}"
-    rows = (
-        "train.gradient_accumulation_steps=1",
-        f"train.per_device_train_batch_size={12 // world}",
-    )
-
-    result = goes_on(config, out, "pruning-2", 5, other, *rows, world=world)
-
-    one, whole = (load_file(each / "final" / "model.safetensors") for each in (result, out))
-    assert difference(one, whole) < 1e-5
+    assert difference(*(weights(out / "final") for out in outs)) < 1e-5

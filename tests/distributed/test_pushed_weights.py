@@ -77,7 +77,6 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def pushes_of(stub: Stub) -> list[tuple[str, str]]:
-    """The folder and the version of all weights that the server was told to read."""
     if stub.kind == "sglang":
         asked = stub.of("/update_weights_from_disk")
         return [(body["model_path"], body["weight_version"]) for body in asked]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from unittest.mock import patch
@@ -10,6 +9,7 @@ from unittest.mock import patch
 import cases
 import pytest
 from tiny_runs import review_task, run_in
+from whole_run import read, records
 
 from megakd.engine import distributed
 from megakd.training import stage_run
@@ -18,7 +18,6 @@ STEPS, DELAY_S, SLOW = 7, 0.3, 1
 
 
 def command_with_slow_rank(*arguments: str) -> tuple[int, str]:
-    """Run a command; a rank takes long to move each micro-batch to its device."""
     move = stage_run.device_batch
 
     def moved(*given):
@@ -41,13 +40,13 @@ def test_a_rank_that_others_wait_for_is_named(command, tmp_path, stage):
 
     line = rf"student: rank {SLOW} on \S+ is slow: 0\.[3-9]\d s of computing"
     assert len(re.findall(line, ended.text)) == 1, ended.text
-    logs = map(json.loads, (tmp_path / "out/metrics.jsonl").read_text().splitlines())
+    logs = records(tmp_path / "out", "student")
     for log in [log for log in logs if "train/loss" in log][1:]:
         assert log[f"ranks/{SLOW}/waiting_seconds"] == 0
         assert log[f"ranks/{SLOW}/computing_seconds"] >= DELAY_S
         assert log[f"ranks/{1 - SLOW}/waiting_seconds"] >= 0.8 * DELAY_S
-    report = json.loads((tmp_path / "out/report.json").read_text())
-    assert [one["kind"] for one in report["warnings"]].count("slow rank") == 1
+    warnings = read(tmp_path / "out")["warnings"]
+    assert [one["kind"] for one in warnings].count("slow rank") == 1
     page = (tmp_path / "out/report.html").read_text()
     assert "Seconds of each rank between two logs" in page
     assert f"rank {SLOW}" in page

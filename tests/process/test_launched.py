@@ -7,9 +7,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
+
+from megakd.process import signals
 
 RANK = """
 import sys, time
@@ -90,8 +94,6 @@ def test_a_process_that_no_launcher_started_outlives_its_shell(variables):
 
 
 def test_a_rank_whose_launcher_ended_while_it_started_knows(monkeypatch):
-    from megakd.process import signals
-
     monkeypatch.setenv("CROSS_RANK", "0")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(psutil.Process, "parents", lambda _: [])
@@ -120,10 +122,6 @@ def test_a_rank_whose_launcher_ended_while_it_started_knows(monkeypatch):
     ],
 )
 def test_launchers_are_known_by_their_program(words, launches):
-    class Process:
-        def cmdline(self) -> list[str]:
-            return words.split()
+    process: Any = SimpleNamespace(cmdline=words.split)
 
-    from megakd.process.signals import is_launcher
-
-    assert is_launcher(Process()) is launches  # type: ignore[arg-type]
+    assert signals.is_launcher(process) is launches

@@ -194,7 +194,6 @@ def test_texts_are_read_as_they_were_written_together_or_one_of_them(
 
 @pytest.fixture
 def written(tmp_path: Path) -> tuple[RolloutStore, Path]:
-    """A store of two texts, and its file."""
     store = RolloutStore(tmp_path)
     store.write(4, [_TEXT, _TEXT])
     (path,) = rollout_files(tmp_path)
@@ -210,24 +209,9 @@ def test_one_text_is_read_from_a_damaged_file_or_the_file_is_named(written) -> N
         store.read_one(4, 0.9)
     with pytest.raises(DataError, match=r"00000005\.jsonl does not exist, and rollout\.mix repl"):
         store.read_one(5, 0.0)
-
-
-def test_a_file_of_its_first_line_alone_is_named(written) -> None:
-    store, path = written
     path.write_text(path.read_text().splitlines(keepends=True)[0])
-
     with pytest.raises(DataError, match=r"step-00000004\.jsonl is not a complete file"):
         store.read_one(4, 0.5)
-
-
-def test_texts_before_a_step_are_removed_except_for_some(tmp_path: Path) -> None:
-    store = RolloutStore(tmp_path)
-    for step in range(6):
-        store.write(step, [_TEXT])
-
-    store.remove_before(4, kept=[1, 5])
-
-    assert [step for step in range(6) if store.has(step)] == [1, 4, 5]
 
 
 def test_texts_of_an_equal_run_are_kept_and_those_of_another_set_aside(tmp_path: Path) -> None:

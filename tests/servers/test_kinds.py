@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,33 +37,20 @@ def stub(request: pytest.FixtureRequest) -> Any:
 
 
 def text_of(stub: Stub, tree: Any) -> Any:
-    """The part of an answer that holds the text."""
     return tree["choices"][0] if stub.kind == "vllm" else tree
 
 
-def spoil(stub: Stub, change: Callable[[Any], Any]) -> None:
-    """Change the texts that the server returns."""
-
-    def spoiled(path: str, tree: Any) -> Any:
-        if path != ASKED[stub.kind]:
-            return tree
-        return change(tree) or tree
-
-    stub.spoil = spoiled
-
-
 def set_ids(stub: Stub, ids: list[int], reason: str | None = None) -> None:
-    """Let the server return other tokens."""
-
-    def change(tree: Any) -> None:
+    def change(_: str, tree: Any) -> Any:
         text = text_of(stub, tree)
         text["token_ids" if stub.kind == "vllm" else "output_ids"] = ids
         if reason and stub.kind == "vllm":
             text["finish_reason"] = reason
         elif reason:
             text["meta_info"]["finish_reason"] = {"type": reason}
+        return tree
 
-    spoil(stub, change)
+    stub.spoil = change
 
 
 def test_a_text_comes_back_with_its_end_token_or_is_not_finished_at_the_limit(stub: Stub):
@@ -116,12 +101,14 @@ def test_an_answer_of_other_tokens_than_asked_for_is_refused(stub, ids, reason, 
         completion(stub)
 
 
-def other_prompt(stub: Stub, tree: Any) -> None:
+def other_prompt(stub: Stub, tree: Any) -> Any:
     text_of(stub, tree)["prompt_token_ids"] = [5, 31]
+    return tree
 
 
-def longer_prompt(stub: Stub, tree: Any) -> None:
+def longer_prompt(stub: Stub, tree: Any) -> Any:
     tree.get("usage", tree.get("meta_info"))["prompt_tokens"] = 3
+    return tree
 
 
 def no_object(stub: Stub, tree: Any) -> Any:
@@ -142,7 +129,7 @@ def two_texts(stub: Stub, tree: Any) -> Any:
     ],
 )
 def test_an_answer_to_another_request_is_refused(stub, change, message):
-    spoil(stub, partial(change, stub))
+    stub.spoil = lambda _, tree: change(stub, tree)
 
     with pytest.raises(ServerError, match=message):
         completion(stub)
@@ -181,41 +168,19 @@ def test_the_version_of_an_older_sglang_is_found():
             VllmServer(http).describe()  # the other kind
 
 
-def test_weights_are_loaded_under_their_version(tmp_path: Path):
-    stub = Stub("sglang")
-    with serving(stub):
-        server = connected(stub)
-        server.load_weights(tmp_path, "run-3")
-
-        assert server.complete(REQUEST).weights == "run-3"
-        with pytest.raises(ServerError, match=r"did not load .*/gone: .*weights iterator"):
-            server.load_weights(tmp_path / "gone", "run-4")
-
-
-def test_adapters_are_loaded_asked_and_unloaded(tmp_path: Path):
-    stub = Stub("vllm")
-    with serving(stub):
-        server = connected(stub)
-        server.load_adapter("run-1", tmp_path)
-        assert server.adapters() == ["run-1"]
-        assert [model.name for model in server.describe()] == ["tiny"]
-        assert completion(stub, REQUEST._replace(model="run-1")).finished
-        server.unload_adapter("run-1")
-
-        with pytest.raises(ServerError, match="`run-1` does not exist"):
-            completion(stub, REQUEST._replace(model="run-1"))
-
-
-def test_a_request_for_adapters_whose_answer_was_lost_may_arrive_twice(tmp_path: Path):
+def test_adapters_are_loaded_asked_and_unloaded_by_requests_that_may_arrive_twice(tmp_path: Path):
     """vLLM refuses a second load with 400, and a second unload with 404."""
-    stub = Stub("vllm")
+    stub, request = Stub("vllm"), REQUEST._replace(model="run-1")
     stub.lost = ["/v1/load_lora_adapter", "/v1/unload_lora_adapter"]
     with serving(stub):
         server = VllmServer(JsonServer(stub.url, time_limit_s=30))
         server.load_adapter("run-1", tmp_path)
         assert server.adapters() == ["run-1"]
+        assert [model.name for model in server.describe()] == ["tiny"]
+        assert completion(stub, request).finished
         server.unload_adapter("run-1")
-        assert server.adapters() == []
+        with pytest.raises(ServerError, match="`run-1` does not exist"):
+            completion(stub, request)
         answer = stub.answer
         stub.answer = lambda path, body: answer(path.replace("/v1/load", "/gone"), body)
         with pytest.raises(ServerError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"):

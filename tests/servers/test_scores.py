@@ -54,14 +54,6 @@ def test_a_limit_of_the_server_names_its_flag(stub: Stub):
         connected(stub).top_k(TEXT, 64, "tiny")
 
 
-def spoiled(stub: Stub, change: Any) -> None:
-    def spoil(_: str, tree: Any) -> Any:
-        change(tree["choices"][0])
-        return tree
-
-    stub.spoil = spoil
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -83,7 +75,7 @@ def spoiled(stub: Stub, change: Any) -> None:
     ],
 )
 def test_an_answer_about_something_else_is_refused(stub: Stub, change: Any, message: str):
-    spoiled(stub, change)
+    stub.spoil = lambda _, tree: (change(tree["choices"][0]), tree)[1]
 
     with pytest.raises(ServerError, match=message):
         connected(stub).top_k((5, 8, 11, 14), 2, "tiny")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_store import flip
 from datasets import Dataset
 
 from megakd.contract.batch import Batch, Draws
@@ -63,7 +64,6 @@ def build(folder: Path, rows: Dataset, teacher: Answering, facts=FACTS) -> Path:
 
 @pytest.fixture
 def kept(tmp_path, rows) -> Path:
-    """A complete cache."""
     return build(tmp_path / "cache", rows, Teacher())
 
 
@@ -144,9 +144,7 @@ def test_a_damaged_shard_is_named(kept, damage):
     if damage == "gone":
         file.unlink()
     else:
-        content = bytearray(file.read_bytes())
-        content[-1] ^= 1
-        file.write_bytes(content)
+        flip(file)
 
     with pytest.raises(TeacherError, match=r"0000000005 is damaged: .*logits\.npy"):
         read(kept)
@@ -171,14 +169,14 @@ def test_a_folder_without_its_list_is_refused_with_what_to_remove(kept, rows, co
 
 @pytest.mark.parametrize("name", ["0000000005", "0000000020"])
 def test_a_damaged_shard_is_asked_again_and_no_other_row(kept, rows, name, caplog):
-    whole = (kept / name / "logits.npy").read_bytes()
-    (kept / name / "logits.npy").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    again = Teacher()
+    file, again = kept / name / "logits.npy", Teacher()
+    whole = file.read_bytes()
+    flip(file)
 
     build(kept, rows, again)
 
     assert again.asked == list(range(ROWS))[int(name) : int(name) + PER_SHARD]
     assert f"{kept / name} is damaged (the checksum of logits.npy differs)" in caplog.text
-    assert (kept / name / "logits.npy").read_bytes() == whole
+    assert file.read_bytes() == whole
     answer = read(kept)(batch(list(range(ROWS)))).logits
     assert answer[:, 0].tolist() == list(range(ROWS))

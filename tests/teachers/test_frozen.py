@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from megakd.contract.batch import Batch, Knowledge, Predictions
 from megakd.models.knowledge import Needs
@@ -40,18 +39,3 @@ def test_a_teachers_classes_are_put_into_the_order_of_the_data(order, expected):
     assert isinstance(scored, Predictions)
     assert taught.logits.tolist() == scored.outputs.tolist() == expected
     assert module.state_dict() == {}
-
-
-def test_a_causal_lms_answer_leaves_its_head_to_the_engine():
-    sizes = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8}
-    config = LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=2)
-    module = FrozenModel(LlamaForCausalLM(config), needs=Needs(), label_order=None)
-    ids = torch.tensor([[5, 6, 7]])
-    batch = Batch({"input_ids": ids}, ids, torch.ones(1, 3, dtype=torch.bool))
-
-    taught, scored = module(batch), module(batch, scoring=True)
-
-    assert (taught.logits, taught.head) == (None, None)
-    assert list(taught.hidden.shape) == [1, 3, 8]
-    assert scored.outputs is None
-    assert scored.sums[2] == 3
