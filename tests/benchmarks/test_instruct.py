@@ -51,19 +51,6 @@ def test_a_story_is_asked_for_by_its_first_sentence(rows):
     assert question["content"] == f"Write a short story that begins with: {first}"
 
 
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("48/2 = 24 clips\n#### 72", 72.0),
-        ("It is $1,234.50.", 1234.5),
-        ("minus -3", -3.0),
-        ("I do not know", None),
-    ],
-)
-def test_the_answer_of_a_text_is_its_last_number(text, number):
-    assert instruct.number_of(text) == number
-
-
 def test_only_the_tokens_of_answers_count_in_a_batch():
     some = [
         instruct.Conversation(torch.tensor([5, 6, 7, 8]), 2),
