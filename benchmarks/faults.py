@@ -36,19 +36,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [
-    str(ROOT / "benchmarks"),
-    str(ROOT / "tests/support"),
-    str(ROOT / "tests/distributed"),
-]
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests/support")]
 
 from forked_ranks import start_rank  # noqa: E402 - of the tests, with their runs
 from golden_cases import CASES, write_data  # noqa: E402
 from tiny_runs import config_tree, write_config  # noqa: E402
 
-from lib.launching import free_port  # noqa: E402
 from lib.options import parsed, parser_of, positive, words_of  # noqa: E402
 from lib.tables import print_rows  # noqa: E402
+from megakd.engine.distributed import free_port  # noqa: E402
 
 ROWS = 8
 SIZES = {"max_steps": 20, "per_device_train_batch_size": ROWS // 2, "collective_timeout": 12}
