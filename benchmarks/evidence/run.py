@@ -208,7 +208,7 @@ def run_config(
 
 def run_once(folder: Path, config: Config) -> dict[str, Any]:
     start(folder, config, program="train")
-    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    return launching.read_report(folder)
 
 
 def start(folder: Path, config: Config, *, program: str) -> None:

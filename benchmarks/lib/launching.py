@@ -158,7 +158,7 @@ def report_of(leg: Leg, *, ranks: int, jobs: int = 1) -> dict[str, Any]:
     # The launcher also returns 0 when a rank was killed by a signal.
     if code != 0 or not written.is_file():
         raise RunFailedError(f"{leg.config}: exit code {code}, and {written} does not exist")
-    return json.loads(written.read_text(encoding="utf-8"))
+    return read_report(written.parent)
 
 
 def write_leg_configs(out: Path, trees: Mapping[str, Any]) -> None:
@@ -193,7 +193,11 @@ def finished(leg: Leg) -> dict[str, Any] | None:
     config = load_config(ROOT / leg.config, [*leg.overrides, f"output_dir={output}"])
     if not is_finished(config):
         return None
-    return json.loads((output / "report.json").read_text(encoding="utf-8"))
+    return read_report(output)
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
 
 
 def records_of(folder: Path) -> list[dict[str, Any]]:

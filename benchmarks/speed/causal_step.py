@@ -53,10 +53,7 @@ WARM_UP, MEMORY_STEPS = 4, 3
 """Steps that do not count, and steps whose memory is measured."""
 WHAT = ("pairs", "megakd", "bare")
 """What a process measures: pairs of steps, or the memory of one side."""
-TERMS = {
-    "forward_kl": {"loss": "soft_target_kl", "weight": 1.0},
-    "jsd": {"loss": "soft_target_jsd", "weight": 1.0, "beta": 0.5},
-}
+TERMS = {"forward_kl": {"loss": "soft_target_kl"}, "jsd": {"loss": "soft_target_jsd", "beta": 0.5}}
 
 
 class Sizes(NamedTuple):
