@@ -51,33 +51,28 @@ def test_a_story_is_asked_for_by_its_first_sentence(rows):
     assert question["content"] == f"Write a short story that begins with: {first}"
 
 
-def test_only_the_tokens_of_answers_count_in_a_batch():
-    some = [
-        instruct.Conversation(torch.tensor([5, 6, 7, 8]), 2),
-        instruct.Conversation(torch.tensor([5, 9]), 1),
-    ]
-
-    tokens, mask, counts = instruct.padded(some, pad=0)
-
-    assert tokens.tolist() == [[5, 6, 7, 8], [5, 9, 0, 0]]
-    assert mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
-    assert tokens.roll(-1, 1)[counts].tolist() == [7, 8, 9]
-
-
 def test_a_model_does_not_diverge_from_itself_and_its_loss_is_that_of_transformers():
     torch.manual_seed(0)
     shape = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32}
     model = LlamaForCausalLM(
         LlamaConfig(**shape, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
     ).eval()
-    row = torch.randint(32, (12,))
+    # Two rows in one batch: the shorter one is padded, and the tokens of questions do not count.
+    rows = [instruct.Conversation(torch.randint(32, (n,)), n // 3) for n in (12, 7)]
 
-    losses = instruct.losses_of(model, model, [instruct.Conversation(row, 4)], pad=0)
+    losses = instruct.losses_of(model, model, rows, pad=0)
 
-    labels = torch.where(torch.arange(12) < 4, -100, row)[None]
     assert losses["KL"] == pytest.approx(0, abs=1e-6)
-    expected = float(model(row[None], labels=labels).loss.detach())
-    assert losses["loss"] == pytest.approx(expected, rel=1e-5)
+    counts = [len(row.tokens) - row.asked for row in rows]
+    expected = sum(
+        count * float(model(row.tokens[None], labels=answer_of(row)).loss.detach())
+        for count, row in zip(counts, rows, strict=True)
+    )
+    assert losses["loss"] == pytest.approx(expected / sum(counts), rel=1e-5)
+
+
+def answer_of(row: instruct.Conversation) -> torch.Tensor:
+    return torch.where(torch.arange(len(row.tokens)) < row.asked, -100, row.tokens)[None]
 
 
 def test_the_rate_follows_the_clock():

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import reports
-import yaml
 from tiny_books import write_real_data
 
 from lib import books, launching, stories
 from lib.data import BOOKS, bert
 from lib.launching import UnusableError
 from lib.tables import columns_of
+from megakd.config.file import dump_config
 from megakd.errors import CheckpointError
 from methods import homodistil, mixed_vocabulary, shrink
 
@@ -84,11 +84,9 @@ def test_the_variants_of_the_decoder_differ_in_the_method_alone(data, load):
     result = load(homodistil.pruning_legs(given))
 
     assert len({(config.train, config.task.dataset) for config in result.values()}) == 1
-    methods = {name: (c.method.score, c.method.pruning_end) for name, c in result.items()}
-    assert methods["late-1"] == ("sensitivity", 700)
-    assert [methods[f"{name}-1"][0] for name in homodistil.SCORES] == [
-        *("platon", "magnitude", "random"),
-    ]
+    scores = {name: result[f"{name}-1"].method.score for name in ("late", *homodistil.SCORES)}
+    assert [*scores.values()] == ["sensitivity", "platon", "magnitude", "random"]
+    assert result["late-1"].method.pruning_end == 700
     assert result["one_shot-1"].method.pruning_start == 20
 
 
@@ -266,18 +264,12 @@ def test_shrink_has_the_losses_of_its_teacher_its_baseline_and_the_cut_it_chose(
     }
 
 
-def test_a_finished_leg_is_not_started_again_and_one_of_other_settings_is_refused(
-    data, monkeypatch
-):
-    given = shrink_given(data, "--runs", "layers-2")
-    leg = shrink.leg(given, "layers-2", 1)
+def test_a_finished_leg_is_not_started_again_and_one_of_other_settings_is_refused(data, load):
+    leg = shrink.leg(shrink_given(data, "--runs", "layers-2"), "layers-2", 1)
     leg.output.mkdir(parents=True)
-    config = yaml.safe_load((given.out / "run.yaml").read_text())
-    config["method"] |= {"candidates": [0.4], "trial_steps": None, "repair_steps": 460}
-    text = yaml.safe_dump(config | {"seed": 1, "output_dir": str(leg.output)})
-    (leg.output / "config.yaml").write_text(text)
-
     assert launching.finished(leg) is None
+    (config,) = load([leg]).values()
+    (leg.output / "config.yaml").write_text(dump_config(config))
     report = reports.report_of(environment={"ranks": 1})
     (leg.output / "report.json").write_text(json.dumps(report))
     assert launching.report_of(leg, ranks=1) == json.loads(json.dumps(report))
@@ -297,24 +289,19 @@ def write_llama2c(path: Path, pieces: tuple[str, ...]) -> Path:
     return path
 
 
-def test_pieces_have_their_usual_names_and_a_file_that_ends_early_is_refused(tmp_path):
-    path = write_llama2c(tmp_path / "tok.bin", (" a", "b", " ab", "c", "bc", "a"))
-
+def test_a_tokenizer_of_llama2c_has_its_pieces_best_merge_first_and_unknown_characters_as_bytes(
+    tmp_path,
+):
+    path = write_llama2c(tmp_path / "tok.bin", ("bc", "ab", " ", "a", "b", "c"))
     pieces = stories.read_pieces(path)
-    path.write_bytes(path.read_bytes()[:-1])
-
-    assert [piece.text for piece in pieces[:3]] == ["<unk>", "<s>", "</s>"]
-    assert [piece.text for piece in pieces[259:]] == ["▁a", "b", "▁ab", "c", "bc", "a"]
-    with pytest.raises(ValueError, match="ends in the middle of piece 264"):
-        stories.read_pieces(path)
-
-
-def test_the_better_merge_comes_first_and_an_unknown_character_is_its_bytes(tmp_path):
-    path = write_llama2c(tmp_path / "tok.bin", ("bc", "ab", "▁", "a", "b", "c"))
-    tokenizer = stories.stories_tokenizer(stories.read_pieces(path))
+    tokenizer = stories.stories_tokenizer(pieces)
 
     ids = tokenizer("a\né")["input_ids"]
 
+    assert [piece.text for piece in pieces[259:]] == ["bc", "ab", "▁", "a", "b", "c"]
     assert tokenizer.convert_ids_to_tokens(tokenizer("abc")["input_ids"]) == ["<s>", "▁", "a", "bc"]
     assert tokenizer.convert_ids_to_tokens(ids)[3:] == ["<0x0A>", "<0xC3>", "<0xA9>"]
     assert tokenizer.decode(ids, skip_special_tokens=True) == "a\né"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="ends in the middle of piece 264"):
+        stories.read_pieces(path)
