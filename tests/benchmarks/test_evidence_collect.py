@@ -70,27 +70,21 @@ def test_runs_and_their_baselines_replace_the_cells_of_their_arms_and_seeds(tmp_
     assert (after.teachers, after.metric) == (stored().teachers, "held-out loss in nats per token")
 
 
-def test_a_teacher_that_reads_before_and_a_task_after_the_text_count_as_such(tmp_path):
+def test_a_teacher_that_reads_before_or_is_none_and_a_task_after_count_as_such(tmp_path):
     runs = tmp_path / "runs"
     write_run(runs / "version_2-1", 2.0, stages=("mixed-teacher", "student"))
-    write_run(runs / "alone-1", 2.5)
-    write_run(runs / "sst2-version_2-1", 0.0, score=0.75)
+    for arm in ("alone", "down"):
+        write_run(runs / f"{arm}-1", 2.5)
+    for arm, score in {"version_2": 0.75, "alone": 0.5}.items():
+        write_run(runs / f"sst2-{arm}-1", 0.0, score=score)
 
     after = collected(tmp_path, "mixed_vocabulary", "sst2", metric="accuracy")
 
-    assert after.arms() == ["version_2"]
+    assert after.arms() == ["version_2", "alone"]
+    assert after.of("alone")[1].teacher_rows == 0
     one = after.of("version_2")[1]
     assert (one.score, one.steps, one.teacher_rows) == (75.0, 1000, 250 * 8)
     assert one.cpu_seconds == 2 * (25 + 50 + 50)
-
-
-def test_a_student_without_a_teacher_has_no_rows_of_a_teacher(tmp_path):
-    for name in ("labels", "on_policy"):
-        write_run(tmp_path / "runs" / f"{name}-3", 1.0)
-
-    after = collected(tmp_path, "on_policy", "arithmetic")
-
-    assert [after.of(arm)[3].teacher_rows for arm in ("on_policy", "labels")] == [4000, 0]
 
 
 def test_a_folder_without_a_finished_run_changes_nothing(tmp_path):

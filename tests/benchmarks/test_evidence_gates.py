@@ -58,10 +58,6 @@ def test_teachers_have_converged_if_their_scores_no_longer_rise(scores, is_loss,
     assert converged(stored(teachers=(teacher(*scores),), lower_is_better=is_loss)).state == state
 
 
-def test_without_a_teacher_convergence_is_not_applicable():
-    assert converged(stored(curve=None)).state == "not applicable"
-
-
 @pytest.mark.parametrize(
     ("scores", "state", "numbers"),
     [

@@ -19,7 +19,6 @@ from evidence.statistics import (
     cochran_limit,
     differences,
     holm,
-    noise_of,
     pairs_needed,
     unit_of,
 )
@@ -81,17 +80,6 @@ def test_many_arms_take_a_verdict_away_that_one_arm_alone_has():
     assert together.adjusted == pytest.approx(min(1, 41 * together.p))
     assert together.verdict == "perhaps better"
     assert (together.low, together.high) == (alone.low, alone.high)
-
-
-def test_the_noise_is_that_of_a_two_way_analysis_of_variance():
-    rows = np.random.default_rng(1).normal(size=(4, 3))
-    scores = {(arm, seed): rows[arm, seed] for arm in range(4) for seed in range(3)}
-    residuals = rows - rows.mean(0) - rows.mean(1, keepdims=True) + rows.mean()
-
-    result = noise_of(scores)
-
-    assert result.freedom == 6
-    assert result.deviation == pytest.approx(math.sqrt((residuals**2).sum() / 6))
 
 
 @pytest.mark.parametrize(
