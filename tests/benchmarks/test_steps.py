@@ -5,14 +5,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-import torch
-import torch.nn.functional as F
 
 from lib.clocks import Clocks, over_ranks
 from lib.launching import write_config
 from megakd.config.file import load_config
 from memory import by_ranks, plan, planning_table
-from speed import causal_step
 from speed.causal_step import check_agree
 
 SMALL = "--vocabulary 300 --rows 2 --length 8 --pairs 3 --warm-up 1"
@@ -30,22 +27,6 @@ def test_both_sides_are_measured_and_printed(run, command, shown):
     assert ended.returncode == 0, ended.stderr
     assert shown in ended.stdout
     assert command.split()[0] in ended.stdout or "| what |" not in ended.stdout
-
-
-@pytest.fixture
-def logits():
-    drawn = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(2, 3, 7, generator=drawn, dtype=torch.float64) for _ in range(2))
-
-
-def test_the_losses_of_the_bare_loop_are_those_of_their_definitions(logits):
-    q, p = (F.softmax(each, dim=-1) for each in logits)
-    m = (p + q) / 2
-
-    kl, jsd = causal_step.forward_kl(*logits), causal_step.jsd(*logits)
-
-    assert torch.allclose(kl, (p * (p / q).log()).sum())
-    assert torch.allclose(jsd, ((p * (p / m).log()) + (q * (q / m).log())).sum() / 2)
 
 
 def test_sides_that_compute_different_things_are_refused():
