@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_glue import (
+    LAYOUTS,
     TEST_ROWS,
     answers_by_hand,
     rows_of,
@@ -22,20 +23,11 @@ from transformers import AutoModelForSequenceClassification, BertTokenizer
 from megakd.data.glue import TASKS
 from tools import glue_submission
 
-FILES = {
-    "cola": {"CoLA.tsv": "CoLA/test.tsv"},
-    "sst2": {"SST-2.tsv": "SST-2/test.tsv"},
-    "mrpc": {"MRPC.tsv": "MRPC/test.tsv"},
-    "stsb": {"STS-B.tsv": "STS-B/test.tsv"},
-    "qqp": {"QQP.tsv": "QQP/test.tsv"},
-    "mnli": {
-        "MNLI-m.tsv": "MNLI/test_matched.tsv",
-        "MNLI-mm.tsv": "MNLI/test_mismatched.tsv",
-        "AX.tsv": "AX/AX.tsv",
-    },
-    "qnli": {"QNLI.tsv": "QNLI/test.tsv"},
-    "rte": {"RTE.tsv": "RTE/test.tsv"},
-    "wnli": {"WNLI.tsv": "WNLI/test.tsv"},
+FILES = {name: {f"{folder}.tsv": f"{folder}/test.tsv"} for name, (folder, *_) in LAYOUTS.items()}
+FILES["mnli"] = {
+    "MNLI-m.tsv": "MNLI/test_matched.tsv",
+    "MNLI-mm.tsv": "MNLI/test_mismatched.tsv",
+    "AX.tsv": "AX/AX.tsv",
 }
 
 

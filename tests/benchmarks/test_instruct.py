@@ -36,17 +36,13 @@ def smollm2(folder: Path) -> Path:
     return folder
 
 
-def test_held_out_conversations_are_no_training_rows(rows):
+def test_held_out_conversations_are_no_training_rows_and_begin_a_story_by_its_first_sentence(rows):
     texts = {path.stem: {*path.read_text().splitlines()} for path in rows.glob("*.jsonl")}
+    question, answer = instruct.rows_of(rows / "stories.jsonl")[0]["messages"]
 
     for name in ("validation", "maths", "stories"):
         assert texts[name]
         assert not texts[name] & texts["train"]
-
-
-def test_a_story_is_asked_for_by_its_first_sentence(rows):
-    question, answer = instruct.rows_of(rows / "stories.jsonl")[0]["messages"]
-
     first = answer["content"].split(" It slept")[0]
     assert question["content"] == f"Write a short story that begins with: {first}"
 
