@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import reports
 import yaml
 from stored_cells import cells, stored
 
@@ -15,26 +16,20 @@ from lib.launching import UnusableError
 STAGES = {"mixed-teacher": 250, "student": 500, "random": 500}
 
 
-def write_run(folder, loss, *, stages=("student",), score=0.5, **report):
+def write_run(folder, loss, *, stages=("student",), score=0.5):
     """Write what a run of two ranks and one thread leaves; a stage takes a second per ten steps."""
     folder.mkdir(parents=True)
-    result = {
-        "student": {"metrics": {"loss": loss, "nats_per_character": loss, "accuracy": score}},
-        "metric_name": "accuracy",
-        "baselines": {"random": {"loss": 9.0}} if "random" in stages else {},
-        "evaluation_sets": {},
-        "environment": {"ranks": 2, "threads": 1},
-        "stages": [
-            {
-                "name": name,
-                "steps": STAGES[name],
-                "seconds": STAGES[name] / 10,
-                "metrics": {"soft_target_kl": loss / 10},
-            }
+    metrics = {"soft_target_kl": loss / 10}
+    result = reports.report_of(
+        student={"metrics": {"loss": loss, "nats_per_character": loss, "accuracy": score}},
+        metric_name="accuracy",
+        baselines={"random": {"loss": 9.0}} if "random" in stages else {},
+        environment={"ranks": 2, "threads": 1},
+        stages=[
+            {"name": name, "steps": STAGES[name], "seconds": STAGES[name] / 10, "metrics": metrics}
             for name in stages
         ],
-        **report,
-    }
+    )
     (folder / "report.json").write_text(json.dumps(result))
     train = {"per_device_train_batch_size": 4}
     (folder / "config.yaml").write_text(yaml.safe_dump({"train": train}))

@@ -115,10 +115,6 @@ def test_a_difference_that_every_seed_shows_is_perhaps_better_in_the_noise_of_ot
         stored(cells("up", up), cells("down", down), noisy, cells("b", base)), pairs
     )
 
-    expected = ttest_rel(up, base)
-    assert (better.paired_t, better.paired_p) == pytest.approx(
-        (expected.statistic, expected.pvalue)
-    )
     assert better.paired_p < 0.01
     assert better.p > 0.1
     verdicts = [one.verdict for one in (better, worse, other)]

@@ -36,15 +36,10 @@ def words(data: Path, *more: str) -> list[str]:
 
 
 def report_of(student: dict, *, metric: str = "accuracy", seconds: dict, **more) -> dict:
-    return {
-        "metric_name": metric,
-        "teacher": {"parameters": 800, "metrics": {metric: 0.9}},
-        "student": {"parameters": 100, "metrics": student},
-        "baselines": {},
-        "evaluation_sets": {},
-        "stages": [{"name": name, "seconds": value} for name, value in seconds.items()],
-        **more,
-    }
+    stages = [{"name": name, "seconds": value} for name, value in seconds.items()]
+    teacher = {"parameters": 800, "metrics": {metric: 0.9}}
+    same = {"metric_name": metric, "teacher": teacher, "baselines": {}, "stages": stages}
+    return reports.report_of(student={"parameters": 100, "metrics": student}, **same, **more)
 
 
 def held_out(metric: str, **models: float) -> dict:
@@ -60,13 +55,9 @@ def test_every_run_of_homodistil_is_a_valid_config_of_the_same_text_steps_and_ra
     short, long = load(homodistil.teacher_legs(given)).values()
     tasks = load(homodistil.task_legs(given))
 
-    result = {name: (c.method.schedule, c.method.pruning_end) for name, c in pruning.items()}
-    assert result == {
-        "homodistil-1": ("cubic", None),
-        "one_shot-1": ("one_shot", None),
-        "one_shot_alone-1": ("one_shot", None),
-        "late-1": ("cubic", 7),
-    }
+    assert [(c.method.schedule, c.method.pruning_end) for c in pruning.values()] == [
+        *(("cubic", None), ("one_shot", None), ("one_shot", None), ("cubic", 7)),
+    ]
     assert pruning["homodistil-1"].baselines == ("random", "alone")
     assert [name for name, c in pruning.items() if c.objective] == ["one_shot_alone-1"]
     assert len({(c.train, str(c.task.train_files)) for c in pruning.values()}) == 1
@@ -175,13 +166,10 @@ def test_the_arms_of_a_mixed_vocabulary_differ_in_the_method_alone(data, load, t
     assert texts["large_alone-1"].task.tokenizer == str(teacher)
 
 
-def test_a_teacher_or_data_that_is_not_there_is_named(data):
+def test_a_teacher_that_is_not_there_is_named(data):
     command = [word for word in words(data) if word != "--quick"]
     with pytest.raises(UnusableError, match=r"make it with `python benchmarks methods\.homodistil"):
         mixed_vocabulary.main([*command, "--teacher", str(data / "no")])
-    (data / "clinc150" / "data_full.json").unlink()
-    with pytest.raises(UnusableError, match=r"data_full\.json does not exist"):
-        mixed_vocabulary.main(words(data))
 
 
 def test_a_small_vocabulary_has_its_nats_time_and_tasks_by_seed():
