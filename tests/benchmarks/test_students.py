@@ -15,8 +15,6 @@ from lib import books, launching, stories
 from lib.data import BOOKS, bert
 from lib.launching import UnusableError
 from lib.tables import columns_of
-from megakd.config.file import dump_config
-from megakd.errors import CheckpointError
 from methods import homodistil, mixed_vocabulary, shrink
 
 RNG = random.Random(0)
@@ -236,19 +234,6 @@ def test_shrink_has_the_losses_of_its_teacher_its_baseline_and_the_cut_it_chose(
     losses = {"loss": 2.0, "teacher": 0.9, "random": 3.0, "trial": 4.0, "cut": 5.0}
     divergences = {"KL of 3 layers": 0.7, "KL of 2 layers": 0.6}
     assert result == {**losses, **divergences, "layers": 2, "seconds": 5.0, "trial s": 2.0}
-
-
-def test_a_finished_leg_is_not_started_again_and_one_of_other_settings_is_refused(data, load):
-    leg = shrink.leg(shrink_given(data, "--runs", "layers-2"), "layers-2", 1)
-    leg.output.mkdir(parents=True)
-    assert launching.finished(leg) is None
-    (config,) = load([leg]).values()
-    (leg.output / "config.yaml").write_text(dump_config(config))
-    report = reports.report_of(environment={"ranks": 1})
-    (leg.output / "report.json").write_text(json.dumps(report))
-    assert launching.report_of(leg, ranks=1) == json.loads(json.dumps(report))
-    with pytest.raises(CheckpointError, match="finished run of another config"):
-        launching.finished(leg._replace(overrides=(*leg.overrides, "train.max_steps=77")))
 
 
 def write_llama2c(path: Path, pieces: tuple[str, ...]) -> Path:
