@@ -236,22 +236,17 @@ def test_shrink_has_the_losses_of_its_teacher_its_baseline_and_the_cut_it_chose(
     assert result == {**losses, **divergences, "layers": 2, "seconds": 5.0, "trial s": 2.0}
 
 
-def write_llama2c(path: Path, pieces: tuple[str, ...]) -> Path:
-    """Begins as every such file does; of the pieces the first has the best score."""
-    bytes_ = [f"<0x{number:02X}>" for number in range(256)]
-    texts = ["<unk>", "\n<s>\n", "\n</s>\n", *bytes_, *pieces]
-    content = struct.pack("<i", 7)
-    for index, text in enumerate(texts):
-        encoded = text.encode()
-        content += struct.pack("<fi", -float(max(0, index - 259)), len(encoded)) + encoded
-    path.write_bytes(content)
-    return path
-
-
 def test_a_tokenizer_of_llama2c_has_its_pieces_best_merge_first_and_unknown_characters_as_bytes(
     tmp_path,
 ):
-    path = write_llama2c(tmp_path / "tok.bin", ("bc", "ab", " ", "a", "b", "c"))
+    # Begins as every such file does; of the pieces the first has the best score.
+    bytes_ = [f"<0x{number:02X}>" for number in range(256)]
+    texts = ["<unk>", "\n<s>\n", "\n</s>\n", *bytes_, "bc", "ab", " ", "a", "b", "c"]
+    content = struct.pack("<i", 7)
+    for index, text in enumerate(texts):
+        content += struct.pack("<fi", -float(max(0, index - 259)), len(text)) + text.encode()
+    path = tmp_path / "tok.bin"
+    path.write_bytes(content)
     pieces = stories.read_pieces(path)
     tokenizer = stories.stories_tokenizer(pieces)
 
