@@ -9,7 +9,6 @@ import pytest
 from stored_cells import cells, example, stored
 
 from evidence.cells import (
-    SAME_RUN,
     StoredCellError,
     TeacherGate,
     paired,
@@ -77,17 +76,3 @@ def test_pairs_are_those_of_values_that_both_have_and_equal_cost_is_paired_at_eq
     assert paired(result, "b", "a", basis="cost") == []
     assert paired(result, "a", "b", basis="steps", value="divergence") == [0.25]
     assert paired(result, "c", "b", basis="steps", value="divergence") == []
-
-
-def test_a_run_that_serves_both_bases_is_one_run_and_a_copy_is_none():
-    result = stored(
-        cells("method", (80.0, 81.0)),
-        cells("other", (82.0, 83.0)),
-        cells("other", (82.0, 83.0), basis="cost"),
-        cells("longer", (84.0,), basis="cost", steps=700),
-        cells("copy", (80.0, 81.0), details={SAME_RUN: 1.0}),
-    )
-
-    runs = [(run.arm, run.seed) for run in result.runs()]
-
-    assert runs == [("method", 1), ("method", 2), ("other", 1), ("other", 2), ("longer", 1)]
