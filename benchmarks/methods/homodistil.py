@@ -153,7 +153,7 @@ def pruning_legs(given: argparse.Namespace) -> list[launching.Leg]:
     # The scores are compared where the stored runs of the sensitivity are, with the later end.
     further = dict.fromkeys(("late", *SCORES), late)
     if given.decoder:
-        at_once = ("method.pruning_start=20",)
+        at_once = (f"method.pruning_start={given.sizes.start}",)
         further |= {"one_shot": at_once, "one_shot_alone": at_once}
     return [
         launching.leg_of(
