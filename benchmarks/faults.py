@@ -365,9 +365,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = parser_of(__doc__)
     parser.add_argument("--minutes", type=positive, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--cases", type=words_of(CASES), default=[*CASES], help="recorded cases of the tests"
-    )
+    words = {"type": words_of(CASES), "default": [*CASES]}
+    parser.add_argument("--cases", **words, help="recorded cases of the tests")
     return parsed(parser, "faults", arguments)
 
 

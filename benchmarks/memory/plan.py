@@ -155,9 +155,7 @@ def config_of(case: Case, folder: Path) -> RunConfig:
 
 def main(arguments: Sequence[str]) -> int:
     parser = parser_of(__doc__)
-    parser.add_argument(
-        "--cases", type=integers, help="numbers from 1, joined by commas; default: all"
-    )
+    parser.add_argument("--cases", type=integers, help="numbers from 1; default: all")
     given = parser.parse_args(arguments)
     chosen = given.cases or range(1, len(CASES) + 1)
     print(f"{machine()}\n\n| run | ranks | predicted MB | measured MB | error |\n|{'---|' * 5}")
