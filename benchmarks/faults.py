@@ -19,7 +19,6 @@ other ranks, only the log is compared, because dropout differs. Exits with 1 if 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import resource
@@ -36,19 +35,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [
-    str(ROOT / "benchmarks"),
-    str(ROOT / "tests/support"),
-    str(ROOT / "tests/distributed"),
-]
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests/support")]
 
 from forked_ranks import start_rank  # noqa: E402 - of the tests, with their runs
 from golden_cases import CASES, write_data  # noqa: E402
 from tiny_runs import config_tree, write_config  # noqa: E402
 
-from lib.launching import free_port  # noqa: E402
+from lib.launching import records_of  # noqa: E402
 from lib.options import parsed, parser_of, positive, words_of  # noqa: E402
 from lib.tables import print_rows  # noqa: E402
+from megakd.engine.distributed import free_port  # noqa: E402
 
 ROWS = 8
 SIZES = {"max_steps": 20, "per_device_train_batch_size": ROWS // 2, "collective_timeout": 12}
@@ -351,9 +347,7 @@ def check_same(trial: Trial, truth: Path) -> None:
 
 def logged(out: Path) -> list[tuple[str, int, bool]]:
     """Return the stage and the step of every line of the log, and whether it has a loss."""
-    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
-    return [(line["stage"], line["step"], "train/loss" in line) for line in records]
+    return [(line["stage"], line["step"], "train/loss" in line) for line in records_of(out)]
 
 
 def show(
@@ -371,9 +365,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = parser_of(__doc__)
     parser.add_argument("--minutes", type=positive, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--cases", type=words_of(CASES), default=[*CASES], help="recorded cases of the tests"
-    )
+    words = {"type": words_of(CASES), "default": [*CASES]}
+    parser.add_argument("--cases", **words, help="recorded cases of the tests")
     return parsed(parser, "faults", arguments)
 
 

@@ -8,7 +8,6 @@ notebook/evidence/, whose other facts stay. It starts no run.
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from evidence.cells import Cell, Stored, read_stored, with_cells, write_stored
 from evidence.others import COLLECTED
 from lib.books import HELD_OUT
 from lib.data import TASKS
-from lib.launching import Report, UnusableError, metric_of
+from lib.launching import Report, UnusableError, metric_of, read_report
 from lib.tables import machine
 
 STUDENT = "student"
@@ -45,7 +44,7 @@ def _cells(stored: Stored, folder: Path, arm: str) -> Iterator[Cell]:
     comparison = COLLECTED[stored.comparison]
     run, model = comparison.baselines.get(arm, (comparison.runs.get(arm, arm), STUDENT))
     for path in sorted(folder.glob(f"{run}-*/report.json")):
-        named, report = re.fullmatch(rf"{run}-(\d+)", path.parent.name), _report(path.parent)
+        named, report = re.fullmatch(rf"{run}-(\d+)", path.parent.name), read_report(path.parent)
         if named is None or not _stages_of(report, model):
             continue
         cell = _cell(stored, path.parent, (arm, model), int(named[1]))
@@ -53,11 +52,11 @@ def _cells(stored: Stored, folder: Path, arm: str) -> Iterator[Cell]:
         if stored.setting not in TASKS:
             yield cell
         elif (after / "report.json").is_file():
-            yield _after_task(cell, _report(after))
+            yield _after_task(cell, read_report(after))
 
 
 def _cell(stored: Stored, run: Path, which: tuple[str, str], seed: int) -> Cell:
-    (arm, model), report = which, _report(run)
+    (arm, model), report = which, read_report(run)
     stages = _stages_of(report, model)
     # The teacher of version 2 reads the rows in a stage before its student.
     before = sum(stage["steps"] for stage in stages if stage["name"] == "mixed-teacher")
@@ -84,10 +83,6 @@ def _stages_of(report: Report, model: str) -> list[Report]:
     if model != STUDENT:
         return [stage for stage in report["stages"] if stage["name"] == model]
     return [stage for stage in report["stages"] if stage["name"] not in report["baselines"]]
-
-
-def _report(run: Path) -> Report:
-    return json.loads((run / "report.json").read_text(encoding="utf-8"))
 
 
 def _cpu_seconds(report: Report, stages: Sequence[Report]) -> float:

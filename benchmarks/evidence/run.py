@@ -5,7 +5,6 @@ A finished cell keeps its report, log and result; its models and checkpoints are
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import hashlib
 import json
@@ -39,7 +38,7 @@ from evidence.comparisons import (
     first_trial,
     teacher_sections,
 )
-from evidence.settings import SETTINGS, Config, Setting
+from evidence.settings import SETTINGS, Config, Setting, read_table
 from lib import launching
 from lib.data import write_labelled
 from megakd.storage.atomic import write_text
@@ -209,7 +208,7 @@ def run_config(
 
 def run_once(folder: Path, config: Config) -> dict[str, Any]:
     start(folder, config, program="train")
-    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    return launching.read_report(folder)
 
 
 def start(folder: Path, config: Config, *, program: str) -> None:
@@ -431,8 +430,7 @@ def answers_of(model: Path, texts: Sequence[str], max_length: int) -> Answered:
 
 
 def test_rows(path: Path) -> tuple[list[str], list[str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = [(row["text"], row["label"]) for row in csv.DictReader(file)]
+    rows = read_table(path, ("text", "label"), delimiter=",")
     return [text for text, _ in rows], [label for _, label in rows]
 
 

@@ -29,11 +29,6 @@ def llama(layers: int, width: int, heads: int, neurons: int, **keys: Any) -> Con
     }
 
 
-def sizes_of(text: str) -> tuple[int, int]:
-    layers, width = map(int, text.split("x"))
-    return layers, width
-
-
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:

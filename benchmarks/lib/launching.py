@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -61,12 +60,6 @@ def fetch_teacher() -> Path:
     return folder
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def write_config(path: Path, config: Mapping[str, Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")
@@ -96,6 +89,8 @@ def launch_command(program: str, config: Path, ranks: int, overrides: Sequence[s
 
 def under_launcher(script: Sequence[str], ranks: int, *, on_cpu: bool) -> list[str]:
     """Return the command that runs a script on ranks of this machine, on a free port."""
+    from megakd.engine.distributed import free_port  # takes seconds
+
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet"]
     places = ["--num_gpus", str(ranks), "--master_port", str(free_port())]
     if on_cpu:
@@ -119,9 +114,10 @@ def start_ranks(
     is_quiet: bool = False,
 ) -> None:
     """Run Python once per rank, with the cores shared among them."""
-    port = free_port()
+    from megakd.engine.distributed import free_port  # takes seconds
+
     threads = max(1, (os.cpu_count() or 1) // ranks)
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": threads}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "OMP_NUM_THREADS": threads}
     processes = []
     for rank in range(ranks):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_SIZE": ranks}
@@ -162,7 +158,7 @@ def report_of(leg: Leg, *, ranks: int, jobs: int = 1) -> dict[str, Any]:
     # The launcher also returns 0 when a rank was killed by a signal.
     if code != 0 or not written.is_file():
         raise RunFailedError(f"{leg.config}: exit code {code}, and {written} does not exist")
-    return json.loads(written.read_text(encoding="utf-8"))
+    return read_report(written.parent)
 
 
 def write_leg_configs(out: Path, trees: Mapping[str, Any]) -> None:
@@ -197,7 +193,11 @@ def finished(leg: Leg) -> dict[str, Any] | None:
     config = load_config(ROOT / leg.config, [*leg.overrides, f"output_dir={output}"])
     if not is_finished(config):
         return None
-    return json.loads((output / "report.json").read_text(encoding="utf-8"))
+    return read_report(output)
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
 
 
 def records_of(folder: Path) -> list[dict[str, Any]]:

@@ -27,20 +27,16 @@ def parsed(
     return given
 
 
-def add_runs(
-    parser: argparse.ArgumentParser, out: str, *, jobs: int | None = 2, data: str | None = None
-) -> None:
+def add_runs(parser: argparse.ArgumentParser, out: str, *, jobs: int = 2, data: str) -> None:
     """Add the options of a benchmark that trains models with several seeds.
 
-    jobs: the default of `--jobs`; None: one run at a time. data: what the data folder holds.
+    jobs: the default of `--jobs`. data: what the data folder holds.
     """
     parser.add_argument("--seeds", type=integers, default=[1, 2, 3], help="separated by commas")
     parser.add_argument("--out", type=Path, default=Path("runs/bench") / out)
-    if jobs is not None:
-        words = f"runs of one rank side by side; default: {jobs}"
-        parser.add_argument("--jobs", type=positive, default=jobs, help=words)
-    if data is not None:
-        parser.add_argument("--data", type=Path, required=True, help=f"holds {data}")
+    words = f"runs of one rank side by side; default: {jobs}"
+    parser.add_argument("--jobs", type=positive, default=jobs, help=words)
+    parser.add_argument("--data", type=Path, required=True, help=f"holds {data}")
 
 
 def command_of(module: str, arguments: Sequence[str]) -> str:

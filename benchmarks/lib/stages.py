@@ -1,28 +1,23 @@
-"""Steps of whole stages: a made-up case, the engines of a run, and pairs of steps by turns."""
+"""Steps of whole stages: a made-up case, and the engines of a run."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import random
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from lib.data import bert, sizes_of, write_labelled
-from lib.launching import BENCHMARKS, start_ranks, write_config
+from lib.data import bert, write_labelled
+from lib.launching import write_config
 from lib.options import parser_of
-from megakd.config.file import load_config
 from megakd.config.run import RunConfig
 from megakd.contract.batch import Batch
 from megakd.contract.stage import Constant, Pass, Stage
-from megakd.engine.collectives import gather
 from megakd.engine.distributed import Ranks
 from megakd.inputs.inputs import prepare
-from megakd.run.main import started
 from megakd.run.run_lab import RunLab
 from megakd.training.progress import Reporter
 from megakd.training.stage_run import StageRun
@@ -51,7 +46,7 @@ def step_parser(about: str | None, **defaults: Any) -> argparse.ArgumentParser:
 
 def bert_model(size: str) -> dict[str, Any]:
     """Return a BERT from scratch; `6x384` is 6 layers of width 384, heads of 32."""
-    layers, width = sizes_of(size)
+    layers, width = map(int, size.split("x"))
     return {"config": bert(layers, width, max(1, width // 32), num_labels=len(LABELS))}
 
 
@@ -95,24 +90,6 @@ def case_config(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
         "save": {"save_steps": 10**6},
         "log": {"logging_steps": 10},
     }
-
-
-def on_ranks(module: str, given: argparse.Namespace) -> Any:
-    with tempfile.TemporaryDirectory(prefix="megakd-steps-") as name:
-        write_case(Path(name), given)
-        start_ranks([str(BENCHMARKS), module, *given.arguments, "--case", name], given.ranks)
-        return json.loads((Path(name) / "measured.json").read_text(encoding="utf-8"))
-
-
-def run_rank(
-    given: argparse.Namespace, measure: Callable[[RunConfig, Ranks, argparse.Namespace], Any]
-) -> None:
-    """Measure on one rank, in the folder of the case; rank 0 writes what all have measured."""
-    config = load_config(given.case / "run.yaml")
-    with started(config) as ranks:
-        measured = gather(measure(config, ranks, given))
-        if ranks.is_main:
-            (given.case / "measured.json").write_text(json.dumps(measured), encoding="utf-8")
 
 
 class WatchedCollate:

@@ -10,19 +10,25 @@ took the most beside those of `megakd plan`, process and all.
 from __future__ import annotations
 
 import argparse
+import random
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lib.data import llama, write_jsonl
 from lib.launching import write_config
 from lib.options import integers, parsed, parser_of
 from lib.tables import print_rows
-from memory.billion import LENGTH, ROWS, Case, decoder, write_teacher, write_texts
+from megakd.data.vocabularies import train_tokenizer
 from memory.plan import Peaks, planned_and_measured, predicted_peaks
 
 TOLERANCE = 0.15
-CASE = Case("causal_lm", decoder(28, 1024, 2816, (16, 4), ids=8000), "adamw")
+LENGTH, ROWS = 64, 2
+WORDS = [f"word{number}" for number in range(1000)]
+SIZES = {"num_key_value_heads": 4, "max_position_embeddings": LENGTH, "vocab_size": 8000}
 GATHERED = 30_000_000
 ZERO_3 = {
     "zero_optimization": {
@@ -40,8 +46,8 @@ def main(arguments: Sequence[str]) -> int:
     rows, worst = [], 0.0
     with tempfile.TemporaryDirectory(prefix="megakd-ranks-") as name:
         folder = Path(name)
-        write_texts(folder / "data", "causal_lm")
-        weights = write_teacher(folder / "model", CASE)
+        write_texts(folder / "data")
+        weights = write_model(folder / "model")
         for ranks in given.ranks:
             path = write_config(folder / f"{ranks}/run.yaml", run_tree(folder, ranks))
             plan, measured = planned_and_measured(path, ranks)
@@ -61,6 +67,23 @@ def main(arguments: Sequence[str]) -> int:
                 rows.append((of_what, numbers, f"{error:+.1%}"))
     print_rows(given.command, *rows)
     return 1 if worst > TOLERANCE else 0
+
+
+def write_texts(folder: Path) -> None:
+    drawn = random.Random(0)
+    for split, count in (("train", 64), ("validation", 4 * ROWS)):
+        texts = (" ".join(drawn.choices(WORDS, k=2 * LENGTH)) for _ in range(count))
+        write_jsonl(folder / f"{split}.jsonl", ({"text": text} for text in texts))
+
+
+def write_model(folder: Path) -> int:
+    """Write a Llama with random weights and its tokenizer; return how many weights it has."""
+    shape = llama(28, 1024, 16, 2816, **SIZES, tie_word_embeddings=False)
+    model = LlamaForCausalLM(LlamaConfig(**shape)).bfloat16()
+    model.save_pretrained(folder)
+    made = train_tokenizer(lambda: WORDS, kind="bpe", vocab_size=1200, for_encoder=False)
+    made.save_pretrained(folder)
+    return model.num_parameters()
 
 
 def run_tree(folder: Path, ranks: int) -> dict[str, Any]:

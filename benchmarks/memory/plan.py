@@ -143,29 +143,19 @@ def config_of(case: Case, folder: Path) -> RunConfig:
         "train.max_steps=3",
         "log.report_to=[]",
         f"eval.per_device_eval_batch_size={case.rows}",
-        *_pool(case.teacher.split()),
-        *case.settings,
     ]
-    config = load_config(folder / "run.yaml", settings)
+    if len(sizes := case.teacher.split()) > 1:
+        same = {"finetune": {"max_steps": 3}}
+        pool = [{"name": f"t{size}", "model": bert_model(size), **same} for size in sizes]
+        settings += ["teacher=null", "objective=null", f"teachers={json.dumps(pool)}"]
+    config = load_config(folder / "run.yaml", [*settings, *case.settings])
     (folder / "run.yaml").write_text(dump_config(config), encoding="utf-8")
     return config
 
 
-def _pool(sizes: Sequence[str]) -> list[str]:
-    if len(sizes) == 1:
-        return []
-    teachers = [
-        {"name": f"t{size}", "model": bert_model(size), "finetune": {"max_steps": 3}}
-        for size in sizes
-    ]
-    return ["teacher=null", "objective=null", f"teachers={json.dumps(teachers)}"]
-
-
 def main(arguments: Sequence[str]) -> int:
     parser = parser_of(__doc__)
-    parser.add_argument(
-        "--cases", type=integers, help="numbers from 1, joined by commas; default: all"
-    )
+    parser.add_argument("--cases", type=integers, help="numbers from 1; default: all")
     given = parser.parse_args(arguments)
     chosen = given.cases or range(1, len(CASES) + 1)
     print(f"{machine()}\n\n| run | ranks | predicted MB | measured MB | error |\n|{'---|' * 5}")

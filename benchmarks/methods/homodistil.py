@@ -1,7 +1,7 @@
 """HomoDistil against its controls: on text and then on tasks, or of a pretrained decoder.
 
 `python benchmarks methods.homodistil --data FOLDER [--stages teacher,prune,tasks,table]
-[--decoder [--steps 1600] [--student 16]]`, on the CPU.
+[--decoder [--steps 1600]]`, on the CPU.
 
 * teacher: a BERT of 4 x 192 learns masked tokens of eleven novels, first in short rows. With
   `--decoder`, the teacher is a Llama of 260,000 weights, pretrained on TinyStories by the author of
@@ -11,8 +11,7 @@
   pruned out of the teacher while they are distilled; `one_shot_alone` is pruned as `one_shot` and
   learns without the teacher; `platon`, `magnitude` and `random_scores` (decoder) choose the units
   by other scores; `random` starts from random weights and is distilled with the same losses;
-  `alone` starts from random weights and learns without the teacher. `--student 16` leaves a quarter
-  of the decoder's width.
+  `alone` starts from random weights and learns without the teacher.
 * tasks: all of these, and the teacher, learn tasks from labels; the last weights are scored.
 * table: means and deviations over the seeds, and the largest jump of the divergence from the
   teacher between two evaluations.
@@ -50,9 +49,8 @@ SCORES = {
     "magnitude": ("method.score=magnitude",),
     "random_scores": ("method.score=random",),
 }
-HALF = 32
-"""Half of the decoder's width."""
-CHANGEABLE = ("student", "steps")
+DECODER_SIZES = books.Sizes(steps=400, student=32)
+"""Half of the width is left, as of the encoder."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -96,7 +94,7 @@ def encoder_config(given: argparse.Namespace) -> Config:
 
 
 def decoder_config(given: argparse.Namespace) -> Config:
-    """Half of the width, neurons and key-value groups are left, or as much as `--student`."""
+    """Half of the width, neurons and key-value groups are left."""
     sizes: books.Sizes = given.sizes
     method = {"target_width": sizes.student, "round_to": 4, "cuts": 4}
     return {
@@ -155,7 +153,7 @@ def pruning_legs(given: argparse.Namespace) -> list[launching.Leg]:
     # The scores are compared where the stored runs of the sensitivity are, with the later end.
     further = dict.fromkeys(("late", *SCORES), late)
     if given.decoder:
-        at_once = ("method.pruning_start=20",)
+        at_once = (f"method.pruning_start={given.sizes.start}",)
         further |= {"one_shot": at_once, "one_shot_alone": at_once}
     return [
         launching.leg_of(
@@ -214,15 +212,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--tasks", type=words_of(TASKS), default=[*TASKS], help=f"of {[*TASKS]}")
     parser.add_argument("--ranks", type=int, default=2, help="of the stages teacher and prune")
     parser.add_argument("--decoder", action="store_true", help="the Llama of the stories")
-    books.add_changeable(parser, CHANGEABLE)
+    books.add_changeable(parser, ["steps"])
     parser.add_argument("--quick", action="store_true", help="tiny models and a few steps")
     given = parsed(parser, __name__, arguments)
-    whole = books.Sizes(steps=400, student=HALF) if given.decoder else books.Sizes()
+    whole = DECODER_SIZES if given.decoder else books.Sizes()
     sizes = books.QUICK if given.quick else whole
-    given.sizes = sizes._replace(**books.changed(given, CHANGEABLE))
+    given.sizes = sizes._replace(**books.changed(given, ["steps"]))
     if given.decoder:
-        name = "decoder" if given.sizes.student == HALF else f"decoder-{given.sizes.student}"
-        given.out, given.tasks = given.out / name, []
+        given.out, given.tasks = given.out / "decoder", []
     given.stages = given.stages or (["prune", "table"] if given.decoder else [*STAGES])
     books.check_ranks(parser, given, given.sizes.rows)
     return given

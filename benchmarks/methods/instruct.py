@@ -13,10 +13,9 @@ the layers, as narrow as the size asks, and repairs them without a trial, `rando
 that `shrink` chose from random weights. `cut` is the cut without repair. All learn from forward KL
 in bf16 with the same rate; of several rates, the one with which the bare loop, for `--rate_seconds`
 from evenly spaced layers, comes nearest to the teacher on the validation rows. Held-out loss and KL
-to the teacher are of the answers in nats per token; `right` is the percentage of mathematical
-answers with the right number. Each run has a folder below `--out`, is gone on with where it was,
-and is done once. The runs of a seed take turns, `--jobs` seeds side by side; with other seeds
-beside them, the seconds of all are longer.
+to the teacher are of the answers in nats per token. Each run has a folder below `--out`, is gone on
+with where it was, and is done once. The runs of a seed take turns, `--jobs` seeds side by side;
+with other seeds beside them, the seconds of all are longer.
 """
 
 from __future__ import annotations
@@ -333,7 +332,7 @@ def score(
 
 
 def scores_of(given: argparse.Namespace, folder: Path, names: Sequence[str]) -> dict[str, float]:
-    tokenizer = AutoTokenizer.from_pretrained(given.teacher, padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(given.teacher)
     model, teacher = opened(folder), opened(given.teacher)
     numbers: dict[str, float] = {"millions": round(model.num_parameters() / 1e6, 1)}
     for name in names:
@@ -341,8 +340,6 @@ def scores_of(given: argparse.Namespace, folder: Path, names: Sequence[str]) -> 
         some = instruct.encoded(rows, tokenizer)
         losses = instruct.losses_of(model, teacher, some, pad=tokenizer.pad_token_id)
         numbers |= {f"{key}, {name}": value for key, value in losses.items()}
-        if name == "maths":
-            numbers["right"] = instruct.right_answers(model, tokenizer, rows)
     return numbers
 
 

@@ -13,8 +13,7 @@ without a trial, for as many steps as a candidate takes in `shrink`, or for `--a
 it takes as long as `shrink`. `random` is the shape of the student from random
 weights, distilled for as many steps. `on_policy` spends the last tenth of the repair on texts that
 the student generates. Each run has a folder below `--out`, is gone on with where it was, and is
-done once; `--runs` takes some of them. `--trials` runs only trials of several lengths, with one
-step of repair, and prints which candidate they choose.
+done once; `--runs` takes some of them.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from lib.launching import (
     stage_of,
     write_config,
 )
-from lib.options import add_runs, integers, need, parsed, parser_of
+from lib.options import add_runs, need, parsed, parser_of
 from lib.tables import Columns, columns_of, print_models
 
 TEACHER = ROOT / "runs/bench/shrink/books-teacher"
@@ -127,9 +126,6 @@ def config(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def variants(given: argparse.Namespace) -> dict[str, tuple[str, ...]]:
-    if given.trials:
-        once = "method.repair_steps=1"
-        return {f"trial-{steps}": (f"method.trial_steps={steps}", once) for steps in given.trials}
     last, case = max(1, given.steps // 10), CASES[given.case]
     on_policy = (
         f"method.repair_steps={given.steps - last}",
@@ -201,7 +197,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--trial", type=int, default=60, help="steps of the trial")
     parser.add_argument("--alone", type=int, help="steps of layers-N; default: trial and repair")
     parser.add_argument("--runs", nargs="*", help="names of the variants; default: all")
-    parser.add_argument("--trials", type=integers, help="compare trials of so many steps")
     given = parsed(parser, __name__, arguments)
     given.alone = given.alone or given.trial + given.steps
     given.out = given.out or ROOT / "runs/bench/shrink" / CASES[given.case].out

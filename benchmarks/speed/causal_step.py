@@ -1,14 +1,13 @@
 """A causal LM step of megakd against an eager bare loop: CPU time in pairs, and memory.
 
-`python benchmarks speed.causal_step [--pairs 20] [--divergences forward_kl,jsd] [--peers]`, one
-rank with one thread.
+`python benchmarks speed.causal_step [--pairs 20] [--divergences forward_kl,jsd]`, one rank with
+one thread.
 
 Llamas with random weights, V = 32000: a student of 4 x 256 learns from a teacher of 8 x 512, at
 ZeRO 0 in fp32, from 4 x 256 tokens per step, by one soft target and without labels.
 
 * megakd: all that a stage does per step, as in `speed.overhead`.
 * bare: full logits of both models, log_softmax, the divergence, backward, clipping, AdamW.
-* `--peers`: GKDTrainer and DistillationTrainer of TRL, against the same bare loop.
 
 Both sides of a pair start from the same weights, and take the same batches by turns in one process.
 Their losses must agree before the first step and after the warm-up. The extra memory of a step is
@@ -28,8 +27,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,10 +51,9 @@ TOKENIZER, RUN = "tokenizer", "run.yaml"
 TARGET, MEMORY_TARGET = 0.85, 0.5
 WARM_UP, MEMORY_STEPS = 4, 3
 """Steps that do not count, and steps whose memory is measured."""
-TERMS = {
-    "forward_kl": {"loss": "soft_target_kl", "weight": 1.0},
-    "jsd": {"loss": "soft_target_jsd", "weight": 1.0, "beta": 0.5},
-}
+WHAT = ("pairs", "megakd", "bare")
+"""What a process measures: pairs of steps, or the memory of one side."""
+TERMS = {"forward_kl": {"loss": "soft_target_kl"}, "jsd": {"loss": "soft_target_jsd", "beta": 0.5}}
 
 
 class Sizes(NamedTuple):
@@ -122,30 +120,26 @@ def run_tree(folder: Path, sizes: Sizes, divergence: str) -> dict[str, Any]:
     }
 
 
-class Models(NamedTuple):
-    """A student and a frozen teacher of transformers."""
-
-    student: LlamaForCausalLM
-    teacher: LlamaForCausalLM
-
-
 class Bare:
     """The bare loop: forward of both models, loss, backward, clipping, AdamW.
 
-    As all sides of a pair: `step` takes the step of a batch, every batch once and in order; `loss`
-    returns its loss in nats per target, without learning.
+    models: a student and a teacher. As both sides of a pair, `step` takes the step of a batch,
+    every batch once and in order; `loss` returns its loss in nats per target, without learning.
     """
 
-    def __init__(self, models: Models, ids: Sequence[Tensor], loss: Loss) -> None:
-        self._models, self._ids, self._loss = models, ids, loss
-        matrices = [p for p in models.student.parameters() if p.dim() > 1]
-        others = [p for p in models.student.parameters() if p.dim() <= 1]
+    def __init__(
+        self, models: Iterable[LlamaForCausalLM], ids: Sequence[Tensor], loss: Loss
+    ) -> None:
+        self._student, self._teacher = models
+        self._ids, self._loss = ids, loss
+        matrices = [p for p in self._student.parameters() if p.dim() > 1]
+        others = [p for p in self._student.parameters() if p.dim() <= 1]
         self._parameters = [*matrices, *others]
         # The groups of megakd: matrices and others, both without decay by default.
         groups = [{"params": group, "weight_decay": 0.0} for group in (matrices, others)]
         self._optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE)
-        models.student.train()
-        models.teacher.eval().requires_grad_(requires_grad=False)
+        self._student.train()
+        self._teacher.eval().requires_grad_(requires_grad=False)
 
     def step(self, index: int) -> None:
         self._forward(self._ids[index]).backward()
@@ -159,8 +153,8 @@ class Bare:
 
     def _forward(self, ids: Tensor) -> Tensor:
         with torch.no_grad():
-            soft = self._models.teacher(input_ids=ids, use_cache=False).logits
-        logits = self._models.student(input_ids=ids, use_cache=False).logits
+            soft = self._teacher(input_ids=ids, use_cache=False).logits
+        logits = self._student(input_ids=ids, use_cache=False).logits
         targets = ids[:, 1:].numel()
         return self._loss(logits[:, :-1].float(), soft[:, :-1].float()) / targets
 
@@ -170,7 +164,7 @@ def bare_copy(models: Sequence[LlamaForCausalLM], ids: Sequence[Tensor], loss: L
     copies = [LlamaForCausalLM(model.config) for model in models]
     for copy, model in zip(copies, models, strict=True):
         copy.load_state_dict(model.state_dict())
-    return Bare(Models(*copies), ids, loss)
+    return Bare(copies, ids, loss)
 
 
 def forward_kl(logits: Tensor, soft: Tensor) -> Tensor:
@@ -193,19 +187,14 @@ LOSSES = {"forward_kl": forward_kl, "jsd": jsd}
 """Of logits [B, T, V] of the student and of the teacher: sums in nats."""
 
 
-def random_models(sizes: Sizes) -> Models:
-    """Return both models with random weights, the same at every call."""
-    torch.manual_seed(0)
+@contextmanager
+def opened_bare(sizes: Sizes, divergence: str, count: int) -> Iterator[Bare]:
+    """Build a bare loop with random weights and so many random batches."""
     shapes = (sizes.shape(size) for size in (sizes.student, sizes.teacher))
     configs = (LlamaConfig(**shape, vocab_size=sizes.vocabulary) for shape in shapes)
-    return Models(*map(LlamaForCausalLM, configs))
-
-
-def random_ids(sizes: Sizes, count: int) -> list[Tensor]:
-    """Return token numbers [B, T] of so many batches, the same at every call."""
-    drawn = torch.Generator().manual_seed(0)
-    shape = (sizes.rows, sizes.length)
-    return [torch.randint(sizes.vocabulary, shape, generator=drawn) for _ in range(count)]
+    batch = (sizes.rows, sizes.length)
+    ids = [torch.randint(sizes.vocabulary, batch) for _ in range(count)]
+    yield Bare(map(LlamaForCausalLM, configs), ids, LOSSES[divergence])
 
 
 @contextmanager
@@ -251,54 +240,41 @@ def main(arguments: Sequence[str]) -> int:
     if given.case is not None:
         measure(given)
         return 0
-    from speed import causal_trl as trl
-
     rows = []
     for divergence in given.divergences:
         with tempfile.TemporaryDirectory(prefix="megakd-causal-") as name:
             write_case(Path(name), given.sizes, divergence)
-            memory = {"bare": in_child("bare", "memory", divergence, Path(name), given)}
-            for side in ("megakd", *(trl.available() if given.peers else [])):
-                pairs = in_child(side, "pairs", divergence, Path(name), given)
-                memory["ours"] = in_child(side, "memory", divergence, Path(name), given)
-                rows.append(row_of(f"{divergence}, {side}", pairs, memory))
-                if side == "megakd" and given.sizes == FULL:
-                    print(verdict(pairs, memory), flush=True)
+            pairs, *memory = (in_child(what, divergence, Path(name), given) for what in WHAT)
+        rows.append(row_of(f"{divergence}, megakd", pairs, memory))
+        if given.sizes == FULL:
+            print(verdict(pairs, memory), flush=True)
     print_rows(given.command, *rows)
     return 0
 
 
-def in_child(side: str, what: str, divergence: str, case: Path, given: argparse.Namespace) -> Any:
-    place = ["--case", str(case), "--side", side, "--what", what, "--divergences", divergence]
+def in_child(what: str, divergence: str, case: Path, given: argparse.Namespace) -> Any:
+    place = ["--case", str(case), "--what", what, "--divergences", divergence]
     command = [sys.executable, str(BENCHMARKS), __name__, *given.arguments, *place]
     changes = {"OMP_NUM_THREADS": "1", "PYTHONPATH": bench_path()}
     environment = os.environ | quickstart().ENVIRONMENT | changes
     subprocess.run(command, env=environment, check=True)
-    return json.loads((case / f"{side}-{what}.json").read_text(encoding="utf-8"))
+    return json.loads((case / f"{what}.json").read_text(encoding="utf-8"))
 
 
 def measure(given: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    with opened(given) as side:
-        measured: Any = extra_memory(side, given) if given.what == "memory" else paired(side, given)
-    path = given.case / f"{given.side}-{given.what}.json"
-    path.write_text(json.dumps(measured), encoding="utf-8")
+    count, divergence = WARM_UP + max(given.pairs, MEMORY_STEPS), given.divergences[0]
+    if given.what == "bare":
+        opened: Any = opened_bare(given.sizes, divergence, count)
+    else:
+        opened = opened_megakd(given.case, count)
+    with opened as side:
+        is_pairs = given.what == "pairs"
+        measured: Any = paired(side, divergence, given.pairs) if is_pairs else extra_memory(side)
+    (given.case / f"{given.what}.json").write_text(json.dumps(measured), encoding="utf-8")
 
 
-def opened(given: argparse.Namespace) -> AbstractContextManager[Any]:
-    count = WARM_UP + max(given.pairs, MEMORY_STEPS)
-    divergence = given.divergences[0]
-    if given.side == "megakd":
-        return opened_megakd(given.case, count)
-    if given.side == "bare":
-        models, ids = random_models(given.sizes), random_ids(given.sizes, count)
-        return nullcontext(Bare(models, ids, LOSSES[divergence]))
-    from speed import causal_trl as trl
-
-    return trl.opened(given.side, given.case, given.sizes, divergence, count)
-
-
-def extra_memory(side: Any, given: argparse.Namespace) -> int:
+def extra_memory(side: Any) -> int:
     """Return the bytes that a step takes beyond what is resident before it, the median of a few."""
     from bench.memory import peak_in_process
 
@@ -309,9 +285,9 @@ def extra_memory(side: Any, given: argparse.Namespace) -> int:
     return statistics.median_low(peaks)
 
 
-def paired(side: Any, given: argparse.Namespace) -> list[list[float]]:
+def paired(side: Any, divergence: str, pairs: int) -> list[list[float]]:
     """Return the CPU seconds of the steps of a side and of a bare loop; their losses must agree."""
-    bare = side.bare(LOSSES[given.divergences[0]])
+    bare = side.bare(LOSSES[divergence])
     check_agree(side, bare, 0)
     for index in range(WARM_UP):
         side.step(index)
@@ -321,7 +297,7 @@ def paired(side: Any, given: argparse.Namespace) -> list[list[float]]:
     def seconds(one: Any, number: int) -> float:
         return timed(functools.partial(one.step, WARM_UP + number)).cpu
 
-    return by_turns([functools.partial(seconds, one) for one in (side, bare)], given.pairs)
+    return by_turns([functools.partial(seconds, one) for one in (side, bare)], pairs)
 
 
 def check_agree(side: Any, beside: Any, steps: int) -> None:
@@ -332,20 +308,19 @@ def check_agree(side: Any, beside: Any, steps: int) -> None:
 
 
 def row_of(
-    what: str, pairs: Sequence[Sequence[float]], memory: dict[str, int]
+    what: str, pairs: Sequence[Sequence[float]], memory: Sequence[int]
 ) -> tuple[str, str, str]:
-    ratio, share = ratio_of(pairs), memory["ours"] / max(1, memory["bare"])
+    ratio, share = ratio_of(pairs), memory[0] / max(1, memory[1])
     ours, theirs = (1000 * statistics.median(each) for each in zip(*pairs, strict=True))
-    megabytes = f"{memory['ours'] / 1e6:.0f} against {memory['bare'] / 1e6:.0f} MB"
+    megabytes = f"{memory[0] / 1e6:.0f} against {memory[1] / 1e6:.0f} MB"
     numbers = f"CPU time {ratio.median:.4f} ({ours:.1f} against {theirs:.1f} ms), "
     numbers += f"extra memory {share:.2f} ({megabytes})"
     what = f"{what}, a step against a bare loop, {len(pairs)} pairs"
     return what, numbers, f"95 %: {ratio.between(4)}"
 
 
-def verdict(pairs: Sequence[Sequence[float]], memory: dict[str, int]) -> str:
-    share = memory["ours"] / max(1, memory["bare"])
-    met = ratio_of(pairs).median <= TARGET and share <= MEMORY_TARGET
+def verdict(pairs: Sequence[Sequence[float]], memory: Sequence[int]) -> str:
+    met = ratio_of(pairs).median <= TARGET and memory[0] <= MEMORY_TARGET * memory[1]
     return f"targets {TARGET} and {MEMORY_TARGET}: {'met' if met else 'missed'}"
 
 
@@ -353,11 +328,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = parser_of(__doc__)
     parser.add_argument("--pairs", type=int, default=20, help="at least 2")
     parser.add_argument("--divergences", type=words_of(TERMS), default=list(TERMS))
-    parser.add_argument("--peers", action="store_true", help="TRL's trainers too")
     parser.add_argument("--quick", action="store_true", help="tiny models, to try the program")
-    for name in ("--side", "--what", "--case"):
-        parser.add_argument(name, help=argparse.SUPPRESS)
+    parser.add_argument("--what", help=argparse.SUPPRESS)
+    parser.add_argument("--case", type=Path, help=argparse.SUPPRESS)
     given = parsed(parser, __name__, arguments)
-    given.case = given.case and Path(given.case)
     given.sizes = QUICK if given.quick else FULL
     return given

@@ -18,9 +18,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,19 +32,24 @@ from torch import Tensor
 
 from lib import stages
 from lib.clocks import Clocks, by_turns, line, over_ranks, timed
+from lib.launching import BENCHMARKS, start_ranks
 from lib.options import parsed
 from lib.tables import Spread, print_rows, ratio_of, spread_of
+from megakd.config.file import load_config
 from megakd.config.run import RunConfig
 from megakd.contract.batch import Batch, Knowledge
 from megakd.contract.stage import Pass
 from megakd.data.loader import STEPS_AHEAD, STEPS_AT_ONCE
+from megakd.engine.collectives import gather
 from megakd.engine.distributed import Ranks
 from megakd.engine.student import device_batch
 from megakd.losses.bundle import StudentBundle
+from megakd.run.main import started
 from megakd.teachers.frozen import FrozenModel, FrozenTeacher
 from megakd.training.stage_run import StageRun
 
 TARGET = 1.02
+MEASURED = "measured.json"
 
 
 class BareTeacher(FrozenModel):
@@ -101,12 +109,24 @@ class BareLoop:
 def main(arguments: Sequence[str]) -> int:
     given = parse(arguments)
     if given.case is not None:
-        stages.run_rank(given, measure)
+        run_rank(given)
         return 0
-    by_rank = stages.on_ranks(__name__, given)
+    with tempfile.TemporaryDirectory(prefix="megakd-steps-") as name:
+        stages.write_case(Path(name), given)
+        start_ranks([str(BENCHMARKS), __name__, *given.arguments, "--case", name], given.ranks)
+        by_rank = json.loads((Path(name) / MEASURED).read_text(encoding="utf-8"))
     pairs = over_ranks([rank["pairs"] for rank in by_rank])
     show(pairs, max(rank["share"] for rank in by_rank), given)
     return 0
+
+
+def run_rank(given: argparse.Namespace) -> None:
+    """Measure on one rank, in the folder of the case; rank 0 writes what all have measured."""
+    config = load_config(given.case / "run.yaml")
+    with started(config) as ranks:
+        measured = gather(measure(config, ranks, given))
+        if ranks.is_main:
+            (given.case / MEASURED).write_text(json.dumps(measured), encoding="utf-8")
 
 
 def measure(config: RunConfig, ranks: Ranks, given: argparse.Namespace) -> dict[str, Any]:

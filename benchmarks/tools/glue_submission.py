@@ -25,16 +25,8 @@ from megakd.data.readers import read_tsv
 from megakd.errors import MegakdError
 from megakd.storage.atomic import write_text
 
-STEMS = {
-    "cola": "CoLA",
-    "sst2": "SST-2",
-    "mrpc": "MRPC",
-    "stsb": "STS-B",
-    "qqp": "QQP",
-    "qnli": "QNLI",
-    "rte": "RTE",
-    "wnli": "WNLI",
-}
+STEMS = {"cola": "CoLA", "sst2": "SST-2", "stsb": "STS-B"}
+"""Names of files that are not those of their tasks in capitals."""
 MNLI = {"MNLI-m": "test_matched", "MNLI-mm": "test_mismatched"}
 ROWS = 64
 
@@ -47,14 +39,14 @@ def test_files(config: RunConfig, name: str) -> dict[str, Path]:
     if config.task.data_dir is None:
         raise SubmissionError("task.data_dir: missing; give the folder of GLUE's TSV files")
     folder = task_folder(config.task.data_dir, TASKS[name].folder or name)
-    files = {stem: folder / f"{split}.tsv" for stem, split in MNLI.items()}
-    if name in STEMS:
-        files = {STEMS[name]: folder / "test.tsv"}
+    is_mnli = name.startswith("mnli")
+    stems = MNLI if is_mnli else {STEMS.get(name, name.upper()): "test"}
+    files = {stem: folder / f"{split}.tsv" for stem, split in stems.items()}
     for stem, path in files.items():
         if not path.is_file():
             raise SubmissionError(f"{path} does not exist, and {stem}.tsv needs its rows")
     diagnostic = folder.parent / "AX" / "AX.tsv"
-    return files | ({"AX": diagnostic} if name not in STEMS and diagnostic.is_file() else {})
+    return files | ({"AX": diagnostic} if is_mnli and diagnostic.is_file() else {})
 
 
 def outputs_of(model: Any, tokenizer: Any, path: Path, text: Sequence[str], most: int) -> Any:

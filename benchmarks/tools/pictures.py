@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lib.launching import ROOT
+from lib.options import parser_of
 
 FOLDER = ROOT / "docs/images"
 PICTURES = ("quality", "tradeoff")
@@ -20,8 +21,10 @@ STYLE = "svg { background: var(--paper) } text.title { fill: var(--ink); font-we
 
 
 def main(arguments: Sequence[str]) -> int:
-    report = Path(*arguments) if arguments else ROOT / "runs/pydocs_minidisc/report.html"
-    page = report.read_text(encoding="utf-8")
+    parser = parser_of(__doc__)
+    default = ROOT / "runs/pydocs_minidisc/report.html"
+    parser.add_argument("report", nargs="?", type=Path, default=default)
+    page = parser.parse_args(arguments).report.read_text(encoding="utf-8")
     rules = re.findall(r"^:root.*$|^@media screen.*$|^svg [^{].*$(?:\n  .*$)?", page, re.MULTILINE)
     FOLDER.mkdir(parents=True, exist_ok=True)
     figures = re.findall(r"<figure>\n<div class=\"charts\">.*?</figure>", page, re.DOTALL)

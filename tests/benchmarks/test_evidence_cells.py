@@ -9,7 +9,6 @@ import pytest
 from stored_cells import cells, example, stored
 
 from evidence.cells import (
-    SAME_RUN,
     StoredCellError,
     TeacherGate,
     paired,
@@ -62,37 +61,18 @@ def test_a_new_cell_replaces_that_of_its_arm_seed_and_basis_alone():
     assert after.arms() == ["a", "b"]
 
 
-def test_pairs_are_those_of_seeds_that_both_have_and_positive_is_better():
-    result = stored(cells("a", (1.0, 5.0, 9.0)), cells("b", (2.0, 3.0)), lower_is_better=False)
-    late = dataclasses.replace(cells("b", (0.0,))[0], seed=7)
-    assert paired(with_cells(result, [late]), "a", "b", basis="steps") == [-1.0, 2.0]
-    losses = stored(cells("a", (1.0, 5.0)), cells("b", (2.0, 3.0)), lower_is_better=True)
-    assert paired(losses, "a", "b", basis="steps") == [1.0, -2.0]
-
-
-def test_equal_cost_is_paired_at_equal_steps_and_divergences_may_be_missing():
+def test_pairs_are_those_of_values_that_both_have_and_equal_cost_is_paired_at_equal_steps():
     result = stored(
-        cells("a", (4.0,), basis="cost"),
+        cells("a", (4.0, 9.0), basis="cost"),
         cells("b", (1.0,), divergence=0.75),
-        cells("a", (2.0,), divergence=0.5),
+        cells("a", (2.0, 5.0), divergence=0.5),
         cells("c", (1.0,), divergence=None),
     )
+    losses = dataclasses.replace(result, lower_is_better=True)
 
+    assert paired(result, "a", "b", basis="steps") == [1.0]
+    assert paired(losses, "a", "b", basis="steps") == [-1.0]
     assert paired(result, "a", "b", basis="cost") == [3.0]
     assert paired(result, "b", "a", basis="cost") == []
     assert paired(result, "a", "b", basis="steps", value="divergence") == [0.25]
     assert paired(result, "c", "b", basis="steps", value="divergence") == []
-
-
-def test_a_run_that_serves_both_bases_is_one_run_and_a_copy_is_none():
-    result = stored(
-        cells("method", (80.0, 81.0)),
-        cells("other", (82.0, 83.0)),
-        cells("other", (82.0, 83.0), basis="cost"),
-        cells("longer", (84.0,), basis="cost", steps=700),
-        cells("copy", (80.0, 81.0), details={SAME_RUN: 1.0}),
-    )
-
-    runs = [(run.arm, run.seed) for run in result.runs()]
-
-    assert runs == [("method", 1), ("method", 2), ("other", 1), ("other", 2), ("longer", 1)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import reports
 import yaml
 from stored_cells import cells, stored
 
@@ -15,26 +16,20 @@ from lib.launching import UnusableError
 STAGES = {"mixed-teacher": 250, "student": 500, "random": 500}
 
 
-def write_run(folder, loss, *, stages=("student",), score=0.5, **report):
+def write_run(folder, loss, *, stages=("student",), score=0.5):
     """Write what a run of two ranks and one thread leaves; a stage takes a second per ten steps."""
     folder.mkdir(parents=True)
-    result = {
-        "student": {"metrics": {"loss": loss, "nats_per_character": loss, "accuracy": score}},
-        "metric_name": "accuracy",
-        "baselines": {"random": {"loss": 9.0}} if "random" in stages else {},
-        "evaluation_sets": {},
-        "environment": {"ranks": 2, "threads": 1},
-        "stages": [
-            {
-                "name": name,
-                "steps": STAGES[name],
-                "seconds": STAGES[name] / 10,
-                "metrics": {"soft_target_kl": loss / 10},
-            }
+    metrics = {"soft_target_kl": loss / 10}
+    result = reports.report_of(
+        student={"metrics": {"loss": loss, "nats_per_character": loss, "accuracy": score}},
+        metric_name="accuracy",
+        baselines={"random": {"loss": 9.0}} if "random" in stages else {},
+        environment={"ranks": 2, "threads": 1},
+        stages=[
+            {"name": name, "steps": STAGES[name], "seconds": STAGES[name] / 10, "metrics": metrics}
             for name in stages
         ],
-        **report,
-    }
+    )
     (folder / "report.json").write_text(json.dumps(result))
     train = {"per_device_train_batch_size": 4}
     (folder / "config.yaml").write_text(yaml.safe_dump({"train": train}))
@@ -70,27 +65,21 @@ def test_runs_and_their_baselines_replace_the_cells_of_their_arms_and_seeds(tmp_
     assert (after.teachers, after.metric) == (stored().teachers, "held-out loss in nats per token")
 
 
-def test_a_teacher_that_reads_before_and_a_task_after_the_text_count_as_such(tmp_path):
+def test_a_teacher_that_reads_before_or_is_none_and_a_task_after_count_as_such(tmp_path):
     runs = tmp_path / "runs"
     write_run(runs / "version_2-1", 2.0, stages=("mixed-teacher", "student"))
-    write_run(runs / "alone-1", 2.5)
-    write_run(runs / "sst2-version_2-1", 0.0, score=0.75)
+    for arm in ("alone", "down"):
+        write_run(runs / f"{arm}-1", 2.5)
+    for arm, score in {"version_2": 0.75, "alone": 0.5}.items():
+        write_run(runs / f"sst2-{arm}-1", 0.0, score=score)
 
     after = collected(tmp_path, "mixed_vocabulary", "sst2", metric="accuracy")
 
-    assert after.arms() == ["version_2"]
+    assert after.arms() == ["version_2", "alone"]
+    assert after.of("alone")[1].teacher_rows == 0
     one = after.of("version_2")[1]
     assert (one.score, one.steps, one.teacher_rows) == (75.0, 1000, 250 * 8)
     assert one.cpu_seconds == 2 * (25 + 50 + 50)
-
-
-def test_a_student_without_a_teacher_has_no_rows_of_a_teacher(tmp_path):
-    for name in ("labels", "on_policy"):
-        write_run(tmp_path / "runs" / f"{name}-3", 1.0)
-
-    after = collected(tmp_path, "on_policy", "arithmetic")
-
-    assert [after.of(arm)[3].teacher_rows for arm in ("on_policy", "labels")] == [4000, 0]
 
 
 def test_a_folder_without_a_finished_run_changes_nothing(tmp_path):

@@ -120,8 +120,8 @@ def test_equal_teachers_learn_from_bootstraps_of_the_same_labels_with_other_seed
         evidence_plan.taught(bench, setting, name, 3)
 
     second, six = (
-        read_table(Path(started[f"{name}-3"]["task"]["train_files"]), COLUMNS, delimiter=",")
-        for name in ("second", "six")
+        read_table(Path(config["task"]["train_files"]), COLUMNS, delimiter=",")
+        for config in started.values()
     )
     assert len(second) == len(six) == 20
     assert second != six

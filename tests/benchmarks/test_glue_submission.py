@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_glue import (
+    LAYOUTS,
     TEST_ROWS,
     answers_by_hand,
     rows_of,
@@ -22,20 +23,11 @@ from transformers import AutoModelForSequenceClassification, BertTokenizer
 from megakd.data.glue import TASKS
 from tools import glue_submission
 
-FILES = {
-    "cola": {"CoLA.tsv": "CoLA/test.tsv"},
-    "sst2": {"SST-2.tsv": "SST-2/test.tsv"},
-    "mrpc": {"MRPC.tsv": "MRPC/test.tsv"},
-    "stsb": {"STS-B.tsv": "STS-B/test.tsv"},
-    "qqp": {"QQP.tsv": "QQP/test.tsv"},
-    "mnli": {
-        "MNLI-m.tsv": "MNLI/test_matched.tsv",
-        "MNLI-mm.tsv": "MNLI/test_mismatched.tsv",
-        "AX.tsv": "AX/AX.tsv",
-    },
-    "qnli": {"QNLI.tsv": "QNLI/test.tsv"},
-    "rte": {"RTE.tsv": "RTE/test.tsv"},
-    "wnli": {"WNLI.tsv": "WNLI/test.tsv"},
+FILES = {name: {f"{folder}.tsv": f"{folder}/test.tsv"} for name, (folder, *_) in LAYOUTS.items()}
+FILES["mnli"] = {
+    "MNLI-m.tsv": "MNLI/test_matched.tsv",
+    "MNLI-mm.tsv": "MNLI/test_mismatched.tsv",
+    "AX.tsv": "AX/AX.tsv",
 }
 
 
@@ -84,21 +76,17 @@ def test_labels_are_matched_by_name_not_by_number(tmp_path):
     assert rows_of(tmp_path / "RTE.tsv")[2] == [swapped[answer] for answer in by_number]
 
 
-def not_finite(folder: Path) -> None:
-    model = AutoModelForSequenceClassification.from_pretrained(folder)
-    model.bert.pooler.dense.weight.data.fill_(0.0)
-    model.bert.pooler.dense.bias.data.fill_(10.0)
-    model.classifier.weight.data.fill_(torch.finfo(torch.float32).max)
-    model.save_pretrained(folder)
-
-
 def test_what_makes_no_submission_is_named_and_nothing_is_written(tmp_path, capsys):
     write_glue(tmp_path / "glue", "rte")
     run = write_run(tmp_path, "rte", tmp_path / "glue")
     model = write_whole_model(tmp_path / "model", TASKS["rte"].classes)
     other = write_whole_model(tmp_path / "other", ("yes", "no"))
     infinite = write_whole_model(tmp_path / "infinite", TASKS["rte"].classes)
-    not_finite(infinite)
+    weights = AutoModelForSequenceClassification.from_pretrained(infinite)
+    weights.bert.pooler.dense.weight.data.fill_(0.0)
+    weights.bert.pooler.dense.bias.data.fill_(10.0)
+    weights.classifier.weight.data.fill_(torch.finfo(torch.float32).max)
+    weights.save_pretrained(infinite)
     tree = json.loads(run.read_text())
     tree["task"] = {"type": "classification", "dataset": "pydocs"}
     (tmp_path / "pydocs.yaml").write_text(json.dumps(tree))

@@ -17,6 +17,8 @@ from megakd.config.file import load_config
 from methods import instruct as benchmark
 from methods.instruct_loops import share_of
 
+SIZES = [benchmark.Size("100M", "student-100M", 20), benchmark.Size("80M", "student", 15)]
+
 
 @pytest.fixture
 def rows(tmp_path) -> Path:
@@ -36,45 +38,15 @@ def smollm2(folder: Path) -> Path:
     return folder
 
 
-def test_held_out_conversations_are_no_training_rows(rows):
+def test_held_out_conversations_are_no_training_rows_and_begin_a_story_by_its_first_sentence(rows):
     texts = {path.stem: {*path.read_text().splitlines()} for path in rows.glob("*.jsonl")}
+    question, answer = instruct.rows_of(rows / "stories.jsonl")[0]["messages"]
 
     for name in ("validation", "maths", "stories"):
         assert texts[name]
         assert not texts[name] & texts["train"]
-
-
-def test_a_story_is_asked_for_by_its_first_sentence(rows):
-    question, answer = instruct.rows_of(rows / "stories.jsonl")[0]["messages"]
-
     first = answer["content"].split(" It slept")[0]
     assert question["content"] == f"Write a short story that begins with: {first}"
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("48/2 = 24 clips\n#### 72", 72.0),
-        ("It is $1,234.50.", 1234.5),
-        ("minus -3", -3.0),
-        ("I do not know", None),
-    ],
-)
-def test_the_answer_of_a_text_is_its_last_number(text, number):
-    assert instruct.number_of(text) == number
-
-
-def test_only_the_tokens_of_answers_count_in_a_batch():
-    some = [
-        instruct.Conversation(torch.tensor([5, 6, 7, 8]), 2),
-        instruct.Conversation(torch.tensor([5, 9]), 1),
-    ]
-
-    tokens, mask, counts = instruct.padded(some, pad=0)
-
-    assert tokens.tolist() == [[5, 6, 7, 8], [5, 9, 0, 0]]
-    assert mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
-    assert tokens.roll(-1, 1)[counts].tolist() == [7, 8, 9]
 
 
 def test_a_model_does_not_diverge_from_itself_and_its_loss_is_that_of_transformers():
@@ -83,14 +55,19 @@ def test_a_model_does_not_diverge_from_itself_and_its_loss_is_that_of_transforme
     model = LlamaForCausalLM(
         LlamaConfig(**shape, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
     ).eval()
-    row = torch.randint(32, (12,))
+    # Two rows in one batch: the shorter one is padded, and the tokens of questions do not count.
+    rows = [instruct.Conversation(torch.randint(32, (n,)), n // 3) for n in (12, 7)]
 
-    losses = instruct.losses_of(model, model, [instruct.Conversation(row, 4)], pad=0)
+    losses = instruct.losses_of(model, model, rows, pad=0)
 
-    labels = torch.where(torch.arange(12) < 4, -100, row)[None]
     assert losses["KL"] == pytest.approx(0, abs=1e-6)
-    expected = float(model(row[None], labels=labels).loss.detach())
-    assert losses["loss"] == pytest.approx(expected, rel=1e-5)
+    expected = 0.0
+    for row in rows:
+        labels = torch.where(torch.arange(len(row.tokens)) < row.asked, -100, row.tokens)
+        loss = model(row.tokens[None], labels=labels[None]).loss.detach()
+        expected += float(loss) * (len(row.tokens) - row.asked)
+    counts = (12 - 4) + (7 - 2)
+    assert losses["loss"] == pytest.approx(expected / counts, rel=1e-5)
 
 
 def test_the_rate_follows_the_clock():
@@ -106,9 +83,7 @@ def test_a_size_pays_its_own_stage_and_its_share_of_the_others():
     stages = {"layers": 10, "trial-1": 30, "shared": 20, "student-100M": 7, "student": 5}
     report = {"stages": [{"name": name, "seconds": one} for name, one in stages.items()]}
 
-    sizes = [benchmark.Size("100M", "student-100M", 20), benchmark.Size("80M", "student", 15)]
-
-    assert [benchmark.seconds_for(report, size) for size in sizes] == [37, 35]
+    assert [benchmark.seconds_for(report, size) for size in SIZES] == [37, 35]
 
 
 def test_without_a_trial_its_time_is_spent_on_the_repair(monkeypatch, tmp_path):
@@ -122,7 +97,7 @@ def test_without_a_trial_its_time_is_spent_on_the_repair(monkeypatch, tmp_path):
     others = [{"step": 0, "time": 105.0}, {"step": 40, "time": 120.0}]
     records = [{"stage": "student", **one} for one in (*others, *logged)]
     instruct.write_jsonl(tmp_path / "metrics.jsonl", records)
-    size = benchmark.Size("80M", "student", 15)
+    size = SIZES[1]
 
     assert benchmark.steps_for(None, size, 1, without=()) == 40 + 40 / 0.25
     assert benchmark.steps_for(None, size, 1, without=benchmark.IMPORTANCE) == 40 + 30 / 0.25
@@ -140,7 +115,7 @@ def test_the_runs_are_valid_and_a_size_becomes_its_nearest_number_of_layers(rows
     config = load_config(given.out / "configs/shrink.yaml", ())
 
     assert config.train.learning_rate == 3e-4
-    assert given.sizes == [("100M", "student-100M", 20), ("80M", "student", 15)]
+    assert given.sizes == SIZES
     assert config.method.parameters == (100_000_000, 80_000_000)
     single = load_config(given.out / "configs/single.yaml", ["student.model=x"])
     assert single.method.name == "single"
@@ -152,18 +127,16 @@ def test_of_several_rates_the_one_with_the_least_divergence_on_validation_rows_i
     words = ["--data", str(tmp_path), "--out", str(tmp_path), "--rates", "1e-4,3e-4,6e-4"]
     given = benchmark.parse(words)
     given.teacher = smollm2(tmp_path / "teacher")
-    given.sizes = [benchmark.Size("100M", "student-100M", 20)]
+    given.sizes = SIZES
     divergences = {"rate-0.0001": 1.0, "rate-0.0003": 0.8, "rate-0.0006": 0.9}
     kept, tried = [], []
     monkeypatch.setattr(benchmark, "write_cut", lambda _, layers, folder: kept.append(layers))
     monkeypatch.setattr(benchmark, "run_loop", lambda *_, rate, **__: tried.append(rate))
 
     def score(_, name, folder, names):
-        assert names == ("validation",)
-        return {"KL, validation": divergences[name]}
+        return {f"KL, {rows}": divergences[name] for rows in names}
 
     monkeypatch.setattr(benchmark, "score", score)
-
     assert benchmark.best_rate(given) == 3e-4
     assert tried == [1e-4, 3e-4, 6e-4]
     assert [(len(layers), layers[0], layers[-1]) for layers in kept] == [(20, 1, 30)]
