@@ -35,7 +35,7 @@ from megakd.training.recipes import scoring_preset
 
 RANKED_BY: Mapping[TaskType, str] = {"classification": "accuracy", "causal_lm": "accuracy"}
 """The metric whose order of teachers was that of their students, in tasks where this was measured;
-see `benchmarks/methods/match.py`."""
+see docs/match.md."""
 
 
 class _ForgetfulAssembly(Assembly):
