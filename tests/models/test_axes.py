@@ -12,7 +12,6 @@ from megakd.models.architectures import AUTO_CLASSES, FAMILIES, MASKED_HEADS, ar
 from megakd.models.axes import (
     WIDTH,
     cut_part,
-    lengths,
     named_shapes,
     parameter_counts,
     unit_makers,
@@ -73,29 +72,6 @@ def test_putting_all_units_in_another_order_leaves_the_outputs_as_they_were(tiny
     torch.testing.assert_close(theirs.logits[mask[:, 0] > 0], ours.logits, atol=2e-5, rtol=1e-4)
     moved = {name for name, value in model.state_dict().items() if (value != state[name]).any()}
     assert moved >= axes.keys()
-
-
-@pytest.mark.parametrize("model_type", CUTTABLE)
-def test_a_view_keeps_the_first_units_of_every_weight(tiny, model_type):
-    model = whole(tiny, model_type)
-    full = units_of(model)
-    view = View(
-        heads=(0, *(count - 1 for count in full.heads[1:])),
-        neurons=(7, *(0 for _ in full.neurons[1:])),
-        width=5,
-    )
-    axes = weight_axes(model)
-
-    for name, tensor in model.state_dict().items():
-        of_tensor = axes.get(name, (None,) * tensor.dim())
-        assert cut_part(tensor, of_tensor, Cut(None, full)).shape == tensor.shape
-        kept = cut_part(tensor, of_tensor, Cut(None, view))
-        assert tuple(kept.shape) == lengths(tensor.shape, of_tensor, view), name
-        assert not any(
-            size == length
-            for size, length, axis in zip(kept.shape, tensor.shape, of_tensor, strict=True)
-            if axis
-        ), name
 
 
 # As many classes, tokens or columns as the layers are wide, and heads as wide as a layer.
