@@ -260,22 +260,6 @@ def test_a_teacher_bias_shifts_its_logits(make_problem, impl):
     torch.testing.assert_close(output.loss, folded.solve()[0].loss)
 
 
-@IMPLS
-def test_autocast_multiplies_in_its_type_and_computes_the_rest_in_fp32(make_problem, impl):
-    problem = make_problem(bias=True)
-    options = {"divergence": ALL, "ce_weight": 1.0, "impl": impl}
-    expected, gradients = problem.to(torch.bfloat16).solve(**options)
-
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        output, cast_gradients = problem.solve(**options)
-
-    assert output.loss.dtype == torch.float32
-    torch.testing.assert_close(output.loss, expected.loss, rtol=1e-3, atol=0)
-    for got, truth in zip(cast_gradients, gradients, strict=True):
-        assert got.dtype == torch.float32
-        torch.testing.assert_close(got, truth.float(), rtol=2e-2, atol=2e-2)
-
-
 def test_bf16_logits_are_rounded_on_both_paths(make_problem):
     problem = make_problem()
 

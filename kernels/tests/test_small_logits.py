@@ -242,24 +242,6 @@ def test_autocast_changes_nothing(models):
     assert torch.equal(actual[1], expected[1])
 
 
-def test_the_upstream_gradient_counts_and_a_kept_graph_gives_the_gradient_again(models):
-    student = models[0].requires_grad_()
-    loss = mk.kd_loss_from_logits(student, models[1], t_squared=True).loss
-
-    (once,) = torch.autograd.grad(loss, student, retain_graph=True)
-    (thrice,) = torch.autograd.grad(3 * loss, student)
-
-    torch.testing.assert_close(thrice, 3 * once)
-
-
-def test_a_gradient_of_the_gradient_is_refused(models):
-    student = models[0].requires_grad_()
-    loss = mk.kd_loss_from_logits(student, models[1], t_squared=True).loss
-
-    with pytest.raises(RuntimeError, match="do not support second derivatives"):
-        torch.autograd.grad(loss, student, create_graph=True)
-
-
 def test_transforms_of_functions_work(models):
     def loss(student, teacher):
         return mk.kd_loss_from_logits(student, teacher, t_squared=True).loss
