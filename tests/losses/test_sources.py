@@ -11,10 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from source_scene import LENGTH, ROWS, VOCABULARY, Texts, head_of, objective_of, result, with_second
-from waiting import no_waiting
 
 from megakd.contract.batch import IGNORE, Draws, Knowledge, LossInputs, TopK
 from megakd.contract.terms import (
@@ -25,7 +22,6 @@ from megakd.contract.terms import (
     SoftTargetSkewKl,
     SoftTargetSkewReverseKl,
     SoftTargetTvd,
-    term_name,
 )
 from megakd.losses.bundle import unit_scales
 from megakd.losses.targets import AGREEMENT
@@ -51,9 +47,6 @@ UNITS = {None: "targets", "rollouts": "rollout_targets", "data": "data_targets"}
 every_term = pytest.mark.parametrize("term", TERMS, ids=lambda term: term.loss)
 every_source = pytest.mark.parametrize("source", SOURCES)
 DRAWN = 4
-masks = st.lists(st.booleans(), min_size=ROWS * LENGTH, max_size=ROWS * LENGTH).map(
-    lambda marks: torch.tensor(marks).view(ROWS, LENGTH)
-)
 
 
 def drawn_shares() -> torch.Tensor:
@@ -72,81 +65,6 @@ def draws_of(shares: torch.Tensor) -> Draws:
 def assert_same(actual: Any, wanted: Any, **tolerance: float) -> None:
     torch.testing.assert_close(actual.total, wanted.total, **tolerance)
     torch.testing.assert_close(actual.gradients, wanted.gradients, **tolerance)
-
-
-@every_term
-@settings(max_examples=20)
-@given(rollouts=masks)
-def test_the_sums_of_both_sources_are_the_sum_over_all_targets(term, rollouts):
-    texts = Texts(rollouts)
-    whole = result(texts, (term,))
-
-    parts = [result(texts, (replace(term, on=source),)) for source in SOURCES]
-
-    counted = [int(texts.of(source).sum()) for source in SOURCES]
-    names = [term_name(replace(term, on=source)) for source in SOURCES]
-    sums = [part.sums[name] for part, name in zip(parts, names, strict=True)]
-    torch.testing.assert_close(sums[0] + sums[1], whole.sums[term.loss])
-    together = sum(part.total * count for part, count in zip(parts, counted, strict=True))
-    torch.testing.assert_close(together / sum(counted), whole.total)
-    gradients = [
-        {name: count / sum(counted) * gradient for name, gradient in part.gradients.items()}
-        for part, count in zip(parts, counted, strict=True)
-    ]
-    for name, gradient in whole.gradients.items():
-        torch.testing.assert_close(gradients[0][name] + gradients[1][name], gradient)
-
-
-@settings(max_examples=25)
-@given(rollouts=masks)
-def test_the_pair_of_distillm_2_is_its_fp64_formula_in_value_and_gradient(rollouts):
-    texts = Texts(rollouts)
-    hidden, head = (t.double().requires_grad_() for t in (texts.hidden, texts.head))
-    p = (texts.taught.double() @ texts.teacher_head.double().T).softmax(-1)
-    q = (hidden @ head.T).softmax(-1)
-    on_data = (p * (p / (0.2 * p + 0.8 * q)).log()).sum(-1)[texts.of("data")]
-    on_rollouts = (q * (q / (0.8 * p + 0.2 * q)).log()).sum(-1)[texts.of("rollouts")]
-    wanted = sum(
-        weight * values.sum() / max(1, len(values))
-        for weight, values in ((1.0, on_data), (0.5, on_rollouts))
-    )
-    wanted.backward()
-
-    actual = result(texts, PAIR)
-
-    assert actual.total.item() == pytest.approx(wanted.item(), rel=1e-5)
-    for name, leaf in (("hidden", hidden), ("head", head)):
-        torch.testing.assert_close(actual.gradients[name], leaf.grad.float(), rtol=1e-4, atol=1e-6)
-
-
-@every_term
-@every_source
-def test_nan_at_positions_of_the_other_source_changes_nothing(term, source):
-    texts, poisoned = Texts(), Texts()
-    for values in (poisoned.hidden, poisoned.taught):
-        values[~poisoned.of(source)] = math.nan
-    limited = (replace(term, on=source),)
-
-    assert_same(result(poisoned, limited), result(texts, limited), rtol=0, atol=0)
-
-
-@every_term
-@every_source
-def test_cutting_a_step_into_micro_batches_changes_nothing(term, source):
-    texts, limited = Texts(), (replace(term, on=source),)
-    texts.rollouts[1] = True  # a micro-batch of one source
-    counts, whole = texts.counts(objective_of(limited)), result(texts, limited)
-
-    cuts = [slice(0, 1), slice(1, 2), slice(2, 4)]
-    parts = [result(texts, limited, rows=rows, counts=counts) for rows in cuts]
-
-    torch.testing.assert_close(sum(part.total for part in parts), whole.total)
-    torch.testing.assert_close(sum(p.gradients["head"] for p in parts), whole.gradients["head"])
-    torch.testing.assert_close(
-        torch.cat([part.gradients["hidden"] for part in parts]), whole.gradients["hidden"]
-    )
-    for name, value in whole.sums.items():
-        torch.testing.assert_close(sum(part.sums[name] for part in parts), value)
 
 
 @pytest.mark.parametrize("marked", [True, False], ids=["marked", "without marks"])
@@ -171,19 +89,6 @@ def test_texts_without_marks_are_data(term):
     on_data = result(texts, (replace(term, on="data"),), batch=unmarked)
 
     assert_same(on_data, result(texts, (term,)), rtol=0, atol=0)
-
-
-@every_term
-@every_source
-def test_masks_that_the_host_may_not_read_give_the_same_without_waiting(term, source, monkeypatch):
-    texts, limited = Texts(), (replace(term, on=source),)
-    wanted = result(texts, limited)
-    with monkeypatch.context() as patch:
-        patch.setenv("MEGAKD_KERNELS", "chunked")
-        with no_waiting():
-            actual = result(texts, limited)
-
-    assert_same(actual, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_products_run_over_the_rows_of_a_source_alone(kernel_calls):
