@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from loss_terms import term_of
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -15,14 +16,13 @@ import megakd_kernels
 from megakd.contract.batch import IGNORE, Batch, Knowledge, Losses, Predictions
 from megakd.contract.stage import Pass
 from megakd.contract.tasks import Kernels
-from megakd.contract.terms import HardCrossEntropy, HiddenMse, SoftTargetKl
 from megakd.contract.unit_counts import count_units
 from megakd.contract.views import Shape, View
 from megakd.losses.bundle import StudentBundle
 from megakd.losses.objective import build_objective
 
-CE = HardCrossEntropy(loss="hard_cross_entropy", weight=0.25)
-KL = SoftTargetKl(loss="soft_target_kl", weight=0.75)
+CE = term_of("hard_cross_entropy", weight=0.25)
+KL = term_of("soft_target_kl", weight=0.75)
 SHAPE = Shape(1, 4, 3)
 LABELS = torch.tensor([2, IGNORE, 0, IGNORE])
 INPUTS = torch.tensor([[1.0, -1.0], [0.5, 2.0], [-1.0, 0.0], [9.0, 9.0]])
@@ -207,9 +207,7 @@ def test_every_view_reports_its_own_terms_and_passes_of_one_view_report_their_me
 
 
 def test_projections_belong_to_the_bundle_and_not_to_the_student():
-    objective = build_objective(
-        (HiddenMse(loss="hidden_mse"),), "classification", SHAPE, Shape(1, 6, 3)
-    )
+    objective = build_objective((term_of("hidden_mse"),), "classification", SHAPE, Shape(1, 6, 3))
     student = StudentBundle({"student": Classifier()}, objective, world_size=1)
 
     assert {name for name, _ in student.named_parameters()} == {

@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loss_terms import term_of
 from torch import Tensor
 from unit_counts import counts_of
 
 from megakd.contract.batch import AttentionVectors, Batch, Knowledge, LossInputs
-from megakd.contract.terms import AttentionMse, HiddenMse, RelationKl
 from megakd.losses import layer_terms
 from megakd.losses.bundle import unit_scales
 from megakd.losses.layer_terms import (
@@ -49,9 +49,9 @@ def sum_of(group: Any, ours: Knowledge, theirs: Knowledge, batch: Batch) -> floa
 @given(st.lists(st.floats(-30, 30, width=32) | st.just(1e4), min_size=12, max_size=12))
 def test_a_loss_on_attention_is_finite_and_never_negative(fit, numbers):
     ours, theirs = map(vectors, torch.tensor(numbers).reshape(2, 1, 3, 2))
-    group: Any = Relations(RelationKl(loss="relation_kl"), ((1, 1),), heads=1, causal=False)
+    group: Any = Relations(term_of("relation_kl"), ((1, 1),), heads=1, causal=False)
     if fit != "relation":
-        term = AttentionMse(loss="attention_mse", fit=fit)
+        term = term_of("attention_mse", fit=fit)
         group = AttentionMatrices(term, ((1, 1),), causal=True)
 
     result = sum_of(group, ours, theirs, whole(3))
@@ -61,7 +61,7 @@ def test_a_loss_on_attention_is_finite_and_never_negative(fit, numbers):
 
 
 def test_the_first_position_is_the_first_that_counts_wherever_padding_is():
-    term = HiddenMse(loss="hidden_mse", positions="first", layer_mapping=("0:0",))
+    term = term_of("hidden_mse", positions="first", layer_mapping=("0:0",))
     group = HiddenStates(term, ((0, 0),), (1, 1))
     states = torch.tensor([[[1.0], [2.0], [4.0]], [[3.0], [5.0], [7.0]], [[9.0], [9.0], [9.0]]])
     valid = torch.tensor([[0, 1, 1], [1, 1, 0], [0, 0, 0]]).bool()
@@ -87,7 +87,7 @@ def test_a_causal_query_sees_the_keys_before_it_in_its_own_document(positions, s
 
 
 def test_attention_that_was_not_read_is_an_error_that_names_the_layer():
-    term = AttentionMse(loss="attention_mse")
+    term = term_of("attention_mse")
     group = AttentionMatrices(term, ((1, 1),), causal=False)
 
     with pytest.raises(TypeError, match="attention of layer 1 was not read"):

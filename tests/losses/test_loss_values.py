@@ -10,32 +10,23 @@ from typing import Any
 import pytest
 import torch
 from loss_scene import Matrix
+from loss_terms import term_of
 from unit_counts import counts_of
 
 from megakd.contract.batch import IGNORE, Batch, Knowledge, LossInputs
-from megakd.contract.terms import (
-    HardCrossEntropy,
-    SoftTargetJsd,
-    SoftTargetKl,
-    SoftTargetMse,
-    SoftTargetReverseKl,
-    SoftTargetSkewKl,
-    SoftTargetSkewReverseKl,
-    SoftTargetTvd,
-    TermConfig,
-)
+from megakd.contract.terms import TermConfig
 from megakd.contract.unit_counts import count_units
 from megakd.contract.views import Shape
 from megakd.losses.bundle import unit_scales
 from megakd.losses.objective import Objective, build_objective
 
-CE = HardCrossEntropy(loss="hard_cross_entropy")
-KL = SoftTargetKl(loss="soft_target_kl")
-REVERSE = SoftTargetReverseKl(loss="soft_target_reverse_kl")
-JSD = SoftTargetJsd(loss="soft_target_jsd")
-SKEW = SoftTargetSkewKl(loss="soft_target_skew_kl")
-SKEW_REVERSE = SoftTargetSkewReverseKl(loss="soft_target_skew_reverse_kl")
-TVD = SoftTargetTvd(loss="soft_target_tvd")
+CE = term_of("hard_cross_entropy")
+KL = term_of("soft_target_kl")
+REVERSE = term_of("soft_target_reverse_kl")
+JSD = term_of("soft_target_jsd")
+SKEW = term_of("soft_target_skew_kl")
+SKEW_REVERSE = term_of("soft_target_skew_reverse_kl")
+TVD = term_of("soft_target_tvd")
 ONE_EACH = unit_scales(counts_of(1, 1, 1), 1).weights
 
 
@@ -58,7 +49,7 @@ def test_a_row_counts_less_where_the_teacher_misses_its_label(task, label, expec
         term: Any = replace(KL, row_weight="teacher_loss")
         outputs, plain = torch.tensor([[1 / 4, 3 / 4], [1 / 2, 1 / 2]]).log(), 0.5 * math.log(4 / 3)
     else:
-        term = SoftTargetMse(loss="soft_target_mse", row_weight="teacher_loss")
+        term = term_of("soft_target_mse", row_weight="teacher_loss")
         outputs, plain = torch.tensor([[1.0], [0.5]]), 0.25
     shape = Shape(2, 4, outputs.shape[1])
     objective = build_objective((term,), task, shape, shape)
@@ -164,9 +155,9 @@ def test_language_model_terms_of_one_temperature_are_one_call(calls):
 @pytest.mark.parametrize(
     "other",
     [
-        SoftTargetReverseKl(loss="soft_target_reverse_kl", temperature=3.0),
-        SoftTargetReverseKl(loss="soft_target_reverse_kl", t_squared=False),
-        SoftTargetSkewReverseKl(loss="soft_target_skew_reverse_kl", skew=0.3),
+        term_of("soft_target_reverse_kl", temperature=3.0),
+        term_of("soft_target_reverse_kl", t_squared=False),
+        term_of("soft_target_skew_reverse_kl", skew=0.3),
     ],
     ids=["another temperature", "another scale", "another skew"],
 )

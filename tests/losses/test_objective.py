@@ -7,26 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from loss_terms import term_of
 
 from megakd.contract.batch import IGNORE, Batch, Knowledge, LossInputs
 from megakd.contract.layer_mapping import layer_pairs
-from megakd.contract.terms import (
-    AttentionMse,
-    EmbeddingMse,
-    HardCrossEntropy,
-    HardMse,
-    HiddenCosine,
-    HiddenMse,
-    RelationFsp,
-    RelationKl,
-    SoftTargetJsd,
-    SoftTargetKl,
-    SoftTargetMse,
-    SoftTargetReverseKl,
-    SoftTargetSkewKl,
-    SoftTargetSkewReverseKl,
-    SoftTargetTvd,
-)
 from megakd.contract.unit_counts import count_units
 from megakd.contract.views import Heads, Shape
 from megakd.errors import ConfigError, TeacherError
@@ -34,24 +18,24 @@ from megakd.losses.bundle import unit_scales
 from megakd.losses.objective import build_objective, check_terms, relation_heads, teacher_needs
 from megakd.models.knowledge import Needs
 
-CE = HardCrossEntropy(loss="hard_cross_entropy")
-KL = SoftTargetKl(loss="soft_target_kl")
-REVERSE = SoftTargetReverseKl(loss="soft_target_reverse_kl")
-JSD = SoftTargetJsd(loss="soft_target_jsd")
-SOFT_MSE = SoftTargetMse(loss="soft_target_mse")
-HIDDEN_MSE = HiddenMse(loss="hidden_mse")
-HIDDEN_COSINE = HiddenCosine(loss="hidden_cosine")
-EMBEDDING = EmbeddingMse(loss="embedding_mse")
-ATTENTION = AttentionMse(loss="attention_mse")
-RELATION = RelationKl(loss="relation_kl")
-FLOWS = RelationFsp(loss="relation_fsp")
+CE = term_of("hard_cross_entropy")
+KL = term_of("soft_target_kl")
+REVERSE = term_of("soft_target_reverse_kl")
+JSD = term_of("soft_target_jsd")
+SOFT_MSE = term_of("soft_target_mse")
+HIDDEN_MSE = term_of("hidden_mse")
+HIDDEN_COSINE = term_of("hidden_cosine")
+EMBEDDING = term_of("embedding_mse")
+ATTENTION = term_of("attention_mse")
+RELATION = term_of("relation_kl")
+FLOWS = term_of("relation_fsp")
 COMPARING = (
     KL,
     REVERSE,
     JSD,
-    SoftTargetSkewKl(loss="soft_target_skew_kl"),
-    SoftTargetSkewReverseKl(loss="soft_target_skew_reverse_kl"),
-    SoftTargetTvd(loss="soft_target_tvd"),
+    term_of("soft_target_skew_kl"),
+    term_of("soft_target_skew_reverse_kl"),
+    term_of("soft_target_tvd"),
     *(SOFT_MSE, HIDDEN_MSE, HIDDEN_COSINE, EMBEDDING, ATTENTION, RELATION),
 )
 STUDENT, TEACHER = Shape(2, 4, 3, Heads(2, 2, 2)), Shape(12, 6, 3, Heads(2, 2, 3))
@@ -75,7 +59,7 @@ def test_layers_are_mapped_as_the_config_says(mapping, student, teacher, pairs):
 
 
 def test_attention_is_never_mapped_to_the_embedding_output():
-    term = AttentionMse(loss="attention_mse", layer_mapping="uniform")
+    term = term_of("attention_mse", layer_mapping="uniform")
 
     pairs = layer_pairs(term, Shape(4, 4, 3), Shape(2, 4, 3))
 
@@ -102,7 +86,7 @@ def test_a_term_that_compares_is_refused_without_a_teacher(term):
                 "examples",
             ),
         ),
-        ("regression", (HardMse(loss="hard_mse"),), {"hard_mse": "targets"}),
+        ("regression", (term_of("hard_mse"),), {"hard_mse": "targets"}),
         ("regression", (SOFT_MSE,), {"soft_target_mse": "examples"}),
         (
             "causal_lm",
@@ -186,7 +170,7 @@ def test_a_teacher_without_attention_or_with_other_heads_is_refused(term, heads,
 
 
 def heads_of(student: Heads, teacher: Heads, **options: Any) -> int:
-    term = RelationKl(loss="relation_kl", **options)
+    term = term_of("relation_kl", **options)
     return relation_heads(term, Shape(2, 4, 3, student), Shape(12, 6, 3, teacher))
 
 

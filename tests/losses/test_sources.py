@@ -11,34 +11,26 @@ from typing import Any
 
 import pytest
 import torch
+from loss_terms import term_of
 from source_scene import LENGTH, ROWS, VOCABULARY, Texts, head_of, objective_of, result, with_second
 
 from megakd.contract.batch import IGNORE, Draws, Knowledge, LossInputs, TopK
-from megakd.contract.terms import (
-    HardCrossEntropy,
-    SoftTargetJsd,
-    SoftTargetKl,
-    SoftTargetReverseKl,
-    SoftTargetSkewKl,
-    SoftTargetSkewReverseKl,
-    SoftTargetTvd,
-)
 from megakd.losses.bundle import unit_scales
 from megakd.losses.targets import AGREEMENT
 
-CE = HardCrossEntropy(loss="hard_cross_entropy")
-KL = SoftTargetKl(loss="soft_target_kl", temperature=2.0)
-KL_AT_1 = SoftTargetKl(loss="soft_target_kl")
-SKEW = SoftTargetSkewKl(loss="soft_target_skew_kl", skew=0.2)
-SKEW_REVERSE = SoftTargetSkewReverseKl(loss="soft_target_skew_reverse_kl", skew=0.2)
+CE = term_of("hard_cross_entropy")
+KL = term_of("soft_target_kl", temperature=2.0)
+KL_AT_1 = term_of("soft_target_kl")
+SKEW = term_of("soft_target_skew_kl", skew=0.2)
+SKEW_REVERSE = term_of("soft_target_skew_reverse_kl", skew=0.2)
 TERMS: tuple[Any, ...] = (
     CE,
     KL,
-    SoftTargetReverseKl(loss="soft_target_reverse_kl"),
-    SoftTargetJsd(loss="soft_target_jsd", beta=0.3),
+    term_of("soft_target_reverse_kl"),
+    term_of("soft_target_jsd", beta=0.3),
     SKEW,
     SKEW_REVERSE,
-    SoftTargetTvd(loss="soft_target_tvd"),
+    term_of("soft_target_tvd"),
 )
 # DistiLLM-2: skew KL on texts of the teacher, skew reverse KL on texts of the student.
 PAIR = (replace(SKEW, on="data"), replace(SKEW_REVERSE, on="rollouts", weight=0.5))

@@ -9,60 +9,52 @@ from typing import Any
 import pytest
 import torch
 from loss_scene import PARTS, POSITIONS, QUERY_HEADS, Result, Scene
+from loss_terms import term_of
 from waiting import no_waiting
 
 import megakd_kernels
 from megakd.contract.terms import (
     ATTENTION_TERMS,
     AttentionMse,
-    EmbeddingMse,
     HardCrossEntropy,
-    HardMse,
     HiddenCosine,
-    HiddenMse,
-    RelationFsp,
     RelationKl,
     SoftTargetJsd,
     SoftTargetKl,
-    SoftTargetMse,
-    SoftTargetReverseKl,
     SoftTargetSkewKl,
-    SoftTargetSkewReverseKl,
     SoftTargetTvd,
     compares,
     term_name,
 )
 
-CE = HardCrossEntropy(loss="hard_cross_entropy")
+CE = term_of("hard_cross_entropy")
 CLASS_WEIGHTS: Any = {"first": 0.25, "second": 2.0, "third": 1.5}
-CE_WEIGHED = HardCrossEntropy(loss="hard_cross_entropy", class_weights=CLASS_WEIGHTS)
-CE_SMOOTHED = HardCrossEntropy(loss="hard_cross_entropy", label_smoothing=0.3)
-CE_BOTH = HardCrossEntropy(
-    loss="hard_cross_entropy", class_weights=CLASS_WEIGHTS, label_smoothing=0.3
-)
-KL = SoftTargetKl(loss="soft_target_kl")
-KL_AT_2 = SoftTargetKl(loss="soft_target_kl", temperature=2.0)
-KL_AT_2_PLAIN = SoftTargetKl(loss="soft_target_kl", temperature=2.0, t_squared=False)
-REVERSE = SoftTargetReverseKl(loss="soft_target_reverse_kl", temperature=1.5)
-JSD = SoftTargetJsd(loss="soft_target_jsd", beta=0.3)
-SKEW = SoftTargetSkewKl(loss="soft_target_skew_kl", skew=0.2)
-SKEW_REVERSE = SoftTargetSkewReverseKl(loss="soft_target_skew_reverse_kl", temperature=1.5)
-TVD = SoftTargetTvd(loss="soft_target_tvd")
-HARD_MSE = HardMse(loss="hard_mse")
-SOFT_MSE = SoftTargetMse(loss="soft_target_mse")
-HIDDEN_MSE = HiddenMse(loss="hidden_mse", layer_mapping=("0:0", "2:4"))
-HIDDEN_COSINE = HiddenCosine(loss="hidden_cosine", layer_mapping=("0:0", "2:4"))
+CE_WEIGHED = term_of("hard_cross_entropy", class_weights=CLASS_WEIGHTS)
+CE_SMOOTHED = term_of("hard_cross_entropy", label_smoothing=0.3)
+CE_BOTH = term_of("hard_cross_entropy", class_weights=CLASS_WEIGHTS, label_smoothing=0.3)
+KL = term_of("soft_target_kl")
+KL_AT_2 = term_of("soft_target_kl", temperature=2.0)
+KL_AT_2_PLAIN = term_of("soft_target_kl", temperature=2.0, t_squared=False)
+REVERSE = term_of("soft_target_reverse_kl", temperature=1.5)
+JSD = term_of("soft_target_jsd", beta=0.3)
+SKEW = term_of("soft_target_skew_kl", skew=0.2)
+SKEW_REVERSE = term_of("soft_target_skew_reverse_kl", temperature=1.5)
+TVD = term_of("soft_target_tvd")
+HARD_MSE = term_of("hard_mse")
+SOFT_MSE = term_of("soft_target_mse")
+HIDDEN_MSE = term_of("hidden_mse", layer_mapping=("0:0", "2:4"))
+HIDDEN_COSINE = term_of("hidden_cosine", layer_mapping=("0:0", "2:4"))
 OF_FIRST: Any = {"layer_mapping": ("0:0", "2:4"), "positions": "first"}
-FIRST_MSE = HiddenMse(loss="hidden_mse", **OF_FIRST)
-FIRST_COSINE = HiddenCosine(loss="hidden_cosine", **OF_FIRST)
-EMBEDDING = EmbeddingMse(loss="embedding_mse")
-FLOWS = RelationFsp(loss="relation_fsp", layer_mapping=("0:0", "1:2", "2:4"))
+FIRST_MSE = term_of("hidden_mse", **OF_FIRST)
+FIRST_COSINE = term_of("hidden_cosine", **OF_FIRST)
+EMBEDDING = term_of("embedding_mse")
+FLOWS = term_of("relation_fsp", layer_mapping=("0:0", "1:2", "2:4"))
 LAYERS_WRITTEN: Any = {"layer_mapping": ("1:2", "2:4")}
-SCORES = AttentionMse(loss="attention_mse", **LAYERS_WRITTEN)
-PROBABILITIES = AttentionMse(loss="attention_mse", fit="probabilities", **LAYERS_WRITTEN)
-RELATIONS = RelationKl(loss="relation_kl", **LAYERS_WRITTEN)
-OTHER_HEADS = RelationKl(
-    loss="relation_kl", relations=("query_key", "value"), relation_heads=4, **LAYERS_WRITTEN
+SCORES = term_of("attention_mse", **LAYERS_WRITTEN)
+PROBABILITIES = term_of("attention_mse", fit="probabilities", **LAYERS_WRITTEN)
+RELATIONS = term_of("relation_kl", **LAYERS_WRITTEN)
+OTHER_HEADS = term_of(
+    "relation_kl", relations=("query_key", "value"), relation_heads=4, **LAYERS_WRITTEN
 )
 OF_CLASSES = (CE, KL, KL_AT_2, KL_AT_2_PLAIN, REVERSE, JSD, SKEW, SKEW_REVERSE, TVD)
 STATES = (HIDDEN_MSE, HIDDEN_COSINE, FIRST_MSE, FIRST_COSINE, EMBEDDING)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from loss_terms import term_of
 from torch.nn import functional
 
 from megakd.contract.batch import IGNORE, Batch
 from megakd.contract.stage import Pass
-from megakd.contract.terms import HardCrossEntropy, SoftTargetKl
 from megakd.contract.unit_counts import count_units
 from megakd.contract.views import Shape
 from megakd.losses.bundle import StudentBundle
@@ -20,8 +20,8 @@ from megakd.models.next_tokens import most_likely
 from megakd.teachers.frozen import FrozenModel
 
 TERMS = (
-    HardCrossEntropy(loss="hard_cross_entropy", weight=0.25),
-    SoftTargetKl(loss="soft_target_kl", weight=0.75, temperature=2.0),
+    term_of("hard_cross_entropy", weight=0.25),
+    term_of("soft_target_kl", weight=0.75, temperature=2.0),
 )
 DECODERS = [name for name, entry in FAMILIES.items() if "causal_lm" in entry.tasks]
 DENSE = [name for name in DECODERS if FAMILIES[name].experts is None]

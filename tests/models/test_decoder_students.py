@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from loss_terms import term_of
 from tiny_cuts import written
 from transformers import AutoModelForCausalLM
 
 from megakd.contract.batch import Batch
 from megakd.contract.stage import Pass
-from megakd.contract.terms import HardCrossEntropy, HiddenMse, RelationKl, SoftTargetKl
 from megakd.contract.unit_counts import count_units
 from megakd.errors import ModelError
 from megakd.losses.bundle import StudentBundle
@@ -25,10 +25,10 @@ DECODERS = [name for name, entry in FAMILIES.items() if "causal_lm" in entry.tas
 DENSE = [name for name in DECODERS if FAMILIES[name].experts is None]
 UNCUT = [name for name in DECODERS if FAMILIES[name].uncut is not None]
 TERMS = (
-    HardCrossEntropy(loss="hard_cross_entropy"),
-    SoftTargetKl(loss="soft_target_kl"),
-    HiddenMse(loss="hidden_mse", layer_mapping=("0:0", "1:1", "2:3")),
-    RelationKl(loss="relation_kl", layer_mapping=("1:1", "2:3"), relation_heads=2),
+    term_of("hard_cross_entropy"),
+    term_of("soft_target_kl"),
+    term_of("hidden_mse", layer_mapping=("0:0", "1:1", "2:3")),
+    term_of("relation_kl", layer_mapping=("1:1", "2:3"), relation_heads=2),
 )
 
 
