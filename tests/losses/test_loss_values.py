@@ -235,12 +235,17 @@ def test_a_reading_of_another_kind_has_a_call_of_its_own(calls, change):
             torch.testing.assert_close(each.sums[name].float(), value.float())
 
 
-def test_agreement_counts_the_targets_on_which_both_choose_the_same_token():
-    objective = language_model(KL)
+@pytest.mark.parametrize("task", ["classification", "causal_lm"])
+def test_agreement_counts_where_both_choose_the_same(task):
+    objective = build_objective((KL,), task, *[Shape(2, 3, 3)] * 2)
     eye, away = torch.eye(3), torch.eye(3).flip(0)
-    batch = Batch({}, torch.tensor([[0, 1, IGNORE]]), torch.ones(1, 3, dtype=torch.bool))
-    student, teacher = answer_of(eye[None], eye), answer_of(eye[None], away)
+    if task == "causal_lm":
+        batch = Batch({}, torch.tensor([[0, 1, IGNORE]]), torch.ones(1, 3, dtype=torch.bool))
+        answers = answer_of(eye[None], eye), answer_of(eye[None], away)
+    else:  # the last row is no row
+        batch = Batch({}, torch.full((3,), IGNORE), torch.tensor([[1], [1], [0]]).bool())
+        answers = Knowledge(logits=eye), Knowledge(logits=away[[0, 1, 0]])
 
-    result = objective([LossInputs(student, teacher, batch, objective.weights, ONE_EACH)])[0]
+    result = objective([LossInputs(*answers, batch, objective.weights, ONE_EACH)])[0]
 
-    assert result.sums["top1_agreement"].item() == 1  # token 1 is where both heads agree
+    assert result.sums["top1_agreement"].item() == 1  # the second of both
