@@ -16,7 +16,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     GenerationConfig,
 )
 
@@ -175,13 +174,6 @@ def test_the_config_has_the_dtype_of_the_weights_and_the_given_one_is_unchanged(
     assert config.dtype == torch.bfloat16
     assert config.id2label == {0: "no", 1: "yes", 2: "perhaps"}
     assert model.config.to_dict() == before
-
-
-def test_the_tokenizer_comes_along(tmp_path: Path) -> None:
-    written(build("bert"), tmp_path / "final")
-    loaded = AutoTokenizer.from_pretrained(tmp_path / "final")
-    assert loaded("w7")["input_ids"] == [7]
-    assert loaded.pad_token == "w1"  # noqa: S105  (no password)
 
 
 def test_the_tokenizer_forgets_the_length_of_its_last_call(tmp_path: Path) -> None:

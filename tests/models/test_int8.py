@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_cuts import build, cut, logits, source_of, task_of, view_of, written
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import megakd
 from megakd.errors import ModelError
@@ -82,7 +82,7 @@ def test_the_largest_weight_of_a_row_is_the_last_step_and_zeros_stay_zeros() -> 
     assert not dequantize(values, scale)[2].any()
 
 
-def test_the_file_has_matrices_as_int8_with_scales_and_the_rest_unchanged(final, int8) -> None:
+def test_a_sealed_folder_has_matrices_as_int8_with_scales_and_the_rest_unchanged(final, int8):
     full, state = load_file(final / SAFETENSORS), load_file(int8 / SAFETENSORS)
     with safe_open(int8 / SAFETENSORS, "pt") as file:
         metadata = file.metadata()
@@ -94,6 +94,8 @@ def test_the_file_has_matrices_as_int8_with_scales_and_the_rest_unchanged(final,
     assert {state[f"{name}.scale"].dtype for name in matrices} == {torch.float32}
     assert all(torch.equal(state[name], full[name]) for name in full.keys() - matrices)
     assert weight_bytes(int8) < 0.5 * weight_bytes(final)  # rows of 24: scales and header count
+    assert damage(int8) is None
+    assert len(AutoTokenizer.from_pretrained(int8)) == len(AutoTokenizer.from_pretrained(final))
 
 
 @pytest.mark.parametrize(
@@ -158,13 +160,6 @@ def test_equal_weights_have_equal_bytes(final, tmp_path) -> None:
     assert len({(folder / CHECKSUMS).read_bytes() for folder in folders}) == 1
 
 
-def test_the_folder_stands_alone_and_is_sealed(final, int8) -> None:
-    names = {path.name for path in int8.iterdir()}
-    assert {"config.json", SAFETENSORS, "tokenizer.json", CHECKSUMS} <= names
-    assert damage(int8) is None
-    assert len(AutoTokenizer.from_pretrained(int8)) == len(AutoTokenizer.from_pretrained(final))
-
-
 def test_generation_settings_go_with_a_decoder(tmp_path) -> None:
     final = written(build("gpt2"), tmp_path / "final")
     settings = json.loads((final / "generation_config.json").read_text())
@@ -174,19 +169,6 @@ def test_generation_settings_go_with_a_decoder(tmp_path) -> None:
     write_int8(final, tmp_path / "int8")
 
     assert load_int8(tmp_path / "int8").generation_config.eos_token_id == 7
-
-
-def test_transformers_loads_the_full_weights_and_ignores_the_folder_below(tmp_path) -> None:
-    model = build("llama")
-    final = written(model, tmp_path / "final")
-    size = weight_bytes(final)
-
-    write_int8(final, final / "int8")
-
-    loaded, info = AutoModelForCausalLM.from_pretrained(final, output_loading_info=True)
-    assert torch.equal(logits(loaded.eval()), logits(model))
-    assert not any(info.values()), info
-    assert weight_bytes(final) == size
 
 
 def test_transformers_and_a_run_refuse_the_int8_folder_itself(int8) -> None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_cuts import written
 from transformers import AutoModel, AutoModelForMaskedLM
 
 from megakd.contract.batch import IGNORE, Batch
 from megakd.engine.sharding import gathered_state
 from megakd.models.knowledge import Needs, language_model_head, predict, read_knowledge
-from megakd.models.model_folder import write_model_folder
 
 FAMILIES = ["bert", "roberta", "distilbert", "electra"]
 TIES = pytest.mark.parametrize(
@@ -39,17 +37,11 @@ def embedding_of(model):
 
 
 @TIES
-def test_a_masked_lm_answers_exactly_as_transformers_loads_it(tiny, model_type, tied):
+def test_a_masked_lm_is_that_of_transformers_and_its_head_stands_for_its_logits(
+    tiny, tmp_path, model_type, tied
+):
     folder = saved(tiny, model_type, tie_word_embeddings=tied)
     model = tiny.load(folder, tiny.task("mlm"))
-    reference = AutoModelForMaskedLM.from_pretrained(folder)
-    assert torch.equal(model(tiny.input_ids).logits, reference(tiny.input_ids).logits)
-    assert (language_model_head(model).read()[0] is embedding_of(model)) == tied
-
-
-@TIES
-def test_hidden_states_times_the_head_plus_its_bias_are_the_models_logits(tiny, model_type, tied):
-    model = tiny.load(saved(tiny, model_type, tie_word_embeddings=tied), tiny.task("mlm"))
     given = batch(tiny, targets=False)
     theirs = model(**given.inputs, output_hidden_states=True)
 
@@ -58,9 +50,16 @@ def test_hidden_states_times_the_head_plus_its_bias_are_the_models_logits(tiny, 
     assert read.logits is None
     with read.head.open():
         weight, bias = read.head.read()
+    assert (weight is embedding_of(model)) == tied
     assert bias.abs().max() > 0.1
     torch.testing.assert_close(read.hidden @ weight.T + bias, theirs.logits)
     torch.testing.assert_close(read.hidden_states, tuple(theirs.hidden_states))
+    exported = written(model, tmp_path / "final", state=gathered_state(model), tokenizer=None)
+    for one in (folder, exported):
+        reference = AutoModelForMaskedLM.from_pretrained(one)
+        assert torch.equal(reference(tiny.input_ids).logits, model(tiny.input_ids).logits)
+        assert (reference.get_output_embeddings().weight is embedding_of(reference)) == tied
+        assert reference.config.architectures == [type(model).__name__]
 
 
 # ELECTRA's generator has a head narrower than its layers.
@@ -109,23 +108,3 @@ def test_a_bare_backbone_gets_a_new_head_whose_matrix_is_its_embedding(tiny):
     assert weight is embedding_of(model)
     assert torch.equal(weight, stored)
     assert not bias.any()
-
-
-@TIES
-def test_an_exported_folder_is_the_same_model_for_transformers(tiny, tmp_path, model_type, tied):
-    folder = saved(tiny, model_type, tie_word_embeddings=tied)
-    model = tiny.load(folder, tiny.task("mlm"))
-
-    write_model_folder(
-        tmp_path / "final",
-        config=model.config,
-        state=gathered_state(model),
-        tokenizer=None,
-        architecture=type(model).__name__,
-    )
-
-    again = AutoModelForMaskedLM.from_pretrained(tmp_path / "final")
-    assert torch.equal(again(tiny.input_ids).logits, model(tiny.input_ids).logits)
-    assert (again.get_output_embeddings().weight is embedding_of(again)) == tied
-    config = json.loads((tmp_path / "final" / "config.json").read_text())
-    assert config["architectures"] == [type(model).__name__]
