@@ -19,7 +19,7 @@ from megakd.models.loading import with_vocabulary
 
 NAMES = ("joy", "anger", "fear")
 ENCODERS = ["bert", "roberta", "distilbert", "electra", "t5_encoder", "enct5"]
-DECODERS = ["llama", "mistral", "qwen2", "qwen3", "gpt2"]
+DECODERS = ["llama", "mistral", "qwen2", "qwen3", "gpt2", "qwen3_moe", "gpt_oss"]
 
 
 def same_values(one, other):
