@@ -76,15 +76,20 @@ class Problem:
         }
         return replace(self, **tensors)
 
+    def leaves(self):
+        tensors = (self.student_hidden, self.student_weight, self.student_bias)
+        return [None if leaf is None else leaf.detach().requires_grad_() for leaf in tensors]
+
+    def loss(self, hidden, weight, bias=None, **options):
+        options = {"t_squared": True, "labels": self.labels, "student_bias": bias, **options}
+        return mk.linear_kd_loss(
+            hidden, weight, self.teacher_hidden, self.teacher_weight, **options
+        )
+
     def solve(self, *, upstream=1.0, **options):
         """The output, and the gradients of hidden states, weight and bias."""
-        options = {"t_squared": True, **options}
-        leaves = [self.student_hidden, self.student_weight, self.student_bias]
-        leaves = [None if leaf is None else leaf.detach().requires_grad_() for leaf in leaves]
-        output = mk.linear_kd_loss(
-            *leaves[:2], self.teacher_hidden, self.teacher_weight,
-            options.pop("labels", self.labels), student_bias=leaves[2], **options,
-        )  # fmt: skip
+        leaves = self.leaves()
+        output = self.loss(*leaves, **options)
         present = [leaf for leaf in leaves if leaf is not None]
         return output, torch.autograd.grad(output.loss * upstream, present)
 

@@ -1,11 +1,11 @@
 """`linear_kd_loss`: values against fp64, masks, reductions, gradients, memory and any shape."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import megakd_kernels as mk
@@ -278,20 +278,6 @@ def test_bf16_logits_are_rounded_on_both_paths(make_problem):
 FP64 = torch.float64
 
 
-@dataclass(frozen=True)
-class Shape:
-    rows: int
-    student_ids: int
-    teacher_ids: int
-    student_width: int
-    teacher_width: int
-    seed: int
-
-
-SHAPES = st.builds(
-    Shape, st.integers(0, 9), st.integers(2, 12), st.integers(2, 12), st.integers(1, 4),
-    st.integers(1, 4), st.integers(0, 2**31),
-)  # fmt: skip
 MIXTURES = st.dictionaries(
     st.sampled_from(mk.DIVERGENCES), st.floats(-1, 2), min_size=1, max_size=3
 )
@@ -312,33 +298,23 @@ OPTIONS = st.fixed_dictionaries(
 )
 
 
-def solve(shape, mask, options, impl):
-    generator = torch.Generator().manual_seed(shape.seed)
+@settings(
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    sizes=st.tuples(st.integers(0, 9), *[st.integers(2, 12)] * 2, *[st.integers(1, 4)] * 2),
+    seed=st.integers(0, 2**31), mask=st.sampled_from([0.0, 0.5, 1.0]), options=OPTIONS,
+)  # fmt: skip
+def test_any_shape_and_option_gives_what_the_reference_gives(
+    make_problem, sizes, seed, mask, options
+):
+    problem, made = make_problem(*sizes, dtype=FP64, seed=seed, bias=True), torch.Generator()
+    labels = torch.randint(0, sizes[1], sizes[:1], generator=made.manual_seed(seed))
+    counted, weight = torch.rand(2, sizes[0], generator=made, dtype=FP64)
+    options |= {"labels": torch.where(counted < mask, labels, -100), "token_weight": weight - 0.5}
 
-    def random(*size):
-        return torch.randn(*size, generator=generator, dtype=FP64)
-
-    leaves = [random(shape.rows, shape.student_width), random(shape.student_ids,
-              shape.student_width), random(shape.student_ids)]  # fmt: skip
-    leaves = [leaf.requires_grad_() for leaf in leaves]
-    teacher = (
-        random(shape.rows, shape.teacher_width),
-        random(shape.teacher_ids, shape.teacher_width),
-    )
-    labels = torch.randint(0, shape.student_ids, (shape.rows,), generator=generator)
-    counted = torch.rand(shape.rows, generator=generator) < mask
-    output = mk.linear_kd_loss(
-        *leaves[:2], *teacher, torch.where(counted, labels, -100), student_bias=leaves[2],
-        token_weight=random(shape.rows), impl=impl, **options,
-    )  # fmt: skip
-    return [*output], torch.autograd.grad(output.loss, leaves)
-
-
-@settings(max_examples=80, deadline=None)
-@given(shape=SHAPES, mask=st.sampled_from([0.0, 0.5, 1.0]), options=OPTIONS)
-def test_any_shape_and_option_gives_what_the_reference_gives(shape, mask, options):
-    output, gradients = solve(shape, mask, options, "chunked")
-    expected, truth = solve(shape, mask, options, "reference")
+    output, gradients = problem.solve(impl="chunked", **options)
+    expected, truth = problem.solve(impl="reference", **options)
 
     torch.testing.assert_close(output, expected, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(gradients, truth, rtol=1e-6, atol=1e-9)
@@ -385,12 +361,8 @@ def test_a_loss_scale_beyond_fp16_and_a_tiny_weight_lose_nothing(make_problem, d
 def test_the_backward_reads_neither_weights_nor_hidden_states(make_problem):
     problem = make_problem(bias=True)
     _, expected = problem.solve(divergence=SIX, ce_weight=1.0)
-    leaves = [problem.student_hidden, problem.student_weight, problem.student_bias]
-    leaves = [leaf.requires_grad_() for leaf in leaves]
-    loss = mk.linear_kd_loss(
-        *leaves[:2], problem.teacher_hidden, problem.teacher_weight, problem.labels,
-        t_squared=True, divergence=SIX, ce_weight=1.0, student_bias=leaves[2],
-    ).loss  # fmt: skip
+    leaves = problem.leaves()
+    loss = problem.loss(*leaves, divergence=SIX, ce_weight=1.0).loss
 
     # As when ZeRO-3 takes a gathered weight away again after the forward.
     for tensor in (*leaves, problem.teacher_hidden, problem.teacher_weight):
@@ -410,31 +382,26 @@ def test_the_backward_reads_neither_weights_nor_hidden_states(make_problem):
 )
 def test_gradients_are_the_derivatives_of_the_loss(make_problem, impl, divergence, temperature):
     problem = make_problem(n=4, vs=6, vt=5, hs=3, ht=2, dtype=torch.float64, bias=True)
-    leaves = [problem.student_hidden, problem.student_weight, problem.student_bias]
+    options = {"divergence": divergence, "temperature": temperature, "ce_weight": 0.4}
+    options |= {"impl": impl, "chunk_mb": 0.0002}
 
-    def loss(hidden, weight, bias):
-        return mk.linear_kd_loss(
-            hidden, weight, problem.teacher_hidden, problem.teacher_weight, problem.labels,
-            divergence=divergence, temperature=temperature, t_squared=True, ce_weight=0.4,
-            student_bias=bias, impl=impl, chunk_mb=0.0002,
-        ).loss  # fmt: skip
-
-    assert torch.autograd.gradcheck(loss, [leaf.requires_grad_() for leaf in leaves])
+    assert torch.autograd.gradcheck(
+        lambda *leaves: problem.loss(*leaves, **options).loss, problem.leaves()
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_logits_of_all_rows_never_exist(make_problem, dtype, monkeypatch, largest_tensor):
     n, v = 600, 500
     problem = make_problem(n=n, vs=v, vt=v, dtype=dtype)
-    heads = [problem.student_hidden.requires_grad_(), problem.student_weight.requires_grad_()]
-    heads += [problem.teacher_hidden, problem.teacher_weight]
-    options = {"divergence": SIX, "ce_weight": 1.0, "temperature": 2.0, "t_squared": True}
+    leaves = problem.leaves()
+    options = {"divergence": SIX, "ce_weight": 1.0, "temperature": 2.0}
     monkeypatch.setattr(ops, "linear_kd", torch.no_grad()(ops.linear_kd._init_fn))
 
     with largest_tensor() as chunked:
-        mk.linear_kd_loss(*heads, problem.labels, chunk_mb=0.1, **options)
+        problem.loss(*leaves, chunk_mb=0.1, **options)
     with largest_tensor() as reference:
-        mk.linear_kd_loss(*heads, problem.labels, impl="reference", **options)
+        problem.loss(*leaves, impl="reference", **options)
 
     assert 0 < chunked.numel <= n * v / 10
     assert reference.numel >= 500 * v  # rows that count
