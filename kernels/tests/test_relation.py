@@ -456,16 +456,6 @@ def test_heads_that_do_not_divide_a_width_are_refused_with_both_widths(states, h
         (lambda s, t, v: (s, t, v[:, 1:]), r"valid is \[2, 9\] .* must be \[2, 10\]"),
         (lambda s, t, v: (s, t, v.float()), "valid is torch.float32"),
     ],
-    ids=[
-        "batch",
-        "flat",
-        "integers",
-        "student-keys",
-        "teacher-keys",
-        "keys-integers",
-        "mask",
-        "additive-mask",
-    ],
 )
 def test_tensors_that_do_not_fit_are_refused_with_their_shapes(states, change, message):
     student, teacher, valid = change(*states)

@@ -298,20 +298,7 @@ def test_a_cut_model_computes_what_is_left_of_the_whole_one(family, kind, change
 
 
 @pytest.mark.parametrize("family", CUTTABLE)
-def test_the_bare_model_gives_the_same_hidden_states(family):
-    whole = build(family)
-    smaller = cut(whole, task_of(family), view_of(whole, "empty"))
-
-    bare = AutoModel.from_config(smaller.config).eval()
-    bare.load_state_dict(smaller.base_model.state_dict(), strict=False)
-
-    assert type(bare).__name__.startswith("Cut")
-    actual, expected = (model(input_ids=IDS)[0] for model in (bare, smaller.base_model))
-    assert torch.equal(actual, expected)
-
-
-@pytest.mark.parametrize("family", CUTTABLE)
-def test_a_saved_model_comes_back_whole(family, tmp_path):
+def test_a_saved_model_comes_back_whole_and_bare(family, tmp_path):
     whole = build(family)
     smaller = cut(whole, task_of(family), view_of(whole, "empty"))
 
@@ -321,6 +308,14 @@ def test_a_saved_model_comes_back_whole(family, tmp_path):
     assert not any(info.values()), info
     assert again.config.head_counts == smaller.config.head_counts
     assert torch.equal(logits(again.eval()), logits(smaller))
+    # What has no elements is no parameter, and yet has a name.
+    assert all(parameter.numel() for parameter in smaller.parameters())
+    assert set(smaller.state_dict()) == set(whole.state_dict())
+    bare = AutoModel.from_config(smaller.config).eval()
+    bare.load_state_dict(smaller.base_model.state_dict(), strict=False)
+    assert type(bare).__name__.startswith("Cut")
+    actual, expected = (model(input_ids=IDS)[0] for model in (bare, smaller.base_model))
+    assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("family", DECODERS)
@@ -370,13 +365,6 @@ def gradients(model) -> dict[str, torch.Tensor | None]:
     output = model(input_ids=IDS).logits
     (output * torch.linspace(-1, 1, output.numel()).view(output.shape)).sum().backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
-
-
-def test_what_has_no_elements_is_no_parameter_and_yet_has_a_name():
-    whole = build("bert")
-    smaller = cut(whole, "classification", view_of(whole, "empty"))
-    assert all(parameter.numel() for parameter in smaller.parameters())
-    assert set(smaller.state_dict()) == set(whole.state_dict())
 
 
 def test_layers_are_made_one_by_one_so_that_no_whole_model_is_in_memory(monkeypatch):

@@ -305,7 +305,7 @@ def smaller(family: str, view: str = "empty"):
 
 
 @pytest.mark.parametrize("family", FILES)
-def test_the_file_of_the_class_lies_beside_the_weights(family, tmp_path):
+def test_the_file_of_the_class_lies_beside_the_weights_and_megakd_never_runs_it(family, tmp_path):
     model = smaller(family)
 
     folder = written(model, tmp_path / "final")
@@ -316,6 +316,15 @@ def test_the_file_of_the_class_lies_beside_the_weights(family, tmp_path):
     assert config["architectures"] == [type(model).__name__]
     assert f"{FILES[family][:-3]}.{type(model).__name__}" in config["auto_map"].values()
     assert brings_code(folder)
+
+    (folder / FILES[family]).write_text("raise SystemExit('this must not run')\n")
+    (folder / CHECKSUMS).unlink()
+    result = loaded(folder, task_of(family))
+    latency = measure_latencies({"cut": folder}, Work((1,), 4, rounds=1))
+
+    assert type(result) is type(model)
+    assert torch.equal(logits(result), logits(model))
+    assert latency[0]["ms"] > 0
 
 
 @pytest.mark.parametrize("first", [None, "ragged"], ids=["of a stock model", "of one of ours"])
@@ -365,21 +374,6 @@ def test_plain_transformers_loads_the_folders(tmp_path):
     for family, folder in folders.items():
         expected = models[family](input_ids=ids).logits
         assert torch.allclose(torch.load(folder / "found.pt"), expected, atol=1e-5), family
-
-
-@pytest.mark.parametrize("family", FILES)
-def test_megakd_never_runs_the_code_of_a_folder(family, tmp_path):
-    model = smaller(family)
-    folder = written(model, tmp_path / "final")
-    (folder / FILES[family]).write_text("raise SystemExit('this must not run')\n")
-    (folder / CHECKSUMS).unlink()
-
-    result = loaded(folder, task_of(family))
-    latency = measure_latencies({"cut": folder}, Work((1,), 4, rounds=1))
-
-    assert type(result) is type(model)
-    assert torch.equal(logits(result), logits(model))
-    assert latency[0]["ms"] > 0
 
 
 def test_the_export_of_a_folder_that_an_older_version_wrote_brings_todays_code(tmp_path):
