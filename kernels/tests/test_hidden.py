@@ -178,21 +178,19 @@ def test_projected_states_of_all_rows_never_exist(kind, monkeypatch, largest_ten
     assert 0 < largest.numel <= 4000 * 40 / 10
 
 
-def test_different_widths_need_a_projection(states):
-    with pytest.raises(ValueError, match="student is 3 wide and the teacher 5; pass a projection"):
-        mk.hidden_mse_projection_loss(states[0], None, states[2], valid=None)
-
-
-def test_a_transposed_projection_is_refused_with_the_shape_it_needs(states):
-    with pytest.raises(ValueError, match=r"projection is \[3, 5\].* need \[5, 3\]"):
-        mk.hidden_mse_projection_loss(states[0], states[1].T, states[2], valid=None)
-
-
-def test_positions_that_do_not_match_are_refused(states):
-    with pytest.raises(ValueError, match="only the last dimension may differ"):
-        mk.hidden_mse_projection_loss(states[0][:1], states[1], states[2], valid=None)
-    with pytest.raises(ValueError, match=r"valid is \[3\]; it must be \[2, 4\]"):
-        mk.hidden_mse_projection_loss(*states[:3], valid=torch.ones(3, dtype=torch.bool))
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s, p, t, v: (s, None, t, v), "student is 3 wide and the teacher 5; pass a proj"),
+        (lambda s, p, t, v: (s, p.T, t, v), r"projection is \[3, 5\].* need \[5, 3\]"),
+        (lambda s, p, t, v: (s[:1], p, t, v), "only the last dimension may differ"),
+        (lambda s, p, t, v: (s, p, t, v[0, 1:]), r"valid is \[3\]; it must be \[2, 4\]"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused_with_their_shapes(states, change, message):
+    student, projection, teacher, valid = change(*states)
+    with pytest.raises(ValueError, match=message):
+        mk.hidden_mse_projection_loss(student, projection, teacher, valid=valid)
 
 
 @LOSSES

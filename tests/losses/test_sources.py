@@ -16,6 +16,7 @@ from source_scene import LENGTH, ROWS, VOCABULARY, Texts, head_of, objective_of,
 
 from megakd.contract.batch import IGNORE, Draws, Knowledge, LossInputs, TopK
 from megakd.losses.bundle import unit_scales
+from megakd.losses.objective import Objective
 from megakd.losses.targets import AGREEMENT
 
 CE = term_of("hard_cross_entropy")
@@ -118,23 +119,24 @@ def test_cached_answers_are_limited_to_those_of_the_source(source, kept):
     assert_same(actual, result(alone, (KL_AT_1,), taught=taught), rtol=1e-5, atol=1e-6)
 
 
+def reading(texts: Texts, objective: Objective, **changes: Any) -> LossInputs:
+    usual = LossInputs(
+        student=Knowledge(hidden=texts.hidden, head=head_of(texts.head)),
+        teacher=Knowledge(hidden=texts.taught, head=head_of(texts.teacher_head)),
+        batch=texts.batch(),
+        weights=objective.weights,
+        per_unit=unit_scales(texts.counts(objective), 1).weights,
+    )
+    return replace(usual, **changes)
+
+
 @pytest.mark.parametrize("is_cached", [False, True], ids=["answered", "draws"])
 def test_readings_of_several_views_together_equal_each_by_itself(is_cached):
     texts, objective = Texts(), objective_of((KL_AT_1,) if is_cached else PAIR)
-    taught = Knowledge(hidden=texts.taught, head=head_of(texts.teacher_head))
-    taught = Knowledge(kept=draws_of(drawn_shares())) if is_cached else taught
-    per_unit = unit_scales(texts.counts(objective), 1).weights
-    readings = [
-        LossInputs(
-            student=Knowledge(hidden=texts.hidden * factor, head=head_of(texts.head)),
-            teacher=taught,
-            batch=texts.batch(),
-            weights=objective.weights,
-            per_unit=per_unit,
-            scale=scale,
-        )
-        for factor, scale in ((1.0, 0.5), (0.3, 0.25))
-    ]
+    given = {"teacher": Knowledge(kept=draws_of(drawn_shares()))} if is_cached else {}
+    first, second = (reading(texts, objective, scale=scale, **given) for scale in (0.5, 0.25))
+    third = Knowledge(hidden=texts.hidden * 0.3, head=head_of(texts.head))
+    readings = [first, replace(second, student=third)]
 
     together = objective(readings)
     alone = [objective([reading])[0] for reading in readings]
@@ -180,16 +182,10 @@ def test_a_limited_term_and_its_agreement_are_counted_in_targets_of_the_source(s
 def test_a_pass_may_leave_out_a_term_of_one_source():
     texts, objective = Texts(), objective_of(PAIR)
     off = dict.fromkeys(("soft_target_skew_reverse_kl_on_rollouts",), 0.0)
-    reading = LossInputs(
-        student=Knowledge(hidden=texts.hidden, head=head_of(texts.head)),
-        teacher=Knowledge(hidden=texts.taught, head=head_of(texts.teacher_head)),
-        batch=texts.batch(),
-        weights=objective.weights | off,
-        per_unit=unit_scales(texts.counts(objective), 1).weights,
-        left_out=frozenset(off),
-    )
+    weights = objective.weights | off
+    given = reading(texts, objective, weights=weights, left_out=frozenset(off))
 
-    ((total, sums),) = objective([reading])
+    ((total, sums),) = objective([given])
 
     assert {*sums} == {"soft_target_skew_kl_on_data", "top1_agreement_on_data"}
     torch.testing.assert_close(total, result(texts, PAIR[:1]).total)

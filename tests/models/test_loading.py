@@ -240,22 +240,16 @@ def test_new_values_leave_those_that_are_loaded_as_they_are(tiny):
     assert torch.equal(values[name], fresh[name])
 
 
-def test_the_same_seed_gives_the_same_values_and_another_seed_or_module_others(tiny):
+def test_a_value_depends_on_seed_and_name_and_not_on_the_rest_of_the_model_or_the_dtype(tiny):
     once, again, other = (state(tiny, "bert", seed=seed) for seed in (3, 3, 4))
     assert all(torch.equal(once[name], again[name]) for name in once)
     assert not torch.equal(once["classifier.weight"], other["classifier.weight"])
     attention = "bert.encoder.layer.0.attention.self"
     assert not torch.equal(once[f"{attention}.query.weight"], once[f"{attention}.key.weight"])
-
-
-def test_a_parameter_does_not_depend_on_the_rest_of_the_model(tiny):
-    shallow, deep = state(tiny, "bert", config={"num_hidden_layers": 1}), state(tiny, "bert")
-    assert all(torch.equal(shallow[name], deep[name]) for name in shallow)
-
-
-def test_bf16_values_are_the_fp32_values_rounded(tiny):
-    full, half = state(tiny, "llama"), state(tiny, "llama", dtype=torch.bfloat16)
-    assert all(torch.equal(full[name].bfloat16(), half[name]) for name in full)
+    shallow = state(tiny, "bert", config={"num_hidden_layers": 1}, seed=3)
+    assert all(torch.equal(shallow[name], once[name]) for name in shallow)
+    half = state(tiny, "bert", seed=3, dtype=torch.bfloat16)
+    assert all(torch.equal(once[name].bfloat16(), half[name]) for name in once)
 
 
 def test_a_new_head_is_that_of_a_scratch_model_with_the_same_seed(tiny):
