@@ -248,22 +248,15 @@ def test_a_damaged_file_is_refused_with_and_without_checksums(int8, sealed, kept
         load_int8(int8)
 
 
-def test_folders_of_another_format_are_refused(final, int8, tmp_path) -> None:
+def test_folders_of_another_format_or_without_weights_are_refused(final, int8, tmp_path) -> None:
     with pytest.raises(ModelError, match=rf"does not hold int8 weights of megakd .*give {int8}"):
         load_int8(final)
+    with pytest.raises(ModelError, match=r"nowhere.model.safetensors does not exist; give the"):
+        load_int8(tmp_path / "nowhere")
     with pytest.raises(ModelError, match=r"is stored as int8; give the folder of the model in"):
         write_int8(int8, tmp_path / "again")
     rewrite(int8, lambda _: None, {"quantization": "int4"})
     with pytest.raises(ModelError, match=r"'int4', not 'int8 per row, symmetric'"):
-        load_int8(int8)
-
-
-def test_a_folder_without_weights_or_config_is_refused(int8, tmp_path) -> None:
-    with pytest.raises(ModelError, match=r"nowhere.model.safetensors does not exist; give the"):
-        load_int8(tmp_path / "nowhere")
-    (int8 / CHECKSUMS).unlink()
-    (int8 / "config.json").unlink()
-    with pytest.raises(ModelError, match=r"config.json does not exist; copy the folder again"):
         load_int8(int8)
 
 
@@ -272,13 +265,17 @@ def test_a_folder_without_weights_or_config_is_refused(int8, tmp_path) -> None:
     [
         ({"architectures": ["BertForNothing"]}, "names the architecture 'BertForNothing', which"),
         ({"architectures": ["AutoTokenizer"]}, "names the architecture 'AutoTokenizer', which"),
+        (None, "config.json does not exist; copy the folder again"),
         ({"model_type": "nothing"}, "is not the config of a model that megakd can build"),
         ({"hidden_size": "wide"}, "is not the config of a model that megakd can build"),
     ],
 )
-def test_a_config_that_cannot_be_built_is_refused(int8, changes, message) -> None:
+def test_a_config_that_is_absent_or_cannot_be_built_is_refused(int8, changes, message) -> None:
     (int8 / CHECKSUMS).unlink()
-    keys = json.loads((int8 / "config.json").read_text())
-    (int8 / "config.json").write_text(json.dumps(keys | changes))
+    config = int8 / "config.json"
+    keys = json.loads(config.read_text())
+    config.unlink()
+    if changes is not None:
+        config.write_text(json.dumps(keys | changes))
     with pytest.raises(ModelError, match=message):
         load_int8(int8)

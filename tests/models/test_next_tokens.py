@@ -7,11 +7,12 @@ import math
 from collections import Counter
 
 import pytest
+import tiny_cuts
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from megakd.contract.batch import MOST_DRAWS, Batch
 from megakd.errors import ModelError
@@ -23,11 +24,8 @@ ALMOST_ONE = 1 - 2.0**-53
 
 
 @pytest.fixture
-def model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
-    config = LlamaConfig(vocab_size=20, num_hidden_layers=1, initializer_range=1.0, **sizes)
-    return LlamaForCausalLM(config).eval()
+def model() -> PreTrainedModel:
+    return tiny_cuts.build("llama")
 
 
 @pytest.fixture
@@ -97,7 +95,7 @@ def test_a_count_of_all_draws_fits():
     assert count_draws(torch.full((1, MOST_DRAWS), 3)).counts[0, 0] == MOST_DRAWS
 
 
-@pytest.mark.parametrize("at_once", [1, 20 * 4, 1 << 24])
+@pytest.mark.parametrize("at_once", [1, tiny_cuts.VOCABULARY * 4, 1 << 24])
 def test_blocks_of_positions_change_neither_tokens_nor_draws(model, batch, monkeypatch, at_once):
     numbers = random_numbers(3, 5, 6)
     monkeypatch.setitem(next_tokens.LOGITS_AT_ONCE, "cpu", at_once)
