@@ -43,8 +43,17 @@ def pytest_collection_modifyitems(items):
             continue
         if not HAS_TRITON:
             item.add_marker(pytest.mark.skip(reason="triton is not installed"))
-        elif not NEEDS_INTERPRETER and not hasattr(item.module, "DEVICE"):
+        elif not (
+            NEEDS_INTERPRETER or hasattr(item.module, "DEVICE") or "device" in item.fixturenames
+        ):
             item.add_marker(pytest.mark.skip(reason="CPU tensors need Triton's interpreter"))
+
+
+@pytest.fixture
+def device(request):
+    """For kernels the GPU, where there is one, else the CPU."""
+    path = request.node.callspec.params.get("impl") if hasattr(request.node, "callspec") else None
+    return "cuda" if path == "triton" and torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True)
@@ -67,15 +76,20 @@ class Problem:
         }
         return replace(self, **tensors)
 
+    def leaves(self):
+        tensors = (self.student_hidden, self.student_weight, self.student_bias)
+        return [None if leaf is None else leaf.detach().requires_grad_() for leaf in tensors]
+
+    def loss(self, hidden, weight, bias=None, **options):
+        options = {"t_squared": True, "labels": self.labels, "student_bias": bias, **options}
+        return mk.linear_kd_loss(
+            hidden, weight, self.teacher_hidden, self.teacher_weight, **options
+        )
+
     def solve(self, *, upstream=1.0, **options):
         """The output, and the gradients of hidden states, weight and bias."""
-        options = {"t_squared": True, **options}
-        leaves = [self.student_hidden, self.student_weight, self.student_bias]
-        leaves = [None if leaf is None else leaf.detach().requires_grad_() for leaf in leaves]
-        output = mk.linear_kd_loss(
-            *leaves[:2], self.teacher_hidden, self.teacher_weight,
-            options.pop("labels", self.labels), student_bias=leaves[2], **options,
-        )  # fmt: skip
+        leaves = self.leaves()
+        output = self.loss(*leaves, **options)
         present = [leaf for leaf in leaves if leaf is not None]
         return output, torch.autograd.grad(output.loss * upstream, present)
 
@@ -143,3 +157,80 @@ def distance():
         return (difference / expected.double().norm().clamp(min=1e-300)).item()
 
     return relative
+
+
+@dataclass(frozen=True)
+class Cached:
+    """A student and what is kept of a teacher; rows 2 and 9 are ignored."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    ids: torch.Tensor
+    logprobs: torch.Tensor
+    labels: torch.Tensor
+    bias: torch.Tensor
+
+    def to(self, dtype):
+        tensors = {name: getattr(self, name).to(dtype) for name in ("hidden", "weight", "bias")}
+        return replace(self, **tensors)
+
+    def leaves(self):
+        return [leaf.detach().requires_grad_() for leaf in (self.hidden, self.weight, self.bias)]
+
+    def loss(self, leaves, **options):
+        options = {"t_squared": True, "labels": self.labels, **options}
+        cache = (options.pop("ids", self.ids), options.pop("logprobs", self.logprobs))
+        return mk.topk_kd_loss(*leaves[:2], *cache, student_bias=leaves[2], **options)
+
+    def solve(self, **options):
+        """The output, and the gradients of hidden states, weight and bias."""
+        leaves = self.leaves()
+        output = self.loss(leaves, **options)
+        return output, torch.autograd.grad(output.loss, leaves)
+
+    def truth(self, mode, *, temperature=1.0, ce_weight=0.0):
+        """Loss and gradients, eager fp64: the formulas as they are written."""
+        leaves = self.to(torch.float64).leaves()
+        logits = leaves[0] @ leaves[1].T + leaves[2]
+        valid = (self.labels != -100).nonzero().squeeze(1)
+        loss = 0
+        for row in valid.tolist():
+            there = self.ids[row] >= 0
+            chosen = self.ids[row][there]
+            p = self.logprobs[row][there].double().exp()
+            scaled = logits[row] / temperature
+            if mode in {"renorm", "subset"}:
+                p = p ** (1 / temperature)
+                p = p / p.sum()
+            q = scaled[chosen].softmax(-1) if mode == "subset" else scaled.softmax(-1)[chosen]
+            loss = loss + temperature**2 * (p * (p / q).log()).sum()
+            if mode == "tail":
+                rest = 1 - p.sum()
+                loss = loss + rest * (rest / (1 - q.sum())).log()
+            if ce_weight:
+                ce = torch.nn.functional.cross_entropy(logits[row], self.labels[row])
+                loss = loss + ce_weight * ce
+        return loss, torch.autograd.grad(loss, leaves)
+
+
+@pytest.fixture
+def make_cached():
+    def make(n=11, v=31, h=6, k=5, *, dtype=torch.float32, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+
+        def random(*shape):
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        hidden, weight, bias = random(n, h), random(v, h), random(v)
+        # A teacher near the student, so that they often have the same most likely id.
+        logits = hidden @ weight.T + bias + 2 * random(n, v)
+        logprobs, ids = logits.log_softmax(-1).topk(k)
+        labels = torch.randint(0, v, (n,), generator=generator)
+        labels[2::7] = -100
+        # Kept in fp32, or all in fp64; one row has a shorter list.
+        kept = torch.float64 if dtype == torch.float64 else torch.float32
+        if k > 2 and n:
+            ids[0, 2:] = -1
+        return Cached(hidden, weight, ids, logprobs.to(kept), labels, bias).to(dtype)
+
+    return make

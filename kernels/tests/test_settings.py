@@ -107,7 +107,6 @@ def card(monkeypatch):
     monkeypatch.delenv("MEGAKD_KERNELS", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
-    monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(settings, "HAS_TRITON", True)
     monkeypatch.setattr(settings, "_FITS", {})
     return card
@@ -124,10 +123,12 @@ def card(monkeypatch):
             {"shared_memory_per_block_optin": 64 << 10},
             r"cuda \(Card\) has 64 KiB of shared memory; the kernels need 96",
         ),
+        ({"hip": "7.0"}, "cuda is no GPU of NVIDIA, for which the kernels are written"),
     ],
-    ids=["capability", "shared memory"],
+    ids=["capability", "shared memory", "maker"],
 )
-def test_a_gpu_that_cannot_run_the_kernels_takes_chunks(card, lacks, message):
+def test_a_gpu_that_cannot_run_the_kernels_takes_chunks(card, lacks, message, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", lacks.get("hip"))
     vars(card).update(lacks)
 
     with pytest.warns(UserWarning, match=rf"in plain torch \('chunked'\): {message}"):
@@ -135,13 +136,6 @@ def test_a_gpu_that_cannot_run_the_kernels_takes_chunks(card, lacks, message):
     with pytest.raises(ValueError, match=f"impl 'triton': {message}; use 'chunked'"):
         resolve_implementation("triton", CUDA)
     assert resolve_implementation("auto", CUDA) == "chunked"  # warned once
-
-
-def test_a_gpu_of_another_maker_takes_chunks(card, monkeypatch):
-    monkeypatch.setattr(torch.version, "hip", "7.0")
-
-    with pytest.warns(UserWarning, match="cuda is no GPU of NVIDIA"):
-        assert resolve_implementation("auto", CUDA) == "chunked"
 
 
 def test_a_compiled_function_takes_the_path_of_an_eager_one():

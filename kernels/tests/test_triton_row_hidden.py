@@ -1,4 +1,4 @@
-"""The Triton row kernels of the hidden-state losses against fp64 autograd."""
+"""The Triton row kernels of the hidden-state losses, and functions of all, against fp64."""
 
 import math
 
@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 
 from megakd_kernels.triton import row_hidden
 from megakd_kernels.triton.row_hidden import one_minus_cosine_rows, squared_error_rows
+from megakd_kernels.triton.row_math import mixture_series
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTH = 150
@@ -137,3 +138,18 @@ def test_model_widths_match_fp64_on_a_device(loss, width):
     values = loss(student, teacher, valid, student)
 
     check((values, student), expected)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.5, 0.9])
+def test_the_series_of_a_mixture_has_the_digits_of_fp32(share):
+    gap = torch.linspace(-0.4, 0.4, 801, dtype=torch.float64)
+    gap = gap[gap.abs() > 1e-3]
+
+    first, *others = mixture_series(share)
+
+    powers = list(enumerate(others, start=2))
+    log = first * gap + sum(factor * gap**power for power, factor in powers)
+    tilt = sum(power * factor * gap ** (power - 1) for power, factor in powers)
+    excess = share * torch.expm1(gap)
+    torch.testing.assert_close(log, torch.log1p(excess), rtol=3e-8, atol=0)
+    torch.testing.assert_close(tilt, (1 - share) * excess / (1 + excess), rtol=3e-7, atol=0)

@@ -46,7 +46,8 @@ def as_type(values, dtype):
 
 
 def run(kernel, student, targets, inputs, *, out=None):
-    """Terms and gradient; in place unless there is an `out`."""
+    """Terms and gradient in the dtype of the logits; in place unless there is an `out`."""
+    targets, inputs = (as_type(values, student.dtype) for values in (targets, inputs))
     logits = student.clone()
     gradient = logits if out is None else out
     terms = kernel.run_(logits, targets, inputs, gradient if kernel.plan.with_gradient else None)
@@ -57,43 +58,51 @@ def kernels(**options):
     from megakd_kernels.triton.row_topk import TritonTopKRows
 
     plan = TopKPlan(**{
-        "temperature": 1.0, "value_scale": 1.0, "with_ce": False, "with_gradient": True, **options
+        "temperature": 1.0, "value_scale": 1.0, "with_ce": True, "with_gradient": True, **options
     })  # fmt: skip
     scratch = Scratch(ROWS, torch.empty(0, dtype=torch.float64, device=DEVICE))
     return TritonTopKRows(plan=plan, block=BLOCK), TopKRows(plan=plan, scratch=scratch)
 
 
-def assert_same(got, expected, distance, *, tolerance=2e-5):
-    (terms, gradient), (true_terms, true_gradient) = got, expected
-    counts = torch.tensor([True, True, True, False, True], device=DEVICE)
-    assert distance(terms.divergences[:, counts], true_terms.divergences[:, counts]) < 1e-6
-    assert distance(terms.ce[counts], true_terms.ce[counts]) < 1e-6
-    assert terms.agrees[counts].equal(true_terms.agrees[counts])
-    assert distance(gradient, true_gradient) < tolerance
-    assert gradient[3].eq(0).all()
+@pytest.fixture
+def check(distance):
+    """Compares the kernel with the torch rows in fp64, and returns the kernel's gradient."""
+
+    def compare(student, *given, out=None, tolerance=2e-5, **options):
+        triton_rows, torch_rows = kernels(**options)
+        terms, gradient = run(triton_rows, student, *given, out=out)
+        true_terms, true_gradient = run(torch_rows, student.double(), *given)
+        counts = torch.tensor([True, True, True, False, True], device=DEVICE)
+        assert distance(terms.divergences[:, counts], true_terms.divergences[:, counts]) < 1e-6
+        assert distance(terms.ce[counts], true_terms.ce[counts]) < 1e-6
+        assert terms.agrees[counts].equal(true_terms.agrees[counts])
+        if triton_rows.plan.with_gradient:
+            assert distance(gradient, true_gradient) < tolerance
+            assert gradient[3].eq(0).all()
+        return gradient
+
+    return compare
 
 
+@pytest.mark.parametrize("with_gradient", [True, False])
 @pytest.mark.parametrize("with_ce", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_rows_match_the_double_precision_rows(distance, with_ce, temperature):
-    triton_rows, torch_rows = kernels(with_ce=with_ce, temperature=temperature, value_scale=6.25)
-    student, targets, inputs = problem()
-
-    got = run(triton_rows, student, as_type(targets, torch.float32), as_type(inputs, torch.float32))
-
-    assert_same(got, run(torch_rows, student.double(), targets, inputs), distance)
+def test_rows_match_the_double_precision_rows(check, with_ce, temperature, with_gradient):
+    check(
+        *problem(), with_ce=with_ce, temperature=temperature, value_scale=6.25,
+        with_gradient=with_gradient,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_a_bias_that_the_kernel_adds_gives_the_bits_of_biased_logits(temperature):
-    rows, _ = kernels(with_ce=True, temperature=temperature)
+    rows, _ = kernels(temperature=temperature)
     student, *given = problem()
-    targets, inputs = (as_type(values, torch.float32) for values in given)
     bias = torch.linspace(-2, 3, V, device=DEVICE).bfloat16()
 
-    terms, gradient = run(replace(rows, bias=bias), student, targets, inputs)
+    terms, gradient = run(replace(rows, bias=bias), student, *given)
 
-    expected, expected_gradient = run(rows, student + bias, targets, inputs)
+    expected, expected_gradient = run(rows, student + bias, *given)
     assert all(map(torch.equal, terms, expected))
     assert torch.equal(gradient, expected_gradient)
 
@@ -104,77 +113,41 @@ def test_a_bias_that_the_kernel_adds_gives_the_bits_of_biased_logits(temperature
     [(torch.float32, 2e-5), (torch.float16, 1e-3), (torch.bfloat16, 1.2e-2)],
     ids=str,
 )
-def test_the_gradient_may_go_elsewhere_and_in_another_type(distance, dtype, tolerance):
-    triton_rows, torch_rows = kernels(with_ce=True)
-    student, targets, inputs = problem()
+def test_the_gradient_may_go_elsewhere_and_in_another_type(check, dtype, tolerance):
     out = torch.full((ROWS, 80), math.nan, dtype=dtype, device=DEVICE)[:, :V]
-
-    got = run(
-        triton_rows, student, as_type(targets, torch.float32), as_type(inputs, torch.float32),
-        out=out,
-    )  # fmt: skip
-
-    expected = run(torch_rows, student.double(), targets, inputs)
-    assert_same(got, expected, distance, tolerance=tolerance)
+    check(*problem(), out=out, tolerance=tolerance)
 
 
-def test_without_a_gradient_the_values_are_the_same(distance):
-    triton_rows, _ = kernels(with_ce=True, with_gradient=False)
-    student, targets, inputs = problem()
-    _, torch_rows = kernels(with_ce=True)
-
-    terms, _ = run(
-        triton_rows, student, as_type(targets, torch.float32), as_type(inputs, torch.float32)
-    )
-
-    expected, gradient = run(torch_rows, student.double(), targets, inputs)
-    assert_same((terms, gradient), (expected, gradient), distance)
-
-
-def test_ids_that_cover_the_vocabulary_leave_no_others(distance):
-    triton_rows, torch_rows = kernels(with_ce=True, temperature=2.0)
+def test_ids_that_cover_the_vocabulary_leave_no_others(check):
     student, targets, inputs = problem(whole=True)
     nothing = torch.zeros_like(targets.rest)
-    targets = targets._replace(rest=nothing, mass=nothing + 1)
-
-    got = run(triton_rows, student, as_type(targets, torch.float32), as_type(inputs, torch.float32))
-
-    assert_same(got, run(torch_rows, student.double(), targets, inputs), distance)
+    check(student, targets._replace(rest=nothing, mass=nothing + 1), inputs, temperature=2.0)
 
 
-def test_large_and_excluded_logits_stay_exact(distance):
-    triton_rows, torch_rows = kernels(with_ce=True, temperature=2.0)
+def test_large_and_excluded_logits_stay_exact(check):
     student, targets, inputs = problem()
     student[:, ::7] += 90
     student[:, 3::7] -= 90
     free = [index for index in range(V) if index not in inputs.labels and index not in targets.ids]
     student[:, free[0]] = -math.inf
 
-    got = run(triton_rows, student, as_type(targets, torch.float32), as_type(inputs, torch.float32))
-
-    assert_same(got, run(torch_rows, student.double(), targets, inputs), distance)
+    check(student, targets, inputs, temperature=2.0)
 
 
-def test_a_student_that_gives_the_tail_nothing_has_a_finite_gradient(distance):
-    triton_rows, torch_rows = kernels()
+def test_a_student_that_gives_the_tail_nothing_has_a_finite_gradient(check):
     student, targets, inputs = problem()
     student[0, targets.ids[0]] += 300
 
-    got = run(triton_rows, student, as_type(targets, torch.float32), as_type(inputs, torch.float32))
-
-    assert got[1].isfinite().all()
-    assert_same(got, run(torch_rows, student.double(), targets, inputs), distance)
+    assert check(student, targets, inputs, with_ce=False).isfinite().all()
 
 
 def test_a_row_that_does_not_count_may_hold_anything():
-    triton_rows, _ = kernels(with_ce=True)
+    triton_rows, _ = kernels()
     student, targets, inputs = problem()
     student[3] = math.nan
     targets.log_p[3] = math.nan
 
-    terms, gradient = run(
-        triton_rows, student, as_type(targets, torch.float32), as_type(inputs, torch.float32)
-    )
+    terms, gradient = run(triton_rows, student, targets, inputs)
 
     assert gradient.isfinite().all()
     assert gradient[3].eq(0).all()

@@ -7,21 +7,22 @@ from typing import Any, cast
 
 import pytest
 from datasets import Dataset
+from loss_terms import term_of
 from tiny_runs import config_tree, llama, write_config, write_reviews
 from whole_run import finish, records
 
 from megakd.config.file import load_config
-from megakd.contract.terms import HardCrossEntropy, SoftTargetKl, source_of
+from megakd.contract.terms import source_of
 from megakd.data.splits import Splits
 from megakd.errors import ConfigError
 from megakd.losses.objective import with_class_weights
 from megakd.training.recipes import label_terms
 
-KL = SoftTargetKl(loss="soft_target_kl")
+KL = term_of("soft_target_kl")
 
 
 def resolved(class_weights: Any, labels: list[int]) -> Any:
-    term = HardCrossEntropy(loss="hard_cross_entropy", class_weights=class_weights)
+    term = term_of("hard_cross_entropy", class_weights=class_weights)
     train, nothing = Dataset.from_dict({"label": labels}), cast("Any", None)
     splits = Splits(train, nothing, None, ("bad", "good", "rare"), ("accuracy",), "rows")
     return with_class_weights((KL, term), splits)
@@ -82,9 +83,7 @@ def test_a_baseline_learns_as_the_objective_says_and_a_teacher_is_never_smoothed
 
     (alone,), (teacher,) = label_terms(config), label_terms(config, smoothed=False)
 
-    assert alone == HardCrossEntropy(
-        loss="hard_cross_entropy", class_weights="balanced", label_smoothing=0.1
-    )
+    assert alone == term_of("hard_cross_entropy", class_weights="balanced", label_smoothing=0.1)
     assert (teacher.class_weights, teacher.label_smoothing) == ("balanced", 0.0)  # type: ignore[union-attr]
 
 

@@ -1,4 +1,4 @@
-"""Hand values of the loss terms, and how the terms of a language model are computed together."""
+"""Hand values of the loss terms, how terms are computed together, and what may not matter."""
 
 from __future__ import annotations
 
@@ -9,33 +9,35 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from loss_scene import Matrix
+from loss_terms import term_of
+from torch import Tensor
 from unit_counts import counts_of
 
-from megakd.contract.batch import IGNORE, Batch, Knowledge, LossInputs
-from megakd.contract.terms import (
-    HardCrossEntropy,
-    SoftTargetJsd,
-    SoftTargetKl,
-    SoftTargetMse,
-    SoftTargetReverseKl,
-    SoftTargetSkewKl,
-    SoftTargetSkewReverseKl,
-    SoftTargetTvd,
-    TermConfig,
-)
+from megakd.contract.batch import IGNORE, AttentionVectors, Batch, Knowledge, LossInputs
+from megakd.contract.terms import TermConfig
 from megakd.contract.unit_counts import count_units
 from megakd.contract.views import Shape
+from megakd.losses import layer_terms
 from megakd.losses.bundle import unit_scales
+from megakd.losses.layer_terms import (
+    AttentionMatrices,
+    HiddenStates,
+    Relations,
+    flow_errors,
+    visible_keys,
+)
 from megakd.losses.objective import Objective, build_objective
 
-CE = HardCrossEntropy(loss="hard_cross_entropy")
-KL = SoftTargetKl(loss="soft_target_kl")
-REVERSE = SoftTargetReverseKl(loss="soft_target_reverse_kl")
-JSD = SoftTargetJsd(loss="soft_target_jsd")
-SKEW = SoftTargetSkewKl(loss="soft_target_skew_kl")
-SKEW_REVERSE = SoftTargetSkewReverseKl(loss="soft_target_skew_reverse_kl")
-TVD = SoftTargetTvd(loss="soft_target_tvd")
+CE = term_of("hard_cross_entropy")
+KL = term_of("soft_target_kl")
+REVERSE = term_of("soft_target_reverse_kl")
+JSD = term_of("soft_target_jsd")
+SKEW = term_of("soft_target_skew_kl")
+SKEW_REVERSE = term_of("soft_target_skew_reverse_kl")
+TVD = term_of("soft_target_tvd")
 ONE_EACH = unit_scales(counts_of(1, 1, 1), 1).weights
 
 
@@ -58,7 +60,7 @@ def test_a_row_counts_less_where_the_teacher_misses_its_label(task, label, expec
         term: Any = replace(KL, row_weight="teacher_loss")
         outputs, plain = torch.tensor([[1 / 4, 3 / 4], [1 / 2, 1 / 2]]).log(), 0.5 * math.log(4 / 3)
     else:
-        term = SoftTargetMse(loss="soft_target_mse", row_weight="teacher_loss")
+        term = term_of("soft_target_mse", row_weight="teacher_loss")
         outputs, plain = torch.tensor([[1.0], [0.5]]), 0.25
     shape = Shape(2, 4, outputs.shape[1])
     objective = build_objective((term,), task, shape, shape)
@@ -164,9 +166,9 @@ def test_language_model_terms_of_one_temperature_are_one_call(calls):
 @pytest.mark.parametrize(
     "other",
     [
-        SoftTargetReverseKl(loss="soft_target_reverse_kl", temperature=3.0),
-        SoftTargetReverseKl(loss="soft_target_reverse_kl", t_squared=False),
-        SoftTargetSkewReverseKl(loss="soft_target_skew_reverse_kl", skew=0.3),
+        term_of("soft_target_reverse_kl", temperature=3.0),
+        term_of("soft_target_reverse_kl", t_squared=False),
+        term_of("soft_target_skew_reverse_kl", skew=0.3),
     ],
     ids=["another temperature", "another scale", "another skew"],
 )
@@ -244,12 +246,129 @@ def test_a_reading_of_another_kind_has_a_call_of_its_own(calls, change):
             torch.testing.assert_close(each.sums[name].float(), value.float())
 
 
-def test_agreement_counts_the_targets_on_which_both_choose_the_same_token():
-    objective = language_model(KL)
+@pytest.mark.parametrize("task", ["classification", "causal_lm"])
+def test_agreement_counts_where_both_choose_the_same(task):
+    objective = build_objective((KL,), task, *[Shape(2, 3, 3)] * 2)
     eye, away = torch.eye(3), torch.eye(3).flip(0)
-    batch = Batch({}, torch.tensor([[0, 1, IGNORE]]), torch.ones(1, 3, dtype=torch.bool))
-    student, teacher = answer_of(eye[None], eye), answer_of(eye[None], away)
+    if task == "causal_lm":
+        batch = Batch({}, torch.tensor([[0, 1, IGNORE]]), torch.ones(1, 3, dtype=torch.bool))
+        answers = answer_of(eye[None], eye), answer_of(eye[None], away)
+    else:  # the last row is no row
+        batch = Batch({}, torch.full((3,), IGNORE), torch.tensor([[1], [1], [0]]).bool())
+        answers = Knowledge(logits=eye), Knowledge(logits=away[[0, 1, 0]])
 
-    result = objective([LossInputs(student, teacher, batch, objective.weights, ONE_EACH)])[0]
+    result = objective([LossInputs(*answers, batch, objective.weights, ONE_EACH)])[0]
 
-    assert result.sums["top1_agreement"].item() == 1  # token 1 is where both heads agree
+    assert result.sums["top1_agreement"].item() == 1  # the second of both
+
+
+def vectors(part: Tensor) -> Knowledge:
+    """One layer with one head, whose queries, keys and values are equal."""
+    return Knowledge(attention=(None, AttentionVectors(part, part, part, part.shape[-1])))
+
+
+def whole(*lengths: int, **inputs: Any) -> Batch:
+    valid = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return Batch(inputs, torch.zeros(len(lengths)), valid)
+
+
+def sum_of(group: Any, ours: Knowledge, theirs: Knowledge, batch: Batch) -> float:
+    (name,) = group.units
+    result = group(LossInputs(ours, theirs, batch, {name: 1.0}, ONE_EACH))
+    assert result.total.item() == pytest.approx(result.sums[name].item())
+    return result.total.item()
+
+
+@pytest.mark.parametrize("fit", ["scores", "probabilities", "relation"])
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.floats(-30, 30, width=32) | st.just(1e4), min_size=12, max_size=12))
+def test_a_loss_on_attention_is_finite_and_never_negative(fit, numbers):
+    ours, theirs = map(vectors, torch.tensor(numbers).reshape(2, 1, 3, 2))
+    group: Any = Relations(term_of("relation_kl"), ((1, 1),), heads=1, causal=False)
+    if fit != "relation":
+        term = term_of("attention_mse", fit=fit)
+        group = AttentionMatrices(term, ((1, 1),), causal=True)
+
+    result = sum_of(group, ours, theirs, whole(3))
+
+    assert math.isfinite(result)
+    assert result >= -1e-5
+
+
+def test_the_first_position_is_the_first_that_counts_wherever_padding_is():
+    term = term_of("hidden_mse", positions="first", layer_mapping=("0:0",))
+    group = HiddenStates(term, ((0, 0),), (1, 1))
+    states = torch.tensor([[[1.0], [2.0], [4.0]], [[3.0], [5.0], [7.0]], [[9.0], [9.0], [9.0]]])
+    valid = torch.tensor([[0, 1, 1], [1, 1, 0], [0, 0, 0]]).bool()
+    ours, theirs = Knowledge(hidden_states=(states,)), Knowledge(hidden_states=(states * 0,))
+
+    assert sum_of(group, ours, theirs, Batch({}, torch.zeros(3), valid)) == 2.0**2 + 3.0**2
+
+
+@pytest.mark.parametrize(
+    ("positions", "seen"),
+    [
+        ([0, 1, 2, 3], ["1000", "1100", "1110", "1111"]),
+        ([3, 4, 0, 1], ["1000", "1100", "0010", "0011"]),
+        ([0, 0, 0, 1], ["1000", "0100", "0010", "0011"]),  # documents of one token
+    ],
+)
+def test_a_causal_query_sees_the_keys_before_it_in_its_own_document(positions, seen):
+    batch = whole(4, position_ids=torch.tensor([positions]))
+
+    result = visible_keys(batch, causal=True)[0].int().tolist()
+
+    assert ["".join(map(str, row)) for row in result] == seen
+
+
+def test_attention_that_was_not_read_is_an_error_that_names_the_layer():
+    term = term_of("attention_mse")
+    group = AttentionMatrices(term, ((1, 1),), causal=False)
+
+    with pytest.raises(TypeError, match="attention of layer 1 was not read"):
+        sum_of(group, Knowledge(attention=(None, None)), vectors(torch.zeros(1, 2, 1)), whole(2))
+
+
+def states(*, seed: int) -> tuple[Tensor, ...]:
+    """The states of two layers, [B, T, D]."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(2, 3, 4, 5, generator=generator, dtype=torch.float64)
+    return tuple(state.requires_grad_() for state in drawn)
+
+
+def flow_error(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], **options: Any) -> Tensor:
+    """The error of the flow through two layers, all positions of which count."""
+    valid = torch.ones(student[0].shape[:2], dtype=torch.bool)
+    (result,) = flow_errors(student, teacher, valid=valid, **options)
+    return result
+
+
+def test_a_text_said_twice_flows_as_it_does_once():
+    student, teacher = states(seed=0), states(seed=1)
+    twice = [tuple(torch.cat([state] * 2, 1) for state in flow) for flow in (student, teacher)]
+
+    torch.testing.assert_close(flow_error(*twice), flow_error(student, teacher))
+
+
+@pytest.mark.parametrize("elements", [1, 50, 60])
+def test_flow_matrices_of_a_few_rows_at_a_time_give_the_same(monkeypatch, elements):
+    student, teacher = states(seed=0), states(seed=1)
+    whole = flow_error(student, teacher)
+    wanted = torch.autograd.grad(whole, student)
+
+    monkeypatch.setattr(layer_terms, "MATRIX_ELEMENTS", elements)
+    actual = flow_error(student, teacher)
+
+    torch.testing.assert_close(actual, whole)
+    torch.testing.assert_close(torch.autograd.grad(actual, student), wanted)
+
+
+def test_a_second_derivative_is_refused_and_the_reference_has_it():
+    student, teacher = states(seed=0), states(seed=1)
+    result = flow_error(student, teacher)
+    reference = flow_error(student, teacher, kernels="reference")
+
+    with pytest.raises(RuntimeError, match="do not support second derivatives"):
+        torch.autograd.grad(result, student[0], create_graph=True)
+    (slope,) = torch.autograd.grad(reference, student[0], create_graph=True)
+    assert torch.autograd.grad(slope.sum(), student[1])[0].any()

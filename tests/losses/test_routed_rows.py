@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loss_terms import term_of
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -21,13 +22,6 @@ from transformers import (
 from megakd.config.task import TaskConfig
 from megakd.contract.batch import IGNORE, Batch, Losses, teacher_number
 from megakd.contract.stage import Pass
-from megakd.contract.terms import (
-    HardCrossEntropy,
-    HiddenMse,
-    RelationKl,
-    SoftTargetJsd,
-    SoftTargetKl,
-)
 from megakd.contract.unit_counts import count_units
 from megakd.contract.views import Heads, Shape
 from megakd.data.collation import Collator, with_parts
@@ -51,11 +45,11 @@ SIZES = {
 }
 PLAIN = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 TERMS: tuple[Any, ...] = (
-    SoftTargetKl(loss="soft_target_kl", temperature=2.0),
-    SoftTargetJsd(loss="soft_target_jsd", weight=0.5),
-    HardCrossEntropy(loss="hard_cross_entropy", weight=0.25),
-    HiddenMse(loss="hidden_mse", weight=0.3),
-    RelationKl(loss="relation_kl", weight=0.2),
+    term_of("soft_target_kl", temperature=2.0),
+    term_of("soft_target_jsd", weight=0.5),
+    term_of("hard_cross_entropy", weight=0.25),
+    term_of("hidden_mse", weight=0.3),
+    term_of("relation_kl", weight=0.2),
 )
 ROUTES = st.lists(st.sampled_from(NAMES), min_size=1, max_size=6)
 

@@ -11,37 +11,27 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from loss_terms import term_of
 from source_scene import LENGTH, ROWS, VOCABULARY, Texts, head_of, objective_of, result
 
 from megakd.contract.batch import IGNORE, Draws, Knowledge, LossInputs, Targets, TopK
-from megakd.contract.terms import (
-    HardCrossEntropy,
-    SoftTargetJsd,
-    SoftTargetKl,
-    SoftTargetReverseKl,
-    SoftTargetSkewKl,
-    SoftTargetSkewReverseKl,
-    SoftTargetTvd,
-    term_name,
-)
 from megakd.losses.bundle import unit_scales
+from megakd.losses.objective import Objective
 from megakd.losses.targets import AGREEMENT
 
-CE = HardCrossEntropy(loss="hard_cross_entropy")
-KL = SoftTargetKl(loss="soft_target_kl", temperature=2.0)
-KL_AT_1 = SoftTargetKl(loss="soft_target_kl")
-SKEW = SoftTargetSkewKl(loss="soft_target_skew_kl", skew=0.2)
-SKEW_REVERSE = SoftTargetSkewReverseKl(loss="soft_target_skew_reverse_kl", skew=0.2)
+CE = term_of("hard_cross_entropy")
+KL = term_of("soft_target_kl", temperature=2.0)
+KL_AT_1 = term_of("soft_target_kl")
+SKEW = term_of("soft_target_skew_kl", skew=0.2)
+SKEW_REVERSE = term_of("soft_target_skew_reverse_kl", skew=0.2)
 TERMS: tuple[Any, ...] = (
     CE,
     KL,
-    SoftTargetReverseKl(loss="soft_target_reverse_kl"),
-    SoftTargetJsd(loss="soft_target_jsd", beta=0.3),
+    term_of("soft_target_reverse_kl"),
+    term_of("soft_target_jsd", beta=0.3),
     SKEW,
     SKEW_REVERSE,
-    SoftTargetTvd(loss="soft_target_tvd"),
+    term_of("soft_target_tvd"),
 )
 # DistiLLM-2: skew KL on texts of the teacher, skew reverse KL on texts of the student.
 PAIR = (replace(SKEW, on="data"), replace(SKEW_REVERSE, on="rollouts", weight=0.5))
@@ -50,9 +40,6 @@ UNITS = {None: "targets", "rollouts": "rollout_targets", "data": "data_targets"}
 every_term = pytest.mark.parametrize("term", TERMS, ids=lambda term: term.loss)
 every_source = pytest.mark.parametrize("source", SOURCES)
 DRAWN = 4
-masks = st.lists(st.booleans(), min_size=ROWS * LENGTH, max_size=ROWS * LENGTH).map(
-    lambda marks: torch.tensor(marks).view(ROWS, LENGTH)
-)
 
 
 def drawn_shares() -> torch.Tensor:
@@ -71,81 +58,6 @@ def draws_of(shares: torch.Tensor) -> Draws:
 def assert_same(actual: Any, wanted: Any, **tolerance: float) -> None:
     torch.testing.assert_close(actual.total, wanted.total, **tolerance)
     torch.testing.assert_close(actual.gradients, wanted.gradients, **tolerance)
-
-
-@every_term
-@settings(max_examples=20)
-@given(rollouts=masks)
-def test_the_sums_of_both_sources_are_the_sum_over_all_targets(term, rollouts):
-    texts = Texts(rollouts)
-    whole = result(texts, (term,))
-
-    parts = [result(texts, (replace(term, on=source),)) for source in SOURCES]
-
-    counted = [int(texts.of(source).sum()) for source in SOURCES]
-    names = [term_name(replace(term, on=source)) for source in SOURCES]
-    sums = [part.sums[name] for part, name in zip(parts, names, strict=True)]
-    torch.testing.assert_close(sums[0] + sums[1], whole.sums[term.loss])
-    together = sum(part.total * count for part, count in zip(parts, counted, strict=True))
-    torch.testing.assert_close(together / sum(counted), whole.total)
-    gradients = [
-        {name: count / sum(counted) * gradient for name, gradient in part.gradients.items()}
-        for part, count in zip(parts, counted, strict=True)
-    ]
-    for name, gradient in whole.gradients.items():
-        torch.testing.assert_close(gradients[0][name] + gradients[1][name], gradient)
-
-
-@settings(max_examples=25)
-@given(rollouts=masks)
-def test_the_pair_of_distillm_2_is_its_fp64_formula_in_value_and_gradient(rollouts):
-    texts = Texts(rollouts)
-    hidden, head = (t.double().requires_grad_() for t in (texts.hidden, texts.head))
-    p = (texts.taught.double() @ texts.teacher_head.double().T).softmax(-1)
-    q = (hidden @ head.T).softmax(-1)
-    on_data = (p * (p / (0.2 * p + 0.8 * q)).log()).sum(-1)[texts.of("data")]
-    on_rollouts = (q * (q / (0.8 * p + 0.2 * q)).log()).sum(-1)[texts.of("rollouts")]
-    wanted = sum(
-        weight * values.sum() / max(1, len(values))
-        for weight, values in ((1.0, on_data), (0.5, on_rollouts))
-    )
-    wanted.backward()
-
-    actual = result(texts, PAIR)
-
-    assert actual.total.item() == pytest.approx(wanted.item(), rel=1e-5)
-    for name, leaf in (("hidden", hidden), ("head", head)):
-        torch.testing.assert_close(actual.gradients[name], leaf.grad.float(), rtol=1e-4, atol=1e-6)
-
-
-@every_term
-@every_source
-def test_nan_at_positions_of_the_other_source_changes_nothing(term, source):
-    texts, poisoned = Texts(), Texts()
-    for values in (poisoned.hidden, poisoned.taught):
-        values[~poisoned.of(source)] = math.nan
-    limited = (replace(term, on=source),)
-
-    assert_same(result(poisoned, limited), result(texts, limited), rtol=0, atol=0)
-
-
-@every_term
-@every_source
-def test_cutting_a_step_into_micro_batches_changes_nothing(term, source):
-    texts, limited = Texts(), (replace(term, on=source),)
-    texts.rollouts[1] = True  # a micro-batch of one source
-    counts, whole = texts.counts(objective_of(limited)), result(texts, limited)
-
-    cuts = [slice(0, 1), slice(1, 2), slice(2, 4)]
-    parts = [result(texts, limited, rows=rows, counts=counts) for rows in cuts]
-
-    torch.testing.assert_close(sum(part.total for part in parts), whole.total)
-    torch.testing.assert_close(sum(p.gradients["head"] for p in parts), whole.gradients["head"])
-    torch.testing.assert_close(
-        torch.cat([part.gradients["hidden"] for part in parts]), whole.gradients["hidden"]
-    )
-    for name, value in whole.sums.items():
-        torch.testing.assert_close(sum(part.sums[name] for part in parts), value)
 
 
 @pytest.mark.parametrize("marked", [True, False], ids=["marked", "without marks"])
@@ -194,23 +106,24 @@ def test_cached_answers_are_limited_to_those_of_the_source(source, kept):
     assert_same(actual, result(alone, (KL_AT_1,), taught=taught), rtol=1e-5, atol=1e-6)
 
 
+def reading(texts: Texts, objective: Objective, **changes: Any) -> LossInputs:
+    usual = LossInputs(
+        student=Knowledge(hidden=texts.hidden, head=head_of(texts.head)),
+        teacher=Knowledge(hidden=texts.taught, head=head_of(texts.teacher_head)),
+        batch=texts.batch(),
+        weights=objective.weights,
+        per_unit=unit_scales(texts.counts(objective), 1).weights,
+    )
+    return replace(usual, **changes)
+
+
 @pytest.mark.parametrize("is_cached", [False, True], ids=["answered", "draws"])
 def test_readings_of_several_views_together_equal_each_by_itself(is_cached):
     texts, objective = Texts(), objective_of((KL_AT_1,) if is_cached else PAIR)
-    taught = Knowledge(hidden=texts.taught, head=head_of(texts.teacher_head))
-    taught = Knowledge(kept=draws_of(drawn_shares())) if is_cached else taught
-    per_unit = unit_scales(texts.counts(objective), 1).weights
-    readings = [
-        LossInputs(
-            student=Knowledge(hidden=texts.hidden * factor, head=head_of(texts.head)),
-            teacher=taught,
-            batch=texts.batch(),
-            weights=objective.weights,
-            per_unit=per_unit,
-            scale=scale,
-        )
-        for factor, scale in ((1.0, 0.5), (0.3, 0.25))
-    ]
+    given = {"teacher": Knowledge(kept=draws_of(drawn_shares()))} if is_cached else {}
+    first, second = (reading(texts, objective, scale=scale, **given) for scale in (0.5, 0.25))
+    third = Knowledge(hidden=texts.hidden * 0.3, head=head_of(texts.head))
+    readings = [first, replace(second, student=third)]
 
     together = objective(readings)
     alone = [objective([reading])[0] for reading in readings]
@@ -276,16 +189,10 @@ def test_a_limited_term_and_its_agreement_are_counted_in_targets_of_the_source(s
 def test_a_pass_may_leave_out_a_term_of_one_source():
     texts, objective = Texts(), objective_of(PAIR)
     off = dict.fromkeys(("soft_target_skew_reverse_kl_on_rollouts",), 0.0)
-    reading = LossInputs(
-        student=Knowledge(hidden=texts.hidden, head=head_of(texts.head)),
-        teacher=Knowledge(hidden=texts.taught, head=head_of(texts.teacher_head)),
-        batch=texts.batch(),
-        weights=objective.weights | off,
-        per_unit=unit_scales(texts.counts(objective), 1).weights,
-        left_out=frozenset(off),
-    )
+    weights = objective.weights | off
+    given = reading(texts, objective, weights=weights, left_out=frozenset(off))
 
-    ((total, sums),) = objective([reading])
+    ((total, sums),) = objective([given])
 
     assert {*sums} == {"soft_target_skew_kl_on_data", "top1_agreement_on_data"}
     torch.testing.assert_close(total, result(texts, PAIR[:1]).total)

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from loss_terms import term_of
 from tiny_runs import bert, llama, write_config
 
 from megakd.config.file import load_config
 from megakd.config.run import RunConfig
 from megakd.contract.stage import Constant, Pass, Stage
 from megakd.contract.tasks import STUDENT, TEACHER
-from megakd.contract.terms import EmbeddingMse, HiddenMse, SoftTargetKl, soft_terms
+from megakd.contract.terms import soft_terms
 from megakd.losses.objective import shape_of, stage_losses
 from megakd.models.knowledge import Needs
 from megakd.models.source import ReadyTeacher
@@ -21,7 +22,7 @@ from megakd.planning.phase_traces import Traces, simulated_phase
 from megakd.planning.planning_lab import Phase, planned_sources
 from megakd.training.recipes import completed
 
-KL = SoftTargetKl(loss="soft_target_kl")
+KL = term_of("soft_target_kl")
 TASK = {"dataset": "anything", "max_length": 16}
 
 
@@ -74,8 +75,8 @@ def distilled(*objective: Any, reads_states: bool = False) -> Stage:
     [
         (distilled(KL), (), ()),
         (distilled(KL, reads_states=True), (2,), (3,)),
-        (distilled(EmbeddingMse(loss="embedding_mse"), reads_states=True), (0, 2), (0, 3)),
-        (distilled(KL, HiddenMse(loss="hidden_mse")), (1, 2), (2, 3)),
+        (distilled(term_of("embedding_mse"), reads_states=True), (0, 2), (0, 3)),
+        (distilled(KL, term_of("hidden_mse")), (1, 2), (2, 3)),
     ],
 )
 def test_hidden_states_are_read_for_losses_and_for_a_strategy(

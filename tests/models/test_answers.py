@@ -1,10 +1,11 @@
-"""Answers of model folders to texts of any length, and folders that give none."""
+"""Answers of model folders to texts of any length, by weights or a graph, and folders with none."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_cuts
 import torch
@@ -203,3 +204,58 @@ def test_a_graph_alone_needs_its_runtime(tmp_path, monkeypatch):
 
     with pytest.raises(ConfigError, match=r"needs onnxruntime, not installed"):
         list(answers_of(tmp_path, ["w3"]))
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        one if one == "bert" else pytest.param(one, marks=pytest.mark.slow)
+        for one in tiny_cuts.FAMILIES
+    ],
+)
+def test_a_graph_of_a_cut_gives_the_logits_of_torch_at_any_size(family, tmp_path):
+    whole = tiny_cuts.build(family)
+    view = tiny_cuts.view_of(whole, "ragged")
+    model = tiny_cuts.cut(whole, tiny_cuts.task_of(family), view, tiny_cuts.order_of(whole))
+    model.save_pretrained(tmp_path)
+    tiny_cuts.tokenizer().save_pretrained(tmp_path)
+
+    assert onnx.write_onnx(tmp_path) <= 1e-4
+
+    graph = onnx.OnnxModel(tmp_path / onnx.MODEL)
+    ids = torch.arange(24).reshape(4, 6) + 2
+    mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2] * 2)
+    inputs = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
+    with torch.no_grad():
+        wanted = model(input_ids=ids, attention_mask=mask).logits
+    got = torch.from_numpy(graph.logits(inputs))
+    if wanted.ndim == 3:
+        wanted, got = wanted[mask.bool()], got[mask.bool()]
+    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_a_graph_that_onnxruntime_cannot_open_is_refused(monkeypatch, tmp_path):
+    tiny_cuts.build("bert").save_pretrained(tmp_path)
+    monkeypatch.setattr(onnx, "_export", lambda model, names, graph: graph.write_bytes(b"none"))
+    with pytest.raises(ModelError, match=r"onnxruntime cannot run the graph of this bert model \("):
+        onnx.write_onnx(tmp_path)
+
+
+@pytest.mark.parametrize(("logit", "difference"), [(np.nan, "nan"), (1e4, r"1\.0e\+04")])
+def test_a_graph_that_computes_something_else_is_refused(monkeypatch, tmp_path, logit, difference):
+    model = tiny_cuts.build("bert")
+    model.save_pretrained(tmp_path)
+
+    class Broken:
+        inputs = ("input_ids", "attention_mask")
+
+        def __init__(self, graph):
+            del graph
+
+        def logits(self, inputs):
+            return np.full((len(inputs["input_ids"]), model.config.num_labels), logit)
+
+    monkeypatch.setattr(onnx, "_export", lambda *_: None)
+    monkeypatch.setattr(onnx, "OnnxModel", Broken)
+    with pytest.raises(ModelError, match=f"they differ by {difference}"):
+        onnx.write_onnx(tmp_path)

@@ -1,4 +1,4 @@
-"""Outputs that are read from a model equal the outputs of the model itself."""
+"""Outputs and vectors that are read from a model equal those that the model computes with."""
 
 from __future__ import annotations
 
@@ -6,14 +6,27 @@ import weakref
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from tiny_cuts import FAMILIES as TINY_CUTS
+from tiny_cuts import build, cut, task_of, view_of, written
 from torch import nn
-from transformers import AutoModelForMaskedLM
+from transformers import CONFIG_MAPPING, AutoModel, AutoModelForMaskedLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from megakd.contract.batch import Batch
+from megakd.contract.batch import IGNORE, Batch
 from megakd.contract.views import View
-from megakd.models.architectures import architecture_of
+from megakd.engine.sharding import gathered_state
+from megakd.errors import ModelError
+from megakd.models.architectures import FAMILIES, architecture_of
 from megakd.models.elastic import Elastic
-from megakd.models.knowledge import Needs, read_knowledge
+from megakd.models.knowledge import (
+    AttentionNotes,
+    Needs,
+    language_model_head,
+    predict,
+    read_knowledge,
+)
+from megakd.models.packed_attention import VARLEN, register_packed_attention
 
 STATES = Needs(hidden_layers=(0, 1, 2))
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 3, 3]])
@@ -45,11 +58,11 @@ def test_a_classifier_is_read_as_its_logits_and_its_hidden_states(tiny, family):
     assert (read.hidden, read.head) == (None, None)
 
 
-FAMILIES = ("bert", "roberta", "distilbert", "t5_encoder", "enct5", "llama")
+READ = ("bert", "roberta", "distilbert", "t5_encoder", "enct5", "llama")
 
 
 @pytest.mark.parametrize("layers", [(1,), (0, 2)], ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", READ)
 def test_only_the_states_of_the_layers_asked_for_are_read(tiny, family, layers):
     model, given = model_and_batch(tiny, family)
     everything = read_knowledge(model, given, STATES)
@@ -64,7 +77,7 @@ def test_only_the_states_of_the_layers_asked_for_are_read(tiny, family, layers):
                 read.states(layer)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", READ)
 def test_the_states_of_other_layers_are_free_when_the_next_layers_run(tiny, family):
     model, given = model_and_batch(tiny, family)
     made = []
@@ -152,3 +165,198 @@ def test_attention_is_read_of_the_layers_that_are_needed_beside_all_else(tiny, f
     keys = 16 if family == "bert" else 8  # one head of keys for two of queries
     assert [part.shape[-1] for part in vectors[:3]] == [16, keys, keys]
     assert vectors.width == 8
+
+
+PACKED = torch.tensor([[*range(12)], [0, 1, 2, 3, 4, 0, 1, 2, 0, 0, 1, 2]])
+
+
+def noted(model, layers, **inputs):
+    notes = AttentionNotes(model, layers)
+    with notes.taking():
+        out = architecture_of(model.config).backbone_of(model)(**inputs)
+    return notes.vectors(), out.last_hidden_state
+
+
+def inputs_of(model, ids):
+    """Decoders as the trainer feeds them: packed documents and no cache."""
+    if "causal_lm" not in architecture_of(model.config).tasks:
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return {"input_ids": ids, "position_ids": PACKED, "use_cache": False}
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """[B, heads, T, width] queries, keys and values of every layer that was computed."""
+    seen, real = [], ALL_ATTENTION_FUNCTIONS["sdpa"]
+    register_packed_attention()
+
+    def spy(module, query, key, value, *rest, **options):
+        seen.append((query, key, value))
+        options.pop("softcap", None)  # which sdpa lacks; the vectors come before the cap
+        return real(module, query, key, value, *rest, **options)
+
+    for name in ("sdpa", VARLEN):
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, name, spy)
+    return seen
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_noted_vectors_are_what_the_attention_of_a_layer_gets(tiny, computed, model_type):
+    model = tiny.load(tiny.save(model_type), tiny.task_for(model_type))
+    if model.config._attn_implementation == "eager":  # which cannot be watched
+        model.set_attn_implementation(VARLEN)
+
+    vectors, _ = noted(model, (1, 2), **inputs_of(model, tiny.input_ids))
+
+    assert vectors[0] is None
+    for ours, theirs in zip(vectors[1:], computed, strict=True):
+        for name, wanted in zip(("queries", "keys", "values"), theirs, strict=True):
+            actual = getattr(ours, name).unflatten(-1, (-1, ours.width)).transpose(1, 2)
+            torch.testing.assert_close(actual, wanted, msg=name)
+
+
+@pytest.mark.parametrize("model_type", TINY_CUTS)
+def test_a_layer_without_heads_is_noted_as_zeros(model_type):
+    whole = build(model_type)
+    model = cut(whole, task_of(model_type), view_of(whole, "empty"))
+    heads = architecture_of(model.config).heads(model.config)
+
+    vectors, _ = noted(model, (1, 2), input_ids=torch.arange(2, 26).reshape(2, 12))
+
+    of_none, of_two = vectors[1], vectors[2]
+    assert not any(part.any() for part in of_none[:3])
+    assert [part.shape[-1] * 2 for part in of_none[:3]] == [part.shape[-1] for part in of_two[:3]]
+    assert of_two.keys.shape == (2, 12, 2 * heads.width)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "enct5", "llama", "gpt2", "gemma2", "gpt_oss"])
+def test_gradient_checkpointing_changes_neither_the_vectors_nor_their_gradients(tiny, model_type):
+    names = CONFIG_MAPPING[model_type]().to_dict()
+    folder = tiny.save(model_type, **{n: 0.0 for n in names if "drop" in n})
+    results = []
+    for checkpointed in (False, True):
+        model = tiny.load(folder, tiny.task_for(model_type)).train()
+        if checkpointed:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        vectors, out = noted(model, (1, 2), **inputs_of(model, tiny.input_ids))
+        flat = torch.cat([part.flatten() for layer in vectors[1:] for part in layer[:3]])
+        (flat.square().sum() + out.sum()).backward()
+        results.append((flat.detach(), {n: p.grad for n, p in model.named_parameters()}))
+
+    torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_stays_on_the_model_when_its_forward_is_over(tiny, fails):
+    model = tiny.load(tiny.scratch("llama"), tiny.task_for("llama"), need_head=False)
+
+    try:
+        noted(model, (2,), input_ids=tiny.input_ids.float() if fails else tiny.input_ids)
+    except RuntimeError:
+        assert fails
+
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_norms_that_the_table_does_not_list_are_refused(tiny):
+    model = tiny.load(tiny.save("phi", qk_layernorm=True), tiny.task("causal_lm"))
+    with pytest.raises(ModelError, match="do not support a model with qk_layernorm: true"):
+        AttentionNotes(model, (1,))
+
+
+MASKED = ["bert", "roberta", "distilbert", "electra"]
+TIES = pytest.mark.parametrize(
+    ("model_type", "tied"), [*((name, True) for name in MASKED), ("bert", False)]
+)
+LABELS = torch.full((2, 12), IGNORE)
+LABELS[0, 3], LABELS[0, 9], LABELS[1, 5] = 17, 200, 8
+
+
+def saved_masked(tiny, model_type, **changes):
+    return tiny.save(model_type, auto=AutoModelForMaskedLM, **changes)
+
+
+def masked_batch(tiny, *, targets: bool) -> Batch:
+    valid = torch.ones(2, 12, dtype=torch.bool)
+    valid[1, 8:] = False
+    inputs = {"input_ids": tiny.input_ids, "attention_mask": valid.long()}
+    asked = (LABELS != IGNORE).flatten().nonzero()[:, 0] if targets else None
+    return Batch(inputs, LABELS, valid, asked)
+
+
+def embedding_of(model):
+    return model.get_input_embeddings().weight
+
+
+@TIES
+def test_a_masked_lm_is_that_of_transformers_and_its_head_stands_for_its_logits(
+    tiny, tmp_path, model_type, tied
+):
+    folder = saved_masked(tiny, model_type, tie_word_embeddings=tied)
+    model = tiny.load(folder, tiny.task("mlm"))
+    given = masked_batch(tiny, targets=False)
+    theirs = model(**given.inputs, output_hidden_states=True)
+
+    read = read_knowledge(model, given, Needs(hidden_layers=(0, 1, 2)))
+
+    assert read.logits is None
+    with read.head.open():
+        weight, bias = read.head.read()
+    assert (weight is embedding_of(model)) == tied
+    assert bias.abs().max() > 0.1
+    torch.testing.assert_close(read.hidden @ weight.T + bias, theirs.logits)
+    torch.testing.assert_close(read.hidden_states, tuple(theirs.hidden_states))
+    exported = written(model, tmp_path / "final", state=gathered_state(model), tokenizer=None)
+    for one in (folder, exported):
+        reference = AutoModelForMaskedLM.from_pretrained(one)
+        assert torch.equal(reference(tiny.input_ids).logits, model(tiny.input_ids).logits)
+        assert (reference.get_output_embeddings().weight is embedding_of(reference)) == tied
+        assert reference.config.architectures == [type(model).__name__]
+
+
+# ELECTRA's generator has a head narrower than its layers.
+def test_a_head_may_be_narrower_than_the_layers(tiny):
+    model = tiny.load(saved_masked(tiny, "electra", embedding_size=6), tiny.task("mlm"))
+    read = read_knowledge(model, masked_batch(tiny, targets=True), Needs(hidden_layers=(0, 1, 2)))
+    assert read.hidden.shape == (3, 6)
+    assert read.hidden_states[0].shape == (2, 12, 16)
+
+
+@pytest.mark.parametrize("model_type", MASKED)
+def test_the_head_is_asked_at_the_targets_alone(tiny, model_type, monkeypatch):
+    model = tiny.load(saved_masked(tiny, model_type), tiny.task("mlm"))
+    everywhere = read_knowledge(model, masked_batch(tiny, targets=False), Needs()).hidden
+    head = language_model_head(model)
+    monkeypatch.setattr(head._module, "forward", None)
+
+    read = read_knowledge(model, masked_batch(tiny, targets=True), Needs())
+
+    assert len(read.hidden) == 3
+    torch.testing.assert_close(read.hidden, everywhere[LABELS != IGNORE])
+
+
+@pytest.mark.parametrize("targets", [True, False])
+def test_its_predictions_are_the_sums_its_metrics_need(tiny, targets):
+    model = tiny.load(saved_masked(tiny, "bert"), tiny.task("mlm"))
+    given = masked_batch(tiny, targets=targets)
+
+    with torch.no_grad():
+        actual = predict(model, given)
+        logits = model(**given.inputs).logits.double()[LABELS != IGNORE]
+
+    truth = LABELS[LABELS != IGNORE]
+    nats = torch.nn.functional.cross_entropy(logits, truth, reduction="sum")
+    right = (logits.argmax(-1) == truth).sum()
+    assert actual.sums.tolist() == pytest.approx([nats.item(), right.item(), 3.0])
+
+
+def test_a_bare_backbone_gets_a_new_head_whose_matrix_is_its_embedding(tiny):
+    folder = tiny.save("bert", auto=AutoModel)
+
+    model = tiny.load(folder, tiny.task("mlm"), need_head=False)
+
+    stored = load_file(folder / "model.safetensors")["embeddings.word_embeddings.weight"]
+    weight, bias = language_model_head(model).read()
+    assert weight is embedding_of(model)
+    assert torch.equal(weight, stored)
+    assert not bias.any()

@@ -1,7 +1,11 @@
+"""Models as they are loaded, first values of weights that are not stored, and experts."""
+
 import logging
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -11,11 +15,15 @@ from transformers import (
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 
 from megakd.errors import ModelError
+from megakd.models.fitting import valueless_model, with_joint_experts
+from megakd.models.fresh import initialize_parameters
 from megakd.models.loading import with_vocabulary
+from megakd.models.weights import StoredExperts, StoredTensor, WeightReader
+from megakd.planning.phase_traces import send_tokens_to_one_expert
 
 NAMES = ("joy", "anger", "fear")
 ENCODERS = ["bert", "roberta", "distilbert", "electra", "t5_encoder", "enct5"]
-DECODERS = ["llama", "mistral", "qwen2", "qwen3", "gpt2"]
+DECODERS = ["llama", "mistral", "qwen2", "qwen3", "gpt2", "qwen3_moe", "gpt_oss"]
 
 
 def same_values(one, other):
@@ -191,3 +199,127 @@ def test_a_model_is_built_on_its_device_and_never_whole_on_the_host(tiny, model_
     task = tiny.task_for(model_type)
     model = tiny.load(tiny.save(model_type), task, device=torch.device("meta"))
     assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
+def state(tiny, model_type, **changes):
+    task = tiny.task_for(model_type)
+    names = NAMES if task.type == "classification" else ()
+    spec = tiny.scratch(model_type, **changes.pop("config", {}))
+    return tiny.load(spec, task, label_names=names, need_head=False, **changes).state_dict()
+
+
+@pytest.mark.parametrize("model_type", ["bert", "distilbert", "electra", "llama"])
+def test_every_parameter_of_a_scratch_model_gets_a_first_value(tiny, model_type):
+    values = state(tiny, model_type)
+    for name, value in values.items():
+        assert torch.isfinite(value).all(), name
+        assert value.ndim == 1 or 0.015 < value.std() < 0.025, name
+
+
+# The deeper a GPT-2, the smaller what a layer adds to the hidden states: 0.02 / sqrt(2 * layers).
+def test_an_attention_has_a_say_in_how_its_projections_start(tiny):
+    values = state(tiny, "gpt2", config={"n_layer": 8})
+    for name, value in values.items():
+        wanted = 0.005 if name.endswith("c_proj.weight") else 0.02
+        assert value.ndim == 1 or 0.7 * wanted < value.std() < 1.3 * wanted, name
+
+
+def test_new_values_leave_those_that_are_loaded_as_they_are(tiny):
+    folder = tiny.save("gpt2", n_layer=1)
+    tiny.rewrite(lambda t: {name: t[name] for name in t if "c_proj" not in name})
+    rest = load_file(folder / "model.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    lacking = [p for name, p in model.named_parameters() if "attn.c_proj" in name]
+
+    initialize_parameters(model, lacking, seed=3)
+
+    values = model.state_dict()
+    assert all(torch.equal(values[name], value) for name, value in rest.items())
+    fresh = state(tiny, "gpt2", config={"n_layer": 1}, seed=3)
+    name = "transformer.h.0.attn.c_proj.weight"
+    assert torch.equal(values[name], fresh[name])
+
+
+def test_a_value_depends_on_seed_and_name_and_not_on_the_rest_of_the_model_or_the_dtype(tiny):
+    once, again, other = (state(tiny, "bert", seed=seed) for seed in (3, 3, 4))
+    assert all(torch.equal(once[name], again[name]) for name in once)
+    assert not torch.equal(once["classifier.weight"], other["classifier.weight"])
+    attention = "bert.encoder.layer.0.attention.self"
+    assert not torch.equal(once[f"{attention}.query.weight"], once[f"{attention}.key.weight"])
+    shallow = state(tiny, "bert", config={"num_hidden_layers": 1}, seed=3)
+    assert all(torch.equal(shallow[name], once[name]) for name in shallow)
+    half = state(tiny, "bert", seed=3, dtype=torch.bfloat16)
+    assert all(torch.equal(once[name].bfloat16(), half[name]) for name in once)
+
+
+def test_a_new_head_is_that_of_a_scratch_model_with_the_same_seed(tiny):
+    folder = tiny.save("bert", num_labels=2)
+    model = tiny.load(folder, tiny.task(), label_names=NAMES, need_head=False, seed=5)
+    assert torch.equal(model.classifier.weight, state(tiny, "bert", seed=5)["classifier.weight"])
+
+
+def test_the_row_of_the_padding_token_starts_at_zero(tiny):
+    row = state(tiny, "bert", config={"pad_token_id": 7})["bert.embeddings.word_embeddings.weight"]
+    assert not row[7].any()
+    assert row[0].any()
+
+
+PATH = "model.layers.0.mlp.experts"
+
+
+@pytest.fixture
+def folder(tiny) -> Path:
+    return tiny.save("qwen3_moe")
+
+
+@pytest.mark.parametrize("missing", ["1.up_proj", "0.down_proj", "2.gate_proj"])
+def test_an_expert_that_lacks_a_part_is_a_missing_weight(tiny, folder, missing):
+    tiny.rewrite(lambda t: {name: t[name] for name in t if name != f"{PATH}.{missing}.weight"})
+    with pytest.raises(ModelError, match=r"lacks 1 weights of a qwen3_moe model \(model.layers.0"):
+        tiny.load(folder, tiny.task("causal_lm"))
+
+
+def test_fewer_experts_than_the_config_says_are_an_error_with_both_numbers(tiny, folder):
+    tiny.rewrite(lambda t: {name: t[name] for name in t if f"{PATH}.3." not in name})
+
+    with pytest.raises(ModelError, match=r"of shape \[3, .*config.json requires \[4, "):
+        tiny.load(folder, tiny.task("causal_lm"))
+
+
+def test_experts_are_read_from_several_files(tmp_path):
+    matrices, parts = torch.arange(12.0).reshape(2, 2, 3), []
+    for number, matrix in enumerate(matrices):
+        file = tmp_path / f"{number}.safetensors"
+        save_file({"w": matrix}, file)
+        facts = {"dtype": torch.float32, "offset": file.stat().st_size - 24}
+        parts.append(StoredTensor(file=file, key="w", shape=(2, 3), **facts))
+    stored = {f"{PATH}.{n}.down_proj.weight": part for n, part in enumerate(parts)}
+
+    joint = with_joint_experts(stored, {f"{PATH}.down_proj"})[f"{PATH}.down_proj"]
+
+    assert isinstance(joint, StoredExperts)
+    assert torch.equal(WeightReader("teacher.model").read(joint), matrices)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe"])
+def test_one_expert_computes_what_equal_experts_do(tiny, family):
+    model = tiny.load(tiny.save(family), tiny.task("causal_lm"))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if ".experts." in name:
+                weight.copy_(weight[:1].expand_as(weight))
+        expected = model(tiny.input_ids).logits
+
+        send_tokens_to_one_expert(model)
+
+        torch.testing.assert_close(model(tiny.input_ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe"])
+def test_a_mixture_runs_without_values(tiny, family, dtype):
+    task = tiny.task("causal_lm")
+    source = tiny.resolve(tiny.scratch(family), task)
+    model = valueless_model(source, task, source.config).to(dtype)
+    send_tokens_to_one_expert(model)
+    assert model(tiny.input_ids.to("meta")).logits.shape == (2, 12, 300)

@@ -33,8 +33,6 @@ def test_texts_longer_than_the_positions_are_refused_with_both_numbers(tiny, mod
 @pytest.mark.parametrize(
     ("kind", "keys", "facts", "message"),
     [
-        ("classification", {"auto": AutoModel}, {}, "model has no head for classification ("),
-        ("classification", {"auto": AutoModel}, {}, "set teacher.finetune or give a folder that"),
         (
             "classification",
             {"num_labels": 3},
@@ -50,7 +48,7 @@ def test_texts_longer_than_the_positions_are_refused_with_both_numbers(tiny, mod
             "the tokenizer has 301 tokens, and the embedding of the model has 300",
         ),
     ],
-    ids=["head", "remedy", "labels", "outputs", "tokenizer"],
+    ids=["labels", "outputs", "tokenizer"],
 )
 def test_a_teacher_that_does_not_fit_task_or_tokenizer_is_refused(tiny, kind, keys, facts, message):
     folder = tiny.save("bert", **keys)
@@ -90,17 +88,13 @@ def test_shapes_that_differ_are_named_with_both(tiny):
     ("keys", "expected"),
     [
         ({}, "student.model.config has no model_type"),
-        ({"model_type": "bart"}, "model_type 'bart' is not supported; use one of bert, roberta"),
-        ({"model_type": "llama"}, "'llama' supports causal_lm and not task.type classif"),
-        ({"model_type": "bert", "hiden_size": 8}, "hiden_size: unknown key of a bert config"),
-        ({"model_type": "bert", "hiden_size": 8}, r'did you mean "hidden_size"?'),
         ({"model_type": "bert", "hidden_size": "8"}, "Field 'hidden_size' expected int, got str"),
         (
             {"model_type": "distilbert", "sinusoidal_pos_embds": True},
             "remove the key to use learned positions",
         ),
     ],
-    ids=["no type", "unknown", "other task", "key", "nearest", "type", "sinusoidal"],
+    ids=["no type", "type", "sinusoidal"],
 )
 def test_a_scratch_config_that_cannot_be_used_is_refused(tiny, keys, expected):
     with pytest.raises(ModelError) as caught:
@@ -123,8 +117,6 @@ def test_a_head_width_is_known_to_decoders_whose_config_has_none(tiny):
 
 
 def test_a_model_that_transformers_cannot_build_is_refused_with_its_words(tiny):
-    with pytest.raises(ModelError, match=r"student\.model.config: hidden_size 15 is not divisible"):
-        tiny.resolve(tiny.scratch("bert", hidden_size=15), tiny.task(), "student.model")
     source = tiny.resolve(tiny.scratch("bert", hidden_act="nosuch"), tiny.task(), "student.model")
     with pytest.raises(ModelError, match=r"student\.model: a bert model cannot be built .*nosuch"):
         tiny.load(source, tiny.task(), label_names=NAMES, need_head=False)

@@ -23,7 +23,6 @@ from megakd.models.architectures import FAMILIES
 from megakd.models.knowledge import Needs, read_knowledge
 from megakd.models.lora import (
     ADAPTER,
-    adapted_modules,
     adapter_config,
     adapter_parameters,
     add_adapters,
@@ -69,7 +68,7 @@ def export(model, folder):
 
 
 @pytest.mark.parametrize("model_type", list(FAMILIES))
-def test_new_adapters_change_no_output_and_only_they_learn(tiny, model_type):
+def test_new_adapters_change_no_output_and_only_they_learn_in_attention_and_mlp(tiny, model_type):
     plain, model = adapted(tiny, model_type)
     ids, mask = tiny.input_ids, torch.ones_like(tiny.input_ids)
 
@@ -78,20 +77,11 @@ def test_new_adapters_change_no_output_and_only_they_learn(tiny, model_type):
 
     assert type(model) is type(plain)
     assert torch.equal(logits, expected)
-    entry = FAMILIES[model_type]
+    entry = FAMILIES[model_type].for_task(tiny.task_for(model_type).type)
     for name in learned(model):
         is_head = model_type not in DECODERS and entry.of_the_task(name)
         assert is_head or "lora_" in name, name
-    assert any("lora_A" in name for name in learned(model))
-
-
-@pytest.mark.parametrize("model_type", list(FAMILIES))
-def test_adapters_are_in_attention_and_mlp_and_never_in_embeddings_or_head(tiny, model_type):
-    plain, _ = adapted(tiny, model_type)
-    entry = FAMILIES[model_type].for_task(tiny.task_for(model_type).type)
-
-    paths = set(adapted_modules(plain, entry, LoraConfig()))
-
+    paths = {name.partition(".lora_A")[0] for name in learned(model) if ".lora_A" in name}
     units = [*entry.attentions(plain.config), *entry.feed_forwards(plain.config)]
     wanted = {path for unit in units for path in unit.makers}
     # The experts of a mixture are stacked in one tensor, which is no linear layer.
@@ -249,10 +239,6 @@ def test_the_adapter_names_its_targets_as_short_as_they_are_unique(
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        (
-            "q_porj",
-            r'has no module "q_porj"; did you mean q_proj or v_proj\? \(known: q_proj, k_proj',
-        ),
         ("lm_head", r'"lm_head" is not a linear layer of attention or MLP.*not in embeddings'),
         ("embed_tokens", r'"embed_tokens" is not a linear layer'),
         ("input_layernorm", r'"input_layernorm" is not a linear layer'),

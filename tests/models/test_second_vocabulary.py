@@ -5,14 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import load
+from tiny_cuts import MASKED, VOCABULARY, build
 from torch.nn import functional
-from transformers import (
-    AutoModelForMaskedLM,
-    BertConfig,
-    DistilBertConfig,
-    ElectraConfig,
-    RobertaConfig,
-)
 
 from megakd.contract.batch import IGNORE, Batch, Extras, LossInputs, Targets
 from megakd.engine.sharding import gathered_state
@@ -26,20 +20,15 @@ from megakd.models.second_vocabulary import (
     without_second_vocabulary,
 )
 
-OWN, PIECES = 30, 20
-COMMON = {"vocab_size": OWN, "pad_token_id": 0}
-SIZES = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 2}
-SIZES |= {"intermediate_size": 16, **COMMON}
-CONFIGS = {
-    "bert": BertConfig(**SIZES),
-    "roberta": RobertaConfig(**SIZES),
-    "electra": ElectraConfig(embedding_size=6, **SIZES),
-    "distilbert": DistilBertConfig(n_layers=1, dim=8, n_heads=2, hidden_dim=16, **COMMON),
-}
+OWN, PIECES = VOCABULARY, 20
+
+
+def plain_model(family: str):
+    return build(family, "mlm", pad_token_id=0)
 
 
 def model_of(family: str, width: int | None = None):
-    model = AutoModelForMaskedLM.from_config(CONFIGS[family]).eval()
+    model = plain_model(family)
     size = SecondSize(PIECES, OWN, width)
     add_second_vocabulary(model, size, ds=None, dtype=torch.float32, seed=1)
     return model
@@ -84,7 +73,7 @@ def lifted(model) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("width", [None, 4])
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", MASKED)
 def test_every_target_has_the_softmax_of_its_own_vocabulary(family, width):
     model = model_of(family, width)
     batch = batch_of([1, 5, OWN + 3, 7, OWN + 9], {1: 6, 3: 7}, {2: 4, 4: 9})
@@ -106,9 +95,9 @@ def test_every_target_has_the_softmax_of_its_own_vocabulary(family, width):
     torch.testing.assert_close(total, expected)
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", MASKED)
 def test_text_without_pieces_of_the_student_has_the_plain_loss(family):
-    model, plain = model_of(family), AutoModelForMaskedLM.from_config(CONFIGS[family]).eval()
+    model, plain = model_of(family), plain_model(family)
     plain.load_state_dict(model.state_dict(), strict=False)
     batch = batch_of([1, 5, 8, 7, 2], {1: 6, 3: 7}, {})
     mixed, ordinary = loss_of(model, batch), loss_of(plain, batch.extended(second=None))
@@ -175,13 +164,11 @@ def test_the_files_of_a_model_keep_both_vocabularies_apart():
     state, content = without_second_vocabulary(gathered_state(model))
     names = [name for name, _ in state]
 
-    assert names == [
-        n for n, _ in gathered_state(AutoModelForMaskedLM.from_config(CONFIGS["bert"]))
-    ]
+    assert names == [n for n, _ in gathered_state(plain_model("bert"))]
     stored = load(content())
     assert {name: tuple(weight.shape) for name, weight in stored.items()} == {
         "table.weight": (PIECES, 4),
-        "lift.weight": (8, 4),
-        "lift.bias": (8,),
+        "lift.weight": (24, 4),
+        "lift.bias": (24,),
         "bias": (PIECES,),
     }

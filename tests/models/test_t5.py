@@ -1,4 +1,4 @@
-"""T5 for texts: transformers' own encoder and decoder inside, checkpoints of T5, cut models."""
+"""T5 for texts: transformers' own encoder and decoder inside, and checkpoints of T5."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_cuts import T5S
 from transformers import (
     MT5Config,
     MT5ForConditionalGeneration,
@@ -17,21 +18,11 @@ from transformers import (
     T5Model,
 )
 
-from megakd.contract.views import Cut, View
 from megakd.errors import ModelError
-from megakd.models.axes import cut_part, named_shapes, parameter_counts, weight_axes
-from megakd.models.cutting import cut_config
-from megakd.models.modeling.modeling_t5 import (
-    EncT5ForSequenceClassification,
-    T5EncoderForSequenceClassification,
-)
+from megakd.models.axes import named_shapes, parameter_counts
 
 SHAPE = {"d_model": 16, "d_kv": 6, "num_heads": 4, "d_ff": 32, "vocab_size": 300}
 NAMES = ("a", "b", "c")
-CLASSES = {
-    "t5_encoder": T5EncoderForSequenceClassification,
-    "enct5": EncT5ForSequenceClassification,
-}
 
 
 def original(layers=2, kind="relu", **keys):
@@ -58,7 +49,7 @@ def fresh(tiny, model_type, **keys):
     return tiny.load(tiny.save(model_type, num_labels=3, **keys), tiny.task(), label_names=NAMES)
 
 
-@pytest.mark.parametrize("model_type", CLASSES)
+@pytest.mark.parametrize("model_type", T5S)
 @pytest.mark.parametrize(("kind", "attention"), [("relu", "sdpa"), ("gated-gelu", "eager")])
 def test_hidden_states_are_those_of_transformers_own_encoder(tiny, model_type, kind, attention):
     model = fresh(tiny, model_type, feed_forward_proj=kind)
@@ -101,7 +92,7 @@ def test_t5_encoder_answers_from_the_mean_over_a_texts_tokens(tiny):
         torch.testing.assert_close(logits[row], wanted)
 
 
-@pytest.mark.parametrize("model_type", CLASSES)
+@pytest.mark.parametrize("model_type", T5S)
 def test_labels_give_a_loss(tiny, model_type):
     model, labels = fresh(tiny, model_type), torch.tensor([2, 0])
     out = model(tiny.input_ids, labels=labels)
@@ -207,58 +198,6 @@ def test_a_t5_with_the_head_of_transformers_is_refused_with_its_class(tiny):
 def test_a_key_that_is_for_t5_is_refused_for_another_family(tiny):
     with pytest.raises(ModelError, match=r"teacher\.architecture: enct5 applies only to a T5"):
         tiny.resolve(tiny.save("bert"), tiny.task(), architecture="enct5")
-
-
-# Cut models.
-
-
-def without(model, view):
-    """The whole model whose heads and neurons beyond the view say nothing."""
-    axes = weight_axes(model)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if not name.endswith(("o.weight", "wo.weight")):
-                continue
-            kept = cut_part(parameter, axes[name], Cut(None, view)).shape[1]
-            parameter[:, kept:] = 0
-    return model
-
-
-# No heads and no neurons in the first encoder layer, in the middle, and in the decoder.
-VIEWS = {
-    "t5_encoder": [((0, 3), (0, 9)), ((2, 4), (32, 1)), ((0, 0), (0, 0))],
-    "enct5": [((0, 3, 1, 2), (0, 9, 5)), ((2, 0, 0, 0), (32, 0, 0)), ((0,) * 4, (0,) * 3)],
-}
-
-
-@pytest.mark.parametrize(
-    ("model_type", "heads", "neurons"),
-    [(name, *view) for name, views in VIEWS.items() for view in views],
-)
-def test_a_cut_config_builds_the_model_that_is_left(tiny, model_type, heads, neurons):
-    model, view = fresh(tiny, model_type), View(heads=heads, neurons=neurons)
-    axes = weight_axes(model)
-    state = {
-        n: cut_part(t, axes.get(n, (None,) * t.dim()), Cut(None, view))
-        for n, t in model.state_dict().items()
-    }
-
-    cut = CLASSES[model_type]._from_config(cut_config(model.config, view))
-    cut.load_state_dict(state)
-    cut.save_pretrained(tiny.folder / "cut")
-    loaded = tiny.load(tiny.folder / "cut", tiny.task(), label_names=NAMES)
-
-    wanted = without(model, view)(tiny.input_ids, mask_of(tiny)).logits
-    torch.testing.assert_close(loaded(tiny.input_ids, mask_of(tiny)).logits, wanted)
-
-
-@pytest.mark.parametrize("model_type", CLASSES)
-def test_every_weight_of_a_model_without_heads_and_neurons_gets_a_gradient(tiny, model_type):
-    model = fresh(tiny, model_type)
-    heads, neurons = VIEWS[model_type][-1]
-    cut = CLASSES[model_type]._from_config(cut_config(model.config, View(heads, neurons))).train()
-    cut(tiny.input_ids).logits.sum().backward()
-    assert [name for name, p in cut.named_parameters() if p.grad is None] == []
 
 
 @pytest.mark.parametrize("key", ["head_counts", "neuron_counts", "head_columns"])

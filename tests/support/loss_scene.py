@@ -13,11 +13,12 @@ from megakd.contract.batch import (
     AttentionVectors,
     Batch,
     Counts,
+    Extras,
     Knowledge,
     LogitWarp,
     LossInputs,
 )
-from megakd.contract.terms import HardCrossEntropy, HardMse
+from megakd.contract.terms import HardCrossEntropy, HardMse, source_of
 from megakd.contract.unit_counts import count_units
 from megakd.contract.views import Heads, Shape
 from megakd.losses.bundle import unit_scales
@@ -71,6 +72,7 @@ class Scene:
         }[task]
         if task == "causal_lm":
             self.labels[0, 0] = IGNORE
+        self.rollouts = torch.rand(4, 5) < 0.5
 
     def contents(self, model: int, width: int) -> dict[str, torch.Tensor]:
         if self.task == "causal_lm":
@@ -111,7 +113,9 @@ class Scene:
             return self.valid & is_first if self.of_first else self.valid
         has_label = ~self.labels.isnan() if self.task == "regression" else self.labels != IGNORE
         wants_label = self.task == "causal_lm" or isinstance(self.term, HARD)
-        return has_label if wants_label else self.valid.any(dim=1)
+        counted = has_label if wants_label else self.valid.any(dim=1)
+        source = source_of(self.term)
+        return counted if source is None else counted & (self.rollouts == (source == "rollouts"))
 
     def poisoned(self) -> Scene:
         for contents in (self.leaves, self.teacher):
@@ -131,15 +135,14 @@ class Scene:
     ) -> Result:
         """Total, sums and gradients of some rows, divided by `counts` or by the scene's own."""
         leaves = {n: v.detach().clone().requires_grad_() for n, v in self.leaves.items()}
-        inputs = {"position_ids": POSITIONS[rows]} if self.task == "causal_lm" else {}
-        batch = Batch(inputs, self.labels[rows], self.valid[rows])
+        batch = self.batch(rows)
         self.objective.zero_grad()
         reading = LossInputs(
             student=knowledge(leaves, rows),
             teacher=knowledge(self.teacher, rows),
             batch=batch,
             weights=self.objective.weights,
-            per_unit=unit_scales(count_units([batch]) if counts is None else counts, 1).weights,
+            per_unit=unit_scales(self.counts(rows) if counts is None else counts, 1).weights,
             kernels=kernels,
         )
         ((total, sums),) = self.objective([reading])
@@ -148,8 +151,15 @@ class Scene:
         gradients |= {n: p.grad for n, p in self.objective.named_parameters()}
         return Result(total.detach(), sums, gradients)
 
-    def counts(self) -> Counts:
-        return count_units([Batch({}, self.labels, self.valid)])
+    def batch(self, rows: slice) -> Batch:
+        if self.task != "causal_lm":
+            return Batch({}, self.labels[rows], self.valid[rows])
+        inputs = {"position_ids": POSITIONS[rows]}
+        extras = Extras(is_rollout=self.rollouts[rows])
+        return Batch(inputs, self.labels[rows], self.valid[rows], extras=extras)
+
+    def counts(self, rows: slice = slice(None)) -> Counts:
+        return count_units([self.batch(rows)], self.objective.counters)
 
 
 class Result:
