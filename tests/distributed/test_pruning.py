@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -230,6 +231,24 @@ def test_at_step_0_no_term_separates_the_student_from_its_teacher(pruned, config
     logged = records(config.parent / "out", "student")
     first = next(record for record in logged if "train/loss" in record)
     assert [first[f"train/{term['loss']}"] for term in DISTILLATION] == [0.0] * 4
+
+
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
+def test_a_run_killed_within_a_window_ends_with_the_same_weights(command, launch, config_of, stage):
+    whole = config_of("dropout", stage)
+    killed = config_of("dropout", stage, save={"save_steps": 1}, log={"logging_steps": 1})
+    latest = killed.parent / "out" / "checkpoints" / "pruning-2" / "latest"
+
+    command("--config", str(whole), code=0)
+    first = launch("--config", str(killed))
+    assert first.wait_until(latest.exists), first.text
+    first.kill()
+    second = command("--config", str(killed), code=0)
+
+    # The kill may come late, in the window after it.
+    assert re.search("(pruning-2|student): resumed at step", second.text)
+    outs = (config.parent / "out" for config in (whole, killed))
+    assert difference(*(weights(out / "final") for out in outs)) == 0
 
 
 @pytest.mark.parametrize(("world", "zero"), [(1, 0), pytest.param(4, 3, marks=pytest.mark.slow)])

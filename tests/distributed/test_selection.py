@@ -10,8 +10,10 @@ from equal_runs import difference
 from tiny_runs import NO_DROPOUT, bert, review_task, run_in
 from whole_run import weights
 
+from megakd.engine import distributed
 from megakd.methods import run_method
 from megakd.methods.knowledge_selection.selecting import Selecting
+from megakd.methods.knowledge_selection.selector import Selector
 from megakd.training.probe import StageProbe
 
 
@@ -42,6 +44,18 @@ def selected(config_path: str, overrides: list[str]) -> dict:
     return {**facts, "weights": weights(result.folder)}
 
 
+def learn_apart(config_path: str, overrides: list[str]) -> dict:
+    """Runs the method on ranks whose actors say something else, as on other processors."""
+    action = Selector.action
+
+    def other(selector, state):
+        answer = action(selector, state)
+        return answer if distributed.ranks().is_main else 1 - answer
+
+    with patch.object(Selector, "action", other):
+        return selected(config_path, overrides)
+
+
 EPISODES, STEPS, PHASE = 2, 4, 2
 
 
@@ -63,8 +77,8 @@ def config(tmp_path_factory) -> str:
 
 @pytest.fixture
 def learn(run_case, config):
-    def learned(ranks: int, *overrides: str) -> list[dict]:
-        return run_case("test_selection.selected", config, ranks, *overrides)
+    def learned(ranks: int, *overrides: str, how: str = "selected") -> list[dict]:
+        return run_case(f"test_selection.{how}", config, ranks, *overrides)
 
     return learned
 
@@ -101,6 +115,15 @@ def test_an_episode_goes_on_with_other_ranks(goes_on, config, world, zero):
     outs = goes_on(config, saved, *words, world=world, zero=zero, rows=8)
 
     assert difference(*(weights(out / "final") for out in outs)) < 1e-5
+
+
+def test_ranks_whose_processors_differ_take_the_action_of_the_first(learn):
+    settings = ("student.deepspeed=zero2", *SOFT, "method.noise=1.0")
+
+    first, second = learn(2, *settings, how="learn_apart")
+
+    assert first["actions"] == second["actions"]
+    assert len({*map(tuple, first["actions"])}) > 1
 
 
 def test_one_choice_serves_all_micro_batches_and_the_loss_is_measured_once_per_phase(learn):

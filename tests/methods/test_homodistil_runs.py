@@ -39,6 +39,12 @@ def pruning(folder: Path, kind: str = "mlm", **sections: Any) -> Path:
     )
 
 
+def assert_same(out: Path, whole: Path) -> None:
+    assert same_weights(out / "final", whole / "final")
+    rows, reference = read(out)["pruning"], read(whole)["pruning"]
+    assert [r["teacher_kl"] for r in rows] == [r["teacher_kl"] for r in reference]
+
+
 @pytest.fixture(scope="module")
 def pruned(one_rank, tmp_path_factory) -> Path:
     """The folder of a run, whose windows and report load the teacher once."""
@@ -102,6 +108,16 @@ def test_a_model_in_flight_loads_with_plain_transformers_and_is_exported_without
         AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True)
 
 
+def test_a_run_stopped_in_every_window_ends_with_the_same_weights(one_rank, pruned, tmp_path):
+    config = pruning(tmp_path, eval=EVERY_STEP, save={"save_steps": 1})
+
+    for stop in (("pruning-1", 1), ("pruning-2", 3), ("student", 7)):
+        assert one_rank.train("--config", config, stop_at=stop).code != 0
+    finish(one_rank, config)
+
+    assert_same(tmp_path / "out", pruned)
+
+
 def test_a_run_stopped_between_windows_goes_on_unless_its_training_state_is_damaged(
     one_rank, pruned, tmp_path
 ):
@@ -118,9 +134,7 @@ def test_a_run_stopped_between_windows_goes_on_unless_its_training_state_is_dama
     assert "remove" in outcome.err
     state.write_bytes(whole)
     finish(one_rank, config)
-    assert same_weights(tmp_path / "out" / "final", pruned / "final")
-    one, other = (read(out)["pruning"] for out in (tmp_path / "out", pruned))
-    assert [row["teacher_kl"] for row in one] == [row["teacher_kl"] for row in other]
+    assert_same(tmp_path / "out", pruned)
 
 
 def test_a_decoder_is_pruned_to_a_stock_model(one_rank, tmp_path):

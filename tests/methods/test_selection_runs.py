@@ -12,7 +12,7 @@ from checkpoint_store import flip
 from one_rank import Outcome
 from teacher_bench import STEPS, TeacherBench
 from tiny_runs import NO_DROPOUT, bert, llama, write_text
-from whole_run import finish, finish_in, forgotten, read, records, same_weights
+from whole_run import finish, finish_in, forgotten, read, records, same_weights, weights
 
 EPISODES, PHASE = 2, 3
 KINDS = ("hard_cross_entropy", "soft_target_kl", "hidden_mse", "relation_fsp")
@@ -138,6 +138,31 @@ def test_a_selector_of_other_widths_or_kinds_is_refused(bench, soft):
     assert "is for a student of width 16" in outcome[0].err
     assert "this run has the widths 24 and 16" in outcome[0].err
     assert "this run has the widths 16 and 16 and soft_target_kl" in outcome[1].err
+
+
+def test_every_episode_begins_with_the_same_student_and_ends_with_its_score(bench):
+    """With a threshold of 0 all kinds are always used: both episodes are the same training."""
+    method = {**LEARNED, "action": "hard", "threshold": 0.0, "episodes": 2}
+
+    # An epoch is an episode, and the order of the rows makes no difference to a whole batch.
+    whole = {"per_device_train_batch_size": 64, "max_steps": 5}
+
+    out = bench.run(
+        "episodes",
+        method,
+        train=whole,
+        student={"model": bert(2, **NO_DROPOUT)},
+        eval={"eval_steps": 5, "losses": True},
+    )
+
+    scored = [r["eval/soft_target_kl"] for r in records(out, "selector") if "eval/loss" in r]
+    _, first, second = scored
+    assert first == pytest.approx(second, abs=1e-5)
+    final = [r["eval/soft_target_kl"] for r in records(out, "student") if "eval/loss" in r][-1]
+    assert first == pytest.approx(final, abs=1e-5)
+
+    both = weights(out / "stages" / "selector"), weights(out / "stages" / "student")
+    assert max((both[0][n] - both[1][n]).abs().max().item() for n in both[0]) <= 1e-5
 
 
 def test_all_kinds_learn_at_every_step_without_a_selector(bench):
