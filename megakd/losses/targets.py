@@ -367,14 +367,16 @@ class Chosen(NamedTuple):
 def chosen_targets(batch: Batch, source: Source | None) -> Chosen:
     """Return the targets of a source, without a host sync; None: all targets.
 
-    Only rows of the source are kept, so that products with the output matrix run over these rows.
-    At least one row is kept, so that a step without targets has a backward through the same
-    operations.
+    If the host knows the sources, only rows of the source are kept, so that products with the
+    output matrix run over these rows. Otherwise the labels of other rows become -100. At least one
+    row is kept, so that a step without targets has a backward through the same operations.
     """
     labels = batch.target_labels
     if source is None:
         return Chosen(labels, None)
     is_chosen = of_source(batch, source)
+    if not is_chosen.is_cpu:
+        return Chosen(labels.masked_fill(~is_chosen, IGNORE), None)
     if is_chosen.all():
         return Chosen(labels, None)
     kept = is_chosen.flatten().nonzero().squeeze(1)

@@ -64,8 +64,12 @@ def calls_of(model: Timed, batches: Sequence[Sequence[int]], prepare: Prepare = 
 
     A batch is padded to its longest text. The tokens are random, and the same every time.
     """
-    calls = [prepare(model, _inputs(model, texts)) for texts in batches]
-    return lambda: [call() for call in calls]
+    return partial(_call_all, [prepare(model, _inputs(model, texts)) for texts in batches])
+
+
+def _call_all(calls: Sequence[Call]) -> None:
+    for call in calls:
+        call()
 
 
 def milliseconds(call: Call) -> float:

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import reports
+import yaml
 from tiny_books import write_real_data
 
 from lib import books, launching, stories
 from lib.data import BOOKS, bert
 from lib.launching import UnusableError
 from lib.tables import columns_of
+from megakd.errors import CheckpointError
 from methods import homodistil, mixed_vocabulary, shrink
 
 RNG = random.Random(0)
@@ -153,7 +155,12 @@ def test_the_arms_of_a_mixed_vocabulary_differ_in_the_method_alone(data, load, t
     datasets = {"pydocs": "pydocs", "stories": str(data.resolve() / stories.STORIES)}
     assert tasks == {(datasets.get(text), files, 16)}
     methods = [texts[f"{arm}-1"].method for arm in ARMS]
-    assert len({*methods}) == len(ARMS)
+    assert [(m.version, m.direction, m.embeddings) for m in methods] == [
+        *((1, "none", None), (1, "dual", None), (1, "dual", True)),
+        *((1, "down", None), (1, "up", None), (1, "down", None)),
+        *((2, "down", None), (2, "down", None)),
+    ]
+    assert [m.table for m in methods] == [*[None] * 6, "random", "pieces"]
     assert [m.teacher_learning_rate for m in methods] == [None, *[1e-4] * 7]
     assert methods[-1].teacher_steps == 5
     # A model of a task is read with its own tokenizer.
@@ -234,6 +241,25 @@ def test_shrink_has_the_losses_of_its_teacher_its_baseline_and_the_cut_it_chose(
     losses = {"loss": 2.0, "teacher": 0.9, "random": 3.0, "trial": 4.0, "cut": 5.0}
     divergences = {"KL of 3 layers": 0.7, "KL of 2 layers": 0.6}
     assert result == {**losses, **divergences, "layers": 2, "seconds": 5.0, "trial s": 2.0}
+
+
+def test_a_finished_leg_is_not_started_again_and_one_of_other_settings_is_refused(
+    data, monkeypatch
+):
+    given = shrink_given(data, "--runs", "layers-2")
+    leg = shrink.leg(given, "layers-2", 1)
+    leg.output.mkdir(parents=True)
+    config = yaml.safe_load((given.out / "run.yaml").read_text())
+    config["method"] |= {"candidates": [0.4], "trial_steps": None, "repair_steps": 460}
+    text = yaml.safe_dump(config | {"seed": 1, "output_dir": str(leg.output)})
+    (leg.output / "config.yaml").write_text(text)
+
+    assert launching.finished(leg) is None
+    report = reports.report_of(environment={"ranks": 1})
+    (leg.output / "report.json").write_text(json.dumps(report))
+    assert launching.report_of(leg, ranks=1) == json.loads(json.dumps(report))
+    with pytest.raises(CheckpointError, match="finished run of another config"):
+        launching.finished(leg._replace(overrides=(*leg.overrides, "train.max_steps=77")))
 
 
 def test_a_tokenizer_of_llama2c_has_its_pieces_best_merge_first_and_unknown_characters_as_bytes(

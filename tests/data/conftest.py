@@ -44,7 +44,12 @@ def hub_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     for name in ("load_dataset", "load_dataset_builder"):
         read = partial(getattr(datasets, name), str(folder), cache_dir=str(tmp_path / "datasets"))
-        monkeypatch.setattr(datasets, name, lambda *_, read=read: read())
+
+        def read_corpus(name: str, configuration: str | None, *, read: Any = read) -> Any:
+            assert (name, configuration) in {("user/corpus", None), ("user/chats", None)}
+            return read()
+
+        monkeypatch.setattr(datasets, name, read_corpus)
     return folder
 
 

@@ -155,9 +155,9 @@ def test_what_the_tokenizer_puts_around_a_text_is_kept_around_a_document():
 def test_whatever_changes_the_rows_changes_the_key_and_equal_rows_are_read(encode, monkeypatch):
     # Under the same content hash: other labels, and a column of the file that differs in one text.
     other_labels = _texts().train.map(lambda _: {"label": 1})
-    other_text = _texts().train.map(
-        lambda row, n: {"text": "b"} if n == 14 else row, with_indices=True
-    )
+    texts = _texts(1000).train["text"][:]
+    many = [texts, *([*texts[:at], "b", *texts[at + 1 :]] for at in (1, 998))]
+    other_texts = (Dataset.from_dict({"text": some, "label": [0] * 1000}) for some in many)
     changes = (
         {"splits": _texts()._replace(content_hash="other")},
         {"tokenizer": _bert([*WORDS, "##b"])},
@@ -165,7 +165,7 @@ def test_whatever_changes_the_rows_changes_the_key_and_equal_rows_are_read(encod
         {"kind": "regression"},
         {"splits": _texts(29)},
         {"splits": _texts()._replace(train=other_labels)},
-        {"splits": _texts()._replace(train=other_text)},
+        *({"splits": _texts()._replace(train=rows)} for rows in other_texts),
     )
     first = encode(_texts())
     keys = {encode(**{"splits": _texts(), **change}).content_hash for change in changes}

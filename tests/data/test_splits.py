@@ -16,7 +16,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_runs import write_jsonl
+from tiny_runs import write_jsonl, write_text
 
 from megakd.data import splits
 from megakd.data.choosing import at_most, cut_validation, keep_labels
@@ -242,6 +242,16 @@ def test_files_are_named_in_a_list_or_by_a_pattern(load, folder, train):
     assert cut.is_cut
     assert len(cut.train) + len(cut.validation) == 4
     assert texts(cut.evaluation_sets["hard"]) == ["h1"]
+
+
+def test_text_files_of_a_language_model_are_named_too(load, folder):
+    write_text(folder / "a.txt", documents=4)
+    write_text(folder / "b.txt", documents=4)
+
+    keys = {"train_files": "a.txt", "validation_files": "b.txt"}
+    splits = load(type="causal_lm", **keys, evaluation_sets={"books": ("a.txt", "b.txt")})
+
+    assert len(splits.evaluation_sets["books"]) == len(splits.train) + len(splits.validation)
 
 
 def test_evaluation_sets_are_whole_and_have_the_training_rows_classes(load, folder):

@@ -259,3 +259,6 @@ def test_a_graph_that_computes_something_else_is_refused(monkeypatch, tmp_path, 
     monkeypatch.setattr(onnx, "OnnxModel", Broken)
     with pytest.raises(ModelError, match=f"they differ by {difference}"):
         onnx.write_onnx(tmp_path)
+    monkeypatch.setattr(onnx, "_differences", lambda *_: (0.01, 2.0))
+    with pytest.raises(ModelError, match=r"they differ by 1\.0e-02"):
+        onnx.write_onnx(tmp_path)
