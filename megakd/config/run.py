@@ -137,9 +137,10 @@ class RunConfig:
     @property
     def loaded_models(self) -> dict[str, TeacherConfig | StudentConfig]:
         """Sections of the models that come from a folder, the Hub or a config, by role."""
-        models = {**self.teacher_specs, STUDENT: self.student}
-        others = (FROM_TEACHER, STUDENT_BASE)
-        return {role: section for role, section in models.items() if section.model not in others}
+        loaded: dict[str, TeacherConfig | StudentConfig] = {
+            name: spec for name, spec in self.teacher_specs.items() if spec.model != STUDENT_BASE
+        }
+        return loaded if self.student.model == FROM_TEACHER else {**loaded, STUDENT: self.student}
 
     @property
     def start_role(self) -> str:

@@ -258,6 +258,7 @@ class Knowledge(NamedTuple):
         )
 
     def detached(self) -> Knowledge:
+        """Return the outputs detached from the graph."""
         detach = operator.methodcaller("detach")
         second = None if self.second is None else self.second.detached()
         return self.mapped(detach, detach, detach)._replace(second=second)

@@ -55,7 +55,7 @@ def read_csv(path: Path, *, digest: Digest = _digest_of) -> Table:
     if len(table.columns) == 1 and (separators := {*table.columns[0]} & {*";\t|"}):
         raise DataError(
             f"{path}, line 1: no comma, but {min(separators)!r} in {table.columns[0]!r}; separate "
-            "the fields by commas, or by tabs in a file that is named .tsv"
+            "the fields by commas (by tabs in a file that is named .tsv), or rename the column"
         )
     return table
 

@@ -85,7 +85,10 @@ def fill_model_folder(folder: Path, model: ModelContent) -> None:
 def fill_serving_folder(
     folder: Path, model: ModelContent, *, shard_bytes: int | None = None
 ) -> None:
-    """Write the weights and the config into a folder, which an inference server can read."""
+    """Write the weights and the config into a folder, which an inference server can read.
+
+    Names and bytes of the tensors do not depend on the rest of the folder.
+    """
     dtype = write_weights(folder, model.state, shard_bytes=shard_bytes)
     _write_config(folder, model, dtype)
 

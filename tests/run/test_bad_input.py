@@ -82,6 +82,9 @@ SETTINGS = [
         "a phase of 17 steps does not fit into an episode of 8",
     ),
     ("method={name: minidisc, metric: matthews}; student.model=from_teacher", "method.metric"),
+    # Names of models that a run makes, where no model can come from them.
+    ("teacher.model=from_teacher", "teacher.model: from_teacher is not a local folder"),
+    ("student.model=student_base", "student.model: student_base is not a local folder"),
     ("task.tokenizer=./nowhere", "task.tokenizer: nowhere does not exist"),
     (
         "train.max_steps=null; train.lr_scheduler_type=warmup_stable_decay; "
