@@ -100,6 +100,22 @@ def test_packed_rows_give_the_losses_and_gradients_of_padded_rows(
     assert_equal(packed, padded)
 
 
+def test_packed_texts_of_the_student_give_the_losses_and_gradients_of_padded_texts(
+    workers, write_run
+):
+    mix = {"max_new_tokens": 8, "mix": {"rollout": 0.5, "data": 0.5}, "mix_per": "row"}
+    sections = {"rollout": mix, "task": {"max_length": 24}, "train": cut_of((2, ROWS // 4, 2))}
+    path = write_run("llama-tied", LANGUAGE, (3, 3), **sections)
+    budget = f"train.tokens_per_rank={PACKED['tokens_per_rank']}"
+
+    padded, packed = (
+        workers(2).run("test_packed_steps.train", path, [f"output_dir={path}-{n}", *words], 4)[0]
+        for n, words in enumerate(([], [budget]))
+    )
+
+    assert_equal(packed, padded)
+
+
 def test_offloaded_layer_inputs_give_the_same_gradients(workers, write_run):
     train = {**PACKED, "gradient_checkpointing": True}
     path = write_run("llama-tied", LANGUAGE, (3, 3), train=train)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,10 @@ from routed_bench import taught_by
 from tiny_runs import bert, llama, reviews, write_jsonl, write_reviews
 from whole_run import finish, finish_in, forgotten, read, records, same_weights, weights
 
-from megakd.contract.terms import PluginTerm, compares
+from megakd.contract.results import MethodRecord
+from megakd.contract.stage import Stage, StageResult
+from megakd.contract.terms import PluginTerm
+from megakd.methods import mt_bert
 
 SKDBERT = {"name": "skdbert"}
 
@@ -152,15 +156,33 @@ def test_labels_beside_a_sum_of_teachers_count_once(bench):
 
 
 def test_a_label_loss_of_another_package_counts_once_too():
-    """`mt_bert` adds up the terms that compare."""
-
     class Focal(PluginTerm):
         needs_teacher = False
 
     class Distance(PluginTerm):
         needs_teacher = True
 
-    assert [compares(kind(loss="mine:Loss")) for kind in (Focal, Distance)] == [False, True]
+    trained: list[Stage] = []
+
+    def train(stage: Stage) -> StageResult:
+        trained.append(stage)
+        return StageResult(name="student", folder=Path())
+
+    lab: Any = SimpleNamespace(
+        config=SimpleNamespace(
+            objective=[kind(loss="mine:Loss", weight=0.6) for kind in (Focal, Distance)],
+            teacher_specs=("large", "middle", "small"),
+        ),
+        record=MethodRecord(),
+        soft_terms=lambda: (),
+        teacher=lambda name: name,
+        train=train,
+    )
+
+    mt_bert.run(mt_bert.MtBertConfig(name="mt_bert"), lab)
+
+    (stage,) = trained
+    assert [term.weight for term in stage.objective] == pytest.approx([0.2, 0.6])
 
 
 def test_teachers_in_a_row_begin_with_the_largest(bench):

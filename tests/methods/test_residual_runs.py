@@ -117,6 +117,17 @@ def test_a_narrower_assistant_teaches_a_still_narrower_student(one_rank, tmp_pat
     assert report["student"]["metrics"]["loss"] == pytest.approx(seen["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["direct", "maxidisc"])
+def test_other_methods_narrow_their_students_too(one_rank, tmp_path, name):
+    run = Residual(one_rank, tmp_path, "mlm")
+
+    run.run(name=name)
+
+    words = weights(run.out / "final")["bert.embeddings.word_embeddings.weight"]
+    assert words.shape[1] == 12
+
+
 def test_relations_that_no_candidate_can_be_cut_into_are_refused_before_a_model_loads(
     one_rank, tmp_path
 ):

@@ -102,6 +102,7 @@ def test_noise_that_switches_every_kind_off_is_a_step_without_a_loss(bench):
     nothing = [r for r in logged if not any(f"train/{kind}" in r for kind in KINDS)]
     assert nothing
     assert all(record["train/loss"] == 0 for record in nothing)
+    assert all(record[f"select/{kind}"] <= 1 for record in logged for kind in KINDS[:2])
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 import tiny_cuts
+import torch.distributed as dist
 from planned_runs import CAUSAL, TRACES, plan_of
 from planned_runs import config_of as run_config
 from tiny_runs import bert, llama
@@ -49,6 +50,7 @@ def advised(config: RunConfig, cluster: Cluster) -> Plan:
 
 def test_the_json_has_the_keys_of_the_contract(tmp_path: Path) -> None:
     result = json.loads(json.dumps(planned(config_of(tmp_path), ranks=2).as_json()))
+    assert not dist.is_initialized()
 
     assert result["ranks"] == 2
     assert set(result["roles"]) == {"teacher", "student"}

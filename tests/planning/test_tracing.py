@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from megakd.planning.tracing import (
     Trace,
     inventory,
     loss_workspace,
+    repeat_alike,
     trace_call,
 )
 
@@ -129,6 +131,23 @@ def test_the_modules_come_in_the_order_of_forward_and_backward(traced_llama) -> 
     assert forward[0] == "model.model.embed_tokens"
     assert backward[-1] == "model.model.embed_tokens"
     assert set(forward) == set(backward)
+
+
+def repeating() -> nn.Module:
+    module = llama()
+    repeat_alike(module.model, "cpu")
+    return module
+
+
+def test_gradient_checkpointing_holds_less_and_repeats_forwards(traced_llama) -> None:
+    (_, plain), (_, checkpointed) = traced_llama, traced(repeating)
+
+    def forwards(trace: Trace) -> int:
+        entered = Counter(moment.module for moment in trace.moments[trace.turn :])
+        return entered["model.model.layers.0.mlp.up_proj"]
+
+    assert held(checkpointed) < held(plain) / 2
+    assert (forwards(plain), forwards(checkpointed)) == (1, 2)
 
 
 def test_matrix_products_are_counted() -> None:

@@ -45,6 +45,19 @@ def draws() -> list[float]:
     return [random.random(), np.random.rand(), torch.rand(()).item()]  # noqa: NPY002
 
 
+def test_state_and_random_numbers_come_back_after_the_shards_are_read(store):
+    seed_everything(3, rank=0)
+    folder = save(store, 4)
+    wanted = draws()
+
+    def read_shards(folder: Path) -> None:
+        assert (folder / SHARD).is_file()
+        draws()
+
+    assert load(store, folder, read_shards) == {"step": 4, "window": 40}
+    assert draws() == wanted
+
+
 def test_tensors_of_a_gpu_are_read_to_the_device_of_the_rank(store, monkeypatch):
     """The file may be read on a node where the rank has another GPU."""
     with monkeypatch.context() as patched:

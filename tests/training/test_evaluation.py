@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -15,12 +16,14 @@ from torch import Tensor
 from whole_run import finish_in, read, records
 
 from megakd.config.run import EvalConfig
+from megakd.contract.batch import IGNORE, Batch, Predictions
 from megakd.contract.metric import WHOLE, MetricJudge
 from megakd.contract.stage import Verdict
 from megakd.contract.tasks import METRICS
+from megakd.engine.distributed import Ranks
 from megakd.errors import ConfigError, DataError, TrainingError
 from megakd.scoring.metrics import TaskMetrics, task_metrics
-from megakd.scoring.scorer import few
+from megakd.scoring.scorer import Scorer, few
 from megakd.scoring.scores import Evaluation, headline, language_model_metrics
 from megakd.storage.atomic import json_text
 
@@ -290,3 +293,41 @@ def test_a_run_keeps_the_best_evaluation_by_the_chosen_metric_and_shows_the_scor
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Scores by label" in page
     assert ">Confusions<" in page
+
+
+ONE_RANK = Ranks(0, 1, 0, torch.device("cpu"))
+
+
+def collate(rows: Any, *, dummy_rows: int = 0) -> Batch:
+    """One token per row: its number, which the fake models answer from."""
+    names = ("number", "label")
+    numbers, labels = (rows[name].to_pylist() if len(rows) else [] for name in names)
+    ids = torch.tensor([*numbers, *[0] * dummy_rows])[:, None]
+    valid = torch.tensor([*[True] * len(numbers), *[False] * dummy_rows])[:, None]
+    return Batch({"input_ids": ids}, torch.tensor([*labels, *[IGNORE] * dummy_rows]), valid)
+
+
+def scorer(names: tuple[str, ...], batch_size: int) -> Scorer:
+    metrics = TaskMetrics(names=names, main=headline(names), label_names=("even", "odd"))
+    return Scorer(metrics=metrics, collate=collate, batch_size=batch_size, ranks=ONE_RANK)  # type: ignore[arg-type]
+
+
+def odd_or_even(batch: Batch) -> Predictions:
+    """Says class number % 2; of a dummy row nothing that could be scored."""
+    answer = torch.nn.functional.one_hot(batch.inputs["input_ids"][:, 0] % 2, 2).float()
+    return Predictions(outputs=answer.masked_fill(~batch.valid, math.nan), sums=None)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+@pytest.mark.parametrize(
+    ("labels", "accuracy"), [([1, 0, 1, 1, 1], 0.8), ([1, IGNORE, 0, IGNORE, 1], 2 / 3)]
+)
+def test_metrics_are_of_the_labelled_rows_whatever_the_batch_size(batch_size, labels, accuracy):
+    rows = Dataset.from_dict({"number": [1, 2, 3, 4, 5], "label": labels})
+    one = scorer(("accuracy",), batch_size)
+
+    result = one.score(odd_or_even, rows)
+
+    assert result["accuracy"] == pytest.approx(accuracy)
+    # The loss beside the metrics is that of a pass of its own.
+    assert result["loss"] == pytest.approx(one.loss(odd_or_even, rows), abs=1e-12)

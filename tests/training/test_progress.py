@@ -191,11 +191,12 @@ def test_a_folder_in_the_place_of_the_log_or_a_missing_library_ends_a_run_before
     where = tmp_path / "out" / "metrics.jsonl"
     assert f"megakd: error: {where} cannot be used (Is a directory)" in outcome.err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["metrics.jsonl"]
-    other = run_in(tmp_path / "other", task, log={"report_to": ["wandb"]})
-    outcome = one_rank.train("--config", other, code=2)
-    assert "log.report_to: wandb" in outcome.err
-    assert "pip install wandb" in outcome.err
-    assert not (tmp_path / "other" / "out").exists()
+    for name in ("wandb", "mlflow"):
+        other = run_in(tmp_path / name, task, log={"report_to": [name]})
+        outcome = one_rank.train("--config", other, code=2)
+        assert f"log.report_to: {name}" in outcome.err
+        assert f"pip install {name}" in outcome.err
+        assert not (tmp_path / name / "out").exists()
 
 
 class Service(ModuleType):

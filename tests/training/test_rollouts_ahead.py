@@ -183,6 +183,20 @@ def test_no_text_is_too_old_and_no_written_text_is_asked_for_again(
         assert kept.isdisjoint(second.seeds)
 
 
+def test_texts_are_asked_for_before_the_student_learns(tmp_path: Path) -> None:
+    config = RolloutConfig(max_new_tokens=4, max_staleness=1, server=SERVER)
+    generator = Remote()
+    steps = source(config, generator, tmp_path).iterate(0, 3)
+
+    asked = []
+    for _ in steps:
+        asked.append((generator.outstanding, len(generator.seeds)))
+        generator.learned += 1
+
+    # Two steps' texts at the first step, then one; none beyond the last step.
+    assert asked == [(1, 2 * ROWS), (1, 3 * ROWS), (0, 3 * ROWS)]
+
+
 @pytest.mark.parametrize("per", ["step", "row"])
 def test_data_rows_can_be_learned_from_and_texts_continue_prompts_that_fit(
     per: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

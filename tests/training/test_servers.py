@@ -164,6 +164,17 @@ def test_each_text_gets_its_own_seed_and_few_requests_run_at_once(pair):
     assert prompts_of(pair[1]) == []
 
 
+def test_a_version_is_pushed_once(pair):
+    pushed: list[int] = []
+    push = SimpleNamespace(push=lambda version: pushed.append(version) or Pushed())
+    made = generator_of(pair, push=push)
+
+    for version in (0, 0, 1, 1, 2):
+        made.update(version)
+
+    assert pushed == [0, 1, 2]
+
+
 def test_an_answer_with_other_weights_than_the_pushed_is_refused():
     stub = Stub("sglang")
     with serving(stub):
