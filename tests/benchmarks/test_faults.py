@@ -21,10 +21,18 @@ def test_two_minutes_of_faults_are_survived():
     assert "; 0 lost" in ended.stdout
 
 
-def test_a_case_that_cannot_be_is_named(capsys):
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--minutes", "0"], "--minutes"),
+        (["--minutes", "1", "--cases", "minidisk"], "'minidisk' is none of labels, "),
+    ],
+)
+def test_settings_that_cannot_be_are_named(capsys, words, message):
     from faults import parse  # here, because it changes the path of modules
 
-    with pytest.raises(SystemExit):
-        parse(["--minutes", "1", "--cases", "minidisk"])
+    with pytest.raises(SystemExit) as stopped:
+        parse(words)
 
-    assert "'minidisk' is none of labels, " in capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err

@@ -101,7 +101,7 @@ MODELS = [
     ("save.int8=true; student.trust_remote_code=true", "save.int8: cannot be combined with studen"),
     (
         "student.deepspeed=zero22",
-        'unknown preset "zero22"; did you mean "zero2"? known: auto, teac',
+        'student.deepspeed: unknown preset "zero22"; did you mean "zero2"? known: auto, teac',
     ),
     ("teacher.deepspeed=zero2", "teacher.deepspeed: ZeRO stage 2 shards gradients and optimizer s"),
     (

@@ -235,6 +235,7 @@ def test_rows_that_cannot_be_read_or_encoded_are_named_together(tmp_path, monkey
         with pytest.raises(DataError, match="the first 20 rows that cannot be used") as caught:
             encode()
         assert str(caught.value).count("the chat template refuses the conversation") == 20
+        assert all(f"line {number}: " in str(caught.value) for number in range(2, 22))
 
 
 def test_bad_rows_are_left_out_on_request_and_counted_at_every_start(tmp_path, caplog):

@@ -383,6 +383,7 @@ def test_files_of_one_list_with_other_orders_of_the_classes_are_matched_by_name(
 
     labels = {"n1": "neg", "p1": "pos", "p2": "pos", "n2": "neg", "none": None}
     assert named_labels(splits, splits.train) == labels
+    assert set(splits.train["label"]) == {0, 1, -100}
 
 
 def test_classes_with_digits_as_names_are_matched_by_name(load, folder):
