@@ -33,10 +33,10 @@ def without_source(name: str) -> str:
 
 
 def of_source(batch: Batch, source: Source) -> Tensor:
-    """Return bool [B, T] on the CPU: True at positions of a source.
+    """Return bool [B, T], where `is_rollout` is: True at positions of a source.
 
-    Without `is_rollout`, all positions are data. Only a causal_lm, which predicts all positions,
-    has texts of two sources.
+    A run keeps `is_rollout` on the CPU. Without `is_rollout`, all positions are data. Only a
+    causal_lm, which predicts all positions, has texts of two sources.
     """
     rollouts = batch.extras.is_rollout
     if rollouts is None:

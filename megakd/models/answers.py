@@ -87,8 +87,8 @@ def answers_of(folder: Path, texts: Sequence[str], *, new_tokens: int = 64) -> I
         if "token_type_ids" in encoded and not has_token_types(config):
             encoded["token_type_ids"].zero_()
         logits = model.logits({name: encoded[name] for name in encoded if name in model.inputs})
+        is_masked = task == "ForMaskedLM"
         for row, ids in zip(logits, encoded["input_ids"], strict=True):
-            is_masked = task == "ForMaskedLM"
             yield _filled(row, ids, tokenizer) if is_masked else _classified(row, config.id2label)
 
 

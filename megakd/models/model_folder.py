@@ -87,7 +87,7 @@ def fill_serving_folder(
 ) -> None:
     """Write the weights and the config into a folder, which an inference server can read.
 
-    Names and bytes of the tensors do not depend on the rest of the folder.
+    Names and bytes of the tensors are those of `fill_model_folder`.
     """
     dtype = write_weights(folder, model.state, shard_bytes=shard_bytes)
     _write_config(folder, model, dtype)

@@ -105,10 +105,7 @@ class PruningStrategy(Strategy):
         """
         due = self.course.schedule.prunes_after(step + 1)
         if self.course.scoring.score == "random":
-            count = sum(group_sizes(student.makers, student.units).values())
-            seed = self.course.scoring.seed * 1_000_003 + step + 1
-            drawn = torch.Generator().manual_seed(seed)
-            self._scores = torch.rand(count, generator=drawn, dtype=torch.float64) if due else None
+            self._scores = self._random_scores(step + 1, student) if due else None
             return
         is_averaged = self.course.scoring.score != "magnitude"
         values: dict[str, tuple[Tensor, int]] = {}
@@ -123,6 +120,11 @@ class PruningStrategy(Strategy):
             here = unit_sums(values, student.makers, student.units, self.cut)
             # Ranks may round differently, and would then remove different units.
             self._scores = agree(all_reduce_(here))
+
+    def _random_scores(self, step: int, student: Any) -> Tensor:
+        count = sum(group_sizes(student.makers, student.units).values())
+        generator = torch.Generator().manual_seed(self.course.scoring.seed * 1_000_003 + step)
+        return torch.rand(count, generator=generator, dtype=torch.float64)
 
     def _weight_scores(self, shard: Any) -> Tensor:
         if self.course.scoring.score == "magnitude":
