@@ -199,6 +199,10 @@ def test_an_answer_with_weight_0_does_not_count(tmp_path):
 # The row, words of the message, and keys of the task.
 REFUSED: list[tuple[Any, ...]] = [
     ({"messages": asked("Hi")}, ("line 1", "'assistant'", "roles: user", "task.prompt_column")),
+    (
+        {"messages": [*asked("Hi"), {"role": "assistant", "content": "Hello", "weight": 0}]},
+        ("line 1", "all 1 messages of role 'assistant' have weight 0"),
+    ),
     ({"messages": "Hi"}, ("line 1", "'messages'", "list of messages")),
     ({"messages": [{"role": "user"}]}, ("message 1", "'user'", "no content")),
     ({"messages": [{"text": "Hi"}]}, ("message 1", "role and content")),

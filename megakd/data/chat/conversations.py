@@ -187,6 +187,11 @@ def _chat(name: str, record: Record, messages: list[Message], *, first: int) -> 
     answers = [n for n in range(first, len(messages)) if messages[n]["role"] == ASSISTANT]
     # OpenAI's fine-tuning format marks answers that are not learned with weight 0.
     counted = [n for n in answers if messages[n].get("weight", 1) != 0]
+    if answers and not counted:
+        raise DataError(
+            f"{where}: all {len(answers)} messages of role {ASSISTANT!r} have weight 0, so that "
+            "nothing of the row is learned; remove the row, or give one of them weight 1"
+        )
     if not counted:
         roles = ", ".join(message["role"] for message in messages[first:])
         raise DataError(
