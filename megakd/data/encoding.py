@@ -28,6 +28,7 @@ from megakd.data.chat.tokens import ChatEncoder, tables_of_conversations
 from megakd.data.choosing import is_labelled
 from megakd.data.collation import columns_of
 from megakd.data.rows import TextStream
+from megakd.data.special_tokens import special_tokens
 from megakd.data.splits import Splits
 from megakd.data.tables import BadRows
 from megakd.data.token_tables import check_room_for_text, tables_of_texts
@@ -42,7 +43,7 @@ COUNTS = "counts.json"
 MANY_TIMES = 10
 """A source that an epoch reads more often than this is worth a warning."""
 # Part of every key: increase this number when the encoded rows would differ.
-VERSION = 1
+VERSION = 2
 # Part of the keys of rows with words, likewise.
 WORDS_VERSION = 2
 
@@ -153,6 +154,8 @@ def encode_rows(
 
     tables = {name: encoded(name) for name in rows}
     made = cached_tables(tables, key, cache_dir=cache_dir, empty=empty, counts=counts)
+    for name, split in rows.items():
+        special_tokens(tokenizer).say(split, name=name)
     if counts := counts_of(cache_dir, key):
         say_chat(made, counts, tokenizer)
     return made, key

@@ -28,6 +28,7 @@ from megakd.config.task import TaskConfig
 from megakd.contract.batch import IGNORE, ROUTE, teacher_number
 from megakd.contract.tasks import LANGUAGE_TASKS
 from megakd.data.arrow import TEXTS_AT_ONCE, arrow_batches, column_of
+from megakd.data.special_tokens import special_tokens
 from megakd.errors import DataError
 
 WORD_STARTS = "word_starts"
@@ -84,7 +85,7 @@ def _text_tables(
     if has_pair and "token_type_ids" in tokenizer.model_input_names:
         columns.append("token_type_ids")
     for batch in arrow_batches(rows, TEXTS_AT_ONCE):
-        encoded = tokenizer(
+        encoded = special_tokens(tokenizer).reader(
             batch.column("text").to_pylist(),
             batch.column("text_pair").to_pylist() if has_pair else None,
             truncation=True,
@@ -170,8 +171,11 @@ def _calls(rows: Dataset) -> Iterator[list[str]]:
 def plain_encoding(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, with_offsets: bool = False
 ) -> BatchEncoding:
-    """Return the encoding of whole texts, without special tokens."""
-    return tokenizer(
+    """Return the encoding of whole texts, without special tokens.
+
+    Special tokens whose strings are in the texts are text; see `SpecialTokens` for templates.
+    """
+    return special_tokens(tokenizer).reader(
         list(texts),
         add_special_tokens=False,
         truncation=False,

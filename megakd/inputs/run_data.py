@@ -19,6 +19,7 @@ from megakd.data.arrow import PLACE, cache_folder, longest_of
 from megakd.data.chat.conversations import CONVERSATION, Conversation, is_chat
 from megakd.data.chat.tokens import ChatEncoder
 from megakd.data.encoding import Encoded, encode_splits, encoded_key, mixed
+from megakd.data.special_tokens import special_tokens
 from megakd.data.splits import Splits, load_splits
 from megakd.data.tables import BadRows
 from megakd.data.token_tables import documents_of
@@ -189,5 +190,6 @@ def _measured(
     else:
         texts = [list(rows[name]) for name in ("text", "text_pair") if name in rows.column_names]
         pairs = texts[1] if len(texts) > 1 else None
-        encoded = tokenizer(texts[0], pairs, truncation=False, verbose=False)
+        reader = special_tokens(tokenizer).reader
+        encoded = reader(texts[0], pairs, truncation=False, verbose=False)
         yield from ((len(ids), 0) for ids in encoded["input_ids"])

@@ -222,6 +222,21 @@ def test_a_template_that_leaves_out_tools_is_named_with_the_number_of_rows(
     assert prompts.counts().lost_tools == loses
 
 
+@pytest.mark.parametrize("switch", ["enable_thinking", None])
+def test_empty_reasoning_in_answers_is_counted_with_the_key_that_moves_it(tmp_path, caplog, switch):
+    rows = chats(("Hi", "Hello"), ("Hi", "<think>\nHm.\n</think>\n\nHello"), ("Ho", "Hu"))
+    family, keys = "qwen3", {"chat_template_kwargs": {switch: False}} if switch else {}
+    for options, count in (({}, 2), (keys, 0 if switch else 2)):
+        caplog.clear()
+        data = Data(tmp_path / str(count), rows[:: 2 if options else 1], family=family, **options)
+        if switch is None:
+            data.tokenizer.chat_template = template_of("qwen3").replace("enable_thinking", "other")
+        assert data.counts().empty_reasoning == count
+        line = f"train: the chat template writes empty reasoning into the answers of {count} of 3"
+        assert (line in caplog.text) == (count > 0)
+        assert ("{enable_thinking: false}" in caplog.text) == bool(count and switch)
+
+
 def test_rows_that_cannot_be_read_or_encoded_are_named_together(tmp_path, monkeypatch):
     monkeypatch.setattr(tokens, "ROWS_OF_A_PROCESS", 2)
     good, unread = chats(("Hi", "abc"))[0], {"messages": [{"role": "user"}]}

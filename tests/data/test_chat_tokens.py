@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
-from chat_tokenizers import FAMILIES, asked, chat_tokenizer
+from chat_tokenizers import FAMILIES, asked, chat_tokenizer, template_of
 from encoded_chats import ADD, CALL, IGNORE, assert_row, chat, encoded, task
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -200,6 +202,22 @@ REFUSED = {
         f"call, {family}, {train_on}": (family, ROUND, LOST, {"train_on": train_on})
         for family, train_on in (("chatml", "last"), ("marks", "all"))
     },
+    # A template names the tools beside its marks, or writes the first call of a message alone.
+    "tools": (
+        "marks",
+        [*asked("2 + 2?"), CALLING],
+        LOST,
+        {"template": "{{ tools | tojson }}" + template_of("marks")},
+    ),
+    "second call": (
+        "chatml",
+        [*asked("2 + 2?"), {**CALLING, "tool_calls": [CALL, CALL]}],
+        LOST,
+        {
+            "template": "{% for m in messages %}{{ m.content }}{% if m.tool_calls %}"
+            "{{ m.tool_calls[0].function.name }}{% endif %}<|im_end|>{% endfor %}"
+        },
+    ),
     # The name of the tool stands elsewhere in the text.
     "call": ("chatml", [*asked("Please add 2 and 2"), CALLING], LOST, {}),
 }
@@ -207,8 +225,66 @@ REFUSED = {
 
 @pytest.mark.parametrize(("family", "messages", "reason", "keys"), REFUSED.values(), ids=REFUSED)
 def test_what_a_template_cannot_write_is_refused_with_the_row(family, messages, reason, keys):
+    tokenizer = chat_tokenizer(family)
+    tokenizer.chat_template = keys.get("template", tokenizer.chat_template)
+    options = {name: value for name, value in keys.items() if name != "template"}
     with pytest.raises(DataError, match=rf"(?s)row 1.*({reason})"):
-        encoded(chat_tokenizer(family), chat(messages, tools=[ADD]), **keys)
+        encoded(tokenizer, chat(messages, tools=[ADD]), **options)
+
+
+def test_a_prompt_whose_calls_are_left_out_is_refused_too():
+    with pytest.raises(DataError, match=LOST):
+        encoded(chat_tokenizer("chatml"), chat([*asked("2 + 2?"), CALLING, RESULT], counted=[]))
+
+
+# What the generation prompt writes, and how the first answers end: twins with and without marks.
+TWINS = {
+    "marks from the header on": (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}<|im_start|>"
+        "assistant\n{{ m.content }}<|im_end|>{% endgeneration %}{% else %}<|im_start|>"
+        "{{ m.role }}\n{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        ("<|im_start|>assistant\n", "<|im_end|>", "<|im_end|>", "\n"),
+    ),
+    "marks from inside the prompt on": (
+        "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant\n"
+        "{% generation %}<think>\n{{ m.content }}<|im_end|>{% endgeneration %}{% else %}"
+        "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}",
+        ("<|im_start|>assistant\n<think>\n", "<|im_end|>", "<|im_end|>", "\n"),
+    ),
+    "another end after the last answer": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content }}{% if loop.last %}<|im_end|>{% else %}<|endoftext|>"
+        "{% endif %}{% endgeneration %}{% else %}{{ m.content }}<|endoftext|>{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        ("<|im_start|>assistant\n", "<|endoftext|>", "<|im_end|>", ""),
+    ),
+}
+
+
+@pytest.mark.parametrize("has_marks", [True, False], ids=["marks", "no marks"])
+@pytest.mark.parametrize("name", TWINS)
+@given(contents=st.lists(TEXTS.map(str.strip), min_size=4, max_size=4))
+@settings(max_examples=10)
+def test_every_answer_counts_from_the_end_of_its_prompt_up_to_its_end(name, has_marks, contents):
+    template, (header, end, last, after) = TWINS[name]
+    tokenizer = chat_tokenizer("chatml")
+    marks = r"\{%-? (end)?generation %\}"
+    tokenizer.chat_template = template if has_marks else re.sub(marks, "", template)
+
+    row = encoded(tokenizer, chat(asked(*contents)))
+
+    user = "<|im_start|>user\n{}" + (end if after == "" else "<|im_end|>\n") + header
+    parts = [
+        (user.format(contents[0]), False),
+        (contents[1] + end, True),
+        (after + user.format(contents[2]), False),
+        (contents[3] + last, True),
+    ]
+    assert_row(row, tokenizer, *parts, *([(after, False)] if after else []))
+    prompt = tokenizer.apply_chat_template(asked(*contents[:3]), add_generation_prompt=True)
+    assert row.input_ids[: row.prompt_length].tolist() == prompt["input_ids"]
 
 
 @pytest.mark.parametrize(("prompt", "completion"), [("Q\n", "\nA"), ("the c", "at sees")])

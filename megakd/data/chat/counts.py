@@ -17,6 +17,8 @@ from megakd.process.terminal import aligned_rows
 
 logger = logging.getLogger(__name__)
 KEYED = ("special", "lengths")
+SWITCHES = ("enable_thinking", "thinking")
+"""Arguments of chat templates that choose whether a model reasons."""
 MOST_SHOWN = 400
 """Characters at each end of a long part of the first row that the log shows."""
 HEADING = (
@@ -40,6 +42,7 @@ class ChatCounts:
         answer counts, and because they cannot be encoded (`task.bad_rows: drop`).
     lost_reasoning, lost_tools: rows in which the chat template leaves out the reasoning of an
         answer, or a tool of the column `tools`.
+    empty_reasoning: rows in which the chat template writes reasoning without words into an answer.
     special: by the number of a special token, how many of the tokens that count it is.
     lengths: by the number of tokens before a row is cut, how many rows have it. Documents, which
         are cut into rows without losing a token, are not counted.
@@ -56,6 +59,7 @@ class ChatCounts:
     prompts: int = 0
     lost_reasoning: int = 0
     lost_tools: int = 0
+    empty_reasoning: int = 0
     bad: int = 0
     special: dict[int, int] = field(default_factory=dict)
     lengths: dict[int, int] = field(default_factory=dict)
@@ -84,7 +88,7 @@ CountsByName = dict[str, ChatCounts]
 """Numbers by the name of the rows: a split, or `split/source` of a mixture."""
 
 
-def _say_counts(counts: Mapping[str, ChatCounts]) -> None:
+def _say_counts(counts: Mapping[str, ChatCounts], template: str) -> None:
     logger.info("conversations:\n%s", "\n".join(table_lines(counts)))
     for name, tally in counts.items():
         for number, what in (
@@ -115,13 +119,23 @@ def _say_counts(counts: Mapping[str, ChatCounts]) -> None:
                 "set task.chat_template to a template that writes tools, or remove the column",
                 *(name, tally.lost_tools, tally.rows),
             )
+        if tally.empty_reasoning:
+            key = next((key for key in SWITCHES if key in template), None)
+            logger.warning(
+                "%s: the chat template writes empty reasoning into the answers of %d of %d rows, "
+                "so that the student learns not to reason; %s",
+                *(name, tally.empty_reasoning, tally.rows),
+                f"task.chat_template_kwargs: {{{key}: false}} moves it into the prompt"
+                if key
+                else "set task.chat_template to a template that leaves it out",
+            )
 
 
 def say_chat(
     rows: Mapping[str, Dataset], counts: CountsByName, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """Log the table of encoded conversations and the first row with its counted parts marked."""
-    _say_counts(counts)
+    _say_counts(counts, str(tokenizer.chat_template))
     name = next(iter(rows))
     row = rows[name][0]
     counted = [False, *(label != IGNORE for label in row["labels"][:-1])]

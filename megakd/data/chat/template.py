@@ -11,7 +11,8 @@ import datetime
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from itertools import zip_longest
+from dataclasses import replace
+from itertools import accumulate, pairwise, zip_longest
 from typing import Any, NamedTuple, cast
 
 from transformers import PreTrainedTokenizerBase
@@ -19,6 +20,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from megakd.config.task import TaskConfig
 from megakd.data.chat.conversations import ASSISTANT, Conversation, Message, with_arguments
+from megakd.data.special_tokens import REASONING_MARKS, special_tokens
 from megakd.errors import DataError
 from megakd.process.terminal import in_home
 
@@ -28,6 +30,9 @@ FIXED_DATE = datetime.date(2024, 7, 26)
 """The date in templates that write today's date, so that rows do not depend on the day. Llama's
 templates write this date where they cannot read a clock."""
 THINKING = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
+EMPTY_REASONING = re.compile(
+    r"[<\[]([\w:]*(?:think|thought|reason)\w*)[>\]]\s*[<\[]/\1[>\]]", re.IGNORECASE
+)
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 SHOWN_CHARACTERS = 40
 
@@ -41,19 +46,23 @@ def read_template(file: str) -> str:
 
 
 class Rendered(NamedTuple):
-    """A conversation as text.
+    """A conversation as text, with marks in the place of special tokens (see `SpecialTokens`).
 
     answers: the parts that count, as (first character, character after the last).
-    prompt_end: the number of characters that a generator continues.
+    prompts: the numbers of characters that a generator continues, for each answer that counts or
+        for a row that is a prompt.
     lost_reasoning: whether the template has left out the reasoning of an answer.
     lost_tools: whether the template has left out the name of a tool of the row.
+    empty_reasoning: whether an answer that counts has reasoning without words, which its message
+        does not have.
     """
 
     text: str
     answers: list[tuple[int, int]]
-    prompt_end: int
+    prompts: list[int]
     lost_reasoning: bool = False
     lost_tools: bool = False
+    empty_reasoning: bool = False
 
 
 class ChatTemplate:
@@ -68,48 +77,76 @@ class ChatTemplate:
             )
         self.tokenizer, self.task = tokenizer, task
         added = cast("Any", tokenizer).get_added_vocab()
-        self._special = tuple({*tokenizer.all_special_tokens, *added})
+        self.special = tuple({*tokenizer.all_special_tokens, *added})
+        self._texts = special_tokens(tokenizer)
         self.end = cast("str | None", tokenizer.eos_token) or ""
         self._sources: dict[bool, str] = {}
 
     def render(self, conversation: Conversation, *, where: str) -> Rendered:
         """Return the text of a conversation and the parts that count."""
-        messages = [_prepared(m, self.task) for m in conversation.messages or ()]
+        hidden = replace(
+            conversation,
+            tools=self._texts.hidden(conversation.tools),
+            options=self._texts.hidden(conversation.options),
+        )
+        messages = [self._prepared(message) for message in conversation.messages or ()]
         try:
-            made = [with_arguments(message, as_text=False) for message in messages]
-            return self._rendered(conversation, made, where)
+            objects = [with_arguments(message, as_text=False) for message in messages]
+            return self._rendered(_View(self, hidden, objects, where))
         except DataError:
             if not any("tool_calls" in message for message in messages):
                 raise
-            made = [with_arguments(message, as_text=True) for message in messages]
+            texts = [with_arguments(message, as_text=True) for message in messages]
             with suppress(DataError):
-                return self._rendered(conversation, made, where)
+                return self._rendered(_View(self, hidden, texts, where))
             raise
 
-    def _rendered(
-        self, conversation: Conversation, messages: list[Message], where: str
-    ) -> Rendered:
-        view = _View(self, conversation, messages, where)
+    def _prepared(self, message: Message) -> Message:
+        is_answer = message["role"] == ASSISTANT
+        if is_answer and self.task.reasoning == "strip":
+            message = {key: value for key, value in message.items() if key not in REASONING_KEYS}
+            message["content"] = without_reasoning(message["content"])
+        hidden = self._texts.hidden(message, leave=REASONING_MARKS if is_answer else ())
+        return {**hidden, "role": message["role"]}
+
+    def _rendered(self, view: _View) -> Rendered:
+        conversation, messages = view.conversation, view.messages
+        view.require_calls()
         if conversation.is_prompt:
             text = view.up_to(len(messages), prompted=True)
-            return Rendered(text, [], len(text), lost_tools=_loses_tools(conversation, text))
+            lost_tools = _loses_tools(conversation, text)
+            return self._as_read(Rendered(text, [], [len(text)], lost_tools=lost_tools))
         counted = (
             conversation.counted[-1:] if self.task.train_on == "last" else conversation.counted
         )
         has_marks = MARKS.search(self.source(conversation.tools)) is not None
-        made = view.by_marks(counted) if has_marks else view.by_prefixes(counted)
+        whole = view.by_marks(counted) if has_marks else view.by_prefixes(counted)
         ends: list[tuple[int, int]] = []
-        for begin, end in made.answers:
+        for begin, end in whole.answers:
             # White space after the token that ends a turn does not count.
-            stripped = made.text[begin:end].rstrip()
-            ends.append((begin, begin + len(stripped) if stripped.endswith(self._special) else end))
-        shown = "".join(made.text[begin:end] for begin, end in ends)
-        # Marks may leave calls out of what counts.
-        answers = {} if has_marks else dict.fromkeys(counted, shown)
-        _require_calls(messages, made.text, answers=answers, where=where)
-        lost = any(_reasoning(messages[number]) not in shown for number in counted)
-        lost_tools = _loses_tools(conversation, made.text)
-        return made._replace(answers=ends, lost_reasoning=lost, lost_tools=lost_tools)
+            stripped = whole.text[begin:end].rstrip()
+            ends.append((begin, begin + len(stripped) if stripped.endswith(self.special) else end))
+        shown = "".join(whole.text[begin:end] for begin, end in ends)
+        contents = "".join(messages[number]["content"] or "" for number in counted)
+        whole = whole._replace(
+            answers=ends,
+            lost_reasoning=any(_reasoning(messages[number]) not in shown for number in counted),
+            lost_tools=_loses_tools(conversation, whole.text),
+            empty_reasoning=bool(EMPTY_REASONING.search(shown))
+            and not EMPTY_REASONING.search(contents),
+        )
+        return self._as_read(whole)
+
+    def _as_read(self, whole: Rendered) -> Rendered:
+        # Special tokens of the template become marks, and hidden ones of the messages text again.
+        edges = sorted({0, len(whole.text), *whole.prompts, *(e for a in whole.answers for e in a)})
+        parts = [self._texts.swapped(whole.text[a:b]) for a, b in pairwise(edges)]
+        places = dict(zip(edges, accumulate(map(len, parts), initial=0), strict=True))
+        return whole._replace(
+            text="".join(parts),
+            answers=[(places[begin], places[end]) for begin, end in whole.answers],
+            prompts=[places[end] for end in whole.prompts],
+        )
 
     def source(self, tools: Sequence[Any] | None) -> str:
         """Return the text of the template, with a fixed date in place of today's."""
@@ -139,9 +176,9 @@ class _View(NamedTuple):
         for number in counted:
             begin = self._prefix(text, number, prompted=True)
             is_last = number + 1 == len(self.messages)
-            end = len(text) if is_last else self._prefix(text, number + 1, prompted=False)
+            end = len(text) if is_last else self._prefix(text, number + 1, begin, prompted=False)
             answers.append((begin, end))
-        return Rendered(text, answers, answers[-1][0])
+        return Rendered(text, answers, [begin for begin, _ in answers])
 
     def by_marks(self, counted: Sequence[int]) -> Rendered:
         text, marks = self._whole(return_assistant_tokens_mask=True)
@@ -155,9 +192,42 @@ class _View(NamedTuple):
                 f"the conversation has {len(turns)} answers, of which {len(counted)} count; mark "
                 "every answer once, or remove the marks"
             )
-        prompt = self.up_to(counted[-1], prompted=True)
-        is_prefix = text.startswith(prompt) and len(prompt) <= marks[-1][0]
-        return Rendered(text, marks, len(prompt) if is_prefix else marks[-1][0])
+        prompts: list[int] = []
+        for place, number in enumerate(counted, start=len(marks) - len(counted)):
+            prompt = self.up_to(number, prompted=True)
+            # A template may mark what it writes into the prompt too, and may change earlier turns.
+            if text.startswith(prompt) and len(prompt) < marks[-1][1]:
+                prompts.append(len(prompt))
+                marks = [(len(prompt) if b < len(prompt) < e else b, e) for b, e in marks]
+            elif place >= 0:
+                prompts.append(marks[place][0])
+        return Rendered(text, marks, prompts)
+
+    def require_calls(self) -> None:
+        """Raise if the template leaves out a call, as those of Gemma 2 and ChatML do.
+
+        Its name may also be in a list of tools or in other messages, so that every call gets a name
+        of its own, which has to be in the text.
+        """
+        names: dict[str, str] = {}
+        messages: list[Message] = []
+        for message in self.messages:
+            calls: list[Message] = []
+            for call in message.get("tool_calls", ()):
+                name = f"{call['function']['name']}_call_{len(names)}"
+                names[name] = call["function"]["name"]
+                calls.append({**call, "function": {**call["function"], "name": name}})
+            messages.append({**message, "tool_calls": calls} if calls else message)
+        if not names:
+            return
+        is_prompt = self.conversation.is_prompt
+        text = self._replace(messages=messages).up_to(len(messages), prompted=is_prompt)
+        for name, original in names.items():
+            if name not in text:
+                raise DataError(
+                    f"{self.where}: the chat template leaves out a call of the tool {original!r}; "
+                    "set task.chat_template to a template that writes tool_calls, or remove the row"
+                )
 
     def _whole(self, **keys: bool) -> tuple[str, list[tuple[int, int]]]:
         text, marks = self._rendered(len(self.messages), **keys)
@@ -196,12 +266,26 @@ class _View(NamedTuple):
         texts, marks = rendered
         return texts[0], marks[0] if marks else []
 
-    def _prefix(self, text: str, count: int, *, prompted: bool) -> int:
+    def _prefix(self, text: str, count: int, begin: int = 0, *, prompted: bool) -> int:
+        # `begin` is where the answer begins that ends the first messages.
         prefix = self.up_to(count, prompted=prompted)
-        # Phi's templates close every text without a prompt for an answer with the end token.
-        for begun in (prefix, prefix.removesuffix(self.template.end)):
-            if text.startswith(begun):
-                return len(begun)
+        if text.startswith(prefix):
+            return len(prefix)
+        special = self.template.special
+        closed = prefix.rstrip()
+        ending = max((s for s in special if closed.endswith(s)), key=len, default="")
+        bare = closed.removesuffix(ending)
+        if ending and text.startswith(bare):
+            if not prompted and not bare[begin:].rstrip().endswith(special):
+                # Templates such as that of gpt-oss end the last answer with a token of its own.
+                rest = text[len(bare) :]
+                begun = rest.lstrip()
+                other = max((s for s in special if begun.startswith(s)), key=len, default="")
+                if other:
+                    return len(bare) + len(rest) - len(begun) + len(other)
+            # Phi's templates close every text without a prompt for an answer with the end token.
+            if ending == self.template.end:
+                return len(bare)
         pairs = enumerate(zip_longest(prefix, text))
         same = next(place for place, (a, b) in pairs if a != b)
         alone, whole = (t[same : same + SHOWN_CHARACTERS] for t in (prefix, text))
@@ -213,21 +297,6 @@ class _View(NamedTuple):
             f"{whole!r} in the whole conversation, so that a model would not learn the "
             f"text that it generates; {_remedy(self.conversation, count)}"
         )
-
-
-def _require_calls(
-    messages: Sequence[Message], text: str, *, answers: Mapping[int, str], where: str
-) -> None:
-    # The templates of Llama 3, Gemma 2 and ChatML write `content` alone, so that an answer with a
-    # call would be learned as an empty answer.
-    for number, message in enumerate(messages):
-        for call in message.get("tool_calls", ()):
-            name = call["function"]["name"]
-            if name not in answers.get(number, text):
-                raise DataError(
-                    f"{where}: the chat template leaves out a call of the tool {name!r}; set "
-                    "task.chat_template to a template that writes tool_calls, or remove the row"
-                )
 
 
 def _loses_tools(conversation: Conversation, text: str) -> bool:
@@ -251,13 +320,6 @@ def _remedy(conversation: Conversation, count: int) -> str:
         "check task.chat_template_kwargs and task.reasoning (enable_thinking: false contradicts "
         "answers with reasoning), or set task.chat_template to another template"
     )
-
-
-def _prepared(message: Message, task: TaskConfig) -> Message:
-    if task.reasoning == "keep" or message["role"] != ASSISTANT:
-        return message
-    kept = {key: value for key, value in message.items() if key not in REASONING_KEYS}
-    return {**kept, "content": without_reasoning(message["content"])}
 
 
 def without_reasoning(text: str) -> str:

@@ -26,13 +26,14 @@ from megakd.data.arrow import PLACE
 from megakd.data.chat.conversations import CONVERSATION, SOURCE, Conversation
 from megakd.data.chat.counts import ChatCounts, CountsByName
 from megakd.data.chat.template import ChatTemplate, Rendered, without_reasoning
+from megakd.data.special_tokens import special_tokens
 from megakd.data.tables import BadRows
 from megakd.data.token_tables import document_ends, numbers_of, plain_encoding
 from megakd.errors import DataError
 from megakd.process.workers import in_processes, processes_for
 
 # Part of the key of encoded rows: increase this number when the encoded rows would differ.
-VERSION = 3
+VERSION = 4
 ROWS_AT_ONCE = 500
 ROWS_OF_A_PROCESS = 2000
 """A process encodes at least this many conversations, about a second of work."""
@@ -40,7 +41,7 @@ ENCODED_AT_ONCE = 32
 """Conversations that are encoded together. Without special tokens in the text, the beginnings up to
 each answer are encoded too, which takes much memory for long conversations with many answers."""
 PROMPT_LENGTH = "prompt_length"
-REFUSED = Rendered("", [], 0)
+REFUSED = Rendered("", [], [0])
 
 
 class ChatRow(NamedTuple):
@@ -186,11 +187,11 @@ class ChatEncoder:
             return REFUSED
         prompt, answer = conversation.prompt, conversation.completion
         if answer is None:
-            return Rendered(prompt, [], len(prompt))
+            return Rendered(prompt, [], [len(prompt)])
         if self._task.reasoning == "strip":
             answer = without_reasoning(answer)
         text = prompt + answer
-        return Rendered(text, [(len(prompt), len(text))], len(prompt))
+        return Rendered(text, [(len(prompt), len(text))], [len(prompt)])
 
     def _encoded(
         self, rendered: Sequence[Rendered], places: Sequence[str]
@@ -200,7 +201,7 @@ class ChatEncoder:
         cuts = [
             [
                 (self._separate_before(pieces, s), s)
-                for s in sorted({t.prompt_end, *(a[0] for a in t.answers)})
+                for s in sorted({*t.prompts, *(a[0] for a in t.answers)})
             ]
             for t, pieces in zip(rendered, whole, strict=True)
         ]
@@ -249,7 +250,8 @@ class ChatEncoder:
         if self._text(ids) != self._text(whole.ids):
             cut = (s for s in starts if whole.ids[: lengths[s]] != ids[: lengths[s]])
             start = next(cut, starts[-1])
-            near = text.text[max(0, start - 20) : start], text.text[start : start + 20]
+            swapped = special_tokens(self._tokenizer).swapped
+            near = swapped(text.text[:start])[-20:], swapped(text.text[start:])[:20]
             raise DataError(
                 f"{place}: the tokens of the prompt are not the first tokens of the whole text: "
                 f"the tokenizer joins {near[0]!r} with {near[1]!r}; begin the answer without white "
@@ -275,6 +277,7 @@ class ChatEncoder:
             prompts=int(conversation.is_prompt),
             lost_reasoning=int(text.lost_reasoning),
             lost_tools=int(text.lost_tools),
+            empty_reasoning=int(text.empty_reasoning),
         )
         if conversation.messages is None and not conversation.prompt:
             rows = list(_document_rows(tokens, self._task.row_length))
@@ -325,10 +328,7 @@ def _marked(text: Rendered, pieces: _Pieces, lengths: dict[int, int]) -> Tokens:
         is_whole = end == len(text.text)
         last = len(pieces.ids) if is_whole else bisect_left(pieces.offsets, end)
         counts[lengths[begin] : last] = True
-    starts = sorted(
-        {*(begin for begin, _ in text.answers if begin < text.prompt_end), text.prompt_end}
-    )
-    return Tokens(np.array(pieces.ids, dtype=np.int32), counts, [lengths[s] for s in starts])
+    return Tokens(np.array(pieces.ids, dtype=np.int32), counts, [lengths[s] for s in text.prompts])
 
 
 def _document_rows(tokens: Tokens, length: int) -> Iterator[ChatRow]:

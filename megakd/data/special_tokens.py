@@ -1,0 +1,151 @@
+"""Special tokens whose strings occur in texts: there they are text, and no tokens.
+
+A text that holds `<|im_end|>` or `[MASK]` would otherwise end a turn or ask for a word. A fast
+tokenizer reads texts with another string in the place of each special token: a mark, which texts do
+not hold. A chat template writes the special tokens of its own, which become marks afterwards.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import pyarrow.compute
+from datasets import Dataset
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from megakd.data.arrow import arrow_batches
+from megakd.data.chat.conversations import CONVERSATION
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+CONTROL = re.compile(r"<[|\uff5c].+[|\uff5c]>")
+"""Tokens that are special by their form; some tokenizers, such as DeepSeek's, do not say so."""
+REASONING_MARKS = ("<think>", "</think>")
+"""Strings that stay tokens in answers: reasoning is a part of what is learned."""
+_ROWS_AT_ONCE = 10_000
+_MOST_NAMED = 5
+
+
+class SpecialTokens:
+    """The special tokens of a tokenizer as strings, and a tokenizer that reads them as text.
+
+    reader: encodes texts in which `swapped` has replaced the special tokens of a template. It has
+        the token numbers of the tokenizer, and serves for nothing else.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        added = tokenizer.added_tokens_decoder.values()
+        declared = (t.content for t in added if t.special or CONTROL.fullmatch(t.content))
+        names = {*map(str, tokenizer.all_special_tokens), *declared}
+        self.reader: Any = copy.copy(tokenizer)
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:  # without numbers of characters, which conversations need
+            self.reader.split_special_tokens, marks = True, dict[str, str]()
+        else:
+            tree = json.loads(backend.to_str())
+            names -= _ordinary(names, tree["model"])
+            # A sign at each end, so that no mark is a part of another and none is a word.
+            marks = {name: f"⸨⟦{number}⟧⸩" for number, name in enumerate(sorted(names))}
+            self.reader._tokenizer = _renamed(tree, marks)  # noqa: SLF001  (no public way)
+            self.reader.split_special_tokens = False
+        self.names = sorted(names, key=len, reverse=True)
+        self._other = marks | {mark: name for name, mark in marks.items()}
+        self._both = _one_of(self._other)
+
+    def swapped(self, text: str) -> str:
+        """Return a text with a mark for each special token, and a special token for each mark."""
+        return self._both.sub(lambda match: self._other[match[0]], text)
+
+    def hidden(self, value: T, *, leave: Collection[str] = ()) -> T:
+        """Return the value with `swapped` texts in all lists and objects.
+
+        A template writes a value as it is, so that swapping its text again gives marks for the
+        special tokens of the template alone. The strings of `leave` stay tokens.
+        """
+        hidden: Any = value
+        if isinstance(value, str) and self._both.search(value):
+            parts = re.split(f"({_one_of(leave).pattern})", value)
+            hidden = "".join(part if part in leave else self.swapped(part) for part in parts)
+        elif isinstance(value, Mapping):
+            hidden = {key: self.hidden(each, leave=leave) for key, each in value.items()}
+        elif isinstance(value, list):
+            hidden = [self.hidden(each, leave=leave) for each in value]
+        return hidden
+
+    def say(self, rows: Dataset, *, name: str) -> None:
+        """Warn of the rows whose texts hold the strings of special tokens."""
+        texts = {"text", "text_pair"}.intersection(rows.column_names)
+        columns = [CONVERSATION] if CONVERSATION in rows.column_names else sorted(texts)
+        names = set(self.names) - {*(REASONING_MARKS if CONVERSATION in columns else ())}
+        pattern, counts, some = _one_of(names), Counter[str](), 0
+        arrow: Any = pyarrow.compute  # pyarrow carries no types
+        for table in arrow_batches(rows.select_columns(columns), _ROWS_AT_ONCE):
+            columns_of_texts: list[Any] = table.columns
+            holds: Any = None
+            for texts in columns_of_texts:
+                here = arrow.match_substring_regex(texts, pattern.pattern)
+                holds = here if holds is None else arrow.or_(holds, here)
+            some += arrow.sum(holds).as_py() or 0
+            for texts in columns_of_texts:
+                for text in texts.filter(holds).to_pylist():
+                    counts.update(pattern.findall(text))
+        if not some:
+            return
+        reads = self.reader(list(counts), add_special_tokens=False)["input_ids"]
+        numbers = map(self._tokenizer.convert_tokens_to_ids, counts)
+        unknown = self._tokenizer.unk_token
+        read = zip(counts, reads, numbers, strict=True)
+        tokens = [token for token, ids, n in read if n in ids and token != unknown]
+        listed = ", ".join(f"{token} {n} times" for token, n in counts.most_common(_MOST_NAMED))
+        logger.warning(
+            "%s: %d of %d rows hold strings of special tokens (%s%s), %s; give texts that are "
+            "written with a chat template as messages",
+            *(name, some, len(rows), listed, ", …" if len(counts) > _MOST_NAMED else ""),
+            f"of which this tokenizer reads {', '.join(tokens)} as special tokens"
+            if tokens
+            else "which are read as text",
+        )
+
+
+@lru_cache(maxsize=4)  # a run has two vocabularies at most, and evaluation may add another
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
+    """Return the special tokens of a tokenizer, to which no token is added afterwards."""
+    return SpecialTokens(tokenizer)
+
+
+def _one_of(strings: Collection[str]) -> re.Pattern[str]:
+    longest_first = sorted(strings, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"[^\s\S]")
+
+
+def _ordinary(names: Collection[str], model: Mapping[str, Any]) -> set[str]:
+    # Some tokenizers pad with "!" or end with a line break: these are pieces of any text.
+    merges = model.get("merges") or ()
+    joined = {"".join(m.split(" ", 1)) if isinstance(m, str) else "".join(m) for m in merges}
+    return {name for name in names if len(name) == 1 or name.isspace() or name in joined}
+
+
+def _renamed(tree: dict[str, Any], names: Mapping[str, str]) -> Tokenizer:
+    """Return the tokenizer with other strings for the same token numbers."""
+    model = tree["model"]
+    for token in tree["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(name, name): n for name, n in model["vocab"].items()}
+    else:
+        model["vocab"] = [[names.get(name, name), score] for name, score in model["vocab"]]
+    if model.get("unk_token") is not None:
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    renamed = Tokenizer.from_str(json.dumps(tree))
+    renamed.no_truncation()
+    renamed.no_padding()
+    return renamed
