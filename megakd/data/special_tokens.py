@@ -58,12 +58,21 @@ class SpecialTokens:
             self.reader._tokenizer = _renamed(tree, marks)  # noqa: SLF001  (no public way)
             self.reader.split_special_tokens = False
         self.names = sorted(names, key=len, reverse=True)
-        self._other = marks | {mark: name for name, mark in marks.items()}
+        self._names = {mark: name for name, mark in marks.items()}
+        self._other = marks | self._names
         self._both = _one_of(self._other)
 
     def swapped(self, text: str) -> str:
         """Return a text with a mark for each special token, and a special token for each mark."""
         return self._both.sub(lambda match: self._other[match[0]], text)
+
+    def shown(self, text: str) -> str:
+        """Return a text with the names of all special tokens, for messages."""
+        return self._both.sub(lambda match: self._names.get(match[0], match[0]), text)
+
+    def end_of_last(self, text: str) -> int:
+        """Return the number of characters up to the end of the last special token; 0 without."""
+        return max((text.rfind(name) + len(name) for name in self.names if name in text), default=0)
 
     def hidden(self, value: T, *, leave: Collection[str] = ()) -> T:
         """Return the value with `swapped` texts in all lists and objects.

@@ -222,19 +222,30 @@ def test_a_template_that_leaves_out_tools_is_named_with_the_number_of_rows(
     assert prompts.counts().lost_tools == loses
 
 
-@pytest.mark.parametrize("switch", ["enable_thinking", None])
-def test_empty_reasoning_in_answers_is_counted_with_the_key_that_moves_it(tmp_path, caplog, switch):
-    rows = chats(("Hi", "Hello"), ("Hi", "<think>\nHm.\n</think>\n\nHello"), ("Ho", "Hu"))
-    family, keys = "qwen3", {"chat_template_kwargs": {switch: False}} if switch else {}
-    for options, count in (({}, 2), (keys, 0 if switch else 2)):
-        caplog.clear()
-        data = Data(tmp_path / str(count), rows[:: 2 if options else 1], family=family, **options)
-        if switch is None:
-            data.tokenizer.chat_template = template_of("qwen3").replace("enable_thinking", "other")
-        assert data.counts().empty_reasoning == count
-        line = f"train: the chat template writes empty reasoning into the answers of {count} of 3"
-        assert (line in caplog.text) == (count > 0)
-        assert ("{enable_thinking: false}" in caplog.text) == bool(count and switch)
+HEADER = "{{- '<|im_start|>assistant\\n"
+MOVES, NO_THINKING = "{enable_thinking: false} moves it", {"enable_thinking": False}
+# What is replaced in Qwen 3's template, its arguments, and what the line says.
+EMPTY: dict[str, tuple[tuple[str, str], dict[str, bool], str]] = {
+    "in the answer": (("", ""), {}, MOVES),
+    "in the prompt": (("", ""), NO_THINKING, ""),
+    "begun in the prompt": ((f"{HEADER}' }}}}", f"{HEADER}<think>\\n' }}}}"), {}, MOVES),
+    "without a switch": (("enable_thinking", "other"), {}, "set task.chat_template to"),
+}
+
+
+@pytest.mark.parametrize(("change", "options", "says"), EMPTY.values(), ids=EMPTY)
+def test_empty_reasoning_in_answers_is_counted_with_the_key_that_moves_it(
+    tmp_path, caplog, change, options, says
+):
+    rows = chats(("Hi", "Hello"), ("Ho", "Hu"), ("Hi", "<think>\nHm.\n</think>\n\nHello"))
+    rows = rows[:2] if options else rows  # which would contradict the third
+    data = Data(tmp_path, rows, family="qwen3", chat_template_kwargs=options)
+    data.tokenizer.chat_template = template_of("qwen3").replace(*change)
+
+    assert data.counts().empty_reasoning == (2 if says else 0)
+    line = "train: the chat template writes empty reasoning into the answers of 2 of 3 rows"
+    assert (line in caplog.text) == bool(says)
+    assert says in caplog.text
 
 
 def test_rows_that_cannot_be_read_or_encoded_are_named_together(tmp_path, monkeypatch):

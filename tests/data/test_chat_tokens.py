@@ -287,6 +287,22 @@ def test_every_answer_counts_from_the_end_of_its_prompt_up_to_its_end(name, has_
     assert row.input_ids[: row.prompt_length].tolist() == prompt["input_ids"]
 
 
+def test_a_prompt_that_is_not_in_the_text_ends_with_the_last_token_of_the_template_in_both():
+    """DeepSeek's prompts begin reasoning, and its training template marks the header too."""
+    tokenizer = chat_tokenizer("deepseek", merges=False)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}<|Assistant|>"
+        "{{ m.content }}<|end_of_sentence|>{% endgeneration %}{% else %}<|User|>{{ m.content }}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}<|Assistant|><think>{% endif %}"
+    )
+
+    row = encoded(tokenizer, chat(asked("Hi", "Hello", "Bye", "See you")))
+
+    answers = [(f"{text}<|end_of_sentence|>", True) for text in ("Hello", "See you")]
+    headers = [(f"<|User|>{text}<|Assistant|>", False) for text in ("Hi", "Bye")]
+    assert_row(row, tokenizer, headers[0], answers[0], headers[1], answers[1])
+
+
 @pytest.mark.parametrize(("prompt", "completion"), [("Q\n", "\nA"), ("the c", "at sees")])
 def test_no_token_reaches_over_the_end_of_the_prompt(prompt, completion):
     """The tokenizer would join both; a generator continues the tokens of the prompt alone."""

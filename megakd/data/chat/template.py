@@ -78,7 +78,7 @@ class ChatTemplate:
         self.tokenizer, self.task = tokenizer, task
         added = cast("Any", tokenizer).get_added_vocab()
         self.special = tuple({*tokenizer.all_special_tokens, *added})
-        self._texts = special_tokens(tokenizer)
+        self.texts = special_tokens(tokenizer)
         self.end = cast("str | None", tokenizer.eos_token) or ""
         self._sources: dict[bool, str] = {}
 
@@ -86,8 +86,8 @@ class ChatTemplate:
         """Return the text of a conversation and the parts that count."""
         hidden = replace(
             conversation,
-            tools=self._texts.hidden(conversation.tools),
-            options=self._texts.hidden(conversation.options),
+            tools=self.texts.hidden(conversation.tools),
+            options=self.texts.hidden(conversation.options),
         )
         messages = [self._prepared(message) for message in conversation.messages or ()]
         try:
@@ -106,7 +106,7 @@ class ChatTemplate:
         if is_answer and self.task.reasoning == "strip":
             message = {key: value for key, value in message.items() if key not in REASONING_KEYS}
             message["content"] = without_reasoning(message["content"])
-        hidden = self._texts.hidden(message, leave=REASONING_MARKS if is_answer else ())
+        hidden = self.texts.hidden(message, leave=REASONING_MARKS if is_answer else ())
         return {**hidden, "role": message["role"]}
 
     def _rendered(self, view: _View) -> Rendered:
@@ -132,15 +132,20 @@ class ChatTemplate:
             answers=ends,
             lost_reasoning=any(_reasoning(messages[number]) not in shown for number in counted),
             lost_tools=_loses_tools(conversation, whole.text),
-            empty_reasoning=bool(EMPTY_REASONING.search(shown))
-            and not EMPTY_REASONING.search(contents),
+            # Its first mark may be in the prompt.
+            empty_reasoning=not EMPTY_REASONING.search(contents)
+            and any(
+                begin < empty.end() <= end
+                for empty in EMPTY_REASONING.finditer(whole.text)
+                for begin, end in ends
+            ),
         )
         return self._as_read(whole)
 
     def _as_read(self, whole: Rendered) -> Rendered:
         # Special tokens of the template become marks, and hidden ones of the messages text again.
         edges = sorted({0, len(whole.text), *whole.prompts, *(e for a in whole.answers for e in a)})
-        parts = [self._texts.swapped(whole.text[a:b]) for a, b in pairwise(edges)]
+        parts = [self.texts.swapped(whole.text[a:b]) for a, b in pairwise(edges)]
         places = dict(zip(edges, accumulate(map(len, parts), initial=0), strict=True))
         return whole._replace(
             text="".join(parts),
@@ -195,12 +200,14 @@ class _View(NamedTuple):
         prompts: list[int] = []
         for place, number in enumerate(counted, start=len(marks) - len(counted)):
             prompt = self.up_to(number, prompted=True)
-            # A template may mark what it writes into the prompt too, and may change earlier turns.
-            if text.startswith(prompt) and len(prompt) < marks[-1][1]:
-                prompts.append(len(prompt))
-                marks = [(len(prompt) if b < len(prompt) < e else b, e) for b, e in marks]
-            elif place >= 0:
-                prompts.append(marks[place][0])
+            same = _same(prompt, text)
+            is_prefix = same == len(prompt) < marks[-1][1]
+            if not is_prefix:  # such as DeepSeek's, which begins reasoning that the text lacks
+                same = self.template.texts.end_of_last(text[:same])
+            # A template may mark what it writes into the prompt too.
+            marks = [(same if begin < same < end else begin, end) for begin, end in marks]
+            if is_prefix or place >= 0:
+                prompts.append(same if is_prefix else marks[place][0])
         return Rendered(text, marks, prompts)
 
     def require_calls(self) -> None:
@@ -286,17 +293,24 @@ class _View(NamedTuple):
             # Phi's templates close every text without a prompt for an answer with the end token.
             if ending == self.template.end:
                 return len(bare)
-        pairs = enumerate(zip_longest(prefix, text))
-        same = next(place for place, (a, b) in pairs if a != b)
-        alone, whole = (t[same : same + SHOWN_CHARACTERS] for t in (prefix, text))
+        same = _same(prefix, text)
+        shown = self.template.texts.shown
+        alone, whole = (shown(t[same:])[:SHOWN_CHARACTERS] for t in (prefix, text))
         answer = count + 1 if prompted else count
         raise DataError(
             f"{self.where}: the chat template renders the beginning of the conversation up to "
             f"answer {answer} differently when the rest follows: after "
-            f"{text[max(0, same - SHOWN_CHARACTERS) : same]!r} it writes {alone!r} alone and "
+            f"{shown(text[:same])[-SHOWN_CHARACTERS:]!r} it writes {alone!r} alone and "
             f"{whole!r} in the whole conversation, so that a model would not learn the "
             f"text that it generates; {_remedy(self.conversation, count)}"
         )
+
+
+def _same(one: str, other: str) -> int:
+    # The number of characters at the beginning that both texts have.
+    if other.startswith(one):
+        return len(one)
+    return next(n for n, (a, b) in enumerate(zip_longest(one, other)) if a != b)
 
 
 def _loses_tools(conversation: Conversation, text: str) -> bool:

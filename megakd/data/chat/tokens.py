@@ -250,8 +250,8 @@ class ChatEncoder:
         if self._text(ids) != self._text(whole.ids):
             cut = (s for s in starts if whole.ids[: lengths[s]] != ids[: lengths[s]])
             start = next(cut, starts[-1])
-            swapped = special_tokens(self._tokenizer).swapped
-            near = swapped(text.text[:start])[-20:], swapped(text.text[start:])[:20]
+            shown = special_tokens(self._tokenizer).shown
+            near = shown(text.text[:start])[-20:], shown(text.text[start:])[:20]
             raise DataError(
                 f"{place}: the tokens of the prompt are not the first tokens of the whole text: "
                 f"the tokenizer joins {near[0]!r} with {near[1]!r}; begin the answer without white "
