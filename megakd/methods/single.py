@@ -22,13 +22,19 @@ class SingleConfig(OneTeacherOptions):
 
 
 def run(config: SingleConfig, lab: Lab) -> StageResult:
-    """Distil on all rows, labelled or not; by default with half hard and half soft targets."""
+    """Distil on all rows, labelled or not; by default with half hard and half soft targets.
+
+    With generated texts, the default is soft targets alone: a text of the student has no label.
+    """
     teacher = lab.teacher(config.teacher)
+    default = (*lab.hard_terms(0.5), *lab.soft_terms(0.5))
+    if lab.config.rollout is not None:
+        default = lab.soft_terms()
     return lab.train(
         Stage(
             name="student",
             teachers=(teacher,),
-            objective=lab.config.objective or (*lab.hard_terms(0.5), *lab.soft_terms(0.5)),
+            objective=lab.config.objective or default,
             strategy=Constant((Pass(teacher=teacher),)),
             rollouts=lab.config.rollout,
         )

@@ -25,6 +25,8 @@ CUT = "method={name: minidisc, target_sparsity: 0.5}"
 URL = "url: ['http://a:1']"
 PUSH = "push: full, folder: w"
 NO_PUSH = "kind: vllm, push: none"
+HARD = f"{KL[:-1]}, {{loss: hard_cross_entropy}}]"
+HARD_ON_DATA = f"{HARD[:-2]}, on: data}}]"
 MIXTURE = "task.mixture={a: {files: a.jsonl, weight: 1}}"
 A = "task.mixture={a: {files: a.jsonl, weight: 1, teacher: a}"
 
@@ -228,6 +230,15 @@ ROLLOUT = [
     ("mix: {rollout: 0.5, data: 0.5}", "objective.0.on=rollouts", "no term learns from data, whic"),
     ("from_step: 3", "objective.0.on=rollouts", "objective: no term learns from data, which rollo"),
     ("by: student", "objective.0.on=data", "objective: no term learns from rollouts, which rollou"),
+    ("by: student", f"{KL[:-1]}, {KL_ON}]", "objective[1].on: data, and"),
+    ("mix: {data: 1}", f"{KL[:-1]}, {KL_ON[:-5]}rollouts}}]", "draws none, so that"),
+    ("by: student", HARD, "objective[1].on: null, so that hard"),
+    (
+        "mix: {data: 0.5, replay: 0.5}",
+        f"{HARD[:-2]}, on: rollouts}}]",
+        "objective[1].on: rollouts, so that hard_cross_entropy would take texts that the student",
+    ),
+    ("from_step: 3", HARD, "(rollout.by: student) as labels; set the key to"),
     ("by: mentor", "seed=1", 'rollout.by: there is no teacher "mentor"'),
     ("files: a, max_staleness: 1", "seed=1", "rollout.max_staleness: 1 applies to texts that are"),
     ("files: a, rows_per_call: 4", "seed=1", "rollout.rows_per_call: cannot be combined with rol"),
@@ -377,6 +388,15 @@ def test_settings_that_cannot_be_or_contradict_each_other_are_refused(run_file, 
             for kind in ("vllm", "sglang")
         ),
         f"{TEXT}; rollout={{max_new_tokens: 4, server: {{url: ['http://[::1]:8000'], {NO_PUSH}}}}}",
+        # Labels of the data, and texts of another model as labels.
+        f"{TEXT}; rollout={{max_new_tokens: 4, from_step: 3}}; {HARD_ON_DATA}",
+        f"{TEXT}; rollout={{max_new_tokens: 4}}; {HARD[:-2]}, weight: 0}}]",
+        *(
+            f"{TEXT}; rollout={{max_new_tokens: 4, {source}}}; {HARD}"
+            for source in ("by: teacher", "files: a", "mix: {data: 1}")
+        ),
+        f"{TEXT}; student.model=from_teacher; method={{name: shrink, parameters: 1M, "
+        f"on_policy_steps: 2}}; rollout={{max_new_tokens: 4}}; {HARD_ON_DATA}",
     ],
 )
 def test_settings_near_those_refusals_are_accepted(run_file, overrides):

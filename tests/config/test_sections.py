@@ -38,7 +38,9 @@ def test_a_loss_may_be_listed_once_for_each_source_of_texts(run_file, key):
     losses = [f"{{loss: soft_target_kl, {key}: {source}}}" for source in ("data", "rollouts")]
     objective = f"objective=[{{loss: soft_target_kl}}, {', '.join(losses)}]"
 
-    config = loaded(run_file, objective, "rollout={max_new_tokens: 8}")
+    config = loaded(
+        run_file, objective, "rollout={max_new_tokens: 8, mix: {rollout: 0.5, data: 0.5}}"
+    )
 
     terms = config.objective or ()
     assert [getattr(term, "on", "missing") for term in terms] == [None, "data", "rollouts"]

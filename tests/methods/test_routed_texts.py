@@ -15,7 +15,7 @@ from tiny_runs import SENTENCES, llama, write_jsonl
 from whole_run import read
 
 EXPERTS = ("sums", "talk")
-SOFT = [{"loss": "soft_target_kl"}, {"loss": "hard_cross_entropy", "weight": 0.1}]
+SOFT = [{"loss": "soft_target_kl"}, {"loss": "hard_cross_entropy", "weight": 0.1, "on": "data"}]
 ROLLOUT = {"max_new_tokens": 5, "mix": {"rollout": 0.5, "replay": 0.2, "data": 0.3}}
 
 

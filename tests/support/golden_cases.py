@@ -123,7 +123,12 @@ def cases(data: Path) -> dict[str, Tree]:
         },
         "chat": chat,
         "last_answers": {**chat, "task": _chat(data, train_on="last", bad_rows="drop")},
-        "on_policy": {**causal, "rollout": ROLLOUT, "train": {"per_device_train_batch_size": 8}},
+        "on_policy": {
+            **causal,
+            "objective": [KL, {**CROSS, "on": "data"}],
+            "rollout": ROLLOUT,
+            "train": {"per_device_train_batch_size": 8},
+        },
         "lora": {**chat, "student": {"model": str(data / "chat-student"), "lora": LORA}},
         "stream": {
             **masked,

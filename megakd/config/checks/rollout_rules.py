@@ -9,7 +9,7 @@ from megakd.config.rollout import RolloutConfig, RolloutServerConfig
 from megakd.config.run import RunConfig
 from megakd.contract.options import no_such_teacher
 from megakd.contract.tasks import STUDENT
-from megakd.contract.terms import source_of
+from megakd.contract.terms import HardCrossEntropy, source_of
 
 
 def rollout_problems(config: RunConfig) -> Iterator[str]:
@@ -25,11 +25,26 @@ def rollout_problems(config: RunConfig) -> Iterator[str]:
     taught = {source_of(term) for term in config.objective} if config.objective else {None}
     # A cut is repaired on the data, before texts are generated.
     drawn = rollouts.draws | ({"data"} if config.method.cuts_student else set())
-    for source in () if None in taught else sorted(drawn - taught):
+    untaught = () if None in taught else sorted(drawn - taught)
+    for source in untaught:
         yield (
             f"objective: no term learns from {source}, which rollout.mix or rollout.from_step "
             f"draws; add a term without on or with on: {source}, or change the section rollout"
         )
+    for index, term in enumerate(config.objective or ()):
+        source = source_of(term)
+        if source not in {None, *drawn} and not untaught:
+            yield (
+                f"objective[{index}].on: {source}, and rollout.mix draws none, so that the term "
+                "would be 0 at every step; give them a share in rollout.mix, or remove the term"
+            )
+        is_hard = isinstance(term, HardCrossEntropy) and term.weight > 0
+        if is_hard and rollouts.student_writes and source != "data":
+            yield (
+                f"objective[{index}].on: {source or 'null'}, so that {term.loss} would take texts "
+                "that the student writes (rollout.by: student) as labels; set the key to data if "
+                "rollout.mix draws data, or remove the term"
+            )
     if rollouts.server is not None:
         yield from problems(_SERVER, Case(config, "rollout.server", rollouts.server))
 
