@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -33,6 +34,9 @@ from megakd.storage.atomic import sha256_of
 
 BOM = b"\xef\xbb\xbf"
 PARQUET_BATCH_ROWS = 1000
+QUOTED_AFTER_BLANK = re.compile(r'(^|,) +"[^"]*"\s*(,|$)', re.MULTILINE)
+"""A field of a csv file whose writer puts a blank behind each comma: the quotes are no text."""
+FIRST_LINES = 20
 # Values of any kind, stored as JSON text; the first versions of `datasets` 4 do not have it.
 JSON_FEATURE = getattr(datasets, "Json", Value)
 
@@ -51,13 +55,14 @@ def _digest_of(path: Path) -> str:
 
 def read_csv(path: Path, *, digest: Digest = _digest_of) -> Table:
     """Read a csv file with a header; fields may be quoted and contain line breaks."""
-    table = _with_header(path, _csv_fields, digest=digest)
+    skips = bool(QUOTED_AFTER_BLANK.search("".join(islice(_text_lines(path), FIRST_LINES))))
+    table = _with_header(path, partial(_csv_fields, skips_blanks=skips), digest=digest)
     if len(table.columns) == 1 and (separators := {*table.columns[0]} & {*";\t|"}):
         raise DataError(
             f"{path}, line 1: no comma, but {min(separators)!r} in {table.columns[0]!r}; separate "
             "the fields by commas (by tabs in a file that is named .tsv), or rename the column"
         )
-    return table
+    return replace(table, format="blanks" if skips else "")
 
 
 def read_tsv(
@@ -280,8 +285,9 @@ def _with_header(
     return Table(name=str(path), columns=columns, records=records, digest=digest(path))
 
 
-def _csv_fields(path: Path) -> Iterator[tuple[int, list[str]]]:
-    reader, first_line = csv.reader(_text_lines(path), strict=True), 1
+def _csv_fields(path: Path, *, skips_blanks: bool) -> Iterator[tuple[int, list[str]]]:
+    reader = csv.reader(_text_lines(path), strict=True, skipinitialspace=skips_blanks)
+    first_line = 1
     while True:
         # `csv` refuses fields of more than 131072 characters by default; documents may be longer.
         # The limit is that of the process, in which other files are read by turns.

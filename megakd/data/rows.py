@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ from datasets import Dataset, Features, IterableDataset, Value
 from datasets.distributed import split_dataset_by_node
 
 from megakd.config.task import TaskConfig
-from megakd.contract.batch import ROUTE
+from megakd.contract.batch import IGNORE, ROUTE
 from megakd.data.arrow import PLACE, column_of, key_of, read_rows, write_rows
 from megakd.data.chat.conversations import CONVERSATION, SOURCE, Conversation, chat_columns, is_chat
 from megakd.data.choosing import is_labelled, text_hash
@@ -31,9 +32,10 @@ logger = logging.getLogger(__name__)
 # Increase this number when the same source results in different rows.
 VERSION = 5
 # Increase this number when a folder of rows gets different files or rows.
-LAYOUT = 3
+LAYOUT = 4
 BLANK_FILE = "blank_rows.json"
-"""File in a folder of rows: the number of rows without text, the first, and the bad rows."""
+"""File in a folder of rows: the number of rows without text, the first, the bad rows, and what the
+rows without a label have in its place, with their numbers."""
 ERROR, LINE = "__error__", "__line__"
 """Columns of the rows of a stream: why a row cannot be read, and its file and line."""
 DEFAULT_METRICS: Mapping[str, tuple[str, ...]] = {
@@ -182,7 +184,7 @@ def rows_of(
     key = key_of(VERSION, LAYOUT, content, read, where, task.bad_rows)
 
     def fill(fresh: Path) -> None:
-        blank: dict[str, Any] = {"count": 0, "first": ""}
+        blank: dict[str, Any] = {"count": 0, "first": "", "unlabelled": Counter[str]()}
         bad = BadRows(task.bad_rows)
         more = {} if source is None else {SOURCE: Value("string")}
         rows = _rows(table, kind, source, blank=blank, bad=bad)
@@ -210,6 +212,11 @@ def _rows(
                 blank["first"] = blank["first"] or record.place
                 if not kind.keeps_blank:
                     continue
+            label = cast("float", row.get("label", 0))
+            # A score may be -100.
+            if kind.label and (label == IGNORE if kind.classes else math.isnan(label)):
+                cell = record.values.get(kind.label)
+                blank["unlabelled"][cell.strip() if isinstance(cell, str) else ""] += 1
             if source is not None:
                 row[SOURCE] = source
             if kind.teacher is not None:
@@ -221,6 +228,12 @@ def _tell_blank(folder: Path, name: str, *, count: int, are_kept: bool) -> None:
     there = json.loads((folder / BLANK_FILE).read_text(encoding="utf-8"))
     if there.get("bad"):
         logger.warning("%s: %d bad row(s) left out (task.bad_rows: drop)", name, there["bad"])
+    if cells := Counter[str](there["unlabelled"]):
+        # An empty cell is meant; a word such as nan may be the name of a class.
+        words = ", ".join(f"{n} say {word!r}" for word, n in cells.most_common() if word.isalpha())
+        level = logging.WARNING if words else logging.INFO
+        also = f" ({words}, which means no label; a class needs another name)" if words else ""
+        logger.log(level, "%s: %d of %d rows have no label%s", name, cells.total(), count, also)
     if are_kept and there["count"] == count:
         raise DataError(f"{name}: all {count} rows have an empty text; check task.text_columns")
     if there["count"]:

@@ -40,7 +40,8 @@ class Table:
 
     records: function that reads all rows from the beginning, with constant memory.
     digest: sha256 of the source of the rows.
-    format: `tsv`, whose rows differ from those of a csv file with the same content; else empty.
+    format: what the rows depend on beside the content: `tsv`, and `blanks` of a csv file whose
+        quotes follow a blank; else empty.
     class_names: class names by column, if the data itself declares class names.
     """
 
