@@ -282,8 +282,10 @@ def test_paths_in_the_home_folder_are_found(config, run_file, runs, monkeypatch)
     monkeypatch.setenv("HOME", str(home))
 
     assert cli.main(["export", config, "--to", ""]) == 2
-    assert cli.main(["export", config, "--to=~/made"]) == 0
-    assert runs.asked == [("export", Path("runs/x"), None, home / "made")]
+    assert cli.main(["export", config, "--to=$NOWHERE/made"]) == 2
+    for folder in ("~/made", "$HOME/made"):
+        assert cli.main(["export", config, f"--to={folder}"]) == 0
+    assert runs.asked == [("export", Path("runs/x"), None, home / "made")] * 2
 
 
 @pytest.mark.parametrize("command", ["evaluate", "export"])

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
-from megakd.config.paths import Folder
+from megakd.config.paths import Folder, Place
 from megakd.config.rollout import TeacherServerConfig
 from megakd.config.train import FinetuneOverrides
 from megakd.contract.batch import MOST_DRAWS
@@ -31,10 +31,10 @@ class ScratchModel:
 class TeacherConfig:
     """The frozen model that the student learns from, with its own DeepSpeed engine."""
 
-    model: str | ScratchModel
+    model: Place | ScratchModel
     """A folder, a Hub id, a config, or `student_base`: the student without its adapters
     (`student.lora`), which teaches without a second model in memory."""
-    deepspeed: str | dict[str, Any] = "teacher_zero3"
+    deepspeed: Place | dict[str, Any] = "teacher_zero3"
     """Preset name, path or inline mapping; ZeRO 0 (replicated) or 3 (sharded)."""
     dtype: Dtype | None = None
     """None: on a CPU fp32; on a GPU the dtype of the checkpoint, and bf16 for fp32."""
@@ -140,7 +140,7 @@ Layers = Annotated[tuple[Count, ...], Field(min_length=1), AfterValidator(_each_
 class StudentConfig:
     """The model that learns."""
 
-    model: str | ScratchModel
+    model: Place | ScratchModel
     """A folder, a Hub id, a config, or `from_teacher`. With `from_teacher`, the method cuts the
     student out of the teacher, or the student gets some of the teacher's `layers`."""
     layers: Count | Layers | KeptLayers | None = None
@@ -152,7 +152,7 @@ class StudentConfig:
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Dropout in place of every dropout of the model's config, also in its exported config; None:
     as the config has it. 0 makes the targets of distillation easier to match."""
-    deepspeed: str | dict[str, Any] = "auto"
+    deepspeed: Place | dict[str, Any] = "auto"
     """`auto`: zero2; zero0 on one rank, but for 16 bits on a GPU or in several backwards."""
     architecture: Literal["enct5", "t5_encoder"] | None = None
     """Architecture to load a T5 or mT5 checkpoint as; None: enct5."""

@@ -7,6 +7,9 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator
 
+from megakd.errors import ConfigError
+from megakd.process.terminal import with_variables
+
 DATA_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".json", ".txt")
 """Endings of data files, in lower case."""
 
@@ -22,9 +25,16 @@ def looks_like_path(dataset: str) -> bool:
     return is_path(dataset) or dataset.endswith("/") or is_file
 
 
+def _with_variables(text: str) -> str:
+    try:
+        return with_variables(text)
+    except ConfigError as error:  # pydantic adds the key
+        raise ValueError(str(error)) from None
+
+
 def _expanded(path: Path) -> Path:
     try:
-        return path.expanduser()
+        return Path(_with_variables(str(path))).expanduser()
     except RuntimeError:
         user = path.parts[0]
         raise ValueError(
@@ -39,8 +49,10 @@ def _named(value: object) -> object:
     return value
 
 
+Place = Annotated[str, AfterValidator(_with_variables)]
+"""A path, or another name of a model or of data, with the values of `$NAME` and `${NAME}`."""
 Folder = Annotated[Path, BeforeValidator(_named), AfterValidator(_expanded)]
-"""A path in which `~` is the home folder."""
+"""A path in which `~` is the home folder, with the values of variables."""
 Checkpoint = Annotated[
     str, BeforeValidator(_named), AfterValidator(lambda text: str(_expanded(Path(text))))
 ]

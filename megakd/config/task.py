@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 from pydantic.dataclasses import dataclass
 
-from megakd.config.paths import Folder
+from megakd.config.paths import Folder, Place
 from megakd.contract.tasks import TaskType
 from megakd.contract.terms import STRICT, Count
 
@@ -22,7 +21,7 @@ class TokenizerConfig:
     vocab_size: Annotated[int, Field(ge=300)] = 8000
 
 
-Files = str | Annotated[tuple[str, ...], Field(min_length=1)]
+Files = Place | Annotated[tuple[Place, ...], Field(min_length=1)]
 """A path, a pattern such as shards/*.jsonl, or a list of paths and patterns."""
 
 
@@ -69,7 +68,7 @@ class TaskConfig:
     """The task and its data: either `dataset`, or separate files for every split."""
 
     type: TaskType
-    dataset: str | None = None
+    dataset: Place | None = None
     train_files: Files | None = None
     validation_files: Files | None = None
     """None: 5 % of the training rows, chosen by hash."""
@@ -83,7 +82,7 @@ class TaskConfig:
     """Further sets by name; all their rows are scored at the end of the run."""
     dataset_config: str | None = None
     """The Hub configuration of `dataset`, if the data set has several configurations."""
-    data_dir: Path | None = None
+    data_dir: Folder | None = None
     text_columns: Annotated[tuple[str, ...], Field(min_length=1, max_length=2)] | None = None
     label_column: str | None = None
     teacher_column: str | None = None
@@ -95,7 +94,7 @@ class TaskConfig:
     """Column with prompts, texts or lists of messages. None: `prompt`. Only for causal_lm."""
     completion_column: str | None = None
     """Column with the answers to the prompts. None: `completion`. Only for causal_lm."""
-    chat_template: str | None = None
+    chat_template: Place | None = None
     """File with a chat template in Jinja. None: the tokenizer's. Only for causal_lm."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of the chat template, such as `enable_thinking: false`. A column of the
@@ -118,7 +117,7 @@ class TaskConfig:
     ] = None
     """In tokens. Longer texts are truncated; mlm splits them into windows, and causal_lm packs
     texts to this length. None: 128, and for causal_lm the length of 99 % of the training rows."""
-    tokenizer: str | TokenizerConfig | None = None
+    tokenizer: Place | TokenizerConfig | None = None
     mlm_probability: Annotated[float, Field(gt=0, le=1)] | None = None
     """Fraction of the tokens that are predicted; None: 0.15. Only for mlm."""
     whole_word_masking: bool = False

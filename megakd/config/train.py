@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_type_hints
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from megakd.config.paths import Checkpoint
+from megakd.config.paths import Checkpoint, Place
 from megakd.contract.tasks import Kernels
 from megakd.contract.terms import STRICT, Count, Fraction, Positive, Weight
 from megakd.errors import ConfigError
@@ -103,7 +103,7 @@ else:
 class FinetuneOverrides(TrainOverrides):
     """`teacher.finetune`: every key of `train`, and the DeepSpeed config of the fine-tuning."""
 
-    deepspeed: str | dict[str, Any] = "auto"
+    deepspeed: Place | dict[str, Any] = "auto"
 
 
 def inherit(train: TrainConfig, overrides: TrainOverrides) -> TrainConfig:

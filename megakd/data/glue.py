@@ -147,7 +147,6 @@ def _plain(name: str) -> str:
 
 def task_folder(data_dir: Path, name: str) -> Path:
     """Return the folder of a task's TSV files: `data_dir`, or its subfolder for the task."""
-    data_dir = data_dir.expanduser()
     if not data_dir.is_dir():
         raise DataError(f"task.data_dir: the folder {data_dir} does not exist")
     if (data_dir / "train.tsv").exists():

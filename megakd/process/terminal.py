@@ -1,12 +1,15 @@
-"""Input and output of a command: paths with ~, tables, and its answer on standard output."""
+"""Input and output of a command: paths with ~ or variables, tables, and its answer on stdout."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from megakd.errors import ConfigError
 
 
 @contextlib.contextmanager
@@ -46,9 +49,22 @@ def tell(text: str) -> None:
 def in_home(text: str | Path) -> Path:
     """Return a path with ~ or ~name at its beginning replaced by the home folder of the user.
 
-    Shells leave `--to=~/folder` unchanged. A name that is no user stays as written.
+    Shells leave `--to=~/folder` unchanged. A name that is no user stays as written. Variables are
+    replaced too, see `with_variables`.
     """
-    return Path(os.path.expanduser(text))  # noqa: PTH111, Path.expanduser raises RuntimeError
+    path = with_variables(str(text))
+    return Path(os.path.expanduser(path))  # noqa: PTH111, Path.expanduser raises RuntimeError
+
+
+def with_variables(path: str) -> str:
+    """Return a path with the values of `$NAME` and `${NAME}`; one that exists as written stays."""
+    names = (name.strip("{}") for name in re.findall(r"\$([A-Za-z_]\w*|\{[^}]*\})", path))
+    unset = [name for name in names if not os.environ.get(name)]
+    if unset and not os.path.lexists(path):
+        raise ConfigError(
+            f"the variable {unset[0]} is not set (got {path!r}); set it, or write the path out"
+        )
+    return path if unset else os.path.expandvars(path)
 
 
 def aligned_rows(rows: Sequence[Sequence[str]]) -> list[str]:

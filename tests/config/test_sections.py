@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 from run_files import message_of
 
-from megakd.config.file import load_config
+from megakd.config.file import dump_config, load_config
 from megakd.config.rollout import LengthStep, RolloutConfig, RolloutServerConfig, rollout_block
 from megakd.config.run import RunConfig
 from megakd.contract.completions import Sampling
@@ -151,8 +152,81 @@ def test_the_home_folder_of_nobody_is_refused(run_file):
     assert "'~nosuchuser/x'" in text
 
 
+ROWS = "task={type: causal_lm, dataset: d}; teacher.model=t; objective=null"
+PATHS = [
+    "output_dir=HERE",
+    "task.dataset=HERE",
+    "task.dataset=glue/sst2; task.data_dir=HERE",
+    "task.tokenizer=HERE",
+    f"{ROWS}; task.chat_template=HERE",
+    f"{ROWS}; task.encoded=HERE",
+    "task.dataset=null; task.train_files=HERE",
+    "task.dataset=null; task.train_files=[a.csv, 'HERE/*.csv']",
+    "task.evaluation_sets.hard=HERE",
+    f"{ROWS}; task.dataset=null; task.mixture.a={{files: ['HERE'], weight: 1}}",
+    "teacher.model=HERE",
+    "student.model=${SCRATCH}/a",
+    "teacher.finetune=null; teacher.cache=HERE",
+    f"{ROWS}; rollout={{max_new_tokens: 4, files: HERE}}",
+    "train.resume_from_checkpoint=HERE",
+]
+
+
+@pytest.mark.parametrize("overrides", PATHS)
+def test_a_variable_in_any_path_is_put_in_where_it_is_set(run_file, home, monkeypatch, overrides):
+    (home / "a").write_text("{{ messages }}")
+    monkeypatch.setenv("SCRATCH", str(home))
+
+    written = dump_config(
+        load_config(run_file, overrides.replace("HERE", "$SCRATCH/a").split("; "))
+    )
+
+    assert f"{home}/a" in written
+    assert "SCRATCH" not in written
+
+
+@pytest.mark.parametrize("value", [None, ""])
+def test_paths_with_a_variable_that_is_not_set_are_refused_with_their_keys(
+    run_file, monkeypatch, value
+):
+    monkeypatch.delenv("SCRATCH", raising=False)
+    if value is not None:
+        monkeypatch.setenv("SCRATCH", value)
+    paths = [path.split("; ")[-1].replace("HERE", "$SCRATCH/a") for path in PATHS]
+
+    message = message_of(run_file, *ROWS.split("; "), *paths)
+
+    for path in paths:
+        key = path.partition("=")[0]
+        assert re.search(rf"{key}\S*: the variable SCRATCH is not set \(got '", message)
+
+
+def test_a_deepspeed_file_may_be_named_by_a_variable(run_file, home, monkeypatch):
+    monkeypatch.setenv("SCRATCH", str(home))
+    (home / "mine.json").write_text('{"zero_optimization": {"stage": 0}}')
+
+    config = loaded(run_file, "student.deepspeed=$SCRATCH/mine.json")
+
+    assert config.student.deepspeed == f"{home}/mine.json"
+
+
+def test_a_dollar_sign_that_names_no_variable_of_a_path_stays(run_file, home, monkeypatch):
+    monkeypatch.chdir(home)
+    monkeypatch.delenv("USD", raising=False)
+    (home / "in$USD.csv").touch()
+
+    config = loaded(
+        run_file, "task.dataset=in$USD.csv", "task.label_column=$USD", "output_dir=for$5"
+    )
+
+    assert (config.task.dataset, config.task.label_column) == ("in$USD.csv", "$USD")
+    assert config.output_dir == Path("for$5")
+    assert in_home("in$USD.csv") == Path("in$USD.csv")
+
+
 @pytest.mark.parametrize(
-    ("value", "folder"), [("", ".cache/megakd"), ("~", "."), ("~/fast/cache", "fast/cache")]
+    ("value", "folder"),
+    [("", ".cache/megakd"), ("$HOME/fast", "fast"), ("~", "."), ("~/fast/cache", "fast/cache")],
 )
 def test_an_empty_cache_variable_is_the_default_and_a_home_folder_is_expanded(
     home, monkeypatch, value, folder

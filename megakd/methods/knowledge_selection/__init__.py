@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
 from megakd.contract.lab import Lab
@@ -34,6 +34,7 @@ from megakd.contract.terms import (
     term_name,
 )
 from megakd.errors import ConfigError, TeacherError
+from megakd.process.terminal import in_home
 
 if TYPE_CHECKING:
     from megakd.methods.knowledge_selection.selector import Selector, SelectorShape
@@ -89,7 +90,7 @@ class KnowledgeSelectionConfig(OneTeacherOptions):
     updates: Count = 32
     hidden: Count = 64
     selector_learning_rate: Positive = 1e-3
-    selector: Path | None = None
+    selector: Annotated[Path, AfterValidator(in_home)] | None = None
 
     @property
     def looks_into_teacher(self) -> bool:
@@ -160,7 +161,7 @@ def _selector(
     if config.selector is None:
         result = lab.train(_stage_1(config, lab, teacher, kinds, shape))
         return lab.made_by(result, SELECTOR, load_selector) or _new(lab, shape)
-    path = config.selector.expanduser()
+    path = config.selector
     path = path / SELECTOR if path.is_dir() else path
     selector = load_selector(str(path))
     if selector.shape[:3] != shape[:3]:
