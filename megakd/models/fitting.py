@@ -76,6 +76,7 @@ def plan_loading(
     leave_out = () if keeps_head else (source.architecture.head,)
     match = match_names(empty, source.stored, leave_out=leave_out)
     if source.folder is not None:
+        _check_language_head(match, source, task)
         if need_head:
             _check_head(match, source, task, label_names)
         _check_tensors(match, source, empty)
@@ -108,6 +109,22 @@ def check_length(source: ModelSource, task: TaskConfig) -> None:
         raise ModelError(
             f"{source.where}: task.max_length is {task.row_length} and the model takes at most"
             f" {longest} tokens; lower task.max_length"
+        )
+
+
+def random_head(match: Match, source: ModelSource) -> list[str]:
+    """Return the tensors of the head that a checkpoint lacks and that start from random values."""
+    # A new bias is zero, as in a family that has none.
+    return [n for n in match.missing if source.architecture.of_the_task(n) and "bias" not in n]
+
+
+def _check_language_head(match: Match, source: ModelSource, task: TaskConfig) -> None:
+    drawn = random_head(match, source) if task.type == "causal_lm" else []
+    if drawn:
+        raise ModelError(
+            f"{source.where}: {source.folder} lacks {listed(drawn, 3)}, and config.json does not "
+            "tie the head to the embeddings, so that it would be random; set tie_word_embeddings: "
+            "true in config.json if the model ties them, or give another folder"
         )
 
 

@@ -22,6 +22,7 @@ from transformers import CONFIG_MAPPING, AutoConfig
 
 from megakd.config.models import ScratchModel
 from megakd.config.task import TaskConfig
+from megakd.contract.tasks import LANGUAGE_TASKS
 from megakd.engine.collectives import gather, node_name, together
 from megakd.engine.sharding import (
     is_first_rank,
@@ -35,6 +36,7 @@ from megakd.models.architectures import HEAD_COUNTS, Architecture, architecture_
 from megakd.models.fitting import Match, build_empty, plan_loading
 from megakd.models.fresh import initialize_parameters
 from megakd.models.int8 import INT8_METHOD, load_int8
+from megakd.models.label_order import listed
 from megakd.models.modeling.modeling_t5 import EncT5Config, T5EncoderConfig
 from megakd.models.own_models import CONFIG_ERRORS, class_of, register_own_models
 from megakd.models.source import ModelSource
@@ -204,7 +206,7 @@ def load_model(  # noqa: PLR0913  (each is another fact about the run)
     whole = [name for name, parameter in parameters.items() if not hasattr(parameter, "ds_id")]
     if is_sharded(model) and whole:
         raise RuntimeError(f"{len(whole)} parameters are not sharded, among them {whole[0]}")
-    _log_match(source, match)
+    _log_match(source, match, task)
     return model
 
 
@@ -259,9 +261,16 @@ def load_finished(
             f"{where}: {folder} is quantized ({method}); give the model in fp32, bf16 or fp16"
         )
     try:
-        model = model_class.from_pretrained(folder, dtype=dtype or "auto")
+        model, report = model_class.from_pretrained(
+            folder, dtype=dtype or "auto", output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{where}: {folder} cannot be loaded: {one_line(error)}") from error
+    if report["missing_keys"]:
+        lacking = listed(sorted(report["missing_keys"]), 3)
+        raise ModelError(
+            f"{where}: {folder} lacks {lacking}, which would be random; give a whole model"
+        )
     return model.to(place)
 
 
@@ -441,15 +450,20 @@ def _fill(model: PreTrainedModel, match: Match, where: str) -> None:
         set_values(tensors[name], partial(reader.part, tensor))
 
 
-def _log_match(source: ModelSource, match: Match) -> None:
+def _log_match(source: ModelSource, match: Match, task: TaskConfig) -> None:
     if source.folder is None or not is_first_rank():
         return
-    for text, names in (
-        ("%s: %d weights are newly initialized, such as %s", match.missing),
-        ("%s: %d stored weights are not used, such as %s", match.unused),
-    ):
-        if names:
-            logger.info(text, source.where, len(names), names[0])
+    if match.missing and task.type in LANGUAGE_TASKS:
+        logger.warning(
+            "%s: %s has no head for %s, and these tensors of it start new: %s",
+            *(source.where, source.folder, task.type, ", ".join(match.missing)),
+        )
+    elif match.missing:
+        text = "%s: %d weights are newly initialized, such as %s"
+        logger.info(text, source.where, len(match.missing), match.missing[0])
+    if match.unused:
+        text = "%s: %d stored weights are not used, such as %s"
+        logger.info(text, source.where, len(match.unused), match.unused[0])
 
 
 def check_finite(model: PreTrainedModel, source: ModelSource) -> None:

@@ -27,7 +27,8 @@ from megakd.engine.collectives import on_main
 from megakd.engine.sharding import gathered, gathered_state, is_first_rank
 from megakd.errors import ConfigError
 from megakd.models.architectures import Architecture
-from megakd.models.fitting import valueless_model
+from megakd.models.fitting import match_names, random_head, valueless_model
+from megakd.models.label_order import listed
 from megakd.models.model_folder import Extra
 from megakd.models.source import ModelSource
 from megakd.models.weights import stored_tensors
@@ -56,6 +57,13 @@ def check_adapters(source: ModelSource, task: TaskConfig, lora: LoraConfig) -> N
     """Check the targets of the adapters on a model without memory, before any weight is loaded."""
     model = valueless_model(source, task, source.config)
     adapted_modules(model, source.architecture, lora)
+    drawn = random_head(match_names(model, source.stored), source)
+    if drawn and task.type in LANGUAGE_TASKS:
+        raise ConfigError(
+            f"student.lora: {source.folder} lacks {listed(drawn, 3)}, and adapters would leave a "
+            f"new head for {task.type} random and frozen; give a folder with this head, or remove "
+            "the section"
+        )
 
 
 def adapted_modules(

@@ -66,6 +66,19 @@ def test_a_masked_language_model_gives_its_encoder_and_its_head_is_named_in_the_
     assert "4 weights are newly initialized, such as bert.pooler" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("model_type", "new"),
+    [("bert", "cls.predictions.transform.dense"), ("roberta", "lm_head.dense")],
+)
+def test_a_new_head_of_a_masked_language_model_is_a_warning_with_its_tensors(
+    tiny, caplog, model_type, new
+):
+    tiny.load(tiny.save(model_type, auto=AutoModel), tiny.task("mlm"), need_head=False)
+    (warning,) = (line for line in caplog.records if line.levelno == logging.WARNING)
+    assert f"{tiny.folder} has no head for mlm" in warning.getMessage()
+    assert f"{new}.weight" in warning.getMessage()
+
+
 def test_the_gamma_and_beta_of_old_checkpoints_are_read(tiny):
     folder = tiny.save("bert", num_labels=3)
     expected = AutoModelForSequenceClassification.from_pretrained(folder)

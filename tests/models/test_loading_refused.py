@@ -8,7 +8,7 @@ from megakd.config.models import ScratchModel
 from megakd.errors import ModelError
 from megakd.models import loading
 from megakd.models.architectures import MASKED_HEADS
-from megakd.models.loading import check_model
+from megakd.models.loading import check_model, load_finished
 
 NAMES = ("joy", "anger", "fear")
 
@@ -66,6 +66,36 @@ def test_a_teacher_without_a_masked_head_is_refused(tiny, model_type, auto):
     text = refusal(tiny, folder, tiny.task("mlm"))
     assert f"teacher.model: {folder} has no head for mlm (" in text
     assert "set teacher.finetune or give a folder that was fine-tuned for the task" in text
+
+
+@pytest.mark.parametrize(
+    ("model_type", "need_head"),
+    [("llama", False), ("phi", True), ("gpt2", False), ("qwen3_moe", True)],
+)
+def test_a_decoder_without_its_untied_head_is_refused_with_the_cures(tiny, model_type, need_head):
+    tiny.save(model_type, tie_word_embeddings=False)
+    tiny.rewrite(lambda tensors: {n: t for n, t in tensors.items() if "lm_head" not in n})
+    text = refusal(tiny, tiny.folder, tiny.task("causal_lm"), need_head=need_head)
+    assert (
+        f"teacher.model: {tiny.folder} lacks lm_head.weight, and config.json does not tie" in text
+    )
+    assert "set tie_word_embeddings: true in config.json if the model ties them, or give" in text
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "phi"])
+def test_a_bare_decoder_that_ties_its_head_has_one(tiny, model_type):
+    folder = tiny.save(model_type, auto=AutoModel, tie_word_embeddings=True)
+    model = tiny.load(folder, tiny.task("causal_lm"), need_head=False)
+    assert torch.equal(
+        model.lm_head.weight, AutoModel.from_pretrained(folder).get_input_embeddings().weight
+    )
+
+
+def test_a_finished_model_without_its_head_is_not_opened_with_a_random_one(tiny):
+    tiny.save("llama", tie_word_embeddings=False)
+    tiny.rewrite(lambda tensors: {n: t for n, t in tensors.items() if "lm_head" not in n})
+    with pytest.raises(ModelError, match=r"MODEL: .* lacks lm_head\.weight, which would be random"):
+        load_finished(tiny.folder, "MODEL")
 
 
 def test_missing_backbone_weights_are_counted_and_three_of_them_named(tiny):

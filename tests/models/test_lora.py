@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
@@ -65,6 +66,19 @@ def export(model, folder):
     state, files = merged_state(model)
     write_model_folder(folder, ModelContent(model.config, state, extra=files))
     return folder
+
+
+def test_adapters_are_refused_where_they_would_leave_a_random_head_frozen(tiny):
+    folder = tiny.save("bert", auto=AutoModel)
+    mlm, classification = (
+        tiny.resolve(folder, tiny.task(kind)) for kind in ("mlm", "classification")
+    )
+
+    check_adapters(classification, tiny.task(), LoraConfig())  # which train this head
+    with pytest.raises(
+        ConfigError, match=r"lacks cls\.predictions\.transform\..* random and frozen"
+    ):
+        check_adapters(mlm, tiny.task("mlm"), LoraConfig())
 
 
 @pytest.mark.parametrize("model_type", list(FAMILIES))
