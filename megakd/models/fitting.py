@@ -23,7 +23,13 @@ from megakd.models.architectures import (
     context_length,
     counts_padding,
 )
-from megakd.models.label_order import label_order, labels_agree, listed, set_labels
+from megakd.models.label_order import (
+    check_problem,
+    label_order,
+    labels_agree,
+    listed,
+    set_labels,
+)
 from megakd.models.own_models import register_own_models
 from megakd.models.source import ModelSource
 from megakd.models.weights import StoredExperts, StoredTensor, WeightReader
@@ -70,6 +76,8 @@ def plan_loading(
     config = copy.deepcopy(source.config)
     is_classifier = task.type not in LANGUAGE_TASKS
     keeps_head = need_head or not is_classifier or labels_agree(config, label_names)
+    if not need_head:
+        config.problem_type = None  # of a classifier that a language model starts from
     if is_classifier and not need_head:
         set_labels(config, label_names)
     empty = valueless_model(source, task, config)
@@ -137,6 +145,7 @@ def _check_head(
             f"{source.where}: {source.folder} has no head for {task.type} ({listed(lacking, 3)} "
             "missing); set teacher.finetune or give a folder that was fine-tuned for the task"
         )
+    check_problem(source.config, task.type, where=source.where)
     if task.type == "regression" and source.config.num_labels != 1:
         raise ModelError(
             f"{source.where}: {source.folder} has {source.config.num_labels} outputs and regression"

@@ -58,6 +58,26 @@ def test_a_teacher_that_does_not_fit_task_or_tokenizer_is_refused(tiny, kind, ke
 
 
 @pytest.mark.parametrize(
+    ("kind", "stated", "needed"),
+    [
+        ("classification", "multi_label_classification", "single_label_classification"),
+        ("classification", "regression", "single_label_classification"),
+        ("regression", "multi_label_classification", "regression"),
+    ],
+)
+def test_a_teacher_whose_outputs_answer_another_question_is_refused(tiny, kind, stated, needed):
+    names = NAMES if kind == "classification" else ()
+    folder = tiny.save("bert", num_labels=len(names) or 1, problem_type=stated)
+    text = refusal(tiny, folder, tiny.task(kind), label_names=names)
+    assert f"problem_type is {stated} in the model's config.json, and task.type {kind}" in text
+    assert f"needs {needed}; set teacher.finetune or give a model" in text
+
+    trained = tiny.load(folder, tiny.task(kind), label_names=names, need_head=False)
+    masked = tiny.load(folder, tiny.task("mlm"), need_head=False)
+    assert (trained.config.problem_type, masked.config.problem_type) == (needed, None)
+
+
+@pytest.mark.parametrize(
     ("model_type", "auto"),
     [("bert", AutoModel), *((name, AutoModelForSequenceClassification) for name in MASKED_HEADS)],
 )
