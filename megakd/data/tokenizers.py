@@ -356,6 +356,14 @@ _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 """SentencePiece's mark of a space."""
 
 
+def rows_for(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the rows that a table for the tokens needs: the largest token number plus 1.
+
+    It may be more than `len(tokenizer)`, because the numbers of tokens can have gaps.
+    """
+    return 1 + max(tokenizer.get_vocab().values())
+
+
 def characters_of_tokens(tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Return [V] int64 the number of characters of every token, without white space.
 
@@ -363,7 +371,7 @@ def characters_of_tokens(tokenizer: PreTrainedTokenizerBase) -> Tensor:
     the largest token number plus 1.
     """
     tokens = tokenizer.get_vocab()
-    counts = torch.zeros(max(tokens.values()) + 1, dtype=torch.long)
+    counts = torch.zeros(rows_for(tokenizer), dtype=torch.long)
     special, count = set(tokenizer.all_special_ids), _counter(tokenizer)
     for token, number in tokens.items():
         counts[number] = 0 if number in special else count(token)

@@ -26,7 +26,7 @@ from megakd.contract.terms import looks_inside
 from megakd.data.encoding import Encoded
 from megakd.data.rows import check_row_teachers
 from megakd.data.splits import Splits
-from megakd.data.tokenizers import VocabularyPair, has_tokenizer_files, load_tokenizer
+from megakd.data.tokenizers import VocabularyPair, has_tokenizer_files, load_tokenizer, rows_for
 from megakd.engine.collectives import gather, main_first, node_name
 from megakd.errors import ConfigError, DataError, MegakdError, TeacherError
 from megakd.inputs.run_data import (
@@ -197,7 +197,7 @@ def _with_tokens(
     source: ModelSource, tokenizer: PreTrainedTokenizerBase, task: TaskConfig
 ) -> ModelSource:
     pad = cast("int | None", tokenizer.pad_token_id)  # transformers' own type allows several
-    sized = with_vocabulary(source, len(tokenizer), pad_token_id=pad)
+    sized = with_vocabulary(source, rows_for(tokenizer), pad_token_id=pad)
     if source.wants_vocabulary and task.type == "causal_lm" and pad == tokenizer.eos_token_id:
         # A padding token has no gradient, and a decoder learns where texts end.
         sized.config.pad_token_id = None
@@ -270,7 +270,7 @@ def check_run(config: RunConfig, inputs: UnencodedInputs) -> None:
             source,
             task=config.task,
             label_names=inputs.splits.label_names,
-            tokenizer_size=len(inputs.tokenizer_of(role)),
+            tokenizer_size=rows_for(inputs.tokenizer_of(role)),
             need_head=role in config.teacher_specs and not config.teacher_specs[role].finetune,
         )
     if config.student.lora is not None:

@@ -21,7 +21,7 @@ from megakd.contract.tasks import STUDENT
 from megakd.data.chat.conversations import is_chat
 from megakd.data.chat.counts import SETS, ChatCounts
 from megakd.data.chat.tokens import PROMPT_LENGTH
-from megakd.data.tokenizers import LOOKED_FOR, from_folder, has_tokenizer_files
+from megakd.data.tokenizers import LOOKED_FOR, from_folder, has_tokenizer_files, rows_for
 from megakd.errors import ConfigError, DataError, TeacherError
 from megakd.models.source import ModelSource
 
@@ -35,7 +35,7 @@ class ChatFacts:
 
     end: the tokenizer's end token; None: none.
     ends: the tokens that end a generated text, of the tokenizer and of generation_config.json.
-    size: number of embeddings; without weights, of the tokenizer's tokens.
+    size: number of embeddings; without weights, the rows that the tokenizer needs.
     """
 
     where: str
@@ -92,7 +92,7 @@ def _facts(where: str, tokenizer: PreTrainedTokenizerBase, source: ModelSource) 
         template=tokenizer.chat_template,
         end=cast("str | None", tokenizer.eos_token),
         ends=frozenset(_tokens(_end_ids(tokenizer, source), tokenizer)),
-        size=embeddings or len(tokenizer),
+        size=embeddings or rows_for(tokenizer),
     )
 
 
@@ -219,11 +219,12 @@ def without_tokenizer(task: TaskConfig, sources: Iterable[ModelSource]) -> Itera
 def other_vocabularies(
     task: TaskConfig, tokenizer: PreTrainedTokenizerBase, sources: Iterable[ModelSource]
 ) -> Iterator[str]:
-    """Yield an error for each model that comes with another tokenizer than the run's.
+    """Yield an error for each model that has another tokenizer, or no row for one of the tokens.
 
-    A tokenizer that `task.tokenizer` names is accepted, with a line in the log.
+    Another tokenizer that `task.tokenizer` names is accepted, with a line in the log.
     """
-    vocabulary = tokenizer.get_vocab()
+    sources, vocabulary = list(sources), tokenizer.get_vocab()
+    yield from _without_rows(vocabulary, sources)
     for source, folder in _pretrained(sources):
         if not has_tokenizer_files(folder):
             continue
@@ -242,6 +243,20 @@ def other_vocabularies(
                 "%s: %d of the %d tokens of the model's own tokenizer have another id, or no id, "
                 "in task.tokenizer %s, which is used as configured",
                 *(source.where, other, len(theirs), tokenizer.name_or_path),
+            )
+
+
+def _without_rows(vocabulary: Mapping[str, int], sources: Iterable[ModelSource]) -> Iterator[str]:
+    token, number = max(vocabulary.items(), key=lambda item: item[1])
+    for source in sources:
+        rows = source.config.vocab_size
+        if number >= rows and not source.wants_vocabulary:
+            raised = f"raise {source.where}.config.vocab_size to {number + 1}"
+            cure = f"remove the token {token}" if source.folder else raised
+            yield (
+                f"{source.where}: the token {token} of the tokenizer has the number {number}, and "
+                f"the embedding of the model has {rows} rows (numbers 0 to {rows - 1}); set "
+                f"task.tokenizer to a tokenizer with smaller numbers, or {cure}"
             )
 
 

@@ -14,6 +14,7 @@ from transformers import CONFIG_MAPPING
 
 from megakd.config.task import TaskConfig
 from megakd.contract.views import Axes, Cut, UnitOrder, View
+from megakd.data.tokenizers import rows_for
 from megakd.engine.sharding import gathered_state
 from megakd.errors import ModelError
 from megakd.models.architectures import (
@@ -165,7 +166,7 @@ def reshape_folder(  # noqa: PLR0913  (each is another fact about the model)
     if source.folder is None:
         raise ModelError(f"{source.where}: {source.name} has no stored weights that could be cut")
     whole, match = plan_loading(
-        source, task, label_names, tokenizer_size=len(tokenizer), need_head=True
+        source, task, label_names, tokenizer_size=rows_for(tokenizer), need_head=True
     )
     labels = label_order(whole, label_names, where=source.where)
     if labels is not None:

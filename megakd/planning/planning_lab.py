@@ -110,8 +110,10 @@ def _counted(folder: Path) -> int | None:
         if (folder / "vocab.txt").is_file():
             with (folder / "vocab.txt").open(encoding="utf-8") as pieces:
                 return sum(1 for _ in pieces)
-        model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        return len(model["model"]["vocab"])
+        tree = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        pieces = tree["model"]["vocab"]  # a list, or numbers by piece
+        numbers = pieces.values() if isinstance(pieces, dict) else range(len(pieces))
+        return 1 + max([*numbers, *(token["id"] for token in tree.get("added_tokens", ()))])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

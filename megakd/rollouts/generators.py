@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 
 from megakd.contract.completions import Completion, Sampling, TextTokens
 from megakd.contract.tasks import STUDENT
+from megakd.data.tokenizers import rows_for
 from megakd.engine.collectives import on_main, together
 from megakd.engine.sharding import whole_model
 from megakd.engine.student import StudentEngine
@@ -52,12 +53,11 @@ def text_tokens(
     source = sources[STUDENT]
     pad = tokenizer.pad_token_id
     sizes = [one.config.vocab_size for one in sources.values()]
-    numbers = 1 + max(tokenizer.get_vocab().values())  # len() counts tokens, and numbers may skip
     return TextTokens(
         end=end_tokens_of(tokenizer, source.config, generation_config_of(source)),
         pad=pad if isinstance(pad, int) else 0,
         # No model can read a token that it does not have.
-        known=min(numbers, *sizes),
+        known=min(rows_for(tokenizer), *sizes),
     )
 
 

@@ -299,10 +299,21 @@ def test_scores_of_all_pairs_of_tokens_are_planned_where_the_attention_has_them(
     assert peak("eager") > peak("sdpa")
 
 
-def test_a_tokenizer_below_the_home_folder_is_counted(tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("vocab.txt", "\n".join(f"w{number}" for number in range(77))),
+        # The numbers of tokens have gaps.
+        ("tokenizer.json", '{"model": {"vocab": {"a": 0, "b": 76}}, "added_tokens": [{"id": 9}]}'),
+        ("tokenizer.json", '{"model": {"vocab": [["a", -1.0]]}, "added_tokens": [{"id": 76}]}'),
+    ],
+)
+def test_a_tokenizer_below_the_home_folder_is_counted(
+    tmp_path: Path, monkeypatch, name: str, content: str
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "words").mkdir()
-    (tmp_path / "words" / "vocab.txt").write_text("\n".join(f"w{number}" for number in range(77)))
+    (tmp_path / "words" / name).write_text(content)
     student = {"model": bert(2, width=16)}
 
     config = config_of(tmp_path, "task.tokenizer=~/words", student=student)

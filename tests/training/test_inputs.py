@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,36 @@ def test_models_of_one_vocabulary_and_different_embedding_sizes_are_fine(data, t
     student = model_folder(tmp_path / "student", vocab_size=64, num_hidden_layers=1)
 
     assert len(prepare(config_of(data, teacher=teacher, student=student)).tokenizer) == len(WORDS)
+
+
+def with_a_gap(folder: str, number: int) -> str:
+    file = Path(folder) / "tokenizer.json"
+    tree = json.loads(file.read_text())
+    tree["model"]["vocab"]["far"] = number
+    file.write_text(json.dumps(tree))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("role", "rows", "cure"),
+    [
+        ("teacher", {"teacher": 40}, "remove the token far"),
+        ("student", {"student": 40}, r"raise student\.model\.config\.vocab_size to 41"),
+    ],
+)
+def test_a_token_without_a_row_is_refused_by_name(data, tmp_path, role, rows, cure):
+    teacher = with_a_gap(model_folder(tmp_path / "t", vocab_size=rows.get("teacher", 41)), 40)
+    student = ScratchModel(config={**scratch().config, "vocab_size": rows.get("student", 41)})
+
+    message = rf"^{role}\.model: the token far .* number 40, .* 40 rows .*, or {cure}$"
+    with pytest.raises(TeacherError, match=message):
+        prepare(config_of(data, teacher=teacher, student=student))
+
+
+def test_a_new_model_has_a_row_for_the_largest_number_of_a_token(data, tmp_path):
+    teacher = with_a_gap(model_folder(tmp_path / "teacher", vocab_size=64), 40)
+    prepared = prepare(config_of(data, teacher=teacher, student=scratch()))
+    assert (len(prepared.tokenizer), prepared.sources["student"].config.vocab_size) == (9, 41)
 
 
 def without_tokenizer(folder: str) -> str:

@@ -40,7 +40,7 @@ from megakd.data.token_tables import (
     frame,
     tables_of_lists,
 )
-from megakd.data.tokenizers import VocabularyPair
+from megakd.data.tokenizers import VocabularyPair, rows_for
 from megakd.errors import DataError
 from megakd.methods.mixed_vocabulary.shared_words import (
     ALWAYS_STUDENT,
@@ -315,12 +315,11 @@ def word_windows(sizes: NDArray[np.int64], room: int) -> Iterator[tuple[int, int
 
 
 def _check_numbers(role: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    highest = max(tokenizer.get_vocab().values())
-    if highest >= len(tokenizer):
+    if rows_for(tokenizer) > len(tokenizer):
         raise DataError(
             f"method.student_vocabulary: the tokenizer of the {role} has {len(tokenizer)} tokens, "
-            f"and one of them has the number {highest}; use a tokenizer whose tokens are numbered "
-            "without gaps"
+            f"and one of them has the number {rows_for(tokenizer) - 1}; use a tokenizer whose "
+            "tokens are numbered without gaps"
         )
 
 
