@@ -23,9 +23,12 @@ from megakd.data.chat.counts import SETS, ChatCounts
 from megakd.data.chat.tokens import PROMPT_LENGTH
 from megakd.data.tokenizers import LOOKED_FOR, from_folder, has_tokenizer_files, rows_for
 from megakd.errors import ConfigError, DataError, TeacherError
+from megakd.models.label_order import listed
 from megakd.models.source import ModelSource
 
 logger = logging.getLogger(__name__)
+_FEW = 16
+"""Differing tokens of two tokenizers that are one but for a few."""
 ACCEPT = "set task.end_tokens: accept to train nevertheless"
 
 
@@ -225,25 +228,52 @@ def other_vocabularies(
     """
     sources, vocabulary = list(sources), tokenizer.get_vocab()
     yield from _without_rows(vocabulary, sources)
-    for source, folder in _pretrained(sources):
-        if not has_tokenizer_files(folder):
-            continue
-        theirs = from_folder(folder, task.type)
-        ids = theirs.get_vocab()
+    models = [
+        (source, folder) for source, folder in _pretrained(sources) if has_tokenizer_files(folder)
+    ]
+    tables = {folder: from_folder(folder, task.type).get_vocab() for _, folder in models}
+    for source, folder in models:
+        ids = tables[folder]
         other = sum(vocabulary.get(token) != number for token, number in ids.items())
         if ids != vocabulary and not isinstance(task.tokenizer, str):
             yield (
-                f"{source.where} {source.name} has a tokenizer of {len(theirs)} tokens, and the "
-                f"run has another tokenizer, of {len(tokenizer)} tokens; soft targets need one "
-                "vocabulary: choose models with the same tokenizer, or set task.tokenizer if the "
-                "models share one"
+                f"{source.where} {source.name} has a tokenizer of {len(ids)} tokens, and the "
+                f"run has another tokenizer, of {len(vocabulary)} tokens"
+                f"{_told_apart(ids, vocabulary, source.where)}; soft targets need one vocabulary: "
+                f"{_common_tokenizer(tables, sources)}"
             )
         elif other:
             logger.warning(
                 "%s: %d of the %d tokens of the model's own tokenizer have another id, or no id, "
                 "in task.tokenizer %s, which is used as configured",
-                *(source.where, other, len(theirs), tokenizer.name_or_path),
+                *(source.where, other, len(ids), tokenizer.name_or_path),
             )
+
+
+def _told_apart(ids: Mapping[str, int], others: Mapping[str, int], where: str) -> str:
+    """Return the tokens in which the tokenizer of a model differs from the run's, if few."""
+    alone = [token for token in ids if token not in others]
+    missing = [token for token in others if token not in ids]
+    moved = [token for token in ids if others.get(token, ids[token]) != ids[token]]
+    if len(alone) + len(missing) + len(moved) > max(_FEW, len(ids) // 100):
+        return ""
+    whose = {f"only {where} has": alone, "only the run has": missing, "numbers differ of": moved}
+    return f" ({'; '.join(f'{how} {listed(names, 3)}' for how, names in whose.items() if names)})"
+
+
+def _common_tokenizer(tables: Mapping[Path, Mapping[str, int]], sources: list[ModelSource]) -> str:
+    rows = min(source.config.vocab_size for source in sources if not source.wants_vocabulary)
+    fitting = [str(folder) for folder, ids in tables.items() if max(ids.values()) < rows]
+    pairs = {pair for ids in tables.values() for pair in ids.items()}
+    tokens, numbers = ({pair[part] for pair in pairs} for part in (0, 1))
+    if not fitting or {len(tokens), len(numbers)} != {len(pairs)}:
+        return (
+            "choose models with the same tokenizer, or set task.tokenizer if the models share one"
+        )
+    return (
+        f"set task.tokenizer to {' or '.join(fitting)}, for whose numbers all models have rows "
+        f"({rows} at least)"
+    )
 
 
 def _without_rows(vocabulary: Mapping[str, int], sources: Iterable[ModelSource]) -> Iterator[str]:

@@ -96,7 +96,10 @@ def test_a_run_is_prepared_without_loading_any_weights(data, teacher, monkeypatc
     ("words", "message"),
     [
         ((*WORDS, "more", "words"), r"student\.model .*has a tokenizer of 10 tokens, .* 8 "),
-        ((*WORDS[:-1], "movie"), r"set task\.tokenizer if the models share one"),
+        (
+            (*WORDS[:-1], "movie"),
+            r"has movie; only the run has film\).* or set task\.tokenizer if the models share one",
+        ),
     ],
     ids=["more words", "other words"],
 )
@@ -152,6 +155,25 @@ def without_tokenizer(folder: str) -> str:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (Path(folder) / name).unlink()
     return folder
+
+
+@pytest.mark.parametrize(
+    ("rows", "works"),
+    [((8, 32), "{teacher}"), ((32, 9), "{teacher} or {student}"), ((32, 8), "{teacher}")],
+    ids=["teacher's alone", "both", "student's own has no row"],
+)
+def test_the_token_that_tells_two_tokenizers_apart_and_the_one_to_use_are_named(
+    data, tmp_path, rows, works
+):
+    of_teacher, of_student = ({"vocab_size": number} for number in rows)
+    teacher = model_folder(tmp_path / "teacher", **of_teacher)
+    student = model_folder(tmp_path / "student", (*WORDS, "<pad>"), **of_student)
+    tokenizer = works.format(teacher=teacher, student=student)
+    message = f"8 tokens (only student.model has <pad>); soft .* set task.tokenizer to {tokenizer},"
+
+    with pytest.raises(TeacherError, match=message.replace("(", r"\(").replace(")", r"\)")):
+        prepare(config_of(data, teacher=teacher, student=student))
+    assert prepare(config_of(data, teacher=teacher, student=student, tokenizer=teacher))
 
 
 @pytest.mark.parametrize("finetune", [None, FinetuneOverrides()], ids=["given", "finetuned"])
