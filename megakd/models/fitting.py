@@ -285,7 +285,7 @@ def build_empty(
             model = AUTO_CLASSES[task.type].from_config(
                 copy.deepcopy(config), dtype=dtype, trust_remote_code=source.trust_remote_code
             )
-    except (ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, AssertionError, ImportError) as error:
         raise ModelError(
             f"{source.where}: a {config.model_type} model cannot be built from this config: "
             f"{one_line(error)}"

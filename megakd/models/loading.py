@@ -8,6 +8,7 @@ by tensor. `load_finished` opens a folder without a run.
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -59,7 +60,8 @@ LEGACY_KEYS = frozenset(
         *("cls_token_id", "sep_token_id", "mask_token_id", "unk_token_id"),
     }
 )
-
+# Private keys of older config files that no class has.
+NOTES = ("_attn_implementation_autoset", "_commit_hash", "_flash_attn_2_enabled", "_num_labels")
 LARGEST_SIZE = 2**24
 """Larger than any size in a model, and small enough for products of two sizes."""
 READ_T5_AS = {cls.model_type: cls for cls in (EncT5Config, T5EncoderConfig)}
@@ -223,7 +225,7 @@ def config_of_folder(folder: Path, where: str) -> PretrainedConfig:
         remedy = f"; give {final}" if (final / file.name).is_file() else gguf_hint(folder)
         raise ModelError(f"{where}: {file} does not exist{remedy}")
     try:
-        return AutoConfig.from_pretrained(folder)
+        return _with_named_outputs(AutoConfig.from_pretrained(folder))
     except CONFIG_ERRORS as error:
         raise ModelError(f"{where}: {file} cannot be read: {one_line(error)}") from error
 
@@ -262,9 +264,9 @@ def load_finished(
         )
     try:
         model, report = model_class.from_pretrained(
-            folder, dtype=dtype or "auto", output_loading_info=True
+            folder, config=config, dtype=dtype or "auto", output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ModelError(f"{where}: {folder} cannot be loaded: {one_line(error)}") from error
     if report["missing_keys"]:
         lacking = listed(sorted(report["missing_keys"]), 3)
@@ -283,13 +285,15 @@ def _scratch_source(
     model_type = _built_as(model_type, architecture, where)
     family = _architecture(model_type, task, f"{where}.config")
     rest = {key: value for key, value in keys.items() if key != "model_type"}
-    default = CONFIG_MAPPING[model_type]()
+    default, code = CONFIG_MAPPING[model_type](), inspect.getsource(CONFIG_MAPPING[model_type])
     known = {*default.to_dict(), *default.attribute_map, *LEGACY_KEYS}
     if hasattr(default, "num_key_value_heads"):
         known.add("head_dim")  # read by all of these models, and a key of only some configs
-    # transformers would accept a misspelled key and silently use a default.
+    # transformers would accept a misspelled key and silently use a default. Some keys that it reads
+    # stand in the code of the class alone.
     for key in rest:
-        if key not in known and not key.startswith("_"):  # notes of transformers, as in config.json
+        is_private = key in NOTES or (key.startswith("_") and hasattr(default, key))
+        if not (key in known or is_private or f'"{key}"' in code):
             near = suggestion(key, sorted(known))
             raise ModelError(f"{where}.config.{key}: unknown key of a {model_type} config{near}")
     config = _checked_config(partial(CONFIG_MAPPING[model_type], **rest), family, f"{where}.config")
@@ -345,11 +349,17 @@ def _read_original_t5(
     return READ_T5_AS[model_type](**keys), renamed
 
 
+def _with_named_outputs(config: PretrainedConfig) -> PretrainedConfig:
+    # Outputs are read by name, and a loss asks for what else it reads.
+    config.return_dict, config.output_hidden_states, config.output_attentions = True, False, False
+    return config
+
+
 def _checked_config(
     make: Callable[[], PretrainedConfig], family: Architecture, where: str
 ) -> PretrainedConfig:
     try:
-        config = make()
+        config = _with_named_outputs(make())
     except (AttributeError, KeyError) as error:
         raise ModelError(
             f"{where}: a value has the wrong form ({type(error).__name__}: {one_line(error)}); "

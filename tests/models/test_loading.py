@@ -17,7 +17,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_
 from megakd.errors import ModelError
 from megakd.models.fitting import valueless_model, with_joint_experts
 from megakd.models.fresh import initialize_parameters
-from megakd.models.loading import with_vocabulary
+from megakd.models.loading import load_finished, with_vocabulary
 from megakd.models.weights import StoredExperts, StoredTensor, WeightReader
 from megakd.planning.phase_traces import send_tokens_to_one_expert
 
@@ -77,6 +77,23 @@ def test_a_new_head_of_a_masked_language_model_is_a_warning_with_its_tensors(
     (warning,) = (line for line in caplog.records if line.levelno == logging.WARNING)
     assert f"{tiny.folder} has no head for mlm" in warning.getMessage()
     assert f"{new}.weight" in warning.getMessage()
+
+
+@pytest.mark.parametrize(
+    "keys", [{"return_dict": False}, {"output_hidden_states": True, "output_attentions": True}]
+)
+@pytest.mark.parametrize("model_type", ["bert", "llama", "enct5"])
+def test_a_config_that_changes_the_form_of_the_outputs_is_read_like_any_other(
+    tiny, model_type, keys
+):
+    folder, task = tiny.save(model_type), tiny.task_for(model_type)
+    facts = {"label_names": ("a", "b") if task.type == "classification" else ()}
+    expected = tiny.load(folder, task, **facts)(tiny.input_ids)
+    tiny.rewrite_config(**keys)
+    for model in (tiny.load(folder, task, **facts), load_finished(folder, "MODEL").eval()):
+        outputs = model(tiny.input_ids)
+        assert outputs.keys() == expected.keys()
+        assert torch.equal(outputs.logits, expected.logits)
 
 
 def test_the_gamma_and_beta_of_old_checkpoints_are_read(tiny):

@@ -152,12 +152,27 @@ def test_a_scratch_config_that_cannot_be_used_is_refused(tiny, keys, expected):
     assert expected in str(caught.value)
 
 
-def test_what_transformers_writes_into_a_config_is_no_misspelled_key(tiny):
-    keys = {"model_type": "bert", "_attn_implementation_autoset": True, "unk_token_id": 1}
+@pytest.mark.parametrize(
+    ("model_type", "keys"),
+    [
+        ("bert", {"_attn_implementation_autoset": True, "unk_token_id": 1}),
+        ("llama", {"_attn_implementation": "eager", "_name_or_path": "x", "_commit_hash": "x"}),
+        ("qwen3_moe", {"_experts_implementation": "eager"}),
+        ("phi", {"partial_rotary_factor": 0.25}),
+        ("gemma3_text", {"sliding_window_pattern": 2, "_sliding_window_pattern": 2}),
+    ],
+)
+def test_what_files_hold_and_classes_read_is_no_misspelled_key(tiny, model_type, keys):
+    spec = ScratchModel(config={"model_type": model_type, "num_hidden_layers": 2, **keys})
+    source = tiny.resolve(spec, tiny.task_for(model_type), "student.model")
+    assert source.config._attn_implementation == keys.get("_attn_implementation")
+    assert (getattr(source.config, "layer_types", None) or ["-"])[-1] in ("full_attention", "-")
 
-    source = tiny.resolve(ScratchModel(config=keys), tiny.task(), "student.model")
 
-    assert source.config.model_type == "bert"
+@pytest.mark.parametrize("key", ["_hidden_sizes", "_made_up", "rope_local_base_freq"])
+def test_a_key_that_no_file_has_and_no_class_reads_is_refused(tiny, key):
+    with pytest.raises(ModelError, match=rf"student\.model\.config\.{key}: unknown key of a llama"):
+        tiny.resolve(tiny.scratch("llama", **{key: 3}), tiny.task("causal_lm"), "student.model")
 
 
 def test_a_head_width_is_known_to_decoders_whose_config_has_none(tiny):
