@@ -42,6 +42,8 @@ ROWS_AT_ONCE = 10_000
 COUNTS = "counts.json"
 MANY_TIMES = 10
 """A source that an epoch reads more often than this is worth a warning."""
+OF_THIS_MACHINE = ("is_local", "local_files_only")
+"""Settings with which transformers read a tokenizer's files, and which it saves with them."""
 # Part of every key: increase this number when the encoded rows would differ.
 VERSION = 2
 # Part of the keys of rows with words, likewise.
@@ -292,12 +294,15 @@ def encoded_key(
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save a tokenizer without the length and the padding of its last call."""
+    """Save a tokenizer for other machines, without the length and the padding of its last call."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         backend.no_truncation()
         backend.no_padding()
     tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    keys = json.loads(path.read_text(encoding="utf-8"))
+    write_json(path, {key: keys[key] for key in keys if key not in OF_THIS_MACHINE})
 
 
 def tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -120,9 +120,6 @@ def load_tokenizer(
             f"{origin} has no pad token, which {task.type} needs to put texts of different length "
             "into one batch; set pad_token in its tokenizer_config.json, or use another tokenizer"
         )
-    # A packed row is padded only at its end, and padding is a separate document.
-    if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
-        tokenizer.pad_token = tokenizer.eos_token
     if task.type == "mlm" and tokenizer.mask_token_id is None:
         raise DataError(
             f"{origin} has no mask token, which mlm puts in the place of the tokens to predict; "

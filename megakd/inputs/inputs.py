@@ -198,7 +198,8 @@ def _with_tokens(
 ) -> ModelSource:
     pad = cast("int | None", tokenizer.pad_token_id)  # transformers' own type allows several
     sized = with_vocabulary(source, rows_for(tokenizer), pad_token_id=pad)
-    if source.wants_vocabulary and task.type == "causal_lm" and pad == tokenizer.eos_token_id:
+    is_end = pad in (None, tokenizer.eos_token_id)
+    if source.wants_vocabulary and task.type == "causal_lm" and is_end:
         # A padding token has no gradient, and a decoder learns where texts end.
         sized.config.pad_token_id = None
     return sized

@@ -10,21 +10,25 @@ import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_cuts import build, cut, loaded, logits, task_of, tokenizer, view_of, written
+from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     GenerationConfig,
+    PreTrainedTokenizerFast,
 )
 
 from megakd.config.run import SaveConfig
+from megakd.config.task import TaskConfig
+from megakd.data.tokenizers import load_tokenizer
 from megakd.errors import MegakdError
 from megakd.models import model_folder as export
 from megakd.models.model_folder import brings_code, hub_id, write_weights
@@ -195,6 +199,24 @@ def test_the_tokenizer_forgets_the_length_of_its_last_call(tmp_path: Path) -> No
 
     files = [(tmp_path / name / "tokenizer.json").read_bytes() for name in ("called", "fresh")]
     assert files[0] == files[1]
+
+
+def test_an_exported_tokenizer_has_neither_settings_of_this_machine_nor_a_pad_token_of_the_run(
+    tmp_path: Path,
+) -> None:
+    table = Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))  # noqa: S106
+    PreTrainedTokenizerFast(tokenizer_object=table, eos_token="</s>").save_pretrained(tmp_path)  # noqa: S106
+    task, no_rows = TaskConfig(type="causal_lm", dataset="d", tokenizer=str(tmp_path)), None
+    read = load_tokenizer(task, cast("Any", no_rows), model_folders=(), cache_dir=tmp_path)
+    assert "is_local" in read.init_kwargs
+
+    folder = written(build("llama"), tmp_path / "final", tokenizer=read)
+
+    keys = json.loads((folder / "tokenizer_config.json").read_text())
+    assert not {"is_local", "local_files_only", "name_or_path", "pad_token"} & keys.keys()
+    assert str(tmp_path) not in "".join(file.read_text() for file in folder.glob("*.json"))
+    settings = GenerationConfig.from_pretrained(folder)
+    assert (settings.eos_token_id, settings.pad_token_id) == (1, None)
 
 
 def test_a_model_of_transformers_does_not_name_a_file_of_code_that_it_lacks(tmp_path: Path) -> None:
