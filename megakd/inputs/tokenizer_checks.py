@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from megakd.config.task import TaskConfig
 from megakd.contract.tasks import STUDENT
 from megakd.data.chat.conversations import is_chat
-from megakd.data.chat.counts import SETS, ChatCounts
+from megakd.data.chat.counts import SETS, ChatCounts, learned
 from megakd.data.chat.tokens import PROMPT_LENGTH
 from megakd.data.tokenizers import LOOKED_FOR, from_folder, has_tokenizer_files, rows_for
 from megakd.errors import ConfigError, DataError, TeacherError
@@ -155,9 +155,7 @@ def check_answers(
                 f"the rows of {split} are prompts without an answer, so that no model can be "
                 f"scored; set {key} to rows with a prompt and a completion"
             )
-    # A stream is not encoded before the run, but its held-out rows are.
-    learned = by_split.get("train", by_split.get("validation", []))
-    _check_ends(task, learned, _end_ids(tokenizer, student), tokenizer)
+    _check_ends(task, learned(counts), _end_ids(tokenizer, student), tokenizer)
 
 
 def _check_ends(

@@ -45,7 +45,7 @@ from megakd.models.source import ModelSource
 from megakd.storage.folders import check_given
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 SHARE_TO_LEAVE = 0.125
 """Share of the rows of a batch that have ended when these rows leave the batch.
@@ -175,16 +175,35 @@ def generation_config_of(source: ModelSource) -> GenerationConfig | None:
         ) from error
 
 
-def generation_file(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> Mapping[str, str]:
-    """Return the generation config in a model's folder as a file of a student that begins as it.
+def generation_of(
+    config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> GenerationConfig:
+    """Return the model's generation settings, with the tokenizer's ids if the ids differ.
 
-    Its end tokens are those of `stated_ends` and that of the tokenizer. A student that begins
-    otherwise has no file.
+    A Llama config defaults to bos 1 and eos 2. With other ids in the tokenizer, a text would never
+    end.
     """
-    generation = generation_config_of(source)
-    if generation is None:
-        return {}
-    ends = listed_ends(tokenizer)
+    generation = GenerationConfig.from_model_config(config)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        known: Any = getattr(generation, key)
+        wanted = getattr(tokenizer, key, None)
+        if wanted is not None and wanted not in (known if isinstance(known, list) else [known]):
+            setattr(generation, key, wanted)
+    return generation
+
+
+def generation_file(
+    source: ModelSource,
+    tokenizer: PreTrainedTokenizerBase,
+    learned: frozenset[int] = frozenset(),
+) -> Mapping[str, str]:
+    """Return the generation config of a student that begins as a model, as a file.
+
+    Its end tokens are those of `stated_ends`, that of the tokenizer, and the `learned` ones, which
+    end the answers of the training rows. A model without a file has the settings of its config.
+    """
+    generation = generation_config_of(source) or generation_of(source.config, tokenizer)
+    ends = listed_ends(tokenizer) | learned
     if not ends <= listed_ends(generation):
         generation.eos_token_id = sorted(ends | stated_ends(generation, tokenizer))
     for key in ("bos_token_id", "pad_token_id"):

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from megakd.data.encoding import save_tokenizer
+from megakd.models.generation import generation_of
 from megakd.models.own_models import OWN_MODELS
 from megakd.models.weights import DTYPES, SAFETENSORS, SAFETENSORS_INDEX
 from megakd.storage.atomic import write_content
@@ -205,24 +205,8 @@ def _write_config(folder: Path, model: ModelContent, dtype: torch.dtype) -> None
     decoder = ours.models.get("AutoModelForCausalLM") if ours else None
     stock = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     if (decoder.__name__ if decoder else stock) in (config.architectures or ()):
-        _generation(config, model.tokenizer).to_json_file(folder / "generation_config.json")
-
-
-def _generation(
-    config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None
-) -> GenerationConfig:
-    """Return the model's generation settings, with the tokenizer's ids if the ids differ.
-
-    A Llama config defaults to bos 1 and eos 2. With other ids in the tokenizer, a text would never
-    end.
-    """
-    generation = GenerationConfig.from_model_config(config)
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        known: Any = getattr(generation, key)
-        wanted = getattr(tokenizer, key, None)
-        if wanted is not None and wanted not in (known if isinstance(known, list) else [known]):
-            setattr(generation, key, wanted)
-    return generation
+        settings = generation_of(config, model.tokenizer)
+        settings.to_json_file(folder / "generation_config.json")
 
 
 def _without_second_names(state: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

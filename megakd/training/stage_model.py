@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from megakd.contract.batch import BatchSource
 from megakd.contract.stage import Stage
 from megakd.contract.views import Cut
+from megakd.data.chat.counts import learned_ends
 from megakd.engine.collectives import on_main, together
 from megakd.engine.student import StudentEngine
 from megakd.losses.bundle import StudentBundle
@@ -81,7 +82,8 @@ class StageModel(NamedTuple):
                 files = dict(extra)
                 if self.assembly.config.task.type == "causal_lm":
                     source = self.assembly.learners(stage)[role]
-                    files = {**generation_file(source, of_role(role)), **extra}
+                    ends = learned_ends(self.assembly.prepared.of(role).encoded.chat)
+                    files = {**generation_file(source, of_role(role), ends), **extra}
                 write_stage_folder(folder, models, extra=files, window=window)
             else:
                 consume(models, window)

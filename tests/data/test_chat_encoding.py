@@ -15,7 +15,7 @@ from tiny_runs import write_jsonl
 from megakd.config.task import TaskConfig
 from megakd.data import encoded_folder, encoding
 from megakd.data.chat import tokens
-from megakd.data.chat.counts import ChatCounts, table_lines
+from megakd.data.chat.counts import ChatCounts, learned_ends, table_lines
 from megakd.data.chat.tokens import ChatEncoder
 from megakd.data.encoded_folder import as_encoded, facts_of, open_splits, write_encoded
 from megakd.data.encoding import Encoded, encode_splits
@@ -85,6 +85,7 @@ def test_the_table_counts_tokens_targets_truncated_and_dropped_rows(tmp_path):
         truncated=1,
         long_prompt=1,
         special={data.tokenizer.eos_token_id: 2},
+        ends={data.tokenizer.eos_token_id: 2},
         lengths=dict.fromkeys((prompt + 5, prompt + 62, FRAME + 60 + 5, prompt + 2), 1),
     )
     share = f"{counts.targets / counts.tokens:.1%}"
@@ -93,6 +94,30 @@ def test_the_table_counts_tokens_targets_truncated_and_dropped_rows(tmp_path):
     assert table_lines({"train": counts})[1].split() == cells
     dropped = Data(tmp_path, rows[:2], truncation="drop").counts()
     assert (dropped.kept, dropped.too_long, dropped.truncated) == (1, 1, 0)
+
+
+def test_answers_end_with_the_last_token_of_a_conversation_and_not_with_others_that_count(tmp_path):
+    rows = [{"messages": asked("Hi", "abc") + asked("More", "def")}] * 3
+    data = Data(tmp_path, rows, family="phi3")
+    end, of_turns = data.tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|end|>"])
+
+    assert data.counts().special == {end: 3, of_turns: 6}
+    assert data.counts().ends == {end: 3}
+
+
+@pytest.mark.parametrize(
+    ("counts", "ends"),
+    [
+        ({"train": ChatCounts(kept=20, ends={5: 18, 7: 1}), "validation": ChatCounts()}, {5}),
+        ({f"train/{n}": ChatCounts(kept=4, ends={n: 4}) for n in (5, 6)}, {5, 6}),
+        ({"train": ChatCounts(kept=90, prompts=30, truncated=50, ends={5: 1, 6: 9})}, {5, 6}),
+        ({"validation": ChatCounts(kept=4, ends={5: 4}), "sets/a": ChatCounts(ends={6: 9})}, {5}),
+        (None, set()),
+    ],
+    ids=["a rare token", "a mixture", "prompts and cut rows", "a stream", "documents"],
+)
+def test_learned_answers_end_with_the_tokens_that_end_a_tenth_of_them(counts, ends):
+    assert learned_ends(counts) == ends
 
 
 @pytest.mark.parametrize(("more", "answer"), [(0, "Hello"), (1, "See you")])

@@ -213,7 +213,26 @@ def test_a_generation_config_keeps_its_end_tokens_beside_that_of_the_tokenizer(
     settings = GenerationConfig.from_dict(json.loads(text))
     assert settings.eos_token_id == kept
     assert (settings.temperature, settings.pad_token_id) == (0.6, 0)
-    assert generation_file(SimpleNamespace(folder=None), tokenizer) == {}
+
+
+@pytest.mark.parametrize(
+    ("stated", "listed"), [(2, [2, 5]), ([2, 7], [2, 5, 7]), (5, 5), (None, [2, 5])]
+)
+def test_a_generation_config_lists_the_tokens_that_learned_answers_end_with(
+    tmp_path, stated, listed
+):
+    tokenizer: Any = SimpleNamespace(
+        eos_token_id=2 if stated != 5 else 5, bos_token_id=None, pad_token_id=None,
+        added_tokens_decoder={2: "", 5: "", 7: ""},
+    )  # fmt: skip
+    folder = None if stated is None else tmp_path  # a student from scratch has no file
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": stated}))
+    source: Any = SimpleNamespace(folder=folder, where="student.model", config=LlamaConfig())
+
+    (text,) = generation_file(source, tokenizer, frozenset({5})).values()
+
+    settings = GenerationConfig.from_dict(json.loads(text))
+    assert (settings.eos_token_id, settings.pad_token_id) == (listed, None)
 
 
 CUT = {"head_counts": [0, 2, 3], "neuron_counts": [7, 0, 33], "head_width": 8}

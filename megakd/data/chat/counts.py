@@ -16,7 +16,7 @@ from megakd.data.arrow import longest_of
 from megakd.process.terminal import aligned_rows
 
 logger = logging.getLogger(__name__)
-KEYED = ("special", "lengths")
+KEYED = ("special", "ends", "lengths")
 SWITCHES = ("enable_thinking", "thinking")
 """Arguments of chat templates that choose whether a model reasons."""
 MOST_SHOWN = 400
@@ -25,6 +25,7 @@ HEADING = (
     *("rows of", "read", "encoded", "tokens", "that count", "share"),
     *("p50", "p95", "longest", "truncated", "dropped", "bad"),
 )
+LEARNED = ("train", "validation")
 SETS = "sets"
 """Prefix of the evaluation sets among the names of rows: `sets/NAME`."""
 
@@ -44,6 +45,7 @@ class ChatCounts:
         answer, or a tool of the column `tools`.
     empty_reasoning: rows in which the chat template writes reasoning without words into an answer.
     special: by the number of a special token, how many of the tokens that count it is.
+    ends: by the number of a special token, how many rows with a whole answer it ends.
     lengths: by the number of tokens before a row is cut, how many rows have it. Documents, which
         are cut into rows without losing a token, are not counted.
     """
@@ -62,6 +64,7 @@ class ChatCounts:
     empty_reasoning: int = 0
     bad: int = 0
     special: dict[int, int] = field(default_factory=dict)
+    ends: dict[int, int] = field(default_factory=dict)
     lengths: dict[int, int] = field(default_factory=dict)
 
     @property
@@ -86,6 +89,23 @@ class ChatCounts:
 
 CountsByName = dict[str, ChatCounts]
 """Numbers by the name of the rows: a split, or `split/source` of a mixture."""
+
+
+def learned(counts: Mapping[str, ChatCounts] | None) -> list[ChatCounts]:
+    """Return the numbers of the training rows, or of the held-out rows beside a stream."""
+    # A stream is not encoded before the run, but its held-out rows are.
+    splits = ([t for n, t in (counts or {}).items() if n.split("/")[0] == s] for s in LEARNED)
+    return next(filter(None, splits), [])
+
+
+def learned_ends(counts: Mapping[str, ChatCounts] | None) -> frozenset[int]:
+    """Return the special tokens that end at least a tenth of the learned answers."""
+    return frozenset(
+        number
+        for tally in learned(counts)
+        for number, rows in tally.ends.items()
+        if 10 * rows >= tally.kept - tally.prompts - tally.truncated
+    )
 
 
 def _say_counts(counts: Mapping[str, ChatCounts], template: str) -> None:

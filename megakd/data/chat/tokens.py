@@ -33,7 +33,7 @@ from megakd.errors import DataError
 from megakd.process.workers import in_processes, processes_for
 
 # Part of the key of encoded rows: increase this number when the encoded rows would differ.
-VERSION = 4
+VERSION = 5
 ROWS_AT_ONCE = 500
 ROWS_OF_A_PROCESS = 2000
 """A process encodes at least this many conversations, about a second of work."""
@@ -292,6 +292,8 @@ class ChatEncoder:
             made.targets += len(targets)
             ids, numbers = np.unique(targets[np.isin(targets, self._special)], return_counts=True)
             made.add(ChatCounts(special=dict(zip(ids.tolist(), numbers.tolist(), strict=True))))
+            if made.lengths and not made.truncated and np.isin(targets[-1:], self._special).any():
+                made.ends[int(targets[-1])] = 1
         return rows, made
 
     def _cut_row(
