@@ -293,8 +293,13 @@ def encoded_key(
     return key_of(parts)
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save a tokenizer for other machines, without the length and the padding of its last call."""
+def save_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, folder: Path, *, context: int | None = None
+) -> None:
+    """Save a tokenizer for other machines, without the length and the padding of its last call.
+
+    Plain transformers cuts texts for a model that reads at most `context` tokens at this number.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         backend.no_truncation()
@@ -302,6 +307,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     keys = json.loads(path.read_text(encoding="utf-8"))
+    if context is not None:  # the number of a tokenizer without a length is 1e30
+        keys["model_max_length"] = min(context, keys["model_max_length"])
     write_json(path, {key: keys[key] for key in keys if key not in OF_THIS_MACHINE})
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from megakd.data.encoding import save_tokenizer
+from megakd.models.architectures import context_length
 from megakd.models.generation import generation_of
 from megakd.models.own_models import OWN_MODELS
 from megakd.models.weights import DTYPES, SAFETENSORS, SAFETENSORS_INDEX
@@ -76,7 +77,7 @@ def fill_model_folder(folder: Path, model: ModelContent) -> None:
         file = OWN_MODELS[model.config.model_type].file
         shutil.copyfile(file, folder / file.name)
     if model.tokenizer is not None:
-        save_tokenizer(model.tokenizer, folder)
+        save_tokenizer(model.tokenizer, folder, context=context_length(model.config))
     for name, content in model.extra.items():
         (folder / name).parent.mkdir(exist_ok=True)
         write_content(folder / name, content() if callable(content) else content)

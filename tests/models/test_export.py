@@ -16,12 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_cuts import build, cut, loaded, logits, task_of, tokenizer, view_of, written
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     GenerationConfig,
     PreTrainedTokenizerFast,
 )
@@ -199,6 +200,32 @@ def test_the_tokenizer_forgets_the_length_of_its_last_call(tmp_path: Path) -> No
 
     files = [(tmp_path / name / "tokenizer.json").read_bytes() for name in ("called", "fresh")]
     assert files[0] == files[1]
+
+
+@pytest.mark.parametrize(
+    ("family", "given", "length"),
+    [
+        ("bert", None, 32),
+        ("roberta", None, 30),  # two of its positions are of the padding
+        ("gpt2", 4096, 32),
+        ("llama", 16, 16),
+        ("enct5", 64, 64),  # its positions have no end
+    ],
+)
+def test_an_exported_tokenizer_cuts_texts_at_the_context_of_the_model(
+    tmp_path: Path, family: str, given: int | None, length: int
+) -> None:
+    cutting = tokenizer()
+    cutting.backend_tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    cutting.model_max_length = given or cutting.model_max_length
+
+    folder = written(build(family), tmp_path / "final", tokenizer=cutting)
+
+    cut_text = AutoTokenizer.from_pretrained(folder)("w3 " * 99, truncation=True)
+    assert len(cut_text["input_ids"]) == length
+    ids = torch.tensor([cut_text["input_ids"]])
+    assert loaded(folder, task_of(family))(input_ids=ids).logits.isfinite().all()
+    assert cutting.model_max_length > length or given == length  # the run's own is unchanged
 
 
 def test_an_exported_tokenizer_has_neither_settings_of_this_machine_nor_a_pad_token_of_the_run(
