@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
+from megakd.config.removed import REMOVED
 from megakd.config.schema import (
     KeyPath,
     annotation_at,
@@ -156,7 +157,8 @@ def _line(path: KeyPath, detail: ErrorDetails, tree: Any) -> str:
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         return _tag_line(path, detail, tree)
     if kind == "unexpected_keyword_argument":
-        return f"{where} = {value}: {_unknown_key(str(path[-1]), path[:-1], tree)}"
+        reason = REMOVED.get(where) or _unknown_key(str(path[-1]), path[:-1], tree)
+        return f"{where} = {value}: {reason}"
     if kind == "missing":
         return f"{where}: missing, and it has no default"
     if kind == "finite_number":
@@ -179,7 +181,7 @@ def _tag_line(path: KeyPath, detail: ErrorDetails, tree: Any) -> str:
     noun = path[-1] if tag == "name" else tag
     if not isinstance(value, str):
         return f"{where}: must be text (got {shown(value)}); {listed}"
-    near = suggestion(value, known)
+    near = REMOVED.get(f"{where}: {value}") or suggestion(value, known)
     return f"{where}: unknown {noun} {shown(value)}{near or ';'} {listed}"
 
 

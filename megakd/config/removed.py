@@ -1,0 +1,8 @@
+"""Keys of the release before this one that are gone, with what takes their place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+REMOVED: Mapping[str, str] = {}
+"""By the path of a key, or by `path: value` for a choice of it."""
