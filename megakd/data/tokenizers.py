@@ -354,10 +354,7 @@ _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 
 
 def rows_for(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the rows that a table for the tokens needs: the largest token number plus 1.
-
-    It may be more than `len(tokenizer)`, because the numbers of tokens can have gaps.
-    """
+    """Return the largest token number plus 1, more than `len(tokenizer)` if numbers have gaps."""
     return 1 + max(tokenizer.get_vocab().values())
 
 

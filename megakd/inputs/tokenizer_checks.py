@@ -27,8 +27,6 @@ from megakd.models.label_order import listed
 from megakd.models.source import ModelSource
 
 logger = logging.getLogger(__name__)
-_FEW = 16
-"""Differing tokens of two tokenizers that are one but for a few."""
 ACCEPT = "set task.end_tokens: accept to train nevertheless"
 
 
@@ -226,12 +224,10 @@ def other_vocabularies(
     """
     sources, vocabulary = list(sources), tokenizer.get_vocab()
     yield from _without_rows(vocabulary, sources)
-    models = [
-        (source, folder) for source, folder in _pretrained(sources) if has_tokenizer_files(folder)
-    ]
-    tables = {folder: from_folder(folder, task.type).get_vocab() for _, folder in models}
-    for source, folder in models:
-        ids = tables[folder]
+    models = {folder: source for source, folder in _pretrained(sources)}
+    tables = {f: from_folder(f, task.type).get_vocab() for f in models if has_tokenizer_files(f)}
+    for folder, ids in tables.items():
+        source = models[folder]
         other = sum(vocabulary.get(token) != number for token, number in ids.items())
         if ids != vocabulary and not isinstance(task.tokenizer, str):
             yield (
@@ -249,29 +245,25 @@ def other_vocabularies(
 
 
 def _told_apart(ids: Mapping[str, int], others: Mapping[str, int], where: str) -> str:
-    """Return the tokens in which the tokenizer of a model differs from the run's, if few."""
-    alone = [token for token in ids if token not in others]
-    missing = [token for token in others if token not in ids]
-    moved = [token for token in ids if others.get(token, ids[token]) != ids[token]]
-    if len(alone) + len(missing) + len(moved) > max(_FEW, len(ids) // 100):
+    """Return the tokens and numbers of a model's tokenizer and the run's that differ, if few."""
+    sides = {where: ids.items() - others.items(), "the run": others.items() - ids.items()}
+    if max(map(len, sides.values())) > max(16, len(ids) // 100):
         return ""
-    whose = {f"only {where} has": alone, "only the run has": missing, "numbers differ of": moved}
-    return f" ({'; '.join(f'{how} {listed(names, 3)}' for how, names in whose.items() if names)})"
+    told = []
+    for who, pairs in sides.items():
+        tokens = [f"{token} ({number})" for number, token in sorted((n, t) for t, n in pairs)]
+        told += [f"only {who} has {listed(tokens, 3)}"] if tokens else []
+    return f" ({'; '.join(told)})"
 
 
 def _common_tokenizer(tables: Mapping[Path, Mapping[str, int]], sources: list[ModelSource]) -> str:
     rows = min(source.config.vocab_size for source in sources if not source.wants_vocabulary)
     fitting = [str(folder) for folder, ids in tables.items() if max(ids.values()) < rows]
     pairs = {pair for ids in tables.values() for pair in ids.items()}
-    tokens, numbers = ({pair[part] for pair in pairs} for part in (0, 1))
-    if not fitting or {len(tokens), len(numbers)} != {len(pairs)}:
-        return (
-            "choose models with the same tokenizer, or set task.tokenizer if the models share one"
-        )
-    return (
-        f"set task.tokenizer to {' or '.join(fitting)}, for whose numbers all models have rows "
-        f"({rows} at least)"
-    )
+    tokens, numbers = map(set, zip(*pairs, strict=True))
+    if fitting and len(tokens) == len(numbers) == len(pairs):
+        return f"set task.tokenizer to {' or '.join(fitting)}, which fits the embeddings of all"
+    return "choose models with the same tokenizer, or set task.tokenizer if the models share one"
 
 
 def _without_rows(vocabulary: Mapping[str, int], sources: Iterable[ModelSource]) -> Iterator[str]:
@@ -279,12 +271,11 @@ def _without_rows(vocabulary: Mapping[str, int], sources: Iterable[ModelSource])
     for source in sources:
         rows = source.config.vocab_size
         if number >= rows and not source.wants_vocabulary:
-            raised = f"raise {source.where}.config.vocab_size to {number + 1}"
-            cure = f"remove the token {token}" if source.folder else raised
+            cure = f"remove {token}" if source.folder else f"raise {source.where}.config.vocab_size"
             yield (
                 f"{source.where}: the token {token} of the tokenizer has the number {number}, and "
-                f"the embedding of the model has {rows} rows (numbers 0 to {rows - 1}); set "
-                f"task.tokenizer to a tokenizer with smaller numbers, or {cure}"
+                f"the embedding of the model has {rows} rows; set task.tokenizer to a tokenizer "
+                f"with smaller numbers, or {cure}"
             )
 
 

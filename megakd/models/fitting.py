@@ -23,13 +23,7 @@ from megakd.models.architectures import (
     context_length,
     counts_padding,
 )
-from megakd.models.label_order import (
-    check_problem,
-    label_order,
-    labels_agree,
-    listed,
-    set_labels,
-)
+from megakd.models.label_order import label_order, labels_agree, listed, set_labels
 from megakd.models.own_models import register_own_models
 from megakd.models.source import ModelSource
 from megakd.models.weights import StoredExperts, StoredTensor, WeightReader
@@ -40,6 +34,7 @@ if TYPE_CHECKING:
 _OF_ONE_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)\.weight")
 _JOINT = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 """Tensor of all experts, and the tensors of one expert that it consists of, in order."""
+_PROBLEMS = {"classification": "single_label_classification", "regression": "regression"}
 LEGACY_ENDINGS = {".gamma": ".weight", ".beta": ".bias"}
 
 
@@ -84,7 +79,13 @@ def plan_loading(
     leave_out = () if keeps_head else (source.architecture.head,)
     match = match_names(empty, source.stored, leave_out=leave_out)
     if source.folder is not None:
-        _check_language_head(match, source, task)
+        drawn = random_head(match, source)
+        if drawn and task.type == "causal_lm":
+            raise ModelError(
+                f"{source.where}: {source.folder} lacks {drawn}, and config.json does not tie the "
+                "head to the embeddings, so that it would be random; set tie_word_embeddings: true "
+                "in config.json if the model ties them, or give another folder"
+            )
         if need_head:
             _check_head(match, source, task, label_names)
         _check_tensors(match, source, empty)
@@ -120,20 +121,11 @@ def check_length(source: ModelSource, task: TaskConfig) -> None:
         )
 
 
-def random_head(match: Match, source: ModelSource) -> list[str]:
-    """Return the tensors of the head that a checkpoint lacks and that start from random values."""
+def random_head(match: Match, source: ModelSource) -> str:
+    """Return the tensors of the head that would start from random values, up to three."""
     # A new bias is zero, as in a family that has none.
-    return [n for n in match.missing if source.architecture.of_the_task(n) and "bias" not in n]
-
-
-def _check_language_head(match: Match, source: ModelSource, task: TaskConfig) -> None:
-    drawn = random_head(match, source) if task.type == "causal_lm" else []
-    if drawn:
-        raise ModelError(
-            f"{source.where}: {source.folder} lacks {listed(drawn, 3)}, and config.json does not "
-            "tie the head to the embeddings, so that it would be random; set tie_word_embeddings: "
-            "true in config.json if the model ties them, or give another folder"
-        )
+    new = [n for n in match.missing if source.architecture.of_the_task(n) and "bias" not in n]
+    return listed(new, 3)
 
 
 def _check_head(
@@ -145,7 +137,13 @@ def _check_head(
             f"{source.where}: {source.folder} has no head for {task.type} ({listed(lacking, 3)} "
             "missing); set teacher.finetune or give a folder that was fine-tuned for the task"
         )
-    check_problem(source.config, task.type, where=source.where)
+    wanted, stated = _PROBLEMS.get(task.type), source.config.problem_type
+    if wanted is not None and stated not in (None, wanted):
+        raise ModelError(
+            f"{source.where}: {source.folder} has problem_type {stated} in config.json, and "
+            f"task.type {task.type} needs {wanted}; set teacher.finetune or give a model that was "
+            "fine-tuned for it"
+        )
     if task.type == "regression" and source.config.num_labels != 1:
         raise ModelError(
             f"{source.where}: {source.folder} has {source.config.num_labels} outputs and regression"

@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from transformers import PretrainedConfig
 
-from megakd.contract.tasks import TaskType
 from megakd.errors import ModelError
-
-_PROBLEMS: Mapping[TaskType, str] = {
-    "classification": "single_label_classification",
-    "regression": "regression",
-}
-"""The name of a task in configs of transformers."""
 
 
 def label_order(
@@ -70,21 +63,7 @@ def set_labels(model_config: PretrainedConfig, label_names: Sequence[str]) -> No
     names = tuple(label_names) or ("LABEL_0",)
     model_config.id2label = dict(enumerate(names))
     model_config.label2id = {name: number for number, name in enumerate(names)}
-    model_config.problem_type = _PROBLEMS["classification" if label_names else "regression"]
-
-
-def check_problem(model_config: PretrainedConfig, task_type: TaskType, *, where: str) -> None:
-    """Raise if a model's config states that its outputs answer another kind of question.
-
-    Outputs that decide on each label alone would be read as a softmax.
-    """
-    wanted, stated = _PROBLEMS.get(task_type), model_config.problem_type
-    if wanted is not None and stated not in (None, wanted):
-        raise ModelError(
-            f"{where}: problem_type is {stated} in the model's config.json, and task.type "
-            f"{task_type} needs {wanted}; {_finetune(where)}give a model that was fine-tuned for "
-            "this, or correct problem_type if it is wrong there"
-        )
+    model_config.problem_type = "single_label_classification" if label_names else "regression"
 
 
 def _columns(names: Sequence[str], label_names: Sequence[str]) -> tuple[int, ...]:

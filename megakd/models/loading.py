@@ -268,11 +268,9 @@ def load_finished(
         )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ModelError(f"{where}: {folder} cannot be loaded: {one_line(error)}") from error
-    if report["missing_keys"]:
-        lacking = listed(sorted(report["missing_keys"]), 3)
-        raise ModelError(
-            f"{where}: {folder} lacks {lacking}, which would be random; give a whole model"
-        )
+    lacking = listed(sorted(report["missing_keys"]), 3)
+    if lacking:
+        raise ModelError(f"{where}: {folder} lacks {lacking}; give a folder with all weights")
     return model.to(place)
 
 
@@ -289,8 +287,7 @@ def _scratch_source(
     known = {*default.to_dict(), *default.attribute_map, *LEGACY_KEYS}
     if hasattr(default, "num_key_value_heads"):
         known.add("head_dim")  # read by all of these models, and a key of only some configs
-    # transformers would accept a misspelled key and silently use a default. Some keys that it reads
-    # stand in the code of the class alone.
+    # transformers would silently use a default for a misspelled key, and its code pops some keys.
     for key in rest:
         is_private = key in NOTES or (key.startswith("_") and hasattr(default, key))
         if not (key in known or is_private or f'"{key}"' in code):
@@ -463,17 +460,14 @@ def _fill(model: PreTrainedModel, match: Match, where: str) -> None:
 def _log_match(source: ModelSource, match: Match, task: TaskConfig) -> None:
     if source.folder is None or not is_first_rank():
         return
-    if match.missing and task.type in LANGUAGE_TASKS:
-        logger.warning(
-            "%s: %s has no head for %s, and these tensors of it start new: %s",
-            *(source.where, source.folder, task.type, ", ".join(match.missing)),
-        )
-    elif match.missing:
-        text = "%s: %d weights are newly initialized, such as %s"
-        logger.info(text, source.where, len(match.missing), match.missing[0])
-    if match.unused:
-        text = "%s: %d stored weights are not used, such as %s"
-        logger.info(text, source.where, len(match.unused), match.unused[0])
+    # A classifier is trained for its new head, and a language model should come with its own.
+    level = logging.WARNING if task.type in LANGUAGE_TASKS else logging.INFO
+    for severity, text, names in (
+        (level, "%s: %d weights are newly initialized, such as %s", match.missing),
+        (logging.INFO, "%s: %d stored weights are not used, such as %s", match.unused),
+    ):
+        if names:
+            logger.log(severity, text, source.where, len(names), listed(names, 8))
 
 
 def check_finite(model: PreTrainedModel, source: ModelSource) -> None:

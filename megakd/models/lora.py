@@ -28,7 +28,6 @@ from megakd.engine.sharding import gathered, gathered_state, is_first_rank
 from megakd.errors import ConfigError
 from megakd.models.architectures import Architecture
 from megakd.models.fitting import match_names, random_head, valueless_model
-from megakd.models.label_order import listed
 from megakd.models.model_folder import Extra
 from megakd.models.source import ModelSource
 from megakd.models.weights import stored_tensors
@@ -60,7 +59,7 @@ def check_adapters(source: ModelSource, task: TaskConfig, lora: LoraConfig) -> N
     drawn = random_head(match_names(model, source.stored), source)
     if drawn and task.type in LANGUAGE_TASKS:
         raise ConfigError(
-            f"student.lora: {source.folder} lacks {listed(drawn, 3)}, and adapters would leave a "
+            f"student.lora: {source.folder} lacks {drawn}, and adapters would leave a "
             f"new head for {task.type} random and frozen; give a folder with this head, or remove "
             "the section"
         )

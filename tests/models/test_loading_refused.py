@@ -69,7 +69,7 @@ def test_a_teacher_whose_outputs_answer_another_question_is_refused(tiny, kind, 
     names = NAMES if kind == "classification" else ()
     folder = tiny.save("bert", num_labels=len(names) or 1, problem_type=stated)
     text = refusal(tiny, folder, tiny.task(kind), label_names=names)
-    assert f"problem_type is {stated} in the model's config.json, and task.type {kind}" in text
+    assert f"{folder} has problem_type {stated} in config.json, and task.type {kind}" in text
     assert f"needs {needed}; set teacher.finetune or give a model" in text
 
     trained = tiny.load(folder, tiny.task(kind), label_names=names, need_head=False)
@@ -114,7 +114,9 @@ def test_a_bare_decoder_that_ties_its_head_has_one(tiny, model_type):
 def test_a_finished_model_without_its_head_is_not_opened_with_a_random_one(tiny):
     tiny.save("llama", tie_word_embeddings=False)
     tiny.rewrite(lambda tensors: {n: t for n, t in tensors.items() if "lm_head" not in n})
-    with pytest.raises(ModelError, match=r"MODEL: .* lacks lm_head\.weight, which would be random"):
+    with pytest.raises(
+        ModelError, match=r"MODEL: .* lacks lm_head\.weight; give a folder with all weights"
+    ):
         load_finished(tiny.folder, "MODEL")
 
 

@@ -98,7 +98,7 @@ def test_a_run_is_prepared_without_loading_any_weights(data, teacher, monkeypatc
         ((*WORDS, "more", "words"), r"student\.model .*has a tokenizer of 10 tokens, .* 8 "),
         (
             (*WORDS[:-1], "movie"),
-            r"has movie; only the run has film\).* or set task\.tokenizer if the models share one",
+            r"has movie \(7\); only the run has film \(7\)\).* if the models share one",
         ),
     ],
     ids=["more words", "other words"],
@@ -132,15 +132,15 @@ def with_a_gap(folder: str, number: int) -> str:
 @pytest.mark.parametrize(
     ("role", "rows", "cure"),
     [
-        ("teacher", {"teacher": 40}, "remove the token far"),
-        ("student", {"student": 40}, r"raise student\.model\.config\.vocab_size to 41"),
+        ("teacher", {"teacher": 40}, "remove far"),
+        ("student", {"student": 40}, r"raise student\.model\.config\.vocab_size"),
     ],
 )
 def test_a_token_without_a_row_is_refused_by_name(data, tmp_path, role, rows, cure):
     teacher = with_a_gap(model_folder(tmp_path / "t", vocab_size=rows.get("teacher", 41)), 40)
     student = ScratchModel(config={**scratch().config, "vocab_size": rows.get("student", 41)})
 
-    message = rf"^{role}\.model: the token far .* number 40, .* 40 rows .*, or {cure}$"
+    message = rf"^{role}\.model: the token far .* number 40, .* 40 rows; .*, or {cure}$"
     with pytest.raises(TeacherError, match=message):
         prepare(config_of(data, teacher=teacher, student=student))
 
@@ -169,7 +169,9 @@ def test_the_token_that_tells_two_tokenizers_apart_and_the_one_to_use_are_named(
     teacher = model_folder(tmp_path / "teacher", **of_teacher)
     student = model_folder(tmp_path / "student", (*WORDS, "<pad>"), **of_student)
     tokenizer = works.format(teacher=teacher, student=student)
-    message = f"8 tokens (only student.model has <pad>); soft .* set task.tokenizer to {tokenizer},"
+    message = (
+        f"8 tokens (only student.model has <pad> (8)); soft .* set task.tokenizer to {tokenizer},"
+    )
 
     with pytest.raises(TeacherError, match=message.replace("(", r"\(").replace(")", r"\)")):
         prepare(config_of(data, teacher=teacher, student=student))
