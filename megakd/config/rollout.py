@@ -191,11 +191,6 @@ class RolloutConfig:
         return {"data" if name == "data" else "rollouts" for name in drawn}
 
     @property
-    def student_writes(self) -> bool:
-        """True if the student learns from texts that it writes, which have no labels."""
-        return self.by == STUDENT and self.files is None and "rollouts" in self.draws
-
-    @property
     def works_ahead(self) -> bool:
         """True if a server generates the next texts while the student learns."""
         return self.server is not None and self.max_staleness > 0

@@ -22,10 +22,7 @@ class SingleConfig(OneTeacherOptions):
 
 
 def run(config: SingleConfig, lab: Lab) -> StageResult:
-    """Distil on all rows, labelled or not; by default with half hard and half soft targets.
-
-    With generated texts, the default is soft targets alone: a text of the student has no label.
-    """
+    """Distil on all rows; by default with half hard, half soft targets, on generated texts soft."""
     teacher = lab.teacher(config.teacher)
     default = (*lab.hard_terms(0.5), *lab.soft_terms(0.5))
     if lab.config.rollout is not None:

@@ -31,6 +31,7 @@ def rollout_problems(config: RunConfig) -> Iterator[str]:
             f"objective: no term learns from {source}, which rollout.mix or rollout.from_step "
             f"draws; add a term without on or with on: {source}, or change the section rollout"
         )
+    writes_itself = rollouts.by == STUDENT and rollouts.files is None and "rollouts" in drawn
     for index, term in enumerate(config.objective or ()):
         source = source_of(term)
         if source not in {None, *drawn} and not untaught:
@@ -39,7 +40,7 @@ def rollout_problems(config: RunConfig) -> Iterator[str]:
                 "would be 0 at every step; give them a share in rollout.mix, or remove the term"
             )
         is_hard = isinstance(term, HardCrossEntropy) and term.weight > 0
-        if is_hard and rollouts.student_writes and source != "data":
+        if is_hard and writes_itself and source != "data":
             yield (
                 f"objective[{index}].on: {source or 'null'}, so that {term.loss} would take texts "
                 "that the student writes (rollout.by: student) as labels; set the key to data if "
