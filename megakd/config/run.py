@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from megakd.config.models import KeptLayers, LoraConfig, PooledTeacher, StudentConfig, TeacherConfig
@@ -93,13 +93,22 @@ class SaveConfig:
         return tuple(name for name in FORMATS if getattr(self, name))
 
 
+def _trackers(value: object) -> object:
+    # One name, or none, as in transformers.
+    names = value if isinstance(value, list | tuple) else [] if value is None else [value]
+    return () if names in (["none"], ["None"]) else tuple(names)
+
+
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class LogConfig:
     """Settings of the log during training."""
 
     logging_steps: Count = 10
-    report_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
-    """Trackers that get the logged values in addition to metrics.jsonl."""
+    report_to: Annotated[
+        tuple[Literal["tensorboard", "wandb", "mlflow"], ...],
+        BeforeValidator(_trackers),
+    ] = ("tensorboard",)
+    """Trackers that get the logged values in addition to metrics.jsonl; none with `none`."""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

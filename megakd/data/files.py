@@ -117,8 +117,10 @@ def matching_files(files: Files, key: str) -> list[Path]:
         elif path.is_dir():
             raise DataError(f"{key}: {path} is a folder; name its files, such as {path}/*.jsonl")
         elif glob.has_magic(given):
-            matches = sorted(map(Path, glob.glob(str(path), recursive=True)))  # noqa: PTH207
-            matches = [match for match in matches if match.is_file()]
+            # The name of a folder that exists, such as runs[1], is no pattern.
+            folder = next(parent for parent in path.parents if parent.exists())
+            names = glob.glob(str(path.relative_to(folder)), root_dir=folder, recursive=True)  # noqa: PTH207
+            matches = sorted(folder / name for name in names if (folder / name).is_file())
             if not matches:
                 raise DataError(f"{key}: no file matches {given}")
             _refuse_missing(matches, key, pattern=path.name)

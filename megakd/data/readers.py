@@ -37,6 +37,13 @@ PARQUET_BATCH_ROWS = 1000
 QUOTED_AFTER_BLANK = re.compile(r'(^|,) +"[^"]*"\s*(,|$)', re.MULTILINE)
 """A field of a csv file whose writer puts a blank behind each comma: the quotes are no text."""
 FIRST_LINES = 20
+FORMS = {
+    rb"(?s).?\0": "text is UTF-16 or UTF-32; convert the file to UTF-8",
+    rb"[^\n]*\r[^\n]+\Z": "lines end with CR (\\r) alone; save the file with LF as line end",
+    rb'(?i)"?sep=."?\r?\n': "sep= is a line for Excel alone; remove it, and separate the fields by "
+    "commas (by tabs in a file that is named .tsv)",
+}
+"""First lines of files that are not read, and what to change."""
 # Values of any kind, stored as JSON text; the first versions of `datasets` 4 do not have it.
 JSON_FEATURE = getattr(datasets, "Json", Value)
 
@@ -239,6 +246,8 @@ def _text_lines(path: Path, each: Callable[[bytes], None] | None = None) -> Iter
             if each is not None:
                 each(line)
             raw = line.removeprefix(BOM) if number == 1 else line
+            for text in (FORMS[form] for form in FORMS if number == 1 and re.match(form, raw)):
+                raise DataError(f"{path}, line 1: {text}")
             try:
                 yield raw.decode("utf-8")
             except UnicodeDecodeError as error:
@@ -407,7 +416,9 @@ def parse_json(text: str, place: str) -> object:
     try:
         return json.loads(text, object_pairs_hook=_json_object)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{place} is not JSON: {error}") from error
+        lines = "Extra data" in str(error) and place.lower().endswith(".json")
+        hint = "; a file with a row in each line is named .jsonl" if lines else ""
+        raise DataError(f"{place} is not JSON: {error}{hint}") from error
 
 
 def _json_object(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
@@ -446,12 +457,14 @@ def _jsonl_records(path: Path, each: Callable[[bytes], None] | None = None) -> I
 
 
 def _values(line: str, place: str) -> Mapping[str, object]:
-    row = parse_json(line, place)
+    is_list = line.lstrip().startswith("[")
+    row = None if is_list else parse_json(line, place)
     _refuse_doubled_within(row, place)
     if isinstance(row, str):
         row = {"text": row}
     if not isinstance(row, dict):
-        raise DataError(f"{place} is not a JSON object: {line.strip()[:60]!r}")
+        hint = "; a file that is one list of rows is named .json" if is_list else ""
+        raise DataError(f"{place} is not a JSON object: {line.strip()[:60]!r}{hint}")
     return cast("Mapping[str, object]", row)
 
 

@@ -244,3 +244,21 @@ def test_the_home_folder_is_put_in_where_a_path_begins_with_it(text, path, monke
     monkeypatch.setenv("HOME", "me")
 
     assert in_home(text) == Path(path)
+
+
+@pytest.mark.parametrize(
+    ("value", "trackers"),
+    [
+        *((names, ()) for names in ("none", "None", "[none]", "[]", "null")),
+        ("wandb", ("wandb",)),
+        ("[wandb, mlflow]", ("wandb", "mlflow")),
+    ],
+)
+def test_values_are_reported_to_one_tracker_several_or_none(run_file, value, trackers):
+    assert load_config(run_file, [f"log.report_to={value}"]).log.report_to == trackers
+
+
+def test_what_a_message_about_trackers_names_is_accepted(run_file):
+    for value in ("all", "[none, wandb]"):
+        message = message_of(run_file, f"log.report_to={value}")
+        assert 'must be "tensorboard", "wandb" or "mlflow" (got "' in message
