@@ -11,7 +11,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
@@ -42,8 +42,10 @@ ROWS_AT_ONCE = 10_000
 COUNTS = "counts.json"
 MANY_TIMES = 10
 """A source that an epoch reads more often than this is worth a warning."""
-OF_THIS_MACHINE = ("is_local", "local_files_only")
-"""Settings with which transformers read a tokenizer's files, and which it saves with them."""
+NOT_EXPORTED = ("is_local", "local_files_only")
+"""How transformers read a tokenizer's files on this machine, which it saves with them."""
+READ_ALIKE = ("BertTokenizer", "RobertaTokenizer", "GPT2Tokenizer", "Qwen2Tokenizer")
+"""Classes that transformers 4 has, and that leave there what tokenizer.json says."""
 # Part of every key: increase this number when the encoded rows would differ.
 VERSION = 2
 # Part of the keys of rows with words, likewise.
@@ -309,7 +311,24 @@ def save_tokenizer(
     keys = json.loads(path.read_text(encoding="utf-8"))
     if context is not None:  # the number of a tokenizer without a length is 1e30
         keys["model_max_length"] = min(context, keys["model_max_length"])
-    write_json(path, {key: keys[key] for key in keys if key not in OF_THIS_MACHINE})
+    if backend is not None:
+        keys |= _keys_of_4(keys, tokenizer)
+    write_json(path, {key: keys[key] for key in keys if key not in NOT_EXPORTED})
+
+
+def _keys_of_4(keys: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return the keys with which transformers 4 reads tokenizer.json as transformers 5 does."""
+    special = keys.pop("extra_special_tokens", None)  # transformers 4 wants a dict of names
+    old: dict[str, Any] = {} if special is None else {"additional_special_tokens": special}
+    if keys["tokenizer_class"] not in READ_ALIKE:
+        inputs = list(tokenizer.model_input_names)
+        old |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": inputs}
+        old["padding_side"] = tokenizer.padding_side  # Gemma's class pads on the left
+    pre_tokenizer = cast("Any", tokenizer).backend_tokenizer.pre_tokenizer
+    state = {} if pre_tokenizer is None else json.loads(pre_tokenizer.__getstate__())
+    if "add_prefix_space" in state:  # else transformers 4 sets it to false
+        old["add_prefix_space"] = state["add_prefix_space"]
+    return old
 
 
 def tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> str:

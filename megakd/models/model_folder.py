@@ -23,7 +23,7 @@ from megakd.models.architectures import context_length
 from megakd.models.generation import generation_of
 from megakd.models.own_models import OWN_MODELS
 from megakd.models.weights import DTYPES, SAFETENSORS, SAFETENSORS_INDEX
-from megakd.storage.atomic import write_content
+from megakd.storage.atomic import write_content, write_json
 from megakd.storage.folders import sealed_folder
 
 if TYPE_CHECKING:
@@ -36,6 +36,9 @@ BUFFER_BYTES = 256 << 20
 HEADER_BYTES, ENTRY_BYTES = 1 << 20, 150
 """Room for the header of a file that is written tensor by tensor, and at most for a tensor beside
 its name."""
+_ROTARY_KEYS_OF_4 = ("rope_theta", "partial_rotary_factor")
+"""Keys of `rope_parameters` that transformers 4 looks for in the config itself."""
+_WHOLE = "original_max_position_embeddings"
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Extra = Mapping[str, str | bytes | Callable[[], str | bytes]]
 
@@ -185,10 +188,34 @@ def brings_code(folder: Path) -> bool:
     return keys["model_type"] in OWN_MODELS
 
 
+def needs_5(folder: Path) -> bool:
+    """Return true if transformers 4 cannot load the folder, or would compute something else."""
+    keys = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return brings_code(folder) or ("rope_parameters" in keys and "rope_theta" not in keys)
+
+
 def hub_id(spec: str) -> str | None:
     """Return `spec` if it names a model on the Hub, or None if it is a local folder."""
     is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", spec) is not None
     return spec if is_id and not Path(spec).exists() else None
+
+
+def rotary_keys_of_4(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys by which transformers 4 reads `rope_parameters`, if it has keys for them."""
+    rope: dict[str, Any] = keys.get("rope_parameters") or {}
+    old: dict[str, Any] = {}
+    local = rope.get("sliding_attention") or {}
+    if keys["model_type"] == "gemma3_text" and local.get("rope_type") == "default":
+        old["rope_local_base_freq"], rope = local["rope_theta"], rope["full_attention"]
+    if "rope_theta" not in rope:
+        return {}
+    scaling = {key: value for key, value in rope.items() if key not in _ROTARY_KEYS_OF_4}
+    if rope["rope_type"] == "longrope":
+        old[_WHOLE] = rope[_WHOLE]
+        if keys["model_type"] == "phi3":  # refuses further keys
+            scaling = {"type": "longrope", **{k: rope[k] for k in ("short_factor", "long_factor")}}
+    old |= {key: rope[key] for key in _ROTARY_KEYS_OF_4 if key in rope}
+    return {**old, "rope_scaling": None if rope["rope_type"] == "default" else scaling}
 
 
 def _write_config(folder: Path, model: ModelContent, dtype: torch.dtype) -> None:
@@ -202,7 +229,8 @@ def _write_config(folder: Path, model: ModelContent, dtype: torch.dtype) -> None
     else:  # of the folder that the config was read from, whose files of code are not copied
         vars(config).pop("auto_map", None)
     # save_pretrained refuses the generation keys that older configs on the Hub carry.
-    config.to_json_file(str(folder / "config.json"))
+    keys = json.loads(config.to_json_string())
+    write_json(folder / "config.json", {**keys, **rotary_keys_of_4(keys)})
     decoder = ours.models.get("AutoModelForCausalLM") if ours else None
     stock = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     if (decoder.__name__ if decoder else stock) in (config.architectures or ()):

@@ -38,6 +38,7 @@ class CardFacts:
     teachers: Hub ids or folders of the teachers; None for random weights.
     objective: one readable line per loss term.
     brings_code: whether the model's class is stored with the weights, see `brings_code`.
+    needs_5: whether transformers 4 cannot read the model.
     """
 
     title: str
@@ -47,6 +48,7 @@ class CardFacts:
     objective: tuple[str, ...]
     command: str
     brings_code: bool = False
+    needs_5: bool = False
 
 
 def model_card(facts: CardFacts, report: Report) -> str:

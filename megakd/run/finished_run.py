@@ -27,7 +27,7 @@ from megakd.engine.distributed import launched_ranks
 from megakd.errors import CheckpointError, ConfigError, MegakdError, suggestion
 from megakd.inputs.inputs import UnencodedInputs, unencoded_inputs
 from megakd.models.int8 import INT8, write_int8, write_restored
-from megakd.models.model_folder import brings_code
+from megakd.models.model_folder import brings_code, needs_5
 from megakd.models.onnx import MODEL, check_packages, write_onnx
 from megakd.models.own_models import current_files
 from megakd.process.terminal import in_home
@@ -355,6 +355,7 @@ def _card_facts(config: RunConfig, stage: Path, command: str) -> CardFacts:
         objective=tuple(map(_line, config_tree(config)["objective"] or ())),
         command=command,
         brings_code=brings_code(stage),
+        needs_5=needs_5(stage),
     )
 
 

@@ -62,6 +62,7 @@ def test_the_card_of_adapters_says_how_many_weights_were_trained_and_how_to_load
 def test_the_card_says_how_the_model_was_made() -> None:
     teacher, objective = "textattack/bert-base-uncased-SST-2", ("soft_target_kl, weight 1.0",)
     facts = dataclasses.replace(FACTS, teachers=(teacher,), objective=objective, brings_code=True)
+    facts = dataclasses.replace(facts, needs_5=True)
 
     card = model_card(facts, report_of(environment={"versions": {"torch": "2.13.0"}}))
 
@@ -78,6 +79,7 @@ def test_the_card_says_how_the_model_was_made() -> None:
         "starting from random weights",
         "85.0%",
         "soft_target_kl, weight 1.0",
+        "```\n\nThe model needs transformers >= 5.0; earlier versions cannot read it.\n\n## How",
         "megakd train run.yaml",
         "torch 2.13.0",
         "No licence is claimed",
