@@ -122,7 +122,7 @@ def _config(arguments: argparse.Namespace) -> tuple[RunConfig, str]:
     # The recipe of a fine-tuning is in the tree.
     given = [word for word in arguments.overrides if word != "teacher.finetune={}"]
     tree = with_overrides(ours, given, source=SOURCE)
-    task, keys = tree["task"], ("dataset", "train_files", "mixture", "encoded")
+    task, keys = tree["task"], ("dataset", "train_files", "mixture")
     if not (isinstance(task, dict) and any(task.get(key) is not None for key in keys)):
         raise ConfigError("the rows to learn from are missing; give --data F, or task.dataset=F")
     # The overrides are given again, so that a message names the override that is wrong.

@@ -39,8 +39,8 @@ def export_trimmed(
         has_text = "text" in splits.train.column_names and not is_chat(splits.train)
         if ranks.world_size > 1 or splits.stream or not has_text:
             raise ConfigError(
-                f"{WHERE} needs one process and training rows with a text: conversations, streams "
-                "and encoded data have none; leave the option out"
+                f"{WHERE} needs one process and training rows with a text: conversations and "
+                "streams have none; leave the option out"
             )
         # Texts whose tokens are all kept cannot show what a cut costs.
         others = () if splits.test is None else (splits._replace(train=splits.validation),)

@@ -4,5 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-REMOVED: Mapping[str, str] = {}
+REMOVED: Mapping[str, str] = {
+    "task.encoded": "gone; `megakd encode` fills the cache that a run reads, remove the key",
+}
 """By the path of a key, or by `path: value` for a choice of it."""

@@ -131,8 +131,6 @@ class TaskConfig:
     streaming: bool = False
     """Read the training texts during training, without a copy on disk. Only for mlm and
     causal_lm; needs train.max_steps."""
-    encoded: Folder | None = None
-    """Folder that `megakd encode` has written; the run reads no text."""
 
     @property
     def row_length(self) -> int:

@@ -148,9 +148,12 @@ def encode_rows(
     counts: CountsByName = {}
 
     def encoded(name: str) -> Iterator[pa.Table]:
-        bad = BadRows(task.bad_rows)
-        yield from tables_of(rows[name], tokenizer, task, name=name, counts=counts, bad=bad)
-        bad.finish()
+        # A generator, because rows that are in the cache need no encoder.
+        if is_chat(rows[name]):
+            encoder = ChatEncoder(tokenizer, task, bad=BadRows(task.bad_rows))
+            yield from tables_of_conversations(rows[name], encoder, name=name, counts=counts)
+        else:
+            yield from tables_of_texts(rows[name], tokenizer, task)
 
     def empty(name: str) -> DataError:
         mine = {one: part for one, part in counts.items() if one.partition("/")[0] == name}
@@ -163,27 +166,6 @@ def encode_rows(
     if counts := counts_of(cache_dir, key):
         say_chat(made, counts, tokenizer)
     return made, key
-
-
-def tables_of(
-    rows: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    task: TaskConfig,
-    *,
-    name: str,
-    counts: CountsByName,
-    bad: BadRows,
-) -> Iterator[pa.Table]:
-    """Yield tables of encoded rows of any kind, and no table if there are no tokens.
-
-    `counts` gets the numbers of conversations, under `name`, while the tables are read. The caller
-    finishes `bad`.
-    """
-    if is_chat(rows):
-        encoder = ChatEncoder(tokenizer, task, bad=bad)
-        yield from tables_of_conversations(rows, encoder, name=name, counts=counts)
-    else:
-        yield from tables_of_texts(rows, tokenizer, task)
 
 
 def no_tokens(rows: Dataset, task: TaskConfig, *, split: str, counts: CountsByName) -> DataError:

@@ -219,51 +219,28 @@ class PackedRow(NamedTuple):
     labels: NDArray[np.int32]
 
 
-class Packer:
-    """Rows under construction, from an unfinished row on; see `rest`.
+def pack(documents: Iterable[ArrayLike], length: int) -> Iterator[PackedRow]:
+    """Yield documents packed in their order: full rows, then a shorter row with the rest.
 
     A document that does not fit continues in the next row.
     """
-
-    def __init__(self, length: int, begun: PackedRow | None = None) -> None:
-        if length < 1:
-            raise ValueError(f"a packed row has at least 1 token, got length {length}")
-        self._tokens = np.empty((3, length), dtype=np.int32)
-        self._used = 0
-        if begun is not None:
-            self._used = len(begun.input_ids)
-            self._tokens[:, : self._used] = np.stack(begun)
-
-    def add(self, document: ArrayLike) -> Iterator[PackedRow]:
+    if length < 1:
+        raise ValueError(f"a packed row has at least 1 token, got length {length}")
+    row, used = np.empty((3, length), dtype=np.int32), 0
+    for document in documents:
         ids = np.asarray(document, dtype=np.int32)
         labels = np.append(ids[1:], np.int32(IGNORE))
         start = 0
         while start < len(ids):
-            count = min(len(ids) - start, self._tokens.shape[1] - self._used)
-            free, part = self._tokens[:, self._used :], slice(start, start + count)
-            free[:, :count] = ids[part], np.arange(count), labels[part]
-            self._used, start = self._used + count, start + count
-            if self._used == self._tokens.shape[1]:
-                yield self._row()
-                self._used = 0
-
-    def rest(self) -> PackedRow | None:
-        """Return the unfinished row; None if it has no token."""
-        return self._row() if self._used else None
-
-    def _row(self) -> PackedRow:
-        row = self._tokens[:, : self._used].copy()
-        return PackedRow(row[0], row[1], row[2])
-
-
-def pack(documents: Iterable[ArrayLike], length: int) -> Iterator[PackedRow]:
-    """Yield documents packed in their order: full rows, then a shorter row with the rest."""
-    packer = Packer(length)
-    for document in documents:
-        yield from packer.add(document)
-    rest = packer.rest()
-    if rest is not None:
-        yield rest
+            count = min(len(ids) - start, length - used)
+            part = slice(start, start + count)
+            row[:, used : used + count] = ids[part], np.arange(count), labels[part]
+            used, start = used + count, start + count
+            if used == length:
+                yield PackedRow(*row)
+                row, used = np.empty_like(row), 0
+    if used:
+        yield PackedRow(*row[:, :used])
 
 
 def windows(ids: Sequence[int], room: int) -> Iterator[Sequence[int]]:

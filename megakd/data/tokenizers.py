@@ -27,7 +27,6 @@ from megakd.config.task import TaskConfig, TokenizerConfig
 from megakd.contract.tasks import TaskType
 from megakd.data.arrow import arrow_batches, key_of, rows_key
 from megakd.data.chat.template import read_template
-from megakd.data.encoded_folder import TOKENIZER
 from megakd.data.splits import Splits
 from megakd.data.token_tables import check_words
 from megakd.data.vocabularies import ENCODER_ROLES, VERSION, encoder_template, train_tokenizer
@@ -161,10 +160,7 @@ def _resolved(
             "trained on a stream (task.streaming is true); set task.tokenizer to a folder or a Hub "
             "id"
         )
-    if task.encoded is not None:
-        trained = PreTrainedTokenizerFast.from_pretrained(task.encoded / TOKENIZER)
-    else:
-        trained = _trained(spec, task.type, splits, cache_dir)
+    trained = _trained(spec, task.type, splits, cache_dir)
     return trained, f"{spec.type} trained on the training text"
 
 

@@ -47,14 +47,9 @@ class MethodRows(NamedTuple):
 
 
 def splits_of(config: RunConfig) -> Splits:
-    """Return the texts (token numbers with `task.encoded`) and labels of a run; a collective."""
-    task = config.task
-    if task.encoded is not None:
-        from megakd.data.encoded_folder import open_splits
-
-        folder = task.encoded
-        return once_per_node(lambda: open_splits(folder), place=str(folder))
-    return once(config, lambda: load_splits(task, seed=config.seed, cache_dir=cache_folder()))
+    """Return the texts and labels of a run; a collective."""
+    task, seed = config.task, config.seed
+    return once(config, lambda: load_splits(task, seed=seed, cache_dir=cache_folder()))
 
 
 def encoded_rows(
@@ -66,16 +61,10 @@ def encoded_rows(
 ) -> Encoded:
     """Return the data as token numbers; a collective."""
     task, cache = config.task, cache_folder()
-    if task.encoded is not None:
-        from megakd.data.encoded_folder import as_encoded, facts_of
-
-        facts = facts_of(task, tokenizer, seed=config.seed)
-        encoded = as_encoded(task.encoded, splits, tokenizer, facts)
-    else:
-        encoded = once(
-            config,
-            lambda: encode_splits(splits, tokenizer, task, cache_dir=cache, with_train=with_train),
-        )
+    encoded = once(
+        config,
+        lambda: encode_splits(splits, tokenizer, task, cache_dir=cache, with_train=with_train),
+    )
     if task.mixture is None or not with_train:
         return encoded
     return mixed(encoded, task.mixture, seed=config.seed)
@@ -112,11 +101,6 @@ def with_row_length(
     stream, so that its held-out rows are measured.
     """
     task, rows = config.task, splits.train if splits.stream is None else splits.validation
-    if task.encoded is not None:
-        from megakd.data.encoded_folder import read_manifest
-
-        given = task.max_length or read_manifest(task.encoded)["facts"]["task.max_length"]
-        return replace(config, task=replace(task, max_length=given))
     # mlm splits texts into windows; the table of conversations tells their lengths.
     if task.type == "mlm" or (task.max_length is not None and is_chat(rows)):
         return config

@@ -67,7 +67,7 @@ SIZES = "sizes"
 RUN = "run.json"
 _FREE = ("per_device_eval_batch_size", "micro_batches_per_call", "rows_per_call", *FREE)
 """Ends of config keys on which no result depends."""
-_FREE_SECTIONS = ("output_dir", "log.", "save.", "task.encoded")
+_FREE_SECTIONS = ("output_dir", "log.", "save.")
 FINETUNE = "finetune.yaml"
 HEADER = """\
 # Fine-tunes the student of {out} on a task with labels. The task here is an example: give your own

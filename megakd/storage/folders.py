@@ -22,7 +22,6 @@ from megakd.errors import CheckpointError, ConfigError, DataError, ModelError
 from megakd.storage import atomic
 from megakd.storage.atomic import sync_tree
 from megakd.storage.checksums import (
-    Entries,
     damage_of,
     entries_of,
     files_of,
@@ -195,15 +194,11 @@ def whole_folder(folder: Path, build: Callable[[Path], None]) -> Path:
 def is_whole(folder: Path) -> bool:
     """Return whether every file has the size and, up to 1 GiB in all, the checksum as written."""
     try:
-        return damage_at_start(folder, entries(folder)) is None
+        listed = entries(folder)
+        size = sum(entry["size"] for entry in listed.values())
+        return damage_of(folder, listed, reads=size <= CHECKED_BYTES) is None
     except (OSError, ValueError):
         return False
-
-
-def damage_at_start(folder: Path, listed: Entries) -> str | None:
-    """Return what is wrong with a cache; files above 1 GiB in all are not read."""
-    size = sum(entry["size"] for entry in listed.values())
-    return damage_of(folder, listed, reads=size <= CHECKED_BYTES)
 
 
 def _put_in_place(draft: Path, folder: Path) -> None:

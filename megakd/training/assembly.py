@@ -118,11 +118,7 @@ class Assembly:
         free = {"eval_steps": None} if keeps_last(flatten(tree)) else {}
         evaluation = {k: v for k, v in asdict(self.config.eval).items() if k not in _UNREAD}
         return {
-            "task": {
-                key: value
-                for key, value in tree["task"].items()
-                if key not in ("encoded", "evaluation_sets")
-            },
+            "task": {k: v for k, v in tree["task"].items() if k != "evaluation_sets"},
             "data": self.prepared.encoded.content_hash,
             "eval": evaluation | free,
             "metrics": {name: code_of(metric_of(name)) for name in metrics},

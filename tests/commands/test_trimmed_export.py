@@ -70,7 +70,7 @@ def test_a_language_model_shows_no_loss_per_token_of_two_vocabularies(one_rank, 
     assert len(outcome.out.splitlines()) == 2
     words = ("--to", tmp_path / "y", "--vocabulary", "task")
     refused = one_rank.megakd("export", config, *words, "task.streaming=true", code=2)
-    assert "streams and encoded data have none" in refused.err
+    assert "conversations and streams have none" in refused.err
 
 
 def test_conversations_are_refused_because_their_template_needs_tokens_too(one_rank, tmp_path):
@@ -81,5 +81,5 @@ def test_conversations_are_refused_because_their_template_needs_tokens_too(one_r
     outcome = one_rank.megakd("export", path, "--to", tmp_path / "x", "--vocabulary", "task")
 
     assert outcome.code == 2
-    assert "conversations, streams and encoded data have none" in outcome.err
+    assert "conversations and streams have none" in outcome.err
     assert not (tmp_path / "x").exists()

@@ -159,7 +159,6 @@ PATHS = [
     "task.dataset=glue/sst2; task.data_dir=HERE",
     "task.tokenizer=HERE",
     f"{ROWS}; task.chat_template=HERE",
-    f"{ROWS}; task.encoded=HERE",
     "task.dataset=null; task.train_files=HERE",
     "task.dataset=null; task.train_files=[a.csv, 'HERE/*.csv']",
     "task.evaluation_sets.hard=HERE",

@@ -1,4 +1,4 @@
-"""Encoded conversations: numbers, the table at the start, cutting, keys, and the folder."""
+"""Encoded conversations: numbers, the table at the start, cutting and keys."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from encoded_chats import chat, encoded
 from tiny_runs import write_jsonl
 
 from megakd.config.task import TaskConfig
-from megakd.data import encoded_folder, encoding
+from megakd.data import encoding
 from megakd.data.chat import tokens
 from megakd.data.chat.counts import ChatCounts, learned_ends, table_lines
 from megakd.data.chat.tokens import ChatEncoder
-from megakd.data.encoded_folder import as_encoded, facts_of, open_splits, write_encoded
 from megakd.data.encoding import Encoded, encode_splits
 from megakd.data.splits import Splits, load_splits
 from megakd.data.tables import BadRows
@@ -50,14 +49,6 @@ class Data:
 
     def counts(self) -> ChatCounts:
         return self.encoded().chat["train"]
-
-    def write(self) -> None:
-        facts = facts_of(self.task, self.tokenizer, seed=0)
-        write_encoded(self.folder / "encoded", self.splits, self.tokenizer, self.task, facts=facts)
-
-    def from_folder(self) -> Encoded:
-        folder, facts = self.folder / "encoded", facts_of(self.task, self.tokenizer, seed=0)
-        return as_encoded(folder, open_splits(folder), self.tokenizer, facts)
 
 
 def chats(*turns: tuple[str, str]) -> list[dict[str, Any]]:
@@ -153,7 +144,7 @@ def test_a_second_start_shows_the_same_table_and_row_without_encoding(
         return [r.getMessage() for r in caplog.records if r.name == "megakd.data.chat.counts"]
 
     first = reported()
-    monkeypatch.setattr(encoding, "tables_of", None)
+    monkeypatch.setattr(encoding, "tables_of_conversations", None)
 
     assert reported() == first
     assert first[0].startswith("conversations:\n")
@@ -188,7 +179,7 @@ def test_a_template_in_a_file_replaces_the_tokenizers(tmp_path):
     assert tokenizer.chat_template == template_of("qwen3")
 
 
-def test_the_conversations_of_a_folder_are_encoded_by_as_many_processes_as_those_of_a_run(
+def test_one_process_encodes_conversations_beside_training_and_several_before(
     tmp_path, monkeypatch
 ):
     used: list[int] = []
@@ -197,17 +188,11 @@ def test_the_conversations_of_a_folder_are_encoded_by_as_many_processes_as_those
     monkeypatch.setattr(tokens, "processes_for", lambda count, each: min(3, count // each) or 1)
     monkeypatch.setattr(tokens, "ROWS_OF_A_PROCESS", 2)
     monkeypatch.setattr(tokens, "ROWS_AT_ONCE", 1)
-    monkeypatch.setattr(encoded_folder, "TEXTS_PER_SHARD", 6)
     data = Data(tmp_path, chats(*((f"Question {n}", "x" * 5 * n) for n in range(11))))
 
-    data.write()
+    data.encoded()
 
-    # A shard of 6 conversations, one of 4 and 1, and the one of the validation split.
-    assert used == [3, 2, 1, 1]
-    made, run = data.from_folder(), data.encoded()
-    assert made.train[:] == run.train[:]
-    assert made.chat == run.chat
-    assert made.content_hash == run.content_hash
+    assert used == [3, 1]  # the training rows, and the one of the validation split
     used.clear()
     encoder = ChatEncoder(data.tokenizer, data.task, bad=BadRows())
     rows = data.splits.train
@@ -282,11 +267,10 @@ def test_rows_that_cannot_be_read_or_encoded_are_named_together(tmp_path, monkey
 
     refused = [{"messages": asked("Hi", f"{n}", system="no place for this")} for n in range(30)]
     data = Data(tmp_path / "refused", [good, *refused], family="gemma")
-    for encode in (data.encoded, data.write):
-        with pytest.raises(DataError, match="the first 20 rows that cannot be used") as caught:
-            encode()
-        assert str(caught.value).count("the chat template refuses the conversation") == 20
-        assert all(f"line {number}: " in str(caught.value) for number in range(2, 22))
+    with pytest.raises(DataError, match="the first 20 rows that cannot be used") as caught:
+        data.encoded()
+    assert str(caught.value).count("the chat template refuses the conversation") == 20
+    assert all(f"line {number}: " in str(caught.value) for number in range(2, 22))
 
 
 def test_bad_rows_are_left_out_on_request_and_counted_at_every_start(tmp_path, caplog):

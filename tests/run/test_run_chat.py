@@ -1,4 +1,4 @@
-"""Whole runs on conversations: learned, logged, continued in the report, encoded before."""
+"""Whole runs on conversations: learned, logged, continued in the report, scored alone."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_run_on_real_questions_learns_and_says_what_counts(one_rank, tmp_path,
     assert "<|im_end|>]]" in log
 
 
-def test_encoded_before_the_run_a_mixture_gives_the_same_weights_and_table(one_rank, tmp_path):
+def test_a_mixture_has_a_table_and_scores_documents_as_a_file_of_them_alone(one_rank, tmp_path):
     chats = [{"messages": asked(f"Question {n}?", f"It is {n}.")} for n in range(12)]
     texts = [{"text": f"The number after {n} is {n + 1}."} for n in range(6)]
     files = {"chats": chats, "texts": texts}
@@ -70,22 +70,13 @@ def test_encoded_before_the_run_a_mixture_gives_the_same_weights_and_table(one_r
     keys["evaluation_sets"] = {"long": long}
     config = write_run(tmp_path, chats, "out", **keys)
 
-    plain = finish(one_rank, config)
-    one_rank.megakd("encode", config, "--to", tmp_path / "encoded", code=0)
-    with_encoded = {**keys, "encoded": str(tmp_path / "encoded")}
-    mapped = finish(one_rank, write_run(tmp_path, chats, "mapped", **with_encoded))
+    answer = finish(one_rank, config)
 
-    tables = [
-        re.findall(r"^train/\w+ .*$", answer.out + answer.err, re.MULTILINE)
-        for answer in (plain, mapped)
-    ]
-    assert len(tables[0]) == 2
-    assert tables[0] == tables[1]
+    assert len(re.findall(r"^train/\w+ .*$", answer.out + answer.err, re.MULTILINE)) == 2
     # Documents are cut, not packed, also where a file of them is scored alone.
     alone = json.loads(one_rank.megakd("evaluate", config, "--data", long, "--json").out)
     of_run = read(tmp_path / "out")["evaluation_sets"]["long"]["metrics"]["student"]
     assert alone["metrics"] == pytest.approx(of_run)
-    assert same_weights(tmp_path / "out" / "final", tmp_path / "mapped" / "final")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from chat_runs import config_of, model
 from chat_tokenizers import asked, chat_tokenizer
 from tiny_runs import bert, write_jsonl
 
-from megakd.commands.encode import encode_run
 from megakd.config.file import config_of as checked
 from megakd.config.rollout import RolloutConfig
 from megakd.config.run import RunConfig
@@ -108,19 +106,14 @@ def test_documents_are_packed_to_1024_tokens_or_to_the_length_of_long_documents(
     assert prepare(config).config.task.row_length == 1024
 
 
-def test_the_held_out_rows_measure_a_stream_and_encoded_data_have_a_measured_length(
-    tmp_path, monkeypatch
-):
+def test_the_held_out_rows_measure_a_stream(tmp_path):
     config = run_of(tmp_path, chats(*[40] * 8))
     stream = dataclasses.replace(config.task, streaming=True)
     train = dataclasses.replace(config.train, max_steps=2)
-    monkeypatch.setattr("megakd.run.main.started", nullcontext)
-    encode_run(config, tmp_path / "encoded")
-    there = dataclasses.replace(config.task, encoded=tmp_path / "encoded")
 
-    for task in (stream, there):
-        prepared = prepare(dataclasses.replace(config, task=task, train=train))
-        assert prepared.config.task.row_length == -(-tokens("Q", "x" * 40) // 8) * 8
+    prepared = prepare(dataclasses.replace(config, task=stream, train=train))
+
+    assert prepared.config.task.row_length == -(-tokens("Q", "x" * 40) // 8) * 8
 
 
 def test_generated_texts_have_room_behind_the_prompts(tmp_path):

@@ -42,7 +42,6 @@ def check_paths(config: RunConfig) -> None:
         f"{key}: {path} does not exist"
         for key, value in places(config)
         if key not in unread and not key.endswith(".cache") and _is_local(key, str(value))
-        if not (config.task.encoded and key.startswith("task.") and key != "task.tokenizer")
         if not (path := in_home(value)).exists()
     ]
     if missing:

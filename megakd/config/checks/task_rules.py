@@ -74,13 +74,6 @@ _DATA: tuple[Rule[TaskConfig], ...] = (
         ".reasoning .train_on .truncation .end_tokens .mixture",
         ("causal_lm",),
     ),
-    *conflict(".encoded", ".streaming", ", which reads texts during training"),
-    *given(
-        ".encoded",
-        lambda c: c.method.own_vocabulary is not None,
-        "method {method} trains a vocabulary on the texts, and the folder holds no texts; remove "
-        "the key",
-    ),
 )
 _CONVERSATIONS: tuple[Rule[TaskConfig], ...] = (
     *conflict(
@@ -184,7 +177,7 @@ _ROUTED: tuple[Rule[TaskConfig], ...] = (
         "folder or a data set of the Hub with a column of teachers",
     ),
     *given(
-        ".streaming .encoded",
+        ".streaming",
         lambda c: True,
         "not supported by method {method}, which counts the rows of each teacher before training; "
         "remove the key",

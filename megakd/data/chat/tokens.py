@@ -75,8 +75,7 @@ def tables_of_conversations(
 ) -> Iterator[pa.Table]:
     """Yield tables of encoded conversations, and no table if no row is left.
 
-    `counts` gets the numbers of the rows, under `name`, while the tables are read. The caller
-    finishes the bad rows of the encoder.
+    `counts` gets the numbers of the rows, under `name`, while the tables are read.
     """
     kept = (CONVERSATION, PLACE, SOURCE, ROUTE)
     needed = rows.select_columns([column for column in kept if column in rows.column_names])
@@ -99,11 +98,7 @@ def tables_of_conversations(
             counts.setdefault(tally, ChatCounts()).add(added)
         if table is not None:
             yield table
-
-
-def rows_of_processes(count: int) -> int:
-    """Return how many of `count` conversations occupy all processes that encode them."""
-    return ROWS_OF_A_PROCESS * processes_for(count, each=ROWS_OF_A_PROCESS)
+    bad.finish()
 
 
 _EncodedPart = tuple["pa.Table | None", "CountsByName", Sequence[str]]
