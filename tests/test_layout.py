@@ -236,8 +236,10 @@ def test_some_files_import_even_less(importer: str) -> None:
         (
             "megakd.run.run_lab",
             (
-                *("megakd.run.main", "megakd.run.run_report", "megakd.commands.cache"),
-                *("megakd.commands.matched_models", "megakd.commands.examination"),
+                "megakd.run.main",
+                "megakd.run.run_report",
+                "megakd.commands.cache",
+                "megakd.commands.examination",
             ),
         ),
         ("megakd.cli", ("megakd.__main__",)),

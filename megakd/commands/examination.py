@@ -25,7 +25,6 @@ import psutil
 import torch
 from torch import Tensor
 
-from megakd.commands.matched_models import same_files
 from megakd.config.checks.path_rules import check_paths
 from megakd.config.models import TeacherConfig
 from megakd.config.run import RunConfig
@@ -181,10 +180,6 @@ def _data_facts(prepared: RunInputs) -> Iterator[str]:
     of_train = "a stream" if prepared.encoded.stream is not None else f"{len(train):,} rows"
     yield f"{of_train} of train, {len(validation):,} rows of validation"
     yield f"the student's tokenizer has {len(prepared.tokenizer):,} tokens"
-    for name in prepared.config.teacher_specs:
-        same = same_files(prepared, name)
-        told = (f"{what.replace('_', ' ')} {how}" for what, how in same.items())
-        yield f"{name}, compared with the student: {', '.join(told)}"
 
 
 def _hosts(hostfile: Path) -> str:

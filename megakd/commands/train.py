@@ -35,8 +35,6 @@ def run(arguments: argparse.Namespace) -> None:
         say(dump_config(config))
     elif arguments.dry_run:
         print_plan(config, arguments)
-        if config.teacher_specs:
-            say("megakd match compares the teachers with the student's start before training")
     else:
         train(config, arguments.command)
 

@@ -236,10 +236,9 @@ class Assembly:
         *,
         dtype: Dtype,
         needs: Needs,
-        need_head: bool = True,
     ) -> FrozenTeacher:
         ds = frozen_on(self.ranks.world_size, load_ds_config(spec, where="teacher.deepspeed"))
-        module = self.frozen_module(source, ds, dtype=dtype, needs=needs, need_head=need_head)
+        module = self.frozen_module(source, ds, dtype=dtype, needs=needs)
         rows = self.config.train.per_device_train_batch_size
         return FrozenTeacher(module, ds=ds, dtype=dtype, rows=rows)
 
@@ -249,11 +248,9 @@ class Assembly:
         source: ModelSource,
         spec: str | Mapping[str, Any],
         dtype: Dtype,
-        *,
-        need_head: bool = True,
     ) -> Iterator[FrozenTeacher]:
         """Load a frozen model that only answers, for the length of the body."""
-        model = self.frozen(source, spec, dtype=dtype, needs=Needs(), need_head=need_head)
+        model = self.frozen(source, spec, dtype=dtype, needs=Needs())
         try:
             yield model
         finally:
@@ -266,15 +263,11 @@ class Assembly:
         *,
         dtype: Dtype,
         needs: Needs,
-        need_head: bool = True,
     ) -> FrozenModel:
-        """Load a model for an engine without an optimizer; `ds` is the config of that engine.
-
-        need_head: see `load_model`.
-        """
+        """Load a model for an engine without an optimizer; `ds` is the config of that engine."""
         check_dtype(dtype, self.ranks, "teacher.dtype")
         check_kernels(self.config.train.kernels, self.ranks, "train")
-        model = self._load(source, ds, dtype, need_head=need_head)
+        model = self._load(source, ds, dtype, need_head=True)
         order = label_order(model.config, self.prepared.splits.label_names, where=source.where)
         kernels = self.config.train.kernels
         return FrozenModel(model, needs=needs, label_order=order, kernels=kernels)

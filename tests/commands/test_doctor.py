@@ -62,7 +62,6 @@ def test_a_run_that_is_fine_has_a_line_for_each_part_and_leaves_nothing(
     assert {part for part, _, _ in result} == {"config", "ranks", "machine", "data", "steps"}
     assert "torch 2." in texts(result, "machine")
     assert "64 rows of train" in texts(result, "data")
-    assert "teacher, compared with the student: vocabulary same" in texts(result, "data")
     steps = texts(result, "steps")
     assert "25 steps of student" in steps
     assert "100 of 100 rows carry a loss on labels" in steps

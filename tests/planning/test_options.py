@@ -57,9 +57,7 @@ def test_a_dry_run_prints_the_plan_of_the_ranks_it_was_started_with_on_the_first
     cluster = asked[0][1]
     assert code == 0
     assert (cluster.ranks, cluster.nodes, cluster.device) == (4, 2, "cpu")
-    page, hint = capsys.readouterr().out.splitlines()
-    assert page.startswith("a page")
-    assert hint.startswith("megakd match")
+    assert capsys.readouterr().out.startswith("a page")
     monkeypatch.setenv("RANK", "1")
     assert cli.train_main(["--config", str(run_file), "--dry_run"]) == 0
     assert len(asked) == 1
