@@ -183,9 +183,6 @@ def teacher_sections(place: Place, names: tuple[str, ...], *, cached: bool = Tru
     ]
 
 
-CHAIN = ("six", "four")
-
-
 def _pool_arm(temperature: float, **keys: Any) -> Arm:
     objective = keys.pop("objective", None) or _soft(temperature)
 
@@ -200,33 +197,12 @@ def _pool_arm(temperature: float, **keys: Any) -> Arm:
     return Arm(config=config)
 
 
-def _chain(temperature: float) -> Arm:
-    """TAKD: the teacher of four layers learns from that of six; then it teaches the student."""
-
-    def config(place: Place) -> Config:
-        teachers = teacher_sections(place, CHAIN, cached=False)
-        learning = place.setting.teacher.train()
-        teachers[1]["finetune"] = learning | {"max_steps": place.setting.teacher.steps // 4}
-        method = {"name": "takd", "order": list(CHAIN)}
-        return {
-            **_student(place),
-            "teachers": teachers,
-            "method": method,
-            "objective": _soft(temperature),
-        }
-
-    return Arm(config=config)
-
-
 def pool_arms(temperature: float) -> dict[str, Arm]:
-    weighed = _soft(temperature, row_weight="teacher_loss")
     return {
         "uniform": _pool_arm(temperature, name="skdbert"),
         "teacher rank": _pool_arm(temperature, name="skdbert", distribution="teacher_rank"),
         "student rank": _pool_arm(temperature, name="skdbert", distribution="student_rank"),
         "mean": _pool_arm(temperature, name="mean_of_teachers"),
-        "mt-bert": _pool_arm(temperature, name="mt_bert", objective=weighed),
-        "takd": _chain(temperature),
         "best teacher": _pool_arm(temperature, name="single", teacher=BEST),
     }
 

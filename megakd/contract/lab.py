@@ -72,10 +72,6 @@ class TimedWork:
 class Pruning(Protocol):
     """Sizes, importance and cuts of models."""
 
-    def largest_first(self) -> tuple[str, ...]:
-        """Return the names of all teachers, sorted by number of weights, the largest first."""
-        ...
-
     def unscored(self) -> SortedModel:
         """Return the teacher with equal importance for all units, before the teacher is trained."""
         ...
@@ -214,16 +210,14 @@ class Lab(Protocol):
         """
         ...
 
-    def as_teacher(self, result: StageResult, *, like: str = "teacher") -> str:
+    def as_teacher(self, result: StageResult) -> str:
         """Register a stage's model as a teacher, and return the stage's name.
 
-        `like` names the teacher of the config whose engine and dtype are used.
+        It has the engine and dtype of the only teacher of the config.
         """
         ...
 
-    def assistant(
-        self, result: StageResult, sparsity: float | None, *, like: str = "teacher"
-    ) -> str:
+    def assistant(self, result: StageResult, sparsity: float | None) -> str:
         """Register a stage's model as a teacher, and report it as an assistant.
 
         `sparsity`: share of the teacher's units that the model lacks; None if it was not cut.

@@ -56,7 +56,6 @@ LayerPairs = Annotated[tuple[Annotated[str, AfterValidator(_layer_pair)], ...], 
 Relation = Literal["query", "key", "value", "query_key"]
 Relations = Annotated[tuple[Relation, ...], Field(min_length=1), AfterValidator(_each_once)]
 Positions = Literal["all", "first"]
-RowWeight = Literal["equal", "teacher_loss"]
 Skew = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -108,13 +107,10 @@ class _SoftTarget:
 class SoftTargetKl(_SoftTarget):
     """KL(teacher || student) at a temperature (Hinton et al. 2015, section 2).
 
-    row_weight: `teacher_loss` divides the loss of a labelled row by 1 + the teacher's
-        cross-entropy with the label.
     on: as in hard_cross_entropy; every soft target but soft_target_mse has this option.
     """
 
     loss: Literal["soft_target_kl"]
-    row_weight: RowWeight = "equal"
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -167,15 +163,10 @@ class SoftTargetTvd(_SoftTarget):
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class SoftTargetMse:
-    """Squared error to the teacher's score (regression).
-
-    row_weight: `teacher_loss` divides the loss of a labelled row by 1 + the teacher's squared
-        error to the label.
-    """
+    """Squared error to the teacher's score (regression)."""
 
     loss: Literal["soft_target_mse"]
     weight: Weight = 1.0
-    row_weight: RowWeight = "equal"
 
 
 Projection = Literal["learned", "identity"]

@@ -338,13 +338,8 @@ def one_pass_groups(terms: Sequence[SoftTarget]) -> list[list[SoftTarget]]:
     return groups
 
 
-def trusts(term: object) -> bool:
-    """Return whether a soft term of a classifier or regressor weighs rows by the teacher's loss."""
-    return getattr(term, "row_weight", "equal") == "teacher_loss"
-
-
 def _one_pass(terms: Sequence[SoftTarget]) -> bool:
-    return len(set(map(trusts, terms))) == 1 and all(
+    return all(
         len({getattr(term, name) for term in terms if hasattr(term, name)}) <= 1 for name in _SHARED
     )
 
@@ -414,7 +409,6 @@ class ClassTargets(TermGroup):
             **divergence_options(soft, reading.weights),
             kd_weight=per_unit["examples"],
             ce_weight=reading.weights[_HARD] * per_unit[self.units[_HARD]] if has_labels else 0.0,
-            token_weight=_trust_in_classes(reading) if any(map(trusts, soft)) else None,
             ignore_index=IGNORE,
             valid=batch.valid.any(dim=1) if soft else None,
             impl=reading.kernels,
@@ -470,7 +464,6 @@ class RegressionScores(TermGroup):
     def __init__(self, term: HardMse | SoftTargetMse) -> None:
         super().__init__()
         self.needs_teacher = isinstance(term, SoftTargetMse)
-        self.trusts = trusts(term)
         self.units = {term.loss: "examples" if self.needs_teacher else "targets"}
 
     def forward(self, reading: LossInputs) -> Evaluated:
@@ -484,40 +477,25 @@ class RegressionScores(TermGroup):
             counts = ~target.isnan()
         # Masked before the square: the gradient of the square at NaN is NaN, even times 0.
         error = (scores - target).where(counts, torch.zeros_like(scores))
-        rows = error.square()
-        if self.trusts:
-            # The teacher's squared error is 0 for rows without label.
-            missed = (target - reading.batch.labels.float()).square().nan_to_num(0.0)
-            rows = rows * (1 / (1 + missed))
-        return self.of_one_term(reading, rows.sum())
+        return self.of_one_term(reading, error.square().sum())
 
 
 def class_groups(
     soft: Sequence[SoftTarget], hard: HardCrossEntropy | None
 ) -> list[ClassTargets | WeightedClasses]:
-    """Return as few groups as possible; the hard term joins the first that weighs rows alike."""
+    """Return as few groups as possible; the hard term joins the first."""
     groups: list[ClassTargets | WeightedClasses] = []
     if hard is not None and (hard.class_weights is not None or hard.label_smoothing):
         groups.append(WeightedClasses(hard))
         hard = None
     for terms in one_pass_groups(soft):
-        if trusts(terms[0]):
-            groups.append(ClassTargets(tuple(terms), None))
-        else:
-            groups.append(ClassTargets(tuple(terms), hard))
-            hard = None
+        groups.append(ClassTargets(tuple(terms), hard))
+        hard = None
     return groups if hard is None else [*groups, ClassTargets((), hard)]
 
 
 def _unit_of_labels(term: HardCrossEntropy) -> Unit:
     return "examples" if term.count == "rows" else "targets"
-
-
-def _trust_in_classes(reading: LossInputs) -> Tensor:
-    """Return [B] fp32: 1 / (1 + the teacher's cross-entropy), and 1 for rows without label."""
-    logits, labels = _logits(reading.taught).float(), reading.batch.labels
-    missed = functional.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
-    return 1 / (1 + missed)
 
 
 def _logits(knowledge: Knowledge) -> Tensor:

@@ -13,9 +13,9 @@ from pydantic.dataclasses import dataclass
 
 from megakd.contract.lab import Lab
 from megakd.contract.options import MethodOptions
-from megakd.contract.stage import StageResult
+from megakd.contract.stage import Constant, Pass, Stage, StageResult
 from megakd.contract.terms import STRICT
-from megakd.methods.pools import all_teachers, soft_objective, taught_by_all
+from megakd.methods.pools import all_teachers, soft_objective, taught
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -30,4 +30,11 @@ def run(config: MeanOfTeachersConfig, lab: Lab) -> StageResult:
     """Train with one pass per teacher and a single forward of the student per micro-batch."""
     del config
     names = all_teachers(lab)
-    return taught_by_all(lab, names, soft_objective(lab), share=1 / len(names), how="mean")
+    share = 1 / len(names)
+    stage = Stage(
+        name="student",
+        teachers=names,
+        objective=soft_objective(lab),
+        strategy=Constant(tuple(Pass(teacher=name, scale=share) for name in names)),
+    )
+    return taught(lab, stage, weights=dict.fromkeys(names, share), how="mean")

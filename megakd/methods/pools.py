@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from megakd.contract.lab import Lab
-from megakd.contract.stage import Constant, Pass, Stage, StageResult, teacher_names
+from megakd.contract.stage import Stage, StageResult, teacher_names
 from megakd.contract.terms import TermConfig
 
 
@@ -18,22 +18,6 @@ def soft_objective(lab: Lab) -> tuple[TermConfig, ...]:
 def all_teachers(lab: Lab) -> tuple[str, ...]:
     """Return the names of all teachers; fine-tune each teacher first if the config asks for it."""
     return tuple(map(lab.teacher, lab.config.teacher_specs))
-
-
-def taught_by_all(
-    lab: Lab, names: tuple[str, ...], objective: tuple[TermConfig, ...], *, share: float, how: str
-) -> StageResult:
-    """Train the student with all teachers at every step and a single forward of the student.
-
-    The loss of each pass counts `share`; `how` names the distribution in the report.
-    """
-    stage = Stage(
-        name="student",
-        teachers=names,
-        objective=objective,
-        strategy=Constant(tuple(Pass(teacher=name, scale=share) for name in names)),
-    )
-    return taught(lab, stage, weights=dict.fromkeys(names, share), how=how)
 
 
 def taught(

@@ -21,7 +21,7 @@ from megakd.config.task import TaskConfig, TokenizerConfig
 from megakd.config.train import TrainConfig, learning_rate_schedule, total_steps
 from megakd.contract.lab import TimedWork
 from megakd.contract.stage import Stage, StageResult
-from megakd.contract.tasks import AUTO, LANGUAGE_TASKS, STUDENT, TEACHER, Dtype
+from megakd.contract.tasks import AUTO, LANGUAGE_TASKS, STUDENT, Dtype
 from megakd.contract.views import View
 from megakd.data.loader import rows_with_targets
 from megakd.data.step_layout import StepShape
@@ -319,9 +319,9 @@ class PlanningLab(LabBase, Shapes):
         self.results.append(result)
         return result
 
-    def assistant(self, result: StageResult, sparsity: float | None, *, like: str = TEACHER) -> str:
+    def assistant(self, result: StageResult, sparsity: float | None) -> str:
         self._assistants.append(result)
-        return self.as_teacher(result, like=like)
+        return self.as_teacher(result)
 
     def metric(self, name: str | None, *, weighed: bool = True) -> Any:
         if self._prepared is not None:

@@ -131,13 +131,6 @@ class Shapes:
         self.config, self._sources, self._classes = config, sources, classes
         self._weights: dict[str, Weights] = {}
 
-    def largest_first(self) -> tuple[str, ...]:
-        def size(name: str) -> int:
-            weights = self._weights_of(self._sources[name])
-            return parameter_counts((n, shape) for n, shape, _ in weights).parameters
-
-        return tuple(sorted(self.config.teacher_specs, key=size, reverse=True))
-
     def unscored(self) -> SortedTeacher:
         return unscored(self._sources[TEACHER])
 

@@ -16,7 +16,7 @@ from megakd.contract.lab import Pruning
 from megakd.contract.metric import Metric
 from megakd.contract.results import Assistant, ModelReport
 from megakd.contract.stage import Stage, StageResult
-from megakd.contract.tasks import STUDENT, TEACHER
+from megakd.contract.tasks import STUDENT
 from megakd.data.arrow import column_of
 from megakd.data.loader import rows_with_targets
 from megakd.data.rows import rows_of_teachers
@@ -81,9 +81,9 @@ class RunLab(LabBase):
         main, names = self._prepared.metric, self._prepared.metrics.names
         return metric_named(name, main, names, weighed=weighed)
 
-    def assistant(self, result: StageResult, sparsity: float | None, *, like: str = TEACHER) -> str:
+    def assistant(self, result: StageResult, sparsity: float | None) -> str:
         self.record.assistants.append(Assistant(result.name, sparsity, result.folder))
-        return self.as_teacher(result, like=like)
+        return self.as_teacher(result)
 
     def train(self, stage: Stage) -> StageResult:
         ranks, device = self._ranks.world_size, self._ranks.device.type

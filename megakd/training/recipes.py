@@ -120,10 +120,10 @@ class LabBase(ABC):
             self._teachers[name] = ReadyTeacher(source, spec)
         return name
 
-    def as_teacher(self, result: StageResult, *, like: str = TEACHER) -> str:
+    def as_teacher(self, result: StageResult) -> str:
         # A cache holds the answers of the configured teacher, not those of another model.
-        spec = dataclasses.replace(self.config.teacher_specs[like], cache=None)
-        self._teachers[result.name] = ReadyTeacher(self._source(result.folder, like), spec)
+        spec = dataclasses.replace(self.config.teacher_specs[TEACHER], cache=None)
+        self._teachers[result.name] = ReadyTeacher(self._source(result.folder, TEACHER), spec)
         return result.name
 
     def _completed(self, stage: Stage, *, ranks: int, device: str) -> Stage:

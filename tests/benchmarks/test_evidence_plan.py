@@ -48,22 +48,22 @@ def test_equal_cost_is_a_share_of_the_steps_by_the_median_over_the_seeds_of_both
 
 
 def test_a_stored_cell_is_run_again_only_with_other_steps(tmp_path):
-    bench, arms = bench_of(tmp_path), ("uniform, T 1", "takd, T 1", "mean, T 1", "labels")
-    ours, takd, mean = (
+    bench, arms = bench_of(tmp_path), ("uniform, T 1", "teacher rank, T 1", "mean, T 1", "labels")
+    ours, ranked, mean = (
         dataclasses.replace(one_cell(arm, cost), max_steps=400)
         for arm, cost in zip(arms, (100, 200, 105), strict=False)
     )
-    stored = stored_of(ours, takd, mean)
+    stored = stored_of(ours, ranked, mean)
 
     known, left = evidence_plan.known_and_left(bench, stored, [1], arms, "steps")
     assert ([c.arm for c in known], [run.name for run in left]) == ([*arms[:3]], ["labels"])
 
     known, left = evidence_plan.known_and_left(bench, stored, [1], arms[:3], "cost")
     assert known == [dataclasses.replace(mean, basis="cost")]
-    assert [(run.name, run.steps) for run in left] == [("takd, T 1", 200)]
+    assert [(run.name, run.steps) for run in left] == [("teacher rank, T 1", 200)]
 
-    paid = dataclasses.replace(takd, basis="cost", max_steps=200)
-    stored = stored_of(ours, takd, paid)
+    paid = dataclasses.replace(ranked, basis="cost", max_steps=200)
+    stored = stored_of(ours, ranked, paid)
     assert evidence_plan.known_and_left(bench, stored, [1], arms[:2], "cost") == ([paid], [])
 
 

@@ -83,7 +83,8 @@ def test_a_cell_that_fails_does_not_keep_the_others_from_being_stored(
         return one_cell(planned.name, 100)
 
     monkeypatch.setattr(evidence, "run_cell", run)
-    given, arms = argparse.Namespace(stored=tmp_path, jobs=2), ["mean, T 1", "takd, T 1", "labels"]
+    arms = ["mean, T 1", "uniform, T 1", "labels"]
+    given = argparse.Namespace(stored=tmp_path, jobs=2)
 
     with pytest.raises(RunFailedError, match="mean, T 1"):
         evidence._run_arms(given, bench_of(tmp_path), stored_of(), [1], arms, "steps")

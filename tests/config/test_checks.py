@@ -168,7 +168,6 @@ OBJECTIVE = [
     ),
     (f"{TEXT}; objective=[{{loss: hidden_mse, on: data}}]", "objective[0].on = "),
     (f"{TEXT}; objective.0.on=rollout", 'or "data" (got "rollout"); did you mean "rollouts"'),
-    (f"{TEXT}; objective.0.row_weight=teacher_loss", "objective[0].row_weight: supported only for"),
     (
         f"{TEXT}; objective=[{{loss: hard_cross_entropy, label_smoothing: 0.1}}]",
         "objective[0].label_smoothing: supported only for classification",

@@ -87,7 +87,6 @@ def learn(run_case):
         ("skdbert", "zero0", 0),
         ("skdbert", "zero2", 3),
         ("mean_of_teachers", "zero3", 3),
-        pytest.param("takd", "zero2", 3, marks=pytest.mark.slow),
     ],
 )
 def test_two_ranks_learn_from_a_pool_as_one_does(learn, pool, method, student, teacher):

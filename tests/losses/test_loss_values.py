@@ -45,33 +45,6 @@ def answer_of(hidden: torch.Tensor, head: torch.Tensor) -> Knowledge:
     return Knowledge(hidden=hidden, head=Matrix(head))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("task", "label", "expected"),
-    [
-        # The teacher says (1/2, 1/2): its cross-entropy is ln 2 whatever the label.
-        ("classification", 1, 1 / (1 + math.log(2))),
-        ("classification", IGNORE, 1.0),
-        ("regression", 2.0, 1 / (1 + 1.5**2)),
-        ("regression", math.nan, 1.0),
-    ],
-)
-def test_a_row_counts_less_where_the_teacher_misses_its_label(task, label, expected):
-    if task == "classification":
-        term: Any = replace(KL, row_weight="teacher_loss")
-        outputs, plain = torch.tensor([[1 / 4, 3 / 4], [1 / 2, 1 / 2]]).log(), 0.5 * math.log(4 / 3)
-    else:
-        term = term_of("soft_target_mse", row_weight="teacher_loss")
-        outputs, plain = torch.tensor([[1.0], [0.5]]), 0.25
-    shape = Shape(2, 4, outputs.shape[1])
-    objective = build_objective((term,), task, shape, shape)
-    batch = Batch({}, torch.tensor([label]), torch.ones(1, 1, dtype=torch.bool))
-    both = [Knowledge(logits=logits[None]) for logits in outputs]
-
-    (actual,) = objective([LossInputs(*both, batch, objective.weights, ONE_EACH)])
-
-    assert actual.total.item() == pytest.approx(plain * expected, rel=1e-5)
-
-
 @pytest.mark.parametrize(("count", "divisor"), [("labels", 2), ("rows", 4)])
 def test_the_loss_on_labels_is_divided_by_the_labelled_rows_or_by_all_rows(count, divisor):
     term, shape = replace(CE, count=count), Shape(2, 4, 2)
@@ -92,7 +65,6 @@ def test_the_loss_on_labels_is_divided_by_the_labelled_rows_or_by_all_rows(count
     assert units[objective.units[CE.loss]].item() == 1 / divisor
 
 
-TRUSTED = replace(KL, row_weight="teacher_loss")
 SMOOTHED = replace(CE, label_smoothing=0.1)
 
 
@@ -102,8 +74,6 @@ SMOOTHED = replace(CE, label_smoothing=0.1)
         ((CE, KL), 1),
         ((replace(CE, count="rows"), KL, REVERSE, TVD), 1),
         ((CE, KL, replace(REVERSE, temperature=2.0)), 2),
-        ((CE, TRUSTED, REVERSE), 2),
-        ((CE, TRUSTED), 2),
         ((SMOOTHED, KL, JSD), 1),
     ],
 )

@@ -41,8 +41,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "knowledge_selection": {},
     "single": POOL,
     "skdbert": POOL,
-    "mt_bert": POOL,
-    "takd": POOL,
     "routed": {**POOL, "task": {**BASE["task"], "teacher_column": "expert"}},
 }
 
@@ -59,8 +57,6 @@ def load(folder: Path, name: str, changes: str) -> RunConfig:
 WEIGHTS = "method.distribution=weights"
 REVERSE_KL = "objective=[{loss: soft_target_reverse_kl}]"
 NONE = "objective=[{loss: hard_cross_entropy, weight: 0.0}, {loss: soft_target_kl}]"
-CACHED = "teachers=[{name: a, model: a, cache: x}, {name: b, model: b}]"
-BACKWARDS, UPWARDS = "method.order=[b, a]", "method.order=[small, large]"
 STREAM = "task.type=mlm; task.dataset=t.jsonl; task.tokenizer=t; task.streaming=true; "
 STREAM += "train.max_steps=5"
 ROLLOUT = "rollout={max_new_tokens: 4, from_step: 3}"
@@ -95,7 +91,6 @@ REFUSED = {
     ],
     "maxidisc": [("method.target_sparsity=0.77", "0.77 is not among method.sparsities (0.5, ")],
     "direct": [("method.iterations=3", "method.iterations")],
-    "mt_bert": [("task.type=mlm", '"mt_bert" divides a row by the loss of the teacher on its la')],
     "knowledge_selection": [
         ("method.policy=random_hard; method.selector=s", "has no selector"),
         ("method.policy=all; method.action=hard", "all has no selector"),
@@ -128,15 +123,6 @@ REFUSED = {
     "single": [
         ("", "set method.teacher to small or large"),
         ("method.teacher=huge", 'method.teacher: there is no teacher "huge"'),
-    ],
-    "takd": [
-        ("method.order=[large, small, large]", '"large" is listed 2 times'),
-        ("method.order=[huge]", 'method.order: there is no teacher "huge"'),
-        (f"{CACHED}; {BACKWARDS}", "teachers[0].cache: "),
-        (
-            f"{UPWARDS}; student={{model: from_teacher, layers: 1, teacher: large}}",
-            "student.teacher: ",
-        ),
     ],
     "routed": [
         ("teachers=[{name: math, model: a}]", "math is the only teacher"),
@@ -225,8 +211,6 @@ def test_what_a_method_cannot_do_is_refused_with_its_key(tmp_path, name, changes
         ("knowledge_selection", "method.policy=all; method.episodes=5"),  # the default
         ("knowledge_selection", f"method.policy=all; {NONE}"),
         ("skdbert", "method.distribution=student_rank; method.pilot_steps=5"),
-        ("takd", f"{CACHED}; method.order=[a, b]"),
-        ("takd", f"{UPWARDS}; student={{model: from_teacher, layers: 1, teacher: small}}"),
     ],
 )
 def test_what_has_an_effect_or_is_the_default_is_accepted(tmp_path, name, changes):

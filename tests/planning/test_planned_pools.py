@@ -62,7 +62,6 @@ def test_a_step_with_a_drawn_teacher_costs_that_of_one_and_the_mean_that_of_all(
 @pytest.mark.parametrize(
     ("names", "method", "phases"),
     [
-        ("abc", {"name": "takd"}, ["b-taught", "c-taught", "student"]),
         (
             "ab",
             {"name": "skdbert", "distribution": "student_rank"},

@@ -182,10 +182,6 @@ def test_the_base_teaches_without_a_second_model_and_is_scored_as_the_teacher(
             {"teacher": {"model": "student_base", "finetune": {"max_steps": 1}}},
             "teacher.finetune: not supported with teacher.model",
         ),
-        (
-            {"teacher": {"model": "student_base"}, "method": {"name": "takd"}},
-            'teacher.model: method "takd" trains the teachers',
-        ),
         ({"student": {"lora": {"target_modules": []}}}, "student.lora.target_modules"),
     ],
 )

@@ -159,7 +159,6 @@ def cases(data: Path) -> dict[str, Tree]:
             "objective": [KL],
         },
         "skdbert": {**pool, "method": {"name": "skdbert"}},
-        "mt_bert": {**pool, "method": {"name": "mt_bert"}},
         "mean_of_teachers": {**pool, "method": {"name": "mean_of_teachers"}},
         "routed": {
             "task": {

@@ -13,7 +13,7 @@ from megakd.config.task import TaskConfig
 from megakd.config.train import FinetuneOverrides, TrainConfig, inherit
 from megakd.contract.stage import Stage
 from megakd.contract.views import View
-from megakd.methods.takd import TakdConfig
+from megakd.methods.skdbert import SkdbertConfig
 from megakd.training.recipes import completed
 
 
@@ -54,7 +54,7 @@ def two_teachers() -> RunConfig:
         output_dir=Path("out"),
         task=TaskConfig(type="classification", dataset="pydocs"),
         student=StudentConfig(model="student", deepspeed="zero1"),
-        method=TakdConfig(name="takd"),
+        method=SkdbertConfig(name="skdbert"),
         teachers=(
             PooledTeacher(name="large", model="large"),
             PooledTeacher(name="small", model="small", finetune=finetune),

@@ -54,7 +54,6 @@ def objective_problems(config: RunConfig) -> Iterator[str]:
 
 
 _OPTIONS: tuple[Rule[TermConfig], ...] = (
-    *only(".row_weight", ("classification", "regression"), ", which have one label per row"),
     *only(
         ".class_weights .label_smoothing",
         ("classification",),
