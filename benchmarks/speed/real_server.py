@@ -5,8 +5,7 @@ tests/support/vllm_cpu/make.sh makes the environment. In float32, on prompts of 
 
 * greedy texts of the server against those of the own engine, at first, after other weights were
   pushed as a whole (the same weights times 1.02), and after the first weights were pushed back;
-* log-probabilities of the 64 most likely tokens at every position, against those of transformers;
-* hidden states of the last layer, against those of transformers.
+* log-probabilities of the 64 most likely tokens at every position, against those of transformers.
 
 The texts can only differ by the rounding of logits that are nearly equal.
 """
@@ -30,7 +29,6 @@ from lib.tables import machine
 from megakd.contract.completions import Sampling, TextTokens
 from megakd.models.generation import complete
 from megakd.rollouts.generators import end_tokens_of
-from megakd.servers.hidden_states import StatesServer
 from megakd.servers.http import JsonServer
 from megakd.servers.protocol import TextRequest
 from megakd.servers.vllm import VllmServer, VllmWeightServer
@@ -68,16 +66,6 @@ class Case:
         """Log-probabilities [T - 1, V] of transformers."""
         return self.model(torch.tensor([text])).logits[0, :-1].log_softmax(-1)
 
-    @torch.no_grad()
-    def last_layer(self, text: Sequence[int]) -> torch.Tensor:
-        """[T, D] hidden states of transformers before the last norm."""
-        core = self.model.model
-        norm, core.norm = core.norm, torch.nn.Identity()
-        try:
-            return core(torch.tensor([text])).last_hidden_state[0]
-        finally:
-            core.norm = norm
-
 
 def served_numbers(case: Case, url: str, pushed: Path) -> Iterator[tuple[str, str]]:
     server = VllmWeightServer(JsonServer(url, time_limit_s=600))
@@ -114,18 +102,6 @@ def difference(case: Case, server: VllmServer, prompt: tuple[int, ...]) -> float
     )
 
 
-def states_numbers(case: Case, url: str, folder: Path) -> Iterator[tuple[str, str]]:
-    config = case.model.config
-    shape = {"width": config.hidden_size, "layers": config.num_hidden_layers}
-    server = StatesServer(JsonServer(url, time_limit_s=600), folder, **shape, time_limit_s=600)
-    worst, largest = 0.0, 0.0
-    for prompt in case.prompts:
-        wanted, answer = case.last_layer(prompt), server.states(prompt, str(case.folder))
-        worst = max(worst, float((answer.states - wanted).abs().max()))
-        largest = max(largest, float(wanted.abs().max()))
-    yield "hidden states", f"differ by at most {worst:.1e}, where the largest is {largest:.0f}"
-
-
 def equal(texts: Sequence[Any], wanted: Sequence[Any]) -> str:
     return f"{sum(a == b for a, b in zip(texts, wanted, strict=True))} of {len(wanted)} equal"
 
@@ -137,7 +113,7 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     # The tests start a server in the same way.
     sys.path.append(str(ROOT / "tests" / "support"))
-    from real_vllm import states_flags, vllm_server
+    from real_vllm import vllm_server
 
     case = Case(given.model, given.prompts)
     print(f"`{command_of(__name__, arguments)}`, {machine()}\n")
@@ -148,11 +124,5 @@ def main(arguments: Sequence[str]) -> int:
         with vllm_server(case.folder, folder / "vllm.txt", *flags) as url:
             print(f"| start of the server | {time.monotonic() - began:.0f} s |")
             for row in served_numbers(case, url, folder / "pushed"):
-                print("| {} | {} |".format(*row), flush=True)
-        states = folder / "states"
-        states.mkdir()
-        flags = states_flags(states, case.model.config.num_hidden_layers)
-        with vllm_server(case.folder, folder / "states.txt", *flags) as url:
-            for row in states_numbers(case, url, states):
                 print("| {} | {} |".format(*row), flush=True)
     return 0

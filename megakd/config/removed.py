@@ -8,5 +8,6 @@ REMOVED: Mapping[str, str] = {
     "task.encoded": "gone; `megakd encode` fills the cache that a run reads, remove the key",
     "method.name: takd": "; gone: train each teacher as a student, and give it as the teacher;",
     "method.name: mt_bert": "; gone: use mean_of_teachers;",
+    "teacher.server.states": "gone; servers answer with teacher.server.top_k probabilities",
 }
 """By the path of a key, or by `path: value` for a choice of it."""

@@ -66,8 +66,7 @@ class RolloutServerConfig:
 class TeacherServerConfig:
     """Replicas of an inference server that answer in place of a teacher's own engine.
 
-    The servers return the largest log-probabilities of the next token at every position (`top_k`),
-    or write the hidden states of every position into files (`states`).
+    The servers return the largest log-probabilities of the next token at every position.
     """
 
     url: Urls
@@ -75,22 +74,13 @@ class TeacherServerConfig:
     kind: Literal["vllm"] = "vllm"
     model: Place | None = None
     """Name or path of the model as the servers state it; None: the teacher's `model`."""
-    top_k: Count | None = None
-    """Number of tokens per position that the servers return; None: 64 without `states`."""
-    states: Folder | None = None
-    """Folder into which the servers write hidden states, and from which every rank reads and
-    deletes them, such as a folder in /dev/shm; not with `top_k`. Each rank has the final norm and
-    the output matrix of the teacher, so that the soft targets are exact."""
+    top_k: Count = 64
+    """Number of tokens per position that the servers return."""
     check_against: Folder | None = None
     """Folder with the model of the servers: rank 0 loads it before the run, and compares its
     answers with those of the servers. None: the servers are compared with themselves alone."""
     time_limit: Positive = 600.0
     """Seconds for the answer to one request, including all retries while a server is busy."""
-
-    @property
-    def best_tokens(self) -> int:
-        """Number of tokens per position that the servers return; without `states`."""
-        return self.top_k or 64
 
 
 RowSource = Literal["rollout", "replay", "data"]

@@ -304,7 +304,7 @@ def check_caches(config: RunConfig, student: ModelSource) -> None:
     cached = [
         f"{config.key_of(name)}.{'cache' if spec.cache else 'server'}"
         for name, spec in config.teacher_specs.items()
-        if spec.cache or (spec.server and spec.server.states is None)
+        if spec.cache or spec.server
     ]
     warp = student.architecture.logit_warp(student.config)
     if cached and config.task.type == "causal_lm" and warp != LogitWarp():

@@ -126,7 +126,6 @@ class Architecture:
     layers, width, attention_heads: keys of the config.
     blocks: path on the backbone of the list of layers.
     embeddings: path on the backbone of the module that makes the first hidden states of tokens.
-    final_norm: path on the backbone of the norm after the last layer; None: the family has none.
     attention: module paths of an attention, relative to its layer.
     feed_forward: module paths of a feed-forward, relative to its layer.
     more_attentions: attentions outside the layers, paths on the model with a head; counted last.
@@ -161,7 +160,6 @@ class Architecture:
     attention_heads: str = "num_attention_heads"
     blocks: str = "encoder.layer"
     embeddings: str = "embeddings"
-    final_norm: str | None = None
     attention: AttentionPaths = ATTENTION_OF_BERT
     feed_forward: FeedForwardPaths = FEED_FORWARD_OF_BERT
     more_attentions: tuple[AttentionPaths, ...] = ()
@@ -389,7 +387,6 @@ def _decoder(model_type: str) -> Architecture:
         head="lm_head",
         blocks="layers",
         embeddings="embed_tokens",
-        final_norm="norm",
         attention=ATTENTION_OF_LLAMA,
         feed_forward=FeedForwardPaths(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
         rotary="rotary_emb",
@@ -414,7 +411,6 @@ DECODERS = (
     ),
     replace(
         _decoder("phi"),
-        final_norm="final_layernorm",
         attention=ATTENTION_OF_LLAMA._replace(output="self_attn.dense"),
         feed_forward=FeedForwardPaths(("mlp.fc1",), "mlp.fc2"),
     ),
@@ -445,7 +441,6 @@ DECODERS = (
         backbone="transformer",
         blocks="h",
         embeddings="wte",
-        final_norm="ln_f",
         attention=AttentionPaths(
             ("attn.c_attn", "attn.c_attn", "attn.c_attn"), "attn.c_proj", "attn"
         ),

@@ -1,7 +1,6 @@
 """A language model's next tokens at every position: the most likely tokens, or random draws.
 
-Caches keep them in place of logits. Logits are formed for a few positions at a time. A `Readout`
-has the end of a model alone, and reads hidden states that a server exports.
+Caches keep them in place of logits. Logits are formed for a few positions at a time.
 Shapes: B rows of a micro-batch, T positions, C positions of a block, V vocabulary, n draws.
 """
 
@@ -14,18 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megakd.config.task import TaskConfig
-from megakd.contract.batch import Batch, LogitWarp, TopK
-from megakd.errors import ModelError
-from megakd.models.fitting import match_names, valueless_model
-from megakd.models.knowledge import LanguageModelHead, Needs, language_model_head, read_knowledge
-from megakd.models.source import ModelSource
-from megakd.models.weights import WeightReader
+from megakd.contract.batch import Batch, TopK
+from megakd.models.knowledge import Needs, language_model_head, read_knowledge
 
 LOGITS_AT_ONCE = {"cpu": 1 << 24, "cuda": 1 << 28}
 """Most elements of a block of logits; a larger block reads the output matrix less often."""
-_POSITIONS = 512
-"""Positions whose logits a `Readout` has in memory at a time."""
 _ROOM_FOR_DRAWS = 4
 """Memory of a draw over that of a choice of the largest: the cumulative sums are in fp64."""
 
@@ -121,74 +113,3 @@ def _of_logits(
             answers.append(read(logits, rows))
     shape = knowledge.hidden.shape[:-1]
     return (torch.cat(parts).unflatten(0, shape) for parts in zip(*answers, strict=True))
-
-
-class Readout(nn.Module):
-    """The final norm and the output matrix of a language model, on every rank as a whole.
-
-    norm: the module of transformers itself, so that its formula is that of the family.
-    """
-
-    def __init__(self, norm: nn.Module, output: nn.Module, warp: LogitWarp) -> None:
-        super().__init__()
-        self.norm = norm
-        self.output = output
-        self.head = LanguageModelHead(output, warp)
-
-    @property
-    def weight(self) -> Tensor:
-        """The output matrix [V, D]."""
-        return self.head.read()[0]
-
-    @torch.no_grad()
-    def forward(self, states: Tensor) -> Tensor:
-        """Return the input of the output matrix for states [..., D] after the last layer."""
-        return self.norm(states.to(self.weight))
-
-    @torch.no_grad()
-    def logprobs(self, states: Tensor) -> Tensor:
-        """Return the log-probabilities [N, V] of the next tokens for states [N, D], in fp32."""
-        weight, bias = self.head.read()
-        product = nn.functional.linear(self(states), weight, bias)
-        return self.head.warp(product.float()).log_softmax(-1)
-
-    def most_likely(self, states: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Return fp32 log-probabilities and numbers [N, count] of the likeliest next tokens.
-
-        For states [N, D]; the most likely tokens come first. Both tensors are on the CPU.
-        """
-        best = [self.logprobs(some).topk(count) for some in states.split(_POSITIONS)]
-        values, tokens = zip(*best, strict=True)
-        return torch.cat(values).cpu(), torch.cat(tokens).cpu()
-
-
-def load_readout(source: ModelSource, task: TaskConfig, dtype: torch.dtype) -> Readout:
-    """Build the end of a language model on the CPU, without gradients, from its weight files.
-
-    Only the tensors of the end are read.
-    """
-    architecture = source.architecture
-    if architecture.final_norm is None:
-        raise ModelError(
-            f"{source.where}: a {source.config.model_type} model has no norm after its last layer, "
-            "so its logits cannot be computed from exported hidden states; use teacher.server.top_k"
-        )
-    empty = valueless_model(source, task, source.config)
-    stored = match_names(empty, source.stored).stored
-    # Under all names of tied tensors, not only under the first name.
-    tensors = empty.state_dict(keep_vars=True)
-    of_tensor = {id(tensors[name]): place for name, place in stored.items()}
-    known = {name: of_tensor[id(t)] for name, t in tensors.items() if id(t) in of_tensor}
-    reader, parts = WeightReader(source.where), []
-    for path in (f"{architecture.backbone}.{architecture.final_norm}", architecture.head):
-        module = empty.get_submodule(path).to(dtype).to_empty(device="cpu")
-        for name, tensor in module.requires_grad_(requires_grad=False).state_dict().items():
-            if f"{path}.{name}" not in known:
-                raise ModelError(
-                    f"{source.where}: {source.folder} has no tensor {path}.{name}, which the "
-                    "logits of exported hidden states need; give the folder of the whole model"
-                )
-            tensor.copy_(reader.read(known[f"{path}.{name}"]))
-        parts.append(module.eval())
-    norm, output = parts
-    return Readout(norm, output, architecture.logit_warp(source.config))

@@ -15,7 +15,6 @@ from megakd.contract.tasks import LANGUAGE_TASKS, STUDENT, TEACHER
 from megakd.inputs.precision import TORCH_DTYPE, training_dtype
 from megakd.inputs.step_size import largest_step
 from megakd.models.model_folder import BUFFER_BYTES
-from megakd.models.source import ReadyTeacher
 from megakd.planning.cluster import Cluster
 from megakd.planning.engine_memory import (
     FP32,
@@ -258,21 +257,15 @@ class Timeline:
         )
 
     def _beside_teachers(self, frozen: Mapping[str, Frozen]) -> Holding:
-        # The output matrices of served teachers, and the shards of a drawn teacher, which are
-        # copied from the host.
-        weights = [
-            _head(ready, TORCH_DTYPE[planned_dtype(ready, self.cluster.device)].itemsize)
-            for ready in self.phase.teachers.values()
-            if ready.spec.server is not None and ready.spec.server.states is not None
-        ]
+        # The shards of a drawn teacher, which are copied from the host.
         copied = [
             engine.share(engine.inventory.numel) * engine.itemsize
             for name, engine in frozen.items()
             if self.traced.asked[name] < 1 and engine.place("offload_param") == "host"
         ]
         if copied and self.cluster.device == "cuda":
-            weights.append(block(max(copied)))
-        return together(*({Share(TEACHER, "weights"): one} for one in weights))
+            return {Share(TEACHER, "weights"): block(max(copied))}
+        return {}
 
     def _ask(self, frozen: Mapping[str, Frozen], gradients: Holding) -> None:
         answers: Holding = {}
@@ -300,7 +293,10 @@ class Timeline:
         # Return the bytes of the teacher's output matrix, gathered from its shards.
         if engine.stage != 3 or self.config.task.type not in LANGUAGE_TASKS:
             return NOTHING
-        return _head(self.phase.teachers[name], engine.itemsize)
+        source = self.phase.teachers[name].source
+        config = source.config
+        width = source.architecture.hidden_width(config)
+        return block(config.vocab_size * width * engine.itemsize)
 
     def _forward(
         self, when: str, engine: Frozen, run: Trace, *others: Holding, kind: Part = "activations"
@@ -351,8 +347,3 @@ class Timeline:
         self.plan.network[TEACHER] = answered
         before = self.plan.network.get(learner.role, 0.0)
         self.plan.network[learner.role] = before + learner.received * sent[learner.stage]
-
-
-def _head(ready: ReadyTeacher, itemsize: int) -> Amount:
-    config = ready.source.config
-    return block(config.vocab_size * ready.source.architecture.hidden_width(config) * itemsize)

@@ -77,8 +77,7 @@ def _teacher(assembly: Assembly, name: str) -> Mapping[str, Any]:
     if name in assembly.config.base_teachers:  # computed with the weights of the student
         return {**facts, "dtype": None, "base": True}
     if ready.spec.server is not None:
-        server = ready.spec.server
-        return {**facts, "served": "states" if server.states else server.best_tokens}
+        return {**facts, "served": ready.spec.server.top_k}
     if ready.spec.cache is None:
         return facts
     from megakd.training.answer_cache import kept_facts

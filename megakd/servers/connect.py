@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,7 +39,6 @@ from megakd.models.model_folder import ModelContent, fill_serving_folder
 from megakd.models.source import ModelSource
 from megakd.rollouts.generators import text_tokens
 from megakd.rollouts.prompts import Prompts, prompts_of
-from megakd.servers.hidden_states import check_folder
 from megakd.servers.http import FIRST_PATIENCE_S, PATIENCE_S, JsonServer, RunningCalls
 from megakd.servers.protocol import (
     TextRequest,
@@ -93,8 +93,7 @@ def check_servers(inputs: RunInputs) -> None:
 
     def check() -> None:
         if wanted.pushed is not None:
-            needed = "a folder that rank 0 and all servers see"
-            check_folder(wanted.pushed, "rollout.server.folder", needed, is_made=True)
+            _check_folder(wanted.pushed)
         servers = replicas_of(server, patience_s=FIRST_PATIENCE_S)
         models = served_models(servers, wanted)
         with _errors_of("rollout.server"):
@@ -103,6 +102,19 @@ def check_servers(inputs: RunInputs) -> None:
             check_sampling(servers, models, probes[0], wanted, rollouts.sampling_at(0))
 
     on_main(check)
+
+
+def _check_folder(folder: Path) -> None:
+    probe = folder / f"megakd-probe-{time.time_ns()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ServerError(
+            f"rollout.server.folder: {folder} cannot be written ({error.strerror}); name a folder "
+            "that rank 0 and all servers see"
+        ) from error
 
 
 @contextmanager

@@ -81,13 +81,6 @@ class JsonServer:
         """
         return self._ask("POST", path, json.dumps(tree, allow_nan=False))
 
-    def problem(self, path: str) -> str | None:
-        """Return why one GET, without retries, is not answered with 200; None if it is."""
-        reply = self._attempt("GET", path, None, timeout_s=self._limit)
-        if isinstance(reply, Reply):
-            return None if reply.status == 200 else f"{reply.where} answered {reply.status}"
-        return f"GET {self.url}{path}: {reply}"
-
     def _ask(self, method: str, path: str, body: str | None) -> Reply:
         began, lost, pause = time.monotonic(), math.inf, _FIRST_PAUSE_S
         while True:

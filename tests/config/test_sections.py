@@ -114,7 +114,7 @@ def test_a_served_teacher_answers_with_64_tokens_of_its_own_model(run_file, more
 
     teacher = loaded(run_file, f"teacher={{model: big, server: {server}}}").teacher
 
-    assert teacher.server.best_tokens == 64
+    assert teacher.server.top_k == 64
     assert teacher.served_model == model
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from real_vllm import HOW, states_flags, vllm_server
+from real_vllm import HOW, vllm_server
 from test_rollouts import WORDS, finish, texts_of, write_config
 from test_rollouts import texts as texts  # noqa: PLC0414 - a fixture
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -23,7 +23,6 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config,
 from megakd.contract.completions import Completion, Sampling, TextTokens
 from megakd.errors import ServerError
 from megakd.models.generation import complete
-from megakd.servers.hidden_states import StatesServer
 from megakd.servers.http import JsonServer
 from megakd.servers.protocol import (
     TextRequest,
@@ -203,18 +202,3 @@ def test_adapters_are_loaded_and_unloaded_twice_without_an_error(url, folders, t
         server.unload_adapter("twice")
 
     assert server.adapters() == before
-
-
-def test_hidden_states_are_those_of_the_last_layer(folders, tmp_path):
-    states, text = tmp_path / "states", tuple(range(40, 60))
-    states.mkdir()
-    with vllm_server(folders[0], tmp_path / "vllm.txt", *states_flags(states, 2)) as url:
-        server = StatesServer(http(url), states, width=64, layers=2, time_limit_s=60)
-        answer = server.states(text, str(folders[0]))
-
-    model = Qwen2ForCausalLM.from_pretrained(folders[0])
-    model.model.norm = torch.nn.Identity()
-    with torch.no_grad():
-        wanted = model.model(torch.tensor([text])).last_hidden_state[0]
-    torch.testing.assert_close(answer.states, wanted, rtol=0, atol=1e-4)
-    assert not list(states.iterdir())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -14,13 +13,11 @@ from urllib.request import urlopen
 
 from megakd.engine.distributed import free_port
 
-HERE = Path(__file__).parent / "vllm_cpu"
-HOW = f"no vLLM: make an environment with {HERE}/make.sh, and set MEGAKD_VLLM as it says"
+HOW = "no vLLM: make an environment with vllm_cpu/make.sh, and set MEGAKD_VLLM as it says"
 START_S = 900
 VARIABLES = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": str(HERE),
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -51,23 +48,6 @@ def vllm_server(model: Path, log: Path, *flags: str) -> Iterator[str]:
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-
-
-def states_flags(folder: Path, layers: int) -> tuple[str, ...]:
-    """The flags of a server that writes the hidden states of the last of its layers."""
-    draft = {"hf_config": {"eagle_aux_hidden_state_layer_ids": [layers]}}
-    speculative = {"method": "extract_hidden_states", "num_speculative_tokens": 1}
-    transfer = {
-        "kv_connector": "CpuStatesConnector",
-        "kv_connector_module_path": "cpu_states",
-        "kv_role": "kv_producer",
-        "kv_connector_extra_config": {"shared_storage_path": str(folder)},
-    }
-    return (
-        *("--no-enable-prefix-caching", "--no-enable-chunked-prefill"),
-        *("--speculative-config", json.dumps(speculative | {"draft_model_config": draft})),
-        *("--kv-transfer-config", json.dumps(transfer)),
-    )
 
 
 def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:

@@ -46,7 +46,6 @@ class Stub:
     lost: paths whose next request is followed, and whose answer is lost with the connection.
     delay_s: how long every text takes.
     development: whether a vLLM server knows the paths of VLLM_SERVER_DEV_MODE=1.
-    dead: whether the engine of a vLLM server has ended.
     paused: whether a vLLM server answers requests for texts with 503.
     cached: the texts that a vLLM server gives from its cache of prefixes.
     ends: the end tokens in the folder of the model.
@@ -60,7 +59,7 @@ class Stub:
         self.loaded: dict[str, str] = {}
         self.busy, self.busy_status, self.delay_s = 0, 503, 0.0
         self.lost: list[str] = []
-        self.development = self.paused = self.dead = False
+        self.development = self.paused = False
         self.cached: dict[str, list[int]] = {}
         self.ends: list[int] = []
         self.most_logprobs = 10**6
@@ -233,7 +232,6 @@ def _model_info(stub: Stub, _: Tree) -> tuple[int, Tree]:
 VLLM = {
     "/v1/models": _models,
     "/version": lambda stub, _: (200, {"version": stub.version}),
-    "/health": lambda stub, _: (503 if stub.dead else 200, ""),
     "/v1/completions": _completion,
     "/v1/load_lora_adapter": _load_adapter,
     "/v1/unload_lora_adapter": _unload_adapter,

@@ -109,12 +109,6 @@ _TEACHER: tuple[Rule[TeacherConfig], ...] = (
         "the model of the teacher is {item.model!r}, which no server can serve; set {key}.model to "
         "the folder or the id of the served model",
     ),
-    *given(
-        ".server",
-        lambda c: c.is_set(".server.states") and c.is_set(".server.top_k"),
-        "the servers return top_k probabilities or export hidden states into states (got top_k: "
-        "{item.server.top_k}, states: {item.server.states}); remove one of the two keys",
-    ),
     Rule(
         lambda c: c.item.server is not None and _generates(c),
         "rollout.by",

@@ -91,16 +91,15 @@ def _tasks_of(term: TermConfig) -> tuple[str, ...]:
 
 def _output_problems(config: RunConfig, name: str, term: TermConfig) -> Iterator[str]:
     # The keys that replace a teacher by some of its outputs, with the part of the probabilities
-    # that they hold (empty: all) and a way to have them all.
+    # that they hold (empty: all).
     spec, key = config.teacher_specs[name], config.key_of(name)
-    largest, sources = "the largest probabilities", list[tuple[str, str, str]]()
+    largest, sources = "the largest probabilities", list[tuple[str, str]]()
     if spec.cache is not None:
         held = largest if spec.cache_draws is None else "random draws"
-        sources.append((f"{key}.cache", held if config.task.type == "causal_lm" else "", ""))
+        sources.append((f"{key}.cache", held if config.task.type == "causal_lm" else ""))
     if spec.server is not None:
-        remedy = f"export hidden states with {key}.server.states, or "
-        sources.append((f"{key}.server", "" if spec.server.states else largest, remedy))
-    for source, held, remedy in sources:
+        sources.append((f"{key}.server", largest))
+    for source, held in sources:
         if looks_inside(term):
             yield (
                 f"needs more than the outputs of the teacher, and {source} holds only outputs; "
@@ -109,10 +108,10 @@ def _output_problems(config: RunConfig, name: str, term: TermConfig) -> Iterator
         elif held and isinstance(term, SoftTargetKl) and term.temperature != 1:
             yield (
                 f"at temperature {term.temperature:g}: {source} holds only {held}, at temperature "
-                f"1; set temperature to 1, or {remedy}remove {source}"
+                f"1; set temperature to 1, or remove {source}"
             )
         elif held and compares(term) and not isinstance(term, SoftTargetKl):
             yield (
                 f"needs all probabilities of the teacher, and {source} holds only {held}, which "
-                f"suffice for soft_target_kl alone; {remedy}remove {source} or the term"
+                f"suffice for soft_target_kl alone; remove {source} or the term"
             )
