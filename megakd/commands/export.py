@@ -1,4 +1,4 @@
-"""Write a finished stage as a Hugging Face folder, or as ONNX, with all tokens or the task's."""
+"""Write a finished stage as a Hugging Face folder, or as ONNX."""
 
 from __future__ import annotations
 
@@ -28,12 +28,6 @@ def add_options(parser: Parser) -> None:
     parser.add_argument(
         "--int8", action="store_true", help="with --format onnx: int8 weights in the graph"
     )
-    parser.add_argument(
-        "--vocabulary",
-        choices=("whole", "task"),
-        default="whole",
-        help="task: keep only the tokens that the run's texts need, and print what it costs",
-    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -44,7 +38,6 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.int8 and arguments.format != "onnx":
         raise ConfigError("--int8 needs --format onnx; for torch, give save.int8=true")
     differences: list[float] = []
-    lines: list[str] = []
 
     def to_graph(folder: Path) -> None:
         differences.append(write_onnx(folder, int8=arguments.int8))
@@ -61,14 +54,9 @@ def run(arguments: argparse.Namespace) -> None:
             check_packages("--format onnx")
             logging.disable_progress_bar()
             add = to_graph
-        if arguments.vocabulary == "task":
-            from megakd.commands.trimmed_export import export_trimmed
+        from megakd.run import finished_run
 
-            lines = export_trimmed(config, arguments.stage, arguments.to, add=add)
-        else:
-            from megakd.run import finished_run
-
-            finished_run.export_run(config, arguments.stage, arguments.to, add=add)
-    say("\n".join([str(arguments.to), *lines]))
+        finished_run.export_run(config, arguments.stage, arguments.to, add=add)
+    say(str(arguments.to))
     if differences:
         say(f"the graph's logits differ from torch's by at most {differences[0]:.1e}")
