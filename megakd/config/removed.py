@@ -9,5 +9,7 @@ REMOVED: Mapping[str, str] = {
     "method.name: takd": "; gone: train each teacher as a student, and give it as the teacher;",
     "method.name: mt_bert": "; gone: use mean_of_teachers;",
     "teacher.server.states": "gone; servers answer with teacher.server.top_k probabilities",
+    "rollout.files": "gone; give texts that exist as task.train_files, with prompt and completion",
+    "rollout.keep_texts": "gone; texts since the oldest checkpoint stay; remove the key",
 }
 """By the path of a key, or by `path: value` for a choice of it."""

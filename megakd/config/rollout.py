@@ -9,7 +9,6 @@ from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
 from megakd.config.paths import Folder, Place
-from megakd.config.task import Files
 from megakd.contract.completions import Sampling
 from megakd.contract.tasks import STUDENT
 from megakd.contract.terms import STRICT, Count, Fraction, Positive
@@ -83,7 +82,7 @@ class TeacherServerConfig:
     """Seconds for the answer to one request, including all retries while a server is busy."""
 
 
-RowSource = Literal["rollout", "replay", "data"]
+RowSource = Literal["rollout", "data"]
 
 
 def _some_probability(mix: dict[RowSource, float]) -> dict[RowSource, float]:
@@ -139,8 +138,8 @@ class RolloutConfig:
     mix: Annotated[dict[RowSource, Fraction], AfterValidator(_some_probability)] = Field(
         default_factory=lambda: {"rollout": 1.0}
     )
-    """Probabilities of the sources of a row: `rollout` is a new text; `replay` is a text that was
-    generated at one of the last 100 generating steps of the stage; `data` is the row as it is."""
+    """Probabilities of the sources of a row: `rollout` is a text that is generated now; `data` is
+    the row as it is."""
     mix_per: Literal["step", "row"] = "step"
     """Whether all rows of a step have one source, as in GKD, or each row has its own."""
     from_step: Annotated[int, Field(ge=0)] = 0
@@ -153,11 +152,6 @@ class RolloutConfig:
     """The model that generates: `student`, or the name of a teacher for sequence-level distillation
     (Kim and Rush 2016)."""
     sampling: SamplingConfig = SamplingConfig()
-    files: Files | None = None
-    """Read texts that another run has written (`rollouts/*.jsonl`) instead of generating texts."""
-    keep_texts: bool = False
-    """Keep all texts, for `files` of another run; otherwise those that neither a resumed run nor
-    `replay` can read are removed."""
     server: RolloutServerConfig | None = None
     """Inference servers that generate the texts in place of the run's own engine."""
     rows_per_call: Count = 64

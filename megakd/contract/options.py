@@ -126,7 +126,7 @@ class OneTeacherOptions(MethodOptions):
         if self.teacher is not None and self.teacher not in config.teacher_specs:
             yield no_such_teacher(config, "method.teacher", self.teacher)
         rollout = config.rollout
-        if rollout is None or rollout.server is not None or rollout.files is not None:
+        if rollout is None or rollout.server is not None:
             return
         if self.teacher is not None and rollout.by not in (STUDENT, self.teacher):
             yield (

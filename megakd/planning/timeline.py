@@ -207,7 +207,7 @@ class Timeline:
 
     def _texts(self, stage: Stage) -> Iterator[tuple[str, str, int]]:
         rollouts, generation = stage.rollouts, self.config.eval.generation
-        if rollouts is not None and rollouts.files is None and rollouts.server is None:
+        if rollouts is not None and rollouts.server is None:
             train = stage.train
             rows = train.per_device_train_batch_size * train.gradient_accumulation_steps
             rows = min(rows * (rollouts.max_staleness + 1), rollouts.rows_per_call)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import time
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from collections.abc import Generator as Iteration
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,10 +32,8 @@ from megakd.rollouts.prompts import Prompts, columns_of_rows, rollout_row
 from megakd.rollouts.store import RolloutStore
 from megakd.rollouts.text_evaluation import distinct_pairs
 
-_SOURCES: tuple[RowSource, ...] = ("rollout", "replay", "data")
-_DRAW, _REPLAY = 1, 2
-REPLAYED_STEPS = 100
-"""The newest steps whose texts are replayed: a buffer of bounded size, as in DistiLLM."""
+_DRAW = 1
+"""Keeps the random numbers of the draw apart from others of the same seed and step."""
 
 
 class StepRows(NamedTuple):
@@ -69,10 +66,10 @@ class _Request(NamedTuple):
 class RolloutSource(BatchSource):
     """The batches of a stage whose rows are replaced by texts that a model generates.
 
-    A row's source (`rollout`, `replay` or `data`) is a function of (config, seed, step). `data` are
-    rows with something to learn; the others continue rows with a prompt that leaves room for a
-    text. Texts are written to disk before the student learns from them, and a resumed run reads
-    them from disk. `oldest` returns the first step from which the run may be resumed.
+    A row's source (`rollout` or `data`) is a function of (config, seed, step). `data` are rows with
+    something to learn; the others continue rows with a prompt that leaves room for a text. Texts
+    are written to disk before the student learns from them, and a resumed run reads them from disk.
+    `oldest` returns the first step from which the run may be resumed.
     """
 
     def __init__(
@@ -85,9 +82,8 @@ class RolloutSource(BatchSource):
         seed: int,
         oldest: Callable[[], int],
     ) -> None:
-        self._rows, self._config = rows, config
+        self._rows, self._config, self._seed = rows, config, seed
         self._generator, self._store, self._oldest = generator, store, oldest
-        self._draws = RolloutDraws(config, seed=seed)
         orders = {"rollouts": rows.continued, "data": rows.learned}
         self.steps_per_epoch = max(orders[source].steps_per_epoch for source in config.draws)
         self.waited_s = 0.0
@@ -106,23 +102,20 @@ class RolloutSource(BatchSource):
 
     def step(self, step: int) -> Sequence[Batch]:
         drawn = self._drawn(step)
-        sources = [source for _, source in drawn]
-        fresh = iter(self._fresh(step) if "rollout" in sources else ())
-        replayed = iter(self._replayed(step, sources) if "replay" in sources else ())
-        prompts, made = self._rows.prompts, []
-        for row, source in drawn:
-            if source == "data":
-                made.append(prompts.row(row))
-            else:
-                text = next(fresh if source == "rollout" else replayed)
-                made.append(rollout_row(text, prompts.route(text.row)))
-        return collate_step(columns_of_rows(made), self._rows.layout, self._rows.collate)
+        texts = iter(self._texts(step) if any(of == "rollout" for _, of in drawn) else ())
+        prompts = self._rows.prompts
+        rows = [
+            prompts.row(row) if of == "data" else rollout_row(next(texts), prompts.route(row))
+            for row, of in drawn
+        ]
+        return collate_step(columns_of_rows(rows), self._rows.layout, self._rows.collate)
 
     def _drawn(self, step: int) -> list[tuple[int, str]]:
         # Row and source of each row of a step: as many as all of its sources have.
-        sources = self._draws.sources(step, self._rows.layout.shape.rows_per_step).tolist()
-        orders = {"data": self._rows.learned}
-        rows = {s: orders.get(s, self._rows.continued)(step) for s in set(sources)}
+        shape = self._rows.layout.shape
+        orders = {"rollout": self._rows.continued, "data": self._rows.learned}
+        sources = row_sources(self._config, step, shape.rows_per_step, seed=self._seed).tolist()
+        rows = {source: orders[source](step) for source in set(sources)}
         count = min(map(len, rows.values()))
         return [(int(rows[s][place]), s) for place, s in enumerate(sources[:count])]
 
@@ -130,16 +123,7 @@ class RolloutSource(BatchSource):
         scalars, self._statistics = self._statistics.scalars(), RolloutStatistics()
         return scalars
 
-    def _replayed(self, step: int, sources: Sequence[str]) -> list[Rollout]:
-        steps = self._draws.replayable(step)
-        drawn = [
-            self._draws.replayed(step, position, count=len(steps))
-            for position, source in enumerate(sources)
-            if source == "replay"
-        ]
-        return on_main(lambda: [self._store.read_one(steps[at], part) for at, part in drawn])
-
-    def _fresh(self, step: int) -> list[Rollout]:
+    def _texts(self, step: int) -> list[Rollout]:
         if not on_main(lambda: self._store.has(step)):
             request, self._ahead = self._ahead, None
             if request is None or step not in request.steps:
@@ -164,7 +148,7 @@ class RolloutSource(BatchSource):
         generator, shape = self._generator, self._rows.layout.shape
         mine = wanted[shape.rank :: shape.world]
         prompts = [self._rows.prompts.prompt(row) for _, row in mine]
-        seeds = [self._draws.seed_of(step, row) for step, row in mine]
+        seeds = [text_seed(self._seed, step, row) for step, row in mine]
         asked = (prompts, seeds, self._config.sampling_at(steps[0]))
         texts = partial(generator.generate, *asked)
         if isinstance(generator, RemoteGenerator) and wanted:
@@ -197,10 +181,7 @@ class RolloutSource(BatchSource):
         for step in reversed(steps):
             if not self._store.has(step):
                 self._store.write(step, [rollout for at, rollout in made if at == step])
-        if not self._config.keep_texts:
-            first = self._oldest()
-            replays = self._config.mix.get("replay")
-            self._store.remove_before(first, kept=self._draws.replayable(first) if replays else ())
+        self._store.remove_before(self._oldest())
 
 
 @dataclass
@@ -233,53 +214,18 @@ class RolloutStatistics:
         }
 
 
-class RolloutDraws:
-    """The random choices of a stage that trains on rollouts."""
+def row_sources(config: RolloutConfig, step: int, rows: int, *, seed: int) -> NDArray[np.str_]:
+    """Return the source of each row of a step, over all ranks: `rollout` or `data`."""
+    if step < config.from_step:
+        return np.full(rows, "data")
+    sources, per_step = get_args(RowSource), config.mix_per == "step"
+    shares = [config.mix.get(source, 0.0) for source in sources]
+    generator = np.random.default_rng([seed, _DRAW, step])
+    chosen = generator.choice(sources, size=1 if per_step else rows, p=shares)
+    return np.repeat(chosen, rows) if per_step else chosen
 
-    def __init__(self, config: RolloutConfig, *, seed: int) -> None:
-        self._config, self._seed = config, seed
-        self._generating: list[int] = []  # steps below `_known` that generate texts
-        self._known = config.from_step
 
-    def sources(self, step: int, rows: int) -> NDArray[np.str_]:
-        """Return the source of each row of a step, over all ranks: `rollout`, `replay` or `data`.
-
-        Before the first step that generates texts, there is nothing to replay, and `replay` means
-        `rollout`.
-        """
-        if step < self._config.from_step:
-            return np.full(rows, "data")
-        drawn = self._drawn(step, rows)
-        if "replay" in drawn and not self.replayable(step):
-            drawn[drawn == "replay"] = "rollout"
-        return drawn
-
-    def replayable(self, step: int) -> list[int]:
-        """Return the newest earlier steps that generate texts, in order.
-
-        The first row of a step decides, so that the list does not depend on the number of rows.
-        """
-        while self._known < step:
-            first = self._drawn(self._known, 1)[0]
-            if first == "rollout" or (first == "replay" and not self._generating):
-                self._generating.append(self._known)
-            self._known += 1
-        end = bisect_left(self._generating, step)
-        return self._generating[max(end - REPLAYED_STEPS, 0) : end]
-
-    def replayed(self, step: int, position: int, *, count: int) -> tuple[int, float]:
-        """Return the step whose text a row repeats, one of `count`, and which text, from 0 to 1."""
-        generator = np.random.default_rng([self._seed, _REPLAY, step, position])
-        return int(generator.integers(count)), float(generator.random())
-
-    def seed_of(self, step: int, row: int) -> int:
-        """Return the seed of the text that continues a row's prompt at a step; below 2 ** 63."""
-        key = f"{self._seed}:{step}:{row}".encode()
-        return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
-
-    def _drawn(self, step: int, rows: int) -> NDArray[np.str_]:
-        shares = [self._config.mix.get(source, 0.0) for source in _SOURCES]
-        generator = np.random.default_rng([self._seed, _DRAW, step])
-        per_step = self._config.mix_per == "step"
-        chosen = generator.choice(_SOURCES, size=1 if per_step else rows, p=shares)
-        return np.repeat(chosen, rows) if per_step else chosen
+def text_seed(seed: int, step: int, row: int) -> int:
+    """Return the seed of the text that continues a row's prompt at a step; below 2 ** 63."""
+    key = f"{seed}:{step}:{row}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1

@@ -1,26 +1,21 @@
-"""Generators of text: a model in one of the run's own engines, or files of texts made elsewhere."""
+"""The generator of texts that is a model in one of the run's own engines."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from megakd.contract.completions import Completion, Sampling, TextTokens
 from megakd.contract.tasks import STUDENT
 from megakd.data.tokenizers import rows_for
-from megakd.engine.collectives import on_main, together
+from megakd.engine.collectives import together
 from megakd.engine.sharding import whole_model
 from megakd.engine.student import StudentEngine
 from megakd.errors import DataError
 from megakd.models.generation import complete, generation_config_of, listed_ends, stated_ends
 from megakd.models.source import ModelSource
-from megakd.rollouts.store import read_rollouts, read_text, text_offsets
 from megakd.teachers.frozen import FrozenTeacher
 
 
@@ -81,53 +76,3 @@ def end_tokens_of(
             "generated text would never end; set eos_token in the folder of the tokenizer"
         )
     return ends
-
-
-class FileGenerator:
-    """A generator that returns texts from files of a `RolloutStore`; making it is a collective.
-
-    A prompt may have several texts in the files; the seed chooses one of them. Only the places of
-    the texts are in memory.
-    """
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._paths = paths
-        self._places = on_main(lambda: _places(paths))
-
-    def generate(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling
-    ) -> list[Completion]:
-        """Return a text for each prompt, cut to `max_new_tokens`; a collective."""
-        pairs = list(zip(prompts, seeds, strict=True))
-        return together(lambda: [self._text(tuple(p), seed, sampling) for p, seed in pairs])
-
-    def _text(self, prompt: tuple[int, ...], seed: int, sampling: Sampling) -> Completion:
-        keys, key = self._places["key"], _key(prompt)
-        places = self._places[np.searchsorted(keys, key) : np.searchsorted(keys, key, "right")]
-        place = places[seed % len(places)] if len(places) else None
-        made = None if place is None else read_text(self._paths[place["file"]], place["offset"])
-        if made is None or made.prompt != prompt:
-            raise DataError(
-                f"rollout.files: the {len(np.unique(keys))} prompts in the files do not include "
-                f"the prompt of {len(prompt)} tokens that begins with {list(prompt[:8])}; use "
-                "files of a run with the same data, tokenizer and seed, at least as many steps, "
-                "and rollout.keep_texts, or remove rollout.files"
-            )
-        text = made.completion
-        ids = text.ids[: sampling.max_new_tokens]
-        return Completion(ids, finished=text.finished and len(ids) == len(text.ids))
-
-
-def _places(paths: Sequence[Path]) -> NDArray[np.void]:
-    entries = [
-        (_key(rollout.prompt), number, offset)
-        for number, path in enumerate(paths)
-        for rollout, offset in zip(read_rollouts(path), text_offsets(path), strict=True)
-    ]
-    places = np.array(entries, dtype=[("key", "u8"), ("file", "i4"), ("offset", "i8")])
-    return places[np.argsort(places["key"], kind="stable")]
-
-
-def _key(prompt: Sequence[int]) -> np.uint64:
-    content = np.array(prompt, dtype=np.int64).tobytes()
-    return np.frombuffer(hashlib.blake2b(content, digest_size=8).digest(), np.uint64)[0]

@@ -7,10 +7,7 @@ rollouts/<stage>/step-00000012.jsonl     a line with the number of texts, then a
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Collection, Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from itertools import accumulate
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,7 +25,6 @@ class RolloutStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._offsets: dict[int, list[int]] = {}
 
     def begin(self, fingerprint: Fingerprint, *, may_differ: Collection[str] = ()) -> None:
         """Keep the texts of an interrupted run with the same fingerprint, and set others aside."""
@@ -49,81 +45,35 @@ class RolloutStore:
         write_text(self._path(step), "\n".join([*lines, ""]))
 
     def read(self, step: int) -> list[Rollout]:
-        """Return the texts of a step, in the order in which they were written."""
-        return read_rollouts(self._path(step))
-
-    def read_one(self, step: int, part: float) -> Rollout:
-        """Return the text of a step that is `part` of 0 to 1 down its file, which is not parsed."""
+        """Return the texts of a step as written; raise DataError if the file is not whole."""
         path = self._path(step)
-        if not path.is_file():
+        try:
+            head, *lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+            if head["format"] != _FORMAT:
+                raise DataError(
+                    f"{path} has format {head['format']}, and this version reads format {_FORMAT}; "
+                    "generate the texts again"
+                )
+            rollouts, expected = [_rollout(line) for line in lines], int(head["rollouts"])
+        except (OSError, ValueError, LookupError, TypeError) as error:
             raise DataError(
-                f"{path} does not exist, and rollout.mix replays its texts; copy the texts of "
-                f"{self.folder.name} there from the run whose checkpoint this one goes on from"
+                f"{path} is not a complete file of rollouts ({type(error).__name__}: {error}); "
+                "remove the file, and its texts are generated again"
+            ) from error
+        if len(rollouts) != expected:
+            raise DataError(
+                f"{path} holds {len(rollouts)} rollouts instead of {expected}; remove the file, "
+                "and its texts are generated again"
             )
-        if step not in self._offsets:
-            self._offsets[step] = text_offsets(path)
-        offsets = self._offsets[step]
-        with _damage_named(path):
-            return read_text(path, offsets[int(part * len(offsets))])
+        return rollouts
 
-    def remove_before(self, first: int, *, kept: Container[int]) -> None:
-        for path in rollout_files(self.folder):
-            step = int(path.stem.rpartition("-")[2])
-            if step < first and step not in kept:
+    def remove_before(self, first: int) -> None:
+        for path in self.folder.glob(f"step-{'[0-9]' * 8}.jsonl"):
+            if int(path.stem.removeprefix("step-")) < first:
                 path.unlink(missing_ok=True)
-                self._offsets.pop(step, None)
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}.jsonl"
-
-
-def read_rollouts(path: Path) -> list[Rollout]:
-    """Return the texts of a file of a `RolloutStore`; raise DataError if it is not whole."""
-    with _damage_named(path):
-        head, *lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-        if head["format"] != _FORMAT:
-            raise DataError(
-                f"{path} has format {head['format']}, and this version reads format {_FORMAT}; "
-                "generate the texts again"
-            )
-        rollouts = [_rollout(line) for line in lines]
-        expected = int(head["rollouts"])
-    if len(rollouts) != expected:
-        raise DataError(
-            f"{path} holds {len(rollouts)} rollouts instead of {expected}; remove the file, and "
-            "its texts are generated again"
-        )
-    return rollouts
-
-
-def text_offsets(path: Path) -> list[int]:
-    """Return the byte at which the line of each text begins in a file of a `RolloutStore`."""
-    with _damage_named(path), path.open("rb") as file:
-        return [*accumulate(map(len, file))][:-1]
-
-
-def read_text(path: Path, offset: int) -> Rollout:
-    """Return the text whose line begins at a byte of a file."""
-    with _damage_named(path), path.open("rb") as file:
-        file.seek(offset)
-        return _rollout(json.loads(file.readline()))
-
-
-@contextmanager
-def _damage_named(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise DataError(
-            f"{path} is not a complete file of rollouts ({type(error).__name__}: {error}); remove "
-            "the file, and its texts are generated again"
-        ) from error
-
-
-def rollout_files(folder: Path) -> list[Path]:
-    """Return the files of a `RolloutStore`, by step."""
-    files = folder.glob("*.jsonl")
-    return sorted(path for path in files if re.fullmatch(r"step-\d+\.jsonl", path.name))
 
 
 def _record(rollout: Rollout) -> dict[str, object]:

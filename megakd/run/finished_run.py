@@ -35,7 +35,7 @@ from megakd.reports.card import CardFacts, model_card
 from megakd.reports.report_file import read_report, write_report
 from megakd.reports.table import result_table
 from megakd.run.holder import held, written_once
-from megakd.run.stage_identity import FREE, PLACES, rollout_files
+from megakd.run.stage_identity import FREE, PLACES
 from megakd.storage import atomic
 from megakd.storage.checksums import checksum_of, damage_of, read_signed, write_signed
 from megakd.storage.fingerprint import Fingerprint, as_read_back, differences, flatten
@@ -205,8 +205,6 @@ def run_inputs(config: RunConfig, inputs: UnencodedInputs) -> Fingerprint:
         "code": {key: code_of(value) for key, value in (plugins | metrics).items()},
         "task.tokenizer": tokenizer_content(inputs.teacher_tokenizer or inputs.tokenizer),
     }
-    if config.rollout is not None:
-        tree["rollout.files"] = rollout_files(config.rollout)
     if inputs.teacher_tokenizer is not None:
         tree["method.student_vocabulary"] = tokenizer_content(inputs.tokenizer)
     for role, source in inputs.sources.items():

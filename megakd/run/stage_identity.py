@@ -10,11 +10,10 @@ from megakd.config.rollout import RolloutConfig
 from megakd.config.train import TrainConfig
 from megakd.contract.plugins import code_of
 from megakd.contract.stage import Stage
-from megakd.data.files import matching_files
 from megakd.engine.distributed import Ranks
 from megakd.errors import MegakdError
 from megakd.inputs.precision import training_dtype
-from megakd.storage.fingerprint import Fingerprint, files_identity, flatten
+from megakd.storage.fingerprint import Fingerprint, flatten
 from megakd.training.assembly import Assembly
 from megakd.training.stage_extra import step_shape
 from megakd.training.stage_folder import ROWS_PER_STEP
@@ -88,18 +87,11 @@ def _teacher(assembly: Assembly, name: str) -> Mapping[str, Any]:
 
 def _rollouts(rollouts: RolloutConfig) -> Mapping[str, Any]:
     tree = asdict(rollouts)
-    del tree["rows_per_call"], tree["keep_texts"]
+    del tree["rows_per_call"]
     if rollouts.server is not None:
         for place in PLACES:
             del tree["server"][place]
-    return tree | {"files": rollout_files(rollouts)}
-
-
-def rollout_files(rollouts: RolloutConfig) -> str | None:
-    """Return a hash of the texts of an earlier run that take the place of generated ones."""
-    if rollouts.files is None:
-        return None
-    return files_identity(matching_files(rollouts.files, "rollout.files"))
+    return tree
 
 
 def _training(train: TrainConfig, ranks: Ranks) -> Mapping[str, Any]:

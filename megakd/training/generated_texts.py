@@ -10,12 +10,11 @@ from megakd.config.rollout import GenerationConfig
 from megakd.contract.completions import Generator
 from megakd.contract.stage import MeanLosses, Teacher
 from megakd.contract.tasks import STUDENT, TEXTS
-from megakd.data.files import matching_files
 from megakd.data.loader import RowOrder
 from megakd.engine.collectives import on_main
 from megakd.engine.student import StudentEngine
 from megakd.rollouts.batches import RolloutSource, StepRows
-from megakd.rollouts.generators import FileGenerator, LocalGenerator, text_tokens
+from megakd.rollouts.generators import LocalGenerator, text_tokens
 from megakd.rollouts.prompts import prompts_of
 from megakd.rollouts.store import RolloutStore
 from megakd.rollouts.text_evaluation import TextEvaluation
@@ -60,10 +59,8 @@ class Rollouts(StageExtra):
 
 
 def generator_of(parts: StageParts) -> Generator:
-    """Return the generator of a stage's texts: files, a server, or the weights of a model."""
+    """Return the generator of a stage's texts: a server, or the weights of a model."""
     rollouts, of_model, assembly = parts.stage.rollouts, parts.of_model, parts.assembly
-    if rollouts.files is not None:
-        return FileGenerator(matching_files(rollouts.files, "rollout.files"))
     if rollouts.server is not None:
         student = parts.models[STUDENT]
         if not isinstance(student, StudentEngine):

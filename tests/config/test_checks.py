@@ -226,20 +226,17 @@ ROLLOUT = [
     ("mix: {data: 1}", f"{KL[:-1]}, {KL_ON[:-5]}rollouts}}]", "draws none, so that"),
     ("by: student", HARD, "objective[1].on: null, so that hard"),
     (
-        "mix: {data: 0.5, replay: 0.5}",
+        "mix: {data: 0.5, rollout: 0.5}",
         f"{HARD[:-2]}, on: rollouts}}]",
         "objective[1].on: rollouts, so that hard_cross_entropy would take texts that the student",
     ),
     ("from_step: 3", HARD, "(rollout.by: student) as labels; set the key to"),
     ("by: mentor", "seed=1", 'rollout.by: there is no teacher "mentor"'),
-    ("files: a, max_staleness: 1", "seed=1", "rollout.max_staleness: 1 applies to texts that are"),
-    ("files: a, rows_per_call: 4", "seed=1", "rollout.rows_per_call: cannot be combined with rol"),
     (
-        "files: a",
+        "by: student",
         "eval.generation={max_new_tokens: 4, answer: '(a)'}",
         "eval.generation.answer: ch",
     ),
-    ("files: a, by: teacher", "seed=1", "rollout.by: teacher does not generate texts if rollout.f"),
     ("by: student", "teacher.cache=c", "teacher.cache: cannot be combined with rollout, whose te"),
     ("by: a", f"{POOL}; method.teacher=b", "rollout.by: a is not loaded, because method.teacher"),
     (
@@ -280,7 +277,6 @@ SERVER = [
     ("kind: vllm, push: full", "", "rollout.server.folder: missing with push: full"),
     ("kind: sglang, push: none, folder: w", "", "rollout.server.folder: is not used with push: no"),
     ("kind: vllm, push: full, folder: w", ", by: teacher", "rollout.by is teacher, whose weights"),
-    ("kind: vllm, push: none", ", files: a", "rollout.server: cannot be combined with rollout.fil"),
 ]
 # Values that a key cannot have.
 VALUES = [
@@ -302,7 +298,7 @@ VALUES = [
         (f"rollout={{max_new_tokens: 4, {section}}}", text)
         for section, text in {
             "mix: {rollout: 0.5, data: 0.4}": "must add up to 1 (got 0.9",
-            "mix: {rollouts: 1.0}": "rollout.mix",
+            "mix: {replay: 1.0}": 'rollout.mix.replay: must be "rollout" or "data" (got "replay")',
             "sampling: {top_p: 0}": "rollout.sampling.top_p",
             "sampling: {temperature: -1}": "rollout.sampling.temperature",
             f"server: {{{URL}, kind: tgi, push: none}}": "server.kind",
@@ -382,7 +378,7 @@ def test_settings_that_cannot_be_or_contradict_each_other_are_refused(run_file, 
         f"{TEXT}; rollout={{max_new_tokens: 4}}; {HARD[:-2]}, weight: 0}}]",
         *(
             f"{TEXT}; rollout={{max_new_tokens: 4, {source}}}; {HARD}"
-            for source in ("by: teacher", "files: a", "mix: {data: 1}")
+            for source in ("by: teacher", "mix: {data: 1}")
         ),
         f"{TEXT}; student.model=from_teacher; method={{name: shrink, parameters: 1M, "
         f"on_policy_steps: 2}}; rollout={{max_new_tokens: 4}}; {HARD_ON_DATA}",

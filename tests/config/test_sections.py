@@ -166,7 +166,6 @@ PATHS = [
     "teacher.model=HERE",
     "student.model=${SCRATCH}/a",
     "teacher.finetune=null; teacher.cache=HERE",
-    f"{ROWS}; rollout={{max_new_tokens: 4, files: HERE}}",
     "train.resume_from_checkpoint=HERE",
 ]
 

@@ -16,7 +16,7 @@ from whole_run import read
 
 EXPERTS = ("sums", "talk")
 SOFT = [{"loss": "soft_target_kl"}, {"loss": "hard_cross_entropy", "weight": 0.1, "on": "data"}]
-ROLLOUT = {"max_new_tokens": 5, "mix": {"rollout": 0.5, "replay": 0.2, "data": 0.3}}
+ROLLOUT = {"max_new_tokens": 5, "mix": {"rollout": 0.7, "data": 0.3}}
 
 
 def rows() -> list[dict[str, Any]]:

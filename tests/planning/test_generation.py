@@ -72,17 +72,11 @@ def test_only_a_sharded_student_is_gathered_whole_to_generate(tmp_path, preset, 
     assert peak.shares.get(Share(STUDENT, "gather"), 0) == copies * size
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "files: texts.jsonl",
-        "server: {url: ['http://a:1'], kind: sglang, model: m, push: full, folder: w}",
-    ],
-)
-def test_texts_that_others_generate_take_no_memory(tmp_path, source):
+def test_texts_that_a_server_generates_take_no_memory(tmp_path):
     keys, steps = "max_new_tokens: 8", "train.gradient_accumulation_steps=32768"
+    server = "{url: ['http://a:1'], kind: vllm, model: m, push: full, folder: w}"
     ours = planned(tmp_path, f"rollout={{{keys}, rows_per_call: 65536}}", steps)
-    theirs = planned(tmp_path, f"rollout={{{keys}, {source}}}", steps)
+    theirs = planned(tmp_path, f"rollout={{{keys}, server: {server}}}", steps)
     plain = planned(tmp_path, steps)
 
     assert theirs.peak_bytes_per_rank < ours.peak_bytes_per_rank // 2

@@ -14,9 +14,9 @@ from megakd.config.rollout import RolloutConfig
 from megakd.contract.batch import IGNORE
 from megakd.contract.completions import Completion, Rollout
 from megakd.errors import DataError
-from megakd.rollouts.batches import REPLAYED_STEPS, RolloutDraws
+from megakd.rollouts.batches import row_sources, text_seed
 from megakd.rollouts.prompts import Prompts, columns_of_rows, rollout_row
-from megakd.rollouts.store import RolloutStore, rollout_files
+from megakd.rollouts.store import RolloutStore
 from megakd.training.stage_folder import LENGTHS
 
 _tokens = st.lists(st.integers(0, 1000), min_size=1, max_size=6)
@@ -92,74 +92,43 @@ def test_a_length_is_given_for_rows_without_prompts_alone(columns, prompt_tokens
         Prompts(rows, prompt_tokens=prompt_tokens, most=9)
 
 
-def _draws(seed: int = 0, **given: object) -> RolloutDraws:
-    return RolloutDraws(RolloutConfig(max_new_tokens=4, **given), seed=seed)  # type: ignore[arg-type]
+def _sources(step: int, rows: int, seed: int = 0, **given: object) -> np.ndarray:
+    config = RolloutConfig(max_new_tokens=4, **given)  # type: ignore[arg-type]
+    return row_sources(config, step, rows, seed=seed)
+
+
+MIX = {"rollout": 0.7, "data": 0.3}
 
 
 def test_rows_have_one_source_per_step_or_one_each() -> None:
-    mix = {"rollout": 0.5, "data": 0.5}
-    by_step, by_row = _draws(mix=mix), _draws(mix=mix, mix_per="row")
-
-    assert all(len(set(by_step.sources(step, 64))) == 1 for step in range(20))
-    assert all(set(by_row.sources(step, 64)) == {"rollout", "data"} for step in range(20))
+    assert all(len(set(_sources(step, 64, mix=MIX))) == 1 for step in range(20))
+    by_row = [_sources(step, 64, mix=MIX, mix_per="row") for step in range(20)]
+    assert all(set(sources) == {"rollout", "data"} for sources in by_row)
 
 
 @pytest.mark.parametrize("mix_per", ["step", "row"])
 def test_the_shares_of_many_steps_are_those_of_the_config(mix_per: str) -> None:
-    draws = _draws(mix={"rollout": 0.5, "replay": 0.3, "data": 0.2}, mix_per=mix_per)
+    drawn = np.concatenate([_sources(step, 4, mix=MIX, mix_per=mix_per) for step in range(3000)])
 
-    drawn = np.concatenate([draws.sources(step, 4) for step in range(3000)])
-
-    shares = {source: (drawn == source).mean() for source in ("rollout", "replay", "data")}
-    assert shares == pytest.approx({"rollout": 0.5, "replay": 0.3, "data": 0.2}, abs=0.03)
+    assert {source: (drawn == source).mean() for source in MIX} == pytest.approx(MIX, abs=0.03)
 
 
 @given(step=st.integers(0, 200), seed=st.integers(0, 2**32 - 1))
-def test_a_step_does_not_depend_on_what_was_asked_before(step: int, seed: int) -> None:
-    mix = {"rollout": 0.4, "replay": 0.4, "data": 0.2}
-    used, fresh = _draws(seed, mix=mix), _draws(seed, mix=mix)
-    for earlier in range(0, step, 7):
-        used.sources(earlier, 3)
-        used.replayable(earlier)
+def test_a_step_is_drawn_by_its_number_and_the_seed_alone(step: int, seed: int) -> None:
+    first, again = (_sources(step, 64, seed, mix=MIX, mix_per="row").tolist() for _ in range(2))
 
-    assert used.sources(step, 5).tolist() == fresh.sources(step, 5).tolist()
-    assert used.replayable(step) == fresh.replayable(step)
+    assert first == again
+    assert first != _sources(step + 1, 64, seed, mix=MIX, mix_per="row").tolist()
 
 
-@given(seed=st.integers(0, 2**32 - 1), mix_per=st.sampled_from(["step", "row"]))
-def test_every_replayed_step_has_generated_texts(seed: int, mix_per: str) -> None:
-    draws = _draws(seed, mix={"rollout": 0.3, "replay": 0.7}, mix_per=mix_per)
+def test_steps_before_the_section_use_the_data() -> None:
+    drawn = [_sources(step, 1, from_step=3).tolist() for step in range(5)]
 
-    for step in range(30):
-        for earlier in draws.replayable(step):
-            assert earlier < step
-            assert "rollout" in draws.sources(earlier, 3)
-        if "replay" in draws.sources(step, 3):
-            assert draws.replayable(step)
-
-
-def test_what_later_steps_replay_is_new_or_was_already_replayable() -> None:
-    """A resumed run may therefore read the texts before the step that it replays."""
-    draws = _draws(mix={"rollout": 0.7, "replay": 0.3})
-
-    for step in range(0, 400, 50):
-        kept = draws.replayable(step)
-        assert len(kept) <= REPLAYED_STEPS
-        for later in range(step, 400):
-            assert set(draws.replayable(later)) <= {*kept, *range(step, later)}
-    assert len(draws.replayable(400)) == REPLAYED_STEPS
-
-
-def test_the_first_text_is_new_and_steps_before_the_section_use_the_data() -> None:
-    replayed, later = _draws(mix={"replay": 1.0}), _draws(from_step=3)
-
-    assert [set(replayed.sources(step, 3)) for step in (0, 1)] == [{"rollout"}, {"replay"}]
-    assert [later.sources(step, 1)[0] for step in range(5)] == ["data"] * 3 + ["rollout"] * 2
+    assert drawn == [["data"]] * 3 + [["rollout"]] * 2
 
 
 def test_the_seed_of_a_text_differs_by_run_step_and_row() -> None:
-    draws = [_draws(seed) for seed in range(3)]
-    seeds = {d.seed_of(step, row) for d in draws for step in range(10) for row in range(10)}
+    seeds = {text_seed(n, step, row) for n in range(3) for step in range(10) for row in range(10)}
 
     assert len(seeds) == 300
     assert all(0 <= seed < 2**63 for seed in seeds)
@@ -177,9 +146,9 @@ _rollouts = st.builds(
 _TEXT = Rollout(3, (1, 2), Completion((5, 6), finished=True), version=7, seed=9)
 
 
-@given(texts=st.lists(_rollouts, max_size=4), part=st.floats(0, 1, exclude_max=True))
-def test_texts_are_read_as_they_were_written_together_or_one_of_them(
-    tmp_path_factory: pytest.TempPathFactory, texts: list[Rollout], part: float
+@given(texts=st.lists(_rollouts, max_size=4))
+def test_texts_are_read_as_they_were_written(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[Rollout]
 ) -> None:
     store = RolloutStore(tmp_path_factory.mktemp("store"))
 
@@ -188,30 +157,6 @@ def test_texts_are_read_as_they_were_written_together_or_one_of_them(
     assert store.has(12)
     assert not store.has(11)
     assert store.read(12) == texts
-    if texts:
-        assert store.read_one(12, part) == texts[int(part * len(texts))]
-
-
-@pytest.fixture
-def written(tmp_path: Path) -> tuple[RolloutStore, Path]:
-    store = RolloutStore(tmp_path)
-    store.write(4, [_TEXT, _TEXT])
-    (path,) = rollout_files(tmp_path)
-    return store, path
-
-
-def test_one_text_is_read_from_a_damaged_file_or_the_file_is_named(written) -> None:
-    store, path = written
-    path.write_text(path.read_text()[:-9] + "\n")
-
-    assert store.read_one(4, 0.0) == _TEXT
-    with pytest.raises(DataError, match=r"step-00000004\.jsonl"):
-        store.read_one(4, 0.9)
-    with pytest.raises(DataError, match=r"00000005\.jsonl does not exist, and rollout\.mix repl"):
-        store.read_one(5, 0.0)
-    path.write_text(path.read_text().splitlines(keepends=True)[0])
-    with pytest.raises(DataError, match=r"step-00000004\.jsonl is not a complete file"):
-        store.read_one(4, 0.5)
 
 
 def test_texts_of_an_equal_run_are_kept_and_those_of_another_set_aside(tmp_path: Path) -> None:
@@ -252,8 +197,10 @@ def test_texts_of_a_run_of_another_length_are_kept_only_beside_a_checkpoint(tmp_
     ],
     ids=["empty", "60 bytes", "a line less", "version"],
 )
-def test_a_damaged_file_is_named(written, damage, message) -> None:
-    store, path = written
+def test_a_damaged_file_is_named(tmp_path: Path, damage, message) -> None:
+    store = RolloutStore(tmp_path)
+    store.write(4, [_TEXT, _TEXT])
+    (path,) = tmp_path.glob("step-*.jsonl")
     path.write_text(damage(path.read_text()))
 
     with pytest.raises(DataError, match=rf"step-00000004\.jsonl.*{message}"):

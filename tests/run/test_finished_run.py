@@ -17,7 +17,6 @@ from tiny_runs import (
     llama,
     review_task,
     save_tokenizer,
-    write_jsonl,
     write_reviews,
 )
 from whole_run import WholeRun, finish_in
@@ -158,39 +157,26 @@ def one(outputs, labels):
 
 one.higher_is_better = True
 """
-GENERATES = {"max_new_tokens": 4, "prompt_tokens": 2}
 
 
 @pytest.mark.usefixtures("process_group")
-@pytest.mark.parametrize(
-    ("kind", "sections", "key"),
-    [
-        ("classification", {"eval": {"metrics": ["its_metric:one"]}}, "code.its_metric:one.code"),
-        ("causal_lm", {"rollout": {"files": "texts.jsonl"} | GENERATES}, "rollout.files"),
-    ],
-    ids=["code of a plug-in", "texts of an earlier run"],
-)
-def test_files_that_the_config_names_are_inputs_of_a_run(
-    tmp_path, monkeypatch, kind, sections, key
-):
-    (tmp_path / "its_metric.py").write_text(ITS_METRIC)
-    write_jsonl(tmp_path / "texts.jsonl", [{"prompt": "a", "text": "b"}])
+def test_the_code_of_a_plug_in_is_an_input_of_a_run(tmp_path, monkeypatch):
+    plugin = tmp_path / "its_metric.py"
+    plugin.write_text(ITS_METRIC)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    task = review_task(tmp_path, type=kind)
-    teacher = {"model": llama(1) if kind == "causal_lm" else bert(1)}
-    one = {"teacher": teacher, "method": {"name": "single"}}
-    config = config_of(config_tree(tmp_path / "out", task, **one, **sections))
+    sections = {"teacher": {"model": bert(1)}, "method": {"name": "single"}}
+    measured = {"eval": {"metrics": ["its_metric:one"]}}
+    task = review_task(tmp_path, type="classification")
+    config = config_of(config_tree(tmp_path / "out", task, **sections, **measured))
 
     def inputs() -> dict[str, object]:
         plugins._hash_of.cache_clear()
         return finished_run.run_inputs(config, unencoded_inputs(config))
 
     before = inputs()
-    for name in ("its_metric.py", "texts.jsonl"):
-        with (tmp_path / name).open("a") as file:
-            file.write("\n")
-    assert {name for name, value in inputs().items() if before[name] != value} == {key}
+    plugin.write_text(ITS_METRIC + "\n")
+    changed = {name for name, value in inputs().items() if before[name] != value}
+    assert changed == {"code.its_metric:one.code"}
 
 
 @pytest.mark.usefixtures("process_group")

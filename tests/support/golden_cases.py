@@ -31,7 +31,7 @@ LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
 ROLLOUT = {
     "max_new_tokens": 6,
     "prompt_tokens": 6,
-    "mix": {"rollout": 0.5, "replay": 0.25, "data": 0.25},
+    "mix": {"rollout": 0.5, "data": 0.5},
     "mix_per": "row",
 }
 

@@ -21,7 +21,7 @@ from megakd.engine import activity
 from megakd.rollouts import batches as rollout_source
 from megakd.rollouts.batches import RolloutSource, StepRows
 from megakd.rollouts.prompts import TrainingRow
-from megakd.rollouts.store import RolloutStore, read_rollouts
+from megakd.rollouts.store import RolloutStore
 from megakd.training.checkpoint import oldest_step
 
 ROWS = 4
@@ -103,25 +103,21 @@ class Local:
         return [Completion((*prompt, seed % 97), finished=True) for prompt, seed in pairs]
 
 
-@pytest.mark.parametrize(
-    ("mix", "keep_texts"),
-    [({"rollout": 1.0}, False), ({"rollout": 0.5, "replay": 0.5}, False), ({"rollout": 1.0}, True)],
-)
 def test_the_store_holds_what_a_resumed_run_reads_and_no_more(
-    mix: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, keep_texts: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A checkpoint every 10 steps, of which two stay; the run is killed and resumed from the older.
 
-    The texts of 15 steps are replayed here.
+    Files of other names stay.
     """
-    monkeypatch.setattr("megakd.rollouts.batches.REPLAYED_STEPS", 15)
     learned: dict[int, Any] = {}
+    (tmp_path / "step-00000001 (copy).jsonl").touch()
 
     def run(start: int, stop: int) -> None:
         monkeypatch.setattr(
             rollout_source, "collate_step", lambda columns, *_: columns["input_ids"]
         )
-        config = RolloutConfig(max_new_tokens=4, mix=mix, mix_per="row", keep_texts=keep_texts)
+        config = RolloutConfig(max_new_tokens=4)
         for step, rows in enumerate(source(config, Local(), tmp_path).iterate(start, stop), start):
             result = [row.tolist() for row in rows]  # type: ignore[attr-defined]
             assert learned.setdefault(step, result) == result
@@ -133,8 +129,10 @@ def test_the_store_holds_what_a_resumed_run_reads_and_no_more(
     run(0, 85)
     run(70, 110)
 
-    kept = len(list(tmp_path.glob("*.jsonl")))
-    assert kept > 80 if keep_texts else kept <= 20 + ("replay" in mix) * 15
+    names = [f"step-{step:08d}.jsonl" for step in range(90, 110)]
+    assert sorted(path.name for path in tmp_path.glob("*.jsonl")) == [
+        "step-00000001 (copy).jsonl", *names,
+    ]  # fmt: skip
 
 
 def learn(made: RolloutSource, generator: Remote, start: int, stop: int) -> None:
@@ -179,7 +177,8 @@ def test_no_text_is_too_old_and_no_written_text_is_asked_for_again(
                 assert ROWS * step <= text.row < ROWS * (step + 1)
         for generator in (first, second):
             assert len(set(generator.seeds)) == len(generator.seeds)
-        kept = {text.seed for path in written for text in read_rollouts(path)}
+        steps = [int(path.stem.removeprefix("step-")) for path in written]
+        kept = {text.seed for step in steps for text in store.read(step)}
         assert kept.isdisjoint(second.seeds)
 
 
@@ -217,7 +216,7 @@ def test_data_rows_can_be_learned_from_and_texts_continue_prompts_that_fit(
         row=lambda number: TrainingRow(*[np.array([number])] * 3, is_rollout=False),
         route=lambda _: None,
     )
-    mix: Any = {"rollout": 0.4, "replay": 0.2, "data": 0.4}
+    mix: Any = {"rollout": 0.6, "data": 0.4}
     all_rows = StepRows(prompts, *orders, None, StepLayout(shape))  # type: ignore[arg-type]
     config = RolloutConfig(max_new_tokens=4, mix=mix, mix_per=per)
     made = source(config, Local(), tmp_path, all_rows)

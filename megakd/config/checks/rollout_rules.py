@@ -72,18 +72,6 @@ _ROLLOUT: tuple[Rule[RolloutConfig], ...] = (
     ),
     *conflict("rollout", "task.streaming", ", because prompts are taken from rows on disk"),
     *given(
-        ".max_staleness",
-        lambda c: c.item.files is not None,
-        "{item.max_staleness} applies to texts that are generated during the run, and "
-        "rollout.files is set; remove one of the two keys",
-    ),
-    *given(
-        ".by",
-        lambda c: c.item.files is not None,
-        "{item.by} does not generate texts if rollout.files is set; remove one of the two keys",
-    ),
-    *conflict(".server .sampling .rows_per_call", ".files", ", which names texts that exist"),
-    *given(
         ".by",
         lambda c: c.item.by in c.config.base_teachers and c.item.server is None,
         "{item.by} is the student without its adapters, which generates no texts; set the key to "
