@@ -31,7 +31,7 @@ def rollout_problems(config: RunConfig) -> Iterator[str]:
             f"objective: no term learns from {source}, which rollout.mix or rollout.from_step "
             f"draws; add a term without on or with on: {source}, or change the section rollout"
         )
-    writes_itself = rollouts.by == STUDENT and rollouts.files is None and "rollouts" in drawn
+    writes_itself = rollouts.by == STUDENT and "rollouts" in drawn
     for index, term in enumerate(config.objective or ()):
         source = source_of(term)
         if source not in {None, *drawn} and not untaught:
