@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from megakd.api import RunResult, evaluate, load_config, plan, train
     from megakd.config.run import RunConfig
     from megakd.errors import MegakdError
-    from megakd.models.int8 import load_int8
 
 __all__ = [
     "MegakdError",
@@ -18,14 +17,12 @@ __all__ = [
     "RunResult",
     "evaluate",
     "load_config",
-    "load_int8",
     "plan",
     "train",
 ]
 _HOMES = {
     "MegakdError": "megakd.errors",
     "RunConfig": "megakd.config.run",
-    "load_int8": "megakd.models.int8",
 }
 
 

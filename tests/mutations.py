@@ -212,12 +212,6 @@ MUTATIONS = (
         "tests/models/test_lora.py",
     ),
     Mutation(
-        "megakd/models/int8.py",
-        "values = (rows / divisor[:, None]).round_()",
-        "values = (rows / divisor[:, None]).floor_()",
-        "tests/models/test_int8.py",
-    ),
-    Mutation(
         "megakd/pruning/importance.py",
         "(gradients / count.clamp(min=1)).abs()",
         "(gradients / count.clamp(min=1))",

@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.to is None:
         raise ConfigError("--to is missing; give the folder to write the model to")
     if arguments.int8 and arguments.format != "onnx":
-        raise ConfigError("--int8 needs --format onnx; for torch, give save.int8=true")
+        raise ConfigError("--int8 needs --format onnx")
     differences: list[float] = []
 
     def to_graph(folder: Path) -> None:

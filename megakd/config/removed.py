@@ -11,5 +11,6 @@ REMOVED: Mapping[str, str] = {
     "teacher.server.states": "gone; servers answer with teacher.server.top_k probabilities",
     "rollout.files": "gone; give texts that exist as task.train_files, with prompt and completion",
     "rollout.keep_texts": "gone; texts since the oldest checkpoint stay; remove the key",
+    "save.int8": "gone; megakd export --format onnx --int8 writes a graph with int8 weights",
 }
 """By the path of a key, or by `path: value` for a choice of it."""

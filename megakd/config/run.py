@@ -14,7 +14,6 @@ from megakd.config.paths import Folder
 from megakd.config.rollout import GenerationConfig, RolloutConfig
 from megakd.config.task import TaskConfig
 from megakd.config.train import TrainConfig, TrainOverrides, inherit
-from megakd.contract.results import FORMATS
 from megakd.contract.tasks import FROM_TEACHER, STUDENT, STUDENT_BASE, TEACHER, TaskType
 from megakd.contract.terms import STRICT, Count, TermConfig
 from megakd.methods import MethodConfig
@@ -69,7 +68,7 @@ def _repository(text: str) -> str:
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class SaveConfig:
-    """Settings of checkpoints, of the upload to the Hub, and of further formats of the student."""
+    """Settings of checkpoints, of the upload to the Hub, and of the student's graph."""
 
     save_steps: Count = 500
     save_total_limit: Count | None = 2
@@ -82,15 +81,8 @@ class SaveConfig:
     """Upload final/ to this repository of the Hugging Face Hub, such as user/name."""
     hub_private: bool = False
     """Create the repository as a private repository."""
-    int8: bool = False
-    """Also write the student with int8 weights, one scale per row, into final/int8/."""
     onnx: bool = False
     """Also write the student as a graph, final/model.onnx, and time the graph."""
-
-    @property
-    def formats(self) -> tuple[str, ...]:
-        """Formats in which the student is written too."""
-        return tuple(name for name in FORMATS if getattr(self, name))
 
 
 def _trackers(value: object) -> object:

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NotRequired, TypedDict, cast
-
-FORMATS = ("int8", "onnx")
-"""Formats in which a student may be there too: keys of `save` and of its `ModelReport`."""
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
 
 class ClassReport(TypedDict):
@@ -21,8 +18,8 @@ class ClassReport(TypedDict):
     rows: int
 
 
-class FormatReport(TypedDict):
-    """Size on disk and scores of a model in another format."""
+class GraphReport(TypedDict):
+    """Size on disk and scores of a model as an ONNX graph."""
 
     bytes: int
     metrics: Mapping[str, float]
@@ -66,7 +63,7 @@ class ModelReport(ClassifierReport):
         predicts.
     trained_parameters: number of weights that were trained, if the rest stayed frozen
         (`student.lora`).
-    int8, onnx: the student's int8 weights and its graph, if the run writes them.
+    onnx: the student's graph, if the run writes it.
     """
 
     parameters: int
@@ -76,14 +73,7 @@ class ModelReport(ClassifierReport):
     trained_parameters: NotRequired[int]
     agreement: NotRequired[float]
     asked: NotRequired[AskedReport]
-    int8: NotRequired[FormatReport]
-    onnx: NotRequired[FormatReport]
-
-
-def formats_of(model: ModelReport) -> dict[str, FormatReport]:
-    """Return the entries on a model in other formats."""
-    entries = cast("Mapping[str, Any]", model)
-    return {name: entries[name] for name in FORMATS if name in entries}
+    onnx: NotRequired[GraphReport]
 
 
 class AssistantReport(ModelReport):

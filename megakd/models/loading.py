@@ -36,7 +36,6 @@ from megakd.errors import ModelError, one_line, suggestion
 from megakd.models.architectures import HEAD_COUNTS, Architecture, architecture_named
 from megakd.models.fitting import Match, build_empty, plan_loading
 from megakd.models.fresh import initialize_parameters
-from megakd.models.int8 import INT8_METHOD, load_int8
 from megakd.models.label_order import listed
 from megakd.models.modeling.modeling_t5 import EncT5Config, T5EncoderConfig
 from megakd.models.own_models import CONFIG_ERRORS, class_of, register_own_models
@@ -244,20 +243,16 @@ def load_finished(
         where: the key or option that asks for the model, for messages.
         config: what `config_of_folder` returned of the folder, which verifies it; default: read it.
         device: default: the CPU.
-        dtype: default: the stored dtype; fp32 for int8 weights of megakd.
+        dtype: default: the stored dtype.
 
     Raises:
-        ModelError: the folder is damaged or incomplete, its class does not exist, or it holds
-            quantised weights of another library.
+        ModelError: the folder is damaged or incomplete, its class does not exist, or it is
+            quantised.
     """
     config = config or config_of_folder(folder, where)
     model_class: Any = class_of(config, f"{where}: {folder / 'config.json'}")
     place = device or torch.device("cpu")
     method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
-    if method == INT8_METHOD:
-        restored = load_int8(folder)
-        torch.nn.Module.to(restored, device=place, dtype=dtype)  # transformers types `to` wrongly
-        return restored
     if method is not None:
         raise ModelError(
             f"{where}: {folder} is quantized ({method}); give the model in fp32, bf16 or fp16"

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from huggingface_hub import metadata_load, try_to_load_from_cache
 
-from megakd.contract.results import Report, formats_of
+from megakd.contract.results import Report
 from megakd.contract.tasks import TaskType
 from megakd.models.model_folder import hub_id
 from megakd.process.terminal import in_home
@@ -109,8 +109,8 @@ def _size(report: Report) -> str:
         sentence += f" ({short_count(student['trained_parameters'])} of them trained, as adapters)"
     if (weights := student.get("bytes")) is not None:
         sentence += f" in {megabytes(weights)} MB of weights"
-    for name, entry in formats_of(student).items():
-        sentence += f" ({megabytes(entry['bytes'])} MB as {name})"
+    if "onnx" in student:
+        sentence += f" ({megabytes(student['onnx']['bytes'])} MB as onnx)"
     times = times_smaller(report, student)
     if times not in ("-", "1.0x"):
         teacher = "largest teacher" if len(report["teachers"]) > 1 else "teacher"

@@ -23,7 +23,6 @@ from megakd.contract.results import (
     PruningReport,
     Report,
     TextReport,
-    formats_of,
     headline_latency,
 )
 from megakd.contract.tasks import (
@@ -217,7 +216,7 @@ def model_parts(report: Report, *, of_one_length: bool = False) -> tuple[Rows, R
     if teacher:
         sizes[0].append("smaller")
         scores[0].append(against)
-    for name, model, values in _with_formats(report):
+    for name, model, values in _with_graph(report):
         names.append([name])
         counts = map(short_count, (model["parameters"], model["encoder_parameters"]))
         sizes.append([*counts, megabytes(model.get("bytes"))])
@@ -229,13 +228,13 @@ def model_parts(report: Report, *, of_one_length: bool = False) -> tuple[Rows, R
     return names, sizes, scores, speeds
 
 
-def _with_formats(report: Report) -> list[tuple[str, ModelReport, Mapping[str, float]]]:
+def _with_graph(report: Report) -> list[tuple[str, ModelReport, Mapping[str, float]]]:
     models, student = scored_models(report), report["student"]
-    place = [name for name, _, _ in models].index(STUDENT) + 1
-    models[place:place] = [
-        (f"{STUDENT} ({name})", {**student, "bytes": entry["bytes"]}, entry["metrics"])
-        for name, entry in formats_of(student).items()
-    ]
+    if "onnx" in student:
+        place = [name for name, _, _ in models].index(STUDENT) + 1
+        graph = student["onnx"]
+        as_graph: ModelReport = {**student, "bytes": graph["bytes"]}
+        models.insert(place, (f"{STUDENT} (onnx)", as_graph, graph["metrics"]))
     return models
 
 

@@ -8,27 +8,26 @@ from __future__ import annotations
 
 import glob
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from shlex import quote
-from typing import Any, NamedTuple
+from typing import Any
 
 from megakd.config.checks.path_rules import names_files, places
 from megakd.config.file import config_tree, dump_config, dump_yaml, load_config
 from megakd.config.paths import is_path
 from megakd.config.run import RunConfig
 from megakd.contract.plugins import code_of, is_metric, metric_of
-from megakd.contract.results import Report, formats_of
+from megakd.contract.results import Report
 from megakd.contract.tasks import FROM_TEACHER, STUDENT, STUDENT_BASE
 from megakd.data.encoding import tokenizer_content
 from megakd.engine.collectives import agree, on_main
 from megakd.engine.distributed import launched_ranks
 from megakd.errors import CheckpointError, ConfigError, MegakdError, suggestion
 from megakd.inputs.inputs import UnencodedInputs, unencoded_inputs
-from megakd.models.int8 import INT8, write_int8, write_restored
 from megakd.models.model_folder import brings_code, needs_5
-from megakd.models.onnx import MODEL, check_packages, write_onnx
+from megakd.models.onnx import check_packages, write_onnx
 from megakd.models.own_models import current_files
 from megakd.process.terminal import in_home
 from megakd.reports.card import CardFacts, model_card
@@ -76,49 +75,12 @@ HEADER = """\
 """
 
 
-class Format(NamedTuple):
-    """A further format in which a run writes its student; its name is a key of `save`.
-
-    place: name of the file or folder in `final/`.
-    write: writes the format of a model folder to a path.
-    restore: writes what was written as a model folder, to be scored; None: it computes what the
-        model computes.
-    """
-
-    place: str
-    write: Callable[[Path, Path], object]
-    restore: Callable[[Path, Path], object] | None = None
-
-
-FORMATS: Mapping[str, Format] = {
-    "int8": Format(INT8, write_int8, restore=write_restored),
-    "onnx": Format(MODEL, lambda folder, graph: write_onnx(folder, to=graph)),
-}
-
-
-def check_formats(names: Collection[str]) -> None:
-    """Raise ConfigError if a package is missing that writes one of the formats."""
-    if "onnx" in names:
-        check_packages("save.onnx")
-
-
-def adding(names: Collection[str]) -> Callable[[Path], None] | None:
-    """Return a function that writes formats into a model folder; None if there are none."""
-    check_formats(names)
-
-    def add(folder: Path) -> None:
-        for name in names:
-            FORMATS[name].write(folder, folder / FORMATS[name].place)
-
-    return add if names else None
-
-
 def is_finished(config: RunConfig) -> bool:
     """Return true if the output folder holds the finished run of this config; read only the config.
 
     A run is not finished if the config asks for more steps than the run in the folder took, for
-    a format that the run did not write, or for other times of the models. The finished run
-    of another config is an error.
+    a graph that the run did not write, or for other times of the models. The finished run of
+    another config is an error.
     """
     if not (config.output_dir / REPORT).is_file() or config.train.resume_from_checkpoint is False:
         return False
@@ -141,8 +103,7 @@ def is_finished(config: RunConfig) -> bool:
             f"{quote(str(config.output_dir))}; to train its student further, set student.model="
             f"{config.output_dir / FINAL} and another output_dir"
         )
-    has_formats = set(config.save.formats) <= set(before.save.formats)
-    return timed[0] == timed[1] and has_formats
+    return timed[0] == timed[1] and config.save.onnx <= before.save.onnx
 
 
 def _config_there(out: Path) -> RunConfig:
@@ -333,7 +294,7 @@ def _write_model(config: RunConfig, stage: Path, to: Path, report: Report, comma
     changes = {CARD: card, **dict.fromkeys((RESULT, RECORD, *files_of_others(there)))}
     changes |= current_files(there)
     # The report decides, because `save` may change between two starts of a finished run.
-    add = adding(formats_of(report["student"]))
+    add = write_onnx if "onnx" in report["student"] else None
     copy_finished(stage, to, changes=changes, keep=kept, add=add, remedy=remedy)
 
 
@@ -378,14 +339,14 @@ def export_run(
     stage: str | None,
     to: Path,
     *,
-    add: Callable[[Path], None] | None = None,
+    add: Callable[[Path], object] | None = None,
 ) -> Path:
     """Copy a finished stage's model to a new folder `to`; None: the stage of `final/`.
 
-    The formats of `save` are written too, unless another is added.
+    With `save.onnx` the graph is written too, unless something else is added.
 
     Args:
-        add: called with the copy before it takes its name, to write another format of the model.
+        add: called with the copy before it takes its name, to write the model in another form.
     """
     stages = config.output_dir / "stages"
     # Others, such as a scoring, give only scores.
@@ -400,7 +361,9 @@ def export_run(
     there = entries(folder)
     changes = dict.fromkeys((RESULT, RECORD, *files_of_window(there), *files_of_others(there)))
     changes |= current_files(there)
-    add = add or adding(config.save.formats)
+    if add is None and config.save.onnx:
+        check_packages("save.onnx")
+        add = write_onnx
     with written_once(atomic.sibling(to.absolute(), "lock")):
         if to.exists() or to.is_symlink():
             raise CheckpointError(f"{to} already exists; give a folder that does not exist")

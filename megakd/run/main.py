@@ -27,6 +27,7 @@ from megakd.errors import CheckpointError, ConfigError, first_line
 from megakd.inputs.inputs import RunInputs, prepare
 from megakd.inputs.precision import check_device
 from megakd.methods import run_method
+from megakd.models.onnx import check_packages
 from megakd.planning.planning_lab import check_method
 from megakd.process.phases import counted, phase
 from megakd.process.signals import Stopped
@@ -34,7 +35,6 @@ from megakd.reports.report_file import installed_versions
 from megakd.run.finished_run import (
     CONFIG,
     FINAL,
-    check_formats,
     finished_table,
     is_finished,
     publish,
@@ -140,7 +140,8 @@ def check_machines(config: RunConfig, ranks: Ranks) -> None:
     """Check that the machines have what the config asks for; a collective."""
     check_device(config, ranks)
     check_nodes(config)
-    check_formats(config.save.formats)
+    if config.save.onnx:
+        check_packages("save.onnx")
     if config.save.push_to_hub is not None:
         on_main(lambda: check_hub(config.save))
 

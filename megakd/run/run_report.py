@@ -6,7 +6,7 @@ import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from megakd.contract.results import (
     Assistant,
     AssistantReport,
     EvaluationSetReport,
-    FormatReport,
+    GraphReport,
     LatencyReport,
     ModelReport,
     Report,
@@ -40,6 +40,7 @@ from megakd.inputs.inputs import vocabulary_report
 from megakd.inputs.precision import TORCH_DTYPE, scoring_dtype
 from megakd.models.lora import adapter_parameters
 from megakd.models.model_folder import weight_bytes
+from megakd.models.onnx import MODEL, write_onnx
 from megakd.process.phases import phase, seconds
 from megakd.reports.derived_warnings import derived_warnings
 from megakd.reports.history import panels, read_history
@@ -47,13 +48,12 @@ from megakd.reports.quantities import paired_ratio
 from megakd.reports.report_file import environment
 from megakd.reports.samples import samples_of
 from megakd.reports.table import generation_reports, largest
-from megakd.run.finished_run import FORMATS
 from megakd.run.run_lab import RunLab
 from megakd.run.teacher_pool import Measured
 from megakd.scoring.watches import text_warnings
 
 logger = logging.getLogger(__name__)
-FORMATS_FOLDER = ".formats"
+GRAPHS = ".graphs"
 """Folder below `output_dir` that exists only while the report is made."""
 
 
@@ -68,9 +68,9 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
         teachers = {name: lab.pool.measured(name) for name in lab.pool.folders}
         measured = {**teachers, **{name: lab.measure(made) for name, made in students.items()}}
         mine = measured[STUDENT].report
-        for name in config.save.formats:
-            made = _in_format(lab, name, student.folder, mine["metrics"])
-            cast("dict[str, Any]", mine).update({} if made is None else {name: made})
+        graph = _graph(lab, student.folder, mine["metrics"]) if config.save.onnx else None
+        if graph is not None:
+            mine["onnx"] = graph
         assistants = [_assistant(lab, made) for made in lab.record.assistants]
     forget_models()
     with phase("latency"), doing("measuring latency"):
@@ -122,7 +122,7 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
         ),
     )
     if is_first_rank():
-        shutil.rmtree(out / FORMATS_FOLDER, ignore_errors=True)
+        shutil.rmtree(out / GRAPHS, ignore_errors=True)
     report["warnings"] = on_main(lambda: _warnings(report, out / "metrics.jsonl"))
     return report
 
@@ -223,9 +223,7 @@ def _latency(
 
 def _graphs(lab: RunLab, models: Mapping[str, Path]) -> dict[str, Path]:
     """Return the student's graph, if it is there, and those of all if a size is a time in ONNX."""
-    from megakd.models.onnx import MODEL, write_onnx
-
-    folder = lab.config.output_dir / FORMATS_FOLDER / "onnx"
+    folder = lab.config.output_dir / GRAPHS
     graphs = {STUDENT: folder / MODEL} if (folder / MODEL).is_file() else {}
     if any(one.asked.get("runtime") == "onnx" for one in lab.record.sizes):
         for name in models.keys() - graphs.keys():
@@ -252,28 +250,20 @@ def _speedup(latency: Sequence[LatencyReport], teacher: str | None) -> Speedup |
     return {**times, "low": ratio.low, "high": ratio.high}
 
 
-def _in_format(
-    lab: RunLab, name: str, student: Path, metrics: Mapping[str, float]
-) -> FormatReport | None:
-    """Return size and scores of the student in a format; None if it cannot be written in it."""
-    form, folder = FORMATS[name], lab.config.output_dir / FORMATS_FOLDER / name
-    place, restored = folder / form.place, folder / "restored"
+def _graph(lab: RunLab, student: Path, metrics: Mapping[str, float]) -> GraphReport | None:
+    """Return size and scores of the student's graph; None if it cannot be written."""
+    folder = lab.config.output_dir / GRAPHS
 
     def write() -> int:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        form.write(student, place)
-        if form.restore is not None:
-            form.restore(place, restored)
-        if place.is_dir():
-            return weight_bytes(place)
+        write_onnx(student, to=folder / MODEL)
         # The weights of a large graph are in a file beside it.
-        return sum(path.stat().st_size for path in folder.glob(f"{form.place}*"))
+        return sum(path.stat().st_size for path in folder.glob(f"{MODEL}*"))
 
     try:
-        size = on_main(write)
+        return {"bytes": on_main(write), "metrics": metrics}
     except ModelError as error:
-        # All stages are finished and the student is valid without this format.
-        logger.warning("save.%s is left out: %s", name, error)
+        # All stages are finished and the student is valid without a graph.
+        logger.warning("save.onnx is left out: %s", error)
         return None
-    return {"bytes": size, "metrics": lab.score(restored)["metrics"] if form.restore else metrics}

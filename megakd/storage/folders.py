@@ -71,7 +71,7 @@ def copy_finished(
     changes: Mapping[str, str | bytes | None],
     remedy: str,
     keep: Sequence[str] = (),
-    add: Callable[[Path], None] | None = None,
+    add: Callable[[Path], object] | None = None,
 ) -> None:
     """Verify a finished folder and make `target` a finished folder with the same files.
 

@@ -95,7 +95,6 @@ MODELS = [
     ("student.model=from_teacher", 'student.model: "from_teacher" needs a method that cuts the te'),
     ("student.layers=[2, 2]", "student.layers: a layer is listed twice in [2, 2]; list every laye"),
     ("student.teacher=a", 'student.teacher: applies only to student.model "from_teacher"; remove'),
-    ("save.int8=true; student.trust_remote_code=true", "save.int8: cannot be combined with studen"),
     (
         "student.deepspeed=zero22",
         'student.deepspeed: unknown preset "zero22"; did you mean "zero2"? known: auto, teac',
@@ -128,7 +127,6 @@ SERVED_TEACHERS = [
     (f"{SERVED}; objective.0.loss=hidden_mse", "hidden_mse needs more than the outputs of the tea"),
 ]
 ADAPTERS = [
-    ("save.int8=true", "save.int8: cannot be combined with student.lora, because the base model s"),
     ("method={name: knowledge_selection}", "student.lora: method "),
     ("student.model={config: {a: 1}}", "student.lora: student.model has random weights, which ada"),
     ("student.layers=2", "student.layers make a model that has no folder of its own, and adapters"),

@@ -16,7 +16,6 @@ from transformers import BertConfig, BertForSequenceClassification, GenerationCo
 from megakd.errors import ConfigError, DataError, ModelError
 from megakd.models import onnx
 from megakd.models.answers import answers_of
-from megakd.models.int8 import load_int8, write_int8
 
 LONG = " ".join(f"w{20 + number % 40}" for number in range(60))  # w1, the padding, begins no word
 
@@ -67,18 +66,6 @@ def test_a_model_that_cannot_tell_the_texts_of_a_pair_apart_reads_them_without_t
     pairs.save_pretrained(tmp_path)
 
     assert sum(probabilities(tmp_path, "w3 w9\tw5")) == pytest.approx(1.0, abs=1e-5)
-
-
-def test_int8_weights_answer_as_the_model_that_they_restore(tmp_path):
-    saved(tmp_path / "whole")
-    write_int8(tmp_path / "whole", tmp_path / "int8")
-    ids = torch.tensor([tokenizer()("w3 w9")["input_ids"]])
-
-    actual = probabilities(tmp_path / "int8", "w3 w9")
-
-    with torch.no_grad():
-        wanted = load_int8(tmp_path / "int8")(input_ids=ids).logits[0].softmax(-1)
-    assert actual == pytest.approx(wanted.tolist(), abs=1e-5)
 
 
 def test_a_decoder_with_a_graph_beside_its_weights_continues_a_text(tmp_path):

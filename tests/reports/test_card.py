@@ -1,4 +1,4 @@
-"""The model card's words on the size of the student and on its int8 weights."""
+"""The model card's words on the size of the student and on its graph."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from reports import FACTS, report_of
 
 from megakd.reports.card import model_card
 
-INT8: Any = {"bytes": 2_190_000, "metrics": {"accuracy": 0.74, "mean_accuracy_f1": 0.79}}
+GRAPH: Any = {"bytes": 2_190_000, "metrics": {"accuracy": 0.74, "mean_accuracy_f1": 0.79}}
 
 
 def report_with(**of_student: Any) -> Any:
@@ -37,14 +37,13 @@ def test_a_student_is_compared_with_the_largest_teacher_that_is_larger() -> None
         assert f"\n\n{line}.\n\n" in card
 
 
-def test_int8_weights_are_in_the_size_the_results_and_the_use() -> None:
-    card = model_card(FACTS, report_with(int8=INT8))
+def test_a_graph_is_in_the_size_and_the_results() -> None:
+    card = model_card(FACTS, report_with(onnx=GRAPH))
 
-    assert "in 8.4 MB of weights (2.2 MB as int8); it is 10.9x smaller" in card
-    assert re.search(r"^student \(int8\) .* 74\.0%", card, re.MULTILINE)
-    assert 'model = megakd.load_int8("path/to/this/folder/int8")' in card
+    assert "in 8.4 MB of weights (2.2 MB as onnx); it is 10.9x smaller" in card
+    assert re.search(r"^student \(onnx\) .* 74\.0%", card, re.MULTILINE)
     assert "\n\n\n" not in card
-    assert "int8" not in model_card(FACTS, report_of())
+    assert "onnx" not in model_card(FACTS, report_of())
 
 
 def test_the_card_of_adapters_says_how_many_weights_were_trained_and_how_to_load_both() -> None:

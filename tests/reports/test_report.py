@@ -49,10 +49,10 @@ DAMAGE: dict[str, tuple[tuple[str | int, ...], Any, str]] = {
     "an endless time": (("seconds",), {"data": math.inf}, "seconds.data is inf"),
     "a huge size": (("student", "parameters"), 10**400, "student.parameters is 1000"),
     "a number for a name": (("method",), 3, "method is 3, and must be text"),
-    "int8 without bytes": (
-        ("student", "int8"),
+    "onnx without bytes": (
+        ("student", "onnx"),
         {"metrics": {}},
-        "student.int8.bytes is missing",
+        "student.onnx.bytes is missing",
     ),
     "pruning in one": (("pruning",), [ROW, [2]], "pruning[1] is [2], and must be a mapping"),
     "a null width": (("pruning",), [{**ROW, "width": None}], "pruning[0].width is null"),
@@ -83,7 +83,7 @@ def test_damage_is_named_by_its_key(tmp_path, case):
 @pytest.mark.parametrize("report", [chosen_report(), language_report()])
 def test_what_a_run_writes_is_read_back(tmp_path, report):
     report["student"]["metrics"] = dict.fromkeys(report["student"]["metrics"], math.nan)
-    report["student"]["int8"] = {"bytes": 2_190_000, "metrics": {"accuracy": 0.74}}
+    report["student"]["onnx"] = {"bytes": 2_190_000, "metrics": {"accuracy": 0.74}}
     report["pruning"] = [ROW, {**ROW, "step": 2, "teacher_kl": math.nan, "step_seconds": 0.5}]
     text = {"prompt": "2 +", "text": "4", "wanted": "4", "finished": True, "matches": None}
     report["generation"] = [{"stage": "student", "step": 3, "metrics": {}, "texts": [text]}]
@@ -95,7 +95,7 @@ def test_what_a_run_writes_is_read_back(tmp_path, report):
 
     assert result["student"]["metrics"] == dict.fromkeys(report["student"]["metrics"])
     kept = ("generation", "warnings")
-    assert result["student"]["int8"] == report["student"]["int8"]
+    assert result["student"]["onnx"] == report["student"]["onnx"]
     assert [result[key] for key in kept] == [report[key] for key in kept]
     assert result["pruning"] == [ROW, {**ROW, "step": 2, "step_seconds": 0.5}]
     assert html_report(result, [])

@@ -207,20 +207,20 @@ def test_a_report_of_an_earlier_version_has_a_table_and_a_page() -> None:
     assert html_report(earlier, []) == html_report(report_of(), [])
 
 
-def test_int8_weights_are_a_row_after_the_student_and_no_dot() -> None:
+def test_a_graph_is_a_row_after_the_student_and_no_dot() -> None:
     report = chosen_report()
     metrics = {"accuracy": 0.74, "mean_accuracy_f1": 0.79}
-    report["student"]["int8"] = {"bytes": 2_190_000, "metrics": metrics}
+    report["student"]["onnx"] = {"bytes": 2_190_000, "metrics": metrics}
 
     table, page = result_table(report), html_report(report, [])
 
-    assert cells(table, "student (int8)") == [
-        *("student (int8)", "2.09M", "99.97k", "2.2", "10.9x"),
+    assert cells(table, "student (onnx)") == [
+        *("student (onnx)", "2.09M", "99.97k", "2.2", "10.9x"),
         *("74.0%", "-", "79.0%", "92.9%", "-", "-", "-", "-"),
     ]
     names = [line.split("  ")[0] for line in table.splitlines()[3:8]]
-    assert names == ["teacher", "assistant-1", "student", "student (int8)", "alone"]
-    assert re.search(r"student \(int8\)</th>.*?92\.9%.*?>2\.2<.*?>10\.9x<", page, re.DOTALL)
+    assert names == ["teacher", "assistant-1", "student", "student (onnx)", "alone"]
+    assert re.search(r"student \(onnx\)</th>.*?92\.9%.*?>2\.2<.*?>10\.9x<", page, re.DOTALL)
     legend = re.findall(r'<span class="key \w+"[^>]*></span>(.+?)<', page)
     assert legend[:4] == ["1 teacher", "2 assistant-1", "3 student", "4 alone"]
-    assert not [entry for entry in legend if "int8" in entry]
+    assert not [entry for entry in legend if "onnx" in entry]

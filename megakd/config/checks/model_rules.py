@@ -179,8 +179,6 @@ _STUDENT: tuple[Rule[StudentConfig], ...] = (
         'missing, and student.model "{item.model}" needs one of the teachers; set student.teacher '
         "to {teachers}",
     ),
-    *conflict("save.int8", ".trust_remote_code", ": int8 weights need a model without own code"),
-    *conflict("save.int8", ".lora", ", because the base model stays in its number format"),
     *given(
         ".lora",
         lambda c: find_spec("peft") is None,
