@@ -249,7 +249,7 @@ MUTATIONS = (
     ),
     # Servers and generated texts.
     Mutation(
-        "megakd/servers/protocol.py",
+        "megakd/servers/vllm.py",
         '"temperature": sampling.temperature',
         '"temperature": 1.0',
         "tests/servers tests/training/test_servers.py",

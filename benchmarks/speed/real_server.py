@@ -30,8 +30,7 @@ from megakd.contract.completions import Sampling, TextTokens
 from megakd.models.generation import complete
 from megakd.rollouts.generators import end_tokens_of
 from megakd.servers.http import JsonServer
-from megakd.servers.protocol import TextRequest
-from megakd.servers.vllm import VllmServer, VllmWeightServer
+from megakd.servers.vllm import TextRequest, VllmServer, VllmWeightServer
 
 TOP_K, SCALE = 64, 1.02
 GREEDY = Sampling(16, temperature=0.0)

@@ -8,6 +8,8 @@ REMOVED: Mapping[str, str] = {
     "task.encoded": "gone; `megakd encode` fills the cache that a run reads, remove the key",
     "method.name: takd": "; gone: train each teacher as a student, and give it as the teacher;",
     "method.name: mt_bert": "; gone: use mean_of_teachers;",
+    "rollout.server.kind": "gone; serve with vLLM, and remove the key",
+    "teacher.server.kind": "gone; serve with vLLM, and remove the key",
     "teacher.server.states": "gone; servers answer with teacher.server.top_k probabilities",
     "rollout.files": "gone; give texts that exist as task.train_files, with prompt and completion",
     "rollout.keep_texts": "gone; texts since the oldest checkpoint stay; remove the key",

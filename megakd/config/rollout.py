@@ -14,8 +14,6 @@ from megakd.contract.tasks import STUDENT
 from megakd.contract.terms import STRICT, Count, Fraction, Positive
 from megakd.contract.unit_counts import Source
 
-ServerKind = Literal["vllm", "sglang"]
-
 
 def _address(text: str) -> str:
     given = re.fullmatch(r"https?://([^/\s:\[\]]+|\[[\da-fA-F:.]+\])(:\d+)?(/[^\s?#]*)?", text)
@@ -42,11 +40,10 @@ Urls = Annotated[
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class RolloutServerConfig:
-    """Replicas of an inference server, in an environment of their own, that generate texts."""
+    """Replicas of a vLLM server, in an environment of their own, that generate texts."""
 
     url: Urls
     """Addresses of the replicas, such as http://node7:8000; all replicas serve one model."""
-    kind: ServerKind
     push: Literal["full", "adapter", "none"]
     """How the servers get the weights of the student before they generate: `full` writes the whole
     model into `folder`, `adapter` the adapters of `student.lora`; `none` leaves the servers as they
@@ -63,14 +60,13 @@ class RolloutServerConfig:
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class TeacherServerConfig:
-    """Replicas of an inference server that answer in place of a teacher's own engine.
+    """Replicas of a vLLM server that answer in place of a teacher's own engine.
 
     The servers return the largest log-probabilities of the next token at every position.
     """
 
     url: Urls
     """Addresses of the replicas; all replicas serve one model."""
-    kind: Literal["vllm"] = "vllm"
     model: Place | None = None
     """Name or path of the model as the servers state it; None: the teacher's `model`."""
     top_k: Count = 64

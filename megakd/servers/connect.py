@@ -18,14 +18,8 @@ from typing import Any, NamedTuple, cast
 from uuid import uuid4
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
-from megakd.config.rollout import (
-    RolloutConfig,
-    RolloutServerConfig,
-    ServerKind,
-    TeacherServerConfig,
-)
+from megakd.config.rollout import RolloutConfig, RolloutServerConfig, TeacherServerConfig
 from megakd.contract.completions import Completion, Sampling
 from megakd.contract.tasks import STUDENT
 from megakd.engine.collectives import agree, on_main, together
@@ -33,24 +27,19 @@ from megakd.engine.sharding import full_shape, is_first_rank
 from megakd.errors import ServerError
 from megakd.inputs.inputs import RunInputs
 from megakd.models.cutting import content_of
-from megakd.models.generation import generation_config_of, listed_ends
 from megakd.models.lora import adapter_files
 from megakd.models.model_folder import ModelContent, fill_serving_folder
-from megakd.models.source import ModelSource
 from megakd.rollouts.generators import text_tokens
 from megakd.rollouts.prompts import Prompts, prompts_of
-from megakd.servers.http import FIRST_PATIENCE_S, PATIENCE_S, JsonServer, RunningCalls
-from megakd.servers.protocol import (
-    TextRequest,
-    TextServer,
+from megakd.servers.agreement import (
     Wanted,
     check_agreement,
     check_sampling,
     checked_completion,
     served_models,
 )
-from megakd.servers.sglang import SglangServer
-from megakd.servers.vllm import VllmServer, VllmWeightServer
+from megakd.servers.http import FIRST_PATIENCE_S, PATIENCE_S, JsonServer, RunningCalls
+from megakd.servers.vllm import TextRequest, VllmServer, VllmWeightServer
 from megakd.storage import atomic
 
 PROBES = 4
@@ -60,24 +49,15 @@ SHARD_BYTES = 256_000_000
 
 
 def replicas_of(
-    config: RolloutServerConfig, *, patience_s: float = PATIENCE_S
-) -> list[VllmServer | SglangServer]:
-    """Return the replicas of `rollout.server` in the order of the config; nothing is asked yet."""
-    kind = SglangServer if config.kind == "sglang" else VllmServer
-    if kind is VllmServer and config.push == "full":
-        kind = VllmWeightServer
-    return [kind(http) for http in connections(config, patience_s)]
+    config: RolloutServerConfig | TeacherServerConfig, *, patience_s: float = PATIENCE_S
+) -> list[VllmServer]:
+    """Return the replicas of a section `server` in its order; nothing is asked yet."""
+    takes_weights = isinstance(config, RolloutServerConfig) and config.push == "full"
+    kind, limit = VllmWeightServer if takes_weights else VllmServer, config.time_limit
+    return [kind(JsonServer(u, time_limit_s=limit, patience_s=patience_s)) for u in config.url]
 
 
-def connections(
-    config: RolloutServerConfig | TeacherServerConfig, patience_s: float
-) -> list[JsonServer]:
-    """Return the connections to all replicas in the order of the config; nothing is asked yet."""
-    limit = config.time_limit
-    return [JsonServer(url, time_limit_s=limit, patience_s=patience_s) for url in config.url]
-
-
-def model_names(servers: Sequence[TextServer], wanted: Wanted) -> list[str]:
+def model_names(servers: Sequence[VllmServer], wanted: Wanted) -> list[str]:
     """Return the name of the model at each replica; a collective."""
     return on_main(lambda: [model.name for model in served_models(servers, wanted)])
 
@@ -88,12 +68,12 @@ def check_servers(inputs: RunInputs) -> None:
     if rollouts is None or rollouts.server is None:
         return
     server = rollouts.server
-    prompts, wanted = _asked(inputs, rollouts, server)
+    prompts, wanted = _asked(inputs, rollouts)
     probes = tuple(map(prompts.prompt, prompts.continued[:PROBES]))
 
     def check() -> None:
-        if wanted.pushed is not None:
-            _check_folder(wanted.pushed)
+        if server.folder is not None:
+            _check_folder(server.folder / run_name(inputs.config.output_dir))
         servers = replicas_of(server, patience_s=FIRST_PATIENCE_S)
         models = served_models(servers, wanted)
         with _errors_of("rollout.server"):
@@ -130,58 +110,35 @@ def server_generator(inputs: RunInputs, model: nn.Module, *, rank: int) -> Serve
     rollouts = inputs.config.rollout
     if rollouts is None or rollouts.server is None:
         raise TypeError("the run has no rollout.server")
-    _, wanted = _asked(inputs, rollouts, rollouts.server)
-    servers = replicas_of(rollouts.server)
+    server, (_, wanted) = rollouts.server, _asked(inputs, rollouts)
+    servers = replicas_of(server)
     models, push = model_names(servers, wanted), None
-    if wanted.pushed is not None:
+    if server.folder is not None:
         # A folder for this start alone. vLLM keeps cached prefixes by the name and the path of
         # adapters, also of unloaded ones: other weights under a used name or path would continue
         # prompts from the old prefixes.
-        folder = wanted.pushed / f"{wanted.pushed.name}-{agree(uuid4().hex[:8])}"
-        if rollouts.server.push == "full":
-            full = cast("Sequence[SglangServer | VllmWeightServer]", servers)
-            push = FullPush(model, full, folder)
+        run = run_name(inputs.config.output_dir)
+        folder = server.folder.resolve() / run / f"{run}-{agree(uuid4().hex[:8])}"
+        if server.push == "full":
+            push = FullPush(model, cast("Sequence[VllmWeightServer]", servers), folder)
         else:
-            keep = rollouts.max_staleness + 1
-            push = AdapterPush(model, cast("Sequence[VllmServer]", servers), folder, keep=keep)
+            push = AdapterPush(model, servers, folder, keep=rollouts.max_staleness + 1)
     place = (rank, rollouts.rows_per_call)
     return ServerGenerator(servers, models=models, push=push, wanted=wanted, place=place)
 
 
-def _asked(
-    inputs: RunInputs, rollouts: RolloutConfig, server: RolloutServerConfig
-) -> tuple[Prompts, Wanted]:
+def _asked(inputs: RunInputs, rollouts: RolloutConfig) -> tuple[Prompts, Wanted]:
     prompts = prompts_of(inputs.encoded.train, rollouts, inputs.config, inputs.sources[STUDENT])
     tokens = text_tokens(inputs.tokenizer, inputs.sources)
     served = inputs.sources[rollouts.by]
-    known, folder = tokens.known or served.config.vocab_size, server.folder
+    known = tokens.known or served.config.vocab_size
     return prompts, Wanted(
         name=inputs.config.served_model or "",
-        pushed=None if folder is None else folder.resolve() / run_name(inputs.config.output_dir),
         longest=int(prompts.lengths[prompts.continued].max()) + rollouts.longest,
         vocabulary=known,
-        end_tokens=tuple(sorted(_ends(server.kind, tokens.end, served, inputs.tokenizer))),
+        end_tokens=tuple(sorted(tokens.end)),
         padding=range(known, served.config.vocab_size),
     )
-
-
-def _ends(
-    kind: ServerKind, ends: frozenset[int], served: ModelSource, tokenizer: PreTrainedTokenizerBase
-) -> frozenset[int]:
-    # vLLM ends texts at the tokens of the request alone. SGLang also ends texts at all end tokens
-    # in the folder of the model, and at `<|eom_id|>` of Llama 3 (`additional_stop_token_ids`).
-    if kind == "vllm":
-        return ends
-    added = cast("Any", tokenizer).get_added_vocab()
-    ends |= {number for text, number in added.items() if text == "<|eom_id|>"}
-    others = (listed_ends(served.config) | listed_ends(generation_config_of(served))) - ends
-    if others and served.folder is not None:
-        raise ServerError(
-            f"rollout.server.kind: sglang ends texts at the tokens {sorted(others)} too, which are "
-            f"eos_token_id in config.json or generation_config.json in {served.folder}, and the "
-            f"student ends texts with {sorted(ends)}; correct eos_token_id there, or use kind: vllm"
-        )
-    return ends
 
 
 class Pushed(NamedTuple):
@@ -204,9 +161,7 @@ def run_name(output_dir: Path) -> str:
 class FullPush:
     """Pushes the whole model by a model folder; adapters are merged into the weights."""
 
-    def __init__(
-        self, model: nn.Module, servers: Sequence[SglangServer | VllmWeightServer], folder: Path
-    ) -> None:
+    def __init__(self, model: nn.Module, servers: Sequence[VllmWeightServer], folder: Path) -> None:
         self._model, self._servers, self._folder = model, servers, folder
 
     def push(self, version: int) -> Pushed:
@@ -297,7 +252,7 @@ class ServerGenerator:
 
     def __init__(
         self,
-        servers: Sequence[TextServer],
+        servers: Sequence[VllmServer],
         *,
         models: Sequence[str],
         push: FullPush | AdapterPush | None,
@@ -337,7 +292,7 @@ class ServerGenerator:
         return self.begin(prompts, seeds, sampling)()
 
     def _complete(
-        self, server: TextServer, request: TextRequest, weights: str | None
+        self, server: VllmServer, request: TextRequest, weights: str | None
     ) -> Completion:
         text = server.complete(request)
         if weights is not None and text.weights not in {None, weights}:

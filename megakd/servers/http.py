@@ -155,7 +155,7 @@ def field_of(tree: Any, key: str, kind: type[T], where: str) -> T:
         content = sorted(tree) if isinstance(tree, dict) else type(tree).__name__
         raise ServerError(
             f"{where}: the answer has no {kind.__name__} named {key} (found: {content}); check "
-            "server.kind and the version of the server"
+            "that the address is that of a vLLM server, and its version"
         )
     return value
 
@@ -167,12 +167,6 @@ def numbers_of(tree: Any, key: str, where: str) -> tuple[int, ...]:
     if wrong:
         raise ServerError(f"{where}: {key} holds {wrong[0]!r}, which is no token number")
     return tuple(values)
-
-
-def context_of(card: dict[str, Any]) -> int | None:
-    """Return the context of a model of `/v1/models`; None if it is not stated."""
-    stated = card.get("max_model_len")
-    return None if stated is None else int(stated)
 
 
 def reads_answers(method: Callable[..., T]) -> Callable[..., T]:
@@ -188,7 +182,7 @@ def reads_answers(method: Callable[..., T]) -> Callable[..., T]:
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise ServerError(
                 f"{server.url}: the answer cannot be read ({type(error).__name__}: {error}); "
-                "check server.kind and the version of the server"
+                "check that the address is that of a vLLM server, and its version"
             ) from error
 
     return reading

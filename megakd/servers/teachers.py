@@ -5,7 +5,7 @@ They are checked before a run loads any model, and opened for its stages.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -23,23 +23,22 @@ from megakd.engine.collectives import on_main, together
 from megakd.engine.distributed import Ranks
 from megakd.errors import ServerError
 from megakd.inputs.inputs import RunInputs
-from megakd.servers.connect import connections, model_names
-from megakd.servers.http import FIRST_PATIENCE_S, PATIENCE_S, RunningCalls
-from megakd.servers.protocol import (
-    BestTokens,
-    TokenScorer,
-    Wanted,
-    check_reference,
-    check_scores,
-    served_models,
-)
-from megakd.servers.vllm import VllmServer
+from megakd.servers.agreement import TIMES, Wanted, served_models
+from megakd.servers.connect import model_names, replicas_of
+from megakd.servers.http import FIRST_PATIENCE_S, RunningCalls
+from megakd.servers.vllm import BestTokens, VllmServer
 from megakd.storage.folders import check_given
 
 AT_ONCE = 64
 """Requests of a rank that run at the same time."""
 CHECKED_ROWS = 8
 """Training rows that the servers answer before the run."""
+REPEATED, REFERENCE = 0.05, 0.1
+"""Largest mean difference of log-probabilities: between answers of servers, and from a local model.
+
+16-bit weights and other batches move log-probabilities of likely tokens by about 0.01; another
+model, template or precision of 8 bits moves them by far more.
+"""
 
 
 class Document(NamedTuple):
@@ -59,7 +58,7 @@ class ServedTeacher:
 
     def __init__(
         self,
-        servers: Sequence[TokenScorer],
+        servers: Sequence[VllmServer],
         models: Sequence[str],
         *,
         top_k: int,
@@ -135,12 +134,6 @@ def _document_spans(batch: Batch) -> Iterator[tuple[int, int, int]]:
             yield row, first, stop
 
 
-def _replicas_of(
-    server: TeacherServerConfig, *, patience_s: float = PATIENCE_S
-) -> list[VllmServer]:
-    return [VllmServer(http) for http in connections(server, patience_s)]
-
-
 def check_teacher_servers(inputs: RunInputs) -> None:
     """Check the servers of all teachers before any model loads; a collective."""
     for name, spec in inputs.config.teacher_specs.items():
@@ -153,7 +146,7 @@ def served_teacher(inputs: RunInputs, name: str, ranks: Ranks) -> ServedTeacher:
     server, wanted = inputs.config.teacher_specs[name].server, _wanted(inputs, name)
     if server is None:
         raise TypeError(f"{name} is not served")
-    servers = _replicas_of(server)
+    servers = replicas_of(server)
     return ServedTeacher(
         servers,
         model_names(servers, wanted),
@@ -166,7 +159,7 @@ def served_teacher(inputs: RunInputs, name: str, ranks: Ranks) -> ServedTeacher:
 def _check(inputs: RunInputs, name: str, server: TeacherServerConfig) -> None:
     rows = inputs.encoded.train[:CHECKED_ROWS]["input_ids"]
     texts = [tuple(map(int, ids)) for ids in rows if len(ids) > 1]
-    servers = _replicas_of(server, patience_s=FIRST_PATIENCE_S)
+    servers = replicas_of(server, patience_s=FIRST_PATIENCE_S)
     models = [model.name for model in served_models(servers, _wanted(inputs, name))]
     answers = check_scores(servers, models, texts, server.top_k)
     if server.check_against is not None:
@@ -174,11 +167,65 @@ def _check(inputs: RunInputs, name: str, server: TeacherServerConfig) -> None:
         check_reference(texts, answers, reference.logprobs, server.check_against)
 
 
+def check_scores(
+    servers: Sequence[VllmServer],
+    models: Sequence[str],
+    texts: Sequence[tuple[int, ...]],
+    top_k: int,
+) -> list[BestTokens]:
+    """Return the answers to some texts, after comparing all replicas, each asked `TIMES` times."""
+    first = [servers[0].top_k(text, top_k, models[0]) for text in texts]
+    for server, model in zip(servers, models, strict=True):
+        for _ in range(TIMES if server is not servers[0] else TIMES - 1):
+            again = [server.top_k(text, top_k, model) for text in texts]
+            gap = _mean([difference(a, b) for a, b in zip(first, again, strict=True)])
+            if gap > REPEATED:
+                raise ServerError(
+                    f"teacher.server: {servers[0].url} and {server.url} differ by {gap:.3f} in "
+                    f"the mean log-probability of the best tokens of {len(texts)} texts, and at "
+                    f"most {REPEATED} is expected; check that all replicas serve the same weights"
+                )
+    return first
+
+
+def check_reference(
+    texts: Sequence[tuple[int, ...]],
+    answers: Sequence[BestTokens],
+    logprobs_of: Callable[[tuple[int, ...], BestTokens], NDArray[np.float32]],
+    folder: object,
+) -> None:
+    """Compare answers of servers with a local model, which gives `logprobs_of` the same tokens."""
+    pairs = zip(texts, answers, strict=True)
+    gap = _mean([np.abs(best.logprobs - logprobs_of(text, best)).mean() for text, best in pairs])
+    if gap > REFERENCE:
+        raise ServerError(
+            f"teacher.server: the servers differ by {gap:.3f} from {folder} in the mean "
+            f"log-probability of the best tokens of {len(texts)} texts, and at most {REFERENCE} is "
+            "expected; check that the servers serve that model"
+        )
+
+
+def difference(one: BestTokens, other: BestTokens) -> float:
+    """Return the mean absolute difference of log-probabilities over the best tokens of `one`.
+
+    A token that `other` lacks has at most the smallest log-probability of `other`.
+    """
+    known = [dict(zip(*at, strict=True)) for at in zip(*map(np.ndarray.tolist, other), strict=True)]
+    others = [
+        [logprobs.get(token, min(logprobs.values())) for token in ids]
+        for ids, logprobs in zip(one.ids.tolist(), known, strict=True)
+    ]
+    return float(np.abs(one.logprobs - np.array(others)).mean())
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(sum(values)) / max(len(values), 1)
+
+
 def _wanted(inputs: RunInputs, name: str) -> Wanted:
     config = inputs.config
     return Wanted(
         name=config.teacher_specs[name].served_model or "",
-        pushed=None,
         # The first token of the next row, and the token that vLLM generates after a text.
         longest=config.task.row_length + 2,
         vocabulary=min(inputs.sources[role].config.vocab_size for role in (name, STUDENT)),

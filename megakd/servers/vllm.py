@@ -8,27 +8,92 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
+from megakd.contract.completions import Sampling
 from megakd.errors import ServerError
-from megakd.servers.http import Reply, context_of, field_of, numbers_of, reads_answers
-from megakd.servers.protocol import BestTokens, ServedModel, ServedText, TextRequest, TextServer
+from megakd.servers.http import JsonServer, Reply, field_of, numbers_of, reads_answers
 
 
-class VllmServer(TextServer):
-    """One replica of a vLLM server."""
+class ServedModel(NamedTuple):
+    """The statements of a server about its model.
+
+    names: all names and paths by which the server states the model.
+    version: version of the server's program.
+    context: largest number of tokens of prompt and completion.
+    weights: version of the weights that the model has now; None: not stated.
+    paused: whether the server answers no text until it gets weights; a run was killed while the
+        server loaded weights, or the server has failed to load weights.
+    """
+
+    name: str
+    names: tuple[str, ...]
+    version: str
+    context: int
+    weights: str | None = None
+    paused: bool = False
+
+
+class TextRequest(NamedTuple):
+    """A prompt to continue.
+
+    model: name of the model, or of the adapter, that continues the prompt.
+    end_tokens: the tokens that end a text.
+    padding: tokens of the model that are never generated, because no tokenizer knows them.
+    """
+
+    prompt: tuple[int, ...]
+    seed: int
+    sampling: Sampling
+    model: str
+    end_tokens: tuple[int, ...]
+    padding: range = range(0)
+
+
+class ServedText(NamedTuple):
+    """The answer of a server to a `TextRequest`, not yet checked.
+
+    ids: the generated tokens, with the token that ended the text.
+    reason: why the text ends: `stop`, `length`, or another word of the server.
+    prompt: the tokens that the server has continued.
+    weights: version of the weights that generated the text; None: not stated.
+    """
+
+    ids: tuple[int, ...]
+    reason: str
+    prompt: tuple[int, ...]
+    weights: str | None = None
+
+
+class BestTokens(NamedTuple):
+    """The most likely tokens at the positions of a text, most likely first, in arrays [T, k].
+
+    logprobs: natural logarithms of the softmax over the whole vocabulary.
+    """
+
+    ids: NDArray[np.int32]
+    logprobs: NDArray[np.float32]
+
+
+class VllmServer:
+    """One replica of a server; its methods may run in several threads, and raise `ServerError`."""
+
+    def __init__(self, http: JsonServer) -> None:
+        self._http, self.url = http, http.url
 
     @reads_answers
     def describe(self) -> list[ServedModel]:
+        """Return the base models that the server serves; without adapters."""
         version = field_of(self._http.get("/version").tree(), "version", str, self.url)
         return [
             ServedModel(
                 name=card["id"],
                 names=(card["id"], card.get("root") or card["id"]),
                 version=version,
-                context=context_of(card),
+                context=field_of(card, "max_model_len", int, self.url),
             )
             for card in self._cards()
             if card.get("parent") is None
@@ -36,27 +101,26 @@ class VllmServer(TextServer):
 
     @reads_answers
     def complete(self, request: TextRequest) -> ServedText:
-        reply = self._http.post("/v1/completions", completion_request(request)).tree()
+        reply = self._http.post("/v1/completions", _body_of(request)).tree()
         choices = field_of(reply, "choices", list, self.url)
         if len(choices) != 1:
             raise ServerError(f"{self.url}: {len(choices)} texts came back for one prompt")
         choice = choices[0]
-        if choice.get("token_ids") is None:
+        if choice.get("token_ids") is None or choice.get("prompt_token_ids") is None:
             raise ServerError(
-                f"{self.url}: the answer has no token_ids, which vLLM returns with "
-                "return_token_ids; use a newer version of vLLM"
+                f"{self.url}: the answer has no token_ids and prompt_token_ids, which vLLM returns "
+                "with return_token_ids; use a newer version of vLLM"
             )
-        prompt = choice.get("prompt_token_ids")
         return ServedText(
             ids=numbers_of(choice, "token_ids", self.url),
             reason=field_of(choice, "finish_reason", str, self.url),
-            prompt=None if prompt is None else numbers_of(choice, "prompt_token_ids", self.url),
-            prompt_tokens=(reply.get("usage") or {}).get("prompt_tokens"),
+            prompt=numbers_of(choice, "prompt_token_ids", self.url),
             weights=_weights(choice, self.url),
         )
 
     @reads_answers
     def top_k(self, ids: tuple[int, ...], count: int, model: str) -> BestTokens:
+        """Return the most likely next tokens after each token of a text but the last."""
         body = {"model": model, "prompt": list(ids), "max_tokens": 1, "n": 1}
         reply = self._http.post(
             "/v1/completions",
@@ -68,7 +132,7 @@ class VllmServer(TextServer):
                 f"and --max-model-len of at least {len(ids) + 1}"
             )
         choices = field_of(reply.tree(), "choices", list, self.url)
-        if len(choices) != 1 or choices[0].get("prompt_token_ids") not in (None, list(ids)):
+        if len(choices) != 1 or choices[0].get("prompt_token_ids") != list(ids):
             raise ServerError(f"{self.url}: the answer is not about the text that was sent")
         first, *others = field_of(choices[0], "prompt_logprobs", list, self.url)
         if first is not None or len(others) != len(ids) - 1:
@@ -106,16 +170,24 @@ class VllmServer(TextServer):
         return cards
 
 
-def completion_request(request: TextRequest) -> dict[str, Any]:
-    """Return the body of a request to `/v1/completions`."""
+def _body_of(request: TextRequest) -> dict[str, Any]:
+    # All sampling rules: a server takes others from the generation config of its model.
+    sampling = request.sampling
     return {
-        **request.rules(),
+        "n": 1,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": -1 if sampling.top_k is None else sampling.top_k,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "stop_token_ids": list(request.end_tokens),
+        # The smallest number that vLLM adds to a logit; the token is never drawn in practice.
+        "logit_bias": {str(token): -100.0 for token in request.padding} or None,
         "model": request.model,
         "prompt": list(request.prompt),
-        "max_tokens": request.sampling.max_new_tokens,
+        "max_tokens": sampling.max_new_tokens,
         "seed": request.seed,
-        # Otherwise vLLM adds the end tokens of the served folder. SGLang would leave out
-        # stop_token_ids too.
+        # Otherwise vLLM adds the end tokens of the served folder.
         "ignore_eos": True,
         "return_token_ids": True,
         "return_weight_versions": True,
@@ -164,7 +236,7 @@ class VllmWeightServer(VllmServer):
 
     @reads_answers
     def complete(self, request: TextRequest) -> ServedText:
-        """Continue one prompt, and require the version of the weights; see `TextServer`."""
+        """Continue one prompt, and require the version of the weights."""
         text = super().complete(request)
         if text.weights is None:
             raise ServerError(

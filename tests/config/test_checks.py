@@ -23,7 +23,7 @@ ROUTED = f"{TEXT}; {POOL}; method={{name: routed}}"
 CUT = "method={name: minidisc, target_sparsity: 0.5}"
 URL = "url: ['http://a:1']"
 PUSH = "push: full, folder: w"
-NO_PUSH = "kind: vllm, push: none"
+NO_PUSH = "push: none"
 HARD = f"{KL[:-1]}, {{loss: hard_cross_entropy}}]"
 HARD_ON_DATA = f"{HARD[:-2]}, on: data}}]"
 MIXTURE = "task.mixture={a: {files: a.jsonl, weight: 1}}"
@@ -257,12 +257,7 @@ ROLLOUT = [
     ),
     ("by: student", "task.streaming=true; train.max_steps=3", "rollout: cannot be combined with t"),
     (
-        f"server: {{{URL}, kind: sglang, push: adapter, folder: w}}",
-        "student.lora={}",
-        "rollout.server.push: adapter is supported with kind: vllm alone; use push: full",
-    ),
-    (
-        f"server: {{{URL}, kind: vllm, {PUSH}}}",
+        f"server: {{{URL}, {PUSH}}}",
         "student={model: {config: {model_type: llama}}}",
         "rollout.server.model: missing, and the config names no model",
     ),
@@ -270,11 +265,10 @@ ROLLOUT = [
 ]
 # The section `rollout.server`, further keys of `rollout`, and a part of the message.
 SERVER = [
-    ("kind: vllm, push: adapter, folder: w", "", "push: adapter pushes the adapters of the studen"),
-    ("kind: sglang, push: full", "", "rollout.server.folder: missing with push: full"),
-    ("kind: vllm, push: full", "", "rollout.server.folder: missing with push: full"),
-    ("kind: sglang, push: none, folder: w", "", "rollout.server.folder: is not used with push: no"),
-    ("kind: vllm, push: full, folder: w", ", by: teacher", "rollout.by is teacher, whose weights"),
+    ("push: adapter, folder: w", "", "push: adapter pushes the adapters of the studen"),
+    ("push: full", "", "rollout.server.folder: missing with push: full"),
+    ("push: none, folder: w", "", "rollout.server.folder: is not used with push: no"),
+    ("push: full, folder: w", ", by: teacher", "rollout.by is teacher, whose weights"),
 ]
 # Values that a key cannot have.
 VALUES = [
@@ -299,8 +293,9 @@ VALUES = [
             "mix: {replay: 1.0}": 'rollout.mix.replay: must be "rollout" or "data" (got "replay")',
             "sampling: {top_p: 0}": "rollout.sampling.top_p",
             "sampling: {temperature: -1}": "rollout.sampling.temperature",
-            f"server: {{{URL}, kind: tgi, push: none}}": "server.kind",
-            f"server: {{{URL}, kind: vllm}}": "server.push: missing",
+            f"server: {{{URL}, push: some}}": "server.push",
+            f"server: {{{URL}, kind: sglang, {NO_PUSH}}}": "gone; serve with vLLM",
+            f"server: {{{URL}}}": "server.push: missing",
         }.items()
     ),
     (
@@ -366,10 +361,7 @@ def test_settings_that_cannot_be_or_contradict_each_other_are_refused(run_file, 
         f"{TEXT}; objective.0.on=data",
         f"{TEXT}; {SERVED}",
         f"{PACKED}; teacher.finetune={{max_steps: 3}}",
-        *(
-            f"{TEXT}; rollout={{max_new_tokens: 4, server: {{{URL}, kind: {kind}, {PUSH}}}}}"
-            for kind in ("vllm", "sglang")
-        ),
+        f"{TEXT}; rollout={{max_new_tokens: 4, server: {{{URL}, {PUSH}}}}}",
         f"{TEXT}; rollout={{max_new_tokens: 4, server: {{url: ['http://[::1]:8000'], {NO_PUSH}}}}}",
         # Labels of the data, and texts of another model as labels.
         f"{TEXT}; rollout={{max_new_tokens: 4, from_step: 3}}; {HARD_ON_DATA}",

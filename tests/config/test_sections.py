@@ -16,7 +16,7 @@ from megakd.inputs.run_data import cache_folder
 from megakd.process.terminal import in_home
 
 TEXT = ("task={type: causal_lm, dataset: rows.jsonl}", "objective=[{loss: soft_target_kl}]")
-SERVER = "url: ['http://a:8000/'], kind: sglang"
+SERVER = "url: ['http://a:8000/']"
 
 
 def loaded(run_file: Path, *overrides: str) -> RunConfig:
@@ -78,7 +78,7 @@ def test_a_length_holds_from_its_step_on():
 @pytest.mark.parametrize("staleness", [0, 1, 2, 5])
 def test_no_text_is_staler_than_allowed_and_every_step_is_in_its_own_block(staleness, *, is_served):
     """A server generates the texts of a block one step before the block."""
-    server = RolloutServerConfig(url=("http://a:1",), kind="sglang", push="none")
+    server = RolloutServerConfig(url=("http://a:1",), push="none")
     rollout = RolloutConfig(
         max_new_tokens=4, max_staleness=staleness, from_step=5, server=server if is_served else None
     )

@@ -18,17 +18,13 @@ from megakd.errors import MegakdError
 from megakd.models.cutting import content_of
 from megakd.servers.connect import AdapterPush, FullPush
 from megakd.servers.http import JsonServer
-from megakd.servers.sglang import SglangServer
 from megakd.servers.vllm import VllmServer, VllmWeightServer
 from megakd.training.stage_folder import consume, write_stage_folder
 
 
-def full(
-    config_path: str, overrides: list[str], folder: str, kind: str, urls: list[str]
-) -> str | None:
+def full(config_path: str, overrides: list[str], folder: str, urls: list[str]) -> str | None:
     """Two updates of the student with a push after each, then the export; the pushed version."""
-    server = VllmWeightServer if kind == "vllm" else SglangServer
-    servers = [server(JsonServer(url, time_limit_s=60)) for url in urls]
+    servers = [VllmWeightServer(JsonServer(url, time_limit_s=60)) for url in urls]
     with started(config_path, overrides) as (run, _):
         student = run.student.student
         push = FullPush(student, servers, Path(folder) / "run" / "run-s1")
@@ -46,7 +42,7 @@ def full(
 
 def refused(config_path: str, overrides: list[str], folder: str, urls: list[str]) -> list[str]:
     """The messages of a folder without room and of a server that loads nothing; then a step."""
-    servers = [SglangServer(JsonServer(url, time_limit_s=60)) for url in urls]
+    servers = [VllmWeightServer(JsonServer(url, time_limit_s=60)) for url in urls]
     answers = []
     with started(config_path, overrides) as (run, _):
         push = FullPush(run.student.student, servers, Path(folder) / "run" / "run-s1")
@@ -77,26 +73,21 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def pushes_of(stub: Stub) -> list[tuple[str, str]]:
-    if stub.kind == "sglang":
-        asked = stub.of("/update_weights_from_disk")
-        return [(body["model_path"], body["weight_version"]) for body in asked]
     folders = [body["kwargs"]["weights_path"] for body in stub.of("/collective_rpc")]
     versions = [body["new_version"] for body in stub.of("/update_weight_version")]
     return list(zip(folders, versions, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("zero", "student", "kind"), [(3, "llama-tied", "vllm"), (0, "llama-untied", "sglang")]
-)
+@pytest.mark.parametrize(("zero", "student"), [(3, "llama-tied"), (0, "llama-untied")])
 def test_names_and_bytes_pushed_are_those_of_the_exported_model(
-    workers, write_run, tmp_path, zero, student, kind
+    workers, write_run, tmp_path, zero, student
 ):
     path = write_run(student, LANGUAGE, (zero, 0))
-    stubs = [Stub(kind), Stub(kind)]
+    stubs = [Stub(), Stub()]
     for stub in stubs:
         stub.development = True
     with serving(*stubs) as urls:
-        versions = workers(2).run("test_pushed_weights.full", path, [], str(tmp_path), kind, urls)
+        versions = workers(2).run("test_pushed_weights.full", path, [], str(tmp_path), urls)
 
     run, last = tmp_path / "run" / "run-s1", tmp_path / "run" / "run-s1" / "version-2"
     pushed, wanted = tensors_of(last), tensors_of(tmp_path / "export")
@@ -116,9 +107,9 @@ def test_names_and_bytes_pushed_are_those_of_the_exported_model(
 
 
 def test_a_push_that_fails_ends_on_all_ranks_with_the_same_message(workers, write_run, tmp_path):
-    path, stub = write_run("llama-tied", LANGUAGE, (3, 0)), Stub("sglang")
-    failed = {"success": False, "message": "out of memory", "num_paused_requests": 0}
-    stub.spoil = lambda *_: failed
+    path, stub = write_run("llama-tied", LANGUAGE, (3, 0)), Stub()
+    stub.development, answer, failed = True, stub.answer, (500, {"error": "out of memory"})
+    stub.answer = lambda path, body: failed if path == "/collective_rpc" else answer(path, body)
     with serving(stub) as urls:
         answer = workers(2).run("test_pushed_weights.refused", path, [], str(tmp_path), urls)
 
@@ -126,7 +117,7 @@ def test_a_push_that_fails_ends_on_all_ranks_with_the_same_message(workers, writ
     room, refused = answer[0]
     assert "rollout.server.folder" in room
     assert "the weights of the student take 1000000000.0 GB" in room
-    assert f"{stub.url}/update_weights_from_disk did not load" in refused
+    assert f"{stub.url}/collective_rpc answered 500 and did not load" in refused
     assert "out of memory" in refused
 
 
@@ -134,7 +125,7 @@ def test_adapters_get_a_new_name_per_version_and_old_versions_are_unloaded(
     workers, write_run, tmp_path
 ):
     path = write_run("llama-tied", LANGUAGE, (3, 0), student={"lora": {"r": 4}})
-    stubs = [Stub("vllm"), Stub("vllm")]
+    stubs = [Stub(), Stub()]
     for stub in stubs:  # a killed run has left its adapters, and another run uses the server
         stub.loaded = {"run-2": "gone", "other-1": "there"}
     with serving(*stubs) as urls:

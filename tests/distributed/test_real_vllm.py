@@ -23,18 +23,10 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config,
 from megakd.contract.completions import Completion, Sampling, TextTokens
 from megakd.errors import ServerError
 from megakd.models.generation import complete
+from megakd.servers.agreement import Wanted, check_sampling, checked_completion, served_models
 from megakd.servers.http import JsonServer
-from megakd.servers.protocol import (
-    TextRequest,
-    Wanted,
-    check_reference,
-    check_sampling,
-    check_scores,
-    checked_completion,
-    served_models,
-)
-from megakd.servers.teachers import _Reference
-from megakd.servers.vllm import VllmServer, VllmWeightServer
+from megakd.servers.teachers import _Reference, check_reference, check_scores
+from megakd.servers.vllm import TextRequest, VllmServer, VllmWeightServer
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif("MEGAKD_VLLM" not in os.environ, reason=HOW)]
 END, FURTHER_END, KNOWN, VOCABULARY = 2, 0, 290, 320
@@ -103,7 +95,7 @@ def http(url: str) -> JsonServer:
 
 def wanted_of(folder: Path) -> Wanted:
     ends = (FURTHER_END, END)
-    return Wanted(str(folder), None, 128, KNOWN, ends, padding=range(KNOWN, VOCABULARY))
+    return Wanted(str(folder), 128, KNOWN, ends, padding=range(KNOWN, VOCABULARY))
 
 
 def served(url: str, folder: Path, sampling: Sampling, seed: int = 0) -> list[Completion]:
@@ -173,7 +165,7 @@ def test_adapters_of_every_start_are_new_to_the_server(url, folders, command, te
         "train": {"max_steps": 2, "per_device_train_batch_size": 6, "learning_rate": 0.01},
     }
     greedy = {"mix": {"rollout": 1.0}, "sampling": {"temperature": 0}, "prompt_tokens": 40}
-    server = {"url": [url], "kind": "vllm", "push": "adapter", "folder": str(tmp_path / "w")}
+    server = {"url": [url], "push": "adapter", "folder": str(tmp_path / "w")}
     local = write_config(tmp_path, texts, zero=0, rollout=greedy, **keys)
     wanted, out = finish(command, local, tmp_path / "own", world=1), tmp_path / "out"
     config = write_config(tmp_path, texts, zero=0, rollout=greedy | {"server": server}, **keys)

@@ -60,7 +60,7 @@ def serving_teacher(trained: Path) -> Iterator[Served]:
     With all tokens but one, the remaining probability is that of the last token.
     """
     most = json.loads((trained / "config.json").read_text())["vocab_size"] - 1
-    stubs = [Stub("vllm", name="t", model=Transformer(trained)) for _ in range(2)]
+    stubs = [Stub(name="t", model=Transformer(trained)) for _ in range(2)]
     stubs[0].delay_s, stubs[0].busy = 0.01, 2
     with serving(*stubs) as urls:
         yield {"url": urls, "model": "t", "top_k": most, "check_against": str(trained)}, stubs

@@ -25,24 +25,22 @@ SHORT = {"max_steps": 4}
 AHEAD = {"mix": {"rollout": 1.0}, "max_staleness": 1}
 
 
-def replicas(kind: str) -> list[Stub]:
+def replicas() -> list[Stub]:
     """Two servers whose model is a plain Llama with the weights that are pushed."""
-    stubs = [Stub(kind, name="student", model=Transformer()) for _ in range(2)]
+    stubs = [Stub(name="student", model=Transformer()) for _ in range(2)]
     for stub in stubs:
         stub.development = True
     return stubs
 
 
 def served(stub: Stub, folder: Path, **keys: Any) -> dict[str, Any]:
-    server = {"url": [stub.url], "kind": stub.kind, "model": stub.name, "push": "full"}
+    server = {"url": [stub.url], "model": stub.name, "push": "full"}
     return {"server": {**server, "folder": str(folder), "time_limit": 120, **keys}}
 
 
 def versions_of(stub: Stub) -> list[str]:
-    is_vllm = stub.kind == "vllm"
-    asked = stub.of("/update_weight_version" if is_vllm else "/update_weights_from_disk")
-    names = [body["new_version" if is_vllm else "weight_version"] for body in asked]
-    return [name.rpartition("-")[2] for name in names]
+    asked = stub.of("/update_weight_version")
+    return [body["new_version"].rpartition("-")[2] for body in asked]
 
 
 def rollouts_of(out: Path) -> dict[int, list[Rollout]]:
@@ -63,12 +61,11 @@ def local_run(command, texts, tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize("kind", [pytest.param("sglang", marks=pytest.mark.slow), "vllm"])
 def test_greedy_texts_of_servers_train_as_those_of_the_own_engine(
-    command, texts, local_run, tmp_path, kind
+    command, texts, local_run, tmp_path
 ):
     """Replicas that are slow, busy at times, and remember the prefixes of earlier texts."""
-    stubs = replicas(kind)
+    stubs = replicas()
     for stub in stubs:
         stub.busy, stub.delay_s = 3, 0.01
     with serving(*stubs) as urls:
@@ -85,14 +82,14 @@ def test_greedy_texts_of_servers_train_as_those_of_the_own_engine(
 
 def asked_seeds(asked: list[tuple[str, Any]]) -> set[int]:
     """The seeds of the texts, without the greedy texts of the checks."""
-    sampled = [body["sampling_params"] for path, body in asked if path == "/generate"]
-    return {rules["sampling_seed"] for rules in sampled if rules["temperature"] > 0}
+    sampled = [body for path, body in asked if path == "/v1/completions"]
+    return {body["seed"] for body in sampled if body["temperature"] > 0}
 
 
 def test_texts_are_made_a_step_ahead_and_a_killed_run_asks_only_for_those_it_lacks(
     command, launch, texts, tmp_path
 ):
-    (stub, _), out = replicas("sglang"), tmp_path / "out"
+    (stub, _), out = replicas(), tmp_path / "out"
     with serving(stub):
         keys = AHEAD | served(stub, tmp_path / "w")
         config = write_config(tmp_path, texts, zero=2, rollout=keys)
@@ -101,7 +98,7 @@ def test_texts_are_made_a_step_ahead_and_a_killed_run_asks_only_for_those_it_lac
         assert group.wait_until(third.exists), group.text
         group.kill()
         written, before = texts_of(out), len(stub.asked)
-        on_disk = {text.seed % 2**31 for answer in rollouts_of(out).values() for text in answer}
+        on_disk = {text.seed for answer in rollouts_of(out).values() for text in answer}
 
         finish(command, config, out)
 
@@ -121,7 +118,7 @@ def test_a_run_that_was_killed_during_a_push_is_resumed(
     command, launch, texts, local_run, tmp_path
 ):
     """The kill leaves one of two replicas paused, with the weights of the version before."""
-    stubs = first, other = replicas("vllm")
+    stubs = first, other = replicas()
     answer = other.answer
 
     def stuck(path: str, body: Any) -> tuple[int, Any]:
@@ -151,7 +148,7 @@ def test_a_run_that_was_killed_during_a_push_is_resumed(
 
 def test_a_replica_that_is_restarted_between_two_blocks_ends_the_run(command, texts, tmp_path):
     """It has the weights of its start, and would answer without complaint."""
-    stubs, folder = replicas("vllm"), tmp_path / "w"
+    stubs, folder = replicas(), tmp_path / "w"
     stub, answer, sampled = stubs[1], stubs[1].answer, []
 
     def restarting(path: str, body: Any) -> tuple[int, Any]:
@@ -172,7 +169,7 @@ def test_a_replica_that_is_restarted_between_two_blocks_ends_the_run(command, te
 
 
 def test_a_folder_that_cannot_be_written_is_named_before_a_model_loads(command, texts, tmp_path):
-    (stub, _), folder = replicas("sglang"), tmp_path / "file"
+    (stub, _), folder = replicas(), tmp_path / "file"
     folder.touch()
     with serving(stub):
         keys = GREEDY | served(stub, folder)
@@ -189,7 +186,7 @@ def test_adapters_reach_a_vllm_server_before_every_step(command, texts, tmp_path
     """Also those of a run that is started again: the server keeps cached texts of every name."""
     short = write_config(tmp_path, texts, zero=0, train={"max_steps": 2})
     base = finish(command, short, tmp_path / "base") / "final"
-    stub = Stub("vllm", name="base", model=Transformer(base))
+    stub = Stub(name="base", model=Transformer(base))
     keys = {"student": {"model": str(base), "lora": {"r": 4}}, "train": SHORT}
     keys["task"] = {"tokenizer": str(base)}
     local = write_config(tmp_path, texts, zero=3, rollout=GREEDY, **keys)

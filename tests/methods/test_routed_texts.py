@@ -151,7 +151,7 @@ def test_served_teachers_are_asked_about_their_own_rows_alone(bench, routed):
     """With all tokens but one, the remaining probability is that of the last token."""
     folders = {name: bench.folder / name / "final" for name in EXPERTS}
     size = json.loads((folders["sums"] / "config.json").read_text())["vocab_size"]
-    stubs = {n: Stub("vllm", name=n, model=Transformer(f)) for n, f in folders.items()}
+    stubs = {n: Stub(name=n, model=Transformer(f)) for n, f in folders.items()}
     with serving(*stubs.values()) as urls:
         teachers = [
             {**spec, "server": {"url": [url], "model": spec["name"], "top_k": size - 1}}

@@ -74,7 +74,7 @@ def test_only_a_sharded_student_is_gathered_whole_to_generate(tmp_path, preset, 
 
 def test_texts_that_a_server_generates_take_no_memory(tmp_path):
     keys, steps = "max_new_tokens: 8", "train.gradient_accumulation_steps=32768"
-    server = "{url: ['http://a:1'], kind: vllm, model: m, push: full, folder: w}"
+    server = "{url: ['http://a:1'], model: m, push: full, folder: w}"
     ours = planned(tmp_path, f"rollout={{{keys}, rows_per_call: 65536}}", steps)
     theirs = planned(tmp_path, f"rollout={{{keys}, server: {server}}}", steps)
     plain = planned(tmp_path, steps)

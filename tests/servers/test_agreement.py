@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,23 +9,23 @@ from server_stubs import END, VOCABULARY, Counting, Stub, serving
 
 from megakd.config.rollout import RolloutServerConfig
 from megakd.errors import ServerError
+from megakd.servers.agreement import Wanted, check_agreement, served_models
 from megakd.servers.connect import replicas_of
-from megakd.servers.protocol import Wanted, check_agreement, served_models
 
-WANTED = Wanted("tiny", None, 20, VOCABULARY, (END,))
+WANTED = Wanted("tiny", 20, VOCABULARY, (END,))
 PROMPTS = [(4, 5), (6, 7, 8), (9,), (2, 3)]
 
 
 def checked(*stubs: Stub, wanted: Wanted = WANTED) -> None:
     urls = tuple(stub.url for stub in stubs)
-    config = RolloutServerConfig(url=urls, kind=stubs[0].kind, push="none", time_limit=30)  # type: ignore[arg-type]
+    config = RolloutServerConfig(url=urls, push="none", time_limit=30)
     servers = replicas_of(config, patience_s=0.2)
     check_agreement(servers, served_models(servers, wanted), PROMPTS, wanted)
 
 
-@pytest.fixture(params=["vllm", "sglang"])
-def pair(request: pytest.FixtureRequest) -> Any:
-    stubs = Stub(request.param), Stub(request.param)
+@pytest.fixture
+def pair() -> Any:
+    stubs = Stub(), Stub()
     with serving(*stubs):
         yield stubs
 
@@ -35,8 +34,7 @@ def test_equal_replicas_pass_and_each_is_asked_twice_per_prompt(pair):
     checked(*pair)
 
     for stub in pair:
-        texts = stub.of("/v1/completions") or stub.of("/generate")
-        assert len(texts) == 2 * len(PROMPTS)
+        assert len(stub.of("/v1/completions")) == 2 * len(PROMPTS)
     checked(*pair, wanted=WANTED._replace(name="/models/tiny"))  # the path of the model
 
 
@@ -60,7 +58,7 @@ def test_replicas_that_disagree_are_refused_with_prompt_and_position(pair):
 
 
 def test_a_replica_that_disagrees_with_itself_is_refused():
-    stub = Stub("vllm")
+    stub = Stub()
 
     def end_early(path: str, tree: Any) -> Any:
         if len(stub.of(path)) % 2 and path == "/v1/completions":
@@ -91,13 +89,3 @@ def test_a_replica_that_does_not_fit_is_refused(pair, changes, message):
 
     with pytest.raises(ServerError, match=message):
         checked(*pair)
-
-
-def test_pushed_weights_of_an_interrupted_run_are_recognized_and_not_compared(tmp_path: Path):
-    """One of two replicas has got new weights when the run was killed."""
-    stubs = Stub("sglang"), Stub("sglang", model=Deviating())
-    stubs[1].path = stubs[1].name = str(tmp_path / "run" / "version-3")
-    with serving(*stubs):
-        checked(*stubs, wanted=WANTED._replace(pushed=tmp_path / "run"))
-        with pytest.raises(ServerError, match="the run needs tiny"):
-            checked(*stubs, wanted=WANTED._replace(pushed=tmp_path / "other"))

@@ -23,7 +23,7 @@ BODY |= {"stop_token_ids": [1]}
 
 @pytest.fixture
 def stub() -> Iterator[Stub]:
-    stub = Stub("vllm")
+    stub = Stub()
     with serving(stub):
         yield stub
 

@@ -11,8 +11,8 @@ from server_stubs import VOCABULARY, Counting, Stub, serving
 
 from megakd.errors import ServerError
 from megakd.servers.http import JsonServer
-from megakd.servers.protocol import BestTokens, check_reference, check_scores, difference
-from megakd.servers.vllm import VllmServer
+from megakd.servers.teachers import check_reference, check_scores, difference
+from megakd.servers.vllm import BestTokens, VllmServer
 
 TEXT = (5, 8, 30, 2)
 
@@ -23,7 +23,7 @@ def connected(stub: Stub) -> VllmServer:
 
 @pytest.fixture
 def stub() -> Iterator[Stub]:
-    stub = Stub("vllm")
+    stub = Stub()
     with serving(stub):
         yield stub
 
@@ -92,7 +92,7 @@ class Other(Counting):
 
 
 def test_replicas_may_differ_by_rounding_alone(stub: Stub):
-    other = Stub("vllm", model=Other(0.02))
+    other = Stub(model=Other(0.02))
     with serving(other):
         servers = [connected(stub), connected(other)]
         assert len(check_scores(servers, ["tiny"] * 2, [TEXT], 4)) == 1

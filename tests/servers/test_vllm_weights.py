@@ -14,12 +14,12 @@ from server_stubs import END, VOCABULARY, Counting, Stub, serving
 from megakd.config.rollout import RolloutServerConfig
 from megakd.contract.completions import Sampling
 from megakd.errors import ServerError
+from megakd.servers.agreement import Wanted, check_agreement, served_models
 from megakd.servers.connect import replicas_of
-from megakd.servers.protocol import TextRequest, Wanted, check_agreement, served_models
-from megakd.servers.vllm import VllmServer
+from megakd.servers.vllm import TextRequest, VllmServer
 
 REQUEST = TextRequest((5, 30), 7, Sampling(8, temperature=0.0), "tiny", (END,))
-WANTED = Wanted("tiny", None, 20, VOCABULARY, (END,))
+WANTED = Wanted("tiny", 20, VOCABULARY, (END,))
 CONTROL = ("/pause?mode=wait", "/collective_rpc", "/reset_prefix_cache?reset_external=true")
 CONTROL = (*CONTROL, "/update_weight_version", "/resume")
 
@@ -40,7 +40,7 @@ class Loading(Counting):
 
 @pytest.fixture
 def stub() -> Iterator[Stub]:
-    stub = Stub("vllm", model=Loading())
+    stub = Stub(model=Loading())
     stub.development = True
     with serving(stub):
         yield stub
@@ -48,7 +48,7 @@ def stub() -> Iterator[Stub]:
 
 def connected(*stubs: Stub, push: Any = "full") -> list[Any]:
     urls = tuple(stub.url for stub in stubs)
-    config = RolloutServerConfig(url=urls, kind="vllm", push=push, time_limit=30)
+    config = RolloutServerConfig(url=urls, push=push, time_limit=30)
     return replicas_of(config, patience_s=0.2)
 
 
@@ -169,7 +169,7 @@ def test_texts_state_the_versions_of_their_weights_if_weights_are_pushed(stub):
 
 def test_replicas_are_compared_only_if_they_state_the_same_weights(stub):
     """A run was killed after one of two replicas had got new weights."""
-    other = Stub("vllm", model=Loading())
+    other = Stub(model=Loading())
     other.development, other.model.step, other.weights = True, 5, "run-4"
     with serving(other):
         servers = connected(stub, other)

@@ -1,4 +1,4 @@
-"""Inference servers in a thread, which replay the JSON that vLLM and SGLang publish."""
+"""Inference servers in a thread, which replay the JSON that vLLM publishes."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ class Counting:
 
 
 class Stub:
-    """A server of one kind; the attributes may change while it runs.
+    """A vLLM server; the attributes may change while it runs.
 
     busy: how many requests for texts are answered with `busy_status` before the next answer.
     lost: paths whose next request is followed, and whose answer is lost with the connection.
     delay_s: how long every text takes.
-    development: whether a vLLM server knows the paths of VLLM_SERVER_DEV_MODE=1.
-    paused: whether a vLLM server answers requests for texts with 503.
-    cached: the texts that a vLLM server gives from its cache of prefixes.
+    development: whether the server knows the paths of VLLM_SERVER_DEV_MODE=1.
+    paused: whether the server answers requests for texts with 503.
+    cached: the texts that the server gives from its cache of prefixes.
     ends: the end tokens in the folder of the model.
     spoil: function from the path and the answer to the answer that is sent.
     """
 
-    def __init__(self, kind: str, *, name: str = "tiny", model: Any = None) -> None:
-        self.kind, self.name, self.model = kind, name, model or Counting()
+    def __init__(self, *, name: str = "tiny", model: Any = None) -> None:
+        self.name, self.model = name, model or Counting()
         self.version, self.context = "0.33.0", 64
         self.path, self.weights = f"/models/{name}", "default"
         self.loaded: dict[str, str] = {}
@@ -75,12 +75,10 @@ class Stub:
     def answer(self, path: str, body: Tree) -> tuple[int, Tree]:
         with self.lock:
             self.asked.append((path, body))
-            if path in {"/v1/completions", "/generate"} and (self.busy or self.paused):
+            if path == "/v1/completions" and (self.busy or self.paused):
                 self.busy = max(0, self.busy - 1)
                 return self.busy_status, {"message": "loading"}
-        routes = VLLM if self.kind == "vllm" else SGLANG
-        if self.kind == "vllm" and self.development:
-            routes = routes | DEVELOPMENT
+        routes = ROUTES | DEVELOPMENT if self.development else ROUTES
         if path not in routes:
             return 404, {"detail": "Not Found"}
         return routes[path](self, body)
@@ -103,9 +101,8 @@ class Stub:
 
 
 def _models(stub: Stub, _: Tree) -> tuple[int, Tree]:
-    root = stub.path if stub.kind == "vllm" else stub.name
-    card = {"object": "model", "created": 1763800000, "owned_by": stub.kind, "parent": None}
-    served = card | {"id": stub.name, "root": root, "max_model_len": stub.context}
+    card = {"object": "model", "created": 1763800000, "owned_by": "vllm", "parent": None}
+    served = card | {"id": stub.name, "root": stub.path, "max_model_len": stub.context}
     adapters = [
         card | {"id": name, "root": path, "parent": stub.name, "max_model_len": None}
         for name, path in stub.loaded.items()
@@ -194,54 +191,12 @@ def _unload_adapter(stub: Stub, body: Tree) -> tuple[int, Tree]:
     return 200, f"Success: LoRA adapter '{body['lora_name']}' removed successfully."
 
 
-def _generate(stub: Stub, body: Tree) -> tuple[int, Tree]:
-    sampling = body["sampling_params"]
-    ends = [] if sampling.get("ignore_eos") else sampling["stop_token_ids"] + stub.ends
-    rules = {"most": sampling["max_new_tokens"], "ends": ends, "seed": sampling["sampling_seed"]}
-    rules |= {"temperature": sampling["temperature"], "adapter": None}
-    weights, ids = stub.weights, stub.continued(body["input_ids"], rules)
-    ended = {"type": "stop", "matched": ids[-1]}
-    about = {
-        "id": "5d3c",
-        "finish_reason": ended if ids[-1] in ends else {"type": "length", "length": len(ids)},
-        "prompt_tokens": len(body["input_ids"]),
-        "weight_version": weights,
-        "completion_tokens": len(ids),
-        "cached_tokens": 0,
-        "e2e_latency": 0.01,
-    }
-    answer = {"text": "", "output_ids": ids, "meta_info": about}
-    return 200, answer | {"prompt_token_ids": body["input_ids"]}
-
-
-def _update_weights(stub: Stub, body: Tree) -> tuple[int, Tree]:
-    if not Path(body["model_path"]).is_dir():
-        message = f"Failed to get weights iterator: {body['model_path']}"
-        return 400, {"success": False, "message": message, "num_paused_requests": 0}
-    stub.model.load(Path(body["model_path"]))
-    stub.path = stub.name = body["model_path"]
-    stub.weights = body.get("weight_version", stub.weights)
-    return 200, {"success": True, "message": "Succeeded", "num_paused_requests": 0}
-
-
-def _model_info(stub: Stub, _: Tree) -> tuple[int, Tree]:
-    about = {"model_path": stub.path, "tokenizer_path": stub.path, "is_generation": True}
-    return 200, about | {"preferred_sampling_params": None, "weight_version": stub.weights}
-
-
-VLLM = {
+ROUTES = {
     "/v1/models": _models,
     "/version": lambda stub, _: (200, {"version": stub.version}),
     "/v1/completions": _completion,
     "/v1/load_lora_adapter": _load_adapter,
     "/v1/unload_lora_adapter": _unload_adapter,
-}
-SGLANG = {
-    "/v1/models": _models,
-    "/get_model_info": _model_info,
-    "/server_info": lambda stub, _: (200, {"version": stub.version, "internal_states": []}),
-    "/generate": _generate,
-    "/update_weights_from_disk": _update_weights,
 }
 
 

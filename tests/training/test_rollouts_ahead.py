@@ -25,7 +25,7 @@ from megakd.rollouts.store import RolloutStore
 from megakd.training.checkpoint import oldest_step
 
 ROWS = 4
-SERVER = RolloutServerConfig(url=("http://a:1",), kind="sglang", push="none")
+SERVER = RolloutServerConfig(url=("http://a:1",), push="none")
 
 
 @pytest.fixture(autouse=True)

@@ -17,15 +17,15 @@ from megakd.config.rollout import RolloutConfig, RolloutServerConfig, SamplingCo
 from megakd.contract.completions import Completion, RemoteGenerator, Sampling
 from megakd.contract.tasks import STUDENT
 from megakd.errors import ServerError
+from megakd.servers.agreement import Wanted
 from megakd.servers.connect import Pushed, ServerGenerator, check_servers, replicas_of
-from megakd.servers.protocol import Wanted
 
 WORDS, FURTHER_END = 38, 37
 
 
-@pytest.fixture(params=["vllm", "sglang"])
-def pair(request: pytest.FixtureRequest) -> Iterator[tuple[Stub, Stub]]:
-    stubs = Stub(request.param), Stub(request.param)
+@pytest.fixture
+def pair() -> Iterator[tuple[Stub, Stub]]:
+    stubs = Stub(), Stub()
     with serving(*stubs):
         yield stubs
 
@@ -42,7 +42,7 @@ def check(stub: Stub, folder: Path, *, ends: list[int], temperature: float = 1.0
     GenerationConfig(eos_token_id=ends).save_pretrained(folder)
     config = PretrainedConfig(vocab_size=VOCABULARY, eos_token_id=END)
     source = SimpleNamespace(folder=folder, config=config, where="student.model", name="tiny")
-    server = RolloutServerConfig(url=(stub.url,), kind=stub.kind, push="none", model="tiny")
+    server = RolloutServerConfig(url=(stub.url,), push="none", model="tiny")
     sampling = SamplingConfig(temperature=temperature)
     rollout = RolloutConfig(max_new_tokens=16, sampling=sampling, server=server)
     task = SimpleNamespace(row_length=64)
@@ -59,11 +59,7 @@ def check(stub: Stub, folder: Path, *, ends: list[int], temperature: float = 1.0
 
 
 def requests_of(stub: Stub) -> list[dict[str, Any]]:
-    return [*stub.of("/v1/completions"), *stub.of("/generate")]
-
-
-def rules_of(stub: Stub) -> list[dict[str, Any]]:
-    return [body.get("sampling_params", body) for body in requests_of(stub)]
+    return stub.of("/v1/completions")
 
 
 def test_texts_end_at_the_tokens_of_the_generation_config(stub: Stub, tmp_path: Path):
@@ -72,42 +68,30 @@ def test_texts_end_at_the_tokens_of_the_generation_config(stub: Stub, tmp_path: 
 
     check(stub, tmp_path, ends=[END, FURTHER_END])
 
-    rules = rules_of(stub)
+    rules = requests_of(stub)
     assert [set(rule["stop_token_ids"]) for rule in rules] == [{END, FURTHER_END}] * 3
     assert [rule["temperature"] for rule in rules] == [0.0, 0.0, 1.0]
-    # SGLang leaves out all end tokens with ignore_eos; vLLM adds those of its folder without.
-    assert [rule.get("ignore_eos", False) for rule in rules] == [stub.kind == "vllm"] * 3
+    # vLLM would add the end tokens of its folder.
+    assert [rule["ignore_eos"] for rule in rules] == [True] * 3
 
 
 def test_tokens_that_no_tokenizer_knows_are_never_generated(stub: Stub, tmp_path: Path):
     check(stub, tmp_path, ends=[END])
 
-    if stub.kind == "sglang":  # which also ends texts at the end of a tool call
-        assert {FURTHER_END, END} == set(rules_of(stub)[0]["stop_token_ids"])
-    assert [rule["logit_bias"] for rule in rules_of(stub)] == [{"38": -100.0, "39": -100.0}] * 3
+    assert [rule["logit_bias"] for rule in requests_of(stub)] == [{"38": -100.0, "39": -100.0}] * 3
     stub.spoil = lambda _, tree: spoiled(tree, WORDS)
     with pytest.raises(ServerError, match="token 38, and the student and its tokenizer have 38"):
         check(stub, tmp_path, ends=[END])
 
 
 def spoiled(tree: Any, token: int) -> Any:
-    for place in [tree, *tree.get("choices", [])]:
-        place |= {key: [token] for key in ("token_ids", "output_ids") if key in place}
+    for choice in tree.get("choices", []):
+        choice["token_ids"] = [token]
     return tree
 
 
-def test_an_end_token_of_the_folder_that_the_student_lacks_is_refused_for_sglang(stub, tmp_path):
-    """An ordinary word in the folder of a tokenizer with another end token."""
-    if stub.kind == "vllm":
-        check(stub, tmp_path, ends=[7])
-        return
-    with pytest.raises(ServerError, match=r"ends texts at the tokens \[7\] too.* \[1, 37\]"):
-        check(stub, tmp_path, ends=[7])
-    assert stub.asked == []
-
-
 def test_sampling_that_a_server_refuses_is_found(tmp_path: Path):
-    stub = Stub("vllm")
+    stub = Stub()
     with serving(stub), pytest.raises(ServerError, match=r"^rollout\.sampling: .*got 3\.0"):
         check(stub, tmp_path, ends=[END], temperature=3.0)
 
@@ -120,20 +104,19 @@ def generator_of(
     stubs: Any, *, rank: int = 0, at_once: int = 8, push: Any = None
 ) -> ServerGenerator:
     urls = tuple(stub.url for stub in stubs)
-    config = RolloutServerConfig(url=urls, kind=stubs[0].kind, push="none", time_limit=30)
+    config = RolloutServerConfig(url=urls, push="none", time_limit=30)
     return ServerGenerator(
         replicas_of(config),
         models=[stub.name for stub in stubs],
         push=push,
-        wanted=Wanted("tiny", None, 64, VOCABULARY, (END,)),
+        wanted=Wanted("tiny", 64, VOCABULARY, (END,)),
         place=(rank, at_once),
     )
 
 
 def prompts_of(stub: Stub) -> list[list[int]]:
     """The prompts that a replica was asked to continue, sorted."""
-    key = "prompt" if stub.kind == "vllm" else "input_ids"
-    return sorted(body[key] for body in requests_of(stub))
+    return sorted(body["prompt"] for body in requests_of(stub))
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -147,7 +130,7 @@ def test_prompts_go_to_all_replicas_in_turn_and_answers_keep_their_order(pair, r
     first, other = pair[rank], pair[1 - rank]
     assert prompts_of(first) == PROMPTS[::2]
     assert prompts_of(other) == PROMPTS[1::2]
-    other.spoil = lambda *_: {"choices": [], "meta_info": {}}
+    other.spoil = lambda *_: {"choices": []}
     with pytest.raises(ServerError, match=other.url):
         made.generate(PROMPTS, range(5), SAMPLING)
 
@@ -157,7 +140,7 @@ def test_each_text_gets_its_own_seed_and_few_requests_run_at_once(pair):
 
     generator_of(pair[:1], at_once=2).generate(PROMPTS, [10, 20, 30, 40, 50], SAMPLING)
 
-    seeds = sorted(rule.get("seed", rule.get("sampling_seed")) for rule in rules_of(pair[0]))
+    seeds = sorted(rule["seed"] for rule in requests_of(pair[0]))
     assert seeds == [10, 20, 30, 40, 50]
     assert pair[0].most_at_once <= 2
     assert generator_of(pair[1:]).generate([], [], SAMPLING) == []
@@ -176,7 +159,7 @@ def test_a_version_is_pushed_once(pair):
 
 
 def test_an_answer_with_other_weights_than_the_pushed_is_refused():
-    stub = Stub("sglang")
+    stub = Stub()
     with serving(stub):
         pushed = SimpleNamespace(push=lambda _: Pushed(weights="run-4"))
         made = generator_of([stub], push=pushed)

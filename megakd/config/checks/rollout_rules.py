@@ -86,12 +86,6 @@ _SERVER: tuple[Rule[RolloutServerConfig], ...] = (
         "rollout.server.model to the name of the served model",
     ),
     Rule(
-        lambda c: c.item.push == "adapter" and c.item.kind == "sglang",
-        ".push",
-        "adapter is supported with kind: vllm alone; use push: full, which sends an SGLang server "
-        "the student with merged adapters",
-    ),
-    Rule(
         lambda c: c.item.push == "adapter" and c.config.student.lora is None,
         ".push",
         "adapter pushes the adapters of the student, and student.lora is not set; add "
