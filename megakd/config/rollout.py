@@ -203,8 +203,8 @@ def _with_a_group(pattern: str) -> str:
 class GenerationConfig:
     """Held-out prompts that every evaluation continues with the student.
 
-    The evaluation reports the length of the texts, the share that `max_new_tokens` cuts, the share
-    of distinct pairs of tokens, and the losses of the objective on the texts.
+    The evaluation reports the length of the texts, the share that `max_new_tokens` cuts, and the
+    share whose answer is that of the row.
     """
 
     max_new_tokens: Count

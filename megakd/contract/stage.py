@@ -5,7 +5,7 @@ Shapes: B rows of a micro-batch, T positions, V vocabulary or classes, D width, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -224,12 +224,6 @@ class Verdict(NamedTuple):
     of_views: Mapping[str, float] = MappingProxyType({})
     cut: Cut | None = None
     counts: bool = True
-
-
-Watch = Callable[[Sequence[Pass]], Sequence[Pass]]
-"""Function that changes the passes of a step, so that they also collect statistics."""
-MeanLosses = Callable[["Iterable[Batch]", Watch], Mapping[str, float]]
-"""Function that returns the mean losses of this rank's micro-batches; a collective."""
 
 
 class Judge(Protocol):

@@ -45,8 +45,6 @@ TEXTS = "texts"
 """Folder of the texts that evaluations generate, in the folder of a run."""
 MATCH, TEXT_METRIC = "match", "text_"
 """The metric of texts that are compared, and the beginning of the other metrics of texts."""
-BY_POSITION = "text"
-"""Group of the logged values by position: `text/<first>-<last>/<name>`."""
 
 
 def file_of_step(folder: Path, step: int) -> Path:

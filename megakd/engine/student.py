@@ -173,7 +173,7 @@ class StudentEngine:
         batch: Batch,
         knowledge: Mapping[str, Knowledge],
         plan: Sequence[Pass],
-        scored: Sequence[str | None] = (),
+        scored: Sequence[str | None],
     ) -> Losses:
         """Return the losses of one micro-batch without dropout and without a gradient.
 

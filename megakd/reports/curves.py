@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from megakd.contract.metric import lower_is_better
 from megakd.contract.results import Report
-from megakd.contract.tasks import BY_POSITION, MATCH, TEXT_METRIC, is_text_metric
+from megakd.contract.tasks import TEXT_METRIC, is_text_metric
 from megakd.contract.unit_counts import without_source
 from megakd.reports.charts import Chart, Line, line_chart
 from megakd.reports.history import LARGEST, Curve, Panels, evenly, thinned
@@ -48,13 +47,10 @@ UNITS = {
     "seconds": "s for generation",
     **dict.fromkeys(("computing_seconds", "waiting_seconds"), "s"),
 }
-TEXT_ORDER = (MATCH, *(f"{TEXT_METRIC}{n}" for n in ("kl", "tokens", "truncated", "entropy")))
-"""Metrics of generated texts that are drawn first."""
 OTHERS = (*SPEED_UNITS, *OPERATION_UNITS, "step_seconds", "memory_bytes")
 """Values of training that are no losses; of the last two, tokens_per_s and a stage's peak tell."""
 OUTCOMES = ("reward", "held_out_loss")
 """Values that a selector logs in addition to its weights."""
-POSITION_TITLES = {"kl": "KL(teacher‖student)", "entropy": "student entropy"}
 Key = Literal["teacher_kl", "parameters", "step_seconds"]
 
 PRUNING_POINTS = 300
@@ -70,7 +66,7 @@ class Figure(NamedTuple):
     """The charts of one kind, such as losses, and their numbers.
 
     legend: name, colour and look of each line.
-    numbers: titles, then one row per step or position.
+    numbers: titles, then one row per step.
     extent: how many of the rows are shown, such as "15 of 400 steps"; empty if all are.
     """
 
@@ -96,25 +92,20 @@ def training(
         stage: [_figure(kind, panels, stage=stage, limit=limit) for kind, panels in kinds.items()]
         for stage, kinds in shown.items()
     }
-    for stage, groups in stages.items():
-        # A stage with a single evaluation has these charts alone.
-        if stage in drawable and stage not in shown:
-            continue
-        if by_position := _by_position(groups.get(BY_POSITION, {}), stage):
-            figures[stage] = [*figures.get(stage, ()), by_position]
     return figures, len(drawable) - len(shown)
 
 
 def _kinds(groups: Mapping[str, Panels]) -> dict[str, Panels]:
     train, choices, scores = (groups.get(name, {}) for name in ("train", "select", "eval"))
     weights = {n: c[""] for n, c in choices.items() if "" in c and n not in OUTCOMES}
-    texts = [*(n for n in TEXT_ORDER if n in scores), *(n for n in scores if n not in TEXT_ORDER)]
     kinds = {
         "Losses": {n: c for n, c in train.items() if n not in OTHERS},
         CHOICES: {"weight of each kind of knowledge": weights},
         OUTCOME: {n: c for n, c in choices.items() if n in OUTCOMES},
         EVALUATION: {n: c for n, c in scores.items() if not is_text_metric(n)},
-        "Generated texts of the evaluations": {n: scores[n] for n in texts if is_text_metric(n)},
+        "Generated texts of the evaluations": {
+            n: c for n, c in scores.items() if is_text_metric(n)
+        },
         "Texts that the student learns from": groups.get("rollout", {}),
         SPEED: {n: train[n] for n in SPEED_UNITS if n in train},
         OPERATIONS: {n: train[n] for n in OPERATION_UNITS if n in train},
@@ -243,64 +234,6 @@ def _numbers(panels: Panels) -> tuple[Rows, str]:
 
 def _value(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
-
-
-Buckets = Mapping[tuple[int, int], Mapping[int, float]]
-"""Values of one statistic by the first and last position of generated tokens, and by step."""
-
-
-def _by_position(panels: Panels, stage: str) -> Figure | None:
-    named = {name: _buckets(curves) for name, curves in panels.items()}
-    named = {name: buckets for name, buckets in named.items() if len(buckets) > 1}
-    steps = sorted({step for b in named.values() for values in b.values() for step in values})
-    if not steps:
-        return None
-    looks = {steps[0]: ("baseline", True)} | {steps[-1]: ("student", False)}
-    columns = [(name, step) for name in named for step in looks]
-    titles = [f"{_title(name)}, step {step:,}" for name, step in columns]
-    cells = {
-        bucket: [_value(named[name].get(bucket, {}).get(step)) for name, step in columns]
-        for bucket in sorted({bucket for buckets in named.values() for bucket in buckets})
-    }
-    return Figure(
-        "Generated texts by position",
-        [_position_chart(name, buckets, looks, stage) for name, buckets in named.items()],
-        "Generated texts by position. As logged, not smoothed. The means over the tokens of the "
-        "generated texts at these positions.",
-        [["position", *titles], *([f"{a:,}-{b:,}", *row] for (a, b), row in cells.items())],
-        legend=[
-            (f"step {step:,}", colour, "dashed" if dashed else "")
-            for step, (colour, dashed) in reversed(looks.items())
-        ]
-        if len(looks) > 1
-        else (),
-    )
-
-
-def _buckets(curves: Mapping[str, Curve]) -> Buckets:
-    ends = {view: view.partition("-")[::2] for view, curve in curves.items() if curve.points}
-    named = {view: pair for view, pair in ends.items() if all(map(str.isdecimal, pair))}
-    return dict(sorted(((int(a), int(b)), dict(curves[v].points)) for v, (a, b) in named.items()))
-
-
-def _title(name: str) -> str:
-    return POSITION_TITLES.get(name, name.replace("_", " "))
-
-
-def _position_chart(
-    name: str, buckets: Buckets, looks: Mapping[int, tuple[str, bool]], stage: str
-) -> Chart:
-    points = {
-        step: [(sum(ends) / 2, values[step]) for ends, values in buckets.items() if step in values]
-        for step in [*looks][::-1]
-    }
-    chart = line_chart(
-        [Line(drawn, *looks[step], marked=True) for step, drawn in points.items() if drawn],
-        title=_title(name),
-        unit="nats",
-        label=f"{_title(name)} of the texts of stage {stage} over the position of the token.",
-    )
-    return replace(chart, x_title="position of the token")
 
 
 def pruning_section(report: Report) -> Figure | None:

@@ -49,8 +49,8 @@ from megakd.reports.report_file import completed
 
 Rows = list[list[str]]
 FORWARD, ONE_LENGTH = "ms", "ms of "
-SHARES = (MATCH, *(f"{TEXT_METRIC}{n}" for n in ("truncated", "distinct_2", "top1_agreement")))
-"""Metrics of generated texts that are shares; the others are numbers of tokens, or nats."""
+SHARES = (MATCH, f"{TEXT_METRIC}truncated")
+"""Metrics of generated texts that are shares; the other one is a number of tokens."""
 FEW_LABELS = 6
 """Labels, or confusions of more labels, that the terminal shows."""
 TEXTS_SHOWN = 8

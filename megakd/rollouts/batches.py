@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from collections.abc import Generator as Iteration
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple, get_args
 
 import numpy as np
@@ -19,6 +20,7 @@ from megakd.contract.completions import (
     DISTINCT,
     TOKENS_PER_TEXT,
     TRUNCATED,
+    Completion,
     Generator,
     RemoteGenerator,
     Rollout,
@@ -30,7 +32,6 @@ from megakd.engine.activity import doing
 from megakd.engine.collectives import gather, on_main
 from megakd.rollouts.prompts import Prompts, columns_of_rows, rollout_row
 from megakd.rollouts.store import RolloutStore
-from megakd.rollouts.text_evaluation import distinct_pairs
 
 _DRAW = 1
 """Keeps the random numbers of the draw apart from others of the same seed and step."""
@@ -200,7 +201,7 @@ class RolloutStatistics:
         self.tokens += sum(len(rollout.completion.ids) for rollout in rollouts)
         self.finished += sum(rollout.completion.finished for rollout in rollouts)
         self.staleness += sum(step - rollout.version for rollout in rollouts)
-        self.distinct += sum(distinct_pairs([rollout.completion]) for rollout in rollouts)
+        self.distinct += sum(distinct_pairs(rollout.completion) for rollout in rollouts)
 
     def scalars(self) -> dict[str, float]:
         if not self.texts:
@@ -212,6 +213,15 @@ class RolloutStatistics:
             "rollout/staleness": self.staleness / self.texts,
             "rollout/seconds": self.seconds,
         }
+
+
+def distinct_pairs(completion: Completion) -> float:
+    """Return distinct-2 (Li et al. 2016, "A diversity-promoting objective function").
+
+    It is the share of distinct pairs among all pairs of neighbouring tokens; 1 without pairs.
+    """
+    pairs = [*pairwise(completion.ids)]
+    return len(set(pairs)) / len(pairs) if pairs else 1.0
 
 
 def row_sources(config: RolloutConfig, step: int, rows: int, *, seed: int) -> NDArray[np.str_]:

@@ -8,7 +8,7 @@ from typing_extensions import override
 
 from megakd.config.rollout import GenerationConfig
 from megakd.contract.completions import Generator
-from megakd.contract.stage import MeanLosses, Teacher
+from megakd.contract.stage import Teacher
 from megakd.contract.tasks import STUDENT, TEXTS
 from megakd.data.loader import RowOrder
 from megakd.engine.collectives import on_main
@@ -84,24 +84,13 @@ class Texts(StageExtra):
             generator=_local_generator(
                 parts.models[STUDENT], of_model, rows_at_once=generation.rows_per_call
             ),
-            scorer=of_model.scorer(parts.stage.train),
+            ranks=parts.assembly.ranks,
             folder=config.output_dir / TEXTS / parts.stage.name,
         )
-        # Where a row is compared with the teacher that it names, held-out rows name none, and
-        # answers that are kept are for training rows.
-        stage, teachers = parts.stage, parts.assembly.teachers
-        self._has_losses = not stage.strategy.routes_rows and all(
-            one.spec.cache is None or one.is_loaded(measures_losses=stage.measures_losses)
-            for one in (teachers[name] for name in stage.teachers)
-        )
 
     @override
-    def scores(self, step: int, losses: MeanLosses) -> Mapping[str, float]:
-        return self._texts.scores(step, losses if self._has_losses else None)
-
-    @override
-    def curves(self) -> Mapping[str, float]:
-        return self._texts.by_position
+    def scores(self, step: int) -> Mapping[str, float]:
+        return self._texts.scores(step)
 
 
 def _local_generator(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import ChainMap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 
 from megakd.contract.batch import Batch, Predictions
 from megakd.contract.metric import WHOLE, MetricJudge
-from megakd.contract.stage import Pass, Watch
+from megakd.contract.stage import Pass
 from megakd.contract.unit_counts import SOURCE_UNITS, count_units
 from megakd.engine.collectives import all_reduce_
 from megakd.losses.bundle import StudentBundle
@@ -102,8 +101,7 @@ class StageEvaluation:
         scores = self._scores()
         verdict = self._judge(scores, step)
         self._latest = Evaluation(scores, verdict.view, verdict.cut)
-        curves = ChainMap(*(dict(extra.curves()) for extra in self._extras))
-        report({**self._latest.scalars(), **curves})
+        report(self._latest.scalars())
         if verdict.counts and not self._stage.goes_on:
             self.stopping.consider(verdict.score)
         if self._keeps_best:
@@ -124,7 +122,7 @@ class StageEvaluation:
         means = {} if losses is None else losses.means()
         scores = {view: scored[view].metrics | means.get(view, {}) for view in views}
         for extra in self._extras:
-            scores[views[0]] |= extra.scores(self._trainer.step, self._losses_of)
+            scores[views[0]] |= extra.scores(self._trainer.step)
         return scores
 
     @property
@@ -138,12 +136,6 @@ class StageEvaluation:
         # One view at a time: their outputs need not fit into memory together.
         return {view: predict(batch, view) for view in views} or {WHOLE: predict(batch)}
 
-    def _losses_of(self, batches: Iterable[Batch], watch: Watch) -> Mapping[str, float]:
-        losses = HeldOutLosses(self._trainer, self._bundle, watch(self._passes))
-        for batch in batches:
-            losses.add(batch, predicts=False)
-        return losses.means()[WHOLE]
-
 
 class HeldOutLosses:
     """Means of the loss terms by view; a micro-batch asks each teacher and runs each view once."""
@@ -153,7 +145,7 @@ class HeldOutLosses:
         trainer: Trainer,
         bundle: StudentBundle,
         plan: Sequence[Pass],
-        views: Sequence[str] = (WHOLE,),
+        views: Sequence[str],
     ) -> None:
         self._trainer, self._bundle, self._plan = trainer, bundle, plan
         self._views = {view: None if view == WHOLE else view for view in views}
@@ -161,12 +153,11 @@ class HeldOutLosses:
         terms = len(bundle.objective.units)
         self._sums = torch.zeros(len(views) + 1, terms, dtype=torch.float64)
 
-    def add(self, batch: Batch, *, predicts: bool = True) -> dict[str, Predictions]:
+    def add(self, batch: Batch) -> dict[str, Predictions]:
         """Measure a micro-batch, of which every rank has equally many; return its predictions."""
         names = tuple(self._views.values())
         answers = self._trainer.ask_teachers(self._plan, batch)
-        scored = names if predicts else ()
-        measured = self._trainer.student.measure(batch, answers, self._plan, scored)
+        measured = self._trainer.student.measure(batch, answers, self._plan, names)
         counts = count_units([batch], self._bundle.counters)
         for place, (term, unit) in enumerate(self._bundle.objective.units.items()):
             for row, name in enumerate(names):

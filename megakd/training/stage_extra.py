@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from megakd.config.train import TrainConfig
 from megakd.contract.batch import BatchSource
-from megakd.contract.stage import MeanLosses, Stage, Teacher
+from megakd.contract.stage import Stage, Teacher
 from megakd.data.step_layout import StepLayout, StepShape
 from megakd.engine.distributed import Ranks
 from megakd.engine.student import StudentEngine
@@ -46,13 +46,9 @@ class StageExtra:
         """Return the batches of the stage if they are not simply those of the training rows."""
         return None
 
-    def scores(self, step: int, losses: MeanLosses) -> Mapping[str, float]:
+    def scores(self, step: int) -> Mapping[str, float]:
         """Return metrics of the student after `step` steps, the same on every rank."""
-        del step, losses
-        return {}
-
-    def curves(self) -> Mapping[str, float]:
-        """Return further values of the last `scores`, for the log."""
+        del step
         return {}
 
 

@@ -10,7 +10,6 @@ import pytest
 from html_page import Page
 from reports import language_report
 
-from megakd.reports.curves import STAGES_SHOWN
 from megakd.reports.html import html_report
 from megakd.reports.table import TEXTS_SHOWN, generation_reports, result_table
 from megakd.storage.atomic import json_text
@@ -113,11 +112,11 @@ def test_metrics_of_generated_texts_are_not_repeated_in_the_table_of_the_stages(
     assert titles[5:] == ["perplexity", "match"]
 
 
-def test_length_truncation_staleness_match_and_divergence_are_drawn_over_the_steps() -> None:
+def test_length_truncation_staleness_and_match_are_drawn_over_the_steps() -> None:
     rollout = {
         "rollout/tokens_per_text": 30.0, "rollout/truncated": 0.1, "rollout/staleness": 1.0,
     }  # fmt: skip
-    metrics = {**METRICS, "text_kl": 0.5, "perplexity": 9.0}
+    metrics = {**METRICS, "perplexity": 9.0}
     records = [
         record
         for step in (1, 2, 3)
@@ -128,44 +127,7 @@ def test_length_truncation_staleness_match_and_divergence_are_drawn_over_the_ste
 
     labels = [label for label in Page(text).labels if "over its steps" in label]
     drawn = {label.split("over its steps: ")[1].split(".")[0] for label in labels}
-    assert drawn >= {"match", "text_kl", "text_tokens", "tokens_per_text", "truncated", "staleness"}
+    assert drawn >= {"match", "text_tokens", "tokens_per_text", "truncated", "staleness"}
     # Lengths are no percentages.
     assert 'text tokens <span class="muted">tokens</span>' in text
     assert 'match <span class="muted">%</span>' in text
-
-
-def positions(step: int, *values: float) -> dict[str, Any]:
-    buckets = ("0-3", "4-7", "8-15")
-    return line(step, **{
-        f"text/{bucket}/kl": value for bucket, value in zip(buckets, values, strict=False)
-    })  # fmt: skip
-
-
-def test_the_first_and_the_last_evaluation_are_drawn_by_position() -> None:
-    losses = [line(step, **{"train/loss": 1.0 / step}) for step in (5, 10)]
-    history = [*losses, positions(10, 0.5, 0.6), positions(20, 9.0), positions(30, 0.25, 0.3, 0.4)]
-
-    text = html_report(language_report(), history)
-
-    page = Page(text)
-    assert page.faults == []
-    assert "KL(teacher‖student) of the texts of stage student over the position" in text
-    rows = [row for _, row in page.rows]
-    first = next(i for i, row in enumerate(rows) if row[0] == "position")
-    assert rows[first] == [
-        "position", "KL(teacher‖student), step 10", "KL(teacher‖student), step 30",
-    ]  # fmt: skip
-    assert rows[first + 1 : first + 4] == [
-        ["0-3", "0.5", "0.25"], ["4-7", "0.6", "0.3"], ["8-15", "-", "0.4"],
-    ]  # fmt: skip
-
-
-def test_a_stage_that_is_left_out_has_no_chart_by_position_either() -> None:
-    names = [f"stage-{number}" for number in range(STAGES_SHOWN + 1)]
-    losses = [line(step, n, **{"train/loss": 1.0 / step}) for n in names for step in (5, 10)]
-    texts = [{**positions(step, 0.5, 0.6), "stage": names[-1]} for step in (5, 10)]
-
-    text = html_report(language_report(), [*losses, *texts])
-
-    assert f"stage {names[0]}" in text
-    assert names[-1] not in text

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
 from sklearn import metrics as theirs
+from source_scene import Texts, objective_of
 from tiny_runs import review_task
 from torch import Tensor
 from whole_run import finish_in, read, records
@@ -18,14 +20,16 @@ from whole_run import finish_in, read, records
 from megakd.config.run import EvalConfig
 from megakd.contract.batch import IGNORE, Batch, Predictions
 from megakd.contract.metric import WHOLE, MetricJudge
-from megakd.contract.stage import Verdict
+from megakd.contract.stage import Pass, Verdict
 from megakd.contract.tasks import METRICS
+from megakd.contract.terms import HardCrossEntropy
 from megakd.engine.distributed import Ranks
 from megakd.errors import ConfigError, DataError, TrainingError
 from megakd.scoring.metrics import TaskMetrics, task_metrics
 from megakd.scoring.scorer import Scorer, few
 from megakd.scoring.scores import Evaluation, headline, language_model_metrics
 from megakd.storage.atomic import json_text
+from megakd.training.stage_evaluation import HeldOutLosses
 
 
 def metrics_of(names: tuple[str, ...], outputs: Tensor, labels: Tensor) -> dict[str, float]:
@@ -331,3 +335,34 @@ def test_metrics_are_of_the_labelled_rows_whatever_the_batch_size(batch_size, la
     assert result["accuracy"] == pytest.approx(accuracy)
     # The loss beside the metrics is that of a pass of its own.
     assert result["loss"] == pytest.approx(one.loss(odd_or_even, rows), abs=1e-12)
+
+
+TERMS = tuple(HardCrossEntropy(loss="hard_cross_entropy", on=on) for on in (None, "rollouts"))
+
+
+def losses(batches: list[Any], value: float) -> Any:
+    """Losses of a model that has the same value at every target."""
+    objective = objective_of(TERMS)
+    bundle = SimpleNamespace(objective=objective, counters=objective.counters)
+
+    def measure(batch: Any, knowledge: object, plan: object, scored: tuple) -> Any:
+        counted = {unit: count(batch) for unit, count in objective.counters.items()}
+        parts = {n: value * counted[u] for n, u in objective.units.items()}
+        return SimpleNamespace(parts=parts, predictions=dict.fromkeys(scored))
+
+    student = SimpleNamespace(measure=measure)
+    trainer = SimpleNamespace(student=student, ask_teachers=lambda plan, batch: {})
+    result = HeldOutLosses(trainer, bundle, (Pass(),), (WHOLE,))  # type: ignore[arg-type]
+    for batch in batches:
+        result.add(batch)
+    return result.means()[WHOLE]
+
+
+def test_a_term_on_rollouts_has_no_value_on_texts_of_the_data():
+    batch = Texts().batch()
+
+    both = losses([batch, batch.extended(is_rollout=None)], 0.5)
+    data = losses([batch.extended(is_rollout=None)], 0.5)
+
+    assert both == pytest.approx({"hard_cross_entropy": 0.5, "hard_cross_entropy_on_rollouts": 0.5})
+    assert data == pytest.approx({"hard_cross_entropy": 0.5})

@@ -68,3 +68,11 @@ def test_statistics_are_means_over_the_texts_each_of_which_counts_its_own_pairs(
     values = {"tokens_per_text": 3, "truncated": 0.5, "staleness": 1.5, "distinct_2": (1 + 0.5) / 2}
     wanted = {f"rollout/{name}": pytest.approx(value) for name, value in values.items()}
     assert {**result.scalars(), **wanted} == result.scalars()
+
+
+def test_a_text_of_one_token_repeats_nothing() -> None:
+    result = RolloutStatistics()
+
+    result.add([text(), text(1)], 6)
+
+    assert result.scalars()["rollout/distinct_2"] == 1

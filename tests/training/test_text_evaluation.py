@@ -1,52 +1,29 @@
-"""Evaluation on generated texts: metrics, losses, curves by position, and compared answers."""
+"""Evaluation on generated texts: metrics, and compared answers."""
 
 from __future__ import annotations
 
 import json
 import sys
-from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-import torch
 from checkpoint_store import ALONE
 from datasets import Dataset
-from hypothesis import given
-from hypothesis import strategies as st
-from source_scene import Texts, objective_of
 
 from megakd.config.rollout import GenerationConfig, SamplingConfig
-from megakd.config.task import TaskConfig
-from megakd.contract.batch import IGNORE, Batch, LossInputs
+from megakd.contract.batch import IGNORE
 from megakd.contract.completions import Completion, Sampling
-from megakd.contract.metric import WHOLE
-from megakd.contract.stage import Pass
-from megakd.contract.terms import HardCrossEntropy
-from megakd.data.collation import Collator
 from megakd.errors import ConfigError
 from megakd.rollouts import text_evaluation
 from megakd.rollouts.prompts import Prompts
-from megakd.rollouts.text_evaluation import (
-    BUCKETS,
-    TextCurves,
-    TextEvaluation,
-    answer_of,
-    bucket_ends,
-    bucket_names,
-    distinct_pairs,
-    matcher,
-)
-from megakd.training.stage_evaluation import HeldOutLosses
+from megakd.rollouts.text_evaluation import TextEvaluation, answer_of, matcher
 
 LETTERS = " abcdefgh"
 
 
 class Letters:
     """A tokenizer of letters; 0 is a special token."""
-
-    pad_token_id = 0
 
     def decode(self, ids: list[int], *, skip_special_tokens: bool) -> str:
         return "".join(LETTERS[token] for token in ids if token or not skip_special_tokens)
@@ -72,12 +49,10 @@ def rows() -> Dataset:
 
 
 def evaluation(data: Dataset, folder: Path, **keys: Any) -> tuple[Any, Echo]:
-    collate = Collator(Letters(), TaskConfig(type="causal_lm", dataset="x", max_length=16))  # type: ignore[arg-type]
-    scorer: Any = SimpleNamespace(ranks=ALONE, collate=collate, batch_size=2)
     generator, tokenizer = Echo(), cast("Any", Letters())
     prompts = Prompts(data, prompt_tokens=None, most=12, row_length=keys.pop("row_length", None))
     config = GenerationConfig(**{"max_new_tokens": 4, **keys})
-    places: Any = {"generator": generator, "scorer": scorer, "folder": folder}
+    places: Any = {"generator": generator, "ranks": ALONE, "folder": folder}
     return TextEvaluation(config, prompts, tokenizer, **places), generator
 
 
@@ -85,13 +60,12 @@ def evaluation(data: Dataset, folder: Path, **keys: Any) -> tuple[Any, Echo]:
 def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_evaluation, "gather", lambda value: [value])
     monkeypatch.setattr(text_evaluation, "on_main", lambda action: action())
-    monkeypatch.setattr(text_evaluation, "all_reduce_", lambda tensor: tensor)
 
 
 def test_texts_are_scored_against_the_completions_and_written(rows, tmp_path):
     made, _ = evaluation(rows, tmp_path, match="exact")
 
-    scores = made.scores(version=7, losses=None)
+    scores = made.scores(version=7)
 
     assert scores["match"] == pytest.approx(2 / 3)  # the second row's completion is not its prompt
     assert scores["text_tokens"] == 3
@@ -130,7 +104,7 @@ def test_only_whole_first_answers_are_compared(tmp_path, ids, labels, keys, want
     columns = {"input_ids": ids, "labels": labels, "prompt_length": [2] * len(ids)}
     made, _ = evaluation(Dataset.from_dict(columns), tmp_path, match="exact", **keys)
 
-    scores = made.scores(version=1, losses=None)
+    scores = made.scores(version=1)
 
     lines = [*map(json.loads, (tmp_path / "step-00000001.jsonl").read_text().splitlines())]
     assert [line["wanted"] for line in lines] == wanted
@@ -149,118 +123,6 @@ def test_every_evaluation_asks_for_the_same_prompts_with_the_same_seeds(rows, tm
     assert first == second
     assert first[0] == [(1, 2), (3, 4)]
     assert first[2] == Sampling(4, temperature=0.5)
-
-
-def test_losses_see_every_generated_token_once_and_no_token_of_the_data(rows, tmp_path):
-    made, _ = evaluation(rows, tmp_path)
-    seen: list[int] = []
-
-    def losses(batches: Any, watch: Any) -> dict[str, float]:
-        for batch in batches:
-            assert batch.extras.is_rollout[batch.valid].all()
-            seen.extend(batch.labels[batch.labels != IGNORE].tolist())
-        return {"soft_target_kl": 0.5}
-
-    scores = made.scores(version=0, losses=losses)
-
-    assert scores["text_soft_target_kl"] == 0.5
-    assert sorted(seen) == sorted([1, 2, 0, 3, 4, 0, 5, 6, 0])
-
-
-@pytest.mark.parametrize(
-    ("texts", "share"),
-    [([], 1.0), ([(1,)], 1.0), ([(1, 2, 3)], 1.0), ([(1, 1, 1)], 0.5), ([(1, 2), (1, 2)], 0.5)],
-)
-def test_repeated_pairs_lower_the_share_of_distinct_pairs(texts, share):
-    assert distinct_pairs([Completion(ids, finished=True) for ids in texts]) == share
-
-
-TERMS = tuple(HardCrossEntropy(loss="hard_cross_entropy", on=on) for on in (None, "rollouts"))
-
-
-def losses(batches: list[Any], value: float) -> Any:
-    """Losses of a model that has the same value at every target."""
-    objective = objective_of(TERMS)
-    bundle = SimpleNamespace(objective=objective, counters=objective.counters)
-
-    def measure(batch: Any, knowledge: object, plan: object, scored: tuple) -> Any:
-        counted = {unit: count(batch) for unit, count in objective.counters.items()}
-        parts = {n: value * counted[u] for n, u in objective.units.items()}
-        return SimpleNamespace(parts=parts, predictions=dict.fromkeys(scored))
-
-    student = SimpleNamespace(measure=measure)
-    trainer = SimpleNamespace(student=student, ask_teachers=lambda plan, batch: {})
-    result = HeldOutLosses(trainer, bundle, (Pass(),))  # type: ignore[arg-type]
-    for batch in batches:
-        result.add(batch)
-    return result.means()[WHOLE]
-
-
-def test_a_term_on_rollouts_has_no_value_on_texts_of_the_data():
-    batch = Texts().batch()
-
-    both = losses([batch, batch.extended(is_rollout=None)], 0.5)
-    data = losses([batch.extended(is_rollout=None)], 0.5)
-
-    assert both == pytest.approx({"hard_cross_entropy": 0.5, "hard_cross_entropy_on_rollouts": 0.5})
-    assert data == pytest.approx({"hard_cross_entropy": 0.5})
-
-
-FIRST, SECOND = [IGNORE, 5, 5, 5, IGNORE], [5, 5, 5, 5, 5]
-
-
-@pytest.fixture
-def positions_as_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The sums of a group are those of the positions in the row; a teacher is not there."""
-
-    def sums(reading: LossInputs, groups: torch.Tensor, count: int) -> torch.Tensor:
-        columns = torch.arange(groups.shape[1]).expand_as(groups).double()
-        result = torch.full((count, 4), torch.nan, dtype=torch.float64)
-        for number in range(count):
-            mine = groups == number
-            result[number, :2] = torch.stack([mine.sum().double(), (columns * mine).sum()])
-        return result
-
-    monkeypatch.setattr(text_evaluation, "sums_by_group", sums)
-
-
-def watched(curves: TextCurves, *rows: list[int], plan: tuple[Pass, ...] = (Pass(),)) -> Any:
-    labels = torch.tensor(rows)
-    batch = Batch({}, labels, labels != IGNORE)
-    reading: Any = LossInputs(student=None, teacher=None, batch=batch, weights={}, per_unit={})  # type: ignore[arg-type]
-    return curves.watching(plan)[0].weigh(reading)  # type: ignore[misc]
-
-
-@given(st.integers(1, 100_000))
-def test_every_position_is_in_one_bucket_and_buckets_grow(longest: int) -> None:
-    ends = bucket_ends(longest)
-
-    sizes = [end - start for start, end in zip((0, *ends[:-1]), ends, strict=True)]
-    assert ends[-1] == longest
-    assert len(ends) <= BUCKETS
-    assert min(sizes) >= 1
-    assert all(later >= size - 1 for size, later in pairwise(sizes[1:]))
-    assert bucket_names(bucket_ends(10)) == ["0-0", "1-1", "2-2", "3-4", "5-9"]
-
-
-def test_means_are_over_all_tokens_of_all_micro_batches(positions_as_entropy) -> None:
-    curves = TextCurves(5)
-    watched(curves, FIRST, [IGNORE] * 5)
-    watched(curves, SECOND)
-
-    assert curves.take()[""] == {"entropy": (1 + 2 + 3 + 0 + 1 + 2 + 3 + 4) / 8}
-    assert curves.take() == {}  # the next evaluation starts from zero
-
-
-def test_a_pass_keeps_its_own_weights(positions_as_entropy) -> None:
-    """A function that weighs replaces the weights of its pass, so that zeros must come back."""
-    curves = TextCurves(5)
-
-    assert watched(curves, FIRST) == {}
-    assert watched(curves, FIRST, plan=(Pass(weights={"kl": 0.0}),)) == {"kl": 1.0}
-    weighed = Pass(weigh=lambda _: {"kl": 0.25})
-    assert watched(curves, FIRST, plan=(weighed, Pass(teacher="other"))) == {"kl": 0.25}
-    assert curves.watching((weighed, Pass(teacher="other")))[1] == Pass(teacher="other")
 
 
 GSM8K, BOXED = r"#### (.+)", r"\\boxed\{(.+)\}"
