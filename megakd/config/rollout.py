@@ -210,9 +210,9 @@ class GenerationConfig:
     max_new_tokens: Count
     rows: Count = 64
     """Number of validation rows; the first rows are used."""
-    match: Literal["exact", "math"] | None = None
-    """Compare the texts with the rows' own completions: `exact` compares the answers as text,
-    `math` as mathematics (needs the package math-verify). The metric is `match`."""
+    match: Literal["exact"] | None = None
+    """Compare the answers in the texts with those in the rows' own completions, as text. The metric
+    is `match`."""
     answer: Annotated[str, AfterValidator(_with_a_group)] | None = None
     """Regular expression with one group; the last match in a text is its answer. None: the whole
     text is the answer."""

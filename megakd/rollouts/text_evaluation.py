@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import operator
 import re
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -17,14 +15,8 @@ from megakd.contract.completions import Generator, Rollout
 from megakd.contract.tasks import MATCH, file_of_step
 from megakd.engine.collectives import gather, on_main
 from megakd.engine.distributed import Ranks
-from megakd.errors import ConfigError
 from megakd.rollouts.prompts import Prompts
 from megakd.storage.atomic import json_text, write_text
-
-Match = Callable[[str, str], bool]
-"""Function from a generated text and the text of the data to whether their answers are equal."""
-LIMIT_S = 5
-"""Seconds after which an expression is not the answer."""
 
 
 class Text(NamedTuple):
@@ -65,7 +57,6 @@ class TextEvaluation:
         self._config, self._tokenizer = config, tokenizer
         self._prompts, self._rows = prompts, prompts.continued[: config.rows].tolist()
         self._generator, self._ranks, self._folder = generator, ranks, folder
-        self._match = matcher(config)
 
     def scores(self, version: int) -> dict[str, float]:
         """Generate and score the texts, and write them; the same on every rank.
@@ -75,7 +66,7 @@ class TextEvaluation:
         texts = self.texts(version)
         lines = [json_text(text.record()) + "\n" for text in texts]
         on_main(lambda: write_text(file_of_step(self._folder, version), "".join(lines)))
-        return ({} if self._match is None else {MATCH: 0.0}) | text_metrics(texts)
+        return ({} if self._config.match is None else {MATCH: 0.0}) | text_metrics(texts)
 
     def texts(self, version: int) -> list[Text]:
         """Return the texts for the first rows, the same on every rank."""
@@ -104,22 +95,15 @@ class TextEvaluation:
         # A row that is a prompt alone has nothing to compare with, and what was cut off a row as
         # long as the longest may be its answer.
         is_whole = len(row.input_ids) != self._prompts.row_length
-        matches = self._match(text, answer) if self._match and answer and is_whole else None
+        is_compared = self._config.match is not None and answer and is_whole
+        matches = is_match(text, answer, self._config.answer) if is_compared else None
         return Text(rollout, decoded(rollout.prompt, skip=False), text, answer, matches)
 
 
-def matcher(config: GenerationConfig) -> Match | None:
-    """Return the comparison of a config; None if texts are not compared."""
-    if config.match is None:
-        return None
-    is_part = config.answer is not None
-    equal = operator.eq if config.match == "exact" else _same_mathematics(is_part=is_part)
-
-    def match(text: str, wanted: str) -> bool:
-        given, there = answer_of(text, config.answer), answer_of(wanted, config.answer)
-        return given is not None and there is not None and equal(given, there)
-
-    return match
+def is_match(text: str, wanted: str, pattern: str | None) -> bool:
+    """Return whether two texts have the same answer, see `answer_of`."""
+    answer = answer_of(text, pattern)
+    return answer is not None and answer == answer_of(wanted, pattern)
 
 
 def answer_of(text: str, pattern: str | None) -> str | None:
@@ -128,29 +112,6 @@ def answer_of(text: str, pattern: str | None) -> str | None:
         return text.strip()
     matches = re.findall(pattern, text)
     return matches[-1].strip() if matches else None
-
-
-def _same_mathematics(*, is_part: bool) -> Match:
-    """Return the comparison of math-verify; `is_part`: of expressions alone, not of texts."""
-    try:
-        from math_verify import parse, verify
-    except ImportError as error:
-        raise ConfigError(
-            "eval.generation.match: math needs the package math-verify, which is not installed; "
-            "install megakd[eval], or set the key to exact"
-        ) from error
-
-    def is_equal(given: str, wanted: str) -> bool:
-        if is_part and given == wanted:
-            return True
-        # The limit of math-verify, without which 9^{9^9} takes for ever, is a signal, which only a
-        # main thread may set.
-        seconds: Any = LIMIT_S if threading.current_thread() is threading.main_thread() else None
-        texts = (f"${text}$" if is_part else text for text in (wanted, given))
-        gold, answer = (parse(text, parsing_timeout=seconds) for text in texts)
-        return bool(verify(gold, answer, timeout_seconds=seconds))
-
-    return is_equal
 
 
 def text_metrics(texts: Sequence[Text]) -> dict[str, float]:
