@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from megakd.commands.arguments import Parser, add_config, config_of, named_folder, say
+from megakd.config.run import RunConfig
 from megakd.errors import ConfigError
 from megakd.process.terminal import print_aside
 
@@ -37,26 +39,35 @@ def run(arguments: argparse.Namespace) -> None:
         raise ConfigError("--to is missing; give the folder to write the model to")
     if arguments.int8 and arguments.format != "onnx":
         raise ConfigError("--int8 needs --format onnx")
-    differences: list[float] = []
-
-    def to_graph(folder: Path) -> None:
-        differences.append(write_onnx(folder, int8=arguments.int8))
-        for path in folder.glob("*.safetensors*"):
-            path.unlink()
-
+    add, of_graph = None, list[str]()
     with print_aside():
-        add = None
         if arguments.format == "onnx":
-            from transformers.utils import logging
-
-            from megakd.models.onnx import check_packages, write_onnx
-
-            check_packages("--format onnx")
-            logging.disable_progress_bar()
-            add = to_graph
+            add = _to_graph(config, of_graph, int8=arguments.int8)
         from megakd.run import finished_run
 
         finished_run.export_run(config, arguments.stage, arguments.to, add=add)
-    say(str(arguments.to))
-    if differences:
-        say(f"the graph's logits differ from torch's by at most {differences[0]:.1e}")
+    say("\n".join([str(arguments.to), *of_graph]))
+
+
+def _to_graph(config: RunConfig, lines: list[str], *, int8: bool) -> Callable[[Path], None]:
+    from transformers.utils import logging
+
+    from megakd.models.onnx import MODEL, check_packages, write_onnx
+
+    check_packages("--format onnx")
+    logging.disable_progress_bar()
+
+    def add(folder: Path) -> None:
+        whole, which = (
+            (folder / "whole", "the fp32 graph") if int8 else (folder / MODEL, "the graph")
+        )
+        worst = write_onnx(folder, to=whole)
+        lines.append(f"{which}'s logits differ from torch's by at most {worst:.1e}")
+        if int8:
+            from megakd.commands.scored_models import int8_graph
+
+            lines.extend(int8_graph(config, folder, whole))
+        for path in folder.glob("*.safetensors*"):
+            path.unlink()
+
+    return add

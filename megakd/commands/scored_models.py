@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch.nn.functional import cross_entropy
 
 from megakd.config.run import RunConfig
 from megakd.config.task import TaskConfig, listed_files
+from megakd.contract.batch import IGNORE, Batch
 from megakd.contract.tasks import STUDENT
 from megakd.data.choosing import VALIDATION_FRACTION
 from megakd.data.encoding import Encoded, encode_rows
@@ -23,13 +26,14 @@ from megakd.data.splits import Splits
 from megakd.data.tables import Table
 from megakd.data.tokenizers import from_folder, has_tokenizer_files, load_tokenizer
 from megakd.engine.collectives import main_first, on_main
-from megakd.engine.distributed import Ranks
-from megakd.errors import CheckpointError, DataError, TeacherError
+from megakd.errors import CheckpointError, DataError, MegakdError, TeacherError
 from megakd.inputs.inputs import RunInputs, prepare
-from megakd.inputs.run_data import cache_folder, with_row_length
+from megakd.inputs.run_data import cache_folder, splits_of, with_row_length
 from megakd.inputs.tokenizer_checks import check_vocabularies, without_tokenizer
 from megakd.models.label_order import generic_labels, model_label_names
 from megakd.models.loading import resolve_model
+from megakd.models.onnx import MODEL
+from megakd.models.quantized_graph import HeldOut, Logits, quantize_graph
 from megakd.models.source import ModelSource
 from megakd.process.terminal import in_home
 from megakd.run.finished_run import FINAL
@@ -37,10 +41,13 @@ from megakd.run.main import started
 from megakd.run.run_report import row_count
 from megakd.run.teacher_pool import set_metrics
 from megakd.scoring.metrics import task_metrics
+from megakd.scoring.scorer import few
 from megakd.teachers.frozen import FrozenTeacher
 from megakd.training.assembly import Assembly
 from megakd.training.label_check import label_fit, needs_check, require_fit, tell_order
 from megakd.training.recipes import scoring_preset
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate_model(
@@ -140,19 +147,55 @@ def _given_rows(config: RunConfig, source: ModelSource, given: str) -> tuple[Run
     return _read_by(source, replace(config, task=task), splits, split), split
 
 
-def score_folder(
-    config: RunConfig, splits: Splits, ranks: Ranks, folder: Path
-) -> tuple[str, float]:
-    """Return the main metric of a model folder, with its own tokenizer, and its value."""
-    task = replace(config.task, tokenizer=None)
-    source = resolve_model(str(folder), task, where="--to")
-    split = "validation" if splits.test is None else "test"
-    prepared = _read_by(source, replace(config, task=task), splits, split)
-    assembly = Assembly(prepared=prepared, ranks=ranks)
-    preset = scoring_preset(config.student.deepspeed)
-    with assembly.loaded(source, preset, assembly.scoring_dtype()) as loaded:
-        metrics = assembly.scorer().score(loaded.predict, prepared.encoded.validation)
-    return prepared.metric.name, metrics[prepared.metric.name]
+def int8_graph(config: RunConfig, folder: Path, whole: Path) -> list[str]:
+    """Replace the graph `whole` of a model folder by an int8 one; return lines with its scores.
+
+    It is scored on the run's held-out rows, or not at all, which a warning says.
+    """
+    with started(config) as ranks:
+        held_out = None
+        try:
+            splits, task = splits_of(config), replace(config.task, tokenizer=None)
+            source = resolve_model(str(folder), task, where="--to")
+            split = "validation" if splits.test is None else "test"
+            prepared = _read_by(source, replace(config, task=task), splits, split)
+            held_out = _held_out_rows(Assembly(prepared=prepared, ranks=ranks))
+        except MegakdError as error:
+            logger.warning("the int8 graph is not scored: %s", error)
+        return quantize_graph(whole, folder / MODEL, held_out)
+
+
+def _held_out_rows(assembly: Assembly) -> HeldOut:
+    task, scorer = assembly.config.task.type, assembly.scorer()
+    rows = few(assembly.prepared.encoded.validation, task, times=4)
+    names = {"classification": "accuracy", "regression": "squared error"}
+
+    def scores(logits: Logits) -> torch.Tensor:
+        def ask(batch: Batch) -> dict[str, torch.Tensor]:
+            return {"score": _row_scores(logits, batch)}
+
+        sizes = (1, scorer.batch_size)
+        return torch.stack(
+            [replace(scorer, batch_size=n).answers(ask, rows)["score"] for n in sizes]
+        )
+
+    return HeldOut(names.get(task, "loss"), scorer.batch_size, scores)
+
+
+def _row_scores(logits: Logits, batch: Batch) -> torch.Tensor:
+    # [B]; without the padding that no service adds. Dummy rows have at least one token.
+    width = max(1, int(batch.valid.sum(1).max()))
+    given = {"attention_mask": batch.valid.long(), **batch.inputs}
+    given.setdefault("token_type_ids", torch.zeros_like(given["input_ids"]))
+    outputs = logits({name: values[:, :width].contiguous() for name, values in given.items()})
+    answers, labels = torch.from_numpy(outputs).double(), batch.labels
+    if answers.ndim == 3:
+        labels = labels[:, :width]
+        nats = cross_entropy(answers.mT, labels, ignore_index=IGNORE, reduction="none")
+        return -nats.sum(1) / (labels != IGNORE).sum(1)
+    if labels.is_floating_point():
+        return -((answers[:, 0] - labels) ** 2)
+    return (answers.argmax(1) == labels).double().masked_fill(labels == IGNORE, torch.nan)
 
 
 def _read_by(source: ModelSource, config: RunConfig, splits: Splits, split: str) -> RunInputs:

@@ -34,7 +34,7 @@ _TOLERANCE = 1e-4
 _SHAPES = ((2, 7), (1, 1), (1, 19), (3, 32))
 """Rows and tokens of the inputs that are compared; the first is the one that is traced."""
 _INPUTS = ("input_ids", "attention_mask")
-_MOST_IN_ONE_FILE = 1_500_000_000
+MOST_IN_ONE_FILE = 1_500_000_000
 """Bytes of weights beyond which they go into a file beside the graph: protobuf ends at 2 GiB."""
 
 
@@ -47,23 +47,17 @@ def check_packages(where: str, packages: Sequence[str] | None = None) -> None:
         )
 
 
-def write_onnx(folder: Path, *, int8: bool = False, to: Path | None = None) -> float:
+def write_onnx(folder: Path, *, to: Path | None = None) -> float:
     """Write the graph of a finished model, by default `model.onnx` beside its weights.
-
-    Args:
-        folder: a model folder of megakd or of transformers.
-        int8: quantise the weights of matrix products to int8, one scale per column; activations are
-            quantised when the graph runs (onnxruntime's dynamic quantisation).
 
     Returns:
         The largest difference of a logit from torch, over batches of several shapes with padding.
 
     Raises:
-        ModelError: the model cannot be expressed as ONNX, or the fp32 graph computes other logits.
+        ModelError: the model cannot be expressed as ONNX, or the graph computes other logits.
     """
     model = load_finished(folder, "--format onnx", dtype=torch.float32).eval()
-    path = to or folder / MODEL
-    graph = path.with_name(f"whole-{path.name}") if int8 else path
+    graph = to or folder / MODEL
     _export(model, _input_names(model, folder), graph)
     try:
         worst, largest = _differences(model, graph)
@@ -79,9 +73,6 @@ def write_onnx(folder: Path, *, int8: bool = False, to: Path | None = None) -> f
             f"torch: they differ by {worst:.1e}, and at most {_TOLERANCE:.0e} is allowed; export "
             "the model without --format"
         )
-    if int8:
-        _quantize(graph, path, large=_bytes(model) > _MOST_IN_ONE_FILE)
-        worst, _ = _differences(model, path)
     return worst
 
 
@@ -105,9 +96,14 @@ class OnnxModel:
 
     def logits(self, inputs: Mapping[str, Tensor]) -> NDArray[np.float32]:
         """Return the logits [B, C] or [B, T, V] of token numbers and masks [B, T]."""
+        return self.outputs(("logits",), inputs)[0]
+
+    def outputs(
+        self, names: Sequence[str], inputs: Mapping[str, Tensor]
+    ) -> list[NDArray[np.float32]]:
+        """Return the outputs of these names."""
         given = {name: inputs[name].numpy() for name in self.inputs}
-        (logits,) = self._session.run(["logits"], given)
-        return np.asarray(logits)
+        return [np.asarray(one) for one in self._session.run(list(names), given)]
 
 
 class _Logits(nn.Module):
@@ -138,7 +134,7 @@ def _export(model: PreTrainedModel, names: Sequence[str], graph: Path) -> None:
     inputs = _example(model, names, _SHAPES[0])
     free = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("tokens", min=1)}
     try:
-        with warnings.catch_warnings(), _silent(logging.getLogger("torch.onnx")):
+        with warnings.catch_warnings(), silent(logging.getLogger("torch.onnx")):
             warnings.simplefilter("ignore")
             torch.onnx.export(
                 _Logits(model, names),
@@ -148,7 +144,7 @@ def _export(model: PreTrainedModel, names: Sequence[str], graph: Path) -> None:
                 output_names=["logits"],
                 dynamic_shapes=((free,) * len(inputs),),
                 opset_version=18,
-                external_data=_bytes(model) > _MOST_IN_ONE_FILE,
+                external_data=_bytes(model) > MOST_IN_ONE_FILE,
                 dynamo=True,
                 verbose=False,
             )
@@ -195,23 +191,9 @@ def _bytes(model: PreTrainedModel) -> int:
     return sum(one.nbytes for one in model.parameters())
 
 
-def _quantize(whole: Path, graph: Path, *, large: bool) -> None:
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    with _silent(logging.getLogger()):
-        quantize_dynamic(
-            whole,
-            graph,
-            per_channel=True,
-            weight_type=QuantType.QInt8,
-            use_external_data_format=large,
-        )
-    for path in whole.parent.glob(f"{whole.name}*"):
-        path.unlink()
-
-
 @contextmanager
-def _silent(logger: logging.Logger) -> Iterator[None]:
+def silent(logger: logging.Logger) -> Iterator[None]:
+    """Let a logger tell nothing but errors in the body."""
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from whole_run import finish_in, logits_by_hand
 
 from megakd.cli import main
-from megakd.commands import predict
+from megakd.commands import predict, scored_models
 from megakd.errors import DataError
 from megakd.models import onnx
 
@@ -60,7 +61,9 @@ def test_the_graph_takes_the_place_of_the_weights_and_answers_alike(one_rank, wh
         assert one["probabilities"] == pytest.approx(other["probabilities"], abs=1e-4)
 
 
-def test_int8_makes_the_graph_smaller(one_rank, whole_run, exported, tmp_path, monkeypatch):
+def test_int8_makes_the_graph_smaller_and_prints_both_scores(
+    one_rank, whole_run, exported, tmp_path, monkeypatch, capsys, caplog
+):
     small, whole = tmp_path / "int8", exported[0] / "model.onnx"
     # A second export of the same model would take seconds.
     monkeypatch.setattr(onnx, "_export", lambda model, names, graph: shutil.copy(whole, graph))
@@ -68,9 +71,19 @@ def test_int8_makes_the_graph_smaller(one_rank, whole_run, exported, tmp_path, m
     words = ("export", str(whole_run.config), "--to", str(small), "--format", "onnx", "--int8")
     assert main(words) == 0
 
+    shown = capsys.readouterr().out
+    assert re.search(r"\naccuracy on \d+ held-out rows: .* in fp32, .* one by one, .*\n", shown)
     assert [path.name for path in small.glob("*.onnx*")] == ["model.onnx"]
     assert (small / "model.onnx").stat().st_size < whole.stat().st_size
     assert len(answers(one_rank.megakd("predict", small, *TEXTS, "--json"))) == len(TEXTS)
+
+    def gone(config):
+        raise DataError("the rows are gone")
+
+    monkeypatch.setattr(scored_models, "splits_of", gone)
+    assert main((*words[:3], str(tmp_path / "unscored"), *words[4:])) == 0
+    assert "held-out" not in capsys.readouterr().out
+    assert "the int8 graph is not scored: the rows are gone" in caplog.text
 
 
 def test_a_label_with_a_line_break_stays_on_its_line(one_rank, whole_run, tmp_path):
