@@ -18,7 +18,7 @@ ACTIVATE := export PATH="$(CURDIR)/$(VENV)/bin:$$PATH"; unset PYTHONPATH PYTHONH
 
 help:
 	@echo 'make install     the environment alone, in $(VENV)'
-	echo 'make quickstart  distil a student on the embedded corpus: some minutes on a CPU'
+	echo 'make quickstart  distil a student on docstrings: some minutes on a CPU'
 	echo 'make test        the whole test suite (SLOW=1: the slow tests too)'
 	echo 'make test-oldest the tests of GPUs under torch 2.11 (5 GB)'
 	echo 'make lint        ruff and pyright'

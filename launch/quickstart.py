@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = Path("launch/examples/quickstart.yaml")
+ROWS = Path("runs/pydocs-labels")
 REQUIREMENT = Path("launch/examples/quickstart-teacher.txt")
 TEACHER = Path("runs/quickstart-teacher")
 OUTPUT = Path("runs/quickstart")
@@ -69,6 +70,8 @@ def main(overrides: Sequence[str]) -> int:
 
 def distil(output: Path, overrides: Sequence[str]) -> int:
     """Train teacher, student and baselines, ask the student, and return the exit code."""
+    if (code := write_rows(ROWS)) != 0:
+        return code
     settings = [*precision_overrides(), *teacher_overrides(TEACHER, output, REQUIREMENT)]
     code = megakd(["train", str(CONFIG), *settings, *overrides])
     if code != 0:
@@ -89,6 +92,14 @@ def output_of(overrides: Sequence[str]) -> Path:
     """
     given = [word for word in overrides if word.partition("=")[0].strip() == "output_dir"]
     return load_config(CONFIG, given).output_dir if given else OUTPUT
+
+
+def write_rows(folder: Path) -> int:
+    """Write the docstrings of six packages if they are not there, and return the exit code."""
+    if folder.is_dir():
+        return 0
+    print("quickstart: reading the docstrings of six installed packages", flush=True)
+    return subprocess.call([sys.executable, "launch/pydocs.py", "labels", str(folder)])
 
 
 def precision_overrides() -> tuple[str, ...]:

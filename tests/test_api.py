@@ -118,7 +118,7 @@ def test_a_mistake_is_an_error_of_megakd_and_the_next_call_works(results):
 
 @pytest.fixture
 def tree(tmp_path) -> dict:
-    return config_tree(tmp_path, {"type": "classification", "dataset": "pydocs"})
+    return config_tree(tmp_path, {"type": "classification", "dataset": "texts"})
 
 
 def test_a_config_may_be_a_path_a_mapping_or_a_config(tmp_path, tree):

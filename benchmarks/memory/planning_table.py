@@ -50,7 +50,7 @@ RUNS = {
 def run_config(name: str) -> dict[str, Any]:
     _, teacher, student = RUNS[name]
     is_encoder = student is None
-    task = {"type": "causal_lm", "dataset": "pydocs", "max_length": 2048}
+    task = {"type": "causal_lm", "dataset": "texts", "max_length": 2048}
     if is_encoder:
         task = {"type": "classification", "dataset": "glue/mrpc", "max_length": 128}
     rows = 8 if is_encoder else 4

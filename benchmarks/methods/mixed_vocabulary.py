@@ -14,12 +14,12 @@ CPU.
 * tasks: all models, and the teacher, learn tasks from labels; the last weights are scored.
 * table: means and deviations over the seeds, and the differences from `alone`, seed by seed.
 
-The text is that of `methods.homodistil` with the same held-out part, `--text pydocs`, scored on its
-test split, or `--text stories`, of which 5 % are held out. Losses are in nats per character, which
-compares vocabularies. Rows have as many tokens in every vocabulary, so a row of a large vocabulary
-has more characters. The teacher is that of `methods.homodistil`; `--quick` trains a tiny teacher.
-Each run has a folder below `--out`, by text. A run that was stopped is resumed, and a finished run
-is not repeated.
+The text is that of `methods.homodistil` with the same held-out part, `--text pydocs`, which `python
+launch/pydocs.py texts` writes, or `--text stories`, of which 5 % are held out. Losses are in nats
+per character, which compares vocabularies. Rows have as many tokens in every vocabulary, so a row
+of a large vocabulary has more characters. The teacher is that of `methods.homodistil`; `--quick`
+trains a tiny teacher. Each run has a folder below `--out`, by text. A run that was stopped is
+resumed, and a finished run is not repeated.
 """
 
 from __future__ import annotations
@@ -130,7 +130,8 @@ def text_section(given: argparse.Namespace) -> Config:
     if given.text == "books":
         task = books.text_task(given.out / "text", sizes.short)
     else:
-        dataset = "pydocs" if given.text == "pydocs" else str(given.data / stories.STORIES)
+        is_pydocs = given.text == "pydocs"
+        dataset = "runs/pydocs-texts" if is_pydocs else str(given.data / stories.STORIES)
         task = {"type": "mlm", "dataset": dataset, "max_length": sizes.short}
         task["max_eval_examples"] = sizes.task_scored
     return task | {"whole_word_masking": True}

@@ -14,5 +14,6 @@ REMOVED: Mapping[str, str] = {
     "rollout.files": "gone; give texts that exist as task.train_files, with prompt and completion",
     "rollout.keep_texts": "gone; texts since the oldest checkpoint stay; remove the key",
     "save.int8": "gone; megakd export --format onnx --int8 writes a graph with int8 weights",
+    "task.dataset: pydocs": "gone; set a folder that `python launch/pydocs.py labels` writes",
 }
 """By the path of a key, or by `path: value` for a choice of it."""

@@ -40,7 +40,7 @@ def hub_rows(task: TaskConfig, *, cache_dir: Path) -> Corpus:
 def hub_advice(task: TaskConfig) -> str:
     """Return what to do if the Hub data set of a task cannot be loaded."""
     return (
-        "task.dataset may also be pydocs, glue/<task>, or a local file or folder, but "
+        "task.dataset may also be glue/<task>, or a local file or folder, but "
         f"{task.data_name!r} does not exist on this machine"
     )
 

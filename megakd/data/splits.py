@@ -136,8 +136,6 @@ def _find(task: TaskConfig, cache_dir: Path) -> Corpus:
     # A run imports the reader of its own source alone.
     if task.mixture is not None:
         find = mixture_rows
-    elif task.dataset == "pydocs":
-        from megakd.data.pydocs import pydocs_rows as find
     elif (task.dataset or "").startswith("glue/"):
         from megakd.data.glue import glue_rows as find
     elif _is_on_hub(task) and task.streaming:

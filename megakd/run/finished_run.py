@@ -205,7 +205,7 @@ def _not_here(config: RunConfig, error: MegakdError) -> list[str]:
         for key, place in places(config)
         if key != "output_dir"
         and not key.endswith((".cache", ".chat_template"))
-        and place not in (FROM_TEACHER, STUDENT_BASE, "pydocs")
+        and place not in (FROM_TEACHER, STUDENT_BASE)
         and not glob.glob(str(in_home(place)), recursive=True)  # noqa: PTH207
         and (is_of_hub or isinstance(place, Path) or is_path(place) or names_files(key))
     )

@@ -152,7 +152,7 @@ def test_the_arms_of_a_mixed_vocabulary_differ_in_the_method_alone(data, load, t
     assert len({config.train for config in texts.values()}) == 1
     files = str(given.out / "text" / "train.jsonl") if text == "books" else None
     tasks = {(c.task.dataset, c.task.train_files, c.task.max_length) for c in texts.values()}
-    datasets = {"pydocs": "pydocs", "stories": str(data.resolve() / stories.STORIES)}
+    datasets = {"pydocs": "runs/pydocs-texts", "stories": str(data.resolve() / stories.STORIES)}
     assert tasks == {(datasets.get(text), files, 16)}
     methods = [texts[f"{arm}-1"].method for arm in ARMS]
     assert [(m.version, m.direction, m.embeddings) for m in methods] == [

@@ -37,8 +37,14 @@ TASK = [
     ("task.dataset=null", "task.dataset: missing, and it has no default; set task.dataset or task"),
     ("task.dataset=null; task.train_files=a; task.data_dir=b", "task.data_dir: supported only wit"),
     ("task.dataset=null; task.train_files=a; task.dataset_config=b", "task.dataset_config: suppor"),
-    ("task.text_columns=[a]", "task.text_columns: not supported with task.dataset pydocs"),
-    ("task.label_column=a", "task.label_column: not supported with task.dataset pydocs, which has"),
+    (
+        "task.dataset=pydocs",
+        "task.dataset: gone; set a folder that `python launch/pydocs.py lab",
+    ),
+    (
+        "task.dataset=glue/sst2; task.text_columns=[a]",
+        "task.text_columns: not supported with task.dataset glue/sst2",
+    ),
     (
         "task.dataset=glue/sst2; task.label_column=a",
         "task.label_column: not supported with task.dataset glue/sst2, which has its own columns",
@@ -64,7 +70,6 @@ STREAMS = [
     ("teacher.finetune.num_train_epochs=2", "teacher.finetune.max_steps: missing, and task.stream"),
     ("baselines=[alone]; alone={num_train_epochs: 2}", "alone.max_steps: missing, and task.stream"),
     ("task.validation_files=null", "no share of it can be held out; set task.validation_files, or"),
-    ("task={type: mlm, streaming: true, dataset: pydocs}", "task.dataset pydocs is small and is a"),
     ("task={type: mlm, streaming: true, dataset: glue/sst2}", "task.dataset glue/sst2 is small"),
     ("task.tokenizer={type: bpe}", "task.tokenizer: a bpe cannot be trained on a stream"),
     ("task.type=causal_lm; teacher.cache=c", "teacher.cache: cannot be combined with task.streami"),

@@ -26,7 +26,7 @@ from megakd.scoring.metrics import task_metrics
 
 CONFIG = {
     "output_dir": "runs/x",
-    "task": {"type": "classification", "dataset": "pydocs"},
+    "task": {"type": "classification", "dataset": "texts"},
     "teacher": {"model": "teacher"},
     "student": {"model": "student"},
     "method": {"name": "single"},
@@ -138,7 +138,7 @@ REFUSED = [
     ({"eval": {"metrics": ["json:loads"]}}, '[0]: "json:loads" is not a function(outputs'),
     ({"eval": {"metric": "no_such_module:x"}}, "module no_such_module cannot be imported"),
     (
-        {"objective": [HUBER], "task": {"type": "causal_lm", "dataset": "pydocs"}},
+        {"objective": [HUBER], "task": {"type": "causal_lm", "dataset": "texts"}},
         "supports only task.type classification, regression, and task.type is causal_lm",
     ),
     (

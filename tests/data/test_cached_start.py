@@ -22,7 +22,6 @@ from megakd.data import hub, readers
 from megakd.data.arrow import remembered_of, rows_key
 from megakd.data.encoding import encode_splits, tokenizer_content
 from megakd.data.loader import RowOrder
-from megakd.data.pydocs import pydocs_rows
 from megakd.data.splits import load_splits
 from megakd.data.step_layout import StepShape
 from megakd.data.vocabularies import train_tokenizer
@@ -133,22 +132,21 @@ def facts_of(folder: Path) -> str:
     """Keys of encoded rows, the order of a loader, the hash of a corpus and trained tokenizers."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
     rows = Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]})
-    corpus = TaskConfig(type="causal_lm", dataset="pydocs")
-    result = pydocs_rows(corpus, cache_dir=folder / "cache", roots=[folder / "site-packages"])
+    corpus = TaskConfig(type="causal_lm", dataset=str(folder / "texts"))
+    splits = load_splits(corpus, seed=0, cache_dir=folder / "cache")
     trained = [
         train_tokenizer(lambda: SENTENCES * 5, kind=kind, vocab_size=400, for_encoder=True)
         for kind in ("wordpiece", "bpe", "unigram")
     ]
-    facts = [tokenizer_content(tokenizer), rows_key(rows), result.source_hash]
+    facts = [tokenizer_content(tokenizer), rows_key(rows), splits.content_hash]
     facts.append(str(RowOrder(np.arange(50), StepShape(5, 1), seed=3)(13).tolist()))
     return json.dumps([*facts, *(made.backend_tokenizer.to_str() for made in trained)])
 
 
-def write(folder: Path, packages: tuple[str, ...]) -> Path:
-    for name in packages:
-        (folder / "site-packages" / name).mkdir(parents=True)
-        text = "\n".join(f'def f{n}():\n    """Of {name}: {SENTENCES[n]}"""' for n in range(3))
-        (folder / "site-packages" / name / "m.py").write_text(text, encoding="utf-8")
+def write(folder: Path, names: tuple[str, ...]) -> Path:
+    (folder / "texts").mkdir(parents=True)
+    for name in names:
+        (folder / "texts" / f"{name}.txt").write_text(f"Of {name}: {SENTENCES[0]}")
     chat_tokenizer("chatml").save_pretrained(folder / "tokenizer")
     return folder
 

@@ -14,11 +14,11 @@ from megakd.errors import ConfigError
 
 BASE = {
     "output_dir": "runs/x",
-    "task": {"type": "classification", "dataset": "pydocs"},
+    "task": {"type": "classification", "dataset": "texts"},
     "teacher": {"model": "teacher"},
     "student": {"model": "student"},
 }
-TEXT = {"task": {"type": "mlm", "dataset": "pydocs"}}
+TEXT = {"task": {"type": "mlm", "dataset": "texts"}}
 CUT = {"student": {"model": "from_teacher"}}
 POOL = {"teacher": None, "teachers": [{"name": n, "model": n} for n in ("small", "large")]}
 METHODS: dict[str, dict[str, Any]] = {
@@ -27,7 +27,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "direct": CUT,
     "shrink": {
         **CUT,
-        "task": {"type": "causal_lm", "dataset": "pydocs"},
+        "task": {"type": "causal_lm", "dataset": "texts"},
         "teacher": {"model": llama(2)},
         "method": {"parameters": "4B"},
     },

@@ -67,7 +67,7 @@ def packed(*documents: tuple[int, int], row: int = 64) -> Dataset:
 
 
 def prompts_of(rows: Dataset, kind: TaskType = "causal_lm", length: int = 64) -> Prompts:
-    task = TaskConfig(type=kind, dataset="pydocs", max_length=length)
+    task = TaskConfig(type=kind, dataset="texts", max_length=length)
     prompts = held_out_prompts(rows, Letters(), task, CPU)  # type: ignore[arg-type]
     assert prompts is not None
     return prompts
@@ -138,7 +138,7 @@ def test_a_masked_model_fills_hidden_tokens_that_are_not_special() -> None:
 
 def test_other_tasks_have_no_prompt_and_no_sample() -> None:
     rows = Dataset.from_dict({"input_ids": [[3, 4]], "label": [1]})
-    task = TaskConfig(type="classification", dataset="pydocs", max_length=64)
+    task = TaskConfig(type="classification", dataset="texts", max_length=64)
     prompts = held_out_prompts(rows, Letters(), task, CPU)  # type: ignore[arg-type]
 
     assert prompts is None

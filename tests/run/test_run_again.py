@@ -103,7 +103,7 @@ def test_a_finished_run_is_finished_wherever_its_servers_are(tmp_path):
     def asked(address, **server):
         url = [f"http://{address}:8000"]
         server = {"url": url, "push": "none", "model": "student", **server}
-        task = {"type": "causal_lm", "dataset": "pydocs", "tokenizer": "gpt2"}
+        task = {"type": "causal_lm", "dataset": "texts", "tokenizer": "gpt2"}
         rollout = {"max_new_tokens": 4, "prompt_tokens": 2, "server": server}
         method = {"name": "single"}
         return config_of(

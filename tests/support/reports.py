@@ -134,7 +134,7 @@ def language_report(**changes: Any) -> Report:
         return {"perplexity": perplexity, "loss": loss, "accuracy": 0.4}
 
     report = report_of(
-        task="pydocs",
+        task="texts",
         metric_name="perplexity",
         baselines={"alone": scored(16.0, 2.773)},
         stages=[],

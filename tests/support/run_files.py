@@ -11,7 +11,7 @@ from megakd.errors import ConfigError
 
 RUN = """
 output_dir: runs/x
-task: {type: classification, dataset: pydocs}
+task: {type: classification, dataset: texts}
 teacher: {model: teacher}
 student: {model: student}
 method: {name: single}

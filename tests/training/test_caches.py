@@ -103,7 +103,7 @@ def checked(tmp_path, family, *, cache="answers", server=None, **keys):
     model = {"model": "served", "server": server} if server else {"model": llama(2)}
     path = run_in(
         tmp_path,
-        {"type": "causal_lm", "dataset": "pydocs"},
+        {"type": "causal_lm", "dataset": "texts"},
         teacher={**model, **({"cache": str(tmp_path / cache)} if cache else {})},
         method={"name": "single"},
         objective=[{"loss": "soft_target_kl"}],

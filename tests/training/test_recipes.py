@@ -52,7 +52,7 @@ def two_teachers() -> RunConfig:
     finetune = FinetuneOverrides(max_steps=7, deepspeed="zero3")
     return RunConfig(
         output_dir=Path("out"),
-        task=TaskConfig(type="classification", dataset="pydocs"),
+        task=TaskConfig(type="classification", dataset="texts"),
         student=StudentConfig(model="student", deepspeed="zero1"),
         method=SkdbertConfig(name="skdbert"),
         teachers=(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megakd.config.checks.rules import Case, Rule, conflict, given, only, problems
+from megakd.config.removed import REMOVED
 from megakd.config.run import RunConfig
 from megakd.config.task import MixtureSource, TaskConfig, TokenizerConfig
 from megakd.contract.options import no_such_teacher
@@ -34,8 +35,8 @@ def task_problems(config: RunConfig) -> Iterator[str]:
                 yield no_such_teacher(config, key, name)
 
 
-def _is_built_in(task: TaskConfig) -> bool:
-    return task.dataset == "pydocs" or (task.dataset or "").startswith("glue/")
+def _is_glue(task: TaskConfig) -> bool:
+    return (task.dataset or "").startswith("glue/")
 
 
 _DATA: tuple[Rule[TaskConfig], ...] = (
@@ -44,6 +45,11 @@ _DATA: tuple[Rule[TaskConfig], ...] = (
         ".dataset",
         "missing, and it has no default; set task.dataset or task.train_files, or task.mixture for "
         "several sources",
+    ),
+    Rule(
+        lambda c: c.item.dataset == "pydocs" and not in_home("pydocs").exists(),
+        ".dataset",
+        REMOVED["task.dataset: pydocs"],
     ),
     *conflict(
         ".train_files .validation_files .test_files .mixture",
@@ -57,13 +63,13 @@ _DATA: tuple[Rule[TaskConfig], ...] = (
     ),
     *given(
         ".data_dir",
-        lambda c: not (c.item.dataset or "").startswith("glue/"),
+        lambda c: not _is_glue(c.item),
         "supported only with task.dataset glue/<task>; remove the key",
     ),
     *given(
         ".text_columns .label_column .dataset_config "
         ".messages_column .prompt_column .completion_column",
-        lambda c: _is_built_in(c.item),
+        lambda c: _is_glue(c.item),
         "not supported with task.dataset {task.dataset}, which has its own columns; remove the key",
     ),
     *only(".labelled_examples", ("classification", "regression")),
@@ -112,7 +118,7 @@ _CONVERSATIONS: tuple[Rule[TaskConfig], ...] = (
 )
 _STREAM: tuple[Rule[TaskConfig], ...] = (
     Rule(
-        lambda c: _is_built_in(c.item),
+        lambda c: _is_glue(c.item),
         ".streaming",
         "task.dataset {task.dataset} is small and is always read before training; remove the key, "
         "or name files or a data set of the Hub",
@@ -171,7 +177,7 @@ _ROUTED: tuple[Rule[TaskConfig], ...] = (
         "two",
     ),
     Rule(
-        lambda c: _is_built_in(c.item),
+        lambda c: _is_glue(c.item),
         ".dataset",
         "the rows of {task.dataset} name no teachers, which method {method} needs; use files, a "
         "folder or a data set of the Hub with a column of teachers",
