@@ -47,7 +47,6 @@ class Case:
     mixture: tuple[tuple[str, float], ...] = (("forward_kl", 1.0),)
     ce_weight: float = 0.0
     temperature: float = 1.0
-    logits_dtype: str = "fp32"
     chunk_mb: float | None = None
     heads: int = 32
     mode: Literal["fwd_bwd", "fwd"] = "fwd_bwd"
@@ -130,7 +129,6 @@ def _variants(quick: Case, full: Case) -> tuple[Case, ...]:
         replace(full, name="mixture", mixture=tuple(kl.items()), ce_weight=1.0),
         replace(full, name="forward_kl-t2", temperature=2.0),
         replace(full, name="forward_kl-loss", mode="fwd"),
-        replace(full, name="forward_kl-bf16_logits", logits_dtype="bf16"),
         replace(quick, name="ce", kind="linear_ce", ht=0, mixture=(), ce_weight=1.0),
         replace(quick, name="stats", kind="linear_stats", ce_weight=1.0, mode="fwd"),
         replace(quick, name="topk", kind="topk", ht=0),

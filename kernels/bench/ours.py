@@ -50,7 +50,7 @@ def _linear_kd(problem: Problem, impl: str) -> Tensor:
     return mk.linear_kd_loss(
         problem.student, problem.student_weight, problem.teacher, problem.teacher_weight,
         problem.labels if problem.case.ce_weight else None,
-        logits_dtype=problem.case.logits_dtype, impl=impl, **_divergence_options(problem.case),
+        impl=impl, **_divergence_options(problem.case),
     ).loss  # fmt: skip
 
 

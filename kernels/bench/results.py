@@ -130,7 +130,5 @@ def _logits_dtype(case: Case, implementation: str) -> str:
     """Type of the logits; "" if the peer chooses it, or there are no logits."""
     if case.kind in {"hidden_mse", "hidden_cosine"} or case.name == CEILING:
         return ""
-    who = find(implementation)
-    if who.is_ours:
-        return case.logits_dtype
-    return case.dtype if who.logits == "dtype" else who.logits
+    logits = find(implementation).logits
+    return case.dtype if logits == "dtype" else logits

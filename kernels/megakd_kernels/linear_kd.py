@@ -65,7 +65,6 @@ def linear_kd_loss(  # noqa: PLR0913, the public contract: options are keyword-o
     softcap_t: float | None = None,
     logit_scale_s: float = 1.0,
     logit_scale_t: float = 1.0,
-    logits_dtype: str = "fp32",
     chunk_mb: float | None = None,
     process_group: ProcessGroup | None = None,
     vocab_start: int = 0,
@@ -113,8 +112,6 @@ def linear_kd_loss(  # noqa: PLR0913, the public contract: options are keyword-o
         softcap_t: the same for the teacher.
         logit_scale_s: factor of the student's raw logits, before the cap.
         logit_scale_t: the same for the teacher.
-        logits_dtype: "fp32", or "bf16" to round the logits as a bf16 model does; it takes more
-            time and as much memory.
         chunk_mb: budget of the chunk buffers in MiB; None: a fortieth of the GPU's memory,
             between 1024 and 4096 (64 on a CPU).
         process_group: ranks that share the vocabulary; every rank has the same rows and a slice
@@ -133,7 +130,7 @@ def linear_kd_loss(  # noqa: PLR0913, the public contract: options are keyword-o
     objective = Objective(
         divergence=divergence, beta=beta, skew=skew, temperature=temperature,
         t_squared=t_squared, kd_weight=kd_weight, ce_weight=ce_weight, reduction=reduction,
-        num_items=num_items, logits_dtype=logits_dtype, chunk_mb=chunk_mb,
+        num_items=num_items, chunk_mb=chunk_mb,
     )  # fmt: skip
     warps = (warp("s", logit_scale_s, softcap_s), warp("t", logit_scale_t, softcap_t))
     student = checked_side("student", student_hidden, student_weight, student_bias)
@@ -196,18 +193,14 @@ def _reference(
     # Rows that do not count must not reach the weight's gradient: 0 times NaN is NaN there.
     valid = rows.valid[:, None]
     with without_autocast(student.hidden.device):
-        logits = _full_logits(student, valid, dtype, objective)
+        logits = _full_logits(student, valid, dtype)
         with torch.no_grad():
-            soft = None if teacher is None else _full_logits(teacher, valid, dtype, objective)
+            soft = None if teacher is None else _full_logits(teacher, valid, dtype)
         return reference.kd_loss(logits, soft, rows, objective, shared, warps)
 
 
-def _full_logits(side: Side, valid: Tensor, dtype: torch.dtype, objective: Objective) -> Tensor:
-    hidden = torch.where(valid, side.hidden, 0)
-    logits = reference.project(hidden, side.weight, side.bias, dtype)
-    if objective.logits_dtype == "bf16":
-        return logits.to(torch.bfloat16).to(dtype)
-    return logits
+def _full_logits(side: Side, valid: Tensor, dtype: torch.dtype) -> Tensor:
+    return reference.project(torch.where(valid, side.hidden, 0), side.weight, side.bias, dtype)
 
 
 def _formed(

@@ -116,6 +116,5 @@ def operator_options(
         vocab_start,
         group,
         implementation,
-        objective.logits_dtype == "bf16",
         objective.chunk_mb or 0.0,
     )  # fmt: skip

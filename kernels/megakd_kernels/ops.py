@@ -49,7 +49,6 @@ class FlatPlan(NamedTuple):
     vocab_start: int
     group: str
     implementation: str
-    round_logits: bool
     chunk_mb: float
 
     def unpack(self, *, with_teacher: bool, with_gradient: bool) -> RowPlan:
@@ -97,13 +96,12 @@ def linear_kd(  # noqa: PLR0913, PLR0917, an operator takes flat arguments
     vocab_start: int,
     group: str,
     implementation: str,
-    round_logits: bool,  # noqa: FBT001
     chunk_mb: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return total, divergences [n_div, N], ce, agrees [N]; gradients of hidden, weight, bias."""
     flat = FlatPlan(
         divergences, weights, numbers, shared, with_ce, vocab_start, group, implementation,
-        round_logits, chunk_mb,
+        chunk_mb,
     )  # fmt: skip
     student = Side(student_hidden, student_weight, student_bias)
     teacher = None
@@ -152,9 +150,6 @@ def _linear_rows(
             target = buffers[1][: len(logits)]
             kept = masked_rows(teacher.hidden[rows], factors.valid[rows], dtype)
             project_into(target, kept, teacher.weight, teacher.bias)
-        for rounded in (logits, target) if flat.round_logits else ():
-            if rounded is not None:
-                rounded.copy_(rounded.to(torch.bfloat16))
         scorer.run_(rows, logits, target, gradient)
 
     run_chunks(used, score, formed, valid=factors.valid, plan=sizes, logits=buffers[0])
@@ -168,9 +163,9 @@ def _with_biases_of_rows(
 ) -> tuple[Side, Side | None, Biases]:
     """Take the biases out of both models if the row kernel adds them as it reads the logits.
 
-    A pass of their own would move 8 bytes a logit. Logits are rounded with their bias.
+    A pass of their own would move 8 bytes a logit.
     """
-    if flat.round_logits or not runs_kernels(flat.implementation, dtype):
+    if not runs_kernels(flat.implementation, dtype):
         return student, teacher, NO_BIASES
     if teacher is None:
         return student._replace(bias=None), None, Biases(student.bias)
@@ -224,13 +219,12 @@ def logits_kd(  # noqa: PLR0913, PLR0917, an operator takes flat arguments
     vocab_start: int,
     group: str,
     implementation: str,
-    round_logits: bool,  # noqa: FBT001
     chunk_mb: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return total, divergences [n_div, N], ce [N], agrees [N], gradient of the logits [N, V]."""
     flat = FlatPlan(
         divergences, weights, numbers, shared, with_ce, vocab_start, group, implementation,
-        round_logits, chunk_mb,
+        chunk_mb,
     )  # fmt: skip
     factors = RowFactors(valid=valid, labels=labels, kd=kd_factor, ce=ce_factor)
     plan = flat.unpack(with_teacher=teacher_logits is not None, with_gradient=needed)

@@ -23,7 +23,6 @@ from megakd_kernels.row_plan import Warp
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_rkl", "tvd")
 REDUCTIONS = ("sum", "mean", "num_items", "none")
 IMPLEMENTATIONS = ("auto", "triton", "chunked", "reference")
-LOGITS_DTYPES = ("fp32", "bf16")
 ENVIRONMENT_VARIABLE = "MEGAKD_KERNELS"
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -98,7 +97,6 @@ class Objective:
     ce_weight: Number
     reduction: str
     num_items: Number | None
-    logits_dtype: str = "fp32"
     chunk_mb: float | None = None
     with_entropy: bool = False
     mixture: tuple[tuple[str, float], ...] = field(init=False)
@@ -114,7 +112,6 @@ class Objective:
             raise ValueError(f"skew must lie in [0, 1), got {self.skew}")
         if self.chunk_mb is not None and not self.chunk_mb > 0:
             raise ValueError(f"chunk_mb must be above 0, got {self.chunk_mb}")
-        one_of("logits_dtype", self.logits_dtype, LOGITS_DTYPES)
         check_constants(
             kd_weight=self.kd_weight, ce_weight=self.ce_weight, num_items=self.num_items
         )

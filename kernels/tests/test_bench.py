@@ -182,7 +182,6 @@ class TestPeers:
             ("trl-chunks", {"mixture": (("tvd", 1.0),)}, "cpu", "has no tvd"),
             ("eager", {"chunk_mb": 512}, "cuda", "has no budget"),
             ("trl-chunks", {"ce_weight": 1.0}, "cpu", "computes no weighted sum"),
-            ("eager", {"logits_dtype": "bf16"}, "cpu", "no choice of precision"),
             ("eager", {}, "cpu", None),
         ],
     )

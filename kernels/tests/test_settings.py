@@ -42,7 +42,6 @@ LEARNED = torch.ones((), requires_grad=True)
         ({"num_items": 3}, "reduction 'sum' with num_items 3"),
         ({"reduction": "num_items", "num_items": 0}, "num_items must be above 0, got 0"),
         ({"reduction": "none"}, "reduction 'none' has no gradient"),
-        ({"logits_dtype": "fp8"}, "unknown logits_dtype 'fp8'; known: fp32, bf16"),
         ({"impl": "cuda"}, "unknown impl 'cuda'; known: auto, triton, chunked, reference"),
         ({"vocab_size": 6}, "vocab_size 6 must lie in 1..5: the student has 7 ids and the te"),
         ({"vocab_size": 0}, "vocab_size 0 must lie in 1..5"),

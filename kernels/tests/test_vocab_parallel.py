@@ -16,7 +16,7 @@ OPTIONS = [
     {"divergence": ALL, "ce_weight": 0.7, "temperature": 2.5},
     {"divergence": "forward_kl", "ce_weight": 1.0},
     {"divergence": ALL, "ce_weight": 0.7, "softcap_s": 3.0, "logit_scale_t": 0.5},
-    {"divergence": ALL, "vocab_size": 29, "reduction": "mean", "logits_dtype": "bf16"},
+    {"divergence": ALL, "vocab_size": 29, "reduction": "mean"},
     {"divergence": ALL, "ce_weight": 0.7, "chunk_mb": 0.001},
 ]
 # Ids of the student and of the teacher, and where both heads are cut: in the middle, with a
