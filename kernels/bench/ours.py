@@ -20,7 +20,7 @@ from megakd_kernels.chunking import (
     project_into,
     slices,
 )
-from megakd_kernels.row_plan import RowPlan, WholeRows
+from megakd_kernels.row_plan import RowPlan
 from megakd_kernels.row_terms import RowFactors, RowScorer, row_kernel
 from megakd_kernels.settings import resolve_implementation
 
@@ -94,7 +94,7 @@ def _rows(problem: Problem, impl: str) -> Tensor:
     )  # fmt: skip
     valid = torch.ones(count, dtype=torch.bool, device=problem.student.device)
     factors = RowFactors(valid=valid, labels=None, kd=valid.float(), ce=(~valid).float())
-    kernel = row_kernel(impl, plan, WholeRows(), block=ROWS_PER_LAUNCH, like=factors.kd)
+    kernel = row_kernel(impl, plan, block=ROWS_PER_LAUNCH, like=factors.kd)
     scorer = RowScorer(kernel, plan, factors, ROWS_PER_LAUNCH)
     gradient = torch.empty_like(problem.student[:ROWS_PER_LAUNCH], dtype=DTYPES[case.dtype])
     for part in slices(count, ROWS_PER_LAUNCH):

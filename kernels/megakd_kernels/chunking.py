@@ -52,16 +52,13 @@ def chunk_budget(card_bytes: int | None) -> float:
     return min(MOST_CHUNK_MB, max(LEAST_CHUNK_MB, part))
 
 
-def chunk_budget_on(device: torch.device, chunk_mb: float, *, has_shards: bool = False) -> float:
-    """Return the budget that a caller names, in MiB, or the default of the device for 0.
-
-    Ranks that share a vocabulary need equal chunks, and their GPUs may differ.
-    """
+def chunk_budget_on(device: torch.device, chunk_mb: float) -> float:
+    """Return the budget that a caller names, in MiB, or the default of the device for 0."""
     if chunk_mb:
         return chunk_mb
     if device.type == "cpu":
         return CPU_CHUNK_MB
-    if device.type != "cuda" or has_shards:
+    if device.type != "cuda":
         return LEAST_CHUNK_MB
     return chunk_budget(torch.cuda.get_device_properties(device).total_memory)
 

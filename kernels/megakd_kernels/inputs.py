@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from megakd_kernels.vocab_parallel import Shard
 
 
 class Rows(NamedTuple):
@@ -188,7 +185,7 @@ def check_not_sharded(name: str, weight: Tensor | None) -> None:
     )
 
 
-def check_labels(labels: Tensor, is_known: Tensor, ignore_index: int, named: str) -> None:
+def check_labels(labels: Tensor, is_known: Tensor, ignore_index: int, ids: int) -> None:
     """Check on a CPU that the labels are ids of the student.
 
     On an accelerator the check would wait for the device. There a label outside the vocabulary
@@ -202,19 +199,19 @@ def check_labels(labels: Tensor, is_known: Tensor, ignore_index: int, named: str
     is_right = is_known | (labels == ignore_index)
     if not is_right.all():
         raise ValueError(
-            f"label {int(labels[~is_right][0])} is not one of the student's ids, {named}, and not "
-            f"ignore_index {ignore_index}"
+            f"label {int(labels[~is_right][0])} is not one of the student's ids, 0 to {ids - 1}, "
+            f"and not ignore_index {ignore_index}"
         )
 
 
-def select_rows(count: int, *, like: Tensor, masks: Masks, ids: Shard | None) -> Rows:
+def select_rows(count: int, *, like: Tensor, masks: Masks, ids: int | None) -> Rows:
     """Flatten and combine the masks.
 
     Args:
         count: N.
         like: gives dtype and device.
         masks: masks that the caller passed, checked.
-        ids: ids of the student; None if the labels only mark the rows that count.
+        ids: number of ids of the student; None if the labels only mark the rows that count.
 
     Raises:
         ValueError: (on a CPU) a label is not an id of the student.
@@ -238,8 +235,8 @@ def select_rows(count: int, *, like: Tensor, masks: Masks, ids: Shard | None) ->
         return Rows(counted, weight, torch.zeros_like(labels), torch.where(labelled, weight, 0))
     # A row that does not count may hold any label.
     labels, labelled = torch.where(counted, labels, masks.ignore_index), labelled & counted
-    is_known = ids.known(labels)
-    check_labels(labels, is_known, masks.ignore_index, ids.named)
+    is_known = (labels >= 0) & (labels < ids)
+    check_labels(labels, is_known, masks.ignore_index, ids)
     hard_weight = torch.where(labelled, torch.where(is_known, weight, math.nan * weight), 0)
     return Rows(counted, weight, torch.where(is_known & counted, labels, 0), hard_weight)
 

@@ -6,8 +6,6 @@ Shapes: N rows, V vocabulary, H width (Hs student, Ht teacher).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
@@ -19,6 +17,7 @@ from megakd_kernels.inputs import (
     check_constants,
     needs_gradient,
     select_rows,
+    shared_vocabulary,
     without_autocast,
 )
 from megakd_kernels.linear_chunks import Side
@@ -34,10 +33,6 @@ from megakd_kernels.settings import (
     resolve_implementation,
     warp,
 )
-from megakd_kernels.vocab_parallel import Shard
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 
 def linear_kd_loss(  # noqa: PLR0913, the public contract: options are keyword-only
@@ -66,8 +61,6 @@ def linear_kd_loss(  # noqa: PLR0913, the public contract: options are keyword-o
     logit_scale_s: float = 1.0,
     logit_scale_t: float = 1.0,
     chunk_mb: float | None = None,
-    process_group: ProcessGroup | None = None,
-    vocab_start: int = 0,
     impl: str = "auto",
 ) -> KDOutput:
     """Return soft-target divergences and hard-label cross-entropy of two LM heads, in nats.
@@ -114,10 +107,6 @@ def linear_kd_loss(  # noqa: PLR0913, the public contract: options are keyword-o
         logit_scale_t: the same for the teacher.
         chunk_mb: budget of the chunk buffers in MiB; None: a fortieth of the GPU's memory,
             between 1024 and 4096 (64 on a CPU).
-        process_group: ranks that share the vocabulary; every rank has the same rows and a slice
-            of both heads, cut at the same ids. Labels and vocab_size refer to the whole
-            vocabulary; the result is the same on all ranks.
-        vocab_start: first id of this rank's slice.
         impl: "triton", "chunked", "reference", or "auto", which MEGAKD_KERNELS overrides.
 
     Returns:
@@ -142,14 +131,15 @@ def linear_kd_loss(  # noqa: PLR0913, the public contract: options are keyword-o
         needs_grad=any(needs_gradient(tensor) for tensor in student),
     )
     check_constants(token_weight=token_weight)
-    shard = Shard(ids=len(student.weight), start=vocab_start, limit=vocab_size, group=process_group)
+    ids = len(student.weight)
+    shared = ids if teacher is None else shared_vocabulary(ids, len(teacher.weight), vocab_size)
     like = student.hidden.new_empty((), dtype=heads_dtype(student, teacher))
     masks = Masks(labels, token_weight, ignore_index).checked(student_hidden.shape[:-1])
     rows = select_rows(
-        len(student.hidden), like=like, masks=masks, ids=shard if objective.wants_ce else None
+        len(student.hidden), like=like, masks=masks, ids=ids if objective.wants_ce else None
     )
     implementation = resolve_implementation(impl, student.hidden.device)
-    output = solve((student, teacher), rows, objective, warps, shard, implementation)
+    output = solve((student, teacher), rows, objective, warps, shared, implementation)
     if reduction == "none":
         return output._replace(loss=output.loss.reshape(student_hidden.shape[:-1]))
     return output
@@ -160,25 +150,15 @@ def solve(
     rows: Rows,
     objective: Objective,
     warps: tuple[Warp, Warp],
-    shard: Shard,
+    shared: int,
     implementation: Implementation,
 ) -> KDOutput:
     """Return the loss of checked heads and rows, on one code path."""
     student, teacher = heads
-    shared = shard.shared(None if teacher is None else len(teacher.weight))
     if implementation == "reference":
-        _refuse_shards(shard.group)
         return _reference(student, teacher, rows, objective, shared, warps)
-    options = operator_options(objective, shared, warps, implementation, shard.operator)
+    options = operator_options(objective, shared, warps, implementation)
     return _formed(student, teacher, rows, objective, options)
-
-
-def _refuse_shards(group: ProcessGroup | None) -> None:
-    if group is not None:
-        raise ValueError(
-            "impl 'reference' forms whole rows and does not support a process_group; use another "
-            "impl"
-        )
 
 
 def _reference(

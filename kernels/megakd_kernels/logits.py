@@ -34,7 +34,6 @@ from megakd_kernels.settings import (
     is_small,
     resolve_implementation,
 )
-from megakd_kernels.vocab_parallel import Shard
 
 _OPTIONS = (
     "divergence", "beta", "skew", "temperature", "t_squared", "kd_weight", "ce_weight",
@@ -150,10 +149,8 @@ _known_objective = functools.lru_cache(maxsize=16)(_new_objective)
 
 def _select(student: Tensor, teacher: Tensor | None, masks: Masks, objective: Objective) -> Rows:
     like = student.new_empty((), dtype=compute_dtype(student, teacher))
-    ids = Shard(ids=student.shape[1])
-    return select_rows(
-        len(student), like=like, masks=masks, ids=ids if objective.wants_ce else None
-    )
+    ids = student.shape[1] if objective.wants_ce else None
+    return select_rows(len(student), like=like, masks=masks, ids=ids)
 
 
 def _flatten(

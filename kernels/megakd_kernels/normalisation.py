@@ -92,17 +92,9 @@ def _relative(
 
 
 def operator_options(
-    objective: Objective,
-    shared: int,
-    warps: tuple[Warp, Warp],
-    implementation: Implementation,
-    shard: tuple[int, str] = (0, ""),
+    objective: Objective, shared: int, warps: tuple[Warp, Warp], implementation: Implementation
 ) -> tuple[object, ...]:
-    """Return the options as flat operator arguments, in the order of `ops.FlatPlan`.
-
-    shard: the first id of this rank, and the name of the process group.
-    """
-    vocab_start, group = shard
+    """Return the options as flat operator arguments, in the order of `ops.FlatPlan`."""
     student, teacher = warps
     return (
         ",".join(name for name, _ in objective.mixture),
@@ -113,8 +105,6 @@ def operator_options(
         ],
         shared,
         objective.wants_ce,
-        vocab_start,
-        group,
         implementation,
         objective.chunk_mb or 0.0,
     )  # fmt: skip

@@ -26,10 +26,9 @@ from megakd_kernels.chunking import (
 from megakd_kernels.formed import register_formed_gradients
 from megakd_kernels.inputs import all_count, rows_to_keep
 from megakd_kernels.linear_chunks import Needed, Side, StudentGradients, run_chunks
-from megakd_kernels.row_plan import NO_BIASES, Biases, Reduce, RowPlan, Warp, WholeRows
+from megakd_kernels.row_plan import NO_BIASES, Biases, RowPlan, Warp
 from megakd_kernels.row_terms import RowFactors, RowScorer, RowValues, row_kernel
 from megakd_kernels.settings import formed_dtype, runs_kernels
-from megakd_kernels.vocab_parallel import GroupReduce
 
 
 class FlatPlan(NamedTuple):
@@ -37,8 +36,7 @@ class FlatPlan(NamedTuple):
 
     divergences: names joined by commas; weights: the weight of each divergence.
     numbers: beta, skew, temperature, value_scale, then scale and softcap of student and teacher.
-    shared, with_ce, vocab_start: as in `RowPlan`.
-    group: name of the process group whose ranks share the vocabulary; "" for none.
+    shared, with_ce: as in `RowPlan`.
     """
 
     divergences: str
@@ -46,8 +44,6 @@ class FlatPlan(NamedTuple):
     numbers: Sequence[float]
     shared: int
     with_ce: bool
-    vocab_start: int
-    group: str
     implementation: str
     chunk_mb: float
 
@@ -66,13 +62,7 @@ class FlatPlan(NamedTuple):
             with_gradient=with_gradient,
             student_warp=Warp(*warps[:2]),
             teacher_warp=Warp(*warps[2:]),
-            vocab_start=self.vocab_start,
-            has_shards=bool(self.group),
         )
-
-    def reduce(self) -> Reduce:
-        """Return the object that joins the parts of a row."""
-        return GroupReduce(self.group) if self.group else WholeRows()
 
 
 @torch.library.custom_op("megakd::linear_kd", mutates_args=())
@@ -93,16 +83,11 @@ def linear_kd(  # noqa: PLR0913, PLR0917, an operator takes flat arguments
     numbers: Sequence[float],
     shared: int,
     with_ce: bool,  # noqa: FBT001
-    vocab_start: int,
-    group: str,
     implementation: str,
     chunk_mb: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return total, divergences [n_div, N], ce, agrees [N]; gradients of hidden, weight, bias."""
-    flat = FlatPlan(
-        divergences, weights, numbers, shared, with_ce, vocab_start, group, implementation,
-        chunk_mb,
-    )  # fmt: skip
+    flat = FlatPlan(divergences, weights, numbers, shared, with_ce, implementation, chunk_mb)
     student = Side(student_hidden, student_weight, student_bias)
     teacher = None
     if teacher_hidden is not None and teacher_weight is not None:
@@ -136,10 +121,9 @@ def _linear_rows(
     plan = flat.unpack(with_teacher=teacher is not None, with_gradient=needed.any)
     widths = [len(used.weight)] + ([] if teacher is None else [len(teacher.weight)])
     sizes = _sizes(len(used.hidden), widths, used.hidden, factors.kd, flat)
-    reduce = flat.reduce()
     used, teacher, biases = _with_biases_of_rows(used, teacher, flat, dtype)
     kernel = row_kernel(
-        flat.implementation, plan, reduce, block=sizes.block, like=factors.kd, biases=biases
+        flat.implementation, plan, block=sizes.block, like=factors.kd, biases=biases
     )
     scorer = RowScorer(kernel, plan, factors, sizes.block)
     buffers = logits_buffers(min(sizes.chunk, len(used.hidden)), widths, factors.kd)
@@ -154,7 +138,6 @@ def _linear_rows(
 
     run_chunks(used, score, formed, valid=factors.valid, plan=sizes, logits=buffers[0])
     formed.finish(len(used.weight))
-    (formed.hidden,) = reduce.totals([formed.hidden])
     return scorer.values(), formed
 
 
@@ -174,17 +157,10 @@ def _with_biases_of_rows(
 
 
 def _sizes(rows: int, widths: list[int], hidden: Tensor, like: Tensor, flat: FlatPlan) -> ChunkPlan:
-    if flat.group:
-        # Ranks meet in every chunk, so the widest parts decide for all of them.
-        (widest,) = flat.reduce().maxima([torch.tensor(widths, device=like.device)])
-        widths = widest.tolist()
-    plan = plan_row_chunks(
+    return plan_row_chunks(
         rows, widths=tuple(widths), like=like, gradient=gradient_dtype(hidden, like.dtype),
-        chunk_mb=chunk_budget_on(like.device, flat.chunk_mb, has_shards=bool(flat.group)),
-        implementation=flat.implementation,
+        chunk_mb=chunk_budget_on(like.device, flat.chunk_mb), implementation=flat.implementation,
     )  # fmt: skip
-    # Each block costs three collectives if its rows lie on several ranks.
-    return plan._replace(block=plan.chunk) if flat.group else plan
 
 
 @linear_kd.register_fake
@@ -216,16 +192,11 @@ def logits_kd(  # noqa: PLR0913, PLR0917, an operator takes flat arguments
     numbers: Sequence[float],
     shared: int,
     with_ce: bool,  # noqa: FBT001
-    vocab_start: int,
-    group: str,
     implementation: str,
     chunk_mb: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return total, divergences [n_div, N], ce [N], agrees [N], gradient of the logits [N, V]."""
-    flat = FlatPlan(
-        divergences, weights, numbers, shared, with_ce, vocab_start, group, implementation,
-        chunk_mb,
-    )  # fmt: skip
+    flat = FlatPlan(divergences, weights, numbers, shared, with_ce, implementation, chunk_mb)
     factors = RowFactors(valid=valid, labels=labels, kd=kd_factor, ce=ce_factor)
     plan = flat.unpack(with_teacher=teacher_logits is not None, with_gradient=needed)
     soft = None if teacher_logits is None else teacher_logits[:, :shared]
@@ -260,7 +231,7 @@ def _score_with_kernel(
     chunk = count
     if not all(map(_are_aligned, given)):
         chunk = _sizes(count, [each.shape[1] for each in given], student, factors.kd, flat).chunk
-    kernel = row_kernel(flat.implementation, plan, flat.reduce(), block=chunk, like=factors.kd)
+    kernel = row_kernel(flat.implementation, plan, block=chunk, like=factors.kd)
     scorer = RowScorer(kernel, plan, factors, max(chunk, 1))
     for rows in slices(count, max(chunk, 1)):
         soft = None if teacher is None else _aligned(teacher[rows])
@@ -292,9 +263,7 @@ def _score_in_torch(
     count, width = student.shape
     widths = [width] + ([] if teacher is None else [teacher.shape[1]])
     sizes = _sizes(count, widths, factors.kd, factors.kd, flat)
-    kernel = row_kernel(
-        flat.implementation, plan, flat.reduce(), block=sizes.block, like=factors.kd
-    )
+    kernel = row_kernel(flat.implementation, plan, block=sizes.block, like=factors.kd)
     scorer = RowScorer(kernel, plan, factors, sizes.block)
     # The loss works in place: in the gradient if it is needed, else in a buffer of one chunk.
     needed = plan.with_gradient
@@ -317,9 +286,9 @@ def _(  # noqa: PLR0913, PLR0917, the signature of the operator
     student_logits: Tensor, teacher_logits: Tensor | None, valid: Tensor, labels: Tensor | None,
     kd_factor: Tensor, ce_factor: Tensor, needed: bool, divergences: str,  # noqa: FBT001
     weights: Sequence[float], numbers: Sequence[float], shared: int, with_ce: bool,  # noqa: FBT001
-    vocab_start: int, group: str, implementation: str, *options: object,
+    implementation: str, *options: object,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    del labels, ce_factor, weights, numbers, shared, with_ce, vocab_start, group, options
+    del labels, ce_factor, weights, numbers, shared, with_ce, options
     values = _empty_values(kd_factor, valid, divergences, with_teacher=teacher_logits is not None)
     gradient = _gradient_of_logits(student_logits, kd_factor, implementation, needed=needed)
     return (*values, gradient)

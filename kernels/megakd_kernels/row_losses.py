@@ -9,8 +9,7 @@ of the block (or, for the forward KL, into a factor of p), and its sum q g into 
 Numerics: the row maximum and log Z are kept separate (log q = (a - max) - log Z). The gap is
 formed from the raw logits, because the difference of close logits is exact; a large shift between
 the models is subtracted first. The difference of two log Z is log1p of a quotient. The rounding
-of large logits therefore does not hide small differences between student and teacher. A row may
-lie on several ranks: `Reduce` joins its parts, in three rounds for any loss (maxima; sums; means).
+of large logits therefore does not hide small differences between student and teacher.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megakd_kernels.row_mixtures import MIXTURE_TERMS, Block
-from megakd_kernels.row_plan import Reduce, RowInputs, RowPlan, RowTerms, Scratch, Warp
+from megakd_kernels.row_mixtures import LIMITS_GAP, MIXTURE_TERMS, Block
+from megakd_kernels.row_plan import RowInputs, RowPlan, RowTerms, Scratch, Warp
 
 LOG2 = math.log(2.0)
 # Represents log(p / 0): its product with 0 is 0, and its product with a probability above 1e-30
@@ -40,7 +39,6 @@ class RowLosses:
 
     plan: RowPlan
     scratch: Scratch
-    reduce: Reduce
 
     def run_(
         self, student: Tensor, teacher: Tensor | None, inputs: RowInputs, gradient: Tensor | None
@@ -74,7 +72,7 @@ class RowLosses:
         return derivative
 
     def _with_teacher_(self, student: Tensor, teacher: Tensor, inputs: RowInputs) -> RowTerms:
-        plan, reduce = self.plan, self.reduce
+        plan = self.plan
         hard = None
         if plan.with_ce and inputs.labels is not None and not plan.shares_softmax(student.shape[1]):
             hard = self._hard_softmax(student, inputs.labels, self._take("hard", student))
@@ -82,17 +80,13 @@ class RowLosses:
         if plan.with_ce and inputs.labels is not None and hard is None:
             target = student.gather(1, inputs.labels[:, None])
         block, peak, agrees = self._compare_(student[:, : plan.shared], teacher)
-        terms = [MIXTURE_TERMS[name] for name, _ in plan.mixture]
-        # Terms that mix p and q run last because they limit the gap.
-        order = sorted(range(len(terms)), key=lambda index: terms[index].limits_gap)
-        factors = [(inputs.kd_factor * weight)[:, None] for _, weight in plan.mixture]
-        partial = {i: terms[i].partial_sums(block, factors[i], plan) for i in order}
-        sums = iter(reduce.totals([s for i in order for s in partial[i]]))
         values = dict[int, Tensor]()
-        for i in order:
-            mine = [next(sums) for _ in partial[i]]
-            values[i] = terms[i].finish(block, mine, factors[i], plan).squeeze(1)
-        divergences = torch.stack([values[i] for i in range(len(terms))])
+        # Terms that mix p and q run last because they limit the gap.
+        for i in sorted(range(len(plan.mixture)), key=lambda i: plan.mixture[i][0] in LIMITS_GAP):
+            name, weight = plan.mixture[i]
+            factor = (inputs.kd_factor * weight)[:, None]
+            values[i] = MIXTURE_TERMS[name](block, factor, plan).squeeze(1)
+        divergences = torch.stack([values[i] for i in range(len(values))])
         # Rounding may give -1e-7 if the exact value is 0 or slightly above 0.
         divergences = divergences.clamp_(min=0.0).mul_(plan.value_scale)
         ce = self._cross_entropy(block, peak, target, hard, inputs)
@@ -112,44 +106,28 @@ class RowLosses:
         return RowTerms(empty, hard.loss.squeeze(1), hard.is_right)
 
     def _hard_softmax(self, student: Tensor, labels: Tensor, out: Tensor) -> _HardSoftmax:
-        reduce = self.reduce
-        target = self._own_target(student, labels)
-        (peak,) = reduce.maxima([_row_maximum(student)])
+        target = student.gather(1, labels[:, None])
+        peak = student.amax(-1, keepdim=True)
         torch.sub(student, peak, out=out).mul_(1 / LOG2).exp2_()
-        total, target = reduce.totals([out.sum(-1, keepdim=True), target])
+        total = out.sum(-1, keepdim=True)
         is_right = (target == peak).squeeze(1)
         return _HardSoftmax((peak - target) + total.log(), out, total, is_right)
 
-    def _own_target(self, student: Tensor, labels: Tensor) -> Tensor:
-        """Return [R, 1]: the logit of the label on the rank that has the id, 0 on other ranks."""
-        if not self.plan.has_shards:
-            return student.gather(1, labels[:, None])
-        index, is_here = self._own_label(labels, student.shape[1])
-        if student.shape[1] == 0:
-            return torch.zeros_like(student[:, :1].sum(1, keepdim=True))
-        return torch.where(is_here[:, None], student.gather(1, index[:, None]), 0)
-
-    def _own_label(self, labels: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        index = labels - self.plan.vocab_start
-        is_here = (index >= 0) & (index < width)
-        return torch.where(is_here, index, 0), is_here
-
     def _compare_(self, student: Tensor, teacher: Tensor) -> tuple[Block, Tensor, Tensor]:
         """Return both softmaxes with their gap, the student's row maximum, and row agreement."""
-        reduce, temperature = self.reduce, self.plan.temperature
+        temperature = self.plan.temperature
         product = self._take("product", student)
-        peak, teacher_peak = reduce.maxima([_row_maximum(student), _row_maximum(teacher)])
-        teacher_peak = _near_(teacher, teacher_peak, peak)
+        peak = student.amax(-1, keepdim=True)
+        teacher_peak = _near_(teacher, teacher.amax(-1, keepdim=True), peak)
         gap = torch.sub(teacher, student, out=self._take("gap", student))
         student.sub_(peak)
         teacher.sub_(teacher_peak)
         # Both are at most 0, and 0 at their maxima; an argmax would take eight times as long.
-        common = _row_maximum(torch.add(student, teacher, out=product)) == 0
+        agrees = torch.add(student, teacher, out=product).amax(-1) == 0
         bits = 1 / (LOG2 * temperature)  # exp2 is the cheapest exponential
         # Summed in fp64: an error of the sum is an error of every gap, and no mean removes it.
         q_sum = student.mul_(bits).exp2_().sum(-1, keepdim=True, dtype=torch.float64)
         p_sum = teacher.mul_(bits).exp2_().sum(-1, keepdim=True, dtype=torch.float64)
-        q_sum, p_sum, agreeing = reduce.totals([q_sum, p_sum, common])
         # The gap of an id that both models exclude is 0. A NaN logit still shows in q_sum or p_sum.
         gap.nan_to_num_(nan=0.0, posinf=_IMPOSSIBLE, neginf=-_IMPOSSIBLE)
         if temperature != 1.0:
@@ -161,7 +139,7 @@ class RowLosses:
             gap=gap, product=product, scratch=self.scratch,
             constant=torch.zeros_like(peak),
         )  # fmt: skip
-        return block, peak, (agreeing > 0).squeeze(1)
+        return block, peak, agrees
 
     def _cross_entropy(
         self,
@@ -194,13 +172,8 @@ class RowLosses:
             self._subtract_target_(student, inputs)
 
     def _subtract_target_(self, gradient: Tensor, inputs: RowInputs) -> None:
-        labels, factor = inputs.labels, inputs.ce_factor
-        if labels is None or gradient.shape[1] == 0:
-            return
-        if self.plan.has_shards:
-            labels, is_here = self._own_label(labels, gradient.shape[1])
-            factor = torch.where(is_here, factor, 0)
-        gradient.scatter_add_(1, labels[:, None], -factor[:, None])
+        if inputs.labels is not None:
+            gradient.scatter_add_(1, inputs.labels[:, None], -inputs.ce_factor[:, None])
 
     def _take(self, name: str, like: Tensor) -> Tensor:
         return self.scratch.take(name, like.shape)
@@ -226,10 +199,3 @@ def _near_(teacher: Tensor, teacher_peak: Tensor, peak: Tensor) -> Tensor:
     shift = torch.where(shift.isfinite() & (shift.abs() > _LARGEST_SHIFT), shift, 0)
     teacher.sub_(shift)
     return teacher_peak - shift
-
-
-def _row_maximum(logits: Tensor) -> Tensor:
-    """Return the row maximum [R, 1], -inf on a rank without ids."""
-    if logits.shape[1] == 0:
-        return logits.new_full((len(logits), 1), -math.inf)
-    return logits.amax(-1, keepdim=True)

@@ -1,17 +1,14 @@
 """Divergences on a block of rows: value, and the gradient with respect to q.
 
-Each term has two halves, because a row may lie on several ranks. `partial_sums` writes the g of
-the gradient q (g - sum q g) into the slopes of the block and returns sums over the local ids.
-`finish` takes the sums over all ids, returns the value and adds the term's part to the constant.
-Each class names the source of its formulas.
+Each term writes the g of the gradient q (g - sum q g) into the slopes of the block, adds its
+sum q g to the constant, and returns its value. It names the source of its formulas.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -43,11 +40,11 @@ class Block:
     teacher: Tensor | None = None  # [R, 1]
 
     def student_sum(self, values: Tensor) -> Tensor:
-        """Return the sum of q * values over the local ids, [R, 1]."""
+        """Return the sum of q * values over the ids, [R, 1]."""
         return torch.mul(self.q_exp, values, out=self.product).sum(-1, keepdim=True) / self.q_sum
 
     def teacher_sum(self, values: Tensor) -> Tensor:
-        """Return the sum of p * values over the local ids, [R, 1]."""
+        """Return the sum of p * values over the ids, [R, 1]."""
         return torch.mul(self.p_exp, values, out=self.product).sum(-1, keepdim=True) / self.p_sum
 
     def add_slope(self, values: Tensor, factor: Tensor) -> None:
@@ -80,184 +77,103 @@ class Block:
             out.sub_(torch.mul(self.p_exp, self.teacher, out=self.product))
 
 
-class MixtureTerm(Protocol):
-    """One divergence; terms with `limits_gap` must run after all terms without it."""
-
-    limits_gap: bool
-
-    def partial_sums(self, block: Block, factor: Tensor, plan: RowPlan) -> Sequence[Tensor]:
-        """Return sums [R, 1] over the local ids; factor [R, 1] scales the gradient."""
-        ...
-
-    def finish(self, block: Block, sums: Sequence[Tensor], factor: Tensor, plan: RowPlan) -> Tensor:
-        """Return the value [R, 1] from the sums over all ids."""
-        ...
-
-
-class ForwardKL:
+def _forward_kl(block: Block, factor: Tensor, plan: RowPlan) -> Tensor:
     """Value sum p (log p - log q); gradient q - p. Hinton et al. 2015."""
-
-    limits_gap = False
-
-    def partial_sums(self, block: Block, factor: Tensor, plan: RowPlan) -> Sequence[Tensor]:
-        """Return sum p gap."""
-        del plan
-        share = factor / block.p_sum
-        block.teacher = share if block.teacher is None else block.teacher + share
-        return [block.teacher_sum(block.gap)]
-
-    def finish(self, block: Block, sums: Sequence[Tensor], factor: Tensor, plan: RowPlan) -> Tensor:
-        """Return the sum."""
-        del plan
-        block.constant = block.constant + factor
-        return _or_infinite(sums[0])
+    del plan
+    share = factor / block.p_sum
+    block.teacher = share if block.teacher is None else block.teacher + share
+    block.constant = block.constant + factor
+    return _or_infinite(block.teacher_sum(block.gap))
 
 
-class ReverseKL:
+def _reverse_kl(block: Block, factor: Tensor, plan: RowPlan) -> Tensor:
     """Value sum q (log q - log p); gradient q (log q - log p - value). Gu et al. 2024."""
-
-    limits_gap = False
-
-    def partial_sums(self, block: Block, factor: Tensor, plan: RowPlan) -> Sequence[Tensor]:
-        """Return sum q gap."""
-        del plan
-        total = block.student_sum(block.gap)
-        # The gradient is 0 if q is 0: the gap is limited so that no factor makes it infinite.
-        block.add_slope(torch.clamp(block.gap, -1e30, 1e6, out=block.product), -factor)
-        return [total]
-
-    def finish(self, block: Block, sums: Sequence[Tensor], factor: Tensor, plan: RowPlan) -> Tensor:
-        """Return minus the sum."""
-        del plan
-        value = -sums[0]
-        # An infinite value adds nothing: the gradient of the row comes only from its finite ids.
-        block.constant = block.constant - factor * value.clamp(max=1e30)
-        return _or_infinite(value)
+    del plan
+    value = -block.student_sum(block.gap)
+    # The gradient is 0 if q is 0: the gap is limited so that no factor makes it infinite.
+    block.add_slope(torch.clamp(block.gap, -1e30, 1e6, out=block.product), -factor)
+    # An infinite value adds nothing: the gradient of the row comes only from its finite ids.
+    block.constant = block.constant - factor * value.clamp(max=1e30)
+    return _or_infinite(value)
 
 
-class JensenShannon:
+def _jsd(block: Block, factor: Tensor, plan: RowPlan) -> Tensor:
     """Value beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q.
 
     Gradient (1 - beta) q (log q - log m - KL(q || m)). Agarwal et al. 2024, GKD, equation 1.
     """
-
-    limits_gap = True
-
-    def partial_sums(self, block: Block, factor: Tensor, plan: RowPlan) -> Sequence[Tensor]:
-        """Return sum q (log m - log q), and sum p (log p - log m) formed from two sums."""
-        mix = block.log_mix(plan.beta)
-        block.add_slope(mix, -(1 - plan.beta) * factor)
-        teacher_part = block.teacher_sum(block.gap) - block.teacher_sum(mix)
-        return [block.student_sum(mix), teacher_part]
-
-    def finish(self, block: Block, sums: Sequence[Tensor], factor: Tensor, plan: RowPlan) -> Tensor:
-        """Return the weighted sum of both halves."""
-        student_part, teacher_part = sums
-        block.constant = block.constant + (1 - plan.beta) * factor * student_part
-        return plan.beta * teacher_part - (1 - plan.beta) * student_part
+    mix = block.log_mix(plan.beta)
+    block.add_slope(mix, -(1 - plan.beta) * factor)
+    teacher_part = block.teacher_sum(block.gap) - block.teacher_sum(mix)
+    student_part = block.student_sum(mix)
+    block.constant = block.constant + (1 - plan.beta) * factor * student_part
+    return plan.beta * teacher_part - (1 - plan.beta) * student_part
 
 
-class SkewKL:
+def _skew_kl(block: Block, factor: Tensor, plan: RowPlan) -> Tensor:
     """Value sum p (log p - log m), m = skew p + (1 - skew) q; Ko et al. 2024, DistiLLM.
 
     With u = p / m - 1 the gradient is -(1 - skew) q (u - sum q u).
     """
-
-    limits_gap = True
-
-    def partial_sums(self, block: Block, factor: Tensor, plan: RowPlan) -> Sequence[Tensor]:
-        """Return sum p (log p - log m), and sum q u."""
-        mix = block.log_mix(plan.skew)
-        value = block.teacher_sum(block.gap) - block.teacher_sum(mix)
-        excess = torch.sub(block.gap, mix, out=mix).expm1_()
-        block.add_slope(excess, -(1 - plan.skew) * factor)
-        return [value, block.student_sum(excess)]
-
-    def finish(self, block: Block, sums: Sequence[Tensor], factor: Tensor, plan: RowPlan) -> Tensor:
-        """Return the first sum; the second is part of the gradient."""
-        value, excess = sums
-        block.constant = block.constant + (1 - plan.skew) * factor * excess
-        return value
+    mix = block.log_mix(plan.skew)
+    value = block.teacher_sum(block.gap) - block.teacher_sum(mix)
+    excess = torch.sub(block.gap, mix, out=mix).expm1_()
+    block.add_slope(excess, -(1 - plan.skew) * factor)
+    block.constant = block.constant + (1 - plan.skew) * factor * block.student_sum(excess)
+    return value
 
 
-class SkewReverseKL:
+def _skew_rkl(block: Block, factor: Tensor, plan: RowPlan) -> Tensor:
     """Value sum q (log q - log m), m = (1 - skew) p + skew q; Ko et al. 2024, DistiLLM.
 
     With v = q / m - 1 the gradient is q (log q - log m - skew v - value + skew sum q v).
     """
-
-    limits_gap = True
-
-    def partial_sums(self, block: Block, factor: Tensor, plan: RowPlan) -> Sequence[Tensor]:
-        """Return sum q (log m - log q), and sum q v."""
-        mix = block.log_mix(1 - plan.skew)
-        total = block.student_sum(mix)
-        block.add_slope(mix, -factor)
-        excess = mix.neg_().expm1_()
-        block.add_slope(excess, -plan.skew * factor)
-        return [total, block.student_sum(excess)]
-
-    def finish(self, block: Block, sums: Sequence[Tensor], factor: Tensor, plan: RowPlan) -> Tensor:
-        """Return minus the first sum; the second is part of the gradient."""
-        total, excess = sums
-        block.constant = block.constant + factor * (total + plan.skew * excess)
-        return -total
+    mix = block.log_mix(1 - plan.skew)
+    total = block.student_sum(mix)
+    block.add_slope(mix, -factor)
+    excess = mix.neg_().expm1_()
+    block.add_slope(excess, -plan.skew * factor)
+    excess_sum = block.student_sum(excess)
+    block.constant = block.constant + factor * (total + plan.skew * excess_sum)
+    return -total
 
 
-class TotalVariation:
+def _tvd(block: Block, factor: Tensor, plan: RowPlan) -> Tensor:
     """Value sum |p - q| / 2 = sum max(p - q, 0); gradient q (sign(q - p) - sum q sign(q - p)) / 2.
 
     Wen et al. 2023, f-Distill. The sign is the sign of the gap, which separates close logits.
     """
-
-    limits_gap = True
-
-    def partial_sums(self, block: Block, factor: Tensor, plan: RowPlan) -> Sequence[Tensor]:
-        """Return sum max(p - q, 0), and sum q sign(p - q)."""
-        del plan
-        mix = block.scratch.take("mix", block.gap.shape)
-        # p - q = p (1 - exp(-gap)) keeps its digits if p is close to q.
-        torch.clamp(block.limited_gap(), min=0.0, out=mix).neg_().expm1_().neg_()
-        value = block.teacher_sum(mix)
-        sign = torch.sign(block.gap, out=mix)
-        block.add_slope(sign, -0.5 * factor)
-        return [value, block.student_sum(sign)]
-
-    def finish(self, block: Block, sums: Sequence[Tensor], factor: Tensor, plan: RowPlan) -> Tensor:
-        """Return the first sum; the second is part of the gradient."""
-        del plan
-        value, sign = sums
-        block.constant = block.constant + 0.5 * factor * sign
-        return value
+    del plan
+    mix = block.scratch.take("mix", block.gap.shape)
+    # p - q = p (1 - exp(-gap)) keeps its digits if p is close to q.
+    torch.clamp(block.limited_gap(), min=0.0, out=mix).neg_().expm1_().neg_()
+    value = block.teacher_sum(mix)
+    sign = torch.sign(block.gap, out=mix)
+    block.add_slope(sign, -0.5 * factor)
+    block.constant = block.constant + 0.5 * factor * block.student_sum(sign)
+    return value
 
 
-class TeacherEntropy:
+def _teacher_entropy(block: Block, factor: Tensor, plan: RowPlan) -> Tensor:
     """Value -sum p log p, which no gradient reaches; for statistics."""
-
-    limits_gap = False
-
-    def partial_sums(self, block: Block, factor: Tensor, plan: RowPlan) -> Sequence[Tensor]:
-        """Return sum p log p_exp."""
-        del factor, plan
-        # The logarithm of 0 is limited: 0 times -inf would be NaN.
-        logs = torch.log(block.p_exp, out=block.product).clamp_(min=_LEAST_LOG)
-        return [block.teacher_sum(logs)]
-
-    def finish(self, block: Block, sums: Sequence[Tensor], factor: Tensor, plan: RowPlan) -> Tensor:
-        """Return log p_sum minus the sum."""
-        del factor, plan
-        return block.p_sum.log() - sums[0]
+    del factor, plan
+    # The logarithm of 0 is limited: 0 times -inf would be NaN.
+    logs = torch.log(block.p_exp, out=block.product).clamp_(min=_LEAST_LOG)
+    return block.p_sum.log() - block.teacher_sum(logs)
 
 
-MIXTURE_TERMS: Mapping[str, MixtureTerm] = {
-    "forward_kl": ForwardKL(),
-    "reverse_kl": ReverseKL(),
-    "jsd": JensenShannon(),
-    "skew_kl": SkewKL(),
-    "skew_rkl": SkewReverseKL(),
-    "tvd": TotalVariation(),
-    "teacher_entropy": TeacherEntropy(),
+# A term takes a factor [R, 1] of its gradient, and returns its values [R, 1].
+MIXTURE_TERMS: Mapping[str, Callable[[Block, Tensor, RowPlan], Tensor]] = {
+    "forward_kl": _forward_kl,
+    "reverse_kl": _reverse_kl,
+    "jsd": _jsd,
+    "skew_kl": _skew_kl,
+    "skew_rkl": _skew_rkl,
+    "tvd": _tvd,
+    "teacher_entropy": _teacher_entropy,
 }
+# They run after all others.
+LIMITS_GAP = ("jsd", "skew_kl", "skew_rkl", "tvd")
 
 
 def _or_infinite(value: Tensor) -> Tensor:

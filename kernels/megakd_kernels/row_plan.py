@@ -5,7 +5,6 @@ Shapes: R rows of a block, V ids; notation as in the public functions: q student
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -38,8 +37,7 @@ class RowPlan:
     mixture: (divergence, weight) pairs; empty for only cross-entropy.
     beta: parameter of jsd, inside (0, 1). skew: of skew_kl and skew_rkl, inside (0, 1).
     value_scale: factor of the divergences (T^2 or 1).
-    shared: number of ids that both models have, the first ids of this rank.
-    vocab_start: id of this rank's first column; labels are ids of the whole vocabulary.
+    shared: number of ids that both models have, their first ids.
     """
 
     mixture: tuple[tuple[str, float], ...]
@@ -52,15 +50,10 @@ class RowPlan:
     with_gradient: bool
     student_warp: Warp = _AS_THEY_ARE
     teacher_warp: Warp = _AS_THEY_ARE
-    vocab_start: int = 0
-    has_shards: bool = False
 
     def shares_softmax(self, width: int) -> bool:
-        """Return whether cross-entropy (T = 1, every id) can use the softmax of the divergences.
-
-        With shards the result must be the same on every rank, so it is False.
-        """
-        return self.temperature == 1.0 and self.shared == width and not self.has_shards
+        """Return whether cross-entropy (T = 1, every id) can use the softmax of the divergences."""
+        return self.temperature == 1.0 and self.shared == width
 
 
 class RowInputs(NamedTuple):
@@ -94,30 +87,6 @@ class RowTerms(NamedTuple):
     divergences: Tensor
     ce: Tensor
     agrees: Tensor
-
-
-class Reduce(Protocol):
-    """Reductions that join the parts of a row on several ranks."""
-
-    def maxima(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Return the elementwise maxima over the ranks; shapes and dtypes are equal."""
-        ...
-
-    def totals(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Return the elementwise sums over the ranks, in the first dtype; shapes are equal."""
-        ...
-
-
-class WholeRows:
-    """Reductions for complete rows, which have nothing to join."""
-
-    def maxima(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Return `values`."""
-        return values
-
-    def totals(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Return `values`."""
-        return values
 
 
 class RowKernel(Protocol):

@@ -17,7 +17,6 @@ from megakd_kernels.row_losses import RowLosses
 from megakd_kernels.row_plan import (
     NO_BIASES,
     Biases,
-    Reduce,
     RowInputs,
     RowKernel,
     RowPlan,
@@ -136,13 +135,7 @@ def spread(values: Tensor, kept: Tensor, count: int) -> Tensor:
 
 
 def row_kernel(
-    implementation: str,
-    plan: RowPlan,
-    reduce: Reduce,
-    *,
-    block: int,
-    like: Tensor,
-    biases: Biases = NO_BIASES,
+    implementation: str, plan: RowPlan, *, block: int, like: Tensor, biases: Biases = NO_BIASES
 ) -> RowKernel:
     """Return the row kernel of this code path, for blocks of at most `block` rows.
 
@@ -152,5 +145,5 @@ def row_kernel(
         # Imported here because the package also works without Triton.
         from megakd_kernels.triton.row_kd import TritonRows
 
-        return TritonRows(plan=plan, reduce=reduce, biases=biases)
-    return RowLosses(plan=plan, scratch=Scratch(block, like), reduce=reduce)
+        return TritonRows(plan=plan, biases=biases)
+    return RowLosses(plan=plan, scratch=Scratch(block, like))

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from megakd_kernels import linear_kd
 from megakd_kernels.heads import check_same_rows, checked_side, checked_teacher, heads_dtype
-from megakd_kernels.inputs import Masks, select_rows
+from megakd_kernels.inputs import Masks, select_rows, shared_vocabulary
 from megakd_kernels.settings import Objective, resolve_implementation, warp
-from megakd_kernels.vocab_parallel import Shard
 
 
 class LinearStats(NamedTuple):
@@ -102,7 +101,8 @@ def linear_stats(  # noqa: PLR0913, the public contract: options are keyword-onl
     if teacher is None and labels is None:
         raise ValueError("the student has no target: pass a teacher or labels")
     check_same_rows(student_hidden, teacher_hidden)
-    ids = Shard(ids=len(student.weight), limit=vocab_size)
+    ids = len(student.weight)
+    shared = ids if teacher is None else shared_vocabulary(ids, len(teacher.weight), vocab_size)
     rows = select_rows(
         len(student.hidden),
         like=student.hidden.new_empty((), dtype=heads_dtype(student, teacher)),
@@ -110,6 +110,6 @@ def linear_stats(  # noqa: PLR0913, the public contract: options are keyword-onl
         ids=ids,
     )
     implementation = resolve_implementation(impl, student.hidden.device)
-    out = linear_kd.solve((student, teacher), rows, objective, warps, ids, implementation)
+    out = linear_kd.solve((student, teacher), rows, objective, warps, shared, implementation)
     kl, entropy = out.ce_sum.new_zeros(2) if teacher is None else out.divergence_sums
     return LinearStats(kl, out.ce_sum, entropy, out.agreement, out.n_valid)

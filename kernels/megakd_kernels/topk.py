@@ -31,7 +31,6 @@ from megakd_kernels.normalisation import Normalisation
 from megakd_kernels.row_terms import RowValues
 from megakd_kernels.row_topk import TopK
 from megakd_kernels.settings import KDOutput, Number, Objective, one_of, resolve_implementation
-from megakd_kernels.vocab_parallel import Shard
 
 TOPK_MODES = ("renorm", "tail", "truncated", "subset")
 # Error bound of the log_softmax that filled the cache, in machine epsilons of its dtype.
@@ -131,14 +130,14 @@ def topk_kd_loss(  # noqa: PLR0913, the public contract: options are keyword-onl
         has_labels=labels is not None,
         needs_grad=any(needs_gradient(tensor) for tensor in student),
     )
-    ids = Shard(ids=len(student.weight))
+    ids = len(student.weight)
     rows = select_rows(
         len(student.hidden),
         like=student.hidden.new_empty((), dtype=compute_dtype(*student)),
         masks=Masks(labels, token_weight, ignore_index).checked(student_hidden.shape[:-1]),
         ids=ids if objective.wants_ce else None,
     )
-    cache, rows = _cache(topk_ids, topk_logprobs, rows, len(student.weight))
+    cache, rows = _cache(topk_ids, topk_logprobs, rows, ids)
     teacher = _soft_targets(cache, mode, objective, rows.weight)
     implementation = resolve_implementation(impl, student.hidden.device)
     path = _reference if implementation == "reference" else _formed

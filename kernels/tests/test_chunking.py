@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from megakd_kernels import chunking
 from megakd_kernels.chunking import (
-    LEAST_CHUNK_MB,
     chunk_budget,
     chunk_budget_on,
     plan_chunks,
@@ -38,14 +37,13 @@ def test_8192_rows_of_a_large_vocabulary_form_the_gradient_in_few_products(ids, 
     assert ids != 151936 or (plan.group, plan.chunk) == (2752, 704)
 
 
-def test_ranks_that_share_a_vocabulary_have_equal_chunks_on_all_cards(monkeypatch):
+def test_the_budget_of_the_caller_goes_before_that_of_the_card(monkeypatch):
     card = torch.device("cuda", 0)
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda _: type("Card", (), {"total_memory": 80 * GIB})
     )
 
     assert chunk_budget_on(card, 0.0) == 2048
-    assert chunk_budget_on(card, 0.0, has_shards=True) == LEAST_CHUNK_MB
     assert chunk_budget_on(card, 77.0) == 77.0
 
 

@@ -1,8 +1,7 @@
-"""The Triton row kernel against fp64 autograd: values, gradients, agreement, shards."""
+"""The Triton row kernel against fp64 autograd: values, gradients, agreement."""
 
 import math
 import random
-import threading
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -415,43 +414,9 @@ def test_offsets_beyond_int32_are_reached():
     check(case, plan, (terms, student), gradients=5e-3)
 
 
-# Rows spread over ranks, in wider buffers, none at all, refused.
+# Rows in wider buffers, none at all, refused.
 
 SHARED = 130
-
-
-class Meeting:
-    """Two ranks in two threads of one process; one of them runs at a time."""
-
-    def __init__(self):
-        self.running = threading.Lock()
-        self.rounds = 0
-        self._barrier = threading.Barrier(2, timeout=60)
-        self._parts = {}
-
-    def join(self, rank, values, how):
-        self._parts[rank] = values.clone()
-        self.running.release()
-        self._barrier.wait()
-        joined = how(torch.stack([self._parts[0], self._parts[1]]))
-        self._barrier.wait()
-        self.running.acquire()
-        self.rounds += rank
-        return joined
-
-
-@dataclass
-class Rank:
-    meeting: Meeting
-    rank: int
-
-    def maxima(self, values):
-        (one,) = values
-        return [self.meeting.join(self.rank, one, lambda parts: parts.amax(0))]
-
-    def totals(self, values):
-        (one,) = values
-        return [self.meeting.join(self.rank, one, lambda parts: parts.sum(0))]
 
 
 def make_rows(**options):
@@ -460,75 +425,6 @@ def make_rows(**options):
     case.labels[:] = torch.tensor([0, WIDTH - 1, 7, 90])
     names = options.pop("names", ALL_SIX)
     return case, plan_of(*names, shared=SHARED, with_ce=True, **options)
-
-
-def run_in_two_shards(case, plan, *, cut):
-    """Both ranks' terms, the gradient put together, and the number of rounds."""
-    meeting, results = Meeting(), {}
-
-    def take_part(rank):
-        columns = (slice(0, cut), slice(cut, None))[rank]
-        gradient = case.student[:, columns].clone()
-        teacher = None if case.teacher is None else case.teacher[:, columns].clone()
-        here = replace(
-            plan, shared=0 if teacher is None else teacher.shape[1], vocab_start=columns.start,
-            has_shards=True,
-        )  # fmt: skip
-        kernel = TritonRows(plan=here, reduce=Rank(meeting, rank), block=BLOCK)
-        with meeting.running:
-            results[rank] = kernel.run_(gradient, teacher, case.inputs(plan), gradient), gradient
-
-    threads = [threading.Thread(target=take_part, args=(rank,)) for rank in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    gradient = torch.cat([results[0][1], results[1][1]], 1)
-    return [results[0][0], results[1][0]], gradient, meeting.rounds
-
-
-def check_shards(both, whole):
-    """Two ranks agree to the bit, and with whole rows up to rounding."""
-    (first, second), gradient = both
-    terms, expected = whole
-    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
-    torch.testing.assert_close(first, terms, rtol=2e-6, atol=2e-7)
-    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_two_shards_of_the_vocabulary_make_whole_rows(temperature):
-    # The second shard has ids that the teacher lacks; maxima of a row lie on different ranks,
-    # or with nothing finite on one of them.
-    case, plan = make_rows(temperature=temperature, value_scale=1.0)
-    case.student[0, 3], case.teacher[0, 120] = 30.0, 30.0
-    case.student[1, :80], case.teacher[1, :80] = -INF, -INF
-    case.student[3, 100], case.teacher[3, 100] = 20.0, 20.0
-    whole = case.run(plan)
-
-    *both, rounds = run_in_two_shards(case, plan, cut=80)
-
-    check_shards(both, whole)
-    assert whole[0].agrees.tolist()[::3] == [False, True]
-    assert rounds == 3
-
-
-def test_a_rank_without_an_id_takes_part():
-    case, plan = make_rows(names=("reverse_kl", ("forward_kl", 0.5)))
-
-    *both, rounds = run_in_two_shards(case, plan, cut=WIDTH)
-
-    check_shards(both, case.run(plan))
-    assert rounds == 2
-
-
-def test_cross_entropy_alone_works_in_shards():
-    case, plan = make_rows(names=())
-    case = replace(case, teacher=None)
-
-    *both, _ = run_in_two_shards(case, plan, cut=64)
-
-    check_shards(both, case.run(plan))
 
 
 def test_rows_of_a_wider_buffer_stay_within_their_columns(same_values):

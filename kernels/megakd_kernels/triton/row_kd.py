@@ -16,15 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megakd_kernels.row_plan import (
-    NO_BIASES,
-    Biases,
-    Reduce,
-    RowInputs,
-    RowPlan,
-    RowTerms,
-    WholeRows,
-)
+from megakd_kernels.row_plan import NO_BIASES, Biases, RowInputs, RowPlan, RowTerms
 from megakd_kernels.triton.launching import bias_or, check_rows, registers, stages, warp_kind
 from megakd_kernels.triton.row_kd_sweeps import (
     ENTROPY,
@@ -32,9 +24,7 @@ from megakd_kernels.triton.row_kd_sweeps import (
     GRADIENT,
     HARD,
     JSD,
-    MIXED,
     REVERSE_KL,
-    SHARD,
     SKEW_KL,
     SKEW_RKL,
     SOFT,
@@ -46,19 +36,9 @@ from megakd_kernels.triton.row_kd_sweeps import (
     write_gradient,
     write_zeros,
 )
-from megakd_kernels.triton.row_kd_values import (
-    ALL,
-    KEPT,
-    LAST,
-    MEANS,
-    STATISTICS,
-    SUMMARY,
-    reach_of,
-    store_values,
-)
+from megakd_kernels.triton.row_kd_values import reach_of, store_values
 from megakd_kernels.triton.row_math import mixture_series
 
-_WHOLE_ROWS = WholeRows()
 # Then four programs of 256 threads fit a multiprocessor. A loop takes 3 % more instructions.
 _REGISTERS = 64
 _KINDS = {
@@ -72,55 +52,18 @@ _KINDS = {
 }
 _SLOTS = {name: slot for slot, name in enumerate(_KINDS)}
 
-# Maxima and sums among the values that rows on several ranks keep between launches.
-_MAXIMA = 3
-_SUMS = SUMMARY.value - _MAXIMA
-_TARGET = tl.constexpr(9)
 
-
-@triton.jit
-def _load_summary(parts, row, rows):
-    parts += row
-    return (
-        tl.load(parts).to(tl.float32),
-        tl.load(parts + rows).to(tl.float32),
-        tl.load(parts + 2 * rows).to(tl.float32),
-        tl.load(parts + 3 * rows),
-        tl.load(parts + 4 * rows),
-        tl.load(parts + 5 * rows),
-        tl.load(parts + 6 * rows),
-        tl.load(parts + 7 * rows),
-        tl.load(parts + 8 * rows),
-        0.0,
-    )
-
-
-@triton.jit
-def _load_means(parts, row, rows):
-    parts += SUMMARY * rows + row
-    return (
-        tl.load(parts),
-        tl.load(parts + rows),
-        tl.load(parts + 2 * rows),
-        tl.load(parts + 3 * rows),
-        tl.load(parts + 4 * rows),
-        tl.load(parts + 5 * rows),
-        tl.load(parts + 6 * rows),
-        tl.load(parts + 7 * rows),
-    )
-
-
-# The number of rows differs between blocks, and the first id differs between ranks.
-@triton.jit(do_not_specialize=["rows", "vocab_start"])
+# The number of rows differs between blocks.
+@triton.jit(do_not_specialize=["rows"])
 def _row_kernel(
     student, teacher, bias_s, bias_t, gradient, valid, labels, kd_factor, ce_factor, values, agrees,
-    parts, rows, width, shared, vocab_start, stride_s, stride_t, stride_g,
+    rows, width, shared, stride_s, stride_t, stride_g,
     bits, inverse, value_scale, mixes, scale_s, cap_s, scale_t, cap_t,
     weight_forward, weight_reverse, weight_jsd, weight_skew, weight_skew_reverse, weight_tvd,
-    PARTS: tl.constexpr, SWEEPS: tl.constexpr, WARP_S: tl.constexpr, WARP_T: tl.constexpr,
+    PARTS: tl.constexpr, WARP_S: tl.constexpr, WARP_T: tl.constexpr,
     BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Process one row. bits: log2(e) / T. inverse: 1 / T. values: [8, R]. parts: [18, R] fp64.
+    """Process one row. bits: log2(e) / T. inverse: 1 / T. values: [8, R].
 
     mixes: `mixture_series` of the shares of p in m, for the JSD, the skew KL and its reverse.
     """
@@ -129,7 +72,7 @@ def _row_kernel(
     teacher += row * stride_t
     gradient += row * stride_g
     if tl.load(valid + row) == 0:
-        if GRADIENT & PARTS and LAST & SWEEPS:
+        if GRADIENT & PARTS:
             write_zeros(gradient, width, BLOCK)
         return
     logits = (student, teacher)
@@ -138,37 +81,18 @@ def _row_kernel(
     target = tl.full((), 0.0, tl.float32)
     ce = 0.0
     if HARD & PARTS:
-        position = tl.load(labels + row) - vocab_start
-        is_here = (position >= 0) & (position < width)
-        label = tl.where(is_here, position, -1).to(tl.int32)
+        label = tl.load(labels + row).to(tl.int32)
         ce = tl.load(ce_factor + row)
         # Read before any part of the row is overwritten.
-        target = logit_of(student, position, is_here, warp_s, WARP_S)
-
-    if STATISTICS & SWEEPS:
-        summary = statistics(
-            logits, shared, width, bits, warp_s, warp_t, PARTS, WARP_S, WARP_T, BLOCK, STAGES
-        )
-    else:
-        summary = _load_summary(parts, row, rows)
-        target = tl.load(parts + _TARGET * rows + row).to(tl.float32)
-    if SWEEPS == STATISTICS:
-        for field in tl.static_range(9):  # pyright: ignore[reportGeneralTypeIssues]
-            tl.store(parts + field * rows + row, summary[field].to(tl.float64))
-        tl.store(parts + _TARGET * rows + row, target.to(tl.float64))
-        return
+        target = logit_of(student, label, warp_s, WARP_S)
+    summary = statistics(
+        logits, shared, width, bits, warp_s, warp_t, PARTS, WARP_S, WARP_T, BLOCK, STAGES
+    )
     reach = reach_of(summary, inverse)
-    if MEANS & SWEEPS:
-        mean = means(
-            logits, shared, bits, inverse, reach, (summary[3], summary[4]), mixes, warp_s, warp_t,
-            PARTS, WARP_S, WARP_T, BLOCK, STAGES,
-        )  # fmt: skip
-    else:
-        mean = _load_means(parts, row, rows)
-    if SWEEPS == MEANS:
-        for field in tl.static_range(8):  # pyright: ignore[reportGeneralTypeIssues]
-            tl.store(parts + (SUMMARY + field) * rows + row, mean[field])
-        return
+    mean = means(
+        logits, shared, bits, inverse, reach, (summary[3], summary[4]), mixes, warp_s, warp_t,
+        PARTS, WARP_S, WARP_T, BLOCK, STAGES,
+    )  # fmt: skip
     factor = 0.0
     if SOFT & PARTS:
         factor = tl.load(kd_factor + row)
@@ -196,7 +120,6 @@ class TritonRows:
     """
 
     plan: RowPlan
-    reduce: Reduce = _WHOLE_ROWS
     biases: Biases = NO_BIASES
     block: int | None = None
 
@@ -214,18 +137,12 @@ class TritonRows:
             raise ValueError("rows without a teacher need labels")
         check_rows(student=student, teacher=teacher, gradient=gradient)
         launch = self._launch(student, teacher, inputs, gradient)
-        parts = launch["parts"]
         if len(student):
+            # A mixture of divergences would spill.
+            most = registers(_REGISTERS) if self._is_single else None
+            kernel: Any = _row_kernel
             with torch.cuda.device_of(student):
-                if self.plan.has_shards:
-                    self._run(launch, STATISTICS)
-                    parts[: _MAXIMA + _SUMS] = self._joined(parts[: _MAXIMA + _SUMS])
-                    if launch["PARTS"] & MIXED.value:
-                        self._run(launch, MEANS)
-                        (parts[_MAXIMA + _SUMS :],) = self.reduce.totals([parts[_MAXIMA + _SUMS :]])
-                    self._run(launch, LAST)
-                else:
-                    self._run(launch, ALL)
+                kernel[(len(student),)](**launch, maxnreg=most)
         values = launch["values"]
         names = [name for name, _ in self.plan.mixture] if teacher is not None else []
         # Of an operator's results, none may share memory with another.
@@ -233,13 +150,6 @@ class TritonRows:
         if names:
             divergences = torch.stack([values[_SLOTS[name]] for name in names])
         return RowTerms(divergences, values[-1], launch["agrees"])
-
-    def _run(self, launch: dict[str, Any], which: tl.constexpr) -> None:
-        count = len(launch["values"][0])
-        # A mixture of divergences would spill.
-        most = registers(_REGISTERS) if self._is_single else None
-        kernel: Any = _row_kernel
-        kernel[(count,)](**launch, SWEEPS=which.value, maxnreg=most)
 
     @property
     def _is_single(self) -> bool:
@@ -257,7 +167,6 @@ class TritonRows:
         for name, weight in plan.mixture:
             # A name may occur twice, because the limit of one divergence is another divergence.
             weights[name] += weight
-        parts = self._parts(teacher, labels, form)
         block, warps = _table(width)
         return {
             "student": student,
@@ -271,11 +180,7 @@ class TritonRows:
             # Rows that are not valid stay zero.
             "values": student.new_zeros(len(_KINDS) + 1, count, dtype=torch.float32),
             "agrees": torch.zeros_like(inputs.valid),
-            "parts": student.new_zeros(
-                KEPT if plan.has_shards else 0, count, dtype=torch.float64
-            ),
             "rows": count, "width": width, "shared": plan.shared,
-            "vocab_start": plan.vocab_start,
             "stride_s": student.stride(0),
             "stride_t": 0 if teacher is None else teacher.stride(0),
             "stride_g": 0 if form is None else form.stride(0),
@@ -289,7 +194,7 @@ class TritonRows:
             "weight_forward": weights["forward_kl"], "weight_reverse": weights["reverse_kl"],
             "weight_jsd": weights["jsd"], "weight_skew": weights["skew_kl"],
             "weight_skew_reverse": weights["skew_rkl"], "weight_tvd": weights["tvd"],
-            "PARTS": parts,
+            "PARTS": self._parts(teacher, labels, form),
             "WARP_S": warp_kind(plan.student_warp, self.biases.student),
             "WARP_T": warp_kind(plan.teacher_warp, self.biases.teacher),
             "BLOCK": self.block or block, "STAGES": stages(), "num_warps": warps,
@@ -304,22 +209,7 @@ class TritonRows:
                 parts |= _KINDS[name]
             if self.plan.temperature != 1.0:
                 parts |= TEMPERED.value
-        if self.plan.has_shards:
-            parts |= SHARD.value
         return parts if form is None else parts | GRADIENT.value
-
-    def _joined(self, partial: Tensor) -> Tensor:
-        """Return maxima and sums [10, R] of whole rows from the values of this rank's ids."""
-        maxima = partial[:_MAXIMA]
-        (joined,) = self.reduce.maxima([maxima])
-        lower = maxima - joined
-        soft, soft_t, hard = lower.unbind(0)
-        soft, soft_t = (soft / self.plan.temperature).exp(), (soft_t / self.plan.temperature).exp()
-        is_top = (lower[:2] == 0).all(0)
-        # In the order of the sums: q, p, cross-entropy, p gap, q gap, common maximum, target.
-        scales = [soft, soft_t, hard.exp(), soft_t, soft, is_top, torch.ones_like(soft)]
-        (sums,) = self.reduce.totals([partial[_MAXIMA:] * torch.stack(scales)])
-        return torch.cat([joined, sums])
 
 
 def _table(width: int) -> tuple[int, int]:

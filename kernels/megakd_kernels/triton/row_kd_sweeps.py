@@ -42,10 +42,8 @@ SOFT = tl.constexpr(64)
 HARD = tl.constexpr(128)
 TEMPERED = tl.constexpr(256)
 GRADIENT = tl.constexpr(512)
-# With a row that is only part of a whole row: it may have no finite logit.
-SHARD = tl.constexpr(1024)
-# With the entropy of a teacher whose rows are whole.
-ENTROPY = tl.constexpr(2048)
+# With the entropy of the teacher.
+ENTROPY = tl.constexpr(1024)
 
 # Whether a block may exceed the ids, and whether it is read again.
 _RAGGED = tl.constexpr(1)
@@ -79,12 +77,12 @@ def logits_of(
 
 
 @triton.jit
-def logit_of(row, position, is_here, warp, WARP: tl.constexpr) -> tl.tensor:
-    """Return the logit of one id in fp32, 0 if the row lies elsewhere."""
-    raw = tl.load(row + position, mask=is_here, other=0.0)
+def logit_of(row, position, warp, WARP: tl.constexpr) -> tl.tensor:
+    """Return the logit of one id in fp32."""
+    raw = tl.load(row + position)
     if BIASED & WARP:
-        raw = raw.to(tl.float32) + tl.load(warp[2] + position, mask=is_here, other=0.0)
-    return tl.where(is_here, warped(raw, warp[0], warp[1], WARP), 0.0)
+        raw = raw.to(tl.float32) + tl.load(warp[2] + position)
+    return warped(raw, warp[0], warp[1], WARP)
 
 
 @triton.jit
@@ -168,12 +166,9 @@ def _first_shift(
 
 
 @triton.jit
-def _decay(lanes, peak, bits, PARTS: tl.constexpr):
-    """Return the factor of the lanes' sums; NaN for a whole row without a finite logit."""
-    base = peak
-    if SHARD & PARTS:
-        base = base_of(peak)
-    return tl.exp2((lanes - base) * bits).to(tl.float64)
+def _decay(lanes, peak, bits):
+    """Return the factor of the lanes' sums; NaN for a row without a finite logit."""
+    return tl.exp2((lanes - peak) * bits).to(tl.float64)
 
 
 @triton.jit
@@ -222,9 +217,9 @@ def statistics(
         if whole < width:
             hard = _add_hard(hard, rows[0], whole + block, width, warp_s, WARP_S, _RAGGED)
     peak, peak_t, hard_peak = tl.max(peaks, 0), tl.max(peaks_t, 0), tl.max(hard[0], 0)
-    decay, decay_t = _decay(peaks, peak, bits, PARTS), _decay(peaks_t, peak_t, bits, PARTS)
+    decay, decay_t = _decay(peaks, peak, bits), _decay(peaks_t, peak_t, bits)
     q_total, p_total = tl.sum(q_sum * decay, 0), tl.sum(p_sum * decay_t, 0)
-    hard_total = tl.sum(hard[1] * _decay(hard[0], hard_peak, LOG2_E, PARTS), 0)
+    hard_total = tl.sum(hard[1] * _decay(hard[0], hard_peak, LOG2_E), 0)
     forward = tl.sum(forward * decay_t, 0) + p_total * shift
     reverse = tl.sum(reverse * decay, 0) + q_total * shift
     is_common = tl.max(tl.where((peaks == peak) & (peaks_t == peak_t), common, 0), 0)

@@ -20,16 +20,6 @@ from megakd_kernels.triton.row_kd_sweeps import (
 )
 from megakd_kernels.triton.row_math import LOG2_E
 
-# Phases of a launch: all of them, or one at a time where the parts of a row meet between launches.
-STATISTICS = tl.constexpr(1)
-MEANS = tl.constexpr(2)
-LAST = tl.constexpr(4)
-ALL = tl.constexpr(7)
-# Values that a part of a row keeps for the others, in fp64: three maxima, five sums, whether the
-# maxima are common, and the label's logit; then eight means.
-SUMMARY = tl.constexpr(10)
-KEPT = 18
-
 CE_SLOT = tl.constexpr(7)
 # A sum over finite gaps is below this value; a sum with an excluded id is above.
 _INFINITE = tl.constexpr(1e8)
