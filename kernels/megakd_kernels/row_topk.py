@@ -2,11 +2,11 @@
 
 The ids K of a row and the other ids are processed separately, so that no probability is a
 difference of two close numbers. Let e = exp(logits of the other ids minus their maximum), R =
-sum e, and q_rest the student's probability of all other ids. With mass and rest of `TopK`, the
+sum e, and q_rest the student's probability of all other ids. With the rest of `TopK`, the
 gradient with respect to the student's logits, times the temperature, is
 
-    mass q_i - p_i                 for i in K,
-    (mass q_rest - rest) e_j / R   for the other ids j.
+    q_i - p_i                 for i in K,
+    (q_rest - rest) e_j / R   for the other ids j.
 
 Notation as in the public functions: q student, p teacher. Shapes: R rows, V ids, k ids kept.
 """
@@ -25,11 +25,10 @@ from megakd_kernels.row_plan import RowInputs, RowTerms, Scratch
 
 
 class TopK(NamedTuple):
-    """Target of a teacher for every row.
+    """Target of a teacher for every row, whose probabilities sum to 1 unless it has no id.
 
     ids: [R, k] int64, distinct within a row; below 0 for missing entries.
     log_p: [R, k] log-probabilities of the teacher, -inf for missing entries.
-    mass: [R] sum of p, plus `rest`.
     rest: [R] total probability of the ids not in K if the loss compares it, else 0.
     best: [R] int64, the teacher's most likely id (the first of several), below 0 if a row has
         no id.
@@ -37,7 +36,6 @@ class TopK(NamedTuple):
 
     ids: Tensor
     log_p: Tensor
-    mass: Tensor
     rest: Tensor
     best: Tensor
 
@@ -146,15 +144,15 @@ class TopKRows:
         """Turn the exponentials of the ids not in K into the gradient of all ids."""
         plan = self.plan
         factor = inputs.kd_factor.double()[:, None]
-        mass = factor * teacher.mass.double()[:, None]
+        pull = factor
         if plan.with_ce and plan.temperature == 1.0:
-            mass = mass + inputs.ce_factor.double()[:, None]
+            pull = pull + inputs.ce_factor.double()[:, None]
         # q of an id that is not in K is its exponential times `share`.
         share = (row.drop / plan.temperature - row.log_total).exp()
         rest = factor * teacher.rest.double()[:, None]
-        slope = mass * share - rest / torch.where(row.others > 0, row.others, 1)
+        slope = pull * share - rest / torch.where(row.others > 0, row.others, 1)
         student.mul_(slope.to(student.dtype))
-        of_kept = torch.where(teacher.ids >= 0, mass * q - factor * teacher.log_p.double().exp(), 0)
+        of_kept = torch.where(teacher.ids >= 0, pull * q - factor * teacher.log_p.double().exp(), 0)
         student.scatter_add_(1, teacher.ids.clamp(min=0), of_kept.to(student.dtype))
 
     def _hard_gradient_(self, gradient: Tensor, hard: Tensor | None, inputs: RowInputs) -> None:

@@ -32,7 +32,7 @@ from megakd_kernels.row_terms import RowValues
 from megakd_kernels.row_topk import TopK
 from megakd_kernels.settings import KDOutput, Number, Objective, one_of, resolve_implementation
 
-TOPK_MODES = ("renorm", "tail", "truncated", "subset")
+TOPK_MODES = ("renorm", "tail")
 # Error bound of the log_softmax that filled the cache, in machine epsilons of its dtype.
 _ROUNDINGS = 32.0
 
@@ -70,14 +70,11 @@ def topk_kd_loss(  # noqa: PLR0913, the public contract: options are keyword-onl
     "renorm" renormalises the teacher on K and compares it with q over the whole vocabulary,
     sum_K p (log p - log q); "tail" joins all ids not in K into one id, on both sides, with the
     remaining probability (no id, if the remainder is within the rounding of the cache), so that
-    the loss is at most the full KL and at least 0;
-    "truncated" is the part of the full sum over K, which may be below 0 and is meant for
-    comparison with other programs; "subset" renormalises both on K and reads only the rows of the
-    weight that belong to K (a GPU adds up their gradient in any order, so that two runs may differ
-    in the last bits). With ids drawn at random from the teacher's softmax and the logarithms
-    of their shares in the draws, "renorm" has an unbiased gradient of the full KL (Anshumann et al.
-    2025, https://arxiv.org/abs/2503.16870). If K is the whole vocabulary, all four modes equal
-    forward_kl of `linear_kd_loss`. As in `linear_kd_loss`, gradients are formed in the forward.
+    the loss is at most the full KL and at least 0. With ids drawn at random from the teacher's
+    softmax and the logarithms of their shares in the draws, "renorm" has an unbiased gradient of
+    the full KL (Anshumann et al. 2025, https://arxiv.org/abs/2503.16870). If K is the whole
+    vocabulary, both modes equal forward_kl of `linear_kd_loss`. As in `linear_kd_loss`, gradients
+    are formed in the forward.
 
     Args:
         student_hidden: [N, Hs] or [B, T, Hs], any strides, fp32, bf16, fp16 or fp64.
@@ -87,13 +84,13 @@ def topk_kd_loss(  # noqa: PLR0913, the public contract: options are keyword-onl
         topk_logprobs: like topk_ids, natural logarithms of the teacher's softmax over its whole
             vocabulary at temperature 1, or of the shares of draws from it.
         labels: [N] or [B, T] integer ids. None: every row counts, unless its token_weight is 0.
-        mode: "renorm", "tail", "truncated" or "subset"; see above.
-        temperature: above 0. "tail" and "truncated" need temperature 1, because the cache does
-            not give the probability of the missing ids at other temperatures.
+        mode: "renorm" or "tail"; see above.
+        temperature: above 0. "tail" needs temperature 1, because the cache does not give the
+            probability of the missing ids at other temperatures.
         t_squared: multiply the divergence (value and gradient) by temperature^2.
         kd_weight: factor of the divergence; number or 0-d tensor.
         ce_weight: factor of cross-entropy at temperature 1 over all ids; number or 0-d tensor.
-            The number 0 skips it; "subset" requires 0.
+            The number 0 skips it.
         token_weight: [N] or [B, T]; rows of weight 0 do not count and may hold anything.
         ignore_index: label of rows that do not count and may hold anything.
         num_items: divisor of reduction "num_items"; number or 0-d tensor.
@@ -106,8 +103,8 @@ def topk_kd_loss(  # noqa: PLR0913, the public contract: options are keyword-onl
 
     Returns:
         KDOutput; divergence_sums is [1], and agreement counts the rows whose most likely student
-        id (within K for "subset") is the most likely id of the cache. A row without an id has
-        the divergence 0. Without a valid row the loss and all gradients are 0.
+        id is the most likely id of the cache. A row without an id has the divergence 0. Without
+        a valid row the loss and all gradients are 0.
 
     Raises:
         ValueError: unknown name, option out of range, mismatched shapes, reduction "none" while a
@@ -140,29 +137,27 @@ def topk_kd_loss(  # noqa: PLR0913, the public contract: options are keyword-onl
     cache, rows = _cache(topk_ids, topk_logprobs, rows, ids)
     teacher = _soft_targets(cache, mode, objective, rows.weight)
     implementation = resolve_implementation(impl, student.hidden.device)
-    path = _reference if implementation == "reference" else _formed
     with without_autocast(student.hidden.device):
-        output = path(student, teacher, rows, objective, mode, implementation)
+        if implementation == "reference":
+            output = _reference(student, teacher, rows, objective)
+        else:
+            output = _formed(student, teacher, rows, objective, implementation)
     if reduction == "none":
         return output._replace(loss=output.loss.reshape(student_hidden.shape[:-1]))
     return output
 
 
 def _formed(
-    student: Side,
-    teacher: TopK,
-    rows: Rows,
-    objective: Objective,
-    mode: str,
-    implementation: str,
+    student: Side, teacher: TopK, rows: Rows, objective: Objective, implementation: str
 ) -> KDOutput:
     normalised = Normalisation.of(rows, objective, with_teacher=True)
     values = formed.run(
         topk_ops.topk_kd, *student, *teacher, rows.valid, rows.labels,
-        normalised.kd_factor, normalised.ce_factor,
+        # A row without an id has no gradient; the product keeps a NaN.
+        normalised.kd_factor * (teacher.best >= 0), normalised.ce_factor,
         [needs_gradient(tensor) for tensor in student],
         float(objective.temperature), float(objective.value_scale), objective.wants_ce,
-        mode == "subset", implementation, objective.chunk_mb or 0.0,
+        implementation, objective.chunk_mb or 0.0,
     )  # fmt: skip
     return normalised.output(RowValues(*values[:4]))
 
@@ -172,24 +167,19 @@ def _soft_targets(cache: _Cache, mode: str, objective: Objective, like: Tensor) 
     exact = cache.logprobs.double()
     best = cache.ids.gather(1, exact.argmax(1, keepdim=True)).squeeze(1)
     has_ids = (exact != -math.inf).any(1, keepdim=True)
-    rest = torch.zeros_like(exact[:, 0])
-    if mode in {"renorm", "subset"}:
+    if mode == "renorm":
         # A row without an id has no target; its log_softmax would be NaN.
         exact = torch.where(has_ids, exact / objective.temperature, 0).log_softmax(1)
         log_p = torch.where(has_ids & (cache.ids >= 0), exact, -math.inf)
-        mass = log_p.exp().sum(1)
+        rest = torch.zeros_like(exact[:, 0])
     else:
-        log_p = exact
         mass = exact.exp().sum(1)
-    if mode == "tail":
         # A remainder within the rounding of the cache is no tail; then the ids get all probability.
         has_rest = 1 - mass > _rounding(cache)
         rest = torch.where(has_rest, 1 - mass, 0)
-        log_p = log_p - torch.where(has_rest, 0, mass.log())[:, None]
-        mass = torch.ones_like(mass)
+        log_p = exact - torch.where(has_rest, 0, mass.log())[:, None]
     best = torch.where(has_ids.squeeze(1), best, -1)
-    dtype = like.dtype
-    return TopK(cache.ids, log_p.to(dtype), mass.to(dtype), rest.to(dtype), best)
+    return TopK(cache.ids, log_p.to(like.dtype), rest.to(like.dtype), best)
 
 
 def _rounding(cache: _Cache) -> Tensor:
@@ -204,29 +194,20 @@ def _rounding(cache: _Cache) -> Tensor:
     return _ROUNDINGS * computed + kept * size
 
 
-def _reference(
-    student: Side,
-    teacher: TopK,
-    rows: Rows,
-    objective: Objective,
-    mode: str,
-    implementation: str,
-) -> KDOutput:
+def _reference(student: Side, teacher: TopK, rows: Rows, objective: Objective) -> KDOutput:
     """Compute the loss from full logits; autograd computes the gradient."""
-    del implementation
     valid = rows.valid
     kept = teacher.rows(valid)
     # Rows that are not valid are removed, so that their values are not part of the graph.
     logits = reference.project(
         student.hidden[valid], student.weight, student.bias, rows.weight.dtype
     )
-    divergence = _divergence(logits, kept, objective, within_ids=mode == "subset")
+    divergence = _divergence(logits, kept, objective)
     ce = torch.zeros_like(divergence)
     if objective.wants_ce and rows.labels is not None:
         ce = F.cross_entropy(logits, rows.labels[valid], reduction="none")
-    in_play = logits if mode != "subset" else _within(logits, kept)
     best = logits.detach().gather(1, kept.best.clamp(min=0)[:, None]).squeeze(1)
-    agrees = (kept.best >= 0) & (best == in_play.detach().amax(1))
+    agrees = (kept.best >= 0) & (best == logits.detach().amax(1))
     zeros = torch.zeros_like(rows.weight)
     divergence = zeros.masked_scatter(valid, divergence)
     ce = zeros.masked_scatter(valid, ce)
@@ -237,15 +218,12 @@ def _reference(
     return normalised.output(values._replace(total=values.total + logits[:0].sum()))
 
 
-def _divergence(logits: Tensor, teacher: TopK, objective: Objective, *, within_ids: bool) -> Tensor:
+def _divergence(logits: Tensor, teacher: TopK, objective: Objective) -> Tensor:
     """Return the divergence [n] in nats, with value_scale."""
     scaled = logits / objective.temperature
     index = teacher.ids.clamp(min=0)
     is_kept = teacher.ids >= 0
-    if within_ids:
-        log_q = torch.where(is_kept, scaled.gather(1, index), -1e30).log_softmax(1)
-    else:
-        log_q = scaled.log_softmax(1).gather(1, index)
+    log_q = scaled.log_softmax(1).gather(1, index)
     p = teacher.log_p.exp()
     gap = torch.where(p == 0, 0, teacher.log_p) - torch.where(p == 0, 0, log_q)
     value = (p * gap).sum(1)
@@ -256,11 +234,6 @@ def _divergence(logits: Tensor, teacher: TopK, objective: Objective, *, within_i
     rest = torch.where(has_rest, teacher.rest, 1)
     value = value + torch.where(has_rest, rest * (rest.log() - others), 0)
     return value * objective.value_scale
-
-
-def _within(logits: Tensor, teacher: TopK) -> Tensor:
-    """Return the logits [n, k] of the cached ids."""
-    return logits.gather(1, teacher.ids.clamp(min=0)).masked_fill(teacher.ids < 0, -math.inf)
 
 
 def _cache(ids: Tensor, logprobs: Tensor, rows: Rows, vocabulary: int) -> tuple[_Cache, Rows]:
@@ -312,16 +285,11 @@ def _check_logprobs(cache: _Cache) -> None:
 
 def _check_mode(mode: str, objective: Objective) -> None:
     one_of("mode", mode, TOPK_MODES)
-    if mode in {"tail", "truncated"} and objective.temperature != 1.0:
+    if mode == "tail" and objective.temperature != 1.0:
         raise ValueError(
             f"mode {mode!r} at temperature {objective.temperature}: the cache holds "
             "log-probabilities at temperature 1, which do not determine the weight of the other "
             "ids at another temperature; use temperature 1, or mode 'renorm'"
-        )
-    if mode == "subset" and objective.wants_ce:
-        raise ValueError(
-            f"mode 'subset' with ce_weight {objective.ce_weight}: cross-entropy needs the logits "
-            "of all ids, which this mode does not form; use mode 'renorm', or ce_weight 0"
         )
 
 

@@ -199,10 +199,10 @@ class Cached:
             chosen = self.ids[row][there]
             p = self.logprobs[row][there].double().exp()
             scaled = logits[row] / temperature
-            if mode in {"renorm", "subset"}:
+            if mode == "renorm":
                 p = p ** (1 / temperature)
                 p = p / p.sum()
-            q = scaled[chosen].softmax(-1) if mode == "subset" else scaled.softmax(-1)[chosen]
+            q = scaled.softmax(-1)[chosen]
             loss = loss + temperature**2 * (p * (p / q).log()).sum()
             if mode == "tail":
                 rest = 1 - p.sum()

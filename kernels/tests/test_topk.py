@@ -16,11 +16,11 @@ IMPLS = pytest.mark.parametrize("impl", ["chunked", "reference"])
 MODES = pytest.mark.parametrize("mode", TOPK_MODES)
 # A chunk of two or three rows, so that 11 rows make several and a ragged last one.
 TINY_CHUNK_MB = 0.0004
-COLD_AND_WARM = [(mode, 1.0) for mode in TOPK_MODES] + [("renorm", 2.5), ("subset", 2.5)]
+COLD_AND_WARM = [(mode, 1.0) for mode in TOPK_MODES] + [("renorm", 2.5)]
 TASKS = [
     {"mode": mode, "temperature": temperature, "ce_weight": ce_weight}
     for mode, temperature in COLD_AND_WARM
-    for ce_weight in (0.0 if mode == "subset" else 0.7,)
+    for ce_weight in (0.0, 0.7)
 ]
 
 
@@ -52,9 +52,7 @@ def test_a_cache_of_the_whole_vocabulary_gives_the_forward_kl(
     teacher = make_cached(seed=5)
     logits = teacher.hidden @ teacher.weight.T
     logprobs, ids = logits.log_softmax(-1).topk(31)
-    options = {"temperature": temperature, "t_squared": True}
-    if mode != "subset":
-        options["ce_weight"] = 0.5
+    options = {"temperature": temperature, "t_squared": True, "ce_weight": 0.5}
 
     output, gradients = replace(cached, ids=ids, logprobs=logprobs).solve(
         mode=mode, impl=impl, **options
@@ -97,7 +95,7 @@ def test_a_student_that_is_the_teacher_has_no_tail_loss_however_few_ids_are_kept
     assert output.agreement == output.n_valid == 9
 
 
-@pytest.mark.parametrize("mode", ["renorm", "tail", "subset"])
+@MODES
 def test_rounding_makes_no_row_negative(mode):
     generator = torch.Generator().manual_seed(0)
     student = 3 * torch.randn(200, 40, generator=generator)
@@ -279,13 +277,12 @@ def test_strides_and_leading_dimensions_do_not_matter(make_cached):
     torch.testing.assert_close(tuple(others), gradients[1:])
 
 
-@pytest.mark.parametrize("mode", ["renorm", "subset"])
-def test_logits_of_all_rows_never_exist(make_cached, mode, monkeypatch, largest_tensor):
+def test_logits_of_all_rows_never_exist(make_cached, monkeypatch, largest_tensor):
     cached = make_cached(n=600, v=500)
     monkeypatch.setattr(topk_ops, "topk_kd", torch.no_grad()(topk_ops.topk_kd._init_fn))
 
     with largest_tensor() as largest:
-        cached.loss(cached.leaves(), mode=mode, chunk_mb=0.1)
+        cached.loss(cached.leaves(), chunk_mb=0.1)
 
     assert 0 < largest.numel <= 600 * 500 / 10
 
@@ -306,12 +303,11 @@ def test_chunks_of_any_shape_match_the_reference(sizes, mode, chunk_mb, seed):
     hidden, weight = random(n, h), random(v, h)
     logprobs, ids = random(n, v).log_softmax(-1).topk(min(k, v))
     labels = torch.randint(0, v, (n,), generator=generator)
-    ce_weight = 0.0 if mode == "subset" else 0.5
 
     def solve(impl):
         leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
         output = topk_kd_loss(
-            *leaves, ids, logprobs, labels, mode=mode, t_squared=False, ce_weight=ce_weight,
+            *leaves, ids, logprobs, labels, mode=mode, t_squared=False, ce_weight=0.5,
             chunk_mb=chunk_mb, impl=impl,
         )  # fmt: skip
         return output, torch.autograd.grad(output.loss, leaves)
@@ -322,10 +318,8 @@ def test_chunks_of_any_shape_match_the_reference(sizes, mode, chunk_mb, seed):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mode": "tails"}, "unknown mode 'tails'; known: renorm, tail, truncated, subset"),
+        ({"mode": "tails"}, "unknown mode 'tails'; known: renorm, tail"),
         ({"mode": "tail", "temperature": 2.0}, "mode 'tail' at temperature 2.0"),
-        ({"mode": "truncated", "temperature": 2.0}, "mode 'truncated' at temperature 2.0"),
-        ({"mode": "subset", "ce_weight": 0.5}, "mode 'subset' with ce_weight 0.5"),
         ({"temperature": -1.0}, "temperature must be above 0 and finite, got -1.0"),
         ({"labels": None, "ce_weight": 1.0}, "ce_weight is 1.0 but labels is None"),
         ({"reduction": "none"}, "reduction 'none' has no gradient"),

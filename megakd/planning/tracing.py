@@ -41,7 +41,7 @@ MAPPED_BYTES = 32 << 20
 _LIKE = {device: torch.empty(0, device=to) for device, to in (("cpu", "cpu"), ("cuda", "meta"))}
 _ROW_BUFFERS = 5  # block buffers of the row kernels on a CPU; a GPU has none
 # Positions of the chunk size in the arguments of the operators on heads; 0: the default.
-_LINEAR_CHUNK_MB, _TOPK_CHUNK_MB = 17, 18
+_LINEAR_CHUNK_MB, _TOPK_CHUNK_MB = 17, 16
 _RELATION_TILE_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
 
 
@@ -367,7 +367,7 @@ def _linear(args: tuple[Any, ...], device: str, budget: float) -> int:
 
 
 def _topk(args: tuple[Any, ...], device: str, budget: float) -> int:
-    # The student's logits alone; a loss on the cached ids alone (`subset`) is not used.
+    # The student's logits alone.
     return _chunk_of_logits(args[0], [args[1]], device, args[_TOPK_CHUNK_MB] or budget)
 
 

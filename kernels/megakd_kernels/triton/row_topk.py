@@ -83,7 +83,7 @@ def _slope(s, base, bits, slope, hard_slope, HARD: tl.constexpr, TEMPERED: tl.co
 
 @triton.jit
 def _topk_kernel(
-    student, bias, gradient, ids, log_p, mass, rest, best, valid, labels, kd_factor, ce_factor,
+    student, bias, gradient, ids, log_p, rest, best, valid, labels, kd_factor, ce_factor,
     divergence, ce_values, agrees,
     width, count, stride_s, stride_g, bits, inverse, value_scale,
     HARD: tl.constexpr, TEMPERED: tl.constexpr, BIASED: tl.constexpr, GRADIENT: tl.constexpr,
@@ -145,7 +145,7 @@ def _topk_kernel(
 
     if GRADIENT:
         factor = tl.load(kd_factor + row).to(tl.float64)
-        pull = factor * tl.load(mass + row)
+        pull = factor
         if HARD and not TEMPERED:
             pull += ce
         # The q of an id that is not in K is its exponential times this share.
