@@ -85,9 +85,9 @@ MUTATIONS = (
         "megakd/losses/layer_terms.py", ".where(seen, torch.zeros_like(ours))", "", "tests/losses"
     ),
     Mutation(
-        "kernels/megakd_kernels/small_logits.py",
-        "gradient = q.sub_(p)",
-        "gradient = p.sub_(q)",
+        "kernels/megakd_kernels/row_mixtures.py",
+        "out.sub_(torch.mul(self.p_exp,",
+        "out.add_(torch.mul(self.p_exp,",
         "kernels tests/losses",
     ),
     # Steps, seeds and schedules.

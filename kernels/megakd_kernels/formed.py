@@ -59,15 +59,11 @@ class _Formed(torch.autograd.Function):
         return None, *_backward(_POSITIONS[ctx.operator])(ctx, *upstream)
 
 
-def is_watched() -> bool:
-    """Return whether a dispatch mode or a transform of functorch sees the operations."""
-    mode = _python_dispatch._get_current_dispatch_mode()  # noqa: SLF001
-    return mode is not None or torch._C._are_functorch_transforms_active()  # noqa: SLF001
-
-
 def _is_plain(arguments: tuple[Any, ...]) -> bool:
     """Return whether the arguments are real tensors that no mode or transform watches."""
-    if torch.compiler.is_compiling() or is_watched():
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():  # noqa: SLF001
+        return False
+    if _python_dispatch._get_current_dispatch_mode() is not None:  # noqa: SLF001
         return False
     tensors = [each for each in arguments if isinstance(each, Tensor)]
     return all(type(each) in {Tensor, Parameter} and not each.is_meta for each in tensors)

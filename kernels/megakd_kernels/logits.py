@@ -5,13 +5,9 @@ Shapes: N rows (examples or positions), V classes or vocabulary.
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
-import torch
 from torch import Tensor
 
-from megakd_kernels import formed, ops, reference, small_logits
+from megakd_kernels import formed, ops, reference
 from megakd_kernels.inputs import (
     Masks,
     Rows,
@@ -34,12 +30,6 @@ from megakd_kernels.settings import (
     is_small,
     resolve_implementation,
 )
-
-_OPTIONS = (
-    "divergence", "beta", "skew", "temperature", "t_squared", "kd_weight", "ce_weight",
-    "reduction", "num_items", "chunk_mb",
-)  # fmt: skip
-_CONSTANTS = {str, float, int, bool, type(None)}
 
 
 def kd_loss_from_logits(  # noqa: PLR0913, the public contract: options are keyword-only
@@ -98,13 +88,12 @@ def kd_loss_from_logits(  # noqa: PLR0913, the public contract: options are keyw
         ValueError: unknown name, option out of range, mismatched shapes, or reduction "none"
             while a gradient is needed.
     """
-    chosen = (
-        divergence, beta, skew, temperature, t_squared, kd_weight, ce_weight, reduction, num_items,
-        chunk_mb,
+    objective = Objective(
+        divergence=divergence, beta=beta, skew=skew, temperature=temperature,
+        t_squared=t_squared, kd_weight=kd_weight, ce_weight=ce_weight, reduction=reduction,
+        num_items=num_items, chunk_mb=chunk_mb,
     )  # fmt: skip
-    objective = _objective(chosen)
-    if needs_gradient(teacher_logits) or needs_gradient(token_weight):
-        check_constants(teacher_logits=teacher_logits, token_weight=token_weight)
+    check_constants(teacher_logits=teacher_logits, token_weight=token_weight)
     student, teacher, shared = _flatten(student_logits, teacher_logits, vocab_size)
     objective.check_inputs(
         has_teacher=teacher is not None,
@@ -112,11 +101,10 @@ def kd_loss_from_logits(  # noqa: PLR0913, the public contract: options are keyw
         needs_grad=needs_gradient(student),
     )
     masks = Masks(labels, token_weight, ignore_index, valid).checked(student_logits.shape[:-1])
-    if is_small(impl, student, teacher, most=small_logits.MOST_NUMBERS):
-        output = small_logits.kd_loss(student, teacher, masks, objective, shared)
-        if output is not None:
-            return output
-    rows = _select(student, teacher, masks, objective)
+    rows = select_rows(
+        len(student), like=student.new_empty((), dtype=compute_dtype(student, teacher)),
+        masks=masks, ids=student.shape[1] if objective.wants_ce else None,
+    )  # fmt: skip
     implementation = resolve_implementation(impl, student.device)
     with without_autocast(student.device):
         if implementation == "reference":
@@ -133,40 +121,18 @@ def kd_loss_from_logits(  # noqa: PLR0913, the public contract: options are keyw
     return output
 
 
-def _objective(options: tuple[Any, ...]) -> Objective:
-    # A tensor may change between two calls, and would be kept alive.
-    is_constant = _CONSTANTS.issuperset(map(type, options)) and not torch.compiler.is_compiling()
-    return (_known_objective if is_constant else _new_objective)(*options)
-
-
-def _new_objective(*options: Any) -> Objective:
-    return Objective(**dict(zip(_OPTIONS, options, strict=True)))
-
-
-# Checking the options takes 3 microseconds, a tenth of a small loss.
-_known_objective = functools.lru_cache(maxsize=16)(_new_objective)
-
-
-def _select(student: Tensor, teacher: Tensor | None, masks: Masks, objective: Objective) -> Rows:
-    like = student.new_empty((), dtype=compute_dtype(student, teacher))
-    ids = student.shape[1] if objective.wants_ce else None
-    return select_rows(len(student), like=like, masks=masks, ids=ids)
-
-
 def _flatten(
     student: Tensor, teacher: Tensor | None, vocab_size: int | None
 ) -> tuple[Tensor, Tensor | None, int]:
-    flat, shape = as_matrix(student), student.shape
     if teacher is None:
-        return flat, None, shape[-1]
-    others = teacher.shape
-    if others != shape and others[:-1] != shape[:-1]:
+        return as_matrix(student), None, student.shape[-1]
+    if teacher.shape[:-1] != student.shape[:-1]:
         raise ValueError(
-            f"student_logits are {list(shape)} and teacher_logits {list(others)}; only the last "
-            "dimension may differ"
+            f"student_logits are {list(student.shape)} and teacher_logits {list(teacher.shape)}; "
+            "only the last dimension may differ"
         )
-    shared = shared_vocabulary(shape[-1], others[-1], vocab_size)
-    return flat, as_matrix(teacher), shared
+    shared = shared_vocabulary(student.shape[-1], teacher.shape[-1], vocab_size)
+    return as_matrix(student), as_matrix(teacher), shared
 
 
 def _formed(

@@ -43,12 +43,12 @@ def kd_loss(
     student = warped(_taken(student, kept).to(dtype), warps[0])
     values = student.new_zeros(0, len(student))
     if teacher is None:
-        agrees = is_right(student, counted.labels) & counted.labelled
+        agrees = _is_right(student, counted.labels) & counted.labelled
     else:
         teacher = warped(_taken(teacher, kept).detach().to(dtype), warps[1])
         soft = _without_gradient_at_weight_0(student[:, :shared], objective)
         values = divergence_rows(soft, teacher[:, :shared], objective)
-        agrees = share_a_maximum(student[:, :shared], teacher[:, :shared])
+        agrees = _share_a_maximum(student[:, :shared], teacher[:, :shared])
     ce = _cross_entropy_rows(student, counted, objective)
     weighted = values * counted.weight
     total, count = weighted_total(objective, weighted, ce), rows.valid.sum()
@@ -165,7 +165,7 @@ def _without_gradient_at_weight_0(student: Tensor, objective: Objective) -> Tens
     return torch.where(weight != 0, student, student.detach())
 
 
-def is_right(student: Tensor, labels: Tensor | None) -> Tensor:
+def _is_right(student: Tensor, labels: Tensor | None) -> Tensor:
     """Return [N] bool: whether the label is a most likely id.
 
     Raises:
@@ -176,7 +176,7 @@ def is_right(student: Tensor, labels: Tensor | None) -> Tensor:
     return (student.gather(1, labels[:, None]) == student.amax(-1, keepdim=True)).squeeze(1)
 
 
-def share_a_maximum(student: Tensor, teacher: Tensor) -> Tensor:
+def _share_a_maximum(student: Tensor, teacher: Tensor) -> Tensor:
     """Return [N] bool: whether some id is a most likely id of both models."""
     is_top = student == student.amax(-1, keepdim=True)
     return (is_top & (teacher == teacher.amax(-1, keepdim=True))).any(-1)

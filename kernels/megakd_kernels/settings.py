@@ -55,8 +55,6 @@ class KDOutput(NamedTuple):
         rows whose label is a most likely id. int64.
     row_divergences, row_ce, row_agrees: [n_div, N], [N], [N] bool, the terms of these sums, 0 for
         a row that does not count. They separate groups of rows that one call scores together.
-
-    The fields after `loss` may be formed at the first access (`deferred.DeferredOutput`).
     """
 
     loss: Tensor
@@ -182,10 +180,10 @@ def formed_dtype(implementation: str, given: torch.dtype, dtype: torch.dtype) ->
     return given if is_narrow else dtype
 
 
-def is_small(impl: str, *tensors: Tensor | None, most: int = SMALL) -> bool:
+def is_small(impl: str, *tensors: Tensor | None) -> bool:
     """Return whether eager torch is faster than an operator, which has 100 steps in Python.
 
-    So it is for at most `most` numbers on a CPU. A caller who names an implementation gets it.
+    So it is for at most `SMALL` numbers on a CPU. A caller who names an implementation gets it.
     """
     if impl != "auto" or torch.compiler.is_compiling():
         return False
@@ -196,7 +194,7 @@ def is_small(impl: str, *tensors: Tensor | None, most: int = SMALL) -> bool:
                 return False
             count += tensor.numel()
     # Reading the environment takes the longest.
-    return count <= most and not os.environ.get(ENVIRONMENT_VARIABLE)
+    return count <= SMALL and not os.environ.get(ENVIRONMENT_VARIABLE)
 
 
 def _check_triton(source: str, device: torch.device) -> None:

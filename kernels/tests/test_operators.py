@@ -257,7 +257,7 @@ def test_inputs_of_any_strides_give_the_same(inputs, loss):
 
 @EVERY_PATH
 def test_a_gradient_of_the_gradient_is_refused(inputs, loss, impl):
-    if impl == "reference":
+    if impl == "reference" or loss is small_loss:  # eager torch, which has second derivatives
         return
     leaves = leaves_of(inputs)
 
