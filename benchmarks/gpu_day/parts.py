@@ -45,7 +45,7 @@ def program(words: str, rehearsed: str = "") -> Callable[..., list[str]]:
 
 
 _BENCH = "bench --implementations megakd-triton"
-_ROW_STAGES, _CHUNK_MB = "--variable MEGAKD_ROW_STAGES", "--variable chunk_mb"
+_ROW_STAGES = "--variable MEGAKD_ROW_STAGES"
 PARTS = tuple(Part(*row[:3], program(*row[3:])) for row in (
     ("probe", "rates of products and row kernels alone", 90, "probe"),
     ("kernel-tests", "tests of the Triton kernels", 300, "kernel_tests"),
@@ -68,13 +68,10 @@ PARTS = tuple(Part(*row[:3], program(*row[3:])) for row in (
     ("registers", "registers of a thread of the row kernels", 130,
      "variants --variable MEGAKD_ROW_REGISTERS --values 0,64,80 --cases rows,rows-jsd",
      "--variable MEGAKD_ROW_REGISTERS --values 0,64 --cases rows"),
-    ("chunks", "memory of a chunk against time", 80,
-     f"variants {_CHUNK_MB} --values 512,1024,2048,4096 --cases forward_kl --rounds 1",
-     f"{_CHUNK_MB} --values 512,2048 --cases forward_kl --rounds 1"),
 ))  # fmt: skip
 UNTIMED = ("kernel-tests", "agreement", "causal-lm", "minidisc", "release")
 """They run side by side on a GPU."""
-TIMES = ("probe", "agreement", "bench", "stages", "chunks", "registers", "more-losses")
+TIMES = ("probe", "agreement", "bench", "stages", "registers", "more-losses")
 """With `--order times`, these come first, and the trainings last."""
 
 

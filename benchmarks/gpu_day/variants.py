@@ -1,8 +1,8 @@
 """Part of `gpu_day.py`: a case of the kernels, timed with several values of one setting.
 
-The setting is an environment variable of the kernels, or `chunk_mb`. Every value has a process of
-its own, so that a crash costs one value and memory is that of one value; the processes take turns,
-so that a clock that changes does not favour a value.
+The setting is an environment variable of the kernels. Every value has a process of its own, so that
+a crash costs one value and memory is that of one value; the processes take turns, so that a clock
+that changes does not favour a value.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from bench.cases import Case
 
-CHUNK_MB = "chunk_mb"
 TIMED = "timed: "
 
 
@@ -48,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = part_parser(__doc__)
-    parser.add_argument("--variable", required=True, help=f"an environment variable or {CHUNK_MB}")
+    parser.add_argument("--variable", required=True, help="an environment variable")
     parser.add_argument("--values", type=words, required=True)
     parser.add_argument("--cases", type=words, required=True)
     parser.add_argument("--rounds", type=int, default=2, help="processes per value")
@@ -60,7 +59,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def timed(value: str, given: argparse.Namespace) -> list[dict[str, Any]]:
-    variables = {} if given.variable == CHUNK_MB else {given.variable: value}
+    variables = {given.variable: value}
     if given.rehearse:
         variables["TRITON_INTERPRET"] = "1"
     command = [sys.executable, "-u", str(BENCHMARKS), __name__, *given.options, "--value", value]
@@ -107,8 +106,6 @@ def measure(given: argparse.Namespace) -> None:
     known = {case.name: case for case in cases_for("cuda")}
     for name in given.cases:
         case = replace(known[name], **SMALL) if given.rehearse else known[name]
-        if given.variable == CHUNK_MB:
-            case = replace(case, chunk_mb=int(given.value))
         print(f"{TIMED}{json.dumps({'case': name, **times_of(case, device)})}", flush=True)
 
 

@@ -32,7 +32,6 @@ class Case:
 
     n: rows, or positions L of the one sequence of a relation.
     mixture: divergences and their weights; empty where the loss has none.
-    chunk_mb: budget of our chunks; None: the default of the device.
     mode: "fwd_bwd", or "fwd" for the loss alone, without gradient.
     selection: "quick" runs always, "full" without --quick, "named" only when asked for.
     """
@@ -47,7 +46,6 @@ class Case:
     mixture: tuple[tuple[str, float], ...] = (("forward_kl", 1.0),)
     ce_weight: float = 0.0
     temperature: float = 1.0
-    chunk_mb: float | None = None
     heads: int = 32
     mode: Literal["fwd_bwd", "fwd"] = "fwd_bwd"
     selection: Selection = "full"
@@ -115,7 +113,6 @@ def _cuda_cases() -> tuple[Case, ...]:
         *_variants(quick, full),
         replace(rows, name="rows-jsd", mixture=(("jsd", 1.0),), selection="full"),
         replace(full, name="logits", kind="logits", n=2048),
-        *_sweep(full, (256, 512, 1024, 2048, 4096)),
         *(_shaped(full, *one) for one in shapes if one != (full.v, full.hs, full.ht, full.n)),
     )
 
@@ -137,10 +134,6 @@ def _variants(quick: Case, full: Case) -> tuple[Case, ...]:
     )
 
 
-def _sweep(like: Case, sizes_mb: tuple[int, ...]) -> tuple[Case, ...]:
-    return tuple(replace(like, name=f"chunk-{size}mb", chunk_mb=size) for size in sizes_mb)
-
-
 def _shaped(like: Case, v: int, hs: int, ht: int, n: int) -> Case:
     return replace(like, name=f"v{v}-h{hs}x{ht}-n{n}", v=v, hs=hs, ht=ht, n=n, selection="full")
 
@@ -159,7 +152,6 @@ def _cpu_cases() -> tuple[Case, ...]:
         replace(small, name="relation", kind="relation", n=512, v=0, mixture=(), heads=8),
         replace(small, name="jsd", mixture=(("jsd", 1.0),)),
         *_variants(small, replace(small, selection="full")),
-        *_sweep(replace(first, selection="full"), (4, 8, 16, 32)),
         _shaped(first, 32000, 256, 512, 256),
         _shaped(first, 32000, 512, 1024, 512),
         _shaped(first, 50304, 256, 512, 512),

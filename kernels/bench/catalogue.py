@@ -102,8 +102,6 @@ def reason_to_skip(implementation: Implementation, case: Case, device: Device) -
     is_mixed = len(case.mixture) > 1 or (case.ce_weight != 0 and case.kind == "linear_kd")
     if is_mixed and not (implementation.mixes and _mixes(implementation, case)):
         return f"computes no weighted sum {case.divergence}"
-    if case.chunk_mb is not None and not implementation.is_ours:
-        return "has no budget for its chunks"
     return _missing_package(implementation)
 
 

@@ -12,7 +12,6 @@ from bench.cases import BETA, SKEW, Case
 from bench.problem import DTYPES, Loss, Problem
 from megakd_kernels.chunking import (
     add_weight_gradient_,
-    chunk_budget_on,
     gradient_dtype,
     input_gradient_into,
     logits_buffer,
@@ -42,7 +41,6 @@ def _divergence_options(case: Case) -> dict[str, Any]:
         "t_squared": False,
         "ce_weight": case.ce_weight,
         "reduction": "mean",
-        "chunk_mb": case.chunk_mb,
     }
 
 
@@ -57,14 +55,14 @@ def _linear_kd(problem: Problem, impl: str) -> Tensor:
 def _linear_ce(problem: Problem, impl: str) -> Tensor:
     return mk.linear_kd_loss(
         problem.student, problem.student_weight, labels=problem.labels, t_squared=False,
-        ce_weight=1.0, reduction="mean", chunk_mb=problem.case.chunk_mb, impl=impl,
+        ce_weight=1.0, reduction="mean", impl=impl,
     ).loss  # fmt: skip
 
 
 def _linear_stats(problem: Problem, impl: str) -> Tensor:
     stats = mk.linear_stats(
         problem.student, problem.student_weight, problem.teacher, problem.teacher_weight,
-        problem.labels, chunk_mb=problem.case.chunk_mb, impl=impl,
+        problem.labels, impl=impl,
     )  # fmt: skip
     sums = stats.kl_sum + stats.ce_sum + stats.teacher_entropy_sum + stats.agreement
     return sums / stats.n_valid
@@ -74,7 +72,7 @@ def _topk(problem: Problem, impl: str) -> Tensor:
     return mk.topk_kd_loss(
         problem.student, problem.student_weight, problem.topk_ids, problem.topk_logprobs,
         mode="renorm", temperature=problem.case.temperature, t_squared=False, reduction="mean",
-        chunk_mb=problem.case.chunk_mb, impl=impl,
+        impl=impl,
     ).loss  # fmt: skip
 
 
@@ -114,8 +112,7 @@ def _gemms(problem: Problem, impl: str) -> Tensor:
     narrow, count = gradient_dtype(student, like.dtype), len(student)
     plan = plan_row_chunks(
         count, widths=(len(weight), len(teacher_weight)), like=like, gradient=narrow,
-        chunk_mb=chunk_budget_on(student.device, problem.case.chunk_mb or 0.0),
-        implementation=resolve_implementation(impl, student.device),
+        chunk_mb=0.0, implementation=resolve_implementation(impl, student.device),
     )  # fmt: skip
     logits, soft = (logits_buffer(plan.chunk, len(each), like) for each in (weight, teacher_weight))
     gradient = logits_buffer(plan.group, len(weight), like, narrow).zero_()

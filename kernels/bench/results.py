@@ -37,7 +37,6 @@ class Result:
     divergence: str
     temperature: float
     mode: str
-    chunk_mb: float | None
     ms_median: float | None = None
     ms_p20: float | None = None
     ms_p80: float | None = None
@@ -106,7 +105,7 @@ class Ledger:
             case=case.name, impl=implementation, status=status, dtype=case.dtype,
             logits_dtype=_logits_dtype(case, implementation), N=case.n, V=case.v, Hs=case.hs,
             Ht=case.ht, divergence=case.divergence, temperature=case.temperature,
-            mode=case.mode, chunk_mb=case.chunk_mb, **self.machine._asdict(),
+            mode=case.mode, **self.machine._asdict(),
         )  # fmt: skip
 
     def _append(self, row: Result) -> None:

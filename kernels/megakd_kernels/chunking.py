@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 
 MEBIBYTE = 1 << 20
-# Budget of the chunk buffers if the caller names none, in MiB: a part of the GPU's memory. Larger
-# chunks read and write the gradient of the head less often.
-LEAST_CHUNK_MB, MOST_CHUNK_MB = 1024.0, 4096.0
-_PART_OF_CARD = 1 / 40
+# Budget of the chunk buffers if the caller names none, in MiB.
+GPU_CHUNK_MB = 1024.0
 # Measured at V = 32000: chunks of 128 MiB save 2 % of the time, chunks of 48 MiB cost 3 %.
 CPU_CHUNK_MB = 64.0
 # A block and its buffers fit the caches; larger chunks take blocks of twice the size.
@@ -46,23 +44,6 @@ class ChunkPlan(NamedTuple):
     block: int
 
 
-def chunk_budget(card_bytes: int | None) -> float:
-    """Return the default budget of chunk buffers in MiB; None: the memory is not known."""
-    part = 0.0 if card_bytes is None else card_bytes * _PART_OF_CARD / MEBIBYTE
-    return min(MOST_CHUNK_MB, max(LEAST_CHUNK_MB, part))
-
-
-def chunk_budget_on(device: torch.device, chunk_mb: float) -> float:
-    """Return the budget that a caller names, in MiB, or the default of the device for 0."""
-    if chunk_mb:
-        return chunk_mb
-    if device.type == "cpu":
-        return CPU_CHUNK_MB
-    if device.type != "cuda":
-        return LEAST_CHUNK_MB
-    return chunk_budget(torch.cuda.get_device_properties(device).total_memory)
-
-
 def plan_row_chunks(
     rows: int,
     *,
@@ -72,7 +53,11 @@ def plan_row_chunks(
     chunk_mb: float,
     implementation: str,
 ) -> ChunkPlan:
-    """Return the chunk sizes of a loss on logits; `gradient` is the dtype of its products."""
+    """Return the chunk sizes of a loss on logits; `gradient` is the dtype of its products.
+
+    `chunk_mb` is the budget that a caller names, or 0 for the default of the device.
+    """
+    chunk_mb = chunk_mb or (CPU_CHUNK_MB if like.device.type == "cpu" else GPU_CHUNK_MB)
     if implementation == "triton" and not like.is_cpu:
         return plan_fused_chunks(
             rows, widths=widths, like=like, gradient=gradient, chunk_mb=chunk_mb

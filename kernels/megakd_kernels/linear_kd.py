@@ -105,8 +105,7 @@ def linear_kd_loss(  # noqa: PLR0913, the public contract: options are keyword-o
         softcap_t: the same for the teacher.
         logit_scale_s: factor of the student's raw logits, before the cap.
         logit_scale_t: the same for the teacher.
-        chunk_mb: budget of the chunk buffers in MiB; None: a fortieth of the GPU's memory,
-            between 1024 and 4096 (64 on a CPU).
+        chunk_mb: budget of the chunk buffers in MiB; None: 1024 on a GPU, 64 on a CPU.
         impl: "triton", "chunked", "reference", or "auto", which MEGAKD_KERNELS overrides.
 
     Returns:

@@ -77,8 +77,7 @@ def kd_loss_from_logits(  # noqa: PLR0913, the public contract: options are keyw
         reduction: "sum"; "mean" over the valid rows; "num_items"; "none": [...],
             allowed only without gradient.
         valid: [...] bool; rows that are False may hold anything.
-        chunk_mb: budget of the chunk buffers in MiB; None: a fortieth of the GPU's memory,
-            between 1024 and 4096 (64 on a CPU).
+        chunk_mb: budget of the chunk buffers in MiB; None: 1024 on a GPU, 64 on a CPU.
         impl: "triton", "chunked", "reference", or "auto", which MEGAKD_KERNELS overrides.
 
     Returns:

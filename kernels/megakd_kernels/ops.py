@@ -14,7 +14,6 @@ from torch import Tensor
 
 from megakd_kernels.chunking import (
     ChunkPlan,
-    chunk_budget_on,
     gradient_dtype,
     logits_buffer,
     logits_buffers,
@@ -159,7 +158,7 @@ def _with_biases_of_rows(
 def _sizes(rows: int, widths: list[int], hidden: Tensor, like: Tensor, flat: FlatPlan) -> ChunkPlan:
     return plan_row_chunks(
         rows, widths=tuple(widths), like=like, gradient=gradient_dtype(hidden, like.dtype),
-        chunk_mb=chunk_budget_on(like.device, flat.chunk_mb), implementation=flat.implementation,
+        chunk_mb=flat.chunk_mb, implementation=flat.implementation,
     )  # fmt: skip
 
 

@@ -97,8 +97,7 @@ def topk_kd_loss(  # noqa: PLR0913, the public contract: options are keyword-onl
         reduction: "sum"; "mean" over the valid rows; "num_items"; "none": [N] or [B, T],
             allowed only without gradient.
         student_bias: [V].
-        chunk_mb: budget of the chunk buffers in MiB; None: a fortieth of the GPU's memory,
-            between 1024 and 4096 (64 on a CPU).
+        chunk_mb: budget of the chunk buffers in MiB; None: 1024 on a GPU, 64 on a CPU.
         impl: "triton", "chunked", "reference", or "auto", which MEGAKD_KERNELS overrides.
 
     Returns:

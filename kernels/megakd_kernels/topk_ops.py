@@ -14,7 +14,6 @@ from torch import Tensor
 
 from megakd_kernels.chunking import (
     ChunkPlan,
-    chunk_budget_on,
     gradient_dtype,
     logits_buffers,
     plan_row_chunks,
@@ -66,7 +65,7 @@ def topk_kd(  # noqa: PLR0913, PLR0917, an operator takes flat arguments
     sizes = plan_row_chunks(
         len(student.hidden), widths=(len(student.weight),), like=factors.kd,
         gradient=gradient_dtype(student.hidden, factors.kd.dtype),
-        chunk_mb=chunk_budget_on(student.hidden.device, chunk_mb), implementation=implementation,
+        chunk_mb=chunk_mb, implementation=implementation,
     )  # fmt: skip
     formed = StudentGradients.empty(student, wanted, factors.kd.dtype)
     kernel = TopKRows(plan=plan, scratch=Scratch(sizes.block, factors.kd))

@@ -1,4 +1,4 @@
-"""Chunk buffers: their budget, from the caller or from the memory of the GPU."""
+"""Chunk buffers: their budget, from the caller or by the kind of device."""
 
 import pytest
 import torch
@@ -6,50 +6,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megakd_kernels import chunking
-from megakd_kernels.chunking import (
-    chunk_budget,
-    chunk_budget_on,
-    plan_chunks,
-    plan_fused_chunks,
-)
-
-GIB = 1 << 30
+from megakd_kernels.chunking import plan_chunks, plan_fused_chunks, plan_row_chunks
 
 
-@pytest.mark.parametrize(
-    ("card", "budget"),
-    [(None, 1024), (24 * GIB, 1024), (80 * GIB, 2048), (140 * GIB, 3584), (288 * GIB, 4096)],
-)
-def test_the_budget_is_a_fortieth_of_the_card_within_limits(card, budget):
-    assert chunk_budget(card) == budget
-
-
-@pytest.mark.parametrize(
-    ("ids", "card", "groups"), [(128256, 24, 4), (128256, 140, 2), (151936, 80, 3)]
-)
-def test_8192_rows_of_a_large_vocabulary_form_the_gradient_in_few_products(ids, card, groups):
-    plan = plan_fused_chunks(
-        8192, widths=(ids, ids), like=torch.empty(0), gradient=torch.bfloat16,
-        chunk_mb=chunk_budget(card * GIB),
+def row_chunks(like, chunk_mb):
+    return plan_row_chunks(
+        8192, widths=(128256, 128256), like=like, gradient=torch.bfloat16, chunk_mb=chunk_mb,
+        implementation="triton",
     )  # fmt: skip
 
-    assert -(-8192 // plan.group) == groups
-    assert ids != 151936 or (plan.group, plan.chunk) == (2752, 704)
+
+@pytest.mark.parametrize(("device", "default"), [("meta", 1024), ("cpu", 64)])
+def test_the_budget_is_one_number_per_kind_of_device_unless_the_caller_names_another(
+    device, default
+):
+    like = torch.empty(0, device=device)
+
+    assert row_chunks(like, 0.0) == row_chunks(like, default) != row_chunks(like, 2 * default)
 
 
-def test_the_budget_of_the_caller_goes_before_that_of_the_card(monkeypatch):
-    card = torch.device("cuda", 0)
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda _: type("Card", (), {"total_memory": 80 * GIB})
-    )
+def test_8192_rows_of_a_large_vocabulary_form_the_gradient_in_few_products():
+    plan = row_chunks(torch.empty(0, device="meta"), 0.0)
 
-    assert chunk_budget_on(card, 0.0) == 2048
-    assert chunk_budget_on(card, 77.0) == 77.0
-
-
-def test_a_cpu_has_a_small_budget_unless_the_caller_names_another():
-    assert chunk_budget_on(torch.device("cpu"), 0.0) == 64
-    assert chunk_budget_on(torch.device("cpu"), 128.0) == 128
+    assert (plan.group, plan.chunk) == (2048, 512)
 
 
 @given(st.integers(1, 20000), st.integers(1, 200000), st.integers(1, 200000), st.floats(1, 4096))

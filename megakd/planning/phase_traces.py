@@ -105,8 +105,7 @@ class _Tracer:
     def __init__(self, phase: Phase, config: RunConfig, cluster: Cluster) -> None:
         self._phase, self._config, self._task = phase, config, config.task
         self._device: Device = cluster.device
-        self._memory = cluster.device_memory if cluster.device == "cuda" else None
-        self._trace = partial(trace_call, device=self._device, memory=self._memory)
+        self._trace = partial(trace_call, device=self._device)
 
     def key(self) -> str:
         # The traces do not depend on the learner's sharding.
@@ -118,7 +117,7 @@ class _Tracer:
         work = (phase.work, phase.rows, phase.with_width)
         specs = [ready.spec for ready in phase.teachers.values()]
         calls = [(spec.micro_batches_per_call, spec.deepspeed) for spec in specs]
-        facts = (self._device, self._memory, self._task, work, frozen, calls)
+        facts = (self._device, self._task, work, frozen, calls)
         if stage is None:
             return repr(facts)
         # A strategy that is not made of plain values lists the values that it depends on.

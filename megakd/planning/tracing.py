@@ -25,9 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megakd.training.operations import is_linear_kd, products
 from megakd_kernels.chunking import (
-    CPU_CHUNK_MB,
     MEBIBYTE,
-    chunk_budget,
     gradient_dtype,
     plan_chunks,
     plan_row_chunks,
@@ -155,19 +153,13 @@ class Trace:
 
 
 def trace_call(
-    module: nn.Module,
-    call: Callable[[], Any],
-    *,
-    backward: bool,
-    device: str,
-    memory: int | None = None,
+    module: nn.Module, call: Callable[[], Any], *, backward: bool, device: str
 ) -> tuple[Trace, Any]:
     """Return the trace of one call of a module, and its result.
 
-    With `backward`, the result has a `total`. `memory`: bytes of a GPU, which determine the buffers
-    of the losses; None: not known.
+    With `backward`, the result has a `total`.
     """
-    with _AllocationWatch(module, device, memory) as watch:
+    with _AllocationWatch(module, device) as watch:
         with _without_values(device), nullcontext() if backward else torch.no_grad():
             result = call()
         watch.turn()
@@ -257,9 +249,9 @@ class _Valueless(TorchFunctionMode):
 class _AllocationWatch(TorchDispatchMode):
     """Mode that counts the memory in use by active module."""
 
-    def __init__(self, module: nn.Module, device: str, memory: int | None) -> None:
+    def __init__(self, module: nn.Module, device: str) -> None:
         super().__init__()
-        self._module, self._device, self._memory = module, device, memory
+        self._module, self._device = module, device
         self._number = {_storage(p): number for number, p in enumerate(module.parameters())}
         self._ignored = {_storage(tensor) for tensor in module.buffers()} | self._number.keys()
         self._known: dict[int, tuple[Amount, Any]] = {}
@@ -323,7 +315,7 @@ class _AllocationWatch(TorchDispatchMode):
         for tensor in tree_iter(out):
             if isinstance(tensor, Tensor):
                 self._take(tensor)
-        workspace = block(loss_workspace(func, args, self._device, self._memory))
+        workspace = block(loss_workspace(func, args, self._device))
         moment.workspace = moment.workspace.most(workspace)
         moment.live = moment.live.most(self._live)
         return out
@@ -352,23 +344,20 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata  # noqa: SLF001  (identifies a storage)
 
 
-def loss_workspace(
-    function: Any, args: tuple[Any, ...], device: str, memory: int | None = None
-) -> int:
+def loss_workspace(function: Any, args: tuple[Any, ...], device: str) -> int:
     """Return the bytes that a fused loss holds beside its results; 0 for other operators."""
     buffers = _WORKSPACES.get(getattr(function, "name", str)().partition(".")[0])
-    budget = CPU_CHUNK_MB if device == "cpu" else chunk_budget(memory)
-    return 0 if buffers is None else buffers(args, device, budget)
+    return 0 if buffers is None else buffers(args, device)
 
 
-def _linear(args: tuple[Any, ...], device: str, budget: float) -> int:
+def _linear(args: tuple[Any, ...], device: str) -> int:
     heads = [head for head in (args[1], args[4]) if head is not None]
-    return _chunk_of_logits(args[0], heads, device, args[_LINEAR_CHUNK_MB] or budget)
+    return _chunk_of_logits(args[0], heads, device, args[_LINEAR_CHUNK_MB])
 
 
-def _topk(args: tuple[Any, ...], device: str, budget: float) -> int:
+def _topk(args: tuple[Any, ...], device: str) -> int:
     # The student's logits alone.
-    return _chunk_of_logits(args[0], [args[1]], device, args[_TOPK_CHUNK_MB] or budget)
+    return _chunk_of_logits(args[0], [args[1]], device, args[_TOPK_CHUNK_MB])
 
 
 def _chunk_of_logits(hidden: Tensor, heads: Sequence[Tensor], device: str, chunk_mb: float) -> int:
@@ -391,7 +380,7 @@ def _chunk_of_logits(hidden: Tensor, heads: Sequence[Tensor], device: str, chunk
     return buffers + (group * widths[0] * narrow.itemsize if narrow != torch.float32 else 0)
 
 
-def _hidden(args: tuple[Any, ...], device: str, _: float) -> int:
+def _hidden(args: tuple[Any, ...], device: str) -> int:
     student, projection, teacher = args[:3]
     count, width = teacher.shape
     if device != "cpu":
@@ -402,7 +391,7 @@ def _hidden(args: tuple[Any, ...], device: str, _: float) -> int:
     return plan.chunk * sum(widths) * 4
 
 
-def _relation(args: tuple[Any, ...], device: str, _: float) -> int:
+def _relation(args: tuple[Any, ...], device: str) -> int:
     # Return the bytes of three tiles (rows, keys, all relation heads) and of one example.
     student, teacher = args[0], args[2]
     example = math.prod(student.shape[1:]) + math.prod(teacher.shape[1:])
