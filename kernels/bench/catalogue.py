@@ -19,7 +19,6 @@ class Implementation:
     divergences: those it knows; None: all of them.
     mixes: whether it computes weighted sums of divergences, and adds cross-entropy.
     compiles: whether every new shape costs a compilation of many seconds.
-    logits: the precision its logits are rounded to; "" where it is the package's own choice.
     only: the one device on which it is measured.
     package: what must be installed, as (module, name to install).
     """
@@ -30,7 +29,6 @@ class Implementation:
     divergences: tuple[str, ...] | None = None
     mixes: bool = True
     compiles: bool = False
-    logits: str = ""
     only: Device | None = None
     package: tuple[str, str] | None = None
 
@@ -44,17 +42,16 @@ _LIGER = ("liger_kernel", "liger-kernel")
 _KD, _CE = ("linear_kd",), ("linear_ce",)
 _ONLY = {"cuda": "runs on CUDA alone", "cpu": "an old version, measured on a CPU alone"}
 IMPLEMENTATIONS = (
-    Implementation("megakd-triton", 'this package, impl="triton"', (*LOSSES, "rows"),
-                   logits="fp32", only="cuda"),
+    Implementation("megakd-triton", 'this package, impl="triton"', (*LOSSES, "rows"), only="cuda"),
     Implementation("megakd-chunked", 'this package, impl="chunked": the same chunks, rows by torch',
-                   LOSSES, logits="fp32"),
+                   LOSSES),
     Implementation("eager", "full logits in the dtype of the model, widened to fp32, as Hugging "
-                   "Face's losses", LOSSES, logits="dtype"),
-    Implementation("compile", "torch.compile of eager", LOSSES, compiles=True, logits="dtype"),
+                   "Face's losses", LOSSES),
+    Implementation("compile", "torch.compile of eager", LOSSES, compiles=True),
     Implementation("compile-max", 'compile in the mode "max-autotune-no-cudagraphs"', LOSSES,
-                   compiles=True, logits="dtype", only="cuda"),
+                   compiles=True, only="cuda"),
     Implementation("trl-chunks", "256-row checkpointed chunks in fp32, as TRL 1.12 "
-                   "(huggingface/trl#6526)", _KD, divergences=GKD, mixes=False, logits="fp32",
+                   "(huggingface/trl#6526)", _KD, divergences=GKD, mixes=False,
                    only="cpu"),
     Implementation("trl-tiles", "trl.kernels.ChunkedDivergenceFunction of newer TRL: tiles, "
                    "recomputed", _KD, divergences=GKD, mixes=False,
@@ -66,7 +63,7 @@ IMPLEMENTATIONS = (
                    only="cuda", package=_LIGER),
     Implementation("liger-kl", "LigerFusedLinearKLDivLoss on the softmax of the teacher's whole "
                    "logits, in the dtype of the model", _KD, divergences=("forward_kl",),
-                   mixes=False, logits="dtype", only="cuda", package=_LIGER),
+                   mixes=False, only="cuda", package=_LIGER),
     Implementation("liger-chunked", "LigerFusedLinearJSDLoss (torch.compile of chunks; gradients "
                    "in the forward)", _KD, divergences=GKD, compiles=True, package=_LIGER),
     Implementation("liger-ce", "LigerFusedLinearCrossEntropyLoss", _CE, only="cuda",
@@ -77,7 +74,7 @@ IMPLEMENTATIONS = (
                    only="cuda", package=("quack", "quack-kernels")),
     Implementation("torch-ce", "torch.nn.functional.linear_cross_entropy, chunked", _CE),
     Implementation("megakd-gemms", "the matrix products of linear_kd_loss and nothing else",
-                   ("gemms",), logits="fp32"),
+                   ("gemms",)),
 )  # fmt: skip
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TextIO
 
 from bench.cases import Case, bytes_moved, floating_point_operations
-from bench.catalogue import find
 from bench.machine import Ceilings, Machine
 from bench.memory import Peak
 from bench.timing import Times
@@ -29,7 +28,6 @@ class Result:
     status: str
     reason: str = ""
     dtype: str
-    logits_dtype: str
     N: int
     V: int
     Hs: int
@@ -103,9 +101,8 @@ class Ledger:
     def _row(self, case: Case, implementation: str, status: str) -> Result:
         return Result(
             case=case.name, impl=implementation, status=status, dtype=case.dtype,
-            logits_dtype=_logits_dtype(case, implementation), N=case.n, V=case.v, Hs=case.hs,
-            Ht=case.ht, divergence=case.divergence, temperature=case.temperature,
-            mode=case.mode, **self.machine._asdict(),
+            N=case.n, V=case.v, Hs=case.hs, Ht=case.ht, divergence=case.divergence,
+            temperature=case.temperature, mode=case.mode, **self.machine._asdict(),
         )  # fmt: skip
 
     def _append(self, row: Result) -> None:
@@ -123,11 +120,3 @@ def read(path: Path) -> list[Result]:
 def _times(times: Times) -> dict[str, float]:
     columns = ("ms_median", "ms_p20", "ms_p80", "noise")
     return dict(zip(columns, times, strict=True))
-
-
-def _logits_dtype(case: Case, implementation: str) -> str:
-    """Type of the logits; "" if the peer chooses it, or there are no logits."""
-    if case.kind in {"hidden_mse", "hidden_cosine"} or case.name == CEILING:
-        return ""
-    logits = find(implementation).logits
-    return case.dtype if logits == "dtype" else logits

@@ -17,7 +17,6 @@ from megakd_kernels import formed, hidden_ops, reference
 from megakd_kernels.hidden_ops import inverse_norm
 from megakd_kernels.inputs import (
     all_count,
-    as_matrix,
     check_constants,
     check_not_sharded,
     check_rows,
@@ -135,7 +134,7 @@ def _flatten(
     check_constants(teacher_hidden=teacher)
     check_rows(student.shape[:-1], valid=valid)
     _check_widths(student.shape[-1], projection, teacher.shape[-1])
-    student, teacher = as_matrix(student), as_matrix(teacher)
+    student, teacher = (each.reshape(-1, each.shape[-1]) for each in (student, teacher))
     if valid is None:
         valid = torch.ones(len(student), dtype=torch.bool, device=student.device)
     if projection is not None:

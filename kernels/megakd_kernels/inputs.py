@@ -79,11 +79,6 @@ def needs_gradient(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
 
 
-def as_matrix(values: Tensor) -> Tensor:
-    """Return values [..., V] as [N, V]; a matrix is returned itself, because a view takes time."""
-    return values if values.dim() == 2 else values.reshape(-1, values.shape[-1])
-
-
 def may_look_at(tensor: Tensor) -> bool:
     """Return whether reading values is free: on a CPU and not while compiling."""
     return tensor.is_cpu and not torch.compiler.is_compiling()
@@ -167,7 +162,9 @@ def check_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -
                 f"{name}_hidden is on {hidden.device} and {name}_{part} on {tensor.device}; move "
                 "them to one device"
             )
-    _check_floating(**{f"{name}_hidden": hidden, f"{name}_weight": weight})
+    for part, tensor in {"hidden": hidden, "weight": weight}.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name}_{part} is {tensor.dtype}; it must be floating point")
 
 
 def check_not_sharded(name: str, weight: Tensor | None) -> None:
@@ -216,8 +213,11 @@ def select_rows(count: int, *, like: Tensor, masks: Masks, ids: int | None) -> R
     Raises:
         ValueError: (on a CPU) a label is not an id of the student.
     """
-    labels = None if masks.labels is None else _flat_labels(masks.labels)
-    labelled = None if labels is None else labels != masks.ignore_index
+    labels = labelled = None
+    if masks.labels is not None:
+        check_integers(labels=masks.labels)
+        labels = masks.labels.detach().reshape(-1).long()
+        labelled = labels != masks.ignore_index
     if masks.valid is not None:
         counted = masks.valid.detach().reshape(-1).bool().contiguous()
     elif labelled is not None:
@@ -256,14 +256,3 @@ def shared_vocabulary(student: int, teacher: int, vocab_size: int | None) -> int
             f"the student has {student} ids and the teacher {teacher}"
         )
     return vocab_size
-
-
-def _flat_labels(labels: Tensor) -> Tensor:
-    check_integers(labels=labels)
-    return labels.detach().reshape(-1).long()
-
-
-def _check_floating(**tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} is {tensor.dtype}; it must be floating point")

@@ -7,8 +7,9 @@ Shapes: N rows, C rows of a chunk, V vocabulary, H width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,12 +56,9 @@ class Needed(NamedTuple):
         return self.hidden or self.weight or self.bias
 
 
-class ChunkLoss(Protocol):
-    """A loss that turns the logits of some rows into their gradient and stores the values."""
-
-    def __call__(self, rows: slice, logits: Tensor, gradient: Tensor | None) -> None:
-        """Read raw logits [C, V] (lost) and write gradient [C, V], which may be `logits` itself."""
-        ...
+# A loss of some rows: it stores their values, reads raw logits [C, V], which are lost, and writes
+# their gradient [C, V] unless it is None; both may be one tensor.
+ChunkLoss = Callable[[slice, Tensor, Tensor | None], None]
 
 
 @dataclass(kw_only=True)

@@ -10,14 +10,12 @@ import torch
 from torch import Tensor
 
 from megakd_kernels import formed, ops, reference
-from megakd_kernels.heads import check_same_rows, checked_side, checked_teacher, heads_dtype
+from megakd_kernels.heads import Heads, checked_heads
 from megakd_kernels.inputs import (
     Masks,
     Rows,
     check_constants,
     needs_gradient,
-    select_rows,
-    shared_vocabulary,
     without_autocast,
 )
 from megakd_kernels.linear_chunks import Side
@@ -121,80 +119,63 @@ def linear_kd_loss(  # noqa: PLR0913, the public contract: options are keyword-o
         num_items=num_items, chunk_mb=chunk_mb,
     )  # fmt: skip
     warps = (warp("s", logit_scale_s, softcap_s), warp("t", logit_scale_t, softcap_t))
-    student = checked_side("student", student_hidden, student_weight, student_bias)
-    teacher = checked_teacher(teacher_hidden, teacher_weight, teacher_bias)
-    check_same_rows(student_hidden, teacher_hidden)
+    heads = checked_heads(
+        (student_hidden, student_weight, student_bias),
+        (teacher_hidden, teacher_weight, teacher_bias), vocab_size,
+    )  # fmt: skip
     objective.check_inputs(
-        has_teacher=teacher is not None,
+        has_teacher=heads.teacher is not None,
         has_labels=labels is not None,
-        needs_grad=any(needs_gradient(tensor) for tensor in student),
+        needs_grad=any(needs_gradient(tensor) for tensor in heads.student),
     )
     check_constants(token_weight=token_weight)
-    ids = len(student.weight)
-    shared = ids if teacher is None else shared_vocabulary(ids, len(teacher.weight), vocab_size)
-    like = student.hidden.new_empty((), dtype=heads_dtype(student, teacher))
     masks = Masks(labels, token_weight, ignore_index).checked(student_hidden.shape[:-1])
-    rows = select_rows(
-        len(student.hidden), like=like, masks=masks, ids=ids if objective.wants_ce else None
-    )
-    implementation = resolve_implementation(impl, student.hidden.device)
-    output = solve((student, teacher), rows, objective, warps, shared, implementation)
+    rows = heads.rows(masks, with_ids=objective.wants_ce)
+    implementation = resolve_implementation(impl, student_hidden.device)
+    output = solve(heads, rows, objective, warps, implementation)
     if reduction == "none":
         return output._replace(loss=output.loss.reshape(student_hidden.shape[:-1]))
     return output
 
 
 def solve(
-    heads: tuple[Side, Side | None],
+    heads: Heads,
     rows: Rows,
     objective: Objective,
     warps: tuple[Warp, Warp],
-    shared: int,
     implementation: Implementation,
 ) -> KDOutput:
     """Return the loss of checked heads and rows, on one code path."""
-    student, teacher = heads
-    if implementation == "reference":
-        return _reference(student, teacher, rows, objective, shared, warps)
-    options = operator_options(objective, shared, warps, implementation)
-    return _formed(student, teacher, rows, objective, options)
+    with without_autocast(heads.student.hidden.device):
+        if implementation == "reference":
+            return _reference(heads, rows, objective, warps)
+        options = operator_options(objective, heads.shared, warps, implementation)
+        return _formed(heads, rows, objective, options)
 
 
 def _reference(
-    student: Side,
-    teacher: Side | None,
-    rows: Rows,
-    objective: Objective,
-    shared: int,
-    warps: tuple[Warp, Warp],
+    heads: Heads, rows: Rows, objective: Objective, warps: tuple[Warp, Warp]
 ) -> KDOutput:
-    dtype = heads_dtype(student, teacher)
+    logits = _full_logits(heads.student, rows)
+    with torch.no_grad():
+        soft = None if heads.teacher is None else _full_logits(heads.teacher, rows)
+    return reference.kd_loss(logits, soft, rows, objective, heads.shared, warps)
+
+
+def _full_logits(side: Side, rows: Rows) -> Tensor:
     # Rows that do not count must not reach the weight's gradient: 0 times NaN is NaN there.
-    valid = rows.valid[:, None]
-    with without_autocast(student.hidden.device):
-        logits = _full_logits(student, valid, dtype)
-        with torch.no_grad():
-            soft = None if teacher is None else _full_logits(teacher, valid, dtype)
-        return reference.kd_loss(logits, soft, rows, objective, shared, warps)
-
-
-def _full_logits(side: Side, valid: Tensor, dtype: torch.dtype) -> Tensor:
-    return reference.project(torch.where(valid, side.hidden, 0), side.weight, side.bias, dtype)
+    hidden = torch.where(rows.valid[:, None], side.hidden, 0)
+    return reference.project(hidden, side.weight, side.bias, rows.weight.dtype)
 
 
 def _formed(
-    student: Side,
-    teacher: Side | None,
-    rows: Rows,
-    objective: Objective,
-    options: tuple[object, ...],
+    heads: Heads, rows: Rows, objective: Objective, options: tuple[object, ...]
 ) -> KDOutput:
+    student, teacher = heads.student, heads.teacher
     normalised = Normalisation.of(rows, objective, with_teacher=teacher is not None)
-    needed = [needs_gradient(tensor) for tensor in student]
-    soft = (None, None, None) if teacher is None else teacher
-    factors = (normalised.kd_factor, normalised.ce_factor)
-    with without_autocast(student.hidden.device):
-        values = formed.run(
-            ops.linear_kd, *student, *soft, rows.valid, rows.labels, *factors, needed, *options
-        )
-        return normalised.output(RowValues(*values[:4]))
+    values = formed.run(
+        ops.linear_kd, *student, *(teacher or (None, None, None)), rows.valid, rows.labels,
+        normalised.kd_factor, normalised.ce_factor, [needs_gradient(each) for each in student],
+        *options,
+    )  # fmt: skip
+    return normalised.output(RowValues(*values[:4]))

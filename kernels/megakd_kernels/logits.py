@@ -11,7 +11,6 @@ from megakd_kernels import formed, ops, reference
 from megakd_kernels.inputs import (
     Masks,
     Rows,
-    as_matrix,
     check_constants,
     compute_dtype,
     needs_gradient,
@@ -123,15 +122,16 @@ def kd_loss_from_logits(  # noqa: PLR0913, the public contract: options are keyw
 def _flatten(
     student: Tensor, teacher: Tensor | None, vocab_size: int | None
 ) -> tuple[Tensor, Tensor | None, int]:
+    ids = student.shape[-1]
     if teacher is None:
-        return as_matrix(student), None, student.shape[-1]
+        return student.reshape(-1, ids), None, ids
     if teacher.shape[:-1] != student.shape[:-1]:
         raise ValueError(
             f"student_logits are {list(student.shape)} and teacher_logits {list(teacher.shape)}; "
             "only the last dimension may differ"
         )
-    shared = shared_vocabulary(student.shape[-1], teacher.shape[-1], vocab_size)
-    return as_matrix(student), as_matrix(teacher), shared
+    shared = shared_vocabulary(ids, teacher.shape[-1], vocab_size)
+    return student.reshape(-1, ids), teacher.reshape(-1, teacher.shape[-1]), shared
 
 
 def _formed(

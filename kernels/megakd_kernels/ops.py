@@ -92,10 +92,8 @@ def linear_kd(  # noqa: PLR0913, PLR0917, an operator takes flat arguments
     if teacher_hidden is not None and teacher_weight is not None:
         teacher = Side(teacher_hidden, teacher_weight, teacher_bias).ids(shared)
     factors = RowFactors(valid=valid, labels=labels, kd=kd_factor, ce=ce_factor)
-    values, formed = _linear(student, teacher, factors, flat, Needed(*needed))
-    total, divergences_of_rows, ce, agrees = values
-    gradients = (formed.hidden, formed.weight, formed.bias)
-    return total, divergences_of_rows, ce, agrees, *gradients
+    (total, values, ce, agrees), formed = _linear(student, teacher, factors, flat, Needed(*needed))
+    return total, values, ce, agrees, formed.hidden, formed.weight, formed.bias
 
 
 def _linear(

@@ -73,12 +73,12 @@ class RowLosses:
 
     def _with_teacher_(self, student: Tensor, teacher: Tensor, inputs: RowInputs) -> RowTerms:
         plan = self.plan
-        hard = None
-        if plan.with_ce and inputs.labels is not None and not plan.shares_softmax(student.shape[1]):
-            hard = self._hard_softmax(student, inputs.labels, self._take("hard", student))
-        target = None
-        if plan.with_ce and inputs.labels is not None and hard is None:
-            target = student.gather(1, inputs.labels[:, None])
+        hard = target = None
+        if plan.with_ce and inputs.labels is not None:
+            if plan.shares_softmax(student.shape[1]):
+                target = student.gather(1, inputs.labels[:, None])
+            else:
+                hard = self._hard_softmax(student, inputs.labels, self._take("hard", student))
         block, peak, agrees = self._compare_(student[:, : plan.shared], teacher)
         values = dict[int, Tensor]()
         # Terms that mix p and q run last because they limit the gap.

@@ -20,7 +20,6 @@ from megakd_kernels.row_plan import (
     RowInputs,
     RowKernel,
     RowPlan,
-    RowTerms,
     Scratch,
 )
 from megakd_kernels.settings import runs_kernels, weigh
@@ -79,11 +78,12 @@ class RowFactors:
 
 
 class RowScorer:
-    """Runs a row kernel over chunks of logits, in the order of the rows, and keeps the values."""
+    """Runs a row kernel over chunks of logits and keeps the values."""
 
     def __init__(self, kernel: RowKernel, plan: RowPlan, factors: RowFactors, block: int) -> None:
         self._kernel, self._plan, self._factors, self._block = kernel, plan, factors, block
-        self._terms: list[RowTerms] = []
+        self._divergences = factors.kd.new_zeros(len(plan.mixture), len(factors.kd))
+        self._ce, self._agrees = torch.zeros_like(factors.kd), torch.zeros_like(factors.valid)
 
     def run_(
         self, rows: slice, student: Tensor, teacher: Tensor | None, gradient: Tensor | None
@@ -94,22 +94,14 @@ class RowScorer:
             logits, formed = block_of(student, gradient, part)
             soft = None if teacher is None else teacher[part]
             inputs = self._factors.inputs(here, slope)
-            self._terms.append(self._kernel.run_(logits, soft, inputs, formed))
+            terms = self._kernel.run_(logits, soft, inputs, formed)
+            self._divergences[:, here] = terms.divergences
+            self._ce[here], self._agrees[here] = terms.ce, terms.agrees
 
     def values(self) -> RowValues:
         """Return the values of all rows and their total."""
         weights = [weight for _, weight in self._plan.mixture]
-        return self._factors.values(weights, *self._joined())
-
-    def _joined(self) -> RowTerms:
-        if len(self._terms) == 1:
-            return self._terms[0]
-        if self._terms:
-            return RowTerms(*(torch.cat(parts, dim=-1) for parts in zip(*self._terms, strict=True)))
-        # No rows; the outputs of an operator must not be its inputs.
-        none = torch.zeros_like(self._factors.kd)
-        divergences = none.new_zeros(len(self._plan.mixture), 0)
-        return RowTerms(divergences, none, torch.zeros_like(self._factors.valid))
+        return self._factors.values(weights, self._divergences, self._ce, self._agrees)
 
 
 def row_blocks(rows: slice, block: int) -> Iterator[tuple[slice, slice]]:

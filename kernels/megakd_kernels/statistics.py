@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from megakd_kernels import linear_kd
-from megakd_kernels.heads import check_same_rows, checked_side, checked_teacher, heads_dtype
-from megakd_kernels.inputs import Masks, select_rows, shared_vocabulary
+from megakd_kernels.heads import checked_heads
+from megakd_kernels.inputs import Masks
 from megakd_kernels.settings import Objective, resolve_implementation, warp
 
 
@@ -96,20 +96,14 @@ def linear_stats(  # noqa: PLR0913, the public contract: options are keyword-onl
         chunk_mb=chunk_mb, with_entropy=True,
     )  # fmt: skip
     warps = (warp("s", logit_scale_s, softcap_s), warp("t", logit_scale_t, softcap_t))
-    student = checked_side("student", student_hidden, student_weight, student_bias)
-    teacher = checked_teacher(teacher_hidden, teacher_weight, teacher_bias)
-    if teacher is None and labels is None:
+    heads = checked_heads(
+        (student_hidden, student_weight, student_bias),
+        (teacher_hidden, teacher_weight, teacher_bias), vocab_size,
+    )  # fmt: skip
+    if heads.teacher is None and labels is None:
         raise ValueError("the student has no target: pass a teacher or labels")
-    check_same_rows(student_hidden, teacher_hidden)
-    ids = len(student.weight)
-    shared = ids if teacher is None else shared_vocabulary(ids, len(teacher.weight), vocab_size)
-    rows = select_rows(
-        len(student.hidden),
-        like=student.hidden.new_empty((), dtype=heads_dtype(student, teacher)),
-        masks=Masks(labels, token_weight, ignore_index).checked(student_hidden.shape[:-1]),
-        ids=ids,
-    )
-    implementation = resolve_implementation(impl, student.hidden.device)
-    out = linear_kd.solve((student, teacher), rows, objective, warps, shared, implementation)
-    kl, entropy = out.ce_sum.new_zeros(2) if teacher is None else out.divergence_sums
+    masks = Masks(labels, token_weight, ignore_index).checked(student_hidden.shape[:-1])
+    implementation = resolve_implementation(impl, student_hidden.device)
+    out = linear_kd.solve(heads, heads.rows(masks, with_ids=True), objective, warps, implementation)
+    kl, entropy = out.ce_sum.new_zeros(2) if heads.teacher is None else out.divergence_sums
     return LinearStats(kl, out.ce_sum, entropy, out.agreement, out.n_valid)

@@ -78,10 +78,8 @@ def topk_kd(  # noqa: PLR0913, PLR0917, an operator takes flat arguments
     values = _score(student, teacher, factors, kernel, sizes, formed)
     if kept is not None:
         values, formed = values.spread(kept, len(valid)), formed.spread(kept, len(valid))
-    return (
-        values.total, values.divergences, values.ce, values.agrees,
-        formed.hidden, formed.weight, formed.bias,
-    )  # fmt: skip
+    total, divergences, ce, agrees = values
+    return total, divergences, ce, agrees, formed.hidden, formed.weight, formed.bias
 
 
 @topk_kd.register_fake

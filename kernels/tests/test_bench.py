@@ -280,7 +280,7 @@ class TestTargets:
     def row(self, impl, milliseconds, megabytes):
         results, case = bench("results"), smoke(name=bench("cases").ACCEPTANCE)
         return results.Result(
-            case=case.name, impl=impl, status="measured", dtype="fp32", logits_dtype="fp32",
+            case=case.name, impl=impl, status="measured", dtype="fp32",
             N=1, V=1, Hs=1, Ht=1, divergence="forward_kl", temperature=1.0, mode="fwd_bwd",
             ms_median=milliseconds, peak_mb=megabytes, device="", threads=1,
             torch="", triton="", commit="",

@@ -139,7 +139,8 @@ class TritonRows:
         launch = self._launch(student, teacher, inputs, gradient)
         if len(student):
             # A mixture of divergences would spill.
-            most = registers(_REGISTERS) if self._is_single else None
+            is_single = sum(weight != 0 for _, weight in self.plan.mixture) <= 1
+            most = registers(_REGISTERS) if is_single else None
             kernel: Any = _row_kernel
             with torch.cuda.device_of(student):
                 kernel[(len(student),)](**launch, maxnreg=most)
@@ -150,10 +151,6 @@ class TritonRows:
         if names:
             divergences = torch.stack([values[_SLOTS[name]] for name in names])
         return RowTerms(divergences, values[-1], launch["agrees"])
-
-    @property
-    def _is_single(self) -> bool:
-        return sum(weight != 0 for _, weight in self.plan.mixture) <= 1
 
     def _launch(
         self, student: Tensor, teacher: Tensor | None, inputs: RowInputs, gradient: Tensor | None
