@@ -99,8 +99,8 @@ def outputs(model: Any, folder: Path, texts: Sequence[str]) -> torch.Tensor:
 
 def trim(source: Path, to: Path, texts: Sequence[str], **loading: Any) -> str:
     """Write the model in `source` with fewer tokens to a new folder; return what has changed."""
-    [architecture] = AutoConfig.from_pretrained(source, **loading).architectures
-    kinds = [k for k in ("SequenceClassification", "MaskedLM") if architecture.endswith(k)]
+    name: Any = AutoConfig.from_pretrained(source, **loading).architectures
+    kinds = [k for k in ("SequenceClassification", "MaskedLM") if name[0].endswith(k)]
     auto = getattr(transformers, f"AutoModelFor{[*kinds, 'CausalLM'][0]}")
     model = auto.from_pretrained(source, dtype="auto", **loading)
     before, expected = model.num_parameters(), outputs(model, source, texts[:COMPARED])

@@ -53,12 +53,14 @@ def quantize_graph(whole: Path, graph: Path, held_out: HeldOut | None) -> list[s
 
 def _cured(whole: Path, graph: Path, held_out: HeldOut) -> list[str]:
     wanted, products, kept = held_out.scores(OnnxModel(whole).logits), list[str](), 0
+    scores, is_worse = wanted, True
     for share in (*SHARES, 0.0):
         products = products or (_by_outliers(whole, held_out) if share else [])
         kept = round(share * len(products))
         _quantize(whole, graph, products[:kept])
         scores = held_out.scores(OnnxModel(graph).logits)
-        if not (is_worse := _is_worse(wanted, scores)):
+        is_worse = _is_worse(wanted, scores)
+        if not is_worse:
             break
     before, *after = (abs(float(one.nanmean())) for one in (wanted[1], *scores))
     count = int(wanted[1].isfinite().sum())

@@ -181,7 +181,7 @@ def test_the_code_of_a_plug_in_is_an_input_of_a_run(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("named", [True, False])
-def test_a_decoder_from_scratch_learns_the_end_that_its_tokenizer_pads_with(tmp_path, named):
+def test_a_decoder_from_scratch_learns_the_end_and_pads_with_no_other_token(tmp_path, named):
     """transformers keeps the embedding of a padding token zero, without a gradient."""
     tokenizer = save_tokenizer(tmp_path / "tokenizer", SENTENCES, kind="bpe")
     task = review_task(tmp_path, type="causal_lm", tokenizer=str(tokenizer))
@@ -192,7 +192,7 @@ def test_a_decoder_from_scratch_learns_the_end_that_its_tokenizer_pads_with(tmp_
 
     inputs = unencoded_inputs(config_of(config_tree(tmp_path / "out", task, **one)))
 
-    assert (inputs.tokenizer.pad_token_id == inputs.tokenizer.eos_token_id) is not named
+    assert (inputs.tokenizer.pad_token_id is None) is not named
     pads = {source.config.pad_token_id for source in inputs.sources.values()}
     assert pads == {inputs.tokenizer.pad_token_id if named else None}
 
