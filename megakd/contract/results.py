@@ -263,14 +263,11 @@ class GenerationReport(TypedDict):
 class WarningReport(TypedDict):
     """A warning about the numbers of a run, with what to do.
 
-    kind: see `reports.derived_warnings`; of generated texts, what the texts are for.
-    stage, step: where a stage has logged the warning; missing for a warning about the whole run.
+    kind: see `reports.derived_warnings`.
     """
 
     kind: str
     message: str
-    stage: NotRequired[str]
-    step: NotRequired[int]
 
 
 class CostReport(TypedDict):

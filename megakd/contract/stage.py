@@ -73,6 +73,7 @@ class StepReport:
     parts: Mapping[str, Tensor]
     gradient_norm: Tensor | None
     counts: Counts
+    passes: Sequence[Pass] = ()
 
 
 class Teacher(Protocol):

@@ -2,24 +2,20 @@
 
 Tensors go through the default process group, with the limit of `train.collective_timeout`: the
 ranks compute the same, so that none waits long. Python objects go through a group of their own on
-the CPU, where ranks wait hours for a rank that reads, encodes or writes files. The time in all
-collectives, also in DeepSpeed's, is measured.
+the CPU, where ranks wait hours for a rank that reads, encodes or writes files.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import socket
-import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch._C import _distributed_c10d
 
 from megakd.errors import MegakdError
 
@@ -31,9 +27,6 @@ _GROUPS: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
 # The number of the node, from DeepSpeed's launcher, torchrun and Slurm. Two launchers on one host
 # are two nodes, as the launchers say, and two hosts may have the same name.
 _NODE_NUMBERS = ("CROSS_RANK", "GROUP_RANK", "SLURM_NODEID")
-# Seconds in collectives, and the last record of NCCL that is counted.
-_on_host, _on_gpu, _last_record = [0.0], [0.0], [-1]
-_wait: Any = _distributed_c10d.Work.wait
 
 
 def backend_for(device: str, backend: str) -> str:
@@ -166,41 +159,3 @@ def _object_group() -> dist.ProcessGroup:
         _GROUPS.clear()  # of a default group that has ended
         _GROUPS[world] = group
     return _GROUPS[world]
-
-
-def clock_collectives() -> None:
-    """Measure all collectives of this process from now on; call it before a process group starts.
-
-    What the environment sets for NCCL's records stays; without them a GPU's waits count as 0.
-    """
-    os.environ.setdefault("TORCH_NCCL_ENABLE_TIMING", "1")
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
-    work: Any = _distributed_c10d.Work  # torch calls no hook for collectives of gloo
-    work.wait = _clocked_wait
-
-
-def _clocked_wait(work: Any, *arguments: Any, **options: Any) -> Any:
-    began = time.perf_counter()
-    try:
-        return _wait(work, *arguments, **options)
-    finally:
-        _on_host[0] += time.perf_counter() - began
-
-
-def seconds_in_collectives() -> float:
-    """Return the time in collectives so far, with what they transfer; call it between steps.
-
-    A collective of the CPU ends where its handle is waited for. A collective of NCCL runs on the
-    GPU beside the host; its duration is in the records that torch keeps of the last collectives.
-    """
-    dump = getattr(_distributed_c10d, "_dump_nccl_trace_json", None)
-    if dump is not None:
-        entries = json.loads(dump()).get("entries", ())
-        done = [e for e in entries if e["record_id"] > _last_record[0] and "duration_ms" in e]
-        if done:
-            newest = max(entry["record_id"] for entry in done)
-            # Older records have been overwritten if a step has more collectives than are kept.
-            scale = (newest - _last_record[0]) / len(done)
-            _on_gpu[0] += scale * sum(entry["duration_ms"] for entry in done) / 1000
-            _last_record[0] = newest
-    return _on_host[0] + _on_gpu[0]

@@ -25,8 +25,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
-from megakd.engine import activity
-from megakd.engine.collectives import backend_for, clock_collectives, gather
+from megakd.engine.collectives import backend_for, gather
 from megakd.engine.peers import meeting, reports_lost_peer
 from megakd.errors import MegakdError, PeerLostError
 from megakd.process.signals import is_launched
@@ -63,8 +62,6 @@ def start(*, collective_timeout_s: float = 600.0) -> Ranks:
     extensions = use_own_extensions_folder()
     if os.environ["LOCAL_RANK"] == "0":
         remove_dead_locks(extensions)
-    activity.begin(collective_timeout_s)
-    clock_collectives()
     with reports_lost_peer():
         _init_process_group(timedelta(seconds=collective_timeout_s))
     return ranks()

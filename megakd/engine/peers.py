@@ -20,7 +20,6 @@ from contextlib import contextmanager, suppress
 
 import torch.distributed as dist
 
-from megakd.engine import activity
 from megakd.engine.collectives import agree, gather, node_name
 from megakd.errors import CollectiveTimeoutError, MegakdError, PeerLostError
 from megakd.process.signals import Stopped
@@ -218,7 +217,12 @@ def reports_lost_peer() -> Iterator[None]:
                 "connects the nodes, such as eth0"
             ) from error
         if any(words in message for words in _TIMED_OUT) and lost(0.0) is None:
-            raise CollectiveTimeoutError(activity.too_long()) from error
+            doing = next(iter(getattr(error, "__notes__", ())), "starting")
+            raise CollectiveTimeoutError(
+                f"{rank} on {node_name()} has waited longer than train.collective_timeout for the "
+                f"other ranks while {doing}; see their output, or raise train.collective_timeout "
+                "if that work may take so long"
+            ) from error
         reason = next((words for words in (*_PEER_LOST, *_TIMED_OUT) if words in message), None)
         if reason is None:
             raise

@@ -97,6 +97,11 @@ class StudentBundle(nn.Module):
         return self.learners[0]
 
     @property
+    def by_role(self) -> dict[str, nn.Module]:
+        """The learners by role."""
+        return dict(zip(self._roles, self.learners, strict=True))
+
+    @property
     def counters(self) -> dict[Unit, UnitCounter]:
         """Functions that count the units of a step; units of another learner begin with its role.
 

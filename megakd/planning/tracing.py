@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -22,8 +22,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import flop_registry
 
-from megakd.training.operations import is_linear_kd, products
 from megakd_kernels.chunking import (
     MEBIBYTE,
     gradient_dtype,
@@ -309,9 +309,9 @@ class _AllocationWatch(TorchDispatchMode):
                 moment.used.add(self._number[_storage(tensor)])
         out = func(*args, **kwargs)
         self._add_in_place(func, args, out)
-        of_body, of_head = products(func, args, kwargs, out)
+        of_body, of_head = _products(func, args, kwargs, out)
         # The loss computes its gradient in the forward, with two products more.
-        self.flops += of_body * (3 if is_linear_kd(func) and any(args[10]) else 1) + of_head
+        self.flops += of_body * (3 if _is_linear_kd(func) and any(args[10]) else 1) + of_head
         for tensor in tree_iter(out):
             if isinstance(tensor, Tensor):
                 self._take(tensor)
@@ -338,6 +338,25 @@ class _AllocationWatch(TorchDispatchMode):
     def _free(self, key: int) -> None:
         size, _ = self._known.pop(key, (NOTHING, None))
         self._live = self._live.plus(size.times(-1))
+
+
+def _products(function: Any, args: Any, kwargs: Any, out: Any) -> tuple[float, float]:
+    """Return the operations of an operator, and those of a teacher's head in a loss."""
+    count = flop_registry.get(getattr(function, "overloadpacket", None))
+    if count is not None:
+        # Before torch 2.13, the formula of attention refuses queries that share keys.
+        with suppress(AssertionError):
+            return float(count(*args, **kwargs, out_val=out)), 0.0
+    if not _is_linear_kd(function):
+        return 0.0, 0.0
+    rows, width = args[0].shape
+    teacher = 2.0 * rows * args[4].numel() if isinstance(args[4], Tensor) else 0.0
+    return 2.0 * rows * len(args[1]) * width, teacher
+
+
+def _is_linear_kd(function: Any) -> bool:
+    """Return whether an operator is the loss that multiplies hidden states and heads itself."""
+    return getattr(function, "name", str)().partition(".")[0] == "megakd::linear_kd"
 
 
 def _storage(tensor: Tensor) -> int:

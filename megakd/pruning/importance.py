@@ -28,7 +28,7 @@ from megakd.contract.batch import Batch, LossInputs
 from megakd.contract.unit_counts import count_units
 from megakd.data.loader import global_batches
 from megakd.data.step_layout import StepShape
-from megakd.engine.activity import doing, reached
+from megakd.engine.activity import doing
 from megakd.engine.collectives import agree, all_reduce_
 from megakd.engine.initialize import Engine, frozen_engine
 from megakd.engine.memory import destroy, freed_memory_returned
@@ -136,8 +136,7 @@ def _totals(engine: Engine, batches: Iterable[Iterable[Batch]]) -> Tensor | None
     # Return [units] fp64: absolute gradients of the mean loss per label, summed over batches.
     # Returns None if no batch has a label on any rank.
     totals, labels = torch.zeros(2, dtype=torch.float64)
-    for number, batch in enumerate(batches, start=1):
-        reached(f"batch {number}")
+    for batch in batches:
         # In fp64, because another split into micro-batches changes the order of additions.
         sums = all_reduce_(torch.stack([engine(part).double() for part in batch]).sum(0))
         gradients, count = sums[:-1], sums[-1]
@@ -265,6 +264,7 @@ class Gate(torch.autograd.Function):
         return gradient, products.unflatten(0, ctx.shape).sum(1), None
 
 
+@doing("measuring the importance of layers")
 def measure_layers(assembly: Assembly, ready: ReadyTeacher, rows: Dataset) -> tuple[float, ...]:
     """Return the rise of the loss without each layer, in nats per target; a collective.
 
@@ -278,7 +278,7 @@ def measure_layers(assembly: Assembly, ready: ReadyTeacher, rows: Dataset) -> tu
     try:
         losses = [scorer.loss(model.predict, rows)]
         for layer in range(1, count + 1):
-            with doing(f"measuring layer {layer} of {count}"), left_out(model.model, layer):
+            with left_out(model.model, layer):
                 losses.append(scorer.loss(model.predict, rows))
     finally:
         model.destroy()

@@ -19,7 +19,7 @@ from megakd.reports.table import SHARES, Rows, pruning_course, pruning_rows
 STAGES_SHOWN, PANELS_SHOWN, LINES_PER_PANEL = 20, 6, 12
 ROWS_SHOWN, COLUMNS_SHOWN, POINTS_MARKED = 15, 24, 15
 CHOICES, OUTCOME = "Choices", "Outcome of the choices"
-OPERATIONS, RANKS = "Operations of models", "Seconds of each rank between two logs"
+OPERATIONS = "Operations of models"
 EVALUATION, SPEED = "Evaluation", "Speed and step size"
 THINNED = "Of long curves the lowest and highest value of each stretch are drawn."
 SPEED_UNITS = {
@@ -45,7 +45,6 @@ UNITS = {
     **dict.fromkeys((f"{TEXT_METRIC}tokens", "tokens_per_text"), "tokens"),
     "staleness": "updates of the student",
     "seconds": "s for generation",
-    **dict.fromkeys(("computing_seconds", "waiting_seconds"), "s"),
 }
 OTHERS = (*SPEED_UNITS, *OPERATION_UNITS, "step_seconds", "memory_bytes")
 """Values of training that are no losses; of the last two, tokens_per_s and a stage's peak tell."""
@@ -109,22 +108,10 @@ def _kinds(groups: Mapping[str, Panels]) -> dict[str, Panels]:
         "Texts that the student learns from": groups.get("rollout", {}),
         SPEED: {n: train[n] for n in SPEED_UNITS if n in train},
         OPERATIONS: {n: train[n] for n in OPERATION_UNITS if n in train},
-        RANKS: _longest_first(groups.get("ranks", {})),
     }
     drawable = {kind: _drawable(panels) for kind, panels in kinds.items()}
     drawable["Losses"] = _merged(drawable["Losses"])
     return {kind: dict(list(p.items())[:PANELS_SHOWN]) for kind, p in drawable.items() if p}
-
-
-def _longest_first(panels: Panels) -> Panels:
-    # Of the ranks, those that compute longest are drawn.
-    computing = {
-        rank: np.mean([value for _, value in curve.points])
-        for rank, curve in panels.get("computing_seconds", {}).items()
-        if curve.points
-    }
-    ranks = sorted(computing, key=lambda rank: -computing[rank])
-    return {n: {r: curves[r] for r in ranks if r in curves} for n, curves in panels.items()}
 
 
 def _drawable(panels: Panels) -> Panels:
@@ -154,7 +141,7 @@ def _figure(kind: str, panels: Panels, *, stage: str, limit: int) -> Figure:
     curves = [curve for by_view in panels.values() for curve in by_view.values()]
     looks = _looks(list(dict.fromkeys(view for by_view in panels.values() for view in by_view)))
     whole = "kept" if kind == EVALUATION else "all"
-    names = {view: f"rank {view}" if kind == RANKS else view or whole for view in looks}
+    names = {view: view or whole for view in looks}
     legend = [(names[v], colour, "dashed" if d else "") for v, (colour, d) in looks.items()]
     not_finite = sum(curve.not_finite for curve in curves)
     notes = (
@@ -163,8 +150,6 @@ def _figure(kind: str, panels: Panels, *, stage: str, limit: int) -> Figure:
         f"Values left out because they were not finite: {not_finite}." if not_finite else "",
         "A weight is between 0 (the kind of knowledge is not used) and 1."
         if kind == CHOICES
-        else f"Each line is a rank; at most {LINES_PER_PANEL}, those that compute longest."
-        if kind == RANKS
         else "Each line is a candidate."
         if any(looks)
         else "",
@@ -175,7 +160,7 @@ def _figure(kind: str, panels: Panels, *, stage: str, limit: int) -> Figure:
         " ".join(filter(None, notes)),
         *_numbers(panels),
         legend=legend if len(legend) > 1 else (),
-        is_folded=kind in (SPEED, OPERATIONS, RANKS),
+        is_folded=kind in (SPEED, OPERATIONS),
     )
 
 

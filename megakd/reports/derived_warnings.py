@@ -12,7 +12,6 @@ from megakd.reports.history import Panels
 from megakd.reports.quantities import is_number
 from megakd.reports.report_file import completed
 from megakd.reports.table import score, teachers_of
-from megakd.scoring.watches import SlowRank
 
 LEAST_ROWS = 5
 """Rows of a label below which no row that is recognised may be chance."""
@@ -31,7 +30,6 @@ def derived_warnings(
         "baseline": _baselines(report),
         "above teacher": _above_teacher(report),
         "rising teacher": _rising_teachers(report, curves),
-        "slow rank": _slow_ranks(curves),
         "chance": _chance(report),
     }
     return [{"kind": kind, "message": text} for kind, texts in kinds.items() for text in texts]
@@ -100,18 +98,6 @@ def _rising_teachers(report: Report, curves: Mapping[str, Mapping[str, Panels]])
                 f"{stage} still rises: {score(metric, low)} {metric} at step {before:,}, "
                 f"{score(metric, high)} at step {step:,}, its last evaluation; train the teacher "
                 "longer (num_train_epochs or max_steps of its finetune)"
-            )
-
-
-def _slow_ranks(curves: Mapping[str, Mapping[str, Panels]]) -> Iterator[str]:
-    for stage, groups in curves.items():
-        by_rank = groups.get("ranks", {}).get("computing_seconds", {})
-        watch, columns = SlowRank(), [[value for _, value in c.points] for c in by_rank.values()]
-        places = [watch.add(computing) for computing in zip(*columns, strict=False)]
-        for place in sorted({place for place in places if place is not None}):
-            yield (
-                f"{stage}: rank {[*by_rank][place]} was slow, and the others waited for it; look "
-                "at the machine that the log names"
             )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from shlex import quote
 from typing import cast
@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from megakd.config.file import config_tree, dump_config
 from megakd.config.run import RunConfig, SaveConfig
 from megakd.engine import distributed
-from megakd.engine.activity import doing, monitored, told
+from megakd.engine.activity import doing
 from megakd.engine.collectives import agree, gather, node_name, on_main
 from megakd.engine.distributed import Ranks, warn_of_missing_variables
 from megakd.engine.memory import earlier_objects_left_alone, keep_freed_memory
@@ -86,9 +86,8 @@ def started(config: RunConfig) -> Iterator[Ranks]:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     failure: BaseException | None = None
     try:
-        telling = told() if ranks.is_main else nullcontext()
         watching = watched(config.train.collective_timeout)
-        with watching, monitored(), telling, reports_lost_peer(), earlier_objects_left_alone():
+        with watching, reports_lost_peer(), earlier_objects_left_alone():
             warn_of_missing_variables()
             check_same_everywhere(config)
             yield ranks

@@ -24,7 +24,6 @@ from megakd.contract.results import (
     SizedStudent,
     Speedup,
     StageReport,
-    WarningReport,
     headline_latency,
 )
 from megakd.contract.stage import StageResult
@@ -50,7 +49,6 @@ from megakd.reports.samples import samples_of
 from megakd.reports.table import generation_reports, largest
 from megakd.run.run_lab import RunLab
 from megakd.run.teacher_pool import Measured
-from megakd.scoring.watches import text_warnings
 
 logger = logging.getLogger(__name__)
 GRAPHS = ".graphs"
@@ -123,13 +121,10 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
     )
     if is_first_rank():
         shutil.rmtree(out / GRAPHS, ignore_errors=True)
-    report["warnings"] = on_main(lambda: _warnings(report, out / "metrics.jsonl"))
+    report["warnings"] = on_main(
+        lambda: derived_warnings(report, panels(read_history(out / "metrics.jsonl")))
+    )
     return report
-
-
-def _warnings(report: Report, log: Path) -> list[WarningReport]:
-    history = list(read_history(log))
-    return text_warnings(history) + derived_warnings(report, panels(history))
 
 
 def row_count(rows: Dataset) -> int:

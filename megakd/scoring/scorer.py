@@ -16,7 +16,6 @@ from megakd.contract.tasks import TaskType
 from megakd.data.collation import Collator
 from megakd.data.loader import evaluation_batches
 from megakd.data.masking import Masking
-from megakd.engine.activity import reached
 from megakd.engine.collectives import all_reduce_, gather, on_main
 from megakd.engine.distributed import Ranks
 from megakd.engine.student import device_batch
@@ -160,8 +159,7 @@ class Scorer:
             world=ranks.world_size,
             masking=self.masking,
         )
-        for number, batch in enumerate(dealt, start=1):
-            reached(f"batch {number}")
+        for batch in dealt:
             yield device_batch(batch, ranks.device)
 
     def _measured(self, seen: Seen, count: int) -> Scored:

@@ -49,7 +49,7 @@ from megakd.training.stage_folder import is_longer, same_rows
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
-FORMAT = 4
+FORMAT = 5
 """Increased when the content of checkpoints changes, so that older ones are refused in one line."""
 LATEST, BEGUN_FROM = "latest", "begun_from"
 _STATES = "state.pt"

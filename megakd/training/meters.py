@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import median_low
 from typing import Any
 
 import torch
@@ -17,14 +16,13 @@ from torch import Tensor
 from megakd.contract.batch import Unit
 from megakd.contract.stage import Stage, StepReport
 from megakd.contract.unit_counts import SOURCE_UNITS
-from megakd.engine.collectives import all_reduce_, gather, node_name, seconds_in_collectives
+from megakd.engine.collectives import all_reduce_, gather
 from megakd.engine.distributed import Ranks
 from megakd.engine.memory import device_name, peak_memory_bytes
 from megakd.engine.student import OVERFLOWS
 from megakd.errors import TrainingError
 from megakd.losses.objective import WEIGHTED_LOSS, Objective
-from megakd.scoring.watches import LOGS, SlowRank
-from megakd.training.operations import StepOperations, passes_of, peak_tflops
+from megakd.training.operations import StepWork, peak_tflops
 from megakd.training.progress import LEARNING_RATE, LOSS, MEMORY_BYTES, TOKENS_PER_SECOND
 from megakd.training.trainer import Trainer
 
@@ -36,93 +34,6 @@ _MOST_SKIPPED = 32
 """Steps in a row that may overflow under fp16: by then, any loss scale has been halved to 1."""
 
 
-class RankLoad:
-    """The load of each rank between two logs.
-
-    Operations are counted in the first, second, fourth, … step of the stage, because to see every
-    operator takes time; a token is taken to need as many in the other steps. Under the mode that
-    counts, a backward rounds otherwise: a resumed run has to count in the same steps.
-    """
-
-    def __init__(self, trainer: Trainer, stage: str, ranks: Ranks) -> None:
-        self._trainer, self._stage, self._ranks = trainer, stage, ranks
-        self._operations = StepOperations(lambda: trainer.teacher_clock.is_running)
-        self._peak = peak_tflops(device_name(ranks.device))
-        self._counted_tokens: int | Tensor = 0
-        self._slow = SlowRank()
-        self.in_collectives = 0.0
-
-    def watch(self, take: Callable[[], StepReport]) -> StepReport:
-        number = self._trainer.step + 1
-        if number & (number - 1):
-            return take()
-        with self._operations:
-            report = take()
-        self._counted_tokens = self._counted_tokens + report.counts["tokens"]
-        return report
-
-    def state(self) -> list[float]:
-        """Return this rank's operations of student and teacher, and the tokens of all ranks."""
-        counted = self._operations
-        return [counted.student, counted.teacher, float(self._counted_tokens)]
-
-    def load_state(self, states: Sequence[Sequence[float]]) -> None:
-        """Restore what `state` returned on each of the ranks that wrote a checkpoint."""
-        world, rank = self._ranks.world_size, self._ranks.rank
-        student, teacher, tokens = zip(*states, strict=True)
-        counted = self._operations
-        if len(states) == world:
-            counted.student, counted.teacher = student[rank], teacher[rank]
-        else:
-            counted.student, counted.teacher = sum(student) / world, sum(teacher) / world
-        self._counted_tokens = int(tokens[0])
-
-    def mine(self, seconds: float) -> Tensor:
-        """Return what the ranks sum at a log, [2 + 2 * ranks]: operations, seconds by rank."""
-        world, now = self._ranks.world_size, seconds_in_collectives()
-        values = torch.zeros(2 + 2 * world)
-        student = self._operations.student * passes_of(self._trainer.student.bundle)
-        values[0], values[1] = student / 1e12, self._operations.teacher / 1e12
-        values[2 + self._ranks.rank] = seconds
-        values[2 + world + self._ranks.rank] = now - self.in_collectives
-        self.in_collectives = now
-        return values.to(self._ranks.device)
-
-    def scalars(self, sums: Sequence[float], *, tokens_per_s: float) -> dict[str, float]:
-        """Return the numbers of a log, and warn of a slow rank; a collective if there is one."""
-        world = self._ranks.world_size
-        share = tokens_per_s / max(1, int(self._counted_tokens)) / world
-        rates = {"train/student_tflops": sums[0] * share, "train/teacher_tflops": sums[1] * share}
-        numbers = {name: rate for name, rate in rates.items() if rate}
-        if self._peak is not None:
-            numbers["train/peak_share"] = sum(numbers.values()) / self._peak
-        if world == 1:
-            return numbers
-        seconds, waited = sums[2 : 2 + world], sums[2 + world :]
-        # The rank that others wait for needs the least time, that of the transfer.
-        waiting = [one - min(waited) for one in waited]
-        computing = [max(0.0, all_s - idle) for all_s, idle in zip(seconds, waiting, strict=True)]
-        self._tell(computing)
-        for rank in range(world):
-            numbers[f"ranks/{rank}/computing_seconds"] = computing[rank]
-            numbers[f"ranks/{rank}/waiting_seconds"] = waiting[rank]
-        return numbers
-
-    def _tell(self, computing: Sequence[float]) -> None:
-        slow = self._slow.add(computing)
-        if slow is None:
-            return
-        names = gather(node_name())
-        if self._ranks.is_main:
-            logger.warning(
-                "%s: rank %d on %s is slow: %.2f s of computing since the last log, where the "
-                "median rank needs %.2f s, and %d logs in a row; the other ranks wait for it. Look "
-                "for other work on that machine, its temperature and its clock",
-                *(self._stage, slow, names[slow], computing[slow]),
-                *(median_low(computing), LOGS),
-            )
-
-
 class TrainMeter:
     """Meter that keeps the reports of steps and reads them at logging steps only.
 
@@ -132,7 +43,8 @@ class TrainMeter:
     def __init__(self, objective: Objective, trainer: Trainer, stage: Stage, ranks: Ranks) -> None:
         self._objective, self._trainer, self._ranks = objective, trainer, ranks
         self._stage = stage.name
-        self.load = RankLoad(trainer, stage.name, ranks)
+        self._work, self._peak = StepWork(trainer), peak_tflops(device_name(ranks.device))
+        self._operations = [0.0, 0.0]  # of students and of teachers
         # Under fp16 a gradient may overflow: DeepSpeed skips that step and lowers its scale.
         self._scales_loss = bool(stage.train.fp16)
         self._reports: list[StepReport] = []
@@ -152,7 +64,6 @@ class TrainMeter:
     def begin(self) -> None:
         self._began = time.perf_counter()
         self._since, self._window_before = self._began - self._window_before, 0.0
-        self.load.in_collectives = seconds_in_collectives()
 
     def add(self, report: StepReport) -> None:
         self._reports.append(report)
@@ -165,12 +76,15 @@ class TrainMeter:
         counts = iter(_read([count for report in reports for count in report.counts.values()]))
         norms = iter(_read([r.gradient_norm for r in reports if r.gradient_norm is not None]))
         for report in reports:
+            of_step = {unit: int(next(counts)) for unit in report.counts}
             self._add(
                 report.step,
                 {name: next(parts) for name in report.parts},
-                {unit: int(next(counts)) for unit in report.counts},
+                of_step,
                 None if report.gradient_norm is None else next(norms),
             )
+            both = zip(self._operations, self._work.of(report.passes, of_step), strict=True)
+            self._operations = [before + more for before, more in both]
 
     def _add(
         self, step: int, parts: Mapping[str, float], counts: Mapping[Unit, int], norm: float | None
@@ -194,9 +108,8 @@ class TrainMeter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        began, before = time.perf_counter(), seconds_in_collectives()
+        began = time.perf_counter()
         yield
-        self.load.in_collectives += seconds_in_collectives() - before
         self._paused_s += time.perf_counter() - began
 
     def scalars(self, *, waited_s: float) -> dict[str, float]:
@@ -205,10 +118,9 @@ class TrainMeter:
         tokens = self._tokens
         seconds = max(1e-9, time.perf_counter() - self._since - self._paused_s)
         values = torch.tensor([*self._parts.values()], device=self._ranks.device)
-        sums = all_reduce_(torch.cat([values, self.load.mine(seconds)])).tolist()
         means = {
             name: value / self._counts[name]
-            for name, value in zip(self._parts, sums, strict=False)
+            for name, value in zip(self._parts, all_reduce_(values).tolist(), strict=True)
             if self._counts[name]
         }
         self._total_tokens += tokens
@@ -224,17 +136,24 @@ class TrainMeter:
             "train/teacher_share": (teacher_s - self._teacher_s) / seconds,
             "train/data_share": (waited_s - self._waited_s) / seconds,
             MEMORY_BYTES: float(peak_memory_bytes(self._ranks.device)),
-            **self.load.scalars(sums[len(values) :], tokens_per_s=tokens / seconds),
+            **self._rates(seconds),
         }
         if self._norm is not None:
             scalars["train/gradient_norm"] = self._norm
         if self._scales_loss:
             scalars |= self._trainer.student.scaling()
         self._teacher_s, self._waited_s = teacher_s, waited_s
-        self._parts, self._counts = {}, {}
+        self._parts, self._counts, self._operations = {}, {}, [0.0, 0.0]
         self._steps = self._tokens = self._without_targets = 0
         self._since, self._paused_s = time.perf_counter(), 0.0
         return scalars
+
+    def _rates(self, seconds: float) -> dict[str, float]:
+        names = ("train/student_tflops", "train/teacher_tflops")
+        by_rank = 1e12 * seconds * self._ranks.world_size
+        rates = {n: o / by_rank for n, o in zip(names, self._operations, strict=True) if o}
+        share = {} if self._peak is None else {"train/peak_share": sum(rates.values()) / self._peak}
+        return rates | share
 
     def _warn_of_empty_steps(self) -> None:
         empty, units = self._without_targets, self._objective.units.values()
@@ -304,7 +223,7 @@ class TrainMeter:
             "steps": self._steps,
             "tokens": self._tokens,
             "without_targets": self._without_targets,
-            "operations": self.load.state(),
+            "operations": self._operations,
             "seconds": time.perf_counter() - self._since - self._paused_s,
         }
         return gather(mine)
@@ -321,8 +240,7 @@ class TrainMeter:
         self._parts = {
             name: sum(float(each["parts"][name]) for each in mine) for name in state["parts"]
         }
-        self.load.load_state([each.get("operations", (0.0, 0.0, 0.0)) for each in states])
-        self._counts = dict(state["counts"])
+        self._counts, self._operations = dict(state["counts"]), state["operations"]
         self._steps, self._window_before = state["steps"], state["seconds"]
         self._tokens, self._without_targets = state["tokens"], state["without_targets"]
 

@@ -1,38 +1,37 @@
-"""Operations of matrix products in the forwards of teachers and students, for their FLOP/s."""
+"""Operations of teachers and students by closed form, for their FLOP/s.
+
+A forward takes 2 operations per token for every weight that multiplies it, and 4 for every column
+of every layer and token that it attends to; a backward takes as many again for the inputs of a
+product, and for its weight if that learns. A student's step is thus the usual 6·N per token.
+"""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable
-from contextlib import suppress
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
-import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch import nn
+from transformers import PreTrainedModel
+
+from megakd.contract.batch import Unit
+from megakd.contract.stage import Pass, teacher_names
+from megakd.contract.views import View
+from megakd.models.architectures import architecture_of
+from megakd.models.axes import full_shape, weight_axes
+from megakd.teachers.frozen import FrozenTeacher
+
+if TYPE_CHECKING:
+    from megakd.losses.bundle import StudentBundle
+    from megakd.training.trainer import Trainer
 
 PEAK_TFLOPS = {
-    "B200": 2250.0,
-    "H200 NVL": 835.0,
-    "H200": 989.0,
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.0,
-    "H800": 989.0,
-    "H20": 148.0,
-    "A100": 312.0,
-    "A800": 312.0,
-    "A40": 149.7,
-    "A10G": 70.0,
-    "A10": 125.0,
-    "L40S": 362.0,
-    "L40": 181.0,
-    "L4": 121.0,
-    "V100": 125.0,
-    "T4": 65.0,
-    "MI300X": 1307.0,
-}
+    "B200": 2250.0, "H200 NVL": 835.0, "H200": 989.0, "H100 PCIe": 756.0, "H100 NVL": 835.0,
+    "H100": 989.0, "H800": 989.0, "H20": 148.0, "A100": 312.0, "A800": 312.0, "A40": 149.7,
+    "A10G": 70.0, "A10": 125.0, "L40S": 362.0, "L40": 181.0, "L4": 121.0, "V100": 125.0,
+    "T4": 65.0, "MI300X": 1307.0,
+}  # fmt: skip
 """Dense products of 16 bits by device, 1e12 operations per second, from the makers' data sheets."""
 
 
@@ -42,53 +41,68 @@ def peak_tflops(device: str) -> float | None:
     return next((PEAK_TFLOPS[name] for name in names), None)
 
 
-def products(function: Any, args: Any, kwargs: Any, out: Any) -> tuple[float, float]:
-    """Return the operations of an operator, and those of a teacher's head in a loss."""
-    count = flop_registry.get(getattr(function, "overloadpacket", None))
-    if count is not None:
-        # Before torch 2.13, the formula of attention refuses queries that share keys.
-        with suppress(AssertionError):
-            return float(count(*args, **kwargs, out_val=out)), 0.0
-    if not is_linear_kd(function):
-        return 0.0, 0.0
-    rows, width = args[0].shape
-    teacher = 2.0 * rows * args[4].numel() if isinstance(args[4], Tensor) else 0.0
-    return 2.0 * rows * len(args[1]) * width, teacher
+def work_of(
+    model: PreTrainedModel, view: View | None = None, *, learns: bool = False
+) -> tuple[int, int]:
+    """Return how often a token is multiplied by a weight, and the columns of all layers.
 
-
-def is_linear_kd(function: Any) -> bool:
-    """Return whether an operator is the loss that multiplies hidden states and heads itself."""
-    return getattr(function, "name", str)().partition(".")[0] == "megakd::linear_kd"
-
-
-def passes_of(module: nn.Module) -> float:
-    """Return the operations of a training step as a multiple of those of its forwards.
-
-    A backward needs one product for the inputs of a product and one for its weight, if that learns.
+    view: a part of the model that runs alone. learns: counts a backward too.
     """
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in module.parameters()]
-    return 2.0 + sum(n for n, learns in sizes if learns) / max(1, sum(n for n, _ in sizes))
+    architecture, weights = architecture_of(model.config), 0
+    axes = {} if view is None else weight_axes(model)
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Embedding):  # a token reads a row, and multiplies nothing
+            continue
+        for name, weight in module.named_parameters(path, recurse=False):
+            shape = list(full_shape(weight))
+            for place, axis in enumerate(axes.get(name, ())):
+                length = None if axis is None else axis.length(view)
+                shape[place] = shape[place] if length is None else length
+            if len(shape) == 3:  # of all experts
+                shape[0] = model.config.num_experts_per_tok
+            if len(shape) > 1:
+                weights += math.prod(shape) * (2 + weight.requires_grad if learns else 1)
+    layers = architecture.number_of_layers(model.config)
+    return weights, (3 if learns else 1) * layers * architecture.hidden_width(model.config)
 
 
-class StepOperations(TorchDispatchMode):
-    """Mode that counts the operations of all forwards; what a backward repeats does not count.
+class StepWork:
+    """The operations of the steps of a stage, by the passes of a step."""
 
-    asks_teacher: returns whether a teacher's forward is running; other forwards are the student's.
-    """
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer, self._bundle = trainer, cast("StudentBundle", trainer.student.bundle)
+        self._known: dict[tuple[str, str | None], tuple[int, int]] = {}
 
-    def __init__(self, asks_teacher: Callable[[], bool]) -> None:
-        super().__init__()
-        self._asks_teacher = asks_teacher
-        self.student = self.teacher = 0.0
+    def of(self, plan: Sequence[Pass], counts: Mapping[Unit, int]) -> tuple[float, float]:
+        """Return the operations of students and of teachers in a step, over all ranks.
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if torch._C._current_graph_task_id() == -1:  # noqa: SLF001 - as torch's checkpoints ask
-            of_body, of_head = products(func, args, kwargs, out)
-            if self._asks_teacher():
-                self.teacher += of_body
-            else:
-                self.student += of_body
-                self.teacher += of_head
-        return out
+        A model that learns beside the student counts as a student, and an answer from a cache or a
+        server as nothing.
+        """
+        teachers, models, role = self._trainer.teachers, self._bundle.by_role, self._bundle.role
+        names, tokens, rows = teacher_names(plan), counts["tokens"], counts["examples"]
+        forwards = {(one.learner or role, one.view) for one in plan}
+        forwards |= {(name, None) for name in names if name in models}
+        learning = [self._work(*one, models[one[0]], learns=True) for one in forwards]
+        frozen = {name: teachers.get(name) for name in names if name not in models}
+        asked = [
+            # A teacher that is no model of its own is the student without its adapters.
+            self._work(name, None, models[role] if teacher is None else teacher.model)
+            for name, teacher in frozen.items()
+            if teacher is None or isinstance(teacher, FrozenTeacher)
+        ]
+        share = len(names) if self._trainer.strategy.routes_rows else 1  # of the rows of a teacher
+        length = tokens / max(1, rows)
+        student, teacher = (
+            sum(2 * weights + 4 * columns * length for weights, columns in works)
+            for works in (learning, asked)
+        )
+        return student * tokens, teacher * tokens / share
+
+    def _work(
+        self, name: str, view: str | None, model: Any, *, learns: bool = False
+    ) -> tuple[int, int]:
+        if (name, view) not in self._known:
+            part = None if view is None else self._bundle.views[view]
+            self._known[name, view] = work_of(model, part, learns=learns)
+        return self._known[name, view]

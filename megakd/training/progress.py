@@ -14,9 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megakd.contract.completions import TOKENS_PER_TEXT, TRUNCATED
-from megakd.engine.activity import reached
 from megakd.errors import MegakdError
-from megakd.scoring.watches import TextWatch
 from megakd.storage import atomic
 
 if TYPE_CHECKING:
@@ -71,8 +69,6 @@ class Progress:
             self._bar = tqdm(total=total, initial=done, desc=stage, unit="step", dynamic_ncols=True)
 
     def advance(self, step: int) -> None:
-        """Move the bar to `step`, and note the step for a log that is silent."""
-        reached(f"step {step} of {self._extent.total_steps}", shown=self._bar is not None)
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
 
@@ -129,7 +125,6 @@ class Reporter:
         self._trackers = trackers
         self._file: FileIO | None = None
         self._extents: dict[str, Extent] = {}
-        self._watches: dict[str, TextWatch] = {}
         self._progress: Progress | None = None
 
     def check(self) -> None:
@@ -155,10 +150,6 @@ class Reporter:
             kept = [line for line in lines if not _comes_again(line, stage, step)]
             if len(kept) < len(lines):
                 atomic.write_text(self._path, "".join(kept))
-        self._watches[stage] = watch = TextWatch(stage)
-        for record in map(json.loads, kept):
-            if record.get("stage") == stage:
-                watch.add(record.get("step", 0), record)
         for tracker in self._trackers:
             tracker.begin(stage, step)
 
@@ -174,8 +165,6 @@ class Reporter:
         epoch = {} if extent is None else {"epoch": extent.epoch(step)}
         record = {"stage": stage, "step": step, **epoch, "time": round(time.time(), 3), **values}
         self._append(atomic.json_text(record))
-        for warning in self._watches.setdefault(stage, TextWatch(stage)).add(step, values):
-            logger.warning("%s", warning["message"])
         for tracker in self._trackers:
             tracker.log(stage, step, values)
         if self._progress is not None:

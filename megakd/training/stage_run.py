@@ -18,7 +18,7 @@ from megakd.contract.stage import Stage, StageResult, StepReport, Teacher
 from megakd.contract.tasks import LANGUAGE_TASKS, STUDENT
 from megakd.contract.unit_counts import count_units
 from megakd.data.collation import with_parts
-from megakd.engine.activity import beat, doing
+from megakd.engine.activity import doing
 from megakd.engine.collectives import all_reduce_, gather, on_main
 from megakd.engine.memory import peak_memory_bytes
 from megakd.engine.student import device_batch
@@ -169,8 +169,7 @@ class StageRun:
                 step = self.trainer.step
                 if step > start and step % self.episode == 0:
                     self.stage.strategy.begin(self.student, step)
-                take = partial(self.trainer.train_step, batches)
-                self._after_step(self.health.load.watch(take))
+                self._after_step(self.trainer.train_step(batches))
                 yield
 
     def _finish(self, folder: Path) -> StageResult:
@@ -269,7 +268,6 @@ class StageRun:
         step, stopping = self.trainer.step, self.evaluation.stopping
         self.health.add(report)
         self.reporter.advance(step)
-        beat()
         if self.saves.is_pending and not self.votes.any(_WRITING):
             with self.health.paused():
                 self.saves.publish()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +15,6 @@ from torch import Tensor
 from megakd.config.train import Schedule
 from megakd.contract.batch import Batch, Counts, Knowledge, add_parts
 from megakd.contract.stage import Pass, StepReport, Strategy, Teacher, teacher_names
-from megakd.engine.activity import Stopwatch
 from megakd.engine.collectives import all_reduce_
 
 if TYPE_CHECKING:
@@ -58,6 +59,35 @@ def _sum_of(answer: Knowledge, batch: Batch) -> Tensor | float:
     return values.sum(dim=-1, dtype=torch.float32).where(counts, 0.0).sum()
 
 
+class Stopwatch:
+    """Sum of the time inside `running()`; on GPUs measured by events, read only in `seconds`."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._pending: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        if not torch.cuda.is_available():
+            began = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - began
+            return
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began.record()
+        yield
+        ended.record()
+        self._pending.append((began, ended))
+
+    def seconds(self) -> float:
+        """Return the time so far; on a GPU this waits for the last event, so call it rarely."""
+        for began, ended in self._pending:
+            ended.synchronize()
+            self._seconds += began.elapsed_time(ended) / 1000
+        self._pending.clear()
+        return self._seconds
+
+
 @dataclass
 class Trainer:
     """Takes one optimiser step after another; `strategy` plans each step.
@@ -91,7 +121,9 @@ class Trainer:
             )
         self.strategy.before_update(self.step, self.student)
         norm = self.student.step(self.learning_rate(self.step))
-        report = StepReport(step=self.step, parts=parts, gradient_norm=norm, counts=counts)
+        report = StepReport(
+            step=self.step, parts=parts, gradient_norm=norm, counts=counts, passes=plan
+        )
         self.strategy.after_update(report)
         self.step += 1
         return report

@@ -174,7 +174,7 @@ def assert_same_run(run: Run, truth: Run) -> None:
 
 def logged(run: Run) -> dict[str, list[dict[str, Any]]]:
     records = [
-        {k: v for k, v in record.items() if k not in TIMES and not k.startswith("ranks/")}
+        {key: value for key, value in record.items() if key not in TIMES}
         for record in run.records()
     ]
     return {stage: [r for r in records if r["stage"] == stage] for stage in run.stages}

@@ -17,12 +17,11 @@ from megakd.contract.stage import Stage, StepReport
 from megakd.contract.tasks import TaskType
 from megakd.contract.terms import HardCrossEntropy, SoftTargetKl, TermConfig
 from megakd.contract.views import Shape
-from megakd.engine.activity import Stopwatch
 from megakd.engine.distributed import Ranks
 from megakd.errors import TrainingError
 from megakd.losses.objective import build_objective
 from megakd.training.meters import TrainMeter
-from megakd.training.trainer import AnswerWatch
+from megakd.training.trainer import AnswerWatch, Stopwatch
 
 CE = HardCrossEntropy(loss="hard_cross_entropy")
 KL = SoftTargetKl(loss="soft_target_kl")
@@ -46,7 +45,9 @@ class Watched:
             teacher_clock=Stopwatch(),
             learning_rate=lambda step: 0.1 * step,
             watch=AnswerWatch(),
-            student=SimpleNamespace(bundle=torch.nn.Linear(1, 1)),
+            student=SimpleNamespace(bundle=SimpleNamespace(by_role={}, role="student")),
+            strategy=SimpleNamespace(routes_rows=False),
+            teachers={},
         )
         self.health = TrainMeter(
             build_objective(terms or (CE,), task, shape, shape),
@@ -267,6 +268,7 @@ def test_a_resumed_run_goes_on_with_the_window_and_the_totals_of_the_one_before(
     time.now += 2
     before.scalars()
     before.step(loss=2.0)
+    before.health._operations = [3e12, 1e12]
     time.now += 3
 
     after.health.load_state_dict(before.health.state_dict())
@@ -280,5 +282,6 @@ def test_a_resumed_run_goes_on_with_the_window_and_the_totals_of_the_one_before(
 
     assert scalars["train/loss"] == 3.0
     assert scalars["train/tokens_per_s"] == 100 / 4
+    assert (scalars["train/student_tflops"], scalars["train/teacher_tflops"]) == (0.75, 0.25)
     assert after.health.tokens_per_second() == 150 / 6
     assert after.health.elapsed_seconds() == 6.0

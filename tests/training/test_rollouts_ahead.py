@@ -17,7 +17,6 @@ from megakd.config.rollout import RolloutConfig, RolloutServerConfig
 from megakd.contract.completions import Completion, RemoteGenerator
 from megakd.data.loader import RowOrder
 from megakd.data.step_layout import StepLayout, StepShape
-from megakd.engine import activity
 from megakd.rollouts import batches as rollout_source
 from megakd.rollouts.batches import RolloutSource, StepRows
 from megakd.rollouts.prompts import TrainingRow
@@ -30,7 +29,6 @@ SERVER = RolloutServerConfig(url=("http://a:1",), push="none")
 
 @pytest.fixture(autouse=True)
 def _without_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(activity, "_publish", lambda: None)
     monkeypatch.setattr(rollout_source, "collate_step", lambda *_: ())
 
 
