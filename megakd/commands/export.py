@@ -58,10 +58,9 @@ def _to_graph(config: RunConfig, lines: list[str], *, int8: bool) -> Callable[[P
     logging.disable_progress_bar()
 
     def add(folder: Path) -> None:
-        whole, which = (
-            (folder / "whole", "the fp32 graph") if int8 else (folder / MODEL, "the graph")
-        )
+        whole = folder / ("whole" if int8 else MODEL)
         worst = write_onnx(folder, to=whole)
+        which = "the fp32 graph" if int8 else "the graph"
         lines.append(f"{which}'s logits differ from torch's by at most {worst:.1e}")
         if int8:
             from megakd.commands.scored_models import int8_graph

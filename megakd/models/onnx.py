@@ -89,21 +89,16 @@ class OnnxModel:
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        self._session = onnxruntime.InferenceSession(
+        self.session = onnxruntime.InferenceSession(
             str(graph), options, providers=["CPUExecutionProvider"]
         )
-        self.inputs = tuple(one.name for one in self._session.get_inputs())
+        self.inputs = tuple(one.name for one in self.session.get_inputs())
 
     def logits(self, inputs: Mapping[str, Tensor]) -> NDArray[np.float32]:
         """Return the logits [B, C] or [B, T, V] of token numbers and masks [B, T]."""
-        return self.outputs(("logits",), inputs)[0]
-
-    def outputs(
-        self, names: Sequence[str], inputs: Mapping[str, Tensor]
-    ) -> list[NDArray[np.float32]]:
-        """Return the outputs of these names."""
         given = {name: inputs[name].numpy() for name in self.inputs}
-        return [np.asarray(one) for one in self._session.run(list(names), given)]
+        (logits,) = self.session.run(["logits"], given)
+        return np.asarray(logits)
 
 
 class _Logits(nn.Module):

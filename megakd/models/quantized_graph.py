@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,59 +23,54 @@ SHARES = (0.0, 0.125, 0.25, 0.5, 0.75)
 Logits = Callable[[Mapping[str, Tensor]], NDArray[np.float32]]
 
 
-class HeldOut(NamedTuple):
-    """Rows that a graph is scored on.
+Scores = Callable[[Logits], Tensor]
+"""Returns [2, N] the scores of held-out rows, one by one and in batches, from a function of logits.
 
-    name: what the scores of the rows measure.
-    scores: returns [2, N] the scores of the rows, one by one and in batches of `batch_size`, from a
-        function that returns logits; higher is better, NaN without a label.
-    """
-
-    name: str
-    batch_size: int
-    scores: Callable[[Logits], Tensor]
+A score is 1 for a right label and 0 for another, or minus a loss; NaN without a label."""
 
 
-def quantize_graph(whole: Path, graph: Path, held_out: HeldOut | None) -> list[str]:
+def quantize_graph(whole: Path, graph: Path, scores: Scores | None) -> list[str]:
     """Replace the graph `whole` by an int8 `graph`; return lines with the scores of both.
 
-    If the scores differ by more than two standard errors, the products whose inputs have the
-    largest outliers stay in fp32, as few as cure it. If none do, a warning says so.
+    If they differ by more than two standard errors, the products whose inputs have the largest
+    outliers stay in fp32, as few as cure it. If none do, a warning says so.
     """
-    lines = [] if held_out is None else _cured(whole, graph, held_out)
-    if held_out is None:
+    lines: list[str] = []
+    if scores is None:
         _quantize(whole, graph, ())
+    else:
+        lines.append(_cured(whole, graph, scores))
     for path in whole.parent.glob(f"{whole.name}*"):
         path.unlink()
     return lines
 
 
-def _cured(whole: Path, graph: Path, held_out: HeldOut) -> list[str]:
-    wanted, products, kept = held_out.scores(OnnxModel(whole).logits), list[str](), 0
-    scores, is_worse = wanted, True
+def _cured(whole: Path, graph: Path, scores: Scores) -> str:
+    result = wanted = scores(OnnxModel(whole).logits)
+    products, kept, is_worse = list[str](), 0, False
     for share in (*SHARES, 0.0):
-        products = products or (_by_outliers(whole, held_out) if share else [])
+        products = products or (_by_outliers(whole, scores) if share else [])
         kept = round(share * len(products))
         _quantize(whole, graph, products[:kept])
-        scores = held_out.scores(OnnxModel(graph).logits)
-        is_worse = _is_worse(wanted, scores)
+        result = scores(OnnxModel(graph).logits)
+        is_worse = _is_worse(wanted, result)
         if not is_worse:
             break
-    before, *after = (abs(float(one.nanmean())) for one in (wanted[1], *scores))
-    count = int(wanted[1].isfinite().sum())
+    count, name = int(wanted[1].isfinite().sum()), "loss" if wanted.nansum() < 0 else "accuracy"
+    means = [f"{abs(float(one.nanmean())):.4f}" for one in (wanted[1], *result)]
     line = (
-        f"{held_out.name} on {count} held-out rows: {before:.4f} in fp32, "
-        f"{after[0]:.4f} in int8 one by one, {after[1]:.4f} in batches of {held_out.batch_size}"
+        f"{name} on {count} held-out rows: {means[0]} in fp32, {means[1]} in int8 one by one, "
+        f"{means[2]} in batches"
     )
     if is_worse:
         logger.warning("the int8 graph is worse by more than two standard errors: %s", line)
     if kept:
         line += f"; {kept} of {len(products)} products stay in fp32, because of outliers"
-    return [line]
+    return line
 
 
-def _is_worse(wanted: Tensor, scores: Tensor) -> bool:
-    for before, after in zip(wanted, scores, strict=True):
+def _is_worse(wanted: Tensor, result: Tensor) -> bool:
+    for before, after in zip(wanted, result, strict=True):
         labelled = before.isfinite()
         pair = torch.stack([before[labelled], after[labelled]])
         lost = float(pair[0].mean() - pair[1].mean())
@@ -85,7 +79,7 @@ def _is_worse(wanted: Tensor, scores: Tensor) -> bool:
     return False
 
 
-def _by_outliers(whole: Path, held_out: HeldOut) -> list[str]:
+def _by_outliers(whole: Path, scores: Scores) -> list[str]:
     """Return the products and tables that are quantised, those with the largest outliers first."""
     import onnx
 
@@ -101,15 +95,17 @@ def _by_outliers(whole: Path, held_out: HeldOut) -> list[str]:
     model.graph.output.extend(map(onnx.helper.make_empty_tensor_value_info, names))
     watched = whole.with_name(f"{whole.name}.watched")  # beside a file of weights
     onnx.save(model, str(watched))
-    session, outliers = OnnxModel(watched), dict.fromkeys(names, 0.0)
+    onnx_model, outliers = OnnxModel(watched), dict.fromkeys(names, 0.0)
 
     def logits(inputs: Mapping[str, Tensor]) -> NDArray[np.float32]:
-        first, *rest = session.outputs(("logits", *names), inputs)
-        for name, sizes in zip(names, map(np.abs, rest), strict=True):
+        given = {name: inputs[name].numpy() for name in onnx_model.inputs}
+        first, *rest = map(np.asarray, onnx_model.session.run(["logits", *names], given))
+        for name, one in zip(names, rest, strict=True):
+            sizes = np.abs(one)
             outliers[name] = max(outliers[name], float(sizes.max() / max(sizes.mean(), 1e-30)))
         return first
 
-    held_out.scores(logits)
+    scores(logits)
     return sorted(numbers, key=lambda node: -outliers[numbers[node]])
 
 

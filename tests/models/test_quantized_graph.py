@@ -10,7 +10,7 @@ import torch
 
 from megakd.models import quantized_graph
 from megakd.models.onnx import OnnxModel
-from megakd.models.quantized_graph import HeldOut, Logits, quantize_graph
+from megakd.models.quantized_graph import Logits, Scores, quantize_graph
 
 plain = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -52,7 +52,7 @@ def write_graph(path: Path, outliers: tuple[str, str] | None = None) -> Path:
     return path
 
 
-def held_out(graph: Path) -> HeldOut:
+def held_out(graph: Path) -> Scores:
     """Rows whose labels are what the fp32 graph answers."""
     drawn = torch.Generator().manual_seed(0)
     inputs = {"input_ids": torch.randint(SIZES["table"][0], (ROWS, 5), generator=drawn)}
@@ -68,7 +68,7 @@ def held_out(graph: Path) -> HeldOut:
 
         return torch.stack([right(1), right(20)])
 
-    return HeldOut("accuracy", 20, scores)
+    return scores
 
 
 def products(graph: Path) -> int:
@@ -100,13 +100,13 @@ def test_products_with_outliers_stay_in_fp32_where_that_keeps_the_score(
     whole = write_graph(tmp_path / "whole", outliers)
     rows = held_out(whole)
     quantized_graph._quantize(whole, tmp_path / "all", ())
-    assert rows.scores(OnnxModel(tmp_path / "all").logits).mean() < 0.8
+    assert rows(OnnxModel(tmp_path / "all").logits).mean() < 0.8
 
     (line,) = quantize_graph(whole, tmp_path / "int8", rows)
 
     assert line.endswith(f"; {kept} of 3 products stay in fp32, because of outliers")
     assert not caplog.records
-    assert rows.scores(OnnxModel(tmp_path / "int8").logits).mean() > 0.9
+    assert rows(OnnxModel(tmp_path / "int8").logits).mean() > 0.9
     assert products(tmp_path / "int8") == 1
 
 
