@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from megakd.inputs.tokenizer_checks import check_vocabularies, without_tokenizer
 from megakd.models.label_order import generic_labels, model_label_names
 from megakd.models.loading import resolve_model
 from megakd.models.onnx import MODEL
-from megakd.models.quantized_graph import HeldOut, Logits, quantize_graph
+from megakd.models.quantized_graph import Logits, quantize_graph
 from megakd.models.source import ModelSource
 from megakd.process.terminal import in_home
 from megakd.run.finished_run import FINAL
@@ -153,33 +154,24 @@ def int8_graph(config: RunConfig, folder: Path, whole: Path) -> list[str]:
     It is scored on the run's held-out rows, or not at all, which a warning says.
     """
     with started(config) as ranks:
-        held_out = None
+        scores = None
         try:
             splits, task = splits_of(config), replace(config.task, tokenizer=None)
             source = resolve_model(str(folder), task, where="--to")
             split = "validation" if splits.test is None else "test"
             prepared = _read_by(source, replace(config, task=task), splits, split)
-            held_out = _held_out_rows(Assembly(prepared=prepared, ranks=ranks))
+            scores = partial(_graph_scores, Assembly(prepared=prepared, ranks=ranks))
         except MegakdError as error:
             logger.warning("the int8 graph is not scored: %s", error)
-        return quantize_graph(whole, folder / MODEL, held_out)
+        return quantize_graph(whole, folder / MODEL, scores)
 
 
-def _held_out_rows(assembly: Assembly) -> HeldOut:
-    task, scorer = assembly.config.task.type, assembly.scorer()
+def _graph_scores(assembly: Assembly, logits: Logits) -> torch.Tensor:
+    scorer, task = assembly.scorer(), assembly.config.task.type
     rows = few(assembly.prepared.encoded.validation, task, times=4)
-    names = {"classification": "accuracy", "regression": "squared error"}
-
-    def scores(logits: Logits) -> torch.Tensor:
-        def ask(batch: Batch) -> dict[str, torch.Tensor]:
-            return {"score": _row_scores(logits, batch)}
-
-        sizes = (1, scorer.batch_size)
-        return torch.stack(
-            [replace(scorer, batch_size=n).answers(ask, rows)["score"] for n in sizes]
-        )
-
-    return HeldOut(names.get(task, "loss"), scorer.batch_size, scores)
+    scorers = [replace(scorer, batch_size=size) for size in (1, scorer.batch_size)]
+    answers = [one.answers(lambda batch: {"": _row_scores(logits, batch)}, rows) for one in scorers]
+    return torch.stack([one[""] for one in answers])
 
 
 def _row_scores(logits: Logits, batch: Batch) -> torch.Tensor:

@@ -62,7 +62,7 @@ def test_weights_that_do_not_fit_the_labels_are_refused(given, labels, message):
 def test_stages_without_generated_texts_learn_a_term_of_texts_on_the_data(tmp_path):
     task = {"type": "causal_lm", "dataset": str(write_reviews(tmp_path / "reviews"))}
     term = {"loss": "hard_cross_entropy", "on": "rollouts"}
-    texts = {"rollout": {"max_new_tokens": 4}, "method": {"name": "single"}}
+    texts = {"rollout": {"max_new_tokens": 4, "by": "teacher"}, "method": {"name": "single"}}
     teacher = {"teacher": {"model": llama(2)}}
     tree = config_tree(tmp_path / "out", task, objective=[term], **texts, **teacher)
 

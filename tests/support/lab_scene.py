@@ -60,10 +60,17 @@ def config_of(tmp_path: Path, **sections: Any) -> RunConfig:
     return RunConfig(**(defaults | sections))
 
 
+class Vocabulary(dict[str, int]):
+    """All that is asked of a tokenizer here."""
+
+    def get_vocab(self) -> dict[str, int]:
+        return self
+
+
 def prepared_of(config: RunConfig, content: str = "rows", rows: Any = None) -> RunInputs:
     nothing: Any = None
     specs = {**config.teacher_specs, "student": config.student}
-    tokenizer: Any = range(20)  # all that is asked of it here is its size
+    tokenizer: Any = Vocabulary({str(number): number for number in range(20)})
     return RunInputs(
         config=config,
         splits=Splits(nothing, nothing, None, ("no", "yes"), ("accuracy",), content),
