@@ -100,11 +100,15 @@ def test_packed_rows_give_the_losses_and_gradients_of_padded_rows(
     assert_equal(packed, padded)
 
 
-def test_packed_texts_of_the_student_give_the_losses_and_gradients_of_padded_texts(
+def test_packed_texts_of_a_teacher_give_the_losses_and_gradients_of_padded_texts(
     workers, write_run
 ):
     mix = {"max_new_tokens": 8, "mix": {"rollout": 0.5, "data": 0.5}, "mix_per": "row"}
-    sections = {"rollout": mix, "task": {"max_length": 24}, "train": cut_of((2, ROWS // 4, 2))}
+    sections = {
+        "rollout": {**mix, "by": "teacher"},
+        "task": {"max_length": 24},
+        "train": cut_of((2, ROWS // 4, 2)),
+    }
     path = write_run("llama-tied", LANGUAGE, (3, 3), **sections)
     budget = f"train.tokens_per_rank={PACKED['tokens_per_rank']}"
 

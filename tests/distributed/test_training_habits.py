@@ -74,7 +74,9 @@ def by_source(distil):
 
     def of(terms, zero, cut):
         sections = {"objective": terms, "train": cut_of(cut)}
-        sections["rollout"] = {"max_new_tokens": 8, "prompt_tokens": 4}
+        mix = {"rollout": 0.5, "data": 0.5}  # texts of a teacher may have labels
+        texts = {"max_new_tokens": 8, "prompt_tokens": 4, "mix": mix, "by": "teacher"}
+        sections["rollout"] = texts
         stages = (zero, zero // 3 * 3)
         case = "test_training_habits.train_marked"
         return distil("llama-untied", {}, stages, ranks=cut[0], case=case, **sections)[1][0]

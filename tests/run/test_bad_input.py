@@ -28,7 +28,7 @@ SETTINGS = [
     ("objective=[{loss: relation_kl, layer_mapping: ['1:3']}]", "layer_mapping 1:3", MAPPING),
     (
         "student.model.config.vocab_size=10",
-        "student.model: the tokenizer has",
+        "of the tokenizer has the number",
         "the embedding of the model has 10",
     ),
     ("task.max_length=99", "task.max_length is 99", "at most 32 tokens"),

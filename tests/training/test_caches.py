@@ -133,5 +133,3 @@ def test_a_student_with_a_cap_or_a_factor_is_refused(tmp_path, family, keys, mes
     checked(tmp_path, family, cache=None, **keys)
     with pytest.raises(ConfigError, match=f"^teacher.server: the {message}"):
         checked(tmp_path, family, cache=None, server=SERVER, **keys)
-    # Exported hidden states teach every student.
-    checked(tmp_path, family, cache=None, server={**SERVER, "states": str(tmp_path)}, **keys)
