@@ -74,7 +74,8 @@ def by_source(distil):
 
     def of(terms, zero, cut):
         sections = {"objective": terms, "train": cut_of(cut)}
-        mix = {"rollout": 0.5, "data": 0.5}  # texts of a teacher may have labels
+        mix = {"rollout": 0.5, "data": 0.5} if terms is PAIR else {"rollout": 1.0}
+        # Texts of a teacher may have labels.
         texts = {"max_new_tokens": 8, "prompt_tokens": 4, "mix": mix, "by": "teacher"}
         sections["rollout"] = texts
         stages = (zero, zero // 3 * 3)
