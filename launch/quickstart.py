@@ -81,7 +81,8 @@ def distil(output: Path, overrides: Sequence[str]) -> int:
         print(f"quickstart: error: the run ended without {report}", file=sys.stderr)
         return 1
     print_bag_of_words(output)
-    return ask_student(output)
+    ask_student(output)
+    return 0
 
 
 def output_of(overrides: Sequence[str]) -> Path:
@@ -205,20 +206,24 @@ def print_bag_of_words(output: Path) -> None:
     )
 
 
-def ask_student(output: Path) -> int:
-    """Print the student's answer to a sentence, and the next commands; return the exit code."""
+def ask_student(output: Path) -> None:
+    """Print the student's answer to a sentence, and the next commands."""
+    from transformers import pipeline
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     program = Path(sys.executable).with_name("megakd")
     if program.is_relative_to(ROOT):
         program = program.relative_to(ROOT)
-    print(f"\nask the student, with a sentence of your own:\n$ {program} predict {output}/final \\")
-    print(f'    "{SENTENCE}"', flush=True)
-    code = megakd(["predict", str(output / "final"), SENTENCE])
+    print("\nask the student, with a sentence of your own:\n>>> from transformers import pipeline")
+    print(f'>>> student = pipeline("text-classification", "{output}/final")')
+    print(f'>>> student("{SENTENCE}")', flush=True)
+    print(pipeline("text-classification", str(output / "final"), device="cpu")(SENTENCE))
     print("\nshrink a model with your texts, a csv file with the columns text and label:")
     teacher = TEACHER if TEACHER.is_dir() else output / "stages/teacher-finetune"
     print(f"$ {program} shrink {teacher} --speedup 8x --data FILE")
     print("serve the student with ONNX Runtime:")
     print(f"$ {program} export {output}/config.yaml --to {output}-onnx --format onnx")
-    return code
 
 
 def is_complete(report: Path) -> bool:

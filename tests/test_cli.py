@@ -36,9 +36,9 @@ class Runs(types.ModuleType):
         return "the result table"
 
     def evaluate_model(
-        self, config: RunConfig, model: str | None, *, data: str | None, trusts_order: bool
+        self, config: RunConfig, model: str | None, *, data: str | None
     ) -> dict[str, Any]:
-        self.asked.append(("evaluate", config.task.dataset, model, data, trusts_order))
+        self.asked.append(("evaluate", config.task.dataset, model, data))
         result = {"file": "reviews", "split": "test", "rows": 7, "metrics": {"accuracy": 0.5}}
         return {"model": "final", **result, "evaluation_sets": {}}
 
@@ -181,7 +181,7 @@ def test_a_locked_folder_is_named_by_the_rank_that_met_it(run_file, runs, monkey
     assert capsys.readouterr().err.startswith("megakd: error: /locked/out: permission denied; ")
 
 
-@pytest.mark.parametrize("command", ["train", "predict", "evaluate", "export", "report", "doctor"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "export", "report", "doctor"])
 def test_a_path_that_is_too_long_for_the_file_system_is_one_line(command, capsys):
     assert cli.main([command, "a" * 300]) == 2
 
@@ -208,7 +208,7 @@ def test_a_command_takes_the_config_as_option_or_first_word(form, run_file, runs
 def test_another_data_set_that_is_no_file_is_the_runs(run_file: str, runs: Runs) -> None:
     assert cli.main(["evaluate", run_file, "task.dataset=glue/rte"]) == 0
 
-    assert runs.asked == [("evaluate", "glue/rte", None, None, False)]
+    assert runs.asked == [("evaluate", "glue/rte", None, None)]
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_a_torch_below_the_supported_one_is_refused(run_file, monkeypatch, capsy
 def test_the_commands_are_listed(words, code, capsys):
     assert cli.main(words) == code
     usage = capsys.readouterr().out.splitlines()[0]
-    commands = "train,plan,doctor,cache,encode,evaluate,predict,shrink,export,report,methods"
+    commands = "train,plan,doctor,cache,encode,evaluate,shrink,export,report,methods"
     assert usage == f"usage: megakd {{{commands}}} ..."
 
 

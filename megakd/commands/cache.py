@@ -33,7 +33,6 @@ def run(arguments: argparse.Namespace) -> None:
         from megakd.run.holder import held
         from megakd.run.main import reporter_of, started
         from megakd.run.run_lab import RunLab
-        from megakd.training.label_check import check_label_orders
 
         with started(config) as ranks, ExitStack() as locks:
             # Runs with other output folders may share a cache.
@@ -43,7 +42,6 @@ def run(arguments: argparse.Namespace) -> None:
             check_nodes(config)
             with closing(reporter_of(config, ranks)) as reporter:
                 lab = RunLab(prepare(config), ranks, reporter)
-                check_label_orders(lab.assembly)
                 folders = [lab.cache(lab.teacher(name)) for name in caches]
     say("\n".join(map(str, folders)))
 

@@ -26,12 +26,6 @@ def add_options(parser: Parser) -> None:
         help="score all rows of this file, of the files that match a quoted pattern, or of the "
         "test split of this folder; the same as task.dataset=FILE",
     )
-    parser.add_argument(
-        "--trust_label_order",
-        "--trust-label-order",
-        action="store_true",
-        help="the model's labels LABEL_0, … have the order of the labels in the data",
-    )
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
 
 
@@ -42,9 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
     with print_aside():
         from megakd.commands.scored_models import evaluate_model
 
-        scores = evaluate_model(
-            config, arguments.model, data=data, trusts_order=arguments.trust_label_order
-        )
+        scores = evaluate_model(config, arguments.model, data=data)
     say(json_text(scores, indent=2) if arguments.json else _text(scores))
 
 

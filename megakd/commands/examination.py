@@ -47,7 +47,6 @@ from megakd.run.main import check_machines, check_output_folder, checked_inputs,
 from megakd.run.run_lab import RunLab
 from megakd.storage.fingerprint import Fingerprint
 from megakd.storage.folders import check_writable
-from megakd.training.label_check import check_label_orders
 from megakd.training.progress import Reporter
 from megakd.training.stage_run import StageRun
 
@@ -250,7 +249,6 @@ def _rehearse(prepared: RunInputs, ranks: Ranks, steps: int) -> Iterator[str]:
     config, taken = prepared.config, None
     with closing(Reporter(config.output_dir, is_main=False)) as reporter:
         lab = RehearsingLab(prepared, ranks, reporter, steps=steps)
-        check_label_orders(lab.assembly)
         check_method(prepared, ranks)
         with closing(lab):
             try:

@@ -20,18 +20,16 @@ from megakd.contract.tasks import STUDENT
 from megakd.data.choosing import VALIDATION_FRACTION
 from megakd.data.encoding import Encoded, encode_rows
 from megakd.data.files import has_train_split, scored_table
-from megakd.data.kinds import RowKind
-from megakd.data.labels import Classes, find_classes
+from megakd.data.labels import Classes
 from megakd.data.rows import DEFAULT_METRICS, scored_rows
 from megakd.data.splits import Splits
-from megakd.data.tables import Table
 from megakd.data.tokenizers import from_folder, has_tokenizer_files, load_tokenizer
-from megakd.engine.collectives import main_first, on_main
+from megakd.engine.collectives import main_first
 from megakd.errors import CheckpointError, DataError, MegakdError, TeacherError
 from megakd.inputs.inputs import RunInputs, prepare
 from megakd.inputs.run_data import cache_folder, splits_of, with_row_length
 from megakd.inputs.tokenizer_checks import check_vocabularies, without_tokenizer
-from megakd.models.label_order import generic_labels, model_label_names
+from megakd.models.label_order import model_label_names
 from megakd.models.loading import resolve_model
 from megakd.models.onnx import MODEL
 from megakd.models.quantized_graph import Logits, quantize_graph
@@ -45,14 +43,13 @@ from megakd.scoring.metrics import task_metrics
 from megakd.scoring.scorer import few
 from megakd.teachers.frozen import FrozenTeacher
 from megakd.training.assembly import Assembly
-from megakd.training.label_check import label_fit, needs_check, require_fit, tell_order
 from megakd.training.recipes import scoring_preset
 
 logger = logging.getLogger(__name__)
 
 
 def evaluate_model(
-    config: RunConfig, model: str | None, *, data: str | None = None, trusts_order: bool = False
+    config: RunConfig, model: str | None, *, data: str | None = None
 ) -> dict[str, Any]:
     """Score a model folder, by default the run's `final/`.
 
@@ -60,7 +57,6 @@ def evaluate_model(
         config: the config of the run; with `data`, only `task` and `student.deepspeed` are used.
         model: a model folder; None takes the run's `final/`.
         data: a file, pattern or folder to score instead of the run's held-out rows.
-        trusts_order: assume that generic labels (LABEL_0, …) are in the data's order.
 
     Returns:
         `model`, `file`, `split`, `rows`, `metrics`, and `evaluation_sets`: by name `file`, `rows`
@@ -88,7 +84,8 @@ def evaluate_model(
         assembly = Assembly(prepared=prepared, ranks=ranks)
         preset = scoring_preset(config.student.deepspeed)
         with assembly.loaded(source, preset, assembly.scoring_dtype()) as loaded:
-            metrics = _metrics(assembly, source, loaded, trusts_order=trusts_order)
+            rows = prepared.encoded.held_out
+            metrics = assembly.scorer().score(loaded.predict, rows)
             sets = _sets(assembly, loaded)
     return {
         "model": str(folder),
@@ -137,7 +134,10 @@ def _given_rows(config: RunConfig, source: ModelSource, given: str) -> tuple[Run
 
     def load() -> tuple[Dataset, str, Classes | None, str]:
         table, split = scored_table(given)
-        classes = _classes(source, table, config) if task.type == "classification" else None
+        classes = None
+        if task.type == "classification":  # matched as the model's labels are
+            names = model_label_names(source.config)
+            classes = Classes(names, numbered=True, folds_case=True)
         as_chat = task.mixture is not None  # whose documents are not packed
         rows = scored_rows(table, task, classes, cache_dir=cache, as_chat=as_chat)
         return rows, split, classes, table.digest
@@ -217,29 +217,6 @@ def _read_by(source: ModelSource, config: RunConfig, splits: Splits, split: str)
         sources={},
         encoded=Encoded(held, held, None, key, 0.0),
     )
-
-
-def _classes(source: ModelSource, table: Table, config: RunConfig) -> Classes:
-    # By name or number, or the file's if the model's are generic.
-    names = model_label_names(source.config)
-    if generic_labels(source.config) is None:
-        return Classes(names, numbered=True, folds_case=True)  # as the model's labels are matched
-    kind = RowKind.of(config.task, table)
-    return find_classes(table, kind.label or "", text=kind.fields.text, outputs=len(names))
-
-
-def _metrics(
-    assembly: Assembly, source: ModelSource, loaded: FrozenTeacher, *, trusts_order: bool
-) -> dict[str, float]:
-    names, scorer = assembly.prepared.splits.label_names, assembly.scorer()
-    rows, is_unsure = assembly.prepared.encoded.held_out, needs_check(source, names)
-    if is_unsure and trusts_order:
-        tell_order(source, names)
-    if trusts_order or not is_unsure:
-        return scorer.score(loaded.predict, rows)
-    outputs, labels = scorer.outputs(loaded.predict, rows), rows["label"]
-    require_fit(label_fit(outputs, labels), source, names, remedy="give --trust_label_order")
-    return on_main(lambda: assembly.prepared.metrics.of(outputs, torch.tensor(labels)))
 
 
 def _sets(assembly: Assembly, loaded: FrozenTeacher) -> dict[str, Mapping[str, Any]]:

@@ -41,9 +41,6 @@ class TeacherConfig:
     architecture: Literal["enct5", "t5_encoder"] | None = None
     """Architecture to load a T5 or mT5 checkpoint as; None: enct5."""
     finetune: FinetuneOverrides | None = None
-    label_order: Literal["data"] | None = None
-    """`data`: generic labels (LABEL_0, …) have the order of the data's labels; None: the order is
-    checked."""
     cache: Literal["auto"] | Folder | None = None
     """Folder with the teacher's answers to the training rows, written by launch/cache_teacher.py.
     The student learns from the folder instead of the model. `auto`: the run asks the teacher once

@@ -91,32 +91,29 @@ class Classes:
         is_small = len(self.names) <= MOST_COMPARED
         close = difflib.get_close_matches(str(value), self.names, n=1) if is_small else ()
         hint = f"; did you mean {close[0]!r}?" if close else ""
+        if self.names[:1] == ("LABEL_0",):
+            hint = "; write the data's labels into id2label of the model's config.json"
         shown = ", ".join(self.names[:MAX_NAMES_SHOWN])
         more = ", …" if len(self.names) > MAX_NAMES_SHOWN else ""
         return f"is not one of the {len(self.names)} classes of this data set ({shown}{more}){hint}"
 
 
-def find_classes(table: Table, column: str, *, text: Sequence[str], outputs: int = 0) -> Classes:
+def find_classes(table: Table, column: str, *, text: Sequence[str]) -> Classes:
     """Return the class names that a table declares, else the numbers 0..n-1, else the words.
 
-    Rows whose columns of `text` cannot be read have no say. A table without words may lack some of
-    the numbers of a model with so many `outputs`.
+    Rows whose columns of `text` cannot be read have no say.
     """
     if column in table.class_names:
         unlabelled = frozenset({NO_CLASS, IGNORE})
         return Classes(table.class_names[column], numbered=True, unlabelled=unlabelled)
-    parts = ("classes", table.digest, table.format, table.columns, column, text, outputs)
-    names, numbered = remembered(lambda: _classes_of(table, column, text, outputs), *parts)
+    parts = ("classes", table.digest, table.format, table.columns, column, text)
+    names, numbered = remembered(lambda: _classes_of(table, column, text), *parts)
     return Classes(tuple(names), numbered=numbered)
 
 
-def _classes_of(
-    table: Table, column: str, text: Sequence[str], outputs: int
-) -> tuple[tuple[str, ...], bool]:
+def _classes_of(table: Table, column: str, text: Sequence[str]) -> tuple[tuple[str, ...], bool]:
     first_seen = _first_seen(table, column, text)
     numbers = _all_integers(table, first_seen)
-    if numbers is not None and numbers.keys() <= set(range(outputs)):
-        return tuple(map(str, range(outputs))), True
     if len(first_seen if numbers is None else numbers) < 2:
         raise DataError(
             f"{table.name}: all labels in column {column!r} are {next(iter(first_seen))!r}; "

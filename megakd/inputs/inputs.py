@@ -249,7 +249,7 @@ def _strangers(
     config: RunConfig, sources: Mapping[str, ModelSource], labels: Sequence[str]
 ) -> Iterator[str]:
     for name, spec in config.teacher_specs.items():
-        if spec.finetune is None and name in sources:
+        if spec.finetune is None and name in sources and sources[name].folder is not None:
             try:
                 label_order(sources[name].config, labels, where=sources[name].where)
             except MegakdError as error:

@@ -73,7 +73,7 @@ def plan_loading(
     keeps_head = need_head or not is_classifier or labels_agree(config, label_names)
     if not need_head:
         config.problem_type = None  # of a classifier that a language model starts from
-    if is_classifier and not need_head:
+    if is_classifier and (source.folder is None or not need_head):
         set_labels(config, label_names)
     empty = valueless_model(source, task, config)
     leave_out = () if keeps_head else (source.architecture.head,)

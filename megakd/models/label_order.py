@@ -1,4 +1,7 @@
-"""Matching of labels between data, teacher and student by name, never by number alone."""
+"""Matching of labels between data, teacher and student by name.
+
+LABEL_n is the name of number n: it matches the class n of data whose classes are numbers.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +29,12 @@ def label_order(
             f" {len(label_names)} ({listed(label_names)}); {_finetune(where)}give a model that"
             " was fine-tuned on these labels"
         )
-    if generic_labels(model_config):
-        return None  # `label_check` verifies this order
     order = _columns(names, label_names)
     if sorted(order) != list(range(len(names))):
         raise ModelError(
             f"{where}: the model's labels ({listed(names)}) are not those of the data"
-            f" ({listed(label_names)}); {_finetune(where)}correct id2label in the model's"
-            " config.json"
+            f" ({listed(label_names)}); {_finetune(where)}write the data's labels into id2label of"
+            " the model's config.json, in the order of its outputs"
         )
     return None if order == tuple(range(len(names))) else order
 
@@ -43,14 +44,7 @@ def labels_agree(model_config: PretrainedConfig, label_names: Sequence[str]) -> 
     names = model_label_names(model_config)
     if not label_names:
         return len(names) == 1
-    same = _columns(names, label_names) == tuple(range(len(names)))
-    return same or (generic_labels(model_config) is not None and len(names) == len(label_names))
-
-
-def generic_labels(model_config: PretrainedConfig) -> tuple[str, ...] | None:
-    """Return the names of a model's labels if all of them are LABEL_0, LABEL_1, …; else None."""
-    names = model_label_names(model_config)
-    return names if names and all(re.fullmatch(r"LABEL_\d+", name) for name in names) else None
+    return _columns(names, label_names) == tuple(range(len(names)))
 
 
 def model_label_names(model_config: PretrainedConfig) -> tuple[str, ...]:
@@ -71,6 +65,8 @@ def _columns(names: Sequence[str], label_names: Sequence[str]) -> tuple[int, ...
 
     Upper and lower case are told apart only for names that differ in nothing else.
     """
+    if all(map(str.isdecimal, label_names)):
+        names = [re.sub(r"^LABEL_(\d+)$", r"\1", name) for name in names]
     columns = {name: column for column, name in enumerate(names)}
     by_fold: dict[str, list[int]] = {}
     for name, column in columns.items():

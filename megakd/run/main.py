@@ -47,7 +47,6 @@ from megakd.storage import atomic
 from megakd.storage.fingerprint import Fingerprint, differences, flatten
 from megakd.storage.folders import check_writable, users_files
 from megakd.training.checkpoint import has_begun_from
-from megakd.training.label_check import check_label_orders
 from megakd.training.progress import Reporter
 from megakd.training.recipes import baseline_stage
 from megakd.training.trackers import check_trackers, make_trackers
@@ -122,7 +121,6 @@ def _run(config: RunConfig, command: str, ranks: Ranks) -> str:
         with phase("data"), doing("reading the data"):
             prepared = checked_inputs(config)
         lab = RunLab(prepared, ranks, reporter)
-        check_label_orders(lab.assembly)
         check_method(prepared, ranks)
         inputs = on_main(lambda: _record(config, prepared))
         with closing(lab):

@@ -131,36 +131,24 @@ GENERIC = ("LABEL_0", "LABEL_1")
 
 
 @pytest.mark.parametrize("data", ["mine", "held out"])
-def test_generic_labels_are_scored_if_they_fit_and_refused_if_they_do_not(
-    one_rank, whole_run, mine, tmp_path, data
-):
+def test_generic_labels_are_not_guessed(one_rank, whole_run, mine, tmp_path, data):
     words = ("--data", mine) if data == "mine" else ()
-    good = relabelled(whole_run.teacher, tmp_path / "good", (0, 1), GENERIC)
-    bad = relabelled(whole_run.teacher, tmp_path / "bad", (1, 0), GENERIC)
+    model = relabelled(whole_run.teacher, tmp_path / "model", (0, 1), GENERIC)
 
-    def evaluated(model: Path, *more: str) -> Any:
-        command = ("evaluate", whole_run.config, "--model", model, *words, *more)
-        return one_rank.megakd(*command, "--json")
+    refused = one_rank.megakd("evaluate", whole_run.config, "--model", model, *words, code=2)
 
-    told = evaluated(good)
-    assert scored(told)["metrics"]["accuracy"] > 0.8
-    assert "LABEL_0, LABEL_1 are read as the labels negative, positive of the data" in told.err
-    refused = evaluated(bad)
-    assert refused.code == 2
-    assert "or give --trust_label_order if this order is right" in refused.err
-    assert scored(evaluated(bad, "--trust_label_order"))["metrics"]["accuracy"] < 0.2
+    assert "write the data's labels into id2label of the model's config.json" in refused.err
 
 
 def test_numbers_of_a_models_outputs_need_not_all_occur(one_rank, whole_run, tmp_path):
     model = relabelled(whole_run.teacher, tmp_path / "model", (0, 1), GENERIC)
     hard = write_jsonl(tmp_path / "hard.jsonl", [{"text": "a good film", "label": 1}] * 3)
 
-    told = one_rank.megakd(
-        *("evaluate", whole_run.config, "--model", model, "--data", hard, "--json"),
-        "--trust_label_order",
+    result = one_rank.megakd(
+        *("evaluate", whole_run.config, "--model", model, "--data", hard, "--json")
     )
 
-    assert scored(told)["metrics"]["accuracy"] in {0.0, 1.0}
+    assert scored(result)["metrics"]["accuracy"] in {0.0, 1.0}
 
 
 def test_a_run_scores_its_evaluation_sets_at_the_end(one_rank, whole_run, mine, tmp_path):

@@ -21,10 +21,10 @@ def test_names_in_another_order_give_the_index_that_restores_the_datas_order():
     [
         (("a", "b"), ("a", "b")),
         (("NEGATIVE", "Positive"), ("negative", "positive")),
-        (("LABEL_0", "LABEL_1"), ("negative", "positive")),
+        (("LABEL_0", "LABEL_1"), ("0", "1")),
         (("LABEL_0",), ()),
     ],
-    ids=["same", "case", "generic", "no labels"],
+    ids=["same", "case", "numbers", "no labels"],
 )
 def test_nothing_is_to_be_done_where_the_order_is_right(stored, data):
     assert label_order(named(*stored), data, where="teacher.model") is None
@@ -37,6 +37,7 @@ def test_nothing_is_to_be_done_where_the_order_is_right(stored, data):
         ("ab", "abc", r"teacher.model: the model has 2 labels .* the data 3"),
         ("ab", "0123456", r"data 7 \(0, 1, 2, 3, 4, …\)"),
         ("ax", "ab", r"the model's labels \(a, x\) are not those of the data"),
+        (("LABEL_0", "LABEL_1"), ("a", "b"), r"write the data's labels into id2label"),
         # A name that is repeated may hide that another is missing.
         ("aA", "ab", r"the model's labels \(a, A\) are not those of the data"),
         (("US", "us", "a"), ("US", "Us", "a"), r"labels \(US, us, a\) are not those of the data"),

@@ -87,7 +87,7 @@ def test_a_config_that_changes_the_form_of_the_outputs_is_read_like_any_other(
     tiny, model_type, keys
 ):
     folder, task = tiny.save(model_type), tiny.task_for(model_type)
-    facts = {"label_names": ("a", "b") if task.type == "classification" else ()}
+    facts = {"label_names": ("0", "1") if task.type == "classification" else ()}
     expected = tiny.load(folder, task, **facts)(tiny.input_ids)
     tiny.rewrite_config(**keys)
     for model in (tiny.load(folder, task, **facts), load_finished(folder, "MODEL").eval()):
@@ -97,7 +97,7 @@ def test_a_config_that_changes_the_form_of_the_outputs_is_read_like_any_other(
 
 
 def test_the_gamma_and_beta_of_old_checkpoints_are_read(tiny):
-    folder = tiny.save("bert", num_labels=3)
+    folder = tiny.save("bert", id2label=dict(enumerate(NAMES)))
     expected = AutoModelForSequenceClassification.from_pretrained(folder)
 
     def old(name):

@@ -23,7 +23,7 @@ def refusal(tiny, spec, task, where="teacher.model", **changes):
 # RoBERTa's positions start behind its padding id: 64 of them hold 62 tokens.
 @pytest.mark.parametrize(("model_type", "longest"), [("bert", 64), ("roberta", 62)])
 def test_texts_longer_than_the_positions_are_refused_with_both_numbers(tiny, model_type, longest):
-    folder = tiny.save(model_type, num_labels=3)
+    folder = tiny.save(model_type, id2label=dict(enumerate(NAMES)))
     fits, too_long = tiny.task(max_length=longest), tiny.task(max_length=longest + 1)
     tiny.load(folder, fits, label_names=NAMES)
     text = refusal(tiny, folder, too_long, label_names=NAMES)
@@ -121,7 +121,7 @@ def test_a_finished_model_without_its_head_is_not_opened_with_a_random_one(tiny)
 
 
 def test_missing_backbone_weights_are_counted_and_three_of_them_named(tiny):
-    folder = tiny.save("bert", num_labels=3)
+    folder = tiny.save("bert", id2label=dict(enumerate(NAMES)))
     tiny.rewrite(lambda t: {key: t[key] for key in t if "layer.1." not in key})
     text = refusal(tiny, folder, tiny.task(), label_names=NAMES)
     assert "lacks 16 weights of a bert model (bert.encoder.layer.1.attention.self.query" in text
@@ -202,7 +202,7 @@ def test_a_hub_id_that_cannot_be_fetched_is_named_and_a_folder_offered(tiny, mon
 
 
 def test_remote_code_is_refused_unless_asked_for_by_name(tiny):
-    folder = tiny.save("bert", num_labels=3)
+    folder = tiny.save("bert", id2label=dict(enumerate(NAMES)))
     tiny.rewrite_config(model_type="mymodel", auto_map={"AutoConfig": "code.MyConfig"})
 
     with pytest.raises(ModelError, match=r"set teacher\.trust_remote_code: true"):
@@ -212,7 +212,7 @@ def test_remote_code_is_refused_unless_asked_for_by_name(tiny):
 
 
 def test_a_folder_or_a_config_file_that_is_absent_or_broken_is_named(tiny, tmp_path):
-    folder = tiny.save("bert", num_labels=3)
+    folder = tiny.save("bert", id2label=dict(enumerate(NAMES)))
 
     (folder / "config.json").write_text("{")
     with pytest.raises(ModelError, match=r"config\.json is not a model config"):
@@ -231,7 +231,7 @@ def test_a_folder_or_a_config_file_that_is_absent_or_broken_is_named(tiny, tmp_p
 
 
 def test_weight_files_are_checked_before_the_config(tiny):
-    folder = tiny.save("bert", num_labels=3)
+    folder = tiny.save("bert", id2label=dict(enumerate(NAMES)))
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-4])
     (folder / "config.json").unlink()
@@ -243,7 +243,7 @@ def test_weight_files_are_checked_before_the_config(tiny):
 
 
 def test_whole_numbers_in_the_place_of_weights_are_refused_with_their_name(tiny):
-    folder = tiny.save("bert", num_labels=3)
+    folder = tiny.save("bert", id2label=dict(enumerate(NAMES)))
     name = "bert.encoder.layer.0.output.dense.weight"
     tiny.rewrite(lambda tensors: {**tensors, name: tensors[name].mul(100).to(torch.int8)})
 
@@ -294,7 +294,7 @@ def test_the_hub_is_asked_for_chat_templates_and_for_no_code_pickle_or_second_we
     tiny, monkeypatch
 ):
     asked = {}
-    folder = tiny.save("bert", num_labels=3)
+    folder = tiny.save("bert", id2label=dict(enumerate(NAMES)))
     monkeypatch.setattr(
         loading, "snapshot_download", lambda _, **patterns: asked.update(patterns) or str(folder)
     )

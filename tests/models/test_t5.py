@@ -46,7 +46,11 @@ def as_in_t5(model):
 
 def fresh(tiny, model_type, **keys):
     """Random values everywhere."""
-    return tiny.load(tiny.save(model_type, num_labels=3, **keys), tiny.task(), label_names=NAMES)
+    return tiny.load(
+        tiny.save(model_type, id2label=dict(enumerate(NAMES)), **keys),
+        tiny.task(),
+        label_names=NAMES,
+    )
 
 
 @pytest.mark.parametrize("model_type", T5S)

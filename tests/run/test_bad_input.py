@@ -164,6 +164,10 @@ TEACHERS: dict[str, tuple[tuple[Callable[[Path], None], ...], tuple[str, ...]]] 
         (partial(change_config, id2label={0: "cat", 1: "dog"}, label2id={"cat": 0, "dog": 1}),),
         ("labels (cat, dog)", "of the data (negative, positive)"),
     ),
+    "labels without names": (
+        (partial(change_config, id2label={0: "LABEL_0", 1: "LABEL_1"}),),
+        ("labels (LABEL_0, LABEL_1)", "write the data's labels into id2label"),
+    ),
     "family": (
         (partial(change_config, model_type="bart"),),
         ("model_type 'bart' is not supported", "bert, roberta"),
@@ -186,7 +190,12 @@ def test_a_teacher_folder_that_cannot_be_used(bench, case):
 
     outcome = bench.start(bench.tree(teacher={"model": str(folder)}))
 
-    assert_refused(outcome, bench, folder if case not in ("labels", "family") else "", *fragments)
+    assert_refused(
+        outcome,
+        bench,
+        "" if case in ("labels", "labels without names", "family") else folder,
+        *fragments,
+    )
 
 
 def test_weights_that_are_not_finite_are_blamed_in_place_of_the_learning_rate(bench):

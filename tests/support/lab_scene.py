@@ -44,7 +44,9 @@ def pretend_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def save_teacher(folder: Path) -> Path:
     torch.manual_seed(0)
-    BertForSequenceClassification(BertConfig(**SIZE)).save_pretrained(folder)
+    BertForSequenceClassification(BertConfig(**SIZE, id2label={0: "no", 1: "yes"})).save_pretrained(
+        folder
+    )
     return folder
 
 

@@ -1,0 +1,69 @@
+"""`megakd export --format onnx`, on a classifier that a run has written."""
+
+from __future__ import annotations
+
+import re
+import shutil
+
+import pytest
+from onnxruntime import InferenceSession
+from transformers import AutoTokenizer
+from whole_run import logits_by_hand
+
+from megakd.cli import main
+from megakd.commands import scored_models
+from megakd.errors import DataError
+from megakd.models import onnx
+
+
+@pytest.fixture(scope="module")
+def exported(one_rank, whole_run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported") / "graph"
+    outcome = one_rank.megakd("export", whole_run.config, "--to", folder, "--format", "onnx")
+    assert outcome.code == 0, outcome.err
+    return folder, outcome
+
+
+def test_the_graph_takes_the_place_of_the_weights_and_answers_alike(whole_run, exported):
+    folder, outcome = exported
+
+    assert outcome.out.splitlines()[0] == str(folder)
+    assert not list(folder.glob("*.safetensors*"))
+    texts = ["a good fine film", "the poor ugly cat and it was awful", ""]
+    encoded = AutoTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="np")
+    graph = InferenceSession(folder / "model.onnx")
+    (logits,) = graph.run(None, {one.name: encoded[one.name] for one in graph.get_inputs()})
+    _, expected = logits_by_hand(whole_run.out / "final", texts)
+    assert logits == pytest.approx(expected.numpy(), abs=1e-4)
+
+
+def test_int8_makes_the_graph_smaller_and_prints_both_scores(
+    whole_run, exported, tmp_path, monkeypatch, capsys, caplog
+):
+    small, whole = tmp_path / "int8", exported[0] / "model.onnx"
+    # A second export of the same model would take seconds.
+    monkeypatch.setattr(onnx, "_export", lambda model, names, graph: shutil.copy(whole, graph))
+
+    words = ("export", str(whole_run.config), "--to", str(small), "--format", "onnx", "--int8")
+    assert main(words) == 0
+
+    shown = capsys.readouterr().out
+    assert re.search(r"\naccuracy on \d+ held-out rows: .* in fp32, .* one by one, .*\n", shown)
+    assert [path.name for path in small.glob("*.onnx*")] == ["model.onnx"]
+    assert (small / "model.onnx").stat().st_size < whole.stat().st_size
+
+    def gone(config):
+        raise DataError("the rows are gone")
+
+    monkeypatch.setattr(scored_models, "splits_of", gone)
+    assert main((*words[:3], str(tmp_path / "unscored"), *words[4:])) == 0
+    assert "held-out" not in capsys.readouterr().out
+    assert "the int8 graph is not scored: the rows are gone" in caplog.text
+
+
+def test_int8_without_a_graph_is_refused(one_rank, whole_run, tmp_path):
+    words = ("export", whole_run.config, "--to", tmp_path / "x", "--int8")
+
+    outcome = one_rank.megakd(*words, code=2)
+
+    assert "--int8 needs --format onnx" in outcome.err
