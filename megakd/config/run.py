@@ -85,6 +85,12 @@ class SaveConfig:
     """Also write the student as a graph, final/model.onnx, and time the graph."""
 
 
+Service = Literal[
+    *("tensorboard", "wandb", "mlflow", "trackio", "swanlab", "comet_ml", "aim", "clearml"),
+    "dvclive",
+]
+
+
 def _trackers(value: object) -> object:
     # One name, or none, as in transformers.
     names = value if isinstance(value, list | tuple) else [] if value is None else [value]
@@ -96,10 +102,7 @@ class LogConfig:
     """Settings of the log during training."""
 
     logging_steps: Count = 10
-    report_to: Annotated[
-        tuple[Literal["tensorboard", "wandb", "mlflow"], ...],
-        BeforeValidator(_trackers),
-    ] = ("tensorboard",)
+    report_to: Annotated[tuple[Service, ...], BeforeValidator(_trackers)] = ("tensorboard",)
     """Trackers that get the logged values in addition to metrics.jsonl; none with `none`."""
 
 

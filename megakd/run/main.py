@@ -49,7 +49,7 @@ from megakd.storage.folders import check_writable, users_files
 from megakd.training.checkpoint import has_begun_from
 from megakd.training.progress import Reporter
 from megakd.training.recipes import baseline_stage
-from megakd.training.trackers import check_trackers, make_trackers
+from megakd.training.trackers import Trackers, check_trackers
 
 # The bases of the Hub's error are OSError and the error of its HTTP client, which has two names.
 _HUB_FAILURES = cast("tuple[type[Exception], ...]", (ValueError, *HfHubHTTPError.__bases__))
@@ -172,10 +172,8 @@ def reporter_of(config: RunConfig, ranks: Ranks) -> Reporter:
     """Return the reporter that logs a run; a collective."""
     services = config.log.report_to
     on_main(lambda: check_trackers(services))
-    trackers = make_trackers(services, config.output_dir, config_tree(config))
-    reporter = Reporter(
-        config.output_dir, is_main=ranks.is_main, trackers=trackers if ranks.is_main else ()
-    )
+    trackers = Trackers(services, config.output_dir, config_tree(config))
+    reporter = Reporter(config.output_dir, is_main=ranks.is_main, trackers=trackers)
     on_main(reporter.check)
     return reporter
 

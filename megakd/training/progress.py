@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from tqdm import tqdm
 
-    from megakd.training.trackers import Tracker
+    from megakd.training.trackers import Trackers
 
 logger = logging.getLogger(__name__)
 LOSS = "train/loss"
@@ -118,7 +118,7 @@ class Reporter:
     """Writer of scalars to metrics.jsonl, trackers and terminal; only the main rank writes."""
 
     def __init__(
-        self, output_dir: Path, *, is_main: bool, trackers: Sequence[Tracker] = ()
+        self, output_dir: Path, *, is_main: bool, trackers: Trackers | None = None
     ) -> None:
         self._path = output_dir / "metrics.jsonl"
         self._is_main = is_main
@@ -150,8 +150,8 @@ class Reporter:
             kept = [line for line in lines if not _comes_again(line, stage, step)]
             if len(kept) < len(lines):
                 atomic.write_text(self._path, "".join(kept))
-        for tracker in self._trackers:
-            tracker.begin(stage, step)
+        if self._trackers is not None:
+            self._trackers.begin(stage, step)
 
     def advance(self, step: int) -> None:
         if self._progress is not None:
@@ -165,8 +165,8 @@ class Reporter:
         epoch = {} if extent is None else {"epoch": extent.epoch(step)}
         record = {"stage": stage, "step": step, **epoch, "time": round(time.time(), 3), **values}
         self._append(atomic.json_text(record))
-        for tracker in self._trackers:
-            tracker.log(stage, step, values)
+        if self._trackers is not None:
+            self._trackers.log(stage, step, values)
         if self._progress is not None:
             self._progress.show(step, values)
 
@@ -174,8 +174,8 @@ class Reporter:
         """Close every file; a later `log` opens the files again."""
         self._end_progress()
         self._close_file()
-        for tracker in self._trackers:
-            tracker.close()
+        if self._trackers is not None:
+            self._trackers.close()
 
     def _append(self, line: str) -> None:
         with _reports_unusable(self._path):

@@ -7,18 +7,19 @@ import io
 import json
 import logging
 import sys
-from collections import namedtuple
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from accelerate import tracking
+from accelerate.tracking import GeneralTracker
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import run_in
 
 from megakd.errors import MegakdError
 from megakd.training.progress import Extent, Reporter
-from megakd.training.trackers import TensorBoard, make_trackers
+from megakd.training.trackers import Trackers
 
 NUMBERS = {
     "train/loss": 0.12345678,
@@ -47,12 +48,17 @@ def of_ten(step: int) -> Extent:
     return Extent(step=step, total_steps=10, steps_per_epoch=4)
 
 
-def run_of(folder: Path, stage: str, steps: range, *trackers: Any) -> None:
+def run_of(folder: Path, stage: str, steps: range, trackers: Trackers | None = None) -> None:
     reporter = Reporter(folder, is_main=True, trackers=trackers)
     reporter.begin(stage, of_ten(steps.start - 1))
     for step in steps:
         reporter.log(step, {"train/loss": 1 / step}, stage=stage)
     reporter.close()
+
+
+def curve_of(folder: Path, stage: str) -> list[tuple[int, float]]:
+    events = EventAccumulator(str(folder / "tensorboard" / stage)).Reload()
+    return [(event.step, round(event.value, 4)) for event in events.Scalars("train/loss")]
 
 
 def test_each_log_is_one_json_line_on_the_disk_at_once(tmp_path: Path) -> None:
@@ -116,12 +122,10 @@ def test_a_damaged_line_is_dropped(tmp_path: Path, lines: str, *, resumes: bool)
 
 
 def test_tensorboard_shows_a_resumed_run_as_one_curve(tmp_path: Path) -> None:
-    run_of(tmp_path, "distil", range(1, 6), TensorBoard(tmp_path))
-    run_of(tmp_path, "distil", range(4, 7), TensorBoard(tmp_path))
+    tracked(tmp_path, "distil", range(1, 6), "tensorboard")
+    tracked(tmp_path, "distil", range(4, 7), "tensorboard")
 
-    events = EventAccumulator(str(tmp_path / "tensorboard" / "distil")).Reload()
-
-    curve = [(event.step, round(event.value, 4)) for event in events.Scalars("train/loss")]
+    curve = curve_of(tmp_path, "distil")
     assert curve == [(1, 1.0), (2, 0.5), (3, 0.3333), (4, 0.25), (5, 0.2), (6, 0.1667)]
 
 
@@ -199,126 +203,90 @@ def test_a_folder_in_the_place_of_the_log_or_a_missing_library_ends_a_run_before
         assert not (tmp_path / name / "out").exists()
 
 
-class Service(ModuleType):
-    """A library that records its calls."""
+class Service(GeneralTracker):
+    """A service that keeps its runs, as accelerate's tracker of wandb starts them."""
 
-    def __init__(self, name):
-        super().__init__(name)
-        self.runs = {}
-        self.finished = []
-        self.started = []
-        self.axes = []
+    name = "wandb"
+    requires_logging_directory = False
+    runs: dict[str, list[tuple[int, Any]]]
+    configs: list[Any]
+    is_down = False
 
+    def __init__(self, project: str, **options: Any) -> None:
+        self.project, self.options = project, options
 
-class Wandb(Service):
-    """`wandb` as its documentation describes `init`, `Run.log` and `Run.finish`."""
+    def start(self) -> None:
+        assert (self.project, self.options["group"]) == ("megakd", "out")
+        self.log_of_run = self.runs.setdefault(self.options["id"], [])
 
-    class Error(Exception):
-        pass
+    def store_init_configuration(self, values: dict) -> None:
+        self.configs.append(values)
 
-    def init(self, *, project, group, name, dir, config, id, resume):  # noqa: A002
-        assert (id is None) == (resume is None)
-        key = id or f"run{len(self.runs)}"
-        self.runs.setdefault(key, [])
-        self.started.append((project, group, name, key))
-        return SimpleNamespace(
-            id=key,
-            define_metric=lambda name, step_metric="step": self.axes.append((name, step_metric)),
-            log=lambda values: self.runs[key].append((values.pop("step"), values)),
-            finish=lambda: self.finished.append(key),
-        )
+    def log(self, values: dict, step: int | None, **_: Any) -> None:
+        if self.is_down:
+            raise ConnectionError("no answer")
+        self.log_of_run.append((step, values))
+
+    def finish(self) -> None:
+        self.log_of_run = None
 
 
-class Mlflow(Service):
-    """`mlflow` with the parts of `MlflowClient` that are used."""
-
-    class MlflowException(Exception):  # noqa: N818
-        pass
-
-    down = False
-
-    def set_experiment(self, name):
-        return SimpleNamespace(experiment_id=name)
-
-    def MlflowClient(self):  # noqa: N802
-        return self
-
-    def create_run(self, experiment_id, *, run_name):
-        key = f"run{len(self.runs)}"
-        self.runs[key] = []
-        self.started.append((experiment_id, run_name, key))
-        return SimpleNamespace(info=SimpleNamespace(run_id=key))
-
-    def log_dict(self, run_id, dictionary, artifact_file):
-        assert (artifact_file, dictionary) == ("config.json", {"seed": 1})
-
-    def log_batch(self, run_id, *, metrics):
-        if self.down:
-            raise self.MlflowException("no answer")
-        self.runs[run_id].extend((m.step, {m.key: m.value}) for m in metrics)
-
-    def set_terminated(self, run_id):
-        self.finished.append(run_id)
+@pytest.fixture
+def service(monkeypatch):
+    fresh = type("Fresh", (Service,), {"runs": {}, "configs": []})
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", fresh)
+    return fresh
 
 
-@pytest.fixture(params=["wandb", "mlflow"])
-def service(request, monkeypatch):
-    made = {"wandb": Wandb, "mlflow": Mlflow}[request.param](request.param)
-    monkeypatch.setitem(sys.modules, request.param, made)
-    entities: Any = SimpleNamespace(Metric=namedtuple("Metric", "key value timestamp step"))
-    monkeypatch.setitem(sys.modules, "mlflow.entities", entities)
-    return made
-
-
-def tracked(folder, service, stage, steps):
+def tracked(folder, stage, steps, *names):
     folder.mkdir(exist_ok=True)
-    run_of(folder, stage, steps, *make_trackers([service.__name__], folder, {"seed": 1}))
+    run_of(folder, stage, steps, Trackers(names or ["wandb"], folder, {"seed": 1}))
 
 
 def test_every_stage_is_a_run_and_a_resumed_stage_goes_on_with_its_own(service, tmp_path):
     out = tmp_path / "out"
 
     for stage, steps in {"teacher": (1, 3), "student": (1, 3)}.items():
-        tracked(out, service, stage, range(*steps))
-    tracked(out, service, "student", range(3, 5))
+        tracked(out, stage, range(*steps))
+    tracked(out, "student", range(3, 5))
 
-    assert list(service.runs) == ["run0", "run1"]
-    assert service.runs["run0"] == [(1, {"train/loss": 1.0}), (2, {"train/loss": 0.5})]
-    assert [step for step, _ in service.runs["run1"]] == [1, 2, 3, 4]
-    assert set(service.finished) == {"run0", "run1"}
-    assert service.started[0][-2] == "out/teacher"
-    axes = {("step", "step"), ("*", "step")} if isinstance(service, Wandb) else set()
-    assert set(service.axes) == axes
-    tracked(out, service, "student", range(1, 3))  # the stage starts over
-    assert len(service.runs["run2"]) == 2
+    teacher, student = service.runs.values()
+    assert teacher == [(1, {"train/loss": 1.0}), (2, {"train/loss": 0.5})]
+    assert [step for step, _ in student] == [1, 2, 3, 4]
+    assert service.configs == [{"seed": "1"}] * 2
+    tracked(out, "student", range(1, 3))  # the stage starts over
+    assert len(service.runs) == 3
 
 
-@pytest.mark.parametrize("service", ["mlflow"], indirect=True)
-def test_a_server_that_goes_away_is_said_once_and_does_not_stop_a_run(service, tmp_path, caplog):
-    service.down = True
+def test_a_service_that_fails_is_said_once_and_stops_neither_a_run_nor_other_services(
+    service, tmp_path, caplog
+):
+    service.is_down = True
 
-    tracked(tmp_path / "out", service, "student", range(1, 4))
+    tracked(tmp_path / "out", "student", range(1, 4), "wandb", "tensorboard")
 
     (message,) = [record.getMessage() for record in caplog.records]
-    assert message.startswith("mlflow does not respond (no answer): no further values")
-    assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 3
+    assert message.startswith("log.report_to: wandb failed (no answer): no further values")
+    assert len(records(tmp_path / "out")) == 3
+    assert [step for step, _ in curve_of(tmp_path / "out", "student")] == [1, 2, 3]
 
 
 def test_curves_that_cannot_be_written_are_said_once_and_do_not_stop_a_run(tmp_path, caplog):
     def full() -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    board = TensorBoard(tmp_path)
+    board = Trackers(["tensorboard"], tmp_path, {})
     board.begin("student", 0)
     board.log("student", 1, {"train/loss": 1.0})
-    events = board._writers["student"].file_writer.event_writer._async_writer._writer
+    writer = board._running["tensorboard"].writer
+    events = writer.file_writer.event_writer._async_writer._writer
     events.flush = full
 
     board.log("student", 2, {"train/loss": 0.5})
     board.log("student", 3, {"train/loss": 0.25})
-
-    assert caplog.text.count("cannot be written (No space left on device)") == 1
-    assert "metrics.jsonl has all values" in caplog.text
     board.close()
-    assert caplog.text.count("cannot be written") == 1
+
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "tensorboard failed ([Errno 28] No space left on device)" in message
+    assert "metrics.jsonl has all values" in message
     events.close()
