@@ -6,11 +6,10 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from megakd.config.removed import REMOVED
@@ -95,25 +94,6 @@ def _unknown_key(key: str, parent: KeyPath, tree: Any) -> str:
         return f"unknown key; known: {', '.join(known)}"
     listed = " or ".join(f'"{path}"' for path in meant)
     return f"unknown key; did you mean {listed}?"
-
-
-def option_problems(kind: type, options: Mapping[str, Any], *, where: str) -> list[str]:
-    """Return what is wrong with the free options of a section, one line per problem."""
-    known = [field.name for field in fields(kind)]
-    problems = []
-    try:
-        TypeAdapter(kind).validate_json(json.dumps(options))
-    except ValidationError as error:
-        for detail in error.errors():
-            key = str(detail["loc"][0])
-            if detail["type"] == "unexpected_keyword_argument":
-                near = suggestion(key, known) or f"; known: {', '.join(known) or 'none'}"
-                problems.append(f"{where}.{key} = {shown(detail['input'])}: unknown key{near}")
-            elif _is_mismatch(detail):
-                problems.append(f"{where}.{key}: {_mismatch([detail])}")
-            else:
-                problems.append(_line((where, key), detail, options))
-    return problems
 
 
 def _finding(detail: ErrorDetails, tree: Any) -> _Finding:

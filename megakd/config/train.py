@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_type_hints
 
@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 from megakd.config.paths import Checkpoint, Place
 from megakd.contract.tasks import Kernels
 from megakd.contract.terms import STRICT, Count, Fraction, Positive, Weight
-from megakd.errors import ConfigError
+from megakd.errors import ConfigError, one_line
 
 Schedule = Callable[[int], float]
 ScheduleName = Literal[
@@ -28,7 +28,6 @@ ScheduleName = Literal[
     "cosine_with_min_lr",
     "warmup_stable_decay",
 ]
-Shape = Literal["linear", "cosine", "1-sqrt"]
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -123,83 +122,6 @@ def inherit(train: TrainConfig, overrides: TrainOverrides) -> TrainConfig:
     return dataclasses.replace(train, **given)
 
 
-# Each schedule of `transformers.get_scheduler` has a dataclass with the options that
-# `train.lr_scheduler_kwargs` may set: a config is checked without transformers.
-@dataclass(config=STRICT, frozen=True, kw_only=True)
-class ScheduleOptions:
-    """Linear decay, or the peak rate at every step: schedules without options."""
-
-
-@dataclass(config=STRICT, frozen=True, kw_only=True)
-class Cosine(ScheduleOptions):
-    """Linear warm-up, then `num_cycles` periods of a cosine; half a period ends at 0."""
-
-    num_cycles: Positive = 0.5
-
-
-@dataclass(config=STRICT, frozen=True, kw_only=True)
-class CosineWithRestarts(ScheduleOptions):
-    """Linear warm-up, then `num_cycles` half periods of a cosine, each from the peak rate to 0."""
-
-    num_cycles: Count = 1
-
-
-@dataclass(config=STRICT, frozen=True, kw_only=True)
-class Polynomial(ScheduleOptions):
-    """Linear warm-up, then a polynomial decay of degree `power` to the rate `lr_end`."""
-
-    lr_end: Weight = 1e-7
-    power: Positive = 1.0
-
-
-@dataclass(config=STRICT, frozen=True, kw_only=True)
-class InverseSqrt(ScheduleOptions):
-    """Linear warm-up, then a decay with 1 / sqrt(step).
-
-    timescale: None takes the steps of warm-up, or 10,000 without warm-up.
-    """
-
-    timescale: Count | None = None
-
-
-@dataclass(config=STRICT, frozen=True, kw_only=True)
-class CosineWithMinLr(ScheduleOptions):
-    """Linear warm-up, then a cosine down to `min_lr`, or to `min_lr_rate` of the peak rate."""
-
-    num_cycles: Positive = 0.5
-    min_lr: Weight | None = None
-    min_lr_rate: Fraction | None = None
-
-
-@dataclass(config=STRICT, frozen=True, kw_only=True)
-class WarmupStableDecay(ScheduleOptions):
-    """Warm-up, then the peak rate, then a decay over `num_decay_steps`.
-
-    num_stable_steps: steps at the peak rate; None: all steps between warm-up and decay. After the
-        decay, the rate stays at `min_lr_ratio` of the peak rate.
-    """
-
-    num_decay_steps: Count
-    num_stable_steps: Annotated[int, Field(ge=0)] | None = None
-    warmup_type: Shape = "linear"
-    decay_type: Shape = "cosine"
-    min_lr_ratio: Fraction = 0.0
-    num_cycles: Positive = 0.5
-
-
-SCHEDULES: Mapping[ScheduleName, type[ScheduleOptions]] = {
-    "linear": ScheduleOptions,
-    "cosine": Cosine,
-    "constant": ScheduleOptions,
-    "constant_with_warmup": ScheduleOptions,
-    "polynomial": Polynomial,
-    "cosine_with_restarts": CosineWithRestarts,
-    "inverse_sqrt": InverseSqrt,
-    "cosine_with_min_lr": CosineWithMinLr,
-    "warmup_stable_decay": WarmupStableDecay,
-}
-
-
 def total_steps(train: TrainConfig, steps_per_epoch: int) -> int:
     """Return the optimizer steps of a stage; `max_steps` overrides `num_train_epochs`."""
     return train.max_steps or math.ceil(train.num_train_epochs * steps_per_epoch)
@@ -210,56 +132,45 @@ def warmup_steps(train: TrainConfig, total_steps: int) -> int:
     return train.warmup_steps or math.ceil(train.warmup_ratio * total_steps)
 
 
-def schedule_problem(train: TrainConfig, total_steps: int | None) -> str | None:
-    """Return why a schedule cannot work in a stage, or None."""
-    name, peak, problem = train.lr_scheduler_type, train.learning_rate, None
-    # Before the data are read, a ratio only tells whether there is a warm-up.
-    warm = warmup_steps(train, total_steps or 1)
-    match SCHEDULES[name](**(train.lr_scheduler_kwargs or {})):
-        case ScheduleOptions() if name == "constant" and warm:
-            problem = (
-                "this schedule has no warm-up; use constant_with_warmup, or remove the warm-up"
-            )
-        case Polynomial(lr_end=end) if end >= peak:
-            problem = f"lr_end {end:g} must be below learning_rate {peak:g}"
-        case CosineWithMinLr(min_lr=rate, min_lr_rate=share) if (rate is None) == (share is None):
-            problem = "set exactly one of min_lr and min_lr_rate"
-        case CosineWithMinLr(min_lr=rate) if rate is not None and rate >= peak:
-            problem = f"min_lr {rate:g} must be below learning_rate {peak:g}"
-        case WarmupStableDecay(num_decay_steps=decay, num_stable_steps=stable):
-            needed = warm + (stable or 0) + decay
-            if total_steps is not None and needed > total_steps:
-                problem = (
-                    f"warm-up {warm}, stable {stable or 0} and decay {decay} take {needed} steps, "
-                    f"and the stage has {total_steps}; lower one of the three, or train longer"
-                )
-        case _:
-            pass
-    return problem and f"{name}: {problem}"
-
-
 def learning_rate_schedule(train: TrainConfig, total_steps: int) -> Schedule:
     """Return the function from the number of steps taken to the learning rate.
 
     After the last step the rate stays as it is: a cosine would rise again.
+
+    Raises:
+        ConfigError: the schedule lacks an option, does not know one, or does not fit in the steps.
     """
-    problem = schedule_problem(train, total_steps)
-    if problem:
-        raise ConfigError(f"train.lr_scheduler_type: {problem}")
     # A config is checked without torch.
     import torch
     from transformers import get_scheduler
 
     options, peak = train.lr_scheduler_kwargs or {}, train.learning_rate
-    # One of the two sets the steps at the peak rate of `warmup_stable_decay`.
-    total = total_steps if options.get("num_stable_steps") is None else None
-    scheduler = get_scheduler(
-        train.lr_scheduler_type,
-        torch.optim.SGD([torch.zeros(1)], lr=peak),
-        num_warmup_steps=warmup_steps(train, total_steps),
-        num_training_steps=total,
-        scheduler_specific_kwargs=options,
-    )
-    (factor,) = cast("torch.optim.lr_scheduler.LambdaLR", scheduler).lr_lambdas
-
+    name, warm = train.lr_scheduler_type, warmup_steps(train, total_steps)
+    where = f"train.lr_scheduler_type: {name}"
+    if name == "constant" and warm:  # transformers would leave out the warm-up
+        raise ConfigError(
+            f"{where}: this schedule has no warm-up; use constant_with_warmup, or remove the "
+            "warm-up"
+        )
+    try:
+        scheduler = get_scheduler(
+            name,
+            torch.optim.SGD([torch.zeros(1)], lr=peak),
+            num_warmup_steps=warm,
+            # One of the two sets the steps at the peak rate of `warmup_stable_decay`.
+            num_training_steps=total_steps if options.get("num_stable_steps") is None else None,
+            scheduler_specific_kwargs=options,
+        )
+        (factor,) = cast("torch.optim.lr_scheduler.LambdaLR", scheduler).lr_lambdas
+        factor(total_steps)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{where}: {one_line(error)}; correct train.lr_scheduler_kwargs ({options})"
+        ) from error
+    needed = warm + sum(options.get(key) or 0 for key in ("num_stable_steps", "num_decay_steps"))
+    if name == "warmup_stable_decay" and needed > total_steps:
+        raise ConfigError(
+            f"{where}: warm-up, stable and decay take {needed} steps, and the stage has "
+            f"{total_steps}; lower one of the three, or train longer"
+        )
     return lambda step: peak * factor(min(step, total_steps))

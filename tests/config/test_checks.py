@@ -196,20 +196,6 @@ TRAIN = [
     ("eval.metrics=[accuracy, pearson]", "eval.metrics[1]: task.type classification has no metric"),
     (f"{TEXT}; eval.positive_label=x", "eval.positive_label: supported only for classification"),
 ]
-SCHEDULES = [
-    ("constant; train.warmup_steps=3", "lr_scheduler_type: constant: this schedule has no warm-up"),
-    ("constant; teacher.finetune={warmup_ratio: 0.1}", "teacher.finetune.lr_scheduler_type: const"),
-    ("linear; train.lr_scheduler_kwargs={a: 2}", "kwargs.a = 2: unknown key; known: none (of line"),
-    ("polynomial; train.lr_scheduler_kwargs={powr: 2}", 'unknown key; did you mean "power"? (of p'),
-    ("polynomial; train.lr_scheduler_kwargs={power: a}", 'must be a number (got "a") (of polynomi'),
-    ("polynomial; train.lr_scheduler_kwargs={lr_end: 1}", "lr_end 1 must be below learning_rate 5"),
-    ("cosine_with_min_lr", "train.lr_scheduler_type: cosine_with_min_lr: set exactly one of min_l"),
-    ("warmup_stable_decay", "train.lr_scheduler_kwargs.num_decay_steps: missing, and it has no de"),
-    (
-        "warmup_stable_decay; train.max_steps=10; train.lr_scheduler_kwargs={num_decay_steps: 20}",
-        "warm-up 0, stable 0 and decay 20 take 20 steps, and the stage has 10",
-    ),
-]
 BUDGET = [
     ("train.tokens_per_rank=63", "train.tokens_per_rank: 63 is less than task.max_length 64"),
     ("task.type=mlm", "train.tokens_per_rank: supported only for causal_lm, whose attention separ"),
@@ -323,7 +309,6 @@ VALUES = [
 LINES = [
     *(*VALUES, *TASK, *ROUTES, *MODELS, *OBJECTIVE, *TRAIN),
     *((f"{STREAM}; {overrides}", text) for overrides, text in STREAMS),
-    *((f"train.lr_scheduler_type={schedule}", text) for schedule, text in SCHEDULES),
     *((f"{TEXT}; {overrides}", text) for overrides, text in SERVED_TEACHERS),
     *((f"{PACKED}; {overrides}", text) for overrides, text in BUDGET),
     *((f"{TEXT}; student.lora={{}}; {overrides}", text) for overrides, text in ADAPTERS),

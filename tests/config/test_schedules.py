@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from transformers import get_scheduler
 
-from megakd.config.train import SCHEDULES, TrainConfig, learning_rate_schedule, warmup_steps
+from megakd.config.train import ScheduleName, TrainConfig, learning_rate_schedule, warmup_steps
+from megakd.errors import ConfigError
+
+SCHEDULES = get_args(ScheduleName)
 
 OPTIONS = [
     ("linear", {}),
@@ -72,6 +77,33 @@ def test_a_stage_of_one_step_has_a_rate(name):
     rate = learning_rate_schedule(train, 1)
 
     assert rate(0) == train.learning_rate
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "text"),
+    [
+        ("constant", {}, "constant: this schedule has no warm-up"),
+        ("linear", {"a": 2}, "unexpected keyword argument 'a'; correct train.lr_scheduler_kwargs"),
+        ("polynomial", {"powr": 2}, "unexpected keyword argument 'powr'"),
+        ("polynomial", {"power": "a"}, "correct train.lr_scheduler_kwargs"),
+        ("polynomial", {"lr_end": 1}, "lr_end"),
+        ("cosine_with_min_lr", {}, "min_lr"),
+        ("warmup_stable_decay", {}, "num_decay_steps"),
+        (
+            "warmup_stable_decay",
+            {"num_decay_steps": 20},
+            "warm-up, stable and decay take 21 steps, and the stage has 10",
+        ),
+    ],
+)
+def test_options_that_a_schedule_does_not_have_or_lacks_are_refused(name, options, text):
+    train = TrainConfig(lr_scheduler_type=name, lr_scheduler_kwargs=options, warmup_steps=1)
+
+    with pytest.raises(ConfigError) as refused:
+        learning_rate_schedule(train, 10)
+
+    assert str(refused.value).startswith(f"train.lr_scheduler_type: {name}: ")
+    assert text in str(refused.value)
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ SETTINGS = [
         "train.max_steps=null; train.lr_scheduler_type=warmup_stable_decay; "
         "train.lr_scheduler_kwargs={num_decay_steps: 900}; teacher.finetune.max_steps=2000",
         "train.lr_scheduler_type: warmup_stable_decay: ",
-        "decay 900 take 900 steps",
+        "decay take 900 steps",
     ),
     *(
         (

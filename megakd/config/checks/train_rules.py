@@ -6,9 +6,8 @@ from collections import Counter
 from collections.abc import Iterator
 
 from megakd.config.checks.rules import Case, Rule, given, only, problems
-from megakd.config.error_text import option_problems
 from megakd.config.run import EvalConfig, RunConfig
-from megakd.config.train import SCHEDULES, TrainConfig, schedule_problem
+from megakd.config.train import TrainConfig
 from megakd.contract.plugins import is_metric, metric_of
 from megakd.contract.tasks import LANGUAGE_TASKS, METRICS
 from megakd.contract.terms import HiddenCosine, HiddenMse, PluginTerm, RelationFsp, TermConfig
@@ -21,7 +20,6 @@ def training_problems(config: RunConfig) -> Iterator[str]:
     yield from _baselines(config)
     for where, train in config.trainings.items():
         yield from problems(_TRAINING, Case(config, where, train))
-        yield from _schedule(where, train)
     for where, overrides in config.overrides.items():
         if overrides.collective_timeout is not None:
             yield (
@@ -58,15 +56,6 @@ _TRAINING: tuple[Rule[TrainConfig], ...] = (
         "of them to false here",
     ),
 )
-
-
-def _schedule(where: str, train: TrainConfig) -> Iterator[str]:
-    name, key = train.lr_scheduler_type, f"{where}.lr_scheduler_kwargs"
-    wrong = option_problems(SCHEDULES[name], train.lr_scheduler_kwargs or {}, where=key)
-    yield from (f"{problem} (of {name})" for problem in wrong)
-    problem = None if wrong else schedule_problem(train, train.max_steps)
-    if problem:
-        yield f"{where}.lr_scheduler_type: {problem}"
 
 
 def _baselines(config: RunConfig) -> Iterator[str]:
