@@ -17,8 +17,7 @@ def add_options(parser: Parser) -> None:
     parser.add_argument(
         "--model",
         metavar="FOLDER",
-        help="the model to score, default: final/; student.allow_pickle and "
-        "student.trust_remote_code apply to it",
+        help="the model to score, default: final/; student.trust_remote_code applies to it",
     )
     parser.add_argument(
         "--data",

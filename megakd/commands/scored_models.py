@@ -74,7 +74,6 @@ def evaluate_model(
                 # Users can add the student's permissions to the command.
                 where="student.model (--model)",
                 trust_remote_code=config.student.trust_remote_code,
-                allow_pickle=config.student.allow_pickle,
             )
         )
         if given is None:

@@ -60,7 +60,6 @@ class TeacherConfig:
     """Micro-batches of a step that the teacher answers in one forward. None: at ZeRO 3 as many as
     fit into memory, else 1."""
     trust_remote_code: bool = False
-    allow_pickle: bool = False
     attn_implementation: Attention | None = None
     """None: on a GPU `varlen` for causal_lm in 16 bits, else the choice of transformers."""
 
@@ -154,6 +153,5 @@ class StudentConfig:
     architecture: Literal["enct5", "t5_encoder"] | None = None
     """Architecture to load a T5 or mT5 checkpoint as; None: enct5."""
     trust_remote_code: bool = False
-    allow_pickle: bool = False
     attn_implementation: Attention | None = None
     """None: on a GPU `varlen` for causal_lm in 16 bits, else the choice of transformers."""

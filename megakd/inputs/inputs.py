@@ -369,7 +369,6 @@ def resolve(
         where=f"{config.key_of(role)}.model",
         architecture=spec.architecture,
         trust_remote_code=spec.trust_remote_code,
-        allow_pickle=spec.allow_pickle,
         with_weights=with_weights,
     )
     return dataclasses.replace(source, attn_implementation=spec.attn_implementation)

@@ -78,14 +78,13 @@ T5_EMBEDDINGS = {
 }
 
 
-def resolve_model(  # noqa: PLR0913  (each is another fact about the model)
+def resolve_model(
     spec: str | ScratchModel,
     task: TaskConfig,
     *,
     where: str,
     architecture: str | None = None,
     trust_remote_code: bool = False,
-    allow_pickle: bool = False,
     with_weights: bool = True,
 ) -> ModelSource:
     """Find a model and read its config; the weight files are checked first.
@@ -98,11 +97,11 @@ def resolve_model(  # noqa: PLR0913  (each is another fact about the model)
     register_own_models()
     if isinstance(spec, ScratchModel):
         return _scratch_source(spec.config, task, where, architecture)
-    patterns = [*HUB_FILES, *(["*.bin"] if allow_pickle else [])] if with_weights else [CONFIG]
+    patterns = HUB_FILES if with_weights else (CONFIG,)
     folder = _folder_of(spec, where, [*patterns, *(["*.py"] if trust_remote_code else [])])
     stored = {}
     if with_weights:
-        stored = check_weight_files(folder, where, allow_pickle=allow_pickle)
+        stored = check_weight_files(folder, where)
         if is_first_of_node():  # nodes may have disks of their own
             check_given(folder, where)
     hint = "" if with_weights else "; a plan reads this file alone"

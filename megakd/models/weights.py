@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import pickle
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
@@ -19,8 +18,6 @@ from megakd.errors import ModelError
 
 SAFETENSORS = "model.safetensors"
 SAFETENSORS_INDEX = "model.safetensors.index.json"
-PICKLE = "pytorch_model.bin"
-PICKLE_INDEX = "pytorch_model.bin.index.json"
 SAMPLED_TENSORS, SAMPLED_ELEMENTS = 64, 1024
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -40,7 +37,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """Location of one tensor: file, key in the file, and first byte (for pickle, its position)."""
+    """Location of one tensor: file, key in the file, and first byte."""
 
     file: Path
     key: str
@@ -60,42 +57,35 @@ class StoredExperts(StoredTensor):
     parts: tuple[tuple[StoredTensor, ...], ...]
 
 
-def check_weight_files(
-    folder: Path, where: str, *, allow_pickle: bool = False
-) -> dict[str, StoredTensor]:
+def check_weight_files(folder: Path, where: str) -> dict[str, StoredTensor]:
     """Return the tensors of a model folder by name, after checking that its files are complete.
 
     Headers and lengths are compared; no tensor is read.
     """
     if not folder.is_dir():
         raise ModelError(f"{where}: {folder} does not exist or is not a folder")
-    for single, index in ((SAFETENSORS, SAFETENSORS_INDEX), (PICKLE, PICKLE_INDEX)):
-        listed = {} if (folder / single).is_file() else _weight_map(folder, index, where)
-        files = [folder / name for name in sorted({*listed.values()} or {single})]
-        if not files[0].is_file():
-            continue
-        if single == PICKLE and not allow_pickle:
+    listed: Mapping[str, str] = {}
+    if not (folder / SAFETENSORS).is_file():
+        listed = _weight_map(folder, SAFETENSORS_INDEX, where)
+        if not listed:
+            pickles = sorted(file.name for file in folder.glob("pytorch_model*.bin"))
+            hint = f"; convert {pickles[0]} to safetensors" if pickles else gguf_hint(folder)
             raise ModelError(
-                f"{where}: {folder} has only pickle weights ({files[0].name}), which may run code "
-                "when they are read; convert them to safetensors or set"
-                f" {where.partition('.')[0]}.allow_pickle: true"
+                f"{where}: {folder} has no weights: neither {SAFETENSORS} nor {SAFETENSORS_INDEX} "
+                f"exists{hint}"
             )
-        stored: dict[str, StoredTensor] = {}
-        for file in files:
-            stored.update(stored_tensors(file, where))
-        names = {key: tensor.file.name for key, tensor in stored.items()}
-        absent = [key for key, name in listed.items() if names.get(key) != name]
-        if absent:
-            raise ModelError(
-                f"{where}: {folder / index} lists {len(listed)} tensors and {len(absent)} of them "
-                f"are not in the files it names ({', '.join(absent[:3])}); fetch the model again"
-            )
-        return stored
-    raise ModelError(
-        f"{where}: {folder} has no weights: neither {SAFETENSORS} nor {SAFETENSORS_INDEX} exists "
-        f"(pickle files are read only with {where.partition('.')[0]}.allow_pickle: true)"
-        f"{gguf_hint(folder)}"
-    )
+    stored: dict[str, StoredTensor] = {}
+    for name in sorted({*listed.values()} or {SAFETENSORS}):
+        stored.update(stored_tensors(folder / name, where))
+    names = {key: tensor.file.name for key, tensor in stored.items()}
+    absent = [key for key, name in listed.items() if names.get(key) != name]
+    if absent:
+        raise ModelError(
+            f"{where}: {folder / SAFETENSORS_INDEX} lists {len(listed)} tensors and {len(absent)} "
+            f"of them are not in the files it names ({', '.join(absent[:3])}); fetch the model "
+            "again"
+        )
+    return stored
 
 
 def gguf_hint(folder: Path) -> str:
@@ -130,22 +120,8 @@ def _weight_map(folder: Path, index: str, where: str) -> dict[str, str]:
     return weight_map
 
 
-def _load_pickle(file: Path, where: str) -> dict[str, Tensor]:
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
-        raise ModelError(f"{where}: {file} is damaged or not a weight file: {error}") from error
-    return {key: tensor for key, tensor in state.items() if isinstance(tensor, torch.Tensor)}
-
-
 def stored_tensors(file: Path, where: str) -> dict[str, StoredTensor]:
-    """Return the tensors of a weight file; the length of safetensors must agree with its header."""
-    if file.suffix != ".safetensors":
-        tensors = enumerate(_load_pickle(file, where).items())
-        return {
-            key: StoredTensor(file=file, key=key, shape=tuple(t.shape), dtype=t.dtype, offset=place)
-            for place, (key, t) in tensors
-        }
+    """Return the tensors of a weight file, whose length must agree with its header."""
     with file.open("rb") as stream:
         start = stream.read(8)
         if start[:7] == b"version":
@@ -183,7 +159,6 @@ class WeightReader:
     """
 
     where: str
-    _pickle: tuple[Path, dict[str, Tensor]] | None = field(default=None, repr=False)
 
     def read(self, stored: StoredTensor) -> Tensor:
         """Return the tensor as stored, on the CPU."""
@@ -193,10 +168,6 @@ class WeightReader:
         """Return some elements of the flattened tensor as stored, on the CPU, [stop - start]."""
         if isinstance(stored, StoredExperts):
             return self._part_of_experts(stored, start, stop)
-        if stored.file.suffix != ".safetensors":
-            if self._pickle is None or self._pickle[0] != stored.file:
-                self._pickle = (stored.file, _load_pickle(stored.file, self.where))
-            return self._pickle[1][stored.key].flatten()[start:stop]
         data = torch.empty((stop - start) * stored.dtype.itemsize, dtype=torch.uint8)
         with stored.file.open("rb", buffering=0) as stream:
             stream.seek(stored.offset + start * stored.dtype.itemsize)

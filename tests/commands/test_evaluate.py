@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 from tiny_runs import reviews, run_in, write_config, write_jsonl, write_reviews
 from whole_run import accuracy_by_hand, finish, read, relabelled
 
@@ -176,20 +174,3 @@ def test_a_run_scores_its_evaluation_sets_at_the_end(one_rank, whole_run, mine, 
     again = scored(one_rank.megakd("evaluate", config, "--json"))
     assert again["evaluation_sets"]["all"]["rows"] == 104
     assert again["evaluation_sets"]["mine"]["metrics"] == sets["mine"]["metrics"]["student"]
-
-
-def test_pickle_weights_are_scored_with_the_setting_that_the_message_names(
-    one_rank, whole_run, tmp_path
-):
-    model = Path(shutil.copytree(whole_run.out / "final", tmp_path / "model"))
-    torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
-    for name in ("model.safetensors", "checksums.json"):
-        (model / name).unlink()
-    words = ("evaluate", whole_run.config, "--json", "--model")
-    refused = one_rank.megakd(*words, model, code=2)
-    allowed = one_rank.megakd(*words, model, "student.allow_pickle=true", code=0)
-
-    assert f"(--model): {model} has only pickle weights" in refused.err
-    assert "convert them to safetensors or set student.allow_pickle: true" in refused.err
-    original = one_rank.megakd(*words, whole_run.out / "final")
-    assert json.loads(allowed.out)["metrics"] == json.loads(original.out)["metrics"]

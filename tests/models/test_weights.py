@@ -112,32 +112,11 @@ def test_shards_that_do_not_fit_their_index_are_refused(shards, name, damage, ex
 def test_a_folder_that_does_not_exist_and_one_without_weights_are_told_apart(tmp_path):
     assert "absent does not exist" in refusal(tmp_path / "absent")
     assert "has no weights: neither model.safetensors nor" in refusal(tmp_path)
+    (tmp_path / "pytorch_model.bin").touch()
+    assert "; convert pytorch_model.bin to safetensors" in refusal(tmp_path)
+    (tmp_path / "pytorch_model.bin").unlink()
     (tmp_path / "model-q4.gguf").touch()
     assert "model-q4.gguf is a quantized GGUF file: give the model that" in refusal(tmp_path)
-
-
-def test_pickle_is_refused_unless_asked_for_by_name(tmp_path):
-    torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model.bin")
-
-    text = refusal(tmp_path)
-    stored = check_weight_files(tmp_path, "teacher.model", allow_pickle=True)
-
-    assert "has only pickle weights (pytorch_model.bin)" in text
-    assert "set teacher.allow_pickle: true" in text
-    assert torch.equal(WeightReader("teacher.model").read(stored["a"]), torch.ones(2))
-
-
-def test_a_pickle_that_runs_code_or_is_cut_short_is_refused_even_when_allowed(tmp_path):
-    file = tmp_path / "pytorch_model.bin"
-    torch.save({"a": torch.ones(2)}, file)
-
-    file.write_bytes(file.read_bytes()[:100])
-    cut = refusal(tmp_path, allow_pickle=True)
-    torch.save({"a": print}, file)
-    code = refusal(tmp_path, allow_pickle=True)
-
-    assert "is damaged or not a weight file" in cut
-    assert "is damaged or not a weight file" in code
 
 
 def test_a_file_that_shrinks_after_the_check_is_named(folder):
@@ -156,15 +135,12 @@ def test_scalars_and_empty_tensors_are_read(tmp_path):
         assert torch.equal(reader.read(stored[key]), value)
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "pickle", "experts"])
+@pytest.mark.parametrize("kind", ["safetensors", "experts"])
 def test_any_part_of_a_tensor_is_read_alone(tmp_path, kind):
     drawn = torch.Generator().manual_seed(0)
     values = {name: torch.randn(3, 4, generator=drawn) for name in ("a", "b", "c", "d")}
-    if kind == "pickle":
-        torch.save(values, tmp_path / "pytorch_model.bin")
-    else:
-        save_file(values, tmp_path / "model.safetensors")
-    stored = check_weight_files(tmp_path, "teacher.model", allow_pickle=True)
+    save_file(values, tmp_path / "model.safetensors")
+    stored = check_weight_files(tmp_path, "teacher.model")
     one, whole = stored["b"], values["b"]
     if kind == "experts":
         parts = ((stored["a"], stored["b"]), (stored["c"], stored["d"]))
