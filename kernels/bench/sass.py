@@ -1,27 +1,21 @@
-"""Counts registers and instructions of every kernel without a GPU: `python -m bench.sass`.
+"""Registers and instructions of a compiled kernel, without a GPU.
 
-Prints a row per kernel and architecture (`--arch 80,90,100`). An id is one column of the logits of
-both models; the sweeps of a row are loops that load both. The time that a sweep needs at least
-follows from the issue slots (128 per clock and multiprocessor). MEGAKD_ROW_STAGES changes the depth
-of the pipeline, and MEGAKD_ROW_REGISTERS the most registers of a thread.
+An id is one column of the logits of both models; the sweeps of a row are loops that load both. The
+time that a sweep needs at least follows from the issue slots (128 per clock and multiprocessor).
+MEGAKD_ROW_STAGES changes the depth of the pipeline, and MEGAKD_ROW_REGISTERS the most registers of
+a thread.
 """
 
 from __future__ import annotations
 
-import argparse
 import re
 import subprocess
-import sys
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton.backends.nvidia
-
-from bench.offline import SHARED_MEMORY, compile_instead_of_launching, pretend
-from bench.variants import VARIANTS
 
 _TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
 _LABEL = re.compile(r"\s*(\.L_x_\d+):")
@@ -29,7 +23,6 @@ _INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_
 _TARGET = re.compile(r"`\((\.L_x_\d+)\)")
 # Logits that a thread reads at once, in fp32.
 _IDS_PER_LOAD = 4
-_KNOWN = ", ".join(map(str, SHARED_MEMORY))
 
 
 class Sweep(NamedTuple):
@@ -50,55 +43,6 @@ class Program(NamedTuple):
     stack: int
     shared: int
     sweeps: list[Sweep]
-
-
-def _capabilities(text: str) -> list[int]:
-    names = text.split(",")
-    if unknown := [name for name in names if name not in _KNOWN.split(", ")]:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {_KNOWN}")
-    return [int(name) for name in names]
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Compile every kernel and print the table."""
-    parser = argparse.ArgumentParser(prog="python -m bench.sass", description=__doc__)
-    parser.add_argument(
-        "--arch",
-        type=_capabilities,
-        default="80,90,100",
-        help=f"of {_KNOWN}, separated by commas",
-    )
-    capabilities = parser.parse_args(arguments).arch
-    compiled = dict[str, tuple[str, Any]]()
-    compile_instead_of_launching(
-        lambda name, kernel: compiled.update({kernel.hash: (name, kernel)})
-    )
-    print("| loss | kernel | sm | registers | stack | shared memory | per id, by sweep |")
-    print("|---|---|---|---|---|---|---|", flush=True)
-    for capability in capabilities:
-        pretend(capability)
-        for about, launch in VARIANTS.items():
-            compiled.clear()
-            launch()
-            for name, kernel in compiled.values():
-                numbers = row_of(examine(kernel))
-                print(f"| {about} | {name} | {capability} | {numbers} |", flush=True)
-    return 0
-
-
-def row_of(program: Program) -> str:
-    """Return the numbers of a kernel as cells.
-
-    (*) marks a sweep without loads in flight, (s) a sweep that accesses the stack.
-    """
-    sweeps = (
-        f"{sweep.instructions:.1f}"
-        + ("" if sweep.is_pipelined else " (*)")
-        + (" (s)" if sweep.spills else "")
-        for sweep in program.sweeps
-    )
-    numbers = (program.registers, program.stack, program.shared)
-    return " | ".join([*map(str, numbers), ", ".join(sweeps)])
 
 
 def examine(kernel: Any) -> Program:
@@ -144,7 +88,3 @@ def _sweep(operations: list[str]) -> Sweep | None:
 def _run(tool: str, *arguments: str) -> str:
     done = subprocess.run([_TOOLS / tool, *arguments], capture_output=True, text=True, check=True)
     return done.stdout
-
-
-if __name__ == "__main__":
-    sys.exit(main())
