@@ -19,6 +19,7 @@ from megakd import cli
 from megakd.config.file import load_config
 from megakd.config.run import RunConfig
 from megakd.errors import MegakdError, ModelError
+from megakd.run.holder import written_once
 
 
 class Runs(types.ModuleType):
@@ -132,6 +133,32 @@ def test_all_missing_paths_are_named_before_torch_is_loaded(tmp_path: Path) -> N
         "  student.model: /nowhere/student does not exist\n"
     )
     assert ended.returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--help"], 0, ""),
+        (["train", "run.yaml", "train.steps=3"], 2, "unknown key"),
+        (["train", "run.yaml", "task.dataset=rows.csv"], 2, "out is in use by another run"),
+    ],
+    ids=["help", "a key that does not exist", "a folder in use"],
+)
+def test_help_and_what_is_refused_load_no_heavy_library(tmp_path, words, code, message) -> None:
+    (tmp_path / "run.yaml").write_text(f"{RUN.replace('runs/x', 'out')}")
+    (tmp_path / "rows.csv").touch()
+    heavy = "{'torch', 'deepspeed', 'transformers', 'datasets'}"
+    program = (
+        "import sys; from megakd.cli import main; code = main(sys.argv[1:]); "
+        f"sys.exit(9 if {heavy} & {{*sys.modules}} else code)"
+    )
+
+    with written_once(tmp_path / "out"):
+        command = [sys.executable, "-c", program, *words]
+        ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    assert message in ended.stderr
+    assert ended.returncode == code, ended.stderr
 
 
 def test_python_runs_the_package_as_the_command() -> None:

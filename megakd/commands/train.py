@@ -12,8 +12,8 @@ from megakd.commands.plan import print_plan
 from megakd.config.checks.path_rules import check_paths
 from megakd.config.file import dump_config
 from megakd.config.run import RunConfig
-from megakd.process.garbage import no_collections
 from megakd.process.phases import counted
+from megakd.run.holder import check_free
 
 
 def add_options(parser: Parser) -> None:
@@ -42,11 +42,12 @@ def run(arguments: argparse.Namespace) -> None:
 def train(config: RunConfig, command: str) -> None:
     """Run a config and print the result table."""
     # The inputs of a finished run may be gone. Only rank 0 reads them; launchers end the others.
-    if is_rank_0() and not (config.output_dir / "report.json").is_file():
-        check_paths(config)
+    if is_rank_0():
+        if not (config.output_dir / "report.json").is_file():
+            check_paths(config)
+        check_free(config.output_dir)
     since_start_s = max(0.0, time.time() - psutil.Process().create_time())
     with counted(since_s=since_start_s):
-        with no_collections():
-            from megakd.run import main
+        from megakd.run import main
 
         say(main.run(config, command=command))

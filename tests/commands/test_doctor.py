@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tiny_runs import bert, run_in, write_jsonl, write_reviews, write_text
 
-from megakd.run.holder import FolderLock
+from megakd.run.holder import written_once
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -78,13 +78,11 @@ def test_a_second_examination_leaves_the_folder_to_the_first(one_rank, config, t
     """An output folder that is there is examined on its own disk."""
     path, folder = config(), tmp_path / name
     folder.parent.mkdir(exist_ok=True)
-    lock = FolderLock(folder)
-    lock.take()
-    refused = one_rank.megakd("doctor", path, "--steps", 0, code=2)
+    with written_once(folder):
+        refused = one_rank.megakd("doctor", path, "--steps", 0, code=2)
+        assert folder.is_dir()
 
     assert f"{folder} is in use by another run" in refused.out + refused.err
-    assert folder.is_dir()
-    lock.release()
     one_rank.megakd("doctor", path, "--steps", 0, code=0)
     assert not folder.exists()
     assert name == "out.doctor" or not [*folder.parent.iterdir()]

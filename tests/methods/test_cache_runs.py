@@ -11,7 +11,7 @@ from cache_bench import VOCABULARY, Bench, furthest
 from tiny_runs import NO_DROPOUT, bert, write_config
 from whole_run import finish, records
 
-from megakd.run.holder import FolderLock
+from megakd.run.holder import written_once
 
 
 @pytest.fixture(scope="module")
@@ -199,13 +199,12 @@ def test_a_student_learns_from_draws_and_comes_nearer_to_the_teachers_with_more(
 
 
 def test_a_cache_that_another_command_fills_is_left_to_it(language):
-    lock = FolderLock(language.folder / "shared")
-    lock.take()
-
-    refused = language.one_rank.megakd("cache", language.config("second", cache="shared"), code=2)
+    with written_once(language.folder / "shared"):
+        refused = language.one_rank.megakd(
+            "cache", language.config("second", cache="shared"), code=2
+        )
 
     assert f"{language.folder / 'shared'} is in use by another run" in refused.err
-    lock.release()
     assert not (language.folder / "shared").exists()
     language.cache(language.config("second", cache="shared"))
     assert not (language.folder / "shared" / "lock.json").exists()
