@@ -13,6 +13,7 @@ import ctypes
 import gc
 import re
 import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,15 +25,7 @@ from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-RETURNED_BYTES = 128 << 10
-KEPT_BYTES = 32 << 20  # the largest value that glibc accepts
-TRIMMED_BYTES = 1 << 30
-PROCESS, CGROUPS = Path("/proc/self"), Path("/sys/fs/cgroup")
-MEMORY_LIMITS = (
-    ("memory.max", "memory.current"),
-    ("memory.limit_in_bytes", "memory.usage_in_bytes"),
-)
-"""Files of a limit and of what counts against it, in versions 2 and 1 of control groups."""
+PROCESS, CONTAINER = Path("/proc/self"), Path("/sys/fs/cgroup")
 _EARLIER: dict[str, int] = {}
 """Type of device -> highest peak before the last reset."""
 _COUNTED: dict[str, int] = {}
@@ -42,19 +35,24 @@ _COUNTED: dict[str, int] = {}
 @contextmanager
 def freed_memory_returned() -> Iterator[None]:
     """Return freed tensors to the system in the body, and keep them in the process afterwards."""
-    set_thresholds(mapped=RETURNED_BYTES, trimmed=RETURNED_BYTES)
+    _set_thresholds(mapped=128 << 10, trimmed=128 << 10)
     try:
         yield
     finally:
         keep_freed_memory()
 
 
-def keep_freed_memory() -> bool:
-    """Keep freed tensors in the process, because the next step allocates the same amount.
+def keep_freed_memory() -> None:
+    """Keep freed tensors in the process, because the next step allocates the same amount."""
+    _set_thresholds(mapped=32 << 20, trimmed=1 << 30)  # the first is the largest that glibc takes
 
-    Return whether the allocator accepted the setting; only glibc's allocator has it.
-    """
-    return set_thresholds(mapped=KEPT_BYTES, trimmed=TRIMMED_BYTES)
+
+def _set_thresholds(*, mapped: int, trimmed: int) -> None:
+    """Return freed blocks above `mapped` bytes, and an end of the heap above `trimmed` bytes."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's alone
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, mapped)
+        mallopt(M_TRIM_THRESHOLD, trimmed)
 
 
 @contextmanager
@@ -78,28 +76,9 @@ def forget_models() -> None:
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
-    trim = getattr(_c_library(), "malloc_trim", None)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-
-
-def set_thresholds(*, mapped: int, trimmed: int) -> bool:
-    """Set when glibc returns memory to the system; return whether it accepted both settings.
-
-    Freed blocks of more than `mapped` bytes are returned. A heap is trimmed when it has `trimmed`
-    unused bytes at its end.
-    """
-    mallopt = getattr(_c_library(), "mallopt", None)
-    if mallopt is None:
-        return False
-    return bool(mallopt(M_MMAP_THRESHOLD, mapped) and mallopt(M_TRIM_THRESHOLD, trimmed))
-
-
-def _c_library() -> ctypes.CDLL | None:
-    try:
-        return ctypes.CDLL(None)
-    except OSError:
-        return None
 
 
 def device_name(device: torch.device) -> str:
@@ -139,31 +118,18 @@ def free_memory_bytes(device: torch.device) -> int:
         # Memory that torch has cached is not free for the driver, and free for torch.
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    return min([psutil.virtual_memory().available, *_left_by_limits()])
+    return min(psutil.virtual_memory().available, _left_in_container())
 
 
-def _left_by_limits() -> Iterator[int]:
-    """Yield the memory that each limit leaves, such as that of a container or of a Slurm job."""
+def _left_in_container() -> int:
+    """Return the memory that the limit of a container leaves; a very large number without one."""
     try:
-        lines = (PROCESS / "cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:  # not Linux
-        return
-    for line in lines:
-        _, kinds, path = line.split(":", 2)
-        root = CGROUPS / kinds  # version 2 has one tree, version 1 a tree of each kind
-        group = root / path.lstrip("/")
-        for folder in (group, *group.parents):
-            if folder.is_relative_to(root):
-                yield from _left_by(folder)
-
-
-def _left_by(group: Path) -> Iterator[int]:
-    for limit, used in MEMORY_LIMITS:
-        with suppress(OSError, ValueError):  # no such file, or a limit of "max"
-            left = int((group / limit).read_text()) - int((group / used).read_text())
-            counts = (group / "memory.stat").read_text()
-            cached = re.search(r"^inactive_file (\d+)$", counts, re.MULTILINE)
-            yield left + (int(cached[1]) if cached else 0)
+        limit, used = (int((CONTAINER / f"memory.{n}").read_text()) for n in ("max", "current"))
+        counts = (CONTAINER / "memory.stat").read_text()
+    except (OSError, ValueError):  # no container, or a limit of "max"
+        return sys.maxsize
+    cached = re.search(r"^inactive_file (\d+)$", counts, re.MULTILINE)
+    return limit - used + (int(cached[1]) if cached else 0)
 
 
 @contextmanager

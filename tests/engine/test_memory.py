@@ -13,7 +13,6 @@ from megakd.engine import memory
 from megakd.engine.memory import (
     earlier_objects_left_alone,
     forget_models,
-    keep_freed_memory,
     left_out_of_peak,
     peak_memory_bytes,
     peak_memory_of_process,
@@ -48,10 +47,6 @@ print(resident_mb() - before)
 memory.forget_models()
 print(resident_mb() - before)
 """
-
-
-def test_the_allocator_takes_the_setting_where_it_is_glibc():
-    assert keep_freed_memory() == GLIBC
 
 
 @pytest.mark.skipif(not GLIBC, reason="only glibc has these settings")
@@ -157,32 +152,15 @@ def test_without_a_reset_of_the_system_the_peak_of_the_process_is_given(tmp_path
     assert peak_memory_of_process(CPU) == before
 
 
-@pytest.mark.parametrize(
-    ("line", "tree", "files"),
-    [
-        ("0::/pods/one", "", ("memory.max", "memory.current")),
-        ("4:memory:/pods/one", "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")),
-    ],
-    ids=["version 2", "version 1"],
-)
-@pytest.mark.parametrize("limited", ["pods/one", "pods", "."])
-def test_the_limit_of_a_container_bounds_the_free_memory(
-    tmp_path, monkeypatch, line, tree, files, limited
-):
-    (tmp_path / "cgroup").write_text(f"9:cpu:/elsewhere\n{line}\n")
-    (tmp_path / tree / "pods" / "one").mkdir(parents=True)
-    (tmp_path / tree / "pods" / files[0]).write_text("max\n")
-    (tmp_path / tree / "pods" / files[1]).write_text("600\n")
-    for name, content in zip(files, ("1000\n", "600\n"), strict=True):
-        (tmp_path / tree / limited / name).write_text(content)
-    (tmp_path / tree / limited / "memory.stat").write_text("anon 5\ninactive_file 70\n")
-    monkeypatch.setattr(memory, "PROCESS", tmp_path)
-    monkeypatch.setattr(memory, "CGROUPS", tmp_path)
+def test_the_limit_of_a_container_bounds_the_free_memory(tmp_path, monkeypatch):
+    for name, text in {"max": "1000", "current": "600", "stat": "anon 5\ninactive_file 70"}.items():
+        (tmp_path / f"memory.{name}").write_text(f"{text}\n")
+    monkeypatch.setattr(memory, "CONTAINER", tmp_path)
 
-    assert memory.free_memory_bytes(torch.device("cpu")) == 470
+    assert memory.free_memory_bytes(CPU) == 470
 
-    (tmp_path / tree / limited / files[0]).unlink()
-    assert memory.free_memory_bytes(torch.device("cpu")) > 1000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.free_memory_bytes(CPU) > 1000
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
