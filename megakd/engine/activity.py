@@ -18,7 +18,7 @@ def doing(what: str) -> Iterator[None]:
     _running.append(what)
     try:
         yield
-    except RuntimeError as error:  # of a collective, see `engine.peers.reports_lost_peer`
+    except RuntimeError as error:  # of a collective, see `collectives.reports_lost_peer`
         error.add_note(what)
         raise
     finally:

@@ -10,14 +10,15 @@ from __future__ import annotations
 import os
 import pickle
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from megakd.errors import MegakdError
+from megakd.errors import CollectiveTimeoutError, MegakdError, PeerLostError
 
 T = TypeVar("T")
 WORK_LIMIT = timedelta(hours=24)
@@ -27,6 +28,15 @@ _GROUPS: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
 # The number of the node, from DeepSpeed's launcher, torchrun and Slurm. Two launchers on one host
 # are two nodes, as the launchers say, and two hosts may have the same name.
 _NODE_NUMBERS = ("CROSS_RANK", "GROUP_RANK", "SLURM_NODEID")
+# Parts of error messages of gloo, of its sockets, and of NCCL.
+_LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "remote process exited",
+)
+_TIMED_OUT = ("Timed out waiting", "collective operation timeout")
+_NOT_CONNECTED = ("connectFullMesh failed", "Unable to find address for")
 
 
 def backend_for(device: str, backend: str) -> str:
@@ -115,6 +125,49 @@ def node_name() -> str:
     number = next((os.environ[name] for name in _NODE_NUMBERS if os.environ.get(name)), None)
     host = socket.gethostname()
     return host if number is None else f"{host} (node {number})"
+
+
+@contextmanager
+def reports_lost_peer() -> Iterator[None]:
+    """Convert the error of a collective that another rank has left into a one-line error.
+
+    Raises:
+        PeerLostError: another rank has ended, or cannot be reached.
+        CollectiveTimeoutError: another rank did not join within `train.collective_timeout`.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        first = (str(error).splitlines() or [""])[0]
+        rank = f"rank {os.environ.get('RANK', '0')} on {node_name()}"
+        doing = next(iter(getattr(error, "__notes__", ())), "starting")  # see `engine.activity`
+        if isinstance(error, dist.DistNetworkError | dist.DistStoreError):
+            place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise PeerLostError(
+                f"{rank} does not meet all of {os.environ.get('WORLD_SIZE')} ranks at {place} "
+                f"while {doing} ({first}); see the output of the others, and start all nodes with "
+                "the same number of nodes and of ranks per node"
+            ) from error
+        if any(words in first for words in _NOT_CONNECTED):
+            interface = os.environ.get("GLOO_SOCKET_IFNAME", "not set")
+            raise PeerLostError(
+                f"{rank} cannot connect to another rank over gloo ({first.rpartition('] ')[2]}); "
+                f"set GLOO_SOCKET_IFNAME ({interface}) on every node to the network interface "
+                "that connects the nodes, such as eth0"
+            ) from error
+        if any(words in str(error) for words in _TIMED_OUT):
+            raise CollectiveTimeoutError(
+                f"{rank} has waited longer than train.collective_timeout for the other ranks while "
+                f"{doing}; see their output, or raise train.collective_timeout if that work may "
+                "take so long"
+            ) from error
+        reason = next((words for words in _LOST if words in str(error)), None)
+        if reason is None:
+            raise
+        raise PeerLostError(
+            f"{rank} ends because another rank has ended while {doing} ({reason}); see the output "
+            "of the other ranks or of their launcher"
+        ) from error
 
 
 def _can_open(made: bytes) -> bool:

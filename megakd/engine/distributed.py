@@ -6,14 +6,14 @@ import atexit
 import gc
 import hashlib
 import logging
+import math
 import os
 import re
 import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -25,16 +25,14 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
-from megakd.engine.collectives import backend_for, gather
-from megakd.engine.peers import meeting, reports_lost_peer
-from megakd.errors import MegakdError, PeerLostError
-from megakd.process.signals import is_launched
+from megakd.engine.collectives import all_reduce_, backend_for, reports_lost_peer
+from megakd.errors import MegakdError
 
 logger = logging.getLogger(__name__)
 TORCHRUN = "TORCHELASTIC_RUN_ID"
+CONNECT = timedelta(seconds=20)
 _KEPT: list[bool] = []
 """Not empty if the process group is kept until the process ends."""
-PREFIXES = ("MEGAKD_", "HF_", "GLOO_", "TRITON_", "TORCH_EXTENSIONS_DIR", "TOKENIZERS_")
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,6 @@ def start(*, collective_timeout_s: float = 600.0) -> Ranks:
     """Join the process group of the launcher, or create a group of one process without launcher."""
     adopt_slurm_variables()
     _complete_environment()
-    _share_interface()
     _share_cores()
     _put_ninja_on_path()
     extensions = use_own_extensions_folder()
@@ -89,9 +86,7 @@ def _accelerator() -> Any:
 
 def _init_process_group(timeout: timedelta) -> None:
     if dist.is_initialized():
-        # The group of an earlier run in this process.
-        public = getattr(dist, "set_timeout", None)  # since torch 2.14
-        (public or distributed_c10d._set_pg_timeout)(timeout)  # noqa: SLF001
+        _set_timeout(timeout)  # of the group of an earlier run in this process
         return
     # DeepSpeed's groups use torch's default timeout and ignore the timeout that DeepSpeed is given.
     distributed_c10d.default_pg_timeout = timeout
@@ -107,73 +102,39 @@ def _init_process_group(timeout: timedelta) -> None:
         # interpreter's lock meanwhile.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = backend_for(device, accelerator.communication_backend_name())
-    with meeting(timeout.total_seconds()), _told_who_is_missing(timeout):
-        store, rank, world = next(rendezvous("env://", timeout=timeout))
-        # Until the group below has connected all ranks.
-        connected = _connect_nodes(store, rank, world, timeout)
-        _join(store, rank, world, backend, device, timeout=timeout)
+    _join(backend, device, timeout=timeout)
     deepspeed.init_distributed(
-        dist_backend=backend,
-        auto_mpi_discovery=False,
-        verbose=False,
-        timeout=timeout,
+        dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout
     )
-    del connected
+    # With the limit of a step: the group for objects waits hours for a rank that never joins.
+    all_reduce_(torch.ones(1))
     if device != "cpu":
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
         # What stays fp32 is multiplied in TF32 on tensor cores.
         torch.set_float32_matmul_precision("high")
 
 
-def _attempt() -> str:
-    # How often torchrun has restarted the ranks.
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-
-
-@contextmanager
-def _told_who_is_missing(timeout: timedelta) -> Iterator[None]:
-    try:
-        yield
-    except (dist.DistNetworkError, dist.DistStoreError) as error:
-        raise PeerLostError(
-            f"not all of {os.environ['WORLD_SIZE']} ranks have met at "
-            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within "
-            f"{timeout.total_seconds():g} s ({str(error).splitlines()[0]}); see the output of the "
-            "others, and start all nodes with the same number of nodes and of ranks per node"
-        ) from error
-
-
-def _join(
-    store: Any, rank: int, world: int, backend: str, device: str, *, timeout: timedelta
-) -> None:
+def _join(backend: str, device: str, *, timeout: timedelta) -> None:
+    store, rank, world = next(rendezvous("env://", timeout=timeout))
     # Without a rendezvous backend, torchrun keeps its store when it restarts ranks, with the
     # addresses of those that have ended, and torch would read those.
-    store = distributed_c10d.PrefixStore(f"megakd/attempt-{_attempt()}", store)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = distributed_c10d.PrefixStore(f"megakd/attempt-{attempt}", store)
+    store.set(f"started/{rank}", "")
+    store.wait([f"started/{other}" for other in range(world)], timeout)
     # As DeepSpeed does: NCCL connects at once, and knows the GPU of this rank.
     bound = device == "cuda" and world > 1
+    # Gloo tries an address that does not connect the nodes for several times its limit.
     dist.init_process_group(
-        backend, store=store, rank=rank, world_size=world, timeout=timeout,
+        backend, store=store, rank=rank, world_size=world, timeout=min(timeout, CONNECT),
         device_id=torch.device(device, int(os.environ["LOCAL_RANK"])) if bound else None,
     )  # fmt: skip
+    _set_timeout(timeout)
 
 
-def _connect_nodes(store: Any, rank: int, world: int, timeout: timedelta) -> tuple[Any, ...]:
-    """Connect the ranks of several nodes over gloo, and return what keeps the connections open."""
-    if world <= _local_world():
-        return ()
-    started = distributed_c10d.PrefixStore(f"megakd/started-{_attempt()}", store)
-    started.set(str(rank), str(world))
-    for other in range(world):
-        started.wait([str(other)], timeout)
-        other_world = int(started.get(str(other)))
-        if world != other_world:
-            raise MegakdError(
-                f"rank {rank} was started as one of {world} ranks, and rank {other} as one of "
-                f"{other_world}; start all nodes with the same number of nodes and of ranks per "
-                "node"
-            )
-    # Gloo waits five times its limit, which in the run's group is longer, for an unreachable rank.
-    return store, distributed_c10d.ProcessGroupGloo(started, rank, world, timedelta(seconds=12))
+def _set_timeout(timeout: timedelta) -> None:
+    public = getattr(dist, "set_timeout", None)  # since torch 2.14
+    (public or distributed_c10d._set_pg_timeout)(timeout)  # noqa: SLF001
 
 
 def launched_ranks() -> int:
@@ -261,24 +222,18 @@ def _slurm_tasks_of_node() -> int | None:
     return int(per_node) if per_node.isdigit() else None
 
 
-def _share_interface() -> None:
-    # Gloo uses the network interface of NCCL, if NCCL is told the whole name of one.
-    name = os.environ.get("NCCL_SOCKET_IFNAME", "").removeprefix("=")
-    if name in {interface for _, interface in socket.if_nameindex()}:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-
-
 def _share_cores() -> None:
     local_world = _local_world()
-    given = os.environ.get("OMP_NUM_THREADS")
+    threads = os.environ.get("OMP_NUM_THREADS")
     # torchrun sets 1 where the user sets nothing, which leaves the optimizer on the CPU one core.
-    if local_world == 1 or (given is not None and not (given == "1" and TORCHRUN in os.environ)):
+    by_torchrun = threads == "1" and TORCHRUN in os.environ
+    if local_world == 1 or not (threads is None or by_torchrun):
         return
     # The cores that the process may use, not those of the host. srun gives each task its own
     # cores; other launchers, also inside a task of srun, give all ranks the same cores.
     allowed = len(os.sched_getaffinity(0))
     per_task = os.environ.get("SLURM_CPUS_PER_TASK", "")
-    is_task = per_task.isdigit() and not is_launched()
+    is_task = per_task.isdigit() and os.environ.keys().isdisjoint(("CROSS_RANK", TORCHRUN))
     cores = min(allowed, int(per_task)) if is_task else allowed // local_world
     torch.set_num_threads(max(1, cores))
 
@@ -305,53 +260,25 @@ def use_own_extensions_folder() -> Path:
 def remove_dead_locks(folder: Path) -> list[Path]:
     """Remove and return build locks that no process of this host holds open; log each of them.
 
-    Every later start would wait silently for the lock of a rank that was killed. A lock in use is
-    not touched: its owner would fail if it did not find the file. A lock that was found unused is
-    renamed, so that no process can open it any more. Then the processes are inspected again,
-    because one may have opened the file in the meantime.
+    Every later start would wait silently for the lock of a rank that was killed. A lock in use, or
+    younger than this process, is not touched: its owner would fail if it did not find the file.
     """
-    locks = sorted(folder.glob("**/lock"))
-    versions = {path: version for path in locks if (version := _version(path)) is not None}
-    moved = {
-        path: aside
-        for path in _unused(list(versions))
-        if (aside := _move_aside(path, versions[path])) is not None
-    }
-    unused = _unused(list(moved.values()))
-    for path, aside in moved.items():
-        if aside not in unused:
-            # A process has it open. A file of another process is never replaced.
-            with suppress(FileExistsError):
-                path.hardlink_to(aside)
-        aside.unlink(missing_ok=True)
-    dead = [path for path, aside in moved.items() if aside in unused]
+    began = psutil.Process().create_time()
+    old = [path for path in folder.glob("**/lock") if _changed_at(path) < began]
+    used = set(_files_in_use()) if old else set[str]()
+    dead = [path for path in old if str(path.resolve()) not in used and _changed_at(path) < began]
     for lock in dead:
+        lock.unlink(missing_ok=True)
         logger.warning("removed the lock %s of a process that was killed", lock)
     return dead
 
 
-def _unused(paths: Sequence[Path]) -> list[Path]:
-    used = set(_files_in_use()) if paths else set[str]()
-    return [path for path in paths if str(path.resolve()) not in used]
-
-
-def _version(path: Path) -> tuple[int, int] | None:
-    """Return a value that differs if a file was removed and created again; None without file."""
+def _changed_at(path: Path) -> float:
+    """Return the time of the last change of a file; infinity if it is gone."""
     try:
-        facts = path.stat()
+        return path.stat().st_mtime
     except FileNotFoundError:
-        return None
-    return facts.st_ino, facts.st_ctime_ns
-
-
-def _move_aside(path: Path, version: tuple[int, int]) -> Path | None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}.unused")
-    if _version(path) != version:
-        return None
-    try:
-        return path.rename(aside)
-    except FileNotFoundError:
-        return None
+        return math.inf
 
 
 def _files_in_use() -> Iterator[str]:
@@ -407,23 +334,3 @@ def _end(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def warn_of_missing_variables() -> None:
-    """Warn of variables that rank 0 has and other ranks lack; a collective.
-
-    DeepSpeed's launcher starts other nodes with a few variables only.
-    """
-    mine = sorted(name for name in os.environ if name.startswith(PREFIXES))
-    of_ranks = gather((socket.gethostname(), mine))
-    wanted = set(of_ranks[0][1])
-    for host in dict.fromkeys(host for host, _ in of_ranks):
-        lacking = [wanted - set(names) for other, names in of_ranks if other == host]
-        missing = sorted(set[str]().union(*lacking))
-        if missing:
-            logger.warning(
-                "%s lacks variables that rank 0 has: %s; add lines NAME=VALUE to the file "
-                ".deepspeed_env in the folder of the launcher, which passes them on",
-                host,
-                ", ".join(missing),
-            )

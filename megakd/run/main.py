@@ -18,11 +18,10 @@ from megakd.config.file import config_tree, dump_config
 from megakd.config.run import RunConfig, SaveConfig
 from megakd.engine import distributed
 from megakd.engine.activity import doing
-from megakd.engine.collectives import agree, gather, node_name, on_main
-from megakd.engine.distributed import Ranks, warn_of_missing_variables
+from megakd.engine.collectives import agree, gather, node_name, on_main, reports_lost_peer
+from megakd.engine.distributed import Ranks
 from megakd.engine.memory import earlier_objects_left_alone, keep_freed_memory
 from megakd.engine.nodes import check_nodes
-from megakd.engine.peers import reports_lost_peer, watched
 from megakd.errors import CheckpointError, ConfigError, first_line
 from megakd.inputs.inputs import RunInputs, prepare
 from megakd.inputs.precision import check_device
@@ -85,9 +84,7 @@ def started(config: RunConfig) -> Iterator[Ranks]:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     failure: BaseException | None = None
     try:
-        watching = watched(config.train.collective_timeout)
-        with watching, reports_lost_peer(), earlier_objects_left_alone():
-            warn_of_missing_variables()
+        with reports_lost_peer(), earlier_objects_left_alone():
             check_same_everywhere(config)
             yield ranks
     except BaseException as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 
@@ -12,9 +13,8 @@ import torch.distributed as dist
 
 from megakd.engine import distributed
 from megakd.engine.activity import doing
-from megakd.engine.collectives import agree, all_reduce_, gather, on_main
-from megakd.engine.peers import reports_lost_peer
-from megakd.errors import CollectiveTimeoutError
+from megakd.engine.collectives import agree, all_reduce_, gather, on_main, reports_lost_peer
+from megakd.errors import CollectiveTimeoutError, PeerLostError
 
 LIMIT_S = 2.0
 
@@ -31,6 +31,19 @@ def late() -> None:
     ):
         all_reduce_(torch.ones(1))
     sys.stdout.write(str(raised.value))
+
+
+def killed() -> None:
+    """A rank is killed while the other waits for it without a limit."""
+    ranks = distributed.start()
+    gather(0)
+    if ranks.rank == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    with pytest.raises(PeerLostError) as raised, reports_lost_peer(), doing("reading the data"):
+        gather(1)
+    sys.stdout.write(str(raised.value))
+    sys.stdout.flush()
+    os._exit(raised.value.exit_code)
 
 
 def work() -> None:
@@ -51,7 +64,7 @@ def accelerators() -> None:
     assert (agree(rank), gather(rank)) == (0, [0, 1])
 
 
-CASES = {case.__name__: case for case in (late, work, accelerators)}
+CASES = {case.__name__: case for case in (late, killed, work, accelerators)}
 CASES[sys.argv[1]]()
 sys.stdout.flush()
 os._exit(0)  # a group after a timeout cannot be left in order

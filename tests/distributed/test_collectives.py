@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,7 +12,6 @@ from tiny_runs import review_task, run_in, write_reviews
 
 from megakd.config.file import load_config
 from megakd.engine import collectives, distributed
-from megakd.engine.distributed import warn_of_missing_variables
 from megakd.errors import ConfigError, DataError, MegakdError
 from megakd.inputs.inputs import prepare
 from megakd.run import holder
@@ -80,28 +76,6 @@ def another(config_path: str, what: str) -> str:
     return ""
 
 
-def missing_variables(lacking_rank: int) -> list[str]:
-    with pytest.MonkeyPatch.context() as patch, noted("megakd") as messages:
-        if distributed.ranks().rank != lacking_rank:
-            patch.setenv("MEGAKD_CACHE_TEST", "x")
-            patch.setenv("HF_TEST", "secret")
-            patch.setenv("UNRELATED", "x")
-        warn_of_missing_variables()
-    return messages
-
-
-@contextmanager
-def noted(name: str) -> Iterator[list[str]]:
-    messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger(name).addHandler(handler)
-    try:
-        yield messages
-    finally:
-        logging.getLogger(name).removeHandler(handler)
-
-
 def rows_of_separate_node(folders: list[str], failing: int | None = None) -> dict[str, object]:
     """Do as `rows_of_node`; no rank sees the disk of another node, and all hosts have one name."""
     with pytest.MonkeyPatch.context() as patch:
@@ -110,22 +84,15 @@ def rows_of_separate_node(folders: list[str], failing: int | None = None) -> dic
         return rows_of_node(folders, failing, place="cache")
 
 
-def held_folder(folders: list[str], looks: int) -> str:
-    """Hold this rank's folder; rank 1 does not see the lock before it has looked a few times."""
-    rank, seen, look = distributed.ranks().rank, [], holder.read_holder
-
-    def read(path: Path) -> holder.Holder | None:
-        seen.append(path)
-        return None if rank == 1 and len(seen) <= looks else look(path)
-
-    with pytest.MonkeyPatch.context() as patch, noted("megakd") as messages:
+def held_folder(folders: list[str]) -> str:
+    """Hold this rank's folder, of a node of its own."""
+    rank = distributed.ranks().rank
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GROUP_RANK", str(rank))
-        patch.setattr(holder, "LOOK_EVERY_S", 0.1)
-        patch.setattr(holder, "DEAD_AFTER_S", 0.5)
-        patch.setattr(holder, "read_holder", read)
+        patch.setattr(holder, "VISIBLE_WITHIN_S", 2)
         try:
             with holder.held(Path(folders[rank])):
-                return "; ".join(["held", *messages])
+                return "held"
         except ConfigError as error:
             return str(error)
 
@@ -181,18 +148,13 @@ def test_a_node_maps_the_files_of_rank_0_or_makes_rows_of_its_own_if_it_does_not
     assert (second["files"] == first["files"]) is sees
 
 
-def test_an_output_folder_that_a_node_shows_late_is_waited_for(workers, tmp_path):
-    answer = workers(2).run("test_collectives.held_folder", [str(tmp_path)] * 2, 2)
-
-    assert answer[1].startswith("held")
-    assert re.fullmatch(r"held; .* not visible yet as \S+ on \S+ \(node 1\): waiting", answer[0])
-
-
 def test_an_output_folder_that_a_node_does_not_share_ends_all_ranks(workers, places, tmp_path):
-    answer = workers(2).run("test_collectives.held_folder", places, 0)
+    shared = workers(2).run("test_collectives.held_folder", [str(tmp_path / "shared")] * 2)
+    first, second = workers(2).run("test_collectives.held_folder", places)
 
-    assert answer[0] == answer[1]
-    assert re.search(rf"not visible as {places[1]}/lock.json on \S+ \(node 1\); all", answer[0])
+    assert shared == ["held", "held"]
+    assert first == second
+    assert re.search(rf"not visible as {places[1]}/lock.json on \S+ \(node 1\); all", first)
     assert list(tmp_path.rglob("*")) == []
 
 
@@ -234,14 +196,13 @@ def test_a_rank_with_another_config_version_or_data_ends_all_ranks(
     assert second == first
 
 
-def test_variables_that_a_launcher_has_not_passed_on_are_named(workers):
-    first, second = workers(2).run("test_collectives.missing_variables", 1)
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_rank_that_is_lost_ends_the_other_with_one_line(launch, lost):
+    ranks = launch("killed", str(lost), program=PROGRAM)
 
-    (answer,) = first
-    assert "lacks variables that rank 0 has: HF_TEST, MEGAKD_CACHE_TEST; add lines" in answer
-    assert "secret" not in answer
-    assert second == first
-    assert workers(2).run("test_collectives.missing_variables", 0) == [[], []]
+    assert sorted(ranks.wait()) == [-9, 1], ranks.text
+    (line,) = [line for line in ranks.text.splitlines() if line]
+    assert re.match(rf"rank {1 - lost} on \S+ ends because another rank has ended while ", line)
 
 
 def test_a_rank_that_waits_too_long_says_what_it_was_doing(launch):

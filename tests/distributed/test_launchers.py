@@ -148,16 +148,9 @@ def test_a_row_that_one_rank_alone_cannot_read_is_named_by_that_rank(launch, tmp
     assert f"{tmp_path / 'b.jsonl'}, line 61 is not JSON" in group.text
 
 
-@pytest.mark.parametrize(
-    ("worlds", "message"),
-    [
-        ((2, 3), "error: rank 0 was started as one of 2 ranks, and rank 1 as one of 3; start all"),
-        # Not an error of the user's: a rank may be late, and a pod is started again.
-        ((3, 2), r"not all of 3 ranks have met at \S+ within 4 s \(.* start all nodes with"),
-    ],
-)
-def test_nodes_that_were_started_for_different_numbers_of_ranks_say_so(
-    config, launch, tmp_path, worlds, message
+@pytest.mark.parametrize("worlds", [(2, 3), (3, 2)])
+def test_nodes_that_were_started_for_different_numbers_of_ranks_end_and_say_so(
+    config, launch, tmp_path, worlds
 ):
     ranks = [
         {**told, "LOCAL_RANK": 0, "LOCAL_SIZE": 1, "WORLD_SIZE": world}
@@ -167,9 +160,12 @@ def test_nodes_that_were_started_for_different_numbers_of_ranks_say_so(
 
     group = launch("--config", str(config), *words, ranks=ranks)
 
-    group.wait_until(lambda: group.processes[0].exitcode is not None)
-    group.kill()
-    assert re.search(rf"^megakd: {message}", group.text, re.MULTILINE), group.text
+    # Not an error of the user's: a rank may be late, and a pod is started again.
+    assert group.wait() == [1, 1], group.text
+    message = (
+        rf"^megakd: rank {worlds.index(3)} on \S+ does not meet all of 3 ranks at .* start all"
+    )
+    assert re.search(message, group.text, re.MULTILINE), group.text
 
 
 def hostfile(folder: Path) -> list[list[str]]:

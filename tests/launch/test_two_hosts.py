@@ -103,7 +103,7 @@ Outcome = list[tuple[int, str]]
 def config(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     teacher = {"model": bert(2), "finetune": {}, "deepspeed": "teacher_zero3_node"}
-    sections = {"method": {"name": "single"}, "train": {"max_steps": 2}}
+    sections = {"method": {"name": "single"}, "train": {"max_steps": 2, "collective_timeout": 30}}
     return run_in(folder, review_task(folder), teacher=teacher, **sections)
 
 

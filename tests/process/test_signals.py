@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 
@@ -17,17 +17,6 @@ from megakd.process import signals
 from megakd.process.signals import Stopped, deferred, requested, watched
 
 WAIT_S = 60
-STUCK = """
-import signal, sys, threading
-from megakd.process import signals
-signals.SAME_REQUEST_S = 0.0
-with signals.watched(), signals.deferred():
-    signal.raise_signal(signal.SIGTERM)
-    print("noted", flush=True)
-    threading.Lock().acquire() or threading.Event().wait()
-    while True:
-        threading.Event().wait()
-"""
 FORKED = """
 import os, signal, time
 from megakd.process import signals
@@ -39,7 +28,6 @@ with signals.watched(), signals.deferred():
     _, status = os.waitpid(child, 0)
     assert os.WTERMSIG(status) == signal.SIGTERM, status
     assert signals.requested() == 0
-    print(threads := signals._active._first)
 """
 
 
@@ -128,21 +116,6 @@ def test_a_signal_after_the_agreed_stop_does_not_disturb_the_clean_up():
     )
 
 
-@pytest.mark.parametrize("own_signal", [False, True])
-def test_a_rank_that_another_rank_tells_of_the_end_of_their_launcher_says_so(
-    monkeypatch, *, own_signal
-):
-    watch = signals._Watch()  # its thread, which looks at the launchers, has not started
-    monkeypatch.setattr(signals, "_active", watch)
-    monkeypatch.setattr(watch._launchers, "have_ended", lambda: True)
-    if own_signal:
-        watch.request(signal.SIGTERM)
-
-    stop = signals.stopped(signal.SIGTERM, "student saved at step 8")
-
-    assert stop.reason == ("SIGTERM" if own_signal else signals.LAUNCHER_ENDED)
-
-
 def test_an_ignored_signal_stays_ignored_and_afterwards_all_are_as_before():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     before = [signal.getsignal(number) for number in signals.STOP_SIGNALS]
@@ -153,44 +126,10 @@ def test_an_ignored_signal_stays_ignored_and_afterwards_all_are_as_before():
         assert [signal.getsignal(number) for number in signals.STOP_SIGNALS] != before
 
     assert [signal.getsignal(number) for number in signals.STOP_SIGNALS] == before
-    assert signal.set_wakeup_fd(-1) == -1
-
-
-def run(program: str) -> subprocess.Popen[str]:
-    pipe = subprocess.PIPE
-    return subprocess.Popen([sys.executable, "-c", program], stdout=pipe, stderr=pipe, text=True)
-
-
-def test_a_second_signal_ends_a_process_that_waits_for_ever():
-    process = run(STUCK)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "noted\n"
-
-    process.send_signal(signal.SIGTERM)
-
-    _, output = process.communicate(timeout=WAIT_S)
-    assert process.returncode == 143
-    assert output == f"megakd: process {process.pid} ended at once: a second signal\n"
-
-
-def test_a_signal_to_a_forked_child_is_no_signal_to_its_parent():
-    process = run(FORKED)
-
-    out, output = process.communicate(timeout=WAIT_S)
-
-    assert (process.returncode, out) == (0, "None\n"), output
-
-
-@pytest.fixture
-def ended(monkeypatch) -> list[str]:
-    """The reasons for which a process would have ended at once."""
-    reasons: list[str] = []
-    monkeypatch.setattr(signals, "_end_at_once", lambda _, reason: reasons.append(reason))
-    return reasons
 
 
 @pytest.mark.parametrize(
-    ("numbers", "seconds", "ends"),
+    ("names", "seconds", "ends"),
     [
         pytest.param("INT TERM", 0.1, False, id="ctrl-c, from the terminal and the launcher"),
         pytest.param("TERM TERM", 0.1, False, id="a process group and its launcher"),
@@ -199,31 +138,24 @@ def ended(monkeypatch) -> list[str]:
         pytest.param("USR1 TERM TERM", 5.0, True, id="the end of the job, twice"),
     ],
 )
-def test_what_counts_as_a_second_signal(monkeypatch, ended, numbers, seconds, *, ends):
-    now = [0.0]
+def test_a_second_signal_ends_a_process_at_once(capfd, monkeypatch, names, seconds, *, ends):
+    now, codes = [1.0], []
     monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
-    watch = signals._Watch()
+    monkeypatch.setattr(signals.os, "_exit", codes.append)
+    numbers = [signal.Signals[f"SIG{name}"] for name in names.split()]
 
-    for name in numbers.split():
-        watch._note(signal.Signals[f"SIG{name}"])
-        now[0] += seconds
+    with suppress(Stopped), watched(), deferred():
+        for number in numbers:
+            signal.raise_signal(number)
+            now[0] += seconds
 
-    assert bool(ended) is ends
+    assert codes == ([128 + numbers[-1]] if ends else [])
+    assert ("ended at once: a second signal\n" in capfd.readouterr().err) is ends
 
 
-def test_a_rank_that_hangs_when_its_launcher_is_gone_ends_after_a_while(monkeypatch, ended):
-    sent: list[int] = []
-    now = [0.0]
-    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(signals.os, "kill", lambda _, number: sent.append(number))
-    watch = signals._Watch()
-    monkeypatch.setattr(watch._launchers, "have_ended", lambda: True)
+def test_a_signal_to_a_forked_child_is_no_signal_to_its_parent():
+    process = subprocess.Popen([sys.executable, "-c", FORKED], stderr=subprocess.PIPE, text=True)
 
-    for now[0] in (0.0, 1.0, signals.GRACE_S):
-        watch._look_at_launchers()
-    assert sent == [signal.SIGTERM]
-    assert ended == []
-    now[0] = signals.GRACE_S + 1
-    watch._look_at_launchers()
+    _, output = process.communicate(timeout=WAIT_S)
 
-    assert len(ended) == 1
+    assert process.returncode == 0, output
