@@ -1,7 +1,7 @@
 """Lock that allows one run at a time in a folder: `lock.json` names the process that holds it.
 
 A process of this host that has ended leaves a lock that the next run takes over. Whether a process
-of another host still runs cannot be seen from here: its lock is an error that names the file.
+of another host or container still runs cannot be seen: its lock is an error that names the file.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def written_once(folder: Path) -> Iterator[str]:
     """
     path, is_new, pid = folder / LOCK, not folder.exists(), os.getpid()
     facts = {"host": socket.gethostname(), "pid": pid, "since": time.strftime("%F %T %Z")}
-    text = json.dumps(facts | {"start": _start(pid)})
+    text = json.dumps(facts | {"place": _place(), "start": _start(pid)})
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if path.exists():
@@ -63,10 +63,9 @@ def written_once(folder: Path) -> Iterator[str]:
             path.unlink(missing_ok=True)
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
-    except FileExistsError:  # another start was faster
-        check_free(folder)
-        raise
     except OSError as error:
+        if path.exists():  # another start was faster
+            check_free(folder)
         raise CheckpointError(f"{path} cannot be written: {error}") from error
     try:
         yield text
@@ -86,13 +85,21 @@ def check_free(folder: Path) -> None:
         return
     except ValueError:  # another start is writing it
         facts = {"host": "an unknown host", "pid": 0, "since": "an unknown time"}
-    if facts["host"] == socket.gethostname() and facts["start"] != _start(facts["pid"]):
+    if facts.get("place") == _place() and facts["start"] != _start(facts["pid"]):
         return
     raise InUseError(
         f"{folder} is in use by another run: process {facts['pid']} on {facts['host']}, since "
         f"{facts['since']}; wait until that run ends, stop it, or use another folder. If that "
         f"process is not a run of this folder, remove {path}"
     )
+
+
+def _place() -> str:
+    """Return where the number of a process is valid: its host, or its container."""
+    # A pod that is started again has the name of the one before, which has ended.
+    is_pod = "KUBERNETES_SERVICE_HOST" in os.environ
+    namespace = "pod" if is_pod else str(Path("/proc/self/ns/pid").readlink())
+    return f"{socket.gethostname()} {namespace}"
 
 
 def _start(pid: int) -> str | None:

@@ -59,8 +59,20 @@ def test_a_later_process_with_the_number_of_a_dead_one_does_not_hold_its_folder(
     check_free(tmp_path)
 
 
+def test_a_pod_that_is_started_again_takes_over_from_the_one_before(tmp_path, monkeypatch):
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    leave_lock(tmp_path, 17, start="before")
+
+    check_free(tmp_path)
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST")
+    with pytest.raises(InUseError):  # it may be another container
+        check_free(tmp_path)
+
+
 def test_a_process_of_another_host_is_refused_with_the_file_to_remove(tmp_path):
-    path = leave_lock(tmp_path, 4711, host="node-7", since="2026-11-21 10:02:11 UTC")
+    path = leave_lock(
+        tmp_path, 4711, host="node-7", place="node-7", since="2026-11-21 10:02:11 UTC"
+    )
 
     with pytest.raises(InUseError) as refused, written_once(tmp_path):
         pass
