@@ -26,7 +26,7 @@ def held(folder: Path) -> Iterator[None]:
     """Hold an output folder on rank 0 while the body runs; a collective, also in its errors."""
     from megakd.engine.collectives import gather, node_name, on_main  # torch takes seconds
 
-    path = folder / LOCK
+    path, blind = folder / LOCK, list[str]()
     with ExitStack() as lock:
         text = on_main(lambda: lock.enter_context(written_once(folder)))
         for _ in range(VISIBLE_WITHIN_S):

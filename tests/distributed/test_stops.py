@@ -115,7 +115,7 @@ def test_a_run_that_is_stopped_saves_on_all_ranks_and_goes_on(
 def test_torchrun_brings_a_run_back_whose_rank_dies_three_times(begin, whole, tmp_path):
     process = begin(*TORCHRUN[:-1], "--max-restarts", "3", TORCHRUN[-1])
 
-    for step in (20, 50, 80):
+    for step in (30, 60, 90):
         wait_for_step(tmp_path / "out", step)
         rank_of(process, step // 10 % 2).kill()
     output = process.communicate(timeout=TIMEOUT_S)[0]
