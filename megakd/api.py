@@ -132,7 +132,7 @@ def train(config: Config, overrides: Sequence[str] = ()) -> RunResult:
         return RunResult(
             output_dir=checked.output_dir,
             student=checked.output_dir / finished_run.FINAL,
-            metrics=report["student"]["metrics"],
+            metrics={name: report[f"student.{name}"] for name in report["metrics"]},
             report=report,
             table=table,
         )

@@ -66,7 +66,9 @@ def schema_problems(error: ValidationError, tree: Any) -> list[str]:
             value, annotation = mismatches[0]["input"], annotation_at(path, tree)
             tags = [tag for tag in ("name", "loss") if value in names(annotation, tag)]
             hint = f"; write {{{tags[0]}: {value}}}" if tags else ""
-            problems.append(f"{dotted(path)}: {_mismatch(mismatches)}{hint}")
+            where = dotted(path)
+            hint = hint or (f"; {REMOVED[where]}" if where in REMOVED else "")
+            problems.append(f"{where}: {_mismatch(mismatches)}{hint}")
         problems += [_line(path, detail, tree) for detail in details if not _is_mismatch(detail)]
     return problems
 

@@ -16,6 +16,7 @@ REMOVED: Mapping[str, str] = {
     "teacher.server.states": "gone; servers answer with teacher.server.top_k probabilities",
     "rollout.files": "gone; give texts that exist as task.train_files, with prompt and completion",
     "rollout.keep_texts": "gone; texts since the oldest checkpoint stay; remove the key",
+    "eval.latency": "its keys are gone: models are timed at 1 and 32 texts (a decoder at 1)",
     "save.int8": "gone; megakd export --format onnx --int8 writes a graph with int8 weights",
     "task.dataset: pydocs": "gone; set a folder that `python launch/pydocs.py labels` writes",
 }

@@ -14,24 +14,9 @@ from megakd.config.paths import Folder
 from megakd.config.rollout import GenerationConfig, RolloutConfig
 from megakd.config.task import TaskConfig
 from megakd.config.train import TrainConfig, TrainOverrides, inherit
-from megakd.contract.tasks import FROM_TEACHER, STUDENT, STUDENT_BASE, TEACHER, TaskType
+from megakd.contract.tasks import FROM_TEACHER, STUDENT, STUDENT_BASE, TEACHER
 from megakd.contract.terms import STRICT, Count, TermConfig
 from megakd.methods import MethodConfig
-
-
-@dataclass(config=STRICT, frozen=True, kw_only=True)
-class LatencyConfig:
-    """Timing of all models at the end of a run."""
-
-    batch: Annotated[tuple[Count, ...], Field(min_length=1)] | None = None
-    """Texts at a time, one measurement each; None: 1 and 32, for a decoder 1."""
-    tokens: Count | None = None
-    """Also time texts of this length; None: only texts as long as those of the held-out rows."""
-    generate: Annotated[int, Field(ge=0)] = 16
-    """Tokens at the end of a text that a decoder also generates; 0: only forwards are timed."""
-
-    def batches(self, task: TaskType) -> tuple[int, ...]:
-        return self.batch or ((1,) if task == "causal_lm" else (1, 32))
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -56,8 +41,8 @@ class EvalConfig:
     """Also report the losses of the objective on the validation rows, without dropout."""
     generation: GenerationConfig | None = None
     """Also continue held-out prompts and score the texts."""
-    latency: LatencyConfig | Literal[False] = LatencyConfig()
-    """How all models are timed at the end of the run; False: they are not timed."""
+    latency: bool = True
+    """Whether all models are timed at the end of the run, at 1 and 32 texts (a decoder: 1)."""
 
 
 def _repository(text: str) -> str:

@@ -10,7 +10,7 @@ import functools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -20,7 +20,6 @@ from megakd.config.task import TaskConfig
 from megakd.contract.batch import LogitWarp
 from megakd.contract.metric import Metric
 from megakd.contract.options import StudentVocabulary
-from megakd.contract.results import VocabularyReport
 from megakd.contract.tasks import ONE_LABEL_METRICS, STUDENT
 from megakd.contract.terms import looks_inside
 from megakd.data.encoding import Encoded
@@ -232,16 +231,16 @@ def _student_tokenizer(
     return made
 
 
-def vocabulary_report(config: RunConfig, inputs: UnencodedInputs) -> VocabularyReport | None:
-    """Return the report's entry on the student's vocabulary; None if all models share one."""
+def vocabulary_report(config: RunConfig, inputs: UnencodedInputs) -> dict[str, Any]:
+    """Return the report's entries on the student's vocabulary; empty if all models share one."""
     vocabulary, pair = config.method.own_vocabulary, inputs.pair
     if vocabulary is None or pair is None:
-        return None
+        return {}
     return {
-        "type": vocabulary.type,
-        "size": len(pair.student),
-        "teacher_size": len(pair.teacher),
-        "overlap": pair.overlap,
+        "vocabulary.type": vocabulary.type,
+        "vocabulary.size": len(pair.student),
+        "vocabulary.teacher_size": len(pair.teacher),
+        "vocabulary.overlap": pair.overlap,
     }
 
 

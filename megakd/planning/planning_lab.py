@@ -183,13 +183,12 @@ class PlanningLab(LabBase, Shapes):
             for name, ready in teachers.items()
             if ready.spec.finetune is not None or isinstance(ready.spec.model, str)
         }
-        latency = self.config.eval.latency
-        if stored and latency:
+        if stored and self.config.eval.latency:
             whole = {
                 name: _ready(ready.source, "teacher_zero0", "fp32")
                 for name, ready in {**stored, **made}.items()
             }
-            rows = max(latency.batches(self.config.task.type))
+            rows = 1 if self.config.task.type == "causal_lm" else 32
             self.phases.append(Phase(name="latency", work="timing", teachers=whole, rows=rows))
         return self.phases
 

@@ -1,4 +1,4 @@
-"""The model card: the README.md of `final/`."""
+"""The model card, the README.md of `final/`: the result table, and what a page of the Hub needs."""
 
 from __future__ import annotations
 
@@ -11,13 +11,10 @@ import yaml
 from huggingface_hub import metadata_load, try_to_load_from_cache
 
 from megakd.contract.results import Report
-from megakd.contract.tasks import TaskType
+from megakd.contract.tasks import STUDENT, TEACHER, TaskType
 from megakd.models.model_folder import hub_id
 from megakd.process.terminal import in_home
-from megakd.reports.html import TEMPLATES
-from megakd.reports.quantities import short_count
-from megakd.reports.report_file import completed
-from megakd.reports.table import megabytes, result_table, times_smaller
+from megakd.reports.table import result_table
 from megakd.storage.folders import CARD
 
 AUTO_CLASSES: Mapping[TaskType, tuple[str, str]] = {
@@ -28,6 +25,35 @@ AUTO_CLASSES: Mapping[TaskType, tuple[str, str]] = {
 }
 UNKNOWN = "unknown"
 """The Hub's name for a licence that is not known."""
+PAGE = """\
+---
+{front}---
+
+# {title}
+
+Trained by megakd with the method `{method}` on `{task}`{teachers}, starting from {start}.
+{losses}
+```text
+{results}
+```
+
+```python
+from transformers import {auto_class}, AutoTokenizer
+
+folder = "path/to/this/folder"
+tokenizer = AutoTokenizer.from_pretrained(folder{trust})
+model = {auto_class}.from_pretrained(folder{trust})
+```
+{remarks}
+Made by:
+
+```
+{command}
+```
+
+{licence} The weights derive from the models and the data named above;
+their licences say what may be done with this model.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +78,7 @@ class CardFacts:
 
 
 def model_card(facts: CardFacts, report: Report) -> str:
-    """Return the content of README.md: description of the model, command, scores and usage."""
-    report = completed(report)
+    """Return the content of README.md: metadata, result table, usage and command."""
     auto_class, pipeline = AUTO_CLASSES[facts.task_type]
     specs = [spec for spec in (facts.student, *facts.teachers) if spec]
     cards = [_metadata(spec) for spec in specs]
@@ -66,22 +91,28 @@ def model_card(facts: CardFacts, report: Report) -> str:
         "base_model": next(filter(None, bases), None),
         # Of several licences, none is known to cover what was made from all models.
         "license": licences.pop() if len(licences) == 1 else UNKNOWN,
-        "metrics": list(report["student"]["metrics"]),
+        "metrics": report["metrics"],
         "tags": ["megakd", "knowledge-distillation", report["method"]],
     }
     front = {key: value for key, value in front.items() if value}
-    return TEMPLATES.get_template("card.md.jinja").render(
-        facts=facts,
-        report=report,
-        results=result_table(report),
+    named = [_shown(spec) or "a teacher from random weights" for spec in facts.teachers]
+    has_teacher = f"{TEACHER}.parameters" in report
+    return PAGE.format(
         front=yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
+        title=facts.title,
+        method=report["method"],
+        task=report["task"],
+        teachers=f" by distilling {' and '.join(named)}" if has_teacher else "",
         start=_shown(facts.student) or "random weights",
-        teachers=[_shown(spec) or "a teacher from random weights" for spec in facts.teachers],
+        losses=f"\nLosses: {'; '.join(facts.objective)}.\n" if facts.objective else "",
+        results=result_table(report),
         auto_class=auto_class,
-        base=hub_id(facts.student or ""),
-        pruned=_pruned(report),
-        size=_size(report),
-        licence=front["license"],
+        trust=", trust_remote_code=True" if facts.brings_code else "",
+        remarks=_remarks(facts, report, auto_class),
+        command=facts.command,
+        licence="No licence is claimed here."
+        if front["license"] == UNKNOWN
+        else f"The models above are under the licence `{front['license']}`.",
     )
 
 
@@ -93,29 +124,20 @@ def _metadata(spec: str) -> Mapping[str, Any]:
         return {}
 
 
-def _pruned(report: Report) -> str:
-    if not report["pruning"]:
-        return ""
-    whole = report["teacher"] or report["pruning"][0]
-    first, last = (short_count(size["parameters"]) for size in (whole, report["student"]))
-    sizes = f"from {first} to {last} parameters"
-    return f"The student was pruned from its teacher during distillation, {sizes}."
-
-
-def _size(report: Report) -> str:
-    student = report["student"]
-    sentence = f"The student has {short_count(student['parameters'])} parameters"
-    if "trained_parameters" in student:
-        sentence += f" ({short_count(student['trained_parameters'])} of them trained, as adapters)"
-    if (weights := student.get("bytes")) is not None:
-        sentence += f" in {megabytes(weights)} MB of weights"
-    if "onnx" in student:
-        sentence += f" ({megabytes(student['onnx']['bytes'])} MB as onnx)"
-    times = times_smaller(report, student)
-    if times not in ("-", "1.0x"):
-        teacher = "largest teacher" if len(report["teachers"]) > 1 else "teacher"
-        sentence += f"; it is {times} smaller than its {teacher}"
-    return f"{sentence}."
+def _remarks(facts: CardFacts, report: Report, auto_class: str) -> str:
+    lines: list[str] = []
+    if facts.needs_5:
+        lines.append("The model needs transformers >= 5.0; earlier versions cannot read it.\n")
+    if f"{STUDENT}.trained_parameters" in report:
+        base = hub_id(facts.student or "")
+        lines.append(
+            "The adapters that were trained are merged into these weights. The folder `adapter` "
+            f"holds the adapters alone{f', for the base model `{base}`' if base else ''}:\n\n"
+            "```python\nfrom peft import PeftModel\n\n"
+            f'base = {auto_class}.from_pretrained("{base or "path/to/the/base/model"}")\n'
+            'model = PeftModel.from_pretrained(base, "path/to/this/folder/adapter")\n```\n'
+        )
+    return "".join(f"\n{line}" for line in lines)
 
 
 def _shown(spec: str | None) -> str:

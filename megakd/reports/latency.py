@@ -1,169 +1,122 @@
-"""Times of models that do the same work, measured so that noise affects all of them alike."""
+"""Times of models that do the same work by turns, so that noise affects all of them alike."""
 
 from __future__ import annotations
 
+import logging
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
 
-from megakd.contract.results import LatencyReport
 from megakd.engine.memory import device_name
-from megakd.models.forwards import (
-    Call,
-    Graph,
-    Prepare,
-    Timed,
-    calls_of,
-    forward,
-    milliseconds,
-    sample_lengths,
-)
+from megakd.models.forwards import Graph, Timed, calls_of, milliseconds, sample_lengths
 from megakd.models.loading import load_finished
 
-WARM_UP = 3
-LONG_MS = 100.0
-"""A first time above this, of every model, counts: start-up costs are negligible."""
-LEAST_ROUNDS, ENOUGH_MS, MOST_MS = 5, 500.0, 20_000.0
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+logger = logging.getLogger(__name__)
+WARM_UP = 2
+LEAST_ROUNDS, MOST_ROUNDS, ENOUGH_MS, MOST_MS = 5, 9, 500.0, 20_000.0
 """Timing ends after `ENOUGH_MS` over all models, before `LEAST_ROUNDS` only after `MOST_MS`."""
 
-
-class Work(NamedTuple):
-    """The work that is timed.
-
-    batches: numbers of texts at a time, one measurement each.
-    length: tokens per text, without padding; None: only texts of the data are timed.
-    generate: number of the last tokens of a text that decoders also generate.
-    rounds: most rounds, in each of which every model is timed once.
-    of_data: tokens of the texts of the data; empty: only texts of one length are timed.
-    """
-
-    batches: Sequence[int]
-    length: int | None
-    generate: int = 0
-    rounds: int = 9
-    of_data: Sequence[int] = ()
+Rounds = dict[int, dict[str, list[float]]]
+"""Milliseconds of a forward by batch, model and round; the n-th of all models are of one round."""
 
 
 def measure_latencies(
     models: Mapping[str, PreTrainedModel | Path],
-    work: Work,
+    lengths: Sequence[int],
+    batches: Sequence[int],
     graphs: Mapping[str, Path] = MappingProxyType({}),
     *,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
-) -> list[LatencyReport]:
-    """Time models by turns, so that other load on the machine slows all models alike.
+) -> Rounds:
+    """Time one forward of each model by turns at each batch, the number of texts at a time.
 
-    The order of the models rotates, because a forward depends on the caches that the previous
-    forward filled. All models are in memory at once. A causal LM computes the logits of the last
-    position, as it does before it generates. Models in a Hugging Face folder are loaded, by default
-    on the CPU and in their stored dtype. The result has the forwards and then the generation of
-    each batch, in the order of `models`; texts of the data come before those of one length.
-    `graphs` are timed beside the models of the same names.
+    The texts are as long as those of the data, whose `lengths` are in tokens; a batch is padded to
+    its longest text. A causal LM computes the logits of the last position, as it does before it
+    generates. The order of the models rotates, because a forward depends on the caches that the
+    previous one filled. All models are in memory at once; those in a Hugging Face folder are
+    loaded, by default on the CPU and in their stored dtype. `graphs` are timed beside the models of
+    the same names, as NAME_onnx.
     """
-    length = work.length or int(statistics.median(work.of_data))
-    generated = min(work.generate, length - 1)
     with ExitStack() as stack:
-        loaded = {n: stack.enter_context(_ready(m, device, dtype)) for n, m in models.items()}
-        graphed = {f"{name} (onnx)": Graph(path, loaded[name]) for name, path in graphs.items()}
-        ready: dict[str, Timed] = {**loaded, **graphed}
-        decoders = {name: model for name, model in ready.items() if model.can_generate()}
-        entries: list[LatencyReport] = []
-        for batch in work.batches:
-            if work.of_data:
-                entries += _of_data(ready, work, batch)
-            if work.length:
-                entries += _timed(ready, [[length] * batch], work.rounds, length=length)
-            if generated:
-                entries += _generated(decoders, work, [length] * batch, generated)
-    return entries
+        ready: dict[str, Timed] = {
+            name: stack.enter_context(_evaluated(model, device, dtype))
+            for name, model in models.items()
+        }
+        ready |= {f"{name}_onnx": Graph(path, ready[name]) for name, path in graphs.items()}
+        rounds: Rounds = {}
+        for batch in batches:
+            logger.info("timing %s: batches of %d", ", ".join(ready), batch)
+            texts = sample_lengths(lengths, batch)
+            calls = [calls_of(model, texts) for model in ready.values()]
+            times = [[ms / len(texts) for ms in one] for one in _rounds(calls)]
+            rounds[batch] = {
+                name: list(of_model) for name, *of_model in zip(ready, *times, strict=True)
+            }
+    return rounds
 
 
-def _of_data(models: Mapping[str, Timed], work: Work, batch: int) -> Iterator[LatencyReport]:
-    batches = sample_lengths(work.of_data, batch)
-    mean = round(statistics.fmean(work.of_data))
-    for entry in _timed(models, batches, work.rounds, length=mean):
-        yield {**entry, "lengths": [length for texts in batches for length in texts]}
-
-
-def _generated(
-    models: Mapping[str, Timed], work: Work, texts: Sequence[int], count: int
-) -> Iterator[LatencyReport]:
-    options = {"min_new_tokens": count, "max_new_tokens": count, "do_sample": False}
-
-    def prepare(model: Any, inputs: dict[str, Any]) -> Call:
-        return partial(model.generate, **inputs, **options, pad_token_id=0)
-
-    prompts = [length - count for length in texts]
-    for entry in _timed(models, [prompts], work.rounds, length=texts[0], prepare=prepare):
-        rate = 1e3 * len(texts) * count / entry["ms"]
-        yield {**entry, "generated": count, "tokens_per_second": rate}
-
-
-def _timed(
-    models: Mapping[str, Timed],
-    batches: Sequence[Sequence[int]],
-    most: int,
-    *,
-    length: int,
-    prepare: Prepare = forward,
-) -> Iterator[LatencyReport]:
-    # A time is the mean over the batches, in at most `most` rounds.
-    times = _rounds([calls_of(m, batches, prepare) for m in models.values()], most)
-    count = torch.get_num_threads()
-    threads = f" ({count} thread{'' if count == 1 else 's'})"
-    for (name, model), *rounds in zip(models.items(), *times, strict=True):
-        each, device = [ms / len(batches) for ms in rounds], next(model.parameters()).device
-        entry = LatencyReport(
-            model=name,
-            batch=len(batches[0]),
-            ms=statistics.median(each),
-            length=length,
-            device=device_name(device) + (threads if device.type == "cpu" else ""),
-            dtype=str(model.dtype).removeprefix("torch."),
-            rounds_ms=each,
-        )
-        if isinstance(model, Graph):
-            entry.update({"model": name.removesuffix(" (onnx)"), "runtime": "onnxruntime"})
-        yield entry
-
-
-def _rounds(calls: Sequence[Call], most: int) -> list[list[float]]:
-    if not calls:
-        return []
-    first = [_warm_up(call) for call in calls]
-    rounds = [first] if min(first) > LONG_MS else []
-    while len(rounds) < most:
-        limit = MOST_MS if len(rounds) < LEAST_ROUNDS else ENOUGH_MS
-        if len(rounds) > 1 and sum(map(sum, rounds)) > limit:
-            break
+def _rounds(calls: Sequence[Any]) -> list[list[float]]:
+    rounds: list[list[float]] = []
+    while len(rounds) < WARM_UP + MOST_ROUNDS:
         times = [0.0] * len(calls)
         for turn in range(len(calls)):
             index = (turn + len(rounds)) % len(calls)
             times[index] = milliseconds(calls[index])
         rounds.append(times)
-    return rounds
-
-
-def _warm_up(call: Call) -> float:
-    # The time of a long first call, or of the last of a few calls.
-    ms = milliseconds(call)
-    for _ in range(WARM_UP - 1):
-        if ms > LONG_MS:
+        timed, spent = len(rounds) - WARM_UP, sum(map(sum, rounds))
+        if timed > 0 and spent > (MOST_MS if timed < LEAST_ROUNDS else ENOUGH_MS):
             break
-        ms = milliseconds(call)
-    return ms
+    return rounds[WARM_UP:]
+
+
+def latency_report(
+    rounds: Rounds,
+    reference: str | None,
+    lengths: Sequence[int],
+    *,
+    device: torch.device,
+    dtype: str,
+) -> dict[str, Any]:
+    """Return the report's entries on latency: medians, and speed-ups to the model `reference`.
+
+    A speed-up is the median of the ratios of the rounds, with its range: of eight or more rounds
+    without the lowest and the highest.
+    """
+    count = torch.get_num_threads()
+    threads = f" ({count} thread{'' if count == 1 else 's'})" if device.type == "cpu" else ""
+    entries: dict[str, Any] = {
+        "batches": [*rounds],
+        "latency.tokens": round(statistics.fmean(lengths)),
+        "latency.device": device_name(device) + threads,
+        "latency.dtype": dtype,
+    }
+    for batch, times in rounds.items():
+        for name, of_model in times.items():
+            entries[f"{name}.ms_batch_{batch}"] = statistics.median(of_model)
+            entries[f"latency.rounds_batch_{batch}"] = len(of_model)
+            onnx = f"{reference}_onnx" if name.endswith("_onnx") else reference
+            theirs = times.get(onnx or "", times.get(reference or ""))
+            if theirs is not None:
+                ratios = sorted(a / b for a, b in zip(theirs, of_model, strict=True))
+                outside = 1 if len(ratios) >= 8 else 0
+                key = f"{name}.speedup_batch_{batch}"
+                entries[key] = statistics.median(ratios)
+                entries |= {f"{key}_low": ratios[outside], f"{key}_high": ratios[-1 - outside]}
+    return entries
 
 
 @contextmanager
-def _ready(
+def _evaluated(
     model: PreTrainedModel | Path, device: torch.device | None, dtype: torch.dtype | None
 ) -> Iterator[PreTrainedModel]:
     is_folder = isinstance(model, Path)

@@ -31,7 +31,7 @@ from megakd.models.onnx import check_packages, write_onnx
 from megakd.models.own_models import current_files
 from megakd.process.terminal import in_home
 from megakd.reports.card import CardFacts, model_card
-from megakd.reports.report_file import read_report, write_report
+from megakd.reports.report_file import GRAPH, read_report, report_of_size, write_report
 from megakd.reports.table import result_table
 from megakd.run.holder import held, written_once
 from megakd.run.stage_identity import FREE, PLACES
@@ -87,7 +87,7 @@ def is_finished(config: RunConfig) -> bool:
     ranks = launched_ranks()
     report: Mapping[str, Any] = read_report(config.output_dir / REPORT)
     before = _config_there(config.output_dir)
-    there = _facts(before, report.get("environment", {}).get("ranks", ranks))
+    there = _facts(before, report.get("environment.ranks", ranks))
     here = _facts(config, ranks)
     timed = [
         {key: fields.pop(key) for key in [*fields] if key.startswith("eval.latency")}
@@ -262,7 +262,7 @@ def publish(
     Return the result table. `student`: the folder of the stage that becomes `final/`.
     """
     out = config.output_dir
-    names = [entry["name"] for entry in report["sizes"]]
+    names = report["sizes"]
     for name in names:
         _write_model(config, out / "stages" / name, out / SIZES / name, report, command)
     _write_model(config, student, out / FINAL, report, command)
@@ -281,9 +281,8 @@ def publish(
 
 
 def _write_model(config: RunConfig, stage: Path, to: Path, report: Report, command: str) -> None:
-    sizes = {entry["name"]: entry for entry in report["sizes"]}
-    if to.name in sizes:
-        report = {**report, "student": sizes[to.name], "speedup": None, "latency": ()}
+    if to.name in report["sizes"]:
+        report = report_of_size(report, to.name)
     remedy = remake(stage)
     there = open_finished(stage, remedy=remedy)
     atomic.recover(to)
@@ -294,7 +293,7 @@ def _write_model(config: RunConfig, stage: Path, to: Path, report: Report, comma
     changes = {CARD: card, **dict.fromkeys((RESULT, RECORD, *files_of_others(there)))}
     changes |= current_files(there)
     # The report decides, because `save` may change between two starts of a finished run.
-    add = write_onnx if "onnx" in report["student"] else None
+    add = write_onnx if GRAPH in report["models"] else None
     copy_finished(stage, to, changes=changes, keep=kept, add=add, remedy=remedy)
 
 

@@ -6,28 +6,15 @@ import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
 
-from megakd.config.run import LatencyConfig
-from megakd.contract.results import (
-    Assistant,
-    AssistantReport,
-    EvaluationSetReport,
-    GraphReport,
-    LatencyReport,
-    ModelReport,
-    Report,
-    SizedStudent,
-    Speedup,
-    StageReport,
-    headline_latency,
-)
+from megakd.contract.results import AskedReport, Report, SizedStudent
 from megakd.contract.stage import StageResult
-from megakd.contract.tasks import STUDENT, TaskType
+from megakd.contract.tasks import STUDENT, TEACHER
 from megakd.data.choosing import is_labelled
 from megakd.data.loader import lengths_of_rows
 from megakd.engine.activity import doing
@@ -42,89 +29,97 @@ from megakd.models.model_folder import weight_bytes
 from megakd.models.onnx import MODEL, write_onnx
 from megakd.process.phases import phase, seconds
 from megakd.reports.derived_warnings import derived_warnings
-from megakd.reports.history import panels, read_history
-from megakd.reports.quantities import paired_ratio
-from megakd.reports.report_file import environment
+from megakd.reports.history import read_history
+from megakd.reports.quantities import short_count
+from megakd.reports.report_file import GRAPH, environment
 from megakd.reports.samples import samples_of
-from megakd.reports.table import generation_reports, largest
+from megakd.reports.table import speed_up
 from megakd.run.run_lab import RunLab
 from megakd.run.teacher_pool import Measured
 
 logger = logging.getLogger(__name__)
 GRAPHS = ".graphs"
 """Folder below `output_dir` that exists only while the report is made."""
+BATCHES = (1, 32)
+"""Texts at a time."""
 
 
 def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageResult]) -> Report:
     """Score the finished models, measure their latency, and return the report; a collective."""
-    config, prepared, ranks = lab.config, lab.assembly.prepared, lab.assembly.ranks
-    out = config.output_dir
-    sizes = {made.name: made for made in lab.record.sizes}
-    students = {name: made.folder for name, made in sizes.items()} | {STUDENT: student.folder}
-    students |= {name: made.folder for name, made in baselines.items()}
+    config, prepared, record = lab.config, lab.assembly.prepared, lab.record
+    sizes = {made.name: made.folder for made in record.sizes if made.name != STUDENT}
+    students = {**sizes, STUDENT: student.folder, **{n: b.folder for n, b in baselines.items()}}
+    teachers, assistants = [*lab.pool.folders], [made.name for made in record.assistants]
     with phase("scoring"):
-        teachers = {name: lab.pool.measured(name) for name in lab.pool.folders}
-        measured = {**teachers, **{name: lab.measure(made) for name, made in students.items()}}
-        mine = measured[STUDENT].report
-        graph = _graph(lab, student.folder, mine["metrics"]) if config.save.onnx else None
-        if graph is not None:
-            mine["onnx"] = graph
-        assistants = [_assistant(lab, made) for made in lab.record.assistants]
+        measured = _measured(lab, students)
+        graph_bytes = _graph_bytes(lab, student.folder) if config.save.onnx else None
     forget_models()
+    graph = [] if graph_bytes is None else [GRAPH]
+    report: Report = {
+        "method": config.method.name,
+        "task": config.task.data_name,
+        "metric_name": prepared.metric.name,
+        "metrics": [*measured[STUDENT].report["metrics"]],
+        "evaluated_on": "test" if prepared.encoded.test is not None else "validation",
+        "models": [*teachers, *assistants, *sizes, STUDENT, *graph, *baselines],
+        "teachers": teachers,
+        "assistants": assistants,
+        "sizes": [*sizes],
+        "baselines": [*baselines],
+        **_models(measured, {**students, **{made.name: made.folder for made in record.assistants}}),
+        **{f"{made.name}.sparsity": made.sparsity for made in record.assistants},
+    }
+    if graph:
+        report |= _entries(GRAPH, measured[STUDENT]) | {f"{GRAPH}.bytes": graph_bytes}
+    reference = max(teachers, key=lambda name: report[f"{name}.parameters"], default=None)
     with phase("latency"), doing("measuring latency"):
-        device = timed_on(lab.record.sizes, ranks.device)
-        latency = on_main(lambda: _latency(lab, students, device))
-    reports = {name: entry.report for name, entry in measured.items()}
-    teacher = largest({name: reports[name] for name in teachers})
-    reference = None if teacher is None else teachers[teacher]
+        device = timed_on(record.sizes, lab.assembly.ranks.device)
+        report |= on_main(lambda: _latency(lab, students, device, reference=reference))
+    if reference is not None:  # in a pool, `teacher` is the largest
+        mine = [key for key in report if key.startswith(f"{reference}.")]
+        report |= {f"{TEACHER}{key.removeprefix(reference)}": report[key] for key in mine}
+    report |= _course(lab, report)
+    answers = [measured[name].answers if name else None for name in (reference, STUDENT)]
+    report["samples"] = samples_of(lab.pool.prompts, teacher=answers[0], student=answers[1])
+    out = config.output_dir
+    if is_first_rank():
+        shutil.rmtree(out / GRAPHS, ignore_errors=True)
+    report["warnings"] = on_main(
+        lambda: derived_warnings(report, read_history(out / "metrics.jsonl"))
+    )
+    return report
 
-    def of_student(name: str) -> ModelReport:
-        model = _student(measured[name], students[name], reference)
-        return {**model, "asked": sizes[name].asked} if name in sizes else model
 
-    report = Report(
-        method=config.method.name,
-        task=config.task.data_name,
-        metric_name=prepared.metric.name,
-        evaluated_on="test" if prepared.encoded.test is not None else "validation",
-        teacher=reference and reference.report,
-        teachers=[{"name": name, **reports[name]} for name in teachers if config.teachers],
-        student=of_student(STUDENT),
-        sizes=[{"name": name, **of_student(name)} for name in sizes if name != STUDENT],
-        assistants=assistants,
-        baselines={name: reports[name]["metrics"] for name in baselines},
-        candidates=lab.record.candidates,
-        stages=[
-            cast("StageReport", {key: getattr(made, key) for key in StageReport.__annotations__})
-            for made in lab.results
-        ],
-        speedup=_speedup(latency, teacher),
-        latency=latency,
-        cost=lab.record.cost,
-        pool=lab.record.pool,
-        pruning=lab.record.pruning,
-        vocabulary=vocabulary_report(config, prepared),
-        samples=samples_of(
-            lab.pool.prompts,
-            teacher=reference and reference.answers,
-            student=measured[STUDENT].answers,
-        ),
-        generation=on_main(lambda: generation_reports(out, [made.name for made in lab.results])),
-        warnings=(),
-        evaluation_sets=_set_reports(prepared.splits.evaluation_sets, measured),
-        seconds=seconds(),
-        environment=environment(
+def _measured(lab: RunLab, students: Mapping[str, Path]) -> dict[str, Measured]:
+    measured = {name: lab.pool.measured(name) for name in lab.pool.folders}
+    measured |= {name: lab.measure(folder) for name, folder in students.items()}
+    for made in lab.record.assistants:
+        measured[made.name] = Measured(lab.score(made.folder), {}, None, [])
+    return measured
+
+
+def _course(lab: RunLab, report: Report) -> dict[str, Any]:
+    # What the run did: its data, stages and choices, their cost, and the machine.
+    record, prepared, ranks = lab.record, lab.assembly.prepared, lab.assembly.ranks
+    sets, pool = prepared.splits.evaluation_sets, record.pool
+    return {
+        "evaluation_sets": [*sets],
+        **{f"{name}.rows": row_count(rows) for name, rows in sets.items()},
+        "candidates": record.candidates,
+        "asked": [_asked_row(report, one) for one in record.sizes],
+        "pool": [] if pool is None else [*pool["teachers"]],
+        **({} if pool is None else {"pool.distribution": pool["distribution"]}),
+        "pruning": record.pruning,
+        "stages": [_stage_row(made) for made in lab.results],
+        **{f"cost.{key}": value for key, value in (record.cost or {}).items()},
+        **vocabulary_report(lab.config, prepared),
+        **{f"seconds.{name}": value for name, value in seconds().items()},
+        **environment(
             ranks=ranks.world_size,
             device=ranks.device,
             corpus_content_hash=prepared.splits.whole_hash,
         ),
-    )
-    if is_first_rank():
-        shutil.rmtree(out / GRAPHS, ignore_errors=True)
-    report["warnings"] = on_main(
-        lambda: derived_warnings(report, panels(read_history(out / "metrics.jsonl")))
-    )
-    return report
+    }
 
 
 def row_count(rows: Dataset) -> int:
@@ -132,49 +127,62 @@ def row_count(rows: Dataset) -> int:
     return int(np.count_nonzero(is_labelled(rows)))
 
 
-def _set_reports(
-    rows: Mapping[str, Dataset], models: Mapping[str, Measured]
-) -> dict[str, EvaluationSetReport]:
-    return {
-        name: {
-            "rows": row_count(of_set),
-            "metrics": {
-                model: made.sets[name] for model, made in models.items() if name in made.sets
-            },
-        }
-        for name, of_set in rows.items()
-    }
-
-
-def _student(measured: Measured, folder: Path, teacher: Measured | None) -> ModelReport:
-    report: ModelReport = {**measured.report, "bytes": weight_bytes(folder)}
-    trained = adapter_parameters(folder)
-    if trained is not None:
-        report["trained_parameters"] = trained
-    mine, theirs = measured.predicted, [] if teacher is None else teacher.predicted
-    if mine and len(mine) == len(theirs):
-        report["agreement"] = sum(a == b for a, b in zip(mine, theirs, strict=True)) / len(mine)
+def _models(measured: Mapping[str, Measured], folders: Mapping[str, Path]) -> dict[str, Any]:
+    # The keys of all models: sizes and scores, and of those in a folder of the run their weights.
+    report: dict[str, Any] = {}
+    for name, one in measured.items():
+        report |= _entries(name, one)
+    # Teachers come first; the largest is the reference.
+    teachers = [name for name in measured if name not in folders]
+    reference = max(teachers, key=lambda name: report[f"{name}.parameters"], default=None)
+    theirs = [] if reference is None else measured[reference].predicted
+    for name, folder in folders.items():
+        report[f"{name}.bytes"] = weight_bytes(folder)
+        trained = adapter_parameters(folder)
+        report |= {} if trained is None else {f"{name}.trained_parameters": trained}
+        mine = measured[name].predicted
+        if mine and len(mine) == len(theirs):
+            agreed = sum(a == b for a, b in zip(mine, theirs, strict=True))
+            report[f"{name}.agreement"] = agreed / len(mine)
     return report
 
 
-def _assistant(lab: RunLab, assistant: Assistant) -> AssistantReport:
-    scored = lab.score(assistant.folder)
-    return {
-        "name": assistant.name,
-        "sparsity": assistant.sparsity,
-        **scored,
-        "bytes": weight_bytes(assistant.folder),
-    }
+def _entries(name: str, measured: Measured) -> dict[str, Any]:
+    of_model: dict[str, Any] = {**measured.report}
+    metrics, confusion = of_model.pop("metrics"), of_model.pop("confusion", {})
+    entries = {**of_model, **metrics}
+    for of_set, values in measured.sets.items():
+        entries |= {f"{of_set}.{metric}": value for metric, value in values.items()}
+    if confusion:
+        entries["confusion"] = [
+            {"label": label, "predicted": predicted, "rows": rows}
+            for label, counts in confusion.items()
+            for predicted, rows in counts.items()
+        ]
+    return {f"{name}.{key}": value for key, value in entries.items()}
 
 
-def timed_forwards(
-    wanted: LatencyConfig, task: TaskType, sizes: Sequence[SizedStudent]
-) -> tuple[tuple[int, ...], int | None]:
-    """Return the numbers of texts and of tokens: those that are wanted, and those of a speed-up."""
-    asked = [one.asked for one in sizes if one.asked["what"] == "speedup"]
-    batches = (*wanted.batches(task), *(one["batch"] for one in asked if "batch" in one))
-    lengths = (wanted.tokens, *(one.get("tokens") for one in asked))
-    return tuple(dict.fromkeys(batches)), next(filter(None, lengths), None)
+def _stage_row(made: StageResult) -> dict[str, Any]:
+    keys = ("name", "steps", "seconds", "tokens_per_second", "peak_memory_bytes")
+    return {**{key: getattr(made, key) for key in keys}, **made.metrics}
+
+
+def _asked_row(report: Report, one: SizedStudent) -> dict[str, Any]:
+    asked, name = one.asked, one.name
+    value = asked["value"]
+    mine, whole = (report.get(f"{model}.encoder_parameters") for model in (name, TEACHER))
+    if asked["what"] == "parameters":
+        texts = f"{short_count(value)} weights", short_count(report[f"{name}.parameters"])
+    elif asked["what"] == "flops":
+        share = f"{mine / whole:.1%}" if mine is not None and whole else "-"
+        texts = f"{value:.1%} of the layers", share
+    else:
+        batch, onnx = asked.get("batch", 1), "_onnx" * (asked.get("runtime") == "onnx")
+        place = " (onnx)" if onnx else ""
+        texts = f"{value:g}x at batch {batch}{place}", speed_up(report, name + onnx, batch)
+    return {"name": name, "what": asked["what"], "value": value} | dict(
+        zip(("asked", "measured"), texts, strict=True)
+    )
 
 
 def timed_on(sizes: Sequence[SizedStudent], device: torch.device) -> torch.device:
@@ -183,13 +191,25 @@ def timed_on(sizes: Sequence[SizedStudent], device: torch.device) -> torch.devic
     return device if asked == device.type else torch.device(asked)
 
 
+def timed_forwards(task: str, sizes: Sequence[SizedStudent]) -> tuple[tuple[int, ...], int | None]:
+    """Return the numbers of texts at a time, and of the tokens of each text (None: the data's).
+
+    They are those of the speed-ups that students were asked for, and 1 and 32; of a decoder 1.
+    """
+    asked: list[AskedReport] = [one.asked for one in sizes if one.asked["what"] == "speedup"]
+    usual = (1,) if task == "causal_lm" else BATCHES
+    batches = (*usual, *(one["batch"] for one in asked if "batch" in one))
+    tokens = next((one["tokens"] for one in asked if "tokens" in one), None)
+    return tuple(dict.fromkeys(batches)), tokens
+
+
 def _latency(
-    lab: RunLab, students: Mapping[str, Path], device: torch.device
-) -> list[LatencyReport]:
+    lab: RunLab, students: Mapping[str, Path], device: torch.device, *, reference: str | None
+) -> dict[str, Any]:
     config = lab.config
     teachers = {name: folder for name, folder in lab.pool.folders.items() if folder}
-    if config.eval.latency is False or not teachers:
-        return []
+    if not config.eval.latency or not teachers:
+        return {"batches": []}
     assistants = {made.name: made.folder for made in lab.record.assistants}
     models = {**teachers, **assistants, **students}
     # On a CPU all models are timed in fp32, which doubles weights that are stored in 16 bits.
@@ -201,19 +221,22 @@ def _latency(
             "free on %s",
             *(needed / 1e9, free / 1e9, device),
         )
-        return []
-    from megakd.reports.latency import Work, measure_latencies
+        return {"batches": []}
+    from megakd.reports.latency import latency_report, measure_latencies
 
     try:
-        wanted, rows = config.eval.latency, lab.assembly.prepared.encoded.held_out
-        batches, tokens = timed_forwards(wanted, config.task.type, lab.record.sizes)
-        work = Work(batches, tokens, wanted.generate, of_data=lengths_of_rows(rows).tolist())
-        dtype = TORCH_DTYPE[scoring_dtype(config.train, device.type)]
-        return measure_latencies(models, work, _graphs(lab, models), device=device, dtype=dtype)
+        batches, tokens = timed_forwards(config.task.type, lab.record.sizes)
+        rows = lab.assembly.prepared.encoded.held_out
+        lengths = [tokens] if tokens else lengths_of_rows(rows).tolist()
+        dtype, graphs = scoring_dtype(config.train, device.type), _graphs(lab, models)
+        rounds = measure_latencies(
+            models, lengths, batches, graphs, device=device, dtype=TORCH_DTYPE[dtype]
+        )
+        return latency_report(rounds, reference, lengths, device=device, dtype=dtype)
     except Exception as error:  # noqa: BLE001 - the code of a model may raise any error
         # All stages are finished and the student is valid: a failed timing must not fail the run.
         logger.warning("latency could not be measured: %s", error)
-        return []
+        return {"batches": []}
 
 
 def _graphs(lab: RunLab, models: Mapping[str, Path]) -> dict[str, Path]:
@@ -233,20 +256,8 @@ def _graphs(lab: RunLab, models: Mapping[str, Path]) -> dict[str, Path]:
     return graphs
 
 
-def _speedup(latency: Sequence[LatencyReport], teacher: str | None) -> Speedup | None:
-    forwards = [entry for entry in headline_latency(latency) if "runtime" not in entry]
-    batch = min((entry["batch"] for entry in forwards), default=0)
-    of = {entry["model"]: entry for entry in forwards if entry["batch"] == batch}
-    if teacher not in of:
-        return None
-    theirs, mine = of[teacher], of[STUDENT]
-    ratio = paired_ratio(theirs.get("rounds_ms", ()), mine.get("rounds_ms", ()))
-    times = Speedup(batch=batch, teacher_ms=theirs["ms"], student_ms=mine["ms"])
-    return {**times, "low": ratio.low, "high": ratio.high}
-
-
-def _graph(lab: RunLab, student: Path, metrics: Mapping[str, float]) -> GraphReport | None:
-    """Return size and scores of the student's graph; None if it cannot be written."""
+def _graph_bytes(lab: RunLab, student: Path) -> int | None:
+    """Return the size of the student's graph; None if it cannot be written."""
     folder = lab.config.output_dir / GRAPHS
 
     def write() -> int:
@@ -257,7 +268,7 @@ def _graph(lab: RunLab, student: Path, metrics: Mapping[str, float]) -> GraphRep
         return sum(path.stat().st_size for path in folder.glob(f"{MODEL}*"))
 
     try:
-        return {"bytes": on_main(write), "metrics": metrics}
+        return on_main(write)
     except ModelError as error:
         # All stages are finished and the student is valid without a graph.
         logger.warning("save.onnx is left out: %s", error)

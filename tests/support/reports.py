@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megakd.contract.results import AssistantReport, CandidateReport, Report
+from megakd.contract.results import CandidateReport, Report
 from megakd.reports.card import CardFacts
 
 TRADEOFF = 0.2
@@ -13,23 +13,6 @@ SCORES = {
     2: {0.7: 0.8899, 0.8: 0.8766, 0.9: 0.8677},
 }
 CHOSEN = {1: 0.7, 2: 0.9}
-
-
-def _scored(accuracy: float, f1: float, mean: float) -> dict[str, float]:
-    return {"accuracy": accuracy, "f1": f1, "mean_accuracy_f1": mean}
-
-
-def _model(parameters: int, encoder: int, metrics: dict[str, float]) -> Any:
-    """A model with four bytes for each of its parameters."""
-    sizes = {"parameters": parameters, "encoder_parameters": encoder, "bytes": 4 * parameters}
-    return {**sizes, "metrics": metrics}
-
-
-ASSISTANT: AssistantReport = {
-    "name": "assistant-1",
-    "sparsity": 0.7,
-    **_model(15_000_000, 3_193_000, _scored(0.78, 0.88, 0.83)),
-}
 FACTS = CardFacts(
     title="a student",
     task_type="classification",
@@ -40,18 +23,48 @@ FACTS = CardFacts(
 )
 
 
+def scored(accuracy: float, f1: float, mean: float) -> dict[str, float]:
+    return {"accuracy": accuracy, "f1": f1, "mean_accuracy_f1": mean}
+
+
+def entries(name: str, numbers: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a model in a report."""
+    return {f"{name}.{key}": value for key, value in numbers.items()}
+
+
+def sized(name: str, parameters: int, encoder: int, *, stored: bool = True) -> dict[str, Any]:
+    """A model with four bytes for each of its parameters."""
+    sizes = {"parameters": parameters, "encoder_parameters": encoder}
+    return entries(name, {**sizes, "bytes": 4 * parameters} if stored else sizes)
+
+
 def report_of(**changes: Any) -> Report:
-    """A report of two stages and one baseline; `changes` replace keys."""
+    """A report of two stages and one baseline; `changes` replace keys, with `__` for a dot."""
     report: Report = {
         "method": "single",
         "task": "glue/mrpc",
         "metric_name": "mean_accuracy_f1",
+        "metrics": ["accuracy", "f1", "mean_accuracy_f1"],
         "evaluated_on": "validation",
-        "teacher": _model(22_713_984, 10_645_632, _scored(0.8, 0.9, 0.85)),
+        "models": ["teacher", "student", "alone"],
+        "teachers": ["teacher"],
         "assistants": [],
-        "student": _model(2_090_000, 99_968, _scored(0.75, 0.85, 0.8)),
-        "baselines": {"alone": _scored(0.7, 0.8, 0.75)},
+        "sizes": [],
+        "baselines": ["alone"],
+        **sized("teacher", 22_713_984, 10_645_632, stored=False),
+        **entries("teacher", scored(0.8, 0.9, 0.85)),
+        **sized("student", 2_090_000, 99_968),
+        **entries("student", scored(0.75, 0.85, 0.8)),
+        **sized("alone", 2_090_000, 99_968),
+        **entries("alone", scored(0.7, 0.8, 0.75)),
+        "batches": [],
+        "evaluation_sets": [],
         "candidates": [],
+        "asked": [],
+        "pool": [],
+        "pruning": [],
+        "samples": [],
+        "warnings": [],
         "stages": [
             {
                 "name": "teacher",
@@ -59,7 +72,7 @@ def report_of(**changes: Any) -> Report:
                 "seconds": 78.4,
                 "tokens_per_second": 1960.2,
                 "peak_memory_bytes": 1_500_000_000,
-                "metrics": {"accuracy": 0.8},
+                "accuracy": 0.8,
             },
             {
                 "name": "student",
@@ -67,19 +80,11 @@ def report_of(**changes: Any) -> Report:
                 "seconds": 3725.0,
                 "tokens_per_second": 12_345.0,
                 "peak_memory_bytes": 900_000_000,
-                "metrics": {"accuracy": 0.75},
+                "accuracy": 0.75,
             },
         ],
-        "speedup": {"batch": 32, "teacher_ms": 50.0, "student_ms": 5.0},
-        "latency": [],
-        "cost": None,
-        "samples": [],
-        "evaluation_sets": {},
-        "seconds": {},
-        "environment": {},
     }
-    report.update(changes)
-    return report
+    return report | {key.replace("__", "."): value for key, value in changes.items()}
 
 
 def candidates() -> list[CandidateReport]:
@@ -99,30 +104,39 @@ def candidates() -> list[CandidateReport]:
     ]
 
 
+def timed(rounds: int = 9) -> dict[str, Any]:
+    """The entries of a teacher and a student that were timed at two batches."""
+    report: dict[str, Any] = {
+        "batches": [1, 32],
+        "latency.tokens": 24,
+        "latency.device": "cpu (1 thread)",
+        "latency.dtype": "float32",
+    }
+    for batch, teacher, student in ((1, 12.0, 2.0), (32, 310.0, 31.0)):
+        report |= {f"teacher.ms_batch_{batch}": teacher, f"student.ms_batch_{batch}": student}
+        report[f"latency.rounds_batch_{batch}"] = rounds
+        for name, ratio, spread in (("teacher", 1.0, 0.0), ("student", teacher / student, 0.5)):
+            key = f"{name}.speedup_batch_{batch}"
+            report |= {key: ratio, f"{key}_low": ratio - spread, f"{key}_high": ratio + spread}
+    return report
+
+
 def chosen_report(**changes: Any) -> Report:
     """A report with an assistant, candidates, latencies and cost."""
-    times = {1: (12.0, 5.0, 2.0, 2.5), 32: (310.0, 101.0, 31.0, 40.0)}
-    names = ("teacher", "assistant-1", "student", "alone")
-    place = {"length": 24, "device": "cpu (1 thread)", "dtype": "float32"}
-    latency = [
-        {"model": model, "batch": batch, "ms": ms, **place}
-        for batch, series in times.items()
-        for model, ms in zip(names, series, strict=True)
-    ]
     return report_of(
         method="minidisc",
-        assistants=[ASSISTANT],
+        models=["teacher", "assistant-1", "student", "alone"],
+        assistants=["assistant-1"],
+        **sized("assistant-1", 15_000_000, 3_193_000),
+        **entries("assistant-1", {**scored(0.78, 0.88, 0.83), "sparsity": 0.7}),
         candidates=candidates(),
-        speedup={"batch": 1, "teacher_ms": 12.0, "student_ms": 2.0},
-        latency=latency,
-        cost={
-            "trials": 1,
-            "seconds": 600.0,
-            "alternative": "MaxiDisc",
-            "alternative_does": "every assistant tried",
-            "alternative_trials": 7,
-            "alternative_seconds": 1500.0,
-        },
+        **timed(),
+        cost__trials=1,
+        cost__seconds=600.0,
+        cost__alternative="MaxiDisc",
+        cost__alternative_does="every assistant tried",
+        cost__alternative_trials=7,
+        cost__alternative_seconds=1500.0,
         **changes,
     )
 
@@ -130,21 +144,19 @@ def chosen_report(**changes: Any) -> Report:
 def language_report(**changes: Any) -> Report:
     """A report of a decoder: a perplexity, of which lower is better, and samples."""
 
-    def scored(perplexity: float, loss: float) -> dict[str, float]:
-        return {"perplexity": perplexity, "loss": loss, "accuracy": 0.4}
+    def scored(name: str, perplexity: float, loss: float) -> dict[str, float]:
+        return entries(name, {"perplexity": perplexity, "loss": loss, "accuracy": 0.4})
 
-    report = report_of(
+    return report_of(
         task="texts",
         metric_name="perplexity",
-        baselines={"alone": scored(16.0, 2.773)},
+        metrics=["perplexity", "loss", "accuracy"],
+        **scored("teacher", 8.0, 2.079),
+        **scored("student", 10.0, 2.303),
+        **scored("alone", 16.0, 2.773),
         stages=[],
-        speedup=None,
         samples=[
             {"prompt": "Return the", "teacher": "name of the file", "student": "the the <list>"}
         ],
         **changes,
     )
-    assert report["teacher"] is not None
-    report["teacher"]["metrics"] = scored(8.0, 2.079)
-    report["student"]["metrics"] = scored(10.0, 2.303)
-    return report

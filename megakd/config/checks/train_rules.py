@@ -131,16 +131,6 @@ _EVALUATION: tuple[Rule[EvalConfig], ...] = (
         ".keep_best",
         "true needs evaluations during training; set eval.eval_steps, or remove the key",
     ),
-    Rule(
-        lambda c: (
-            c.item.latency
-            and c.task.max_length
-            and (c.item.latency.tokens or 0) > c.task.max_length
-        ),
-        ".latency.tokens",
-        "{item.latency.tokens} is longer than the texts of the run (task.max_length "
-        "{task.max_length}); lower the number, or raise task.max_length",
-    ),
     *only(".positive_label", ("classification",), ", whose labels have names"),
 )
 
