@@ -229,7 +229,7 @@ def ask_student(output: Path) -> None:
 def is_complete(report: Path) -> bool:
     """Return whether the report was written completely."""
     try:
-        return "student" in json.loads(report.read_text(encoding="utf-8"))
+        return "student.parameters" in json.loads(report.read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
         return False
 

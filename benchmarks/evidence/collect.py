@@ -65,13 +65,13 @@ def _cell(stored: Stored, run: Path, which: tuple[str, str], seed: int) -> Cell:
     has_teacher = arm not in COLLECTED[stored.comparison].no_teacher
     train = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["train"]
     rows = train["per_device_train_batch_size"] * train.get("gradient_accumulation_steps", 1)
-    rows *= report["environment"]["ranks"]  # of an optimizer step
+    rows *= report["environment.ranks"]  # of an optimizer step
     return Cell(
         arm=arm,
         seed=seed,
         basis="steps",
         score=metric_of(report, model, metric, HELD_OUT),
-        divergence=stages[-1]["metrics"].get("soft_target_kl"),
+        divergence=stages[-1].get("soft_target_kl"),
         steps=steps,
         cpu_seconds=_cpu_seconds(report, stages),
         teacher_rows=(before or steps) * rows if has_teacher else 0,
@@ -87,7 +87,7 @@ def _stages_of(report: Report, model: str) -> list[Report]:
 
 def _cpu_seconds(report: Report, stages: Sequence[Report]) -> float:
     """Return the time of stages on all threads of all ranks."""
-    threads = report["environment"]["ranks"] * report["environment"]["threads"]
+    threads = report["environment.ranks"] * report["environment.threads"]
     return threads * sum(stage["seconds"] for stage in stages)
 
 
@@ -95,7 +95,7 @@ def _after_task(cell: Cell, report: Report) -> Cell:
     """Return a cell on text with the score, steps and time of the task that is learned after it."""
     return dataclasses.replace(
         cell,
-        score=100 * report["student"]["metrics"][report["metric_name"]],
+        score=100 * report[f"student.{report['metric_name']}"],
         divergence=None,
         steps=cell.steps + sum(stage["steps"] for stage in report["stages"]),
         cpu_seconds=cell.cpu_seconds + _cpu_seconds(report, report["stages"]),

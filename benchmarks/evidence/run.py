@@ -392,10 +392,10 @@ def teacher_steps(report: Mapping[str, Any]) -> int:
     The steps of pilots and selectors are included.
     """
     steps = sum(stage["steps"] for stage in report["stages"])
-    if report["pool"] is None:
+    if not report["pool"]:
         return steps
     students = sum(stage["steps"] for stage in report["stages"] if stage["name"] == "student")
-    return steps - students + sum(one["steps"] for one in report["pool"]["teachers"])
+    return steps - students + sum(one["steps"] for one in report["pool"])
 
 
 ANSWERS = "answers.npz"

@@ -140,11 +140,15 @@ def report_numbers(report: dict[str, Any]) -> dict[str, Any]:
         for stage in report["stages"]
     ]
     scores = [
-        {"model": name, **report[name]["metrics"]}
-        for name in ("teacher", "student")
-        if report.get(name)
+        {"model": name, **{metric: report[f"{name}.{metric}"] for metric in report["metrics"]}}
+        for name in report["models"]
+        if name in ("teacher", "student")
     ]
-    spent = [{"phase": name, "seconds": value} for name, value in report["seconds"].items()]
+    spent = [
+        {"phase": key.removeprefix("seconds."), "seconds": value}
+        for key, value in report.items()
+        if key.startswith("seconds.")
+    ]
     return {"stages": stages, "scores": scores, "phases": spent}
 
 

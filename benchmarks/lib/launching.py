@@ -216,13 +216,10 @@ def seconds_of(report: Report) -> dict[str, float]:
 
 
 def points(report: Report | None) -> float | None:
-    return None if report is None else 100 * report["student"]["metrics"][report["metric_name"]]
+    return None if report is None else 100 * report[f"student.{report['metric_name']}"]
 
 
 def metric_of(report: Report, model: str, metric: str, held_out: str = "") -> float:
     """Return a metric of a model in an evaluation set, or on the split of the report."""
-    if held_out in report["evaluation_sets"]:
-        return report["evaluation_sets"][held_out]["metrics"][model][metric]
-    if model in report["baselines"]:
-        return report["baselines"][model][metric]
-    return report[model]["metrics"][metric]
+    in_set = f"{model}.{held_out}.{metric}"
+    return report[in_set if held_out in report["evaluation_sets"] else f"{model}.{metric}"]

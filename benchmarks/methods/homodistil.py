@@ -109,8 +109,8 @@ def decoder_config(given: argparse.Namespace) -> Config:
 
 def teach(given: argparse.Namespace) -> None:
     report = [launching.report_of(leg, ranks=given.ranks) for leg in teacher_legs(given)][-1]
-    metrics = report["evaluation_sets"][books.HELD_OUT]["metrics"]["student"]
-    print(f"teacher, held out: loss {metrics['loss']:.4f}, accuracy {metrics['accuracy']:.4f}")
+    loss, accuracy = (report[f"student.{books.HELD_OUT}.{name}"] for name in ("loss", "accuracy"))
+    print(f"teacher, held out: loss {loss:.4f}, accuracy {accuracy:.4f}")
 
 
 def prune(given: argparse.Namespace) -> None:
@@ -196,7 +196,7 @@ def numbers(
     seconds = launching.seconds_of(report)
     if is_pruned:
         columns["seconds"] = sum(s for name, s in seconds.items() if name not in BASELINES)
-        columns["parameters"] = report["student"]["parameters"]
+        columns["parameters"] = report["student.parameters"]
         if variant != "one_shot_alone":
             path = [0.0, *(row["teacher_kl"] for row in report["pruning"])]
             columns["largest jump"] = max(after - before for before, after in pairwise(path))

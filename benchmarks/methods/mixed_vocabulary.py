@@ -258,7 +258,7 @@ def numbers(
         stages = launching.seconds_of(report)
         patient = stages.pop(PATIENT_KD, 0.0)
         columns["seconds"] = patient if model == PATIENT_KD else sum(stages.values())
-        columns["parameters"] = report["student"]["parameters"]
+        columns["parameters"] = report["student.parameters"]
     return columns
 
 

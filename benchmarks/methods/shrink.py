@@ -161,19 +161,19 @@ def numbers(report: Report, run: Path) -> dict[str, float | None]:
     """Return held-out losses in nats per token, the choice of the trial, and times."""
     seconds = seconds_of(report)
     columns = {
-        "loss": report["student"]["metrics"]["loss"],
-        "teacher": report["teacher"]["metrics"]["loss"],
+        "loss": report["student.loss"],
+        "teacher": report["teacher.loss"],
         "seconds": seconds.get("trial-1", 0.0) + seconds["student"],
     }
     if "random" in report["baselines"]:
-        columns["random"] = report["baselines"]["random"]["loss"]
+        columns["random"] = report["random.loss"]
     if report["candidates"]:
         trial = stage_of(report, "trial-1")
         layers = {int(row["shape"].split()[0]): row for row in report["candidates"]}
         (chosen,) = (number for number, row in layers.items() if row["chosen"])
         columns |= {
             "layers": chosen,
-            "trial": trial["metrics"]["loss"],
+            "trial": trial["loss"],
             "trial s": trial["seconds"],
         }
         # The loss of the candidate before its first step.

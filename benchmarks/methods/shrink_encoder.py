@@ -132,22 +132,18 @@ def models(given: argparse.Namespace) -> dict[str, Columns]:
 
 def numbers(given: argparse.Namespace, report: Report) -> dict[str, float]:
     metric = report["metric_name"]
-    students = {
-        one["name"]: one for one in (*report["sizes"], report["student"] | {"name": "student"})
-    }
-    times = {one["model"]: one["ms"] for one in report["latency"] if one["batch"] == 32}
+    asked = {one["name"]: one for one in report["asked"]}
     scores = {
-        "teacher": 100 * report["teacher"]["metrics"][metric],
-        "validation": 100 * report["stages"][-1]["metrics"][metric],
+        "teacher": 100 * report[f"teacher.{metric}"],
+        "validation": 100 * report["stages"][-1][metric],
         "seconds": sum(stage["seconds"] for stage in report["stages"]),
     }
-    for name, one in students.items():
-        asked = one.get("asked")
-        value = asked and asked["value"]
-        title = "student" if asked is None else f"{value:g}" + "x" * (asked["what"] == "speedup")
-        scores[title] = 100 * one["metrics"][metric]
-        if name in times:
-            scores[f"faster, {title}"] = times["teacher"] / times[name]
+    for name in (*report["sizes"], "student"):
+        one = asked.get(name)
+        title = "student" if one is None else f"{one['value']:g}" + "x" * (one["what"] == "speedup")
+        scores[title] = 100 * report[f"{name}.{metric}"]
+        if 32 in report["batches"]:
+            scores[f"faster, {title}"] = report[f"{name}.speedup_batch_32"]
     return scores
 
 

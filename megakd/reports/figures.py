@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import logging
 import re
@@ -29,27 +30,35 @@ Draw = Callable[["Axes"], None]
 
 
 def figure(
-    drawings: Sequence[Draw], *, columns: int = 3, size: tuple[float, float] = (3.6, 2.6)
+    label: str,
+    drawings: Sequence[Draw],
+    *,
+    columns: int = 3,
+    size: tuple[float, float] = (3.6, 2.6),
 ) -> str:
     """Return axes beside and below each other as one SVG text; `size` of one in inches.
 
-    Equal drawings result in equal bytes.
+    Equal drawings and labels result in equal texts.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    columns = min(columns, len(drawings))
+    columns = min(3, len(drawings))
     rows = -(-len(drawings) // columns)
-    # Text stays text, which a reader can search and a screen reader can read.
-    style = {"svg.fonttype": "none", "svg.hashsalt": "megakd", "font.size": 9}
+    # Text stays text, which a reader can search. The salt makes the ids of a page different.
+    style: dict[str, Any] = {"svg.fonttype": "none", "svg.hashsalt": label, "font.size": 9}
     style |= {"axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10}
+    style |= {"text.parse_math": False}
     with rc_context(style):
         page = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
         for number, draw in enumerate(drawings, 1):
             draw(page.add_subplot(rows, columns, number))
         text = io.StringIO()
         page.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    return re.sub(r"^.*?(?=<svg)", "", text.getvalue(), count=1, flags=re.DOTALL)
+    # Without the head of a file, its metadata, and ids that nothing refers to, such as "axes_1".
+    inner = text.getvalue().partition("<svg")[2]
+    inner = re.sub(r' id="[a-z0-9A-Z.]+_\d+"|<metadata>.*?</metadata>', "", inner, flags=re.DOTALL)
+    return f'<svg role="img" aria-label="{html.escape(label)}"{inner}'
 
 
 def stage_figures(report: Report, curves: Curves) -> dict[str, str]:
@@ -65,7 +74,10 @@ def stage_figures(report: Report, curves: Curves) -> dict[str, str]:
                 panels.setdefault(f"{group}: {name}", {})[view] = points
         if panels:
             shown = sorted(panels, key=_rank)[:PANELS]
-            drawn[stage] = figure([_curves(title, panels[title]) for title in shown])
+            drawn[stage] = figure(
+                f"{stage}: losses and evaluations over the steps",
+                [_curves(title, panels[title]) for title in shown],
+            )
     return drawn
 
 
@@ -119,7 +131,7 @@ def size_figure(report: Report) -> str:
         return _scatter(known, kinds, title, metric) if len(known) > 1 else None
 
     drawings = [draw for key, title in measures.items() if (draw := drawn(key, title))]
-    return figure(drawings, size=(3.9, 3.0)) if drawings else ""
+    return figure(f"{metric} against sizes", drawings, size=(3.9, 3.0)) if drawings else ""
 
 
 def _scatter(
@@ -191,7 +203,7 @@ def candidate_figure(report: Report) -> str:
 
         return draw
 
-    return figure([drawing("metric"), drawing("tradeoff")], size=(4.2, 2.8))
+    return figure("candidates", [drawing("metric"), drawing("tradeoff")], size=(4.2, 2.8))
 
 
 def confusion_figure(report: Report) -> str:
@@ -216,4 +228,4 @@ def confusion_figure(report: Report) -> str:
                               fontsize=8)  # fmt: skip
 
     side = min(11.0, max(3.2, 1.8 + 0.4 * len(labels)))
-    return figure([draw], size=(side + 0.6, side))
+    return figure("confusions", [draw], size=(side + 0.6, side))

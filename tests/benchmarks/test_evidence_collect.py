@@ -21,12 +21,16 @@ def write_run(folder, loss, *, stages=("student",), score=0.5):
     folder.mkdir(parents=True)
     metrics = {"soft_target_kl": loss / 10}
     result = reports.report_of(
-        student={"metrics": {"loss": loss, "nats_per_character": loss, "accuracy": score}},
+        student__loss=loss,
+        student__nats_per_character=loss,
+        student__accuracy=score,
+        random__loss=9.0,
         metric_name="accuracy",
-        baselines={"random": {"loss": 9.0}} if "random" in stages else {},
-        environment={"ranks": 2, "threads": 1},
+        baselines=["random"] if "random" in stages else [],
+        environment__ranks=2,
+        environment__threads=1,
         stages=[
-            {"name": name, "steps": STAGES[name], "seconds": STAGES[name] / 10, "metrics": metrics}
+            {"name": name, "steps": STAGES[name], "seconds": STAGES[name] / 10, **metrics}
             for name in stages
         ],
     )

@@ -170,7 +170,7 @@ def test_a_teacher_is_counted_in_every_step_that_it_answers(stages, pool, steps)
         [{"name": name, "steps": count} for name, count in (counts or {}).items()]
         for counts in (stages, pool)
     )
-    report = {"pool": {"teachers": teachers} if pool else None, "stages": stages}
+    report = {"pool": teachers if pool else [], "stages": stages}
 
     assert evidence_plan.teacher_steps(report) == steps
 

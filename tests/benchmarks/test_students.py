@@ -37,14 +37,14 @@ def words(data: Path, *more: str) -> list[str]:
 
 def report_of(student: dict, *, metric: str = "accuracy", seconds: dict, **more) -> dict:
     stages = [{"name": name, "seconds": value} for name, value in seconds.items()]
-    teacher = {"parameters": 800, "metrics": {metric: 0.9}}
-    same = {"metric_name": metric, "teacher": teacher, "baselines": {}, "stages": stages}
-    return reports.report_of(student={"parameters": 100, "metrics": student}, **same, **more)
+    scores = reports.entries("student", student) | {f"teacher.{metric}": 0.9}
+    same = {"metric_name": metric, "baselines": [], "stages": stages, "student__parameters": 100}
+    return reports.report_of(**same, **scores, **more)
 
 
 def held_out(metric: str, **models: float) -> dict:
-    scored = {model: {metric: value} for model, value in models.items()}
-    return {"evaluation_sets": {"held_out": {"metrics": scored}}}
+    scored = {f"{model}.held_out.{metric}": value for model, value in models.items()}
+    return {"evaluation_sets": ["held_out"], **scored}
 
 
 def test_every_run_of_homodistil_is_a_valid_config_of_the_same_text_steps_and_rate(data, load):
@@ -229,8 +229,8 @@ def test_shrink_has_the_losses_of_its_teacher_its_baseline_and_the_cut_it_chose(
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
     report = report_of({"loss": 2.0}, metric="loss", seconds={"trial-1": 2.0, "student": 3.0})
-    report["stages"][0]["metrics"] = {"loss": 4.0}
-    report["baselines"] = {"random": {"loss": 3.0}}
+    report["stages"][0]["loss"] = 4.0
+    report |= {"baselines": ["random"], "random.loss": 3.0}
     report["candidates"] = [
         {"shape": f"{layers} layers, 1 neurons", "metric": kl, "chosen": layers == 2}
         for layers, kl in {3: 0.7, 2: 0.6}.items()
@@ -255,7 +255,7 @@ def test_a_finished_leg_is_not_started_again_and_one_of_other_settings_is_refuse
     (leg.output / "config.yaml").write_text(text)
 
     assert launching.finished(leg) is None
-    report = reports.report_of(environment={"ranks": 1})
+    report = reports.report_of(environment__ranks=1)
     (leg.output / "report.json").write_text(json.dumps(report))
     assert launching.report_of(leg, ranks=1) == json.loads(json.dumps(report))
     with pytest.raises(CheckpointError, match="finished run of another config"):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from tiny_runs import reviews, run_in, write_config, write_jsonl, write_reviews
-from whole_run import accuracy_by_hand, finish, read, relabelled
+from whole_run import accuracy_by_hand, finish, of_model, read, relabelled
 
 
 @pytest.fixture
@@ -162,15 +162,18 @@ def test_a_run_scores_its_evaluation_sets_at_the_end(one_rank, whole_run, mine, 
 
     outcome = finish(one_rank, config)
 
-    sets = read(tmp_path / "out")["evaluation_sets"]
-    assert {name: entry["rows"] for name, entry in sets.items()} == {"mine": 40, "all": 104}
-    assert list(sets["mine"]["metrics"]) == ["teacher", "student", "alone"]
+    report = read(tmp_path / "out")
+    assert {name: report[f"{name}.rows"] for name in report["evaluation_sets"]} == {
+        "mine": 40,
+        "all": 104,
+    }
+    assert all(f"{name}.mine.accuracy" in report for name in ("teacher", "student", "alone"))
     for model, folder in {"teacher": whole_run.teacher, "student": tmp_path / "out/final"}.items():
-        result = sets["mine"]["metrics"][model]["accuracy"]
+        result = report[f"{model}.mine.accuracy"]
         assert result == pytest.approx(accuracy_by_hand(folder, mine))
     assert "evaluation set" in outcome.out
     assert "Evaluation sets" in (tmp_path / "out" / "report.html").read_text()
     assert f"\nmine ({mine}): 40 rows\naccuracy  " in one_rank.megakd("evaluate", config).out
     again = scored(one_rank.megakd("evaluate", config, "--json"))
     assert again["evaluation_sets"]["all"]["rows"] == 104
-    assert again["evaluation_sets"]["mine"]["metrics"] == sets["mine"]["metrics"]["student"]
+    assert again["evaluation_sets"]["mine"]["metrics"] == of_model(report, "student.mine")

@@ -313,6 +313,6 @@ def test_a_run_with_the_method_and_the_loss_of_the_page(one_rank, page, tmp_path
     assert "train/my_losses:Huber" in log
     report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
     assert report["metric_name"] == "my_metrics:worst_label"
-    assert 0 <= report["student"]["metrics"]["my_metrics:worst_label"] <= 1
+    assert 0 <= report["student.my_metrics:worst_label"] <= 1
     stages = [stage["name"] for stage in report["stages"]]
     assert stages == ["labels", "teacher-finetune", "student"]

@@ -69,7 +69,7 @@ def assert_finished(codes: Sequence[int], text: str, out: Path, *, ranks: int) -
     assert text.count(f"the student is in {out / 'final'}") == 1, text
     assert "Traceback" not in text
     report = json.loads((out / "report.json").read_text())
-    assert report["environment"]["ranks"] == ranks
+    assert report["environment.ranks"] == ranks
     assert [stage["steps"] for stage in report["stages"]] == [STEPS, STEPS]
 
 

@@ -116,7 +116,7 @@ def test_a_package_that_is_nowhere_gives_pips_own_last_line(quickstart, tmp_path
 
 @pytest.mark.parametrize(
     ("report", "code"),
-    [(None, 1), ('{"student": ', 1), ("{}", 1), ('{"student": {}}', 0)],
+    [(None, 1), ('{"student.parameters": ', 1), ("{}", 1), ('{"student.parameters": 3}', 0)],
     ids=["absent", "cut off", "without a student", "whole"],
 )
 def test_a_run_is_done_with_a_whole_report_in_the_output_folder_of_the_command_line(

@@ -164,7 +164,7 @@ def test_best_evaluations_and_early_stopping_count_only_after_the_end_of_pruning
     final = json.loads((tmp_path / "out" / "final" / "config.json").read_text())
     assert final["hidden_size"] == 12
     # The random baseline has the shape of the student.
-    assert read(tmp_path / "out")["baselines"].keys() == {"alone", "random"}
+    assert {*read(tmp_path / "out")["baselines"]} == {"alone", "random"}
     student, random = (
         {name: weight.shape for name, weight in weights(tmp_path / "out/stages" / stage).items()}
         for stage in ("student", "random")

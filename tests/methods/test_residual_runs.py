@@ -61,7 +61,7 @@ def test_what_is_exported_scores_as_the_narrower_view_did(masked):
 
     seen = trial["scores"][f"sparsity-{TARGET:g}"]
     assert trial["view"] == f"sparsity-{TARGET:g}"
-    assert read(run.out)["student"]["metrics"]["loss"] == pytest.approx(seen["loss"], rel=1e-5)
+    assert read(run.out)["student.loss"] == pytest.approx(seen["loss"], rel=1e-5)
     # 32 * sqrt(0.15) is 12.4, in fours.
     assert json.loads((run.out / "final" / "config.json").read_text())["hidden_size"] == 12
 
@@ -112,9 +112,9 @@ def test_a_narrower_assistant_teaches_a_still_narrower_student(one_rank, tmp_pat
         for folder in ("stages/specification", "stages/trial-1", "final")
     ]
     assert widths[0] == WIDTH > widths[1] > widths[2] == 12
-    assert assistant["parameters"] > report["student"]["parameters"]
+    assert report[f"{assistant}.parameters"] > report["student.parameters"]
     seen = result(run.out, "trial-2")["scores"][f"sparsity-{TARGET:g}"]
-    assert report["student"]["metrics"]["loss"] == pytest.approx(seen["loss"], rel=1e-5)
+    assert report["student.loss"] == pytest.approx(seen["loss"], rel=1e-5)
 
 
 @pytest.mark.slow

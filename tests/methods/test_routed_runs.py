@@ -31,7 +31,7 @@ def test_the_log_and_the_report_count_the_rows_of_each_teacher(bench, routed):
     assert {entry["steps"] for entry in taught_by(routed).values()} == {STEPS}
     shares = [entry["weight"] for entry in taught_by(routed).values()]
     assert shares == pytest.approx([count / len(named) for count in counts.values()])
-    assert read(routed)["pool"]["distribution"] == "routed"
+    assert read(routed)["pool.distribution"] == "routed"
     assert "taught by" in finish(bench.one_rank, bench.folder / "routed.yaml").out
 
 

@@ -108,7 +108,7 @@ def test_two_names_of_one_teacher_teach_as_this_teacher_alone(bench, routed, req
 
 
 def test_texts_are_counted_and_compared(routed):
-    metrics = read(routed)["stages"][0]["metrics"]
+    metrics = read(routed)["stages"][0]
 
     assert {"text_tokens", "text_truncated", "match"} <= metrics.keys()
 
@@ -162,4 +162,4 @@ def test_served_teachers_are_asked_about_their_own_rows_alone(bench, routed):
     # One epoch: 20 rows name sums and 10 name talk; both servers get the same requests as a check.
     assert asked["sums"] - asked["talk"] == 10
     assert asked["talk"] < 30
-    assert read(out)["pool"]["distribution"] == "routed"
+    assert read(out)["pool.distribution"] == "routed"

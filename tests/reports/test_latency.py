@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig
-from transformers import RobertaForSequenceClassification as Roberta
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from megakd.errors import ModelError
 from megakd.models import forwards
 from megakd.reports import latency
-from megakd.reports.latency import Work, measure_latencies
+from megakd.reports.latency import latency_report, measure_latencies
+
+LENGTHS = [*range(1, 17)] * 3
+CPU = torch.device("cpu")
 
 
 def llama() -> LlamaForCausalLM:
@@ -32,40 +34,19 @@ def seen_by(model: torch.nn.Module) -> list[dict]:
     return calls
 
 
-def test_the_median_of_each_model_is_told(monkeypatch) -> None:
-    warm_up = [0] * (2 * latency.WARM_UP)
-    # The student's turns and the teacher's, swapping places: 1, 2, 3 and 10, 20, 90.
-    times = [*warm_up, 10, 1, 2, 20, 90, 3]
-    ticks = iter(number for time in times for number in (0.0, time / 1000))
-    monkeypatch.setattr(forwards, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
-
-    result = measure_latencies({"a": llama(), "b": llama()}, Work((1,), 4, rounds=3))
-
-    assert [entry["ms"] for entry in result] == pytest.approx([20.0, 2.0])
-    assert [entry["rounds_ms"] for entry in result] == [
-        pytest.approx([10.0, 20.0, 90.0]),
-        pytest.approx([1.0, 2.0, 3.0]),
-    ]
-    assert [(entry["model"], entry["batch"]) for entry in result] == [("a", 1), ("b", 1)]
-
-
-def test_the_forward_has_the_given_shape_without_dropout_or_gradient() -> None:
+def test_a_forward_is_of_texts_of_the_data_without_dropout_or_gradient() -> None:
     model, other = llama().train(), llama()
     calls, before = seen_by(model), torch.get_rng_state()
 
-    measure_latencies({"teacher": model, "student": other}, Work((3,), 7, rounds=2))
+    measure_latencies({"teacher": model, "student": other}, LENGTHS, [4])
 
-    assert len(calls) == latency.WARM_UP + 2
-    assert calls[-1]["input_ids"].shape == (3, 7)
-    assert calls[-1]["attention_mask"].all()
-    assert calls[-1]["logits_to_keep"] == 1
-    assert not calls[-1]["training"]
-    assert not calls[-1]["gradient"]
+    assert [call["input_ids"].shape for call in calls[:2]] == [(4, 14), (4, 16)]
+    assert calls[0]["attention_mask"].sum(dim=1).tolist() == [2, 6, 10, 14]
+    assert calls[0]["logits_to_keep"] == 1
+    assert not calls[0]["training"]
+    assert not calls[0]["gradient"]
     assert model.training
     assert torch.equal(torch.get_rng_state(), before)
-
-
-LENGTHS = [*range(1, 17)] * 3
 
 
 @pytest.mark.parametrize(
@@ -81,74 +62,64 @@ def test_texts_of_the_data_have_the_lengths_of_its_quantiles(batch, batches) -> 
     assert forwards.sample_lengths([5] * 40, batch) == [[5] * batch]
 
 
-def test_texts_of_the_data_are_padded_in_their_batch_and_timed_beside_those_of_one_length() -> None:
-    model = llama()
-    calls = seen_by(model)
-
-    result = measure_latencies({"a": model}, Work((4,), 7, rounds=1, of_data=LENGTHS))
-
-    assert [call["input_ids"].shape for call in calls[-10:-4]] == [(4, 14), (4, 16)] * 3
-    assert calls[-6]["attention_mask"].sum(dim=1).tolist() == [2, 6, 10, 14]
-    assert [(entry["length"], entry.get("lengths")) for entry in result] == [
-        (8, [2, 6, 10, 14, 4, 8, 12, 16]),
-        (7, None),
-    ]
-
-
-def test_a_time_on_texts_of_the_data_is_that_of_one_batch(monkeypatch) -> None:
+def test_a_time_is_that_of_one_batch(monkeypatch) -> None:
     monkeypatch.setattr(latency, "milliseconds", lambda _: 16.0)
-
-    (entry,) = measure_latencies({"a": llama()}, Work((1,), None, of_data=LENGTHS))
-
-    assert (entry["ms"], set(entry["rounds_ms"])) == (2.0, {2.0})
+    assert set(measure_latencies({"a": llama()}, LENGTHS, [1])[1]["a"]) == {2.0}
 
 
-@pytest.mark.parametrize(("ms", "calls"), [(1.0, 3 + 9), (60.0, 3 + 5), (3000.0, 4), (15_000.0, 2)])
-def test_slow_models_are_timed_less_often_but_twice_at_least(monkeypatch, ms, calls):
-    timed: list[object] = []
-    monkeypatch.setattr(
-        latency, "milliseconds", lambda call: timed.append(call.args[0][0].func) or ms
-    )
-    models = {"a": llama(), "b": llama()}
+@pytest.mark.parametrize(("ms", "rounds"), [(1.0, 9), (60.0, 5), (3000.0, 2), (15_000.0, 1)])
+def test_slow_models_are_timed_less_often(monkeypatch, ms, rounds):
+    monkeypatch.setattr(latency, "milliseconds", lambda _: ms)
 
-    result = measure_latencies(models, Work((1,), 4))
+    result = measure_latencies({"a": llama(), "b": llama()}, [4], [1])
 
-    assert [entry["ms"] for entry in result] == [ms, ms]
-    assert {timed.count(model) for model in models.values()} == {calls}
-    assert {len(entry["rounds_ms"]) for entry in result} == {calls - 3 * (ms < latency.LONG_MS)}
+    assert result == {1: {"a": [ms] * rounds, "b": [ms] * rounds}}
 
 
-def test_a_decoder_also_generates_the_last_tokens_of_a_text() -> None:
-    model = llama()
-    model.generation_config.eos_token_id = list(range(19))  # that end no text too early
-    calls = seen_by(model)
-    encoder = Roberta(RobertaConfig(vocab_size=20, hidden_size=8, num_attention_heads=2))
-
-    result = measure_latencies({"a": model, "b": encoder}, Work((2,), 8, generate=3, rounds=1))
-
-    forwards, (written,) = result[:2], result[2:]
-    assert not any("generated" in entry for entry in forwards)
-    assert (written["model"], written["generated"], written["length"]) == ("a", 3, 8)
-    assert written["tokens_per_second"] == pytest.approx(2 * 3 / (written["ms"] / 1000))
-    assert [call["input_ids"].shape for call in calls[-3:]] == [(2, 5), (2, 1), (2, 1)]
-
-
-def test_several_models_take_every_place_by_turns_at_every_batch() -> None:
+def test_models_take_every_place_by_turns_at_every_batch_and_the_log_says_so(caplog) -> None:
+    caplog.set_level(logging.INFO, logger="megakd")
     order: list[str] = []
     models = {name: llama() for name in "abc"}
     for name, model in models.items():
         model.register_forward_pre_hook(
-            lambda _, __, given, name=name: order.append(f"{name}{len(given['input_ids'])}"),
+            lambda _, __, inputs, name=name: order.append(f"{name}{len(inputs['input_ids'])}"),
             with_kwargs=True,
         )
 
-    result = measure_latencies(models, Work((1, 2), 4, rounds=3))
+    result = measure_latencies(models, [4], [1, 2])
 
-    assert [(entry["model"], entry["batch"]) for entry in result] == [
-        (name, batch) for batch in (1, 2) for name in "abc"
-    ]
-    assert all(entry["ms"] > 0 for entry in result)
-    assert order[-9:] == ["a2", "b2", "c2", "b2", "c2", "a2", "c2", "a2", "b2"]
+    assert [(batch, [*times]) for batch, times in result.items()] == [(1, [*"abc"]), (2, [*"abc"])]
+    start = order.index("a2")
+    assert order[start : start + 9] == ["a2", "b2", "c2", "b2", "c2", "a2", "c2", "a2", "b2"]
+    assert "timing a, b, c: batches of 2" in caplog.text
+
+
+def test_a_speed_up_is_the_median_of_the_rounds_with_its_range() -> None:
+    # One round was disturbed, in which both models were slow.
+    times = {"teacher": [20, 22, 24, 220, 22], "student": [10, 10, 10, 100, 10]}
+
+    result = latency_report({1: times}, "teacher", [20, 28], device=CPU, dtype="fp32")
+
+    assert result["student.ms_batch_1"] == 10
+    key = "student.speedup_batch_1"
+    assert [result[f"{key}{end}"] for end in ("_low", "", "_high")] == pytest.approx([2, 2.2, 2.4])
+    assert (result["latency.tokens"], result["latency.rounds_batch_1"]) == (24, 5)
+    assert result["latency.device"].startswith("cpu (")
+    # Of nine rounds, the lowest and the highest ratio do not count.
+    nine = {"teacher": [20] * 8 + [900], "student": [10] * 9}
+    result = latency_report({1: nine}, "teacher", [20], device=CPU, dtype="fp32")
+    assert (result[f"{key}_low"], result[f"{key}_high"]) == (2, 2)
+
+
+def test_a_graph_is_compared_with_the_graph_of_the_teacher_if_that_is_timed() -> None:
+    times = {"teacher": [30], "student": [10], "student_onnx": [5]}
+
+    one = latency_report({1: times}, "teacher", [8], device=CPU, dtype="fp32")
+    both = latency_report(
+        {1: {**times, "teacher_onnx": [20]}}, "teacher", [8], device=CPU, dtype="fp32"
+    )
+
+    assert [r["student_onnx.speedup_batch_1"] for r in (one, both)] == [6, 4]
 
 
 def test_a_folder_of_an_unknown_architecture_is_named(tmp_path: Path) -> None:
@@ -156,4 +127,4 @@ def test_a_folder_of_an_unknown_architecture_is_named(tmp_path: Path) -> None:
     tree = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(tree | {"architectures": ["Novel"]}))
     with pytest.raises(ModelError, match=r"config\.json names the architecture 'Novel'"):
-        measure_latencies({"teacher": llama(), "student": tmp_path}, Work((1,), 4))
+        measure_latencies({"teacher": llama(), "student": tmp_path}, [4], [1])

@@ -13,14 +13,7 @@ from megakd.contract.batch import Batch, TopK
 from megakd.contract.tasks import TaskType
 from megakd.data.token_tables import pack
 from megakd.models.next_tokens import most_likely
-from megakd.reports.samples import (
-    NEW_TOKENS,
-    PROMPT_TOKENS,
-    PROMPTS,
-    Prompts,
-    held_out_prompts,
-    samples_of,
-)
+from megakd.reports.samples import NEW_TOKENS, PROMPTS, Prompts, held_out_prompts, samples_of
 
 CPU = torch.device("cpu")
 EOS = 1
@@ -32,9 +25,8 @@ class Letters:
     eos_token_id, mask_token_id, pad_token_id = EOS, 2, 0
     all_special_ids = (0, 1, 2)
 
-    def decode(self, ids: list[int], *, skip_special_tokens: bool = False) -> str:
-        shown = [i for i in ids if not (skip_special_tokens and i in self.all_special_ids)]
-        return "".join("[]_"[i] if i < 3 else chr(94 + i) for i in shown)
+    def decode(self, ids: list[int]) -> str:
+        return "".join("[]_"[i] if i < 3 else chr(94 + i) for i in ids)
 
 
 class Counting:
@@ -73,28 +65,22 @@ def prompts_of(rows: Dataset, kind: TaskType = "causal_lm", length: int = 64) ->
     return prompts
 
 
-def test_prompts_are_beginnings_of_documents_and_of_one_length() -> None:
-    rows = packed((3, 40), (5, 10), (7, 30), (9, 30), (11, 30), (13, 30))
+def test_prompts_are_the_beginnings_of_documents_one_of_each_row() -> None:
+    prompts = prompts_of(packed((3, 40), (5, 24), (7, 10), (9, 54), (11, 64), (13, 64)))
 
-    prompts = prompts_of(rows)
-
-    # The document of ten tokens is too short; of the next one the first row holds 14.
+    # Of a row the longest document; at most three rows.
     assert prompts.shown == [Letters().decode([*range(first, first + 16)]) for first in (3, 9, 11)]
     assert len(prompts.shown) == PROMPTS
-    assert PROMPT_TOKENS == 16
 
 
 def test_a_text_ends_at_its_end_token_and_all_ranks_ask_as_often() -> None:
     class Ending(Counting):
         def top_k(self, batch: Batch, count: int) -> TopK:
             answer = super().top_k(batch, count)
-            return (
-                answer._replace(ids=torch.full_like(answer.ids, EOS))
-                if len(self.asked) > 2
-                else answer
-            )
+            has_ended = len(self.asked) > 2
+            return answer._replace(ids=torch.full_like(answer.ids, EOS)) if has_ended else answer
 
-    prompts = prompts_of(packed((3, 20)))
+    prompts = prompts_of(packed((3, 64)))
     model = Ending()
 
     assert prompts.answers(model) == [Letters().decode([19, 20])]
@@ -108,17 +94,17 @@ def test_a_decoder_says_what_transformers_generates() -> None:
         num_key_value_heads=1, intermediate_size=32, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
-    prompts = prompts_of(packed((3, 20), (9, 20)))
+    prompts = prompts_of(packed((3, 64), (9, 64)))
 
     ids = torch.tensor([[*range(3, 19)], [*range(9, 25)]])
-    wanted = model.generate(
+    generated = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False,
         pad_token_id=0,
     )  # fmt: skip
 
-    ended = [row[: row.index(EOS)] if EOS in row else row for row in wanted[:, 16:].tolist()]
+    ended = [row[: row.index(EOS)] if EOS in row else row for row in generated[:, 16:].tolist()]
     assert prompts.answers(Model(model)) == [
-        Letters().decode(row, skip_special_tokens=True) for row in ended
+        Letters().decode([token for token in row if token > 2]) for row in ended
     ]
 
 
@@ -132,8 +118,12 @@ def test_a_masked_model_fills_hidden_tokens_that_are_not_special() -> None:
     assert prompts.shown == ["ab_defgh_j", "_"]
     # The mask is token 2, and Counting says the next one.
     assert answers == ["a, a", "a"]
-    ids = model.asked[0].inputs["input_ids"]
-    assert (ids == 2).sum() == 3
+    assert (model.asked[0].inputs["input_ids"] == 2).sum() == 3
+    assert samples_of(prompts, teacher=None, student=answers)[1] == {
+        "prompt": "_",
+        "teacher": None,
+        "student": "a",
+    }
 
 
 def test_other_tasks_have_no_prompt_and_no_sample() -> None:

@@ -12,7 +12,17 @@ from lab_scene import config_of, lab_of, pretend_one_rank, save_teacher
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForSequenceClassification
-from whole_run import EPOCHS, LABELLED, ROWS_PER_STEP, STEPS, accuracy_by_hand, read, records
+from whole_run import (
+    EPOCHS,
+    LABELLED,
+    ROWS_PER_STEP,
+    STEPS,
+    accuracy_by_hand,
+    metrics_of,
+    of_model,
+    read,
+    records,
+)
 
 from megakd.config.file import load_config
 from megakd.engine.optimizer_state import StoredParts
@@ -33,25 +43,24 @@ def test_a_run_ends_with_its_table_and_no_stray_warning(whole_run, out):
 def test_the_report_has_times_of_all_models_and_of_all_that_the_run_did(out):
     report = read(out)
 
-    assert [(e["model"], e["batch"], e["dtype"]) for e in report["latency"]] == [
-        (model, batch, "float32") for batch in (1, 32) for model in ("teacher", "student", "alone")
-    ]
-    assert report["speedup"].keys() == {"batch", "teacher_ms", "student_ms", "low", "high"}
-    assert all(value > 0 for value in report["speedup"].values())
-    environment = report["environment"]
-    assert (environment["ranks"], environment["device"]) == (1, "cpu")
-    assert environment["corpus_content_hash"]
+    for model in ("teacher", "student", "alone"):
+        assert all(report[f"{model}.ms_batch_{batch}"] > 0 for batch in (1, 32))
+    speed = [report[f"student.speedup_batch_1{end}"] for end in ("_low", "", "_high")]
+    assert 0 < speed[0] <= speed[1] <= speed[2]
+    assert (report["latency.dtype"], report["batches"]) == ("fp32", [1, 32])
+    assert (report["environment.ranks"], report["environment.device"]) == (1, "cpu")
+    assert report["environment.corpus_content_hash"]
     # Only some builds have their tag in both versions.
-    assert environment["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert report["versions.torch"].split("+")[0] == torch.__version__.split("+")[0]
     phases = {"start", "data", "models", "training", "scoring", "latency"}
-    assert report["seconds"].keys() - {"other"} == phases
+    assert of_model(report, "seconds").keys() - {"other"} == phases
     for stage in report["stages"]:
         assert min(stage["seconds"], stage["tokens_per_second"]) > 0
         assert stage["peak_memory_bytes"] > 10**8
 
 
 def test_sizes_in_the_report_are_those_of_the_exported_model(out):
-    student = read(out)["student"]
+    student = of_model(read(out), "student")
     model = AutoModelForSequenceClassification.from_pretrained(out / "final")
     encoder = sum(p.numel() for p in model.bert.encoder.parameters())
 
@@ -75,7 +84,7 @@ def test_the_student_scores_the_same_with_plain_transformers_and_in_the_report(
 ):
     accuracy = accuracy_by_hand(out / "final", whole_run.reviews / "validation.jsonl")
 
-    assert read(out)["student"]["metrics"]["accuracy"] == pytest.approx(accuracy, abs=1e-9)
+    assert read(out)["student.accuracy"] == pytest.approx(accuracy, abs=1e-9)
     outcome = one_rank.megakd("evaluate", config, "--json")
     scored = json.loads(outcome.out)
     assert scored["metrics"]["accuracy"] == pytest.approx(accuracy, abs=1e-9)
@@ -86,7 +95,7 @@ def test_any_folder_is_scored_by_evaluate(one_rank, whole_run, out, config):
     outcome = one_rank.megakd("evaluate", config, "--model", out / "stages" / "teacher-finetune")
 
     assert outcome.code == 0, outcome.err
-    metrics = read(out)["teacher"]["metrics"]
+    metrics = metrics_of(read(out), "teacher")
     first, *rows = outcome.out.splitlines()
     assert first == f"{whole_run.reviews}, validation: 26 rows"
     assert [row.split() for row in rows] == [
@@ -126,7 +135,7 @@ def test_the_model_card_says_where_the_student_comes_from(out, config, whole_run
         f"by distilling `{whole_run.teacher.name}`",
         "soft_target_kl (weight 0.5, temperature 2.0",
         "hidden_mse (weight 0.1",
-        f"{read(out)['student']['metrics']['accuracy']:.1%}",
+        f"{read(out)['student.accuracy']:.1%}",
         f"launch/train.py --config {config}",
     ):
         assert text in card
@@ -186,5 +195,5 @@ def test_a_model_whose_code_cannot_be_timed_does_not_fail_a_run(
     lab.teacher()
     monkeypatch.setattr("megakd.reports.latency.measure_latencies", fail)
 
-    assert run_report._latency(lab, {}, torch.device("cpu")) == []
+    assert run_report._latency(lab, {}, torch.device("cpu"), reference="teacher") == {"batches": []}
     assert f"latency could not be measured: {error}" in caplog.text

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from chat_tokenizers import asked, chat_tokenizer
 from tiny_runs import config_tree, llama, write_config, write_jsonl
-from whole_run import finish, read, same_weights
+from whole_run import finish, of_model, read, same_weights
 
 
 def questions(shared_data: Path) -> list[dict[str, str]]:
@@ -44,7 +44,7 @@ def test_a_run_on_real_questions_learns_and_says_what_counts(one_rank, tmp_path,
     outcome = finish(one_rank, config)
 
     report = read(tmp_path / "out")
-    assert report["student"]["metrics"]["perplexity"] > 1
+    assert report["student.perplexity"] > 1
     assert report["samples"][0]["prompt"].rstrip().endswith("assistant")
     log = outcome.out + outcome.err
     for words in ("rows of", "that count", "train", "validation", "[[Natalia sold 48/2"):
@@ -75,7 +75,7 @@ def test_a_mixture_has_a_table_and_scores_documents_as_a_file_of_them_alone(one_
     assert len(re.findall(r"^train/\w+ .*$", answer.out + answer.err, re.MULTILINE)) == 2
     # Documents are cut, not packed, also where a file of them is scored alone.
     alone = json.loads(one_rank.megakd("evaluate", config, "--data", long, "--json").out)
-    of_run = read(tmp_path / "out")["evaluation_sets"]["long"]["metrics"]["student"]
+    of_run = of_model(read(tmp_path / "out"), "student.long")
     assert alone["metrics"] == pytest.approx(of_run)
 
 

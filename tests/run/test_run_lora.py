@@ -14,7 +14,7 @@ from run_files import message_of
 from safetensors.torch import load_file
 from tiny_runs import llama, run_in, save_tokenizer, write_text
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
-from whole_run import finish, finish_in, read, records
+from whole_run import finish, finish_in, metrics_of, of_model, read, records
 
 from megakd.config.file import load_config
 from megakd.errors import ConfigError
@@ -76,7 +76,7 @@ def test_the_student_opens_with_transformers_and_its_adapters_open_on_the_base(s
 
 
 def test_the_report_counts_trained_and_all_weights(run):
-    student = read(run)["student"]
+    student = of_model(read(run), "student")
 
     adapters = load_file(run / "final" / ADAPTER / "adapter_model.safetensors")
     whole = load_file(run / "final" / "model.safetensors")
@@ -168,9 +168,9 @@ def test_the_base_teaches_without_a_second_model_and_is_scored_as_the_teacher(
     base, second = read(tmp_path / "out"), read(run)
     # The student's stage, then the scores of teacher and student, one after the other.
     assert len(outcome.loaded) == 3
-    assert base["teacher"]["metrics"] == second["teacher"]["metrics"]
-    expected = second["student"]["metrics"]["loss"]
-    assert base["student"]["metrics"]["loss"] == pytest.approx(expected, rel=1e-5)
+    assert metrics_of(base, "teacher") == metrics_of(second, "teacher")
+    expected = second["student.loss"]
+    assert base["student.loss"] == pytest.approx(expected, rel=1e-5)
     assert "by distilling `base`" in (tmp_path / "out" / "final" / "README.md").read_text()
 
 

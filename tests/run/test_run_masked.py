@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from spoiling import assert_refused
 from tiny_runs import bert, text_task
 from transformers import AutoModelForMaskedLM, AutoTokenizer
-from whole_run import finish, finish_in, forgotten, read, records
+from whole_run import finish, finish_in, forgotten, metrics_of, read, records
 
 from megakd.config.file import load_config
 from megakd.contract.batch import IGNORE
@@ -39,7 +39,7 @@ def masked_run(one_rank, tmp_path_factory) -> Path:
             {"loss": "hard_cross_entropy", "weight": 0.5},
             {"loss": "hidden_mse", "weight": 0.1, "layer_mapping": ["1:2"]},
         ],
-        eval={"eval_steps": 4, "latency": {}},
+        eval={"eval_steps": 4, "latency": True},
         save={"save_steps": 5},
         train={"max_steps": 12, "gradient_accumulation_steps": 2},
     )
@@ -72,11 +72,11 @@ def test_the_final_model_scores_the_same_with_plain_transformers(masked_run, tmp
         targets += len(truth)
 
     report = read(masked_run / "out")
-    reported = report["student"]["metrics"]
+    reported = metrics_of(report)
     assert nats / targets == pytest.approx(reported["loss"], rel=1e-5)
     assert right / targets == pytest.approx(reported["accuracy"])
     assert reported["perplexity"] == pytest.approx(math.exp(reported["loss"]))
-    assert 1 < report["teacher"]["metrics"]["perplexity"] < reported["perplexity"] < 69
+    assert 1 < report["teacher.perplexity"] < reported["perplexity"] < 69
     logged = [r for r in records(masked_run / "out", "student") if "train/loss" in r]
     assert logged[-1]["train/hard_cross_entropy"] < logged[0]["train/hard_cross_entropy"]
     assert 0 <= logged[-1]["train/top1_agreement"] <= 1
@@ -92,7 +92,7 @@ def test_the_final_folder_says_what_it_is_and_keeps_its_tie(masked_run):
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert "pipeline_tag: fill-mask" in card
     assert "AutoModelForMaskedLM.from_pretrained(folder)" in card
-    assert read(masked_run / "out")["speedup"]["student_ms"] > 0
+    assert read(masked_run / "out")["student.speedup_batch_1"] > 0
     assert not (final / "generation_config.json").exists()
 
 
@@ -102,7 +102,7 @@ def test_it_is_evaluated_to_the_same_numbers_whatever_the_batch(one_rank, masked
     )
 
     metrics = json.loads(outcome.out)["metrics"]
-    assert metrics == pytest.approx(read(masked_run / "out")["student"]["metrics"])
+    assert metrics == pytest.approx(metrics_of(read(masked_run / "out")))
 
 
 def test_a_run_that_was_killed_sees_the_masks_and_ends_with_the_weights_it_would_have(

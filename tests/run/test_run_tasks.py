@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_runs import bert, llama, pairs_task, run_in, text_task
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from whole_run import finish_in, read, records, relabelled, same_weights
+from whole_run import finish_in, metrics_of, read, records, relabelled, same_weights
 
 from megakd.config.file import load_config
 from megakd.data.splits import load_splits
@@ -34,9 +34,9 @@ def test_labels_are_matched_by_name_when_the_teacher_has_them_in_another_order(
         train={"learning_rate": 0.0},
     )
 
-    alone = read(whole_run.folder / "teacher")["student"]["metrics"]["accuracy"]
+    alone = read(whole_run.folder / "teacher")["student.accuracy"]
     assert alone > 0.7
-    assert read(tmp_path / "out")["teacher"]["metrics"]["accuracy"] == alone
+    assert read(tmp_path / "out")["teacher.accuracy"] == alone
     exported = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "final")
     assert exported.config.id2label == {0: "negative", 1: "positive"}
 
@@ -60,7 +60,7 @@ def test_a_student_that_gets_worse_is_exported_at_its_best_unless_told_otherwise
     ]
     assert scores[-1] < scores[0]
     same = same_weights(whole_run.teacher, tmp_path / "out" / "final")
-    score = read(tmp_path / "out")["student"]["metrics"]["accuracy"]
+    score = read(tmp_path / "out")["student.accuracy"]
     assert (same, score) == ((True, scores[0]) if keep_best else (False, scores[-1]))
 
 
@@ -80,15 +80,15 @@ def test_scores_of_pairs_are_learned_and_correlated(one_rank, tmp_path):
     assert report["metric_name"] == "mean_pearson_spearman"
     card = (tmp_path / "out" / "final" / "README.md").read_text()
     assert "by distilling a teacher from random weights" in card
-    assert {"pearson", "spearman"} <= report["student"]["metrics"].keys()
-    assert report["student"]["metrics"].keys() == report["baselines"]["alone"].keys()
+    assert {"pearson", "spearman"} <= {*report["metrics"]}
+    assert metrics_of(report).keys() == metrics_of(report, "alone").keys()
     logged = next(r for r in records(tmp_path / "out", "student") if "train/loss" in r)
     assert {"train/hard_mse", "train/soft_target_mse"} <= logged.keys()
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "final")
     assert (model.config.num_labels, model.config.problem_type) == (1, "regression")
     assert "pearson" in outcome.out
     expected = pearson_by_hand(model, tmp_path / "out" / "final", tmp_path / "run.yaml")
-    assert report["student"]["metrics"]["pearson"] == pytest.approx(expected, abs=1e-4)
+    assert report["student.pearson"] == pytest.approx(expected, abs=1e-4)
 
 
 def pearson_by_hand(model, final: Path, config: Path) -> float:
@@ -157,10 +157,10 @@ def test_a_tied_language_model_is_loaded_and_scored_with_plain_transformers(lang
     assert "lm_head.weight" not in load_file(final / "model.safetensors")
     assert model.lm_head.weight is model.model.embed_tokens.weight
     report = read(language_run / "out")
-    reported = report["student"]["metrics"]
+    reported = metrics_of(report)
     assert loss / targets == pytest.approx(reported["loss"], rel=1e-5)
     assert reported["perplexity"] == pytest.approx(math.exp(reported["loss"]))
-    assert 1 < report["teacher"]["metrics"]["perplexity"] < reported["perplexity"] < 320
+    assert 1 < report["teacher.perplexity"] < reported["perplexity"] < 320
     logged = [r for r in records(language_run / "out", "student") if "train/loss" in r]
     assert logged[-1]["train/hard_cross_entropy"] < logged[0]["train/hard_cross_entropy"]
 

@@ -122,4 +122,4 @@ def test_a_run_whose_checkpoints_all_look_damaged_waits_for_them(one_rank, confi
 
 def test_a_run_that_is_not_told_to_stop_saves_where_its_config_says(truth):
     assert saved(truth) == {"step-7", f"step-{STEPS}"}
-    assert "student" in json.loads((truth / "report.json").read_text())
+    assert "student.parameters" in json.loads((truth / "report.json").read_text())

@@ -102,7 +102,7 @@ def cases(data: Path) -> dict[str, Tree]:
             ],
             "baselines": ["alone"],
             "train": {"gradient_accumulation_steps": 2, "lr_scheduler_type": "cosine"},
-            "eval": {"eval_steps": 10, "latency": {}},
+            "eval": {"eval_steps": 10, "latency": True},
         },
         "pairs": {
             "task": {
@@ -114,8 +114,8 @@ def cases(data: Path) -> dict[str, Tree]:
             "train": {"warmup_ratio": 0.2},
         },
         "masked": masked,
-        # Its models are timed, and generate.
-        "causal": {**causal, "eval": {**causal["eval"], "latency": {}}},
+        # Its models are timed.
+        "causal": {**causal, "eval": {**causal["eval"], "latency": True}},
         "packed": {
             **causal,
             "teacher": {"model": llama(2, 24), **within_documents},

@@ -24,10 +24,10 @@ RELATIVE, ABSOLUTE = 1e-3, 5e-4
 # A policy gradient grows it faster: the student then learns from other answers.
 OF_CASE = {"knowledge_selection": 3e-2}
 # Keys that tell the time, the machine or the place of a run.
-TIMES = ("seconds", "latency", "speedup", "environment", "tokens_per_second", "peak_memory_bytes")
+TIMES = ("seconds", "latency", "environment", "versions", "tokens_per_second", "peak_memory_bytes")
 OF_STEPS = ("fits_in", "ms", "bytes", "teacher_share", "time", "low", "high", "overhead")
-# A message tells numbers as text, which are not compared as numbers.
-VARIES = (*TIMES, *OF_STEPS, "message")
+# Warnings and measured sizes tell numbers as text, which are not compared as numbers.
+VARIES = (*TIMES, *OF_STEPS, "warnings", "measured")
 
 
 def learned(out: Path) -> dict[str, list[list[float]]]:
@@ -82,12 +82,13 @@ def digest(rows: Any) -> str:
 
 def _steady(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {
-            name: _steady(inner)
-            for name, inner in value.items()
-            if name not in VARIES and not name.endswith("_seconds")
-        }
+        return {name: _steady(inner) for name, inner in value.items() if not _varies(name)}
     return [_steady(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _varies(name: str) -> bool:
+    is_time = name.endswith("_seconds") or re.search(r"\.(ms|speedup)_batch_", name) is not None
+    return is_time or not {*VARIES}.isdisjoint(name.split("."))
 
 
 def check_recorded(name: str, values: Any, *, folder: Path | None = None) -> None:

@@ -80,4 +80,4 @@ def furthest(one: Path, other: Path) -> float:
 
 def taught_by(out: Path) -> dict[str, dict[str, Any]]:
     """The rows of the pool in the report, by the name of the teacher."""
-    return {entry["name"]: entry for entry in read(out)["pool"]["teachers"]}
+    return {entry["name"]: entry for entry in read(out)["pool"]}

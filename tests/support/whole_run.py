@@ -45,6 +45,16 @@ def read(out: Path) -> dict[str, Any]:
     return json.loads((out / "report.json").read_text())
 
 
+def of_model(report: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The numbers of a model in a report."""
+    start = f"{name}."
+    return {k.removeprefix(start): v for k, v in report.items() if k.startswith(start)}
+
+
+def metrics_of(report: Mapping[str, Any], name: str = "student") -> dict[str, float]:
+    return {metric: report[f"{name}.{metric}"] for metric in report["metrics"]}
+
+
 def records(out: Path, stage: str) -> list[dict[str, Any]]:
     lines = (out / "metrics.jsonl").read_text().splitlines()
     return [record for record in map(json.loads, lines) if record["stage"] == stage]
@@ -116,7 +126,7 @@ def start_whole_run(one_rank: OneRank, folder: Path) -> WholeRun:
             {"loss": "hidden_mse", "weight": 0.1, "layer_mapping": ["1:2"]},
         ],
         baselines=["alone"],
-        eval={"eval_steps": 6, "latency": {}},
+        eval={"eval_steps": 6, "latency": True},
         log={"report_to": ["tensorboard"]},
         save={"save_steps": 16},
         train={"gradient_accumulation_steps": 2, "max_steps": None, "num_train_epochs": EPOCHS},

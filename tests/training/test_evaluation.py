@@ -285,10 +285,10 @@ def test_a_run_keeps_the_best_evaluation_by_the_chosen_metric_and_shows_the_scor
 
     report = read(tmp_path / "out")
     assert report["metric_name"] == "f1"
-    assert {"accuracy", "f1", "f1_macro", "loss"} == set(report["student"]["metrics"])
+    assert {"accuracy", "f1", "f1_macro", "loss"} == set(report["metrics"])
     best = max(r["eval/f1"] for r in records(tmp_path / "out", "student") if "eval/f1" in r)
-    assert report["stages"][0]["metrics"]["f1"] == best == report["student"]["metrics"]["f1"]
-    negative, positive = report["student"]["per_class"]
+    assert report["stages"][0]["f1"] == best == report["student.f1"]
+    negative, positive = report["student.per_class"]
     assert (negative["label"], positive["label"]) == ("negative", "positive")
     assert negative["f1"] == best
     assert negative["rows"] + positive["rows"] == 26
