@@ -62,7 +62,7 @@ def _baselines(report: Report) -> Iterator[str]:
 def _above_teacher(report: Report) -> Iterator[str]:
     name = report["metric_name"]
     mine, theirs = (report.get(f"{model}.{name}") for model in (STUDENT, TEACHER))
-    if not _is_better(name, mine, theirs):
+    if not (is_number(mine) and is_number(theirs) and _is_better(name, mine, theirs)):
         return
     # Two standard errors, at most, of the difference of two classifiers: only the rows on which
     # both disagree make one.
