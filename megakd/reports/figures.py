@@ -46,7 +46,7 @@ def figure(
     columns = min(3, len(drawings))
     rows = -(-len(drawings) // columns)
     # Text stays text, which a reader can search. The salt makes the ids of a page different.
-    style: dict[str, Any] = {"svg.fonttype": "none", "svg.hashsalt": label, "font.size": 9}
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": label, "font.size": 9}
     style |= {"axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10}
     style |= {"text.parse_math": False}
     with rc_context(style):

@@ -48,11 +48,12 @@ def measure_latencies(
     the same names, as NAME_onnx.
     """
     with ExitStack() as stack:
-        ready: dict[str, Timed] = {
+        loaded = {
             name: stack.enter_context(_evaluated(model, device, dtype))
             for name, model in models.items()
         }
-        ready |= {f"{name}_onnx": Graph(path, ready[name]) for name, path in graphs.items()}
+        graphed = {f"{name}_onnx": Graph(path, loaded[name]) for name, path in graphs.items()}
+        ready: dict[str, Timed] = {**loaded, **graphed}
         rounds: Rounds = {}
         for batch in batches:
             logger.info("timing %s: batches of %d", ", ".join(ready), batch)

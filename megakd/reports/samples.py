@@ -67,7 +67,7 @@ class Prompts:
     @property
     def shown(self) -> list[str]:
         """The prompts as text, with masks and without other special tokens."""
-        special = {*self.tokenizer.all_special_ids} - {self.tokenizer.mask_token_id}
+        special = {*self.tokenizer.all_special_ids} - {cast("int", self.tokenizer.mask_token_id)}
         return [self._decoded([i for i in ids if i not in special]) for ids in self.ids]
 
     def answers(self, model: FrozenTeacher) -> list[str]:
@@ -96,7 +96,7 @@ class Prompts:
 
     def _words(self, model: FrozenTeacher) -> list[str]:
         batch = Collator(self.tokenizer, self.task)([{"input_ids": ids} for ids in self.ids])
-        is_mask = batch.inputs["input_ids"] == self.tokenizer.mask_token_id  # [B, T]
+        is_mask = batch.inputs["input_ids"].eq(cast("int", self.tokenizer.mask_token_id))  # [B, T]
         batch = batch._replace(targets=is_mask.flatten().nonzero().flatten())
         best = model.top_k(device_batch(batch, self.device), 1).ids.flatten()
         by_text = best.split(is_mask.sum(dim=1).tolist())
