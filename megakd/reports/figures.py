@@ -82,11 +82,11 @@ def stage_figures(report: Report, curves: Curves) -> dict[str, str]:
 
 
 def _rank(title: str) -> int:
-    # The loss, evaluations, the terms of the loss, then the others, such as the speed.
+    # The loss, evaluations, terms of the loss and choices, then the others, such as the speed.
     group, _, name = title.partition(": ")
     if name == "loss" or group == "eval":
         return 0 if group == "train" else 1 if not is_of_texts(name) else 3
-    return 2 if group == "train" and lower_is_better(name) else 3
+    return 2 if group == "select" or (group == "train" and lower_is_better(name)) else 3
 
 
 def _curves(title: str, by_view: Mapping[str, Sequence[tuple[int, float]]]) -> Draw:

@@ -76,7 +76,8 @@ def _summary(report: Report) -> str:
     if f"{TEACHER}.parameters" not in report:
         return f"{text}."
     smaller = report[f"{TEACHER}.parameters"] / max(1, report[f"{STUDENT}.parameters"])
-    text += f", the teacher {scores[1]} ({table.against_teacher(report, STUDENT)})"
+    who = "largest teacher" if len(report["teachers"]) > 1 else "teacher"
+    text += f", the {who} {scores[1]} ({table.against_teacher(report, STUDENT)})"
     gains = [f"{smaller:.1f}x smaller"] if smaller >= 1.05 else []
     speeds = {batch: table.speed_up(report, STUDENT, batch) for batch in report["batches"]}
     gains += [f"{speed} as fast at batch {batch}" for batch, speed in speeds.items()]
