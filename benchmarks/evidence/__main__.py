@@ -1,241 +1,154 @@
-"""Does each method help? Every method against its controls, seed by seed, and the page of results.
+"""Does each method help? Every method against its controls, seed by seed.
 
 `python benchmarks evidence --data ../shared/data [--only skdbert,minidisc] [--quick]`, on the
-CPU, two cells side by side. Teachers and the caches of their answers are made once per setting and
-seed; every cell has a folder below `--out` and is gone on with where it was. Results are stored in
-notebook/evidence/ as they come, and a stored cell is not run again; `--page` draws
-notebook/evidence.md from them and runs nothing. `--quick` compares knowledge selection and MiniDisc
-with plain distillation and labels alone in one setting, with two seeds and at equal steps, in less
-than 20 minutes. Its results and page lie below `--out`; the whole run trains none of its cells
-again.
+CPU, two runs side by side. Each arm learns at equal steps, and then for as many steps as cost the
+same CPU time as the reference arm. Teachers and the caches of their answers are made once per
+setting and seed; every run has a folder below `--out`, is gone on with where it was, and is done
+once. `OUT/results/COMPARISON-SETTING.json` is written after every run, and a table is printed at
+the end: means over the seeds, and paired differences from the reference arm.
+
+`--quick` compares knowledge selection and MiniDisc with plain distillation and labels alone in one
+setting, with two seeds and at equal steps, in less than 20 minutes; its results are in `OUT/quick`.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import platform
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
 
-from evidence.cells import (
-    BASES,
-    STORED,
-    Basis,
-    Cell,
-    Stored,
-    read_stored,
-    stored_path,
-    with_cells,
-    write_stored,
-)
-from evidence.collect import collect
-from evidence.comparisons import COMPARISONS, group_of, named
-from evidence.page import draw
-from evidence.run import Bench, cached, digest, known_and_left, run_cell, taught
-from evidence.settings import SETTINGS, Setting
-from evidence.statistics import groups
+from evidence.comparisons import COMPARISONS, Comparison
+from evidence.run import Basis, Bench, Cell, Cells, cached, planned, run_cell, taught
+from evidence.settings import PLANNED, POOL, SETTINGS
+from evidence.table import table
 from lib.launching import ROOT, SHARED, UnusableError, fetch_teacher
 from lib.options import integers, need, parser_of, positive, words_of
 from lib.tables import machine
-from megakd.storage.atomic import replaced_folder
+from megakd.storage.atomic import replaced_folder, write_text
 
-QUICK_ONLY = ("selection", "minidisc")
-"""SKDBERT's four teachers and their caches take ten minutes."""
-QUICK_GROUPS = ("", "T 1", "0.97")
-Chosen = tuple[str, Setting, Sequence[int]]
-"""A comparison, a setting and the seeds."""
+BASES: tuple[Basis, ...] = ("steps", "cost")
 
 
 def main(arguments: Sequence[str]) -> int:
     given = parse(arguments)
-    if given.collect is not None:
-        name, folder = given.collect
-        collect(given.stored / f"{name}.json", Path(folder))
-    elif not given.page:
-        run(given)
-    draw(given.stored, given.stored.parent / "evidence.md")
-    return 0
-
-
-def run(given: argparse.Namespace) -> None:
-    places = list(chosen(given))
+    places = [(n, s) for n in given.only for s in COMPARISONS[n].seeds if s in given.settings]
     if not places:
-        known = {name: ", ".join(COMPARISONS[name].seeds) for name in given.only}
-        words = "; ".join(f"{name} is compared in {settings}" for name, settings in known.items())
-        raise UnusableError(f"nothing to run in {', '.join(given.settings)}: {words}")
-    begun = [(_opened(given.stored, name, setting), seeds) for name, setting, seeds in places]
-    need(given.data / file for _, setting, _ in places for file in setting.needs)
-    out = given.out.resolve()
-    encoder = out / "encoder"
+        known = "; ".join(
+            f"{n} is compared in {', '.join(COMPARISONS[n].seeds)}" for n in given.only
+        )
+        raise UnusableError(f"nothing to run in {', '.join(given.settings)}: {known}")
+    need(given.data / file for _, setting in places for file in SETTINGS[setting].needs)
+    encoder = given.out / "encoder"
     if not encoder.is_dir():
         with replaced_folder(encoder) as folder:
             shutil.copytree(fetch_teacher(), folder, dirs_exist_ok=True)
-    bench = Bench(data=given.data.resolve(), out=out, encoder=str(encoder))
-    for setting in {setting.name: setting for _, setting, _ in places}.values():
-        setting.write_splits(bench.data, bench.folder(setting) / "data")
-    for stored, seeds in begun:
-        run_comparison(given, bench, stored, seeds)
+    for name, setting in places:
+        bench = Bench(setting=SETTINGS[setting], folder=given.out / setting, encoder=str(encoder))
+        bench.setting.write_splits(given.data, bench.data)
+        run_comparison(given, bench, name, given.seeds or COMPARISONS[name].seeds[setting])
+    return 0
 
 
-def chosen(given: argparse.Namespace) -> Iterator[Chosen]:
-    for name in given.only:
-        for setting, seeds in COMPARISONS[name].seeds.items():
-            if setting in given.settings:
-                yield name, SETTINGS[setting], given.seeds or seeds
+def run_comparison(
+    given: argparse.Namespace, bench: Bench, name: str, seeds: Sequence[int]
+) -> None:
+    """Train the teachers, then all arms at equal steps, then all arms at equal cost.
+
+    The steps at equal cost come from the measured costs of all seeds.
+    """
+    comparison = COMPARISONS[name]
+    results = given.out / ("quick" if given.quick else "results")
+    path = results / f"{name}-{bench.setting.name}.json"
+    # The longest runs come first, so that no core waits for the last run.
+    teachers = sorted(comparison.teachers, key=POOL.__getitem__, reverse=True)
+    with ThreadPoolExecutor(given.jobs) as pool:
+        pairs = [(teacher, seed) for teacher in teachers for seed in seeds]
+        facts = facts_of(name, bench, list(pool.map(lambda pair: taught(bench, *pair), pairs)))
+        if comparison.cached:
+            list(pool.map(lambda seed: cached(bench, comparison.teachers, seed), seeds))
+    arms = comparison.quick if given.quick else tuple(comparison.arms)
+    bases = BASES[:1] if given.quick else BASES
+    cells = dict[tuple[str, int, Basis], Cell]()
+    for basis in bases:
+        for is_after in (False, True):
+            some = [arm for arm in arms if (comparison.arms[arm].after is not None) is is_after]
+            keys = [(arm, seed, basis) for arm in some for seed in seeds]
+            for cell in run_cells(given.jobs, bench, comparison, cells, keys):
+                cells[cell.arm, cell.seed, basis] = cell
+                rows = [dataclasses.asdict(one) for one in cells.values()]
+                write_text(path, json.dumps({**facts, "cells": rows}, indent=1) + "\n")
+    for basis in bases:
+        print(f"\n{name} in {bench.setting.name}, equal {basis}:")
+        print(table(comparison, cells, basis), flush=True)
+    print(f"results: {path}", flush=True)
 
 
-def _opened(folder: Path, name: str, setting: Setting) -> Stored:
+def run_cells(
+    jobs: int,
+    bench: Bench,
+    comparison: Comparison,
+    cells: Cells,
+    keys: Sequence[tuple[str, int, Basis]],
+) -> Iterator[Cell]:
+    """Yield the cells as they end; a cell that fails is raised after all others have ended."""
+    runs = [run for key in keys if (run := planned(bench, comparison, cells, key))]
+    failures = list[BaseException]()
+    with ThreadPoolExecutor(jobs) as pool:
+        for done in as_completed([pool.submit(run_cell, bench, run) for run in runs]):
+            if error := done.exception():
+                failures.append(error)
+                print(f"evidence: {error}; the other runs go on", file=sys.stderr, flush=True)
+                continue
+            cell = done.result()
+            print(
+                f"{bench.setting.name}: {cell.arm}, seed {cell.seed}, equal {cell.basis}: "
+                f"{cell.score:.2f}, {cell.steps} steps, {cell.cpu_seconds:.0f} s",
+                flush=True,
+            )
+            yield cell
+    if failures:
+        raise failures[0]
+
+
+def facts_of(comparison: str, bench: Bench, teachers: Sequence[Any]) -> dict[str, Any]:
     import torch
     import transformers
 
     import megakd
 
-    settings = digest(name, setting)
-    path = stored_path(folder, name, setting.name)
-    if path.is_file():
-        return read_stored(path, settings=settings)
     libraries = {module.__name__: module.__version__ for module in (megakd, torch, transformers)}
-    return Stored(
-        comparison=name,
-        setting=setting.name,
-        settings=settings,
-        start=COMPARISONS[name].start,
-        metric="accuracy",
-        machine=machine(),
-        versions={"python": platform.python_version(), **libraries},
-    )
-
-
-def run_comparison(
-    given: argparse.Namespace, bench: Bench, stored: Stored, seeds: Sequence[int]
-) -> None:
-    """Run the arms of the gates, the other arms at equal steps, and all arms at equal cost.
-
-    The steps at equal cost come from the measured costs of all seeds.
-    """
-    comparison = COMPARISONS[stored.comparison]
-    first = (comparison.reference, comparison.plain, comparison.labels)
-    chosen = [
-        arm
-        for arm in comparison.arms_in(stored.setting)
-        if not given.quick or (group_of(arm) in QUICK_GROUPS and named(arm) in first)
-    ]
-    gating = [arm for arm in chosen if named(arm) in (comparison.plain, comparison.labels)]
-    stored = _run_seeds(given, bench, stored, seeds, gating, "steps")
-    arms = _compared(stored, chosen) if len(seeds) > 1 else chosen
-    for basis in BASES[:1] if given.quick else BASES:
-        stored = _run_seeds(given, bench, stored, seeds, arms, basis)
-
-
-def _compared(stored: Stored, arms: Sequence[str]) -> list[str]:
-    """Return the arms without those of groups that fail a gate, which are not compared."""
-    comparison, failed = COMPARISONS[stored.comparison], set[str]()
-    for group in groups(stored, comparison):
-        if not group.is_compared:
-            failed.add(group.reference)
-            reasons = "; ".join(gate.says for gate in group.gates if gate.state == "failed")
-            words = f"no run of {group.reference} and its controls"
-            print(f"{stored.setting} {words}, because a gate has failed: {reasons}", flush=True)
-    present = stored.arms()
-    return [arm for arm in arms if comparison.reference_of(arm, present) not in failed]
-
-
-def _run_seeds(
-    given: argparse.Namespace,
-    bench: Bench,
-    stored: Stored,
-    seeds: Sequence[int],
-    arms: Sequence[str],
-    basis: Basis,
-) -> Stored:
-    """Train the teachers, then run the cells of all seeds.
-
-    An arm that needs the result of another arm comes after it.
-    """
-    setting, comparison = SETTINGS[stored.setting], COMPARISONS[stored.comparison]
-    _, left = known_and_left(bench, stored, seeds, arms, basis)
-    again = sorted({run.seed for run in left})
-    needed = [(name, seed) for seed in again for name in comparison.teachers]
-    # The longest runs come first, so that no core waits for the last run.
-    needed.sort(key=lambda one: setting.pool[one[0]], reverse=True)
-    with ThreadPoolExecutor(given.jobs) as pool:
-        gates = list(pool.map(lambda one: taught(bench, setting, *one), needed))
-        if comparison.cached:
-            list(pool.map(lambda seed: cached(bench, setting, comparison.teachers, seed), again))
-    others = [gate for gate in stored.teachers if gate.seed not in again]
-    stored = dataclasses.replace(stored, teachers=(*others, *gates))
-    for is_after in (False, True):
-        now = [arm for arm in arms if (comparison.arms[arm].after is not None) is is_after]
-        stored = _run_arms(given, bench, stored, seeds, now, basis)
-    return stored
-
-
-def _run_arms(
-    given: argparse.Namespace,
-    bench: Bench,
-    stored: Stored,
-    seeds: Sequence[int],
-    arms: Sequence[str],
-    basis: Basis,
-) -> Stored:
-    comparison = COMPARISONS[stored.comparison]
-    known, left = known_and_left(bench, stored, seeds, arms, basis)
-    if known:
-        stored = with_cells(stored, known)
-        write_stored(given.stored, stored)
-    # The longest runs come first, as with the teachers.
-    costs = {arm: [c.cpu_seconds for c in stored.of(arm).values()] for arm in arms}
-    left.sort(key=lambda run: max(costs[run.name], default=0.0), reverse=True)
-    failures = list[BaseException]()
-    with ThreadPoolExecutor(given.jobs) as pool:
-        waiting = [pool.submit(run_cell, bench, comparison, cell) for cell in left]
-        for done in as_completed(waiting):
-            # A cell that fails does not keep the others from being stored.
-            if error := done.exception():
-                failures.append(error)
-                print(f"evidence: {error}; the other runs go on", file=sys.stderr, flush=True)
-                continue
-            cell = dataclasses.replace(done.result(), basis=basis)
-            stored = with_cells(stored, [cell])
-            write_stored(given.stored, stored)
-            print(f"{stored.setting} {line(cell)}", flush=True)
-    if failures:
-        raise failures[0]
-    return stored
-
-
-def line(cell: Cell) -> str:
-    divergence = "-" if cell.divergence is None else f"{cell.divergence:.4f}"
-    return (
-        f"{cell.arm} seed {cell.seed}, equal {cell.basis}: {cell.score:.2f}, KL {divergence}, "
-        f"{cell.steps} steps, {cell.cpu_seconds:.0f} s"
-    )
+    return {
+        "comparison": comparison,
+        "setting": bench.setting.name,
+        "machine": machine(),
+        "versions": {"python": platform.python_version(), **libraries},
+        "teachers": teachers,
+    }
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = parser_of(__doc__)
+    quick = [name for name, comparison in COMPARISONS.items() if comparison.quick]
     parser.add_argument("--data", type=Path, default=ROOT / SHARED)
     parser.add_argument("--out", type=Path, default=ROOT / "runs/bench/evidence")
-    parser.add_argument("--stored", type=Path, help="results; benchmarks/notebook/evidence")
-    words = f"comparisons; default: all, with --quick {','.join(QUICK_ONLY)}"
+    words = f"comparisons; default: all, with --quick {','.join(quick)}"
     parser.add_argument("--only", type=words_of(COMPARISONS), help=words)
-    planned = [name for name, setting in SETTINGS.items() if setting.in_plan]
-    words = f"of {', '.join(SETTINGS)}; default: {', '.join(planned)}"
-    parser.add_argument("--settings", type=words_of(SETTINGS), default=planned, help=words)
+    words = f"of {', '.join(SETTINGS)}; default: {', '.join(PLANNED)}"
+    parser.add_argument("--settings", type=words_of(SETTINGS), default=PLANNED, help=words)
     parser.add_argument("--seeds", type=integers, help="separated by commas")
-    parser.add_argument("--jobs", type=positive, default=2, help="cells side by side")
+    parser.add_argument("--jobs", type=positive, default=2, help="runs side by side")
     parser.add_argument("--quick", action="store_true", help="a subset of less than 20 minutes")
-    words = "store the runs of another benchmark, such as shrink-books runs/bench/shrink/books"
-    parser.add_argument("--collect", nargs=2, metavar=("CELLS", "FOLDER"), help=words)
-    parser.add_argument("--page", action="store_true", help="draw the page and run nothing")
     given = parser.parse_args(arguments)
-    given.only = given.only or list(QUICK_ONLY if given.quick else COMPARISONS)
+    given.data, given.out = given.data.resolve(), given.out.resolve()
+    given.only = given.only or (quick if given.quick else list(COMPARISONS))
     if given.quick:
-        given.settings = ["clinc150-few"]
-        given.seeds = given.seeds or [1, 2]
-    given.stored = given.stored or (given.out / "quick/evidence" if given.quick else STORED)
+        given.settings, given.seeds = ["clinc150-few"], given.seeds or [1, 2]
+        given.only = [name for name in given.only if COMPARISONS[name].quick]
     return given

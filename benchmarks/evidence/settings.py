@@ -1,4 +1,4 @@
-"""The settings of the evidence: data, teachers and students of each, found by calibration.
+"""The settings of the evidence: data, teachers and students of each.
 
 The numbers of a setting were chosen once, with labels alone and with plain distillation, before any
 method was compared; notebook/evidence.md lists what was tried.
@@ -7,93 +7,69 @@ method was compared; notebook/evidence.md lists what was tried.
 from __future__ import annotations
 
 import csv
+import json
 import random
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lib.data import clinc150 as data_clinc150
-from lib.data import write_labelled
+from lib.data import Config, write_labelled
 
-Config = dict[str, Any]
 Rows = list[tuple[str, str]]
 """Texts with their labels."""
 RUN_SPLITS = ("train", "validation")
 VALIDATION_ROWS = 1000
+SST2_ROWS = 12_000
+POOL = {"one": 1, "two": 2, "four": 4, "six": 6}
+"""Teachers, with the layers of the pretrained encoder that each has; `one` is weaker than the
+student."""
+STUDENT_LAYERS = (2, 5)
+"""Layers of the teacher `six` that the student starts from."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Learning:
-    """Settings of the training of a model: optimizer steps, rows of a step, learning rate.
+    """Optimizer steps of 32 rows, and the learning rate.
 
-    bf16: as on a GPU; a CPU with AVX-512 BF16 computes a step in about half of the time.
+    bf16: a CPU with AVX-512 BF16 computes a step in about half of the time.
     """
 
     steps: int
-    rows: int
     rate: float
-    bf16: bool = True
 
     def train(self) -> Config:
         return {
-            "per_device_train_batch_size": self.rows,
+            "per_device_train_batch_size": 32,
             "max_steps": self.steps,
             "learning_rate": self.rate,
             "lr_scheduler_type": "cosine",
             "warmup_ratio": 0.1,
             "weight_decay": 0.01,
-            "bf16": self.bf16,
+            "bf16": True,
         }
-
-
-POOL = {"one": 1, "two": 2, "four": 4, "six": 6}
-"""The teacher of one layer is weaker than the student of two."""
-EQUAL = ("second", "third", "fourth")
-"""Teachers of six layers beside `six`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """A task with its teachers and its student.
 
-    title: for the page. needs: files of the data folder. splits: reads the three splits from the
-        data folder.
+    needs: files of the data folder. splits: reads the three splits from the data folder.
     labels: training rows that keep their label, drawn by the seed; None: all.
     teacher: how every teacher learns, from labels. student: how every student learns.
     label_rate: learning rate of a student that learns from labels alone.
     cut_label_rate: the same, of a student that is cut out of the teacher's heads and neurons.
-    pool: layers of the pretrained encoder that each teacher has.
-    bootstrap: whether every teacher has a seed of its own, and labelled rows drawn with
-        replacement from those of the run.
-    student_layers: layers of the teacher of six layers that the student starts from.
-    in_plan: whether the setting is trained without being named.
     """
 
     name: str
-    title: str
     needs: tuple[str, ...]
     splits: Callable[[Path], Mapping[str, Rows]]
     labels: int | None
     max_length: int
     teacher: Learning
-    student: Learning = Learning(steps=400, rows=32, rate=1e-3)
+    student: Learning = Learning(steps=400, rate=1e-3)
     label_rate: float
     cut_label_rate: float
-    pool: Mapping[str, int] = field(default_factory=POOL.copy)
-    bootstrap: bool = False
-    student_layers: tuple[int, ...] = (2, 5)
-    in_plan: bool = True
-
-    def facts(self) -> Config:
-        """Return what the results of the setting depend on."""
-        others = ("title", "splits", "in_plan")
-        # Stored digests have `bootstrap` only where it is set.
-        return {
-            key: value
-            for key, value in vars(self).items()
-            if key not in others and (value or key != "bootstrap")
-        }
 
     def task(self, folder: Path) -> Config:
         """Return the section `task` of the files that `write_splits` has written to a folder.
@@ -112,10 +88,10 @@ class Setting:
 
 def clinc150(data: Path) -> Mapping[str, Rows]:
     """Read 150 intents, without the rows that are out of scope."""
-    splits: dict[str, Any] = data_clinc150(data)
-    rows = {name: [*map(tuple, splits[name])] for name in RUN_SPLITS}
-    rows["validation"] = shuffled(rows["validation"])[:VALIDATION_ROWS]
-    return {**rows, "test": splits["test"]}
+    tree = json.loads((data / "clinc150/data_full.json").read_text(encoding="utf-8"))
+    rows = {split: [(text, label) for text, label in tree[split]] for split in ("train", "test")}
+    validation = shuffled((text, label) for text, label in tree["val"])
+    return {**rows, "validation": validation[:VALIDATION_ROWS]}
 
 
 def banking77(data: Path) -> Mapping[str, Rows]:
@@ -126,20 +102,20 @@ def banking77(data: Path) -> Mapping[str, Rows]:
 
 
 def sst2(data: Path) -> Mapping[str, Rows]:
-    """Read phrases with their sentiment; the published development sentences are the test rows."""
+    """Read 12,000 phrases with their sentiment."""
     rows = whole_sst2(data)
     return {**rows, "train": rows["train"][:SST2_ROWS]}
 
 
 def whole_sst2(data: Path) -> Mapping[str, Rows]:
-    """Read all 66,349 phrases that are not validation rows."""
+    """Read 66,349 phrases; the published development sentences are the test rows."""
     columns = ("sentence", "label")
     rows = shuffled(read_table(data / "glue/SST-2/train.tsv", columns, delimiter="\t"))
     test = read_table(data / "glue/SST-2/dev.tsv", columns, delimiter="\t")
     return {"train": rows[VALIDATION_ROWS:], "validation": rows[:VALIDATION_ROWS], "test": test}
 
 
-def read_table(path: Path, columns: tuple[str, str], *, delimiter: str) -> Rows:
+def read_table(path: Path, columns: tuple[str, str], *, delimiter: str = ",") -> Rows:
     """Read two columns of a file; files with tabs have no quotes."""
     quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
     with path.open(newline="", encoding="utf-8") as file:
@@ -154,57 +130,43 @@ def shuffled(rows: Iterable[Any]) -> list[Any]:
     return order
 
 
-SST2_ROWS = 12_000
 _CLINC = (clinc150, ("clinc150/data_full.json",), 32)
 _BANK = (banking77, ("banking77/train.csv", "banking77/test.csv"), 48)
 _SST2 = (sst2, ("glue/SST-2/train.tsv", "glue/SST-2/dev.tsv"), 48)
-_TEXT = "unlabelled text"
 _TABLE = (
     # data, labels, the teacher's steps and rate, rates of labels alone: whole and cut student
-    ("clinc150-few", f"CLINC150, 1500 labels, {_TEXT}", _CLINC, 1500, 640, 5e-4, 1e-3, 2e-3),
-    ("banking77-few", f"banking77, 1000 labels, {_TEXT}", _BANK, 1000, 640, 5e-4, 1e-3, 1e-3),
-    ("sst2-few", f"SST-2, 500 labels, {_TEXT}", _SST2, 500, 320, 1e-4, 3e-4, 3e-4),
-    ("clinc150", "CLINC150, all labels", _CLINC, None, 1600, 3e-4, 1e-3, 1e-3),
+    ("clinc150-few", _CLINC, 1500, 640, 5e-4, 1e-3, 2e-3),
+    ("banking77-few", _BANK, 1000, 640, 5e-4, 1e-3, 1e-3),
+    ("sst2-few", _SST2, 500, 320, 1e-4, 3e-4, 3e-4),
+    ("clinc150", _CLINC, None, 1600, 3e-4, 1e-3, 1e-3),
 )
 SETTINGS = {
     name: Setting(
         name=name,
-        title=title,
         splits=splits,
         needs=needs,
         max_length=length,
         labels=labels,
-        teacher=Learning(steps=steps, rows=32, rate=rate),
+        teacher=Learning(steps=steps, rate=rate),
         label_rate=label_rate,
         cut_label_rate=cut_rate,
     )
-    for name, title, (splits, needs, length), labels, steps, rate, label_rate, cut_rate in _TABLE
+    for name, (splits, needs, length), labels, steps, rate, label_rate, cut_rate in _TABLE
 }
-FEW = SETTINGS["clinc150-few"]
+PLANNED = tuple(SETTINGS)
+"""Settings that are trained without being named."""
 SETTINGS["clinc150-few-10-epochs"] = replace(
-    FEW,
+    SETTINGS["clinc150-few"],
     name="clinc150-few-10-epochs",
-    title=f"{FEW.title}, ten epochs",
     # Ten times the 15,000 training rows.
-    student=replace(FEW.student, steps=4688),
+    student=Learning(steps=4688, rate=1e-3),
     label_rate=4e-4,
-    in_plan=False,
-)
-SETTINGS["clinc150-few-equal"] = replace(
-    FEW,
-    name="clinc150-few-equal",
-    title=f"{FEW.title}, four teachers on bootstraps of the labels",
-    pool=dict.fromkeys((*EQUAL, "six"), 6),
-    bootstrap=True,
-    in_plan=False,
 )
 SETTINGS["sst2"] = replace(
     SETTINGS["sst2-few"],
     name="sst2",
-    title="SST-2, all labels",
     splits=whole_sst2,
     labels=None,
     # Two epochs.
-    teacher=Learning(steps=4146, rows=32, rate=1e-4),
-    in_plan=False,
+    teacher=Learning(steps=4146, rate=1e-4),
 )

@@ -215,11 +215,7 @@ def seconds_of(report: Report) -> dict[str, float]:
     return {stage["name"]: stage["seconds"] for stage in report["stages"]}
 
 
-def points(report: Report | None) -> float | None:
-    return None if report is None else 100 * report[f"student.{report['metric_name']}"]
-
-
-def metric_of(report: Report, model: str, metric: str, held_out: str = "") -> float:
-    """Return a metric of a model in an evaluation set, or on the split of the report."""
-    in_set = f"{model}.{held_out}.{metric}"
-    return report[in_set if held_out in report["evaluation_sets"] else f"{model}.{metric}"]
+def loss_of(report: Report, model: str) -> float:
+    """Return the held-out loss of the student, the teacher or a baseline."""
+    metrics = report["baselines"].get(model) or report[model]["metrics"]
+    return metrics["loss"]

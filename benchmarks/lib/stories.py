@@ -22,7 +22,6 @@ SPACE = "▁"
 STORIES = Path("lm/tinystories_sample/tinystories_1000.json")
 MODEL = Path("weights/stories260K")
 PARTS = (STORIES, MODEL)
-LAYERS = 5
 TRAIN = {"per_device_train_batch_size": 4, "learning_rate": 3e-3, "warmup_ratio": 0.02}
 
 
