@@ -9,36 +9,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gpu_day.process import part_parser, say, words
+from gpu_day.process import part_parser, say
 from lib.launching import ROOT
 
 COLUMNS = {
-    "case": "case",
-    "impl": "implementation",
-    "ms_median": "ms",
-    "ms_p20": "20 %",
-    "ms_p80": "80 %",
-    "noise": "noise",
-    "frac_of_floor": "share of the floor",
-    "tflops_model": "TFLOP/s",
-    "gbps": "GB/s",
-    "peak_mb": "peak MB",
-    "loss_relerr": "error of the loss",
-    "dx_relerr": "of dX",
-    "dw_relerr": "of dW",
-    "clock": "MHz",
-    "reason": "not measured, because",
-}
+    "case": "case", "impl": "implementation", "ms_median": "ms", "ms_p20": "20 %",
+    "ms_p80": "80 %", "noise": "noise", "frac_of_floor": "share of the floor",
+    "tflops_model": "TFLOP/s", "gbps": "GB/s", "peak_mb": "peak MB",
+    "loss_relerr": "error of the loss", "dx_relerr": "of dX", "dw_relerr": "of dW",
+    "clock": "MHz", "reason": "not measured, because",
+}  # fmt: skip
 
 
 def main(arguments: Sequence[str]) -> int:
     parser = part_parser(__doc__)
-    parser.add_argument("--cases", type=words, required=True)
-    parser.add_argument("--implementations", type=words, required=True)
+    parser.add_argument("--cases", required=True, help="separated by commas")
+    parser.add_argument("--implementations", required=True, help="separated by commas")
     given = parser.parse_args(arguments)
     command = [sys.executable, "-m", "bench", "--out", str(given.folder)]
-    command += [word for case in given.cases for word in ("--case", case)]
-    command += [word for name in given.implementations for word in ("--impl", name)]
+    command += [word for case in given.cases.split(",") for word in ("--case", case)]
+    command += [word for name in given.implementations.split(",") for word in ("--impl", name)]
     # The quick way measures for a shorter time, and takes all cases that are named.
     command += ["--device", "cpu", "--quick"] if given.rehearse else []
     with subprocess.Popen(command, cwd=ROOT / "kernels") as process:

@@ -34,8 +34,9 @@ def main(arguments: Sequence[str]) -> int:
     for name, chosen in groups.items():
         report = given.folder / f"{name.replace(' ', '-')}.xml"
         code = max(code, run_tests([*chosen, *files(rehearse=given.rehearse)], report))
-        rows.append({"tests": name, **counts(report)})
-        failures += failed(report)
+        counts, failed = read_junit(report)
+        rows.append({"tests": name, **counts})
+        failures += failed
         say({"tests": rows, "failures": failures[:SHOWN]})
     return code
 
@@ -60,25 +61,19 @@ def run_tests(words: Sequence[str], report: Path) -> int:
     return 0 if code == 5 else code
 
 
-def counts(report: Path) -> dict[str, Any]:
+def read_junit(report: Path) -> tuple[dict[str, Any], list[dict[str, str]]]:
+    """Return the counts of a report, and its failures with the first line of each message."""
     if not report.is_file():
-        return {"passed": 0, "failed": 0, "skipped": 0, "seconds": None}
+        return {"passed": 0, "failed": 0, "skipped": 0, "seconds": None}, []
     suite = next(ET.parse(report).getroot().iter("testsuite"))  # noqa: S314 - pytest wrote it
     names = ("tests", "failures", "errors", "skipped")
     whole, failures, errors, skipped = (int(suite.get(name, "0")) for name in names)
-    numbers = {"passed": whole - failures - errors - skipped, "failed": failures + errors}
-    return {**numbers, "skipped": skipped, "seconds": float(suite.get("time", "0"))}
-
-
-def failed(report: Path) -> list[dict[str, str]]:
-    if not report.is_file():
-        return []
-    failures = []
-    for case in ET.parse(report).getroot().iter("testcase"):  # noqa: S314 - pytest wrote it
+    counts = {"passed": whole - failures - errors - skipped, "failed": failures + errors}
+    failed = []
+    for case in suite.iter("testcase"):
         for problem in (*case.iter("failure"), *case.iter("error")):
             message = (problem.get("message") or "").splitlines() or [""]
             name = f"{case.get('classname', '')}::{case.get('name', '')}"
-            failures.append(
-                {"test": name.removeprefix("kernels.tests."), "message": message[0][:200]}
-            )
-    return failures
+            name = name.removeprefix("kernels.tests.")
+            failed.append({"test": name, "message": message[0][:200]})
+    return {**counts, "skipped": skipped, "seconds": float(suite.get("time", "0"))}, failed

@@ -1,7 +1,7 @@
 """Processes of `gpu_day.py`: run a part within its limit, and read the numbers that it prints.
 
-A part prints its numbers as one line `numbers: {…}`. A part may print such a line several times:
-the last line counts, so that a part that is ended keeps what it had found until then.
+A part prints its numbers as one line `numbers: {…}`, as often as it likes: the last line counts, so
+that a part that is ended keeps what it had measured until then.
 """
 
 from __future__ import annotations
@@ -29,25 +29,11 @@ NUMBERS, SKIPPED = "numbers: ", "skipped: "
 LAST_WORDS_S, END_S, POLL_S = 3.0, 10.0, 0.05
 
 
-class Ended(NamedTuple):
-    """The end of a command.
-
-    code: the exit code; None if the command was ended at its limit.
-    """
-
-    code: int | None
-    seconds: float
-
-
 def part_parser(about: str | None) -> argparse.ArgumentParser:
     parser = parser_of(about)
     parser.add_argument("--folder", type=Path, required=True, help="for everything it writes")
     parser.add_argument("--rehearse", action="store_true", help="small sizes on the CPU")
     return parser
-
-
-def words(text: str) -> list[str]:
-    return text.split(",")
 
 
 def say(numbers: Mapping[str, Any]) -> None:
@@ -61,23 +47,13 @@ def skip(reason: str) -> NoReturn:
 
 def numbers_of(log: str) -> dict[str, Any]:
     """Return the numbers that a part printed last; empty if the part printed none."""
-    last = _last_line(log, NUMBERS)
     try:
-        return json.loads(last) if last else {}
+        return json.loads(last_line(log, NUMBERS) or "{}")
     except json.JSONDecodeError:  # ended in the middle of the line
         return {}
 
 
-def reason_to_skip(log: str) -> str:
-    return _last_line(log, SKIPPED)
-
-
-def tail_of(log: str) -> str:
-    lines = [line for line in log.splitlines() if not line.startswith(NUMBERS)]
-    return "\n".join(lines[-60:])
-
-
-def _last_line(log: str, mark: str) -> str:
+def last_line(log: str, mark: str) -> str:
     lines = [line.removeprefix(mark) for line in log.splitlines() if line.startswith(mark)]
     return lines[-1].strip() if lines else ""
 
@@ -86,11 +62,12 @@ def environment(*, rehearse: bool) -> dict[str, str]:
     """Return the variables of a part's process; a rehearsal hides all GPUs."""
     # The interpreter of Triton is for the parts that ask for it.
     variables = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    # The root stays away: its folder `kernels` would be found in place of Hugging Face's package
-    # of that name.
+    # The root stays away: its folder `kernels` would be taken for Hugging Face's package of that
+    # name.
     variables["PYTHONPATH"] = bench_path()
-    offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return {**variables, **offline, **(quickstart().ENVIRONMENT if rehearse else {})}
+    # A Python process that is aborted prints where it hangs.
+    fixed = {"PYTHONFAULTHANDLER": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return {**variables, **fixed, **(quickstart().ENVIRONMENT if rehearse else {})}
 
 
 class Limited(NamedTuple):
@@ -103,70 +80,57 @@ class Limited(NamedTuple):
 
 def run_limited(
     commands: Mapping[str, Limited], variables: Mapping[str, str]
-) -> Iterator[tuple[str, Ended]]:
-    """Run commands side by side, and yield each when it has ended.
+) -> Iterator[tuple[str, int | None, float]]:
+    """Run commands side by side; yield name, exit code and seconds of each when it has ended.
 
-    Each has a process group of its own, which ends at the limit.
+    Each has a process group of its own, which ends at the limit; the exit code is then None.
     """
     began = time.monotonic()
     running: dict[str, subprocess.Popen[bytes]] = {}
     try:
         for name, one in commands.items():
-            running[name] = _start(one, variables)
+            one.log.parent.mkdir(parents=True, exist_ok=True)
+            with one.log.open("wb") as file:
+                running[name] = subprocess.Popen(
+                    list(one.command), cwd=ROOT, env=dict(variables), stdout=file,
+                    stderr=subprocess.STDOUT, start_new_session=True,
+                )  # fmt: skip
         while running:
             for name, process in list(running.items()):
                 code, seconds = process.poll(), time.monotonic() - began
-                if code is not None or seconds >= commands[name].limit_s:
-                    _end(process)
-                    del running[name]
-                    yield name, Ended(code, seconds)
+                if code is None and seconds >= commands[name].limit_s:
+                    signal_group(process.pid, signal.SIGABRT)
+                    with suppress(subprocess.TimeoutExpired):
+                        process.wait(LAST_WORDS_S)
+                elif code is None:
+                    continue
+                end_tree(process)
+                del running[name]
+                yield name, code, seconds
             time.sleep(POLL_S)
     finally:
         for process in running.values():
             end_tree(process)
 
 
-def _start(one: Limited, variables: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    one.log.parent.mkdir(parents=True, exist_ok=True)
-    # A Python process that is aborted prints where it hangs.
-    env = {**variables, "PYTHONFAULTHANDLER": "1"}
-    with one.log.open("wb") as file:
-        return subprocess.Popen(
-            list(one.command), cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )  # fmt: skip
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        _signal_group(process.pid, signal.SIGABRT)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(LAST_WORDS_S)
-    end_tree(process)
-
-
 def end_tree(process: subprocess.Popen[bytes]) -> None:
     """Kill a process with its descendants and its group, and wait until the process has ended."""
-    try:
+    below = list[psutil.Process]()
+    with suppress(psutil.NoSuchProcess):
         below = psutil.Process(process.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        below = []
-    _signal_group(process.pid, signal.SIGKILL)
+    signal_group(process.pid, signal.SIGKILL)
     for other in below:
         # psutil compares start times: a later process with the same number is left alone.
         if other.is_running():
             other.kill()
-    if process.poll() is None:
-        process.kill()
     try:
+        process.kill()
         process.wait(END_S)
     except subprocess.TimeoutExpired:
         # A driver that hangs cannot be interrupted; the other parts must go on.
         print(f"process {process.pid} does not end", file=sys.stderr, flush=True)
 
 
-def _signal_group(leader: int, number: signal.Signals) -> None:
-    try:
+def signal_group(leader: int, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError, PermissionError):
         os.killpg(leader, number)
-    except (ProcessLookupError, PermissionError):
-        return

@@ -1,7 +1,7 @@
 """Results of `gpu_day.py`: the machine, what happened to every part, and the page of both.
 
-`results.json` is whole after every part. On the page, the numbers of a part are values, which
-become one table, and lists of rows, which become a table each.
+On the page, the numbers of a part are values, which become one table, and lists of rows, which
+become a table each.
 """
 
 from __future__ import annotations
@@ -9,63 +9,17 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lib.launching import ROOT, UnusableError
 from lib.tables import machine, markdown_table
-from megakd.storage.atomic import write_json
 
 NOTE = (
     "**A rehearsal**: tiny sizes on a CPU. The numbers show that the parts run, and say nothing "
     "about a GPU."
 )
-State = Literal["finished", "failed", "timed out", "skipped", "not run"]
-FINISHED: State = "finished"
-DONE = (FINISHED, "skipped")
-"""States without a problem; a part that was skipped is tried again all the same."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """The result of a part: why it has not finished, and the end of its output in this case."""
-
-    state: State
-    about: str
-    reason: str = ""
-    seconds: float = 0.0
-    numbers: Mapping[str, Any] = field(default_factory=dict)
-    tail: str = ""
-
-
-class Results:
-    """The machine and the outcomes of a folder; `results.json` is whole after every `write`."""
-
-    def __init__(self, folder: Path, *, rehearsal: bool) -> None:
-        self._path, self._rehearsal = folder / "results.json", rehearsal
-        tree: dict[str, Any] = {"rehearsal": rehearsal, "machine": {}, "parts": {}}
-        if self._path.is_file():
-            tree = json.loads(self._path.read_text(encoding="utf-8"))
-        if tree["rehearsal"] != rehearsal:
-            kinds = ("a run on a GPU", "a rehearsal")
-            raise UnusableError(
-                f"{self._path} holds the results of {kinds[tree['rehearsal']]}, and this is "
-                f"{kinds[rehearsal]}; choose another --out"
-            )
-        self.machine: dict[str, Any] = tree["machine"]
-        self.parts = {name: Outcome(**outcome) for name, outcome in tree["parts"].items()}
-
-    def is_finished(self, name: str) -> bool:
-        return name in self.parts and self.parts[name].state == FINISHED
-
-    def write(self) -> None:
-        parts = {name: asdict(outcome) for name, outcome in self.parts.items()}
-        tree = {"rehearsal": self._rehearsal, "machine": self.machine, "parts": parts}
-        write_json(self._path, tree)
-
-
 PACKAGES = ("torch", "triton", "deepspeed", "transformers")
 ASKED = {
     "name": "GPU", "driver_version": "driver", "memory.total": "memory",
@@ -76,10 +30,22 @@ ASKED = {
 """In the order in which nvidia-smi prints them."""
 
 
-def has_gpu() -> bool:
-    import torch  # takes seconds, and a rehearsal does not ask
+def read_results(path: Path, *, rehearsal: bool) -> dict[str, Any]:
+    """Return `rehearsal`, `machine` and the outcomes of `parts` by name.
 
-    return torch.cuda.is_available()
+    Raises:
+        UnusableError: the file holds a rehearsal and this is none, or the other way.
+    """
+    tree: dict[str, Any] = {"rehearsal": rehearsal, "machine": {}, "parts": {}}
+    if path.is_file():
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    if tree["rehearsal"] != rehearsal:
+        kinds = ("a run on a GPU", "a rehearsal")
+        raise UnusableError(
+            f"{path} holds the results of {kinds[tree['rehearsal']]}, and this is "
+            f"{kinds[rehearsal]}; choose another --out"
+        )
+    return tree
 
 
 def describe(*, rehearsal: bool) -> dict[str, str]:
@@ -89,11 +55,8 @@ def describe(*, rehearsal: bool) -> dict[str, str]:
     versions = {
         name: "not installed" if one is None else one.version for name, one in first.items()
     }
-    commit = _output(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]) or "unknown"
-    status = ["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"]
-    is_changed = commit != "unknown" and _output(status)
-    commit += " with changes" if is_changed else ""
-    return {**gpus, "CPU": machine(), **versions, "commit": commit}
+    commit = _output(["git", "-C", str(ROOT), "describe", "--always", "--dirty= with changes"])
+    return {**gpus, "CPU": machine(), **versions, "commit": commit or "unknown"}
 
 
 def _gpus() -> dict[str, str]:
@@ -108,40 +71,25 @@ def _gpus() -> dict[str, str]:
 def _output(command: Sequence[str]) -> str:
     """Return what a program prints; empty if the program is missing or fails."""
     try:
-        done = subprocess.run(
-            list(command), capture_output=True, text=True, check=False, timeout=20
-        )
-    except (OSError, subprocess.TimeoutExpired):
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
         return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+    return done.stdout.strip()
 
 
-def page_of(results: Results, abouts: Mapping[str, str], *, rehearsal: bool) -> str:
-    parts = results.parts
-    abouts = {**abouts, **{name: outcome.about for name, outcome in parts.items()}}
-    absent = Outcome(state="not run", about="")
+def page_of(results: Mapping[str, Any]) -> str:
+    parts = results["parts"]
     overview = [
-        {
-            "part": name,
-            "state": (outcome := parts.get(name, absent)).state,
-            "seconds": round(outcome.seconds) if name in parts else None,
-            "what": about,
-            "reason": outcome.reason,
-        }
-        for name, about in abouts.items()
+        {"part": name, **{key: outcome[key] for key in ("state", "seconds", "about", "reason")}}
+        for name, outcome in parts.items()
     ]
-    blocks = ["# First day on a GPU", *([NOTE] if rehearsal else []), "## Machine"]
-    blocks += [*_tables(results.machine), "## Parts", markdown_table(overview)]
-    for name in (name for name in abouts if name in parts):
-        outcome = parts[name]
-        blocks += [
-            f"## {name}: {outcome.state}",
-            outcome.about,
-            outcome.reason,
-            *_tables(outcome.numbers),
-        ]
+    blocks = ["# First day on a GPU", NOTE if results["rehearsal"] else "", "## Machine"]
+    blocks += [*_tables(results["machine"]), "## Parts", markdown_table(overview)]
+    for name, outcome in parts.items():
+        blocks += [f"## {name}: {outcome['state']}", outcome["about"], outcome["reason"]]
+        blocks += _tables(outcome["numbers"])
         # The end of the output of a part that has failed.
-        blocks += [f"```text\n{outcome.tail}\n```"] if outcome.tail else []
+        blocks += [f"```text\n{outcome['tail']}\n```"] if outcome["tail"] else []
     return "\n\n".join(filter(None, blocks)) + "\n"
 
 
