@@ -215,7 +215,8 @@ def run_cell(bench: Bench, cell: Planned) -> Cell:
             shutil.rmtree(cell.folder / name, ignore_errors=True)
         return dataclasses.asdict(result)
 
-    return Cell(**once(cell.folder / "cell.json", cell.config, make) | {"basis": cell.basis})
+    result = Cell(**once(cell.folder / "cell.json", cell.config, make))
+    return dataclasses.replace(result, basis=cell.basis)
 
 
 def start(folder: Path, config: Config, *, program: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 from scipy.stats import ttest_1samp
 
@@ -55,7 +56,7 @@ def paired(differences: Sequence[float]) -> tuple[float, float, float]:
     """Return the 95 % interval of the mean and the p-value; NaN for one seed or no spread."""
     if len(differences) < 2 or statistics.stdev(differences) < 1e-9:
         return math.nan, math.nan, math.nan
-    tested = ttest_1samp(differences, 0.0)
+    tested: Any = ttest_1samp(differences, 0.0)
     interval = tested.confidence_interval()
     return float(interval.low), float(interval.high), float(tested.pvalue)
 
