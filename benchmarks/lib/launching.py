@@ -122,7 +122,7 @@ def start_ranks(
     for rank in range(ranks):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_SIZE": ranks}
         of_rank = {key: str(value) for key, value in {**place, **meeting}.items()}
-        of_rank = variables() | of_rank | (environment or {})
+        of_rank = {**variables(), **of_rank, **(environment or {})}
         output = subprocess.DEVNULL if is_quiet else None
         processes.append(subprocess.Popen([sys.executable, *words], env=of_rank, stdout=output))
     try:

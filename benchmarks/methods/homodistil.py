@@ -92,9 +92,8 @@ def numbers(
         return {}
     seconds = launching.seconds_of(report)
     if not is_pruned:
-        columns = {"loss": launching.loss_of(report, name)}
-        return columns | ({"seconds": seconds[name]} if name in BASELINES else {})
-    columns = {
+        return {"loss": launching.loss_of(report, name), "seconds": seconds.get(name)}
+    columns: dict[str, float | None] = {
         "loss": launching.loss_of(report, "student"),
         "seconds": sum(spent for stage, spent in seconds.items() if stage not in BASELINES),
         "parameters": report["student"]["parameters"],

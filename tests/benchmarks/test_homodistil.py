@@ -59,7 +59,7 @@ def test_a_pruned_student_and_a_baseline_of_its_run_have_their_loss_jump_and_sec
         "largest jump": pytest.approx(0.2),
     }
     assert of("alone") == {"loss": 6.0, "seconds": 5.0}
-    assert (of("teacher"), of("late")) == ({"loss": 3.0}, {})
+    assert (of("teacher"), of("late")) == ({"loss": 3.0, "seconds": None}, {})
 
 
 def test_a_finished_leg_is_not_started_again_and_one_of_other_settings_is_refused(given):
