@@ -213,9 +213,3 @@ def stage_of(report: Report, name: str) -> Report:
 def seconds_of(report: Report) -> dict[str, float]:
     """Return the seconds of training by stage, evaluations and saves included."""
     return {stage["name"]: stage["seconds"] for stage in report["stages"]}
-
-
-def loss_of(report: Report, model: str) -> float:
-    """Return the held-out loss of the student, the teacher or a baseline."""
-    metrics = report["baselines"].get(model) or report[model]["metrics"]
-    return metrics["loss"]

@@ -92,11 +92,11 @@ def numbers(
         return {}
     seconds = launching.seconds_of(report)
     if not is_pruned:
-        return {"loss": launching.loss_of(report, name), "seconds": seconds.get(name)}
+        return {"loss": report[f"{name}.loss"], "seconds": seconds.get(name)}
     columns: dict[str, float | None] = {
-        "loss": launching.loss_of(report, "student"),
+        "loss": report["student.loss"],
         "seconds": sum(spent for stage, spent in seconds.items() if stage not in BASELINES),
-        "parameters": report["student"]["parameters"],
+        "parameters": report["student.parameters"],
     }
     if name != "one_shot_alone":
         path = [0.0, *(row["teacher_kl"] for row in report["pruning"])]

@@ -42,9 +42,10 @@ def test_a_pruned_student_and_a_baseline_of_its_run_have_their_loss_jump_and_sec
     kls = [{"step": n, "teacher_kl": kl} for n, kl in enumerate((0.1, 0.3, 0.2))]
     seconds = {"pruning-1": 3.0, "student": 4.0, "random": 6.0, "alone": 5.0}
     report = reports.report_of(
-        student={"parameters": 100, "metrics": {"loss": 4.5}},
-        teacher={"parameters": 800, "metrics": {"loss": 3.0}},
-        baselines={"random": {"loss": 5.0}, "alone": {"loss": 6.0}},
+        student__parameters=100,
+        student__loss=4.5,
+        teacher__loss=3.0,
+        alone__loss=6.0,
         stages=[{"name": name, "seconds": value} for name, value in seconds.items()],
         pruning=kls,
     )
@@ -71,7 +72,7 @@ def test_a_finished_leg_is_not_started_again_and_one_of_other_settings_is_refuse
     (leg.output / "config.yaml").write_text(text)
 
     assert launching.finished(leg) is None
-    report = reports.report_of(environment={"ranks": 1})
+    report = reports.report_of(environment__ranks=1)
     (leg.output / "report.json").write_text(json.dumps(report))
     assert launching.report_of(leg, ranks=1) == json.loads(json.dumps(report))
     with pytest.raises(CheckpointError, match="finished run of another config"):
