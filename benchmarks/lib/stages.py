@@ -148,8 +148,6 @@ def measured_stage(config: RunConfig, ranks: Ranks) -> Iterator[tuple[MeasuredSt
         teacher = lab.pool.open(name, stage)
         stack.callback(teacher.destroy)
         # The assembly knows the teachers that are ready.
-        run = MeasuredStage(
-            stage, lab.assembly, teachers={name: teacher}, reporter=reporter, fingerprint={}
-        )
+        run = MeasuredStage(stage, lab.assembly, teachers={name: teacher}, reporter=reporter)
         stack.callback(run.close)
         yield run, teacher

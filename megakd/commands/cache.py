@@ -32,6 +32,7 @@ def run(arguments: argparse.Namespace) -> None:
         from megakd.inputs.precision import check_device
         from megakd.run.holder import held
         from megakd.run.main import reporter_of, started
+        from megakd.run.run_identity import begin_run
         from megakd.run.run_lab import RunLab
 
         with started(config) as ranks, ExitStack() as locks:
@@ -42,6 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
             check_nodes(config)
             with closing(reporter_of(config, ranks)) as reporter:
                 lab = RunLab(prepare(config), ranks, reporter)
+                on_main(lambda: begin_run(config, ranks))  # stages may be made below
                 folders = [lab.cache(lab.teacher(name)) for name in caches]
     say("\n".join(map(str, folders)))
 

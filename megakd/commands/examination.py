@@ -45,7 +45,6 @@ from megakd.planning.planning_lab import check_method
 from megakd.run.holder import held
 from megakd.run.main import check_machines, check_output_folder, checked_inputs, started
 from megakd.run.run_lab import RunLab
-from megakd.storage.fingerprint import Fingerprint
 from megakd.storage.folders import check_writable
 from megakd.training.progress import Reporter
 from megakd.training.stage_run import StageRun
@@ -136,6 +135,8 @@ def _examine_started(config: RunConfig, ranks: Ranks, findings: Findings, steps:
         fine.append(together(partial(_folders, config)))
         fine.append("; ".join(dict.fromkeys(gather(_space(config)))))
     with held(config.output_dir):
+        # Of an examination that was killed: no stage of another config may count.
+        on_main(lambda: shutil.rmtree(config.output_dir / "stages", ignore_errors=True))
         try:
             with findings.of("data") as fine:
                 prepared = checked_inputs(config)
@@ -296,11 +297,11 @@ class RehearsingLab(RunLab):
         super().__init__(prepared, ranks, reporter)
         self._steps = steps
 
-    def _run(self, stage: Stage, fingerprint: Fingerprint, folder: Path) -> StageResult:
+    def _run(self, stage: Stage, folder: Path) -> StageResult:
         train = replace(stage.train, resume_from_checkpoint=True)
         if stage.role != STUDENT:
             train = replace(train, max_steps=1)
-        return super()._run(replace(stage, train=train), fingerprint, folder)
+        return super()._run(replace(stage, train=train), folder)
 
     def _result(self, run: StageRun, folder: Path) -> StageResult:
         if run.stage.role != STUDENT:

@@ -53,6 +53,3 @@ Place = Annotated[str, AfterValidator(_with_variables)]
 """A path, or another name of a model or of data, with the values of `$NAME` and `${NAME}`."""
 Folder = Annotated[Path, BeforeValidator(_named), AfterValidator(_expanded)]
 """A path in which `~` is the home folder, with the values of variables."""
-Checkpoint = Annotated[
-    str, BeforeValidator(_named), AfterValidator(lambda text: str(_expanded(Path(text))))
-]

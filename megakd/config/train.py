@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_type_hints
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from megakd.config.paths import Checkpoint, Place
+from megakd.config.paths import Place
 from megakd.contract.tasks import Kernels
 from megakd.contract.terms import STRICT, Count, Fraction, Positive, Weight
 from megakd.errors import ConfigError, one_line
@@ -72,7 +72,7 @@ class TrainConfig:
     kernels: Kernels = "auto"
     """Implementation of the losses; all give the same result up to rounding. auto is triton on a
     GPU."""
-    resume_from_checkpoint: bool | Checkpoint = True
+    resume_from_checkpoint: bool = True
     collective_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 600.0
     """Seconds that a rank waits for the other ranks in a collective of tensors. Waits for rank 0,
     which reads, encodes or writes files, have a limit of 24 hours. Only in `train`."""

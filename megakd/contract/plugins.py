@@ -148,17 +148,13 @@ def metric_of(name: str) -> Callable[[Any, Any], float]:
     return cast("Callable[[Any, Any], float]", metric)
 
 
-def code_of(value: Any) -> dict[str, str]:
-    """Return a hash of the file of an object of another package; {} for megakd's own objects.
-
-    The hash is part of a result's fingerprint: after an edit, results of the old code are not
-    reused.
-    """
+def code_of(value: Any) -> str | None:
+    """Return a hash of the file of an object of another package; None for megakd's own objects."""
     module = sys.modules.get(value.__module__)
     if module is None or module.__name__.partition(".")[0] == "megakd":
-        return {}
+        return None
     file = inspect.getsourcefile(module)
-    return {"code": _hash_of(file)} if file else {}
+    return _hash_of(file) if file else None
 
 
 @functools.cache

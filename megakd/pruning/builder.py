@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from transformers import PretrainedConfig
@@ -48,7 +48,6 @@ from megakd.pruning.allocation import (
 )
 from megakd.pruning.importance import measure_importance, measure_layers
 from megakd.scoring.scorer import few
-from megakd.storage.fingerprint import Fingerprint
 from megakd.training.assembly import Assembly
 from megakd.training.stage_folder import RESULT, result_text
 
@@ -187,13 +186,7 @@ class ModelPruning(Shapes):
             extra = {UNITS: scores_to_json(scores)}
             return Reshaping(ready.source, order=unit_order(scores), extra=extra)
 
-        facts = {
-            **self.assembly.frozen_facts(ready),
-            "split": split,
-            "residual": residual,
-            "batch": batch_size,
-        }
-        result = self._listed(self._made("specification", facts, prepare))
+        result = self._listed(self._made("specification", prepare))
         path = result.folder / UNITS
         text = on_main(lambda: path.read_text(encoding="utf-8"))
         scores = scores_from_json(text, where=str(path))
@@ -208,8 +201,7 @@ class ModelPruning(Shapes):
             scores = measure_layers(self.assembly, ready, rows)
             return {f"layer_{number}": score for number, score in enumerate(scores, start=1)}
 
-        facts = {**self.assembly.frozen_facts(ready), "rows": len(rows)}
-        result = self.assembly.measured_once("layers", facts, measure)
+        result = self.assembly.measured_once("layers", measure)
         # As metrics of a stage, the scores would be a column for each layer in the report.
         self._listed(dataclasses.replace(result, metrics={}))
         layers = range(1, len(result.metrics) + 1)
@@ -227,12 +219,7 @@ class ModelPruning(Shapes):
             with doing("timing shapes"):
                 return on_main(lambda: timer.ratios(views))
 
-        facts = {
-            "model": self.assembly.identity_of(source),
-            "work": dataclasses.asdict(work),
-            "views": {name: view._asdict() for name, view in views.items()},
-        }
-        result = self.assembly.measured_once(name, facts, measure)
+        result = self.assembly.measured_once(name, measure)
         self._listed(dataclasses.replace(result, metrics={}))
         return result.metrics
 
@@ -246,16 +233,13 @@ class ModelPruning(Shapes):
         units = source.architecture.units(source.config)
         if view._replace(width=view.width or units.width) == units:
             return source
-        facts = {"model": self.assembly.identity_of(source), "view": view._asdict()}
-        result = self._made(name, facts, lambda: Reshaping(source, view=view))
+        result = self._made(name, lambda: Reshaping(source, view=view))
         return self._source(result.folder)
 
-    def _made(
-        self, name: str, facts: Mapping[str, Any], prepare: Callable[[], Reshaping]
-    ) -> StageResult:
+    def _made(self, name: str, prepare: Callable[[], Reshaping]) -> StageResult:
         # Build a folder if it does not exist; `prepare` is a collective that may take long.
 
-        def make(folder: Path, fingerprint: Fingerprint) -> None:
+        def make(folder: Path) -> None:
             began, device = time.perf_counter(), self.assembly.ranks.device
             reset_peak_memory(device)
             reshaping = prepare()
@@ -268,7 +252,7 @@ class ModelPruning(Shapes):
                     seconds=time.perf_counter() - began,
                     peak_memory_bytes=max(others, peak_memory_bytes(device)),
                 )
-                return result_text(result, fingerprint)
+                return result_text(result, {})
 
             forget_models()
             prepared = self.assembly.prepared
@@ -285,7 +269,7 @@ class ModelPruning(Shapes):
                 )
             )
 
-        return self.assembly.once(name, facts, make)
+        return self.assembly.once(name, make)
 
 
 class ShapeTimer:

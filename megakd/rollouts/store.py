@@ -1,23 +1,21 @@
 """Rollouts on disk: a file per optimizer step, written whole before the student learns from it.
 
-rollouts/<stage>/fingerprint.json
 rollouts/<stage>/step-00000012.jsonl     a line with the number of texts, then a line per text
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from megakd.contract.completions import Completion, Rollout
 from megakd.errors import DataError
-from megakd.storage.atomic import set_aside, write_json, write_text
-from megakd.storage.fingerprint import Fingerprint, as_read_back
+from megakd.storage.atomic import write_text
 
 _FORMAT = 1
-_FINGERPRINT = "fingerprint.json"
 
 
 class RolloutStore:
@@ -26,13 +24,9 @@ class RolloutStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def begin(self, fingerprint: Fingerprint, *, may_differ: Collection[str] = ()) -> None:
-        """Keep the texts of an interrupted run with the same fingerprint, and set others aside."""
-        path, wanted = self.folder / _FINGERPRINT, as_read_back(fingerprint)
-        there = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else wanted
-        if any(there.get(k) != wanted.get(k) for k in {*there, *wanted} - {*may_differ}):
-            set_aside(self.folder, "before")
-        write_json(path, wanted)
+    def clear(self) -> None:
+        """Remove all texts."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def has(self, step: int) -> bool:
         return self._path(step).is_file()

@@ -1,43 +1,31 @@
-"""A finished run: its record, its result table, its student in `final/`, and its stages.
+"""A finished run: its result table, its student in `final/`, and its stages.
 
-A run is finished when its output folder has a report.json. run.json records the inputs of the run,
-the stage that became `final/`, and the checksums of `final/` and of the report.
+A run is finished when its output folder has a report.json, which is written last.
 """
 
 from __future__ import annotations
 
-import glob
 import logging
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from megakd.config.checks.path_rules import names_files, places
-from megakd.config.file import config_tree, dump_config, dump_yaml, load_config
-from megakd.config.paths import is_path
+from megakd.config.file import config_tree, dump_config, dump_yaml
 from megakd.config.run import RunConfig
-from megakd.contract.plugins import code_of, is_metric, metric_of
 from megakd.contract.results import Report
-from megakd.contract.tasks import FROM_TEACHER, STUDENT, STUDENT_BASE
-from megakd.data.encoding import tokenizer_content
-from megakd.engine.collectives import agree, on_main
-from megakd.engine.distributed import launched_ranks
-from megakd.errors import CheckpointError, ConfigError, MegakdError, suggestion
-from megakd.inputs.inputs import UnencodedInputs, unencoded_inputs
+from megakd.contract.tasks import STUDENT
+from megakd.errors import CheckpointError, suggestion
 from megakd.models.model_folder import brings_code, needs_5
 from megakd.models.onnx import check_packages, write_onnx
 from megakd.models.own_models import current_files
-from megakd.process.terminal import in_home
 from megakd.reports.card import CardFacts, model_card
 from megakd.reports.report_file import GRAPH, read_report, report_of_size, write_report
 from megakd.reports.table import result_table
-from megakd.run.holder import held, written_once
-from megakd.run.stage_identity import FREE, PLACES
+from megakd.run.holder import written_once
+from megakd.run.run_identity import CONFIG, RUN, asked_of, check_identity, read_record
 from megakd.storage import atomic
-from megakd.storage.checksums import checksum_of, damage_of, read_signed, write_signed
-from megakd.storage.fingerprint import Fingerprint, as_read_back, differences, flatten
+from megakd.storage.fingerprint import Fingerprint
 from megakd.storage.folders import (
     CARD,
     check_writable,
@@ -46,27 +34,13 @@ from megakd.storage.folders import (
     open_finished,
     users_files,
 )
-from megakd.training.assembly import model_identity
-from megakd.training.best_checkpoint import RECORD
-from megakd.training.stage_folder import (
-    RESULT,
-    files_of_others,
-    files_of_window,
-    is_longer,
-    keeps_last,
-    remake,
-)
+from megakd.training.stage_folder import RESULT, files_of_others, files_of_window, remake
 
 logger = logging.getLogger(__name__)
 REPORT = "report.json"
-CONFIG = "config.yaml"
 FINAL = "final"
 SIZES = "sizes"
 """Folder of the larger students of a run that makes several."""
-RUN = "run.json"
-_FREE = ("per_device_eval_batch_size", "micro_batches_per_call", "rows_per_call", *FREE)
-"""Ends of config keys on which no result depends."""
-_FREE_SECTIONS = ("output_dir", "log.", "save.")
 FINETUNE = "finetune.yaml"
 HEADER = """\
 # Fine-tunes the student of {out} on a task with labels. The task here is an example: give your own
@@ -75,205 +49,44 @@ HEADER = """\
 """
 
 
-def is_finished(config: RunConfig) -> bool:
-    """Return true if the output folder holds the finished run of this config; read only the config.
+def finished_table(config: RunConfig, facts: Fingerprint) -> str | None:
+    """Return the result table of a finished run, or None if a run has something to do.
 
-    A run is not finished if the config asks for more steps than the run in the folder took, for
-    a graph that the run did not write, or for other times of the models. The finished run of
-    another config is an error.
-    """
-    if not (config.output_dir / REPORT).is_file() or config.train.resume_from_checkpoint is False:
-        return False
-    ranks = launched_ranks()
-    report: Mapping[str, Any] = read_report(config.output_dir / REPORT)
-    before = _config_there(config.output_dir)
-    there = _facts(before, report.get("environment.ranks", ranks))
-    here = _facts(config, ranks)
-    timed = [
-        {key: fields.pop(key) for key in [*fields] if key.startswith("eval.latency")}
-        for fields in (there, here)
-    ]
-    if is_longer(there, here):
-        return False
-    differing = differences(there, here)
-    if differing:
-        raise CheckpointError(
-            f"{config.output_dir} holds a finished run of another config ({differing}); use "
-            "another output_dir, use that config again, or start over with rm -r "
-            f"{quote(str(config.output_dir))}; to train its student further, set student.model="
-            f"{config.output_dir / FINAL} and another output_dir"
-        )
-    return timed[0] == timed[1] and config.save.onnx <= before.save.onnx
+    A removed model is made again, and so is the report of a run that asks for more, see `asked_of`.
 
-
-def _config_there(out: Path) -> RunConfig:
-    try:
-        return load_config(out / CONFIG)
-    except ConfigError as error:
-        raise CheckpointError(
-            f"{out} holds a finished run whose config this version cannot read ({error}); use "
-            f"another output_dir, or start over with rm -r {quote(str(out))}"
-        ) from error
-
-
-def _facts(config: RunConfig, ranks: int) -> Fingerprint:
-    fields = {k: v for k, v in flatten(config_tree(config)).items() if not _is_free(k)}
-    for section, train in config.trainings.items():
-        rows = train.per_device_train_batch_size * train.gradient_accumulation_steps * ranks
-        fields[f"{section}: rows of a step of all ranks"] = rows
-    return fields | ({"eval.eval_steps": None} if keeps_last(fields) else {})
-
-
-def _is_free(key: str) -> bool:
-    words = key.split(".")
-    is_place = "server" in words and not {*words}.isdisjoint(PLACES)
-    return "deepspeed" in words or is_place or key.startswith(_FREE_SECTIONS) or key.endswith(_FREE)
-
-
-def finished_table(config: RunConfig, *, command: str) -> str:
-    """Verify a finished run and return its result table; a collective.
-
-    A model that was removed is copied again from its stage; its card names the `command`.
+    Raises:
+        CheckpointError: the folder holds another run, or a model of it is damaged.
     """
     out = config.output_dir
-    record = on_main(lambda: _record_there(out))
-    report = on_main(lambda: _report_there(out, record))
-    if record is None and not on_main((out / FINAL).is_dir):
-        raise CheckpointError(f"{out / FINAL} does not exist; {_again(out / REPORT)}")
-    if record is not None:
-        _compare_inputs(config, record["inputs"])
-        stages, sizes = out / "stages", record.get("sizes", {})
-        models = {out / FINAL: (stages / record["student"], record["final"])}
-        models |= {out / SIZES / name: (stages / name, files) for name, files in sizes.items()}
-        for folder, (stage, files) in models.items():
-            missing = on_main(partial(_missing, folder, stage, files))
-            if missing:
-                logger.warning(
-                    "%s lacks %s: the student is copied again from %s",
-                    *(folder, ", ".join(missing), stage),
-                )
-                with held(out):
-                    on_main(partial(_write_model, config, stage, folder, report, command))
+    is_finished = (out / REPORT).is_file()
+    check_identity(out, facts, is_finished=is_finished)
+    record = read_record(out)
+    if not is_finished or record is None or record.get("published") != asked_of(config):
+        return None
+    report = read_report(out / REPORT)
+    models = [out / FINAL, *(out / SIZES / name for name in report["sizes"])]
+    if not all(model.is_dir() for model in models):
+        return None
+    for model in models:
+        again = "start the same command again: it is copied again from its stage"
+        open_finished(model, remedy=f"remove {model} and {again}")
     return result_table(report, final=out / FINAL)
 
 
-def run_inputs(config: RunConfig, inputs: UnencodedInputs) -> Fingerprint:
-    """Return the inputs besides the config that results depend on: data, models and plug-ins."""
-    plugins = {"method": config.method, **dict(enumerate(config.objective or ()))}
-    metrics = {name: metric_of(name) for name in inputs.metrics.names if is_metric(name)}
-    tree: dict[str, Any] = {
-        "task.dataset": inputs.splits.whole_hash,
-        "code": {key: code_of(value) for key, value in (plugins | metrics).items()},
-        "task.tokenizer": tokenizer_content(inputs.teacher_tokenizer or inputs.tokenizer),
-    }
-    if inputs.teacher_tokenizer is not None:
-        tree["method.student_vocabulary"] = tokenizer_content(inputs.tokenizer)
-    for role, source in inputs.sources.items():
-        tree[f"{config.key_of(role)}.model"] = model_identity(source, seed=config.seed)
-    return flatten(tree)
-
-
-def _compare_inputs(config: RunConfig, there: Fingerprint) -> None:
-    try:
-        inputs = unencoded_inputs(config)
-        here = on_main(lambda: run_inputs(config, inputs))
-    except MegakdError as error:
-        # The error is that of all ranks, so that all ranks decide alike.
-        gone = agree(_not_here(config, error))
-        if not gone:
-            raise
-        logger.warning(
-            "%s cannot be compared with the inputs that the run was made from: %s",
-            ", ".join(gone),
-            error,
-        )
-        return
-    differing = differences(there, as_read_back(here))
-    if differing:
-        raise CheckpointError(
-            f"{config.output_dir} holds a finished run that was made from other data or models "
-            f"({differing}); use another output_dir, or restore the original data and models"
-        )
-
-
-def _not_here(config: RunConfig, error: MegakdError) -> list[str]:
-    # Of the keys whose model or data is no longer on this machine. A name that may be the Hub's
-    # counts only if the error is about the Hub: such a name has no path here.
-    is_of_hub = "the Hub" in str(error)
-    gone = (
-        key
-        for key, place in places(config)
-        if key != "output_dir"
-        and not key.endswith((".cache", ".chat_template"))
-        and place not in (FROM_TEACHER, STUDENT_BASE)
-        and not glob.glob(str(in_home(place)), recursive=True)  # noqa: PTH207
-        and (is_of_hub or isinstance(place, Path) or is_path(place) or names_files(key))
-    )
-    return list(dict.fromkeys(gone))
-
-
-def _record_there(out: Path) -> dict[str, Any] | None:
-    path = out / RUN
-    if not path.is_file():
-        logger.warning(
-            "%s is missing: the data, models and student of the run cannot be compared with those "
-            "the run was made from",
-            path,
-        )
-        return None
-    try:
-        return read_signed(path)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); {_again(out / REPORT)}") from error
-
-
-def _report_there(out: Path, record: Mapping[str, Any] | None) -> Report:
-    path = out / REPORT
-    report = read_report(path)
-    if record is not None and checksum_of(report) != record["report"]:
-        raise CheckpointError(f"{path} was changed after the run had finished; {_again(path)}")
-    return report
-
-
-def _again(report: Path) -> str:
-    return (
-        f"remove {report} and start the same command again: finished stages are not trained again"
-    )
-
-
-def _missing(model: Path, stage: Path, files: Mapping[str, Any]) -> list[str]:
-    atomic.recover(model)
-    missing = [name for name in files if not (model / name).is_file()]
-    there = {name: entry for name, entry in files.items() if name not in missing}
-    changed = damage_of(model, there)
-    if changed is not None:
-        raise CheckpointError(
-            f"{model} is not the student of this run: {changed}; move {model} away and start the "
-            f"same command again: the student is copied again from {stage}"
-        )
-    return missing
-
-
-def publish(
-    config: RunConfig, student: Path, report: Report, *, inputs: Fingerprint, command: str
-) -> str:
-    """Write the models, run.json and then report.json, which marks the run as finished.
+def publish(config: RunConfig, student: Path, report: Report, *, command: str) -> str:
+    """Write the models and then report.json, which marks the run as finished.
 
     Return the result table. `student`: the folder of the stage that becomes `final/`.
     """
     out = config.output_dir
-    names = report["sizes"]
-    for name in names:
+    # A prolonged run has a report: a kill from here on leaves a run that is not finished.
+    (out / REPORT).unlink(missing_ok=True)
+    for name in report["sizes"]:
         _write_model(config, out / "stages" / name, out / SIZES / name, report, command)
     _write_model(config, student, out / FINAL, report, command)
-    # A prolonged run has a report: without the report, a kill from here on leaves a run that has
-    # not finished, and the next start publishes again.
-    (out / REPORT).unlink(missing_ok=True)
-    sizes = {name: _files_of(out / SIZES / name) for name in names}
-    models = {"student": student.name, "final": _files_of(out / FINAL), "sizes": sizes}
-    record = {**models, "report": checksum_of(report)}
     atomic.write_text(out / CONFIG, dump_config(config))
-    write_signed(out / RUN, record | {"inputs": inputs})
+    published = {"student": student.name, "published": asked_of(config)}
+    atomic.write_json(out / RUN, {**(read_record(out) or {}), **published})
     _write_next_config(config, out / FINAL)
     write_report(out / REPORT, report)
     _draw(out)
@@ -285,20 +98,16 @@ def _write_model(config: RunConfig, stage: Path, to: Path, report: Report, comma
         report = report_of_size(report, to.name)
     remedy = remake(stage)
     there = open_finished(stage, remedy=remedy)
-    atomic.recover(to)
-    kept = users_files(to)
-    if kept:
-        logger.warning("%s: files that megakd did not write are kept: %s", to, ", ".join(kept))
+    changed = users_files(to)
+    if changed:
+        aside = atomic.set_aside(to)
+        logger.warning("%s has files of yours: %s; it is now %s", to, ", ".join(changed), aside)
     card = model_card(_card_facts(config, stage, command), report)
-    changes = {CARD: card, **dict.fromkeys((RESULT, RECORD, *files_of_others(there)))}
+    changes = {CARD: card, **dict.fromkeys((RESULT, *files_of_others(there)))}
     changes |= current_files(there)
     # The report decides, because `save` may change between two starts of a finished run.
     add = write_onnx if GRAPH in report["models"] else None
-    copy_finished(stage, to, changes=changes, keep=kept, add=add, remedy=remedy)
-
-
-def _files_of(model: Path) -> dict[str, Any]:
-    return {name: entry for name, entry in entries(model).items() if name != CARD}
+    copy_finished(stage, to, changes=changes, add=add, remedy=remedy)
 
 
 def _card_facts(config: RunConfig, stage: Path, command: str) -> CardFacts:
@@ -358,7 +167,7 @@ def export_run(
     check_writable(to, where="--to")
     folder = stages / name
     there = entries(folder)
-    changes = dict.fromkeys((RESULT, RECORD, *files_of_window(there), *files_of_others(there)))
+    changes = dict.fromkeys((RESULT, *files_of_window(there), *files_of_others(there)))
     changes |= current_files(there)
     if add is None and config.save.onnx:
         check_packages("save.onnx")
@@ -371,8 +180,8 @@ def export_run(
 
 
 def _student_stage(out: Path, listed: str) -> str:
-    record = _record_there(out) if (out / REPORT).is_file() else None
-    if record is None:
+    record = read_record(out) if (out / REPORT).is_file() else None
+    if record is None or "student" not in record:
         raise CheckpointError(
             f"{out} holds no finished run to export; finish the run, or give --stage NAME; {listed}"
         )

@@ -14,11 +14,11 @@ import transformers
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from megakd.config.file import config_tree, dump_config
+from megakd.config.file import config_tree
 from megakd.config.run import RunConfig, SaveConfig
 from megakd.engine import distributed
 from megakd.engine.activity import doing
-from megakd.engine.collectives import agree, gather, node_name, on_main, reports_lost_peer
+from megakd.engine.collectives import gather, node_name, on_main, reports_lost_peer
 from megakd.engine.distributed import Ranks
 from megakd.engine.memory import earlier_objects_left_alone, keep_freed_memory
 from megakd.engine.nodes import check_nodes
@@ -31,21 +31,13 @@ from megakd.planning.planning_lab import check_method
 from megakd.process.phases import counted, phase
 from megakd.process.signals import Stopped
 from megakd.reports.report_file import installed_versions
-from megakd.run.finished_run import (
-    CONFIG,
-    FINAL,
-    finished_table,
-    is_finished,
-    publish,
-    run_inputs,
-)
+from megakd.run.finished_run import FINAL, REPORT, finished_table, publish
 from megakd.run.holder import held
+from megakd.run.run_identity import CONFIG, begin_run, run_facts
 from megakd.run.run_lab import RunLab
 from megakd.run.run_report import report_of
-from megakd.storage import atomic
-from megakd.storage.fingerprint import Fingerprint, differences, flatten
-from megakd.storage.folders import check_writable, users_files
-from megakd.training.checkpoint import has_begun_from
+from megakd.storage.fingerprint import differences, flatten
+from megakd.storage.folders import check_writable
 from megakd.training.progress import Reporter
 from megakd.training.recipes import baseline_stage
 from megakd.training.trackers import Trackers, check_trackers
@@ -56,14 +48,11 @@ _HUB_FAILURES = cast("tuple[type[Exception], ...]", (ValueError, *HfHubHTTPError
 
 def run(config: RunConfig, *, command: str) -> str:
     """Run everything that the config asks for and return the result table; `command` as typed."""
-    finished = is_finished(config)
-    if not finished:
-        check_output_folder(config)
+    check_output_folder(config)
     with counted(), ExitStack() as lock:
         with started(config) as ranks:
-            if agree(finished):
-                table = finished_table(config, command=command)
-            else:
+            table = on_main(lambda: finished_table(config, run_facts(config, ranks)))
+            if table is None:
                 lock.enter_context(held(config.output_dir))
                 table = _run(config, command, ranks)
         # All ranks have left the process group, so no rank waits for the upload.
@@ -117,9 +106,9 @@ def _run(config: RunConfig, command: str, ranks: Ranks) -> str:
         check_machines(config, ranks)
         with phase("data"), doing("reading the data"):
             prepared = checked_inputs(config)
+        on_main(lambda: begin_run(config, ranks))
         lab = RunLab(prepared, ranks, reporter)
         check_method(prepared, ranks)
-        inputs = on_main(lambda: _record(config, prepared))
         with closing(lab):
             with phase("training"):
                 student = run_method(config.method, lab)
@@ -127,7 +116,7 @@ def _run(config: RunConfig, command: str, ranks: Ranks) -> str:
                     name: lab.train(baseline_stage(lab, name, student)) for name in config.baselines
                 }
             report = report_of(lab, student, baselines)
-    return on_main(lambda: publish(config, student.folder, report, inputs=inputs, command=command))
+    return on_main(lambda: publish(config, student.folder, report, command=command))
 
 
 def check_machines(config: RunConfig, ranks: Ranks) -> None:
@@ -154,17 +143,6 @@ def checked_inputs(config: RunConfig) -> RunInputs:
     return prepared
 
 
-def _record(config: RunConfig, prepared: RunInputs) -> Fingerprint:
-    inputs = run_inputs(config, prepared)
-    users_files(config.output_dir / FINAL)
-    # A file that exists is replaced when the run has finished: a start that is refused because of
-    # another config changes nothing.
-    path = config.output_dir / CONFIG
-    if not path.exists():
-        atomic.write_text(path, dump_config(config))
-    return inputs
-
-
 def reporter_of(config: RunConfig, ranks: Ranks) -> Reporter:
     """Return the reporter that logs a run; a collective."""
     services = config.log.report_to
@@ -175,30 +153,16 @@ def reporter_of(config: RunConfig, ranks: Ranks) -> Reporter:
     return reporter
 
 
-def _was_used(out: Path, checkpoint: Path) -> bool:
-    """Return whether a stage has begun from a checkpoint that is gone, or is finished since."""
-    stage = checkpoint.resolve().parent
-    is_finished = stage.parent.name == "checkpoints" and (out / "stages" / stage.name).is_dir()
-    stages = (out / "checkpoints").glob("*")
-    return is_finished or any(has_begun_from(folder, checkpoint) for folder in stages)
-
-
 def check_output_folder(config: RunConfig) -> None:
-    """Refuse to overwrite a run or to resume from a checkpoint path that does not exist."""
-    out, resume = config.output_dir, config.train.resume_from_checkpoint
-    if resume is False and any((out / name).exists() for name in (CONFIG, "checkpoints", "stages")):
+    """Refuse to overwrite a run, and a folder that cannot be written unless its run is finished."""
+    out, names = config.output_dir, (CONFIG, "checkpoints", "stages")
+    if not config.train.resume_from_checkpoint and any((out / name).exists() for name in names):
         raise CheckpointError(
             f"{out} holds a run and train.resume_from_checkpoint is false; use another output_dir, "
             "remove that folder, or set train.resume_from_checkpoint to true"
         )
-    for section, train in config.trainings.items():
-        path = train.resume_from_checkpoint
-        if isinstance(path, str) and not (Path(path).is_dir() or _was_used(out, Path(path))):
-            raise CheckpointError(
-                f"{section}.resume_from_checkpoint: {path} does not exist; give a folder such as "
-                "checkpoints/<stage>/step-<n>, or true for the newest"
-            )
-    check_writable(out, where="output_dir")
+    if not (out / REPORT).is_file():
+        check_writable(out, where="output_dir")
 
 
 def check_hub(config: SaveConfig) -> None:

@@ -26,10 +26,8 @@ from megakd.engine.distributed import Ranks
 from megakd.inputs.inputs import RunInputs
 from megakd.models.loading import resolve_model
 from megakd.models.source import ModelSource
-from megakd.run.stage_identity import stage_identity
 from megakd.run.teacher_pool import Measured, TeacherPool, measure, scored_model
 from megakd.scoring.scores import metric_named
-from megakd.storage.fingerprint import Fingerprint
 from megakd.teachers.frozen import FrozenTeacher
 from megakd.training.assembly import Assembly
 from megakd.training.probe import StageProbe
@@ -37,7 +35,7 @@ from megakd.training.progress import Reporter
 from megakd.training.recipes import LabBase, scoring_preset
 from megakd.training.stage_batches import check_readers
 from megakd.training.stage_extra import step_shape
-from megakd.training.stage_folder import may_grow, read_result
+from megakd.training.stage_folder import length_of, may_grow, read_result
 from megakd.training.stage_run import StageRun, stage_checkpoints
 
 if TYPE_CHECKING:
@@ -73,8 +71,7 @@ class RunLab(LabBase):
         return self._pruning
 
     def dev_score(self, name: str) -> float:
-        facts = self.assembly.frozen_facts(self._teachers[name])
-        scored = self.assembly.measured_once(f"{name}-scored", facts, lambda: self.pool.score(name))
+        scored = self.assembly.measured_once(f"{name}-scored", lambda: self.pool.score(name))
         return self._prepared.metric.worth(scored.metrics)
 
     def metric(self, name: str | None, *, weighed: bool = True) -> Metric:
@@ -88,20 +85,20 @@ class RunLab(LabBase):
     def train(self, stage: Stage) -> StageResult:
         ranks, device = self._ranks.world_size, self._ranks.device.type
         stage = self._completed(stage, ranks=ranks, device=device)
-        fingerprint = stage_identity(stage, self.assembly)
         folder = self.assembly.stage_folder(stage.name)
-        result = read_result(folder, fingerprint, may_grow=may_grow(stage.name, self.config))
+        grows = may_grow(stage, self.config)
+        result = read_result(folder, length_of(stage.train), may_grow=grows)
         if result is not None:
             logger.info("%s: already finished, taken from %s", stage.name, folder)
         else:
-            result = self._run(stage, fingerprint, folder)
+            result = self._run(stage, folder)
         self.results.append(result)
         return result
 
-    def _run(self, stage: Stage, fingerprint: Fingerprint, folder: Path) -> StageResult:
+    def _run(self, stage: Stage, folder: Path) -> StageResult:
         # Before any model is loaded, because a checkpoint may be refused.
-        checkpoints = stage_checkpoints(stage, self.assembly, fingerprint)
-        checkpoint = checkpoints.to_resume(stage.train.resume_from_checkpoint)
+        checkpoints = stage_checkpoints(stage, self.assembly)
+        checkpoint = checkpoints.to_resume(resume=stage.train.resume_from_checkpoint)
         if checkpoint is not None:
             on_main(lambda: check_readers(checkpoint, self._ranks))
         with self.pool.of_stage(stage) as teachers:
@@ -110,7 +107,7 @@ class RunLab(LabBase):
                 self.assembly,
                 teachers=teachers,
                 reporter=self._reporter,
-                fingerprint=fingerprint,
+                checkpoint=checkpoint,
             )
             with closing(run):
                 return self._result(run, folder)

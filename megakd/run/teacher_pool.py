@@ -27,7 +27,6 @@ from megakd.process.phases import phase
 from megakd.reports.samples import held_out_prompts
 from megakd.scoring.scores import numbers
 from megakd.storage import atomic
-from megakd.storage.fingerprint import Fingerprint, as_read_back, flatten
 from megakd.teachers.cached import CachedTeacher
 from megakd.teachers.frozen import FrozenTeacher
 
@@ -204,26 +203,17 @@ class TeacherPool:
         with phase("scoring"), doing(f"scoring {name}"):
             made = measure(assembly, model, prompts)
         self._known[name] = made
-        on_main(
-            lambda: atomic.write_json(
-                self._path(name), {"facts": self._facts(name), **made._asdict()}
-            )
-        )
+        on_main(lambda: atomic.write_json(self._path(name), made._asdict()))
 
     def _read_once(self, name: str) -> Measured | None:
         if name not in self._known:
-            record = on_main(lambda: _read(self._path(name), self._facts(name)))
+            record = on_main(lambda: _read(self._path(name)))
             if record is not None:
                 self._known[name] = record
         return self._known.get(name)
 
     def _path(self, name: str) -> Path:
         return self._config.output_dir / "checkpoints" / f"{name}-scores.json"
-
-    def _facts(self, name: str) -> Fingerprint:
-        assembly, ready = self.assembly.of(name), self.assembly.teachers[name]
-        rows = {"rows": assembly.prepared.splits.whole_hash}
-        return flatten({**assembly.conditions, **rows, "teacher": assembly.frozen_facts(ready)})
 
 
 def measure(assembly: Assembly, model: FrozenTeacher, prompts: Prompts | None) -> Measured:
@@ -255,11 +245,9 @@ def set_metrics(assembly: Assembly, loaded: FrozenTeacher) -> dict[str, dict[str
     return {name: assembly.scorer().score(loaded.predict, rows) for name, rows in sets.items()}
 
 
-def _read(path: Path, facts: Fingerprint) -> Measured | None:
+def _read(path: Path) -> Measured | None:
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if record["facts"] != as_read_back(facts):
-            return None
         report = {**record["report"], "metrics": numbers(record["report"]["metrics"])}
         sets = {name: numbers(metrics) for name, metrics in record["sets"].items()}
         answers, predicted = record["answers"], record["predicted"]

@@ -1,8 +1,7 @@
 """Atomic writes: files and folders are written whole or not at all, even if the run is killed.
 
-A file is written to a temporary sibling, which is synced and renamed. A folder takes two renames.
-If the run is killed between the two renames, the old folder is left under a temporary name, and
-`recover` renames the old folder back.
+Both are written beside their place, synced and renamed. To replace a folder takes two renames: if
+the run is killed between them, the next `replaced_folder` puts the old folder back first.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ def replaced_folder(path: Path) -> Iterator[Path]:
     """
     temporary, aside = sibling(path, "new"), sibling(path, "old")
     with reports_full_disk(path):
-        recover(path)
+        _clean_up(path, temporary, aside)
         temporary.mkdir(parents=True)
         try:
             yield temporary
@@ -68,27 +67,20 @@ def replaced_folder(path: Path) -> Iterator[Path]:
                 path.replace(aside)
             temporary.replace(path)
         finally:
-            recover(path)
+            _clean_up(path, temporary, aside)
         _sync(path.parent)
+
+
+def _clean_up(path: Path, temporary: Path, aside: Path) -> None:
+    if aside.exists() and not path.exists():  # failed or killed between the two renames
+        aside.replace(path)
+    for leftover in (temporary, aside):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def write_content(path: Path, content: str | bytes) -> None:
     """Write a file inside a temporary folder, without a sync or a rename."""
     path.write_bytes(content.encode() if isinstance(content, str) else content)
-
-
-def recover(path: Path) -> bool:
-    """Clean up after a killed `replaced_folder(path)`; return whether the old folder is back."""
-    temporary, aside = sibling(path, "new"), sibling(path, "old")
-    restored = aside.exists() and not path.exists()
-    if restored:
-        aside.replace(path)
-    for leftover in (temporary, aside):
-        if leftover.is_dir() and not leftover.is_symlink():
-            shutil.rmtree(leftover)
-        elif os.path.lexists(leftover):  # read-only storage refuses to remove what is not there
-            leftover.unlink(missing_ok=True)
-    return restored
 
 
 def set_aside(path: Path, why: str = "unused") -> Path:

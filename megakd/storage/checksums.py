@@ -14,20 +14,18 @@ from megakd.storage.atomic import json_text, sha256_of, write_json, write_tensor
 
 Entries = Mapping[str, Mapping[str, Any]]
 """Mapping from a relative file name to the file's `size` in bytes and `sha256`."""
-CHECKSUM = "checksum"
+_CHECKSUM = "checksum"
 _SETTLED_NS = 2_000_000_000
 Identity = tuple[int, int, int, int, int]
 _KNOWN: dict[Identity, str] = {}
 
 
-def entry_of(path: Path) -> dict[str, Any]:
-    """Return the size and the checksum of a file."""
-    return {"size": path.stat().st_size, "sha256": _known_sha256(path)}
-
-
 def entries_of(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Return the entries of some files of a folder."""
-    return {name: entry_of(folder / name) for name in names}
+    return {
+        name: {"size": (folder / name).stat().st_size, "sha256": _known_sha256(folder / name)}
+        for name in names
+    }
 
 
 def write_files(folder: Path, contents: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -82,19 +80,18 @@ def version_of(path: Path) -> Identity | None:
 
 def write_signed(path: Path, record: Mapping[str, Any]) -> None:
     """Write a JSON record together with its own checksum, whole or not at all."""
-    write_json(path, {**record, CHECKSUM: checksum_of(record)})
+    write_json(path, {**record, _CHECKSUM: _checksum_of(record)})
 
 
 def read_signed(path: Path) -> dict[str, Any]:
     """Return a record that `write_signed` wrote; raise ValueError if its content differs."""
     record = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(record, dict) or record.pop(CHECKSUM, None) != checksum_of(record):
+    if not isinstance(record, dict) or record.pop(_CHECKSUM, None) != _checksum_of(record):
         raise ValueError("its checksum differs")
     return record
 
 
-def checksum_of(record: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of the content of a JSON record."""
+def _checksum_of(record: Mapping[str, Any]) -> str:
     # Converted to JSON and back first, so that the hash is computed from what a reader will have.
     content = json.loads(json_text(record))
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,18 +1,15 @@
-"""Fingerprints: flat mappings of the values that a result depends on, and their differences."""
+"""Flat mappings of the values that a result depends on, and their differences."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megakd.storage.atomic import json_text
-
 Fingerprint = dict[str, Any]
-ABSENT = object()
+_ABSENT = object()
 _MOST_SHOWN = 5
 _BLOCK = 1 << 16
 _STRIDE = 1 << 20
@@ -33,17 +30,12 @@ def flatten(tree: Any, prefix: str = "") -> Fingerprint:
     return flat
 
 
-def as_read_back(fingerprint: Fingerprint) -> Fingerprint:
-    """Return a fingerprint as it is after it was written to JSON and read again."""
-    return json.loads(json_text(fingerprint))
-
-
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     """Return `key: 3 there, 4 here; …` for the fields that differ, or an empty string."""
     shown = [
         f"{key}: {_shown(there, key)} there, {_shown(here, key)} here"
         for key in dict.fromkeys([*there, *here])
-        if there.get(key, ABSENT) != here.get(key, ABSENT)
+        if there.get(key, _ABSENT) != here.get(key, _ABSENT)
     ]
     if len(shown) > _MOST_SHOWN:
         shown = [*shown[:_MOST_SHOWN], f"and {len(shown) - _MOST_SHOWN} more"]

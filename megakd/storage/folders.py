@@ -1,19 +1,17 @@
-"""Folders that exist whole or not at all, also if several processes build them at once.
+"""Finished folders: whole or not at all, with one manifest of the size and SHA-256 of every file.
 
-A finished folder is a model, its companion files, and checksums of all files that megakd wrote.
-
-`sealed_folder` and `copy_finished` write a finished folder. `open_finished` (for a folder of a
-run) and `check_given` (for a folder that a user names) verify a finished folder. All code that
-reads a finished folder calls one of these two functions first.
+The manifest, `checksums.json`, is written last. `open_finished` (for a folder of a run) and
+`check_given` (for a folder that a user names) compare the files with it before any is used.
 """
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,13 +19,7 @@ from typing import Any
 from megakd.errors import CheckpointError, ConfigError, DataError, ModelError
 from megakd.storage import atomic
 from megakd.storage.atomic import sync_tree
-from megakd.storage.checksums import (
-    damage_of,
-    entries_of,
-    files_of,
-    read_signed,
-    write_signed,
-)
+from megakd.storage.checksums import Entries, damage_of, entries_of, files_of
 
 CHECKSUMS = "checksums.json"
 LOCK = "lock.json"
@@ -41,20 +33,20 @@ CHECKED_BYTES = 1 << 30
 
 @contextmanager
 def sealed_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty temporary folder that replaces `path` and gets checksums of its files."""
+    """Yield an empty temporary folder that replaces `path` and gets a manifest of its files."""
     with atomic.replaced_folder(path) as temporary:
         yield temporary
         seal(temporary)
 
 
 def seal(folder: Path) -> None:
-    """Write the checksums of all files of a new folder."""
-    write_signed(folder / CHECKSUMS, {"files": entries_of(folder, files_of(folder))})
+    """Write the manifest of a new folder."""
+    write_manifest(folder, entries_of(folder, files_of(folder)))
 
 
-def _copy_file(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy2(source, target)
+def write_manifest(folder: Path, files: Entries) -> None:
+    """Write the manifest of a new folder whose entries are known."""
+    atomic.write_json(folder / CHECKSUMS, {"files": files})
 
 
 def write_finished(path: Path, files: Mapping[str, str | bytes]) -> None:
@@ -70,56 +62,27 @@ def copy_finished(
     *,
     changes: Mapping[str, str | bytes | None],
     remedy: str,
-    keep: Sequence[str] = (),
     add: Callable[[Path], object] | None = None,
 ) -> None:
     """Verify a finished folder and make `target` a finished folder with the same files.
 
     Args:
         changes: file name -> content of the file in the copy, or None to leave the file out.
-        keep: files of the old `target` to copy into the new `target`, without checksums.
         add: called with the new folder, to write files that belong to the folder.
     """
     listed = open_finished(source, remedy=remedy)
-    with atomic.replaced_folder(target) as temporary:
+    with sealed_folder(target) as temporary:
         for name in listed.keys() - changes.keys():
-            _copy_file(source / name, temporary / name)
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source / name, temporary / name)
         for name, content in changes.items():
             if content is not None:
                 atomic.write_content(temporary / name, content)
         if add is not None:
             add(temporary)
-            clash = sorted(n for n in {*keep} - changes.keys() if (temporary / n).exists())
-            if clash:
-                raise CheckpointError(
-                    f"{target} holds files that megakd did not write and has to write: "
-                    f"{', '.join(clash)}; move these files away and start the same command again"
-                )
-        seal(temporary)
-        for name in keep:
-            _copy_file(target / name, temporary / name)
 
 
-def users_files(folder: Path) -> list[str]:
-    """Return the files that a user added to a finished folder, and the card if it was edited."""
-    there = set(files_of(folder)) - {CHECKSUMS} if folder.is_dir() else set[str]()
-    if not there:
-        return []
-    remedy = "megakd removes no file that it did not write: move the folder away and start again"
-    try:
-        listed = entries(folder)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder}: {CHECKSUMS} cannot be read ({error}); {remedy}"
-        ) from error
-    reason = damage_of(folder, {n: listed[n] for n in there & listed.keys() - {CARD}})
-    if reason is not None:
-        raise CheckpointError(f"{folder} is damaged: {reason}; {remedy}")
-    edited = {n for n in there & {CARD} & listed.keys() if damage_of(folder, {n: listed[n]})}
-    return sorted((there - listed.keys()) | edited)
-
-
-def open_finished(folder: Path, *, remedy: str) -> Mapping[str, Any]:
+def open_finished(folder: Path, *, remedy: str) -> Entries:
     """Verify a folder that a run has finished, and return the entries of its files.
 
     The message about a damaged folder ends with the `remedy`.
@@ -151,13 +114,31 @@ def damage(folder: Path, *, wanted: Callable[[str], bool] = bool) -> str | None:
         listed = entries(folder)
     except (OSError, ValueError) as error:
         return f"{CHECKSUMS} cannot be read ({error})"
-    counted = {n: entry for n, entry in listed.items() if n != CARD and wanted(n)}
-    return damage_of(folder, counted)
+    return damage_of(folder, {n: e for n, e in listed.items() if n != CARD and wanted(n)})
 
 
-def entries(folder: Path) -> Mapping[str, Any]:
-    """Return the size and the checksum of every file that megakd wrote into a folder."""
-    return read_signed(folder / CHECKSUMS)["files"]
+def users_files(folder: Path) -> list[str]:
+    """Return the files of a folder that are not as megakd wrote them."""
+    try:
+        listed = entries(folder)
+    except (OSError, ValueError):
+        listed = {}
+    names = [name for name in files_of(folder) if name != CHECKSUMS]
+    return [n for n in names if n not in listed or damage_of(folder, {n: listed[n]})]
+
+
+def entries(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the size and the checksum of every file that megakd wrote into a folder.
+
+    Raises:
+        OSError: the manifest is missing.
+        ValueError: the manifest is damaged.
+    """
+    try:
+        files = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))["files"]
+        return {name: {"size": e["size"], "sha256": e["sha256"]} for name, e in files.items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"it lists no files: {error!r}") from error
 
 
 def whole_folder(folder: Path, build: Callable[[Path], None]) -> Path:

@@ -26,8 +26,8 @@ from megakd.contract.batch import Batch
 from megakd.data.encoding import tokenizer_content
 from megakd.data.splitmix import row_keys, uniform
 from megakd.errors import TeacherError
-from megakd.models.source import ReadyTeacher
-from megakd.storage.fingerprint import Fingerprint, flatten
+from megakd.models.source import ModelSource, ReadyTeacher
+from megakd.storage.fingerprint import Fingerprint, files_identity, flatten
 from megakd.teachers.cached import Answers, CachedTeacher, Layout, build_cache
 from megakd.teachers.frozen import FrozenTeacher
 from megakd.training.assembly import Assembly
@@ -92,12 +92,28 @@ def _facts(assembly: Assembly, ready: ReadyTeacher) -> Fingerprint:
         "max_length": task.row_length,
         "texts": assembly.texts_key,
         "tokenizer": tokenizer_content(prepared.tokenizer),
-        "teacher": assembly.identity_of(ready.source),
+        "teacher": model_identity(ready.source, seed=assembly.config.seed),
         "dtype": assembly.teacher_dtype(ready),
     }
     if task.type == "causal_lm":
         facts |= kept_facts(ready.spec)
     return flatten(facts)
+
+
+def model_identity(source: ModelSource, *, seed: int) -> Mapping[str, Any]:
+    """Return a model's identity, independent of its folder; random weights depend on `seed`."""
+    files = sorted({stored.file for stored in source.stored.values()})
+    config = flatten(source.config.to_diff_dict())
+    identity: dict[str, Any] = {
+        # transformers writes its own version into every config that it loads.
+        "config": {k: v for k, v in config.items() if not k.endswith("transformers_version")},
+        "weights": files_identity(files),
+    }
+    if source.layers is not None:
+        identity["layers"] = source.layers
+    if source.folder is None:
+        identity["seed"] = seed
+    return identity
 
 
 def kept_facts(spec: TeacherConfig) -> dict[str, int]:

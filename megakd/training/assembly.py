@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,9 @@ import torch
 from transformers import PreTrainedModel
 
 from megakd.config.deepspeed import frozen_on, load_ds_config
-from megakd.config.file import config_tree
 from megakd.config.models import StudentConfig
 from megakd.config.run import RunConfig
 from megakd.config.train import TrainConfig
-from megakd.contract.plugins import code_of, is_metric, metric_of
 from megakd.contract.stage import Stage, StageResult
 from megakd.contract.tasks import STUDENT, Dtype
 from megakd.data.collation import Collator
@@ -58,12 +56,8 @@ from megakd.models.source import ModelSource, ReadyTeacher
 from megakd.process.phases import phase
 from megakd.process.seeding import cpu_seeded
 from megakd.scoring.scorer import Scorer
-from megakd.storage.fingerprint import Fingerprint, files_identity, flatten
 from megakd.teachers.frozen import FrozenModel, FrozenTeacher
-from megakd.training.stage_folder import keeps_last, read_result, write_result
-
-_UNREAD = ("per_device_eval_batch_size", "latency")
-"""Keys of `eval` on which no stage depends."""
+from megakd.training.stage_folder import read_result, write_result
 
 
 def learning_models(
@@ -100,67 +94,37 @@ class Assembly:
         prepared = self.prepared.of(role)
         return self if prepared is self.prepared else replace(self, prepared=prepared)
 
-    def identity_of(self, source: ModelSource) -> Mapping[str, Any]:
-        return model_identity(source, seed=self.config.seed)
-
     @property
     def method_rows(self) -> MethodRows:
         if self.prepared.method_rows is None:
             raise TypeError("a stage reads rows of its method, and the method makes no rows")
         return self.prepared.method_rows
 
-    @property
-    def conditions(self) -> Mapping[str, Any]:
-        """The task, the data, and the metrics with their code; every stage depends on them."""
-        metrics = [name for name in self.prepared.metrics.names if is_metric(name)]
-        tree = config_tree(self.config)
-        # What changes no weights may change between two starts.
-        free = {"eval_steps": None} if keeps_last(flatten(tree)) else {}
-        evaluation = {k: v for k, v in asdict(self.config.eval).items() if k not in _UNREAD}
-        return {
-            "task": {k: v for k, v in tree["task"].items() if k != "evaluation_sets"},
-            "data": self.prepared.encoded.content_hash,
-            "eval": evaluation | free,
-            "metrics": {name: code_of(metric_of(name)) for name in metrics},
-        }
-
-    def once(
-        self, name: str, facts: Mapping[str, Any], make: Callable[[Path, Fingerprint], None]
-    ) -> StageResult:
+    def once(self, name: str, make: Callable[[Path], None]) -> StageResult:
         """Return the result of an untrained stage; make its folder if missing; a collective.
 
-        Args:
-            facts: what the result depends on, in addition to the conditions of the run.
-            make: writes the folder with a result of the given fingerprint.
+        `make` writes the folder.
         """
         folder = self.stage_folder(name)
-        fingerprint = flatten({**self.conditions, **facts})
-        result = read_result(folder, fingerprint)
+        result = read_result(folder)
         if result is None:
-            make(folder, fingerprint)
-            result = read_result(folder, fingerprint)
+            make(folder)
+            result = read_result(folder)
         if result is None:
             raise CheckpointError(
                 f"{folder} was removed while megakd wrote it; start the run again"
             )
         return result
 
-    def measured_once(
-        self, name: str, facts: Mapping[str, Any], measure: Callable[[], Mapping[str, float]]
-    ) -> StageResult:
+    def measured_once(self, name: str, measure: Callable[[], Mapping[str, float]]) -> StageResult:
         """Return the result of a measurement, see `once`; `measure` returns the metrics."""
 
-        def make(folder: Path, fingerprint: Fingerprint) -> None:
+        def make(folder: Path) -> None:
             began = time.perf_counter()
             result = StageResult(name=name, folder=folder, metrics=measure())
-            seconds = time.perf_counter() - began
-            write_result(replace(result, seconds=seconds), fingerprint)
+            write_result(replace(result, seconds=time.perf_counter() - began))
 
-        return self.once(name, facts, make)
-
-    def frozen_facts(self, ready: ReadyTeacher) -> Mapping[str, Any]:
-        """Return what the answers of a frozen model depend on."""
-        return {"model": self.identity_of(ready.source), "dtype": self.teacher_dtype(ready)}
+        return self.once(name, make)
 
     def stage_folder(self, name: str) -> Path:
         return self.config.output_dir / "stages" / name
@@ -337,19 +301,3 @@ def second_sizes(
         for role, reading in stage.mixed.items()
         if reading.probability > 0
     }
-
-
-def model_identity(source: ModelSource, *, seed: int) -> Mapping[str, Any]:
-    """Return a model's identity, independent of its folder; random weights depend on `seed`."""
-    files = sorted({stored.file for stored in source.stored.values()})
-    config = flatten(source.config.to_diff_dict())
-    identity: dict[str, Any] = {
-        # transformers writes its own version into every config that it loads.
-        "config": {k: v for k, v in config.items() if not k.endswith("transformers_version")},
-        "weights": files_identity(files),
-    }
-    if source.layers is not None:
-        identity["layers"] = source.layers
-    if source.folder is None:
-        identity["seed"] = seed
-    return identity

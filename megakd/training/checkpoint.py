@@ -1,12 +1,10 @@
-"""Checkpoints that are written completely or not at all, and verified before they are used.
+"""Checkpoints of a stage, in the order of their life: saved, loaded, removed.
 
-    checkpoints/<stage>/step-<n>/    engine-<r>.pt, rank-<r>.pt, state.pt, manifest.json
-    checkpoints/<stage>/latest       the name of the newest, replaced last
-    checkpoints/<stage>/begun_from   the checkpoint that the user named, if the stage began there
-    checkpoints/<stage>/step-<n>.unused-<k>/    a checkpoint that the run does not go on from
+    checkpoints/<stage>/step-<n>/    engine-<r>.pt, rank-<r>.pt, state.pt, checksums.json
 
 A checkpoint is written under another name and renamed when every file is on the disk and its
-checksum is in the manifest. A kill at any moment leaves the previous checkpoint untouched.
+checksum is in the manifest. A kill at any moment leaves the earlier checkpoints untouched. The
+newest complete one is the one that a run goes on from.
 """
 
 from __future__ import annotations
@@ -20,8 +18,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Thread
 from typing import Any, Literal, NamedTuple
@@ -30,32 +27,22 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from megakd.engine.collectives import agree, gather, node_name, on_main, together
+from megakd.engine.collectives import gather, node_name, on_main, together
 from megakd.engine.distributed import Ranks
 from megakd.engine.memory import free_memory_bytes
 from megakd.errors import CheckpointError, MegakdError
 from megakd.process.seeding import random_state, set_random_state
-from megakd.storage.atomic import full_disk_reason, set_aside, write_text
-from megakd.storage.checksums import (
-    Entries,
-    damage_of,
-    files_of,
-    read_signed,
-    write_files,
-    write_signed,
-)
-from megakd.storage.fingerprint import Fingerprint, as_read_back, differences
-from megakd.training.stage_folder import is_longer, same_rows
+from megakd.storage.atomic import full_disk_reason
+from megakd.storage.checksums import Entries, damage_of, files_of, write_files
+from megakd.storage.folders import entries, write_manifest
+from megakd.training.stage_folder import Length, is_longer
 
 logger = logging.getLogger(__name__)
-MANIFEST = "manifest.json"
-FORMAT = 5
+FORMAT = 6
 """Increased when the content of checkpoints changes, so that older ones are refused in one line."""
-LATEST, BEGUN_FROM = "latest", "begun_from"
-_STATES = "state.pt"
-_PARTIAL = ".partial"
-_PREFIX = "step-"
-_NAME = re.compile(_PREFIX + r"\d+")
+_STATES, _ABOUT = "state.pt", "checkpoint"
+PARTIAL = ".partial"
+"""Ends the name of a checkpoint that is being written."""
 
 
 class CheckpointState(NamedTuple):
@@ -65,69 +52,66 @@ class CheckpointState(NamedTuple):
     load: Callable[[Any], None]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Checkpoints:
     """The checkpoints of one stage in `checkpoints/<stage>`.
 
     Every method is a collective unless it says otherwise.
 
-    fingerprint: what the run depends on; a checkpoint with another fingerprint is refused.
     keep: the number of checkpoints to keep; None keeps all, also those of a finished stage.
-    may_grow: whether the checkpoint of a shorter run may be continued, see `is_longer`.
+    length: of the stage. may_grow: whether a checkpoint of fewer steps may be continued.
+    beside: whether to write while the training goes on; "auto": if every node has memory for its
+        copy twice.
     """
 
     folder: Path
-    fingerprint: Fingerprint
     keep: int | None
     ranks: Ranks
+    length: Length = field(default_factory=dict)
     may_grow: bool = False
+    beside: bool | Literal["auto"] = False
+    _pending: tuple[int, Future[Entries]] | None = None
 
-    def contents(
-        self, engine: Mapping[str, Any], states: Mapping[str, CheckpointState]
-    ) -> dict[str, Any]:
-        """Return the content of this rank's files by name; `engine`: those of the engine."""
-        stored = {name: state.save() for name, state in states.items()}
+    def save(
+        self,
+        step: int,
+        engine: Mapping[str, Any],
+        states: Mapping[str, CheckpointState],
+        *,
+        is_last: bool,
+    ) -> None:
+        """Write a checkpoint; beside the next steps if `beside` and not `is_last`.
+
+        Every rank then copies its state, takes the next steps, and writes the copy in a thread. The
+        ranks vote in a step whether they still write (`StepVotes`); the checkpoint gets its name
+        after the first step in which none did. A run that is killed before goes on from the
+        checkpoint before.
+
+        engine: content of this rank's files of the engine, by name.
+        """
+        self.publish()
         contents = {**engine, _random_file(self.ranks.rank): random_state()}
+        stored = {name: state.save() for name, state in states.items()}
+        about = {"format": FORMAT, "stage": self.folder.name, "step": step}
+        about |= {"ranks": self.ranks.world_size, "length": dict(self.length)}
         if self.ranks.is_main:
-            contents[_STATES] = stored
+            contents[_STATES] = {**stored, _ABOUT: about}
         check_plain(contents)
-        return contents
-
-    def begin(self, step: int) -> Path:
-        """Return an empty folder for the files of a checkpoint, which is not published yet."""
-        partial = self._partial(step)
+        if not is_last and self.beside == "auto":
+            self.beside = _fits(contents)
+        partial = self.folder / f"step-{step}{PARTIAL}"
         with self._cleared_on_failure(step):
             on_main(lambda: self._make_room(partial))
-        return partial
-
-    def publish(self, step: int, write: Callable[[], Entries]) -> Path:
-        """Give a checkpoint its name once every rank has written its files into that of `begin`."""
-        with self._cleared_on_failure(step):
-            files = entries_of_ranks(write)
-            return on_main(lambda: self._publish(step, files))
-
-    @contextmanager
-    def _cleared_on_failure(self, step: int) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, MegakdError) as error:
-            on_main(lambda: shutil.rmtree(self._partial(step), ignore_errors=True))
-            newest, full = self.newest(), full_disk_reason(error)
-            kept = "there is no earlier checkpoint"
-            if newest:
-                kept = f"the last good checkpoint is {newest}"
-            cure = "free some space and start" if full else "start"
-            raise CheckpointError(
-                f"the checkpoint of step {step} could not be written to {self.folder}: "
-                f"{full or error}; nothing else was changed, {kept}; {cure} the same command again"
-            ) from error
-
-    def _partial(self, step: int) -> Path:
-        return self.folder / f"{_PREFIX}{step}{_PARTIAL}"
+        if is_last or not self.beside:
+            self._publish(step, lambda: write_files(partial, contents))
+            return
+        # On the host: the next step changes the values on the device.
+        copy = tree_map_only(Tensor, lambda value: value.to("cpu", copy=True), contents)
+        self._pending = step, _begun(lambda: write_files(partial, copy))
 
     def _make_room(self, partial: Path) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob(f"{_PREFIX}*{_PARTIAL}"):
+        for leftover in self.folder.glob(f"step-*{PARTIAL}"):
             shutil.rmtree(leftover)
         newest = self.newest()
         needed = sum((newest / name).stat().st_size for name in files_of(newest)) if newest else 0
@@ -137,220 +121,45 @@ class Checkpoints:
             raise OSError(errno.ENOSPC, f"no space left on the device: {lacking}")
         partial.mkdir()
 
-    def _publish(self, step: int, files: Entries) -> Path:
-        partial, final = self._partial(step), self.folder / f"{_PREFIX}{step}"
-        manifest = {
-            "format": FORMAT,
-            "stage": self.folder.name,
-            "step": step,
-            "ranks": self.ranks.world_size,
-            "fingerprint": self.fingerprint,
-            "files": files,
-        }
-        write_signed(partial / MANIFEST, manifest)
-        if final.exists():
-            set_aside(final)
-        partial.rename(final)
-        write_text(self.folder / LATEST, final.name)
-        self._remove_old(final)
-        return final
-
-    def _remove_old(self, newest: Path) -> None:
-        # Later ones, which the start did not see, are set aside.
-        every = self._by_age()
-        current = every.index(newest)
-        limit = len(every) if self.keep is None else current + self.keep
-        for old in [*every[:current], *every[limit:]]:
-            try:
-                (set_aside if old in every[:current] else shutil.rmtree)(old)
-            except OSError as error:  # the new checkpoint is good, so the run continues
-                logger.warning("%s could not be removed: %s", old, error)
-
-    def finish(self) -> None:
-        """Remove what no later start reads once the stage's model is written; call on rank 0.
-
-        A longer run continues from the newest checkpoint and the best weights.
-        """
-        if self.keep is None:
-            return
-        newest = self.newest() if self.may_grow else None
-        for old in [self.folder] if newest is None else self._by_age():
-            if old != newest:
-                shutil.rmtree(old, ignore_errors=True)
-
-    def _by_age(self) -> list[Path]:
-        if not self.folder.is_dir():
-            return []
-        folders = [f for f in self.folder.iterdir() if _NAME.fullmatch(f.name) and f.is_dir()]
-        return sorted(folders, key=_step_of, reverse=True)
-
-    def newest(self) -> Path | None:
-        """Return the checkpoint that `latest` names, or else the newest checkpoint."""
-        return next((c for c in self._newest_first() if c.is_dir()), None)
-
-    def to_resume(self, wanted: bool | str) -> Path | None:  # noqa: FBT001 - a value of the config
-        """Return the verified checkpoint that `resume_from_checkpoint` asks for, or None.
-
-        A named checkpoint is begun from once: the same command then goes on from the stage's own.
-        """
-        given = Path(wanted) if isinstance(wanted, str) else None
-        begun = given is not None and on_main(lambda: has_begun_from(self.folder, given))
-        checkpoint = self.newest_good() if begun else None
-        if checkpoint is None and given is not None:
-            checkpoint = self.given(given)
-        checkpoint = checkpoint or self.newest_good()
-        if checkpoint is not None and wanted is False:
-            raise CheckpointError(
-                f"{checkpoint} exists and resume_from_checkpoint is false; use another output_dir, "
-                f"remove {self.folder}, or set resume_from_checkpoint to true"
-            )
-        return checkpoint
-
-    def begin_from(self, given: Path) -> None:
-        """Note that the stage goes on from a named checkpoint; set aside its later checkpoints.
-
-        They are all of its checkpoints if the named one is not among them. Call on rank 0.
-        """
-        there, every = given.resolve(), self._by_age()
-        # Not a copy in this folder, nor a checkpoint that was set aside.
-        listed = next((checkpoint for checkpoint in every if checkpoint.resolve() == there), None)
-        for checkpoint in every:
-            if listed is None or _step_of(checkpoint) > _step_of(listed):
-                set_aside(checkpoint)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if listed is None:
-            (self.folder / LATEST).unlink(missing_ok=True)
-        else:
-            write_text(self.folder / LATEST, listed.name)
-        write_text(self.folder / BEGUN_FROM, str(there))
-
-    def newest_good(self) -> Path | None:
-        """Return the newest undamaged checkpoint of this run; None if the stage has none yet.
-
-        If every checkpoint is damaged, shared storage may show files late: that is an error.
-        """
-        damages: dict[Path, str] = {}
-        for candidate in agree(self._newest_first()):
-            damage = self.damage(candidate)
-            if damage is None:
-                self._check_origin(candidate)
-                on_main(partial(_pass_over, damages, candidate))
-                return candidate
-            damages[candidate] = f"{candidate} is damaged ({damage})"
-        if damages:
-            raise CheckpointError(
-                f"no checkpoint of the stage can be used: {'; '.join(damages.values())}; nothing "
-                "was changed. If the files are on shared storage, start the same command again "
-                f"when they are visible; to train the stage from its start, move {self.folder} away"
-            )
-        return None
-
-    def before(self, step: int) -> Path | None:
-        """Return the newest undamaged checkpoint of an earlier step; set later ones aside."""
-        passed: dict[Path, str] = {}
-        for candidate in agree(self._by_age()):
-            if _step_of(candidate) < step and self.damage(candidate) is None:
-                on_main(partial(_pass_over, passed, candidate))
-                return candidate
-            passed[candidate] = f"{candidate} needs the weights of step {step}, which are damaged"
-        return None
-
-    def _newest_first(self) -> list[Path]:
-        """Return the checkpoints; the checkpoint that `latest` names is first, even if missing."""
-        every, pointer = self._by_age(), self.folder / LATEST
-        name = pointer.read_text("utf-8", errors="replace").strip() if pointer.is_file() else ""
-        named = [self.folder / name] if _NAME.fullmatch(name) else []
-        return [*named, *(checkpoint for checkpoint in every if checkpoint not in named)]
-
-    def damage(self, checkpoint: Path) -> str | None:
-        """Return the damage to a checkpoint's files, or None; a collective."""
+    @contextmanager
+    def _cleared_on_failure(self, step: int) -> Iterator[None]:
         try:
-            files = sorted(read_signed(checkpoint / MANIFEST)["files"].items())
-        except (OSError, ValueError) as error:
-            mine = f"{MANIFEST} cannot be read: {error}"
-        else:
-            share = dict(files[self.ranks.rank :: self.ranks.world_size])
-            mine = damage_of(checkpoint, share)
-        return next((damage for damage in gather(mine) if damage is not None), None)
-
-    def _check_origin(self, checkpoint: Path) -> None:
-        manifest = read_signed(checkpoint / MANIFEST)
-        if manifest.get("format") != FORMAT:
-            raise _of_another_version(checkpoint)
-        here = as_read_back(self.fingerprint)
-        there = manifest["fingerprint"]
-        differing = differences(there, here)
-        if differing and not (self.may_grow and is_longer(there, here)):
+            yield
+        except (OSError, MegakdError) as error:
+            partial = self.folder / f"step-{step}{PARTIAL}"
+            on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
+            newest, full = self.newest(), full_disk_reason(error)
+            left = f"the last good checkpoint is {newest}" if newest else "there is no earlier one"
+            cure = "free some space and start" if full else "start"
             raise CheckpointError(
-                f"{checkpoint} was written with another config ({differing}); use another "
-                f"output_dir, use that config again{same_rows(there, here)}, or remove "
-                f"{checkpoint.parent}, and the stage begins anew"
-            )
-
-    def has_grown(self, checkpoint: Path) -> bool:
-        """Return true if this run has more steps than the run of a checkpoint; a collective."""
-        there = on_main(lambda: read_signed(checkpoint / MANIFEST)["fingerprint"])
-        return is_longer(there, as_read_back(self.fingerprint))
-
-    def load(
-        self,
-        checkpoint: Path,
-        read_engine: Callable[[Path], None],
-        states: Mapping[str, CheckpointState],
-    ) -> int:
-        """Load the engine and the states in their order; return how many ranks wrote them.
-
-        Random numbers continue if the number of ranks is the same.
-        """
-        read_engine(checkpoint)
-        ranks, device = read_signed(checkpoint / MANIFEST)["ranks"], self.ranks.device
-        stored = read_states(checkpoint, device)
-        for name, state in states.items():
-            state.load(stored[name])
-        # Last, because reading the engine may draw random numbers.
-        if ranks == self.ranks.world_size:
-            set_random_state(_read_plain(checkpoint / _random_file(self.ranks.rank), device))
-        return ranks
-
-    def given(self, checkpoint: Path) -> Path | None:
-        """Verify a checkpoint that the user named; return None if it belongs to another stage."""
-        # Rank 0 decides; `damage` finds a rank that lacks the files.
-        if on_main(lambda: self._stage_of(checkpoint)) != self.folder.name:
-            return None
-        damage = self.damage(checkpoint)
-        if damage is not None:
-            raise CheckpointError(f"{checkpoint} cannot be resumed from: {damage}")
-        self._check_origin(checkpoint)
-        return checkpoint
-
-    def _stage_of(self, checkpoint: Path) -> str:
-        # One that was removed after its stage had begun there is missed by this stage alone.
-        if not checkpoint.is_dir() and not has_begun_from(self.folder, checkpoint):
-            return checkpoint.resolve().parent.name
-        try:
-            return read_signed(checkpoint / MANIFEST)["stage"]
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{checkpoint} cannot be resumed from: {MANIFEST} cannot be read: {error}; give a "
-                f"folder such as checkpoints/<stage>/step-<n>, or true for the newest"
+                f"the checkpoint of step {step} could not be written to {self.folder}: "
+                f"{full or error}; nothing else was changed, {left}; {cure} the same command again"
             ) from error
 
+    def publish(self) -> None:
+        """Give the checkpoint that is being written its name; wait until it is written."""
+        if self._pending is not None:
+            (step, written), self._pending = self._pending, None
+            self._publish(step, written.result)
 
-class CheckpointWriter:
-    """Writes the checkpoints of a stage; methods are collectives, but for `close`.
+    def _publish(self, step: int, write: Callable[[], Entries]) -> None:
+        partial, final = (self.folder / f"step-{step}{end}" for end in (PARTIAL, ""))
 
-    Every rank copies its state, takes the next steps, and writes the copy in a thread. The ranks
-    vote in a step whether they still write (`StepVotes`); the checkpoint gets its name after the
-    first step in which none did. A run that is killed before goes on from the one before.
+        def name() -> None:
+            write_manifest(partial, files)
+            partial.rename(final)
+            self._remove_old()
 
-    beside: whether to write while the training goes on; "auto": if every node has memory for its
-        copy twice.
-    """
+        with self._cleared_on_failure(step):
+            files = entries_of_ranks(write)
+            on_main(name)
 
-    def __init__(self, checkpoints: Checkpoints, *, beside: bool | Literal["auto"]) -> None:
-        self._checkpoints, self._beside = checkpoints, beside
-        self.folder = checkpoints.folder
-        self._pending: tuple[int, Future[Entries]] | None = None
+    def _remove_old(self) -> None:
+        for step in steps_in(self.folder)[: -self.keep] if self.keep else []:
+            try:
+                shutil.rmtree(self.folder / f"step-{step}")
+            except OSError as error:  # the new checkpoint is good, so the run continues
+                logger.warning("step %d in %s could not be removed: %s", step, self.folder, error)
 
     @property
     def is_pending(self) -> bool:
@@ -362,37 +171,114 @@ class CheckpointWriter:
         """True while this rank writes; no collective."""
         return self._pending is not None and not self._pending[1].done()
 
-    def save(
-        self,
-        step: int,
-        engine: Mapping[str, Any],
-        states: Mapping[str, CheckpointState],
-        *,
-        is_last: bool,
-    ) -> None:
-        """Begin to write a checkpoint, see `Checkpoints.contents`; with `is_last`, also end."""
-        self.publish()
-        contents = self._checkpoints.contents(engine, states)
-        if not is_last and self._beside == "auto":
-            self._beside = _fits(contents)
-        folder = self._checkpoints.begin(step)
-        if is_last or not self._beside:
-            self._checkpoints.publish(step, lambda: write_files(folder, contents))
-            return
-        # On the host: the next step changes the values on the device.
-        copy = tree_map_only(Tensor, lambda value: value.to("cpu", copy=True), contents)
-        self._pending = step, _begun(lambda: write_files(folder, copy))
-
-    def publish(self) -> None:
-        """Give the checkpoint that is being written its name; wait until it is written."""
-        if self._pending is not None:
-            (step, written), self._pending = self._pending, None
-            self._checkpoints.publish(step, written.result)
-
     def close(self) -> None:
         """Wait until this rank writes no more, and leave the checkpoint without a name."""
         if self._pending is not None:
             wait([self._pending[1]])
+
+    def newest(self) -> Path | None:
+        """Return the newest complete checkpoint; no collective."""
+        steps = steps_in(self.folder)
+        return self.folder / f"step-{steps[-1]}" if steps else None
+
+    def to_resume(self, *, resume: bool) -> Path | None:
+        """Return the newest checkpoint after it was verified; None if the stage has none yet.
+
+        Raises:
+            CheckpointError: it is damaged, or of another version, stage or length; or there is one
+                and `resume` is false.
+        """
+        checkpoint = on_main(self.newest)
+        if checkpoint is None:
+            return None
+        if not resume:
+            raise CheckpointError(
+                f"{checkpoint} exists and resume_from_checkpoint is false; use another output_dir, "
+                f"remove {self.folder}, or set resume_from_checkpoint to true"
+            )
+        damage = self.damage(checkpoint)
+        if damage is not None:
+            raise CheckpointError(
+                f"{checkpoint} is damaged: {damage}; if its files are on shared storage, start "
+                f"again when they are visible; else remove {checkpoint}, and the stage goes on "
+                "from the checkpoint before it, or from its start"
+            )
+        about = read_states(checkpoint, torch.device("cpu")).get(_ABOUT, {})
+        if (about.get("format"), about.get("stage")) != (FORMAT, self.folder.name):
+            raise _of_another_version(checkpoint)
+        is_longer(about["length"], self.length, may_grow=self.may_grow, where=checkpoint)
+        return checkpoint
+
+    def damage(self, checkpoint: Path) -> str | None:
+        """Return the damage to a checkpoint's files, or None; every rank reads its share."""
+        try:
+            files = sorted(entries(checkpoint).items())
+        except (OSError, ValueError) as error:
+            damage = f"its manifest cannot be read: {error}"
+        else:
+            share = dict(files[self.ranks.rank :: self.ranks.world_size])
+            damage = damage_of(checkpoint, share)
+        return next((reason for reason in gather(damage) if reason is not None), None)
+
+    def load(
+        self,
+        checkpoint: Path,
+        read_engine: Callable[[Path], None],
+        states: Mapping[str, CheckpointState],
+    ) -> tuple[int, bool]:
+        """Load the engine and the states in their order.
+
+        Random numbers continue if the number of ranks is the same.
+
+        Returns:
+            How many ranks wrote the checkpoint, and whether the stage has more steps now.
+        """
+        read_engine(checkpoint)
+        stored = read_states(checkpoint, self.ranks.device)
+        about = stored.pop(_ABOUT)
+        for name, state in states.items():
+            state.load(stored[name])
+        # Last, because reading the engine may draw random numbers.
+        if about["ranks"] == self.ranks.world_size:
+            random = _read_plain(checkpoint / _random_file(self.ranks.rank), self.ranks.device)
+            set_random_state(random)
+        grown = is_longer(about["length"], self.length, may_grow=self.may_grow, where=checkpoint)
+        return about["ranks"], grown
+
+    def finish(self) -> None:
+        """Remove what no later start reads once the stage's model is written; call on rank 0.
+
+        A longer run continues from the newest checkpoint and the best weights.
+        """
+        if self.keep is None:
+            return
+        if not self.may_grow:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        for step in steps_in(self.folder)[:-1]:
+            shutil.rmtree(self.folder / f"step-{step}", ignore_errors=True)
+
+
+def steps_in(folder: Path, *, ending: str = "") -> list[int]:
+    """Return the steps of the folders `step-<n><ending>` in a folder, in ascending order."""
+    names = (re.fullmatch(rf"step-(\d+){re.escape(ending)}", p.name) for p in folder.glob("step-*"))
+    return sorted(int(match[1]) for match in names if match)
+
+
+def read_states(checkpoint: Path, device: torch.device) -> dict[str, Any]:
+    """Return the states of a checkpoint by name."""
+    return _read_plain(checkpoint / _STATES, device)
+
+
+def entries_of_ranks(write: Callable[[], Entries]) -> Entries:
+    """Write files on all ranks; return all their entries; a collective.
+
+    The folder is not listed: on shared storage a rank may not see the files of another rank yet.
+    """
+    return {name: entry for share in gather(together(write)) for name, entry in share.items()}
+
+
+def _random_file(rank: int) -> str:
+    return f"rank-{rank}.pt"
 
 
 def _fits(contents: Mapping[str, Any]) -> bool:
@@ -426,47 +312,6 @@ def _begun(action: Callable[[], Entries]) -> Future[Entries]:
 
     Thread(target=run, daemon=True).start()
     return future
-
-
-def has_begun_from(folder: Path, given: Path) -> bool:
-    """Return whether a stage has gone on from a checkpoint that the user named."""
-    note = folder / BEGUN_FROM
-    return note.is_file() and note.read_text("utf-8", errors="replace") == str(given.resolve())
-
-
-def read_states(checkpoint: Path, device: torch.device) -> dict[str, Any]:
-    """Return the states of a checkpoint by name."""
-    return _read_plain(checkpoint / _STATES, device)
-
-
-def entries_of_ranks(write: Callable[[], Entries]) -> Entries:
-    """Write files on all ranks; return all their entries; a collective.
-
-    The folder is not listed: on shared storage a rank may not see the files of another rank yet.
-    """
-    return {name: entry for share in gather(together(write)) for name, entry in share.items()}
-
-
-def _random_file(rank: int) -> str:
-    return f"rank-{rank}.pt"
-
-
-def _pass_over(damages: Mapping[Path, str], used: Path) -> None:
-    for checkpoint, damage in damages.items():
-        aside = f", renamed to {set_aside(checkpoint)}" if checkpoint.is_dir() else ""
-        logger.warning("%s%s: using %s", damage, aside, used)
-    if damages:
-        write_text(used.with_name(LATEST), used.name)
-
-
-def oldest_step(folder: Path) -> int:
-    """Return the step of the oldest checkpoint in `checkpoints/<stage>`; 0 if there is none."""
-    folders = (path for path in folder.glob(f"{_PREFIX}*") if _NAME.fullmatch(path.name))
-    return min(map(_step_of, folders), default=0)
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix(_PREFIX))
 
 
 def check_plain(state: Any, key: str = "state") -> None:

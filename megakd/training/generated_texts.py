@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from typing_extensions import override
 
@@ -21,9 +22,8 @@ from megakd.rollouts.text_evaluation import TextEvaluation
 from megakd.servers.connect import server_generator
 from megakd.teachers.frozen import FrozenTeacher
 from megakd.training.assembly import Assembly
-from megakd.training.checkpoint import oldest_step
+from megakd.training.checkpoint import steps_in
 from megakd.training.stage_extra import StageExtra, StageParts
-from megakd.training.stage_folder import LENGTHS
 
 
 class Rollouts(StageExtra):
@@ -45,17 +45,21 @@ class Rollouts(StageExtra):
         )
         collate = of_model.scorer(parts.stage.train).collate
         store = RolloutStore(config.output_dir / "rollouts" / parts.stage.name)
-        # A longer run goes on from a checkpoint of the shorter one, with its texts.
-        may_differ = LENGTHS if oldest_step(parts.checkpoints) else ()
-        on_main(lambda: store.begin(parts.fingerprint, may_differ=may_differ))
+        if not oldest(parts.checkpoints):  # those of a start that no checkpoint is left of
+            on_main(store.clear)
         return RolloutSource(
             StepRows(prompts, continued, learned, collate, layout),
             rollouts,
             generator=self._generator,
             store=store,
             seed=config.seed,
-            oldest=lambda: oldest_step(parts.checkpoints),
+            oldest=lambda: oldest(parts.checkpoints),
         )
+
+
+def oldest(folder: Path) -> int:
+    """Return the step of the oldest checkpoint of a stage; 0 without one."""
+    return min(steps_in(folder), default=0)
 
 
 def generator_of(parts: StageParts) -> Generator:

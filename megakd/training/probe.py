@@ -12,9 +12,8 @@ from megakd.engine.collectives import on_main
 from megakd.engine.student import StudentEngine
 from megakd.errors import CheckpointError
 from megakd.scoring.scorer import Scorer
-from megakd.storage import atomic
-from megakd.storage.checksums import Entries, write_files, write_signed
-from megakd.storage.folders import CHECKSUMS, damage
+from megakd.storage.checksums import Entries, write_files
+from megakd.storage.folders import damage, write_manifest
 from megakd.training.checkpoint import entries_of_ranks
 
 BEGINNING = "beginning"
@@ -43,7 +42,7 @@ class StageProbe:
         on_main(lambda: self._publish(partial, files))
 
     def _publish(self, partial: Path, files: Entries) -> None:
-        write_signed(partial / CHECKSUMS, {"files": files})
+        write_manifest(partial, files)
         shutil.rmtree(self.folder / BEGINNING, ignore_errors=True)
         partial.rename(self.folder / BEGINNING)
 
@@ -56,17 +55,5 @@ class StageProbe:
         if reason is not None:
             raise CheckpointError(
                 f"{folder} is damaged: {reason}, and the next episodes start from this student; "
-                f"resume from a checkpoint beside a whole folder {BEGINNING}/, or remove "
-                f"{self.folder} to train the stage again"
+                f"remove {self.folder} to train the stage again"
             )
-
-
-def take_beginning(given: Path, folder: Path) -> None:
-    """Take over the initial student beside the checkpoint of another run; call on rank 0.
-
-    Both arguments are folders of checkpoints, of the other run and of this stage.
-    """
-    if given.resolve() == folder.resolve() or not (given / BEGINNING).is_dir():
-        return
-    with atomic.replaced_folder(folder / BEGINNING) as temporary:
-        shutil.copytree(given / BEGINNING, temporary, dirs_exist_ok=True)

@@ -19,12 +19,7 @@ from megakd.engine.collectives import all_reduce_
 from megakd.losses.bundle import StudentBundle
 from megakd.scoring.scores import Evaluation
 from megakd.training.best_checkpoint import BestCheckpoints, ReturnedWeights
-from megakd.training.checkpoint import (
-    Checkpoints,
-    CheckpointState,
-    CheckpointWriter,
-    read_states,
-)
+from megakd.training.checkpoint import CheckpointState
 from megakd.training.stage_extra import StageExtra
 from megakd.training.stage_model import StageModel
 from megakd.training.trainer import Trainer
@@ -33,14 +28,14 @@ from megakd.training.trainer import Trainer
 class StageEvaluation:
     """Scores the held-out rows while a stage runs, and remembers what the stage returns.
 
-    saves: of the stage's checkpoints; the best weights lie beside them.
+    folder: of the stage's checkpoints; the best weights lie beside them.
     """
 
     def __init__(
         self,
         model: StageModel,
         trainer: Trainer,
-        saves: CheckpointWriter,
+        folder: Path,
         extras: Sequence[StageExtra],
     ) -> None:
         stage, self._trainer = model.stage, trainer
@@ -51,9 +46,7 @@ class StageEvaluation:
         self.scorer = assembly.of(stage.role).scorer(stage.train)
         self._extras = extras
         self._judge = stage.judge or MetricJudge(prepared.metric)
-        self.best = BestCheckpoints(
-            saves.folder, model.write_best, tuple(stage.views), settle=saves.publish
-        )
+        self.best = BestCheckpoints(folder, model.write_best, tuple(stage.views))
         self._latest = Evaluation({}, None)
         self.stopping = EarlyStopping(
             patience=stage.train.early_stopping_patience,
@@ -62,14 +55,12 @@ class StageEvaluation:
 
     @property
     def states(self) -> dict[str, CheckpointState]:
-        """Return the state that a checkpoint keeps; the step of the loop is loaded before."""
+        """Return the state that a checkpoint keeps."""
         stopping = self.stopping
         return {
             "evaluation": CheckpointState(self._record_latest, self._read_latest),
             "early_stopping": CheckpointState(stopping.state_dict, stopping.load_state_dict),
-            "best_steps": CheckpointState(
-                self.best.steps, lambda steps: self.best.resume(self._trainer.step, steps)
-            ),
+            "best": CheckpointState(self.best.state_dict, self.best.load_state_dict),
         }
 
     def _record_latest(self) -> dict[str, Any]:
@@ -77,17 +68,6 @@ class StageEvaluation:
 
     def _read_latest(self, record: Mapping[str, Any]) -> None:
         self._latest = Evaluation.read(record)
-
-    def before_lost_best(self, checkpoint: Path, checkpoints: Checkpoints) -> Path:
-        """Return an earlier checkpoint, if there is one, where the best weights are damaged.
-
-        The evaluation that was the best is then taken again. A collective.
-        """
-        lost = self.best.first_lost(read_states(checkpoint, torch.device("cpu"))["best_steps"])
-        earlier = None if lost is None else checkpoints.before(lost)
-        if earlier is not None:
-            self.best.redo()
-        return earlier or checkpoint
 
     @property
     def _keeps_best(self) -> bool:
@@ -109,8 +89,8 @@ class StageEvaluation:
 
     def returned(self) -> ReturnedWeights:
         """Return the weights that the stage returns: the best, or else those of its last step."""
-        kept = self.best.kept() if self._keeps_best else None
-        return kept or ReturnedWeights(None, self._latest, self._latest)
+        best = self.best.returned() if self._keeps_best else None
+        return best or ReturnedWeights(None, self._latest, self._latest)
 
     def _scores(self) -> dict[str, dict[str, float]]:
         views = tuple(self._stage.views) or (WHOLE,)

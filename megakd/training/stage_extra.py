@@ -12,7 +12,6 @@ from megakd.contract.stage import Stage, Teacher
 from megakd.data.step_layout import StepLayout, StepShape
 from megakd.engine.distributed import Ranks
 from megakd.engine.student import StudentEngine
-from megakd.storage.fingerprint import Fingerprint
 from megakd.training.assembly import Assembly
 
 
@@ -22,7 +21,6 @@ class StageParts(NamedTuple):
     stage: Stage
     assembly: Assembly
     models: Mapping[str, StudentEngine | Teacher]
-    fingerprint: Fingerprint
 
     @property
     def of_model(self) -> Assembly:

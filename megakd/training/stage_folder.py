@@ -17,14 +17,15 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from megakd.config.run import RunConfig
+from megakd.config.train import TrainConfig
 from megakd.contract.batch import BatchSource
-from megakd.contract.stage import StageResult, Strategy
+from megakd.contract.stage import Stage, StageResult, Strategy
 from megakd.contract.tasks import STUDENT
 from megakd.contract.views import Axes, Cut
 from megakd.engine.collectives import gather, on_main
@@ -44,7 +45,7 @@ from megakd.models.weights import WeightReader, check_weight_files
 from megakd.process.seeding import random_state, set_random_state
 from megakd.scoring.scores import numbers
 from megakd.storage import atomic
-from megakd.storage.fingerprint import ABSENT, Fingerprint, as_read_back, differences
+from megakd.storage.fingerprint import differences
 from megakd.storage.folders import (
     CHECKSUMS,
     check_given,
@@ -56,13 +57,9 @@ from megakd.storage.folders import (
 logger = logging.getLogger(__name__)
 RESULT = "result.json"
 TRAINING_STATE, REST = "training_state", "rest.pt"
-ROWS_PER_STEP = "rows_per_step"
-"""Key in the section `train` of a fingerprint, for the keys that split a step over the ranks."""
-LENGTHS = tuple(
-    f"{section}.{key}"
-    for section in ("train", "alone")
-    for key in ("max_steps", "num_train_epochs")
-)
+LENGTHS = ("max_steps", "num_train_epochs")
+Length = Mapping[str, float | None]
+"""The keys of `LENGTHS` of a stage; empty for a stage without steps."""
 
 
 def files_of_others(names: Iterable[str]) -> list[str]:
@@ -108,68 +105,54 @@ def write_stage_folder(
         consume(models, window)
 
 
-def result_text(result: StageResult, fingerprint: Fingerprint) -> str:
-    """Return the content of result.json: the result of a stage, and its fingerprint."""
-    record = asdict(result) | {"folder": None, "fingerprint": fingerprint}
-    return atomic.json_text(record, indent=2)
+def result_text(result: StageResult, length: Length) -> str:
+    """Return the content of result.json: the result of a stage of a length."""
+    return atomic.json_text(asdict(result) | {"folder": None, "length": length}, indent=2)
 
 
-def write_result(result: StageResult, fingerprint: Fingerprint) -> None:
+def write_result(result: StageResult) -> None:
     """Write the folder of a stage that has no model, only a result; a collective."""
-    files = {RESULT: result_text(result, fingerprint)}
+    files = {RESULT: result_text(result, {})}
     on_main(lambda: write_finished(result.folder, files))
 
 
 def read_result(
-    folder: Path, fingerprint: Fingerprint, *, may_grow: bool = False
+    folder: Path, length: Length | None = None, *, may_grow: bool = False
 ) -> StageResult | None:
     """Return a finished stage's result; None if the stage has steps to take; a collective.
 
-    With `may_grow`, a result of fewer steps may be continued, see `is_longer`.
-
     Raises:
-        CheckpointError: the folder is damaged, or holds the result of another config.
+        CheckpointError: the folder is damaged, or its stage has another length, see `is_longer`.
     """
     # Only rank 0 reads: on a network disk, other ranks may not see the files yet.
-    stored = on_main(lambda: _result_there(folder))
+    stored = on_main(lambda: _stored_result(folder))
     if stored is None:
         return None
-    result, there = stored
-    here = as_read_back(fingerprint)
-    if may_grow and is_longer(there, here):
-        logger.info(
-            "%s: finished with %d steps and continues (%s); from there the learning rate follows "
-            "the schedule of the longer run",
-            result.name,
-            result.steps,
-            differences(there, here),
-        )
-        return None
-    differing = differences(there, here)
-    if differing:
-        raise CheckpointError(
-            f"{folder} holds the result of another config ({differing}); use another output_dir, "
-            f"use that config again{same_rows(there, here)}, or remove the folder; to train this "
-            "model further, set "
-            f"student.model={folder} and another output_dir"
-        )
-    return result
+    result, before = stored
+    if not is_longer(before, length or {}, may_grow=may_grow, where=folder):
+        return result
+    logger.info(
+        "%s: finished with %d steps and continues (%s); from there the learning rate follows the "
+        "schedule of the longer run",
+        *(result.name, result.steps, differences(before, length or {})),
+    )
+    return None
 
 
-def _result_there(folder: Path) -> tuple[StageResult, Fingerprint] | None:
+def _stored_result(folder: Path) -> tuple[StageResult, Length] | None:
     if not folder.exists():
         return None
     path, remedy = folder / RESULT, remake(folder)
     open_finished(folder, remedy=remedy)
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        fingerprint = dict(record.pop("fingerprint"))
+        length = dict(record.pop("length"))
         read = {
             "folder": folder,
             "metrics": numbers(record["metrics"]),
             "scores": {view: numbers(values) for view, values in record["scores"].items()},
         }
-        return StageResult(**{**record, **read}), fingerprint
+        return StageResult(**{**record, **read}), length
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path} is not a result of this version ({error}); {remedy}"
@@ -186,39 +169,34 @@ def remake(folder: Path) -> str:
     )
 
 
-def same_rows(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """Return how to get the rows of a step that a fingerprint has, if another has others."""
-    rows = there.get(f"train.{ROWS_PER_STEP}")
-    if rows in (None, here.get(f"train.{ROWS_PER_STEP}")):
-        return ""
-    product = "per_device_train_batch_size x gradient_accumulation_steps x ranks"
-    return f" ({product} must be {rows}, so the ranks must divide {rows})"
+def length_of(train: TrainConfig) -> Length:
+    """Return the keys of `train` that say how long a stage is."""
+    return {key: getattr(train, key) for key in LENGTHS}
 
 
-def is_longer(there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
-    """Return true if two flat configs or fingerprints differ only in increased lengths."""
-    changed = [k for k in {*there, *here} if there.get(k, ABSENT) != here.get(k, ABSENT)]
-    return bool(changed) and all(_is_raised(there, here, key) for key in changed)
+def is_longer(before: Length, now: Length, *, may_grow: bool, where: Path) -> bool:
+    """Return whether a stage has more steps now than when the files of `where` were written.
+
+    Raises:
+        CheckpointError: it has another length, and is not a longer stage that `may_grow`.
+    """
+    changed = [(before.get(key), value) for key, value in now.items() if before.get(key) != value]
+    if changed and not (may_grow and all(old and new and old < new for old, new in changed)):
+        raise CheckpointError(
+            f"{where} is of a stage of another length ({differences(before, now)}); use another "
+            "output_dir, or that length again; only the student and the baselines may get longer"
+        )
+    return bool(changed)
 
 
-def _is_raised(there: Mapping[str, Any], here: Mapping[str, Any], key: str) -> bool:
-    before, now = there.get(key), here.get(key)
-    return key in LENGTHS and before is not None and now is not None and now > before
-
-
-def keeps_last(fields: Mapping[str, Any]) -> bool:
-    """Return true if no evaluation decides which weights a run of this flat config keeps."""
-    best = fields.get("eval.keep_best")
-    chooses = best or (best is None and fields.get("eval.eval_steps") is not None)
-    return not (chooses or any(fields[k] for k in fields if k.endswith("early_stopping_patience")))
-
-
-def may_grow(stage: str, config: RunConfig) -> bool:
-    """Return true for a stage that no other stage is made from: the student's and the baselines'.
+def may_grow(stage: Stage, config: RunConfig) -> bool:
+    """Return true for a stage that a longer run continues.
 
     If a teacher or an assistant continued to learn, its students would belong to an older teacher.
+    Windows and episodes end at steps that depend on the length.
     """
-    return stage in (STUDENT, *config.baselines)
+    is_last = stage.name in (STUDENT, *config.baselines)
+    return is_last and stage.window is None and stage.strategy.episodes == 1
 
 
 class WindowState(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from megakd.contract.batch import BatchSource
 from megakd.contract.stage import Stage
@@ -17,10 +17,9 @@ from megakd.models.cutting import content_of
 from megakd.models.generation import generation_file
 from megakd.models.lora import adapter_config, adapter_files, load_adapters
 from megakd.scoring.scores import Evaluation
-from megakd.storage import atomic
 from megakd.storage.folders import copy_finished, write_finished
 from megakd.training.assembly import Assembly
-from megakd.training.best_checkpoint import RECORD, ReturnedWeights
+from megakd.training.best_checkpoint import ReturnedWeights
 from megakd.training.stage_folder import WindowState, consume, write_stage_folder
 
 
@@ -49,13 +48,13 @@ class StageModel(NamedTuple):
         remedy = f"remove {best} and start the same command again"
         on_main(lambda: copy_finished(best, folder, changes=record, remedy=remedy))
 
-    def write_best(self, folder: Path, record: Mapping[str, Any]) -> None:
-        text, student = atomic.json_text(record, indent=2), self.bundle.student
+    def write_best(self, folder: Path, evaluation: Evaluation) -> None:
+        student = self.bundle.student
         if adapter_config(student) is None:
-            self._write(folder, {RECORD: text}, Evaluation.read(record["evaluation"]))
+            self._write(folder, {}, evaluation)
             return
         files = adapter_files(student)
-        on_main(lambda: write_finished(folder, {**files, RECORD: text}))
+        on_main(lambda: write_finished(folder, files))
 
     def _write(
         self,

@@ -25,16 +25,20 @@ from megakd.engine.student import device_batch
 from megakd.process import signals
 from megakd.process.seeding import seed_everything
 from megakd.scoring.scorer import few
-from megakd.storage.fingerprint import Fingerprint
 from megakd.training.assembly import Assembly
-from megakd.training.checkpoint import Checkpoints, CheckpointState, CheckpointWriter
+from megakd.training.checkpoint import Checkpoints, CheckpointState
 from megakd.training.meters import TrainMeter
-from megakd.training.probe import take_beginning
 from megakd.training.progress import Extent, Reporter
 from megakd.training.stage_batches import extras_of, row_batches
 from megakd.training.stage_evaluation import StageEvaluation
 from megakd.training.stage_extra import StageParts
-from megakd.training.stage_folder import RESULT, continue_window, may_grow, result_text
+from megakd.training.stage_folder import (
+    RESULT,
+    continue_window,
+    length_of,
+    may_grow,
+    result_text,
+)
 from megakd.training.stage_model import StageModel
 from megakd.training.trainer import Trainer
 
@@ -86,7 +90,10 @@ def agreed_signal() -> int:
 
 
 class StageRun:
-    """One stage, from its engines, which the constructor builds, to its finished model folder."""
+    """One stage, from its engines, which the constructor builds, to its finished model folder.
+
+    checkpoint: the verified one that the stage goes on from, if there is one.
+    """
 
     def __init__(
         self,
@@ -95,14 +102,15 @@ class StageRun:
         *,
         teachers: Mapping[str, Teacher],
         reporter: Reporter,
-        fingerprint: Fingerprint,
+        checkpoint: Path | None = None,
     ) -> None:
         self.stage, self.assembly, self.reporter = stage, assembly, reporter
         self.config, self.ranks = assembly.config, assembly.ranks
+        self._checkpoint = checkpoint
         self.first_step = stage.window.first if stage.window else 0
         seed_everything(self.config.seed, self.ranks.rank, self.first_step)
         self.student, self.bundle = assembly.student(stage)
-        parts = StageParts(stage, assembly, {STUDENT: self.student, **teachers}, fingerprint)
+        parts = StageParts(stage, assembly, {STUDENT: self.student, **teachers})
         self.extras = extras_of(parts)
         sources = (extra.source() for extra in self.extras)
         source = next((made for made in sources if made is not None), None)
@@ -112,8 +120,7 @@ class StageRun:
         self.episode = steps
         self.steps = window.last if window else stage.strategy.episodes * steps
         rate = learning_rate_schedule(stage.train, steps)
-        self.checkpoints = stage_checkpoints(stage, assembly, fingerprint)
-        self.saves = CheckpointWriter(self.checkpoints, beside=self.config.save.asynchronous)
+        self.saves = stage_checkpoints(stage, assembly)
         self.votes = StepVotes(
             {_STOP: lambda: signals.requested() > 0, _WRITING: lambda: self.saves.is_writing}
         )
@@ -128,7 +135,7 @@ class StageRun:
             step=self.first_step,
         )
         self.model = StageModel(stage, assembly, self.student, self.bundle, self.source)
-        self.evaluation = StageEvaluation(self.model, self.trainer, self.saves, self.extras)
+        self.evaluation = StageEvaluation(self.model, self.trainer, self.saves.folder, self.extras)
         self.health = TrainMeter(self.bundle.objective, self.trainer, stage, self.ranks)
         self.states = self._states()
 
@@ -185,9 +192,9 @@ class StageRun:
             scores=kept.chosen.scores if self.stage.views else {},
             view=kept.chosen.view if self.stage.views else None,
         )
-        text = result_text(result, self.checkpoints.fingerprint)
+        text = result_text(result, self.saves.length)
         self.model.write_returned(folder, {RESULT: text, **self.stage.strategy.files()}, kept)
-        on_main(self.checkpoints.finish)
+        on_main(self.saves.finish)
         return result
 
     def _tell_kept_layers(self) -> None:
@@ -224,25 +231,11 @@ class StageRun:
                 parted = [with_parts(one, numbers) for one in batches] if numbers else batches
                 yield [device_batch(batch, self.ranks.device) for batch in parted]
 
-    def _checkpoint(self) -> Path | None:
-        wanted = self.stage.train.resume_from_checkpoint
-        checkpoint = self.checkpoints.to_resume(wanted)
-        if checkpoint is None:
-            return None
-        if isinstance(wanted, str) and checkpoint == Path(wanted):
-            other, folder = checkpoint.parent, self.checkpoints.folder
-            on_main(lambda: take_beginning(other, folder))
-            self.evaluation.best.take(other)
-            on_main(lambda: self.checkpoints.begin_from(checkpoint))
-            return checkpoint
-        return self.evaluation.before_lost_best(checkpoint, self.checkpoints)
-
     def _resume(self) -> int:
-        name, wanted = self.stage.name, self.stage.train.resume_from_checkpoint
-        checkpoint = self._checkpoint()
+        name, checkpoint = self.stage.name, self._checkpoint
         if checkpoint is not None:
-            writers = self.checkpoints.load(checkpoint, self._load_engine, self.states)
-            if self.checkpoints.has_grown(checkpoint):
+            writers, has_grown = self.saves.load(checkpoint, self._load_engine, self.states)
+            if has_grown:
                 self.evaluation.stopping.extend()
             step, ranks = self.trainer.step, self.ranks
             text = f"{name}: resumed at step {step} from {checkpoint}"
@@ -252,12 +245,12 @@ class StageRun:
                 text += "draws other numbers from here on"
             self._say(text)
             return step
-        self.evaluation.best.resume(self.first_step, {})
+        self.evaluation.best.load_state_dict({})
         if self.first_step:
             previous: Path = self.stage.start.folder
             self._say(f"{name}: continues from {previous.name} at step {self.first_step}")
             continue_window(previous, self.student, self.stage.strategy, self.source, self.ranks)
-        elif wanted is True:
+        else:
             self._say(f"{name}: no checkpoint to resume from, starting at step 0")
         return self.first_step
 
@@ -318,7 +311,7 @@ class StageRun:
 
     def _newest(self) -> Path | None:
         self.saves.publish()
-        return on_main(self.checkpoints.newest)
+        return on_main(self.saves.newest)
 
     def _say(self, text: str, level: int = logging.INFO) -> None:
         if self.ranks.is_main:
@@ -329,15 +322,16 @@ class StageRun:
         self.student.destroy()
 
 
-def stage_checkpoints(stage: Stage, assembly: Assembly, fingerprint: Fingerprint) -> Checkpoints:
+def stage_checkpoints(stage: Stage, assembly: Assembly) -> Checkpoints:
     """Return the checkpoints of a stage."""
     config = assembly.config
     return Checkpoints(
         folder=config.output_dir / "checkpoints" / stage.name,
-        fingerprint=fingerprint,
         keep=config.save.save_total_limit,
         ranks=assembly.ranks,
-        may_grow=may_grow(stage.name, config),
+        length=length_of(stage.train),
+        may_grow=may_grow(stage, config),
+        beside=config.save.asynchronous,
     )
 
 

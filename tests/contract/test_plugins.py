@@ -21,7 +21,6 @@ from megakd.contract.views import Shape
 from megakd.errors import ConfigError
 from megakd.losses.objective import build_objective, teacher_needs
 from megakd.losses.plugin_losses import PluginLoss, logits_of
-from megakd.run.stage_identity import facts_of
 from megakd.scoring.metrics import task_metrics
 
 CONFIG = {
@@ -244,20 +243,6 @@ def test_logits_of_a_language_model_are_formed_at_its_targets():
     read = logits_of(Knowledge(hidden=torch.tensor([[1.0, 2.0]]), head=Head()))
 
     assert read.tolist() == [[2.0, 3.0, 1.0]]
-
-
-def test_a_result_depends_on_the_file_of_a_plugin(packages, monkeypatch):
-    path = packages / "changing_plugin.py"
-    path.write_text(BASE, encoding="utf-8")
-    importlib.invalidate_caches()
-    config = config_of({**CONFIG, "objective": [{"loss": "changing_plugin:Good"}]})
-    before = facts_of(config.objective[0])
-
-    path.write_text(BASE + "# edited\n", encoding="utf-8")
-    plugins._hash_of.cache_clear()
-
-    assert facts_of(config.objective[0]) != before
-    assert "code" not in facts_of(config_of(CONFIG).method)
 
 
 @pytest.fixture

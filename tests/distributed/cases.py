@@ -86,7 +86,6 @@ def started(
             lab.assembly,
             teachers={name: teacher} if teacher else {},
             reporter=lab._reporter,
-            fingerprint={},
         )
         yield run, teacher
         run.close()

@@ -46,9 +46,7 @@ def evaluated(config_path: str, overrides: list[str], kind: str) -> dict[str, An
         )
         stage = completed(stage, lab.config)
         frozen = lab.pool.open(teacher, stage)
-        run = StageRun(
-            stage, lab.assembly, teachers={teacher: frozen}, reporter=lab._reporter, fingerprint={}
-        )
+        run = StageRun(stage, lab.assembly, teachers={teacher: frozen}, reporter=lab._reporter)
         forwards = Counter[tuple[str, int]]()
         for name, model in (("teacher", frozen.model), ("student", run.student.student)):
             model.model.register_forward_pre_hook(
