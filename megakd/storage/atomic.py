@@ -75,7 +75,8 @@ def _clean_up(path: Path, temporary: Path, aside: Path) -> None:
     if aside.exists() and not path.exists():  # failed or killed between the two renames
         aside.replace(path)
     for leftover in (temporary, aside):
-        shutil.rmtree(leftover, ignore_errors=True)
+        if leftover.exists():
+            shutil.rmtree(leftover)
 
 
 def write_content(path: Path, content: str | bytes) -> None:

@@ -17,7 +17,6 @@ from megakd.errors import DataError
 from megakd.rollouts.batches import row_sources, text_seed
 from megakd.rollouts.prompts import Prompts, columns_of_rows, rollout_row
 from megakd.rollouts.store import RolloutStore
-from megakd.training.stage_folder import LENGTHS
 
 _tokens = st.lists(st.integers(0, 1000), min_size=1, max_size=6)
 
@@ -159,29 +158,11 @@ def test_texts_are_read_as_they_were_written(
     assert store.read(12) == texts
 
 
-def test_texts_of_an_equal_run_are_kept_and_those_of_another_set_aside(tmp_path: Path) -> None:
-    for seed in (1, 2, 3):
-        store = RolloutStore(tmp_path / "student")
-        store.begin({"seed": seed})
-        assert not store.has(0)
-        store.write(0, [_TEXT._replace(seed=seed)])
-        RolloutStore(tmp_path / "student").begin({"seed": seed})
-
-    names = ("student.before-1", "student.before-2", "student")
-    assert [RolloutStore(tmp_path / name).read(0)[0].seed for name in names] == [1, 2, 3]
-
-
-@pytest.mark.parametrize("key", ["train.max_steps", "train.num_train_epochs"])
-def test_texts_of_a_run_of_another_length_are_kept_only_beside_a_checkpoint(tmp_path, key):
-    """Every rate of a schedule depends on the length."""
-    facts = {"seed": 1, key: 8}
-    RolloutStore(tmp_path / "student").begin({**facts, key: 4})
+def test_texts_that_are_cleared_are_gone(tmp_path: Path) -> None:
     store = RolloutStore(tmp_path / "student")
+    store.clear()
     store.write(0, [_TEXT])
-
-    store.begin(facts, may_differ=LENGTHS)
-    assert store.has(0)
-    store.begin({**facts, key: 16})
+    store.clear()
     assert not store.has(0)
 
 

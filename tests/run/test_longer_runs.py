@@ -35,7 +35,7 @@ def test_a_longer_run_has_the_weights_of_one_that_was_as_long_from_the_start(sta
 
     assert outcome.code == 0, outcome.err
     assert "student: finished with 3 steps and continues" in outcome.err
-    assert f"train.{key}: 0.1875 there, 0.375 here" in outcome.err
+    assert f"{key}: 0.1875 there, 0.375 here" in outcome.err
     steps = {stage["name"]: stage["steps"] for stage in read(bench.folder / "out")["stages"]}
     assert steps == {"student": 6, "alone": 6}
     assert same_weights(*(bench.folder / out / "final" for out in ("whole", "out")))
@@ -44,7 +44,7 @@ def test_a_longer_run_has_the_weights_of_one_that_was_as_long_from_the_start(sta
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"max_steps": 2}, "train.max_steps: 3 there, 2 here"),
+        ({"max_steps": 2}, "max_steps: 3 there, 2 here"),
         ({"max_steps": 4, "learning_rate": 0.5}, "train.learning_rate"),
     ],
 )
@@ -72,4 +72,4 @@ def test_a_stage_that_others_were_made_from_does_not_go_on(start, bench):
 
     assert outcome.code == 2
     assert "teacher-finetune" in outcome.err
-    assert "train.max_steps: 2 there, 4 here" in outcome.err
+    assert "max_steps: 2 there, 4 here" in outcome.err

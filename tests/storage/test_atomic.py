@@ -19,7 +19,6 @@ from safetensors.torch import save_file
 from megakd.errors import MegakdError
 from megakd.storage.atomic import (
     json_text,
-    recover,
     replaced_folder,
     reports_full_disk,
     write_json,
@@ -105,23 +104,15 @@ def test_a_failure_of_the_last_rename_puts_the_old_one_back(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(("left", "whole"), [(".final.new", "old"), ("final", "new")])
-def test_recover_undoes_a_first_rename_and_keeps_what_both_have_made(tmp_path, left, whole):
+def test_the_next_write_finds_the_old_folder_or_the_new_one(tmp_path, left, whole):
     folder_with(tmp_path / ".final.old", "old")
     folder_with(tmp_path / left, "new")
 
-    restored = recover(tmp_path / "final")
+    with pytest.raises(KeyError), replaced_folder(tmp_path / "final"):
+        raise KeyError
 
-    assert restored == (whole == "old")
     assert (tmp_path / "final" / "content.txt").read_text() == whole
     assert names(tmp_path) == ["final"]
-
-
-def test_recover_removes_nothing_where_nothing_is_left(tmp_path, monkeypatch):
-    """Read-only storage refuses to remove what is not there."""
-    folder_with(tmp_path / "final", "old")
-    monkeypatch.setattr(Path, "unlink", None)
-
-    assert not recover(tmp_path / "final")
 
 
 @pytest.mark.parametrize("call", ["temporary.replace", "path.replace", "fsync", "rmtree"])
@@ -150,7 +141,8 @@ def test_a_process_killed_anywhere_leaves_old_or_new(tmp_path, call):
             os._exit(0)
 
     _, status = os.waitpid(process, 0)
-    recover(path)
+    with pytest.raises(KeyError), replaced_folder(path):  # the next write
+        raise KeyError
 
     assert os.WTERMSIG(status) == signal.SIGKILL
     assert (path / "content.txt").read_text() == ("new" if call == "rmtree" else "old")

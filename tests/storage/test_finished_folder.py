@@ -18,6 +18,7 @@ from megakd.storage.folders import (
     damage,
     open_finished,
     sealed_folder,
+    users_files,
 )
 
 FILES = {"model.safetensors": "weights", "config.json": "{}", "tokenizer.json": "[]", CARD: "card"}
@@ -78,7 +79,7 @@ def test_a_folder_that_megakd_did_not_write_is_taken_as_given_and_no_result_of_a
         open_finished(finished, remedy=REMEDY)
 
 
-@pytest.mark.parametrize("text", ["{", "null", '{"files": {}}'])
+@pytest.mark.parametrize("text", ["{", "null", '{"files": 3}', '{"files": {"a": {}}}'])
 def test_damaged_checksums_are_damage_themselves(finished, text):
     (finished / CHECKSUMS).write_text(text)
 
@@ -145,3 +146,13 @@ def called(path: Path) -> set[str]:
     calls = [n.func for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
     names = {func.attr for func in calls if isinstance(func, ast.Attribute)}
     return names | {func.id for func in calls if isinstance(func, ast.Name)}
+
+
+def test_files_that_are_not_as_megakd_wrote_them_are_a_users_own(finished, tmp_path):
+    assert users_files(finished) == []
+    (finished / CARD).write_text("mine")
+    (finished / "notes.txt").write_text("mine")
+    assert users_files(finished) == [CARD, "notes.txt"]
+    assert users_files(tmp_path / "nothing") == []
+    (finished / CHECKSUMS).unlink()
+    assert len(users_files(finished)) == 5

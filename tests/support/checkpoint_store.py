@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from megakd.engine.distributed import Ranks
-from megakd.storage.checksums import write_files
 from megakd.training.checkpoint import Checkpoints, CheckpointState
 
 ALONE = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
@@ -19,19 +18,20 @@ ENGINE = {SHARD: {"weight": torch.arange(1000.0)}}
 FILES = (SHARD, "state.pt", "rank-0.pt")
 
 
-def checkpoints(folder: Path, *, keep: int | None = 2, ranks: Ranks = ALONE, **fields: Any) -> Any:
-    fingerprint = {"train.learning_rate": 0.1, "seed": 1} | fields
-    return Checkpoints(folder=folder / "student", fingerprint=fingerprint, keep=keep, ranks=ranks)
+def checkpoints(
+    folder: Path, *, keep: int | None = 2, ranks: Ranks = ALONE, **fields: Any
+) -> Checkpoints:
+    return Checkpoints(folder=folder / "student", keep=keep, ranks=ranks, **fields)
 
 
 def save(store: Checkpoints, *steps: int, values: dict[str, Any] | None = None) -> Path:
     """Save without an engine; return the last checkpoint."""
     for step in steps:
         states = states_of(values or {"step": step, "window": step * 10})
-        contents = store.contents(ENGINE, states)
-        folder = store.begin(step)
-        written = store.publish(step, partial(write_files, folder, contents))
-    return written
+        store.save(step, ENGINE, states, is_last=True)
+    newest = store.newest()
+    assert newest is not None
+    return newest
 
 
 def states_of(values: dict[str, Any]) -> dict[str, CheckpointState]:

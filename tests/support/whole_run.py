@@ -160,5 +160,4 @@ def forgotten(
     for checkpoint in (copy / "checkpoints" / stage).glob("step-*"):
         if int(checkpoint.name.removeprefix("step-")) > after:
             shutil.rmtree(checkpoint)
-    (copy / "checkpoints" / stage / "latest").unlink()
     return copy

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import random
-import re
 import shutil
 from collections import deque
 from collections.abc import Callable
@@ -31,6 +30,7 @@ from checkpoint_store import (
 from megakd.engine.distributed import Ranks
 from megakd.errors import CheckpointError
 from megakd.process.seeding import random_state, seed_everything
+from megakd.storage.folders import CHECKSUMS, entries
 from megakd.training import checkpoint as checkpoint_module
 from megakd.training.checkpoint import Checkpoints, check_plain
 from megakd.training.stage_batches import check_readers
@@ -81,30 +81,55 @@ def test_ranks_draw_different_dropout_and_the_same_everything_else():
 
 
 @pytest.mark.parametrize(
-    ("keep", "kept"),
+    ("keep", "left"),
     [(1, ["step-12"]), (2, ["step-12", "step-8"]), (None, ["step-12", "step-4", "step-8"])],
 )
-def test_the_newest_are_kept_and_latest_names_the_last(tmp_path, keep, kept):
+def test_the_newest_complete_one_is_used_and_the_oldest_are_removed(tmp_path, keep, left):
     store = checkpoints(tmp_path, keep=keep)
+    assert store.to_resume(resume=True) is None
 
     newest = save(store, 4, 8, 12)
 
-    assert names(store) == ["latest", *kept]
-    assert (store.folder / "latest").read_text() == "step-12"
-    assert store.newest_good() == newest
+    assert names(store) == left
+    for name in ("best", "step-notes", "step-16.partial"):
+        (store.folder / name).mkdir()
+    assert store.to_resume(resume=True) == newest
 
 
-@pytest.mark.parametrize("pointer", [None, b"\xff\xfe", b"../student", b"best"])
-def test_a_pointer_that_names_no_checkpoint_is_passed_over(store, pointer):
-    assert store.newest_good() is None
-    newest = save(store, 4, 8)
-    (store.folder / "latest").unlink()
-    if pointer is not None:
-        (store.folder / "latest").write_bytes(pointer)
-    (store.folder / "best").mkdir()
-    (store.folder / "step-notes").mkdir()
+@pytest.mark.parametrize(
+    ("now", "may_grow", "goes_on"),
+    [(8, True, True), (12, True, True), (12, False, False), (6, True, False), (None, True, False)],
+)
+def test_a_stage_may_get_longer_if_nothing_was_made_from_it(tmp_path, now, may_grow, goes_on):
+    saved = save(checkpoints(tmp_path, length={"max_steps": 8}), 8)
+    store = checkpoints(tmp_path, length={"max_steps": now}, may_grow=may_grow)
 
-    assert store.newest_good() == newest
+    if not goes_on:
+        with pytest.raises(CheckpointError, match=f"max_steps: 8 there, {now} here"):
+            store.to_resume(resume=True)
+        return
+    assert store.to_resume(resume=True) == saved
+    values: dict[str, Any] = {"step": None}
+    assert store.load(saved, read_nothing, states_of(values)) == (1, now != 8)
+
+
+def test_a_finished_stage_leaves_what_a_longer_one_reads(tmp_path):
+    for keep, may_grow, left in ((2, True, ["step-8"]), (None, False, ["step-4", "step-8"])):
+        store = checkpoints(tmp_path / str(keep), keep=keep, may_grow=may_grow)
+        save(store, 4, 8)
+        store.finish()
+        assert names(store) == left
+    store = checkpoints(tmp_path / "others")
+    save(store, 4, 8)
+    store.finish()
+    assert not store.folder.exists()
+
+
+def test_a_checkpoint_of_another_stage_is_refused(store, tmp_path):
+    shutil.copytree(save(store, 4), tmp_path / "alone" / "step-4")
+    other = Checkpoints(folder=tmp_path / "alone", keep=2, ranks=ALONE)
+    with pytest.raises(CheckpointError, match=r"alone/step-4 was written by another"):
+        other.to_resume(resume=True)
 
 
 def cut(path: Path) -> None:
@@ -115,42 +140,36 @@ DAMAGES = [
     *((name, flip, f"the checksum of {name} differs") for name in FILES),
     (SHARD, cut, rf"{SHARD} has \d+ bytes, \d+ were written"),
     (SHARD, Path.unlink, f"{SHARD} is missing"),
-    ("manifest.json", flip, "manifest.json cannot be read"),
-    ("manifest.json", cut, None),
-    ("manifest.json", Path.unlink, "manifest.json cannot be read"),
+    (CHECKSUMS, Path.unlink, "its manifest cannot be read"),
 ]
 
 
-@pytest.mark.parametrize(("name", "damage", "reason"), DAMAGES)
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
-    store, caplog, name: str, damage: Callable[[Path], None], reason: str | None
+@pytest.mark.parametrize(("name", "spoil", "reason"), DAMAGES)
+def test_a_damaged_checkpoint_is_named_with_the_folder_to_remove(
+    store, name: str, spoil: Callable[[Path], None], reason: str
 ):
     newest = save(store, 4, 8)
-    damage(newest / name)
+    spoil(newest / name)
 
-    if reason is None:  # only the newline at the end is gone
-        assert store.newest_good() == newest
-        return
-    assert store.newest_good() == store.folder / "step-4"
-    assert (store.folder / "latest").read_text() == "step-4"
-    told = rf"{newest} is damaged \({reason}.*renamed to {newest}.unused-1: using .*/step-4$"
-    assert re.search(told, caplog.text, re.MULTILINE)
+    with pytest.raises(CheckpointError, match=rf"^{newest} is damaged: {reason}.*remove {newest}"):
+        store.to_resume(resume=True)
+    shutil.rmtree(newest)
+    assert store.to_resume(resume=True) == store.folder / "step-4"
 
 
 def test_the_manifest_names_what_was_written_even_if_a_listing_does_not_show_it(store, monkeypatch):
     with monkeypatch.context() as stale:
         stale.setattr(Path, "rglob", lambda *_: iter(()))
-        stale.setattr(Path, "iterdir", lambda _: iter([store.folder / "step-4"]))
         newest = save(store, 4)
 
     flip(newest / SHARD)
     assert store.damage(newest) == f"the checksum of {SHARD} differs"
-    assert json.loads((newest / "manifest.json").read_text())["files"].keys() == set(FILES)
+    assert entries(newest).keys() == set(FILES)
 
 
 def test_no_bit_of_a_manifest_can_change_unseen(store):
     newest = save(store, 4, 8)
-    path = newest / "manifest.json"
+    path = newest / CHECKSUMS
     content = path.read_bytes()
 
     for place in range(0, len(content), 7):
@@ -161,68 +180,12 @@ def test_no_bit_of_a_manifest_can_change_unseen(store):
         assert damaged or json.loads(changed) == json.loads(content)
 
 
-def test_a_run_whose_pointer_alone_is_visible_does_not_start_over(store, tmp_path):
-    save(store, 4)
-    (store.folder / "step-4").rename(tmp_path / "not visible")
-
-    with pytest.raises(CheckpointError, match=r"step-4 is damaged .*No such file"):
-        store.newest_good()
-
-
-def test_a_checkpoint_that_was_not_there_at_the_start_is_not_removed(tmp_path, caplog):
-    store = checkpoints(tmp_path, keep=1)
-    save(store, 4)
-    newest = save(checkpoints(tmp_path, keep=None), 8)
-    newest.rename(tmp_path / "not visible")
-    assert store.newest_good() == store.folder / "step-4"
-    assert f"{newest} is damaged (manifest.json cannot be read" in caplog.text
-    (tmp_path / "not visible").rename(newest)
-
-    save(store, 6)
-
-    assert names(store) == ["latest", "step-6", "step-8.unused-1"]
-
-
-@pytest.mark.parametrize("step", [6, 8, 12])
-def test_no_save_removes_a_checkpoint_that_the_run_has_passed_over(tmp_path, step):
-    store = checkpoints(tmp_path, keep=1)
-    save(store, 4)
-    kept = checkpoints(tmp_path, keep=None)
-    for damaged in (save(kept, 8), save(kept, 12)):
-        (damaged / SHARD).rename(tmp_path / damaged.name)
-    assert store.newest_good() == store.folder / "step-4"
-
-    save(store, step)
-
-    passed_over = ["step-12.unused-1", "step-8.unused-1"]
-    assert names(store) == sorted(["latest", f"step-{step}", *passed_over])
-    for name in passed_over:
-        (tmp_path / name.removesuffix(".unused-1")).rename(store.folder / name / SHARD)
-        assert store.damage(store.folder / name) is None
-
-
-def test_a_checkpoint_of_another_config_is_refused_with_the_fields_that_differ(tmp_path):
-    save(checkpoints(tmp_path), 4)
-
-    differing = r"\(train.learning_rate: 0.1 there, 0.2 here\)"
-    message = rf"written with another config {differing}; use .* or remove {tmp_path}/student, and"
-    with pytest.raises(CheckpointError, match=message):
-        checkpoints(tmp_path, **{"train.learning_rate": 0.2}).newest_good()
-
-
 def test_a_stage_that_may_not_resume_refuses_to_write_over_its_checkpoints(store):
     newest = save(store, 8)
 
     message = f"{newest} exists and resume_from_checkpoint is false; use another output_dir"
     with pytest.raises(CheckpointError, match=message):
-        store.to_resume(wanted=False)
-
-
-def test_a_fingerprint_is_compared_as_the_file_can_hold_it(tmp_path):
-    odd = {"sizes": (1, 2), "limit": float("inf"), "text": "é"}
-    newest = save(checkpoints(tmp_path, **odd), 4)
-
-    assert checkpoints(tmp_path, **odd).newest_good() == newest
+        store.to_resume(resume=False)
 
 
 def test_other_ranks_read_a_checkpoint_and_keep_their_own_random_numbers(tmp_path):
@@ -235,7 +198,7 @@ def test_other_ranks_read_a_checkpoint_and_keep_their_own_random_numbers(tmp_pat
     states = states_of(values)
     writers = checkpoints(tmp_path, ranks=third).load(folder, read_nothing, states)
 
-    assert (writers, values) == (1, {"step": 4, "window": 40})
+    assert (writers, values) == ((1, False), {"step": 4, "window": 40})
     assert torch.equal(random_state()["torch"], before["torch"])
 
 
@@ -253,97 +216,6 @@ def test_a_stream_that_ranks_cannot_share_names_the_ranks_that_can(tmp_path, rea
     check_readers(folder, ALONE)
 
 
-def test_a_checkpoint_that_was_named_is_used_by_its_stage_alone(store, tmp_path):
-    save(store, 4, 8)
-    named = store.folder / "step-4"
-    copied = tmp_path / "elsewhere"
-    shutil.copytree(named, copied)
-
-    assert store.given(named) == named
-    assert store.given(copied) == copied
-    other = Checkpoints(folder=tmp_path / "alone", fingerprint={}, keep=2, ranks=ALONE)
-    assert other.given(named) is None
-    shutil.rmtree(named)
-    assert other.to_resume(str(named)) is None
-
-
-def test_a_named_checkpoint_is_begun_from_once_and_then_the_stages_own_are(store, tmp_path):
-    save(store, 4, 8)
-    given = store.folder / "step-4"
-    other = checkpoints(tmp_path / "other")
-    save(other, 2)
-
-    assert other.to_resume(str(given)) == given
-    other.begin_from(given)
-    assert names(other) == ["begun_from", "step-2.unused-1"]
-    assert other.to_resume(str(given)) == given  # killed before its first save
-    newest = save(other, 6)
-    assert other.to_resume(str(given)) == newest
-    shutil.rmtree(given)
-    assert other.to_resume(str(given)) == newest
-    assert other.to_resume(str(store.folder / "step-8")) == store.folder / "step-8"
-
-
-def test_a_stage_that_returns_to_an_earlier_checkpoint_does_not_go_on_from_a_later_one(tmp_path):
-    store = checkpoints(tmp_path, keep=None)
-    save(store, 4, 8, 12)
-    given = str(store.folder / "step-4")
-
-    store.begin_from(Path(given))
-
-    kept = ["begun_from", "latest", "step-12.unused-1", "step-4", "step-8.unused-1"]
-    assert names(store) == kept
-    assert store.to_resume(given) == store.newest_good() == store.folder / "step-4"
-    assert save(store, 6) == store.to_resume(given)
-
-
-@pytest.mark.parametrize("name", ["step-4-kept", "step-4.unused-1"])
-def test_a_copy_beside_the_checkpoints_is_begun_from_as_one_of_another_run(tmp_path, name):
-    store = checkpoints(tmp_path, keep=None)
-    save(store, 4, 8)
-    given = Path(shutil.copytree(store.folder / "step-4", store.folder / name))
-
-    store.begin_from(given)
-
-    assert {path.name for path in store.folder.glob("step-*") if path.suffix == ""} <= {name}
-    assert store.to_resume(str(given)) == given
-    assert save(store, 6) == store.to_resume(str(given))
-
-
-def test_a_stage_that_has_saved_nothing_since_misses_its_named_checkpoint(store, tmp_path):
-    save(store, 4)
-    given = Path(shutil.copytree(store.folder / "step-4", tmp_path / "backup" / "step-4"))
-    other = checkpoints(tmp_path / "other")
-    other.begin_from(given)
-    shutil.rmtree(given)
-
-    with pytest.raises(CheckpointError, match=r"backup/step-4 cannot be resumed from: manifest"):
-        other.to_resume(str(given))
-
-
-def test_a_link_to_a_checkpoint_is_one_of_the_stage(tmp_path):
-    store = checkpoints(tmp_path, keep=None)
-    save(store, 4, 8)
-    link = store.folder / "step-4"
-    link.rename(tmp_path / "kept")
-    link.symlink_to(tmp_path / "kept")
-
-    store.begin_from(link)
-
-    assert names(store) == ["begun_from", "latest", "step-4", "step-8.unused-1"]
-    assert store.to_resume(str(link)) == link
-
-
-def test_a_named_checkpoint_that_is_damaged_or_none_is_an_error(store):
-    named = save(store, 4)
-
-    with pytest.raises(CheckpointError, match=r"student cannot be resumed from: manifest.json"):
-        store.given(store.folder)
-    flip(named / SHARD)
-    with pytest.raises(CheckpointError, match="step-4 cannot be resumed from: the checksum of"):
-        store.given(named)
-
-
 def test_an_old_one_that_cannot_be_removed_does_not_stop_the_run(tmp_path, caplog, monkeypatch):
     store = checkpoints(tmp_path, keep=1)
     save(store, 4)
@@ -353,8 +225,8 @@ def test_an_old_one_that_cannot_be_removed_does_not_stop_the_run(tmp_path, caplo
 
     monkeypatch.setattr(checkpoint_module.shutil, "rmtree", busy)
 
-    assert save(store, 8) == store.newest_good()
-    assert "step-4 could not be removed" in caplog.text
+    assert save(store, 8) == store.to_resume(resume=True)
+    assert "step 4 in " in caplog.text
 
 
 class Counted(NamedTuple):
@@ -381,7 +253,7 @@ def test_a_checkpoint_of_another_version_is_refused_in_one_line(store, monkeypat
         save(store, 4)
 
     message = rf"^{store.folder}.*another version of megakd.*$"
-    for read in (lambda: load(store, saved), store.newest_good):
+    for read in (lambda: load(store, saved), lambda: store.to_resume(resume=True)):
         with pytest.raises(CheckpointError, match=message) as refused:
             read()
         assert "\n" not in str(refused.value)

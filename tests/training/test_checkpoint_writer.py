@@ -9,17 +9,18 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoint_store import ALONE, SHARD, checkpoints, flip, load, names, save, states_of
+from checkpoint_store import SHARD, checkpoints, load, names, save, states_of
 
 from megakd.errors import CheckpointError
-from megakd.storage.atomic import write_tensors, write_text
+from megakd.storage.atomic import write_tensors
 from megakd.training import checkpoint
-from megakd.training.checkpoint import Checkpoints, CheckpointWriter
+from megakd.training.checkpoint import Checkpoints
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ class Training:
     """A weight and a state that every step changes."""
 
     def __init__(self, store: Checkpoints, *, beside: Any = True) -> None:
-        self.writer = CheckpointWriter(store, beside=beside)
+        self.writer = replace(store, beside=beside)
         self.weight, self.state = torch.zeros(4), {"average": torch.zeros(2), "steps": [0]}
 
     def step(self) -> None:
@@ -66,7 +67,7 @@ class Training:
 
 def stored(store: Checkpoints) -> tuple[float, dict[str, Any]]:
     values: dict[str, Any] = {"strategy": None}
-    folder = store.newest_good()
+    folder = store.to_resume(resume=True)
     store.load(folder, lambda _: None, states_of(values))
     return torch.load(folder / SHARD)["weight"][0].item(), values["strategy"]
 
@@ -78,7 +79,7 @@ def test_a_checkpoint_has_the_values_of_its_step_and_no_name_while_it_is_written
     training.step()
 
     assert (training.writer.is_pending, training.writer.is_writing) == (True, True)
-    assert store.newest_good() is None
+    assert store.to_resume(resume=True) is None
     held.released.set()
     training.writer.publish()
 
@@ -99,7 +100,7 @@ def test_the_next_save_and_the_last_one_wait_for_the_one_that_is_being_written(s
 
     assert not training.writer.is_pending
     assert stored(store)[0] == 2.0
-    assert names(store) == ["latest", "step-2", "step-3"]
+    assert names(store) == ["step-2", "step-3"]
 
 
 def test_a_run_that_is_killed_while_it_writes_goes_on_from_the_checkpoint_before(store, held):
@@ -110,14 +111,14 @@ def test_a_run_that_is_killed_while_it_writes_goes_on_from_the_checkpoint_before
     killed.step()
     killed.save(2)
 
-    assert store.newest_good() == store.folder / "step-1"
-    assert names(store) == ["latest", "step-1", "step-2.partial"]
+    assert store.to_resume(resume=True) == store.folder / "step-1"
+    assert names(store) == ["step-1", "step-2.partial"]
     held.released.set()
     killed.writer.close()
     again = Training(store)
     again.step()
     again.save(3, is_last=True)
-    assert names(store) == ["latest", "step-1", "step-3"]
+    assert names(store) == ["step-1", "step-3"]
 
 
 @pytest.mark.parametrize(
@@ -133,7 +134,7 @@ def test_a_failure_in_the_thread_is_told_when_the_checkpoint_would_get_its_name(
 
     message = (
         rf"checkpoint of step 8 could not be written .*{os.strerror(number)}; nothing else was "
-        f"changed, there is no earlier checkpoint; {remedy} the same"
+        f"changed, there is no earlier one; {remedy} the same"
     )
     with pytest.raises(CheckpointError, match=message):
         training.writer.publish()
@@ -195,31 +196,20 @@ def test_killed_at_any_moment_of_a_save_the_run_goes_on_from_a_whole_one(tmp_pat
     for call in range(1000):
         store = checkpoints(tmp_path / str(call), keep=1)
         save(store, 4)
-        flip(save_unlisted(store, 8) / SHARD)
         try:
             with killed_at(call, monkeypatch):
                 save(store, 8)
         except Killed:
-            good = store.newest_good()
+            good = store.to_resume(resume=True)
             survived.append(good.name)
             assert load(store, good)["step"] == int(good.name.removeprefix("step-"))
-            assert save(store, 8) == store.newest_good()
-            assert names(store)[:2] == ["latest", "step-8"]
-            assert store.damage(store.folder / "step-8.unused-1") is not None
+            save(store, 12)
+            assert names(store) == ["step-12"]
         else:
             break
 
     assert survived == sorted(survived)
     assert set(survived) == {"step-4", "step-8"}
-
-
-def save_unlisted(store: Checkpoints, step: int) -> Path:
-    """A checkpoint that `latest` does not name yet."""
-    latest = (store.folder / "latest").read_text()
-    wide = Checkpoints(folder=store.folder, fingerprint=store.fingerprint, keep=None, ranks=ALONE)
-    written = save(wide, step)
-    write_text(store.folder / "latest", latest)
-    return written
 
 
 def full_disk(*_: object) -> None:
@@ -232,8 +222,8 @@ def kept(tmp_path) -> Iterator[Checkpoints]:
     store = checkpoints(tmp_path)
     save(store, 4)
     yield store
-    assert names(store) == ["latest", "step-4"]
-    assert store.newest_good() == store.folder / "step-4"
+    assert names(store) == ["step-4"]
+    assert store.to_resume(resume=True) == store.folder / "step-4"
 
 
 def refuses_for_lack_of_space(store: Checkpoints) -> Any:
@@ -246,9 +236,9 @@ def refuses_for_lack_of_space(store: Checkpoints) -> Any:
 
 
 def test_a_disk_that_is_full_or_fills_up_under_the_engine_destroys_nothing(kept, monkeypatch):
-    kept.begin(8)
-    with refuses_for_lack_of_space(kept):
-        kept.publish(8, full_disk)
+    with monkeypatch.context() as patch, refuses_for_lack_of_space(kept):
+        patch.setattr(checkpoint, "write_files", full_disk)
+        save(kept, 8)
     usage = shutil._ntuple_diskusage(10, 9, 1)  # pyright: ignore[reportAttributeAccessIssue]
     with monkeypatch.context() as patch, refuses_for_lack_of_space(kept):
         patch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage)

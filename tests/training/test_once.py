@@ -13,7 +13,7 @@ from transformers import BertConfig
 
 from megakd.run.run_lab import RunLab
 from megakd.storage.fingerprint import flatten
-from megakd.training.assembly import model_identity
+from megakd.training.answer_cache import model_identity
 
 METRIC = "def mine(outputs, labels):\n    return 1.0\n\n\nmine.higher_is_better = True\n"
 
@@ -54,7 +54,7 @@ def test_a_measurement_that_fails_keeps_nothing(scored):
         raise ValueError("no rows")
 
     with pytest.raises(ValueError, match="no rows"):
-        lab.assembly.measured_once("teacher-scored", {}, fails)
+        lab.assembly.measured_once("teacher-scored", fails)
     assert not (lab.config.output_dir / "stages").exists()
 
 

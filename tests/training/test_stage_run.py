@@ -15,7 +15,7 @@ from megakd.errors import CheckpointError
 from megakd.storage.folders import write_finished
 from megakd.training.stage_folder import RESULT, read_result, result_text
 
-FINGERPRINT = {"seed": 1, "train.learning_rate": 0.1}
+LENGTH = {"max_steps": 12, "num_train_epochs": 3.0}
 
 
 def written(folder: Path, **changes: Any) -> StageResult:
@@ -28,7 +28,7 @@ def written(folder: Path, **changes: Any) -> StageResult:
         tokens_per_second=100.0,
         peak_memory_bytes=10,
     )
-    write_finished(folder, {RESULT: result_text(result, FINGERPRINT)})
+    write_finished(folder, {RESULT: result_text(result, LENGTH)})
     return result
 
 
@@ -38,10 +38,10 @@ def written(folder: Path, **changes: Any) -> StageResult:
     ids=["numbers", "no numbers"],
 )
 def test_a_finished_stage_is_taken_as_it_was(tmp_path, changes):
-    assert read_result(tmp_path / "student", FINGERPRINT) is None
+    assert read_result(tmp_path / "student", LENGTH) is None
     result = written(tmp_path / "student", **changes)
 
-    actual = read_result(tmp_path / "student", FINGERPRINT)
+    actual = read_result(tmp_path / "student", LENGTH)
 
     if changes:
         assert math.isnan(actual.metrics["mine"])
@@ -49,7 +49,7 @@ def test_a_finished_stage_is_taken_as_it_was(tmp_path, changes):
         actual = replace(actual, metrics=result.metrics, scores=result.scores)
     assert actual == result
     text = (tmp_path / "student" / RESULT).read_text()
-    assert json.loads(text)["fingerprint"] == FINGERPRINT
+    assert json.loads(text)["length"] == LENGTH
 
 
 def test_a_result_that_is_damaged_or_of_another_version_is_named_with_what_to_remove(tmp_path):
@@ -59,8 +59,18 @@ def test_a_result_that_is_damaged_or_of_another_version_is_named_with_what_to_re
 
     (folder / RESULT).write_text(text.replace("0.5", "0.9"))
     with pytest.raises(CheckpointError, match=f"checksum of {RESULT} differs; remove {folder}"):
-        read_result(folder, FINGERPRINT)
+        read_result(folder, LENGTH)
     write_finished(folder, {RESULT: text.replace("metrics", "measured")})
     message = f"{RESULT} is not a result of this version .*; remove {folder}"
     with pytest.raises(CheckpointError, match=message):
-        read_result(folder, FINGERPRINT)
+        read_result(folder, LENGTH)
+
+
+def test_a_finished_stage_that_gets_longer_goes_on_unless_others_were_made_from_it(tmp_path):
+    folder, longer = tmp_path / "student", {**LENGTH, "max_steps": 24}
+    written(folder)
+
+    assert read_result(folder, longer, may_grow=True) is None
+    for length, grows in ((longer, False), ({**LENGTH, "max_steps": 6}, True)):
+        with pytest.raises(CheckpointError, match=rf"max_steps: 12 there, {length['max_steps']} h"):
+            read_result(folder, length, may_grow=grows)
