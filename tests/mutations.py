@@ -130,8 +130,8 @@ MUTATIONS = (
     ),
     Mutation(
         "megakd/training/best_checkpoint.py",
-        "not score > self.score",
-        "score > self.score",
+        'not score > best["score"]',
+        'score > best["score"]',
         "tests/training/test_best_checkpoint.py",
     ),
     Mutation(
@@ -145,20 +145,20 @@ MUTATIONS = (
     Mutation("megakd/storage/atomic.py", "            sync_tree(temporary)\n", "", "tests/storage"),
     Mutation(
         "megakd/storage/atomic.py",
-        "restored = aside.exists() and not path.exists()",
-        "restored = False",
+        "if aside.exists() and not path.exists():",
+        "if False:",
         "tests/storage",
     ),
     Mutation(
-        "megakd/training/checkpoint.py",
-        "if differing and not (",
-        "if False and not (",
-        "tests/training/test_checkpoint.py",
+        "megakd/run/run_identity.py",
+        "    if differing:",
+        "    if False:",
+        "tests/run/test_run_identity.py",
     ),
     Mutation(
         "megakd/training/checkpoint.py",
-        "            if damage is None:\n                self._check_origin",
-        "            if True:\n                self._check_origin",
+        "        if damage is not None:\n            raise",
+        "        if False:\n            raise",
         "tests/training/test_checkpoint.py",
     ),
     # Data.

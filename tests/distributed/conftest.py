@@ -233,9 +233,11 @@ def goes_on(command: Callable[..., Ended], tmp_path: Path) -> Callable[..., tupl
 def as_it_was(out: Path, saved: str, copied: Path) -> None:
     """Copy a run's folder as it was when a checkpoint, `STAGE/step-STEP`, had been saved."""
     shutil.copytree(out, copied)
-    then = (out / "checkpoints" / saved / "manifest.json").stat().st_mtime_ns
+    then = (out / "checkpoints" / saved / "checksums.json").stat().st_mtime_ns
     for file in sorted(out.rglob("*"), reverse=True):
         there = copied / file.relative_to(out)
+        if file.name == "run.json":  # written at the start, and once more at the end
+            continue
         if file.is_file() and file.stat().st_mtime_ns > then:
             there.unlink()
         elif there.is_dir() and not any(there.iterdir()):

@@ -157,5 +157,5 @@ def test_another_number_of_rows_is_refused_with_what_keeps_them(command, write_r
     refused = command("--config", config, f"output_dir={tmp_path / 'out'}", code=2)
 
     assert refused.text.count("megakd: error: ") == 1
-    assert "train.rows_per_step: 6 there, 12 here" in refused.text
+    assert "train: rows of a step of all ranks: 6 there, 12 here" in refused.text
     assert "accumulation_steps x ranks must be 6, so the ranks must divide 6)" in refused.text
