@@ -119,7 +119,7 @@ def kill_in_the_middle(
 def newest_step(folder: Path) -> int:
     """Return the step of the newest whole checkpoint; 0 if there is none."""
     # A folder that is still being written has another name.
-    names = (re.fullmatch(r"step-(\d+)", p.parent.name) for p in folder.glob("*/manifest.json"))
+    names = (re.fullmatch(r"step-(\d+)", p.parent.name) for p in folder.glob("*/checksums.json"))
     return max((int(name[1]) for name in names if name), default=0)
 
 

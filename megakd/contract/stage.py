@@ -100,10 +100,8 @@ class Teacher(Protocol):
 class Strategy:
     """Hooks with which a method controls the training loop; control flow may not differ by rank.
 
-    This base class has no state, and no part in updates. A strategy states the values that its
-    decisions depend on, because a stage's result is reused as long as these values are equal: the
-    strategy is a dataclass of plain values, or has a property `facts` that returns a mapping of
-    plain values. Any other strategy is refused.
+    This base class has no state, and no part in updates. The decisions of a strategy depend only on
+    the config, the data and earlier stages: a folder holds the results of one such run.
     """
 
     @property
@@ -271,9 +269,6 @@ class Window(NamedTuple):
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     """One training: learner, teachers, losses and strategy. `lab.train` runs the stage.
-
-    All fields are plain values or frozen dataclasses, because the fingerprint of the result is
-    computed from the fields.
 
     name: names the folders `checkpoints/<name>` and `stages/<name>`.
     learners: the models that learn in one engine, by role (`student`, or a teacher's name), each

@@ -1,1 +1,1 @@
-"""Files on disk: atomic writes, checksums and fingerprints."""
+"""Files on disk: atomic writes, checksums and differences."""

@@ -160,7 +160,7 @@ def test_weights_of_other_bits_are_found_and_a_checkpoint_being_written_does_not
         save_file({"w": torch.tensor([0.0, value])}, tmp_path / name / "final/model.safetensors")
     for name in ("step-10", "step-20.partial"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "manifest.json").touch()
+        (tmp_path / name / "checksums.json").touch()
 
     result = runs.differences(tmp_path / "one", tmp_path / "other")
 

@@ -128,24 +128,16 @@ def test_every_folder_of_the_config_may_begin_with_the_home_folder(run_file, hom
     overrides = [
         "output_dir=~/runs/x",
         "teacher.cache=~/answers",
-        "train.resume_from_checkpoint=~/step-1",
-        "teacher.finetune.resume_from_checkpoint=~/step-2",
-        "baselines=[alone]",
-        "alone.resume_from_checkpoint=~/step-3",
     ]
 
     config = load_config(run_file, overrides)
 
     assert config.output_dir == home / "runs/x"
     assert config.teacher.cache == home / "answers"
-    trainings = (config.train, config.teacher.finetune, config.alone)
-    assert [train.resume_from_checkpoint for train in trainings] == [
-        str(home / f"step-{number}") for number in (1, 2, 3)
-    ]
 
 
 def test_the_home_folder_of_nobody_is_refused(run_file):
-    key = "train.resume_from_checkpoint"
+    key = "output_dir"
     text = message_of(run_file, f"{key}=~nosuchuser/x")
 
     assert f"{key}: ~nosuchuser is the home folder of a user that does not exist" in text
@@ -166,7 +158,6 @@ PATHS = [
     "teacher.model=HERE",
     "student.model=${SCRATCH}/a",
     "teacher.finetune=null; teacher.cache=HERE",
-    "train.resume_from_checkpoint=HERE",
 ]
 
 

@@ -69,24 +69,20 @@ def test_a_run_that_goes_on_chooses_what_it_would_have_chosen(bench, soft, tmp_p
     assert (killed / selector).read_bytes() == (soft / selector).read_bytes()
 
 
-def test_a_checkpoint_of_another_folder_is_continued_with_its_initial_student(
-    bench, soft, tmp_path
-):
-    """Every episode that is left starts from the student that the other run had stored."""
-    copied = Path(shutil.copytree(soft / "checkpoints" / "selector", tmp_path / "selector"))
+def test_episodes_that_are_left_need_the_whole_initial_student(bench, soft, tmp_path):
+    def continued(step: int, *, damaged: bool) -> Outcome:
+        out = tmp_path / f"{step}-{damaged}"
+        forgotten(soft, out, stage="selector", after=step, following=("student",))
+        beginning = out / "checkpoints" / "selector" / "beginning"
+        if damaged:
+            flip(next(beginning.glob("*.pt")))
+        else:
+            shutil.rmtree(beginning)
+        return bench.one_rank.train("--config", bench.folder / "soft.yaml", f"output_dir={out}")
 
-    def continued(out: str, step: int) -> Outcome:
-        given = f"train.resume_from_checkpoint={copied / f'step-{step}'}"
-        return bench.one_rank.train("--config", bench.config(out, LEARNED), given)
-
-    assert "selector: resumed at step 5" in continued("moved", 5).err
-    for stage in ("selector", "student"):
-        assert same(bench.folder / "moved", soft, stage)
-    flip(next((copied / "beginning").glob("*.pt")))
-    damaged = continued("damaged", 5)
-    shutil.rmtree(copied / "beginning")
-    missing, unneeded = continued("missing", 5), continued("unneeded", 10)
+    damaged, missing = (continued(5, damaged=damaged) for damaged in (True, False))
     # No episode begins after step 10 of 16.
+    unneeded = continued(10, damaged=False)
     assert [damaged.code, missing.code, unneeded.code] == [2, 2, 0]
     assert "beginning is damaged" in damaged.err
     assert "beginning is damaged" in missing.err

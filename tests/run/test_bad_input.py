@@ -94,17 +94,6 @@ SETTINGS = [
     ),
     *(
         (
-            f"{more}{section}.resume_from_checkpoint=nowhere",
-            f"{section}.resume_from_checkpoint: now",
-        )
-        for more, section in (
-            ("", "train"),
-            ("", "teacher.finetune"),
-            ("baselines=[alone]; ", "alone"),
-        )
-    ),
-    *(
-        (
             f"student.model.config.{key}={size}",
             f"student.model.config: {key} must be a whole number from 1 to 16,777,216 (got {size})",
         )

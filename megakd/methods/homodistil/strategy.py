@@ -357,10 +357,6 @@ class HomotopyJudge:
     pruning: PruningStrategy
     metric: Metric
 
-    @property
-    def facts(self) -> Mapping[str, Any]:
-        return {"end": self.pruning.course.schedule.end}
-
     def __call__(self, scores: Scores, step: int) -> Verdict:
         """Return the score of the student and how it is cut now; add a row to the report."""
         self.pruning.note(step, scores[WHOLE])
