@@ -98,7 +98,7 @@ def test_an_export_has_the_adapters_and_a_finished_run_says_so_again(run, one_ra
 
     assert (scene / "exported" / ADAPTER / "adapter_config.json").is_file()
     assert "parameters trained, as adapters (LoRA)" in again.out
-    shutil.rmtree(run / "final" / ADAPTER)
+    shutil.rmtree(run / "final")
     finish(one_rank, scene / "run.yaml")
     assert (run / "final" / ADAPTER / "adapter_model.safetensors").is_file()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,14 +16,14 @@ from megakd.storage.folders import CHECKSUMS, write_finished
 from megakd.training.best_checkpoint import BestCheckpoints
 
 
-def best_of(folder: Path, *views: str) -> BestCheckpoints:
+def best_of(folder: Path, *views: str) -> Any:
     def write(to: Path, evaluation: Evaluation) -> None:
         write_finished(to, {"weights": to.name, "view": str(evaluation.view)})
 
     return BestCheckpoints(folder, write, views)
 
 
-def evaluated(best: BestCheckpoints, scores: Mapping[int, float]) -> BestCheckpoints:
+def evaluated(best: Any, scores: Mapping[int, float]) -> Any:
     for step, score in scores.items():
         best.consider(step, {"": {"accuracy": score}}, Verdict(score, ""))
     return best
@@ -32,7 +33,7 @@ def stored(folder: Path, name: str = "best") -> list[str]:
     return sorted(path.name for path in (folder / name).glob("*"))
 
 
-def step_of(best: BestCheckpoints) -> int | None:
+def step_of(best: Any) -> int | None:
     returned = best.returned()
     return None if returned is None else int((returned.folder / "weights").read_text()[5:])
 
@@ -109,7 +110,7 @@ def test_a_failed_write_keeps_the_old_best(tmp_path):
     assert (step_of(best), stored(tmp_path)) == (3, ["step-3"])
 
 
-def judged(bests: BestCheckpoints, evaluations: Mapping[int, tuple[float, float, str]]) -> None:
+def judged(bests: Any, evaluations: Mapping[int, tuple[float, float, str]]) -> None:
     """By step: the evaluation's score, the target's, and the view that is chosen."""
     for step, (score, target, view) in evaluations.items():
         scores = {"wide": {"accuracy": score}, "target": {"accuracy": target}}

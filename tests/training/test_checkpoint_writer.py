@@ -65,7 +65,7 @@ class Training:
         self.writer.save(step, {SHARD: {"weight": self.weight}}, states, is_last=is_last)
 
 
-def stored(store: Checkpoints) -> tuple[float, dict[str, Any]]:
+def stored(store: Any) -> tuple[float, dict[str, Any]]:
     values: dict[str, Any] = {"strategy": None}
     folder = store.to_resume(resume=True)
     store.load(folder, lambda _: None, states_of(values))
