@@ -25,7 +25,6 @@ from megakd.config.error_text import shown
 from megakd.config.run import RunConfig
 from megakd.errors import ConfigError, suggestion
 from megakd.process import signals
-from megakd.process.terminal import in_home
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -63,17 +62,14 @@ class ClusterOptions(TypedDict, total=False):
     gpu_memory_gb: float
     host_memory_gb: float
     tflops: float
-    gbps: float
-    rates: str | Path
+    gbps: float | str
 
 
 _EXPECTED: Mapping[str, tuple[Any, str]] = {
     **dict.fromkeys(("ranks", "nodes"), (int, "a whole number")),
     "device": (str, '"cpu" or "cuda"'),
-    **dict.fromkeys(
-        ("gpu_memory_gb", "host_memory_gb", "tflops", "gbps"), (int | float, "a number")
-    ),
-    "rates": (str | Path, "a path"),
+    **dict.fromkeys(("gpu_memory_gb", "host_memory_gb", "tflops"), (int | float, "a number")),
+    "gbps": (int | float | str, 'a number or two as in "400,45"'),
 }
 
 
@@ -171,20 +167,18 @@ def plan(config: Config, overrides: Sequence[str] = (), **cluster: Unpack[Cluste
         config: see `load_config`.
         overrides: see `load_config`.
         **cluster: the machines: `ranks`, `nodes`, `device`, `gpu_memory_gb`, `host_memory_gb`,
-            `tflops`, `gbps`, `rates`.
+            `tflops`, `gbps`.
 
     Raises:
         MegakdError: a model's config or a number cannot be read, or an option does not exist.
     """
     checked = load_config(config, overrides)
     _check_cluster(cluster)
-    rates = cluster.get("rates")
-    machines = {**cluster, "rates": in_home(rates) if isinstance(rates, str) else rates}
     with _undone():
         from megakd.commands.plan import cluster_of
         from megakd.planning.plan import plan_run
 
-        return plan_run(checked, cluster_of(machines))
+        return plan_run(checked, cluster_of(cluster))
 
 
 def _check_cluster(cluster: Mapping[str, Any]) -> None:

@@ -162,8 +162,8 @@ def test_what_is_no_list_of_overrides_is_refused(tree, overrides):
         ({"nodes": True}, "plan: nodes must be a whole number (got true)"),
         ({"tflops": "300"}, 'plan: tflops must be a number (got "300")'),
         ({"device": "gpu"}, 'plan: device must be "cpu" or "cuda" (got "gpu")'),
-        ({"rates": 3}, "plan: rates must be a path (got 3)"),
-        ({"rates": "nowhere.json"}, "nowhere.json"),
+        ({"gbps": [3]}, 'plan: gbps must be a number or two as in "400,45" (got [3])'),
+        ({"gbps": "1,2,3"}, "--gbps must be one or two numbers as in 400,45, got 1,2,3"),
     ],
 )
 def test_an_option_that_plan_does_not_know_is_refused(tree, cluster, message):

@@ -25,19 +25,18 @@ from megakd.models import packed_attention
 from megakd.models.architectures import FAMILIES
 from megakd.models.packed_attention import set_attention
 from megakd.planning import phase_traces
-from megakd.planning.cluster import Cluster
-from megakd.planning.phase_traces import SimulatedPhase, _ones, _Tracer
+from megakd.planning.phase_traces import PhaseTracer, _ones
 from megakd.planning.planning_lab import PlanningLab, planned_sources
-from megakd.planning.tracing import Inventory, Trace
+from megakd.planning.tracing import Trace
 from megakd_kernels import chunking
 
 # The elastic embedding recognises tokens by their memory, which pretended tensors do not have.
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
-NO_TRACE = Trace(Inventory(()), (), 0, {})
+NO_TRACE = Trace((), (), (), 0, 0.0)
 LAYERS, WIDTH, HEADS, VOCABULARY = 2, 32, 4, 300
 
 
-class OnGpu(_Tracer):
+class OnGpu(PhaseTracer):
     """Runs the forwards of a phase on the pretended GPU; the losses form their gradients there."""
 
     def _forward(self, module: nn.Module, *args: Any, **options: Any) -> tuple[Trace, Any]:
@@ -46,12 +45,12 @@ class OnGpu(_Tracer):
 
     def _learner(
         self, stage: Stage, bundle: Any, batch: Batch, knowledge: Mapping[str, Knowledge]
-    ) -> SimulatedPhase:
+    ) -> list[Trace]:
         for group in backward_groups(stage.strategy.passes(0), stage.passes_per_backward):
             losses = bundle(batch, knowledge, group, _ones(bundle))
             assert losses.total.device == CUDA
             assert losses.total.requires_grad
-        return SimulatedPhase(teachers={}, learner=[])
+        return []
 
     def _bundle(self, *arguments: Any) -> Any:
         return self._moved(super()._bundle, *arguments)
@@ -94,8 +93,7 @@ def run_on_gpu(
         phases = PlanningLab(config, planned_sources(config), ranks=1, device="cuda").play()
         for phase in phases:
             with pretended_cuda():
-                tracer = OnGpu(phase, config, Cluster(device="cuda"))
-                tracer.alone() if phase.stage is None else tracer.training(phase.stage)
+                OnGpu(phase, config, "cuda").traces()
         return [phase.name for phase in phases]
 
     return run

@@ -1,12 +1,12 @@
-"""The traces of a phase: its models, without values, run one step; each phase is traced once."""
+"""The traces of a phase: its models, without values, run one step."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,44 +14,34 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from megakd.config.run import RunConfig
-from megakd.contract.batch import Batch, Documents, Extras, Knowledge, Targets, Unit, Within
+from megakd.contract.batch import Batch, Documents, Extras, Knowledge, Targets, Unit
 from megakd.contract.joined_batches import joined, part_of, parts_of
-from megakd.contract.stage import Constant, Pass, Stage, backward_groups, teacher_names
+from megakd.contract.stage import Stage, backward_groups, teacher_names
 from megakd.contract.tasks import Dtype
-from megakd.contract.views import Cut, UnitOrder, View
 from megakd.data.masking import DEFAULT_PROBABILITY
 from megakd.inputs.precision import TORCH_DTYPE, frozen_dtype, training_dtype
 from megakd.inputs.step_size import largest_step, micro_batches_per_call
 from megakd.losses.bundle import StudentBundle, build_bundle
 from megakd.losses.objective import StageLosses, label_objective, stage_losses, with_even_weights
 from megakd.models.architectures import architecture_of
-from megakd.models.axes import lengths
 from megakd.models.fitting import build_empty
 from megakd.models.knowledge import Needs, language_model_head
 from megakd.models.lora import add_adapters
 from megakd.models.packed_attention import VARLEN, attention_name, register_packed_attention
 from megakd.models.second_vocabulary import SecondSize, build_second_vocabulary
 from megakd.models.source import ModelSource, ReadyTeacher
-from megakd.planning.cluster import Cluster, Device
+from megakd.planning.cluster import Device
 from megakd.planning.planning_lab import Phase
-from megakd.planning.tracing import VALUELESS, Inventory, Parameter, Trace, repeat_alike, trace_call
+from megakd.planning.tracing import VALUELESS, Trace, repeat_alike, trace_call
 from megakd.pruning.importance import GateGradients
 from megakd.teachers.frozen import FrozenModel
 from megakd.training.assembly import second_sizes
 
-PLANS = 100  # steps over which the use of teachers is counted
-
-
-class TracedMemory(NamedTuple):
-    """The losses of held-out rows, without gradient: teachers, bytes of their outputs, learner."""
-
-    teachers: Mapping[str, Trace]
-    answers: int
-    learner: Trace
+_STEPS = 100  # over which the use of teachers is counted
 
 
 @dataclass(frozen=True, kw_only=True)
-class SimulatedPhase:
+class PhaseTraces:
     """A traced phase.
 
     teachers: the forward of each frozen model by name.
@@ -59,11 +49,9 @@ class SimulatedPhase:
     per_call: number of micro-batches that each teacher answers in one forward.
     answers: bytes of the outputs of a step's teachers, kept while the learner runs.
     learner: each group of passes of the learner with its backward.
-    masked: the same of a learner that has lost its first units; empty if it loses none.
-    of_one_view: peak bytes of activations of the first pass, if several views share a backward.
-    evaluation: evaluation of the learner, without gradient.
-    measured: the losses of an evaluation that also measures them; None if a step needs more.
-    pruned: what is left of a learner that is pruned in the phase.
+    evaluated: forwards of an evaluation, of the learner by its role, and of teachers by name if
+        an evaluation has larger batches than a step, and measures losses too.
+    units: number of weights that produce units of a learner that is pruned; 0 for others.
     """
 
     teachers: Mapping[str, Trace]
@@ -71,113 +59,74 @@ class SimulatedPhase:
     per_call: Mapping[str, int] = field(default_factory=dict)
     answers: int = 0
     learner: Sequence[Trace] = ()
-    masked: Sequence[Trace] = ()
-    of_one_view: int | None = None
-    evaluation: Trace | None = None
-    measured: TracedMemory | None = None
-    pruned: Pruned | None = None
-
-
-class Traces(dict[str, SimulatedPhase]):
-    """Cache of traced phases by everything that they depend on, which sharding is not."""
-
-
-def simulated_phase(
-    phase: Phase, config: RunConfig, cluster: Cluster, known: Traces
-) -> SimulatedPhase:
-    """Trace a phase with models that have no memory."""
-    tracer = _Tracer(phase, config, cluster)
-    key = tracer.key()
-    if key not in known:
-        known[key] = tracer.alone() if phase.stage is None else tracer.training(phase.stage)
-    return known[key]
+    evaluated: Mapping[str, Trace] = field(default_factory=dict)
+    units: int = 0
 
 
 def planned_dtype(teacher: ReadyTeacher, device: Device) -> Dtype:
     """Return the dtype of a frozen model according to its config; weight files are not read."""
     stored = teacher.source.config.dtype
-    if isinstance(stored, str):
-        stored = getattr(torch, stored)
+    stored = getattr(torch, stored) if isinstance(stored, str) else stored
     return frozen_dtype(teacher.spec, stored, device)
 
 
-class _Tracer:
-    def __init__(self, phase: Phase, config: RunConfig, cluster: Cluster) -> None:
+class PhaseTracer:
+    """Builds the models of a phase without values, and traces its forwards and backwards."""
+
+    def __init__(self, phase: Phase, config: RunConfig, device: Device) -> None:
         self._phase, self._config, self._task = phase, config, config.task
-        self._device: Device = cluster.device
-        self._trace = partial(trace_call, device=self._device)
+        self._device: Device = device
+        self._trace = partial(trace_call, device=device)
 
-    def key(self) -> str:
-        # The traces do not depend on the learner's sharding.
-        phase, stage, config = self._phase, self._phase.stage, self._config
-        frozen = [
-            (name, planned_dtype(one, self._device), _shown(one.source))
-            for name, one in phase.teachers.items()
-        ]
-        work = (phase.work, phase.rows, phase.with_width)
-        specs = [ready.spec for ready in phase.teachers.values()]
-        calls = [(spec.micro_batches_per_call, spec.deepspeed) for spec in specs]
-        facts = (self._device, self._task, work, frozen, calls)
+    def traces(self) -> PhaseTraces:
+        """Return the traces of the phase."""
+        stage, teachers = self._phase.stage, self._phase.teachers
         if stage is None:
-            return repr(facts)
-        # A strategy that is not made of plain values lists the values that it depends on.
-        planned = stage.strategy
-        strategy = (type(planned).__name__, getattr(planned, "facts", planned), planned.pruned_to)
-        others = {"deepspeed": None, "strategy": Constant(), "start": None, "judge": None}
-        learners = [(role, _shown(source)) for role, source in phase.learners.items()]
-        of_stage = (replace(stage, name="", **others), strategy, learners, [*phase.bases])
-        of_config = (config.lora_of(stage.role), config.eval_rows(stage.train))
-        return repr((facts, of_stage, of_config))
+            return PhaseTraces(teachers={name: self._work(one) for name, one in teachers.items()})
+        return self._training(stage)
 
-    def training(self, stage: Stage) -> SimulatedPhase:
-        step = largest_step(stage.train, self._task)
+    def _training(self, stage: Stage) -> PhaseTraces:
+        step, losses = largest_step(stage.train, self._task), self._losses(stage)
+        needs, strategy = losses.teacher_needs(), stage.strategy
         batch = self._batch(step.rows, step.length)
         batch = batch.extended(others=self._mixed(stage, batch) or None)
-        batch = _with_even_parts(batch, stage, self._batch)
-        losses = self._losses(stage)
+        device, config = self._device, self._config
         per_call = {
             name: micro_batches_per_call(
-                ready,
-                losses.teacher_needs(),
-                stage.train,
-                self._config,
-                dtype=planned_dtype(ready, self._device),
-                device=self._device,
+                one, needs, stage.train, config, dtype=planned_dtype(one, device), device=device
             )
-            for name, ready in self._phase.teachers.items()
+            for name, one in self._phase.teachers.items()
         }
-        teachers, answers = self._asked(losses, batch, per_call)
-        # Of the first micro-batch of a call, cut to the teacher's part if rows name their teachers.
-        is_divided = stage.strategy.routes_rows
-        knowledge = {
-            name: part_of(answer, next(parts_of([batch.of(name) if is_divided else batch])))
-            for name, answer in answers.items()
-        }
-        plans = [teacher_names(stage.strategy.passes(step)) for step in range(PLANS)]
+        teachers, answers = self._asked(needs, batch, per_call)
+        first = next(parts_of([batch]))  # of the micro-batches of a call
+        knowledge = {name: part_of(answer, first) for name, answer in answers.items()}
         sizes = {name: _answer_bytes(answer) for name, answer in answers.items()}
-        waiting = [[sizes[name] for name in plan if name in sizes] for plan in plans]
-        in_step = partial(max, default=0) if is_divided else sum
+        plans = [teacher_names(strategy.passes(number)) for number in range(_STEPS)]
+        if strategy.routes_rows:  # a micro-batch has rows of one teacher
+            plans = [(name,) for name in stage.teachers]
         bundle = self._bundle(stage, losses)
-        phase = self._learner(stage, bundle, batch, knowledge)
-        scored = self._batch(self._config.eval_rows(stage.train))
-        evaluation, _ = self._forward(bundle.eval(), scored, view=next(iter(stage.views), None))
-        return replace(
-            phase,
+        learner = self._learner(stage, bundle, batch, knowledge)
+        rows = self._batch(self._config.eval_rows(stage.train))
+        evaluated = self._evaluated(
+            stage, bundle, needs, rows, measures=rows.valid.numel() > step.tokens
+        )
+        names = bundle.elastic.makers if bundle.elastic is not None and strategy.pruned_to else ()
+        return PhaseTraces(
             teachers=teachers,
             per_call=per_call,
-            asked={name: sum(name in plan for plan in plans) / PLANS for name in teachers},
-            answers=max(map(in_step, waiting)),
-            evaluation=evaluation,
-            measured=self._measured(stage, bundle, losses, scored),
+            asked={name: sum(name in plan for plan in plans) / len(plans) for name in teachers},
+            answers=max(sum(sizes.get(name, 0) for name in plan) for plan in plans),
+            learner=learner,
+            evaluated=evaluated,
+            units=sum(bundle.student.get_parameter(name).numel() for name in names),
         )
 
     def _asked(
-        self, losses: StageLosses, batch: Batch, per_call: Mapping[str, int]
+        self, needs: Needs, batch: Batch, per_call: Mapping[str, int]
     ) -> tuple[dict[str, Trace], dict[str, Knowledge]]:
-        teachers: dict[str, Trace] = {}
-        knowledge: dict[str, Knowledge] = {}
+        teachers, knowledge = dict[str, Trace](), dict[str, Knowledge]()
         for name, ready in self._phase.teachers.items():
-            frozen = self._frozen(ready, losses.teacher_needs())
+            frozen = self._frozen(ready, needs)
             together = joined([batch] * per_call[name]) if per_call[name] > 1 else batch
             teachers[name], answer = self._forward(frozen, together)
             if answer.hidden is not None:
@@ -187,51 +136,29 @@ class _Tracer:
 
     def _learner(
         self, stage: Stage, bundle: StudentBundle, batch: Batch, knowledge: Mapping[str, Knowledge]
-    ) -> SimulatedPhase:
-        # Trace the passes of a step, of a learner that is pruned also with its first mask.
+    ) -> list[Trace]:
+        passes = stage.strategy.passes(0)
+        passes = passes[:1] if stage.strategy.routes_rows else passes
+        return [
+            self._trace(
+                bundle, partial(bundle, batch, knowledge, group, _ones(bundle)), backward=True
+            )[0]
+            for group in backward_groups(passes, stage.passes_per_backward)
+        ]
 
-        def backward_of(passes: Sequence[Pass]) -> Trace:
-            call = partial(bundle, batch, knowledge, passes, _ones(bundle))
-            return self._trace(bundle, call, backward=True)[0]
-
-        groups = backward_groups(stage.strategy.passes(0), stage.passes_per_backward)
-        phase = SimulatedPhase(teachers={}, learner=[backward_of(group) for group in groups])
-        if len({planned.view for planned in groups[0]}) > 1:
-            moments = backward_of(groups[0][:1]).moments
-            phase = replace(phase, of_one_view=max(moment.live.total for moment in moments))
-        if bundle.elastic is None or stage.strategy.pruned_to is None:
-            return phase
-        mask = largest_mask(bundle.elastic.prunable, stage.strategy.pruned_to)
-        bundle.elastic.keep(mask)
-        masked = () if mask is None else [backward_of(group) for group in groups]
-        return replace(phase, masked=masked, pruned=pruned(bundle, stage.strategy.pruned_to))
-
-    def _measured(
-        self, stage: Stage, bundle: StudentBundle, losses: StageLosses, batch: Batch
-    ) -> TracedMemory | None:
-        step = largest_step(stage.train, self._task)
-        if not stage.measures_losses or batch.valid.numel() <= step.tokens:
-            return None
-        once = dict.fromkeys(self._phase.teachers, 1)
-        teachers, knowledge = self._asked(losses, batch, once)
-        answers, passes = sum(map(_answer_bytes, knowledge.values())), stage.strategy.passes(0)
-        scored = tuple(stage.views) or (None,)
-        trace, _ = self._forward(
-            bundle.eval(), batch, knowledge, passes, _ones(bundle), scored=scored
-        )
-        return TracedMemory(teachers, answers, trace)
-
-    def alone(self) -> SimulatedPhase:
-        teachers = self._phase.teachers
-        return SimulatedPhase(teachers={name: self._work(one) for name, one in teachers.items()})
+    def _evaluated(
+        self, stage: Stage, bundle: StudentBundle, needs: Needs, rows: Batch, *, measures: bool
+    ) -> dict[str, Trace]:
+        if not (measures and stage.measures_losses):
+            view = next(iter(stage.views), None)
+            return {stage.role: self._forward(bundle.eval(), rows, view=view)[0]}
+        teachers, knowledge = self._asked(needs, rows, dict.fromkeys(self._phase.teachers, 1))
+        passes, scored = stage.strategy.passes(0), tuple(stage.views) or (None,)
+        inputs = (rows, knowledge, passes, _ones(bundle))
+        return {**teachers, stage.role: self._forward(bundle.eval(), *inputs, scored=scored)[0]}
 
     def _work(self, ready: ReadyTeacher) -> Trace:
         phase, frozen = self._phase, self._frozen(ready, Needs())
-        if phase.work == "timing":
-            shape = (phase.rows, self._task.row_length)
-            ids = torch.ones(shape, dtype=torch.long, device=VALUELESS)
-            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            return self._forward(frozen.model, **inputs)[0]
         batch = self._batch(phase.rows)
         if phase.work == "scoring":
             return self._forward(frozen, batch, scoring=True)[0]
@@ -346,99 +273,6 @@ def _answer_bytes(answer: Knowledge) -> int:
 def _classes(source: ModelSource) -> int:
     # Return the number of classes, the same for all planned models; see `planned_sources`.
     return source.config.num_labels or 0
-
-
-def _shown(source: ModelSource) -> str:
-    return f"{source.attn_implementation} {source.config.to_json_string(use_diff=False)}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pruned:
-    """Weights that remain at the end of a stage with `pruned_to`.
-
-    weights: those that the engine trains, as they are cut, in the order of the engine's module.
-    makers: numbers of the weights that produce units; the strategy keeps values for them.
-    parameters, width: size of the learner, without projections and heads of the losses.
-    """
-
-    weights: Inventory
-    makers: frozenset[int]
-    parameters: int
-    width: int
-
-
-def pruned(bundle: StudentBundle, end: View) -> Pruned:
-    """Return what is left of a bundle whose first learner is cut to the units `end`."""
-    axes, student = bundle.axes, bundle.student
-    names = bundle.elastic.makers if bundle.elastic else ()
-    made = {id(student.get_parameter(name)) for name in names}
-    weights = list(bundle.named_parameters())
-    shapes = [
-        lengths(weight.shape, axes.get(name, (None,) * weight.dim()), end)
-        for name, weight in weights
-    ]
-    left = Inventory(Parameter(math.prod(shape)) for shape in shapes)
-    students = {id(weight) for weight in student.parameters()}
-    learner = [number for number, (_, weight) in enumerate(weights) if id(weight) in students]
-    makers = frozenset(number for number, (_, weight) in enumerate(weights) if id(weight) in made)
-    return Pruned(
-        weights=left, makers=makers, parameters=left.of(learner).numel, width=end.width or 0
-    )
-
-
-def largest_mask(units: View, end: View) -> Cut | None:
-    """Return the largest part of a learner that loses units; None if no unit is lost.
-
-    The first steps after a removal need the most memory: the activations are nearly whole, and the
-    forward copies the kept part of every weight. Here every kind of units that shrinks loses one
-    unit, the first, so that no part is a prefix of its weight, which would not be copied.
-    """
-    view = View(
-        tuple(map(_less, units.heads, end.heads)),
-        tuple(map(_less, units.neurons, end.neurons)),
-        None if units.width is None else _less(units.width, end.width),
-        None if units.head_width is None else _less(units.head_width, end.head_width),
-    )
-    if view == units:
-        return None
-    inside = None
-    if units.head_width is not None:
-        columns = _last(units.head_width, view.head_width)
-        inside = tuple((columns,) * heads for heads in units.heads)
-    order = UnitOrder(
-        tuple(map(_last, units.heads, view.heads)),
-        tuple(map(_last, units.neurons, view.neurons)),
-        None if units.width is None else _last(units.width, view.width),
-        inside,
-        inside,
-    )
-    return Cut(order, view)
-
-
-def _less(count: int, end: int | None) -> int:
-    return count if end is None else max(end, count - 1)
-
-
-def _last(count: int, kept: int | None) -> tuple[int, ...]:
-    lost = 0 if kept is None else count - kept
-    return (*range(lost, count), *range(lost))
-
-
-def _with_even_parts(batch: Batch, stage: Stage, make: Callable[[int, int], Batch]) -> Batch:
-    # Return a micro-batch in which every teacher has an equal part, if rows name their teachers.
-    # The student's losses need about the same memory for every division of the rows. Only the
-    # largest forward of a teacher depends on the division: it has all rows of a micro-batch.
-    if not stage.strategy.routes_rows:
-        return batch
-    (rows, length), teachers = batch.valid.shape, stage.teachers
-    if rows < len(teachers):  # the positions of a packed row are divided
-        length = math.ceil(rows * length / len(teachers))
-    part = make(math.ceil(rows / len(teachers)), length)
-    targets = None if part.targets is None else torch.ones_like(part.targets)
-    with VALUELESS:
-        places = torch.ones(part.valid.shape, dtype=torch.long)
-        within = Within(places[:, 0], places, targets)
-    return batch.extended(others=dict.fromkeys(teachers, part.extended(within=within)))
 
 
 def send_tokens_to_one_expert(model: PreTrainedModel) -> None:

@@ -21,7 +21,7 @@ from megakd.config.task import TaskConfig, TokenizerConfig
 from megakd.config.train import TrainConfig, learning_rate_schedule, total_steps
 from megakd.contract.lab import TimedWork
 from megakd.contract.stage import Stage, StageResult
-from megakd.contract.tasks import AUTO, LANGUAGE_TASKS, STUDENT, Dtype
+from megakd.contract.tasks import AUTO, LANGUAGE_TASKS, STUDENT
 from megakd.contract.views import View
 from megakd.data.loader import rows_with_targets
 from megakd.data.step_layout import StepShape
@@ -41,7 +41,7 @@ from megakd.training.recipes import LabBase, baseline_stage, scoring_preset
 
 _TRAINED_VOCABULARY = 8000
 UNKNOWN_STEPS = 10**6
-Work = Literal["training", "importance", "scoring", "timing"]
+Work = Literal["training", "importance", "scoring"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,8 @@ class Phase:
     bases: by name, the teachers that are the learner without its adapters.
     teachers: the frozen models by name: teachers of a training, or the models of other work.
     rows: rows of a batch of other work on one rank.
-    forwards: number of forwards of other work that is more than one pass.
+    forwards: number of forwards of a rank in other work that is more than one pass.
+    per_rows: the rows of such forwards if the data are not read; 0: `forwards` are all.
     with_width: whether the importance of the width is measured too.
     """
 
@@ -66,6 +67,7 @@ class Phase:
     teachers: Mapping[str, ReadyTeacher] = field(default_factory=dict)
     rows: int = 0
     forwards: int = 0
+    per_rows: int = 0
     with_width: bool = False
     student: ModelSource | None = None
 
@@ -170,7 +172,11 @@ class PlanningLab(LabBase, Shapes):
         sizes = [result for result in self.results if result.name in others]
         preset = scoring_preset(self.config.student.deepspeed)
         results = (*sizes, student, *baselines, *self._assistants)
-        made = {result.name: _ready(self._made[result.folder], preset) for result in results}
+        made = {
+            result.name: ReadyTeacher(source, TeacherConfig(model=source.name, deepspeed=preset))
+            for result in results
+            for source in (self._made[result.folder],)
+        }
         teachers = {
             name: self._teachers[name]
             for name, spec in self.config.teacher_specs.items()
@@ -178,18 +184,6 @@ class PlanningLab(LabBase, Shapes):
         }
         for name, ready in {**made, **teachers}.items():
             self.phases.append(self._scoring(f"{name}-scored", name, ready))
-        stored = {
-            name: ready
-            for name, ready in teachers.items()
-            if ready.spec.finetune is not None or isinstance(ready.spec.model, str)
-        }
-        if stored and self.config.eval.latency:
-            whole = {
-                name: _ready(ready.source, "teacher_zero0", "fp32")
-                for name, ready in {**stored, **made}.items()
-            }
-            rows = 1 if self.config.task.type == "causal_lm" else 32
-            self.phases.append(Phase(name="latency", work="timing", teachers=whole, rows=rows))
         return self.phases
 
     def _source(self, folder: Path, role: str) -> ModelSource:
@@ -224,7 +218,7 @@ class PlanningLab(LabBase, Shapes):
     def with_embeddings(self, result: StageResult) -> ModelSource:
         return self._sources[STUDENT]  # its size does not depend on the embeddings
 
-    def probe(self, stage: str) -> None: ...
+    def probe(self, stage: str) -> Any: ...
 
     def made_by(self, result: StageResult, name: str, read: Any) -> None: ...
 
@@ -232,33 +226,44 @@ class PlanningLab(LabBase, Shapes):
         self.phases.append(self._scoring(f"{name}-scored", name, self._teachers[name]))
         return 0.5
 
-    def _scoring(self, name: str, model: str, ready: ReadyTeacher, forwards: int = 0) -> Phase:
-        rows = self.config.eval_rows()
+    def _scoring(
+        self, name: str, model: str, ready: ReadyTeacher, *, passes: int = 0, rows: int | None = 0
+    ) -> Phase:
+        # Rows are read in `passes`, by all ranks together; None: their number is not known.
+        size = self.config.eval_rows()
+        forwards, unknown = passes * -(-(rows or 0) // (size * self.world)), rows is None
         return Phase(
-            name=name, work="scoring", teachers={model: ready}, rows=rows, forwards=forwards
+            name=name,
+            work="scoring",
+            teachers={model: ready},
+            rows=size,
+            forwards=passes if unknown else forwards,
+            per_rows=size * self.world if unknown else 0,
         )
 
     def _record_once(self, phase: Phase) -> None:
         if all(known.name != phase.name for known in self.phases):
             self.phases.append(phase)
 
-    def _forwards(self, rows: int) -> int:
-        # Of all ranks together, one batch each.
-        return -(-rows // (self.config.eval_rows() * self.world))
+    def _rows_of(self, split: str) -> int | None:
+        return None if self._prepared is None else len(getattr(self._prepared.encoded, split))
 
     def sorted_teacher(
         self, teacher: str, split: str, *, batch_size: int, residual: bool
     ) -> SortedTeacher:
         """Record the importance phase, once per run."""
-        ready = self._teachers[teacher]
-        # Several ranks may use fewer rows per micro-batch.
+        ready, rows = self._teachers[teacher], self._rows_of(split)
         most = self.config.train.rows_at_once(self.config.task.row_length)
+        shape = StepShape.of_batch(batch_size, most, rank=0, world=self.world)
+        batches = 1 if rows is None else -(-rows // batch_size)
         self._record_once(
             Phase(
                 name="specification",
                 work="importance",
                 teachers={teacher: ready},
-                rows=StepShape.of_batch(batch_size, most, rank=0, world=1).per_device,
+                rows=shape.per_device,
+                forwards=batches * shape.accumulation,
+                per_rows=batch_size if rows is None else 0,
                 with_width=residual,
             )
         )
@@ -266,10 +271,11 @@ class PlanningLab(LabBase, Shapes):
 
     def layer_scores(self, teacher: str) -> tuple[float, ...]:
         """Record the scoring of the teacher, once; return the same importance for all layers."""
-        ready = self._teachers[teacher]
+        ready, rows = self._teachers[teacher], FEW[self.config.task.type]
         layers = ready.source.architecture.number_of_layers(ready.source.config)
-        forwards = (layers + 1) * self._forwards(FEW[self.config.task.type])
-        self._record_once(self._scoring("layers", "layers", ready, forwards))
+        held_out = self._rows_of("validation")
+        rows = rows if held_out is None else min(rows, held_out)
+        self._record_once(self._scoring("layers", "layers", ready, passes=layers + 1, rows=rows))
         return (1.0,) * layers
 
     def relative_times(
@@ -292,9 +298,9 @@ class PlanningLab(LabBase, Shapes):
         teachers = {name: self._teachers[name] for name in stage.teachers}
         for name, ready in teachers.items():
             if ready.spec.cache == AUTO:  # the pass that fills the cache, before it is read first
-                rows = 0 if self._prepared is None else len(self._prepared.encoded.train)
-                answers = self._scoring(f"{name}-answers", name, ready, self._forwards(rows))
-                self._record_once(answers)
+                rows = self._rows_of("train")
+                phase = self._scoring(f"{name}-answers", name, ready, passes=1, rows=rows)
+                self._record_once(phase)
         bases = {n: teachers.pop(n).source for n in self.config.base_teachers if n in teachers}
         phase = Phase(
             name=stage.name,
@@ -327,10 +333,6 @@ class PlanningLab(LabBase, Shapes):
             main, names = self._prepared.metric, self._prepared.metrics.names
             metric_named(name, main, names, weighed=weighed)
         return SimpleNamespace(name=name or "", of=lambda _: 0.5, worth=lambda _: 0.5)
-
-
-def _ready(source: ModelSource, preset: str, dtype: Dtype | None = None) -> ReadyTeacher:
-    return ReadyTeacher(source, TeacherConfig(model=source.name, deepspeed=preset, dtype=dtype))
 
 
 def check_method(prepared: RunInputs, ranks: Ranks) -> None:

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from lib.clocks import Clocks, over_ranks
-from lib.launching import write_config
-from megakd.config.file import load_config
-from memory import by_ranks, plan, planning_table
+from megakd.planning.cluster import Cluster
+from megakd.planning.plan import plan_run
+from memory import plan
 from speed.causal_step import check_agree
 
 SMALL = "--vocabulary 300 --rows 2 --length 8 --pairs 3 --warm-up 1"
@@ -45,17 +45,26 @@ def test_cpu_time_is_that_of_all_ranks_and_wall_clock_that_of_the_slowest():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [5, 6])
-def test_the_predicted_peak_is_within_a_tenth_of_the_measured(run, number):
-    """In a process of its own: the plan counts the memory of the process that plans."""
+def test_the_planned_peak_is_at_most_a_tenth_below_and_a_quarter_above_the_measured(run, number):
     ended = run("memory.plan", "--cases", str(number))
     assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-2000:]
 
 
-def test_every_case_of_a_plan_and_of_its_table_is_a_run_that_megakd_accepts(tmp_path):
-    for number in (0, 9, 10, 11):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        assert plan.config_of(plan.CASES[number], folder).train.max_steps == 3
-    load_config(write_config(tmp_path / "ranks.yaml", by_ranks.run_tree(tmp_path, 2)))
-    for name in planning_table.RUNS:
-        load_config(write_config(tmp_path / f"{name}.yaml", planning_table.run_config(name)))
+FAST, WITHOUT_PROCESS = (1, 4, 5, 10), 0
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        number if number in FAST else pytest.param(number, marks=pytest.mark.slow)
+        for number in range(1, len(plan.CASES) + 1)
+    ],
+)
+def test_a_plan_holds_what_was_measured(tmp_path, number):
+    case = plan.CASES[number - 1]
+    config = plan.config_of(case, tmp_path)
+
+    planned = plan_run(config, Cluster(ranks=case.ranks), process=WITHOUT_PROCESS)
+
+    error = planned.peak_bytes_per_rank / (case.measured * 1e6)
+    assert plan.LEAST <= error <= plan.MOST

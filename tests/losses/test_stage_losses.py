@@ -17,8 +17,7 @@ from megakd.contract.terms import soft_terms
 from megakd.losses.objective import shape_of, stage_losses
 from megakd.models.knowledge import Needs
 from megakd.models.source import ReadyTeacher
-from megakd.planning.cluster import Cluster
-from megakd.planning.phase_traces import Traces, simulated_phase
+from megakd.planning.phase_traces import PhaseTracer
 from megakd.planning.planning_lab import Phase, planned_sources
 from megakd.training.recipes import completed
 
@@ -97,7 +96,7 @@ def test_hidden_states_are_read_for_losses_and_for_a_strategy(
 
 def test_a_plan_holds_the_hidden_states_that_a_strategy_reads(tmp_path: Path) -> None:
     config = config_of(tmp_path, "classification", bert)
-    sources, known = planned_sources(config), Traces()
+    sources = planned_sources(config)
     teacher = ReadyTeacher(sources[TEACHER], config.teacher_specs[TEACHER])
 
     def answers(*, reads_states: bool) -> int:
@@ -108,7 +107,7 @@ def test_a_plan_holds_the_hidden_states_that_a_strategy_reads(tmp_path: Path) ->
             stage=completed(stage, config),
             teachers={TEACHER: teacher},
         )
-        return simulated_phase(phase, config, Cluster(), known).answers
+        return PhaseTracer(phase, config, "cpu").traces().answers
 
     last_layer, rows, width = 1, 2, 32
     more = answers(reads_states=True) - answers(reads_states=False)

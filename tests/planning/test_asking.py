@@ -63,7 +63,7 @@ def test_a_teacher_sharded_within_nodes_is_planned_over_the_ranks_of_a_node(tmp_
 
     def weights_and_network(*overrides: str, **cluster: int) -> tuple[int, float]:
         plan = planned(tmp_path, *overrides, device="cuda", **cluster)
-        return plan.part("teacher", "weights"), trained(plan).network["teacher"]
+        return plan.part("teacher", "weights"), trained(plan).sent["teacher"].sum()
 
     on_one = weights_and_network()
     assert weights_and_network(node) == on_one
@@ -79,7 +79,7 @@ def test_a_plan_shows_the_calls_and_counts_their_network_and_answers(tmp_path):
 
     ours, theirs = map(trained, (together, one_by_one))
     assert ours.per_call == {"teacher": 6}
-    assert ours.network["teacher"] == pytest.approx(theirs.network["teacher"] / 6)
+    assert ours.sent["teacher"].sum() == pytest.approx(theirs.sent["teacher"].sum() / 6)
     assert ours.flops == pytest.approx(theirs.flops)
     line = (
         "student: teacher answers 6 micro-batches in one forward (teacher.micro_batches_per_call)"

@@ -6,70 +6,51 @@ from typing import Any
 
 import pytest
 
-from megakd.planning.cluster import Cluster
-from megakd.planning.engine_memory import (
-    HOLES,
-    Frozen,
-    Holding,
-    Ledger,
-    Part,
-    Place,
-    Share,
-    Trained,
-    together,
-)
-from megakd.planning.tracing import NOTHING, Amount, Inventory, Moment, Parameter, Trace
+from megakd.planning import engine_memory
+from megakd.planning.engine_memory import Engine, Holding, Ledger, Part, Place, Share, together
+from megakd.planning.tracing import NOTHING, Moment, Trace, blocks, mapped
 
 RANKS = 4
 SIZES = (500,) * 8
 P = sum(SIZES)
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 
 
-def inventory(sizes: tuple[int, ...] = SIZES) -> Inventory:
-    return Inventory(Parameter(n) for n in sizes)
-
-
-def model(zero: dict[str, Any], *, itemsize: int = 4, ranks: int = RANKS) -> dict[str, Any]:
-    return {
-        "role": "student",
-        "inventory": inventory(),
-        "zero": {"reduce_bucket_size": 10, **zero},
-        "itemsize": itemsize,
-        "cluster": Cluster(ranks=ranks, device="cuda"),
-    }
-
-
-def engine(zero: dict[str, Any], *, moments: int = 2, **options: int) -> Trained:
-    return Trained(moments=moments, **model(zero, **options))
+def engine(zero: dict[str, Any], *, moments: int | None = 2, **options: Any) -> Engine:
+    sizes = options.pop("sizes", SIZES)
+    facts = {"itemsize": 4, "ranks": RANKS, "is_cpu": False, "learned": sizes, **options}
+    zero = {"reduce_bucket_size": 10, **zero}
+    return Engine(role="student", sizes=sizes, zero=zero, moments=moments, **facts)
 
 
 def held(holding: Holding, part: Part, place: Place = "device") -> int:
-    return holding.get(Share("student", part, place), NOTHING).total
+    return int(holding.get(Share("student", part, place), NOTHING).sum())
 
 
 def most(holdings: list[Holding]) -> int:
     """Return the most bytes of the device."""
     return max(
-        sum(amount.total for share, amount in holding.items() if share.place == "device")
+        sum(int(amount.sum()) for share, amount in holding.items() if share.place == "device")
         for holding in holdings
     )
 
 
-def step(engine: Trained) -> list[Holding]:
+def step(engine: Engine) -> list[Holding]:
     """Return what an engine holds during a step."""
-    whole = engine.inventory
-    extra = [engine.backward(whole, adds=False, last=True), *engine.updating()]
-    return [engine.initializing(), *(together(engine.resting(), held) for held in extra)]
+    extra = [engine.backward(P, 500, adds=False, last=True), *engine.updating()]
+    return [together(engine.resting(), held) for held in extra]
 
 
 def test_a_second_bucket_is_counted_where_gradients_are_sent_during_the_backward() -> None:
-    one, two = (
-        engine({"stage": 2, "reduce_bucket_size": P, "overlap_comm": overlap})
+    sent = [
+        held(
+            engine({"stage": 2, "reduce_bucket_size": P, "overlap_comm": overlap}).backward(
+                P, 500, adds=False
+            ),
+            "gradients",
+        )
         for overlap in (False, True)
-    )
-
-    sent = [held(e.backward(e.inventory, adds=False), "gradients") for e in (one, two)]
-
+    ]
     assert sent[1] - sent[0] == 4 * P
 
 
@@ -97,16 +78,13 @@ def test_each_stage_shards_what_it_says(stage, itemsize, moments, weights, optim
 def test_the_norm_is_planned_for_the_rank_with_the_most_of_it_and_of_gradients(stage, itemsize):
     # The first rank has 900 elements of one weight, and the second all weights, but small parts.
     sizes = (1000, 200, 200, 200, 200)
-    given = model({"stage": stage}, itemsize=itemsize, ranks=2) | {"inventory": inventory(sizes)}
-    norm = next(iter(Trained(**given).updating()))
+    norm = next(iter(engine({"stage": stage}, itemsize=itemsize, ranks=2, sizes=sizes).updating()))
     assert held(norm, "gradients") == 1000 * itemsize + 900 * 8
 
 
 def test_a_full_bucket_of_zero_2_is_copied_before_it_is_sent() -> None:
     small = engine({"stage": 2, "reduce_bucket_size": 1000})
-    two, three = (
-        held(small.backward(inventory(SIZES[:n]), adds=False), "gradients") for n in (2, 3)
-    )
+    two, three = (held(small.backward(n * 500, 500, adds=False), "gradients") for n in (2, 3))
     assert three - two == 4 * 1000
 
 
@@ -118,31 +96,29 @@ def test_offload_moves_the_optimizer_to_the_host(stage: int) -> None:
     assert most(step(away)) < most(step(here))
 
 
-HALF = SIZES[: len(SIZES) // 2]
 SENT = 10 + SIZES[0]  # a gradient is larger than the bucket, and is sent directly
-OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 
 
 @pytest.mark.parametrize(
-    ("zero", "itemsize", "sizes", "adds", "expected"),
+    ("zero", "itemsize", "done", "adds", "expected"),
     [
         # Whole gradients appear one by one in the first backward only.
-        *(({"stage": stage}, 4, HALF, False, 2 * P) for stage in (0, 1)),
-        *(({"stage": stage}, 4, HALF, True, 4 * P) for stage in (0, 1)),
-        ({"stage": 1}, 4, SIZES, False, 4 * P),
-        ({"stage": 2}, 4, SIZES, False, 4 * (P // RANKS + SENT)),
+        *(({"stage": stage}, 4, P // 2, False, 2 * P) for stage in (0, 1)),
+        *(({"stage": stage}, 4, P // 2, True, 4 * P) for stage in (0, 1)),
+        ({"stage": 1}, 4, P, False, 4 * P),
+        ({"stage": 2}, 4, P, False, 4 * (P // RANKS + SENT)),
         # DeepSpeed's compact buffer: 4 bytes per weight and rank, once, whatever is accumulated.
         *(
-            ({"stage": 2, **more}, 2, SIZES, adds, 4 * P // RANKS + 2 * SENT)
+            ({"stage": 2, **more}, 2, P, adds, 4 * P // RANKS + 2 * SENT)
             for more in ({}, OFFLOAD)
             for adds in (False, True)
         ),
     ],
 )
 def test_gradients_are_whole_below_zero_2_and_in_shards_at_zero_2_also_with_offload(
-    zero, itemsize, sizes, adds, expected
+    zero, itemsize, done, adds, expected
 ):
-    backward = engine(zero, itemsize=itemsize).backward(inventory(sizes), adds=adds)
+    backward = engine(zero, itemsize=itemsize).backward(done, 500, adds=adds)
     assert held(backward, "gradients") == expected
 
 
@@ -154,7 +130,7 @@ def test_offload_of_weights_leaves_none_on_the_device() -> None:
 
 def test_a_frozen_model_has_its_weights_and_nothing_else() -> None:
     for zero, expected in (({"stage": 0}, 4 * P), ({"stage": 3}, 4 * P // RANKS)):
-        resting = Frozen(**model(zero)).resting()
+        resting = engine(zero, moments=None).resting()
         assert held(resting, "weights") == expected
         assert list(resting) == [Share("student", "weights")]
 
@@ -162,49 +138,45 @@ def test_a_frozen_model_has_its_weights_and_nothing_else() -> None:
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_frozen_weights_take_their_bytes_once_at_every_zero_stage(stage, itemsize):
-    zero, learned, frozen = {"stage": stage, "reduce_bucket_size": 1}, Parameter(48), 4000
+    zero = {"stage": stage, "reduce_bucket_size": 1}
     alone, both = (
-        Trained(**model(zero, itemsize=itemsize) | {"inventory": Inventory(parameters)}).resting()
-        for parameters in ([learned], [Parameter(frozen, learns=False), learned])
+        engine(zero, itemsize=itemsize, sizes=sizes, learned=(48,)).resting()
+        for sizes in ((48,), (4000, 48))
     )
 
     for part in ("optimizer", "gradients"):
         assert held(both, part) == held(alone, part)
-    share = frozen // RANKS if stage == 3 else frozen
+    share = 4000 // RANKS if stage == 3 else 4000
     assert held(both, "weights") - held(alone, "weights") == itemsize * share
 
 
 def test_a_whole_model_is_read_on_the_host_and_a_sharded_one_a_tensor_at_a_time() -> None:
-    whole, shards = (Frozen(**model({"stage": stage})).loading() for stage in (0, 3))
+    whole, shards = (engine({"stage": stage}, moments=None).loading() for stage in (0, 3))
     assert held(whole, "weights", "host") == 4 * (P + SIZES[-1])
     assert held(shards, "weights", "host") == 4 * max(SIZES)
 
 
-# Four weights of 400 bytes; without prefetch a weight arrives with its module.
+# Four weights of 400 bytes; without prefetch a weight arrives with its module, in a buffer.
 ALONE = {"stage": 3, "param_persistence_threshold": 0, "prefetch_bucket_size": 0}
 THERE_AND_BACK = (0, 1, 2, 3, 3, 2, 1, 0)
 
 
-def gathered(order: tuple[int, ...], turn: int, zero: dict[str, Any]) -> tuple[list[int], int]:
+def gathered(order: tuple[int, ...], turn: int, zero: dict[str, Any], **options: Any) -> Any:
     """Return the bytes that are gathered at every moment, and the elements in all."""
-    weights = Inventory(Parameter(100) for _ in range(4))
-    trace = Trace(weights, [Moment(f"m{n}", {n}) for n in order], turn, flops=0.0)
-    frozen = Frozen(**{**model({**ALONE, **zero}), "inventory": weights})
-    return [amount.total for amount in frozen.gathered(trace)], frozen.fetched(trace)
-
-
-# Every module fetches a bucket of what comes next through a buffer: of the first two, three
-# weights are whole, and two have arrived in a buffer.
-AHEAD = [2 * 400 + 2 * 400, 3 * 400 + 2 * 400, 2 * 400, 400]
+    sizes = (100,) * 4
+    trace = Trace(sizes, (), [Moment({number}) for number in order], turn, flops=0.0)
+    frozen = engine({**ALONE, **zero}, moments=None, sizes=sizes, **options)
+    return [int(amount.sum()) for amount in frozen.gathered(trace)], frozen.fetched(trace)
 
 
 @pytest.mark.parametrize(
     ("order", "limits", "alive"),
     [
-        ((0, 1, 2, 3), {}, [400] * 4),
-        (THERE_AND_BACK, {}, [400, 800, 1200, 1600, 1600, 1200, 800, 400]),
-        ((0, 1, 2, 3), {"prefetch_bucket_size": 150}, AHEAD),
-        ((0, 1, 2, 3), {"param_persistence_threshold": 100}, [400, 800, 1200, 1600]),
+        ((0, 1, 2, 3), {}, [800] * 4),
+        (THERE_AND_BACK, {}, [800, 1200, 1600, 2000, 1600, 1200, 800, 400]),
+        # Every module fetches a bucket of what comes next, until all are fetched.
+        ((0, 1, 2, 3), {"prefetch_bucket_size": 150}, [1200, 1400, 1200, 400]),
+        ((0, 1, 2, 3), {"param_persistence_threshold": 100}, [800, 1200, 1600, 2000]),
     ],
     ids=["used once", "until the backward", "fetched ahead", "small"],
 )
@@ -215,15 +187,15 @@ def test_weights_stay_from_their_first_to_their_last_use(order, limits, alive) -
 @pytest.mark.parametrize(
     ("limits", "most", "elements"),
     [
-        ({"max_reuse_distance": 0}, 400, 800),
-        ({"stage3_max_reuse_distance": 400}, 800, 600),
+        ({"max_reuse_distance": 0}, 800, 800),
+        ({"stage3_max_reuse_distance": 400}, 1200, 600),
         ({"max_reuse_distance": 0, "prefetch_bucket_size": 1, "max_live_parameters": 300},
-         1200, 500),
+         1600, 500),
     ],
 )  # fmt: skip
 def test_weights_beyond_the_limit_are_gathered_again(limits, most, elements) -> None:
-    kept, fetched = gathered(THERE_AND_BACK, 3, limits)
-    assert (max(kept), fetched) == (most, elements)
+    alive, fetched = gathered(THERE_AND_BACK, 3, limits)
+    assert (max(alive), fetched) == (most, elements)
 
 
 def test_no_more_is_fetched_ahead_than_may_be_alive() -> None:
@@ -232,11 +204,9 @@ def test_no_more_is_fetched_ahead_than_may_be_alive() -> None:
 
 
 def test_a_single_rank_gathers_only_weights_that_are_on_the_host() -> None:
-    trace = Trace(inventory(), [Moment("m", {0})], 0, flops=0.0)
-    away = {"stage": 3, "offload_param": {"device": "cpu"}}
-    here, there = (Frozen(**model(zero, ranks=1)) for zero in ({"stage": 3}, away))
-    assert here.fetched(trace) == here.gathered(trace)[0].total == 0
-    assert there.gathered(trace)[0].total == 4 * SIZES[0]
+    away = {"offload_param": {"device": "cpu"}}
+    assert gathered((0,), 0, {}, ranks=1) == ([0], 0)
+    assert gathered((0,), 0, away, ranks=1) == ([800], 100)
 
 
 WEIGHTS, LIVE = Share("student", "weights"), Share("student", "activations")
@@ -244,31 +214,32 @@ MASTERS = Share("student", "optimizer", "host")
 
 
 def test_the_peak_is_the_highest_sum_at_one_time() -> None:
-    ledger = Ledger("cuda")
-    ledger.look("a", {WEIGHTS: Amount(large=100)}, {LIVE: Amount(small=50)})
-    ledger.look("b", {WEIGHTS: Amount(large=120)})
+    ledger = Ledger("cuda", 7)
+    ledger.look("a", {WEIGHTS: mapped(100)}, {LIVE: blocks(50)})
+    ledger.look("b", {WEIGHTS: mapped(120)})
 
-    assert ledger.peaks["device"].total == 150
-    assert ledger.peaks["device"].when == "a"
-    assert ledger.peaks["device"].shares == {WEIGHTS: 100, LIVE: 50}
+    peak = ledger.peaks["device"]
+    assert (peak.total, peak.when, peak.shares) == (150, "a", {WEIGHTS: 100, LIVE: 50})
     assert ledger.most == {WEIGHTS: 120, LIVE: 50}
 
 
-def test_host_and_device_are_apart_on_a_gpu_and_one_on_a_cpu() -> None:
+def test_host_and_device_are_apart_on_a_gpu_and_one_on_a_cpu(monkeypatch) -> None:
+    monkeypatch.setattr(engine_memory, "_HEADROOM", 1.0)
     totals = {}
     for device in ("cuda", "cpu"):
-        ledger = Ledger(device)
-        ledger.look("", {WEIGHTS: Amount(large=100), MASTERS: Amount(large=30)})
+        ledger = Ledger(device, 7)
+        ledger.look("", {WEIGHTS: mapped(100), MASTERS: mapped(30)})
         totals[device] = (ledger.peaks["device"].total, ledger.peaks["host"].total)
 
-    assert totals == {"cuda": (100, 30), "cpu": (130, 130)}
+    assert totals == {"cuda": (100, 37), "cpu": (137, 137)}
 
 
-def test_a_cpu_keeps_small_blocks_with_holes_and_hands_large_ones_back() -> None:
-    ledger = Ledger("cpu")
-    ledger.look("", {LIVE: Amount(small=50, large=500)})
+def test_a_cpu_keeps_small_blocks_with_holes_and_returns_large_ones(monkeypatch) -> None:
+    monkeypatch.setattr(engine_memory, "_HEADROOM", 1.0)
+    ledger = Ledger("cpu", 0)
+    ledger.look("", {LIVE: blocks(50) + mapped(500)})
     ledger.look("", {})
-    ledger.look("", {LIVE: Amount(small=50)})  # in memory that was kept
-    ledger.look("", {WEIGHTS: Amount(large=600)})
+    ledger.look("", {LIVE: blocks(50)})  # in memory that was kept
+    ledger.look("", {WEIGHTS: mapped(600)})
 
-    assert ledger.peaks["device"].total == 600 + round(50 * (1 + HOLES["step"]))
+    assert ledger.peaks["device"].total == 600 + round(50 * 1.4)

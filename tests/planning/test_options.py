@@ -1,4 +1,4 @@
-"""The options of `megakd plan`, and the dry run of a training."""
+"""The options of `megakd plan`."""
 
 from __future__ import annotations
 
@@ -46,22 +46,10 @@ def test_plan_takes_the_machines_from_its_options(asked, run_file, capsys):
     assert capsys.readouterr().out == '{\n  "ranks": 16\n}\n'
 
 
-def test_a_dry_run_prints_the_plan_of_the_ranks_it_was_started_with_on_the_first(
-    asked, run_file, monkeypatch, capsys
-):
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-
-    code = cli.train_main(["--config", str(run_file), "--dry_run"])
-
-    cluster = asked[0][1]
-    assert code == 0
-    assert (cluster.ranks, cluster.nodes, cluster.device) == (4, 2, "cpu")
-    assert capsys.readouterr().out.startswith("a page")
-    monkeypatch.setenv("RANK", "1")
-    assert cli.train_main(["--config", str(run_file), "--dry_run"]) == 0
-    assert len(asked) == 1
-    assert capsys.readouterr().out == ""
+@pytest.mark.parametrize(("text", "rates"), [("400,45", (400, 45)), ("45", (45, 45))])
+def test_one_rate_of_the_network_or_two_are_given(asked, run_file, text, rates):
+    assert cli.main(["plan", str(run_file), "--tflops", "300", "--gbps", text]) == 0
+    assert (asked[0][1].tflops, asked[0][1].gbps) == (300, rates)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +60,9 @@ def test_a_dry_run_prints_the_plan_of_the_ranks_it_was_started_with_on_the_first
         (["--host_memory_gb", "inf"], "--host_memory_gb must be a finite number above 0"),
         (["--nodes", "0", "--ranks", "1"], "--nodes must be at least 1, got 0"),
         (["--device", "cpu", "--gpu_memory_gb", "80"], "cannot be used with --device cpu"),
-        (["--tflops", "-1"], "tflops must be a finite number above 0"),
+        (["--tflops", "-1"], "--tflops must be finite and above 0, got -1.0"),
+        (["--gbps", "400,0"], "--gbps must be finite and above 0, got 0.0"),
+        (["--gbps", "fast"], "--gbps must be one or two numbers as in 400,45, got fast"),
     ],
 )
 def test_machines_that_cannot_be_are_refused(asked, run_file, words, message, capsys):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -11,17 +10,17 @@ from typing import Any, cast
 import pytest
 import tiny_cuts
 import torch.distributed as dist
-from planned_runs import CAUSAL, TRACES, plan_of
+from planned_runs import CAUSAL, PROCESS, plan_of, trained
 from planned_runs import config_of as run_config
 from tiny_runs import bert, llama
 
 from megakd.config.run import RunConfig
 from megakd.contract.lab import TimedWork
 from megakd.contract.views import View
-from megakd.errors import ConfigError, ModelError
-from megakd.planning.cluster import Cluster, Rates, rates_of
-from megakd.planning.engine_memory import PARTS, Peak, Share
-from megakd.planning.phase_traces import Traces
+from megakd.errors import ModelError
+from megakd.planning.cluster import Cluster
+from megakd.planning.engine_memory import PARTS, Share
+from megakd.planning.phase_traces import PhaseTracer
 from megakd.planning.plan import Plan, page, plan_run
 from megakd.planning.planning_lab import PlanningLab, planned_sources
 
@@ -44,10 +43,6 @@ def planned(config: RunConfig, **cluster: Any) -> Plan:
     return plan_of(config, **{"ranks": 1, **cluster})
 
 
-def advised(config: RunConfig, cluster: Cluster) -> Plan:
-    return plan_run(config, cluster, traces=TRACES)
-
-
 def test_the_json_has_the_keys_of_the_contract(tmp_path: Path) -> None:
     result = json.loads(json.dumps(planned(config_of(tmp_path), ranks=2).as_json()))
     assert not dist.is_initialized()
@@ -55,23 +50,34 @@ def test_the_json_has_the_keys_of_the_contract(tmp_path: Path) -> None:
     assert result["ranks"] == 2
     assert set(result["roles"]) == {"teacher", "student"}
     assert all(set(parts) == set(PARTS) for parts in result["roles"].values())
-    for key in ("peak_bytes_per_rank", "load_peak_bytes_per_rank", "host_base_bytes"):
+    for key in ("peak_bytes_per_rank", "load_peak_bytes_per_rank", "process_bytes"):
         assert isinstance(result[key], int)
         assert result[key] > 0
     assert result["seconds_per_step"] is None
     assert result["fits"] is None
-    assert result["changes"] == []
+
+
+def test_peaks_contain_the_process_where_the_report_counts_it(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+
+    def peaks(process: int, device: Any) -> tuple[int, int]:
+        cluster = Cluster(ranks=2, device=device)
+        plan = plan_run(config, cluster, process=process).as_json()
+        return plan["peak_bytes_per_rank"], plan["host_bytes_per_rank"]
+
+    for device, more in (("cpu", (500, 500)), ("cuda", (0, 500))):
+        first, second = peaks(PROCESS, device), peaks(PROCESS + 500, device)
+        assert (second[0] - first[0], second[1] - first[1]) == more
 
 
 @pytest.mark.parametrize(
     ("student", "teacher"),
-    [(s, "teacher_zero0") for s in ("zero0", "zero1", "zero3_offload")]
-    + [(s, "teacher_zero3") for s in ("zero2", "zero3")],
+    [("zero1", "teacher_zero0"), ("zero3_offload", "teacher_zero3")],
 )
 def test_more_ranks_never_need_more_memory(tmp_path: Path, student: str, teacher: str) -> None:
     overrides = (f"student.deepspeed={student}", f"teacher.deepspeed={teacher}")
     config = config_of(tmp_path, *overrides)
-    peaks = [planned(config, ranks=ranks).peak_bytes_per_rank for ranks in (2, 4, 8, 64)]
+    peaks = [planned(config, ranks=ranks).peak_bytes_per_rank for ranks in (2, 8, 64)]
     assert peaks == sorted(peaks, reverse=True)
 
 
@@ -98,27 +104,39 @@ def test_an_evaluation_that_is_the_peak_is_named_with_its_key(tmp_path: Path) ->
 
 
 def test_an_evaluation_needs_no_more_than_training_where_no_batch_is_given(tmp_path: Path) -> None:
-    traces = Traces()
-    plan_run(config_of(tmp_path), Cluster(device="cuda"), traces=traces)
+    config = config_of(tmp_path)
+    phases = PlanningLab(config, planned_sources(config), ranks=1, device="cuda").play()
 
-    (trained,) = (traced for traced in traces.values() if traced.learner)
+    traces = PhaseTracer(phases[0], config, "cuda").traces()
+
     evaluation, training = (
-        max(moment.live.total for moment in trace.moments)
-        for trace in (trained.evaluation, trained.learner[0])
+        max(moment.live.sum() for moment in trace.moments)
+        for trace in (traces.evaluated["student"], traces.learner[0])
     )
     assert evaluation < training
 
 
-def test_rates_turn_operations_and_bytes_into_seconds(tmp_path: Path) -> None:
-    config = config_of(tmp_path)
-    rates = Rates(tflops=1e-3, gbps=1e-3)
-    plan = planned(config, ranks=2, rates=rates)
-    phase = next(phase for phase in plan.phases if phase.flops)
-    sent = sum(phase.network.values())
+def test_rates_turn_operations_and_bytes_into_the_least_and_the_most_seconds(
+    tmp_path: Path,
+) -> None:
+    config = config_of(tmp_path, "student.deepspeed=zero2", "teacher.deepspeed=teacher_zero3")
+    rates: Any = {"tflops": 1e-3, "gbps": (1e-3, 1e-5)}
+    on_one = planned(config, ranks=4, **rates)
+    on_two = planned(config, ranks=4, nodes=2, **rates)
 
-    assert plan.seconds_per_step == pytest.approx(phase.flops / 1e9 + sent / 1e6)
-    assert planned(config, ranks=2, rates=Rates(tflops=1.0)).seconds_per_step is None
-    assert planned(config, rates=Rates(tflops=1.0)).seconds_per_step is not None
+    flops = trained(on_one).flops / 1e9
+    within = trained(on_one).network / 1e6
+    assert on_one.as_json()["seconds_per_step"] == pytest.approx(
+        (max(flops, within), flops + within)
+    )
+    # Of four ranks on two nodes, one of three others is on the same node.
+    between = within / 3 + 100 * within * 2 / 3
+    assert on_two.as_json()["seconds_per_step"] == pytest.approx(
+        (max(flops, between), flops + between)
+    )
+    assert f"{max(flops, within):.3g} to {flops + within:.3g}" in page(on_one)
+    assert planned(config, ranks=2, tflops=1.0).as_json()["seconds_per_step"] is None
+    assert planned(config, tflops=1.0).as_json()["seconds_per_step"] is not None
 
 
 AT_ONCE = {"asynchronous": False}
@@ -176,10 +194,10 @@ CUT = {"student": {"model": "from_teacher"}}
             {"teacher": FINETUNED, "baselines": ["alone"]},
             [
                 *("teacher-finetune", "student", "alone", "student-scored", "alone-scored"),
-                *("teacher-scored", "latency"),
+                "teacher-scored",
             ],
         ),
-        ({"eval": {"latency": False}}, ["student", "student-scored", "teacher-scored"]),
+        ({}, ["student", "student-scored", "teacher-scored"]),
         # Importance is measured once.
         (
             {**CUT, "method": MINIDISC, "baselines": ["direct"]},
@@ -201,7 +219,7 @@ CUT = {"student": {"model": "from_teacher"}}
             ["specification", "student", "student-scored", "teacher-scored"],
         ),
     ],
-    ids=["fine-tuning", "no timing", "minidisc", "maxidisc", "direct"],
+    ids=["fine-tuning", "single", "minidisc", "maxidisc", "direct"],
 )
 def test_every_phase_of_a_run_is_planned(tmp_path: Path, sections: Any, names: list[str]) -> None:
     plan = planned(config_of(tmp_path, **sections))
@@ -209,27 +227,35 @@ def test_every_phase_of_a_run_is_planned(tmp_path: Path, sections: Any, names: l
     assert all(phase.ledger.peaks["device"].total for phase in plan.phases)
 
 
-def test_a_run_fits_where_its_models_cannot_be_timed_side_by_side(tmp_path: Path) -> None:
-    """The run goes on without: a phase that is not required is no peak."""
-    plan = planned(config_of(tmp_path, teacher=FINETUNED))
-    timing = plan.phases[-1]
-    timing.ledger.peaks["device"] = Peak(total=10**15)
-
-    assert not timing.required
-    assert plan.peak_bytes_per_rank < 10**15
-    assert "latency (optional)" in page(plan)
+@pytest.mark.parametrize(
+    ("sections", "name", "line"),
+    [
+        (
+            {**CUT, "method": {**MINIDISC, "importance_batch_size": 32}},
+            "specification",
+            "4 forwards of a rank for every 32 rows",
+        ),
+        (
+            {"student": {"model": "from_teacher", "layers": 2}},
+            "layers",
+            f"{(3 + 1) * 32} forwards of a rank",
+        ),
+    ],
+)
+def test_forwards_of_an_importance_are_counted_as_they_are_made(
+    tmp_path: Path, sections: Any, name: str, line: str
+) -> None:
+    config = config_of(tmp_path, "eval.per_device_eval_batch_size=4", **sections)
+    plan = planned(config, ranks=2)
+    assert f"{name}: {line}" in page(plan)
 
 
 RELATIONS = {"loss": "relation_kl", "relation_heads": 2, "relations": ["query", "query_key"]}
 
 
-@pytest.mark.parametrize(
-    "sections",
-    [{"task": CAUSAL, **DECODERS}, {"objective": [RELATIONS]}],
-    ids=["text", "relations"],
-)
-def test_what_a_loss_works_with_is_planned(tmp_path: Path, sections: Any) -> None:
-    assert planned(config_of(tmp_path, **sections)).part("student", "workspace") > 0
+def test_what_a_loss_works_with_is_planned(tmp_path: Path) -> None:
+    plan = planned(config_of(tmp_path, objective=[RELATIONS]))
+    assert plan.part("student", "activations") > 3 * (64 << 20)
 
 
 def test_terms_of_two_sources_are_planned_over_half_of_the_positions_each(tmp_path: Path) -> None:
@@ -242,43 +268,32 @@ def test_terms_of_two_sources_are_planned_over_half_of_the_positions_each(tmp_pa
         for terms in (both, [kl])
     )
 
-    flops = [next(p.flops for p in plan.phases if p.flops) for plan in (limited, whole)]
+    flops = [trained(plan).flops for plan in (limited, whole)]
     assert flops[0] == pytest.approx(flops[1], rel=1e-3)
     assert limited.as_json()["peak_bytes_per_rank"] >= whole.as_json()["peak_bytes_per_rank"]
 
 
 def test_candidates_that_share_a_backward_hold_more_unless_blocks_are_repeated(tmp_path):
-    def held(*overrides: str, together: int | None = None) -> tuple[int, int]:
+    def held(*overrides: str, together: int | None = None) -> int:
         method = {**MINIDISC, "passes_per_backward": together}
         plan = planned(config_of(tmp_path, *overrides, **CUT, method=method))
-        return plan.part("student", "elastic"), plan.part("student", "activations")
+        return plan.part("student", "activations")
 
     shared = held()
-    assert shared[0] > held(together=1)[0] == 0
-    assert sum(held("train.gradient_checkpointing=true")) < sum(shared)
+    assert shared > 1.3 * held(together=1)
+    assert held("train.gradient_checkpointing=true") < shared
 
 
-def test_what_does_not_fit_names_changes_that_do(tmp_path: Path) -> None:
-    wide = ("student.deepspeed=zero0", "teacher.deepspeed=teacher_zero0", "train.bf16=false")
-    config = config_of(tmp_path, *wide, "teacher.dtype=fp32")
-    peak = planned(config, ranks=8).peak_bytes_per_rank
-    small = Cluster(ranks=8, device="cuda", device_memory=round(0.95 * peak))
+def test_a_run_fits_if_a_gpu_has_its_peak_and_a_context(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    peak = planned(config).peak_bytes_per_rank
 
-    fitting = advised(config, replace(small, device_memory=2 * peak))
-    not_fitting = advised(config, small)
+    enough = planned(config, device_memory=round((peak + 1.6e9) / 0.95))
+    small = planned(config, device_memory=round((peak + 1.4e9) / 0.95))
 
-    assert fitting.fits
-    assert not_fitting.fits is False
-    assert "The run fits." in page(fitting)
-    assert "The run does not fit" in page(not_fitting)
-    for change in not_fitting.changes:
-        assert change.peak_bytes_per_rank <= 0.95 * round(0.95 * peak)
-        assert " ".join(change.settings) in page(not_fitting)
-    here = next(c for c in not_fitting.changes if "--nodes" not in " ".join(c.settings))
-    words = [word for setting in here.settings for word in setting.split()]
-    again = advised(config_of(tmp_path, *wide, "teacher.dtype=fp32", *words), small)
-    assert again.fits
-    assert again.peak_bytes_per_rank == here.peak_bytes_per_rank
+    assert (enough.fits, small.fits) == (True, False)
+    assert "The run fits." in page(enough)
+    assert "The run does not fit: 0.1" in page(small)
 
 
 def test_a_run_on_cpus_fits_if_the_memory_of_its_node_holds_it(tmp_path: Path) -> None:
@@ -344,22 +359,6 @@ def test_a_config_that_cannot_be_read_is_named(tmp_path, name, content, message)
 def test_rows_that_are_longer_than_the_context_of_a_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"max_length is 4096 and the model takes at most \d+ tok"):
         planned(config_of(tmp_path, "task.max_length=4096"))
-
-
-def test_rates_come_from_a_file(tmp_path: Path) -> None:
-    path = tmp_path / "rates.json"
-    path.write_text('{"tflops": 400, "gbps": 45}')
-    wrong = tmp_path / "wrong.json"
-    wrong.write_text('{"speed": 1}')
-
-    assert rates_of(path) == Rates(tflops=400, gbps=45)
-    with pytest.raises(ConfigError, match="must hold a mapping"):
-        rates_of(wrong)
-    wrong.write_text('{"gbps": true}')
-    with pytest.raises(ConfigError, match="gbps must be a finite number above 0, got True"):
-        rates_of(wrong)
-    with pytest.raises(ConfigError, match="must be a finite number above 0"):
-        Rates(tflops=float("inf"))
 
 
 @pytest.mark.parametrize("family", ["bert", "t5_encoder", "enct5"])

@@ -10,9 +10,8 @@ import pytest
 from planned_runs import CAUSAL, config_of, plan_of, trained
 from tiny_runs import llama
 
-from megakd.planning.cluster import Cluster
 from megakd.planning.engine_memory import Share
-from megakd.planning.plan import Plan, SizedCase, candidates
+from megakd.planning.plan import Plan
 
 WIDTH, VOCABULARY, LAYERS, RANK = 32, 96, 2, 2
 # Llama: queries, output [W, W]; keys, values [W / 2, W]; three matrices of an MLP [2 W, W].
@@ -54,14 +53,3 @@ def test_a_plan_of_the_base_as_teacher_has_its_forward_and_no_second_model(tmp_p
     assert base.ledger.most[Share("teacher", "weights")] == 0
     assert second.ledger.most[Share("teacher", "weights")] > 0
     assert base.flops == pytest.approx(second.flops, rel=0.01)
-
-
-def test_what_a_base_takes_from_its_student_is_no_change_that_saves_memory(tmp_path: Path) -> None:
-    sections = {"teacher": {"model": "student_base"}, "objective": [{"loss": "soft_target_kl"}]}
-    whole = planned(tmp_path, {"lora": {"r": RANK}}, method={"name": "single"}, **sections)
-    case = SizedCase(whole.config, Cluster(ranks=2, device="cuda"))
-
-    settings = [" ".join(other.settings) for other in candidates(case)]
-
-    assert any("student." in one for one in settings)
-    assert not any("teacher." in one for one in settings)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +13,6 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 from megakd.planning.tracing import (
     VALUELESS,
     Trace,
-    inventory,
     loss_workspace,
     repeat_alike,
     trace_call,
@@ -75,7 +73,7 @@ def saved_bytes(module: nn.Module) -> int:
 
 def held(trace: Trace) -> int:
     """The activations between forward and backward."""
-    return trace.moments[trace.turn].live.total
+    return trace.moments[trace.turn].live.sum()
 
 
 def traced(make: Callable[[], nn.Module]) -> tuple[nn.Module, Trace]:
@@ -104,33 +102,17 @@ def test_a_trace_holds_what_autograd_saves(make: Any) -> None:
 def test_every_gradient_is_finished_once_and_activations_are_freed(traced_llama) -> None:
     module, trace = traced_llama
 
-    finished = [number for moment in trace.moments for number in moment.finished]
-    assert sorted(finished) == list(range(len(inventory(module))))
-    assert trace.moments[-1].live.total < held(trace) / 2
+    assert trace.moments[-1].done == sum(p.numel() for p in module.parameters())
+    assert trace.moments[-1].live.sum() < held(trace) / 2
 
 
 def test_a_tied_weight_is_counted_once() -> None:
-    with VALUELESS:
-        tied, untied = (
-            LlamaForCausalLM(LlamaConfig(**LLAMA, tie_word_embeddings=is_tied))
-            for is_tied in (True, False)
-        )
+    def weights(*, is_tied: bool) -> int:
+        options: dict[str, Any] = {**LLAMA, "tie_word_embeddings": is_tied, "use_cache": False}
+        model = LlamaForCausalLM
+        return sum(traced(lambda: Summed(model(LlamaConfig(**options))))[1].sizes)
 
-    embedding = tied.get_input_embeddings().weight
-    assert inventory(untied).numel - inventory(tied).numel == embedding.numel()
-
-
-def test_the_modules_come_in_the_order_of_forward_and_backward(traced_llama) -> None:
-    module, trace = traced_llama
-
-    owners = {
-        path for path, child in module.named_modules() if list(child.parameters(recurse=False))
-    }
-    order = [m.module for m in trace.moments if m.module in owners]
-    forward, backward = order[: len(order) // 2], order[len(order) // 2 :]
-    assert forward[0] == "model.model.embed_tokens"
-    assert backward[-1] == "model.model.embed_tokens"
-    assert set(forward) == set(backward)
+    assert weights(is_tied=False) - weights(is_tied=True) == 64 * 32
 
 
 def repeating() -> nn.Module:
@@ -142,12 +124,8 @@ def repeating() -> nn.Module:
 def test_gradient_checkpointing_holds_less_and_repeats_forwards(traced_llama) -> None:
     (_, plain), (_, checkpointed) = traced_llama, traced(repeating)
 
-    def forwards(trace: Trace) -> int:
-        entered = Counter(moment.module for moment in trace.moments[trace.turn :])
-        return entered["model.model.layers.0.mlp.up_proj"]
-
     assert held(checkpointed) < held(plain) / 2
-    assert (forwards(plain), forwards(checkpointed)) == (1, 2)
+    assert 1.2 * plain.flops < checkpointed.flops < 1.4 * plain.flops
 
 
 def test_matrix_products_are_counted() -> None:

@@ -13,15 +13,14 @@ from megakd.inputs.step_size import micro_batches_per_call
 from megakd.models.knowledge import Needs
 from megakd.models.source import ReadyTeacher
 from megakd.planning.cluster import Cluster
-from megakd.planning.phase_traces import Traces
 from megakd.planning.plan import Plan, plan_run
 from megakd.planning.planning_lab import planned_sources
 from megakd.planning.timeline import PhasePlan
 
 CLASSES = {"type": "classification", "dataset": "anything", "max_length": 16}
 CAUSAL = {**CLASSES, "type": "causal_lm"}
-TRACES = Traces()
-"""Of the same few models, made once for all tests of a process."""
+PROCESS = 1000
+"""Bytes of a rank's process, so that plans of different tests can be compared."""
 
 
 def config_of(folder: Path, *overrides: str, **sections: Any) -> RunConfig:
@@ -38,12 +37,12 @@ def config_of(folder: Path, *overrides: str, **sections: Any) -> RunConfig:
 def plan_of(config: RunConfig, **cluster: Any) -> Plan:
     """The plan for two GPUs, unless `cluster` says otherwise."""
     place = Cluster(**{"device": "cuda", "ranks": 2, **cluster})
-    return plan_run(config, place, advise=False, traces=TRACES)
+    return plan_run(config, place, process=PROCESS)
 
 
 def trained(plan: Plan) -> PhasePlan:
     """The phase that trains."""
-    (phase,) = (phase for phase in plan.phases if phase.flops)
+    (phase,) = (phase for phase in plan.phases if phase.flops and not phase.forwards)
     return phase
 
 
