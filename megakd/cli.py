@@ -18,7 +18,6 @@ from packaging.version import Version
 
 from megakd.commands import (
     cache,
-    doctor,
     encode,
     evaluate,
     export,
@@ -52,7 +51,6 @@ _COMMANDS: Mapping[str, ModuleType] = {
     for module in (
         train,
         plan,
-        doctor,
         cache,
         encode,
         evaluate,

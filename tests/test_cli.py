@@ -208,7 +208,7 @@ def test_a_locked_folder_is_named_by_the_rank_that_met_it(run_file, runs, monkey
     assert capsys.readouterr().err.startswith("megakd: error: /locked/out: permission denied; ")
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "export", "report", "doctor"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "export", "report"])
 def test_a_path_that_is_too_long_for_the_file_system_is_one_line(command, capsys):
     assert cli.main([command, "a" * 300]) == 2
 
@@ -271,7 +271,7 @@ def test_a_torch_below_the_supported_one_is_refused(run_file, monkeypatch, capsy
 def test_the_commands_are_listed(words, code, capsys):
     assert cli.main(words) == code
     usage = capsys.readouterr().out.splitlines()[0]
-    commands = "train,plan,doctor,cache,encode,evaluate,shrink,export,report,methods"
+    commands = "train,plan,cache,encode,evaluate,shrink,export,report,methods"
     assert usage == f"usage: megakd {{{commands}}} ..."
 
 

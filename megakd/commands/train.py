@@ -8,7 +8,6 @@ import time
 import psutil
 
 from megakd.commands.arguments import Parser, add_config, config_of, is_rank_0, say
-from megakd.commands.plan import print_plan
 from megakd.config.checks.path_rules import check_paths
 from megakd.config.file import dump_config
 from megakd.config.run import RunConfig
@@ -24,17 +23,23 @@ def add_options(parser: Parser) -> None:
         "--print-config", action="store_true", help="print the resolved config and stop"
     )
     either.add_argument(
-        "--dry_run", "--dry-run", action="store_true", help="print the run's plan and stop"
+        "--dry_run",
+        "--dry-run",
+        action="store_true",
+        help="take two steps on real rows, print their memory beside the plan, and stop",
     )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Train and print the result table, or print the config or the plan."""
+    """Train and print the result table, or print the config, or the memory of two steps."""
     config = config_of(arguments)
     if arguments.print_config:
         say(dump_config(config))
     elif arguments.dry_run:
-        print_plan(config, arguments)
+        from megakd.run.dry_run import dry_run
+
+        check_paths(config)
+        say(dry_run(config))
     else:
         train(config, arguments.command)
 

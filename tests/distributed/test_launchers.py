@@ -225,13 +225,13 @@ def test_two_nodes_give_the_losses_of_one(config, by_hand, tmp_path, launcher, s
     assert {stage for stage, _ in losses(out)} == {"teacher-finetune", "student"}
 
 
-def test_a_doctor_of_two_ranks_says_what_both_have_seen(config, launch, tmp_path):
-    program, words = TRAIN.parents[1] / "megakd/__main__.py", ("--config", str(config))
+def test_a_dry_run_takes_two_steps_on_both_ranks_beside_the_plan(config, launch, tmp_path):
+    words = ("--config", str(config), "--dry_run", f"output_dir={tmp_path / 'out'}")
 
-    group = launch("doctor", *words, f"output_dir={tmp_path / 'out'}", program=program)
+    group = launch(*words)
 
     assert group.wait() == [0, 0], group.text
-    assert group.text.count("ok       ranks: 2 on cpu have met") == 1
-    assert f"{STEPS} steps of student" in group.text
-    assert "16 of 16 rows carry a loss on labels" in group.text
+    assert group.text.count("cpu: 2 steps of student, the last in ") == 1
+    assert "GB per rank; " in group.text
+    assert "single: 2 ranks (CPU" in group.text
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,133 @@
+"""Two real steps of a run, whose weights are thrown away, beside its plan."""
+
+from __future__ import annotations
+
+import itertools
+import platform
+import shutil
+import tempfile
+import time
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import torch
+
+from megakd.config.models import TeacherConfig
+from megakd.config.run import RunConfig
+from megakd.contract.stage import Stage
+from megakd.contract.tasks import AUTO, STUDENT
+from megakd.engine.collectives import gather, node_name, on_main
+from megakd.engine.distributed import Ranks
+from megakd.engine.memory import device_name, forget_models, peak_memory_bytes, reset_peak_memory
+from megakd.inputs.inputs import RunInputs
+from megakd.planning.cluster import Cluster
+from megakd.planning.plan import gigabytes, page, plan_run, process_bytes
+from megakd.planning.planning_lab import PlanningLab, check_method
+from megakd.reports.report_file import installed_versions
+from megakd.run.main import check_machines, checked_inputs, started
+from megakd.run.teacher_pool import TeacherPool
+from megakd.servers.connect import run_name
+from megakd.training.assembly import Assembly
+from megakd.training.probe import StageProbe
+from megakd.training.progress import Reporter
+from megakd.training.stage_run import StageRun
+
+STEPS = 2
+
+
+class DryLab(PlanningLab):
+    """A lab that records the stages of a method, of which some steps can be taken."""
+
+    def __init__(self, prepared: RunInputs, ranks: Ranks) -> None:
+        world, device = ranks.world_size, ranks.device.type
+        super().__init__(
+            prepared.config, prepared.sources, ranks=world, device=device, prepared=prepared
+        )
+        self.assembly = Assembly(prepared=prepared, ranks=ranks, teachers=self._teachers)
+
+    def probe(self, stage: str) -> StageProbe:
+        rows = self.assembly.prepared.encoded.validation
+        folder = self.config.output_dir / "checkpoints" / stage
+        return StageProbe(scorer=self.assembly.scorer(), rows=rows, folder=folder)
+
+    def take_steps(self, stage: Stage, reporter: Reporter) -> float:
+        """Take steps of a stage on real rows, and return the seconds of the last; a collective.
+
+        Models that the run would make before start from the shape that they have then.
+        """
+        pool, seconds, bases = TeacherPool(self.assembly), 0.0, self.config.base_teachers
+        teachers = {name: pool.open(name, stage) for name in stage.teachers if name not in bases}
+        run = StageRun(stage, self.assembly, teachers=teachers, reporter=reporter, fingerprint={})
+        stage.strategy.begin(run.student, run.first_step)
+        with closing(run), closing(run.batches(run.first_step)) as every:
+            for batches in itertools.islice(every, STEPS):
+                began = time.monotonic()
+                run.trainer.train_step(batches)
+                seconds = time.monotonic() - began
+        return seconds
+
+
+def dry_run(config: RunConfig) -> str:
+    """Return the plan of a run, and what two steps of it take; a collective.
+
+    The steps are those of the first stage that trains the student. Nothing is written to the
+    folder of the run, and the answers of a teacher are not cached.
+    """
+
+    def asked(spec: TeacherConfig) -> TeacherConfig:
+        return replace(spec, cache=None) if spec.cache == AUTO else spec
+
+    with started(config) as ranks:
+        folder = Path(on_main(lambda: tempfile.mkdtemp(prefix="megakd-dry-run-")))
+        try:
+            config = replace(
+                config,
+                output_dir=folder,
+                teacher=config.teacher and asked(config.teacher),
+                teachers=tuple(map(asked, config.teachers)),
+            )
+            return _dry_run(config, ranks)
+        finally:
+            server = config.rollout and config.rollout.server
+            if server and server.folder:  # weights that were pushed
+                shutil.rmtree(server.folder / run_name(folder), ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)  # each node may have one
+
+
+def _dry_run(config: RunConfig, ranks: Ranks) -> str:
+    check_machines(config, ranks)
+    prepared, device = checked_inputs(config), ranks.device
+    check_method(prepared, ranks)
+    lab, process = DryLab(prepared, ranks), process_bytes(has_data=True)
+    stages = [phase.stage for phase in lab.play() if phase.stage is not None]
+    stage = next((one for one in stages if STUDENT in one.learners), stages[0])
+    forget_models()
+    reset_peak_memory(device)
+    with closing(Reporter(config.output_dir, is_main=False)) as reporter:
+        seconds = lab.take_steps(stage, reporter)
+    measured = max(gather(peak_memory_bytes(device)))
+    cluster = Cluster(
+        ranks=ranks.world_size,
+        nodes=len(set(gather(node_name()))),
+        device="cuda" if device.type == "cuda" else "cpu",
+        device_memory=(
+            torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+        ),
+        host_memory=psutil.virtual_memory().total,
+    )
+
+    def beside() -> str:
+        plan = plan_run(prepared.config, cluster, process=process)
+        peaks = (one.ledger.peaks["device"] for one in plan.phases if one.name == stage.name)
+        planned = next(peaks)
+        versions = " ".join(f"{name} {number}" for name, number in installed_versions().items())
+        return (
+            f"{page(plan)}\n\npython {platform.python_version()} {versions}\n"
+            f"{device_name(device)}: {STEPS} steps of {stage.name}, the last in {seconds:.3g} s, "
+            f"peak memory {gigabytes(measured)} GB per rank; {gigabytes(planned.total)} GB are "
+            f"planned ({planned.when})"
+        )
+
+    return on_main(beside)
