@@ -71,7 +71,14 @@ class SaveConfig:
 
 
 Service = Literal[
-    *("tensorboard", "wandb", "mlflow", "trackio", "swanlab", "comet_ml", "aim", "clearml"),
+    "tensorboard",
+    "wandb",
+    "mlflow",
+    "trackio",
+    "swanlab",
+    "comet_ml",
+    "aim",
+    "clearml",
     "dvclive",
 ]
 

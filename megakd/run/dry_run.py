@@ -59,7 +59,7 @@ class DryLab(PlanningLab):
         """
         pool, seconds, bases = TeacherPool(self.assembly), 0.0, self.config.base_teachers
         teachers = {name: pool.open(name, stage) for name in stage.teachers if name not in bases}
-        run = StageRun(stage, self.assembly, teachers=teachers, reporter=reporter, fingerprint={})
+        run = StageRun(stage, self.assembly, teachers=teachers, reporter=reporter)
         stage.strategy.begin(run.student, run.first_step)
         with closing(run), closing(run.batches(run.first_step)) as every:
             for batches in itertools.islice(every, STEPS):

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from megakd.errors import ConfigError, one_line
 from megakd.storage import atomic
@@ -65,7 +65,8 @@ class Trackers:
         from accelerate import tracking
 
         run_name, out = f"{self._folder.name}/{self._stage}", str(self._folder)
-        project, options = os.environ.get("WANDB_PROJECT", "megakd"), {}
+        project = os.environ.get("WANDB_PROJECT", "megakd")
+        options: dict[str, Any] = {}
         if name == "tensorboard":
             # Steps after a checkpoint are logged again. A full disk is met by `log`, which flushes,
             # and not by the writer's own thread.
@@ -84,7 +85,7 @@ class Trackers:
         tracker = tracking.LOGGER_TYPE_TO_CLASS[name](project, **options)
         # Both ask accelerate's own state for the rank, which would set threads and devices anew.
         tracker.main_process_only = False
-        vars(tracking)["logger"] = logging.getLogger(tracking.__name__)
+        tracking.logger = cast("Any", logging.getLogger(tracking.__name__))
         tracker.start()
         if step == 0 and name != "tensorboard":
             tracker.store_init_configuration({k: str(v) for k, v in self._config.items()})
