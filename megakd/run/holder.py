@@ -81,7 +81,7 @@ def check_free(folder: Path) -> None:
     path = folder / LOCK
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return
     except ValueError:  # another start is writing it
         facts = {"host": "an unknown host", "pid": 0, "since": "an unknown time"}

@@ -106,9 +106,9 @@ def _run(config: RunConfig, command: str, ranks: Ranks) -> str:
         check_machines(config, ranks)
         with phase("data"), doing("reading the data"):
             prepared = checked_inputs(config)
+        check_method(prepared, ranks)
         on_main(lambda: begin_run(config, ranks))
         lab = RunLab(prepared, ranks, reporter)
-        check_method(prepared, ranks)
         with closing(lab):
             with phase("training"):
                 student = run_method(config.method, lab)

@@ -110,13 +110,13 @@ def _files(key: str, place: str) -> Iterator[tuple[str, str]]:
 
 
 def check_identity(out: Path, facts: Fingerprint, *, is_finished: bool = False) -> None:
-    """Refuse another run than that of the folder.
+    """Refuse another run than that of the folder, once it has a result.
 
     What a Hub's name stands for is compared if both starts had it in the cache. Files that are gone
     and the device do not count for a finished run, which computes nothing.
     """
     record = read_record(out)
-    if record is None:
+    if record is None or not _has_results(out):
         return
     before = record["facts"]
 
@@ -153,9 +153,14 @@ def begin_run(config: RunConfig, ranks: Ranks) -> None:
     """
     out, facts = config.output_dir, run_facts(config, ranks)
     check_identity(out, facts)
-    if read_record(out) is None:
+    if read_record(out) is None or not _has_results(out):
         atomic.write_text(out / CONFIG, dump_config(config))
         atomic.write_json(out / RUN, {"format": FORMAT, "facts": facts})
+
+
+def _has_results(out: Path) -> bool:
+    # A start that was refused, by a cache or a server for example, leaves none.
+    return any(any((out / folder).glob("*")) for folder in ("stages", "checkpoints"))
 
 
 def read_record(out: Path) -> dict[str, Any] | None:

@@ -165,7 +165,7 @@ def test_a_student_begins_as_layers_of_a_teacher_as_it_teaches(bench):
     (out / "report.json").unlink()
     other = {**sections, "student": {**student, "layers": [1, 2]}}
     outcome = bench.one_rank.train("--config", bench.config("layers", SKDBERT, **other), code=2)
-    assert "holds the result of another config (model.layers.1: 3 there, 2 here" in outcome.err
+    assert "holds a run of another config (student.layers.1: 3 there, 2 here" in outcome.err
 
 
 FROM_LARGE = {"model": "from_teacher", "teacher": "large"}

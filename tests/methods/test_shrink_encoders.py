@@ -194,9 +194,8 @@ def test_a_size_that_was_removed_is_copied_again(one_rank, series):
     card = (removed / "README.md").read_text()
     shutil.rmtree(removed)
 
-    outcome = finish(one_rank, series.parent / "run.yaml")
+    finish(one_rank, series.parent / "run.yaml")
 
-    assert "student-0.7 lacks" in outcome.err
     assert same_weights(removed, series / "stages" / "student-0.7")
     assert (removed / "README.md").read_text() == card
 

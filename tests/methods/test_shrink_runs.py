@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -152,7 +151,7 @@ def test_the_plan_has_the_trial_and_the_student(one_rank, shrunk):
     page = one_rank.megakd("plan", shrunk.parent / "run.yaml", "--tflops", "0.0001", code=0)
 
     assert "trial-1" in page.out
-    assert re.search(r"layers: 40 forwards of the teacher, [\d.]+ s together", page.out)
+    assert "layers: 40 forwards of a rank" in page.out
 
 
 def test_the_command_writes_its_config_runs_it_and_the_config_can_be_planned(

@@ -90,17 +90,17 @@ def happened(api, monkeypatch):
 
     monkeypatch.setattr(main, "started", lambda _: noting("left the group", ALONE))
     monkeypatch.setattr(main, "held", lambda _: noting("released the folder"))
-    monkeypatch.setattr(main, "agree", lambda value: value)
+    monkeypatch.setattr(main, "on_main", lambda work: work())
+    monkeypatch.setattr(main, "run_facts", lambda *_: {})
     monkeypatch.setattr(main, "check_output_folder", lambda _: None)
     monkeypatch.setattr(main, "_run", lambda *_: "table")
-    monkeypatch.setattr(main, "finished_table", lambda *_, **__: "table")
     monkeypatch.setattr(main, "push_to_hub", uploading)
     return order
 
 
 @pytest.mark.parametrize("finished", [False, True])
 def test_a_run_uploads_when_no_other_rank_waits_for_it(happened, monkeypatch, tmp_path, finished):
-    monkeypatch.setattr(main, "is_finished", lambda _: finished)
+    monkeypatch.setattr(main, "finished_table", lambda *_: "table" if finished else None)
     config: Any = SimpleNamespace(save=PRIVATE, output_dir=tmp_path)
 
     outcome = main.run(config, command="train")

@@ -21,7 +21,7 @@ from megakd.rollouts import batches as rollout_source
 from megakd.rollouts.batches import RolloutSource, StepRows
 from megakd.rollouts.prompts import TrainingRow
 from megakd.rollouts.store import RolloutStore
-from megakd.training.checkpoint import oldest_step
+from megakd.training.generated_texts import oldest
 
 ROWS = 4
 SERVER = RolloutServerConfig(url=("http://a:1",), push="none")
@@ -88,7 +88,7 @@ def source(
         generator=generator,
         store=RolloutStore(folder),
         seed=3,
-        oldest=lambda: oldest_step(folder),
+        oldest=lambda: oldest(folder),
     )
 
 
