@@ -20,6 +20,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from megakd.config.file import config_tree, load_config
+from megakd.storage.fingerprint import differences, flatten
+
 BENCHMARKS = Path(__file__).resolve().parents[1]
 ROOT = BENCHMARKS.parent
 SHARED = Path("../shared/data")
@@ -186,8 +189,21 @@ def reports_of(some: Iterable[Leg]) -> dict[str, dict[str, Any] | None]:
 
 
 def finished(leg: Leg) -> dict[str, Any] | None:
+    """Return the report of a leg; None if it has not finished.
+
+    Raises:
+        UnusableError: the folder holds a run of another config.
+    """
     output = ROOT / leg.output
-    return read_report(output) if (output / "report.json").is_file() else None
+    if not (output / "report.json").is_file():
+        return None
+    asked = load_config(leg.config, [*leg.overrides, f"output_dir={leg.output}"])
+    differing = differences(
+        flatten(config_tree(load_config(output / "config.yaml"))), flatten(config_tree(asked))
+    )
+    if differing:
+        raise UnusableError(f"{output} holds a run of another config ({differing}); remove it")
+    return read_report(output)
 
 
 def read_report(folder: Path) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import reports
 import yaml
 
 from lib import launching, stories
-from megakd.errors import CheckpointError
 from methods import homodistil
 
 
@@ -75,7 +74,7 @@ def test_a_finished_leg_is_not_started_again_and_one_of_other_settings_is_refuse
     report = reports.report_of(environment__ranks=1)
     (leg.output / "report.json").write_text(json.dumps(report))
     assert launching.report_of(leg, ranks=1) == json.loads(json.dumps(report))
-    with pytest.raises(CheckpointError, match="finished run of another config"):
+    with pytest.raises(launching.UnusableError, match="holds a run of another config"):
         launching.finished(leg._replace(overrides=(*leg.overrides, "train.max_steps=777")))
 
 
