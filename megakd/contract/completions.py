@@ -7,9 +7,6 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 TOKENS_PER_TEXT, TRUNCATED = "rollout/tokens_per_text", "rollout/truncated"
 """Logged means over the texts of the steps since the last log: length, and share without an end."""
-DISTINCT = "rollout/distinct_2"
-"""Logged mean over the same texts: share of distinct pairs among the neighbouring tokens of a text.
-"""
 
 
 class Sampling(NamedTuple):

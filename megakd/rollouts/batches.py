@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from collections.abc import Generator as Iteration
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import NamedTuple, get_args
 
 import numpy as np
@@ -17,10 +16,8 @@ from numpy.typing import NDArray
 from megakd.config.rollout import RolloutConfig, RowSource, rollout_block
 from megakd.contract.batch import Batch, BatchSource
 from megakd.contract.completions import (
-    DISTINCT,
     TOKENS_PER_TEXT,
     TRUNCATED,
-    Completion,
     Generator,
     RemoteGenerator,
     Rollout,
@@ -193,7 +190,6 @@ class RolloutStatistics:
     tokens: int = 0
     finished: int = 0
     staleness: int = 0
-    distinct: float = 0.0
     seconds: float = 0.0
 
     def add(self, rollouts: Sequence[Rollout], step: int) -> None:
@@ -201,7 +197,6 @@ class RolloutStatistics:
         self.tokens += sum(len(rollout.completion.ids) for rollout in rollouts)
         self.finished += sum(rollout.completion.finished for rollout in rollouts)
         self.staleness += sum(step - rollout.version for rollout in rollouts)
-        self.distinct += sum(distinct_pairs(rollout.completion) for rollout in rollouts)
 
     def scalars(self) -> dict[str, float]:
         if not self.texts:
@@ -209,19 +204,9 @@ class RolloutStatistics:
         return {
             TOKENS_PER_TEXT: self.tokens / self.texts,
             TRUNCATED: 1 - self.finished / self.texts,
-            DISTINCT: self.distinct / self.texts,
             "rollout/staleness": self.staleness / self.texts,
             "rollout/seconds": self.seconds,
         }
-
-
-def distinct_pairs(completion: Completion) -> float:
-    """Return distinct-2 (Li et al. 2016, "A diversity-promoting objective function").
-
-    It is the share of distinct pairs among all pairs of neighbouring tokens; 1 without pairs.
-    """
-    pairs = [*pairwise(completion.ids)]
-    return len(set(pairs)) / len(pairs) if pairs else 1.0
 
 
 def row_sources(config: RolloutConfig, step: int, rows: int, *, seed: int) -> NDArray[np.str_]:

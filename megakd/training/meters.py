@@ -5,18 +5,18 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from megakd.contract.batch import Unit
 from megakd.contract.stage import Stage, StepReport
 from megakd.contract.unit_counts import SOURCE_UNITS
-from megakd.engine.collectives import all_reduce_, gather
+from megakd.engine.collectives import all_reduce_
 from megakd.engine.distributed import Ranks
 from megakd.engine.memory import device_name, peak_memory_bytes
 from megakd.engine.student import OVERFLOWS
@@ -34,6 +34,21 @@ _MOST_SKIPPED = 32
 """Steps in a row that may overflow under fp16: by then, any loss scale has been halved to 1."""
 
 
+@dataclass
+class LogWindow:
+    """Sums over the steps since the last log; it begins at `since`, less what `paused_s` takes."""
+
+    since: float
+    parts: dict[str, float] = field(default_factory=dict[str, float])
+    with_value: Counter[str] = field(default_factory=Counter[str])
+    student_operations: float = 0.0
+    teacher_operations: float = 0.0
+    steps: int = 0
+    tokens: int = 0
+    without_targets: int = 0
+    paused_s: float = 0.0
+
+
 class TrainMeter:
     """Meter that keeps the reports of steps and reads them at logging steps only.
 
@@ -44,26 +59,18 @@ class TrainMeter:
         self._objective, self._trainer, self._ranks = objective, trainer, ranks
         self._stage = stage.name
         self._work, self._peak = StepWork(trainer), peak_tflops(device_name(ranks.device))
-        self._operations = [0.0, 0.0]  # of students and of teachers
         # Under fp16 a gradient may overflow: DeepSpeed skips that step and lowers its scale.
         self._scales_loss = bool(stage.train.fp16)
         self._reports: list[StepReport] = []
-        self._parts: dict[str, float] = {}
-        self._counts: dict[str, int] = {}
-        self._steps = self._tokens = self._without_targets = 0
         self._norm: float | None = None
-        self._first_bad = _NEVER
-        self._skipped = 0
-        self._since = time.perf_counter()
-        self._paused_s = self._teacher_s = self._waited_s = 0.0
-        self._warned = False
-        self._total_tokens = 0
-        self._total_seconds = self._elapsed_before = self._window_before = 0.0
-        self._began = time.perf_counter()
+        self._first_bad, self._skipped, self._warned = _NEVER, 0, False
+        self._teacher_s = self._waited_s = 0.0
+        self._total_tokens, self._total_seconds, self._elapsed_before = 0, 0.0, 0.0
+        self.begin()
 
     def begin(self) -> None:
-        self._began = time.perf_counter()
-        self._since, self._window_before = self._began - self._window_before, 0.0
+        self._window = LogWindow(time.perf_counter())
+        self._began = self._window.since
 
     def add(self, report: StepReport) -> None:
         self._reports.append(report)
@@ -72,102 +79,93 @@ class TrainMeter:
 
     def _add_up(self) -> None:
         reports, self._reports = self._reports, []
-        parts = iter(_read([part for report in reports for part in report.parts.values()]))
-        counts = iter(_read([count for report in reports for count in report.counts.values()]))
-        norms = iter(_read([r.gradient_norm for r in reports if r.gradient_norm is not None]))
+        window, units = self._window, self._objective.units
+        tensors = (
+            [part for report in reports for part in report.parts.values()],
+            [count for report in reports for count in report.counts.values()],
+            [r.gradient_norm for r in reports if r.gradient_norm is not None],
+        )
+        # One copy from the device for all values of a kind.
+        parts, counts, norms = (iter(torch.stack(t).tolist() if t else ()) for t in tensors)
         for report in reports:
-            of_step = {unit: int(next(counts)) for unit in report.counts}
-            self._add(
-                report.step,
-                {name: next(parts) for name in report.parts},
-                of_step,
-                None if report.gradient_norm is None else next(norms),
-            )
-            both = zip(self._operations, self._work.of(report.passes, of_step), strict=True)
-            self._operations = [before + more for before, more in both]
-
-    def _add(
-        self, step: int, parts: Mapping[str, float], counts: Mapping[Unit, int], norm: float | None
-    ) -> None:
-        for name, value in parts.items():
-            # A step without texts of a source has no value for the term of this source.
-            unit = self._objective.units.get(name.rpartition("/")[2])
-            has_value = unit is None or unit not in SOURCE_UNITS.values() or counts[unit] > 0
-            self._parts[name] = self._parts.get(name, 0.0) + value
-            self._counts[name] = self._counts.get(name, 0) + has_value
-        self._steps += 1
-        self._norm = norm
-        self._tokens += counts["tokens"]
-        self._without_targets += counts["targets"] == 0
-        # DeepSpeed skips a step whose gradient is not finite; its norm is -1 or infinite then.
-        is_skipped = norm is not None and not 0 <= norm < math.inf
-        self._skipped = self._skipped + 1 if is_skipped else 0
-        most = _MOST_SKIPPED if self._scales_loss else 1
-        if not math.isfinite(parts[WEIGHTED_LOSS]) or self._skipped >= most:
-            self._first_bad = min(self._first_bad, step)
+            count = {unit: int(next(counts)) for unit in report.counts}
+            loss = math.nan
+            for name in report.parts:
+                value = next(parts)
+                loss = value if name == WEIGHTED_LOSS else loss
+                window.parts[name] = window.parts.get(name, 0.0) + value
+                # A step without texts of a source has no value for the term of this source.
+                unit = units.get(name.rpartition("/")[2])
+                has_value = unit is None or unit not in SOURCE_UNITS.values() or count[unit] > 0
+                window.with_value[name] += has_value
+            window.steps += 1
+            window.tokens += count["tokens"]
+            window.without_targets += count["targets"] == 0
+            student, teacher = self._work.of(report.passes, count)
+            window.student_operations += student
+            window.teacher_operations += teacher
+            norm = self._norm = None if report.gradient_norm is None else next(norms)
+            # DeepSpeed skips a step whose gradient is not finite; its norm is -1 or infinite then.
+            is_skipped = norm is not None and not 0 <= norm < math.inf
+            self._skipped = self._skipped + 1 if is_skipped else 0
+            most = _MOST_SKIPPED if self._scales_loss else 1
+            if not math.isfinite(loss) or self._skipped >= most:
+                self._first_bad = min(self._first_bad, report.step)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         began = time.perf_counter()
         yield
-        self._paused_s += time.perf_counter() - began
+        self._window.paused_s += time.perf_counter() - began
 
     def scalars(self, *, waited_s: float) -> dict[str, float]:
         """Return means since the last call, over ranks and the steps with a value; a collective."""
         self._add_up()
-        tokens = self._tokens
-        seconds = max(1e-9, time.perf_counter() - self._since - self._paused_s)
-        values = torch.tensor([*self._parts.values()], device=self._ranks.device)
+        window, trainer = self._window, self._trainer
+        seconds = max(1e-9, time.perf_counter() - window.since - window.paused_s)
+        sums = all_reduce_(torch.tensor([*window.parts.values()], device=self._ranks.device))
         means = {
-            name: value / self._counts[name]
-            for name, value in zip(self._parts, all_reduce_(values).tolist(), strict=True)
-            if self._counts[name]
+            name: value / window.with_value[name]
+            for name, value in zip(window.parts, sums.tolist(), strict=True)
+            if window.with_value[name]
         }
-        self._total_tokens += tokens
+        self._total_tokens += window.tokens
         self._total_seconds += seconds
-        self._warn_of_empty_steps()
-        teacher_s = self._trainer.teacher_clock.seconds()
+        has_labels = "targets" in self._objective.units.values()
+        if window.without_targets and has_labels and not self._warned:
+            self._warned = True
+            if self._ranks.is_main:
+                logger.warning(
+                    "%s: %d of the last %d steps had no label at all (all masked) and contribute "
+                    "zero (logged once)",
+                    *(self._stage, window.without_targets, window.steps),
+                )
+        teacher_s = trainer.teacher_clock.seconds()
         scalars = {
             LOSS: means.pop(WEIGHTED_LOSS, 0.0),
             **{f"train/{name}": value for name, value in means.items()},
-            LEARNING_RATE: self._trainer.learning_rate(self._trainer.step - 1),
-            TOKENS_PER_SECOND: tokens / seconds,
-            "train/step_seconds": seconds / max(1, self._steps),
+            LEARNING_RATE: trainer.learning_rate(trainer.step - 1),
+            TOKENS_PER_SECOND: window.tokens / seconds,
+            "train/step_seconds": seconds / max(1, window.steps),
             "train/teacher_share": (teacher_s - self._teacher_s) / seconds,
             "train/data_share": (waited_s - self._waited_s) / seconds,
             MEMORY_BYTES: float(peak_memory_bytes(self._ranks.device)),
-            **self._rates(seconds),
         }
+        by_rank = 1e12 * seconds * self._ranks.world_size
+        rates = {
+            "train/student_tflops": window.student_operations / by_rank,
+            "train/teacher_tflops": window.teacher_operations / by_rank,
+        }
+        scalars |= {name: rate for name, rate in rates.items() if rate}
+        if self._peak is not None:
+            scalars["train/peak_share"] = sum(rates.values()) / self._peak
         if self._norm is not None:
             scalars["train/gradient_norm"] = self._norm
         if self._scales_loss:
-            scalars |= self._trainer.student.scaling()
+            scalars |= trainer.student.scaling()
         self._teacher_s, self._waited_s = teacher_s, waited_s
-        self._parts, self._counts, self._operations = {}, {}, [0.0, 0.0]
-        self._steps = self._tokens = self._without_targets = 0
-        self._since, self._paused_s = time.perf_counter(), 0.0
+        self._window = LogWindow(time.perf_counter())
         return scalars
-
-    def _rates(self, seconds: float) -> dict[str, float]:
-        names = ("train/student_tflops", "train/teacher_tflops")
-        by_rank = 1e12 * seconds * self._ranks.world_size
-        rates = {n: o / by_rank for n, o in zip(names, self._operations, strict=True) if o}
-        share = {} if self._peak is None else {"train/peak_share": sum(rates.values()) / self._peak}
-        return rates | share
-
-    def _warn_of_empty_steps(self) -> None:
-        empty, units = self._without_targets, self._objective.units.values()
-        if self._warned or not empty or "targets" not in units:
-            return
-        self._warned = True
-        if self._ranks.is_main:
-            logger.warning(
-                "%s: %d of the last %d steps had no label at all (all masked) and contribute zero "
-                "(logged once)",
-                self._stage,
-                empty,
-                self._steps,
-            )
 
     def check_finite(self, newest: Callable[[], Path | None]) -> None:
         """Raise TrainingError at a loss or gradient that is not finite; a collective.
@@ -213,37 +211,3 @@ class TrainMeter:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._total_tokens, self._total_seconds = state["tokens"], state["seconds"]
         self._elapsed_before = state["elapsed"]
-
-    def window_state(self) -> list[dict[str, Any]]:
-        """Return all ranks' values since the last logging step, before a save; a collective."""
-        self._add_up()
-        mine = {
-            "parts": self._parts,
-            "counts": self._counts,
-            "steps": self._steps,
-            "tokens": self._tokens,
-            "without_targets": self._without_targets,
-            "operations": self._operations,
-            "seconds": time.perf_counter() - self._since - self._paused_s,
-        }
-        return gather(mine)
-
-    def load_window_state(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Restore what `window_state` returned, possibly with other ranks.
-
-        Only the parts and the seconds differ between ranks, and only the sum of the parts counts.
-        """
-        rank = self._ranks.rank
-        is_same = len(states) == self._ranks.world_size
-        mine = [states[rank]] if is_same else states if rank == 0 else []
-        state = states[0]
-        self._parts = {
-            name: sum(float(each["parts"][name]) for each in mine) for name in state["parts"]
-        }
-        self._counts, self._operations = dict(state["counts"]), state["operations"]
-        self._steps, self._window_before = state["steps"], state["seconds"]
-        self._tokens, self._without_targets = state["tokens"], state["without_targets"]
-
-
-def _read(scalars: list[Tensor]) -> list[float]:
-    return torch.stack(scalars).tolist() if scalars else []

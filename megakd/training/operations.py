@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -37,8 +37,7 @@ PEAK_TFLOPS = {
 
 def peak_tflops(device: str) -> float | None:
     """Return the rate of a device by its name; None if it is not known."""
-    names = (name for name in PEAK_TFLOPS if re.search(rf"\b{name}\b", device))
-    return next((PEAK_TFLOPS[name] for name in names), None)
+    return next((p for name, p in PEAK_TFLOPS.items() if re.search(rf"\b{name}\b", device)), None)
 
 
 def work_of(
@@ -70,7 +69,7 @@ class StepWork:
     """The operations of the steps of a stage, by the passes of a step."""
 
     def __init__(self, trainer: Trainer) -> None:
-        self._trainer, self._bundle = trainer, cast("StudentBundle", trainer.student.bundle)
+        self._trainer = trainer
         self._known: dict[tuple[str, str | None], tuple[int, int]] = {}
 
     def of(self, plan: Sequence[Pass], counts: Mapping[Unit, int]) -> tuple[float, float]:
@@ -79,30 +78,28 @@ class StepWork:
         A model that learns beside the student counts as a student, and an answer from a cache or a
         server as nothing.
         """
-        teachers, models, role = self._trainer.teachers, self._bundle.by_role, self._bundle.role
-        names, tokens, rows = teacher_names(plan), counts["tokens"], counts["examples"]
-        forwards = {(one.learner or role, one.view) for one in plan}
-        forwards |= {(name, None) for name in names if name in models}
-        learning = [self._work(*one, models[one[0]], learns=True) for one in forwards]
-        frozen = {name: teachers.get(name) for name in names if name not in models}
-        asked = [
-            # A teacher that is no model of its own is the student without its adapters.
-            self._work(name, None, models[role] if teacher is None else teacher.model)
-            for name, teacher in frozen.items()
-            if teacher is None or isinstance(teacher, FrozenTeacher)
-        ]
-        share = len(names) if self._trainer.strategy.routes_rows else 1  # of the rows of a teacher
-        length = tokens / max(1, rows)
-        student, teacher = (
-            sum(2 * weights + 4 * columns * length for weights, columns in works)
-            for works in (learning, asked)
-        )
-        return student * tokens, teacher * tokens / share
-
-    def _work(
-        self, name: str, view: str | None, model: Any, *, learns: bool = False
-    ) -> tuple[int, int]:
-        if (name, view) not in self._known:
-            part = None if view is None else self._bundle.views[view]
-            self._known[name, view] = work_of(model, part, learns=learns)
-        return self._known[name, view]
+        bundle, names = cast("StudentBundle", self._trainer.student.bundle), teacher_names(plan)
+        passes = {(one.learner or bundle.role, one.view) for one in plan}
+        passes |= {(name, None) for name in names}
+        # The rows of a step are divided between teachers, or every teacher reads all.
+        readers = len(names) if self._trainer.strategy.routes_rows else 1
+        tokens, length = counts["tokens"], counts["tokens"] / max(1, counts["examples"])
+        student = teacher = 0.0
+        for name, view in passes:
+            learns = name in bundle.by_role
+            asked = None if learns else self._trainer.teachers.get(name)
+            if asked is not None and not isinstance(asked, FrozenTeacher):
+                continue
+            if (name, view) not in self._known:
+                # A teacher that is no model of its own is the student without its adapters.
+                whole = bundle.by_role[name if learns else bundle.role]
+                model = whole if asked is None else asked.model
+                part = None if view is None else bundle.views[view]
+                self._known[name, view] = work_of(model, part, learns=learns)
+            weights, columns = self._known[name, view]
+            work = tokens * (2 * weights + 4 * columns * length)
+            if learns:
+                student += work
+            else:
+                teacher += work / readers
+        return student, teacher

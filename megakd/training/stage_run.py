@@ -137,18 +137,9 @@ class StageRun:
         self.model = StageModel(stage, assembly, self.student, self.bundle, self.source)
         self.evaluation = StageEvaluation(self.model, self.trainer, self.saves.folder, self.extras)
         self.health = TrainMeter(self.bundle.objective, self.trainer, stage, self.ranks)
-        self.states = self._states()
-
-    def _states(self) -> dict[str, CheckpointState]:
-        # In the order of loading.
-        trainer, source, health = self.trainer, self.source, self.health
-        return {
-            "trainer": CheckpointState(trainer.state_dict, trainer.load_state_dict),
-            "batches": CheckpointState(source.state_dict, source.load_state_dict),
-            "health": CheckpointState(health.state_dict, health.load_state_dict),
-            "window": CheckpointState(health.window_state, health.load_window_state),
-            **self.evaluation.states,
-        }
+        parts = {"trainer": self.trainer, "batches": self.source, "health": self.health}
+        states = {n: CheckpointState(p.state_dict, p.load_state_dict) for n, p in parts.items()}
+        self.states = {**states, **self.evaluation.states}  # in the order of loading
 
     def run(self, folder: Path) -> StageResult:
         """Train the remaining steps and write the model folder; a collective."""

@@ -128,7 +128,7 @@ def sections(method: str, preset: str) -> dict[str, Any]:
 
 
 def write_run(folder: Path, preset: str, method: str) -> Path:
-    """Logging, evaluation and saving fall on different steps, so that each is resumed midway."""
+    """Evaluation and saving fall on different steps; a save ends a window of the log."""
     write_data(folder / "data")
     columns = {"text_columns": ["text"], "label_column": "score"}
     steps = {"max_steps": STEPS[method]}
@@ -140,7 +140,7 @@ def write_run(folder: Path, preset: str, method: str) -> Path:
         train={**steps, "gradient_accumulation_steps": 2, "learning_rate": 0.005},
         eval={"eval_steps": 3},
         save={"save_steps": SAVE_STEPS},  # all are kept, to be compared
-        log={"logging_steps": 3},
+        log={"logging_steps": 2},
         **sections(method, preset),
     )
 

@@ -59,20 +59,12 @@ def text(*ids: int, finished: bool = True, version: int = 5) -> Rollout:
 
 
 @pytest.mark.parametrize("times", [1, 10])
-def test_statistics_are_means_over_the_texts_each_of_which_counts_its_own_pairs(times: int) -> None:
+def test_statistics_are_means_over_the_texts(times: int) -> None:
     result = RolloutStatistics()
     assert result.scalars() == {}
 
     result.add([text(1, 2, 3, version=4), text(1, 1, 1, finished=False)] * times, 6)
 
-    values = {"tokens_per_text": 3, "truncated": 0.5, "staleness": 1.5, "distinct_2": (1 + 0.5) / 2}
+    values = {"tokens_per_text": 3, "truncated": 0.5, "staleness": 1.5}
     wanted = {f"rollout/{name}": pytest.approx(value) for name, value in values.items()}
     assert {**result.scalars(), **wanted} == result.scalars()
-
-
-def test_a_text_of_one_token_repeats_nothing() -> None:
-    result = RolloutStatistics()
-
-    result.add([text(), text(1)], 6)
-
-    assert result.scalars()["rollout/distinct_2"] == 1
