@@ -23,16 +23,14 @@ AUTO_CLASSES: Mapping[TaskType, tuple[str, str]] = {
     "mlm": ("AutoModelForMaskedLM", "fill-mask"),
     "causal_lm": ("AutoModelForCausalLM", "text-generation"),
 }
-UNKNOWN = "unknown"
-"""The Hub's name for a licence that is not known."""
 PAGE = """\
 ---
 {front}---
 
 # {title}
 
-Trained by megakd with the method `{method}` on `{task}`{teachers}, starting from {start}.
-{losses}
+Trained{teachers} with `{command}`.
+
 ```text
 {results}
 ```
@@ -44,15 +42,9 @@ folder = "path/to/this/folder"
 tokenizer = AutoTokenizer.from_pretrained(folder{trust})
 model = {auto_class}.from_pretrained(folder{trust})
 ```
-{remarks}
-Made by:
 
-```
-{command}
-```
-
-{licence} The weights derive from the models and the data named above;
-their licences say what may be done with this model.
+{remarks}The weights derive from the models and the data named above; their licences say what may be
+done with this model.
 """
 
 
@@ -62,7 +54,6 @@ class CardFacts:
 
     student: Hub id or folder that the student started from; None for random weights.
     teachers: Hub ids or folders of the teachers; None for random weights.
-    objective: one readable line per loss term.
     brings_code: whether the model's class is stored with the weights, see `brings_code`.
     needs_5: whether transformers 4 cannot read the model.
     """
@@ -71,7 +62,6 @@ class CardFacts:
     task_type: TaskType
     student: str | None
     teachers: tuple[str | None, ...]
-    objective: tuple[str, ...]
     command: str
     brings_code: bool = False
     needs_5: bool = False
@@ -84,35 +74,38 @@ def model_card(facts: CardFacts, report: Report) -> str:
     cards = [_metadata(spec) for spec in specs]
     # A folder is not a base model that users of the card could look up, but its own base is.
     bases = (hub_id(s) or card.get("base_model") for s, card in zip(specs, cards, strict=True))
-    licences = {str(card.get("license") or UNKNOWN) for card in cards}
+    licences = {str(card.get("license") or "unknown") for card in cards}
     front = {
         "library_name": "transformers",
         "pipeline_tag": pipeline,
         "base_model": next(filter(None, bases), None),
         # Of several licences, none is known to cover what was made from all models.
-        "license": licences.pop() if len(licences) == 1 else UNKNOWN,
+        "license": licences.pop() if len(licences) == 1 else "unknown",
         "metrics": report["metrics"],
         "tags": ["megakd", "knowledge-distillation", report["method"]],
     }
     front = {key: value for key, value in front.items() if value}
-    named = [_shown(spec) or "a teacher from random weights" for spec in facts.teachers]
-    has_teacher = f"{TEACHER}.parameters" in report
+    named = [f"`{hub_id(s) or Path(s).name}`" if s else "a random teacher" for s in facts.teachers]
+    remarks = ["The model needs transformers >= 5.0."] if facts.needs_5 else []
+    if f"{STUDENT}.trained_parameters" in report:
+        hub = hub_id(facts.student or "")
+        base = f"`{hub}`" if hub else "the base model"
+        remarks.append(
+            "The trained adapters are merged into these weights; `adapter` holds them alone, for "
+            f'`PeftModel.from_pretrained(base, folder + "/adapter")` with {base} as `base`.'
+        )
+    is_known = front["license"] != "unknown"
+    claim = f"These models are under the licence `{front['license']}`."
+    remarks.append(claim if is_known else "No licence is claimed here.")
     return PAGE.format(
         front=yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
         title=facts.title,
-        method=report["method"],
-        task=report["task"],
-        teachers=f" by distilling {' and '.join(named)}" if has_teacher else "",
-        start=_shown(facts.student) or "random weights",
-        losses=f"\nLosses: {'; '.join(facts.objective)}.\n" if facts.objective else "",
+        teachers=f" by distilling {' and '.join(named)}" * (f"{TEACHER}.parameters" in report),
+        command=facts.command,
         results=result_table(report),
         auto_class=auto_class,
         trust=", trust_remote_code=True" if facts.brings_code else "",
-        remarks=_remarks(facts, report, auto_class),
-        command=facts.command,
-        licence="No licence is claimed here."
-        if front["license"] == UNKNOWN
-        else f"The models above are under the licence `{front['license']}`.",
+        remarks="".join(f"{remark}\n\n" for remark in remarks),
     )
 
 
@@ -122,23 +115,3 @@ def _metadata(spec: str) -> Mapping[str, Any]:
         return metadata_load(cached) or {} if isinstance(cached, str | Path) else {}
     except (OSError, ValueError, yaml.YAMLError):
         return {}
-
-
-def _remarks(facts: CardFacts, report: Report, auto_class: str) -> str:
-    lines: list[str] = []
-    if facts.needs_5:
-        lines.append("The model needs transformers >= 5.0; earlier versions cannot read it.\n")
-    if f"{STUDENT}.trained_parameters" in report:
-        base = hub_id(facts.student or "")
-        lines.append(
-            "The adapters that were trained are merged into these weights. The folder `adapter` "
-            f"holds the adapters alone{f', for the base model `{base}`' if base else ''}:\n\n"
-            "```python\nfrom peft import PeftModel\n\n"
-            f'base = {auto_class}.from_pretrained("{base or "path/to/the/base/model"}")\n'
-            'model = PeftModel.from_pretrained(base, "path/to/this/folder/adapter")\n```\n'
-        )
-    return "".join(f"\n{line}" for line in lines)
-
-
-def _shown(spec: str | None) -> str:
-    return f"`{hub_id(spec) or Path(spec).name}`" if spec else ""

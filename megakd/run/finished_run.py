@@ -6,12 +6,11 @@ A run is finished when its output folder has a report.json, which is written las
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from shlex import quote
-from typing import Any
 
-from megakd.config.file import config_tree, dump_config, dump_yaml
+from megakd.config.file import dump_config, dump_yaml
 from megakd.config.run import RunConfig
 from megakd.contract.results import Report
 from megakd.contract.tasks import STUDENT
@@ -119,16 +118,10 @@ def _card_facts(config: RunConfig, stage: Path, command: str) -> CardFacts:
         task_type=config.task.type,
         student=start if isinstance(start, str) else None,
         teachers=tuple(model if isinstance(model, str) else None for model in models.values()),
-        objective=tuple(map(_line, config_tree(config)["objective"] or ())),
         command=command,
         brings_code=brings_code(stage),
         needs_5=needs_5(stage),
     )
-
-
-def _line(term: Mapping[str, Any]) -> str:
-    options = ", ".join(f"{key} {value}" for key, value in term.items() if key != "loss")
-    return f"{term['loss']} ({options})"
 
 
 def _draw(output_dir: Path) -> None:

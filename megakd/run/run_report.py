@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from megakd.contract.results import AskedReport, Report, SizedStudent
+from megakd.contract.results import Report, SizedStudent
 from megakd.contract.stage import StageResult
 from megakd.contract.tasks import STUDENT, TEACHER
 from megakd.data.choosing import is_labelled
@@ -40,8 +40,6 @@ from megakd.run.teacher_pool import Measured
 logger = logging.getLogger(__name__)
 GRAPHS = ".graphs"
 """Folder below `output_dir` that exists only while the report is made."""
-BATCHES = (1, 32)
-"""Texts at a time."""
 
 
 def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageResult]) -> Report:
@@ -49,12 +47,16 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
     config, prepared, record = lab.config, lab.assembly.prepared, lab.record
     sizes = {made.name: made.folder for made in record.sizes if made.name != STUDENT}
     students = {**sizes, STUDENT: student.folder, **{n: b.folder for n, b in baselines.items()}}
-    teachers, assistants = [*lab.pool.folders], [made.name for made in record.assistants]
+    teachers = [*lab.pool.folders]
+    assistants = {made.name: made.folder for made in record.assistants}
     with phase("scoring"):
-        measured = _measured(lab, students)
+        measured = {name: lab.pool.measured(name) for name in teachers}
+        measured |= {name: lab.measure(folder) for name, folder in students.items()}
+        for name, folder in assistants.items():
+            measured[name] = Measured(lab.score(folder), {}, None, [])
         graph_bytes = _graph_bytes(lab, student.folder) if config.save.onnx else None
     forget_models()
-    graph = [] if graph_bytes is None else [GRAPH]
+    graph = {} if graph_bytes is None else {GRAPH: measured[STUDENT]}
     report: Report = {
         "method": config.method.name,
         "task": config.task.data_name,
@@ -63,15 +65,16 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
         "evaluated_on": "test" if prepared.encoded.test is not None else "validation",
         "models": [*teachers, *assistants, *sizes, STUDENT, *graph, *baselines],
         "teachers": teachers,
-        "assistants": assistants,
+        "assistants": [*assistants],
         "sizes": [*sizes],
         "baselines": [*baselines],
-        **_models(measured, {**students, **{made.name: made.folder for made in record.assistants}}),
         **{f"{made.name}.sparsity": made.sparsity for made in record.assistants},
     }
-    if graph:
-        report |= _entries(GRAPH, measured[STUDENT]) | {f"{GRAPH}.bytes": graph_bytes}
-    reference = max(teachers, key=lambda name: report[f"{name}.parameters"], default=None)
+    reference = max(teachers, key=lambda n: measured[n].report["parameters"], default=None)
+    theirs = measured[reference].predicted if reference else []
+    for name, one in (measured | graph).items():
+        report |= _entries(name, one, (students | assistants).get(name), theirs)
+    report |= {} if graph_bytes is None else {f"{GRAPH}.bytes": graph_bytes}
     with phase("latency"), doing("measuring latency"):
         device = timed_on(record.sizes, lab.assembly.ranks.device)
         report |= on_main(lambda: _latency(lab, students, device, reference=reference))
@@ -81,27 +84,19 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
     report |= _course(lab, report)
     answers = [measured[name].answers if name else None for name in (reference, STUDENT)]
     report["samples"] = samples_of(lab.pool.prompts, teacher=answers[0], student=answers[1])
-    out = config.output_dir
     if is_first_rank():
-        shutil.rmtree(out / GRAPHS, ignore_errors=True)
+        shutil.rmtree(config.output_dir / GRAPHS, ignore_errors=True)
     report["warnings"] = on_main(
-        lambda: derived_warnings(report, read_history(out / "metrics.jsonl"))
+        lambda: derived_warnings(report, read_history(config.output_dir / "metrics.jsonl"))
     )
     return report
-
-
-def _measured(lab: RunLab, students: Mapping[str, Path]) -> dict[str, Measured]:
-    measured = {name: lab.pool.measured(name) for name in lab.pool.folders}
-    measured |= {name: lab.measure(folder) for name, folder in students.items()}
-    for made in lab.record.assistants:
-        measured[made.name] = Measured(lab.score(made.folder), {}, None, [])
-    return measured
 
 
 def _course(lab: RunLab, report: Report) -> dict[str, Any]:
     # What the run did: its data, stages and choices, their cost, and the machine.
     record, prepared, ranks = lab.record, lab.assembly.prepared, lab.assembly.ranks
     sets, pool = prepared.splits.evaluation_sets, record.pool
+    of_stage = ("name", "steps", "seconds", "tokens_per_second", "peak_memory_bytes")
     return {
         "evaluation_sets": [*sets],
         **{f"{name}.rows": row_count(rows) for name, rows in sets.items()},
@@ -110,7 +105,7 @@ def _course(lab: RunLab, report: Report) -> dict[str, Any]:
         "pool": [] if pool is None else [*pool["teachers"]],
         **({} if pool is None else {"pool.distribution": pool["distribution"]}),
         "pruning": record.pruning,
-        "stages": [_stage_row(made) for made in lab.results],
+        "stages": [{k: getattr(one, k) for k in of_stage} | one.metrics for one in lab.results],
         **{f"cost.{key}": value for key, value in (record.cost or {}).items()},
         **vocabulary_report(lab.config, prepared),
         **{f"seconds.{name}": value for name, value in seconds().items()},
@@ -127,27 +122,10 @@ def row_count(rows: Dataset) -> int:
     return int(np.count_nonzero(is_labelled(rows)))
 
 
-def _models(measured: Mapping[str, Measured], folders: Mapping[str, Path]) -> dict[str, Any]:
-    # The keys of all models: sizes and scores, and of those in a folder of the run their weights.
-    report: dict[str, Any] = {}
-    for name, one in measured.items():
-        report |= _entries(name, one)
-    # Teachers come first; the largest is the reference.
-    teachers = [name for name in measured if name not in folders]
-    reference = max(teachers, key=lambda name: report[f"{name}.parameters"], default=None)
-    theirs = [] if reference is None else measured[reference].predicted
-    for name, folder in folders.items():
-        report[f"{name}.bytes"] = weight_bytes(folder)
-        trained = adapter_parameters(folder)
-        report |= {} if trained is None else {f"{name}.trained_parameters": trained}
-        mine = measured[name].predicted
-        if mine and len(mine) == len(theirs):
-            agreed = sum(a == b for a, b in zip(mine, theirs, strict=True))
-            report[f"{name}.agreement"] = agreed / len(mine)
-    return report
-
-
-def _entries(name: str, measured: Measured) -> dict[str, Any]:
+def _entries(
+    name: str, measured: Measured, folder: Path | None, theirs: list[int]
+) -> dict[str, Any]:
+    # The keys of a model; of one in a folder of the run also those of its weights.
     of_model: dict[str, Any] = {**measured.report}
     metrics, confusion = of_model.pop("metrics"), of_model.pop("confusion", {})
     entries = {**of_model, **metrics}
@@ -159,30 +137,29 @@ def _entries(name: str, measured: Measured) -> dict[str, Any]:
             for label, counts in confusion.items()
             for predicted, rows in counts.items()
         ]
+    if folder is not None:
+        entries["bytes"], trained = weight_bytes(folder), adapter_parameters(folder)
+        entries |= {} if trained is None else {"trained_parameters": trained}
+        mine = measured.predicted
+        if mine and len(mine) == len(theirs):
+            agreed = sum(a == b for a, b in zip(mine, theirs, strict=True))
+            entries["agreement"] = agreed / len(mine)
     return {f"{name}.{key}": value for key, value in entries.items()}
 
 
-def _stage_row(made: StageResult) -> dict[str, Any]:
-    keys = ("name", "steps", "seconds", "tokens_per_second", "peak_memory_bytes")
-    return {**{key: getattr(made, key) for key in keys}, **made.metrics}
-
-
 def _asked_row(report: Report, one: SizedStudent) -> dict[str, Any]:
-    asked, name = one.asked, one.name
-    value = asked["value"]
-    mine, whole = (report.get(f"{model}.encoder_parameters") for model in (name, TEACHER))
+    asked, name, value = one.asked, one.name, one.asked["value"]
     if asked["what"] == "parameters":
-        texts = f"{short_count(value)} weights", short_count(report[f"{name}.parameters"])
+        text, result = f"{short_count(value)} weights", short_count(report[f"{name}.parameters"])
     elif asked["what"] == "flops":
-        share = f"{mine / whole:.1%}" if mine is not None and whole else "-"
-        texts = f"{value:.1%} of the layers", share
+        mine, whole = (report.get(f"{model}.encoder_parameters") for model in (name, TEACHER))
+        text = f"{value:.1%} of the layers"
+        result = f"{mine / whole:.1%}" if mine is not None and whole else "-"
     else:
-        batch, onnx = asked.get("batch", 1), "_onnx" * (asked.get("runtime") == "onnx")
-        place = " (onnx)" if onnx else ""
-        texts = f"{value:g}x at batch {batch}{place}", speed_up(report, name + onnx, batch)
-    return {"name": name, "what": asked["what"], "value": value} | dict(
-        zip(("asked", "measured"), texts, strict=True)
-    )
+        batch, is_onnx = asked.get("batch", 1), asked.get("runtime") == "onnx"
+        text = f"{value:g}x at batch {batch}{' (onnx)' * is_onnx}"
+        result = speed_up(report, name + "_onnx" * is_onnx, batch)
+    return {"name": name, "what": asked["what"], "value": value, "asked": text, "measured": result}
 
 
 def timed_on(sizes: Sequence[SizedStudent], device: torch.device) -> torch.device:
@@ -196,11 +173,10 @@ def timed_forwards(task: str, sizes: Sequence[SizedStudent]) -> tuple[tuple[int,
 
     They are those of the speed-ups that students were asked for, and 1 and 32; of a decoder 1.
     """
-    asked: list[AskedReport] = [one.asked for one in sizes if one.asked["what"] == "speedup"]
-    usual = (1,) if task == "causal_lm" else BATCHES
-    batches = (*usual, *(one["batch"] for one in asked if "batch" in one))
-    tokens = next((one["tokens"] for one in asked if "tokens" in one), None)
-    return tuple(dict.fromkeys(batches)), tokens
+    asked = [one.asked for one in sizes if one.asked["what"] == "speedup"]
+    batches = [1] if task == "causal_lm" else [1, 32]
+    batches += [one["batch"] for one in asked if "batch" in one]
+    return tuple(dict.fromkeys(batches)), next((o["tokens"] for o in asked if "tokens" in o), None)
 
 
 def _latency(
@@ -210,8 +186,7 @@ def _latency(
     teachers = {name: folder for name, folder in lab.pool.folders.items() if folder}
     if not config.eval.latency or not teachers:
         return {"batches": []}
-    assistants = {made.name: made.folder for made in lab.record.assistants}
-    models = {**teachers, **assistants, **students}
+    models = teachers | {made.name: made.folder for made in lab.record.assistants} | {**students}
     # On a CPU all models are timed in fp32, which doubles weights that are stored in 16 bits.
     room = 3 if device.type == "cpu" else 2
     needed, free = room * sum(map(weight_bytes, models.values())), free_memory_bytes(device)

@@ -22,9 +22,8 @@ def front_of(card: str) -> dict[str, Any]:
 
 
 def test_the_card_is_the_table_with_how_the_model_was_made_and_is_used() -> None:
-    teacher, objective = "textattack/bert-base-uncased-SST-2", ("soft_target_kl, weight 1.0",)
-    facts = dataclasses.replace(FACTS, teachers=(teacher,), objective=objective, brings_code=True)
-    facts, report = dataclasses.replace(facts, needs_5=True), report_of()
+    teacher, report = "textattack/bert-base-uncased-SST-2", report_of()
+    facts = dataclasses.replace(FACTS, teachers=(teacher,), brings_code=True, needs_5=True)
 
     card = model_card(facts, report)
 
@@ -38,11 +37,8 @@ def test_the_card_is_the_table_with_how_the_model_was_made_and_is_used() -> None
     }
     for text in (
         f"```text\n{result_table(report)}\n```",
-        "method `single` on `glue/mrpc` by distilling `textattack/",
-        "starting from random weights",
-        "Losses: soft_target_kl, weight 1.0.",
-        "The model needs transformers >= 5.0; earlier versions cannot read it.",
-        "megakd train run.yaml",
+        f"Trained by distilling `{teacher}` with `megakd train run.yaml`.",
+        "The model needs transformers >= 5.0.",
         "No licence is claimed",
         "AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)",
     ):
@@ -65,8 +61,7 @@ def test_the_card_of_adapters_says_how_many_weights_were_trained_and_how_to_load
     card = model_card(dataclasses.replace(FACTS, student="org/base"), report)
 
     assert "student: 40.00k parameters trained, as adapters (LoRA) of a model of 2.09M" in card
-    assert 'base = AutoModelForSequenceClassification.from_pretrained("org/base")' in card
-    assert 'PeftModel.from_pretrained(base, "path/to/this/folder/adapter")' in card
+    assert '`PeftModel.from_pretrained(base, folder + "/adapter")` with `org/base` as' in card
     assert "\n\n\n" not in card
 
 
@@ -79,7 +74,7 @@ def test_a_card_names_no_folder_of_a_machine() -> None:
     assert "/somewhere" not in card
     assert "/apart" not in card
     assert "distilling `my-teacher`" in card
-    assert 'from_pretrained("path/to/the/base/model")' in card
+    assert "with the base model as `base`" in card
 
 
 def model_with_card(folder: Path, **metadata: str) -> str:
@@ -96,7 +91,7 @@ def test_a_card_has_the_base_and_the_licence_of_the_models(tmp_path: Path) -> No
     card = model_card(facts, report_of())
 
     assert (front_of(card)["base_model"], front_of(card)["license"]) == ("org/base", "apache-2.0")
-    assert "The models above are under the licence `apache-2.0`." in card
+    assert "These models are under the licence `apache-2.0`." in card
     assert str(tmp_path) not in card
 
 

@@ -133,8 +133,6 @@ def test_the_model_card_says_where_the_student_comes_from(out, config, whole_run
     card = (out / "final" / "README.md").read_text()
     for text in (
         f"by distilling `{whole_run.teacher.name}`",
-        "soft_target_kl (weight 0.5, temperature 2.0",
-        "hidden_mse (weight 0.1",
         f"{read(out)['student.accuracy']:.1%}",
         f"launch/train.py --config {config}",
     ):

@@ -18,7 +18,6 @@ FACTS = CardFacts(
     task_type="classification",
     student=None,
     teachers=(None,),
-    objective=("soft_target_kl (weight 1.0)",),
     command="megakd train run.yaml",
 )
 
