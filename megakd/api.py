@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 from megakd.config import file as config_file
 from megakd.config.error_text import shown
 from megakd.config.run import RunConfig
-from megakd.errors import ConfigError, suggestion
+from megakd.errors import ConfigError
 from megakd.process import signals
 
 if TYPE_CHECKING:
@@ -65,14 +65,6 @@ class ClusterOptions(TypedDict, total=False):
     gbps: float | str
 
 
-_EXPECTED: Mapping[str, tuple[Any, str]] = {
-    **dict.fromkeys(("ranks", "nodes"), (int, "a whole number")),
-    "device": (str, '"cpu" or "cuda"'),
-    **dict.fromkeys(("gpu_memory_gb", "host_memory_gb", "tflops"), (int | float, "a number")),
-    "gbps": (int | float | str, 'a number or two as in "400,45"'),
-}
-
-
 def load_config(config: Config, overrides: Sequence[str] = ()) -> RunConfig:
     """Return the checked run config of a file, a mapping or another config.
 
@@ -83,7 +75,12 @@ def load_config(config: Config, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: the config cannot work, one line per problem.
     """
-    _check_overrides(overrides)
+    is_list = isinstance(overrides, Sequence) and not isinstance(overrides, str)
+    if not (is_list and all(isinstance(one, str) for one in cast("Sequence[object]", overrides))):
+        raise ConfigError(
+            f"overrides is {shown(overrides)}; give a list of texts such as "
+            '["train.learning_rate=3e-4"]'
+        )
     if isinstance(config, str | Path):
         return config_file.load_config(Path(config), overrides)
     if isinstance(config, RunConfig):
@@ -94,15 +91,6 @@ def load_config(config: Config, overrides: Sequence[str] = ()) -> RunConfig:
             "of such a file, or a RunConfig"
         )
     return config_file.config_of(config, overrides)
-
-
-def _check_overrides(overrides: object) -> None:
-    is_list = isinstance(overrides, Sequence) and not isinstance(overrides, str)
-    if not (is_list and all(isinstance(one, str) for one in cast("Sequence[object]", overrides))):
-        raise ConfigError(
-            f"overrides is {shown(overrides)}; give a list of texts such as "
-            '["train.learning_rate=3e-4"]'
-        )
 
 
 def train(config: Config, overrides: Sequence[str] = ()) -> RunResult:
@@ -173,26 +161,15 @@ def plan(config: Config, overrides: Sequence[str] = (), **cluster: Unpack[Cluste
         MegakdError: a model's config or a number cannot be read, or an option does not exist.
     """
     checked = load_config(config, overrides)
-    _check_cluster(cluster)
     with _undone():
-        from megakd.commands.plan import cluster_of
+        from megakd.commands import arguments
+        from megakd.commands import plan as command
         from megakd.planning.plan import plan_run
 
-        return plan_run(checked, cluster_of(cluster))
-
-
-def _check_cluster(cluster: Mapping[str, Any]) -> None:
-    """Raise ConfigError if an option of a plan does not exist or its value has another type."""
-    for name, value in cluster.items():
-        if name not in _EXPECTED:
-            near = suggestion(name, _EXPECTED) or ";"
-            raise ConfigError(f'plan: unknown option "{name}"{near} known: {", ".join(_EXPECTED)}')
-        kind, expected = _EXPECTED[name]
-        is_fine = isinstance(value, kind) and not isinstance(value, bool)
-        if name == "device":
-            is_fine = value in ("cpu", "cuda")
-        if value is not None and not is_fine:
-            raise ConfigError(f"plan: {name} must be {expected} (got {shown(value)})")
+        parser = arguments.Parser(prog="megakd plan", description="")
+        command.add_options(parser)
+        words = [f"--{name}={value}" for name, value in cluster.items() if value is not None]
+        return plan_run(checked, command.cluster_of(vars(parser.parse(words))))
 
 
 @contextlib.contextmanager
@@ -213,16 +190,19 @@ def _undone() -> Iterator[None]:
     """Restore what a call changes in the process, except for the group and the allocator."""
     import numpy as np
     import torch
+    from transformers.utils import logging as of_transformers
 
     from megakd.engine import distributed
 
     distributed.keep_group()
-    environment = dict(os.environ)
+    environment, root, package = dict(os.environ), logging.getLogger(), logging.getLogger("megakd")
+    handlers, levels = list(root.handlers), (root.level, package.level)
+    shows_progress = of_transformers.is_progress_bar_enabled()
     states = random.getstate(), np.random.get_state(), torch.get_num_threads()  # noqa: NPY002
     # By default `fork_rng` starts every GPU of the machine.
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     try:
-        with _logging_restored(), warnings.catch_warnings(), torch.random.fork_rng(devices):
+        with warnings.catch_warnings(), torch.random.fork_rng(devices):
             yield
     finally:
         random.setstate(states[0])
@@ -231,18 +211,6 @@ def _undone() -> Iterator[None]:
         for name in os.environ.keys() - environment.keys():
             del os.environ[name]
         os.environ.update(environment)
-
-
-@contextlib.contextmanager
-def _logging_restored() -> Iterator[None]:
-    from transformers.utils import logging as of_transformers
-
-    root, package = logging.getLogger(), logging.getLogger("megakd")
-    handlers, levels = list(root.handlers), (root.level, package.level)
-    shows_progress = of_transformers.is_progress_bar_enabled()
-    try:
-        yield
-    finally:
         for handler in [one for one in root.handlers if one not in handlers]:
             root.removeHandler(handler)
         root.setLevel(levels[0])

@@ -30,23 +30,21 @@ def add_options(parser: Parser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the scores of a model as text or JSON."""
-    data = _data(arguments)
+    data, of_config = arguments.data, list[str]()
+    for word in arguments.overrides:
+        value = word.removeprefix("task.dataset=")
+        # Rows that exist on the disk are the rows to score; another data set is the run's.
+        if value == word or not value or not in_home(value).exists():
+            of_config.append(word)
+        elif arguments.data is None:
+            data = value
+    arguments.overrides = of_config
     config = config_of(arguments)
     with print_aside():
         from megakd.commands.scored_models import evaluate_model
 
         scores = evaluate_model(config, arguments.model, data=data)
     say(json_text(scores, indent=2) if arguments.json else _text(scores))
-
-
-def _data(arguments: argparse.Namespace) -> str | None:
-    """Return the rows to score, and take a `task.dataset=` that names them from the overrides."""
-    given = [word for word in arguments.overrides if word.startswith("task.dataset=")]
-    value = given[-1].partition("=")[2] if given else ""
-    if not value or not in_home(value).exists():
-        return arguments.data
-    arguments.overrides = [word for word in arguments.overrides if word not in given]
-    return value if arguments.data is None else arguments.data
 
 
 def _text(scores: Mapping[str, Any]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -41,7 +40,6 @@ from megakd.run.run_report import row_count
 from megakd.run.teacher_pool import set_metrics
 from megakd.scoring.metrics import task_metrics
 from megakd.scoring.scorer import few
-from megakd.teachers.frozen import FrozenTeacher
 from megakd.training.assembly import Assembly
 from megakd.training.recipes import scoring_preset
 
@@ -63,7 +61,9 @@ def evaluate_model(
         and `metrics`.
     """
     folder = model_folder(config, model)
-    given = _without_training_rows(config) if data is None else data
+    given, dataset = data, config.task.dataset
+    if data is None and dataset is not None and (path := in_home(dataset)).is_dir():
+        given = None if has_train_split(path) else dataset
     if given == "":
         raise DataError('--data "": names no file; give a file, a pattern or a folder')
     with started(config) as ranks:
@@ -83,24 +83,19 @@ def evaluate_model(
         assembly = Assembly(prepared=prepared, ranks=ranks)
         preset = scoring_preset(config.student.deepspeed)
         with assembly.loaded(source, preset, assembly.scoring_dtype()) as loaded:
-            rows = prepared.encoded.held_out
-            metrics = assembly.scorer().score(loaded.predict, rows)
-            sets = _sets(assembly, loaded)
-    return {
-        "model": str(folder),
-        "file": file,
-        "split": split,
-        "rows": row_count(prepared.splits.held_out),
-        "metrics": metrics,
-        "evaluation_sets": sets,
+            metrics = assembly.scorer().score(loaded.predict, prepared.encoded.held_out)
+            of_sets = set_metrics(assembly, loaded)
+    files, splits = config.task.evaluation_sets, prepared.splits
+    sets = {
+        name: {
+            "file": ", ".join(listed_files(files[name])),
+            "rows": row_count(splits.evaluation_sets[name]),
+            "metrics": of_set,
+        }
+        for name, of_set in of_sets.items()
     }
-
-
-def _without_training_rows(config: RunConfig) -> str | None:
-    if config.task.dataset is None:
-        return None
-    path = in_home(config.task.dataset)
-    return config.task.dataset if path.is_dir() and not has_train_split(path) else None
+    scores = {"rows": row_count(splits.held_out), "metrics": metrics, "evaluation_sets": sets}
+    return {"model": str(folder), "file": file, "split": split, **scores}
 
 
 def _held_out(config: RunConfig, source: ModelSource) -> tuple[RunInputs, str]:
@@ -218,26 +213,14 @@ def _read_by(source: ModelSource, config: RunConfig, splits: Splits, split: str)
     )
 
 
-def _sets(assembly: Assembly, loaded: FrozenTeacher) -> dict[str, Mapping[str, Any]]:
-    files, rows = assembly.config.task.evaluation_sets, assembly.prepared.splits.evaluation_sets
-    return {
-        name: {
-            "file": ", ".join(listed_files(files[name])),
-            "rows": row_count(rows[name]),
-            "metrics": metrics,
-        }
-        for name, metrics in set_metrics(assembly, loaded).items()
-    }
-
-
 def model_folder(config: RunConfig, model: str | None) -> Path:
     """Return the given folder, or the run's `final/` if no folder is given."""
     folder = config.output_dir / FINAL if model is None else in_home(model)
     if model != "" and folder.is_dir():
         return folder
-    if model is not None:
-        raise CheckpointError(
-            f"--model {model}: the folder does not exist; give the folder of a model, such as a "
-            "run's final/ or stages/<stage>"
-        )
-    raise CheckpointError(f"{folder} does not exist; train first, or give --model FOLDER")
+    if model is None:
+        raise CheckpointError(f"{folder} does not exist; train first, or give --model FOLDER")
+    raise CheckpointError(
+        f"--model {model}: the folder does not exist; give the folder of a model, such as a run's "
+        "final/ or stages/<stage>"
+    )
