@@ -33,7 +33,7 @@ from megakd.storage.folders import (
     open_finished,
     users_files,
 )
-from megakd.training.stage_folder import RESULT, files_of_others, files_of_window, remake
+from megakd.training.stage_folder import RESULT, files_beside_model, remake
 
 logger = logging.getLogger(__name__)
 REPORT = "report.json"
@@ -102,8 +102,7 @@ def _write_model(config: RunConfig, stage: Path, to: Path, report: Report, comma
         aside = atomic.set_aside(to)
         logger.warning("%s has files of yours: %s; it is now %s", to, ", ".join(changed), aside)
     card = model_card(_card_facts(config, stage, command), report)
-    changes = {CARD: card, **dict.fromkeys((RESULT, *files_of_others(there)))}
-    changes |= current_files(there)
+    changes = {CARD: card, **dict.fromkeys(files_beside_model(there)), **current_files(there)}
     # The report decides, because `save` may change between two starts of a finished run.
     add = write_onnx if GRAPH in report["models"] else None
     copy_finished(stage, to, changes=changes, add=add, remedy=remedy)
@@ -160,8 +159,7 @@ def export_run(
     check_writable(to, where="--to")
     folder = stages / name
     there = entries(folder)
-    changes = dict.fromkeys((RESULT, *files_of_window(there), *files_of_others(there)))
-    changes |= current_files(there)
+    changes = {**dict.fromkeys(files_beside_model(there)), **current_files(there)}
     if add is None and config.save.onnx:
         check_packages("save.onnx")
         add = write_onnx

@@ -62,11 +62,11 @@ Length = Mapping[str, float | None]
 """The keys of `LENGTHS` of a stage; empty for a stage without steps."""
 
 
-def files_of_others(names: Iterable[str]) -> list[str]:
-    """Return, of the files of a stage's folder, those of the models that learned beside its own."""
+def files_beside_model(names: Iterable[str]) -> list[str]:
+    """Return, of the files of a stage's folder, those that are not of the model of its role."""
     known = list(names)
     roles = {name.removesuffix(f"/{CHECKSUMS}") for name in known if name.endswith(f"/{CHECKSUMS}")}
-    return [name for name in known if name.partition("/")[0] in roles]
+    return [name for name in known if name.partition("/")[0] in {*roles, RESULT, TRAINING_STATE}]
 
 
 def consume(models: Mapping[str, ModelContent], window: WindowState | None) -> None:
@@ -146,13 +146,10 @@ def _stored_result(folder: Path) -> tuple[StageResult, Length] | None:
     open_finished(folder, remedy=remedy)
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        length = dict(record.pop("length"))
-        read = {
-            "folder": folder,
-            "metrics": numbers(record["metrics"]),
-            "scores": {view: numbers(values) for view, values in record["scores"].items()},
-        }
-        return StageResult(**{**record, **read}), length
+        length, metrics = dict(record.pop("length")), numbers(record.pop("metrics"))
+        scores = {view: numbers(values) for view, values in record.pop("scores").items()}
+        record["folder"] = folder
+        return StageResult(**record, metrics=metrics, scores=scores), length
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path} is not a result of this version ({error}); {remedy}"
@@ -221,9 +218,6 @@ class WindowState(NamedTuple):
         cut: Cut | None,
     ) -> WindowState:
         """Return the state of a stage, cut like its model if `cut` is given; a collective."""
-        tensors = _whole(student, strategy)
-        if cut is not None:
-            tensors = _cut(tensors, axes, cut)
         rest = {
             "steps": student.optimizer_state.steps,
             "batches": batches.state_dict(),
@@ -231,7 +225,7 @@ class WindowState(NamedTuple):
         }
         file = io.BytesIO()
         torch.save(rest, file)
-        return WindowState(tensors, file.getvalue())
+        return WindowState(_whole(student, strategy, axes, cut), file.getvalue())
 
     def write(self, folder: Path) -> None:
         (folder / TRAINING_STATE).mkdir()
@@ -239,32 +233,25 @@ class WindowState(NamedTuple):
         atomic.write_content(folder / TRAINING_STATE / REST, self.rest)
 
 
-def files_of_window(names: Iterable[str]) -> list[str]:
-    """Return the files of a training state among the files of a stage's folder."""
-    return [name for name in names if name.startswith(f"{TRAINING_STATE}/")]
-
-
-def _whole(student: StudentEngine, strategy: Strategy) -> Iterator[tuple[str, Tensor]]:
-    values = student.optimizer_state
-    for kind, name, tensor in values.whole():
-        yield f"{kind}/{name}", tensor
-    # A rank may hold no part of some weights, or of any.
-    shards = strategy.shards()
-    for kind in dict.fromkeys(kind for kinds in gather([*shards]) for kind in kinds):
-        parts = shards.get(kind, {})
-        for name in sorted({name for names in gather(list(parts)) for name in names}):
-            part = parts.get(name, torch.empty(0))
-            yield f"{kind}/{LEARNER}{name}", values.put_together(LEARNER + name, part)
-
-
-def _cut(
-    tensors: Iterator[tuple[str, Tensor]], axes: Mapping[str, Axes], cut: Cut
+def _whole(
+    student: StudentEngine, strategy: Strategy, axes: Mapping[str, Axes], cut: Cut | None
 ) -> Iterator[tuple[str, Tensor]]:
-    for key, tensor in tensors:
-        of_weight = axes.get(key.partition("/")[2])
-        yield from cut_state(
-            [(key, tensor)], {} if of_weight is None else {key: of_weight}, cut.view, cut.order
-        )
+    def named() -> Iterator[tuple[str, str, Tensor]]:
+        values, shards = student.optimizer_state, strategy.shards()
+        yield from values.whole()
+        # A rank may hold no part of some weights, or of any.
+        for kind in dict.fromkeys(kind for kinds in gather([*shards]) for kind in kinds):
+            parts = shards.get(kind, {})
+            for name in sorted({name for names in gather(list(parts)) for name in names}):
+                part = parts.get(name, torch.empty(0))
+                yield kind, LEARNER + name, values.put_together(LEARNER + name, part)
+
+    for kind, name, tensor in named():
+        key, of_weight = f"{kind}/{name}", axes.get(name)
+        if cut is None or of_weight is None:
+            yield key, tensor
+        else:
+            yield from cut_state([(key, tensor)], {key: of_weight}, cut.view, cut.order)
 
 
 def continue_window(
