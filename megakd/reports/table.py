@@ -6,7 +6,6 @@ The first row of a table has the titles; a table without further rows is left ou
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ def result_table(report: Report, *, final: Path | None = None) -> str:
         [f"{report['method']} on {report['task']}, scored on {report['evaluated_on']}"],
         [*aligned_rows(model_rows(report)), *notes(report)],
         *(aligned_rows(rows) for rows in tables(report, labels=FEW_LABELS).values()),
-        [*_time_lines(report), *([f"the student is in {final}"] if final else [])],
+        [*_cost_lines(report), *([f"the student is in {final}"] if final else [])],
         [f"warning: {message}" for message in report["warnings"]],
     ]
     return "\n\n".join("\n".join(lines) for lines in blocks if lines)
@@ -47,17 +46,27 @@ def result_table(report: Report, *, final: Path | None = None) -> str:
 def tables(report: Report, *, labels: int) -> dict[str, Rows]:
     """Return the tables below that of the models by title; of at most `labels` labels."""
     classes = report.get(f"{STUDENT}.per_class", ())
-    is_short = len(classes) <= labels
-    shares = "{:.1%}".format
+    classes = classes if len(classes) <= labels else ()
+    names, counts = confusions(report) if classes else ([], [])
+    pruning, most = report["pruning"], PRUNING_ROWS if report["pruning"] else 0
+    # Evenly spaced, with both ends.
+    shown = dict.fromkeys(n * (len(pruning) - 1) // (most - 1) for n in range(most))
     is_shaped = any("shape" in row for row in report["candidates"])
+    # A teacher is ranked by its metric, negated if lower is better.
+    metric = report["metric_name"]
+    sign = -1 if lower_is_better(metric) else 1
+    ranking = [(f"{metric} (validation)", "score", lambda value: score(metric, sign * value))]
     has_rows = all(is_number(row.get("rows")) for row in report["pool"])
     every = {
         "Scores by label": _rows(
-            classes if is_short else (), ("student, by label", "label", ""),
-            ("precision", "precision", shares), ("recall", "recall", shares), ("f1", "f1", shares),
+            classes, ("student, by label", "label", ""),
+            ("precision", "precision", ".1%"), ("recall", "recall", ".1%"), ("f1", "f1", ".1%"),
             ("rows", "rows", ","),
         ),
-        "Confusions": _confusion_rows(report) if is_short else [],
+        "Confusions": [
+            ["student, by label", *(f"as {label}" for label in names)],
+            *([name, *map("{:,}".format, row)] for name, row in zip(names, counts, strict=True)),
+        ],
         "Evaluation sets": _set_rows(report),
         "Sizes": _rows(
             report["asked"], ("size", "name", ""), ("asked", "asked", ""),
@@ -72,10 +81,11 @@ def tables(report: Report, *, labels: int) -> dict[str, Rows]:
         "Who taught": _rows(
             report["pool"], ("taught by", "name", ""),
             (report.get("pool.distribution", ""), "weight", ".3f"), ("steps", "steps", ","),
-            *_ranking(report), *((("rows", "rows", ","),) if has_rows else ()),
+            *(ranking if any(is_number(one["score"]) for one in report["pool"]) else ()),
+            *((("rows", "rows", ","),) if has_rows else ()),
         ),
         "Pruning": _rows(
-            _evenly(report["pruning"], PRUNING_ROWS), ("pruned, step", "step", ","),
+            [pruning[index] for index in shown], ("pruned, step", "step", ","),
             ("width", "width", ","), ("parameters", "parameters", short_count),
             ("KL (nats)", "teacher_kl", ".4f"), ("step time", "step_seconds", step_time),
         ),
@@ -152,7 +162,8 @@ def model_rows(report: Report) -> Rows:
     times = [(f"ms (batch {batch})", "speed-up") for batch in report["batches"]]
     rows = [["", *sizes, *metrics, *([against] if whole else []), *sum(times, ())]]
     for model in report["models"]:
-        of = partial(_of, report, model)
+        start = f"{model}."
+        of = {k.removeprefix(start): v for k, v in report.items() if k.startswith(start)}.get
         mine = of("parameters")
         row = [model, cell(mine, short_count), cell(of("encoder_parameters"), short_count)]
         row += [cell(of("bytes"), megabytes)]
@@ -165,17 +176,13 @@ def model_rows(report: Report) -> Rows:
     return rows
 
 
-def _of(report: Report, model: str, name: str) -> Any:
-    return report.get(f"{model}.{name}")
-
-
 def notes(report: Report) -> list[str]:
     """Return the lines that explain the table of the models."""
     lower = [name for name in shown_metrics(report) if lower_is_better(name)]
     lines = [f"{', '.join(lower)}: lower is better"] if lower else []
-    of = partial(_of, report, STUDENT)
-    if is_number(of("agreement")):
-        lines.append(f"student and teacher agree on {of('agreement'):.1%} of the rows")
+    agreement, trained = (report.get(f"{STUDENT}.{k}") for k in ("agreement", "trained_parameters"))
+    if is_number(agreement):
+        lines.append(f"student and teacher agree on {agreement:.1%} of the rows")
     errors = [(one, report.get(f"{one}.calibration_error")) for one in (STUDENT, TEACHER)]
     known = [f"{name} {value:.1%}" for name, value in errors if is_number(value)]
     if known:
@@ -192,10 +199,10 @@ def notes(report: Report) -> list[str]:
             f"pieces, {report['vocabulary.overlap']:.1%} of them also in the teacher's "
             f"{report['vocabulary.teacher_size']:,}"
         )
-    if is_number(of("trained_parameters")):
+    if is_number(trained):
         lines.append(
-            f"student: {short_count(of('trained_parameters'))} parameters trained, as adapters "
-            f"(LoRA) of a model of {short_count(of('parameters'))}"
+            f"student: {short_count(trained)} parameters trained, as adapters (LoRA) of a model of "
+            f"{short_count(report[f'{STUDENT}.parameters'])}"
         )
     return lines
 
@@ -208,13 +215,6 @@ def confusions(report: Report) -> tuple[list[str], list[list[int]]]:
     return labels, [[counts.get((a, b), 0) for b in labels] for a in labels]
 
 
-def _confusion_rows(report: Report) -> Rows:
-    labels, counts = confusions(report)
-    titles = ["student, by label", *(f"as {label}" for label in labels)]
-    rows = zip(labels, counts, strict=True)
-    return [titles, *([label, *(f"{n:,}" for n in row)] for label, row in rows)]
-
-
 def _set_rows(report: Report) -> Rows:
     rows = [["evaluation set", "model", "rows", *report["metrics"]]]
     for name in report["evaluation_sets"]:
@@ -224,15 +224,6 @@ def _set_rows(report: Report) -> Rows:
                 scores = map(score, report["metrics"], values)
                 rows.append([name, model, cell(report[f"{name}.rows"], ","), *scores])
     return rows
-
-
-def _ranking(report: Report) -> list[tuple[str, str, Form]]:
-    # A teacher is ranked by its metric, negated if lower is better.
-    if not any(is_number(one["score"]) for one in report["pool"]):
-        return []
-    metric = report["metric_name"]
-    sign = -1 if lower_is_better(metric) else 1
-    return [(f"{metric} (validation)", "score", lambda value: score(metric, sign * value))]
 
 
 def _stage_rows(report: Report) -> Rows:
@@ -251,7 +242,7 @@ def _stage_rows(report: Report) -> Rows:
     )  # fmt: skip
 
 
-def _time_lines(report: Report) -> list[str]:
+def _cost_lines(report: Report) -> list[str]:
     lines: list[str] = []
     if stages := report["stages"]:
         peak = gigabytes(max(stage["peak_memory_bytes"] for stage in stages))
@@ -260,7 +251,19 @@ def _time_lines(report: Report) -> list[str]:
         lines += elsewhere_lines(
             {k.removeprefix("seconds."): v for k, v in report.items() if k.startswith("seconds.")}
         )
-    return [*lines, cost_line(report)] if "cost.seconds" in report else lines
+    if "cost.seconds" in report:  # of a method's choice, and of the alternative method
+        spent, whole = report["cost.seconds"], report["cost.alternative_seconds"]
+        ratio = f"{whole / spent:.1f}x" if spent > 0 else ""
+        times = {"": "", "1.0x": " (as long)"}.get(ratio, f" ({ratio})")
+        mine, theirs = (
+            f"{number} trial{'' if number == 1 else 's'}"
+            for number in (report["cost.trials"], report["cost.alternative_trials"])
+        )
+        lines.append(
+            f"{mine}, {duration(spent)}; {report['cost.alternative_does']} "
+            f"({report['cost.alternative']}): {theirs}, about {duration(whole)}{times}"
+        )
+    return lines
 
 
 def elsewhere_lines(seconds: Mapping[str, float]) -> list[str]:
@@ -268,25 +271,3 @@ def elsewhere_lines(seconds: Mapping[str, float]) -> list[str]:
     parts = {name: value for name, value in seconds.items() if name != "training"}
     listed = ", ".join(f"{name} {duration(value)}" for name, value in parts.items())
     return [f"beside training {duration(sum(parts.values()))}: {listed}"] if seconds else []
-
-
-def cost_line(report: Report) -> str:
-    """Return a line with the cost of a method's choice and of the alternative method."""
-    spent, whole = report["cost.seconds"], report["cost.alternative_seconds"]
-    ratio = f"{whole / spent:.1f}x" if spent > 0 else ""
-    times = {"": "", "1.0x": " (as long)"}.get(ratio, f" ({ratio})")
-    mine, theirs = (
-        f"{number} trial{'' if number == 1 else 's'}"
-        for number in (report["cost.trials"], report["cost.alternative_trials"])
-    )
-    return (
-        f"{mine}, {duration(spent)}; {report['cost.alternative_does']} "
-        f"({report['cost.alternative']}): {theirs}, about {duration(whole)}{times}"
-    )
-
-
-def _evenly(items: Sequence[Any], limit: int) -> list[Any]:
-    # At most `limit` items, evenly spaced, with both ends.
-    if len(items) <= limit:
-        return list(items)
-    return [items[index * (len(items) - 1) // (limit - 1)] for index in range(limit)]
