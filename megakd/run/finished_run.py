@@ -88,7 +88,14 @@ def publish(config: RunConfig, student: Path, report: Report, *, command: str) -
     atomic.write_json(out / RUN, {**(read_record(out) or {}), **published})
     _write_next_config(config, out / FINAL)
     write_report(out / REPORT, report)
-    _draw(out)
+    from megakd.reports.html import write_html_report
+
+    try:
+        write_html_report(out)
+    except Exception as error:  # noqa: BLE001 - a picture must not fail a finished run
+        logger.warning(
+            "report.html could not be written (run megakd report to try again): %s", error
+        )
     return result_table(report, final=out / FINAL)
 
 
@@ -101,18 +108,10 @@ def _write_model(config: RunConfig, stage: Path, to: Path, report: Report, comma
     if changed:
         aside = atomic.set_aside(to)
         logger.warning("%s has files of yours: %s; it is now %s", to, ", ".join(changed), aside)
-    card = model_card(_card_facts(config, stage, command), report)
-    changes = {CARD: card, **dict.fromkeys(files_beside_model(there)), **current_files(there)}
-    # The report decides, because `save` may change between two starts of a finished run.
-    add = write_onnx if GRAPH in report["models"] else None
-    copy_finished(stage, to, changes=changes, add=add, remedy=remedy)
-
-
-def _card_facts(config: RunConfig, stage: Path, command: str) -> CardFacts:
     models = {name: spec.model for name, spec in config.teacher_specs.items()}
     models |= dict.fromkeys(config.base_teachers, config.student.model)
     start = {**models, STUDENT: config.student.model}[config.start_role]
-    return CardFacts(
+    facts = CardFacts(
         title=f"{config.output_dir.absolute().name}: a student distilled by megakd",
         task_type=config.task.type,
         student=start if isinstance(start, str) else None,
@@ -121,17 +120,11 @@ def _card_facts(config: RunConfig, stage: Path, command: str) -> CardFacts:
         brings_code=brings_code(stage),
         needs_5=needs_5(stage),
     )
-
-
-def _draw(output_dir: Path) -> None:
-    from megakd.reports.html import write_html_report
-
-    try:
-        write_html_report(output_dir)
-    except Exception as error:  # noqa: BLE001 - a picture must not fail a finished run
-        logger.warning(
-            "report.html could not be written (run megakd report to try again): %s", error
-        )
+    card = model_card(facts, report)
+    changes = {CARD: card, **dict.fromkeys(files_beside_model(there)), **current_files(there)}
+    # The report decides, because `save` may change between two starts of a finished run.
+    add = write_onnx if GRAPH in report["models"] else None
+    copy_finished(stage, to, changes=changes, add=add, remedy=remedy)
 
 
 def export_run(
@@ -153,9 +146,21 @@ def export_run(
     finished = (path.parent for path in stages.glob(f"*/{RESULT}"))
     models = sorted(folder.name for folder in finished if (folder / "config.json").is_file())
     listed = f"finished stages: {', '.join(models) or 'none'}"
-    name = stage or _student_stage(config.output_dir, listed)
+    record = read_record(config.output_dir) if (config.output_dir / REPORT).is_file() else None
+    name = stage or (record or {}).get("student")
+    if name is None:
+        raise CheckpointError(
+            f"{config.output_dir} holds no finished run to export; finish the run, or give --stage "
+            f"NAME; {listed}"
+        )
     if name not in models:
-        raise CheckpointError(f"{_no_model_of(name, stages)} {listed}")
+        near = suggestion(name, (folder.name for folder in stages.glob("*/"))) or ";"
+        reason = f'{config.output_dir} has no stage "{name}"{near}'
+        if (stages / name).is_dir():
+            has_result = (stages / name / RESULT).is_file()
+            problem = "gives no model" if has_result else "has not finished"
+            reason = f"stage {name!r} of {config.output_dir} {problem};"
+        raise CheckpointError(f"{reason} {listed}")
     check_writable(to, where="--to")
     folder = stages / name
     there = entries(folder)
@@ -168,23 +173,6 @@ def export_run(
             raise CheckpointError(f"{to} already exists; give a folder that does not exist")
         copy_finished(folder, to, changes=changes, add=add, remedy=remake(folder))
     return to
-
-
-def _student_stage(out: Path, listed: str) -> str:
-    record = read_record(out) if (out / REPORT).is_file() else None
-    if record is None or "student" not in record:
-        raise CheckpointError(
-            f"{out} holds no finished run to export; finish the run, or give --stage NAME; {listed}"
-        )
-    return record["student"]
-
-
-def _no_model_of(stage: str, stages: Path) -> str:
-    if not (stages / stage).is_dir():
-        near = suggestion(stage, (folder.name for folder in stages.glob("*/")))
-        return f'{stages.parent} has no stage "{stage}"{near or ";"}'
-    problem = "gives no model" if (stages / stage / RESULT).is_file() else "has not finished"
-    return f"stage {stage!r} of {stages.parent} {problem};"
 
 
 def _write_next_config(config: RunConfig, final: Path) -> None:
