@@ -248,9 +248,12 @@ def _cost_lines(report: Report) -> list[str]:
         peak = gigabytes(max(stage["peak_memory_bytes"] for stage in stages))
         seconds = duration(sum(stage["seconds"] for stage in stages))
         lines = [f"training {seconds}, peak memory {peak} per rank"]
-        lines += elsewhere_lines(
-            {k.removeprefix("seconds."): v for k, v in report.items() if k.startswith("seconds.")}
-        )
+        start = "seconds."
+        beside = {k.removeprefix(start): v for k, v in report.items() if k.startswith(start)}
+        beside.pop("training", None)
+        if beside:
+            listed = ", ".join(f"{name} {duration(value)}" for name, value in beside.items())
+            lines.append(f"beside training {duration(sum(beside.values()))}: {listed}")
     if "cost.seconds" in report:  # of a method's choice, and of the alternative method
         spent, whole = report["cost.seconds"], report["cost.alternative_seconds"]
         ratio = f"{whole / spent:.1f}x" if spent > 0 else ""
@@ -264,10 +267,3 @@ def _cost_lines(report: Report) -> list[str]:
             f"({report['cost.alternative']}): {theirs}, about {duration(whole)}{times}"
         )
     return lines
-
-
-def elsewhere_lines(seconds: Mapping[str, float]) -> list[str]:
-    """Return a line with the time outside training of the last start of a run, if known."""
-    parts = {name: value for name, value in seconds.items() if name != "training"}
-    listed = ", ".join(f"{name} {duration(value)}" for name, value in parts.items())
-    return [f"beside training {duration(sum(parts.values()))}: {listed}"] if seconds else []

@@ -15,9 +15,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from megakd.errors import CheckpointError, ConfigError, InUseError
-from megakd.storage.folders import LOCK
 
-VISIBLE_WITHIN_S = 90
+LOCK, VISIBLE_WITHIN_S = "lock.json", 90
 """Network storage may show a file of another host only after a minute."""
 
 

@@ -22,8 +22,6 @@ from megakd.storage.atomic import sync_tree
 from megakd.storage.checksums import Entries, damage_of, entries_of, files_of
 
 CHECKSUMS = "checksums.json"
-LOCK = "lock.json"
-"""Part of the names of the files by which a process holds a folder."""
 CARD = "README.md"
 """The model card, which users edit."""
 # Reading every byte of a cache at each start costs about a second per GiB and rank; in larger

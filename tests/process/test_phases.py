@@ -8,7 +8,6 @@ import pytest
 
 from megakd.process import phases
 from megakd.process.phases import counted, phase, seconds
-from megakd.reports.table import elsewhere_lines
 
 
 @pytest.fixture
@@ -58,10 +57,3 @@ def test_a_function_can_be_a_phase_and_nothing_is_counted_outside_a_run(clock):
         load()
 
         assert seconds() == {"models": 6.0}
-
-
-def test_the_line_of_the_table_leaves_training_out():
-    lines = elsewhere_lines({"start": 9.0, "data": 2.0, "training": 100.0, "latency": 4.5})
-
-    assert lines == ["beside training 15.5s: start 9.0s, data 2.0s, latency 4.5s"]
-    assert elsewhere_lines({}) == []
