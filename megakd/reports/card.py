@@ -30,17 +30,10 @@ PAGE = """\
 # {title}
 
 Trained{teachers} with `{command}`.
+Load it with `{auto_class}.from_pretrained(folder{trust})`.
 
 ```text
 {results}
-```
-
-```python
-from transformers import {auto_class}, AutoTokenizer
-
-folder = "path/to/this/folder"
-tokenizer = AutoTokenizer.from_pretrained(folder{trust})
-model = {auto_class}.from_pretrained(folder{trust})
 ```
 
 {remarks}The weights derive from the models and the data named above; their licences say what may be
@@ -68,7 +61,7 @@ class CardFacts:
 
 
 def model_card(facts: CardFacts, report: Report) -> str:
-    """Return the content of README.md: metadata, result table, usage and command."""
+    """Return the content of README.md: metadata, command, result table and remarks."""
     auto_class, pipeline = AUTO_CLASSES[facts.task_type]
     specs = [spec for spec in (facts.student, *facts.teachers) if spec]
     cards = [_metadata(spec) for spec in specs]
