@@ -137,8 +137,8 @@ class StageRun:
         self.model = StageModel(stage, assembly, self.student, self.bundle, self.source)
         self.evaluation = StageEvaluation(self.model, self.trainer, self.saves.folder, self.extras)
         self.health = TrainMeter(self.bundle.objective, self.trainer, stage, self.ranks)
-        parts = {"trainer": self.trainer, "batches": self.source, "health": self.health}
-        states = {n: CheckpointState(p.state_dict, p.load_state_dict) for n, p in parts.items()}
+        stateful = {"trainer": self.trainer, "batches": self.source, "health": self.health}
+        states = {n: CheckpointState(p.state_dict, p.load_state_dict) for n, p in stateful.items()}
         self.states = {**states, **self.evaluation.states}  # in the order of loading
 
     def run(self, folder: Path) -> StageResult:
