@@ -88,14 +88,7 @@ def publish(config: RunConfig, student: Path, report: Report, *, command: str) -
     atomic.write_json(out / RUN, {**(read_record(out) or {}), **published})
     _write_next_config(config, out / FINAL)
     write_report(out / REPORT, report)
-    from megakd.reports.html import write_html_report
-
-    try:
-        write_html_report(out)
-    except Exception as error:  # noqa: BLE001 - a picture must not fail a finished run
-        logger.warning(
-            "report.html could not be written (run megakd report to try again): %s", error
-        )
+    _draw(out)
     return result_table(report, final=out / FINAL)
 
 
@@ -125,6 +118,17 @@ def _write_model(config: RunConfig, stage: Path, to: Path, report: Report, comma
     # The report decides, because `save` may change between two starts of a finished run.
     add = write_onnx if GRAPH in report["models"] else None
     copy_finished(stage, to, changes=changes, add=add, remedy=remedy)
+
+
+def _draw(output_dir: Path) -> None:
+    from megakd.reports.html import write_html_report
+
+    try:
+        write_html_report(output_dir)
+    except Exception as error:  # noqa: BLE001 - a picture must not fail a finished run
+        logger.warning(
+            "report.html could not be written (run megakd report to try again): %s", error
+        )
 
 
 def export_run(
