@@ -105,7 +105,7 @@ def _course(lab: RunLab, report: Report) -> dict[str, Any]:
         "pool": [] if pool is None else [*pool["teachers"]],
         **({} if pool is None else {"pool.distribution": pool["distribution"]}),
         "pruning": record.pruning,
-        "stages": [{k: getattr(one, k) for k in of_stage} | one.metrics for one in lab.results],
+        "stages": [{**{k: getattr(o, k) for k in of_stage}, **o.metrics} for o in lab.results],
         **{f"cost.{key}": value for key, value in (record.cost or {}).items()},
         **vocabulary_report(lab.config, prepared),
         **{f"seconds.{name}": value for name, value in seconds().items()},

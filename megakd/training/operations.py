@@ -93,7 +93,7 @@ class StepWork:
             if (name, view) not in self._known:
                 # A teacher that is no model of its own is the student without its adapters.
                 whole = bundle.by_role[name if learns else bundle.role]
-                model = whole if asked is None else asked.model
+                model = cast("PreTrainedModel", whole if asked is None else asked.model)
                 part = None if view is None else bundle.views[view]
                 self._known[name, view] = work_of(model, part, learns=learns)
             weights, columns = self._known[name, view]
