@@ -191,13 +191,13 @@ def test_the_sizes_of_a_series_are_timed_and_drawn_beside_each_other(series):
 
 def test_a_size_that_was_removed_is_copied_again(one_rank, series):
     removed = series / "sizes" / "student-0.7"
-    card = (removed / "README.md").read_text()
+    card = (removed / "README.md").read_text().partition("\ntraining ")[0]
     shutil.rmtree(removed)
 
     finish(one_rank, series.parent / "run.yaml")
 
     assert same_weights(removed, series / "stages" / "student-0.7")
-    assert (removed / "README.md").read_text() == card
+    assert (removed / "README.md").read_text().startswith(card)
 
 
 def test_a_series_of_one_candidate_each_has_no_trial(one_rank, tmp_path):

@@ -156,6 +156,14 @@ def write(out: Path, facts: dict[str, Any]) -> None:
     from megakd.training.checkpoint import FORMAT
 
     write_json(out / RUN, {"format": FORMAT, "facts": facts})
+    (out / "stages" / "teacher-finetune").mkdir(parents=True, exist_ok=True)
+
+
+def test_a_start_that_was_refused_before_its_first_result_binds_no_other(facts, tmp_path):
+    write(tmp_path, facts())
+    (tmp_path / "stages" / "teacher-finetune").rmdir()
+
+    check_identity(tmp_path, facts("seed=7"))
 
 
 def test_a_run_is_written_once_and_one_of_another_version_is_refused_in_one_line(tmp_path):
