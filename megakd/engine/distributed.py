@@ -137,12 +137,6 @@ def _set_timeout(timeout: timedelta) -> None:
     (public or distributed_c10d._set_pg_timeout)(timeout)  # noqa: SLF001
 
 
-def launched_ranks() -> int:
-    """Return the number of ranks that a launcher has started; 1 without a launcher."""
-    adopt_slurm_variables()
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def adopt_slurm_variables() -> None:
     """Set the rank variables from Slurm's, so that `srun python launch/train.py` needs no launcher.
 

@@ -8,7 +8,6 @@ change the group of every engine of the process, the student's included.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
@@ -23,13 +22,6 @@ if TYPE_CHECKING:
 
 _GROUPS: dict[dist.ProcessGroup, dist.ProcessGroup | None] = {}
 """The group of this rank's node, by the default group; None if there is one node."""
-
-
-def hosts_of(hostfile: Path) -> dict[str, int]:
-    """Return the ranks of each node of a hostfile, which may raise ValueError."""
-    from deepspeed.launcher.runner import fetch_hostfile
-
-    return dict(fetch_hostfile(str(hostfile)) or {})
 
 
 def node_group() -> dist.ProcessGroup | None:

@@ -65,16 +65,6 @@ class PruningStrategy(Strategy):
         self._clock: float | None = None  # the end of the last step, unless something followed
 
     @property
-    def facts(self) -> Mapping[str, Any]:
-        course = self.course
-        return {
-            "teacher": course.teacher,
-            "shares": [str(share) for share in course.target.shares],
-            "schedule": course.schedule._asdict(),
-            "scoring": course.scoring._asdict(),
-        }
-
-    @property
     def pruned_to(self) -> View:
         return self.course.target.at(self.course.schedule.left(self.window.last))
 

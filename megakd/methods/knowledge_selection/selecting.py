@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 import random
 from collections.abc import Mapping
@@ -57,18 +56,6 @@ class Selecting(Strategy):
     @property
     def reads_states(self) -> bool:
         return True
-
-    @property
-    def facts(self) -> Mapping[str, Any]:
-        frozen = hashlib.sha256(self.selector.to_bytes()).hexdigest()
-        return {
-            "selector": frozen,
-            "hard": self.is_hard,
-            "threshold": self.config.threshold,
-            "noise": self.config.noise,
-            "seed": self.seed,
-            "whole_texts": self.whole_texts,
-        }
 
     def passes(self, step: int) -> tuple[Pass, ...]:
         """Return one pass; its weights are chosen after the forward of both models."""
@@ -182,17 +169,6 @@ class LearningToSelect(Selecting):
     @property
     def episodes(self) -> int:
         return self.config.episodes
-
-    @property
-    def facts(self) -> Mapping[str, Any]:
-        return {
-            **super().facts,
-            "number": self.config.episodes,
-            "steps": self.steps,
-            "phase_steps": self.phase_steps,
-            "exploration": self.config.exploration,
-            **self.learner.facts,
-        }
 
     def begin(self, student: Any, step: int) -> None:
         """Keep the initial student, to which every episode is reset."""

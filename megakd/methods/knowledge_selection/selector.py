@@ -173,13 +173,6 @@ class ActorCritic:
         critic = selector.critic.parameters()
         self._critic = torch.optim.Adam(critic, lr=config.selector_learning_rate)
 
-    @property
-    def facts(self) -> dict[str, Any]:
-        config = self.config
-        same = {key: getattr(config, key) for key in ("gamma", "gamma_on", "restraint", "updates")}
-        rate = config.selector_learning_rate
-        return {"rate": rate, **same, "samples": SAMPLES, "memory": MEMORY}
-
     def learn(self, phase: Transition) -> float:
         """Train the critic towards reward + gamma * Q(next), and the actor towards a higher Q.
 

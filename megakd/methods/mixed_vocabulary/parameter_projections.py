@@ -196,10 +196,6 @@ class Balanced(Strategy):
         self._names: frozenset[str] = frozenset()
 
     @property
-    def facts(self) -> Mapping[str, Any]:
-        return {"ratio": self.ratio, "teacher": self.teacher}
-
-    @property
     def weight(self) -> float:
         """The weight of the projections' mean squared error; 1 until it is measured."""
         if len(self._norms) < len(MEASURED):
