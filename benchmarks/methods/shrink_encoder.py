@@ -21,6 +21,8 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from megakd.methods.shrink.stages import SHARE_OF_REPAIR
+
 from evidence.settings import SETTINGS
 from lib.launching import (
     Leg,
@@ -34,7 +36,6 @@ from lib.launching import (
 )
 from lib.options import add_runs, need, parsed, parser_of
 from lib.tables import Columns, columns_of, print_models
-from megakd.methods.shrink.stages import SHARE_OF_REPAIR
 
 SERIES, EACH, TRIED = "series", "each", "tried"
 KEPT = {"layers": "importance", "distilbert": "spacing"}

@@ -18,7 +18,6 @@ from megakd.config.file import config_of, dump_config, dump_yaml, load_config, w
 from megakd.config.run import RunConfig
 from megakd.contract.tasks import AUTO, FROM_TEACHER
 from megakd.errors import ConfigError
-from megakd.methods.shrink import BUDGETS
 from megakd.process.terminal import in_home
 from megakd.storage.atomic import write_text
 from megakd.storage.folders import check_writable
@@ -44,19 +43,10 @@ def add_options(parser: Parser) -> None:
     size.add_argument(
         "--parameters",
         metavar="N",
-        help="weights of the student: 0.6B, 600M or 600000000; several sizes, as 2B,1B,0.6B, learn "
-        "in one run",
+        help="weights of the student: 0.6B, 600M or 600000000",
     )
     size.add_argument("--flops", metavar="S", help="share of the layers' operations: 12%% or 0.12")
     size.add_argument("--speedup", metavar="X", help="how much faster than the model: 8x")
-    parser.add_argument(
-        "--at",
-        metavar="batch=B,tokens=T",
-        help="the forward of --speedup: texts at a time, and tokens per text, or data for the "
-        "lengths of the held-out rows; default: batch=32,tokens=data",
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="the device of --speedup")
-    parser.add_argument("--runtime", choices=("torch", "onnx"), help="the runtime of --speedup")
     parser.add_argument(
         "--data", metavar="F", help="the rows to learn from; the same as task.dataset=F"
     )
@@ -89,8 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.print_config:
         say(dump_config(config))
     elif arguments.plan:
-        # --device is that of the timed forwards.
-        print_plan(config, argparse.Namespace(**{**vars(arguments), "device": None}))
+        print_plan(config, arguments)
     else:
         path = _written(config, text, ranks=arguments.ranks)
         if arguments.ranks == 1:
@@ -117,66 +106,56 @@ def _written(config: RunConfig, text: str, *, ranks: int) -> Path:
 
 
 def _config(arguments: argparse.Namespace) -> tuple[RunConfig, str]:
-    _check(arguments)
-    ours = _tree(arguments)
+    size = {key: getattr(arguments, key) for key in EXAMPLES}
+    size = {key: value for key, value in size.items() if value is not None}
+    _check(arguments, has_size=bool(size))
+    ours = _tree(arguments, size)
     # The recipe of a fine-tuning is in the tree.
-    given = [word for word in arguments.overrides if word != "teacher.finetune={}"]
-    tree = with_overrides(ours, given, source=SOURCE)
+    words = [word for word in arguments.overrides if word != "teacher.finetune={}"]
+    tree = with_overrides(ours, words, source=SOURCE)
     task, keys = tree["task"], ("dataset", "train_files", "mixture")
     if not (isinstance(task, dict) and any(task.get(key) is not None for key in keys)):
         raise ConfigError("the rows to learn from are missing; give --data F, or task.dataset=F")
     # The overrides are given again, so that a message names the override that is wrong.
-    config = config_of(ours, given, source=SOURCE)
+    config = config_of(ours, words, source=SOURCE)
     comment = "\n".join(f"# {line}" for line in f"Written by: {arguments.command}".splitlines())
     return config, f"{comment}\n{dump_yaml(tree)}"
 
 
-def _check(arguments: argparse.Namespace) -> None:
+def _check(arguments: argparse.Namespace, *, has_size: bool) -> None:
     sizes = " | ".join(f"--{key} {example}" for key, example in EXAMPLES.items())
     usage = f"megakd shrink MODEL {sizes} --data FILE"
     if arguments.model is None or ("=" in arguments.model and not Path(arguments.model).exists()):
         raise ConfigError(f"the model to shrink is missing; write: {usage}")
-    settings = tuple(f"method.{key}=" for key in BUDGETS)
-    if _size(arguments) is None and not any(o.startswith(settings) for o in arguments.overrides):
+    settings = tuple(f"method.{key}=" for key in EXAMPLES)
+    if not has_size and not any(word.startswith(settings) for word in arguments.overrides):
         raise ConfigError(f"the size of the student is missing; write: {usage}")
-    timed = [key for key in ("at", "device", "runtime") if getattr(arguments, key) is not None]
-    if timed and arguments.speedup is None:
-        raise ConfigError(f"--{timed[0]} says what --speedup times, and --speedup is missing")
     if arguments.ranks < 1:
         raise ConfigError(f"--ranks must be at least 1 (got {arguments.ranks})")
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    started = os.environ.get("WORLD_SIZE", "1")
+    if started != "1":
         raise ConfigError(
-            "megakd shrink runs on one rank, and a launcher has started "
-            f"{os.environ['WORLD_SIZE']}; write the config with --ranks "
-            f"{os.environ['WORLD_SIZE']}, and start the command that is printed"
+            f"megakd shrink runs on one rank, and a launcher has started {started}; write the "
+            f"config with --ranks {started}, and start the command that is printed"
         )
 
 
-def _tree(arguments: argparse.Namespace) -> dict[str, Any]:
-    keys = _keys_of(arguments.model)
-    given = arguments.overrides
-    if "task.type=causal_lm" in given or not _is_encoder(keys):
+def _tree(arguments: argparse.Namespace, size: Mapping[str, str]) -> dict[str, Any]:
+    words, keys = arguments.overrides, _keys_of(arguments.model)
+    if "task.type=causal_lm" in words or not _is_encoder(keys):
         tree = _of_decoder(keys)
     else:
-        is_tuned = any(word.startswith("teacher.finetune") for word in given)
-        tree = _of_encoder(keys, masks="task.type=mlm" in given, is_tuned=is_tuned)
+        is_tuned = any(word.startswith("teacher.finetune") for word in words)
+        tree = _of_encoder(keys, masks="task.type=mlm" in words, is_tuned=is_tuned)
     if arguments.data is not None:
         tree["task"]["dataset"] = arguments.data
-    sizes = {key: getattr(arguments, key) for key in EXAMPLES}
-    tree["method"] |= {key: size for key, size in sizes.items() if size is not None}
-    timing = _timing(arguments)
-    if timing:
-        tree["method"]["timing"] = timing
-    if timing.get("runtime") == "onnx":
-        tree["save"] = {"onnx": True}
     teacher = {"model": arguments.model, **tree.pop("teacher", {})}
-    if any(word.startswith("objective=") for word in given):
+    if any(word.startswith("objective=") for word in words):
         teacher.pop("cache", None)  # which holds outputs alone
-    return {
-        "output_dir": str(arguments.output_dir or _folder(arguments)),
-        "teacher": teacher,
-        **tree,
-    }
+    name = f"{Path(arguments.model).name or 'model'}-{next(iter(size.values()), 'smaller')}"
+    folder = Path("runs") / re.sub(r"[^\w.-]+", "-", name).rstrip("-")
+    out = str(arguments.output_dir or folder)
+    return {"output_dir": out, "teacher": teacher, **tree, "method": {"name": "shrink", **size}}
 
 
 def _of_decoder(keys: Mapping[str, Any]) -> dict[str, Any]:
@@ -184,7 +163,6 @@ def _of_decoder(keys: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "task": {"type": "causal_lm", "max_eval_examples": 200},
         "student": {"model": FROM_TEACHER},
-        "method": {"name": "shrink", "passes_per_backward": 1},
         "train": {"learning_rate": rate, "lr_scheduler_type": "cosine", "warmup_ratio": 0.03},
     }
 
@@ -203,7 +181,6 @@ def _of_encoder(keys: Mapping[str, Any], *, masks: bool, is_tuned: bool) -> dict
         "task": {"type": "classification"},
         "teacher": teacher,
         "student": {"model": FROM_TEACHER, "dropout": 0.0},
-        "method": {"name": "shrink"},
         "train": {**rows, "learning_rate": round(5e-4 * narrow, 7), **schedule},
     }
 
@@ -238,24 +215,3 @@ def _is_encoder(keys: Mapping[str, Any]) -> bool:
 
     family = FAMILIES.get(keys.get("model_type", ""))
     return bool(keys) and (family is None or "causal_lm" not in family.tasks)
-
-
-def _timing(arguments: argparse.Namespace) -> dict[str, Any]:
-    timing = {key: getattr(arguments, key) for key in ("device", "runtime")}
-    for part in arguments.at.split(",") if arguments.at else ():
-        key, _, value = part.partition("=")
-        if key not in ("batch", "tokens"):
-            raise ConfigError(f'--at takes batch=B,tokens=T (got "{arguments.at}")')
-        timing[key] = int(value) if value.isdecimal() else value
-    return {key: value for key, value in timing.items() if value is not None}
-
-
-def _size(arguments: argparse.Namespace) -> str | None:
-    sizes = (getattr(arguments, key) for key in EXAMPLES)
-    return next((size for size in sizes if size is not None), None)
-
-
-def _folder(arguments: argparse.Namespace) -> Path:
-    model = Path(arguments.model).name or "model"
-    size = _size(arguments) or "smaller"
-    return Path("runs") / re.sub(r"[^\w.-]+", "-", f"{model}-{size}").rstrip("-")

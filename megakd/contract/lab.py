@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
-
-from pydantic.dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 from megakd.contract.metric import Metric
 from megakd.contract.results import MethodRecord, ParameterCounts
 from megakd.contract.stage import Stage, StageResult
-from megakd.contract.terms import STRICT, Count, TermConfig
+from megakd.contract.terms import TermConfig
 from megakd.contract.views import Allocation, View
 
 T = TypeVar("T")
@@ -53,22 +51,6 @@ class SortedModel(Protocol):
         ...
 
 
-@dataclass(config=STRICT, frozen=True, kw_only=True)
-class TimedWork:
-    """The forward that is timed.
-
-    batch: texts at a time.
-    tokens: `data` times the lengths of the held-out rows; or a number of tokens per text.
-    device: `cpu` in fp32, or `cuda` in bf16.
-    runtime: `torch`, or the graph that `megakd export --format onnx` writes.
-    """
-
-    batch: Count = 32
-    tokens: Count | Literal["data"] = "data"
-    device: Literal["cpu", "cuda"] = "cpu"
-    runtime: Literal["torch", "onnx"] = "torch"
-
-
 class Pruning(Protocol):
     """Sizes, importance and cuts of models."""
 
@@ -108,11 +90,12 @@ class Pruning(Protocol):
         ...
 
     def relative_times(
-        self, source: Model, views: Mapping[str, View], name: str, work: TimedWork
+        self, source: Model, views: Mapping[str, View], name: str
     ) -> Mapping[str, float]:
         """Return the time of a forward of each view, relative to the whole model's; measured once.
 
-        The views are built with random weights. `name` is that of the stage that keeps the times.
+        The views are built with random weights, and timed on the device of the run with the most
+        texts at a time of the report. `name` is that of the stage that keeps the times.
         """
         ...
 

@@ -43,15 +43,10 @@ class AskedReport(TypedDict):
 
     what: whether `value` is a number of weights, a share of the multiplications in the teacher's
         layers, or the teacher's time relative to the student's.
-    batch, tokens, runtime, device: the forward of `speedup`; without `tokens`, texts of the data.
     """
 
     what: Literal["parameters", "flops", "speedup"]
     value: float
-    batch: NotRequired[int]
-    tokens: NotRequired[int]
-    runtime: NotRequired[str]
-    device: NotRequired[str]
 
 
 class ModelReport(ClassifierReport):
@@ -95,7 +90,6 @@ class CandidateReport(TypedDict):
         was chosen, its own best evaluation is kept, which may be another evaluation.
     student_metric: metric of the student that the candidate has taught, if such a student was
         trained.
-    shape: shape of a candidate in words, if candidates of one size differ in shape.
     """
 
     iteration: int
@@ -107,7 +101,6 @@ class CandidateReport(TypedDict):
     chosen: bool
     kept_metric: NotRequired[float]
     student_metric: NotRequired[float]
-    shape: NotRequired[str]
 
 
 class PruningReport(TypedDict):
@@ -161,26 +154,18 @@ class Assistant(NamedTuple):
     folder: Path
 
 
-class SizedStudent(NamedTuple):
-    """A student that was cut to a size: its stage, its folder, and the size that was asked for."""
-
-    name: str
-    folder: Path
-    asked: AskedReport
-
-
 @dataclass
 class MethodRecord:
     """Results that a method adds to the report: compared candidates, assistants used, cost.
 
-    sizes: the students that were cut to a size, the largest first.
+    asked: the size that the student was cut to.
     pool: how often each of several teachers taught.
     dev_scores: by name, the scores by which teachers were ranked.
     """
 
     candidates: list[CandidateReport] = field(default_factory=list)
     assistants: list[Assistant] = field(default_factory=list)
-    sizes: list[SizedStudent] = field(default_factory=list)
+    asked: AskedReport | None = None
     cost: CostReport | None = None
     pool: PoolReport | None = None
     pruning: list[PruningReport] = field(default_factory=list)

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 Kind = Literal["heads", "neurons", "width"]
 Columns = Literal["queries", "values"]
 """Columns inside each head: those of its queries and keys, or those of its values."""
-Allocation = Literal["global", "global_raw", "uniform"]
+Allocation = Literal["global", "uniform"]
 """How a sparsity is spread over the layers."""
 
 

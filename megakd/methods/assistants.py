@@ -101,8 +101,8 @@ class AssistantOptions(ImportanceOptions):
     tradeoff: lambda, the weight of sparsity in metric + lambda * sparsity.
     metric: metric of the trade-off; null: the main metric of the task.
     allocation: `global` ranks the units of all layers together, by importance in units of the L2
-        norm of their layer, as in the authors' code; `global_raw` by the importance itself;
-        `uniform` removes the same share of every layer.
+        norm of their layer, as in the authors' code; `uniform` removes the same share of every
+        layer.
     round_to: neurons and rows of heads are removed in multiples of this number.
     residual: whether the width of the hidden states is reduced too; width, heads and neurons then
         lose 1 - sqrt(1 - sparsity) each.

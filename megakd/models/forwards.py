@@ -13,11 +13,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from megakd.contract.tasks import TaskType
 from megakd.models.onnx import OnnxModel
 
 TEXTS = 8
 """Least number of texts of the data that are timed."""
 LAST_POSITIONS = "logits_to_keep"
+WARM_UP = 2
+LEAST_ROUNDS, MOST_ROUNDS, ENOUGH_MS, MOST_MS = 5, 9, 500.0, 20_000.0
+"""Timing ends after `ENOUGH_MS` over all models, before `LEAST_ROUNDS` only after `MOST_MS`."""
 
 
 class Graph(nn.Module):
@@ -82,6 +86,30 @@ def milliseconds(call: Call) -> float:
         call()
     finish()
     return (time.perf_counter() - start) * 1e3
+
+
+def by_turns(calls: Sequence[Call]) -> list[list[float]]:
+    """Return the milliseconds of each call in each round, in which the calls take turns.
+
+    Noise affects all calls of a round alike. The order rotates, because a forward depends on the
+    caches that the previous one filled.
+    """
+    rounds: list[list[float]] = []
+    while len(rounds) < WARM_UP + MOST_ROUNDS:
+        times = [0.0] * len(calls)
+        for turn in range(len(calls)):
+            index = (turn + len(rounds)) % len(calls)
+            times[index] = milliseconds(calls[index])
+        rounds.append(times)
+        timed, spent = len(rounds) - WARM_UP, sum(map(sum, rounds))
+        if timed > 0 and spent > (MOST_MS if timed < LEAST_ROUNDS else ENOUGH_MS):
+            break
+    return rounds[WARM_UP:]
+
+
+def batches_of(task: TaskType) -> tuple[int, ...]:
+    """Return the numbers of texts at a time that are timed."""
+    return (1,) if task == "causal_lm" else (1, 32)
 
 
 def _inputs(model: Timed, texts: Sequence[int]) -> dict[str, Any]:

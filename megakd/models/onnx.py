@@ -76,11 +76,6 @@ def write_onnx(folder: Path, *, to: Path | None = None) -> float:
     return worst
 
 
-def write_bare_graph(model: PreTrainedModel, graph: Path) -> None:
-    """Write the graph of a model without a tokenizer, which takes numbers and mask alone."""
-    _export(model, _INPUTS, graph)
-
-
 class OnnxModel:
     """A graph on the CPU that answers like the model."""
 

@@ -19,7 +19,6 @@ from megakd.config.models import TeacherConfig
 from megakd.config.run import RunConfig
 from megakd.config.task import TaskConfig, TokenizerConfig
 from megakd.config.train import TrainConfig, learning_rate_schedule, total_steps
-from megakd.contract.lab import TimedWork
 from megakd.contract.stage import Stage, StageResult
 from megakd.contract.tasks import AUTO, LANGUAGE_TASKS, STUDENT
 from megakd.contract.views import View
@@ -168,10 +167,8 @@ class PlanningLab(LabBase, Shapes):
         student = run_method(self.config.method, self)
         names = self.config.baselines
         baselines = [self.train(baseline_stage(self, name, student)) for name in names]
-        others = [one.name for one in self.record.sizes if one.name != student.name]
-        sizes = [result for result in self.results if result.name in others]
         preset = scoring_preset(self.config.student.deepspeed)
-        results = (*sizes, student, *baselines, *self._assistants)
+        results = (student, *baselines, *self._assistants)
         made = {
             result.name: ReadyTeacher(source, TeacherConfig(model=source.name, deepspeed=preset))
             for result in results
@@ -279,10 +276,10 @@ class PlanningLab(LabBase, Shapes):
         return (1.0,) * layers
 
     def relative_times(
-        self, source: ModelSource, views: Mapping[str, View], name: str, work: TimedWork
+        self, source: ModelSource, views: Mapping[str, View], name: str
     ) -> Mapping[str, float]:
         """Return the views' shares of the weights of the layers; a plan times nothing."""
-        del name, work
+        del name
         whole = self.parameters(source, source.architecture.units(source.config))
         counts = {known: self.parameters(source, view) for known, view in views.items()}
         return {k: n.encoder_parameters / whole.encoder_parameters for k, n in counts.items()}

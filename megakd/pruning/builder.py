@@ -5,23 +5,20 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-import math
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from megakd.config.run import RunConfig
 from megakd.config.task import TaskConfig
-from megakd.contract.lab import TimedWork
 from megakd.contract.results import ParameterCounts
 from megakd.contract.stage import StageResult
 from megakd.contract.tasks import TEACHER, TaskType
@@ -30,14 +27,14 @@ from megakd.data.loader import lengths_of_rows
 from megakd.engine.activity import doing
 from megakd.engine.collectives import gather, on_main
 from megakd.engine.memory import forget_models, peak_memory_bytes, reset_peak_memory
-from megakd.errors import ConfigError, ModelError
-from megakd.models.architectures import architecture_named, context_length
+from megakd.errors import ModelError
+from megakd.inputs.precision import TORCH_DTYPE, scoring_dtype
+from megakd.models.architectures import architecture_named
 from megakd.models.axes import lengths, parameter_counts, weight_axes
 from megakd.models.cutting import CUT, cut_config, reshape_folder
 from megakd.models.fitting import build_empty, valueless_model
-from megakd.models.forwards import Call, Graph, Timed, calls_of, milliseconds, sample_lengths
+from megakd.models.forwards import batches_of, by_turns, calls_of, sample_lengths
 from megakd.models.layers import naming
-from megakd.models.onnx import MODEL, check_packages, write_bare_graph
 from megakd.models.source import ModelSource
 from megakd.pruning.allocation import (
     UnitScores,
@@ -52,11 +49,6 @@ from megakd.training.assembly import Assembly
 from megakd.training.stage_folder import RESULT, result_text
 
 UNITS = "units.json"
-LEAST_ROUNDS, MOST_SECONDS, SURE = 15, 20.0, 0.01
-"""A comparison ends when the standard error of the ratio is 1 %, or after 20 seconds."""
-INTERRUPTED = 0.2
-"""Seconds a second that threads wait for a core: 0.06 on an idle machine, 1 beside a training."""
-THREADS = Path("/proc/self/task")
 logger = logging.getLogger(__name__)
 Weights = tuple[tuple[str, torch.Size, Axes], ...]
 """Name, shape and units along each dimension of every weight."""
@@ -81,14 +73,10 @@ class SortedTeacher:
         residual: bool = False,
         with_heads: Collection[int] = (),
     ) -> View:
-        """Return the prefix of every layer that remains at a sparsity; see `contract.lab`.
-
-        `global` ranks the units of all layers by their scores in units of the L2 norm of their
-        layer, `global_raw` by the scores themselves; `uniform` removes the same share of each.
-        """
+        """Return the prefix of every layer that remains at a sparsity; see `contract.lab`."""
         scores = self.scores if residual else self.scores._replace(width=None)
         view = view_at(
-            scores.scaled() if allocation == "global" else scores,
+            scores.scaled(),
             sparsity,
             allocation=allocation,
             round_to=round_to,
@@ -208,18 +196,26 @@ class ModelPruning(Shapes):
         return tuple(result.metrics[f"layer_{number}"] for number in layers)
 
     def relative_times(
-        self, source: ModelSource, views: Mapping[str, View], name: str, work: TimedWork
+        self, source: ModelSource, views: Mapping[str, View], name: str
     ) -> Mapping[str, float]:
+        """Return the median ratios of paired forwards; see `contract.lab`."""
         self._close()
-        rows = self.assembly.prepared.encoded.validation
+        task, device = self.config.task, self.assembly.ranks.device
+        dtype = TORCH_DTYPE[scoring_dtype(self.config.train, device.type)]
+        rows, batch = self.assembly.prepared.encoded.validation, batches_of(task.type)[-1]
+        texts = sample_lengths(lengths_of_rows(rows).tolist(), batch)
+        build = partial(_random_model, source, task, device=device, dtype=dtype)
 
-        def measure() -> Mapping[str, float]:
-            lengths = lengths_of_rows(rows).tolist()
-            timer = ShapeTimer(source, self.config.task, work, lengths)
-            with doing("timing shapes"):
-                return on_main(lambda: timer.ratios(views))
+        def ratios() -> Mapping[str, float]:
+            whole, times = calls_of(build(source.config), texts), dict[str, float]()
+            for known, view in views.items():  # two models are in memory at a time
+                rounds = by_turns([calls_of(build(cut_config(source.config, view)), texts), whole])
+                times[known] = statistics.median(cut / other for cut, other in rounds)
+                logger.info("%s: %.1f times as fast as the whole model", known, 1 / times[known])
+            return times
 
-        result = self.assembly.measured_once(name, measure)
+        with doing("timing shapes"):
+            result = self.assembly.measured_once(name, lambda: on_main(ratios))
         self._listed(dataclasses.replace(result, metrics={}))
         return result.metrics
 
@@ -272,107 +268,20 @@ class ModelPruning(Shapes):
         return self.assembly.once(name, make)
 
 
-class ShapeTimer:
-    """Forwards of cut models, timed by turns with forwards of the whole model.
-
-    lengths: numbers of tokens of the held-out rows.
-
-    Raises:
-        ConfigError: this machine has no such device, or no such runtime.
-    """
-
-    def __init__(
-        self, source: ModelSource, task: TaskConfig, work: TimedWork, lengths: Sequence[int]
-    ) -> None:
-        if work.runtime == "onnx":
-            check_packages("method.timing.runtime: onnx")
-        if work.device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError(
-                "method.timing.device: cuda, and this process sees no GPU; time on a machine with "
-                "one, or set method.timing.device to cpu"
-            )
-        longest = context_length(source.config)
-        if longest is not None and work.tokens != "data" and work.tokens > longest:
-            raise ConfigError(
-                f"method.timing.tokens: {work.tokens}, and the model takes at most {longest} "
-                "tokens; lower method.timing.tokens"
-            )
-        self._source, self._task, self._work = source, task, work
-        if work.tokens == "data":
-            self._batches = sample_lengths(lengths, work.batch)
-        else:
-            self._batches = [[work.tokens] * work.batch]
-
-    def ratios(self, views: Mapping[str, View]) -> dict[str, float]:
-        """Return the time of each view relative to the time of the whole model.
-
-        A ratio is the median over rounds in which both models are timed: other load on the machine
-        slows both, and the shortest times of two models are from different moments. Two models are
-        in memory at a time.
-        """
-        times = {}
-        with self._calls(self._source.config) as whole, told_if_interrupted():
-            for name, view in views.items():
-                times[name] = self._ratio(whole, view)
-                logger.info("%s: %.1f times as fast as the whole model", name, 1 / times[name])
-        return times
-
-    def _ratio(self, whole: Call, view: View) -> float:
-        with self._calls(cut_config(self._source.config, view)) as cut:
-            for call in (cut, whole):
-                milliseconds(call)
-            ratios: list[float] = []
-            began = time.perf_counter()
-            while time.perf_counter() - began < MOST_SECONDS and not _is_sure(ratios):
-                ratios.append(milliseconds(cut) / milliseconds(whole))
-            return statistics.median(ratios)
-
-    @contextmanager
-    def _calls(self, config: PretrainedConfig) -> Iterator[Call]:
-        device = torch.device(self._work.device)
-        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-        model = build_empty(self._source, self._task, config, dtype).eval()
-        torch.nn.Module.to(model, device)  # transformers' own `to` is typed wrongly
-        generator = torch.Generator(device).manual_seed(0)  # not the run's random state
-        for parameter in model.parameters():
-            parameter.data.uniform_(-0.05, 0.05, generator=generator)
-        with TemporaryDirectory() as folder:
-            timed: Timed = model
-            if self._work.runtime == "onnx":
-                write_bare_graph(model, Path(folder) / MODEL)
-                timed = Graph(Path(folder) / MODEL, model)
-            yield calls_of(timed, self._batches)
-
-
-@contextmanager
-def told_if_interrupted() -> Iterator[None]:
-    """Warn if other work used the processor: it slows small models more than large ones."""
-    began, before = time.perf_counter(), _waited_s()
-    yield
-    share = (_waited_s() - before) / (time.perf_counter() - began)
-    if share > INTERRUPTED:
-        logger.warning(
-            "other work kept the timing waiting for a core %.1f of every second, and the speed-up "
-            "may be off by a fifth: end it, remove stages/times* of the run, and start again",
-            share,
-        )
-
-
-def _waited_s() -> float:
-    """Return how long the threads of this process have waited for a core; 0 if not on Linux."""
-    total_ns = 0
-    for path in THREADS.glob("*/schedstat"):
-        with suppress(OSError):  # the thread has ended
-            total_ns += int(path.read_text("ascii").split()[1])
-    return total_ns / 1e9
-
-
-def _is_sure(ratios: Sequence[float]) -> bool:
-    if len(ratios) < LEAST_ROUNDS:
-        return False
-    lower, middle, upper = statistics.quantiles(ratios, n=4)
-    # The standard error of the median of normal values, by the distance of their quartiles.
-    return 0.93 * (upper - lower) / math.sqrt(len(ratios)) <= SURE * middle
+def _random_model(
+    source: ModelSource,
+    task: TaskConfig,
+    config: PretrainedConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> PreTrainedModel:
+    model = build_empty(source, task, config, dtype).eval()
+    torch.nn.Module.to(model, device)  # transformers' own `to` is typed wrongly
+    generator = torch.Generator(device).manual_seed(0)  # not the run's random state
+    for parameter in model.parameters():
+        parameter.data.uniform_(-0.05, 0.05, generator=generator)
+    return model
 
 
 def shape_of_cut(source: ModelSource, view: View, task: TaskType) -> ModelSource:

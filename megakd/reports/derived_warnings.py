@@ -106,7 +106,7 @@ def _chance(report: Report) -> Iterator[str]:
     chance = {"accuracy": max(rows) / sum(rows), "matthews_correlation": 0.0}.get(metric)
     chance = 1 / len(rows) if metric.endswith("_macro") else chance
     lost = [
-        f"{one.get('shape') or format(one['sparsity'], 'g')} ({one['metric']:.1%})"
+        f"{one['sparsity']:g} ({one['metric']:.1%})"
         for one in report["candidates"]
         if chance is not None and is_number(one["metric"]) and one["metric"] <= chance
     ]

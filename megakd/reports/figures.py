@@ -173,12 +173,9 @@ def _plain_ticks(axis: Any, digits: Sequence[int]) -> None:
 
 
 def candidate_figure(report: Report) -> str:
-    """Return metric and trade-off of the candidates by iteration; empty without two candidates.
-
-    Candidates that differ in shape have one size, and no figure.
-    """
+    """Return metric and trade-off of the candidates by iteration; empty without two candidates."""
     rows = [row for row in report["candidates"] if is_number(row["metric"])]
-    if len(rows) < 2 or any("shape" in row for row in rows):
+    if len(rows) < 2:
         return ""
 
     def drawing(key: str) -> Draw:

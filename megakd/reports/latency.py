@@ -14,17 +14,13 @@ import torch
 from transformers import PreTrainedModel
 
 from megakd.engine.memory import device_name
-from megakd.models.forwards import Graph, Timed, calls_of, milliseconds, sample_lengths
+from megakd.models.forwards import Graph, Timed, by_turns, calls_of, sample_lengths
 from megakd.models.loading import load_finished
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 logger = logging.getLogger(__name__)
-WARM_UP = 2
-LEAST_ROUNDS, MOST_ROUNDS, ENOUGH_MS, MOST_MS = 5, 9, 500.0, 20_000.0
-"""Timing ends after `ENOUGH_MS` over all models, before `LEAST_ROUNDS` only after `MOST_MS`."""
-
 Rounds = dict[int, dict[str, list[float]]]
 """Milliseconds of a forward by batch, model and round; the n-th of all models are of one round."""
 
@@ -42,10 +38,9 @@ def measure_latencies(
 
     The texts are as long as those of the data, whose `lengths` are in tokens; a batch is padded to
     its longest text. A causal LM computes the logits of the last position, as it does before it
-    generates. The order of the models rotates, because a forward depends on the caches that the
-    previous one filled. All models are in memory at once; those in a Hugging Face folder are
-    loaded, by default on the CPU and in their stored dtype. `graphs` are timed beside the models of
-    the same names, as NAME_onnx.
+    generates. All models are in memory at once; those in a Hugging Face folder are loaded, by
+    default on the CPU and in their stored dtype. `graphs` are timed beside the models of the same
+    names, as NAME_onnx.
     """
     with ExitStack() as stack:
         loaded = {
@@ -59,25 +54,11 @@ def measure_latencies(
             logger.info("timing %s: batches of %d", ", ".join(ready), batch)
             texts = sample_lengths(lengths, batch)
             calls = [calls_of(model, texts) for model in ready.values()]
-            times = [[ms / len(texts) for ms in one] for one in _rounds(calls)]
+            times = [[ms / len(texts) for ms in one] for one in by_turns(calls)]
             rounds[batch] = {
                 name: list(of_model) for name, *of_model in zip(ready, *times, strict=True)
             }
     return rounds
-
-
-def _rounds(calls: Sequence[Any]) -> list[list[float]]:
-    rounds: list[list[float]] = []
-    while len(rounds) < WARM_UP + MOST_ROUNDS:
-        times = [0.0] * len(calls)
-        for turn in range(len(calls)):
-            index = (turn + len(rounds)) % len(calls)
-            times[index] = milliseconds(calls[index])
-        rounds.append(times)
-        timed, spent = len(rounds) - WARM_UP, sum(map(sum, rounds))
-        if timed > 0 and spent > (MOST_MS if timed < LEAST_ROUNDS else ENOUGH_MS):
-            break
-    return rounds[WARM_UP:]
 
 
 def latency_report(

@@ -58,20 +58,6 @@ def read_report(path: Path) -> Report:
     return report
 
 
-def report_of_size(report: Report, name: str) -> Report:
-    """Return the report with one of the larger students of a run as the student.
-
-    The times are left out, which are of all sizes beside each other.
-    """
-    entries = {
-        f"{STUDENT}{key.removeprefix(name)}": value
-        for key, value in report.items()
-        if key.startswith(f"{name}.")
-    }
-    others = {key: v for key, v in report.items() if not key.startswith(f"{STUDENT}.")}
-    return {**others, **entries, "batches": []}
-
-
 def installed_versions() -> dict[str, str]:
     """Return the versions of megakd and of what its numbers depend on."""
     versions: dict[str, str] = {}

@@ -51,7 +51,6 @@ def tables(report: Report, *, labels: int) -> dict[str, Rows]:
     pruning, most = report["pruning"], PRUNING_ROWS if report["pruning"] else 0
     # Evenly spaced, with both ends.
     shown = dict.fromkeys(n * (len(pruning) - 1) // (most - 1) for n in range(most))
-    is_shaped = any("shape" in row for row in report["candidates"])
     # A teacher is ranked by its metric, negated if lower is better.
     metric = report["metric_name"]
     sign = -1 if lower_is_better(metric) else 1
@@ -68,15 +67,11 @@ def tables(report: Report, *, labels: int) -> dict[str, Rows]:
             *([name, *map("{:,}".format, row)] for name, row in zip(names, counts, strict=True)),
         ],
         "Evaluation sets": _set_rows(report),
-        "Sizes": _rows(
-            report["asked"], ("size", "name", ""), ("asked", "asked", ""),
-            ("measured", "measured", ""),
-        ),
         "Candidates": _rows(
             report["candidates"], ("iteration", "iteration", ""),
-            ("shape", "shape", "") if is_shaped else ("sparsity", "sparsity", "g"),
-            ("parameters", "parameters", short_count), ("metric", "metric", ".4f"),
-            ("trade-off", "tradeoff", ".4f"), ("chosen", "chosen", ""),
+            ("sparsity", "sparsity", "g"), ("parameters", "parameters", short_count),
+            ("metric", "metric", ".4f"), ("trade-off", "tradeoff", ".4f"),
+            ("chosen", "chosen", ""),
         ),
         "Who taught": _rows(
             report["pool"], ("taught by", "name", ""),
@@ -180,6 +175,8 @@ def notes(report: Report) -> list[str]:
     """Return the lines that explain the table of the models."""
     lower = [name for name in shown_metrics(report) if lower_is_better(name)]
     lines = [f"{', '.join(lower)}: lower is better"] if lower else []
+    if "asked.what" in report:
+        lines.append(f"the student was asked to have {_asked(report)}")
     agreement, trained = (report.get(f"{STUDENT}.{k}") for k in ("agreement", "trained_parameters"))
     if is_number(agreement):
         lines.append(f"student and teacher agree on {agreement:.1%} of the rows")
@@ -205,6 +202,21 @@ def notes(report: Report) -> list[str]:
             f"{short_count(report[f'{STUDENT}.parameters'])}"
         )
     return lines
+
+
+def _asked(report: Report) -> str:
+    """Return the size that the student was asked to have, and the size that it has."""
+    what, value = report["asked.what"], report["asked.value"]
+    if what == "parameters":
+        size = short_count(report[f"{STUDENT}.parameters"])
+        return f"{short_count(value)} weights, and has {size}"
+    if what == "flops":
+        mine, whole = (report[f"{one}.encoder_parameters"] for one in (STUDENT, TEACHER))
+        return f"{value:.1%} of the operations in the teacher's layers, and has {mine / whole:.1%}"
+    if not report["batches"]:
+        return f"a speed-up of {value:g}x"
+    size = speed_up(report, STUDENT, report["batches"][-1])
+    return f"a speed-up of {value:g}x at batch {report['batches'][-1]}, and has {size}"
 
 
 def confusions(report: Report) -> tuple[list[str], list[list[int]]]:

@@ -19,7 +19,7 @@ from megakd.models.model_folder import brings_code, needs_5
 from megakd.models.onnx import check_packages, write_onnx
 from megakd.models.own_models import current_files
 from megakd.reports.card import CardFacts, model_card
-from megakd.reports.report_file import GRAPH, read_report, report_of_size, write_report
+from megakd.reports.report_file import GRAPH, read_report, write_report
 from megakd.reports.table import result_table
 from megakd.run.holder import written_once
 from megakd.run.run_identity import CONFIG, RUN, asked_of, check_identity, read_record
@@ -38,8 +38,6 @@ from megakd.training.stage_folder import RESULT, files_beside_model, remake
 logger = logging.getLogger(__name__)
 REPORT = "report.json"
 FINAL = "final"
-SIZES = "sizes"
-"""Folder of the larger students of a run that makes several."""
 FINETUNE = "finetune.yaml"
 HEADER = """\
 # Fine-tunes the student of {out} on a task with labels. The task here is an example: give your own
@@ -63,13 +61,12 @@ def finished_table(config: RunConfig, facts: Fingerprint) -> str | None:
     if not is_finished or record is None or record.get("published") != asked_of(config):
         return None
     report = read_report(out / REPORT)
-    models = [out / FINAL, *(out / SIZES / name for name in report["sizes"])]
-    if not all(model.is_dir() for model in models):
+    final = out / FINAL
+    if not final.is_dir():
         return None
-    for model in models:
-        again = "start the same command again: it is copied again from its stage"
-        open_finished(model, remedy=f"remove {model} and {again}")
-    return result_table(report, final=out / FINAL)
+    again = "start the same command again: it is copied again from its stage"
+    open_finished(final, remedy=f"remove {final} and {again}")
+    return result_table(report, final=final)
 
 
 def publish(config: RunConfig, student: Path, report: Report, *, command: str) -> str:
@@ -80,8 +77,6 @@ def publish(config: RunConfig, student: Path, report: Report, *, command: str) -
     out = config.output_dir
     # A prolonged run has a report: a kill from here on leaves a run that is not finished.
     (out / REPORT).unlink(missing_ok=True)
-    for name in report["sizes"]:
-        _write_model(config, out / "stages" / name, out / SIZES / name, report, command)
     _write_model(config, student, out / FINAL, report, command)
     atomic.write_text(out / CONFIG, dump_config(config))
     published = {"student": student.name, "published": asked_of(config)}
@@ -93,8 +88,6 @@ def publish(config: RunConfig, student: Path, report: Report, *, command: str) -
 
 
 def _write_model(config: RunConfig, stage: Path, to: Path, report: Report, command: str) -> None:
-    if to.name in report["sizes"]:
-        report = report_of_size(report, to.name)
     remedy = remake(stage)
     there = open_finished(stage, remedy=remedy)
     changed = users_files(to)

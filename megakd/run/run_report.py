@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
 
-from megakd.contract.results import Report, SizedStudent
+from megakd.contract.results import Report
 from megakd.contract.stage import StageResult
 from megakd.contract.tasks import STUDENT, TEACHER
 from megakd.data.choosing import is_labelled
@@ -24,16 +23,15 @@ from megakd.engine.sharding import is_first_rank
 from megakd.errors import ModelError
 from megakd.inputs.inputs import vocabulary_report
 from megakd.inputs.precision import TORCH_DTYPE, scoring_dtype
+from megakd.models.forwards import batches_of
 from megakd.models.lora import adapter_parameters
 from megakd.models.model_folder import weight_bytes
 from megakd.models.onnx import MODEL, write_onnx
 from megakd.process.phases import phase, seconds
 from megakd.reports.derived_warnings import derived_warnings
 from megakd.reports.history import read_history
-from megakd.reports.quantities import short_count
 from megakd.reports.report_file import GRAPH, environment
 from megakd.reports.samples import samples_of
-from megakd.reports.table import speed_up
 from megakd.run.run_lab import RunLab
 from megakd.run.teacher_pool import Measured
 
@@ -45,8 +43,7 @@ GRAPHS = ".graphs"
 def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageResult]) -> Report:
     """Score the finished models, measure their latency, and return the report; a collective."""
     config, prepared, record = lab.config, lab.assembly.prepared, lab.record
-    sizes = {made.name: made.folder for made in record.sizes if made.name != STUDENT}
-    students = {**sizes, STUDENT: student.folder, **{n: b.folder for n, b in baselines.items()}}
+    students = {STUDENT: student.folder, **{n: b.folder for n, b in baselines.items()}}
     teachers = [*lab.pool.folders]
     assistants = {made.name: made.folder for made in record.assistants}
     with phase("scoring"):
@@ -63,10 +60,9 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
         "metric_name": prepared.metric.name,
         "metrics": [*measured[STUDENT].report["metrics"]],
         "evaluated_on": "test" if prepared.encoded.test is not None else "validation",
-        "models": [*teachers, *assistants, *sizes, STUDENT, *graph, *baselines],
+        "models": [*teachers, *assistants, STUDENT, *graph, *baselines],
         "teachers": teachers,
         "assistants": [*assistants],
-        "sizes": [*sizes],
         "baselines": [*baselines],
         **{f"{made.name}.sparsity": made.sparsity for made in record.assistants},
     }
@@ -76,8 +72,7 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
         report |= _entries(name, one, (students | assistants).get(name), theirs)
     report |= {} if graph_bytes is None else {f"{GRAPH}.bytes": graph_bytes}
     with phase("latency"), doing("measuring latency"):
-        device = timed_on(record.sizes, lab.assembly.ranks.device)
-        report |= on_main(lambda: _latency(lab, students, device, reference=reference))
+        report |= on_main(lambda: _latency(lab, students, reference=reference))
     if reference is not None:  # in a pool, `teacher` is the largest
         mine = [key for key in report if key.startswith(f"{reference}.")]
         report |= {f"{TEACHER}{key.removeprefix(reference)}": report[key] for key in mine}
@@ -101,7 +96,7 @@ def _course(lab: RunLab, report: Report) -> dict[str, Any]:
         "evaluation_sets": [*sets],
         **{f"{name}.rows": row_count(rows) for name, rows in sets.items()},
         "candidates": record.candidates,
-        "asked": [_asked_row(report, one) for one in record.sizes],
+        **{f"asked.{key}": value for key, value in (record.asked or {}).items()},
         "pool": [] if pool is None else [*pool["teachers"]],
         **({} if pool is None else {"pool.distribution": pool["distribution"]}),
         "pruning": record.pruning,
@@ -147,42 +142,8 @@ def _entries(
     return {f"{name}.{key}": value for key, value in entries.items()}
 
 
-def _asked_row(report: Report, one: SizedStudent) -> dict[str, Any]:
-    asked, name, value = one.asked, one.name, one.asked["value"]
-    if asked["what"] == "parameters":
-        text, result = f"{short_count(value)} weights", short_count(report[f"{name}.parameters"])
-    elif asked["what"] == "flops":
-        mine, whole = (report.get(f"{model}.encoder_parameters") for model in (name, TEACHER))
-        text = f"{value:.1%} of the layers"
-        result = f"{mine / whole:.1%}" if mine is not None and whole else "-"
-    else:
-        batch, is_onnx = asked.get("batch", 1), asked.get("runtime") == "onnx"
-        text = f"{value:g}x at batch {batch}{' (onnx)' * is_onnx}"
-        result = speed_up(report, name + "_onnx" * is_onnx, batch)
-    return {"name": name, "what": asked["what"], "value": value, "asked": text, "measured": result}
-
-
-def timed_on(sizes: Sequence[SizedStudent], device: torch.device) -> torch.device:
-    """Return the device of the speed-up that students were asked for, else that of the run."""
-    asked = next((one.asked["device"] for one in sizes if "device" in one.asked), device.type)
-    return device if asked == device.type else torch.device(asked)
-
-
-def timed_forwards(task: str, sizes: Sequence[SizedStudent]) -> tuple[tuple[int, ...], int | None]:
-    """Return the numbers of texts at a time, and of the tokens of each text (None: the data's).
-
-    They are those of the speed-ups that students were asked for, and 1 and 32; of a decoder 1.
-    """
-    asked = [one.asked for one in sizes if one.asked["what"] == "speedup"]
-    batches = [1] if task == "causal_lm" else [1, 32]
-    batches += [one["batch"] for one in asked if "batch" in one]
-    return tuple(dict.fromkeys(batches)), next((o["tokens"] for o in asked if "tokens" in o), None)
-
-
-def _latency(
-    lab: RunLab, students: Mapping[str, Path], device: torch.device, *, reference: str | None
-) -> dict[str, Any]:
-    config = lab.config
+def _latency(lab: RunLab, students: Mapping[str, Path], *, reference: str | None) -> dict[str, Any]:
+    config, device = lab.config, lab.assembly.ranks.device
     teachers = {name: folder for name, folder in lab.pool.folders.items() if folder}
     if not config.eval.latency or not teachers:
         return {"batches": []}
@@ -200,10 +161,10 @@ def _latency(
     from megakd.reports.latency import latency_report, measure_latencies
 
     try:
-        batches, tokens = timed_forwards(config.task.type, lab.record.sizes)
-        rows = lab.assembly.prepared.encoded.held_out
-        lengths = [tokens] if tokens else lengths_of_rows(rows).tolist()
-        dtype, graphs = scoring_dtype(config.train, device.type), _graphs(lab, models)
+        batches = batches_of(config.task.type)
+        lengths = lengths_of_rows(lab.assembly.prepared.encoded.held_out).tolist()
+        dtype, graph = scoring_dtype(config.train, device.type), config.output_dir / GRAPHS / MODEL
+        graphs = {STUDENT: graph} if graph.is_file() else {}
         rounds = measure_latencies(
             models, lengths, batches, graphs, device=device, dtype=TORCH_DTYPE[dtype]
         )
@@ -212,23 +173,6 @@ def _latency(
         # All stages are finished and the student is valid: a failed timing must not fail the run.
         logger.warning("latency could not be measured: %s", error)
         return {"batches": []}
-
-
-def _graphs(lab: RunLab, models: Mapping[str, Path]) -> dict[str, Path]:
-    """Return the student's graph, if it is there, and those of all if a size is a time in ONNX."""
-    folder = lab.config.output_dir / GRAPHS
-    graphs = {STUDENT: folder / MODEL} if (folder / MODEL).is_file() else {}
-    if any(one.asked.get("runtime") == "onnx" for one in lab.record.sizes):
-        for name in models.keys() - graphs.keys():
-            place = folder / name / MODEL
-            place.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                write_onnx(models[name], to=place)
-            except Exception as error:  # noqa: BLE001 - the code of a model may raise any error
-                logger.warning("%s is not timed in ONNX Runtime: %s", name, error)
-            else:
-                graphs[name] = place
-    return graphs
 
 
 def _graph_bytes(lab: RunLab, student: Path) -> int | None:

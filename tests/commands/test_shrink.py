@@ -49,7 +49,7 @@ def test_the_file_is_written_and_then_run(started):
     assert started == [Path("small")]
     started.clear()
 
-    assert cli.main([*WORDS, "train.learning_rate=3e-5", "method.repair_steps=40"]) == 0
+    assert cli.main([*WORDS, "train.learning_rate=3e-5", "train.max_steps=40"]) == 0
 
     config = load_config(LLAMA / FILE)
     command = "# Written by: megakd shrink org/Llama-1B --parameters 0.6B"
@@ -59,8 +59,8 @@ def test_the_file_is_written_and_then_run(started):
     assert config.teacher.model == "org/Llama-1B"
     assert config.student.model == "from_teacher"
     assert (config.task.type, config.task.dataset) == ("causal_lm", "text.txt")
-    assert (config.method.name, config.method.parameters) == ("shrink", (600_000_000,))
-    assert (config.method.repair_steps, config.train.learning_rate) == (40, 3e-5)
+    assert (config.method.name, config.method.parameters) == ("shrink", 600_000_000)
+    assert (config.train.max_steps, config.train.learning_rate) == (40, 3e-5)
 
 
 def test_the_example_has_the_settings_of_the_command(started):
@@ -68,9 +68,8 @@ def test_the_example_has_the_settings_of_the_command(started):
     cli.main([*WORDS])
     ours, example = load_config(LLAMA / FILE), load_config(EXAMPLE)
 
-    method = {"repair_steps": example.method.repair_steps, "on_policy_steps": 100}
-    assert replace(ours.method, parameters=(400_000_000,), **method) == example.method
-    train = {"gradient_checkpointing": True}
+    assert replace(ours.method, parameters=400_000_000) == example.method
+    train = {"gradient_checkpointing": True, "max_steps": example.train.max_steps}
     assert replace(ours.train, **train) == example.train
     assert (ours.eval, ours.student) == (example.eval, example.student)
     assert ours.task.max_eval_examples == example.task.max_eval_examples
@@ -85,16 +84,13 @@ def test_an_encoder_becomes_a_classifier_that_is_fine_tuned_if_it_is_none(
 ):
     write_model(architectures=[architecture], hidden_size=384)
 
-    cli.main([*FASTER, "--at", "batch=1,tokens=64", "--runtime", "onnx"])
+    cli.main([*FASTER])
 
     config = load_config(Path("runs/model-8x") / FILE)
     assert started == [Path("runs/model-8x")]
     assert (config.task.type, config.task.dataset) == ("classification", "texts.csv")
     assert (config.teacher.cache, config.student.dropout) == ("auto", 0.0)
-    assert (config.method.speedup, config.train.learning_rate) == ((8.0,), 5e-4)
-    timing = config.method.timing
-    assert (timing.batch, timing.tokens, timing.runtime) == (1, 64, "onnx")
-    assert config.save.onnx
+    assert (config.method.speedup, config.train.learning_rate) == (8.0, 5e-4)
     cli.main([*FASTER, "objective=[{loss: soft_target_kl}, {loss: hidden_mse}]"])
     assert load_config(Path("runs/model-8x") / FILE).teacher.cache is None
     given = config.teacher.finetune
@@ -159,29 +155,21 @@ def test_a_finished_run_keeps_its_file_whose_comment_has_all_lines_of_the_comman
     assert "holds a finished run of other settings" in capsys.readouterr().err
 
 
-def test_a_plan_is_not_made_for_the_device_that_is_timed(started, monkeypatch):
+def test_a_plan_is_printed_without_a_file(started, monkeypatch):
     planned = []
-    monkeypatch.setattr(shrink, "print_plan", lambda config, given: planned.append(given.device))
+    monkeypatch.setattr(shrink, "print_plan", lambda config, _: planned.append(config.output_dir))
 
-    assert cli.main([*FASTER, "--device", "cuda", "--plan"]) == 0
+    assert cli.main([*FASTER, "--plan"]) == 0
 
-    assert planned == [None]
+    assert planned == [Path("runs/model-8x")]
+    assert not Path("runs").exists()
     assert started == []
 
 
-def test_the_size_may_be_a_share(started):
-    words = ("shrink", "model", "--data", "text.txt", "method.target_sparsity=0.4")
-    assert cli.main(words) == 0
-    assert load_config(Path("runs/model-smaller") / FILE).method.target_sparsity == 0.4
+def test_the_size_may_be_an_override(started):
+    assert cli.main(["shrink", "model", "--data", "text.txt", "method.flops=40%"]) == 0
+    assert load_config(Path("runs/model-smaller") / FILE).method.flops == 0.4
     assert started
-
-
-def test_several_sizes_learn_in_one_run(started):
-    assert cli.main([*FASTER[:-1], "2x,4x,8x"]) == 0
-
-    (folder,) = started
-    assert folder == Path("runs/model-2x-4x-8x")
-    assert load_config(folder / FILE).method.speedup == (2.0, 4.0, 8.0)
 
 
 def test_several_ranks_are_started_by_the_launcher(started, capsys):
@@ -196,7 +184,7 @@ def test_several_ranks_are_started_by_the_launcher(started, capsys):
 
 def test_the_config_can_be_printed_without_writing_it(started, capsys):
     assert cli.main([*WORDS, "--print-config"]) == 0
-    assert "parameters:\n  - 600000000" in capsys.readouterr().out
+    assert "parameters: 600000000" in capsys.readouterr().out
     assert not Path("runs").exists()
     assert started == []
 
@@ -209,17 +197,11 @@ def test_the_config_can_be_printed_without_writing_it(started, capsys):
         (["shrink", "model", "--data", "f"], "the size of the student is missing"),
         (["shrink", "model", "--parameters", "1B"], "the rows to learn from are missing"),
         ([*WORDS, "--speedup", "8x"], "not allowed with argument --parameters"),
-        ([*WORDS, "--at", "batch=1"], "--at says what --speedup times"),
-        ([*FASTER, "--at", "rows=1"], "--at takes batch=B,tokens=T"),
-        ([*FASTER, "--at", "tokens=few"], "method.timing.tokens"),
         (["shrink", "model", "--data", "f", "--speedup", "fast"], "must be a number such as 8x"),
         ([*WORDS, "--ranks", "0"], "--ranks must be at least 1"),
         ([*WORDS, "train.max_stepz=3"], 'override "train.max_stepz=3"'),
-        ([*FASTER[:-1], "8x,2x"], "method.speedup: the largest model comes first"),
+        ([*FASTER[:-1], "8x,2x"], "must be a number such as 8x or 8"),
         ([*WORDS, "--parameters", "much"], "must be a number of weights such as 0.6B"),
-        ([*WORDS, "method.metric=accuracy"], "method.metric: accuracy compares candidates"),
-        ([*WORDS, "method.timing.batch=1"], "method.timing: only method.speedup times forwards"),
-        ([*FASTER, "--device", "cuda", "--runtime", "onnx"], "onnx is timed on the CPU"),
     ],
 )
 def test_bad_options_write_nothing(started, capsys, words, message):

@@ -233,19 +233,7 @@ ROLLOUT = [
         "teacher.model=student_base; student.lora={}",
         "teacher is the student without",
     ),
-    (
-        "by: teacher",
-        "student.model=from_teacher; method={name: shrink, parameters: 1M, assistant: auto_2.5, "
-        "on_policy_steps: 2}",
-        "rollout.by: teacher is not loaded beside the last assistant",
-    ),
     ("by: student", f"student.model=from_teacher; {CUT}", 'rollout: method "minidisc" do'),
-    (
-        "by: student",
-        "student.model=from_teacher; objective.0.on=rollouts; method={name: shrink, parameters: "
-        "1M, on_policy_steps: 2}",
-        "objective: no term learns from data",
-    ),
     ("by: student", "task.streaming=true; train.max_steps=3", "rollout: cannot be combined with t"),
     (
         f"server: {{{URL}, {PUSH}}}",
@@ -360,8 +348,8 @@ def test_settings_that_cannot_be_or_contradict_each_other_are_refused(run_file, 
             f"{TEXT}; rollout={{max_new_tokens: 4, {source}}}; {HARD}"
             for source in ("by: teacher", "mix: {data: 1}")
         ),
-        f"{TEXT}; student.model=from_teacher; method={{name: shrink, parameters: 1M, "
-        f"on_policy_steps: 2}}; rollout={{max_new_tokens: 4}}; {HARD_ON_DATA}",
+        f"{TEXT}; student.model=from_teacher; method={{name: shrink, parameters: 1M}}; "
+        f"rollout={{max_new_tokens: 4, from_step: 3}}; {HARD_ON_DATA}",
     ],
 )
 def test_settings_near_those_refusals_are_accepted(run_file, overrides):

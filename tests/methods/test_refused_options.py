@@ -131,20 +131,10 @@ REFUSED = {
         (STREAM, "task.streaming: not supported by method routed"),
     ],
     "shrink": [
-        ("method.target_sparsity=0.5", "exactly one of parameters"),
         ("method.parameters=null", "exactly one of parameters"),
-        ("method.trial_steps=5", "there is one candidate"),
-        ("method.trial_steps=5; method.candidates=[0.5]", "there is one candidate"),
-        ("method.on_policy_steps=5", "the section rollout is missing"),
-        ("rollout={max_new_tokens: 4}", "the section rollout is set"),
-        (
-            f"{ROLLOUT}; method.on_policy_steps=5; method.repair_steps=4",
-            "rollout.from_step: 3 is not method.repair_steps (4)",
-        ),
+        ("method.target_sparsity=0.5", "shrink cuts to parameters, flops or speedup"),
+        ("method.candidates=6", "gone; shrink keeps the fewest layers, remove the key"),
         ("objective=[{loss: relation_kl}]", "attention cannot be compared"),
-        (f"{REVERSE_KL}; method.candidates=2", "which the objective lacks"),
-        (f"{REVERSE_KL}; method.parameters=[30, 20]", "which the objective lacks"),
-        ("method.parameters=[1000000001, 1B]", "and sizes differ"),
         ("student.model=bert-base", 'method "shrink" cuts the student out'),
         ("method.flops=0.5", "set exactly one of parameters"),
         *(

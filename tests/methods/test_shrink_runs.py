@@ -3,40 +3,65 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_runs import llama, run_in, write_text
-from transformers import AutoModelForCausalLM, GenerationConfig
-from whole_run import finish, read, records, same_weights, weights
+from tiny_runs import (
+    bert,
+    llama,
+    review_task,
+    run_in,
+    write_jsonl,
+    write_scored_pairs,
+    write_text,
+)
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+)
+from whole_run import finish, finish_in, read, records, same_weights, weights
 
-KL = "soft_target_kl"
-
-SHAPE = {"target_sparsity": 0.5, "candidates": 3, "round_to": 4}
-STEPS = {"trial_steps": 3, "repair_steps": 3, "on_policy_steps": 2}
-METHOD = {"name": "shrink", **SHAPE, **STEPS}
-ROLLOUT = {"max_new_tokens": 4, "prompt_tokens": 4}
+REPAIR, STEPS = 3, 5
+ROLLOUT = {"max_new_tokens": 4, "prompt_tokens": 4, "from_step": REPAIR}
 TEACHER = llama(
     4, 32, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, vocab_size=320
 )
+ENCODER = bert(4, width=32, num_attention_heads=4, intermediate_size=64)
+STUDENT = {"model": "from_teacher", "dropout": 0.0}
 
 
-def shrinking(folder: Path, **sections: Any) -> Path:
-    """A run config of a teacher that is trained for a few steps."""
+def shrinking(folder: Path, *, parameters: str | int = "24K", **sections: Any) -> Path:
+    """A run config of a decoder whose teacher is trained for a few steps."""
     folder.mkdir(parents=True, exist_ok=True)
     text = write_text(folder / "text.txt", documents=80)
-    method = {**METHOD, **sections.pop("method", {})}
     return run_in(
         folder,
         {"type": "causal_lm", "dataset": str(text)},
-        teacher={"model": TEACHER, "finetune": {"max_steps": 8}},
-        method=method,
-        save={"save_steps": 1},
-        **({"rollout": ROLLOUT} if method["on_policy_steps"] else {}),
-        student={"model": "from_teacher"},
-        **sections,
+        **{
+            "teacher": {"model": TEACHER, "finetune": {"max_steps": 8}},
+            "method": {"name": "shrink", "parameters": parameters, "round_to": 4},
+            "save": {"save_steps": 1},
+            "train": {"max_steps": STEPS},
+            "rollout": ROLLOUT,
+            "student": {"model": "from_teacher"},
+            **sections,
+        },
+    )
+
+
+def shrinking_encoder(folder: Path, **method: Any) -> Path:
+    """A run config of a classifier that is fine-tuned for a few steps."""
+    return run_in(
+        folder,
+        review_task(folder),
+        teacher={"model": ENCODER, "finetune": {"max_steps": 8}, "cache": "auto"},
+        method={"name": "shrink", "round_to": 4, **method},
+        student=STUDENT,
+        train={"max_steps": 4},
     )
 
 
@@ -55,7 +80,8 @@ def test_the_student_opens_as_a_stock_model_of_the_wanted_size(shrunk):
     size = sum(weight.numel() for weight in model.parameters())
     assert type(model).__name__ == "LlamaForCausalLM"
     assert size == report["student.parameters"]
-    assert size == pytest.approx(0.5 * report["teacher.parameters"], rel=0.03)
+    assert size == pytest.approx(24_000, rel=0.03)
+    assert (report["asked.what"], report["asked.value"]) == ("parameters", 24_000)
 
 
 def test_a_student_generates_with_the_settings_of_its_teacher(one_rank, shrunk, tmp_path):
@@ -64,47 +90,29 @@ def test_a_student_generates_with_the_settings_of_its_teacher(one_rank, shrunk, 
     settings = {"do_sample": True, "temperature": 0.6, "top_k": 20, "repetition_penalty": 1.1}
     eos = GenerationConfig.from_pretrained(teacher).eos_token_id
     GenerationConfig(**settings, eos_token_id=[9, eos]).save_pretrained(teacher)
-    steps = {"trial_steps": 1, "repair_steps": 1, "on_policy_steps": 0}
+    config = shrinking(
+        tmp_path, teacher={"model": str(teacher)}, train={"max_steps": 1}, rollout=None
+    )
 
-    of_file = (f"teacher.model={teacher}", "teacher.finetune=null")
-    finish(one_rank, shrinking(tmp_path, method=steps), *of_file)
+    finish(one_rank, config)
 
-    for folder in ("stages/specification", "stages/trial-1", "final"):
-        kept = GenerationConfig.from_pretrained(tmp_path / "out" / folder)
-        assert {key: getattr(kept, key) for key in settings} == settings
-        assert kept.eos_token_id == [9, eos]
-
-
-def test_candidates_of_one_size_go_from_width_to_depth_and_the_lowest_divergence_wins(shrunk):
-    rows = read(shrunk)["candidates"]
-    trial = json.loads((shrunk / "stages" / "trial-1" / "result.json").read_text())
-    (best,) = [row for row in rows if row["chosen"]]
-
-    sizes = [row["parameters"] for row in rows]
-    assert len(rows) == 3
-    assert max(sizes) <= 1.03 / 0.97 * min(sizes)
-    assert best["metric"] == min(row["metric"] for row in rows)
-    scores = {view: scored[KL] for view, scored in trial["scores"].items()}
-    assert scores[trial["view"]] == trial["metrics"][KL] == min(scores.values())
-    depths = [int(row["shape"].split()[0]) for row in rows]
-    assert depths == sorted(depths, reverse=True)
-    final = json.loads((shrunk / "final" / "config.json").read_text())
-    assert f"{final['num_hidden_layers']} layers" in best["shape"]
-    assert f"{final['intermediate_size']} neurons" in best["shape"]
+    for folder in ("stages/specification", "stages/cut", "final"):
+        stored = GenerationConfig.from_pretrained(tmp_path / "out" / folder)
+        assert {key: getattr(stored, key) for key in settings} == settings
+        assert stored.eos_token_id == [9, eos]
 
 
-def test_repair_and_on_policy_are_one_stage_with_one_schedule(shrunk):
+def test_repair_and_generated_texts_are_one_stage_with_one_schedule(shrunk):
     logged = [r for r in records(shrunk, "student") if "train/loss" in r]
     by_step = {r["step"]: r for r in logged}
 
-    report = read(shrunk)
-    (stage,) = [s for s in report["stages"] if s["name"] == "student"]
-    assert stage["steps"] == 5
+    (stage,) = [s for s in read(shrunk)["stages"] if s["name"] == "student"]
+    assert stage["steps"] == STEPS
     rates = [by_step[step]["train/learning_rate"] for step in sorted(by_step)]
     assert rates == sorted(rates, reverse=True)
     texts = [step for step, r in by_step.items() if any("rollout" in key for key in r)]
     assert texts
-    assert min(texts) > METHOD["repair_steps"]
+    assert min(texts) > REPAIR
 
 
 def test_the_random_baseline_has_the_shape_and_the_steps_of_the_student(shrunk):
@@ -115,42 +123,23 @@ def test_the_random_baseline_has_the_shape_and_the_steps_of_the_student(shrunk):
     )
 
     assert student == random
-    assert steps["random"] == steps["trial-1"] + steps["student"]
+    assert steps["random"] == steps["student"]
 
 
-def test_a_run_stopped_in_the_trial_and_the_repair_ends_with_the_same_weights(
-    one_rank, shrunk, tmp_path
-):
+def test_a_run_stopped_in_the_repair_ends_with_the_same_weights(one_rank, shrunk, tmp_path):
     config = shrinking(tmp_path)
 
-    for stop in (("trial-1", 2), ("student", 1), ("student", 4)):
+    for stop in (("student", 1), ("student", 4)):
         assert one_rank.train("--config", config, stop_at=stop).code != 0
     finish(one_rank, config)
 
     assert same_weights(tmp_path / "out" / "final", shrunk / "final")
 
 
-@pytest.mark.slow
-def test_an_assistant_is_cut_and_repaired_before_the_student(one_rank, tmp_path):
-    config = shrinking(
-        tmp_path, method={"target_sparsity": 0.62, "assistant": "auto_2.5", "on_policy_steps": 0}
-    )
-
-    finish(one_rank, config)
-
-    report = read(tmp_path / "out")
-    trained = [stage["name"] for stage in report["stages"] if stage["steps"]]
-    assert trained == ["teacher-finetune", "trial-1", "assistant-1", "trial-2", "student"]
-    sizes = [report[f"{model}.parameters"] for model in ("teacher", "student")]
-    middle = report["assistant-1.parameters"]
-    assert sizes[0] > middle > sizes[1]
-    assert middle**2 == pytest.approx(sizes[0] * sizes[1], rel=0.1)
-
-
-def test_the_plan_has_the_trial_and_the_student(one_rank, shrunk):
+def test_the_plan_has_the_measured_layers_and_the_student(one_rank, shrunk):
     page = one_rank.megakd("plan", shrunk.parent / "run.yaml", "--tflops", "0.0001", code=0)
 
-    assert "trial-1" in page.out
+    assert "student" in page.out
     assert "layers: 40 forwards of a rank" in page.out
 
 
@@ -159,7 +148,7 @@ def test_the_command_writes_its_config_runs_it_and_the_config_can_be_planned(
 ):
     teacher, out = shrunk / "stages" / "teacher-finetune", tmp_path / "out"
     words = ["shrink", teacher, "--data", shrunk.parent / "text.txt", "--output_dir", out]
-    train = ["train.per_device_train_batch_size=4", "method.repair_steps=2"]
+    train = ["train.per_device_train_batch_size=4", "train.max_steps=2"]
     words += ["--parameters", "24K", "task.max_length=16", "method.round_to=4", *train]
 
     one_rank.megakd(*words, code=0)
@@ -170,3 +159,91 @@ def test_the_command_writes_its_config_runs_it_and_the_config_can_be_planned(
     assert "student" in planned.out
     again = one_rank.megakd(*words)
     assert (again.code, again.loaded) == (0, ()), again.err
+
+
+@pytest.mark.parametrize(("flops", "intermediate_size"), [(0.5, 64), (0.4, 40)])
+def test_the_fewest_layers_of_a_classifier_are_cut_out_and_repaired(
+    one_rank, tmp_path, flops, intermediate_size
+):
+    finish(one_rank, shrinking_encoder(tmp_path, flops=flops))
+
+    report = read(tmp_path / "out")
+    trained = [one["name"] for one in report["stages"] if one["steps"]]
+    assert trained == ["teacher-finetune", "student"]
+    assert (report["asked.what"], report["asked.value"]) == ("flops", flops)
+    config = json.loads((tmp_path / "out/final/config.json").read_text())
+    assert config["intermediate_size"] == intermediate_size
+    # Whole layers need no importance of their units.
+    measured = {one["name"] for one in report["stages"]} - {*trained}
+    assert ("specification" in measured) == (intermediate_size < 64)
+    assert "layers" in measured
+    # The student has no dropout; its teacher answers once, as it is.
+    teacher = json.loads((tmp_path / "out/stages/teacher-finetune/config.json").read_text())
+    assert config["hidden_dropout_prob"] == config["attention_probs_dropout_prob"] == 0.0
+    assert teacher["hidden_dropout_prob"] == 0.1
+    assert (tmp_path / "out/stages/teacher-answers").is_dir()
+
+
+@pytest.mark.parametrize("kind", ["regression", "mlm"])
+def test_other_tasks_of_encoders_are_shrunk_as_classifiers_are(one_rank, tmp_path, kind):
+    texts = {
+        "regression": lambda: {
+            "dataset": str(write_scored_pairs(tmp_path / "pairs")),
+            "text_columns": ["first", "second"],
+            "label_column": "similarity",
+        },
+        "mlm": lambda: {
+            "dataset": str(write_text(tmp_path / "text.txt")),
+            "tokenizer": {"type": "wordpiece", "vocab_size": 300},
+        },
+    }
+    teacher = {"model": ENCODER, "finetune": {"max_steps": 8}}
+    teacher |= {"cache": "auto"} if kind == "regression" else {}
+    method = {"name": "shrink", "flops": "45%", "round_to": 4}
+    task = {"type": kind, **texts[kind]()}
+
+    finish_in(one_rank, tmp_path, task, teacher=teacher, student=STUDENT, method=method)
+
+    report = read(tmp_path / "out")
+    parts = {one: report[f"{one}.encoder_parameters"] for one in ("student", "teacher")}
+    assert parts["student"] == pytest.approx(0.45 * parts["teacher"], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ({"flops": "0.1%"}, r"no model with 0\.1% of the layers' operations .*the nearest"),
+        ({"parameters": "1B"}, "give a smaller size"),
+    ],
+)
+def test_a_budget_that_cannot_be_met_is_refused_before_anything_is_loaded(
+    one_rank, tmp_path, method, message
+):
+    outcome = one_rank.train("--config", shrinking_encoder(tmp_path, **method), code=2)
+
+    assert re.search(message, outcome.err)
+    assert outcome.loaded == ()
+
+
+def test_a_speed_up_is_timed_before_the_teacher_learns(one_rank, tmp_path):
+    # A seventh of the weights of the layers takes more than a seventh of the time.
+    outcome = one_rank.train("--config", shrinking_encoder(tmp_path, speedup=7), code=2)
+
+    assert "no model with a speed-up of 7.00x" in outcome.err
+    assert "the nearest possible sizes are a speed-up of" in outcome.err
+    stages = {folder.name for folder in (tmp_path / "out" / "stages").glob("*")}
+    assert "times" in stages
+    assert all(name.startswith("times") for name in stages)
+
+
+def test_weights_are_counted_with_the_head_that_the_labels_of_the_data_need(one_rank, tmp_path):
+    """The head of the model is for two labels, and the data have sixty."""
+    rows = [{"text": f"word {n % 60} and {n}", "label": f"class {n % 60}"} for n in range(240)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    config = shrinking_encoder(tmp_path, parameters="28K")
+
+    finish(one_rank, config, f"task.dataset={path}", "teacher.finetune.max_steps=1")
+
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "final")
+    assert model.config.num_labels == 60
+    assert model.num_parameters() == pytest.approx(28_000, rel=0.03)

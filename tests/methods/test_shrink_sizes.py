@@ -1,12 +1,12 @@
-"""The shapes that shrink can cut out of a model: sizes, candidates, hops and messages."""
+"""The shapes that shrink can cut out of a model: sizes, times and messages."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
-from itertools import pairwise
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,23 +15,19 @@ from hypothesis import strategies as st
 from tiny_runs import config_tree, llama
 
 from megakd.config.file import config_of
-from megakd.contract.metric import Metric
-from megakd.contract.terms import SoftTargetKl
 from megakd.contract.views import View
 from megakd.errors import ConfigError
-from megakd.methods.shrink import LARGEST_HOP, budgets, hops, narrower
-from megakd.methods.shrink.candidates import (
+from megakd.methods.shrink import (
+    SPEED_TOLERANCE,
     TOLERANCE,
     Budget,
-    Candidate,
-    Cuts,
-    Family,
-    candidates_of,
-    cuts_of,
+    Shape,
+    Shapes,
+    fewest_layers,
+    fitting,
+    shapes_of,
+    timed,
 )
-from megakd.methods.shrink.stages import BestCandidate, judging_name
-
-KL = "soft_target_kl"
 
 # Qwen3-8B: 36 layers, 8 key-value groups of 4 query heads of 128, 12288 neurons, width 4096.
 WIDTH, VOCABULARY = 4096, 151936
@@ -39,36 +35,33 @@ HEAD, NEURON, LAYER = (2 * 4 + 2) * 128 * WIDTH, 3 * WIDTH, 2 * WIDTH + 2 * 128
 OUTSIDE = 2 * VOCABULARY * WIDTH + WIDTH
 
 
-def counted(view: View) -> int:
-    layers = zip(view.heads, view.neurons, strict=True)
-    units = sum(heads * HEAD + neurons * NEURON for heads, neurons in layers)
-    kept = len(view.heads) if view.layers is None else len(view.layers)
-    return OUTSIDE + kept * LAYER + units
+def counted(shape: Shape) -> int:
+    return OUTSIDE + shape.layers * (LAYER + shape.heads * HEAD + shape.neurons * NEURON)
 
 
-def cuts(
-    layers: int = 36, heads: int = 8, neurons: int = 12288, round_to: int | None = None
-) -> Cuts:
-    return cuts_of(family(layers, heads, neurons, round_to=round_to), counted)
-
-
-def family(
+def shapes(
     layers: int = 36,
     heads: int = 8,
     neurons: int = 12288,
+    round_to: int | None = None,
     *,
     is_stock: Callable[[View], bool] = lambda _: True,
-    round_to: int | None = None,
-) -> Family:
-    return Family(View((heads,) * layers, (neurons,) * layers), layers, is_stock, round_to)
+    size: Callable[[Shape], float] = counted,
+) -> Shapes:
+    model = SimpleNamespace(depth=layers, units=View((heads,) * layers, (neurons,) * layers))
+    pruning = SimpleNamespace(has_stock_config=lambda _, view: is_stock(view))
+    lab: Any = SimpleNamespace(pruning=pruning)
+    config: Any = SimpleNamespace(round_to=round_to)
+    result = shapes_of(config, lab, model)
+    return replace(result, sizes=tuple(map(size, result.corners)))
 
 
-def budget(target: int) -> Budget:
-    return Budget("method.parameters", target, TOLERANCE, lambda size: f"{size:,.0f} weights")
+def budget(target: float) -> Budget:
+    return Budget("method.parameters", target, TOLERANCE, "{:,.0f} weights".format)
 
 
-def chosen(possible: Cuts, target: int, wanted: Any) -> list[Candidate]:
-    return candidates_of([possible], budget(target), wanted)
+def chosen(possible: Shapes, target: float) -> Shape:
+    return fewest_layers(possible, budget(target))
 
 
 def config(**method: Any) -> Any:
@@ -76,8 +69,7 @@ def config(**method: Any) -> Any:
         Path("out"),
         {"type": "causal_lm", "dataset": "anything"},
         teacher={"model": llama(2)},
-        method={"name": "shrink", "parameters": "4B", **method.pop("method", {})},
-        **method,
+        method={"name": "shrink", **method},
     )
     return config_of({**tree, "student": {"model": "from_teacher"}})
 
@@ -87,47 +79,33 @@ def config(**method: Any) -> Any:
     [("0.6B", 600_000_000), ("600M", 600_000_000), ("12k", 12_000), (7, 7), ("33.2K", 33_200)],
 )
 def test_a_size_is_read_as_people_write_it(text, number):
-    assert config(method={"parameters": text}).method.parameters == (number,)
+    assert config(parameters=text).method.parameters == number
+
+
+def test_shares_and_speed_ups_are_read_as_people_write_them():
+    assert config(flops="12%").method.flops == config(flops=0.12).method.flops == 0.12
+    assert config(speedup="8x").method.speedup == config(speedup=8).method.speedup == 8.0
 
 
 def test_the_sizes_of_shapes_are_those_of_an_8b_model():
-    result = cuts()
+    possible = shapes()
 
-    assert (result.outside, result.layer) == (OUTSIDE, LAYER)
-    assert (result.head, result.neuron) == (HEAD, NEURON)
-    assert result.whole == Candidate(36, 8, 12288, 8_190_735_360)
-
-
-def test_candidates_go_from_width_alone_to_depth_alone():
-    first, *_, last = chosen(cuts(), 4_000_000_000, 6)
-
-    assert first.layers == 36
-    assert (first.heads, first.neurons) != (8, 12288)
-    # One layer less could not hold the weights, so that the widths are nearly the teacher's.
-    assert last.layers == min(
-        n for n in range(1, 37) if cuts().with_layers(4 * 10**9, n, tolerance=TOLERANCE)
-    )
-    assert last.heads == 8
-    assert last.neurons > 0.85 * 12288
+    assert possible.size(possible.corners[0]) == 8_190_735_360
+    for shape in (Shape(36, 8, 64), Shape(1, 1, 12288), Shape(17, 5, 6400)):
+        assert possible.size(shape) == pytest.approx(counted(shape), rel=1e-9)
 
 
-def test_one_candidate_has_the_fewest_layers_and_they_are_whole_where_that_is_the_size():
-    whole = cuts().candidate(15, 8, 12288)
+def test_the_layers_are_the_fewest_and_whole_where_that_is_the_size():
+    whole = Shape(15, 8, 12288)
 
     for share in (0.98, 1.0, 1.02):
-        assert chosen(cuts(), round(share * whole.size), 1) == [whole]
-    possible = cuts(layers=6)
-    target = round(
-        (possible.candidate(2, 8, 12288).size + possible.candidate(3, 8, 12288).size) / 2
-    )
-    (narrower,) = chosen(possible, target, 1)
+        assert chosen(shapes(), share * counted(whole)) == whole
+    few = shapes(layers=6)
+    between = (counted(Shape(2, 8, 12288)) + counted(Shape(3, 8, 12288))) / 2
+    narrower = chosen(few, between)
     assert narrower.layers == 3
     assert (narrower.heads, narrower.neurons) < (8, 12288)
-
-
-def test_heads_and_neurons_shrink_by_about_the_same_share():
-    for one in chosen(cuts(), 5_000_000_000, 6):
-        assert one.heads / 8 == pytest.approx(one.neurons / 12288, abs=0.13)
+    assert narrower.heads / 8 == pytest.approx(narrower.neurons / 12288, abs=0.13)
 
 
 @given(
@@ -135,49 +113,45 @@ def test_heads_and_neurons_shrink_by_about_the_same_share():
     heads=st.integers(1, 8),
     neurons=st.integers(1, 300),
     share=st.floats(0.05, 0.99),
-    wanted=st.integers(1, 8),
 )
-def test_a_size_has_candidates_or_the_message_names_the_nearest_sizes(
-    layers, heads, neurons, share, wanted
-):
-    possible = cuts(layers, heads, neurons)
-    target = round(share * possible.whole.size)
-    if not any(
-        possible.with_layers(target, depth, tolerance=TOLERANCE) for depth in range(1, layers + 1)
-    ):
+def test_a_shape_has_the_size_or_the_message_names_the_nearest_sizes(layers, heads, neurons, share):
+    possible = shapes(layers, heads, neurons)
+    target = share * counted(possible.corners[0])
+
+    def fits(shape: Shape) -> bool:
+        return abs(counted(shape) - target) <= 0.999 * TOLERANCE * target
+
+    every = (
+        Shape(depth, count, number)
+        for depth in range(1, layers + 1)
+        for count in possible.heads
+        for number in possible.neurons
+    )
+    fewest = next(filter(fits, every), None)
+
+    if fitting(possible, budget(target)) is None:
+        assert fewest is None
         with pytest.raises(ConfigError, match="nearest possible sizes are"):
-            chosen(possible, target, wanted)
+            chosen(possible, target)
         return
-
-    actual = chosen(possible, target, wanted)
-
-    assert 1 <= len(actual) <= wanted
-    assert len({one.name for one in actual}) == len(actual)
-    assert all(abs(one.size - target) <= TOLERANCE * target for one in actual)
-    assert all(one == possible.candidate(*one[:3]) for one in actual)
-    depths = [one.layers for one in actual]
-    assert depths == sorted(depths, reverse=True)
+    actual = chosen(possible, target)
+    assert abs(counted(actual) - target) <= 1.001 * TOLERANCE * target
+    is_whole = actual[1:] == possible.corners[0][1:]
+    assert is_whole or fewest is None or actual.layers <= fewest.layers
 
 
 def test_the_nearest_sizes_can_be_cut():
-    possible = cuts(layers=2, heads=1, neurons=640)
+    possible = shapes(layers=2, heads=1, neurons=640)
     with pytest.raises(ConfigError, match="1 layers, 1 key-value groups, 64 neurons") as error:
-        chosen(possible, possible.outside // 2, 6)
+        chosen(possible, OUTSIDE // 2)
 
     (size,) = re.findall(r"nearest possible sizes are ([\d,]+) ", str(error.value))
-    assert chosen(possible, int(size.replace(",", "")), 1)
+    assert chosen(possible, int(size.replace(",", "")))
 
 
-@pytest.mark.parametrize(
-    ("target", "wanted", "message"),
-    [
-        (9_000_000_000, 6, r"the teacher has 8,190,735,360 weights; give a smaller"),
-        (5_000_000_000, (0.25,), r"method\.candidates: no model .* has 9 of the teacher's 36"),
-    ],
-)
-def test_a_size_or_a_share_of_layers_that_cannot_be_cut_is_refused(target, wanted, message):
-    with pytest.raises(ConfigError, match=message):
-        chosen(cuts(), target, wanted)
+def test_a_size_of_the_teacher_or_above_is_refused():
+    with pytest.raises(ConfigError, match=r"the teacher has 8,190,735,360 weights; give a smaller"):
+        chosen(shapes(), 9_000_000_000)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +159,7 @@ def test_a_size_or_a_share_of_layers_that_cannot_be_cut_is_refused(target, wante
     [(172, None, 4), (11008, None, 64), (255, None, 1), (172, 50, 50)],
 )
 def test_neurons_stay_on_a_grid_that_divides_the_teachers(neurons, round_to, grid):
-    result = cuts(neurons=neurons, round_to=round_to).neurons
+    result = shapes(neurons=neurons, round_to=round_to).neurons
 
     assert result[0] == grid
     assert all(count % grid == 0 for count in result[:-1])
@@ -194,62 +168,86 @@ def test_neurons_stay_on_a_grid_that_divides_the_teachers(neurons, round_to, gri
 
 def test_a_grid_larger_than_the_teacher_and_layers_that_differ_are_refused():
     with pytest.raises(ConfigError, match=r"method\.round_to: 256 is larger than 172"):
-        cuts(neurons=172, round_to=256)
+        shapes(neurons=172, round_to=256)
+    model: Any = SimpleNamespace(depth=2, units=View((2, 1), (8, 8)))
     with pytest.raises(ConfigError, match="all have the same numbers"):
-        cuts_of(Family(View((2, 1), (8, 8)), 2, lambda _: True, None), counted)
+        shapes_of(config(parameters=7).method, model, model)
 
 
-def test_heads_that_no_stock_config_describes_are_no_candidates():
-    result = cuts_of(family(is_stock=lambda view: view.heads[0] in (4, 8)), counted)
-
-    assert result.heads == (4, 8)
+def test_heads_that_no_stock_config_describes_are_not_cut_to():
+    assert shapes(is_stock=lambda view: view.heads[0] in (4, 8)).heads == (4, 8)
     with pytest.raises(ConfigError, match="none has 4 key-value groups of this width"):
-        family(2, 4, 64, is_stock=lambda view: False).possible()
-
-
-@pytest.mark.parametrize(
-    ("width", "heads", "expected"), [(384, 12, [288, 192]), (512, 6, [384, 256]), (192, 3, [128])]
-)
-def test_widths_are_three_quarters_and_half_in_whole_heads(width, heads, expected):
-    assert narrower(width, heads) == expected
+        shapes(2, 4, 64, is_stock=lambda _: False)
 
 
 def test_the_most_important_layers_are_kept_in_their_order():
-    view = Candidate(2, 3, 5, 0).view((0.1, 0.9, 0.2, 0.9), View((8,) * 4, (8,) * 4))
+    view = Shape(2, 3, 5).view((0.1, 0.9, 0.2, 0.9), View((8,) * 4, (8,) * 4))
 
     assert view == View((0, 3, 0, 3), (0, 5, 0, 5), layers=(2, 4))
 
 
-def test_hops_are_at_most_two_and_a_half_and_end_at_the_target():
-    method, teacher = config(method={"assistant": "auto_2.5", "parameters": "1B"}).method, 8 * 10**9
-
-    result = [one.target for one in hops(method, budgets(method, teacher), teacher)]
-
-    ratios = [big / small for big, small in pairwise([teacher, *result])]
-    assert result[-1] == 1_000_000_000
-    assert len(result) == 3
-    assert max(ratios) <= LARGEST_HOP
-    assert max(ratios) == pytest.approx(min(ratios), rel=1e-6)
+def clock(shape: Shape) -> float:
+    """Time of a shape in no line: the first layers cost more, and so do the first neurons."""
+    return 2 + shape.layers**1.1 * (10 + (shape.neurons / 16) ** 1.05)
 
 
-@pytest.mark.parametrize(
-    ("divergences", "score", "chosen"),
-    [([0.5, 0.2, 0.2], -0.2, "b"), ([math.nan, 9.0, 9.5], -9.0, "b")],
-    ids=["first of equals", "not a number"],
-)
-def test_the_judge_takes_the_lowest_divergence(divergences, score, chosen):
-    judge = BestCandidate(Metric(name=KL, parts=(KL,), higher_is_better=False), ("a", "b", "c"))
-    scores = {name: {KL: value} for name, value in zip("abc", divergences, strict=True)}
-
-    assert judge(scores, 3)[:2] == (score, chosen)
+WHOLE = clock(Shape(6, 4, 256))
 
 
-@pytest.mark.parametrize(
-    ("source", "name"),
-    [(None, "soft_target_kl"), ("data", "soft_target_kl_on_data"), ("rollouts", None)],
-)
-def test_candidates_are_compared_by_the_term_that_held_out_texts_have(source, name):
-    term = SoftTargetKl(loss="soft_target_kl", on=source)
+def timed_shape(
+    speedup: float,
+    *,
+    estimate: float = 1.0,
+    time: Callable[[Shape], float] = clock,
+    asked: list[Shape] | None = None,
+) -> Shape:
+    """The shape of a speed-up; `estimate` is a factor of the first times."""
+    possible = shapes(
+        6, 4, 256, 8, is_stock=lambda view: max(view.heads) == 4, size=lambda o: clock(o) / WHOLE
+    )
+    whole, *others = possible.sizes
+    possible = replace(possible, sizes=(whole, *(min(1, estimate * size) for size in others)))
 
-    assert judging_name(term, "soft_target_kl") == name
-    assert judging_name(term, "soft_target_reverse_kl") is None
+    def measure(shape: Shape, number: int) -> float:
+        if asked is not None:
+            asked.append(shape)
+            assert number == len(asked)
+        return time(shape) / WHOLE
+
+    text = "{:.3f}".format
+    return timed(possible, Budget("method.speedup", 1 / speedup, SPEED_TOLERANCE, text), measure)
+
+
+@pytest.mark.parametrize("estimate", [1.0, 1.3, 0.7])
+@pytest.mark.parametrize("speedup", [1.3, 2, 3, 6])
+def test_a_shape_has_the_speed_up_though_the_first_times_mislead(speedup, estimate):
+    shape = timed_shape(speedup, estimate=estimate)
+
+    assert WHOLE / clock(shape) == pytest.approx(speedup, rel=0.06)
+
+
+@pytest.mark.parametrize("speedup", [1.3, 2, 3, 6])
+def test_the_shape_of_a_speed_up_has_the_fewest_layers_that_are_slow_enough(speedup):
+    shape = timed_shape(speedup)
+
+    fewer = (Shape(depth, 4, 256) for depth in range(1, shape.layers))
+    assert all(WHOLE / clock(one) > 1.04 * speedup for one in fewer)
+
+
+def test_another_depth_is_timed_where_the_fewest_layers_turn_out_too_fast():
+    # What the first times do not tell: two layers alone take half of their time.
+    asked: list[Shape] = []
+    shape = timed_shape(
+        3, time=lambda one: clock(one) * (0.5 if one.layers == 2 else 1.0), asked=asked
+    )
+
+    assert asked[0].layers == 2
+    assert shape.layers > 2
+    assert len(asked) == len({*asked})
+
+
+def test_a_speed_up_that_no_shape_has_names_the_nearest():
+    with pytest.raises(ConfigError, match=r"no model with 0\.020 .*sizes are [\d.]+ \(1 layers"):
+        timed_shape(50)
+    with pytest.raises(ConfigError, match=r"no model with 0\.333 "):
+        timed_shape(3, time=lambda _: 2 * WHOLE)

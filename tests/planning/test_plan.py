@@ -15,7 +15,6 @@ from planned_runs import config_of as run_config
 from tiny_runs import bert, llama
 
 from megakd.config.run import RunConfig
-from megakd.contract.lab import TimedWork
 from megakd.contract.views import View
 from megakd.errors import ModelError
 from megakd.planning.cluster import Cluster
@@ -373,6 +372,6 @@ def test_one_of_three_layers_takes_a_third_of_the_time_also_beside_a_decoder(fam
         first, _, _, *others = getattr(units, kind)
         kept[kind] = (first, 0, 0, *others)
 
-    times = pruning.relative_times(source, {"one": View(**kept)}, "times", TimedWork())
+    times = pruning.relative_times(source, {"one": View(**kept)}, "times")
 
     assert times["one"] == pytest.approx(1 / 3, abs=0.03)

@@ -90,15 +90,21 @@ def test_a_teacher_whose_answers_are_on_disk_takes_no_memory_and_no_time(tmp_pat
     assert cached.sent["teacher"].sum() == 0
 
 
-def test_a_teacher_fills_the_cache_once_and_stays_loaded_where_losses_are_measured(tmp_path):
-    method = {"name": "shrink", "flops": 0.3, "round_to": 8, "candidates": 3}
+@pytest.mark.parametrize("measures_losses", [False, True])
+def test_a_teacher_fills_the_cache_once_and_stays_loaded_where_losses_are_measured(
+    tmp_path, measures_losses
+):
+    method = {"name": "shrink", "flops": 0.3, "round_to": 8}
     teacher, student = {**TEACHER, "cache": "auto"}, {"model": "from_teacher"}
-    plan = plan_of(config_of(tmp_path, teacher=teacher, student=student, method=method))
+    losses = {"losses": measures_losses}
+    plan = plan_of(
+        config_of(tmp_path, teacher=teacher, student=student, method=method, eval=losses)
+    )
 
     weights = Share("teacher", "weights", "device")
     held = {phase.name: phase.ledger.most.get(weights, 0) > 0 for phase in plan.phases}
-    assert (held["teacher-answers"], held["trial-1"], held["student"]) == (True, True, False)
-    assert [*held].index("teacher-answers") == [*held].index("trial-1") - 1
+    assert (held["teacher-answers"], held["student"]) == (True, measures_losses)
+    assert [*held].index("teacher-answers") == [*held].index("student") - 1
 
 
 @pytest.mark.parametrize(

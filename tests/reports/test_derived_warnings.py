@@ -32,10 +32,9 @@ def beside(name: str, **scores: float | None) -> dict[str, Any]:
     return {"baselines": [name], **entries(name, scores)}
 
 
-def tried(*metrics: float, name: str = "accuracy", shape: str = "") -> dict[str, Any]:
-    named = {"metric_name": name, **({"shape": shape} if shape else {})}
+def tried(*metrics: float, name: str = "accuracy") -> dict[str, Any]:
     some = zip(candidates(), metrics, strict=False)
-    return {"candidates": [{**one, "metric": metric, **named} for one, metric in some]}
+    return {"candidates": [{**one, "metric": metric, "metric_name": name} for one, metric in some]}
 
 
 def evaluated(*values: float, metric: str = "accuracy") -> list[dict[str, Any]]:
@@ -77,7 +76,7 @@ def evaluated(*values: float, metric: str = "accuracy") -> list[dict[str, Any]]:
             classified() | labels(1.0, 1.0) | tried(0.6, 0.4, 0.3),
             "candidates no better than chance (50.0%): 0.7 (40.0%), 0.8 (30.0%); they have learnt",
         ),
-        (classified() | labels(*[1.0] * 4) | tried(0.2, shape="2 x 8"), "(25.0%): 2 x 8 (20.0%)"),
+        (classified() | labels(*[1.0] * 4) | tried(0.2), "(25.0%): 0.5 (20.0%)"),
         (
             classified() | labels(1.0, 1.0) | tried(0.3, -0.1, name="matthews_correlation"),
             "chance (0.0%): 0.7 (-10.0%)",

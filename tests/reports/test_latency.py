@@ -12,7 +12,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from megakd.errors import ModelError
 from megakd.models import forwards
-from megakd.reports import latency
 from megakd.reports.latency import latency_report, measure_latencies
 
 LENGTHS = [*range(1, 17)] * 3
@@ -63,13 +62,13 @@ def test_texts_of_the_data_have_the_lengths_of_its_quantiles(batch, batches) -> 
 
 
 def test_a_time_is_that_of_one_batch(monkeypatch) -> None:
-    monkeypatch.setattr(latency, "milliseconds", lambda _: 16.0)
+    monkeypatch.setattr(forwards, "milliseconds", lambda _: 16.0)
     assert set(measure_latencies({"a": llama()}, LENGTHS, [1])[1]["a"]) == {2.0}
 
 
 @pytest.mark.parametrize(("ms", "rounds"), [(1.0, 9), (60.0, 5), (3000.0, 2), (15_000.0, 1)])
 def test_slow_models_are_timed_less_often(monkeypatch, ms, rounds):
-    monkeypatch.setattr(latency, "milliseconds", lambda _: ms)
+    monkeypatch.setattr(forwards, "milliseconds", lambda _: ms)
 
     result = measure_latencies({"a": llama(), "b": llama()}, [4], [1])
 
@@ -92,6 +91,10 @@ def test_models_take_every_place_by_turns_at_every_batch_and_the_log_says_so(cap
     start = order.index("a2")
     assert order[start : start + 9] == ["a2", "b2", "c2", "b2", "c2", "a2", "c2", "a2", "b2"]
     assert "timing a, b, c: batches of 2" in caplog.text
+
+
+def test_a_decoder_is_timed_with_one_text_at_a_time() -> None:
+    assert (forwards.batches_of("causal_lm"), forwards.batches_of("mlm")) == ((1,), (1, 32))
 
 
 def test_a_speed_up_is_the_median_of_the_rounds_with_its_range() -> None:

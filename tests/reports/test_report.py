@@ -7,12 +7,12 @@ import math
 import pytest
 import tiny_cuts
 import torch
-from reports import chosen_report, language_report, report_of
+from reports import chosen_report, language_report
 
 from megakd.errors import CheckpointError
 from megakd.models.axes import named_shapes, parameter_counts
 from megakd.reports.html import html_report
-from megakd.reports.report_file import read_report, report_of_size, write_report
+from megakd.reports.report_file import read_report, write_report
 from megakd.reports.table import result_table
 
 LLAMA = ("model.layers", "model.norm")
@@ -71,12 +71,3 @@ def test_a_file_that_is_no_report_is_named_with_what_to_do(tmp_path, content, me
         read_report(path)
 
     assert f"remove {path} and start the command of the run again" in str(refused.value)
-
-
-def test_the_card_of_a_larger_size_has_it_as_the_student():
-    larger = {"student-0.7.parameters": 5, "student-0.7.accuracy": 0.79, "sizes": ["student-0.7"]}
-
-    result = report_of_size(report_of(**larger), "student-0.7")
-
-    assert (result["student.parameters"], result["student.accuracy"]) == (5, 0.79)
-    assert "student.f1" not in result

@@ -91,6 +91,20 @@ def test_a_speed_up_within_the_noise_is_a_range_alone(rounds, low, high, shown) 
     assert cells(result_table(report), "student")[-1] == shown
 
 
+@pytest.mark.parametrize(
+    ("what", "value", "text"),
+    [
+        ("parameters", 2_100_000, "2.10M weights, and has 2.09M"),
+        ("flops", 0.01, "1.0% of the operations in the teacher's layers, and has 0.9%"),
+        ("speedup", 9.0, "a speed-up of 9x at batch 32, and has 10.00x (9.50-10.50)"),
+    ],
+)
+def test_the_size_that_was_asked_for_stands_beside_the_measured_one(what, value, text) -> None:
+    table = result_table(chosen_report(asked__what=what, asked__value=value))
+
+    assert f"the student was asked to have {text}" in table.splitlines()
+
+
 CLASSES = [
     {"label": label, "precision": 0.9, "recall": recall, "f1": 0.79, "rows": 40}
     for label, recall in (("late", 0.7), ("lost", 1.0))
@@ -123,10 +137,9 @@ def test_the_choices_of_a_method_are_tables() -> None:
         {"step": s, "width": 640, "parameters": 81_230_144, "teacher_kl": kl, "step_seconds": 0.38}
         for s, kl in ((0, None), (500, 0.041))
     ]
-    asked = [{"name": "student", "asked": "8x at batch 32", "measured": "7.90x (7.50-8.30)"}]
     table = result_table(
         language_report(
-            pool=taught, pool__distribution="dev_score", pruning=course, asked=asked,
+            pool=taught, pool__distribution="dev_score", pruning=course,
             vocabulary__type="wordpiece", vocabulary__size=4928, vocabulary__teacher_size=30522,
             vocabulary__overlap=0.93,
         )
@@ -137,7 +150,6 @@ def test_the_choices_of_a_method_are_tables() -> None:
     assert cells(table, "small") == ["small", "0.250", "1,200", "12.500"]
     assert cells(table, "500 ") == ["500", "640", "81.23M", "0.0410", "380.0 ms"]
     assert cells(table, "0 ")[3] == "-"
-    assert "8x at batch 32  7.90x (7.50-8.30)" in table
     assert "wordpiece of 4,928 pieces, 93.0% of them also in the teacher's 30,522" in table
     chosen = [x.split() for x in result_table(chosen_report()).splitlines() if x.endswith("yes")]
     assert [row[:2] for row in chosen] == [["1", "0.7"], ["2", "0.9"]]

@@ -89,7 +89,6 @@ def cases(data: Path) -> dict[str, Tree]:
     pool = {"task": _reviews(data), "teachers": _teachers(2, 3)}
     within_documents = {"attn_implementation": "varlen"}
     sparse = {"target_sparsity": 0.75, "sparsities": [0.25, 0.5, 0.75]}
-    shrink = {"name": "shrink", "target_sparsity": 0.5, "candidates": 3, "round_to": 4}
     return {
         "labels": {
             "task": _reviews(data, labelled_examples=32),
@@ -198,8 +197,9 @@ def cases(data: Path) -> dict[str, Tree]:
                 "finetune": {"max_steps": 8},
             },
             "student": {"model": "from_teacher"},
-            "method": {**shrink, "trial_steps": 6, "repair_steps": 6, "on_policy_steps": 2},
-            "rollout": {"max_new_tokens": 4, "prompt_tokens": 4},
+            "method": {"name": "shrink", "parameters": "33K", "round_to": 4},
+            "rollout": {"max_new_tokens": 4, "prompt_tokens": 4, "from_step": 6},
+            "train": {"max_steps": 8},
             "eval": {"eval_steps": 3},
         },
         "minidisc": _student_of({"name": "minidisc", **sparse}, data),

@@ -23,8 +23,7 @@ def rollout_problems(config: RunConfig) -> Iterator[str]:
         yield no_such_teacher(config, "rollout.by", rollouts.by)
     # Without `on`, a term learns from all texts; without `objective`, the terms have no `on`.
     taught = {source_of(term) for term in config.objective} if config.objective else {None}
-    # A cut is repaired on the data, before texts are generated.
-    drawn = rollouts.draws | ({"data"} if config.method.cuts_student else set())
+    drawn = rollouts.draws
     untaught = () if None in taught else sorted(drawn - taught)
     for source in untaught:
         yield (

@@ -1,0 +1,412 @@
+"""Shrink a model to a budget: keep its most important layers, and repair the cut by distillation.
+
+The layers to keep are those whose absence raises the held-out loss most (Shortened LLaMA, Kim et
+al. 2024, arXiv 2402.02834): the fewest that have the size. They are whole if their number has the
+size; otherwise each keeps about one share of its heads and neurons. The cut then learns from the
+teacher in an ordinary stage; a decoder may learn on texts that it generates (GKD, Agarwal et al.
+2024, arXiv 2306.13649).
+
+All layers of a student have the same shape, so that the stock config of the family describes it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+
+from pydantic import BeforeValidator, Field
+from pydantic.dataclasses import dataclass
+
+from megakd.contract.lab import Lab, Model
+from megakd.contract.results import AskedReport
+from megakd.contract.stage import Constant, Pass, Stage, StageResult
+from megakd.contract.tasks import LANGUAGE_TASKS, STUDENT, TEACHER
+from megakd.contract.terms import ATTENTION_TERMS, STRICT, Count, TermConfig
+from megakd.contract.views import View, most_important
+from megakd.errors import ConfigError
+from megakd.methods.assistants import ImportanceOptions
+
+BUDGETS = ("parameters", "flops", "speedup")
+TOLERANCE, SPEED_TOLERANCE = 0.03, 0.05
+"""How far a size and a time may be from the budget, as a share of it."""
+TIMINGS = 8
+"""Shapes that are timed at most until one has the speed-up."""
+LARGEST_GRID = 64
+ERROR_WEIGHT = 10.0
+"""A size that is 1 % off counts as much as shares of heads and neurons that differ by 0.1."""
+_FACTORS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+
+def parameters_of(value: object) -> object:
+    """Return the whole number that a text such as "0.6B" or "600M" writes; others unchanged."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMBT]?)\s*", value, re.IGNORECASE)
+    if match is None:
+        raise ValueError(
+            f'must be a number of weights such as 0.6B, 600M or 600000000 (got "{value}")'
+        )
+    return round(float(match[1]) * _FACTORS[match[2].upper()])
+
+
+def _with_sign(sign: str, divisor: int, example: str) -> Callable[[object], object]:
+    def read(value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        match = re.fullmatch(rf"\s*(\d+(?:\.\d+)?)\s*({sign})?\s*", value, re.IGNORECASE)
+        if match is None:
+            raise ValueError(f'must be a number such as {example} (got "{value}")')
+        return float(match[1]) / (divisor if match[2] else 1)
+
+    return read
+
+
+Parameters = Annotated[int, BeforeValidator(parameters_of), Field(ge=1)]
+Share = Annotated[float, BeforeValidator(_with_sign("%", 100, "12% or 0.12")), Field(gt=0, lt=1)]
+Speedup = Annotated[float, BeforeValidator(_with_sign("x", 1, "8x or 8")), Field(gt=1)]
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class ShrinkConfig(ImportanceOptions):
+    """Cut a model to a budget in depth and width, and repair it by distillation.
+
+    Exactly one of the first three options is the budget.
+
+    parameters: number of weights of the student, such as 0.6B, 600M or 600000000, as exported.
+    flops: share of the multiplications in the teacher's layers that the student's layers need, such
+        as 12%; attention scores, embeddings and output layer are not counted.
+    speedup: how much faster than its teacher the student is on the device of the run, such as 8x,
+        with 32 texts at a time, or one of a decoder; shapes with random weights are timed before
+        anything is trained.
+    round_to: multiple of the number of neurons; null: the largest divisor of 64 that divides the
+        teacher's number.
+    """
+
+    learns_from_rollouts: ClassVar[bool] = True
+    name: Literal["shrink"]
+    parameters: Parameters | None = None
+    flops: Share | None = None
+    speedup: Speedup | None = None
+    round_to: Count | None = None
+
+    def problems(self, config: Any) -> Iterator[str]:
+        yield from super().problems(config)
+        sizes = {key: getattr(self, key) for key in BUDGETS}
+        if sum(size is not None for size in sizes.values()) != 1:
+            listed = ", ".join(f"{key} (got {size})" for key, size in sizes.items())
+            yield f"method: set exactly one of {listed}"
+        if any(isinstance(term, ATTENTION_TERMS) for term in config.objective or ()):
+            yield (
+                "objective: the student has fewer heads and layers than its teacher, so that "
+                "attention cannot be compared; use soft targets or hidden_mse"
+            )
+
+
+def run(config: ShrinkConfig, lab: Lab) -> StageResult:
+    """Choose the shape, cut it out of the teacher, and repair the cut."""
+    shape = shape_of(config, lab, lab.given(TEACHER))
+    teacher = lab.teacher()
+    start = lab.model(teacher)
+    if (shape.heads, shape.neurons) != (start.units.heads[0], start.units.neurons[0]):
+        # Only units that are cut need to be sorted, and their importance to be measured.
+        start = config.ranked_units(lab, teacher).source
+    view = shape.view(lab.pruning.layer_scores(teacher), start.units)
+    lab.record.asked = _asked(config)
+    return lab.train(repair(lab, STUDENT, teacher, lab.pruning.cut(start, view, "cut")))
+
+
+def _asked(config: ShrinkConfig) -> AskedReport:
+    if config.parameters is not None:
+        return {"what": "parameters", "value": config.parameters}
+    if config.flops is not None:
+        return {"what": "flops", "value": config.flops}
+    return {"what": "speedup", "value": config.speedup or 1.0}
+
+
+def repair(lab: Lab, name: str, teacher: str, start: Model) -> Stage:
+    """Return the stage in which a cut learns from the teacher."""
+    return Stage(
+        name=name,
+        teachers=(teacher,),
+        start=start,
+        objective=objective_of(lab),
+        strategy=Constant((Pass(teacher=teacher),)),
+        rollouts=lab.config.rollout,
+    )
+
+
+def objective_of(lab: Lab) -> tuple[TermConfig, ...]:
+    """Return the objective of the config, or the default.
+
+    The default is the divergence from the teacher. A labelled row of a classifier or a regression
+    also has the loss on its label; a classifier's weighs as much as the divergence of the row.
+    """
+    if lab.config.objective is not None:
+        return lab.config.objective
+    soft, is_language = lab.soft_terms(1.0), lab.config.task.type in LANGUAGE_TASKS
+    return soft if is_language else (*soft, *lab.hard_terms(per_row=True))
+
+
+def random_start(config: ShrinkConfig, lab: Lab, student: StageResult) -> Stage:
+    """Return the stage of the baseline `random`: the student's shape from random weights."""
+    del config
+    return repair(lab, "random", lab.teacher(), lab.source(student.folder).fresh)
+
+
+BASELINES = {"random": random_start}
+
+
+class Shape(NamedTuple):
+    """Numbers of layers, and of key-value groups with their queries and neurons of each layer."""
+
+    layers: int
+    heads: int
+    neurons: int
+
+    def __str__(self) -> str:
+        return f"{self.layers} layers, {self.heads} key-value groups, {self.neurons} neurons"
+
+    def view(self, layer_scores: Sequence[float], whole: View) -> View:
+        """Return the shape as a view of the teacher with its most important layers.
+
+        Args:
+            whole: the units of the teacher; what lies outside the layers stays.
+        """
+        depth = len(layer_scores)
+        layers = most_important(layer_scores, self.layers)
+        heads, neurons = (
+            tuple(count if number in layers else 0 for number in range(1, depth + 1))
+            for count in (self.heads, self.neurons)
+        )
+        return View(heads + whole.heads[depth:], neurons + whole.neurons[depth:], layers=layers)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """All shapes that can be cut out of a model, and their sizes.
+
+    A size is linear in the number of layers, and in the units of a layer.
+
+    depth: layers of the model.
+    heads, neurons: possible numbers of key-value groups and of neurons per layer, in rising order.
+    sizes: sizes of the `corners`, from which all others follow.
+    factors: by number of layers, a factor of the sizes.
+    """
+
+    depth: int
+    heads: tuple[int, ...]
+    neurons: tuple[int, ...]
+    sizes: tuple[float, ...] = ()
+    factors: Mapping[int, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def corners(self) -> tuple[Shape, Shape, Shape, Shape]:
+        """The whole model, and with the fewest heads, with the fewest neurons, with one layer."""
+        whole = Shape(self.depth, self.heads[-1], self.neurons[-1])
+        return (
+            whole,
+            whole._replace(heads=self.heads[0]),
+            whole._replace(neurons=self.neurons[0]),
+            whole._replace(layers=1),
+        )
+
+    def size(self, shape: Shape) -> float:
+        whole, fewest_heads, fewest_neurons, one_layer = self.sizes
+        layer = (whole - one_layer) / (self.depth - 1) if self.depth > 1 else whole
+        # A time may rise with fewer units by chance.
+        per_head = max(whole - fewest_heads, 0) / max(self.heads[-1] - self.heads[0], 1)
+        per_neuron = max(whole - fewest_neurons, 0) / max(self.neurons[-1] - self.neurons[0], 1)
+        lost = (self.heads[-1] - shape.heads) * per_head
+        lost += (self.neurons[-1] - shape.neurons) * per_neuron
+        outside = whole - self.depth * layer
+        size = outside + shape.layers * (layer - lost / self.depth)
+        return size * self.factors.get(shape.layers, 1.0)
+
+    def around(self, target: float, layers: int) -> Iterator[Shape]:
+        """Yield for each number of heads the shapes with the next size below and above a size."""
+        for heads in self.heads:
+            above = bisect_right(
+                self.neurons, target, key=lambda count: self.size(Shape(layers, heads, count))
+            )
+            for neurons in self.neurons[max(above - 1, 0) : above + 1]:
+                yield Shape(layers, heads, neurons)
+
+
+class Budget(NamedTuple):
+    """The size that a student should have.
+
+    key: the option that asks for it.
+    target: the size, in the unit of `Shapes.sizes`.
+    tolerance: how far the size of a shape may be from the target, as a share of it.
+    text: function that writes a size.
+    advice: end of the message that no shape has the size.
+    """
+
+    key: str
+    target: float
+    tolerance: float
+    text: Callable[[float], str]
+    advice: str = ""
+
+    def error(self, size: float) -> float:
+        return abs(size / self.target - 1)
+
+
+def shape_of(config: ShrinkConfig, lab: Lab, model: Model) -> Shape:
+    """Return the shape that has the budget of the config; see `fewest_layers`.
+
+    Raises:
+        ConfigError: no shape has the size; the message has the nearest sizes.
+    """
+    shapes = shapes_of(config, lab, model)
+    units = model.units._replace(width=None, head_width=None)
+    first = range(model.depth, 0, -1)  # which layers they are does not change a size
+
+    def times(asked: Sequence[Shape], name: str) -> list[float]:
+        views = {
+            f"shape-{number}": one.view(first, units)
+            for number, one in enumerate(asked)
+            if one != shapes.corners[0]
+        }
+        measured = lab.pruning.relative_times(model, views, name)
+        return [measured.get(f"shape-{number}", 1.0) for number in range(len(asked))]
+
+    if config.speedup is not None:
+        budget = Budget(
+            "method.speedup",
+            1 / config.speedup,
+            SPEED_TOLERANCE,
+            lambda size: f"a speed-up of {1 / size:.2f}x",
+            "; times beside other work are wrong: remove stages/times* of the run, and start again",
+        )
+        estimated = dataclasses.replace(shapes, sizes=tuple(times(shapes.corners, "times")))
+        return timed(estimated, budget, lambda one, number: times([one], f"times-{number}")[0])
+    counts = [lab.pruning.parameters(model, one.view(first, units)) for one in shapes.corners]
+    if config.flops is not None:
+        inside = lab.pruning.parameters(model, units).encoder_parameters
+        measured = [count.encoder_parameters / inside for count in counts]
+        text = "{:.1%} of the layers' operations".format
+        budget = Budget("method.flops", config.flops, TOLERANCE, text)
+    else:
+        measured = [count.parameters for count in counts]
+        text = "{:,.0f} weights".format
+        budget = Budget("method.parameters", config.parameters or 0, TOLERANCE, text)
+    return fewest_layers(dataclasses.replace(shapes, sizes=tuple(measured)), budget)
+
+
+def shapes_of(config: ShrinkConfig, lab: Lab, model: Model) -> Shapes:
+    """Return the shapes that can be cut out of a model, without their sizes."""
+    depth = model.depth
+    heads, neurons = model.units.heads[:depth], model.units.neurons[:depth]
+    if len({*heads}) != 1 or len({*neurons}) != 1 or 0 in (heads[0], neurons[0]):
+        raise ConfigError(
+            "method: shrink needs a teacher whose layers all have the same numbers of heads "
+            f"and neurons (got {heads} key-value groups and {neurons} neurons); use a teacher "
+            "that was not cut layer by layer"
+        )
+    grid = config.round_to or math.gcd(LARGEST_GRID, neurons[0])
+    if grid > neurons[0]:
+        raise ConfigError(
+            f"method.round_to: {grid} is larger than {neurons[0]}, the number of neurons of the "
+            "teacher's layers; lower method.round_to"
+        )
+
+    def is_stock(count: int) -> bool:
+        view = Shape(depth, count, grid).view(range(depth), model.units)
+        return lab.pruning.has_stock_config(model, view)
+
+    stock = tuple(filter(is_stock, range(1, heads[0] + 1)))
+    if not stock:
+        raise ConfigError(
+            "method: shrink needs a teacher that the stock config of its family describes, "
+            f"and none has {heads[0]} key-value groups of this width; use a teacher that was not "
+            "cut before"
+        )
+    return Shapes(depth=depth, heads=stock, neurons=(*range(grid, neurons[0], grid), neurons[0]))
+
+
+def fewest_layers(shapes: Shapes, budget: Budget) -> Shape:
+    """Return the shape of a size with the fewest layers; see `fitting`."""
+    target, whole = budget.target, shapes.corners[0]
+    if target >= shapes.size(whole):
+        raise ConfigError(
+            f"{budget.key}: the student would have {budget.text(target)}, and the teacher has "
+            f"{budget.text(shapes.size(whole))}; give a smaller size"
+        )
+    shape = fitting(shapes, budget)
+    if shape is None:
+        raise ConfigError(no_shape(shapes, budget))
+    return shape
+
+
+def fitting(shapes: Shapes, budget: Budget) -> Shape | None:
+    """Return the shape of a size with the fewest layers; None: no shape has the size.
+
+    Layers are whole if a number of them is near the size. Else the share of the heads and the share
+    of the neurons that each keeps are as equal as possible.
+    """
+
+    def error(one: Shape) -> float:
+        return budget.error(shapes.size(one))
+
+    def cost(one: Shape) -> float:
+        uneven = one.heads / shapes.heads[-1] - one.neurons / shapes.neurons[-1]
+        return abs(uneven) + ERROR_WEIGHT * error(one)
+
+    depths = range(1, shapes.depth + 1)
+    nearest = min((shapes.corners[0]._replace(layers=depth) for depth in depths), key=error)
+    if error(nearest) <= TOLERANCE:
+        return nearest
+    for depth in depths:
+        near = shapes.around(budget.target, depth)
+        near = [one for one in near if error(one) <= budget.tolerance]
+        if near:
+            return min(near, key=cost)
+    return None
+
+
+def timed(shapes: Shapes, budget: Budget, time: Callable[[Shape, int], float]) -> Shape:
+    """Return a shape whose measured time, relative to the teacher's, is that of the budget.
+
+    Sizes of shapes are estimates. Each measured time corrects those of as many layers, until a
+    shape is near enough; if none is, twice the tolerance counts.
+
+    Args:
+        time: measures a shape; the number counts the measurements from 1.
+    """
+    loose, measured = budget._replace(tolerance=2 * budget.tolerance), dict[Shape, float]()
+    while len(measured) < TIMINGS:
+        shape = fitting(shapes, budget) or fitting(shapes, loose)
+        if shape is None or shape in measured:
+            break
+        measured[shape] = time(shape, len(measured) + 1)
+        if budget.error(measured[shape]) <= budget.tolerance:
+            return shape
+        factor = measured[shape] / shapes.size(shape) * shapes.factors.get(shape.layers, 1.0)
+        shapes = dataclasses.replace(shapes, factors={**shapes.factors, shape.layers: factor})
+    if measured:
+        nearest = min(measured, key=lambda one: budget.error(measured[one]))
+        if budget.error(measured[nearest]) <= loose.tolerance:
+            return nearest
+    raise ConfigError(no_shape(shapes, budget))
+
+
+def no_shape(shapes: Shapes, budget: Budget) -> str:
+    """Return the message that no shape has the size of the budget; it names the nearest ones."""
+    every = (o for n in range(1, shapes.depth + 1) for o in shapes.around(budget.target, n))
+    sizes = {one: shapes.size(one) for one in every}
+    below = max((o for o in sizes if sizes[o] < budget.target), key=sizes.__getitem__, default=None)
+    above = min((o for o in sizes if sizes[o] > budget.target), key=sizes.__getitem__, default=None)
+    near = [f"{budget.text(sizes[one])} ({one})" for one in (below, above) if one]
+    whole = shapes.corners[0]
+    return (
+        f"{budget.key}: no model with {budget.text(budget.target)} (within {budget.tolerance:.0%}) "
+        f"can be cut out of the teacher ({whole}, {budget.text(shapes.size(whole))}); the nearest "
+        f"possible sizes are {' and '.join(near)}{budget.advice}"
+    )
