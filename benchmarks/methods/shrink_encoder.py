@@ -1,18 +1,16 @@
-"""Shrink of a classifier: several sizes in one run, a run per size, kept layers, DistilBERT's way.
+"""Shrink of a classifier against kept layers and DistilBERT's way, a run per size.
 
 `python benchmarks methods.shrink_encoder --data FOLDER [--setting clinc150-few]
-[--sizes 40%,20%,10%] [--runs series,each,tried,layers-2,layers-1] [--rate 1e-3] [--seeds 1,2,3]`,
-on the CPU, or with `DS_ACCELERATOR=cuda` on a GPU, one rank.
+[--sizes 40%,20%,10%] [--runs each,layers-2,layers-1] [--rate 1e-3] [--seeds 1,2,3]`, on the CPU, or
+with `DS_ACCELERATOR=cuda` on a GPU, one rank.
 
-The teacher is all-MiniLM-L6-v2, fine-tuned as in the evidence, once. `series` cuts it to all sizes
-in one run, `each` in a run per size, and `tried` after a trial of `--candidates` for each size,
-with equal steps of trial and repair; `layers-N` keeps the most important layers as they are and
-trains as long, and so does `distilbert-N` by the recipe of DistilBERT (Sanh et al. 2019, arXiv
-1910.01108): evenly spaced layers, soft targets at temperature 2, labels, and the cosine of the last
-hidden states, weighed 5, 2 and 1. Sizes are shares of the operations of the layers, or speed-ups
-such as 2x,4x,8x. Scores are of the test rows, beside that of the last student on the validation
-rows, by which a rate is chosen; each run has a folder below `--out`, is gone on with where it was,
-and is done once.
+The teacher is all-MiniLM-L6-v2, fine-tuned as in the evidence, once. `each` cuts it in a run per
+size; `layers-N` keeps the most important layers as they are and trains as long, and so does
+`distilbert-N` by the recipe of DistilBERT (Sanh et al. 2019, arXiv 1910.01108): evenly spaced
+layers, soft targets at temperature 2, labels, and the cosine of the last hidden states, weighed 5,
+2 and 1. Sizes are shares of the operations of the layers, or speed-ups such as 2x,4x,8x. Scores are
+of the test rows, beside that of the student on the validation rows, by which a rate is chosen; each
+run has a folder below `--out`, is gone on with where it was, and is done once.
 """
 
 from __future__ import annotations
@@ -20,8 +18,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from typing import Any
-
-from megakd.methods.shrink.stages import SHARE_OF_REPAIR
 
 from evidence.settings import SETTINGS
 from lib.launching import (
@@ -37,7 +33,7 @@ from lib.launching import (
 from lib.options import add_runs, need, parsed, parser_of
 from lib.tables import Columns, columns_of, print_models
 
-SERIES, EACH, TRIED = "series", "each", "tried"
+EACH = "each"
 KEPT = {"layers": "importance", "distilbert": "spacing"}
 """Arms that keep layers, such as `layers-2`, and how they choose them."""
 SCHEDULE = {"lr_scheduler_type": "cosine", "warmup_ratio": 0.1, "per_device_train_batch_size": 32}
@@ -72,11 +68,7 @@ def configs(given: argparse.Namespace) -> dict[str, Any]:
     teacher = str(given.out / "teacher" / "final")
     student = {"model": "from_teacher", "dropout": 0.0}
     shared = {"task": task, "teacher": {"model": teacher, "cache": "auto"}, "train": train}
-    single = {
-        **shared,
-        "method": {"name": "single"},
-        "train": {**train, "max_steps": all_steps(given)},
-    }
+    single = {**shared, "method": {"name": "single"}}
     return {
         "teacher": {
             "task": task,
@@ -96,22 +88,16 @@ def configs(given: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def all_steps(given: argparse.Namespace) -> int:
-    return given.steps + round(SHARE_OF_REPAIR * given.steps)
-
-
 def legs_of(given: argparse.Namespace, name: str, seed: int) -> list[Leg]:
     kind, _, count = name.partition("-")
     if kind in KEPT:
         keep = f"student.layers={{keep: {count}, by: {KEPT[kind]}}}"
         return [leg_of(given.out, f"{name}-{given.rate:g}-{seed}", kind, (keep, f"seed={seed}"))]
-    tried = (f"method.candidates={given.candidates}", f"method.repair_steps={given.steps}")
-    method = tried if name == TRIED else (f"method.repair_steps={all_steps(given)}",)
     legs = list[Leg]()
-    for sizes in [given.sizes] if name == SERIES else [[size] for size in given.sizes]:
-        key = "speedup" if sizes[0].endswith("x") else "flops"
-        words = (f"method.{key}={','.join(sizes)}", *method, f"seed={seed}")
-        folder = f"{name}-{'-'.join(sizes).replace('%', '')}-{given.rate:g}-{seed}"
+    for size in given.sizes:
+        key = "speedup" if size.endswith("x") else "flops"
+        folder = f"{name}-{size.replace('%', '')}-{given.rate:g}-{seed}"
+        words = (f"method.{key}={size}", f"seed={seed}")
         legs.append(leg_of(given.out, folder, "shrink", words))
     return legs
 
@@ -133,18 +119,17 @@ def models(given: argparse.Namespace) -> dict[str, Columns]:
 
 def numbers(given: argparse.Namespace, report: Report) -> dict[str, float]:
     metric = report["metric_name"]
-    asked = {one["name"]: one for one in report["asked"]}
+    title = "student"
+    if "asked.what" in report:
+        title = f"{report['asked.value']:g}" + "x" * (report["asked.what"] == "speedup")
     scores = {
         "teacher": 100 * report[f"teacher.{metric}"],
         "validation": 100 * report["stages"][-1][metric],
         "seconds": sum(stage["seconds"] for stage in report["stages"]),
+        title: 100 * report[f"student.{metric}"],
     }
-    for name in (*report["sizes"], "student"):
-        one = asked.get(name)
-        title = "student" if one is None else f"{one['value']:g}" + "x" * (one["what"] == "speedup")
-        scores[title] = 100 * report[f"{name}.{metric}"]
-        if 32 in report["batches"]:
-            scores[f"faster, {title}"] = report[f"{name}.speedup_batch_32"]
+    if 32 in report["batches"]:
+        scores[f"faster, {title}"] = report["student.speedup_batch_32"]
     return scores
 
 
@@ -152,11 +137,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = parser_of(__doc__)
     add_runs(parser, "shrink_encoder", jobs=1, data="clinc150/, banking77/ or glue/")
     parser.add_argument("--setting", choices=SETTINGS, default="clinc150-few")
-    parser.add_argument("--sizes", default="40%,20%,10%", help="the largest first")
-    parser.add_argument("--steps", type=int, default=1000, help="of the repair after a trial")
+    parser.add_argument("--sizes", default="40%,20%,10%")
+    parser.add_argument("--steps", type=int, default=1000, help="of every student")
     parser.add_argument("--rate", type=float, default=1e-3, help="of every student")
-    parser.add_argument("--candidates", type=int, default=6, help="of each size of `tried`")
-    parser.add_argument("--runs", default=f"{SERIES},{EACH},layers-2,layers-1")
+    parser.add_argument("--runs", default=f"{EACH},layers-2,layers-1")
     given = parsed(parser, __name__, arguments)
     given.sizes, given.runs = given.sizes.split(","), given.runs.split(",")
     given.out = given.out / given.setting

@@ -17,7 +17,7 @@ from megakd.config.file import load_config
 from methods import instruct as benchmark
 from methods.instruct_loops import share_of
 
-SIZES = [benchmark.Size("100M", "student-100M", 20), benchmark.Size("80M", "student", 15)]
+SIZES = [benchmark.Size("100M", 20), benchmark.Size("80M", 15)]
 
 
 @pytest.fixture
@@ -79,16 +79,9 @@ def test_the_rate_follows_the_clock():
     assert [share(step) for step in range(6)] == pytest.approx(expected, abs=0.01)
 
 
-def test_a_size_pays_its_own_stage_and_its_share_of_the_others():
-    stages = {"layers": 10, "trial-1": 30, "shared": 20, "student-100M": 7, "student": 5}
-    report = {"stages": [{"name": name, "seconds": one} for name, one in stages.items()]}
-
-    assert [benchmark.seconds_for(report, size) for size in SIZES] == [37, 35]
-
-
-def test_without_a_trial_its_time_is_spent_on_the_repair(monkeypatch, tmp_path):
+def test_the_time_of_the_importance_is_spent_on_more_steps(monkeypatch, tmp_path):
     """A step takes 0.25 s; the evaluations of the repair, another 10 s, are not repeated."""
-    seconds = {"specification": 6, "layers": 4, "trial-1": 30, "student": 20}
+    seconds = {"specification": 6, "layers": 4, "student": 20}
     stages = [{"name": name, "seconds": one, "steps": 40} for name, one in seconds.items()]
     monkeypatch.setattr(benchmark, "shrink_leg", lambda *_: SimpleNamespace(output=tmp_path))
     monkeypatch.setattr(benchmark, "report_of", lambda *_, **__: {"stages": stages})
@@ -97,12 +90,8 @@ def test_without_a_trial_its_time_is_spent_on_the_repair(monkeypatch, tmp_path):
     others = [{"step": 0, "time": 105.0}, {"step": 40, "time": 120.0}]
     records = [{"stage": "student", **one} for one in (*others, *logged)]
     instruct.write_jsonl(tmp_path / "metrics.jsonl", records)
-    size = SIZES[1]
 
-    assert benchmark.steps_for(None, size, 1, without=()) == 40 + 40 / 0.25
-    assert benchmark.steps_for(None, size, 1, without=benchmark.IMPORTANCE) == 40 + 30 / 0.25
-    del stages[0]  # whole layers have no units to be measured
-    assert benchmark.steps_for(None, size, 1, without=benchmark.IMPORTANCE) == 40 + 30 / 0.25
+    assert benchmark.steps_for(None, SIZES[1], 1) == 40 + 10 / 0.25
 
 
 def test_the_runs_are_valid_and_a_size_becomes_its_nearest_number_of_layers(rows, tmp_path):
@@ -116,7 +105,7 @@ def test_the_runs_are_valid_and_a_size_becomes_its_nearest_number_of_layers(rows
 
     assert config.train.learning_rate == 3e-4
     assert given.sizes == SIZES
-    assert config.method.parameters == (100_000_000, 80_000_000)
+    assert config.method.parameters == 100_000_000
     single = load_config(given.out / "configs/single.yaml", ["student.model=x"])
     assert single.method.name == "single"
 
