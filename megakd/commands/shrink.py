@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,7 @@ def add_options(parser: Parser) -> None:
     )
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
-        "--parameters",
-        metavar="N",
-        help="weights of the student: 0.6B, 600M or 600000000",
+        "--parameters", metavar="N", help="weights of the student: 0.6B, 600M or 600000000"
     )
     size.add_argument("--flops", metavar="S", help="share of the layers' operations: 12%% or 0.12")
     size.add_argument("--speedup", metavar="X", help="how much faster than the model: 8x")
@@ -75,34 +73,29 @@ def add_options(parser: Parser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Write the config of the options and run it, or print the config, the plan or the launch."""
+    from megakd.run.finished_run import REPORT
+
     config, text = _config(arguments)
     if arguments.print_config:
         say(dump_config(config))
-    elif arguments.plan:
+        return
+    if arguments.plan:
         print_plan(config, arguments)
-    else:
-        path = _written(config, text, ranks=arguments.ranks)
-        if arguments.ranks == 1:
-            train(config, arguments.command)
-        else:
-            launcher = ("deepspeed", "--num_gpus", str(arguments.ranks), "launch/train.py")
-            say(shlex.join([*launcher, "--config", str(path)]))
-
-
-def _written(config: RunConfig, text: str, *, ranks: int) -> Path:
-    """Return the file of the config, which is written unless a finished run has one."""
-    from megakd.run.finished_run import REPORT
-
+        return
     out, path = config.output_dir, config.output_dir / FILE
     check_writable(out, where="--output_dir")
     if not (out / REPORT).exists():
         write_text(path, text)
     # One rank is told by the run itself.
-    elif ranks > 1 and not (path.exists() and load_config(path) == config):
+    elif arguments.ranks > 1 and not (path.exists() and load_config(path) == config):
         raise ConfigError(
             f"{out} holds a finished run of other settings; give another --output_dir"
         )
-    return path
+    if arguments.ranks == 1:
+        train(config, arguments.command)
+    else:
+        launcher = ("deepspeed", "--num_gpus", str(arguments.ranks), "launch/train.py")
+        say(shlex.join([*launcher, "--config", str(path)]))
 
 
 def _config(arguments: argparse.Namespace) -> tuple[RunConfig, str]:
@@ -141,12 +134,8 @@ def _check(arguments: argparse.Namespace, *, has_size: bool) -> None:
 
 
 def _tree(arguments: argparse.Namespace, size: Mapping[str, str]) -> dict[str, Any]:
-    words, keys = arguments.overrides, _keys_of(arguments.model)
-    if "task.type=causal_lm" in words or not _is_encoder(keys):
-        tree = _of_decoder(keys)
-    else:
-        is_tuned = any(word.startswith("teacher.finetune") for word in words)
-        tree = _of_encoder(keys, masks="task.type=mlm" in words, is_tuned=is_tuned)
+    words = arguments.overrides
+    tree = _recipe(_keys_of(arguments.model), words)
     if arguments.data is not None:
         tree["task"]["dataset"] = arguments.data
     teacher = {"model": arguments.model, **tree.pop("teacher", {})}
@@ -158,36 +147,33 @@ def _tree(arguments: argparse.Namespace, size: Mapping[str, str]) -> dict[str, A
     return {"output_dir": out, "teacher": teacher, **tree, "method": {"name": "shrink", **size}}
 
 
-def _of_decoder(keys: Mapping[str, Any]) -> dict[str, Any]:
-    rate = round(3e-4 * 576 / _width(keys, 1728), 7)
-    return {
-        "task": {"type": "causal_lm", "max_eval_examples": 200},
-        "student": {"model": FROM_TEACHER},
-        "train": {"learning_rate": rate, "lr_scheduler_type": "cosine", "warmup_ratio": 0.03},
-    }
-
-
-def _of_encoder(keys: Mapping[str, Any], *, masks: bool, is_tuned: bool) -> dict[str, Any]:
-    # A masked language model has no classes, and new masks every epoch. `is_tuned`: the teacher is
-    # fine-tuned even if it has classes.
-    narrow = 384 / _width(keys, 768)
-    rows = {"per_device_train_batch_size": 32, "num_train_epochs": 10}
-    schedule = {"lr_scheduler_type": "cosine", "warmup_ratio": 0.1}
+def _recipe(keys: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
+    """Return the sections for a model with these keys of its config.json."""
+    name = str((keys.get("architectures") or [""])[0])
+    widths = (keys.get(key) for key in ("hidden_size", "dim", "d_model", "n_embd"))
+    width = next((width for width in widths if isinstance(width, int) and width > 0), None)
+    if "task.type=causal_lm" in words or not _is_encoder(name, keys):
+        rate = round(3e-4 * 576 / (width or 1728), 7)
+        return {
+            "task": {"type": "causal_lm", "max_eval_examples": 200},
+            "student": {"model": FROM_TEACHER},
+            "train": {"learning_rate": rate, "lr_scheduler_type": "cosine", "warmup_ratio": 0.03},
+        }
+    narrow = 384 / (width or 768)
+    # A masked language model has no classes, and new masks every epoch.
+    masks, has_classes = "task.type=mlm" in words, name.endswith("ForSequenceClassification")
     teacher: dict[str, Any] = {} if masks else {"cache": AUTO}
-    has_classes = _architecture(keys).endswith("ForSequenceClassification")
+    is_tuned = any(word.startswith("teacher.finetune") for word in words)
     if is_tuned or not (masks or has_classes):
         teacher["finetune"] = {"learning_rate": round(3e-4 * narrow**2, 7)}
+    rows = {"per_device_train_batch_size": 32, "num_train_epochs": 10}
+    schedule = {"lr_scheduler_type": "cosine", "warmup_ratio": 0.1}
     return {
         "task": {"type": "classification"},
         "teacher": teacher,
         "student": {"model": FROM_TEACHER, "dropout": 0.0},
         "train": {**rows, "learning_rate": round(5e-4 * narrow, 7), **schedule},
     }
-
-
-def _width(keys: Mapping[str, Any], usual: int) -> int:
-    widths = (keys.get(key) for key in ("hidden_size", "dim", "d_model", "n_embd"))
-    return next((width for width in widths if isinstance(width, int) and width > 0), usual)
 
 
 def _keys_of(model: str) -> Mapping[str, Any]:
@@ -203,12 +189,7 @@ def _keys_of(model: str) -> Mapping[str, Any]:
     return keys if isinstance(keys, dict) else {}
 
 
-def _architecture(keys: Mapping[str, Any]) -> str:
-    return str((keys.get("architectures") or [""])[0])
-
-
-def _is_encoder(keys: Mapping[str, Any]) -> bool:
-    name = _architecture(keys)
+def _is_encoder(name: str, keys: Mapping[str, Any]) -> bool:
     if "For" in name or "LMHead" in name:
         return not name.endswith(("ForCausalLM", "LMHeadModel"))
     from megakd.models.architectures import FAMILIES

@@ -59,10 +59,9 @@ def _scaled(layer: Sequence[float]) -> tuple[float, ...]:
 
 
 class Rounding(NamedTuple):
-    """Rounding of the numbers of units of a kind.
+    """Units are removed in multiples of `step`; a layer keeps at least `least` of them, or none.
 
-    step: units are removed in multiples of `step`.
-    least: a layer that would keep fewer units keeps none.
+    Halves are rounded to the even number, as in Python.
     """
 
     step: int
@@ -73,12 +72,11 @@ class Rounding(NamedTuple):
         """Return the rounding for units of `rows` rows, cut in multiples of `round_to` rows."""
         return Rounding(round_to // math.gcd(round_to, rows), -(-round_to // rows))
 
-    def kept(self, count: int, removed: int, *, never_all: bool = False) -> int:
+    def remaining(self, count: int, removed: int, *, never_all: bool = False) -> int:
         """Return the number of units to keep out of `count`."""
         removed = min(self.step * round(removed / self.step), count)
-        kept = count - removed
-        if kept >= self.least or not removed:
-            return kept
+        if count - removed >= self.least or not removed:
+            return count - removed
         return count - max(count - self.least, 0) // self.step * self.step if never_all else 0
 
 
@@ -108,15 +106,12 @@ def shares_of(scores: UnitScores, sparsity: float, head_width: int) -> Shares:
 
     Heads and neurons lose the same share. If the residual width is removed too, the width, the
     heads and the neurons lose 1 - sqrt(1 - sparsity) each, so that the sparsity is the share of the
-    removed weights. This is the task-agnostic variant, as in the code of MiniMoE by the same
-    authors. In this variant, at most nine tenths of the heads are removed. Instead of further
-    heads, neurons with the same number of weights are removed: for each column of the hidden
-    states, a head has 4 * head_width weights, and a neuron has 2.
-
-    Args:
-        scores: scores of all units, including the width if the width is removed too.
-        sparsity: in [0, 1); interpreted as the decimal number that is written.
+    removed weights (the task-agnostic variant, as in the code of MiniMoE by the same authors). At
+    most nine tenths of the heads are then removed, and neurons with as many weights instead of
+    further heads: for each column of the hidden states, a head has 4 * head_width weights, and a
+    neuron has 2.
     """
+    # The decimal number that is written: 0.35 of 90 is 31.5, unlike in floating point.
     share = Fraction(str(float(sparsity)))
     if scores.width is None:
         return Shares(share, share, Fraction(0))
@@ -138,23 +133,16 @@ def view_at(
 ) -> View:
     """Return the sub-network that leaves out a share of the heads and a share of the neurons.
 
-    If `scores` has scores of the residual width, the width is reduced too, and the shares follow
-    from the square root; see `shares_of`.
-
     The heads of all layers are ranked together, and the round(sparsity * heads) least important
     heads are left out; likewise for the neurons. The cut of each layer is then rounded to a
     multiple of `round_to` rows, and a layer with fewer remaining rows keeps none. A view contains
-    every view of higher sparsity. Halves are rounded to the even number, as in Python. The sparsity
-    is interpreted as the decimal number that is written, so that 0.35 of 90 is exactly 31.5, unlike
-    in floating point.
+    every view of higher sparsity. The residual width is reduced too if it has scores.
 
     Differs from the authors' code: if the rows of a head are not a multiple of `round_to`, whole
     heads are removed together, as many as form a multiple.
 
     Args:
-        allocation: `uniform` removes the same share of every layer; otherwise as above, with the
-            scores as they are given.
-        round_to: multiple of rows of the weights to round to; 1 does not round.
+        allocation: `uniform` removes the same share of every layer; otherwise as above.
         head_width: rows of a head's queries, keys and values; 64 as in the paper's models.
         with_heads: attentions, numbered from 0, that keep their most important head at any
             sparsity.
@@ -165,17 +153,25 @@ def view_at(
             f"{sparsity})"
         )
     shares, whole = shares_of(scores, sparsity, head_width), len(scores.width or ())
-    heads = Rounding.of(head_width, round_to)
-    fewest = [heads.least if number in with_heads else 0 for number in range(len(scores.heads))]
+    of_heads, of_neurons = Rounding.of(head_width, round_to), Rounding.of(1, round_to)
+    fewest = [of_heads.least if n in with_heads else 0 for n in range(len(scores.heads))]
     columns = round_to * round((1 - shares.width) * whole / round_to)
-    cuts = (
-        _cut(scores.heads, shares.heads, allocation, heads, fewest),
-        _cut(scores.neurons, shares.neurons, allocation, Rounding.of(1, round_to)),
-    )
-    problems = [
-        cut.problem(kind, may_be_empty=allocation != "uniform")
-        for kind, cut in zip(_NAMES, cuts, strict=True)
-    ]
+    cuts, problems = list[tuple[int, ...]](), list[str | None]()
+    for kind, share, rounding, least in (
+        ("heads", shares.heads, of_heads, fewest),
+        ("neurons", shares.neurons, of_neurons, [0] * len(scores.neurons)),
+    ):
+        layers: Layers = getattr(scores, kind)
+        if allocation == "uniform":
+            removed = [round(share * len(layer)) for layer in layers]
+        else:
+            removed = _least_important(layers, share, least)
+        counts = [len(layer) for layer in layers]
+        rows = zip(counts, removed, least, strict=True)
+        left = tuple(rounding.remaining(n, lost, never_all=few > 0) for n, lost, few in rows)
+        problem = _without_units(kind, rounding, counts, removed, left)
+        cuts.append(left)
+        problems.append(problem if allocation == "uniform" or not any(left) else None)
     if shares.width and columns == 0:
         problems.append(
             f"no column of the teacher's hidden states is left: they are {whole} wide and would "
@@ -188,61 +184,32 @@ def view_at(
             "higher values from method.sparsities, lower method.round_to, or use a wider teacher"
         )
     width = columns if shares.width and columns < whole else None
-    heads, neurons = (tuple(cut.kept) for cut in cuts)
-    return View(heads, neurons, width)
+    return View(*cuts, width)
 
 
-class LayerCuts(NamedTuple):
-    """The units of a kind that each layer has, loses before rounding, and keeps."""
-
-    counts: Sequence[int]
-    removed: Sequence[int]
-    kept: Sequence[int]
-    rounding: Rounding
-
-    def problem(self, kind: str, *, may_be_empty: bool) -> str | None:
-        """Return a message if all layers are empty, or a layer that may not be empty.
-
-        The message names the layer that would keep the most units before rounding.
-        """
-        empty = [n for n, count in enumerate(self.counts) if count and not self.kept[n]]
-        if not empty or (may_be_empty and any(self.kept)):
-            return None
-        left = {n: self.counts[n] - self.removed[n] for n in empty}
-        last = max(left, key=left.__getitem__)
-        layer, units = _NAMES[kind]
-        text = (
-            f"no {units} of the teacher are left: {layer} {last + 1} of {len(self.counts)} has "
-            f"{self.counts[last]} and would keep {left[last]}"
-        )
-        if not left[last]:
-            return text
-        return (
-            f"{text}; rounding removes units in steps of {self.rounding.step} and keeps at least "
-            f"{self.rounding.least} or none"
-        )
-
-
-def _cut(
-    layers: Layers,
-    share: Fraction,
-    allocation: Allocation,
+def _without_units(
+    kind: str,
     rounding: Rounding,
-    fewest: Sequence[int] | None = None,
-) -> LayerCuts:
-    # Leave out a share of the units of a kind; a layer that must keep units has its `fewest`.
-    least = fewest or [0] * len(layers)
-    removed = (
-        [round(share * len(layer)) for layer in layers]
-        if allocation == "uniform"
-        else _least_important(layers, share, least)
+    counts: Sequence[int],
+    removed: Sequence[int],
+    left: Sequence[int],
+) -> str | None:
+    """Return a message if layers lose all units; it names that with the most before rounding."""
+    empty = {n: counts[n] - removed[n] for n in range(len(counts)) if counts[n] and not left[n]}
+    if not empty:
+        return None
+    last = max(empty, key=empty.__getitem__)
+    layer, units = _NAMES[kind]
+    text = (
+        f"no {units} of the teacher are left: {layer} {last + 1} of {len(counts)} has "
+        f"{counts[last]} and would keep {empty[last]}"
     )
-    counts = [len(layer) for layer in layers]
-    kept = [
-        rounding.kept(count, lost, never_all=bool(spared))
-        for count, lost, spared in zip(counts, removed, least, strict=True)
-    ]
-    return LayerCuts(counts, removed, kept, rounding)
+    if not empty[last]:
+        return text
+    return (
+        f"{text}; rounding removes units in steps of {rounding.step} and keeps at least "
+        f"{rounding.least} or none"
+    )
 
 
 def _least_important(layers: Layers, share: Fraction, fewest: Sequence[int]) -> list[int]:

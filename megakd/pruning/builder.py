@@ -11,8 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -22,7 +21,7 @@ from megakd.config.task import TaskConfig
 from megakd.contract.results import ParameterCounts
 from megakd.contract.stage import StageResult
 from megakd.contract.tasks import TEACHER, TaskType
-from megakd.contract.views import Allocation, Axes, UnitOrder, View
+from megakd.contract.views import Allocation, Axes, View
 from megakd.data.loader import lengths_of_rows
 from megakd.engine.activity import doing
 from megakd.engine.collectives import gather, on_main
@@ -97,15 +96,6 @@ def unscored(source: ModelSource) -> SortedTeacher:
     return SortedTeacher(source=source, scores=UnitScores(heads, neurons, width))
 
 
-class Reshaping(NamedTuple):
-    """A model, the view to cut or the order to sort its units by, and additional small files."""
-
-    source: ModelSource
-    view: View | None = None
-    order: UnitOrder | None = None
-    extra: Mapping[str, str] = MappingProxyType({})
-
-
 class Shapes:
     """Shapes of cut models by their configs, without weights.
 
@@ -166,15 +156,14 @@ class ModelPruning(Shapes):
         self._close()
         ready = self.assembly.teachers[teacher]
 
-        def prepare() -> Reshaping:
+        def order() -> dict[str, Any]:
             rows = getattr(self.assembly.prepared.encoded, split)
             scores = measure_importance(
                 self.assembly, ready, rows, batch_size=batch_size, with_width=residual
             )
-            extra = {UNITS: scores_to_json(scores)}
-            return Reshaping(ready.source, order=unit_order(scores), extra=extra)
+            return {"order": unit_order(scores), "extra": {UNITS: scores_to_json(scores)}}
 
-        result = self._listed(self._made("specification", prepare))
+        result = self._listed(self._written("specification", ready.source, order))
         path = result.folder / UNITS
         text = on_main(lambda: path.read_text(encoding="utf-8"))
         scores = scores_from_json(text, where=str(path))
@@ -229,16 +218,17 @@ class ModelPruning(Shapes):
         units = source.architecture.units(source.config)
         if view._replace(width=view.width or units.width) == units:
             return source
-        result = self._made(name, lambda: Reshaping(source, view=view))
-        return self._source(result.folder)
+        return self._source(self._written(name, source, lambda: {"view": view}).folder)
 
-    def _made(self, name: str, prepare: Callable[[], Reshaping]) -> StageResult:
-        # Build a folder if it does not exist; `prepare` is a collective that may take long.
+    def _written(
+        self, name: str, source: ModelSource, change: Callable[[], Mapping[str, Any]]
+    ) -> StageResult:
+        """Write a changed model once; `change` is a collective, see `reshape_folder`."""
 
         def make(folder: Path) -> None:
             began, device = time.perf_counter(), self.assembly.ranks.device
             reset_peak_memory(device)
-            reshaping = prepare()
+            options = dict(change())
             others = max(gather(peak_memory_bytes(device)))
 
             def text() -> str:  # of result.json, once the weights are written
@@ -252,16 +242,15 @@ class ModelPruning(Shapes):
 
             forget_models()
             prepared = self.assembly.prepared
+            options["extra"] = {**options.get("extra", {}), RESULT: text}
             on_main(
                 lambda: reshape_folder(
-                    reshaping.source,
+                    source,
                     folder,
                     task=self.config.task,
                     label_names=prepared.splits.label_names,
                     tokenizer=prepared.tokenizer,
-                    view=reshaping.view,
-                    order=reshaping.order,
-                    extra={**reshaping.extra, RESULT: text},
+                    **options,
                 )
             )
 

@@ -76,16 +76,14 @@ def test_a_share_of_all_layers_is_removed_and_none_is_more_important_than_a_kept
         assert len(outside) == round(Fraction(str(sparsity)) * (len(inside) + len(outside)))
 
 
-def test_raw_importance_is_compared_between_layers_which_their_norms_make_alike():
+def test_importance_is_compared_between_layers_in_units_of_their_norms():
     result = UnitScores(((30.0, 40.0), (3.0, 4.0)), ((6.0, 8.0, 0.0), (0.6, 0.8, 0.0)))
 
-    raw = ranked(result).view_at(0.5, allocation="global_raw", round_to=1)
-    scaled = ranked(result).view_at(0.5, allocation="global", round_to=1)
+    view = ranked(result).view_at(0.5, allocation="global", round_to=1)
 
-    assert (raw.heads, raw.neurons) == ((2, 0), (2, 1))
-    assert (scaled.heads, scaled.neurons) == ((1, 1), (2, 1))
+    assert (view.heads, view.neurons) == ((1, 1), (2, 1))
     louder = UnitScores((result.heads[0], (3e3, 4e3)), result.neurons)
-    assert ranked(louder).view_at(0.5, allocation="global", round_to=1) == scaled
+    assert ranked(louder).view_at(0.5, allocation="global", round_to=1) == view
 
 
 def test_a_view_is_a_step_wider_than_the_embeddings_of_an_electra():
