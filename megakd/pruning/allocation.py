@@ -184,7 +184,7 @@ def view_at(
             "higher values from method.sparsities, lower method.round_to, or use a wider teacher"
         )
     width = columns if shares.width and columns < whole else None
-    return View(*cuts, width)
+    return View(cuts[0], cuts[1], width)
 
 
 def _without_units(
