@@ -13,7 +13,6 @@ import ctypes
 import gc
 import re
 import resource
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,7 +24,7 @@ from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-PROCESS, CONTAINER = Path("/proc/self"), Path("/sys/fs/cgroup")
+PROCESS = Path("/proc/self")
 _EARLIER: dict[str, int] = {}
 """Type of device -> highest peak before the last reset."""
 _COUNTED: dict[str, int] = {}
@@ -118,18 +117,7 @@ def free_memory_bytes(device: torch.device) -> int:
         # Memory that torch has cached is not free for the driver, and free for torch.
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    return min(psutil.virtual_memory().available, _left_in_container())
-
-
-def _left_in_container() -> int:
-    """Return the memory that the limit of a container leaves; a very large number without one."""
-    try:
-        limit, used = (int((CONTAINER / f"memory.{n}").read_text()) for n in ("max", "current"))
-        counts = (CONTAINER / "memory.stat").read_text()
-    except (OSError, ValueError):  # no container, or a limit of "max"
-        return sys.maxsize
-    cached = re.search(r"^inactive_file (\d+)$", counts, re.MULTILINE)
-    return limit - used + (int(cached[1]) if cached else 0)
+    return psutil.virtual_memory().available
 
 
 @contextmanager

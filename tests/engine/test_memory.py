@@ -152,17 +152,6 @@ def test_without_a_reset_of_the_system_the_peak_of_the_process_is_given(tmp_path
     assert peak_memory_of_process(CPU) == before
 
 
-def test_the_limit_of_a_container_bounds_the_free_memory(tmp_path, monkeypatch):
-    for name, text in {"max": "1000", "current": "600", "stat": "anon 5\ninactive_file 70"}.items():
-        (tmp_path / f"memory.{name}").write_text(f"{text}\n")
-    monkeypatch.setattr(memory, "CONTAINER", tmp_path)
-
-    assert memory.free_memory_bytes(CPU) == 470
-
-    (tmp_path / "memory.max").write_text("max\n")
-    assert memory.free_memory_bytes(CPU) > 1000
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_peak_of_a_gpu_is_reset_too():
     gpu = torch.device("cuda")
