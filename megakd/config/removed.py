@@ -8,6 +8,7 @@ REMOVED: Mapping[str, str] = {
     "teacher.label_order": "gone; write the data's labels into id2label of the model's config.json",
     "teacher.allow_pickle": "gone; convert the weights to safetensors, and remove the key",
     "student.allow_pickle": "gone; convert the weights to safetensors, and remove the key",
+    "task.whole_word_masking": "gone; each token is chosen for itself, remove the key",
     "task.encoded": "gone; `megakd encode` fills the cache that a run reads, remove the key",
     "method.name: takd": "; gone: train each teacher as a student, and give it as the teacher;",
     "method.name: mt_bert": "; gone: use mean_of_teachers;",

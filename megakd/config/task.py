@@ -120,8 +120,6 @@ class TaskConfig:
     tokenizer: Place | TokenizerConfig | None = None
     mlm_probability: Annotated[float, Field(gt=0, le=1)] | None = None
     """Fraction of the tokens that are predicted; None: 0.15. Only for mlm."""
-    whole_word_masking: bool = False
-    """Choose all tokens of a word together. Only for mlm."""
     labelled_examples: Count | None = None
     """Keep the labels of this many training rows, chosen by hash; other rows become unlabelled."""
     max_eval_examples: Count | None = None

@@ -16,10 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from megakd.config.task import TaskConfig
 from megakd.contract.batch import IGNORE, ROW_EXTRAS, Batch, Documents, Within
-from megakd.data.token_tables import WORD_STARTS
 
 LENGTH_MULTIPLE = 8
-_FILL = {"labels": IGNORE, "token_type_ids": 0, WORD_STARTS: 0}
+_FILL = {"labels": IGNORE, "token_type_ids": 0}
 _PADDED = ("input_ids", "position_ids", *_FILL)
 """Columns with a value per token; rows may have further columns for other models."""
 Columns = dict[str, "tuple[NDArray, NDArray]"]
@@ -33,7 +32,7 @@ class Collator:
     For causal_lm, `inputs` has `input_ids` and `position_ids`, and the model must be called with
     `use_cache=False`; see `token_tables`. A row without `position_ids` is one document. The columns
     of `ROW_EXTRAS` have one value per row. For mlm, no tokens are masked or labelled yet; see
-    `masking`, which also takes `word_starts` out of `inputs`.
+    `masking`.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> None:

@@ -48,8 +48,6 @@ READ_ALIKE = ("BertTokenizer", "RobertaTokenizer", "GPT2Tokenizer", "Qwen2Tokeni
 """Classes that transformers 4 has, and that leave there what tokenizer.json says."""
 # Part of every key: increase this number when the encoded rows would differ.
 VERSION = 2
-# Part of the keys of rows with words, likewise.
-WORDS_VERSION = 2
 
 
 class StreamedRows(NamedTuple):
@@ -65,10 +63,9 @@ class Encoded(NamedTuple):
 
     Columns for classification and regression: `input_ids`, `label`, and for pairs `token_type_ids`
     if the tokenizer returns them. For mlm: `input_ids`, with a row per window of a text (see
-    `token_tables`), and `word_starts` for whole-word masking. For causal_lm: `input_ids`,
-    `position_ids` and `labels` (see `PackedRow`), or for conversations `input_ids`, `labels` and
-    `prompt_length` (see `chat.tokens`). Rows that name their teacher also have its number in
-    `route` (see `contract.batch.teacher_number`).
+    `token_tables`). For causal_lm: `input_ids`, `position_ids` and `labels` (see `PackedRow`), or
+    for conversations `input_ids`, `labels` and `prompt_length` (see `chat.tokens`). Rows that name
+    their teacher also have its number in `route` (see `contract.batch.teacher_number`).
 
     tokens_per_row: mean number of tokens of a training row, or with a stream of a validation row,
         without padding.
@@ -261,8 +258,6 @@ def encoded_key(
         "max_length": task.row_length,
         "type": task.type,
     }
-    if task.whole_word_masking:
-        parts["words"] = WORDS_VERSION
     if any(map(is_chat, rows.values())):
         chat = {
             "version": CHAT_VERSION,

@@ -1,9 +1,7 @@
 """Dynamic masks of masked language modelling (Devlin et al. 2019, BERT, section 3.1).
 
 A mask is a pure function of (seed, draw, row, position). It does not depend on the split of a step
-into ranks and micro-batches, on the padding, or on where a run was resumed. With whole words, the
-position of a word's first token decides for all tokens of the word whether they are chosen. Each
-chosen token is then masked, replaced or kept for itself, as in BERT's `create_pretraining_data.py`.
+into ranks and micro-batches, on the padding, or on where a run was resumed.
 Rows may mix the tokens of two vocabularies, see `SecondTokens`.
 Shapes: B rows of a micro-batch, T positions.
 """
@@ -21,7 +19,6 @@ from transformers import PreTrainedTokenizerBase
 from megakd.config.task import TaskConfig
 from megakd.contract.batch import IGNORE, Batch, Targets
 from megakd.data.splitmix import row_keys, uniform
-from megakd.data.token_tables import WORD_STARTS
 
 DEFAULT_PROBABILITY = 0.15
 MASKED_SHARE, RANDOM_SHARE = 0.8, 0.1
@@ -63,8 +60,7 @@ class Masking:
     mask_id: the mask token.
     special_ids: tokens that are never masked.
     vocabulary: tokens that may replace a masked token at random.
-    probability: probability of each token to be chosen; at least one token per row is chosen, or
-        one word if the batch has `word_starts`.
+    probability: probability of each token to be chosen; at least one token per row is chosen.
     second: the second vocabulary, if the rows mix two. A random token is then of the same
         vocabulary as the token that it replaces. The labels of the second vocabulary are in
         `Extras.second`, in its own numbering, and `labels` and `targets` leave them out.
@@ -90,8 +86,7 @@ class Masking:
     ) -> Batch:
         """Return the batch, on the CPU, with masked `input_ids`, `labels` [B, T] and `targets`.
 
-        If its `inputs` have `word_starts` [B, T], all tokens of a word are chosen together; see
-        `token_tables`. `rows` and `draw`: see `splitmix.row_keys`.
+        `rows` and `draw`: see `splitmix.row_keys`.
         """
         ids = batch.inputs["input_ids"].numpy()  # [B, T]
         real = batch.valid.numpy()
@@ -100,16 +95,10 @@ class Masking:
         # Three numbers in [0, 1) for each position, [B, T]: whether, how, and by which token.
         numbers = uniform(keys, np.arange(1, 3 * ids.shape[1] + 1, dtype=np.uint64))
         choice, fate, token = (numbers[:, part::3] for part in range(3))
-        starts = batch.inputs.get(WORD_STARTS)
-        if starts is not None:
-            choice = np.take_along_axis(choice, starts.numpy(), axis=1)
-        # Also the lowest of each row, which are all positions of one word: the positions of a word
-        # have the same number.
         lowest = np.where(maskable, choice, np.inf).min(axis=1, keepdims=True)
         chosen = maskable & ((choice < self._probability) | (choice == lowest))
         shown = np.where(chosen, self._shown(ids, fate, token), ids)
         inputs = {**batch.inputs, "input_ids": torch.from_numpy(shown)}
-        inputs.pop(WORD_STARTS, None)
         second = None if self._second is None else self._second.targets(ids, chosen)
         if self._second is not None:
             chosen = chosen & ~self._second.contains(ids)

@@ -5,17 +5,12 @@ a document that does not fit continues in the next row. Positions restart at 0 a
 document and of every row. Decoders of transformers read the restarts as document boundaries and
 prevent attention to other documents. This requires that no attention mask and no cache is given
 (`use_cache=False`): with a cache, decoders ignore the restarts.
-
-Masks of whole words need the words of a text as its tokenizer cuts them. A word is what the
-pre-tokenizer cuts off, or a part of this between two white spaces. The second rule is for
-tokenizers that do not cut texts at white space before they look for pieces.
 """
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice, repeat
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,8 +26,6 @@ from megakd.data.arrow import TEXTS_AT_ONCE, arrow_batches, column_of
 from megakd.data.special_tokens import special_tokens
 from megakd.errors import DataError
 
-WORD_STARTS = "word_starts"
-"""Column of encoded rows: by token, the position in the row of the first token of its word."""
 _IDS = pa.list_(pa.int32())
 CHARACTERS_AT_ONCE = 4_000_000
 """Characters of texts from which on a call of the tokenizer takes no further text."""
@@ -106,32 +99,22 @@ def _language_tables(
     if task.type == "causal_lm":
         packed = pack(documents_of(rows, tokenizer), task.row_length)
         return tables_of_lists(packed, PackedRow._fields)
-    names = ("input_ids", WORD_STARTS) if task.whole_word_masking else ("input_ids",)
-    return tables_of_lists(_window_rows(rows, tokenizer, task), names)
+    return tables_of_lists(_window_rows(rows, tokenizer, task), ("input_ids",))
 
 
 def documents_of(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
     """Yield the tokens of every text that is not empty, as documents of causal_lm."""
     prefix, suffix = document_ends(tokenizer)
-    yield from (prefix + ids + suffix for ids, _ in _texts(rows, tokenizer))
+    yield from (prefix + ids + suffix for ids in _texts(rows, tokenizer))
 
 
 def _window_rows(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: TaskConfig
-) -> Iterator[tuple[list[int], ...]]:
+) -> Iterator[tuple[list[int]]]:
     prefix, suffix = frame(tokenizer)
     room = task.row_length - len(prefix) - len(suffix)
-    for ids, starts in _texts(rows, tokenizer, with_words=task.whole_word_masking):
-        for window in windows(range(len(ids)), room):
-            first, stop = window[0], window[-1] + 1
-            row = [*prefix, *ids[first:stop], *suffix]
-            if starts is None:
-                yield (row,)
-            else:
-                # A word that began in the window before begins with this window.
-                inside = [len(prefix) + max(0, start - first) for start in starts[first:stop]]
-                after = range(len(prefix) + len(inside), len(row))
-                yield row, [*range(len(prefix)), *inside, *after]
+    for ids in _texts(rows, tokenizer):
+        yield from (([*prefix, *window, *suffix],) for window in windows(ids, room))
 
 
 def tables_of_lists(rows: Iterable[tuple[Any, ...]], names: Sequence[str]) -> Iterator[pa.Table]:
@@ -142,16 +125,9 @@ def tables_of_lists(rows: Iterable[tuple[Any, ...]], names: Sequence[str]) -> It
         yield pa.table({name: pa.array(list(arrays), type=_IDS) for name, arrays in columns})
 
 
-def _texts(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, with_words: bool = False
-) -> Iterator[tuple[list[int], list[int] | None]]:
-    # The second value is None without `with_words`, else see `word_starts`.
-    if with_words:
-        check_words(tokenizer)
+def _texts(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
     for texts in _calls(rows):
-        encoded = plain_encoding(texts, tokenizer)
-        starts = word_starts(encoded, texts) if with_words else repeat(None)
-        yield from ((ids, of_words) for ids, of_words in zip(encoded["input_ids"], starts) if ids)  # noqa: B905
+        yield from filter(None, plain_encoding(texts, tokenizer)["input_ids"])
 
 
 def _calls(rows: Dataset) -> Iterator[list[str]]:
@@ -253,41 +229,3 @@ def windows(ids: Sequence[int], room: int) -> Iterator[Sequence[int]]:
     count = -(-len(ids) // room)
     for number in range(count):
         yield ids[number * len(ids) // count : (number + 1) * len(ids) // count]
-
-
-def check_words(
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    whose: str = "task.whole_word_masking: the tokenizer",
-    otherwise: str = ", or remove the key",
-) -> None:
-    """Raise a DataError if a tokenizer does not tell the words that tokens belong to.
-
-    `whose` is the key that needs words, and `otherwise` what the user can do instead.
-    """
-    if not tokenizer.is_fast:
-        raise DataError(
-            f"{whose} is a {type(tokenizer).__name__}, which does not tell the words that its "
-            f"tokens belong to; use a fast tokenizer (a folder with a tokenizer.json){otherwise}"
-        )
-
-
-def word_starts(encoded: BatchEncoding, texts: Sequence[str]) -> Iterator[list[int]]:
-    """Yield, for each text, the position of the first token of each token's word."""
-    for text, encoding in zip(texts, encoded.encodings or (), strict=True):
-        starts: list[int] = []
-        word, end = None, 0
-        # A token that belongs to no word, such as a special token, is a word of its own.
-        for position, (index, (first, last)) in enumerate(
-            zip(encoding.word_ids, encoding.offsets, strict=True)
-        ):
-            is_inside = index is not None and index == word
-            continues = is_inside and not _has_space(text[end : first + 1])
-            starts.append(starts[-1] if continues else position)
-            word, end = index, max(end, last)
-        yield starts
-
-
-def _has_space(text: str) -> bool:
-    # BERT's normalizer removes other control characters, so that their neighbours are one word.
-    return any(sign in "\t\n\r" or unicodedata.category(sign).startswith("Z") for sign in text)

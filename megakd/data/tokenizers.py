@@ -28,7 +28,6 @@ from megakd.contract.tasks import TaskType
 from megakd.data.arrow import arrow_batches, key_of, rows_key
 from megakd.data.chat.template import read_template
 from megakd.data.splits import Splits
-from megakd.data.token_tables import check_words
 from megakd.data.vocabularies import ENCODER_ROLES, VERSION, encoder_template, train_tokenizer
 from megakd.errors import DataError, first_line
 from megakd.process.terminal import in_home
@@ -124,8 +123,6 @@ def load_tokenizer(
             f"{origin} has no mask token, which mlm puts in the place of the tokens to predict; "
             "set mask_token in its tokenizer_config.json, or use another tokenizer"
         )
-    if task.whole_word_masking:
-        check_words(tokenizer)
     if task.chat_template is not None:
         tokenizer.chat_template = read_template(task.chat_template)
     logger.info("tokenizer: %s, %d tokens", origin, len(tokenizer))

@@ -24,7 +24,6 @@ from megakd.contract.batch import IGNORE, Batch
 from megakd.data import encoding
 from megakd.data.collation import Collator
 from megakd.data.masking import task_masking
-from megakd.data.token_tables import WORD_STARTS
 from megakd.data.tokenizers import VocabularyPair
 from megakd.data.vocabularies import train_tokenizer
 from megakd.errors import DataError
@@ -34,7 +33,6 @@ from megakd.methods.mixed_vocabulary.shared_words import ALWAYS_STUDENT, ALWAYS_
 COMMON = [" ".join("abcdefgh"), "face bad cafe head", "feed bee, gag!"] * 3
 LENGTH = 24
 TEXTS = st.lists(st.text("abcdefghxyж ", min_size=1, max_size=60), min_size=1, max_size=5)
-WHOLE = pytest.mark.parametrize("whole_words", [False, True], ids=["pieces", "whole words"])
 
 
 def trained(texts: list[str], size: int) -> PreTrainedTokenizerBase:
@@ -95,11 +93,8 @@ class Scene:
         """The batch of the teacher's tokenizer, on rows made of the same words."""
         rows = []
         for row in self.rows.with_format(None):
-            lengths = [1, *row["teacher_lengths"], 1]
-            starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
             cls, sep = self.pair.teacher.cls_token_id, self.pair.teacher.sep_token_id
-            ids = {"input_ids": [cls, *row["teacher_ids"], sep]}
-            rows.append(ids | ({WORD_STARTS: starts} if self.task.whole_word_masking else {}))
+            rows.append({"input_ids": [cls, *row["teacher_ids"], sep]})
         batch = Collator(self.pair.teacher, self.task)(rows, dummy_rows=dummy_rows)
         masking = task_masking(self.pair.teacher, self.task)
         return masking(batch, np.arange(len(rows)), seed=seed, draw=draw)
@@ -173,15 +168,14 @@ def near(count: float, of: float, share: float) -> bool:
     return abs(count / of - share) < 5 * (share * (1 - share) / of) ** 0.5
 
 
-@WHOLE
 @given(texts=TEXTS, seed=st.integers(0, 99), draw=st.integers(0, 3))
 @settings(max_examples=10, deadline=None)
 def test_with_probability_0_the_batch_is_the_one_of_the_teachers_tokenizer(
-    pair, tmp_path_factory, whole_words, texts, seed, draw
+    pair, tmp_path_factory, texts, seed, draw
 ):
     # The teacher does not know x: such words are unknown to it, as in any text of its own.
     texts = ["bad", *texts]
-    scene = Scene(pair, texts, tmp_path_factory.mktemp("c"), whole_word_masking=whole_words)
+    scene = Scene(pair, texts, tmp_path_factory.mktemp("c"))
     alone = scene.teacher_alone(seed=seed, draw=draw, dummy_rows=2)
 
     size = len(scene.rows) + 2
@@ -217,14 +211,12 @@ def test_the_words_are_the_same_whatever_the_coins_and_no_vocabulary_cuts_an_unk
         assert is_student or must_be_teacher or probability < 1
 
 
-@WHOLE
 @given(texts=TEXTS, cuts=st.lists(st.integers(0, 12), max_size=3), spare=st.integers(0, 2))
 @settings(max_examples=10, deadline=None)
 def test_words_and_masks_do_not_depend_on_micro_batches_and_padding(
-    pair, tmp_path_factory, whole_words, texts, cuts, spare
+    pair, tmp_path_factory, texts, cuts, spare
 ):
-    folder = tmp_path_factory.mktemp("c")
-    scene = Scene(pair, ["bad", *texts], folder, whole_word_masking=whole_words)
+    scene = Scene(pair, ["bad", *texts], tmp_path_factory.mktemp("c"))
     bounds = [0, *sorted(min(cut, len(scene.rows)) for cut in cuts), len(scene.rows)]
 
     parts = [
@@ -255,11 +247,9 @@ def test_as_many_words_as_likely_are_the_students_and_each_draw_cuts_anew(
     assert near((first != other).sum(), len(first), 2 * probability * (1 - probability))
 
 
-@WHOLE
-def test_pieces_of_both_vocabularies_are_masked_alike(pair, many, tmp_path, whole_words):
-    # Rows are long: the one word that every row masks at least adds little to the share.
-    keys = {"whole_word_masking": whole_words, "max_length": 256}
-    scene = Scene(pair, many.texts, tmp_path, **keys)
+def test_pieces_of_both_vocabularies_are_masked_alike(pair, many, tmp_path):
+    # Rows are long: the one token that every row masks at least adds little to the share.
+    scene = Scene(pair, many.texts, tmp_path, max_length=256)
     batch = scene.batch()
     ids, shown, masked = scene.plain(batch), batch.inputs["input_ids"], chosen(batch)
     special = torch.isin(ids, torch.tensor(pair.teacher.all_special_ids))
@@ -267,9 +257,7 @@ def test_pieces_of_both_vocabularies_are_masked_alike(pair, many, tmp_path, whol
     for of_student in (False, True):
         ours = (ids >= pair.offset) == of_student
         mine = masked & ours
-        # Whole words are chosen together, so the number of tries is smaller.
-        tries = int((ours & ~special & batch.valid).sum()) / (5 if whole_words else 1)
-        assert near(int(mine.sum()) / (5 if whole_words else 1), tries, 0.15)
+        assert near(int(mine.sum()), int((ours & ~special & batch.valid).sum()), 0.15)
         hidden = shown[mine] == pair.teacher.mask_token_id
         assert near(int(hidden.sum()), int(mine.sum()), 0.8)
         replaced = shown[mine & (shown != ids) & (shown != pair.teacher.mask_token_id)]
@@ -289,24 +277,6 @@ def test_labels_of_the_student_are_in_its_own_numbering_and_no_labels_of_the_tea
     assert torch.equal(batch.targets, (batch.labels.flatten() != IGNORE).nonzero()[:, 0])
     assert int(batch.labels.max()) < many.pair.offset
     assert (np.diff(positions) > 0).all()
-
-
-def test_all_pieces_of_a_word_are_chosen_together_with_whole_word_masking(pair, many, tmp_path):
-    scene = Scene(pair, many.texts, tmp_path, whole_word_masking=True)
-    batch = scene.batch()
-    starts_word = np.array(
-        [
-            not str(token).startswith("##")
-            for tokenizer in (pair.teacher, pair.student)
-            for token in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-        ]
-    )
-
-    for ids, mask, valid in zip(scene.plain(batch), chosen(batch), batch.valid, strict=True):
-        word = np.cumsum(starts_word[ids[valid].numpy()])
-        by_word = np.bincount(word, weights=mask[valid].numpy()) / np.bincount(word).clip(1)
-        assert set(by_word.tolist()) <= {0.0, 1.0}
-    assert WORD_STARTS not in batch.inputs
 
 
 @pytest.mark.parametrize("numbers", [[], [0, 1]], ids=["only dummy rows", "rows"])
@@ -364,7 +334,6 @@ def test_a_row_has_the_tokens_of_both_tokenizers_and_the_lengths_of_its_words(pa
         lengths = [len(pieces(getattr(pair, role), word)) for word in words]
         assert row[f"{role}_lengths"] == lengths
     assert row["student_lengths"] != row["teacher_lengths"]
-    assert WORD_STARTS not in row
 
 
 @given(texts=RAW_TEXTS, length=st.integers(4, 24))
@@ -373,8 +342,7 @@ def test_no_word_is_lost_or_cut_and_every_mix_of_vocabularies_fits(
     pair, tmp_path_factory, texts, length
 ):
     texts = ["a", *texts]
-    keys = {"max_length": length, "whole_word_masking": True}
-    rows = encoded(texts, pair, tmp_path_factory.mktemp("cache"), **keys)
+    rows = encoded(texts, pair, tmp_path_factory.mktemp("cache"), max_length=length)
 
     student, teacher = fitting_words(pair, texts, room=length - 2)
     assert joined(ids[1:-1] for ids in rows["input_ids"]) == student
@@ -384,8 +352,6 @@ def test_no_word_is_lost_or_cut_and_every_mix_of_vocabularies_fits(
         assert most.sum() + 2 <= length
         assert sum(row["student_lengths"]) == len(row["input_ids"]) - 2
         assert sum(row["teacher_lengths"]) == len(row["teacher_ids"])
-        starts = [p for p, start in enumerate(row[WORD_STARTS]) if p == start]
-        assert np.diff(starts).tolist() == [1, *row["student_lengths"]]
 
 
 @given(st.lists(st.integers(1, 9), max_size=80), st.integers(9, 60))
@@ -497,7 +463,6 @@ def test_whatever_changes_the_rows_changes_the_key_and_equal_rows_are_read(
         rows_and_key(pair=pair._replace(student=other)),
         rows_and_key(pair=pair._replace(teacher=other)),
         rows_and_key(max_length=17),
-        rows_and_key(whole_word_masking=True),
     ]
     monkeypatch.setattr(encoding, "write_tables", None)
 

@@ -73,7 +73,7 @@ _DATA: tuple[Rule[TaskConfig], ...] = (
         "not supported with task.dataset {task.dataset}, which has its own columns; remove the key",
     ),
     *only(".labelled_examples", ("classification", "regression")),
-    *only(".mlm_probability .whole_word_masking", ("mlm",)),
+    *only(".mlm_probability", ("mlm",)),
     *only(".streaming", LANGUAGE_TASKS),
     *only(
         ".messages_column .prompt_column .completion_column .chat_template .chat_template_kwargs "

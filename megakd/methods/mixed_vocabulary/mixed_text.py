@@ -17,7 +17,6 @@ Shapes: B rows of a micro-batch, T positions, W words of all rows together.
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,7 +34,6 @@ from megakd.data.encoding import cached_tables, no_tokens, tokenizer_content
 from megakd.data.masking import task_masking
 from megakd.data.splitmix import row_keys, uniform
 from megakd.data.token_tables import (
-    WORD_STARTS,
     check_room_for_text,
     frame,
     tables_of_lists,
@@ -91,7 +89,6 @@ class MixedText:
         self._collate = Collator(pair.teacher, task)
         self._offset = pair.offset
         self._student, self._teacher = map(_Frame.of, pair)
-        self._has_word_starts = task.whole_word_masking
         self._probability = probability
 
     def __call__(
@@ -145,13 +142,7 @@ class MixedText:
         teacher_ids, student_ids = columns["teacher_ids"][0], columns["input_ids"][0]
         starts = np.where(is_student, len(teacher_ids) + student_starts, teacher_starts)
         pieces = np.concatenate([teacher_ids, student_ids + self._offset])
-        return _in_rows(
-            pieces[_ranges(starts, lengths)],
-            lengths,
-            words,
-            self._teacher,
-            has_word_starts=self._has_word_starts,
-        )
+        return _in_rows(pieces[_ranges(starts, lengths)], lengths, words, self._teacher)
 
 
 class _Frame(NamedTuple):
@@ -184,8 +175,6 @@ def _in_rows(
     lengths: NDArray[np.int64],
     words: NDArray[np.int64],
     special: _Frame,
-    *,
-    has_word_starts: bool,
 ) -> pa.Table:
     """Return rows of `words` [B] words of `lengths` [W] pieces, with special tokens around each."""
     bounds = _sums(lengths)[_sums(words)]
@@ -196,14 +185,9 @@ def _in_rows(
     tokens[places] = pieces
     tokens[rows[:-1, None] + np.arange(len(special.before))] = special.before
     tokens[rows[1:, None] - np.arange(len(special.after), 0, -1)] = special.after
-    columns = {"input_ids": tokens}
-    if has_word_starts:
-        starts = np.arange(rows[-1])  # special tokens are words of their own
-        starts[places] = np.repeat(places[_sums(lengths)[:-1]], lengths)
-        columns[WORD_STARTS] = starts - np.repeat(rows[:-1], np.diff(rows))
     arrow = cast("Any", pa)  # pyarrow carries no types
-    of_rows = functools.partial(arrow.ListArray.from_arrays, arrow.array(rows.astype(np.int32)))
-    return arrow.table({name: of_rows(arrow.array(values)) for name, values in columns.items()})
+    of_rows = arrow.ListArray.from_arrays(arrow.array(rows.astype(np.int32)), arrow.array(tokens))
+    return arrow.table({"input_ids": of_rows})
 
 
 def encode_mixed(
@@ -229,15 +213,13 @@ def encode_mixed(
             "student": tokenizer_content(pair.student),
             "teacher": tokenizer_content(pair.teacher),
             "max_length": task.row_length,
-            "words": task.whole_word_masking,
         }
     )
-    names = (*_COLUMNS, WORD_STARTS) if task.whole_word_masking else _COLUMNS
     student, teacher = map(_Frame.of, pair)
     room = task.row_length - max(student.size, teacher.size)
-    shape = _RowShape(room, student, task.whole_word_masking)
+    shape = _RowShape(room, student)
     made = cached_tables(
-        {"train": tables_of_lists(_rows(rows, cutter, shape), names)},
+        {"train": tables_of_lists(_rows(rows, cutter, shape), _COLUMNS)},
         key,
         cache_dir=cache_dir,
         empty=lambda name: no_tokens(rows, task, split=name, counts={}),
@@ -248,7 +230,6 @@ def encode_mixed(
 class _RowShape(NamedTuple):
     room: int  # the most pieces of a row, without special tokens
     special: _Frame  # of the student
-    has_word_starts: bool
 
 
 def _rows(rows: Dataset, cutter: WordCutter, shape: _RowShape) -> Iterator[_Row]:
@@ -281,18 +262,13 @@ def _text_rows(words: SharedWords, sizes: NDArray[np.int64], shape: _RowShape) -
             for pieces in (words.student, words.teacher)
         )
         before, after = shape.special
-        row: _Row = (
+        yield (
             np.concatenate([before, student, after]),
             teacher,
             student_lengths[part],
             teacher_lengths[part],
             words.fixed[part],
         )
-        if shape.has_word_starts:
-            lengths = [np.ones_like(before), student_lengths[part], np.ones_like(after)]
-            counts = np.concatenate(lengths)
-            row += (np.repeat(np.cumsum(counts) - counts, counts).astype(np.int32),)
-        yield row
 
 
 def word_windows(sizes: NDArray[np.int64], room: int) -> Iterator[tuple[int, int]]:

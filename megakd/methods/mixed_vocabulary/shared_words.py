@@ -1,19 +1,20 @@
 """Words of texts in two vocabularies, word by word, for texts that mix both vocabularies.
 
-Words are those of `word_starts`. Both vocabularies must cut a text into the same words, and the
+Words are those of `_word_starts`. Both vocabularies must cut a text into the same words, and the
 pieces of a word must spell the same word in both.
 """
 
 from __future__ import annotations
 
 import functools
+import unicodedata
 from collections.abc import Iterator, Sequence
 from itertools import pairwise, zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
-from megakd.data.token_tables import check_words, plain_encoding, word_starts
+from megakd.data.token_tables import plain_encoding
 from megakd.data.tokenizers import VocabularyPair
 from megakd.errors import DataError
 
@@ -89,8 +90,12 @@ class WordCutter:
 
     def __init__(self, pair: VocabularyPair) -> None:
         for role, tokenizer in zip(pair._fields, pair, strict=True):
-            whose = f"method.student_vocabulary: the tokenizer of the {role}"
-            check_words(tokenizer, whose=whose, otherwise="")
+            if not tokenizer.is_fast:
+                raise DataError(
+                    f"method.student_vocabulary: the tokenizer of the {role} is a "
+                    f"{type(tokenizer).__name__}, which does not tell the words that its tokens "
+                    "belong to; use a fast tokenizer (a folder with a tokenizer.json)"
+                )
         self._pair = pair
         self._student, self._teacher = map(_Spelling, pair)
         # Most words of a text occur many times.
@@ -146,7 +151,7 @@ def _words(
 ) -> Iterator[tuple[WordPieces, NDArray[np.int64]]]:
     """Yield the pieces of each text, and the spans [words, 2] of its words."""
     encodings = encoded.encodings or ()
-    for word_start, encoding in zip(word_starts(encoded, texts), encodings, strict=True):
+    for word_start, encoding in zip(_word_starts(encoded, texts), encodings, strict=True):
         count = len(word_start)
         firsts = np.flatnonzero(np.array(word_start) == np.arange(count))
         offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
@@ -154,6 +159,31 @@ def _words(
         ends = np.maximum.reduceat(offsets[:, 1], firsts) if count else firsts
         pieces = WordPieces(np.array(encoding.ids, dtype=np.int32), np.append(firsts, count))
         yield pieces, np.stack([begins, ends], axis=1)
+
+
+def _word_starts(encoded: BatchEncoding, texts: Sequence[str]) -> Iterator[list[int]]:
+    """Yield, for each text, the position of the first token of each token's word.
+
+    A word is what the pre-tokenizer cuts off, or a part of this between two white spaces. The
+    second rule is for tokenizers that do not cut texts at white space before they look for pieces.
+    """
+    for text, encoding in zip(texts, encoded.encodings or (), strict=True):
+        starts: list[int] = []
+        word, end = None, 0
+        # A token that belongs to no word, such as a special token, is a word of its own.
+        for position, (index, (first, last)) in enumerate(
+            zip(encoding.word_ids, encoding.offsets, strict=True)
+        ):
+            is_inside = index is not None and index == word
+            continues = is_inside and not _has_space(text[end : first + 1])
+            starts.append(starts[-1] if continues else position)
+            word, end = index, max(end, last)
+        yield starts
+
+
+def _has_space(text: str) -> bool:
+    # BERT's normalizer removes other control characters, so that their neighbours are one word.
+    return any(sign in "\t\n\r" or unicodedata.category(sign).startswith("Z") for sign in text)
 
 
 def _tuples(pieces: WordPieces) -> Iterator[tuple[int, ...]]:
