@@ -71,8 +71,8 @@ MUTATIONS = (
     ),
     Mutation(
         "megakd/losses/bundle.py",
-        "share = 1.0 if is_part else",
-        "share = 1.0 if True else",
+        "share = 1 / passes[learner, planned.view]",
+        "share = 1.0",
         "tests/losses/test_bundle.py",
     ),
     Mutation(

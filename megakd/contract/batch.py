@@ -29,8 +29,6 @@ MOST_DRAWS = 255
 """Most draws of a position in a cache, which keeps the count of a token in a byte."""
 ROUTE = "route"
 """Column with the teacher of a row: its name in rows of text, its number in encoded rows."""
-ROW_EXTRAS = {"is_rollout": "is_rollout", ROUTE: "routes"}
-"""Columns of encoded rows -> the `Extras` that have a row's value at its tokens, 0 elsewhere."""
 
 
 class Targets(NamedTuple):
@@ -55,44 +53,23 @@ class Documents(NamedTuple):
     longest: int
 
 
-class Within(NamedTuple):
-    """The places of a batch in the micro-batch that the batch was taken out of.
-
-    rows: [b] int64 rows of the micro-batch.
-    positions: [b, t] int64 positions of the flattened [B * T].
-    targets: [n] int64 numbers of the micro-batch's `targets`; None if all positions are predicted.
-    """
-
-    rows: Tensor
-    positions: Tensor
-    targets: Tensor | None = None
-
-
 class Extras(NamedTuple):
     """Values that single features add to a micro-batch.
 
-    others: by role, the same rows encoded for models with another tokenizer; or by the name of a
-        teacher, the rows that learn from this teacher (see `within`).
+    others: by role, the same rows encoded for models with another tokenizer.
     second: what the model predicts from its second vocabulary; `labels` and `targets` are then
         those of its first vocabulary. In `input_ids`, numbers of the second vocabulary follow those
         of the first.
     is_rollout: [B, T] bool, the positions of texts that a model has generated during the run, on
         the CPU, so that losses select positions without a host sync; None if there are none.
-    routes: [B, T] int64, for every position the number of the teacher that its row names (see
-        `teacher_number`), 0 at padding, on the CPU; None if the rows name no teachers.
-    within: where the rows are in the micro-batch that they were taken out of; None for others.
+    teacher: the teacher that all rows name, and that alone teaches them; None if the rows name no
+        teachers.
     """
 
     others: Mapping[str, Batch] | None = None
     second: Targets | None = None
     is_rollout: Tensor | None = None
-    routes: Tensor | None = None
-    within: Within | None = None
-
-    def of_rows(self, change: Callable[[Tensor], Tensor]) -> Extras:
-        """Return the `ROW_EXTRAS` alone, with a function applied to each."""
-        values = {name: getattr(self, name) for name in ROW_EXTRAS.values()}
-        return Extras()._replace(**{n: change(v) for n, v in values.items() if v is not None})
+    teacher: str | None = None
 
 
 class Batch(NamedTuple):
@@ -262,17 +239,6 @@ class Knowledge(NamedTuple):
         detach = operator.methodcaller("detach")
         second = None if self.second is None else self.second.detached()
         return self.mapped(detach, detach, detach)._replace(second=second)
-
-    def taken(self, within: Within) -> Knowledge:
-        """Return the outputs for the part `within` a micro-batch, with gradient."""
-
-        def states(values: Tensor) -> Tensor:  # [b, t, D]
-            return values.flatten(0, 1)[within.positions]
-
-        def hidden(values: Tensor) -> Tensor:  # [n, D] at the targets, or [b, t, D]
-            return states(values) if within.targets is None else values[within.targets]
-
-        return self.mapped(lambda logits: logits[within.rows], hidden, states)
 
 
 class Losses(NamedTuple):

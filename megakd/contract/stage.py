@@ -115,15 +115,6 @@ class Strategy:
         return False
 
     @property
-    def routes_rows(self) -> bool:
-        """True if every row names its teacher.
-
-        A pass then covers the rows of its teacher alone, and the teacher is asked about these rows
-        alone. Every teacher of the stage has a pass.
-        """
-        return False
-
-    @property
     def pruned_to(self) -> View | None:
         """The units that remain at the end of a stage that prunes with `student.keep`, or None.
 
@@ -346,6 +337,12 @@ class StageResult:
     peak_memory_bytes: int = 0
     scores: Scores = field(default_factory=dict)
     view: str | None = None
+
+
+def passes_over(batch: Batch, plan: Sequence[Pass]) -> Sequence[Pass]:
+    """Return the passes over a micro-batch: all, or those of the teacher that its rows name."""
+    name = batch.extras.teacher
+    return plan if name is None else [planned for planned in plan if planned.teacher == name]
 
 
 def teacher_names(plan: Sequence[Pass]) -> tuple[str, ...]:

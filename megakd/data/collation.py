@@ -1,6 +1,6 @@
-"""Micro-batches of padded rows, the documents in them, and the part of each row's teacher.
+"""Micro-batches of padded rows, and the documents in them.
 
-Shapes: B rows of a micro-batch, T positions; b rows and t positions of a part.
+Shapes: B rows of a micro-batch, T positions.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from megakd.config.task import TaskConfig
-from megakd.contract.batch import IGNORE, ROW_EXTRAS, Batch, Documents, Within
+from megakd.contract.batch import IGNORE, Batch, Documents
 
 LENGTH_MULTIPLE = 8
 _FILL = {"labels": IGNORE, "token_type_ids": 0}
@@ -30,8 +30,8 @@ class Collator:
     """A function that collates rows to one padded micro-batch.
 
     For causal_lm, `inputs` has `input_ids` and `position_ids`, and the model must be called with
-    `use_cache=False`; see `token_tables`. A row without `position_ids` is one document. The columns
-    of `ROW_EXTRAS` have one value per row. For mlm, no tokens are masked or labelled yet; see
+    `use_cache=False`; see `token_tables`. A row without `position_ids` is one document. The column
+    `is_rollout` has one value per row. For mlm, no tokens are masked or labelled yet; see
     `masking`.
     """
 
@@ -66,14 +66,11 @@ class Collator:
             batch = _language_batch(padded, valid, lengths)
         else:
             batch = self._text_batch(padded, columns.get("label", _NOTHING)[0], valid)
-        extras: dict[str, torch.Tensor] = {}
-        for column, name in ROW_EXTRAS.items():
-            if column in columns:  # the value of each row at its tokens, 0 at other positions
-                given, _ = columns[column]
-                values = np.zeros((len(valid), 1), dtype=given.dtype)
-                values[: len(given), 0] = given
-                extras[name] = torch.from_numpy(valid * values)
-        return batch.extended(**extras)
+        if "is_rollout" not in columns:
+            return batch
+        rollouts = np.zeros((len(valid), 1), dtype=bool)
+        rollouts[: len(valid) - dummy_rows, 0] = columns["is_rollout"][0]
+        return batch.extended(is_rollout=torch.from_numpy(valid & rollouts))
 
     def _text_batch(self, padded: Mapping[str, NDArray], given: NDArray, valid: NDArray) -> Batch:
         # A dummy row attends to its first position, to avoid NaN.
@@ -138,87 +135,3 @@ def _from_arrow(column: pa.ChunkedArray) -> tuple[NDArray, NDArray]:
     if pa.types.is_list(array.type):
         return array.flatten().to_numpy(), array.value_lengths().to_numpy()
     return array.to_numpy(zero_copy_only=False), np.ones(len(array), dtype=np.int64)
-
-
-def with_parts(batch: Batch, numbers: Mapping[str, int]) -> Batch:
-    """Return a micro-batch with the part of every teacher in `others`.
-
-    The part of a teacher has the positions of the rows that name this teacher. A teacher without
-    rows has a part with a blank row, so that all ranks ask the same teachers. The batch is on the
-    CPU; without `routes`, no position is valid.
-    """
-    if batch.extras.second is not None or batch.extras.others:
-        raise TypeError("rows that name their teachers cannot be read with a second vocabulary")
-    routes = None if batch.extras.routes is None else batch.extras.routes.numpy()
-    whole = batch.extended(routes=None)
-    parts = {
-        name: _part(whole, np.zeros(batch.valid.shape, bool) if routes is None else routes == one)
-        for name, one in numbers.items()
-    }
-    return whole.extended(others=parts)
-
-
-def _part(batch: Batch, mask: NDArray[np.bool_]) -> Batch:
-    # A part without positions has one blank row.
-    rows = np.flatnonzero(mask.any(axis=1)) if mask.any() else np.zeros(1, dtype=np.int64)  # [b]
-    mine = mask[rows]  # [b, T]
-    width = padded_width(int(mine.sum(axis=1).max()), mask.shape[1])
-    # Each row's positions in the part come first. In a row of one teacher, the positions after the
-    # text are the padding of the row.
-    order = np.argsort(~mine, axis=1, kind="stable")[:, :width]
-    is_mine = np.take_along_axis(mine, order, axis=1)  # [b, t]
-    places = rows[:, None] * mask.shape[1] + order  # [b, t] in the flattened micro-batch
-    targets, numbers = _targets(batch, mask, places[is_mine], np.flatnonzero(is_mine))
-    of_rows, positions, valid = map(torch.from_numpy, (rows, places, is_mine))
-
-    def at(values: torch.Tensor) -> torch.Tensor:
-        return values.flatten()[positions]
-
-    part = Batch(
-        {name: at(values) for name, values in batch.inputs.items()},
-        _labels(batch, of_rows, positions, valid=valid),
-        valid,
-        targets=targets,
-        # -1: a blank row.
-        rows=None if batch.rows is None else batch.rows[of_rows].masked_fill(~valid.any(dim=1), -1),
-        extras=batch.extras.of_rows(lambda values: at(values) * valid)._replace(
-            within=Within(of_rows, positions, numbers)
-        ),
-    )
-    return part if batch.documents is None else _with_documents(part)
-
-
-def _labels(
-    batch: Batch, rows: torch.Tensor, positions: torch.Tensor, *, valid: torch.Tensor
-) -> torch.Tensor:
-    if batch.labels.dim() == 2:
-        return batch.labels.flatten()[positions].masked_fill(~valid, IGNORE)
-    none = float("nan") if batch.labels.is_floating_point() else IGNORE
-    return batch.labels[rows].masked_fill(~valid.any(dim=1), none)
-
-
-def _targets(
-    batch: Batch, mask: NDArray[np.bool_], whole: NDArray[np.int64], part: NDArray[np.int64]
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    # Places of the predicted positions in the part, and their numbers in the targets of the batch;
-    # None if all positions are predicted. `whole` and `part` are the places of the part's tokens.
-    if batch.targets is None:
-        return None, None
-    targets = batch.targets.numpy()
-    numbers = np.flatnonzero(mask.ravel()[targets])
-    if not len(numbers):  # the first position stands for one, and has no label there
-        blank = torch.zeros(1, dtype=torch.long)
-        return blank, blank
-    place = np.zeros(mask.size, dtype=np.int64)
-    place[whole] = part
-    return torch.from_numpy(place[targets[numbers]]), torch.from_numpy(numbers)
-
-
-def _with_documents(part: Batch) -> Batch:
-    # The positions that fill a row are one document.
-    ids = part.inputs["position_ids"]
-    before = part.valid.sum(dim=1, keepdim=True)
-    filled = torch.arange(ids.shape[1]) - before
-    positions = torch.where(part.valid, ids, filled)
-    inputs = {**part.inputs, "position_ids": positions}
-    return part._replace(inputs=inputs, documents=documents_of(positions.numpy()))

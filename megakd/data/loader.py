@@ -17,12 +17,12 @@ import torch
 from datasets import Dataset
 from numpy.typing import NDArray
 
-from megakd.contract.batch import Batch, BatchSource
+from megakd.contract.batch import ROUTE, Batch, BatchSource
 from megakd.data.arrow import arrow_batches, column_of
 from megakd.data.chat.tokens import PROMPT_LENGTH
 from megakd.data.collation import Collator
 from megakd.data.masking import Masking
-from megakd.data.step_layout import StepLayout, StepShape, micro_batch, row_lengths
+from megakd.data.step_layout import Part, StepLayout, StepShape, micro_batch, row_lengths
 from megakd.errors import DataError, MegakdError
 
 STEPS_AHEAD, STEPS_AT_ONCE = 2, 4
@@ -94,6 +94,7 @@ class StepLoader(BatchSource):
         self._collate, self._layout = collate, layout
         self._lengths = None if layout.tokens_per_rank is None else lengths_of_rows(rows)
         self._size = layout.shape.most_rows(len(learned))
+        self._routes = column_of(rows, ROUTE) if layout.teachers else None
         self.step_rows = RowOrder(learned, layout.shape, seed=seed)
         self.steps_per_epoch = self.step_rows.steps_per_epoch
         self.waited_s = 0.0
@@ -106,8 +107,9 @@ class StepLoader(BatchSource):
         rows = self.step_rows(index)
         # Without a budget, only the number of rows counts.
         lengths = np.zeros_like(rows) if self._lengths is None else self._lengths[rows]
-        parts = self._layout.micro_batches(lengths)
-        return tuple(self._micro_batch(index, rows[part]) for part in parts)
+        routes = None if self._routes is None else self._routes[rows]
+        parts = self._layout.micro_batches(lengths, routes)
+        return tuple(self._micro_batch(index, rows[part.rows], part) for part in parts)
 
     def iterate(self, start: int, stop: int) -> Generator[tuple[Batch, ...], None, None]:
         steps = (partial(self.step, index) for index in range(start, stop))
@@ -115,9 +117,9 @@ class StepLoader(BatchSource):
             for step in futures:
                 yield awaited(step, self)
 
-    def _micro_batch(self, index: int, mine: NDArray[np.int64]) -> Batch:
+    def _micro_batch(self, index: int, mine: NDArray[np.int64], part: Part) -> Batch:
         rows = _taken(self._rows, mine)
-        batch = micro_batch(rows, len(mine), self._layout, self._collate, size=self._size)
+        batch = micro_batch(rows, part, self._layout, self._collate, size=self._size)
         if self._layout.tokens_per_rank is not None:
             return batch
         draw = index // self.steps_per_epoch
@@ -127,7 +129,7 @@ class StepLoader(BatchSource):
         for role, read in self._others.items():
             seed = zlib.crc32(f"{self._seed}:{role}".encode())
             others[role] = read(rows, mine, size=self._size, seed=seed, draw=draw)
-        numbers = np.full(self._size, -1)
+        numbers = np.full(len(batch.valid), -1)
         numbers[: len(mine)] = mine
         return batch._replace(rows=torch.from_numpy(numbers)).extended(others=others or None)
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from megakd.contract.batch import IGNORE, Batch
+from megakd.contract.batch import IGNORE, Batch, Extras, teacher_number
 from megakd.data.collation import Collator, documents_of, padded_width
 from megakd.errors import CheckpointError, DataError
 
@@ -59,6 +59,13 @@ class StepShape(NamedTuple):
         return -(-rows // self.rows_per_step)
 
 
+class Part(NamedTuple):
+    """The rows of a micro-batch among those of its step, and the teacher that all of them name."""
+
+    rows: NDArray[np.int64]
+    teacher: str | None = None
+
+
 class StepLayout(NamedTuple):
     """Distribution of the rows of an optimizer step over micro-batches.
 
@@ -66,23 +73,40 @@ class StepLayout(NamedTuple):
         and of their rows.
     tokens_per_rank: the most tokens of a micro-batch, which is then one packed row. The number of
         micro-batches may differ between steps. None: micro-batches of padded rows.
+    teachers: the teachers that rows name. A micro-batch then has the rows of one teacher, the same
+        on all ranks, so that a step has more micro-batches of fewer rows.
     """
 
     shape: StepShape
     tokens_per_rank: int | None = None
+    teachers: tuple[str, ...] = ()
 
-    def micro_batches(self, lengths: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-        """Return the numbers of the rows in every micro-batch of this rank, equally many per rank.
+    def micro_batches(
+        self, lengths: NDArray[np.int64], routes: NDArray[np.int64] | None = None
+    ) -> list[Part]:
+        """Return the rows of every micro-batch of this rank, equally many per rank.
 
-        `lengths` [N], the tokens of every row of the step, are the same on all ranks.
+        Args:
+            lengths: [N] tokens of every row of the step, the same on all ranks.
+            routes: [N] numbers of the teachers that the rows name, if the layout has `teachers`.
         """
-        shape = self.shape
+        if not self.teachers:
+            return list(map(Part, self._dealt(lengths, self.shape.accumulation)))
+        parts: list[Part] = []
+        for name in self.teachers:
+            mine = np.flatnonzero(routes == teacher_number(name))
+            count = -(-len(mine) // (self.shape.per_device * self.shape.world))
+            if count:
+                parts += (Part(mine[rows], name) for rows in self._dealt(lengths[mine], count))
+        return parts
+
+    def _dealt(self, lengths: NDArray[np.int64], count: int) -> list[NDArray[np.int64]]:
+        # `count` micro-batches of padded rows, or as many packed rows as needed.
+        rank, world = self.shape.rank, self.shape.world
         if self.tokens_per_rank is not None:
-            return _budgeted(lengths, self.tokens_per_rank, ranks=shape.world)[
-                shape.rank :: shape.world
-            ]
-        parts = shape.accumulation * shape.world
-        return [np.arange(number, len(lengths), parts) for number in shape.micro_batches]
+            return _budgeted(lengths, self.tokens_per_rank, ranks=world)[rank::world]
+        parts = count * world
+        return [np.arange(number, len(lengths), parts) for number in range(rank, parts, world)]
 
     def most_micro_batches(self, longest: int) -> int:
         """Return the largest number of micro-batches of a rank in a step."""
@@ -93,32 +117,43 @@ class StepLayout(NamedTuple):
         return -(-self.shape.rows_per_step // (rows * self.shape.world))
 
 
-def collate_step(rows: object, layout: StepLayout, collate: Collator) -> tuple[Batch, ...]:
+def collate_step(
+    rows: object,
+    layout: StepLayout,
+    collate: Collator,
+    *,
+    routes: NDArray[np.int64] | None = None,
+) -> tuple[Batch, ...]:
     """Return this rank's micro-batches of a step.
 
     `rows` is an arrow table or a mapping of columns with ALL rows of the step, in order, the same
-    on all ranks. A micro-batch without rows has all their columns, so that no rank branches on them
-    alone.
+    on all ranks, and `routes` are as in `StepLayout.micro_batches`. A micro-batch without rows has
+    all their columns, so that no rank branches on them alone.
     """
     table: Any = rows if isinstance(rows, pa.Table) else pa.table(cast("Any", rows))
     lengths = row_lengths(table)
     size = layout.shape.most_rows(len(lengths))
     return tuple(
-        micro_batch(table.take(mine), len(mine), layout, collate, size=size)
-        for mine in layout.micro_batches(lengths)
+        micro_batch(table.take(part.rows), part, layout, collate, size=size)
+        for part in layout.micro_batches(lengths, routes)
     )
 
 
 def micro_batch(
-    rows: object, count: int, layout: StepLayout, collate: Collator, *, size: int
+    rows: object, part: Part, layout: StepLayout, collate: Collator, *, size: int
 ) -> Batch:
-    """Return one micro-batch of `count` rows, packed if the layout says so.
+    """Return one micro-batch of the rows of a part, packed if the layout says so.
 
-    Other micro-batches have dummy rows up to `size`. Without rows, nothing is valid.
+    Other micro-batches have dummy rows up to `size`, or at least one row if the rows name a
+    teacher. Without rows, nothing is valid.
     """
-    if layout.tokens_per_rank is None:
-        return collate(rows, dummy_rows=size - count)
-    return packed_row(collate(rows, dummy_rows=int(count == 0)), most=layout.tokens_per_rank)
+    count = len(part.rows)
+    if part.teacher is not None or layout.tokens_per_rank is not None:
+        size = max(count, 1)
+    batch = collate(rows, dummy_rows=size - count)
+    if layout.tokens_per_rank is not None:
+        batch = packed_row(batch, most=layout.tokens_per_rank)
+    return batch if part.teacher is None else batch.extended(teacher=part.teacher)
 
 
 def packed_row(batch: Batch, *, most: int) -> Batch:
@@ -133,14 +168,14 @@ def packed_row(batch: Batch, *, most: int) -> Batch:
     def flat(values: Tensor, fill: int) -> Tensor:
         return functional.pad(values[batch.valid], (0, padding), value=fill)[None]
 
-    given = batch.inputs["position_ids"][batch.valid]
+    given, rollouts = batch.inputs["position_ids"][batch.valid], batch.extras.is_rollout
     positions = torch.cat([given, torch.arange(padding)])[None]
     return Batch(
         {"input_ids": flat(batch.inputs["input_ids"], 0), "position_ids": positions},
         flat(batch.labels, IGNORE),
         flat(batch.valid, 0),
         documents=documents_of(positions.numpy()),
-        extras=batch.extras.of_rows(lambda values: flat(values, 0)),
+        extras=Extras(is_rollout=None if rollouts is None else flat(rollouts, 0)),
     )
 
 

@@ -21,7 +21,6 @@ from megakd.contract.batch import (
     Losses,
     Predictions,
     Targets,
-    Within,
     add_parts,
     copied_to,
 )
@@ -258,16 +257,16 @@ def _stored(folder: Path, values: OptimizerState) -> StoredParts:
     return stored
 
 
-_ON_CPU = {Batch: ("rows",), Extras: ("is_rollout", "routes")}
+_ON_CPU = {Batch: ("rows",), Extras: ("is_rollout",)}
 
 
 def device_batch(batch: Batch, device: torch.device) -> Batch:
-    """Return the batch with all tensors on a device, except `rows`, `is_rollout` and `routes`."""
+    """Return the batch with all tensors on a device, except `rows` and `is_rollout`."""
     return batch if device.type == "cpu" else _moved(batch, device)  # batches are made there
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Batch | Extras | Targets | Documents | Within):
+    if isinstance(value, Batch | Extras | Targets | Documents):
         stays, parts = _ON_CPU.get(type(value), ()), value._asdict().items()
         return type(value)(*(v if name in stays else _moved(v, device) for name, v in parts))
     if isinstance(value, Mapping):

@@ -204,10 +204,6 @@ class StudentBundle(nn.Module):
         for planned in plan:
             learner = planned.learner or self.role
             rows, student = batch.of(learner), outputs[Forward(learner, planned.view)]
-            # If the rows name their teachers, a pass covers the rows of its teacher alone.
-            part = rows.of(planned.teacher)
-            if part.extras.within is not None:
-                rows, student = part, student.taken(part.extras.within)
             inputs = LossInputs(
                 student=student,
                 teacher=answers[planned.teacher] if planned.teacher else None,
@@ -218,9 +214,7 @@ class StudentBundle(nn.Module):
                 kernels=self.kernels,
                 scale=planned.scale,
             )
-            # The values of parts of the rows add up to the value of all rows.
-            is_part = rows.extras.within is not None
-            share = 1.0 if is_part else 1 / passes[learner, planned.view]
+            share = 1 / passes[learner, planned.view]
             yield PassInputs(planned, learner, _weighted(inputs, planned), share)
 
     def _grouped(self, passes: Iterable[PassInputs]) -> list[list[PassInputs]]:

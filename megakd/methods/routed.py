@@ -6,7 +6,6 @@ and a step divides the sum over the rows of all teachers by the counts of all ro
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
@@ -51,23 +50,14 @@ class RoutedConfig(MethodOptions):
                 )
 
 
-@dataclasses.dataclass(frozen=True)
-class OwnRows(Constant):
-    """Equal passes at every step, each over the rows that name its teacher."""
-
-    @property
-    def routes_rows(self) -> bool:
-        return True
-
-
 def run(config: RoutedConfig, lab: Lab) -> StageResult:
-    """Train with one pass per teacher over its rows, and a single forward of the student."""
+    """Train with one pass per teacher over the micro-batches of its rows."""
     names, rows = all_teachers(lab), lab.rows_of_teachers()
     stage = Stage(
         name="student",
         teachers=names,
         objective=soft_objective(lab),
-        strategy=OwnRows(tuple(Pass(teacher=name) for name in names)),
+        strategy=Constant(tuple(Pass(teacher=name) for name in names)),
         rollouts=lab.config.rollout,
     )
     total = sum(rows.values())

@@ -102,7 +102,7 @@ class PhaseTracer:
         knowledge = {name: part_of(answer, first) for name, answer in answers.items()}
         sizes = {name: _answer_bytes(answer) for name, answer in answers.items()}
         plans = [teacher_names(strategy.passes(number)) for number in range(_STEPS)]
-        if strategy.routes_rows:  # a micro-batch has rows of one teacher
+        if config.method.routes_rows:  # a micro-batch has rows of one teacher
             plans = [(name,) for name in stage.teachers]
         bundle = self._bundle(stage, losses)
         learner = self._learner(stage, bundle, batch, knowledge)
@@ -138,7 +138,7 @@ class PhaseTracer:
         self, stage: Stage, bundle: StudentBundle, batch: Batch, knowledge: Mapping[str, Knowledge]
     ) -> list[Trace]:
         passes = stage.strategy.passes(0)
-        passes = passes[:1] if stage.strategy.routes_rows else passes
+        passes = passes[:1] if self._config.method.routes_rows else passes
         return [
             self._trace(
                 bundle, partial(bundle, batch, knowledge, group, _ones(bundle)), backward=True

@@ -102,11 +102,10 @@ class RolloutSource(BatchSource):
         drawn = self._drawn(step)
         texts = iter(self._texts(step) if any(of == "rollout" for _, of in drawn) else ())
         prompts = self._rows.prompts
-        rows = [
-            prompts.row(row) if of == "data" else rollout_row(next(texts), prompts.route(row))
-            for row, of in drawn
-        ]
-        return collate_step(columns_of_rows(rows), self._rows.layout, self._rows.collate)
+        rows = [prompts.row(row) if of == "data" else rollout_row(next(texts)) for row, of in drawn]
+        routes = None if prompts.routes is None else prompts.routes[[row for row, _ in drawn]]
+        layout, collate = self._rows.layout, self._rows.collate
+        return collate_step(columns_of_rows(rows), layout, collate, routes=routes)
 
     def _drawn(self, step: int) -> list[tuple[int, str]]:
         # Row and source of each row of a step: as many as all of its sources have.

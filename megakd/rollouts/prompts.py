@@ -14,6 +14,7 @@ from megakd.config.rollout import GenerationConfig, RolloutConfig
 from megakd.config.run import RunConfig
 from megakd.contract.batch import IGNORE, ROUTE
 from megakd.contract.completions import Rollout
+from megakd.data.arrow import column_of
 from megakd.data.chat.tokens import PROMPT_LENGTH
 from megakd.data.encoding import Encoded
 from megakd.data.loader import lengths_of_rows, prompt_lengths, rows_with_targets
@@ -31,25 +32,21 @@ class TrainingRow(NamedTuple):
     labels: NDArray[np.int32]
     position_ids: NDArray[np.int32]
     is_rollout: bool
-    route: int | None = None  # see `Prompts.route`
 
 
-def rollout_row(rollout: Rollout, route: int | None = None) -> TrainingRow:
-    """Return a text as a row whose completion is the target; `route`: as in its prompt's row."""
+def rollout_row(rollout: Rollout) -> TrainingRow:
+    """Return a text as a row whose completion is the target."""
     ids = np.array(rollout.prompt + rollout.completion.ids, dtype=np.int32)
     labels = np.full(len(ids), IGNORE, dtype=np.int32)
     first = len(rollout.prompt) - 1  # the position that predicts the first generated token
     labels[first:-1] = ids[first + 1 :]
     positions = np.arange(len(ids), dtype=np.int32)
-    return TrainingRow(ids, labels, positions, is_rollout=True, route=route)
+    return TrainingRow(ids, labels, positions, is_rollout=True)
 
 
 def columns_of_rows(rows: Sequence[TrainingRow]) -> dict[str, list[Any]]:
     """Return rows as a mapping of columns, as collators take them."""
-    columns = {name: [getattr(row, name) for row in rows] for name in TrainingRow._fields}
-    if None in columns[ROUTE]:
-        del columns[ROUTE]
-    return columns
+    return {name: [getattr(row, name) for row in rows] for name in TrainingRow._fields}
 
 
 class Prompts:
@@ -59,6 +56,7 @@ class Prompts:
         `prompt_length` begin with `prompt_tokens` of prompt.
     continued: numbers of the rows whose prompt, of at most `most` tokens, a generator continues.
     learned: numbers of the rows that can be learned from as they are.
+    routes: [N] numbers of the teachers that the rows name; None if the rows name no teachers.
     row_length: tokens at which longer rows were cut; None: no row was cut.
     """
 
@@ -89,6 +87,7 @@ class Prompts:
             self.lengths = self.lengths.clip(max=prompt_tokens)
         self.continued = np.flatnonzero((self.lengths > 0) & (self.lengths <= most))
         self.learned = rows_with_targets(rows)
+        self.routes = column_of(rows, ROUTE) if ROUTE in rows.column_names else None
         self.row_length = row_length
 
     def prompt(self, row: int) -> tuple[int, ...]:
@@ -105,14 +104,7 @@ class Prompts:
             np.asarray(record["labels"], dtype=np.int32),
             np.arange(len(ids), dtype=np.int32) if positions is None else np.asarray(positions),
             is_rollout=False,
-            route=self.route(row),
         )
-
-    def route(self, row: int) -> int | None:
-        """Return the number of the teacher that a row names; None if the rows name no teachers."""
-        if ROUTE not in self._rows.column_names:
-            return None
-        return int(self._rows[int(row)][ROUTE])
 
 
 def check_generated_texts(config: RunConfig, encoded: Encoded, student: ModelSource) -> None:

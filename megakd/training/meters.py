@@ -53,12 +53,22 @@ class TrainMeter:
     """Meter that keeps the reports of steps and reads them at logging steps only.
 
     At most `_REPORTS` of them are kept: then they are read, which waits for the device.
+    `divides_rows`: as in `StepWork`.
     """
 
-    def __init__(self, objective: Objective, trainer: Trainer, stage: Stage, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        trainer: Trainer,
+        stage: Stage,
+        ranks: Ranks,
+        *,
+        divides_rows: bool = False,
+    ) -> None:
         self._objective, self._trainer, self._ranks = objective, trainer, ranks
         self._stage = stage.name
-        self._work, self._peak = StepWork(trainer), peak_tflops(device_name(ranks.device))
+        self._work = StepWork(trainer, divides_rows=divides_rows)
+        self._peak = peak_tflops(device_name(ranks.device))
         # Under fp16 a gradient may overflow: DeepSpeed skips that step and lowers its scale.
         self._scales_loss = bool(stage.train.fp16)
         self._reports: list[StepReport] = []

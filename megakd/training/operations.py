@@ -66,10 +66,13 @@ def work_of(
 
 
 class StepWork:
-    """The operations of the steps of a stage, by the passes of a step."""
+    """The operations of the steps of a stage, by the passes of a step.
 
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
+    divides_rows: whether a teacher reads a part of the rows, or every teacher reads all.
+    """
+
+    def __init__(self, trainer: Trainer, *, divides_rows: bool) -> None:
+        self._trainer, self._divides_rows = trainer, divides_rows
         self._known: dict[tuple[str, str | None], tuple[int, int]] = {}
 
     def of(self, plan: Sequence[Pass], counts: Mapping[Unit, int]) -> tuple[float, float]:
@@ -81,8 +84,7 @@ class StepWork:
         bundle, names = cast("StudentBundle", self._trainer.student.bundle), teacher_names(plan)
         passes = {(one.learner or bundle.role, one.view) for one in plan}
         passes |= {(name, None) for name in names}
-        # The rows of a step are divided between teachers, or every teacher reads all.
-        readers = len(names) if self._trainer.strategy.routes_rows else 1
+        readers = len(names) if self._divides_rows else 1
         tokens, length = counts["tokens"], counts["tokens"] / max(1, counts["examples"])
         student = teacher = 0.0
         for name, view in passes:

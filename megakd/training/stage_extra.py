@@ -29,8 +29,9 @@ class StageParts(NamedTuple):
 
     @property
     def layout(self) -> StepLayout:
-        train = self.stage.train
-        return StepLayout(step_shape(train, self.assembly.ranks), train.tokens_per_rank)
+        train, named = self.stage.train, self.assembly.config.method.routes_rows
+        shape = step_shape(train, self.assembly.ranks)
+        return StepLayout(shape, train.tokens_per_rank, self.stage.teachers if named else ())
 
     @property
     def checkpoints(self) -> Path:

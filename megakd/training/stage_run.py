@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from megakd.config.train import learning_rate_schedule, total_steps
-from megakd.contract.batch import Batch, Counts, teacher_number
+from megakd.contract.batch import Batch, Counts
 from megakd.contract.stage import Stage, StageResult, StepReport, Teacher
 from megakd.contract.tasks import LANGUAGE_TASKS, STUDENT
 from megakd.contract.unit_counts import count_units
-from megakd.data.collation import with_parts
 from megakd.engine.activity import doing
 from megakd.engine.collectives import all_reduce_, gather, on_main
 from megakd.engine.memory import peak_memory_bytes
@@ -136,7 +135,13 @@ class StageRun:
         )
         self.model = StageModel(stage, assembly, self.student, self.bundle, self.source)
         self.evaluation = StageEvaluation(self.model, self.trainer, self.saves.folder, self.extras)
-        self.health = TrainMeter(self.bundle.objective, self.trainer, stage, self.ranks)
+        self.health = TrainMeter(
+            self.bundle.objective,
+            self.trainer,
+            stage,
+            self.ranks,
+            divides_rows=self.config.method.routes_rows,
+        )
         stateful = {"trainer": self.trainer, "batches": self.source, "health": self.health}
         states = {n: CheckpointState(p.state_dict, p.load_state_dict) for n, p in stateful.items()}
         self.states = {**states, **self.evaluation.states}  # in the order of loading
@@ -209,18 +214,12 @@ class StageRun:
         )
 
     def batches(self, start: int) -> Generator[Sequence[Batch], None, None]:
-        """Yield the micro-batches of each step that is left after `start`, on the device.
-
-        If rows name their teachers, a micro-batch has the rows of each teacher as a part.
-        """
-        names = self.stage.teachers if self.stage.strategy.routes_rows else ()
-        numbers = {name: teacher_number(name) for name in names}
+        """Yield the micro-batches of each step that is left after `start`, on the device."""
         # A stage that had stopped early before it was killed has no step left.
         stop = start if self.evaluation.stopping.stopped else self.steps
         with closing(self.source.iterate(start, stop)) as steps:
             for batches in steps:
-                parted = [with_parts(one, numbers) for one in batches] if numbers else batches
-                yield [device_batch(batch, self.ranks.device) for batch in parted]
+                yield [device_batch(batch, self.ranks.device) for batch in batches]
 
     def _resume(self) -> int:
         name, checkpoint = self.stage.name, self._checkpoint

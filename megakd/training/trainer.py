@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megakd.config.train import Schedule
 from megakd.contract.batch import Batch, Counts, Knowledge, add_parts
-from megakd.contract.stage import Pass, StepReport, Strategy, Teacher, teacher_names
+from megakd.contract.stage import Pass, StepReport, Strategy, Teacher, passes_over, teacher_names
 from megakd.engine.collectives import all_reduce_
 
 if TYPE_CHECKING:
@@ -112,12 +112,13 @@ class Trainer:
         """Take an optimiser step on the micro-batches and return its report."""
         plan = self.strategy.passes(self.step)
         counts, parts = self.count_units(batches), dict[str, Tensor]()
-        for batch, knowledge, is_last in self._answered(plan, batches):
+        for index, (batch, passes, knowledge) in enumerate(self._answered(plan, batches), start=1):
+            is_last = index == len(batches)
             if is_last:
                 self._prefetch(plan)
             add_parts(
                 parts,
-                self.student.forward_backward(batch, knowledge, plan, counts, boundary=is_last),
+                self.student.forward_backward(batch, knowledge, passes, counts, boundary=is_last),
             )
         self.strategy.before_update(self.step, self.student)
         norm = self.student.step(self.learning_rate(self.step))
@@ -130,16 +131,19 @@ class Trainer:
 
     def _answered(
         self, plan: Sequence[Pass], batches: Sequence[Batch]
-    ) -> Iterator[tuple[Batch, dict[str, Knowledge], bool]]:
+    ) -> Iterator[tuple[Batch, Sequence[Pass], dict[str, Knowledge]]]:
         answers = {
-            name: self.teachers[name].answers([batch.of(name) for batch in batches])
+            name: self.teachers[name].answers(
+                [batch.of(name) for batch in batches if batch.extras.teacher in (None, name)]
+            )
             for name in self._frozen(plan)
         }
-        for index, batch in enumerate(batches):
+        for batch in batches:
+            passes = passes_over(batch, plan)
             with self.teacher_clock.running():
-                knowledge = {name: next(of_teacher) for name, of_teacher in answers.items()}
+                knowledge = {name: next(answers[name]) for name in self._frozen(passes)}
                 self.watch.add(knowledge, batch)
-            yield batch, knowledge, index == len(batches) - 1
+            yield batch, passes, knowledge
 
     def ask_teachers(self, plan: Sequence[Pass], batch: Batch) -> dict[str, Knowledge]:
         """Return the outputs of the frozen teachers of the passes for a micro-batch."""

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megakd.config.task import TaskConfig
-from megakd.contract.batch import IGNORE, Batch
+from megakd.contract.batch import IGNORE, ROUTE, Batch, teacher_number
 from megakd.data.collation import Collator
 from megakd.data.loader import (
     STEPS_AHEAD,
@@ -307,7 +307,7 @@ def micro_batches(lengths, ranks: int, budget: int = BUDGET) -> list[list[list[i
     """By rank, the rows of every micro-batch."""
     return [
         [
-            part.tolist()
+            part.rows.tolist()
             for part in StepLayout(StepShape(2, 3, rank, ranks), budget).micro_batches(lengths)
         ]
         for rank in range(ranks)
@@ -377,7 +377,64 @@ def test_without_a_budget_rows_are_dealt_by_number():
         StepLayout(StepShape(2, 2, rank, 2)).micro_batches(np.full(7, 900)) for rank in range(2)
     ]
 
-    assert [[part.tolist() for part in parts] for parts in dealt] == [
+    assert [[part.rows.tolist() for part in parts] for parts in dealt] == [
         [[0, 4], [2, 6]],
         [[1, 5], [3]],
     ]
+
+
+TEACHERS = ("math", "code", "chat")
+
+
+@given(
+    named=st.lists(st.sampled_from(TEACHERS), min_size=1, max_size=30),
+    ranks=RANKS,
+    budget=st.sampled_from([None, BUDGET]),
+)
+@settings(max_examples=40)
+def test_a_micro_batch_has_rows_of_one_teacher_the_same_on_all_ranks(named, ranks, budget):
+    routes, lengths = np.array([*map(teacher_number, named)]), np.arange(len(named)) % 9 + 1
+
+    dealt = [
+        StepLayout(StepShape(3, 2, rank, ranks), budget, TEACHERS).micro_batches(lengths, routes)
+        for rank in range(ranks)
+    ]
+
+    names = [[part.teacher for part in parts] for parts in dealt]
+    assert names == [names[0]] * ranks
+    assert {*names[0]} == {*named}
+    rows = [(row, part.teacher) for parts in dealt for part in parts for row in part.rows]
+    assert sorted(rows) == list(enumerate(named))
+    if budget is None:
+        assert max(len(part.rows) for parts in dealt for part in parts) <= 3
+        most = Counter(named).most_common(1)[0][1]
+        assert names[0].count(names[0][0]) <= -(-most // (3 * ranks))
+
+
+@pytest.mark.parametrize("budget", [None, TOKENS])
+def test_the_loader_gives_each_row_to_its_teacher_and_a_rank_without_rows_a_dummy_row(budget):
+    named = ["math", "code", "math", "math", "math"]
+    columns = conversations([3, 4, 5, 6, 7]) | {ROUTE: [*map(teacher_number, named)]}
+    rows = Dataset.from_dict(columns)
+
+    def step(rank: int, ranks: int) -> list[Batch]:
+        layout = StepLayout(StepShape(4, 2, rank, ranks), budget, TEACHERS)
+        return [*StepLoader(rows, COLLATE, layout=layout, seed=3).step(0)]
+
+    both = [step(rank, 2) for rank in range(2)]
+    for name in ("math", "code"):
+        (wanted,) = [
+            steps(
+                {
+                    n: [v for v, of in zip(c, named, strict=True) if of == name]
+                    for n, c in conversations([3, 4, 5, 6, 7]).items()
+                },
+                1,
+                budget,
+            )
+        ]
+        for batches in (step(0, 1), [*both[0], *both[1]]):
+            mine = [batch for batch in batches if batch.extras.teacher == name]
+            assert texts_of(mine) == texts_of(wanted)
+    idle = [batch for parts in both for batch in parts if not batch.valid.any()]
+    assert [(len(batch.valid), batch.extras.teacher) for batch in idle] == [(1, "code")]

@@ -8,18 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from packed import unpack
 from tiny_runs import SENTENCES, save_tokenizer, write_jsonl
 from transformers import AutoTokenizer
 
 from megakd.config.task import MixtureSource, TaskConfig
-from megakd.contract.batch import ROUTE, Batch, teacher_number
-from megakd.data.collation import Collator
+from megakd.contract.batch import ROUTE, teacher_number
 from megakd.data.encoding import Encoded, encode_splits
-from megakd.data.masking import task_masking
 from megakd.data.splits import Splits, load_splits
-from megakd.data.step_layout import StepLayout, StepShape, collate_step
 from megakd.data.token_tables import PackedRow
 from megakd.errors import DataError
 from megakd.rollouts.prompts import Prompts
@@ -92,16 +88,13 @@ def test_every_packed_row_has_the_documents_of_one_teacher(tmp_path, tokenizer):
 
 
 def test_windows_of_a_text_have_the_teacher_of_the_text(tmp_path, tokenizer):
-    made, task = encoded(tmp_path, tokenizer, type="mlm")
+    made, _ = encoded(tmp_path, tokenizer, type="mlm")
     assert len(made.train) > len(texts())
-    collate, masking = Collator(tokenizer, task), task_masking(tokenizer, task)
 
-    batch = collate(made.train.with_format("arrow")[:], dummy_rows=1)
-    masked = masking(batch, torch.arange(len(made.train)).numpy(), seed=0, draw=0)
-
-    result = masked.extras.routes.amax(1).tolist()
-    assert result == [*made.train[ROUTE], 0]
-    assert (masked.extras.routes > 0).equal(masked.valid)
+    for number, name in ((MATH, "math"), (CODE, "code")):
+        windows = [row["input_ids"] for row in made.train if row[ROUTE] == number]
+        plain = [tokenizer(row["text"])["input_ids"] for row in texts() if row["expert"] == name]
+        assert sum(len(ids) - 2 for ids in windows) == sum(len(ids) - 2 for ids in plain)
 
 
 def test_another_teacher_of_a_row_is_another_data_set(tmp_path, tokenizer):
@@ -128,39 +121,13 @@ def encoded_pairs(folder: Path, tokenizer: Any, count: int) -> tuple[Encoded, Ta
     return encoded(folder, tokenizer, rows, type="causal_lm", validation_files=held)
 
 
-def steps(rows: Any, task: TaskConfig, tokenizer: Any, budget: int | None) -> list[Batch]:
-    layout = StepLayout(StepShape(len(rows), 1), budget)
-    return list(collate_step(rows.with_format("arrow")[:], layout, Collator(tokenizer, task)))
-
-
-def test_packed_micro_batches_keep_the_teacher_of_every_token(tmp_path, tokenizer):
-    made, task = encoded_pairs(tmp_path, tokenizer, 8)
-
-    def tokens(batches: list[Batch]) -> Counter:
-        actual: Counter = Counter()
-        for batch in batches:
-            at = batch.valid
-            ids = batch.inputs["input_ids"][at].tolist()
-            actual.update(zip(ids, batch.extras.routes[at].tolist(), strict=True))
-            assert not batch.extras.routes[~at].any()
-        return actual
-
-    padded = tokens(steps(made.train, task, tokenizer, None))
-    assert padded == tokens(steps(made.train, task, tokenizer, 40))
-    wanted: Counter = Counter()
-    for row in made.train:
-        wanted.update((token, row[ROUTE]) for token in row["input_ids"])
-    assert padded == wanted
-
-
 def test_a_prompt_keeps_its_teacher(tmp_path, tokenizer):
     made, _ = encoded_pairs(tmp_path, tokenizer, 4)
 
     prompts = Prompts(made.train, prompt_tokens=None, most=64)
 
-    assert [prompts.route(row) for row in range(4)] == [MATH, CODE, MATH, CODE]
-    assert [prompts.row(row).route for row in range(4)] == [MATH, CODE, MATH, CODE]
-    assert Prompts(made.validation, prompt_tokens=None, most=64).row(0).route is None
+    assert prompts.routes.tolist() == [MATH, CODE, MATH, CODE]
+    assert Prompts(made.validation, prompt_tokens=None, most=64).routes is None
 
 
 def test_a_column_that_one_source_lacks_is_named(tmp_path):

@@ -46,7 +46,6 @@ class Watched:
             learning_rate=lambda step: 0.1 * step,
             watch=AnswerWatch(),
             student=SimpleNamespace(bundle=SimpleNamespace(by_role={}, role="student")),
-            strategy=SimpleNamespace(routes_rows=False),
             teachers={},
         )
         self.health = TrainMeter(

@@ -68,12 +68,10 @@ def test_every_view_is_a_forward_of_the_student_and_rows_of_a_teacher_are_its_ow
         student=student,
         views={"half": View((1, 1), (6, 6))},
     )
-    strategy, frozen = SimpleNamespace(routes_rows=False), FrozenTeacher.__new__(FrozenTeacher)
+    frozen = FrozenTeacher.__new__(FrozenTeacher)
     frozen._engine = SimpleNamespace(module=SimpleNamespace(model=teacher))
     teachers = {"a": frozen, "b": frozen, "cached": object()}
-    trainer: Any = SimpleNamespace(
-        student=SimpleNamespace(bundle=bundle), teachers=teachers, strategy=strategy
-    )
+    trainer: Any = SimpleNamespace(student=SimpleNamespace(bundle=bundle), teachers=teachers)
     counts = {"tokens": 12, "examples": 4, "targets": 12}
     # 12 tokens, each of which attends to the 3 of its row.
     whole, half, other = (
@@ -85,16 +83,16 @@ def test_every_view_is_a_forward_of_the_student_and_rows_of_a_teacher_are_its_ow
         )
     )
 
-    def of(*plan: Pass) -> tuple[float, float]:
-        return StepWork(trainer).of(plan, counts)
+    def of(*plan: Pass, divides_rows: bool = False) -> tuple[float, float]:
+        return StepWork(trainer, divides_rows=divides_rows).of(plan, counts)
 
     assert of(Pass(teacher="a"), Pass(teacher="b")) == (3 * whole, 2 * other)
     assert of(Pass(teacher="a", view="half"), Pass(teacher="a")) == (3 * (whole + half), other)
     assert of(Pass(teacher="cached")) == (3 * whole, 0)
     # The student without its adapters.
     assert of(Pass(teacher="base")) == (3 * whole, whole)
-    strategy.routes_rows = True
-    assert of(Pass(teacher="a"), Pass(teacher="b")) == (3 * whole, pytest.approx(other))
+    both = of(Pass(teacher="a"), Pass(teacher="b"), divides_rows=True)
+    assert both == (3 * whole, pytest.approx(other))
 
 
 @pytest.mark.parametrize(
