@@ -24,6 +24,7 @@ REMOVED: Mapping[str, str] = {
     "rollout.server.kind": "gone; serve with vLLM, and remove the key",
     "teacher.server.kind": "gone; serve with vLLM, and remove the key",
     "teacher.server.states": "gone; servers answer with teacher.server.top_k probabilities",
+    "rollout.mix_per": "gone; each step has one source, as in GKD, remove the key",
     "rollout.files": "gone; give texts that exist as task.train_files, with prompt and completion",
     "rollout.keep_texts": "gone; texts since the oldest checkpoint stay; remove the key",
     "eval.latency": "its keys are gone: models are timed at 1 and 32 texts (a decoder at 1)",

@@ -78,17 +78,6 @@ class TeacherServerConfig:
     """Seconds for the answer to one request, including all retries while a server is busy."""
 
 
-RowSource = Literal["rollout", "data"]
-
-
-def _some_probability(mix: dict[RowSource, float]) -> dict[RowSource, float]:
-    total = sum(mix.values())
-    if abs(total - 1) > 1e-6:
-        shares = ", ".join(f"{name} {share:g}" for name, share in mix.items())
-        raise ValueError(f"the shares must add up to 1 (got {total:g}: {shares})")
-    return mix
-
-
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class SamplingConfig:
     """Settings of the sampling; the defaults sample from the model as it is."""
@@ -98,46 +87,33 @@ class SamplingConfig:
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Count | None = None
 
-    def up_to(self, max_new_tokens: int) -> Sampling:
-        """Return how a prompt is continued by at most this many tokens."""
-        return Sampling(max_new_tokens, self.temperature, self.top_p, self.top_k)
-
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class LengthStep:
-    """A length limit, from a step of the stage on."""
+class TextsConfig:
+    """How prompts are continued, in training and in evaluations."""
 
-    from_step: Annotated[int, Field(ge=0)]
     max_new_tokens: Count
+    """Maximum number of generated tokens per row."""
+    sampling: SamplingConfig = SamplingConfig()
+    rows_per_call: Count = 64
+    """Rows that a rank continues at the same time."""
+    prompt_tokens: Count | None = None
+    """For rows without a prompt (plain text): the number of tokens at the beginning of a row that
+    are continued."""
 
-
-def _ascending(lengths: tuple[LengthStep, ...]) -> tuple[LengthStep, ...]:
-    steps = [length.from_step for length in lengths]
-    if steps != sorted(set(steps)) or steps[0] != 0:
-        raise ValueError(f"from_step must begin with 0 and increase (got {steps})")
-    return lengths
-
-
-Lengths = Annotated[tuple[LengthStep, ...], Field(min_length=1), AfterValidator(_ascending)]
+    @property
+    def how(self) -> Sampling:
+        how = self.sampling
+        return Sampling(self.max_new_tokens, how.temperature, how.top_p, how.top_k)
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class RolloutConfig:
-    """Rows of a step are replaced by texts that the student generates from the rows' prompts.
+class RolloutConfig(TextsConfig):
+    """Rows of a step are replaced by texts that the student generates from the rows' prompts."""
 
-    Agarwal et al. 2024, GKD, algorithm 1: `mix: {rollout: lambda, data: 1 - lambda}`.
-    """
-
-    max_new_tokens: Count | Lengths
-    """Maximum number of generated tokens per row, or a schedule: a list of `from_step` and
-    `max_new_tokens`."""
-    mix: Annotated[dict[RowSource, Fraction], AfterValidator(_some_probability)] = Field(
-        default_factory=lambda: {"rollout": 1.0}
-    )
-    """Probabilities of the sources of a row: `rollout` is a text that is generated now; `data` is
-    the row as it is."""
-    mix_per: Literal["step", "row"] = "step"
-    """Whether all rows of a step have one source, as in GKD, or each row has its own."""
+    mix: Fraction = 1.0
+    """Probability of a step to learn from texts, and not from the rows of the data as they are;
+    lambda of GKD (Agarwal et al. 2024, algorithm 1)."""
     from_step: Annotated[int, Field(ge=0)] = 0
     """The steps before this step use the data alone."""
     max_staleness: Annotated[int, Field(ge=0)] = 0
@@ -147,39 +123,19 @@ class RolloutConfig:
     by: str = STUDENT
     """The model that generates: `student`, or the name of a teacher for sequence-level distillation
     (Kim and Rush 2016)."""
-    sampling: SamplingConfig = SamplingConfig()
     server: RolloutServerConfig | None = None
     """Inference servers that generate the texts in place of the run's own engine."""
-    rows_per_call: Count = 64
-    """Rows that a rank continues at the same time."""
-    prompt_tokens: Count | None = None
-    """For rows without a prompt (plain text): the number of tokens at the beginning of a row that
-    are continued."""
-
-    def sampling_at(self, step: int) -> Sampling:
-        most = self.max_new_tokens
-        if not isinstance(most, int):
-            most = [length.max_new_tokens for length in most if length.from_step <= step][-1]
-        return self.sampling.up_to(most)
 
     @property
     def draws(self) -> set[Source]:
         """Sources that the steps learn from: generated texts (`rollouts`) and the `data`."""
-        drawn = {name for name, share in self.mix.items() if share}
-        if self.from_step:
-            drawn.add("data")
-        return {"data" if name == "data" else "rollouts" for name in drawn}
+        data: set[Source] = {"data"} if self.mix < 1 or self.from_step else set()
+        return data | ({"rollouts"} if self.mix else set())
 
     @property
     def works_ahead(self) -> bool:
         """True if a server generates the next texts while the student learns."""
         return self.server is not None and self.max_staleness > 0
-
-    @property
-    def longest(self) -> int:
-        if isinstance(self.max_new_tokens, int):
-            return self.max_new_tokens
-        return max(length.max_new_tokens for length in self.max_new_tokens)
 
 
 def rollout_block(step: int, config: RolloutConfig) -> range:
@@ -200,14 +156,13 @@ def _with_a_group(pattern: str) -> str:
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class GenerationConfig:
+class GenerationConfig(TextsConfig):
     """Held-out prompts that every evaluation continues with the student.
 
     The evaluation reports the length of the texts, the share that `max_new_tokens` cuts, and the
     share whose answer is that of the row.
     """
 
-    max_new_tokens: Count
     rows: Count = 64
     """Number of validation rows; the first rows are used."""
     match: Literal["exact"] | None = None
@@ -217,16 +172,3 @@ class GenerationConfig:
     """Regular expression with one group; the last match in a text is its answer. None: the whole
     text is the answer."""
     sampling: SamplingConfig = SamplingConfig(temperature=0.0)
-    rows_per_call: Count = 64
-    """Rows that a rank continues at the same time."""
-    prompt_tokens: Count | None = None
-    """For rows without a prompt (plain text): the number of tokens at the beginning of a row that
-    are continued."""
-
-    @property
-    def longest(self) -> int:
-        return self.max_new_tokens
-
-    @property
-    def how(self) -> Sampling:
-        return self.sampling.up_to(self.max_new_tokens)

@@ -132,7 +132,9 @@ def _chosen_length(
 ) -> tuple[int, str]:
     # The length for rows, and for prompts with generated texts, in tokens; and what limits it.
     sections = [part for part in (config.rollout, config.eval.generation) if part is not None]
-    wanted = max([row, *((part.prompt_tokens or prompt) + part.longest for part in sections)])
+    wanted = max(
+        [row, *((part.prompt_tokens or prompt) + part.max_new_tokens for part in sections)]
+    )
     limits = [(context_length(s.config), f"the context of {s.where}") for s in sources.values()]
     limits += [
         (t.tokens_per_rank, f"{where}.tokens_per_rank") for where, t in config.trainings.items()

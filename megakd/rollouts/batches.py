@@ -1,19 +1,18 @@
-"""Training batches from texts that a model generates, and the draw of each row's source."""
+"""Training batches from texts that a model generates, and the draw of each step's source."""
 
 from __future__ import annotations
 
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from collections.abc import Generator as Iteration
-from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from megakd.config.rollout import RolloutConfig, RowSource, rollout_block
+from megakd.config.rollout import RolloutConfig, rollout_block
 from megakd.contract.batch import Batch, BatchSource
 from megakd.contract.completions import (
     TOKENS_PER_TEXT,
@@ -23,11 +22,11 @@ from megakd.contract.completions import (
     Rollout,
 )
 from megakd.data.collation import Collator
-from megakd.data.loader import RowOrder
+from megakd.data.loader import RowOrder, StepLoader
 from megakd.data.step_layout import StepLayout, collate_step
 from megakd.engine.activity import doing
 from megakd.engine.collectives import gather, on_main
-from megakd.rollouts.prompts import Prompts, columns_of_rows, rollout_row
+from megakd.rollouts.prompts import Prompts, columns_of
 from megakd.rollouts.store import RolloutStore
 
 _DRAW = 1
@@ -37,12 +36,13 @@ _DRAW = 1
 class StepRows(NamedTuple):
     """The data behind a stage's rollouts.
 
-    continued, learned: the rows of each step where it continues prompts, and where it uses data.
+    continued: the rows of each step that continues prompts.
+    data: the steps that use the data; None if no step does.
     """
 
     prompts: Prompts
     continued: RowOrder
-    learned: RowOrder
+    data: StepLoader | None
     collate: Collator
     layout: StepLayout
 
@@ -62,12 +62,11 @@ class _Request(NamedTuple):
 
 
 class RolloutSource(BatchSource):
-    """The batches of a stage whose rows are replaced by texts that a model generates.
+    """The batches of a stage of which some steps learn from texts that a model generates.
 
-    A row's source (`rollout` or `data`) is a function of (config, seed, step). `data` are rows with
-    something to learn; the others continue rows with a prompt that leaves room for a text. Texts
-    are written to disk before the student learns from them, and a resumed run reads them from disk.
-    `oldest` returns the first step from which the run may be resumed.
+    Which steps is a function of (config, seed, step). `rows.continued` have a prompt that leaves
+    room for a text. Texts are written to disk before the student learns from them, and a resumed
+    run reads them from disk. `oldest` returns the first step from which the run may be resumed.
     """
 
     def __init__(
@@ -82,11 +81,12 @@ class RolloutSource(BatchSource):
     ) -> None:
         self._rows, self._config, self._seed = rows, config, seed
         self._generator, self._store, self._oldest = generator, store, oldest
-        orders = {"rollouts": rows.continued, "data": rows.learned}
-        self.steps_per_epoch = max(orders[source].steps_per_epoch for source in config.draws)
+        used = [rows.continued] if config.mix else []
+        used += [] if rows.data is None else [rows.data.step_rows]
+        self.steps_per_epoch = max(order.steps_per_epoch for order in used)
         self.waited_s = 0.0
         """Seconds that the loop has waited for batches, including the generation of texts."""
-        self._statistics = RolloutStatistics()
+        self._sums = Counter[str]()  # over the texts since the last log
         self._ahead: _Request | None = None
 
     def iterate(self, start: int, stop: int) -> Iteration[Sequence[Batch], None, None]:
@@ -99,26 +99,24 @@ class RolloutSource(BatchSource):
             yield batches
 
     def step(self, step: int) -> Sequence[Batch]:
-        drawn = self._drawn(step)
-        texts = iter(self._texts(step) if any(of == "rollout" for _, of in drawn) else ())
-        prompts = self._rows.prompts
-        rows = [prompts.row(row) if of == "data" else rollout_row(next(texts)) for row, of in drawn]
-        routes = None if prompts.routes is None else prompts.routes[[row for row, _ in drawn]]
+        data, prompts = self._rows.data, self._rows.prompts
+        if data is not None and not learns_from_texts(self._config, step, seed=self._seed):
+            return data.step(step)
+        texts = self._texts(step)
+        routes = None if prompts.routes is None else prompts.routes[[text.row for text in texts]]
         layout, collate = self._rows.layout, self._rows.collate
-        return collate_step(columns_of_rows(rows), layout, collate, routes=routes)
-
-    def _drawn(self, step: int) -> list[tuple[int, str]]:
-        # Row and source of each row of a step: as many as all of its sources have.
-        shape = self._rows.layout.shape
-        orders = {"rollout": self._rows.continued, "data": self._rows.learned}
-        sources = row_sources(self._config, step, shape.rows_per_step, seed=self._seed).tolist()
-        rows = {source: orders[source](step) for source in set(sources)}
-        count = min(map(len, rows.values()))
-        return [(int(rows[s][place]), s) for place, s in enumerate(sources[:count])]
+        return collate_step(columns_of(texts), layout, collate, routes=routes)
 
     def scalars(self) -> dict[str, float]:
-        scalars, self._statistics = self._statistics.scalars(), RolloutStatistics()
-        return scalars
+        sums, self._sums = self._sums, Counter[str]()
+        if not (texts := sums["texts"]):
+            return {}
+        return {
+            TOKENS_PER_TEXT: sums["tokens"] / texts,
+            TRUNCATED: 1 - sums["finished"] / texts,
+            "rollout/staleness": sums["staleness"] / texts,
+            "rollout/seconds": sums["microseconds"] / 1e6,
+        }
 
     def _texts(self, step: int) -> list[Rollout]:
         if not on_main(lambda: self._store.has(step)):
@@ -128,7 +126,12 @@ class RolloutSource(BatchSource):
                 request = self._request(later, version=step)
             self._generate(request)
         texts = on_main(lambda: self._store.read(step))
-        self._statistics.add(texts, step)
+        self._sums.update(
+            texts=len(texts),
+            tokens=sum(len(text.completion.ids) for text in texts),
+            finished=sum(text.completion.finished for text in texts),
+            staleness=sum(step - text.version for text in texts),
+        )
         return texts
 
     def _request_ahead(self, step: int) -> None:
@@ -141,12 +144,17 @@ class RolloutSource(BatchSource):
             self._ahead = self._request(block, version=step)
 
     def _request(self, steps: Sequence[int], *, version: int) -> _Request:
-        wanted = [(at, row) for at in steps for row, of in self._drawn(at) if of == "rollout"]
+        wanted = [
+            (at, int(row))
+            for at in steps
+            if learns_from_texts(self._config, at, seed=self._seed)
+            for row in self._rows.continued(at)
+        ]
         generator, shape = self._generator, self._rows.layout.shape
         mine = wanted[shape.rank :: shape.world]
         prompts = [self._rows.prompts.prompt(row) for _, row in mine]
         seeds = [text_seed(self._seed, step, row) for step, row in mine]
-        asked = (prompts, seeds, self._config.sampling_at(steps[0]))
+        asked = (prompts, seeds, self._config.how)
         texts = partial(generator.generate, *asked)
         if isinstance(generator, RemoteGenerator) and wanted:
             with doing(f"sending the weights of step {version} to the servers"):
@@ -167,7 +175,7 @@ class RolloutSource(BatchSource):
         began = time.perf_counter()
         with doing(f"generating {request.total} texts at step {request.steps[0]}"):
             mine = request.made()
-        self._statistics.seconds += time.perf_counter() - began
+        self._sums["microseconds"] += round(1e6 * (time.perf_counter() - began))
         parts, world = gather(mine), self._rows.layout.shape.world
         made = [parts[number % world][number // world] for number in range(request.total)]
         on_main(lambda: self._write(request.steps, made))
@@ -181,42 +189,10 @@ class RolloutSource(BatchSource):
         self._store.remove_before(self._oldest())
 
 
-@dataclass
-class RolloutStatistics:
-    """Sums over the new texts since the last logged step; `seconds` of generation."""
-
-    texts: int = 0
-    tokens: int = 0
-    finished: int = 0
-    staleness: int = 0
-    seconds: float = 0.0
-
-    def add(self, rollouts: Sequence[Rollout], step: int) -> None:
-        self.texts += len(rollouts)
-        self.tokens += sum(len(rollout.completion.ids) for rollout in rollouts)
-        self.finished += sum(rollout.completion.finished for rollout in rollouts)
-        self.staleness += sum(step - rollout.version for rollout in rollouts)
-
-    def scalars(self) -> dict[str, float]:
-        if not self.texts:
-            return {}
-        return {
-            TOKENS_PER_TEXT: self.tokens / self.texts,
-            TRUNCATED: 1 - self.finished / self.texts,
-            "rollout/staleness": self.staleness / self.texts,
-            "rollout/seconds": self.seconds,
-        }
-
-
-def row_sources(config: RolloutConfig, step: int, rows: int, *, seed: int) -> NDArray[np.str_]:
-    """Return the source of each row of a step, over all ranks: `rollout` or `data`."""
-    if step < config.from_step:
-        return np.full(rows, "data")
-    sources, per_step = get_args(RowSource), config.mix_per == "step"
-    shares = [config.mix.get(source, 0.0) for source in sources]
-    generator = np.random.default_rng([seed, _DRAW, step])
-    chosen = generator.choice(sources, size=1 if per_step else rows, p=shares)
-    return np.repeat(chosen, rows) if per_step else chosen
+def learns_from_texts(config: RolloutConfig, step: int, *, seed: int) -> bool:
+    """Return whether a step learns from texts, the same on all ranks."""
+    draw = np.random.default_rng([seed, _DRAW, step]).random()
+    return step >= config.from_step and draw < config.mix
 
 
 def text_seed(seed: int, step: int, row: int) -> int:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
 from numpy.typing import NDArray
 
-from megakd.config.rollout import GenerationConfig, RolloutConfig
+from megakd.config.rollout import TextsConfig
 from megakd.config.run import RunConfig
 from megakd.contract.batch import IGNORE, ROUTE
 from megakd.contract.completions import Rollout
@@ -25,28 +25,18 @@ from megakd.models.source import ModelSource
 logger = logging.getLogger(__name__)
 
 
-class TrainingRow(NamedTuple):
-    """One row: tokens, next tokens (-100: not counted) and positions, all [T]."""
-
-    input_ids: NDArray[np.int32]
-    labels: NDArray[np.int32]
-    position_ids: NDArray[np.int32]
-    is_rollout: bool
-
-
-def rollout_row(rollout: Rollout) -> TrainingRow:
-    """Return a text as a row whose completion is the target."""
-    ids = np.array(rollout.prompt + rollout.completion.ids, dtype=np.int32)
-    labels = np.full(len(ids), IGNORE, dtype=np.int32)
-    first = len(rollout.prompt) - 1  # the position that predicts the first generated token
-    labels[first:-1] = ids[first + 1 :]
-    positions = np.arange(len(ids), dtype=np.int32)
-    return TrainingRow(ids, labels, positions, is_rollout=True)
-
-
-def columns_of_rows(rows: Sequence[TrainingRow]) -> dict[str, list[Any]]:
-    """Return rows as a mapping of columns, as collators take them."""
-    return {name: [getattr(row, name) for row in rows] for name in TrainingRow._fields}
+def columns_of(texts: Sequence[Rollout]) -> dict[str, list[Any]]:
+    """Return texts as columns of training rows whose completions are the targets."""
+    columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "is_rollout": []}
+    for text in texts:
+        ids = np.array(text.prompt + text.completion.ids, dtype=np.int32)
+        labels = np.full(len(ids), IGNORE, dtype=np.int32)
+        first = len(text.prompt) - 1  # the position that predicts the first generated token
+        labels[first:-1] = ids[first + 1 :]
+        columns["input_ids"].append(ids)
+        columns["labels"].append(labels)
+        columns["is_rollout"].append(True)
+    return columns
 
 
 class Prompts:
@@ -55,7 +45,7 @@ class Prompts:
     lengths: [N] tokens of every prompt; 0: the row has no prompt. Rows without a column
         `prompt_length` begin with `prompt_tokens` of prompt.
     continued: numbers of the rows whose prompt, of at most `most` tokens, a generator continues.
-    learned: numbers of the rows that can be learned from as they are.
+    answers: number of rows that can be learned from as they are.
     routes: [N] numbers of the teachers that the rows name; None if the rows name no teachers.
     row_length: tokens at which longer rows were cut; None: no row was cut.
     """
@@ -86,7 +76,7 @@ class Prompts:
         if prompt_tokens is not None:
             self.lengths = self.lengths.clip(max=prompt_tokens)
         self.continued = np.flatnonzero((self.lengths > 0) & (self.lengths <= most))
-        self.learned = rows_with_targets(rows)
+        self.answers = len(rows_with_targets(rows))
         self.routes = column_of(rows, ROUTE) if ROUTE in rows.column_names else None
         self.row_length = row_length
 
@@ -95,16 +85,10 @@ class Prompts:
         ids = np.asarray(self._rows[int(row)]["input_ids"])
         return tuple(ids[: self.lengths[row]].tolist())
 
-    def row(self, row: int) -> TrainingRow:
+    def row(self, row: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Return the tokens and the labels of a row, both [T]."""
         record = self._rows[int(row)]
-        ids = np.asarray(record["input_ids"], dtype=np.int32)
-        positions = record.get("position_ids")
-        return TrainingRow(
-            ids,
-            np.asarray(record["labels"], dtype=np.int32),
-            np.arange(len(ids), dtype=np.int32) if positions is None else np.asarray(positions),
-            is_rollout=False,
-        )
+        return np.asarray(record["input_ids"]), np.asarray(record["labels"])
 
 
 def check_generated_texts(config: RunConfig, encoded: Encoded, student: ModelSource) -> None:
@@ -116,13 +100,13 @@ def check_generated_texts(config: RunConfig, encoded: Encoded, student: ModelSou
         prompts = prompts_of(encoded.train, rollouts, config, student)
         _say("rollout", prompts)
         uses = {
-            f"rollout.mix.data ({rollouts.mix.get('data', 0):g})": rollouts.mix.get("data"),
+            f"rollout.mix ({rollouts.mix:g})": rollouts.mix < 1,
             f"rollout.from_step ({rollouts.from_step})": rollouts.from_step,
             f"method.name ({config.method.name})": config.method.cuts_student,
             "baselines": config.baselines,
             "finetune": any(spec.finetune for spec in config.teacher_specs.values()),
         }
-        if not len(prompts.learned) and any(uses.values()):
+        if not prompts.answers and any(uses.values()):
             raise ConfigError(
                 f"{', '.join(key for key, does in uses.items() if does)}: learns from the data, "
                 "and all training rows are prompts without an answer; give the answers in a column "
@@ -153,7 +137,7 @@ def _check_answers(encoded: Encoded) -> None:
 
 def prompts_of(
     rows: Dataset,
-    section: RolloutConfig | GenerationConfig,
+    section: TextsConfig,
     config: RunConfig,
     student: ModelSource,
     *,
@@ -168,7 +152,7 @@ def prompts_of(
     context = context_length(student.config)
     if context is not None and context < room:
         room, limit, remedy = context, f"the context of {student.where}", "shorten the prompts"
-    most = room - section.longest
+    most = room - section.max_new_tokens
     prompts = Prompts(
         rows,
         prompt_tokens=section.prompt_tokens,
@@ -180,9 +164,9 @@ def prompts_of(
         lengths = prompts.lengths[prompts.lengths > 0]
         shortest = lengths.min(initial=room)
         raise ConfigError(
-            f"{key}.max_new_tokens: {section.longest} leaves {most} tokens of {limit} ({room}) for "
-            f"the prompt, and none of the {len(lengths)} prompts in {len(rows)} rows is that short "
-            f"(the shortest has {shortest}); set {key}.max_new_tokens to at most "
+            f"{key}.max_new_tokens: {section.max_new_tokens} leaves {most} tokens of {limit} "
+            f"({room}) for the prompt, and none of the {len(lengths)} prompts in {len(rows)} rows "
+            f"is that short (the shortest has {shortest}); set {key}.max_new_tokens to at most "
             f"{max(room - shortest, 1)}, or {remedy}"
         )
     return prompts
@@ -195,5 +179,5 @@ def _say(key: str, prompts: Prompts) -> None:
         "%s: %d of %d rows have a prompt that is continued; %d prompts leave no room for "
         "max_new_tokens, %d rows have no prompt, %d rows have no answer to learn from",
         key,
-        *(used, rows, some - used, rows - some, rows - len(prompts.learned)),
+        *(used, rows, some - used, rows - some, rows - prompts.answers),
     )

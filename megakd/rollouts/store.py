@@ -15,8 +15,6 @@ from megakd.contract.completions import Completion, Rollout
 from megakd.errors import DataError
 from megakd.storage.atomic import write_text
 
-_FORMAT = 1
-
 
 class RolloutStore:
     """The rollouts of one stage; only rank 0 uses the files."""
@@ -32,34 +30,21 @@ class RolloutStore:
         return self._path(step).is_file()
 
     def write(self, step: int, rollouts: Sequence[Rollout]) -> None:
-        head = {"format": _FORMAT, "step": step, "rollouts": len(rollouts)}
-        lines = [
-            json.dumps(tree, separators=(",", ":")) for tree in [head, *map(_record, rollouts)]
-        ]
-        write_text(self._path(step), "\n".join([*lines, ""]))
+        trees = [{"rollouts": len(rollouts)}, *map(_record, rollouts)]
+        lines = (json.dumps(tree, separators=(",", ":")) + "\n" for tree in trees)
+        write_text(self._path(step), "".join(lines))
 
     def read(self, step: int) -> list[Rollout]:
         """Return the texts of a step as written; raise DataError if the file is not whole."""
         path = self._path(step)
         try:
             head, *lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-            if head["format"] != _FORMAT:
-                raise DataError(
-                    f"{path} has format {head['format']}, and this version reads format {_FORMAT}; "
-                    "generate the texts again"
-                )
-            rollouts, expected = [_rollout(line) for line in lines], int(head["rollouts"])
+            return [_rollout(lines[number]) for number in range(head["rollouts"])]
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise DataError(
                 f"{path} is not a complete file of rollouts ({type(error).__name__}: {error}); "
                 "remove the file, and its texts are generated again"
             ) from error
-        if len(rollouts) != expected:
-            raise DataError(
-                f"{path} holds {len(rollouts)} rollouts instead of {expected}; remove the file, "
-                "and its texts are generated again"
-            )
-        return rollouts
 
     def remove_before(self, first: int) -> None:
         for path in self.folder.glob(f"step-{'[0-9]' * 8}.jsonl"):

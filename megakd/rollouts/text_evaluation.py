@@ -87,14 +87,14 @@ class TextEvaluation:
             return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip))
 
         text = decoded(rollout.completion.ids, skip=True)
-        row, start = self._prompts.row(rollout.row), len(rollout.prompt)
+        (ids, labels), start = self._prompts.row(rollout.row), len(rollout.prompt)
         # The row's own answer ends before the next turn of a user; a label is the next token.
-        counted = (row.labels[start - 1 :] != IGNORE).tolist()
-        end = start + counted.index(False) if False in counted else len(row.input_ids)
-        answer = decoded(row.input_ids[start:end].tolist(), skip=True)
+        counted = (labels[start - 1 :] != IGNORE).tolist()
+        end = start + counted.index(False) if False in counted else len(ids)
+        answer = decoded(ids[start:end].tolist(), skip=True)
         # A row that is a prompt alone has nothing to compare with, and what was cut off a row as
         # long as the longest may be its answer.
-        is_whole = len(row.input_ids) != self._prompts.row_length
+        is_whole = len(ids) != self._prompts.row_length
         is_compared = self._config.match is not None and answer and is_whole
         matches = is_match(text, answer, self._config.answer) if is_compared else None
         return Text(rollout, decoded(rollout.prompt, skip=False), text, answer, matches)

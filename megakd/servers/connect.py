@@ -79,7 +79,7 @@ def check_servers(inputs: RunInputs) -> None:
         with _errors_of("rollout.server"):
             check_agreement(servers, models, probes, wanted)
         with _errors_of("rollout.sampling"):
-            check_sampling(servers, models, probes[0], wanted, rollouts.sampling_at(0))
+            check_sampling(servers, models, probes[0], wanted, rollouts.how)
 
     on_main(check)
 
@@ -134,7 +134,7 @@ def _asked(inputs: RunInputs, rollouts: RolloutConfig) -> tuple[Prompts, Wanted]
     known = tokens.known or served.config.vocab_size
     return prompts, Wanted(
         name=inputs.config.served_model or "",
-        longest=int(prompts.lengths[prompts.continued].max()) + rollouts.longest,
+        longest=int(prompts.lengths[prompts.continued].max()) + rollouts.max_new_tokens,
         vocabulary=known,
         end_tokens=tuple(sorted(tokens.end)),
         padding=range(known, served.config.vocab_size),

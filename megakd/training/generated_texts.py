@@ -11,7 +11,7 @@ from megakd.config.rollout import GenerationConfig
 from megakd.contract.completions import Generator
 from megakd.contract.stage import Teacher
 from megakd.contract.tasks import STUDENT, TEXTS
-from megakd.data.loader import RowOrder
+from megakd.data.loader import RowOrder, StepLoader
 from megakd.engine.collectives import on_main
 from megakd.engine.student import StudentEngine
 from megakd.rollouts.batches import RolloutSource, StepRows
@@ -27,7 +27,7 @@ from megakd.training.stage_extra import StageExtra, StageParts
 
 
 class Rollouts(StageExtra):
-    """Batches in which generated texts replace rows."""
+    """Batches of which some steps learn from generated texts."""
 
     def __init__(self, parts: StageParts) -> None:
         self._parts, self._generator = parts, generator_of(parts)
@@ -39,16 +39,21 @@ class Rollouts(StageExtra):
         of_model, layout = parts.of_model, parts.layout
         train, student = of_model.prepared.encoded.train, of_model.prepared.sources[STUDENT]
         prompts = prompts_of(train, rollouts, config, student)
-        continued, learned = (
-            RowOrder(numbers, layout.shape, seed=config.seed)
-            for numbers in (prompts.continued, prompts.learned)
-        )
         collate = of_model.scorer(parts.stage.train).collate
+        data = None
+        if "data" in rollouts.draws:
+            data = StepLoader(train, collate, layout=layout, seed=config.seed)
         store = RolloutStore(config.output_dir / "rollouts" / parts.stage.name)
         if not oldest(parts.checkpoints):  # those of a start that no checkpoint is left of
             on_main(store.clear)
         return RolloutSource(
-            StepRows(prompts, continued, learned, collate, layout),
+            StepRows(
+                prompts,
+                RowOrder(prompts.continued, layout.shape, seed=config.seed),
+                data,
+                collate,
+                layout,
+            ),
             rollouts,
             generator=self._generator,
             store=store,

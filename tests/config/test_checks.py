@@ -207,14 +207,14 @@ BUDGET = [
 ]
 # The section `rollout`, further overrides, and a part of the message.
 ROLLOUT = [
-    ("mix: {rollout: 0.5, data: 0.5}", "objective.0.on=rollouts", "no term learns from data, whic"),
+    ("mix: 0.5", "objective.0.on=rollouts", "no term learns from data, whic"),
     ("from_step: 3", "objective.0.on=rollouts", "objective: no term learns from data, which rollo"),
     ("by: student", "objective.0.on=data", "objective: no term learns from rollouts, which rollou"),
     ("by: student", f"{KL[:-1]}, {KL_ON}]", "objective[1].on: data, and"),
-    ("mix: {data: 1}", f"{KL[:-1]}, {KL_ON[:-5]}rollouts}}]", "draws none, so that"),
+    ("mix: 0", f"{KL[:-1]}, {KL_ON[:-5]}rollouts}}]", "with rollout.mix 0 no step learns from"),
     ("by: student", HARD, "objective[1].on: null, so that hard"),
     (
-        "mix: {data: 0.5, rollout: 0.5}",
+        "mix: 0.5",
         f"{HARD[:-2]}, on: rollouts}}]",
         "objective[1].on: rollouts, so that hard_cross_entropy would take texts that the student",
     ),
@@ -262,23 +262,20 @@ VALUES = [
     ("task.mixture={train: {files: a, weight: 1}}", "the name of a source of a mixture must"),
     ("task.mixture={a: {files: a, weight: 0}}", "task.mixture.a.weight: must be above 0 (got"),
     ("train.tokens_per_rank=7", "train.tokens_per_rank: must be at least 8 (got 7)"),
-    ("rollout={mix: {rollout: 1}}", "rollout.max_new_tokens: missing"),
+    ("rollout={mix: 1}", "rollout.max_new_tokens: missing"),
     ("rollout={max_new_tokens: 0}", "rollout.max_new_tokens: must be at least 1"),
     *(
         (f"rollout={{max_new_tokens: 4, {section}}}", text)
         for section, text in {
-            "mix: {rollout: 0.5, data: 0.4}": "must add up to 1 (got 0.9",
-            "mix: {replay: 1.0}": 'rollout.mix.replay: must be "rollout" or "data" (got "replay")',
+            "mix: {rollout: 0.5, data: 0.5}": "rollout.mix: must be a number",
+            "mix: 1.5": "rollout.mix: must be at most 1 (got 1.5)",
+            "mix_per: row": "rollout.mix_per = row: gone; each step has one source",
             "sampling: {top_p: 0}": "rollout.sampling.top_p",
             "sampling: {temperature: -1}": "rollout.sampling.temperature",
             f"server: {{{URL}, push: some}}": "server.push",
             f"server: {{{URL}, kind: sglang, {NO_PUSH}}}": "gone; serve with vLLM",
             f"server: {{{URL}}}": "server.push: missing",
         }.items()
-    ),
-    (
-        "rollout={max_new_tokens: [{from_step: 5, max_new_tokens: 4}]}",
-        "from_step must begin with 0 and increase (got [5])",
     ),
     *(
         (f"rollout={{max_new_tokens: 4, server: {{url: [{url}], {NO_PUSH}}}}}", text)
@@ -345,7 +342,7 @@ def test_settings_that_cannot_be_or_contradict_each_other_are_refused(run_file, 
         f"{TEXT}; rollout={{max_new_tokens: 4}}; {HARD[:-2]}, weight: 0}}]",
         *(
             f"{TEXT}; rollout={{max_new_tokens: 4, {source}}}; {HARD}"
-            for source in ("by: teacher", "mix: {data: 1}")
+            for source in ("by: teacher", "mix: 0")
         ),
         f"{TEXT}; student.model=from_teacher; method={{name: shrink, parameters: 1M}}; "
         f"rollout={{max_new_tokens: 4, from_step: 3}}; {HARD_ON_DATA}",

@@ -9,7 +9,7 @@ import pytest
 from run_files import message_of
 
 from megakd.config.file import dump_config, load_config
-from megakd.config.rollout import LengthStep, RolloutConfig, RolloutServerConfig, rollout_block
+from megakd.config.rollout import RolloutConfig, RolloutServerConfig, rollout_block
 from megakd.config.run import RunConfig
 from megakd.contract.completions import Sampling
 from megakd.inputs.run_data import cache_folder
@@ -39,9 +39,7 @@ def test_a_loss_may_be_listed_once_for_each_source_of_texts(run_file, key):
     losses = [f"{{loss: soft_target_kl, {key}: {source}}}" for source in ("data", "rollouts")]
     objective = f"objective=[{{loss: soft_target_kl}}, {', '.join(losses)}]"
 
-    config = loaded(
-        run_file, objective, "rollout={max_new_tokens: 8, mix: {rollout: 0.5, data: 0.5}}"
-    )
+    config = loaded(run_file, objective, "rollout={max_new_tokens: 8, mix: 0.5}")
 
     terms = config.objective or ()
     assert [getattr(term, "on", "missing") for term in terms] == [None, "data", "rollouts"]
@@ -60,18 +58,9 @@ def test_models_are_scored_on_as_many_rows_as_fit_into_the_budget(run_file, over
 def test_the_shortest_rollout_generates_all_rows_from_the_student_as_it_is(run_file):
     rollout = loaded(run_file, "rollout={max_new_tokens: 8}").rollout
 
-    assert dict(rollout.mix) == {"rollout": 1.0}
-    assert rollout.sampling_at(0) == Sampling(8, temperature=1.0, top_p=1.0, top_k=None)
+    assert rollout.mix == 1
+    assert rollout.how == Sampling(8, temperature=1.0, top_p=1.0, top_k=None)
     assert rollout.max_staleness == 0
-
-
-def test_a_length_holds_from_its_step_on():
-    steps = {0: 4, 10: 16}
-    lengths = (LengthStep(from_step=step, max_new_tokens=n) for step, n in steps.items())
-    rollout = RolloutConfig(max_new_tokens=tuple(lengths))
-
-    assert [rollout.sampling_at(step).max_new_tokens for step in (0, 9, 10, 99)] == [4, 4, 16, 16]
-    assert rollout.longest == 16
 
 
 @pytest.mark.parametrize("is_served", [False, True])

@@ -103,7 +103,7 @@ def test_packed_rows_give_the_losses_and_gradients_of_padded_rows(
 def test_packed_texts_of_a_teacher_give_the_losses_and_gradients_of_padded_texts(
     workers, write_run
 ):
-    mix = {"max_new_tokens": 8, "mix": {"rollout": 0.5, "data": 0.5}, "mix_per": "row"}
+    mix = {"max_new_tokens": 8, "mix": 0.5}
     sections = {
         "rollout": {**mix, "by": "teacher"},
         "task": {"max_length": 24},

@@ -164,7 +164,7 @@ def test_adapters_of_every_start_are_new_to_the_server(url, folders, command, te
         "student": {"model": student, "lora": {"r": 4}},
         "train": {"max_steps": 2, "per_device_train_batch_size": 6, "learning_rate": 0.01},
     }
-    greedy = {"mix": {"rollout": 1.0}, "sampling": {"temperature": 0}, "prompt_tokens": 40}
+    greedy = {"mix": 1.0, "sampling": {"temperature": 0}, "prompt_tokens": 40}
     server = {"url": [url], "push": "adapter", "folder": str(tmp_path / "w")}
     local = write_config(tmp_path, texts, zero=0, rollout=greedy, **keys)
     wanted, out = finish(command, local, tmp_path / "own", world=1), tmp_path / "out"

@@ -54,8 +54,7 @@ def write_config(folder: Path, texts: Path, *, zero: int, **sections: Any) -> Pa
         "rollout": {
             "max_new_tokens": 10,
             "prompt_tokens": 6,
-            "mix": {"rollout": 0.7, "data": 0.3},
-            "mix_per": "row",
+            "mix": 0.7,
         },
         "train": {
             "per_device_train_batch_size": 12,
@@ -174,7 +173,7 @@ def test_a_lost_text_is_generated_again(command, texts, tmp_path):
 
 def test_a_student_learns_from_the_texts_of_its_teacher(command, texts, tmp_path):
     """The texts do not depend on what the student has learned, and may be labels."""
-    keys = {"mix": {"rollout": 1.0}, "by": "teacher"}
+    keys = {"mix": 1.0, "by": "teacher"}
     learns = {"train": {"max_steps": 2}, "objective": [{"loss": "hard_cross_entropy"}]}
     config = write_config(tmp_path, texts, zero=0, rollout=keys, **learns)
     first = finish(command, config, tmp_path / "first", world=1)

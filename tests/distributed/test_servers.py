@@ -20,9 +20,9 @@ from megakd.contract.completions import Rollout
 from megakd.models.lora import WEIGHTS
 from megakd.rollouts.store import RolloutStore
 
-GREEDY = {"mix": {"rollout": 1.0}, "sampling": {"temperature": 0}}
+GREEDY = {"mix": 1.0, "sampling": {"temperature": 0}}
 SHORT = {"max_steps": 4}
-AHEAD = {"mix": {"rollout": 1.0}, "max_staleness": 1}
+AHEAD = {"mix": 1.0, "max_staleness": 1}
 
 
 def replicas() -> list[Stub]:

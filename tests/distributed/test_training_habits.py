@@ -74,7 +74,7 @@ def by_source(distil):
 
     def of(terms, zero, cut):
         sections = {"objective": terms, "train": cut_of(cut)}
-        mix = {"rollout": 0.5, "data": 0.5} if terms is PAIR else {"rollout": 1.0}
+        mix = 0.5 if terms is PAIR else 1.0
         # Texts of a teacher may have labels.
         texts = {"max_new_tokens": 8, "prompt_tokens": 4, "mix": mix, "by": "teacher"}
         sections["rollout"] = texts

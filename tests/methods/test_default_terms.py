@@ -18,7 +18,7 @@ from megakd.methods import single
     [
         (None, {"hard_cross_entropy": 0.5, "soft_target_kl": 0.5}),
         ({}, {"soft_target_kl": 1.0}),
-        ({"mix": {"rollout": 0.2, "data": 0.8}}, {"soft_target_kl": 1.0}),
+        ({"mix": 0.2}, {"soft_target_kl": 1.0}),
     ],
     ids=["data", "texts", "texts and data"],
 )

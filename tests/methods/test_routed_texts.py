@@ -16,7 +16,7 @@ from whole_run import read
 
 EXPERTS = ("sums", "talk")
 SOFT = [{"loss": "soft_target_kl"}, {"loss": "hard_cross_entropy", "weight": 0.1, "on": "data"}]
-ROLLOUT = {"max_new_tokens": 5, "mix": {"rollout": 0.7, "data": 0.3}}
+ROLLOUT = {"rollout": {"max_new_tokens": 5, "mix": 0.7}}
 
 
 def rows() -> list[dict[str, Any]]:
@@ -74,13 +74,12 @@ def bench(one_rank, tmp_path_factory) -> Bench:
 
 
 COLUMN = {"teacher_column": "expert"}
-ROWS = {"rollout": {**ROLLOUT, "mix_per": "row"}}
 PACKED = {"train": {"tokens_per_rank": 40}}
 CASES = [
     pytest.param({}, id="padded"),
     pytest.param(PACKED, id="tokens"),
-    pytest.param(ROWS, id="rollouts", marks=pytest.mark.slow),
-    pytest.param({**ROWS, **PACKED}, id="packed-rollouts"),
+    pytest.param(ROLLOUT, id="rollouts", marks=pytest.mark.slow),
+    pytest.param({**ROLLOUT, **PACKED}, id="packed-rollouts"),
 ]
 
 

@@ -260,8 +260,7 @@ def test_what_a_loss_works_with_is_planned(tmp_path: Path) -> None:
 def test_terms_of_two_sources_are_planned_over_half_of_the_positions_each(tmp_path: Path) -> None:
     models, kl = dict(DECODERS), {"loss": "soft_target_kl"}
     both = [{**kl, "on": "data"}, {**kl, "on": "rollouts"}]
-    mix = {"rollout": 0.5, "data": 0.5}
-    models["rollout"] = {"max_new_tokens": 8, "prompt_tokens": 4, "mix": mix}
+    models["rollout"] = {"max_new_tokens": 8, "prompt_tokens": 4, "mix": 0.5}
     limited, whole = (
         planned(config_of(tmp_path, task=CAUSAL, objective=terms, **models))
         for terms in (both, [kl])

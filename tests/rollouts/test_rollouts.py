@@ -14,8 +14,8 @@ from megakd.config.rollout import RolloutConfig
 from megakd.contract.batch import IGNORE
 from megakd.contract.completions import Completion, Rollout
 from megakd.errors import DataError
-from megakd.rollouts.batches import row_sources, text_seed
-from megakd.rollouts.prompts import Prompts, columns_of_rows, rollout_row
+from megakd.rollouts.batches import learns_from_texts, text_seed
+from megakd.rollouts.prompts import Prompts, columns_of
 from megakd.rollouts.store import RolloutStore
 
 _tokens = st.lists(st.integers(0, 1000), min_size=1, max_size=6)
@@ -28,14 +28,15 @@ def test_every_generated_token_is_a_target_exactly_once(
     text = Rollout(0, tuple(prompt), Completion(tuple(completion), finished=True), 0, 0)
     empty = text._replace(completion=Completion((), finished=False))
 
-    row = rollout_row(text)
+    columns = columns_of([text, empty])
 
-    assert row.input_ids.tolist() == prompt + completion
-    counted = np.flatnonzero(row.labels != IGNORE)
-    assert row.labels[counted].tolist() == completion
-    assert counted.tolist() == list(range(len(prompt) - 1, len(row.input_ids) - 1))
-    assert row.position_ids.tolist() == list(range(len(row.input_ids)))
-    assert rollout_row(empty).labels.tolist() == [IGNORE] * len(prompt)
+    (ids, _), (labels, unlearned) = columns["input_ids"], columns["labels"]
+    assert ids.tolist() == prompt + completion
+    counted = np.flatnonzero(labels != IGNORE)
+    assert labels[counted].tolist() == completion
+    assert counted.tolist() == list(range(len(prompt) - 1, len(ids) - 1))
+    assert unlearned.tolist() == [IGNORE] * len(prompt)
+    assert columns["is_rollout"] == [True, True]
 
 
 def test_a_row_is_continued_if_its_prompt_fits_and_learned_from_if_more_follows() -> None:
@@ -46,7 +47,7 @@ def test_a_row_is_continued_if_its_prompt_fits_and_learned_from_if_more_follows(
     prompts = Prompts(rows, prompt_tokens=None, most=4)
 
     assert prompts.continued.tolist() == [0, 1]
-    assert prompts.learned.tolist() == [0, 2, 3]
+    assert prompts.answers == 3
 
 
 def test_a_beginning_of_plain_text_is_no_longer_than_its_row() -> None:
@@ -55,24 +56,15 @@ def test_a_beginning_of_plain_text_is_no_longer_than_its_row() -> None:
     prompts = Prompts(rows, prompt_tokens=2, most=9)
 
     assert prompts.lengths.tolist() == [2, 1]
-    assert prompts.learned.tolist() == [0, 1]
+    assert prompts.answers == 2
 
 
-def test_columns_hold_the_rows_in_their_order_with_labels_and_positions() -> None:
-    columns = {"labels": [[2, -100], [-100]], "position_ids": [[0, 0], [0]]}
-    rows = Dataset.from_dict({"input_ids": [[1, 2], [3]], "prompt_length": [2, 1], **columns})
+def test_a_prompt_has_the_length_that_its_row_states_also_in_a_selection() -> None:
+    rows = Dataset.from_dict({"input_ids": [[1, 2], [3]], "prompt_length": [2, 1]})
     prompts, selected = (
         Prompts(one, prompt_tokens=None, most=9) for one in (rows, rows.select([1]))
     )
-    text = rollout_row(Rollout(0, (7,), Completion((8,), finished=True), 0, 0))
 
-    columns = columns_of_rows([prompts.row(1), text, prompts.row(0)])
-
-    assert [ids.tolist() for ids in columns["input_ids"]] == [[3], [7, 8], [1, 2]]
-    assert [ids.tolist() for ids in columns["labels"]] == [[-100], [8, -100], [2, -100]]
-    assert [ids.tolist() for ids in columns["position_ids"]] == [[0], [0, 1], [0, 0]]
-    assert columns["is_rollout"] == [False, True, False]
-    # The prompt has the length that its row states, also in a selection.
     assert [prompts.prompt(row) for row in range(2)] == [(1, 2), (3,)]
     assert selected.prompt(0) == (3,)
 
@@ -91,39 +83,24 @@ def test_a_length_is_given_for_rows_without_prompts_alone(columns, prompt_tokens
         Prompts(rows, prompt_tokens=prompt_tokens, most=9)
 
 
-def _sources(step: int, rows: int, seed: int = 0, **given: object) -> np.ndarray:
+def _drawn(steps: int, seed: int = 0, **given: object) -> list[bool]:
     config = RolloutConfig(max_new_tokens=4, **given)  # type: ignore[arg-type]
-    return row_sources(config, step, rows, seed=seed)
+    return [learns_from_texts(config, step, seed=seed) for step in range(steps)]
 
 
-MIX = {"rollout": 0.7, "data": 0.3}
+@pytest.mark.parametrize("mix", [0.0, 0.7, 1.0])
+def test_the_share_of_texts_in_many_steps_is_that_of_the_config(mix: float) -> None:
+    assert np.mean(_drawn(3000, mix=mix)) == pytest.approx(mix, abs=0.03 * (0 < mix < 1))
 
 
-def test_rows_have_one_source_per_step_or_one_each() -> None:
-    assert all(len(set(_sources(step, 64, mix=MIX))) == 1 for step in range(20))
-    by_row = [_sources(step, 64, mix=MIX, mix_per="row") for step in range(20)]
-    assert all(set(sources) == {"rollout", "data"} for sources in by_row)
+def test_a_step_is_drawn_by_its_number_and_the_seed_alone() -> None:
+    first, again, other = (_drawn(64, seed, mix=0.5) for seed in (3, 3, 4))
 
-
-@pytest.mark.parametrize("mix_per", ["step", "row"])
-def test_the_shares_of_many_steps_are_those_of_the_config(mix_per: str) -> None:
-    drawn = np.concatenate([_sources(step, 4, mix=MIX, mix_per=mix_per) for step in range(3000)])
-
-    assert {source: (drawn == source).mean() for source in MIX} == pytest.approx(MIX, abs=0.03)
-
-
-@given(step=st.integers(0, 200), seed=st.integers(0, 2**32 - 1))
-def test_a_step_is_drawn_by_its_number_and_the_seed_alone(step: int, seed: int) -> None:
-    first, again = (_sources(step, 64, seed, mix=MIX, mix_per="row").tolist() for _ in range(2))
-
-    assert first == again
-    assert first != _sources(step + 1, 64, seed, mix=MIX, mix_per="row").tolist()
+    assert first == again != other
 
 
 def test_steps_before_the_section_use_the_data() -> None:
-    drawn = [_sources(step, 1, from_step=3).tolist() for step in range(5)]
-
-    assert drawn == [["data"]] * 3 + [["rollout"]] * 2
+    assert _drawn(5, from_step=3) == [False] * 3 + [True] * 2
 
 
 def test_the_seed_of_a_text_differs_by_run_step_and_row() -> None:
@@ -170,13 +147,9 @@ def test_texts_that_are_cleared_are_gone(tmp_path: Path) -> None:
     ("damage", "message"),
     [
         *((lambda text, n=n: text[:n], "") for n in (0, 60)),
-        (lambda text: text[: text.rindex("\n", 0, -1) + 1], "holds 1 rollouts instead of 2"),
-        (
-            lambda text: text.replace('"format":1', '"format":2'),
-            "format 2, and this version reads format 1",
-        ),
+        (lambda text: text[: text.rindex("\n", 0, -1) + 1], "is not a complete file"),
     ],
-    ids=["empty", "60 bytes", "a line less", "version"],
+    ids=["empty", "60 bytes", "a line less"],
 )
 def test_a_damaged_file_is_named(tmp_path: Path, damage, message) -> None:
     store = RolloutStore(tmp_path)

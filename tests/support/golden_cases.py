@@ -28,12 +28,7 @@ BPE = {"type": "bpe", "vocab_size": 300}
 KL = {"loss": "soft_target_kl", "temperature": 2.0}
 CROSS = {"loss": "hard_cross_entropy", "weight": 0.5}
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
-ROLLOUT = {
-    "max_new_tokens": 6,
-    "prompt_tokens": 6,
-    "mix": {"rollout": 0.5, "data": 0.5},
-    "mix_per": "row",
-}
+ROLLOUT = {"max_new_tokens": 6, "prompt_tokens": 6, "mix": 0.5}
 
 
 def _reviews(data: Path, **task: Any) -> Tree:

@@ -1,13 +1,11 @@
-"""Generators of texts: end tokens, and statistics of what they make."""
+"""The end tokens of generated texts."""
 
 from __future__ import annotations
 
 import pytest
 from transformers import GenerationConfig, LlamaConfig, PretrainedConfig
 
-from megakd.contract.completions import Completion, Rollout
 from megakd.errors import DataError
-from megakd.rollouts.batches import RolloutStatistics
 from megakd.rollouts.generators import end_tokens_of
 
 
@@ -52,19 +50,3 @@ def test_end_tokens_are_those_of_the_tokenizer_and_of_the_configs(tokenizer, con
 def test_a_tokenizer_and_configs_without_an_end_token_are_refused():
     with pytest.raises(DataError, match="no eos_token"):
         end_tokens_of(Tokenizer(None), LlamaConfig(eos_token_id=None), GenerationConfig())
-
-
-def text(*ids: int, finished: bool = True, version: int = 5) -> Rollout:
-    return Rollout(0, (9,), Completion(ids, finished), version, seed=0)
-
-
-@pytest.mark.parametrize("times", [1, 10])
-def test_statistics_are_means_over_the_texts(times: int) -> None:
-    result = RolloutStatistics()
-    assert result.scalars() == {}
-
-    result.add([text(1, 2, 3, version=4), text(1, 1, 1, finished=False)] * times, 6)
-
-    values = {"tokens_per_text": 3, "truncated": 0.5, "staleness": 1.5}
-    wanted = {f"rollout/{name}": pytest.approx(value) for name, value in values.items()}
-    assert {**result.scalars(), **wanted} == result.scalars()

@@ -89,7 +89,7 @@ def test_documents_alone_are_no_prompts() -> None:
 @pytest.mark.parametrize(
     ("keys", "named"),
     [
-        ({"mix": {"rollout": 0.8, "data": 0.2}}, r"^rollout\.mix\.data \(0\.2\): "),
+        ({"mix": 0.8}, r"^rollout\.mix \(0\.8\): "),
         ({"from_step": 10}, r"^rollout\.from_step \(10\): "),
         ({}, None),
     ],

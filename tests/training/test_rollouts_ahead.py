@@ -14,12 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megakd.config.rollout import RolloutConfig, RolloutServerConfig
-from megakd.contract.completions import Completion, RemoteGenerator
+from megakd.contract.completions import Completion, RemoteGenerator, Rollout
 from megakd.data.loader import RowOrder
 from megakd.data.step_layout import StepLayout, StepShape
 from megakd.rollouts import batches as rollout_source
 from megakd.rollouts.batches import RolloutSource, StepRows
-from megakd.rollouts.prompts import TrainingRow
 from megakd.rollouts.store import RolloutStore
 from megakd.training.generated_texts import oldest
 
@@ -29,7 +28,7 @@ SERVER = RolloutServerConfig(url=("http://a:1",), push="none")
 
 @pytest.fixture(autouse=True)
 def _without_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rollout_source, "collate_step", lambda *_: ())
+    monkeypatch.setattr(rollout_source, "collate_step", lambda *_, **__: ())
 
 
 class Remote:
@@ -69,14 +68,11 @@ def step_rows() -> StepRows:
     def at(step: int) -> Any:
         return np.arange(ROWS) + ROWS * step
 
-    empty = np.zeros(0, dtype=np.int32)
-    row = TrainingRow(empty, empty, empty, is_rollout=False)
-    prompts = SimpleNamespace(
-        prompt=lambda number: (number,), row=lambda _: row, route=lambda _: None
-    )
+    prompts = SimpleNamespace(prompt=lambda number: (number,), routes=None)
     at.steps_per_epoch = 100  # type: ignore[attr-defined]
+    data = SimpleNamespace(step=lambda _: (), step_rows=at)
     layout = SimpleNamespace(shape=SimpleNamespace(rank=0, world=1, rows_per_step=ROWS))
-    return StepRows(prompts, at, at, None, layout)  # type: ignore[arg-type]
+    return StepRows(prompts, at, data, None, layout)  # type: ignore[arg-type]
 
 
 def source(
@@ -113,7 +109,7 @@ def test_the_store_holds_what_a_resumed_run_reads_and_no_more(
 
     def run(start: int, stop: int) -> None:
         monkeypatch.setattr(
-            rollout_source, "collate_step", lambda columns, *_: columns["input_ids"]
+            rollout_source, "collate_step", lambda columns, *_, **__: columns["input_ids"]
         )
         config = RolloutConfig(max_new_tokens=4)
         for step, rows in enumerate(source(config, Local(), tmp_path).iterate(start, stop), start):
@@ -143,18 +139,16 @@ def learn(made: RolloutSource, generator: Remote, start: int, stop: int) -> None
 @given(
     staleness=st.integers(0, 3),
     from_step=st.integers(0, 4),
-    per=st.sampled_from(["step", "row"]),
     killed=st.integers(1, 9),
 )
 def test_no_text_is_too_old_and_no_written_text_is_asked_for_again(
-    staleness: int, from_step: int, per: Any, killed: int
+    staleness: int, from_step: int, killed: int
 ) -> None:
     config = RolloutConfig(
         max_new_tokens=4,
         max_staleness=staleness,
         from_step=from_step,
-        mix={"rollout": 0.6, "data": 0.4},
-        mix_per=per,
+        mix=0.6,
         server=SERVER,
     )
     with TemporaryDirectory() as place:
@@ -194,36 +188,44 @@ def test_texts_are_asked_for_before_the_student_learns(tmp_path: Path) -> None:
     assert asked == [(1, 2 * ROWS), (1, 3 * ROWS), (0, 3 * ROWS)]
 
 
-@pytest.mark.parametrize("per", ["step", "row"])
-def test_data_rows_can_be_learned_from_and_texts_continue_prompts_that_fit(
-    per: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_steps_of_the_data_have_rows_with_answers_and_texts_continue_prompts_that_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows 0 to 5 are documents, rows 6 to 10 have both parts, and rows 11 to 20 are prompts."""
     continued, learned = set(range(6, 21)), set(range(11))
     shape = StepShape(ROWS, 1)
-    orders = [RowOrder(np.array(sorted(rows)), shape, seed=5) for rows in (continued, learned)]
-    drawn: list[list[tuple[int, bool]]] = []
+    texts, data = (RowOrder(np.array(sorted(r)), shape, seed=5) for r in (continued, learned))
+    drawn: list[tuple[int, bool]] = []
 
-    def collate(columns: Any, *_: Any) -> None:
+    def collate(columns: Any, *_: Any, **__: Any) -> None:
         rows = zip(columns["input_ids"], columns["is_rollout"], strict=True)
-        drawn.append([(int(ids[0]), is_rollout) for ids, is_rollout in rows])
+        drawn.extend((int(ids[0]), is_rollout) for ids, is_rollout in rows)
 
     monkeypatch.setattr(rollout_source, "collate_step", collate)
-    prompts = SimpleNamespace(
-        prompt=lambda number: (number,),
-        row=lambda number: TrainingRow(*[np.array([number])] * 3, is_rollout=False),
-        route=lambda _: None,
+    prompts: Any = SimpleNamespace(prompt=lambda number: (number,), routes=None)
+    loader: Any = SimpleNamespace(
+        step=lambda step: drawn.extend((int(row), False) for row in data(step)), step_rows=data
     )
-    mix: Any = {"rollout": 0.6, "data": 0.4}
-    all_rows = StepRows(prompts, *orders, None, StepLayout(shape))  # type: ignore[arg-type]
-    config = RolloutConfig(max_new_tokens=4, mix=mix, mix_per=per)
-    made = source(config, Local(), tmp_path, all_rows)
+    rows = StepRows(prompts, texts, loader, None, StepLayout(shape))  # type: ignore[arg-type]
+    made = source(RolloutConfig(max_new_tokens=4, mix=0.6), Local(), tmp_path, rows)
 
     for _ in made.iterate(0, 40):
         pass
 
-    rows = [row for step in drawn for row in step]
-    assert all(step for step in drawn)
-    assert {number for number, is_rollout in rows if is_rollout} == continued
-    assert {number for number, is_rollout in rows if not is_rollout} == learned
+    assert {number for number, is_rollout in drawn if is_rollout} == continued
+    assert {number for number, is_rollout in drawn if not is_rollout} == learned
     assert made.steps_per_epoch == 4
+
+
+def test_the_log_has_means_over_the_texts_since_the_last_log(tmp_path: Path) -> None:
+    finished = Rollout(0, (9,), Completion((1, 2, 3), finished=True), version=4, seed=0)
+    cut = finished._replace(completion=Completion((1, 1, 1), finished=False), version=5)
+    RolloutStore(tmp_path).write(6, [finished, cut] * 2)
+    made = source(RolloutConfig(max_new_tokens=4), Local(), tmp_path)
+    assert made.scalars() == {}
+
+    made.step(6)
+
+    values = {"tokens_per_text": 3, "truncated": 0.5, "staleness": 1.5, "seconds": 0}
+    assert made.scalars() == {f"rollout/{name}": value for name, value in values.items()}
+    assert made.scalars() == {}

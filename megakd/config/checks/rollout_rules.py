@@ -35,15 +35,16 @@ def rollout_problems(config: RunConfig) -> Iterator[str]:
         source = source_of(term)
         if source not in {None, *drawn} and not untaught:
             yield (
-                f"objective[{index}].on: {source}, and rollout.mix draws none, so that the term "
-                "would be 0 at every step; give them a share in rollout.mix, or remove the term"
+                f"objective[{index}].on: {source}, and with rollout.mix {rollouts.mix:g} no step "
+                "learns from them, so that the term would be 0; change rollout.mix, or remove the "
+                "term"
             )
         is_hard = isinstance(term, HardCrossEntropy) and term.weight > 0
         if is_hard and writes_itself and source != "data":
             yield (
                 f"objective[{index}].on: {source or 'null'}, so that {term.loss} would take texts "
-                "that the student writes (rollout.by: student) as labels; set the key to data if "
-                "rollout.mix draws data, or remove the term"
+                "that the student writes (rollout.by: student) as labels; set the key to data "
+                "with rollout.mix below 1, or remove the term"
             )
     if rollouts.server is not None:
         yield from problems(_SERVER, Case(config, "rollout.server", rollouts.server))
