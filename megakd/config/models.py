@@ -56,9 +56,9 @@ class TeacherConfig:
     server: TeacherServerConfig | None = None
     """Inference servers that answer instead of the model, which is then not loaded; only for
     causal_lm."""
-    micro_batches_per_call: Count | None = None
-    """Micro-batches of a step that the teacher answers in one forward. None: at ZeRO 3 as many as
-    fit into memory, else 1."""
+    joins_micro_batches: bool | None = None
+    """Whether one forward answers all micro-batches of a step. None: at ZeRO 3, if they fit into
+    memory."""
     trust_remote_code: bool = False
     attn_implementation: Attention | None = None
     """None: on a GPU `varlen` for causal_lm in 16 bits, else the choice of transformers."""

@@ -24,6 +24,7 @@ REMOVED: Mapping[str, str] = {
     "rollout.server.kind": "gone; serve with vLLM, and remove the key",
     "teacher.server.kind": "gone; serve with vLLM, and remove the key",
     "teacher.server.states": "gone; servers answer with teacher.server.top_k probabilities",
+    "teacher.micro_batches_per_call": "gone; joins_micro_batches is true (all of a step) or false",
     "rollout.mix_per": "gone; each step has one source, as in GKD, remove the key",
     "rollout.files": "gone; give texts that exist as task.train_files, with prompt and completion",
     "rollout.keep_texts": "gone; texts since the oldest checkpoint stay; remove the key",

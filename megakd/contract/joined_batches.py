@@ -1,28 +1,14 @@
-"""Several micro-batches as one batch, and the outputs for it cut back into micro-batches."""
+"""The micro-batches of a step as one batch, and the outputs for it cut back into micro-batches."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from megakd.contract.batch import IGNORE, Batch, Documents, Knowledge
-
-
-class Part(NamedTuple):
-    """The place of a micro-batch in the joined batch.
-
-    rows: its rows.
-    length: its positions per row; the joined batch may have more.
-    targets: its predicted positions.
-    """
-
-    rows: slice
-    length: int
-    targets: slice
 
 
 def joined(batches: Sequence[Batch]) -> Batch:
@@ -86,23 +72,21 @@ def _documents(batches: Sequence[Batch], length: int) -> Documents | None:
     return Documents(torch.cat([*starts, end]).sort().values, longest)
 
 
-def parts_of(batches: Sequence[Batch]) -> Iterator[Part]:
-    """Yield the places of the micro-batches in `joined(batches)`."""
+def split(outputs: Knowledge, batches: Sequence[Batch]) -> Iterator[Knowledge]:
+    """Yield the outputs for each micro-batch of `joined(batches)`, without a copy."""
     row = target = 0
     for batch in batches:
         rows, length = batch.valid.shape
         targets = 0 if batch.targets is None else len(batch.targets)
-        yield Part(slice(row, row + rows), length, slice(target, target + targets))
+        yield _part(outputs, slice(row, row + rows), length, slice(target, target + targets))
         row, target = row + rows, target + targets
 
 
-def part_of(outputs: Knowledge, part: Part) -> Knowledge:
-    """Return the outputs for one micro-batch of a joined batch, without a copy."""
-
+def _part(outputs: Knowledge, rows: slice, length: int, targets: slice) -> Knowledge:
     def cut(values: Tensor) -> Tensor:
-        return values[part.rows, : part.length]
+        return values[rows, :length]
 
     def hidden(values: Tensor) -> Tensor:  # [N, D] at the targets, or [B, T, D]
-        return values[part.targets] if values.dim() == 2 else cut(values)
+        return values[targets] if values.dim() == 2 else cut(values)
 
-    return outputs.mapped(lambda logits: logits[part.rows], hidden, cut)
+    return outputs.mapped(lambda logits: logits[rows], hidden, cut)

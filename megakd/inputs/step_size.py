@@ -42,7 +42,7 @@ def largest_step(train: TrainConfig, task: TaskConfig) -> StepSize:
     return StepSize(count, 1, train.tokens_per_rank)
 
 
-def micro_batches_per_call(
+def joins_micro_batches(
     ready: ReadyTeacher,
     needs: Needs,
     train: TrainConfig,
@@ -50,19 +50,18 @@ def micro_batches_per_call(
     *,
     dtype: Dtype,
     device: str,
-) -> int:
-    """Return the number of micro-batches of a step that one forward answers.
+) -> bool:
+    """Return whether one forward of a teacher answers all micro-batches of a step.
 
     By default a replicated teacher answers them one by one. A teacher at ZeRO 3 is gathered in
-    every forward, so it answers as many together as fit into `BUDGET`.
+    every forward, so it answers them together if that fits into `BUDGET`.
     """
     step = largest_step(train, config.task)
-    if ready.spec.micro_batches_per_call is not None:
-        return min(ready.spec.micro_batches_per_call, step.micro_batches)
+    if step.micro_batches == 1 or ready.spec.joins_micro_batches is not None:
+        return step.micro_batches > 1 and bool(ready.spec.joins_micro_batches)
     if zero_stage(load_ds_config(ready.spec.deepspeed, where="teacher.deepspeed")) != 3:
-        return 1
+        return False
     source = ready.source
     kept = 1 + len(needs.hidden_layers) + 3 * len(needs.attention_layers)
     width = source.architecture.hidden_width(source.config) * TORCH_DTYPE[dtype].itemsize
-    needed = step.tokens * width * (kept + _IN_FLIGHT)
-    return max(1, min(step.micro_batches, BUDGET[device] // needed))
+    return step.micro_batches * step.tokens * width * (kept + _IN_FLIGHT) <= BUDGET[device]

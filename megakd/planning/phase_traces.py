@@ -15,12 +15,12 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from megakd.config.run import RunConfig
 from megakd.contract.batch import Batch, Documents, Extras, Knowledge, Targets, Unit
-from megakd.contract.joined_batches import joined, part_of, parts_of
+from megakd.contract.joined_batches import joined, split
 from megakd.contract.stage import Stage, backward_groups, teacher_names
 from megakd.contract.tasks import Dtype
 from megakd.data.masking import DEFAULT_PROBABILITY
 from megakd.inputs.precision import TORCH_DTYPE, frozen_dtype, training_dtype
-from megakd.inputs.step_size import largest_step, micro_batches_per_call
+from megakd.inputs.step_size import joins_micro_batches, largest_step
 from megakd.losses.bundle import StudentBundle, build_bundle
 from megakd.losses.objective import StageLosses, label_objective, stage_losses, with_even_weights
 from megakd.models.architectures import architecture_of
@@ -92,14 +92,16 @@ class PhaseTracer:
         batch = batch.extended(others=self._mixed(stage, batch) or None)
         device, config = self._device, self._config
         per_call = {
-            name: micro_batches_per_call(
+            name: step.micro_batches
+            if joins_micro_batches(
                 one, needs, stage.train, config, dtype=planned_dtype(one, device), device=device
             )
+            else 1
             for name, one in self._phase.teachers.items()
         }
         teachers, answers = self._asked(needs, batch, per_call)
-        first = next(parts_of([batch]))  # of the micro-batches of a call
-        knowledge = {name: part_of(answer, first) for name, answer in answers.items()}
+        # Of the first of the micro-batches of a call.
+        knowledge = {name: next(split(answer, [batch])) for name, answer in answers.items()}
         sizes = {name: _answer_bytes(answer) for name, answer in answers.items()}
         plans = [teacher_names(strategy.passes(number)) for number in range(_STEPS)]
         if config.method.routes_rows:  # a micro-batch has rows of one teacher

@@ -182,7 +182,7 @@ def page(plan: Plan) -> str:
         )
         lines += [
             f"{phase.name}: {name} answers {count} micro-batches in one forward "
-            f"({plan.config.key_of(name)}.micro_batches_per_call)"
+            f"({plan.config.key_of(name)}.joins_micro_batches)"
             for name, count in phase.per_call.items()
         ]
         if phase.forwards:

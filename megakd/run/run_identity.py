@@ -37,7 +37,7 @@ CONFIG, RUN = "config.yaml", "run.json"
 _SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps", "tokens_per_rank")
 """Ends of keys that split a step; of their values, only the rows of all ranks count."""
 _FREE = (
-    *("per_device_eval_batch_size", "micro_batches_per_call", "rows_per_call", *_SPLIT),
+    *("per_device_eval_batch_size", "joins_micro_batches", "rows_per_call", *_SPLIT),
     *("kernels", "collective_timeout", "resume_from_checkpoint"),
 )
 """Ends of config keys on which no result depends; all kernels compute the same."""

@@ -19,7 +19,7 @@ from megakd.contract.tasks import AUTO
 from megakd.engine.activity import doing
 from megakd.engine.collectives import on_main
 from megakd.engine.memory import forget_models, left_out_of_peak, reset_peak_memory
-from megakd.inputs.step_size import micro_batches_per_call
+from megakd.inputs.step_size import joins_micro_batches
 from megakd.models.axes import named_shapes, parameter_counts
 from megakd.models.knowledge import Needs
 from megakd.models.source import ReadyTeacher
@@ -138,7 +138,7 @@ class TeacherPool:
         if not isinstance(teacher, FrozenTeacher):
             return
         ready = self.assembly.teachers[name]
-        per_call = micro_batches_per_call(
+        joins = joins_micro_batches(
             ready,
             needs,
             stage.train,
@@ -146,7 +146,7 @@ class TeacherPool:
             dtype=self.assembly.teacher_dtype(ready),
             device=self.assembly.ranks.device.type,
         )
-        teacher.ask_for(needs, per_call=per_call)
+        teacher.ask_for(needs, joins=joins)
 
     def _measure_opened(self, name: str, teacher: Opened) -> None:
         if name not in self._config.teacher_specs or not isinstance(teacher, FrozenTeacher):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from megakd.contract.batch import Batch, Knowledge, Predictions, TopK
-from megakd.contract.joined_batches import joined, part_of, parts_of
+from megakd.contract.joined_batches import joined, split
 from megakd.contract.tasks import Dtype, Kernels
 from megakd.engine.initialize import frozen_engine
 from megakd.engine.memory import destroy
@@ -73,22 +73,21 @@ class FrozenModel(nn.Module):
 class FrozenTeacher:
     """A teacher that answers micro-batches; a collective under ZeRO-3.
 
-    per_call: micro-batches of a step that one forward answers. A sharded teacher is gathered once
-        per forward.
+    joins: whether one forward, for which a sharded teacher is gathered, answers all of a step.
     """
 
     def __init__(
         self, module: FrozenModel, *, ds: Mapping[str, Any], dtype: Dtype, rows: int
     ) -> None:
-        self.per_call = 1
+        self.joins = False
         self._engine = frozen_engine(module, ds=ds, dtype=dtype, rows=rows)
         self._prefetch = Prefetch(module)
 
-    def ask_for(self, needs: Needs, *, per_call: int) -> None:
-        """Set the outputs that a stage reads, and how many micro-batches share a forward."""
+    def ask_for(self, needs: Needs, *, joins: bool) -> None:
+        """Set the outputs that a stage reads, and whether micro-batches share a forward."""
         self.evict()  # the last stage may have prefetched a step that it did not take
         self._engine.module.needs = needs
-        self.per_call = per_call
+        self.joins = joins
 
     def prefetch(self) -> None:
         self._prefetch.start()
@@ -105,14 +104,11 @@ class FrozenTeacher:
         return read._replace(head=language_model_head(self.model))
 
     def answers(self, batches: Sequence[Batch]) -> Iterator[Knowledge]:
-        """Yield the outputs for every micro-batch of a step; `per_call` share a forward."""
-        for first in range(0, len(batches), self.per_call):
-            group = batches[first : first + self.per_call]
-            if len(group) == 1:
-                yield self(group[0])
-                continue
-            answer = self(joined(group))
-            yield from (part_of(answer, part) for part in parts_of(group))
+        """Yield the outputs for every micro-batch of a step."""
+        if self.joins and len(batches) > 1:
+            yield from split(self(joined(batches)), batches)
+        else:
+            yield from map(self, batches)
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> Predictions:

@@ -13,7 +13,7 @@ from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausa
 
 from megakd.config.task import TaskConfig
 from megakd.contract.batch import AttentionVectors, Batch, Knowledge
-from megakd.contract.joined_batches import joined, part_of, parts_of
+from megakd.contract.joined_batches import joined, split
 from megakd.data.collation import Collator
 from megakd.data.token_tables import pack
 from megakd.models.knowledge import Needs, read_knowledge
@@ -53,8 +53,8 @@ def outputs(knowledge: Knowledge, batch: Batch) -> list[torch.Tensor | None]:
 def assert_answered_as_one_by_one(model, batches):
     with torch.no_grad():
         together = read_knowledge(model, joined(batches), NEEDS)
-        for batch, part in zip(batches, parts_of(batches), strict=True):
-            of_part = outputs(part_of(together, part), batch)
+        for batch, part in zip(batches, split(together, batches), strict=True):
+            of_part = outputs(part, batch)
             expected = outputs(read_knowledge(model, batch, NEEDS), batch)
             torch.testing.assert_close(of_part, expected, rtol=1e-5, atol=1e-6)
 
@@ -107,7 +107,7 @@ def test_logits_and_vectors_are_cut_by_rows_and_length():
     vectors = AttentionVectors(*(torch.arange(3 * 16 * 2.0).view(3, 16, 2) for _ in range(3)), 2)
     answer = Knowledge(logits=torch.arange(3.0)[:, None], attention=(None, vectors))
 
-    first, second = (part_of(answer, part) for part in parts_of(batches))
+    first, second = split(answer, batches)
 
     assert first.logits.flatten().tolist() == [0, 1]
     assert second.logits.flatten().tolist() == [2]

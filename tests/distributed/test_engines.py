@@ -221,7 +221,7 @@ def test_a_sharded_head_is_made_whole_once_per_micro_batch_whatever_the_losses(
         ],
     )
 
-    one = ["teacher.micro_batches_per_call=1"]
+    one = ["teacher.joins_micro_batches=false"]
     _, *result = workers(2).run("test_engines.head_gathers", path, one)[0]
 
     # In the first micro-batch DeepSpeed learns who reads the head.
@@ -234,11 +234,10 @@ def test_a_sharded_teacher_is_made_whole_once_per_step(workers, write):
     def gathers(*overrides):
         return workers(2).run("test_engines.teacher_gathers", path, list(overrides))[0]
 
-    together, pairs = gathers(), gathers("teacher.micro_batches_per_call=2")
+    together = gathers()
 
     assert together > 0
-    assert pairs == 2 * together
-    assert gathers("teacher.micro_batches_per_call=1") == 3 * together
+    assert gathers("teacher.joins_micro_batches=false") == 3 * together
 
 
 @pytest.mark.parametrize(("language", "tied"), [(False, True), (True, True)])

@@ -37,7 +37,7 @@ SLOW += [("llama-untied", 3, 3), ("masked-tied", 1, 0), ("masked-tied", 2, 3)]
 CUT = [("bert-student", CUTS[number]) for number in (1, 3, 4)]
 CUT += [("llama-tied", CUTS[3]), ("masked-tied", CUTS[5])]
 SLOW_CUT = [("bert-student", CUTS[2]), ("llama-tied", CUTS[4]), ("masked-tied", CUTS[1])]
-ONE_BY_ONE = {"micro_batches_per_call": 1}
+ONE_BY_ONE = {"joins_micro_batches": False}
 
 
 def cases(stages, cuts):

@@ -33,25 +33,22 @@ def config_of(folder: Path, *overrides: str) -> RunConfig:
     [
         ((), 6),
         (("teacher.deepspeed=teacher_zero0",), 1),
-        (("teacher.deepspeed=teacher_zero0", "teacher.micro_batches_per_call=3"), 3),
-        (("teacher.micro_batches_per_call=2",), 2),
-        (("teacher.micro_batches_per_call=50",), 6),
-        (("train.gradient_accumulation_steps=1",), 1),
+        (("teacher.deepspeed=teacher_zero0", "teacher.joins_micro_batches=true"), 6),
+        (("teacher.joins_micro_batches=false",), 1),
+        (("train.gradient_accumulation_steps=1", "teacher.joins_micro_batches=true"), 1),
     ],
 )
 def test_a_sharded_teacher_answers_all_micro_batches_at_once_unless_told(tmp_path, settings, count):
     assert per_call(config_of(tmp_path, *settings)) == count
 
 
-def test_answers_that_do_not_fit_are_asked_for_in_groups(tmp_path, monkeypatch):
+def test_answers_that_do_not_fit_together_are_asked_for_one_by_one(tmp_path, monkeypatch):
     config = config_of(tmp_path)
     row = 4 * 16 * 32 * 4  # rows, tokens, columns, bytes of one micro-batch
-    monkeypatch.setitem(step_size.BUDGET, "cpu", row * (1 + step_size._IN_FLIGHT) * 3)
+    monkeypatch.setitem(step_size.BUDGET, "cpu", row * (1 + step_size._IN_FLIGHT) * 6)
 
-    assert per_call(config) == 3
-    assert per_call(config, 1, 2, 3) == 2
-    monkeypatch.setitem(step_size.BUDGET, "cpu", 1)
-    assert per_call(config) == 1
+    assert per_call(config) == 6
+    assert per_call(config, 1, 2, 3) == 1
 
 
 def planned(folder: Path, *overrides: str, **cluster: Any) -> Plan:
@@ -75,15 +72,13 @@ def test_a_teacher_sharded_within_nodes_is_planned_over_the_ranks_of_a_node(tmp_
 
 def test_a_plan_shows_the_calls_and_counts_their_network_and_answers(tmp_path):
     together = planned(tmp_path)
-    one_by_one = planned(tmp_path, "teacher.micro_batches_per_call=1")
+    one_by_one = planned(tmp_path, "teacher.joins_micro_batches=false")
 
     ours, theirs = map(trained, (together, one_by_one))
     assert ours.per_call == {"teacher": 6}
     assert ours.sent["teacher"].sum() == pytest.approx(theirs.sent["teacher"].sum() / 6)
     assert ours.flops == pytest.approx(theirs.flops)
-    line = (
-        "student: teacher answers 6 micro-batches in one forward (teacher.micro_batches_per_call)"
-    )
+    line = "student: teacher answers 6 micro-batches in one forward (teacher.joins_micro_batches)"
     assert line in page(together)
     assert "in one forward" not in page(one_by_one)
     phases = {phase["name"]: phase for phase in together.as_json()["phases"]}

@@ -55,15 +55,15 @@ def test_the_largest_step_has_one_row_of_the_budget_per_micro_batch(tmp_path, ov
     assert largest_step(config.train, config.task) == size
 
 
-def test_a_teacher_is_asked_for_as_many_packed_rows_as_fit_into_memory(tmp_path, monkeypatch):
+def test_a_teacher_is_asked_for_all_packed_rows_if_they_fit_into_memory(tmp_path, monkeypatch):
     def asked(*overrides: str) -> int:
         return per_call(config_of(tmp_path, budget(3), *overrides))
 
     assert asked() == 11
-    assert asked("teacher.micro_batches_per_call=50") == 11
     row = 3 * LENGTH * 32 * 4  # tokens, columns, bytes of one packed row
-    monkeypatch.setitem(step_size.BUDGET, "cpu", row * (1 + step_size._IN_FLIGHT) * 2)
-    assert asked() == 2
+    monkeypatch.setitem(step_size.BUDGET, "cpu", row * (1 + step_size._IN_FLIGHT) * 10)
+    assert asked() == 1
+    assert asked("teacher.joins_micro_batches=true") == 11
 
 
 def activations(plan: Plan, role: str = "student") -> int:
@@ -72,7 +72,7 @@ def activations(plan: Plan, role: str = "student") -> int:
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
 def test_a_packed_row_needs_the_memory_of_as_many_padded_tokens(tmp_path, role):
-    one_by_one = "teacher.micro_batches_per_call=1"
+    one_by_one = "teacher.joins_micro_batches=false"
     padded = activations(planned(tmp_path, one_by_one), role)
     packed = activations(planned(tmp_path, one_by_one, budget(8)), role)
     twice = activations(planned(tmp_path, one_by_one, budget(16)), role)

@@ -9,7 +9,7 @@ from tiny_runs import write_config
 
 from megakd.config.file import load_config
 from megakd.config.run import RunConfig
-from megakd.inputs.step_size import micro_batches_per_call
+from megakd.inputs.step_size import joins_micro_batches, largest_step
 from megakd.models.knowledge import Needs
 from megakd.models.source import ReadyTeacher
 from megakd.planning.cluster import Cluster
@@ -50,4 +50,5 @@ def per_call(config: RunConfig, *hidden_layers: int) -> int:
     """How many micro-batches the teacher answers in one forward on a CPU."""
     ready = ReadyTeacher(planned_sources(config)["teacher"], config.teacher_specs["teacher"])
     needs = Needs(hidden_layers=hidden_layers)
-    return micro_batches_per_call(ready, needs, config.train, config, dtype="fp32", device="cpu")
+    joins = joins_micro_batches(ready, needs, config.train, config, dtype="fp32", device="cpu")
+    return largest_step(config.train, config.task).micro_batches if joins else 1
