@@ -291,8 +291,3 @@ def check_row_teachers(rows: Dataset, teachers: Sequence[str]) -> None:
         )
     parts = (f"{n}: {counts[n]} ({counts[n] / len(rows):.1%})" for n in teachers)
     logger.info("training rows by teacher: %s", ", ".join(parts))
-
-
-def rows_of_teachers(rows: Dataset) -> dict[str, int]:
-    """Return the number of rows that name each teacher, by name, in the order of the rows."""
-    return dict(Counter(column_of(rows, ROUTE).tolist()))

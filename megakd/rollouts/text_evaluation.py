@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megakd.config.rollout import GenerationConfig
 from megakd.contract.batch import IGNORE
-from megakd.contract.completions import Generator, Rollout
+from megakd.contract.completions import Completion, Generator
 from megakd.contract.tasks import MATCH, file_of_step
 from megakd.engine.collectives import gather, on_main
 from megakd.engine.distributed import Ranks
@@ -22,20 +22,12 @@ from megakd.storage.atomic import json_text, write_text
 class Text(NamedTuple):
     """One generated text of an evaluation; `matches` is None if texts are not compared."""
 
-    rollout: Rollout
     prompt: str
     text: str
     wanted: str
+    finished: bool
     matches: bool | None
-
-    def record(self) -> dict[str, object]:
-        return {
-            "prompt": self.prompt,
-            "text": self.text,
-            "wanted": self.wanted,
-            "finished": self.rollout.completion.finished,
-            "matches": self.matches,
-        }
+    tokens: int
 
 
 class TextEvaluation:
@@ -63,31 +55,33 @@ class TextEvaluation:
 
         `version`: number of updates of the student.
         """
-        texts = self.texts(version)
-        lines = [json_text(text.record()) + "\n" for text in texts]
+        texts = self.texts()
+        lines = [json_text(text._asdict()) + "\n" for text in texts]
         on_main(lambda: write_text(file_of_step(self._folder, version), "".join(lines)))
-        return ({} if self._config.match is None else {MATCH: 0.0}) | text_metrics(texts)
+        metrics = {} if self._config.match is None else {MATCH: 0.0}
+        metrics["text_tokens"] = sum(text.tokens for text in texts) / len(texts)
+        metrics["text_truncated"] = sum(not text.finished for text in texts) / len(texts)
+        compared = [text.matches for text in texts if text.matches is not None]
+        if compared:
+            metrics[MATCH] = sum(compared) / len(compared)
+        return metrics
 
-    def texts(self, version: int) -> list[Text]:
+    def texts(self) -> list[Text]:
         """Return the texts for the first rows, the same on every rank."""
         rank, world = self._ranks.rank, self._ranks.world_size
         mine = self._rows[rank::world]
         prompts = [self._prompts.prompt(row) for row in mine]
         # The row is the seed: evaluations of one run differ only in the student.
         completions = self._generator.generate(prompts, mine, self._config.how)
-        of_rank = [
-            self._text(Rollout(row, prompt, completion, version, seed=row))
-            for row, prompt, completion in zip(mine, prompts, completions, strict=True)
-        ]
-        parts = gather(of_rank)
+        parts = gather(list(map(self._text, mine, prompts, completions)))
         return [parts[number % world][number // world] for number in range(len(self._rows))]
 
-    def _text(self, rollout: Rollout) -> Text:
-        def decoded(ids: Sequence[int], *, skip: bool) -> str:
-            return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip))
+    def _text(self, row: int, prompt: Sequence[int], completion: Completion) -> Text:
+        def decoded(tokens: Sequence[int], *, skip: bool) -> str:
+            return str(self._tokenizer.decode(list(tokens), skip_special_tokens=skip))
 
-        text = decoded(rollout.completion.ids, skip=True)
-        (ids, labels), start = self._prompts.row(rollout.row), len(rollout.prompt)
+        text = decoded(completion.ids, skip=True)
+        (ids, labels), start = self._prompts.row(row), len(prompt)
         # The row's own answer ends before the next turn of a user; a label is the next token.
         counted = (labels[start - 1 :] != IGNORE).tolist()
         end = start + counted.index(False) if False in counted else len(ids)
@@ -96,8 +90,14 @@ class TextEvaluation:
         # long as the longest may be its answer.
         is_whole = len(ids) != self._prompts.row_length
         is_compared = self._config.match is not None and answer and is_whole
-        matches = is_match(text, answer, self._config.answer) if is_compared else None
-        return Text(rollout, decoded(rollout.prompt, skip=False), text, answer, matches)
+        return Text(
+            prompt=decoded(prompt, skip=False),
+            text=text,
+            wanted=answer,
+            finished=completion.finished,
+            matches=is_match(text, answer, self._config.answer) if is_compared else None,
+            tokens=len(completion.ids),
+        )
 
 
 def is_match(text: str, wanted: str, pattern: str | None) -> bool:
@@ -112,16 +112,3 @@ def answer_of(text: str, pattern: str | None) -> str | None:
         return text.strip()
     matches = re.findall(pattern, text)
     return matches[-1].strip() if matches else None
-
-
-def text_metrics(texts: Sequence[Text]) -> dict[str, float]:
-    """Return the metrics of at least one generated text."""
-    completions = [text.rollout.completion for text in texts]
-    metrics = {
-        "text_tokens": sum(len(completion.ids) for completion in completions) / len(texts),
-        "text_truncated": sum(not completion.finished for completion in completions) / len(texts),
-    }
-    compared = [text.matches for text in texts if text.matches is not None]
-    if compared:
-        metrics[MATCH] = sum(compared) / len(compared)
-    return metrics

@@ -19,7 +19,6 @@ from megakd.contract.stage import Stage, StageResult
 from megakd.contract.tasks import STUDENT
 from megakd.data.arrow import column_of
 from megakd.data.loader import rows_with_targets
-from megakd.data.rows import rows_of_teachers
 from megakd.engine.activity import doing
 from megakd.engine.collectives import main_first, on_main
 from megakd.engine.distributed import Ranks
@@ -119,13 +118,8 @@ class RunLab(LabBase):
         self.pool.close()
 
     def rows_of_teachers(self) -> dict[str, int]:
-        names, prepared = self.config.teacher_specs, self._prepared
-        if self.config.task.mixture is None:
-            counts = rows_of_teachers(prepared.splits.train)
-            return {name: counts[name] for name in names}
-        # The rows of an epoch are chosen from the encoded ones.
-        numbers = Counter(column_of(prepared.encoded.train, ROUTE).tolist())
-        return {name: numbers[teacher_number(name)] for name in names}
+        counts = Counter(column_of(self._prepared.encoded.train, ROUTE).tolist())
+        return {name: counts[teacher_number(name)] for name in self.config.teacher_specs}
 
     def steps_of_student(self) -> int:
         shape = step_shape(self.config.train, self._ranks)

@@ -269,7 +269,7 @@ VALUES = [
         for section, text in {
             "mix: {rollout: 0.5, data: 0.5}": "rollout.mix: must be a number",
             "mix: 1.5": "rollout.mix: must be at most 1 (got 1.5)",
-            "mix_per: row": "rollout.mix_per = row: gone; each step has one source",
+            "mix_per: row": "gone; each step has one source",
             "sampling: {top_p: 0}": "rollout.sampling.top_p",
             "sampling: {temperature: -1}": "rollout.sampling.temperature",
             f"server: {{{URL}, push: some}}": "server.push",
