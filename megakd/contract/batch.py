@@ -60,15 +60,14 @@ class Extras(NamedTuple):
     second: what the model predicts from its second vocabulary; `labels` and `targets` are then
         those of its first vocabulary. In `input_ids`, numbers of the second vocabulary follow those
         of the first.
-    is_rollout: [B, T] bool, the positions of texts that a model has generated during the run, on
-        the CPU, so that losses select positions without a host sync; None if there are none.
+    is_rollout: whether a model has generated the texts during the run, the same on all ranks.
     teacher: the teacher that all rows name, and that alone teaches them; None if the rows name no
         teachers.
     """
 
     others: Mapping[str, Batch] | None = None
     second: Targets | None = None
-    is_rollout: Tensor | None = None
+    is_rollout: bool = False
     teacher: str | None = None
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, get_args
 
-from megakd.contract.batch import IGNORE, Batch, Counts, Unit, copied_to
+from megakd.contract.batch import IGNORE, Batch, Counts, Unit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,16 +32,9 @@ def without_source(name: str) -> str:
     return functools.reduce(str.removesuffix, (on_source("", s) for s in get_args(Source)), name)
 
 
-def of_source(batch: Batch, source: Source) -> Tensor:
-    """Return bool [B, T], where `is_rollout` is: True at positions of a source.
-
-    A run keeps `is_rollout` on the CPU. Without `is_rollout`, all positions are data. Only a
-    causal_lm, which predicts all positions, has texts of two sources.
-    """
-    rollouts = batch.extras.is_rollout
-    if rollouts is None:
-        rollouts = batch.valid.new_zeros(batch.labels.shape, device="cpu")
-    return rollouts if source == "rollouts" else ~rollouts
+def is_of(source: Source | None, batch: Batch) -> bool:
+    """Return whether the texts of a micro-batch are of a source; None: of any."""
+    return source is None or batch.extras.is_rollout == (source == "rollouts")
 
 
 def second_targets(batch: Batch) -> Batch | None:
@@ -63,8 +56,7 @@ def _targets(batch: Batch) -> Tensor:
 
 
 def _targets_on(source: Source, batch: Batch) -> Tensor:
-    is_of_source = copied_to(of_source(batch, source), batch.labels.device)
-    return ((batch.labels != IGNORE) & is_of_source).sum()
+    return (batch.labels != IGNORE).sum() * is_of(source, batch)
 
 
 COUNTERS: Mapping[Unit, UnitCounter] = MappingProxyType(

@@ -30,9 +30,8 @@ class Collator:
     """A function that collates rows to one padded micro-batch.
 
     For causal_lm, `inputs` has `input_ids` and `position_ids`, and the model must be called with
-    `use_cache=False`; see `token_tables`. A row without `position_ids` is one document. The column
-    `is_rollout` has one value per row. For mlm, no tokens are masked or labelled yet; see
-    `masking`.
+    `use_cache=False`; see `token_tables`. A row without `position_ids` is one document. For mlm,
+    no tokens are masked or labelled yet; see `masking`.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> None:
@@ -63,14 +62,8 @@ class Collator:
                 padded[name] = np.full(valid.shape, _FILL.get(name, self._pad_id), dtype=np.int64)
                 padded[name][valid] = values
         if self._type == "causal_lm":
-            batch = _language_batch(padded, valid, lengths)
-        else:
-            batch = self._text_batch(padded, columns.get("label", _NOTHING)[0], valid)
-        if "is_rollout" not in columns:
-            return batch
-        rollouts = np.zeros((len(valid), 1), dtype=bool)
-        rollouts[: len(valid) - dummy_rows, 0] = columns["is_rollout"][0]
-        return batch.extended(is_rollout=torch.from_numpy(valid & rollouts))
+            return _language_batch(padded, valid, lengths)
+        return self._text_batch(padded, columns.get("label", _NOTHING)[0], valid)
 
     def _text_batch(self, padded: Mapping[str, NDArray], given: NDArray, valid: NDArray) -> Batch:
         # A dummy row attends to its first position, to avoid NaN.

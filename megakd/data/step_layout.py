@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from megakd.contract.batch import IGNORE, Batch, Extras, teacher_number
+from megakd.contract.batch import IGNORE, Batch, teacher_number
 from megakd.data.collation import Collator, documents_of, padded_width
 from megakd.errors import CheckpointError, DataError
 
@@ -168,14 +168,13 @@ def packed_row(batch: Batch, *, most: int) -> Batch:
     def flat(values: Tensor, fill: int) -> Tensor:
         return functional.pad(values[batch.valid], (0, padding), value=fill)[None]
 
-    given, rollouts = batch.inputs["position_ids"][batch.valid], batch.extras.is_rollout
+    given = batch.inputs["position_ids"][batch.valid]
     positions = torch.cat([given, torch.arange(padding)])[None]
     return Batch(
         {"input_ids": flat(batch.inputs["input_ids"], 0), "position_ids": positions},
         flat(batch.labels, IGNORE),
         flat(batch.valid, 0),
         documents=documents_of(positions.numpy()),
-        extras=Extras(is_rollout=None if rollouts is None else flat(rollouts, 0)),
     )
 
 

@@ -257,18 +257,15 @@ def _stored(folder: Path, values: OptimizerState) -> StoredParts:
     return stored
 
 
-_ON_CPU = {Batch: ("rows",), Extras: ("is_rollout",)}
-
-
 def device_batch(batch: Batch, device: torch.device) -> Batch:
-    """Return the batch with all tensors on a device, except `rows` and `is_rollout`."""
+    """Return the batch with all tensors on a device, except `rows`."""
     return batch if device.type == "cpu" else _moved(batch, device)  # batches are made there
 
 
 def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, Batch | Extras | Targets | Documents):
-        stays, parts = _ON_CPU.get(type(value), ()), value._asdict().items()
-        return type(value)(*(v if name in stays else _moved(v, device) for name, v in parts))
+        parts = value._asdict().items()
+        return type(value)(*(v if name == "rows" else _moved(v, device) for name, v in parts))
     if isinstance(value, Mapping):
         return {name: _moved(part, device) for name, part in value.items()}
     return copied_to(value, device) if isinstance(value, Tensor) else value

@@ -21,21 +21,19 @@ from torch.nn import functional
 import megakd_kernels
 from megakd.contract.batch import (
     IGNORE,
-    Batch,
     Draws,
     Knowledge,
     LogitWarp,
     LossInputs,
     TopK,
     Unit,
-    copied_to,
 )
 from megakd.contract.terms import HardCrossEntropy, HardMse, SoftTarget, SoftTargetMse, term_name
 from megakd.contract.unit_counts import (
     SOURCE_UNITS,
     Source,
     UnitCounter,
-    of_source,
+    is_of,
     on_source,
     second_targets,
     source_counters,
@@ -241,17 +239,25 @@ class LanguageModelTargets(TermGroup):
 
     def _stacked(self, readings: Sequence[LossInputs]) -> TargetRows:
         first, count = readings[0], len(readings)
-        chosen = chosen_targets(first.batch, self.source)
+        of_source = is_of(self.source, first.batch)
+
+        def chosen(values: Tensor) -> Tensor:
+            # One row stays for texts of the other source, so that every step has a backward through
+            # the same operations.
+            return values if of_source else values.flatten(0, -2)[:1]
+
+        labels = first.batch.target_labels
+        labels = labels if of_source else torch.full_like(labels.flatten()[:1], IGNORE)
         kept = first.taught.kept if self.soft else None
-        taught = chosen.of(_hidden(first.taught)) if self.soft and kept is None else None
-        kept = None if kept is None else kept._make(map(chosen.of, kept))
+        taught = chosen(_hidden(first.taught)) if self.soft and kept is None else None
+        kept = None if kept is None else kept._make(map(chosen, kept))
         if count == 1:
-            return TargetRows(chosen.of(_hidden(first.student)), taught, chosen.labels, None, kept)
-        labels = chosen.labels.flatten()
+            return TargetRows(chosen(_hidden(first.student)), taught, labels, None, kept)
+        labels = labels.flatten()
         # Filled on the device: copying a list to a GPU would wait for the GPU.
         scales = [torch.full_like(labels, one.scale, dtype=torch.float32) for one in readings]
         return TargetRows(
-            torch.cat([chosen.of(_hidden(reading.student)).flatten(0, -2) for reading in readings]),
+            torch.cat([chosen(_hidden(reading.student)).flatten(0, -2) for reading in readings]),
             None if taught is None else taught.flatten(0, -2).repeat(count, 1),
             labels.repeat(count),
             torch.cat(scales),
@@ -342,44 +348,6 @@ def _one_pass(terms: Sequence[SoftTarget]) -> bool:
     return all(
         len({getattr(term, name) for term in terms if hasattr(term, name)}) <= 1 for name in _SHARED
     )
-
-
-class Chosen(NamedTuple):
-    """Some of the N target positions of a batch.
-
-    labels: [n], or shaped like `batch.target_labels` if all positions are kept.
-    positions: [n] int64 numbers of the kept positions; None: all positions are kept.
-    """
-
-    labels: Tensor
-    positions: Tensor | None
-
-    def of(self, values: Tensor) -> Tensor:
-        """Return the kept rows [n, D] of [N, D] or [B, T, D] values; all rows as they are."""
-        return values if self.positions is None else values.flatten(0, -2)[self.positions]
-
-
-def chosen_targets(batch: Batch, source: Source | None) -> Chosen:
-    """Return the targets of a source, without a host sync; None: all targets.
-
-    If the host knows the sources, only rows of the source are kept, so that products with the
-    output matrix run over these rows. Otherwise the labels of other rows become -100. At least one
-    row is kept, so that a step without targets has a backward through the same operations.
-    """
-    labels = batch.target_labels
-    if source is None:
-        return Chosen(labels, None)
-    is_chosen = of_source(batch, source)
-    if not is_chosen.is_cpu:
-        return Chosen(labels.masked_fill(~is_chosen, IGNORE), None)
-    if is_chosen.all():
-        return Chosen(labels, None)
-    kept = is_chosen.flatten().nonzero().squeeze(1)
-    if not len(kept):
-        first = torch.zeros(1, dtype=torch.long, device=labels.device)
-        return Chosen(torch.full_like(first, IGNORE), first)
-    kept = copied_to(kept, labels.device)
-    return Chosen(labels.flatten()[kept], kept)
 
 
 class ClassTargets(TermGroup):

@@ -36,18 +36,12 @@ class RoutedConfig(MethodOptions):
                 '"single"'
             )
         for name, spec in specs.items():
-            key = config.key_of(name)
-            if spec.finetune is not None:
-                yield (
-                    f"{key}.finetune: trains on the rows of all teachers, and with method "
-                    f'"{self.name}" a teacher knows its own rows; give a finished model, and '
-                    "remove the key"
-                )
-            if spec.cache is not None:
-                yield (
-                    f"{key}.cache: holds answers to all training rows, and with method "
-                    f'"{self.name}" a teacher is asked about its own rows; remove the key'
-                )
+            for key in ("finetune", "cache"):
+                if getattr(spec, key) is not None:
+                    yield (
+                        f"{config.key_of(name)}.{key}: reads all training rows, and with method "
+                        f'"{self.name}" a teacher reads its own rows; remove the key'
+                    )
 
 
 def run(config: RoutedConfig, lab: Lab) -> StageResult:

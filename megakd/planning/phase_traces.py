@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from megakd.config.run import RunConfig
-from megakd.contract.batch import Batch, Documents, Extras, Knowledge, Targets, Unit
+from megakd.contract.batch import Batch, Documents, Knowledge, Targets, Unit
 from megakd.contract.joined_batches import joined, split
 from megakd.contract.stage import Stage, backward_groups, teacher_names
 from megakd.contract.tasks import Dtype
+from megakd.contract.terms import source_of
 from megakd.data.masking import DEFAULT_PROBABILITY
 from megakd.inputs.precision import TORCH_DTYPE, frozen_dtype, training_dtype
 from megakd.inputs.step_size import joins_micro_batches, largest_step
@@ -89,7 +90,10 @@ class PhaseTracer:
         step, losses = largest_step(stage.train, self._task), self._losses(stage)
         needs, strategy = losses.teacher_needs(), stage.strategy
         batch = self._batch(step.rows, step.length)
-        batch = batch.extended(others=self._mixed(stage, batch) or None)
+        batch = batch.extended(
+            others=self._mixed(stage, batch) or None,
+            is_rollout=any(source_of(term) == "rollouts" for term in stage.objective),
+        )
         device, config = self._device, self._config
         per_call = {
             name: step.micro_batches
@@ -245,13 +249,9 @@ class PhaseTracer:
             ids = torch.ones((rows, length), dtype=torch.long)
             if task.type == "causal_lm":
                 inputs = {"input_ids": ids, "position_ids": ids.clone()}
-                # Half of the positions for each source, in values: losses select rows by them.
-                halves = torch.arange(ids.numel(), device="cpu").view(ids.shape) % 2 == 0
                 starts = torch.ones(ids.numel() // task.row_length + 1, dtype=torch.int32)
                 texts = Documents(starts, task.row_length)
-                return Batch(
-                    inputs, ids.clone(), valid, documents=texts, extras=Extras(is_rollout=halves)
-                )
+                return Batch(inputs, ids.clone(), valid, documents=texts)
             others = {name: ids.clone() for name in ("attention_mask", "token_type_ids")}
             inputs = {"input_ids": ids, **others}
             if task.type == "mlm":

@@ -105,7 +105,8 @@ class RolloutSource(BatchSource):
         texts = self._texts(step)
         routes = None if prompts.routes is None else prompts.routes[[text.row for text in texts]]
         layout, collate = self._rows.layout, self._rows.collate
-        return collate_step(columns_of(texts), layout, collate, routes=routes)
+        batches = collate_step(columns_of(texts), layout, collate, routes=routes)
+        return [batch.extended(is_rollout=True) for batch in batches]
 
     def scalars(self) -> dict[str, float]:
         sums, self._sums = self._sums, Counter[str]()

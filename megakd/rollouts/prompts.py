@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 def columns_of(texts: Sequence[Rollout]) -> dict[str, list[Any]]:
     """Return texts as columns of training rows whose completions are the targets."""
-    columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "is_rollout": []}
+    columns: dict[str, list[Any]] = {"input_ids": [], "labels": []}
     for text in texts:
         ids = np.array(text.prompt + text.completion.ids, dtype=np.int32)
         labels = np.full(len(ids), IGNORE, dtype=np.int32)
@@ -35,7 +35,6 @@ def columns_of(texts: Sequence[Rollout]) -> dict[str, list[Any]]:
         labels[first:-1] = ids[first + 1 :]
         columns["input_ids"].append(ids)
         columns["labels"].append(labels)
-        columns["is_rollout"].append(True)
     return columns
 
 

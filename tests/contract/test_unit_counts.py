@@ -21,7 +21,6 @@ from megakd.contract.terms import (
 )
 from megakd.contract.unit_counts import (
     count_units,
-    of_source,
     on_source,
     source_counters,
     without_source,
@@ -133,10 +132,10 @@ def test_every_run_counts_examples_targets_and_tokens_whatever_its_groups_count(
 BOTH = {**source_counters("rollouts"), **source_counters("data")}
 
 
-def batch_of(labels: list[list[int]], rollouts: list[list[int]] | None) -> Batch:
-    marks = None if rollouts is None else torch.tensor(rollouts).bool()
+def batch_of(labels: list[list[int]], *, is_rollout: bool) -> Batch:
     values = torch.tensor(labels)
-    return Batch({}, values, torch.ones_like(values).bool(), extras=Extras(is_rollout=marks))
+    valid = torch.ones_like(values).bool()
+    return Batch({}, values, valid, extras=Extras(is_rollout=is_rollout))
 
 
 def counted(*batches: Batch) -> dict[str, int]:
@@ -144,36 +143,25 @@ def counted(*batches: Batch) -> dict[str, int]:
 
 
 def test_labelled_positions_are_counted_by_source_and_add_up_over_micro_batches():
-    first = batch_of([[4, IGNORE, 5], [1, 2, 3]], [[1, 1, 0], [0, 0, 1]])
+    texts = batch_of([[4, IGNORE, 5], [1, 2, 3]], is_rollout=True)
+    data = batch_of([[4, IGNORE, 5]], is_rollout=False)
 
-    assert counted(first) == {"rollout_targets": 2, "data_targets": 3}
-    assert counted(first, first) == {"rollout_targets": 4, "data_targets": 6}
-    # Texts without marks are data.
-    assert counted(batch_of([[4, IGNORE, 5]], None)) == {"rollout_targets": 0, "data_targets": 2}
-
-
-def test_every_position_belongs_to_one_source():
-    batch = batch_of([[4, IGNORE, 5]], [[1, 0, 0]])
-
-    assert of_source(batch, "rollouts").tolist() == [[True, False, False]]
-    assert of_source(batch, "data").tolist() == [[False, True, True]]
+    assert counted(texts, texts) == {"rollout_targets": 10, "data_targets": 0}
+    assert counted(data) == {"rollout_targets": 0, "data_targets": 2}
 
 
-def test_marks_stay_on_the_cpu_where_losses_read_them_without_waiting():
+def test_numbers_of_rows_stay_on_the_cpu():
     from megakd.engine.student import device_batch
 
-    marks = Extras(is_rollout=torch.tensor([[True, False]]))
-    batch = labelled([[4, 5]], [[1, 1]])._replace(extras=marks, rows=torch.tensor([7]))
-    batch = batch.extended(others={"assistant": batch})
+    batch = labelled([[4, 5]], [[1, 1]])._replace(rows=torch.tensor([7]))
+    batch = batch.extended(others={"assistant": batch}, is_rollout=True, teacher="math")
 
     moved = device_batch(batch, torch.device("meta"))
 
     assert moved.labels.is_meta
     assert moved.of("assistant").labels.is_meta
-    for part in (moved, moved.of("assistant")):
-        assert part.extras.is_rollout.tolist() == [[True, False]]
-    assert moved.rows.tolist() == [7]
-    assert of_source(moved, "data").is_cpu
+    assert moved.rows.tolist() == moved.of("assistant").rows.tolist() == [7]
+    assert (moved.extras.is_rollout, moved.extras.teacher) == (True, "math")
 
 
 class Limited(PluginTerm):

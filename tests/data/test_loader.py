@@ -192,25 +192,22 @@ COLLATE = Collator(
 LENGTHS = st.lists(st.integers(1, LONGEST), min_size=1, max_size=9)
 
 
-def conversations(lengths: list[int], *, rollouts: bool = False) -> dict[str, list]:
+def conversations(lengths: list[int]) -> dict[str, list]:
     """Columns of rows without positions; tokens are different everywhere."""
     ends = np.cumsum([0, *lengths])
     ids = [list(range(100 + first, 100 + end)) for first, end in pairwise(ends)]
-    rows = {
+    return {
         "input_ids": ids,
         "labels": [[*row[1:], IGNORE] for row in ids],
         "prompt_length": [1] * len(ids),
     }
-    return rows | ({"is_rollout": [n % 2 == 0 for n in range(len(ids))]} if rollouts else {})
 
 
 def texts_of(batches) -> Counter:
-    """Every text with its positions, labels and origin, however the texts are laid out."""
+    """Every text with its positions and labels, however the texts are laid out."""
     result: Counter = Counter()
     for batch in batches:
-        plain, generated = torch.zeros_like(batch.valid), batch.extras.is_rollout
-        rollouts = plain if generated is None else generated
-        columns = (*map(batch.inputs.get, ("input_ids", "position_ids")), batch.labels, rollouts)
+        columns = (*map(batch.inputs.get, ("input_ids", "position_ids")), batch.labels)
         values = list(zip(*(c[batch.valid].tolist() for c in columns), strict=True))
         starts = [n for n, value in enumerate(values) if value[1] == 0]
         for first, end in pairwise([*starts, len(values)]):
@@ -227,10 +224,10 @@ def steps(rows, ranks: int, budget: int | None) -> list:
     ]
 
 
-@given(lengths=LENGTHS, ranks=st.integers(1, 3), rollouts=st.booleans(), arrow=st.booleans())
+@given(lengths=LENGTHS, ranks=st.integers(1, 3), arrow=st.booleans())
 @settings(max_examples=50)
-def test_a_packed_step_holds_the_texts_of_the_padded_step(lengths, ranks, rollouts, arrow):
-    rows = conversations(lengths, rollouts=rollouts)
+def test_a_packed_step_holds_the_texts_of_the_padded_step(lengths, ranks, arrow):
+    rows = conversations(lengths)
     packed = steps(pa.table(rows) if arrow else rows, ranks, TOKENS)
 
     assert texts_of(packed) == texts_of(steps(rows, ranks, None))
@@ -241,7 +238,6 @@ def test_a_packed_step_holds_the_texts_of_the_padded_step(lengths, ranks, rollou
         assert length <= TOKENS
         assert length % 8 == 0 or length == TOKENS
         assert batch.labels[~batch.valid].eq(IGNORE).all()
-        assert (batch.extras.is_rollout is not None) == rollouts
         # The texts and the padding are its documents.
         sizes = batch.documents.starts.diff().tolist()
         assert sum(sizes) == length
@@ -259,7 +255,7 @@ def test_rows_that_are_packed_documents_keep_their_own_restarts():
 
 
 def test_a_rank_without_rows_gets_a_micro_batch_with_nothing_valid():
-    rows = conversations([4], rollouts=True)
+    rows = conversations([4])
     busy, idle = (
         collate_step(rows, StepLayout(StepShape(9, 1, rank, 2), TOKENS), COLLATE)
         for rank in range(2)
@@ -267,14 +263,11 @@ def test_a_rank_without_rows_gets_a_micro_batch_with_nothing_valid():
 
     assert [batch.valid.sum().item() for batch in (*busy, *idle)] == [4, 0]
     assert idle[0].labels.eq(IGNORE).all()
-    # No branch on the presence of generated texts may differ between ranks.
-    assert not idle[0].extras.is_rollout.any()
 
 
-def test_generated_texts_are_marked_and_positions_restart_at_padding():
-    batch = COLLATE(conversations([2, 3], rollouts=True), dummy_rows=1)
+def test_positions_restart_at_padding():
+    batch = COLLATE(conversations([2, 3]), dummy_rows=1)
 
-    assert batch.extras.is_rollout.tolist() == [[True] * 2 + [False] * 6, [False] * 8, [False] * 8]
     assert batch.inputs["position_ids"][1].tolist() == [0, 1, 2, 0, 1, 2, 3, 4]
 
 

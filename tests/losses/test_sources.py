@@ -60,50 +60,47 @@ def assert_same(actual: Any, wanted: Any, **tolerance: float) -> None:
     torch.testing.assert_close(actual.gradients, wanted.gradients, **tolerance)
 
 
-@pytest.mark.parametrize("marked", [True, False], ids=["marked", "without marks"])
+@every_source
 @every_term
-def test_a_step_of_data_gives_a_term_on_rollouts_zero_with_gradients_of_zero(term, marked):
-    texts = Texts(torch.zeros(ROWS, LENGTH, dtype=torch.bool))
+def test_texts_of_the_other_source_give_a_term_zero_with_gradients_of_zero(term, source):
+    texts = Texts(rollouts=source == "data")
     texts.hidden[0, 0] = math.nan
-    batch = texts.batch() if marked else texts.batch().extended(is_rollout=None)
 
-    actual = result(texts, (replace(term, on="rollouts"),), batch=batch)
+    actual = result(texts, (replace(term, on=source),))
 
     assert actual.total.item() == 0.0
     assert all(value.item() == 0.0 for value in actual.sums.values())
     assert not any(gradient.any() for gradient in actual.gradients.values())
 
 
+@every_source
 @every_term
-def test_texts_without_marks_are_data(term):
-    texts = Texts()
-    unmarked = texts.batch().extended(is_rollout=None)
+def test_a_term_on_the_source_of_the_texts_is_the_term(term, source):
+    texts = Texts(rollouts=source == "rollouts")
 
-    on_data = result(texts, (replace(term, on="data"),), batch=unmarked)
+    limited = result(texts, (replace(term, on=source),))
 
-    assert_same(on_data, result(texts, (term,)), rtol=0, atol=0)
+    assert_same(limited, result(texts, (term,)), rtol=0, atol=0)
 
 
-def test_products_run_over_the_rows_of_a_source_alone(kernel_calls):
-    texts, calls = Texts(), kernel_calls("linear_kd_loss")
+def test_products_run_over_one_row_of_the_other_source(kernel_calls):
+    calls = kernel_calls("linear_kd_loss")
 
-    result(texts, PAIR)
-    result(Texts(torch.ones(ROWS, LENGTH, dtype=torch.bool)), PAIR)
+    for rollouts in (False, True):
+        result(Texts(rollouts=rollouts), PAIR)
 
     rows = [hidden.shape[:-1].numel() for (hidden, *_), _ in calls]
-    generated = int(texts.rollouts.sum())
-    assert rows == [generated, ROWS * LENGTH - generated, ROWS * LENGTH, 1]
+    assert rows == [1, ROWS * LENGTH, ROWS * LENGTH, 1]
 
 
 @pytest.mark.parametrize("kept", [Texts().top_k(), draws_of(drawn_shares())], ids=["top", "draws"])
-@every_source
-def test_cached_answers_are_limited_to_those_of_the_source(source, kept):
-    texts, alone, taught = Texts(), Texts(), Knowledge(kept=kept)
-    alone.labels = texts.labels.masked_fill(~texts.of(source), IGNORE)
+def test_cached_answers_to_texts_of_the_other_source_give_zero(kept):
+    texts, taught = Texts(), Knowledge(kept=kept)
 
-    actual = result(texts, (replace(KL_AT_1, on=source),), taught=taught)
+    actual = result(texts, (replace(KL_AT_1, on="rollouts"),), taught=taught)
 
-    assert_same(actual, result(alone, (KL_AT_1,), taught=taught), rtol=1e-5, atol=1e-6)
+    assert actual.total.item() == 0.0
+    assert not any(gradient.any() for gradient in actual.gradients.values())
 
 
 def reading(texts: Texts, objective: Objective, **changes: Any) -> LossInputs:
@@ -165,11 +162,10 @@ def test_the_same_loss_on_both_sources_has_two_weights_and_two_values():
 
     actual = result(texts, terms)
 
-    means = (
-        weight * actual.sums[name] / int(texts.of(name.rpartition("_on_")[2]).sum())
-        for name, weight in weights.items()
-    )
-    assert actual.total.item() == pytest.approx(float(sum(means)))
+    count = int((texts.labels != IGNORE).sum())
+    data = (actual.sums[name] / count for name in weights if name.endswith("_on_data"))
+    assert actual.total.item() == pytest.approx(float(sum(data)))
+    assert actual.sums["soft_target_kl_on_rollouts"] == 0
     assert objective_of(terms).weights == weights
 
 

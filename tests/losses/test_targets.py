@@ -65,7 +65,7 @@ CASES = [
     *(("classification", term) for term in (*OF_CLASSES, *STATES, FLOWS, *ATTENTION)),
     *(("regression", term) for term in (HARD_MSE, SOFT_MSE, *STATES, FLOWS, *ATTENTION)),
     *(("causal_lm", term) for term in (*OF_CLASSES, *STATES, FLOWS, *ATTENTION)),
-    *(("causal_lm", replace(t, on=on)) for t in OF_CLASSES for on in ("rollouts", "data")),
+    *(("causal_lm", replace(t, on=on)) for t in (CE, KL) for on in ("rollouts", "data")),
 ]
 # A few lines of torch, no kernel.
 OWN_SUMS = (*OF_LABELS, HARD_MSE, SOFT_MSE, FLOWS, SCORES, PROBABILITIES)

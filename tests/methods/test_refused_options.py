@@ -126,8 +126,8 @@ REFUSED = {
     ],
     "routed": [
         ("teachers=[{name: math, model: a}]", "math is the only teacher"),
-        ("teachers.0.finetune={}", "teachers[0].finetune: trains on the rows of all"),
-        ("teachers.1.cache=c", "teachers[1].cache: holds answers to all training rows"),
+        ("teachers.0.finetune={}", "teachers[0].finetune: reads all training rows"),
+        ("teachers.1.cache=c", "teachers[1].cache: reads all training rows"),
         (STREAM, "task.streaming: not supported by method routed"),
     ],
     "shrink": [

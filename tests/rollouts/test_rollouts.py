@@ -36,7 +36,6 @@ def test_every_generated_token_is_a_target_exactly_once(
     assert labels[counted].tolist() == completion
     assert counted.tolist() == list(range(len(prompt) - 1, len(ids) - 1))
     assert unlearned.tolist() == [IGNORE] * len(prompt)
-    assert columns["is_rollout"] == [True, True]
 
 
 def test_a_row_is_continued_if_its_prompt_fits_and_learned_from_if_more_follows() -> None:

@@ -72,7 +72,6 @@ class Scene:
         }[task]
         if task == "causal_lm":
             self.labels[0, 0] = IGNORE
-        self.rollouts = torch.rand(4, 5) < 0.5
 
     def contents(self, model: int, width: int) -> dict[str, torch.Tensor]:
         if self.task == "causal_lm":
@@ -113,9 +112,7 @@ class Scene:
             return self.valid & is_first if self.of_first else self.valid
         has_label = ~self.labels.isnan() if self.task == "regression" else self.labels != IGNORE
         wants_label = self.task == "causal_lm" or isinstance(self.term, HARD)
-        counted = has_label if wants_label else self.valid.any(dim=1)
-        source = source_of(self.term)
-        return counted if source is None else counted & (self.rollouts == (source == "rollouts"))
+        return has_label if wants_label else self.valid.any(dim=1)
 
     def poisoned(self) -> Scene:
         for contents in (self.leaves, self.teacher):
@@ -155,7 +152,7 @@ class Scene:
         if self.task != "causal_lm":
             return Batch({}, self.labels[rows], self.valid[rows])
         inputs = {"position_ids": POSITIONS[rows]}
-        extras = Extras(is_rollout=self.rollouts[rows])
+        extras = Extras(is_rollout=source_of(self.term) == "rollouts")
         return Batch(inputs, self.labels[rows], self.valid[rows], extras=extras)
 
     def counts(self, rows: slice = slice(None)) -> Counts:

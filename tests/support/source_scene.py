@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from loss_scene import Matrix, Result
-from torch import Tensor
 
 from megakd.contract.batch import (
     IGNORE,
@@ -28,13 +27,10 @@ ROWS, LENGTH, WIDTHS, VOCABULARY = 4, 6, (8, 12), 11
 
 
 class Texts:
-    """Four texts of a language model; `rollouts` are the positions that a model generated."""
+    """Four texts of a language model, of the data or generated."""
 
-    def __init__(self, rollouts: Tensor | None = None) -> None:
-        made = torch.Generator().manual_seed(3)
-        self.rollouts = torch.rand(ROWS, LENGTH, generator=made) < 0.5
-        if rollouts is not None:
-            self.rollouts = rollouts
+    def __init__(self, *, rollouts: bool = False) -> None:
+        made, self.rollouts = torch.Generator().manual_seed(3), rollouts
         self.valid = torch.arange(LENGTH) < torch.tensor([6, 4, 6, 0])[:, None]
         labels = torch.randint(VOCABULARY, (ROWS, LENGTH), generator=made)
         self.labels = labels.masked_fill(~self.valid, IGNORE)
@@ -46,14 +42,8 @@ class Texts:
         self.teacher_head = torch.randn(VOCABULARY, theirs, generator=made)
 
     def batch(self, rows: slice = slice(None)) -> Batch:
-        return Batch(
-            {}, self.labels[rows], self.valid[rows], extras=Extras(is_rollout=self.rollouts[rows])
-        )
-
-    def of(self, source: str | None) -> Tensor:
-        """Labelled positions of a source, [B, T]."""
-        chosen = {None: self.rollouts | True, "rollouts": self.rollouts, "data": ~self.rollouts}
-        return (self.labels != IGNORE) & chosen[source]
+        extras = Extras(is_rollout=self.rollouts)
+        return Batch({}, self.labels[rows], self.valid[rows], extras=extras)
 
     def counts(self, objective: Objective) -> Counts:
         return count_units([self.batch()], objective.counters)
@@ -64,7 +54,7 @@ class Texts:
         return TopK(ids.int(), best)
 
 
-def head_of(weight: Tensor) -> Any:
+def head_of(weight: torch.Tensor) -> Any:
     return Matrix(weight)
 
 

@@ -361,8 +361,8 @@ def losses(batches: list[Any], value: float) -> Any:
 def test_a_term_on_rollouts_has_no_value_on_texts_of_the_data():
     batch = Texts().batch()
 
-    both = losses([batch, batch.extended(is_rollout=None)], 0.5)
-    data = losses([batch.extended(is_rollout=None)], 0.5)
+    both = losses([batch, batch.extended(is_rollout=True)], 0.5)
+    data = losses([batch], 0.5)
 
     assert both == pytest.approx({"hard_cross_entropy": 0.5, "hard_cross_entropy_on_rollouts": 0.5})
     assert data == pytest.approx({"hard_cross_entropy": 0.5})

@@ -107,13 +107,18 @@ def test_the_store_holds_what_a_resumed_run_reads_and_no_more(
     learned: dict[int, Any] = {}
     (tmp_path / "step-00000001 (copy).jsonl").touch()
 
+    collated: list[list[list[int]]] = []
+
+    def collate(columns: Any, *_: Any, **__: Any) -> tuple[()]:
+        collated.append([ids.tolist() for ids in columns["input_ids"]])
+        return ()
+
+    monkeypatch.setattr(rollout_source, "collate_step", collate)
+
     def run(start: int, stop: int) -> None:
-        monkeypatch.setattr(
-            rollout_source, "collate_step", lambda columns, *_, **__: columns["input_ids"]
-        )
-        config = RolloutConfig(max_new_tokens=4)
-        for step, rows in enumerate(source(config, Local(), tmp_path).iterate(start, stop), start):
-            result = [row.tolist() for row in rows]  # type: ignore[attr-defined]
+        made = source(RolloutConfig(max_new_tokens=4), Local(), tmp_path)
+        for step, _ in enumerate(made.iterate(start, stop), start):
+            result = collated.pop()
             assert learned.setdefault(step, result) == result
             if (step + 1) % 10 == 0:
                 (tmp_path / f"step-{step + 1}").mkdir(exist_ok=True)
@@ -197,9 +202,9 @@ def test_steps_of_the_data_have_rows_with_answers_and_texts_continue_prompts_tha
     texts, data = (RowOrder(np.array(sorted(r)), shape, seed=5) for r in (continued, learned))
     drawn: list[tuple[int, bool]] = []
 
-    def collate(columns: Any, *_: Any, **__: Any) -> None:
-        rows = zip(columns["input_ids"], columns["is_rollout"], strict=True)
-        drawn.extend((int(ids[0]), is_rollout) for ids, is_rollout in rows)
+    def collate(columns: Any, *_: Any, **__: Any) -> tuple[()]:
+        drawn.extend((int(ids[0]), True) for ids in columns["input_ids"])
+        return ()
 
     monkeypatch.setattr(rollout_source, "collate_step", collate)
     prompts: Any = SimpleNamespace(prompt=lambda number: (number,), routes=None)
