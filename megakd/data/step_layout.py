@@ -91,16 +91,16 @@ class StepLayout(NamedTuple):
             routes: [N] numbers of the teachers that the rows name, if the layout has `teachers`.
         """
         if not self.teachers:
-            return list(map(Part, self._dealt(lengths, self.shape.accumulation)))
+            return list(map(Part, self._split(lengths, self.shape.accumulation)))
         parts: list[Part] = []
         for name in self.teachers:
             mine = np.flatnonzero(routes == teacher_number(name))
             count = -(-len(mine) // (self.shape.per_device * self.shape.world))
             if count:
-                parts += (Part(mine[rows], name) for rows in self._dealt(lengths[mine], count))
+                parts += (Part(mine[rows], name) for rows in self._split(lengths[mine], count))
         return parts
 
-    def _dealt(self, lengths: NDArray[np.int64], count: int) -> list[NDArray[np.int64]]:
+    def _split(self, lengths: NDArray[np.int64], count: int) -> list[NDArray[np.int64]]:
         # `count` micro-batches of padded rows, or as many packed rows as needed.
         rank, world = self.shape.rank, self.shape.world
         if self.tokens_per_rank is not None:
