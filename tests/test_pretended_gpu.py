@@ -208,8 +208,8 @@ def test_every_method_stays_on_the_gpu(run_on_gpu, tmp_path, name):
 @pytest.mark.usefixtures("process_group")
 def test_knowledge_selection_reads_its_action_on_the_host():
     """The intended wait: the host has to know which losses of a step count."""
-    shape = SelectorShape(student=2, teacher=3, kinds=("labels", "responses"), hidden=4)
-    config = KnowledgeSelectionConfig(name="knowledge_selection", noise=0.0)
+    shape = SelectorShape(student=2, teacher=3, kinds=("labels", "responses"))
+    config = KnowledgeSelectionConfig(name="knowledge_selection")
     strategy = Selecting("teacher", Selector(shape), config, None, seed=1)
     with pretended_cuda():
         answers = [Knowledge(hidden_states=(torch.zeros(4, 5, n, device=CUDA),)) for n in (2, 3)]

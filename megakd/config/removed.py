@@ -31,5 +31,11 @@ REMOVED: Mapping[str, str] = {
     "eval.latency": "its keys are gone: models are timed at 1 and 32 texts (a decoder at 1)",
     "save.int8": "gone; megakd export --format onnx --int8 writes a graph with int8 weights",
     "task.dataset: pydocs": "gone; set a folder that `python launch/pydocs.py labels` writes",
+    "method.threshold": "gone; a hard action uses the kinds of at least 0.5; remove the key",
+    "method.noise": "gone; the noise of a phase is 0.2; remove the key",
+    "method.restraint": "gone; it is 0.02; remove the key",
+    "method.gamma_on": "gone; gamma discounts what follows a phase; remove the key",
+    "method.updates": "gone; a selector learns 32 steps after a phase; remove the key",
+    "method.hidden": "gone; a selector's layers have width 64; remove the key",
 }
 """By the path of a key, or by `path: value` for a choice of it."""

@@ -12,6 +12,7 @@ from whole_run import weights
 
 from megakd.engine import distributed
 from megakd.methods import run_method
+from megakd.methods.knowledge_selection import selecting
 from megakd.methods.knowledge_selection.selecting import Selecting
 from megakd.methods.knowledge_selection.selector import Selector
 from megakd.training.probe import StageProbe
@@ -56,13 +57,19 @@ def learn_apart(config_path: str, overrides: list[str]) -> dict:
         return selected(config_path, overrides)
 
 
+def learn_noisily(config_path: str, overrides: list[str]) -> dict:
+    """Runs the method with noise that switches every kind off in some phases."""
+    with patch.object(selecting, "NOISE", 20.0):
+        return selected(config_path, overrides)
+
+
 EPISODES, STEPS, PHASE = 2, 4, 2
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("selection")
-    method = {"episodes": EPISODES, "phase_steps": PHASE, "hidden": 8}
+    method = {"episodes": EPISODES, "phase_steps": PHASE}
     config = run_in(
         folder,
         review_task(folder),
@@ -85,7 +92,7 @@ def learn(run_case, config):
 
 SOFT, HARD = ("method.action=soft",), ("method.action=hard",)
 # Noise switches both kinds off in some phases: their loss is 0, with gradients of 0.
-OFF = ("objective=[{loss: hard_cross_entropy}, {loss: hidden_mse}]", "method.noise=20.0")
+OFF = ("objective=[{loss: hard_cross_entropy}, {loss: hidden_mse}]",)
 # Without a loss on the logits, neither the head nor the last layer is reached, and no gradient of
 # an earlier step may be there.
 LEFT_OUT = (
@@ -96,8 +103,10 @@ LEFT_OUT = (
 
 @pytest.mark.parametrize(("settings", "stage"), [(SOFT, 2), (HARD, 1), (OFF, 3), (LEFT_OUT, 3)])
 def test_two_ranks_choose_and_learn_as_one_does(learn, settings, stage):
-    first, second = learn(2, *settings, f"student.deepspeed=zero{stage}")
-    (alone,) = learn(1, *settings, "student.deepspeed=zero0")
+    how = "learn_noisily" if settings == OFF else "selected"
+
+    first, second = learn(2, *settings, f"student.deepspeed=zero{stage}", how=how)
+    (alone,) = learn(1, *settings, "student.deepspeed=zero0", how=how)
 
     assert first["actions"] == second["actions"]
     for ours, other in zip(first["actions"], alone["actions"], strict=True):
@@ -118,7 +127,7 @@ def test_an_episode_goes_on_with_other_ranks(goes_on, config, world, zero):
 
 
 def test_ranks_whose_processors_differ_take_the_action_of_the_first(learn):
-    settings = ("student.deepspeed=zero2", *SOFT, "method.noise=1.0")
+    settings = ("student.deepspeed=zero2", *SOFT)
 
     first, second = learn(2, *settings, how="learn_apart")
 

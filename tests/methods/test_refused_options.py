@@ -94,7 +94,6 @@ REFUSED = {
     "knowledge_selection": [
         ("method.policy=random_hard; method.selector=s", "has no selector"),
         ("method.policy=all; method.action=hard", "all has no selector"),
-        ("method.threshold=0.9", "soft does not choose by a threshold"),
         (
             "task={type: causal_lm, dataset: d}; train.tokens_per_rank=4096",
             "relation_fsp, which is a kind of knowledge without an objective, is averaged over",
@@ -195,9 +194,7 @@ def test_what_a_method_cannot_do_is_refused_with_its_key(tmp_path, name, changes
     ("name", "changes"),
     [
         ("direct", "method.target_sparsity=0.77"),  # outside the grid
-        ("knowledge_selection", "method.policy=random_hard; method.threshold=0.9"),
-        ("knowledge_selection", "method.action=hard; method.threshold=0.9"),
-        ("knowledge_selection", "method.episodes=2; method.noise=0.5; method.hidden=8"),
+        ("knowledge_selection", "method.episodes=2; method.phase_steps=5"),
         ("knowledge_selection", "method.policy=all; method.episodes=5"),  # the default
         ("knowledge_selection", f"method.policy=all; {NONE}"),
         ("skdbert", "method.distribution=student_rank; method.pilot_steps=5"),

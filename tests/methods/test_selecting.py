@@ -13,6 +13,7 @@ from torch import nn
 from megakd.contract.batch import Knowledge
 from megakd.contract.stage import Strategy
 from megakd.methods.knowledge_selection import KnowledgeSelectionConfig
+from megakd.methods.knowledge_selection import selecting as choosing_module
 from megakd.methods.knowledge_selection.selecting import (
     LearningToSelect,
     RandomWeights,
@@ -28,6 +29,13 @@ from megakd.training.checkpoint import check_plain
 from megakd.training.probe import StageProbe
 
 pytestmark = pytest.mark.usefixtures("process_group")
+
+
+@pytest.fixture(autouse=True)
+def no_noise(monkeypatch):
+    monkeypatch.setattr(choosing_module, "NOISE", 0.0)
+
+
 KINDS = ("labels", "responses", "features")
 STUDENT, TEACHER = 2, 3
 
@@ -64,11 +72,11 @@ class Heard:
 
 def selector() -> Selector:
     torch.manual_seed(0)
-    return Selector(SelectorShape(student=STUDENT, teacher=TEACHER, kinds=KINDS, hidden=4))
+    return Selector(SelectorShape(student=STUDENT, teacher=TEACHER, kinds=KINDS))
 
 
 def choosing(*, hard: bool = False, **options: Any) -> KnowledgeSelectionConfig:
-    options = {"name": "knowledge_selection", "noise": 0.0, "episodes": 1, **options}
+    options = {"name": "knowledge_selection", "episodes": 1, **options}
     return KnowledgeSelectionConfig(action="hard" if hard else "soft", **options)
 
 
@@ -168,9 +176,11 @@ def test_phases_hold_their_own_steps_and_what_came_next():
     assert last.following is None
 
 
-def test_what_is_tried_stays_the_same_within_a_phase_and_is_drawn_from_the_seed():
+def test_what_is_tried_stays_the_same_within_a_phase_and_is_drawn_from_the_seed(monkeypatch):
+    monkeypatch.setattr(choosing_module, "NOISE", 0.1)
+
     def tried(seed: int) -> list[list[float]]:
-        strategy, heard = learning([5.0] * 3, steps=6, phase_steps=3, noise=0.1, seed=seed)
+        strategy, heard = learning([5.0] * 3, steps=6, phase_steps=3, seed=seed)
         blind(strategy)
         taken(strategy, 6)
         return [action for phase in heard.phases for action in phase.actions.tolist()]
@@ -205,13 +215,13 @@ def test_a_phase_is_stored_as_plain_values_and_read_back():
     assert repr(Running.of(before.state_dict())) == repr(before)
 
 
-@pytest.mark.parametrize(("threshold", "used"), [(0.0, 3), (1.0, 1)])
-def test_random_hard_weights_use_the_kinds_that_reach_the_threshold(threshold, used):
-    strategy = RandomWeights("teacher", KINDS, hard=True, seed=1, threshold=threshold)
+def test_random_hard_weights_are_0_or_1_and_use_a_kind_at_every_step():
+    strategy = RandomWeights("teacher", KINDS, hard=True, seed=1)
 
-    for step in range(20):
-        factors = weighed(strategy, step, reading_at(step))
-        assert sorted(factors.values()) == [0.0] * (3 - used) + [1.0] * used
+    drawn = [weighed(strategy, step, reading_at(step)) for step in range(20)]
+
+    assert {value for factors in drawn for value in factors.values()} == {0.0, 1.0}
+    assert all(any(factors.values()) for factors in drawn)
 
 
 @pytest.mark.parametrize("whole_texts", [False, True])

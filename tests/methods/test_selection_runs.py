@@ -17,7 +17,7 @@ from whole_run import finish, finish_in, forgotten, read, records, same_weights,
 EPISODES, PHASE = 2, 3
 KINDS = ("hard_cross_entropy", "soft_target_kl", "hidden_mse", "relation_fsp")
 PLAIN = {"name": "knowledge_selection"}
-LEARNED = {**PLAIN, "episodes": EPISODES, "phase_steps": PHASE, "hidden": 8}
+LEARNED = {**PLAIN, "episodes": EPISODES, "phase_steps": PHASE}
 
 
 @pytest.fixture(scope="module")
@@ -88,19 +88,6 @@ def test_episodes_that_are_left_need_the_whole_initial_student(bench, soft, tmp_
     assert "beginning is damaged" in missing.err
 
 
-def test_noise_that_switches_every_kind_off_is_a_step_without_a_loss(bench):
-    method = {**LEARNED, "noise": 20.0, "phase_steps": 1, "episodes": 1}
-    kinds = [{"loss": "hard_cross_entropy"}, {"loss": "soft_target_kl"}]
-
-    out = bench.run("noisy", method, objective=kinds, log={"logging_steps": 1})
-
-    logged = [r for r in records(out, "selector") if "train/loss" in r]
-    nothing = [r for r in logged if not any(f"train/{kind}" in r for kind in KINDS)]
-    assert nothing
-    assert all(record["train/loss"] == 0 for record in nothing)
-    assert all(record[f"select/{kind}"] <= 1 for record in logged for kind in KINDS[:2])
-
-
 @pytest.mark.parametrize(
     "method", [{**LEARNED, "action": "hard", "episodes": 1}, {**PLAIN, "policy": "random_hard"}]
 )
@@ -138,8 +125,8 @@ def test_a_selector_of_other_widths_or_kinds_is_refused(bench, soft):
 
 
 def test_every_episode_begins_with_the_same_student_and_ends_with_its_score(bench):
-    """With a threshold of 0 all kinds are always used: both episodes are the same training."""
-    method = {**LEARNED, "action": "hard", "threshold": 0.0, "episodes": 2}
+    """A hard action of one kind always uses it: both episodes are the same training."""
+    method = {**LEARNED, "action": "hard", "episodes": 2}
 
     # An epoch is an episode, and the order of the rows makes no difference to a whole batch.
     whole = {"per_device_train_batch_size": 64, "max_steps": 5}
@@ -147,6 +134,7 @@ def test_every_episode_begins_with_the_same_student_and_ends_with_its_score(benc
     out = bench.run(
         "episodes",
         method,
+        objective=[{"loss": "soft_target_kl"}],
         train=whole,
         student={"model": bert(2, **NO_DROPOUT)},
         eval={"eval_steps": 5, "losses": True},

@@ -183,7 +183,7 @@ def cases(data: Path) -> dict[str, Tree]:
             "task": _reviews(data),
             "teacher": {"model": bert(4), "finetune": {"max_steps": 8}},
             "student": {"model": bert(2)},
-            "method": {"name": "knowledge_selection", "episodes": 2, "phase_steps": 3, "hidden": 8},
+            "method": {"name": "knowledge_selection", "episodes": 2, "phase_steps": 3},
         },
         "shrink": {
             "task": _text(data, "causal_lm"),

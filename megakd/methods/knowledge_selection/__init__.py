@@ -25,7 +25,6 @@ from megakd.contract.tasks import LANGUAGE_TASKS, STUDENT
 from megakd.contract.terms import (
     STRICT,
     Count,
-    Fraction,
     HiddenMse,
     Positive,
     RelationFsp,
@@ -42,8 +41,8 @@ if TYPE_CHECKING:
 STAGE = "selector"
 STAGE_1 = frozenset(
     {
-        *("episodes", "episode_steps", "phase_steps", "exploration", "noise", "restraint"),
-        *("gamma", "gamma_on", "updates", "hidden", "selector_learning_rate"),
+        *("episodes", "episode_steps", "phase_steps", "exploration"),
+        *("gamma", "selector_learning_rate"),
     }
 )
 """Options that only the training of a selector reads."""
@@ -57,19 +56,12 @@ class KnowledgeSelectionConfig(OneTeacherOptions):
         `random_soft` and `random_hard` draw random weights.
     action: action of the learned policy: `soft` gives weights between 0 and 1; `hard` uses a kind
         or not.
-    threshold: smallest value at which a hard action, or `random_hard`, uses a kind.
     episodes: number of episodes of stage 1; the student starts again in every episode.
     episode_steps: optimizer steps of an episode; null: as many as for the student.
     phase_steps: optimizer steps of a phase, after which the reward is measured; null: a tenth of an
         episode. 1 is the paper's algorithm without its refinement.
     exploration: beta, weight of the reward for actions that differ from the previous phase.
-    noise: standard deviation of the noise added to the actions of a phase in stage 1.
-    restraint: strength of the penalty that keeps weights near 0.5; with 0, any slope of the critic
-        drives weights to 0 or 1.
     gamma: discount factor of later rewards.
-    gamma_on: `next` discounts the value after a phase; `reward` discounts the phase's own reward.
-    updates: training steps of actor and critic after every phase, on stored steps.
-    hidden: width of the selector's layers.
     selector_learning_rate: learning rate of actor and critic (Adam).
     selector: saved selector to use instead of stage 1: a file, or the folder stages/selector of a
         run.
@@ -78,17 +70,11 @@ class KnowledgeSelectionConfig(OneTeacherOptions):
     name: Literal["knowledge_selection"]
     policy: Literal["learned", "all", "random_soft", "random_hard"] = "learned"
     action: Literal["soft", "hard"] = "soft"
-    threshold: Fraction = 0.5
     episodes: Count = 5
     episode_steps: Count | None = None
     phase_steps: Count | None = None
     exploration: Weight = 0.1
-    noise: Weight = 0.2
-    restraint: Weight = 0.02
     gamma: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    gamma_on: Literal["next", "reward"] = "next"
-    updates: Count = 32
-    hidden: Count = 64
     selector_learning_rate: Positive = 1e-3
     selector: Annotated[Path, AfterValidator(in_home)] | None = None
 
@@ -99,14 +85,11 @@ class KnowledgeSelectionConfig(OneTeacherOptions):
 
     def problems(self, config: Any) -> Iterator[str]:
         yield from super().problems(config)
-        policy, action = f"method.policy {self.policy}", f"method.action {self.action}"
+        policy = f"method.policy {self.policy}"
         if self.policy != "learned":
             yield from self.unused(STAGE_1 | {"action", "selector"}, f"{policy} has no selector")
         elif self.selector is not None:
             yield from self.unused(STAGE_1, "method.selector gives a selector that has learned")
-        if self.policy != "random_hard" and (self.policy, self.action) != ("learned", "hard"):
-            how = action if self.policy == "learned" else policy
-            yield from self.unused({"threshold"}, f"{how} does not choose by a threshold")
         if config.objective is None and config.train.tokens_per_rank is not None:
             yield (
                 "train.tokens_per_rank: packs rows, and relation_fsp, which is a kind of knowledge "
@@ -140,7 +123,6 @@ def run(config: KnowledgeSelectionConfig, lab: Lab) -> StageResult:
             tuple(map(term_name, kinds)),
             hard=config.policy == "random_hard",
             seed=lab.config.seed,
-            threshold=config.threshold,
         )
     return lab.train(Stage(name=STUDENT, teachers=(teacher,), objective=kinds, strategy=strategy))
 
@@ -157,14 +139,14 @@ def _selector(
     from megakd.methods.knowledge_selection.selector import SelectorShape, load_selector
 
     widths = lab.given(STUDENT).width, lab.given(teacher).width
-    shape = SelectorShape(*widths, tuple(map(term_name, kinds)), config.hidden)
+    shape = SelectorShape(*widths, tuple(map(term_name, kinds)))
     if config.selector is None:
         result = lab.train(_stage_1(config, lab, teacher, kinds, shape))
         return lab.made_by(result, SELECTOR, load_selector) or _new(lab, shape)
     path = config.selector
     path = path / SELECTOR if path.is_dir() else path
     selector = load_selector(str(path))
-    if selector.shape[:3] != shape[:3]:
+    if selector.shape != shape:
         raise TeacherError(
             f"method.selector: {path} is for a student of width {selector.shape.student}, a "
             f"teacher of width {selector.shape.teacher} and {', '.join(selector.shape.kinds)}; "

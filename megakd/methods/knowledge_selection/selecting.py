@@ -26,6 +26,8 @@ from megakd.methods.knowledge_selection.selector import (
 )
 
 SELECTOR = "selector.safetensors"
+NOISE = 0.2
+"""Standard deviation of the noise that is added to the actions of a phase of stage 1."""
 
 
 class Selecting(Strategy):
@@ -90,7 +92,7 @@ class Selecting(Strategy):
         action = self.selector.action(self.selector.state(summaries[None]))[0]
         values = tuple((action + self._noise(step, len(action))).tolist())
         if self.is_hard:
-            chosen = hardened(values, self.config.threshold)
+            chosen = hardened(values)
         else:
             chosen = tuple(min(max(value, 0.0), 1.0) for value in values)
         # The last digits differ between kinds of processors, and ranks that use different kinds of
@@ -190,7 +192,7 @@ class LearningToSelect(Selecting):
         episode, step = divmod(step, self.steps)
         phase = step // self.phase_steps
         drawn = random.Random(f"{self.seed}:noise:{episode}:{phase}")
-        return torch.tensor([drawn.gauss(0, self.config.noise) for _ in range(kinds)])
+        return torch.tensor([drawn.gauss(0, NOISE) for _ in range(kinds)])
 
     def _note(self, summaries: Tensor, action: tuple[float, ...]) -> None:
         self.running.summaries.append(summaries)
@@ -263,20 +265,18 @@ class RandomWeights(Strategy):
     The weights of the objective are multiplied by them.
 
     hard: whether a kind is either used or not, instead of a weight between 0 and 1.
-    threshold: smallest random weight at which `hard` uses a kind.
     """
 
     teacher: str
     kinds: tuple[str, ...]
     hard: bool
     seed: int
-    threshold: float = 0.5
 
     def passes(self, step: int) -> tuple[Pass, ...]:
         drawn = random.Random(f"{self.seed}:kinds:{step}")
         factors = tuple(drawn.random() for _ in self.kinds)
         if self.hard:
-            factors = hardened(factors, self.threshold)
+            factors = hardened(factors)
         chosen = dict(zip(self.kinds, factors, strict=True))
         return (Pass(teacher=self.teacher, weigh=lambda reading: chosen),)
 

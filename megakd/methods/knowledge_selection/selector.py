@@ -21,17 +21,21 @@ from megakd.errors import TeacherError
 from megakd.methods.knowledge_selection import KnowledgeSelectionConfig
 from megakd.storage.folders import check_given
 
-SAMPLES, MEMORY = 64, 2048
-"""Stored steps that a training step of a selector reads, and the most that are stored."""
+HIDDEN = 64
+"""Width of a selector's layers."""
+UPDATES, SAMPLES, MEMORY = 32, 64, 2048
+"""Training steps after a phase, the stored steps that each reads, and the most that are stored."""
+RESTRAINT = 0.02
+"""Strength of the penalty that keeps weights near 0.5: without it, any slope of the critic drives
+them to 0 or 1."""
 
 
 class SelectorShape(NamedTuple):
-    """Shape of a selector: widths of both summaries, kinds of knowledge, width of its layers."""
+    """Shape of a selector: widths of both summaries, and the kinds of knowledge."""
 
     student: int
     teacher: int
     kinds: tuple[str, ...]
-    hidden: int
 
 
 def _layers(*widths: int) -> nn.Sequential:
@@ -49,17 +53,17 @@ class Selector(nn.Module):
 
     def __init__(self, shape: SelectorShape) -> None:
         super().__init__()
-        self.shape, hidden, kinds = shape, shape.hidden, len(shape.kinds)
-        self.student = _layers(shape.student, hidden, hidden)
-        self.teacher = _layers(shape.teacher, hidden, hidden)
-        self.actor = _layers(2 * hidden, hidden, hidden, kinds)
+        self.shape, kinds = shape, len(shape.kinds)
+        self.student = _layers(shape.student, HIDDEN, HIDDEN)
+        self.teacher = _layers(shape.teacher, HIDDEN, HIDDEN)
+        self.actor = _layers(2 * HIDDEN, HIDDEN, HIDDEN, kinds)
         # Initial weights are about 0.5 for all kinds, where the sigmoid is steepest.
         nn.init.uniform_(cast("nn.Linear", self.actor[-1]).weight, -1e-3, 1e-3)
         nn.init.zeros_(cast("nn.Linear", self.actor[-1]).bias)
-        self.critic = _layers(2 * hidden + kinds, hidden, hidden, 1)
+        self.critic = _layers(2 * HIDDEN + kinds, HIDDEN, HIDDEN, 1)
 
     def state(self, summaries: Tensor) -> Tensor:
-        """Return [N, 2 * hidden] states for [N, S + T] concatenated summaries."""
+        """Return [N, 2 * HIDDEN] states for [N, S + T] concatenated summaries."""
         student, teacher = summaries.split([self.shape.student, self.shape.teacher], dim=-1)
         return torch.cat([self.student(student), self.teacher(teacher)], dim=-1)
 
@@ -182,14 +186,16 @@ class ActorCritic:
         new, known = Samples.of(phase), self._memory
         self._memory = new if known is None else known.joined(new, MEMORY)
         scaled = self._memory.scaled()
-        for _ in range(self.config.updates):
+        for _ in range(UPDATES):
             self._teach(scaled.drawn(SAMPLES, self._generator))
         return float(scaled.rewards[-1])
 
     def _teach(self, some: Samples) -> None:
         selector = self.selector
         with torch.no_grad():
-            target = self._target(some)
+            following = selector.state(some.following)
+            later = some.goes_on * selector.value(following, selector.action(following))
+            target = some.rewards + self.config.gamma * later
         state = selector.state(some.summaries)
         # Detached; otherwise the summary networks would learn states that the critic prefers.
         seen = state.detach()
@@ -198,18 +204,11 @@ class ActorCritic:
         error.square().mean().backward()
         self._critic.step()
         logits = selector.actor(state)
-        held_back = self.config.restraint * logits.square().sum(-1)
+        held_back = RESTRAINT * logits.square().sum(-1)
         value = selector.value(seen, logits.sigmoid())
         self._actor.zero_grad()
         (held_back - value).mean().backward()
         self._actor.step()
-
-    def _target(self, some: Samples) -> Tensor:
-        gamma, state = self.config.gamma, self.selector.state(some.following)
-        later = some.goes_on * self.selector.value(state, self.selector.action(state))
-        if self.config.gamma_on == "reward":
-            return gamma * some.rewards + later
-        return some.rewards + gamma * later
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -229,13 +228,9 @@ class ActorCritic:
         self._generator.set_state(state["generator"])
 
 
-def hardened(action: Sequence[float], threshold: float) -> tuple[float, ...]:
-    """Return 1 for kinds that reach the threshold, else 0; if no kind does, 1 for the largest.
-
-    With noise, values may be below 0; a threshold of 0 still uses all kinds.
-    """
-    largest = max(action)
-    used = [max(value, 0.0) >= threshold for value in action]
+def hardened(action: Sequence[float]) -> tuple[float, ...]:
+    """Return 1 for kinds of at least 0.5, else 0; if no kind reaches it, 1 for the largest."""
+    used = [value >= 0.5 for value in action]
     if not any(used):
-        used = [index == list(action).index(largest) for index in range(len(action))]
+        used[list(action).index(max(action))] = True
     return tuple(map(float, used))
