@@ -225,14 +225,14 @@ MUTATIONS = (
     ),
     Mutation(
         "megakd/methods/homodistil/strategy.py",
-        "average.lerp_(value, 1 - scoring.sensitivity_beta)",
-        "average.lerp_(value, scoring.sensitivity_beta)",
+        "average.lerp_(value, 1 - BETA)",
+        "average.lerp_(value, BETA)",
         "tests/methods/test_pruning_scores.py",
     ),
     Mutation(
         "megakd/methods/homodistil/schedule.py",
-        "return (1 - done) ** POWERS[self.shape]",
-        "return (1 - done)",
+        "return (1 - Fraction(last, self.end - self.start)) ** 3",
+        "return 1 - Fraction(last, self.end - self.start)",
         "tests/methods/test_pruning_schedule.py",
     ),
     Mutation(

@@ -194,7 +194,7 @@ def test_a_one_shot_run_jumps_further_from_its_teacher(one_rank, tmp_path):
 @pytest.mark.parametrize(
     ("message", "sections"),
     {
-        "24 is not possible for a teacher of width 24; use a": {"method": {"target_width": 24}},
+        "24 is not possible for a teacher of width 24; use a ": {"method": {"target_width": 24}},
         "method.target_sparsity: 0.001": {
             "method": {"target_width": None, "target_sparsity": 0.001}
         },

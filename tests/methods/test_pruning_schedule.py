@@ -15,32 +15,22 @@ from megakd.contract.views import View
 from megakd.errors import ConfigError
 from megakd.methods.homodistil import HomoDistilConfig, schedule_of
 from megakd.methods.homodistil.schedule import (
-    Course,
     Schedule,
-    Scoring,
     Target,
-    TargetShares,
     target_of,
 )
 
 BERT_BASE = View((12,) * 12, (3072,) * 12, 768, 64)
 LLAMA = View((8,) * 4, (1792,) * 4, 512)
-HALF = Target(View((4,) * 2, (40,) * 2, 24, 6), TargetShares(Fraction(1), *[Fraction(1, 2)] * 3))
 schedules = st.builds(
-    lambda shape, start, length, every, rest: Schedule(
-        shape, start, start + length, every, start + length + rest
+    lambda start, length, every, rest: Schedule(
+        start, max(1, start + length), every, start + length + rest
     ),
-    st.sampled_from(["cubic", "linear", "one_shot"]),
     st.integers(0, 30),
-    st.integers(1, 80),
+    st.integers(0, 80),  # 0: at once
     st.integers(1, 9),
     st.integers(1, 30),
 )
-
-
-def course(schedule: Schedule) -> Course:
-    scoring = Scoring("sensitivity", 0.85, 0.95, monotone=True, seed=1)
-    return Course("teacher", HALF, schedule, scoring)
 
 
 def target(view: View, **options: Any) -> Target:
@@ -62,20 +52,20 @@ def test_the_part_that_is_left_falls_from_one_to_zero_at_the_steps_that_prune(sc
 @pytest.mark.parametrize(
     ("schedule", "left"),
     [
-        # Section 5.4 of the notes on the paper: of the units, 58 % go in the first quarter of the
-        # way, and 87.5 % in the first half.
-        (Schedule("cubic", 0, 100, 1, 200), {0: 1, 25: 1 - 0.578125, 50: 0.125, 100: 0}),
-        (Schedule("linear", 10, 30, 5, 40), {10: 1, 14: 1, 15: 0.75, 20: 0.5, 30: 0}),
+        # Of the units, 58 % go in the first quarter of the way, and 87.5 % in the first half.
+        (Schedule(0, 100, 1, 200), {0: 1, 25: 1 - 0.578125, 50: 0.125, 100: 0}),
+        (Schedule(10, 30, 5, 40), {10: 1, 14: 1, 15: 0.421875, 20: 0.125, 30: 0}),
+        (Schedule(10, 10, 1, 40), {9: 1, 10: 0}),
     ],
-    ids=["cubic", "linear"],
+    ids=["every step", "every fifth step", "one shot"],
 )
-def test_a_cubic_schedule_removes_most_units_early_and_a_linear_one_evenly(schedule, left):
+def test_a_cubic_schedule_removes_most_units_early_and_one_shot_all_at_once(schedule, left):
     assert {step: float(schedule.left(step)) for step in left} == left
 
 
 @given(schedules, st.integers(1, 8))
 def test_windows_cover_the_run_once_and_end_where_units_go(schedule, cuts):
-    windows = course(schedule).windows(cuts)
+    windows = schedule.windows(cuts)
 
     assert windows[0].first == 0
     assert windows[-1].last == schedule.total
@@ -85,9 +75,9 @@ def test_windows_cover_the_run_once_and_end_where_units_go(schedule, cuts):
 
 
 def test_cuts_follow_as_soon_as_their_share_of_the_units_is_masked():
-    schedule = Schedule("cubic", 0, 100, 1, 200)
+    schedule = Schedule(0, 100, 1, 200)
 
-    result = schedule.milestones(4)
+    result = [window.last for window in schedule.windows(4)[:-1]]
 
     removed = [1 - schedule.left(step) for step in result]
     earlier = [1 - schedule.left(step - 1) for step in result]
@@ -106,10 +96,23 @@ def test_pruning_ends_after_three_tenths_of_the_run_unless_the_config_says_when(
     assert [schedule_of(config, lab).end for config in configs] == [300, 7, 300, 580]
 
 
+@pytest.mark.parametrize(("start", "pruned_after"), [(0, 1), (40, 40)])
+def test_one_shot_prunes_once_where_pruning_starts(start, pruned_after):
+    lab: Any = SimpleNamespace(steps_of_student=lambda: 100)
+    config = HomoDistilConfig(
+        name="homodistil", target_width=12, schedule="one_shot", pruning_start=start
+    )
+
+    schedule = schedule_of(config, lab)
+
+    assert [step for step in range(101) if schedule.prunes_after(step)] == [pruned_after]
+    assert [window.last for window in schedule.windows(4)] == [pruned_after, 100]
+
+
 def test_a_run_has_one_window_without_cuts_and_plans_those_of_a_long_run_at_once():
-    assert len(course(Schedule("cubic", 0, 70, 1, 100)).windows(0)) == 1
+    assert len(Schedule(0, 70, 1, 100).windows(0)) == 1
     # `megakd plan` does not know the rows and takes a million steps.
-    assert len(course(Schedule("cubic", 0, 700_000, 1, 10**6)).windows(4)) == 5
+    assert len(Schedule(0, 700_000, 1, 10**6).windows(4)) == 5
 
 
 @pytest.mark.parametrize(
@@ -148,10 +151,10 @@ def test_every_kind_keeps_the_same_rounded_share_at_every_time(width, thousandth
 @pytest.mark.parametrize(
     ("view", "options", "message"),
     [
-        (LLAMA, {"width": 100}, "of width 512; use a width of 64, 128, 192"),
+        (LLAMA, {"width": 100}, "of width 512; use a multiple of 64 "),
         (LLAMA, {"width": 512}, "512 is not possible for a teacher of width 512"),
-        (LLAMA, {"width": 600}, "multiples of 64, see method.round_to"),
-        (LLAMA, {"width": 8, "round_to": 700}, "no multiple of 700 is below 512"),
+        (LLAMA, {"width": 600}, r"a multiple of 64 \(method.round_to\) below it"),
+        (LLAMA, {"width": 8, "round_to": 700}, "of width 512; use a multiple of 700 "),
         (BERT_BASE, {"width": 4}, "without columns of heads"),
     ],
 )

@@ -12,10 +12,8 @@ from hypothesis import strategies as st
 from tiny_cuts import build, full_view
 
 from megakd.engine.optimizer_state import Shard
-from megakd.methods.homodistil.schedule import Scoring
+from megakd.methods.homodistil import strategy
 from megakd.methods.homodistil.strategy import (
-    SENSITIVITY,
-    UNCERTAINTY,
     Group,
     cut_of,
     everything,
@@ -30,35 +28,26 @@ BERT = build("bert", "mlm")
 
 
 @pytest.mark.parametrize(
-    ("steps", "beta", "sensitivity", "uncertainty"),
+    ("steps", "beta", "sensitivity"),
     [
         # The mean of half the first step (1, 1.5) and the second step (4, 1).
-        ([([2.0, -3.0], [1.0, 1.0]), ([4.0, 0.5], [-1.0, 2.0])], 0.5, [2.5, 1.25], None),
-        ([([5.0], [-3.0]), ([2.0], [-3.0])], 0.0, [6.0], None),
-        # The average is 1, the sensitivity 2: a quarter of the distance of 1.
-        ([([2.0], [1.0])], 0.5, [1.0], [0.25]),
+        ([([2.0, -3.0], [1.0, 1.0]), ([4.0, 0.5], [-1.0, 2.0])], 0.5, [2.5, 1.25]),
+        ([([5.0], [-3.0]), ([2.0], [-3.0])], 0.0, [6.0]),
         # A step that overflowed.
-        ([([1.0] * 3, [math.inf, math.nan, 2.0])], 0.5, [0.0, 0.0, 1.0], [0.0, 0.0, 0.25]),
+        ([([1.0] * 3, [math.inf, math.nan, 2.0])], 0.5, [0.0, 0.0, 1.0]),
     ],
-    ids=["mean", "last step", "uncertainty", "overflow"],
+    ids=["mean", "last step", "overflow"],
 )
-def test_averages_are_exponential_means_of_sensitivities_and_their_distances(
-    steps, beta, sensitivity, uncertainty
-):
+def test_averages_are_exponential_means_of_sensitivities(monkeypatch, steps, beta, sensitivity):
     averages: dict = {}
-    score = "sensitivity" if uncertainty is None else "platon"
-    scoring = Scoring(score, beta, uncertainty_beta=0.75, monotone=True, seed=0)
+    monkeypatch.setattr(strategy, "BETA", beta)
 
     for weight, gradient in steps:
         shard = Shard("w", torch.tensor(weight), torch.tensor(gradient), 0)
-        update_averages(averages, shard, scoring)
+        update_averages(averages, shard)
         assert shard.weight.tolist() == weight
 
-    assert averages[SENSITIVITY]["w"].tolist() == sensitivity
-    if uncertainty is None:
-        assert UNCERTAINTY not in averages
-    else:
-        assert averages[UNCERTAINTY]["w"].tolist() == uncertainty
+    assert averages["w"].tolist() == sensitivity
 
 
 def student_of(model):
@@ -87,7 +76,7 @@ def test_a_selection_keeps_the_best_units_of_every_group(seed, width, columns):
     scores = torch.rand(sum(sizes.values()), generator=generator, dtype=torch.float64)
     wanted = full_view(BERT)._replace(width=width, neurons=(7, 1, 20), head_width=columns)
 
-    kept = select(scores, everything(student), wanted, student, monotone=True)
+    kept = select(scores, everything(student), wanted, student)
 
     parts = dict(zip(sizes, scores.split([*sizes.values()]), strict=True))
     best = parts[Group("width", 0, None)].topk(width).indices.sort().values.tolist()
@@ -100,18 +89,16 @@ def test_a_selection_keeps_the_best_units_of_every_group(seed, width, columns):
     assert cut_of(student, kept).view == wanted
 
 
-def test_removed_units_return_only_if_the_selection_is_not_monotone():
+def test_removed_units_never_return():
     student = student_of(BERT)
     count = sum(group_sizes(student.makers, student.units).values())
     rising = torch.arange(count, dtype=torch.float64)
     wanted = full_view(BERT)._replace(width=3, head_width=2, neurons=(4, 4, 4))
-    before = select(rising, everything(student), wanted, student, monotone=True)
+    before = select(rising, everything(student), wanted, student)
 
-    same = select(rising.flip(0), before, wanted, student, monotone=True)
-    other = select(rising.flip(0), before, wanted, student, monotone=False)
+    same = select(rising.flip(0), before, wanted, student)
 
-    assert same == before
-    assert other != before
+    assert same == before != select(rising.flip(0), everything(student), wanted, student)
 
 
 def test_of_equal_scores_the_first_units_stay():
@@ -119,9 +106,8 @@ def test_of_equal_scores_the_first_units_stay():
     count = sum(group_sizes(student.makers, student.units).values())
     wanted = full_view(BERT)._replace(width=3, head_width=2)
 
-    kept = select(
-        torch.zeros(count, dtype=torch.float64), everything(student), wanted, student, monotone=True
-    )
+    scores = torch.zeros(count, dtype=torch.float64)
+    kept = select(scores, everything(student), wanted, student)
 
     assert kept[Group("width", 0, None)] == [0, 1, 2]
     assert kept[Group("heads", 1, "values")][:4] == [0, 1, 4, 5]

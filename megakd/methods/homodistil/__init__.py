@@ -6,10 +6,10 @@ student's predictions stay close to the teacher's along the whole way.
 
 Differs from the paper: units that must go together form one group (the columns of the hidden
 states over all layers; queries and keys of a head; values and output of a head; the neurons of a
-feed-forward), because independent choices for each matrix would only leave zeros. Loss weights, the
-decay of the average, and the steps at which pruning ends were not found in the paper and are
-options. Losses on hidden states are means over width and layers instead of sums. Units that were
-removed do not return (`monotone`).
+feed-forward), because independent choices for each matrix would only leave zeros. Loss weights and
+the steps at which pruning ends were not found in the paper and are options; nor was the decay of
+the average, which is 0.85. Losses on hidden states are means over width and layers instead of sums.
+Units that were removed do not return.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from megakd.contract.lab import Lab, Model
+from megakd.contract.lab import Lab
 from megakd.contract.options import OneTeacherOptions
 from megakd.contract.results import PruningReport
-from megakd.contract.stage import Constant, Pass, Stage, StageResult, Window
+from megakd.contract.stage import Constant, Pass, Stage, StageResult
 from megakd.contract.tasks import LANGUAGE_TASKS, STUDENT
 from megakd.contract.terms import (
     STRICT,
@@ -43,16 +43,12 @@ from megakd.contract.views import View
 from megakd.errors import ConfigError
 from megakd.methods.homodistil.schedule import (
     ROWS,
-    SHARE_OF_RUN,
-    Course,
     Schedule,
-    Score,
-    Scoring,
-    Shape,
     target_of,
 )
 
-Decay = Annotated[float, Field(ge=0, lt=1)]
+SHARE_OF_RUN = 0.3
+"""Part of the steps after which pruning ends if the config does not say when."""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -63,19 +59,14 @@ class HomoDistilConfig(OneTeacherOptions):
         share.
     target_sparsity: share of the columns, neurons and columns of heads (or heads) to remove, in
         place of `target_width`.
-    schedule: how the number of units falls from `pruning_start` to `pruning_end`: `cubic`, `linear`
-        or, as a control, `one_shot` at `pruning_start`.
+    schedule: how the number of units falls from `pruning_start` to `pruning_end`: `cubic` or, as a
+        control, `one_shot` at `pruning_start`.
     pruning_start: step after which pruning begins; the first units go `every` steps later.
     pruning_end: step after which the last units are removed; null: after 30 % of the steps, or
         of those after `pruning_start` if it is later.
     every: steps between two removals.
     cuts: how often the weights of removed units are cut out of the model during training; 0 keeps
         them until the end.
-    score: `sensitivity` |weight * gradient|, averaged; `platon` multiplies it by its uncertainty;
-        `magnitude` and `random` are controls.
-    sensitivity_beta: decay of the average; 0 uses the sensitivities of the last step only.
-    uncertainty_beta: decay of the uncertainty of `platon`.
-    monotone: whether removed units never return; false ranks again all units that are not cut out.
     round_to: multiple for the target's width and neurons; null: 64 in families that lose whole
         heads (decoders with rotary positions, GPT-2), 1 in others.
     """
@@ -84,15 +75,11 @@ class HomoDistilConfig(OneTeacherOptions):
     name: Literal["homodistil"]
     target_width: Count | None = None
     target_sparsity: Annotated[float, Field(gt=0, lt=1)] | None = None
-    schedule: Shape = "cubic"
+    schedule: Literal["cubic", "one_shot"] = "cubic"
     pruning_start: Annotated[int, Field(ge=0)] = 0
     pruning_end: Count | None = None
     every: Count = 1
     cuts: Annotated[int, Field(ge=0, le=100)] = 4
-    score: Score = "sensitivity"
-    sensitivity_beta: Decay = 0.85
-    uncertainty_beta: Decay = 0.95
-    monotone: bool = True
     round_to: Count | None = None
 
     @property
@@ -151,6 +138,8 @@ def _problems_of_objective(terms: Any) -> Iterator[str]:
 
 def run(config: HomoDistilConfig, lab: Lab) -> StageResult:
     """Distil in windows; after each window but the last, removed units are cut out."""
+    from megakd.methods.homodistil.strategy import HomotopyJudge, PruningStrategy
+
     teacher = lab.teacher(config.teacher)
     start = lab.model(teacher)
     target = target_of(
@@ -159,41 +148,32 @@ def run(config: HomoDistilConfig, lab: Lab) -> StageResult:
         sparsity=config.target_sparsity,
         round_to=config.round_to,
     )
-    scoring = Scoring(
-        score=config.score,
-        sensitivity_beta=config.sensitivity_beta,
-        uncertainty_beta=config.uncertainty_beta,
-        monotone=config.monotone,
-        seed=lab.config.seed,
-    )
-    course = Course(teacher, target, schedule_of(config, lab), scoring)
+    schedule = schedule_of(config, lab)
+    objective = objective_of(lab, target.whole, target.goal)
     results: list[StageResult] = []
-    for number, window in enumerate(course.windows(config.cuts), start=1):
+    for number, window in enumerate(schedule.windows(config.cuts), start=1):
         if results:
             start = lab.source(results[-1].folder)
-        results.append(lab.train(_stage(course, lab, start, window, number)))
+        pruning = PruningStrategy(
+            teacher,
+            target,
+            schedule,
+            window,
+            size=lambda view, start=start: lab.pruning.parameters(start, view).parameters,
+        )
+        stage = Stage(
+            name=STUDENT if window.last == window.total else f"pruning-{number}",
+            teachers=(teacher,),
+            start=start,
+            objective=objective,
+            strategy=pruning,
+            judge=HomotopyJudge(pruning, lab.metric(None, weighed=False)),
+            window=window,
+            measures_losses=True,
+        )
+        results.append(lab.train(stage))
         lab.record.pruning += lab.made_by(results[-1], ROWS, _read) or []
     return results[-1]
-
-
-def _stage(course: Course, lab: Lab, start: Model, window: Window, number: int) -> Stage:
-    """Return the stage of a window, which starts from the model of the previous window."""
-    from megakd.methods.homodistil.strategy import HomotopyJudge, PruningStrategy
-
-    name = STUDENT if window.last == window.total else f"pruning-{number}"
-    pruning = PruningStrategy(
-        course, window, size=lambda view: lab.pruning.parameters(start, view).parameters
-    )
-    return Stage(
-        name=name,
-        teachers=(course.teacher,),
-        start=start,
-        objective=objective_of(lab, course.target.whole, course.target.goal),
-        strategy=pruning,
-        judge=HomotopyJudge(pruning, lab.metric(None, weighed=False)),
-        window=window,
-        measures_losses=True,
-    )
 
 
 def schedule_of(config: HomoDistilConfig, lab: Lab) -> Schedule:
@@ -202,8 +182,9 @@ def schedule_of(config: HomoDistilConfig, lab: Lab) -> Schedule:
     end = config.pruning_end or int(SHARE_OF_RUN * total)
     if end <= start:  # a late start has its share of the rest
         end = start + max(1, int(SHARE_OF_RUN * (total - start)))
-    last = start if config.schedule == "one_shot" else end
-    if last > total or start >= total:
+    if config.schedule == "one_shot":
+        end = start
+    if end > total or start >= total:
         train = lab.config.train
         length = (
             f"train.max_steps {train.max_steps}"
@@ -211,11 +192,13 @@ def schedule_of(config: HomoDistilConfig, lab: Lab) -> Schedule:
             else f"train.num_train_epochs {train.num_train_epochs:g} over the training text"
         )
         raise ConfigError(
-            f"method: pruning takes place from step {start} to step {last}, and the run has only "
+            f"method: pruning takes place from step {start} to step {end}, and the run has only "
             f"{total} steps ({length}); give more text, train longer, or lower "
             f"method.{'pruning_start' if config.pruning_end is None else 'pruning_end'}"
         )
-    return Schedule(config.schedule, start, end, config.every, total)
+    if config.schedule == "one_shot":  # the last removal is the first
+        start = end = max(1, start)
+    return Schedule(start, end, config.every, total)
 
 
 def objective_of(lab: Lab, teacher: View, student: View) -> tuple[TermConfig, ...]:

@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping
 from fractions import Fraction
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from megakd.contract.stage import Window
 from megakd.contract.views import View
 from megakd.errors import ConfigError
 
-Shape = Literal["cubic", "linear", "one_shot"]
-Score = Literal["sensitivity", "platon", "magnitude", "random"]
-POWERS: Mapping[Shape, int] = {"cubic": 3, "linear": 1}
 ROWS = "pruning.json"
 """File in a stage's folder with the rows of the report."""
-AVERAGES = {"sensitivity": 1, "platon": 2, "magnitude": 0, "random": 0}
-"""Number of values that each score keeps for every weight."""
-SHARE_OF_RUN = 0.3
-"""Part of the steps after which pruning ends if the config does not say when."""
 DECODER_GRID = 64
 """Multiple of widths and neurons of students that lose whole heads, as servers expect."""
 
@@ -68,22 +60,22 @@ def target_of(
     Args:
         round_to: `method.round_to`; None: 1 if columns of heads are pruned, else 64.
     """
-    there = whole.width or 0
+    before = whole.width or 0
     grid = round_to or (1 if whole.head_width is not None else DECODER_GRID)
-    share = Fraction(width, there) if width else 1 - Fraction(str(sparsity))
-    wanted = width or max(grid, grid * round(share * there / grid))
-    if not 0 < wanted < there or wanted % grid:
+    share = Fraction(width, before) if width else 1 - Fraction(str(sparsity))
+    after = width or max(grid, grid * round(share * before / grid))
+    if not 0 < after < before or after % grid:
         asked = (
-            f"target_width: {wanted}"
-            if width
-            else f"target_sparsity: {sparsity:g} (width {wanted})"
+            f"target_width: {after}" if width else f"target_sparsity: {sparsity:g} (width {after})"
         )
-        raise ConfigError(_impossible(asked, there, grid))
+        raise ConfigError(
+            f"method.{asked} is not possible for a teacher of width {before}; use a multiple of "
+            f"{grid} (method.round_to) below it"
+        )
     if grid == 1 and whole.head_width is not None:
-        share = Fraction(wanted, there) if width else share
         target = Target(whole, TargetShares(Fraction(1), share, share, share))
     else:
-        target = Target(whole, _on_grid(whole, share, Fraction(wanted, there), grid))
+        target = Target(whole, _on_grid(whole, share, Fraction(after, before), grid))
     _check_goal(target)
     return target
 
@@ -118,35 +110,14 @@ def _check_goal(target: Target) -> None:
         )
 
 
-def _impossible(asked: str, there: int, grid: int) -> str:
-    possible = [*range(grid, there, grid)]
-    if not possible:
-        return (
-            f"method.round_to: the teacher's hidden states have {there} columns, and no multiple "
-            f"of {grid} is below {there}; set method.round_to to a smaller number"
-        )
-    known = (
-        ", ".join(map(str, possible))
-        if len(possible) <= 16
-        else f"{possible[0]}, {possible[1]}, … {possible[-1]}"
-    )
-    return (
-        f"method.{asked} is not possible for a teacher of width {there}; use a width of "
-        f"{known} (multiples of {grid}, see method.round_to)"
-    )
-
-
 class Schedule(NamedTuple):
     """Pruning from `start` to `end`, in steps that the run has taken.
 
-    shape: see `left`.
-    start, end: first and last step after which units may be removed; `one_shot` removes all units
-        after `start`.
+    start, end: first and last step after which units may be removed; all at once if equal.
     every: steps between two removals.
     total: steps of the run.
     """
 
-    shape: Shape
     start: int
     end: int
     every: int
@@ -154,8 +125,6 @@ class Schedule(NamedTuple):
 
     def prunes_after(self, step: int) -> bool:
         """Return whether units are selected anew after a step; steps are counted from 1."""
-        if self.shape == "one_shot":
-            return step == max(1, self.start)
         if not max(1, self.start) <= step <= self.end:
             return False
         return (step - self.start) % self.every == 0 or step == self.end
@@ -163,62 +132,28 @@ class Schedule(NamedTuple):
     def left(self, step: int) -> Fraction:
         """Return the part of the way to the goal that is left after a step, from 1 to 0.
 
-        With p = (step - start) / (end - start) this is (1 - p)^3 for `cubic` and 1 - p for
-        `linear`; `one_shot` removes everything at once. Between two removals the part of the
-        earlier removal counts.
+        It is (1 - p)^3 with p = (step - start) / (end - start). Between two removals the part of
+        the earlier removal counts.
         """
-        if self.shape == "one_shot":
-            return Fraction(int(step < max(1, self.start)))
         if step >= self.end:
             return Fraction(0)
-        last = self.start + (step - self.start) // self.every * self.every
-        done = Fraction(max(0, last - self.start), self.end - self.start)
-        return (1 - done) ** POWERS[self.shape]
+        if step <= self.start:
+            return Fraction(1)
+        last = (step - self.start) // self.every * self.every
+        return (1 - Fraction(last, self.end - self.start)) ** 3
 
-    def milestones(self, cuts: int) -> tuple[int, ...]:
-        """Return the steps after which the masked units are cut out, at most `cuts`, rising.
+    def windows(self, cuts: int) -> tuple[Window, ...]:
+        """Return the parts of the run between at most `cuts` cuts of masked units.
 
         A cut follows as soon as 1/cuts, 2/cuts, … of all units that will be removed are masked.
-        The end of the run is no milestone: the export cuts the model anyway.
+        The end of the run is no cut of its own: the export cuts the model anyway.
         """
-        first = max(1, self.start)
-        if self.shape == "one_shot":
-            return (first,) if first < self.total else ()
         removals = [*range(self.start, self.end, self.every), self.end]
         places = {
             bisect_left(removals, Fraction(number, cuts), key=lambda step: 1 - self.left(step))
             for number in range(1, cuts + 1)
         }
-        return tuple(sorted(removals[place] for place in places if removals[place] < self.total))
-
-
-class Scoring(NamedTuple):
-    """The scores by which units are removed; see `HomoDistilConfig`.
-
-    seed: seed of random scores.
-    """
-
-    score: Score
-    sensitivity_beta: float
-    uncertainty_beta: float
-    monotone: bool
-    seed: int
-
-
-class Course(NamedTuple):
-    """The run from the teacher to the student.
-
-    teacher: name of the teacher.
-    target: the units of both. schedule: when units are removed. scoring: which units.
-    """
-
-    teacher: str
-    target: Target
-    schedule: Schedule
-    scoring: Scoring
-
-    def windows(self, cuts: int) -> tuple[Window, ...]:
-        """Return the parts of the run between at most `cuts` cuts."""
-        total = self.schedule.total
-        ends = (*(self.schedule.milestones(cuts) if cuts else ()), total)
-        return tuple(Window(first, last, total) for first, last in pairwise((0, *ends)))
+        ends = sorted(removals[place] for place in places if removals[place] < self.total)
+        return tuple(
+            Window(first, last, self.total) for first, last in pairwise((0, *ends, self.total))
+        )

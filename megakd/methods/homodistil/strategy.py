@@ -5,9 +5,7 @@ Scores are computed from this rank's shards of the weights and of their gradient
 
 from __future__ import annotations
 
-import functools
 import json
-import operator
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,11 +20,11 @@ from megakd.contract.results import PruningReport
 from megakd.contract.stage import Pass, Scores, StepReport, Strategy, Verdict, Window
 from megakd.contract.views import Axis, Columns, Cut, Kind, Maker, UnitOrder, View
 from megakd.engine.collectives import agree, all_reduce_
-from megakd.methods.homodistil.schedule import AVERAGES, ROWS, Course, Scoring
+from megakd.methods.homodistil.schedule import ROWS, Schedule, Target
 
-SENSITIVITY, UNCERTAINTY = "sensitivity", "uncertainty"
-Averages = dict[str, dict[str, Tensor]]
-"""By kind of average, and by name of the weight: [n] fp32 for this rank's elements."""
+SENSITIVITY = "sensitivity"
+BETA = 0.85
+"""Decay of the average sensitivity."""
 
 
 class Group(NamedTuple):
@@ -47,16 +45,27 @@ Chosen = dict[Group, list[int]]
 class PruningStrategy(Strategy):
     """Removes the least sensitive units a few at a time, as the schedule says.
 
-    course: the run from the teacher to the student.
+    teacher: name of the teacher.
+    target: the units of the teacher and of the student.
+    schedule: when units are removed.
     window: the part of the run that the stage covers.
     size: function from units to the number of weights of a model with these units.
     cut: how the student is cut to the units that it keeps.
     """
 
-    def __init__(self, course: Course, window: Window, *, size: Callable[[View], int]) -> None:
-        self.course, self.window, self.size = course, window, size
+    def __init__(
+        self,
+        teacher: str,
+        target: Target,
+        schedule: Schedule,
+        window: Window,
+        *,
+        size: Callable[[View], int],
+    ) -> None:
+        self.teacher, self.target, self.schedule = teacher, target, schedule
+        self.window, self.size = window, size
         self.cut = Cut(None, None)
-        self._averages: Averages = {}
+        self._averages: dict[str, Tensor] = {}  # [n] fp32, this rank's elements of each weight
         self._rows: list[PruningReport] = []
         self._kept: Chosen | None = None  # before the window begins
         self._scores: Tensor | None = None  # of the last step, if units are removed after it
@@ -66,11 +75,11 @@ class PruningStrategy(Strategy):
 
     @property
     def pruned_to(self) -> View:
-        return self.course.target.at(self.course.schedule.left(self.window.last))
+        return self.target.at(self.schedule.left(self.window.last))
 
     @property
     def values_per_weight(self) -> int:
-        return AVERAGES[self.course.scoring.score]
+        return 1
 
     def begin(self, student: Any, step: int) -> None:
         """Run the student as the cut of itself that it was at the last step."""
@@ -86,41 +95,21 @@ class PruningStrategy(Strategy):
         self._student.keep(self.cut)
 
     def passes(self, step: int) -> tuple[Pass, ...]:
-        return (Pass(teacher=self.course.teacher),)
+        return (Pass(teacher=self.teacher),)
 
     def before_update(self, step: int, student: Any) -> None:
         """Add the sensitivities of the step to the averages, and score the units if they are due.
 
         The gradients are complete and not clipped, and the weights are those of the gradients.
         """
-        due = self.course.schedule.prunes_after(step + 1)
-        if self.course.scoring.score == "random":
-            self._scores = self._random_scores(step + 1, student) if due else None
-            return
-        is_averaged = self.course.scoring.score != "magnitude"
         values: dict[str, tuple[Tensor, int]] = {}
-        for shard in student.local_shards() if due or is_averaged else ():
-            if shard.name not in student.makers:
-                continue
-            if is_averaged:
-                update_averages(self._averages, shard, self.course.scoring)
-            if due:
-                values[shard.name] = (self._weight_scores(shard), shard.offset)
-        if due:
+        for shard in student.local_shards():
+            if shard.name in student.makers:
+                values[shard.name] = update_averages(self._averages, shard), shard.offset
+        if self.schedule.prunes_after(step + 1):
             here = unit_sums(values, student.makers, student.units, self.cut)
             # Ranks may round differently, and would then remove different units.
             self._scores = agree(all_reduce_(here))
-
-    def _random_scores(self, step: int, student: Any) -> Tensor:
-        count = sum(group_sizes(student.makers, student.units).values())
-        generator = torch.Generator().manual_seed(self.course.scoring.seed * 1_000_003 + step)
-        return torch.rand(count, generator=generator, dtype=torch.float64)
-
-    def _weight_scores(self, shard: Any) -> Tensor:
-        if self.course.scoring.score == "magnitude":
-            return shard.weight.detach()
-        kinds = (kind[shard.name] for kind in self._averages.values())
-        return functools.reduce(operator.mul, kinds)
 
     def after_update(self, report: StepReport) -> None:
         """Remove the units with the lowest scores if a removal is due."""
@@ -130,9 +119,8 @@ class PruningStrategy(Strategy):
         self._clock = now
         if self._scores is None or self._kept is None:
             return
-        wanted = self.course.target.at(self.course.schedule.left(step))
-        monotone = self.course.scoring.monotone
-        self._keep(select(self._scores, self._kept, wanted, self._student, monotone=monotone))
+        view = self.target.at(self.schedule.left(step))
+        self._keep(select(self._scores, self._kept, view, self._student))
         self._scores = None
 
     def note(self, step: int, scores: Mapping[str, float]) -> None:
@@ -164,10 +152,10 @@ class PruningStrategy(Strategy):
         self._rows = list(state["rows"])
 
     def shards(self) -> Mapping[str, Mapping[str, Tensor]]:
-        return self._averages
+        return {SENSITIVITY: self._averages}
 
     def load_shards(self, shards: Mapping[str, Mapping[str, Tensor]]) -> None:
-        self._averages = {kind: dict(values) for kind, values in shards.items()}
+        self._averages = dict(shards.get(SENSITIVITY, {}))
 
     def scalars(self) -> Mapping[str, float]:
         view = self.cut.view
@@ -179,28 +167,20 @@ class PruningStrategy(Strategy):
         return {ROWS: json.dumps(self._rows).encode()}
 
 
-def update_averages(averages: Averages, shard: Any, scoring: Scoring) -> None:
-    """Add the sensitivities of a step to exponential averages, in place.
+def update_averages(averages: dict[str, Tensor], shard: Any) -> Tensor:
+    """Add the sensitivities of a step to the exponential average of a shard, and return it.
 
     The sensitivity of a weight is |weight * gradient|, the first-order estimate of the change of
-    the loss without the weight. Its average is beta * average + (1 - beta) * sensitivity. The
-    uncertainty is the average of |sensitivity - average| (PLATON, Zhang et al. 2022, equation 7).
+    the loss without the weight. Its average is beta * average + (1 - beta) * sensitivity.
     """
     value = (shard.weight.detach() * shard.gradient).abs_()
-    average = _like(value, averages.setdefault(SENSITIVITY, {}), shard.name)
     # Under fp16 a step may overflow; its update is skipped, and an infinite value would stay.
     value.nan_to_num_(nan=0.0, posinf=0.0)
-    average.lerp_(value, 1 - scoring.sensitivity_beta)
-    if scoring.score == "platon":
-        spread = _like(value, averages.setdefault(UNCERTAINTY, {}), shard.name)
-        spread.lerp_(value.sub_(average).abs_(), 1 - scoring.uncertainty_beta)
-
-
-def _like(value: Tensor, averages: dict[str, Tensor], name: str) -> Tensor:
     # The average of a weight is on the device of its gradient, and zero at the start.
-    known = averages.get(name)
-    averages[name] = torch.zeros_like(value) if known is None else known.to(value.device)
-    return averages[name]
+    average = averages.get(shard.name)
+    average = torch.zeros_like(value) if average is None else average.to(value.device)
+    averages[shard.name] = average.lerp_(value, 1 - BETA)
+    return averages[shard.name]
 
 
 def group_sizes(makers: Mapping[str, Maker], units: View) -> dict[Group, int]:
@@ -236,7 +216,7 @@ def unit_sums(
 
 
 def line_sums(values: Tensor, offset: int, maker: Maker, cut: Cut) -> Tensor:
-    """Return the sums of absolute values over a part of a matrix, fp64, per row or column.
+    """Return the sums of values over a part of a matrix, fp64, per row or column.
 
     The values [n] are consecutive elements of the flattened matrix, from `offset` on; only values
     with kept inputs count.
@@ -245,7 +225,7 @@ def line_sums(values: Tensor, offset: int, maker: Maker, cut: Cut) -> Tensor:
     first, before = divmod(offset, columns)
     count = -(-(before + len(values)) // columns)
     lines = values.new_zeros(count * columns)
-    lines[before : before + len(values)] = values.abs()
+    lines[before : before + len(values)] = values
     length = maker.shape[1 - dimension]
     kept = torch.ones(length)
     if maker.inputs is not None:
@@ -266,24 +246,23 @@ def everything(student: Any) -> Chosen:
     return {group: [*range(size)] for group, size in sizes.items()}
 
 
-def select(scores: Tensor, kept: Chosen, wanted: View, student: Any, *, monotone: bool) -> Chosen:
+def select(scores: Tensor, kept: Chosen, view: View, student: Any) -> Chosen:
     """Return the units with the highest scores in every group; of equal scores, the first units.
 
-    The scores are those of `unit_sums`. With `monotone`, only units that are kept now can be kept.
+    The scores are those of `unit_sums`. Only units that are kept now can be kept.
     """
     chosen: Chosen = {}
     groups = group_sizes(student.makers, student.units)
     for (group, size), values in zip(groups.items(), scores.split([*groups.values()]), strict=True):
         allowed = torch.full((size,), -1.0, dtype=torch.float64)
-        places = kept[group] if monotone else range(size)
-        allowed[list(places)] = values[list(places)].clamp(min=0).nan_to_num(0.0)
+        allowed[kept[group]] = values[kept[group]].clamp(min=0).nan_to_num(0.0)
         if group.columns is None:
-            count = Axis(group.kind, group.number).kept(wanted) or 0
+            count = Axis(group.kind, group.number).kept(view) or 0
             chosen[group] = _highest(allowed[None], count)[0]
             continue
         heads = student.units.heads[group.number]
         width = size // max(heads, 1)
-        best = _highest(allowed.view(heads, width), wanted.head_width or 0)
+        best = _highest(allowed.view(heads, width), view.head_width or 0)
         chosen[group] = [head * width + column for head, row in enumerate(best) for column in row]
     return chosen
 
@@ -350,6 +329,6 @@ class HomotopyJudge:
     def __call__(self, scores: Scores, step: int) -> Verdict:
         """Return the score of the student and how it is cut now; add a row to the report."""
         self.pruning.note(step, scores[WHOLE])
-        done = self.pruning.course.schedule.left(step) == 0
+        done = self.pruning.schedule.left(step) == 0
         score = self.metric.worth(scores[WHOLE]) if done else float("nan")
         return Verdict(score, WHOLE, cut=self.pruning.cut, counts=done)
