@@ -181,7 +181,7 @@ METHODS = {
     "homodistil": ("mlm", {"name": "homodistil", "target_width": 16, "cuts": 2, "pruning_end": 6}),
     "down": ("mlm", {**OWN, "projections": "down"}),
     "up": ("mlm", {**OWN, "projections": "up"}),
-    "dual": ("mlm", {**OWN, "projections": "dual", "embeddings": True}),
+    "dual": ("mlm", {**OWN, "projections": "dual"}),
     "version 2": ("mlm", {**OWN, "version": 2}),
     "mean_of_teachers": ("classification", {"name": "mean_of_teachers"}),
 }

@@ -106,10 +106,10 @@ class Pair:
             dict(self.models[role].bert.encoder.layer.named_parameters())
             for role in ("student", "teacher")
         )
-        layers = [] if self.method["projections"] == "dual" else ours
-        pairs = [(ours[name], theirs[name], False) for name in layers]
-        student = self.models["student"].bert.embeddings.word_embeddings.weight
-        pairs.append((student, self.second["table.weight"], True))
+        pairs = [(ours[name], theirs[name], False) for name in ours]
+        if self.second:
+            student = self.models["student"].bert.embeddings.word_embeddings.weight
+            pairs.append((student, self.second["table.weight"], True))
         for first, second, is_table in pairs:
             source, target = (second, first) if is_down else (first, second)
             value = source

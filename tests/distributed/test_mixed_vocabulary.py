@@ -141,12 +141,11 @@ METHODS = {
     "down": {"projections": "down"},
     "up": {"projections": "up", "teacher_learning_rate": 0.002},
     "dual": {"projections": "dual"},
-    "tables": {"projections": "dual", "embeddings": True, "epsilon": 500.0},
-    "measured": {"projections": "up", "vectors": False, "projection_ratio": 0.3},
+    "words": {"projections": "down", "p": 0.0, "epsilon": 500.0},
     "version 2": {"version": 2, "teacher_steps": 3},
     "version 2, random": {"version": 2, "teacher_steps": 3, "table": "random"},
 }
-TOGETHER = ["down", "up", "dual", "tables"]
+TOGETHER = ["down", "up", "dual", "words"]
 
 
 @pytest.fixture(scope="module")
@@ -216,8 +215,8 @@ def test_the_first_stage_of_version_2_learns_as_plain_pytorch_and_gives_the_stud
 
 
 def test_two_vocabularies_go_on_with_other_ranks(goes_on, folder, tmp_path):
-    """Two learners with a rate each, a measured weight, and no moment of the frozen tables."""
-    config = config_of(folder, tmp_path, stage=2, **METHODS["measured"])
+    """Two learners with a rate each, and shared projections."""
+    config = config_of(folder, tmp_path, stage=2, **METHODS["up"])
 
     outs = goes_on(config, "student/step-2", zero=3)
 
@@ -230,9 +229,8 @@ def test_two_vocabularies_go_on_with_other_ranks(goes_on, folder, tmp_path):
         ("down", 0),
         ("up", 1),
         ("dual", 2),
-        ("measured", 2),
         ("version 2", 2),
-        *((name, 3) for name in METHODS if name != "dual"),  # "tables" is dual, and more
+        *((name, 3) for name in METHODS),
     ],
 )
 def test_two_ranks_end_as_one_rank(workers, folder, tmp_path, alone, name, stage):
@@ -248,7 +246,7 @@ def test_two_ranks_end_as_one_rank(workers, folder, tmp_path, alone, name, stage
 
 
 def test_zero_3_gathers_one_layer_of_each_model_at_a_time(workers, folder, tmp_path):
-    path = config_of(folder, tmp_path, projections="down", embeddings=False)
+    path = config_of(folder, tmp_path, projections="down", p=0.0)
     override = f"student.deepspeed={json.dumps(WITHOUT_PREFETCH)}"
 
     result = workers(2).run("test_mixed_vocabulary.open_layers", path, [override])[0]

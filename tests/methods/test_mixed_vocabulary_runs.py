@@ -35,7 +35,6 @@ VERSION_2 = {"version": 2, "teacher_steps": 4}
 # The sections of the runs that others are compared with.
 RUNS: dict[str, dict[str, Any]] = {
     "version 1": {"eval": {"eval_steps": 3, "keep_best": False}},
-    "measured": {"method": {"vectors": False, "projection_ratio": 0.3}},
     "version 2": {"method": VERSION_2},
 }
 

@@ -1,10 +1,6 @@
-"""Weights compared through shared projections: which ones, and their measured weight."""
+"""Weights compared through shared projections: which ones, and by how many matrices."""
 
 from __future__ import annotations
-
-from collections.abc import Iterable
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -12,14 +8,8 @@ from torch import nn
 from transformers import BertConfig, BertForMaskedLM, RobertaConfig, RobertaForMaskedLM
 
 from megakd.errors import TeacherError
-from megakd.methods.mixed_vocabulary import ParameterProjection, parameter_projections
-from megakd.methods.mixed_vocabulary.parameter_projections import (
-    CROSS_ENTROPY,
-    FAINT,
-    NAME,
-    Balanced,
-    ParameterProjections,
-)
+from megakd.methods.mixed_vocabulary import ParameterProjection
+from megakd.methods.mixed_vocabulary.parameter_projections import ParameterProjections
 from megakd.models.second_vocabulary import SecondSize, build_second_vocabulary
 
 PIECES = 20
@@ -54,16 +44,6 @@ def test_the_number_of_matrices_does_not_grow_with_the_layers(direction):
     assert len(one.projections) == 4  # rows and columns, of the hidden axis and of the neurons
 
 
-def test_norms_and_biases_can_be_left_out():
-    student, teacher = bert(6), bert(8)
-
-    group = bound(student, teacher, direction="down", embeddings=False, vectors=False)
-
-    matrices = [p for p in student.bert.encoder.layer.parameters() if p.dim() > 1]  # type: ignore[union-attr]
-    assert group.elements == sum(p.numel() for p in matrices)
-    assert {id(p) for p in group.matrices} == {id(p) for p in matrices}
-
-
 def test_layers_of_the_same_weights_are_compared_and_no_others():
     sizes = {"num_hidden_layers": 2, "hidden_size": 6, "num_attention_heads": 2}
     roberta = RobertaForMaskedLM(RobertaConfig(vocab_size=30, **sizes))
@@ -72,49 +52,3 @@ def test_layers_of_the_same_weights_are_compared_and_no_others():
     bound(roberta, bert(8), direction="down", embeddings=False)
     with pytest.raises(TeacherError, match="1 and 2 layers"):
         bound(bert(6, layers=1), bert(8), direction="down", embeddings=False)
-
-
-def engine(*gradients: Iterable[float]) -> Any:
-    """A student whose matrix `wide` is compared and whose other weight is not."""
-    model = nn.ModuleDict({"wide": nn.Linear(2, 2), "other": nn.Linear(2, 2)})
-    weights = {name: p for name, p in model.named_parameters() if "weight" in name}
-    shards = [
-        SimpleNamespace(name=name, gradient=torch.tensor(values))
-        for name, values in zip(weights, gradients, strict=True)
-    ]
-    bundle = SimpleNamespace(modules=lambda: [Group([weights["wide.weight"]])])
-    return SimpleNamespace(student=model, bundle=bundle, local_shards=lambda: shards)
-
-
-class Group:
-    def __init__(self, matrices: list[nn.Parameter]) -> None:
-        self.matrices = matrices
-
-
-@pytest.fixture
-def balanced(monkeypatch, process_group) -> Balanced:
-    monkeypatch.setattr(parameter_projections, "ParameterProjections", Group)
-    strategy = Balanced(0.3, "teacher")
-    strategy.begin(engine([0.0], [0.0]), 0)
-    return strategy
-
-
-def test_the_first_updates_measure_one_term_each_and_the_rest_learn_from_both(balanced):
-    seen = []
-    for step, gradient in enumerate(([30.0, 40.0], [0.1], [7.0])):
-        ours, beside = balanced.passes(step)
-        assert (beside.learner, beside.weights) == ("teacher", {NAME: 0.0})
-        seen.append(ours.weights)
-        balanced.before_update(step, engine(gradient, [1e6]))
-
-    assert seen[:2] == [{CROSS_ENTROPY: 1.0, NAME: FAINT}, {CROSS_ENTROPY: FAINT, NAME: 1.0}]
-    assert seen[2] == {NAME: pytest.approx(0.3 * 50.0 / 0.1)}
-    assert balanced.scalars()["projections/weight"] == seen[2][NAME]
-
-
-def test_a_gradient_that_overflows_is_measured_again(balanced):
-    balanced.before_update(0, engine([float("inf")], [1.0]))
-    assert balanced.passes(1)[0].weights == {CROSS_ENTROPY: 1.0, NAME: FAINT}
-
-    balanced.before_update(1, engine([2.0], [1.0]))
-    assert balanced.passes(2)[0].weights == {CROSS_ENTROPY: FAINT, NAME: 1.0}

@@ -163,10 +163,8 @@ REFUSED = {
         ("objective=[{loss: hard_cross_entropy}]", "objective: mixed_vocabulary"),
         ("student.model=some/model", "starts from random weights"),
         ("student.model.config.vocab_size=50", "student.model.config.vocab_size: 50, and method.s"),
-        ("method.p=0.0; method.embeddings=true", "embeddings: compares tables"),
         ("method.version=2; method.p=0.0", "method.p: 0, and in version 2 the student starts from"),
         ("method.projections=dual; method.epsilon=3.0", "(default null), because method.projectio"),
-        ("method.projection_ratio=0.3; method.epsilon=3.0", "method.projection_ratio: measures th"),
         (
             "method.projections=none; method.teacher_learning_rate=0.1",
             "method.teacher_learning_rate: 0.1 has no effect",

@@ -7,11 +7,9 @@ weights of both models are compared through shared projections. Version 2 (Zhao 
 embeddings, and the student then starts from this table.
 
 Differs from the paper: the weight of the cross-entropies beside the sum of squared errors was not
-found, and is the number of compared elements by default (`epsilon`), or measured
-(`projection_ratio`). The paper compares every weight of a layer; `vectors: false` leaves out norms
-and biases, whose errors are most of the sum at the start. Whether the tables of embeddings are
-compared was not found either (`embeddings`), nor how the second table starts (`table`). The paper's
-teacher learns next sentences too; here it learns masked tokens only.
+found, and is the number of compared elements by default (`epsilon`). Whether the tables of
+embeddings are compared was not found either; here they are. Nor was how the second table starts
+(`table`). The paper's teacher learns next sentences too; here it learns masked tokens only.
 """
 
 from __future__ import annotations
@@ -45,7 +43,6 @@ from megakd.contract.terms import (
     HiddenCosine,
     MethodTerm,
     Positive,
-    Weight,
 )
 from megakd.contract.views import Shape
 from megakd.errors import TeacherError
@@ -53,8 +50,8 @@ from megakd.errors import TeacherError
 Projections = Literal["none", "dual", "down", "up"]
 Table = Literal["random", "pieces"]
 PATIENT_KD = "patient_kd"
-OF_PROJECTIONS = {"vectors", "embeddings", "epsilon", "projection_ratio"}
-"""Options of the comparison of weights."""
+PATIENT_KD_WEIGHT = 10.0
+"""Weight of the hidden states in the baseline `patient_kd`."""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -62,21 +59,17 @@ class ParameterProjection(MethodTerm):
     """Squared error between weights of the student and of a teacher that learns beside it.
 
     direction: `down` maps the teacher's weights to the student's shapes, `up` the reverse.
-    layers: whether the weights of the layers are compared.
-    vectors: whether these include norms and biases.
     embeddings: whether the tables of embeddings for the student's pieces are compared too.
     epsilon: divisor of the sum of squared errors; null: the number of compared elements.
     """
 
     loss: str = "parameter_projection"
     direction: Literal["down", "up"]
-    layers: bool = True
-    vectors: bool = True
     embeddings: bool = True
     epsilon: Positive | None = None
 
     def check(self, student: Shape, teacher: Shape | None, families: Sequence[str]) -> None:
-        if not self.layers or teacher is None:
+        if teacher is None:
             return
         if student.layers != teacher.layers:
             raise TeacherError(
@@ -110,18 +103,12 @@ class MixedVocabularyConfig(OneTeacherOptions):
     projections: of version 1: `none` trains the student alone; `dual` trains both models and
         compares nothing; `down` maps the teacher's weights to the student's shapes; `up` maps the
         student's weights to the teacher's shapes. Null: `down`.
-    embeddings: of version 1: whether the tables of embeddings for the student's pieces are compared
-        too. Null: true with `down` and `up`.
     epsilon: of version 1: weight of the cross-entropies beside the sum of squared errors; null: the
         number of compared elements, so that errors are averaged.
-    vectors: of version 1: whether norms and biases of the layers are compared too; null: true.
-    projection_ratio: of version 1: in place of `epsilon`, the norm of the projections' gradient on
-        the student's matrices divided by that of the cross-entropy, at the first two updates.
     teacher_learning_rate: learning rate of the teacher; null: as the student's.
     teacher_steps: of version 2: steps in which the teacher learns; null: as many as the student.
     table: of version 2: the student's pieces start from `random` embeddings, or from those of the
         teacher's `pieces` of the same string, reduced to the student's width; null: `pieces`.
-    patient_kd_weight: weight of the hidden states in the baseline `patient_kd`.
     """
 
     name: Literal["mixed_vocabulary"]
@@ -129,14 +116,10 @@ class MixedVocabularyConfig(OneTeacherOptions):
     student_vocabulary: StudentVocabulary = StudentVocabulary()
     p: Fraction = 0.5
     projections: Projections | None = None
-    embeddings: bool | None = None
     epsilon: Positive | None = None
-    vectors: bool | None = None
-    projection_ratio: Positive | None = None
     teacher_learning_rate: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     teacher_steps: Count | None = None
     table: Table | None = None
-    patient_kd_weight: Weight = 10.0
 
     @property
     def looks_into_teacher(self) -> bool:
@@ -203,7 +186,7 @@ class MixedVocabularyConfig(OneTeacherOptions):
         yield from self._of_student(config.student.model)
 
     def _of_another_version(self) -> Iterator[str]:
-        of_version = {1: {"projections"} | OF_PROJECTIONS, 2: {"teacher_steps", "table"}}
+        of_version = {1: {"projections", "epsilon"}, 2: {"teacher_steps", "table"}}
         other = 3 - self.version
         why = f"it is an option of version {other}, which method.version is not ({self.version})"
         yield from self.unused(of_version[other], why)
@@ -216,20 +199,9 @@ class MixedVocabularyConfig(OneTeacherOptions):
     def _without_effect(self, config: Any) -> Iterator[str]:
         if self.version == 1 and self.direction == "none":
             why = "method.projections none trains the student alone"
-            yield from self.unused(OF_PROJECTIONS | {"teacher_learning_rate"}, why)
-        elif self.direction == "dual" and not self.embeddings:
-            why = "method.projections dual compares nothing unless method.embeddings is true"
-            yield from self.unused(OF_PROJECTIONS - {"embeddings"}, why)
-        if self.epsilon is not None and self.projection_ratio is not None:
-            yield (
-                "method.projection_ratio: measures the weight that method.epsilon gives; remove "
-                "one of the keys"
-            )
-        if self.p == 0 and self.embeddings:
-            yield (
-                "method.embeddings: compares tables for the student's pieces, and with method.p 0 "
-                "the teacher has no such table; set a probability above 0, or remove the key"
-            )
+            yield from self.unused({"epsilon", "teacher_learning_rate"}, why)
+        elif self.direction == "dual":
+            yield from self.unused({"epsilon"}, "method.projections dual compares nothing")
         if self.teacher_learning_rate and config.train.learning_rate == 0:
             yield (
                 f"method.teacher_learning_rate: {self.teacher_learning_rate:g} follows the "
@@ -263,38 +235,22 @@ def run(config: MixedVocabularyConfig, lab: Lab) -> StageResult:
 
 def _together(config: MixedVocabularyConfig, lab: Lab, teacher: str) -> Stage:
     """Return the stage of version 1, in which student and teacher learn (section 4, L_final)."""
-    projections = _projections(config)
-    if projections and config.projection_ratio is not None:
-        from megakd.methods.mixed_vocabulary.parameter_projections import Balanced
-
-        strategy = Balanced(config.projection_ratio, teacher)
-    else:
-        # The projections are computed once, in the student's pass.
-        without = {term.loss: 0.0 for term in projections} or None
-        strategy = Constant((Pass(), Pass(learner=teacher, weights=without)))
+    projections = ()
+    if config.direction in ("down", "up"):
+        # With p = 0 the teacher has no table for the student's pieces.
+        term = ParameterProjection(
+            direction=config.direction, embeddings=config.p > 0, epsilon=config.epsilon
+        )
+        projections = (term,)
+    # The projections are computed once, in the student's pass.
+    without = {term.loss: 0.0 for term in projections} or None
     rate, wanted = lab.config.train.learning_rate, config.teacher_learning_rate
     return Stage(
         name=STUDENT,
         learners={STUDENT: 1.0, teacher: 1.0 if wanted is None or not rate else wanted / rate},
         objective=(*lab.hard_terms(), *projections),
-        strategy=strategy,
+        strategy=Constant((Pass(), Pass(learner=teacher, weights=without))),
         mixed={teacher: MixedReading(config.p)},
-    )
-
-
-def _projections(config: MixedVocabularyConfig) -> tuple[Any, ...]:
-    # With p = 0 the teacher has no table for the student's pieces.
-    tables = config.p > 0 and config.embeddings is not False
-    if config.direction == "dual" and not (tables and config.embeddings):
-        return ()
-    return (
-        ParameterProjection(
-            direction="up" if config.direction == "up" else "down",
-            layers=config.direction != "dual",
-            vectors=config.vectors is not False,
-            embeddings=tables,
-            epsilon=config.epsilon,
-        ),
     )
 
 
@@ -338,7 +294,7 @@ def patient_kd(config: MixedVocabularyConfig, lab: Lab, student: StageResult) ->
     """
     del student
     teacher = lab.teacher(config.teacher)
-    patient = HiddenCosine(loss="hidden_cosine", positions="first", weight=config.patient_kd_weight)
+    patient = HiddenCosine(loss="hidden_cosine", positions="first", weight=PATIENT_KD_WEIGHT)
     return Stage(
         name=PATIENT_KD,
         teachers=(teacher,),

@@ -3,8 +3,7 @@
 Zhao et al. 2019 (arXiv 1909.11687 v1): no activations are compared. Every weight of a layer of the
 teacher is mapped to the shape of the student's weight (`down`), or the student's weight is mapped
 to the teacher's shape (`up`). A vector has a projection on one side. A matrix belongs to a pair of
-sizes, and all layers and all weights with an axis of these sizes share the matrix. `Balanced`
-measures the weight of the term.
+sizes, and all layers and all weights with an axis of these sizes share the matrix.
 """
 
 from __future__ import annotations
@@ -16,12 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import override
 
 from megakd.contract.batch import Batch, LossInputs, Unit
-from megakd.contract.stage import Pass, Strategy
 from megakd.contract.unit_counts import UnitCounter
-from megakd.engine.collectives import agree, all_reduce_
 from megakd.engine.sharding import full_shape
 from megakd.errors import TeacherError
 from megakd.losses.targets import Evaluated, TermGroup
@@ -30,11 +26,6 @@ from megakd.models.architectures import architecture_of
 from megakd.models.second_vocabulary import second_vocabulary
 
 NAME = "parameter_projection"
-CROSS_ENTROPY = "hard_cross_entropy"
-FAINT = 1e-6
-"""Weight of the term that is not measured. With 0 its weights would have no gradient at all."""
-MEASURED = (CROSS_ENTROPY, NAME)
-"""The terms whose gradients are measured, in this order, one per update."""
 
 
 def _one(batch: Batch) -> Tensor:
@@ -55,11 +46,6 @@ class Place(NamedTuple):
     def read(self) -> Tensor:
         """Return the weight; under ZeRO-3 only inside a module's forward."""
         return getattr(self.module, self.name)
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        """The weight as the optimizer knows it, which ZeRO 3 does not gather."""
-        return dict(self.module.named_parameters(recurse=False))[self.name]
 
 
 class Compared(NamedTuple):
@@ -149,19 +135,14 @@ class ParameterProjections(TermGroup):
         self.projections = SharedProjections(term.direction)
         self.layers = nn.ModuleList()
         self.elements = 0
-        self.matrices: list[Tensor] = []  # the compared matrices of the student
 
     def bind(self, learners: Mapping[str, nn.Module]) -> None:
         student, teacher = learners.values()
-        layers = compared_layers(student, teacher) if self.term.layers else []
-        if not self.term.vectors:
-            layers = [[p for p in layer if len(p.student.shape) > 1] for layer in layers]
+        layers = compared_layers(student, teacher)
         if self.term.embeddings:
             layers.append(_tables(student, teacher))
         for compared in layers:
             for pair in compared:
-                if len(pair.student.shape) > 1:
-                    self.matrices.append(pair.student.parameter)
                 self.projections.need(pair)
                 self.elements += math.prod(self.projections.ends(pair)[1].shape)
             self.layers.append(LayerErrors(tuple(compared), self.projections))
@@ -172,82 +153,6 @@ class ParameterProjections(TermGroup):
         total = total / (self.term.epsilon or self.elements)
         scale = reading.weights[NAME] * reading.per_unit["once"]
         return Evaluated(total * scale, {NAME: total.detach()})
-
-
-class Balanced(Strategy):
-    """Both models learn, and the projections weigh as much as `ratio` says.
-
-    With the mean over all elements, the gradient of the projections is hundreds of times smaller
-    than that of the cross-entropy, and with a sum it dominates. The scale depends on the sizes of
-    both models, so that the first two updates measure it.
-
-    The first update learns from the cross-entropies, the second from the projections and the
-    teacher's cross-entropy, and all others from everything. A measurement that is not finite, as
-    under fp16, is repeated.
-
-    ratio: the norm of the projections' gradient on the compared matrices of the student, divided
-        by that of the student's cross-entropy.
-    teacher: role of the teacher that learns beside the student.
-    """
-
-    def __init__(self, ratio: float, teacher: str) -> None:
-        self.ratio, self.teacher = ratio, teacher
-        self._norms: list[float] = []
-        self._names: frozenset[str] = frozenset()
-
-    @property
-    def weight(self) -> float:
-        """The weight of the projections' mean squared error; 1 until it is measured."""
-        if len(self._norms) < len(MEASURED):
-            return 1.0
-        cross_entropy, projections = self._norms
-        return self.ratio * cross_entropy / projections
-
-    @override
-    def begin(self, student: Any, step: int) -> None:
-        compared = {
-            id(matrix)
-            for group in student.bundle.modules()
-            if isinstance(group, ParameterProjections)
-            for matrix in group.matrices
-        }
-        named = student.student.named_parameters()
-        self._names = frozenset(name for name, weight in named if id(weight) in compared)
-
-    @override
-    def passes(self, step: int) -> tuple[Pass, ...]:
-        waiting = MEASURED[len(self._norms) :]
-        weights = {NAME: self.weight}
-        if waiting:
-            weights = {name: 1.0 if name == waiting[0] else FAINT for name in MEASURED}
-        # The projections are computed once, in the student's pass.
-        return (Pass(weights=weights), Pass(learner=self.teacher, weights={NAME: 0.0}))
-
-    @override
-    def before_update(self, step: int, student: Any) -> None:
-        """Measure the gradient of the term whose turn it is, which is complete and not clipped."""
-        if len(self._norms) == len(MEASURED):
-            return
-        squares = torch.zeros(1, dtype=torch.float64)
-        for shard in student.local_shards():
-            if shard.name in self._names:
-                squares += shard.gradient.double().square().sum().cpu()
-        total = all_reduce_(squares)
-        norm = math.sqrt(float(total)) if torch.isfinite(total) else 0.0
-        if norm > 0:
-            self._norms.append(agree(norm))
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return {"norms": list(self._norms)}
-
-    @override
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._norms = list(state["norms"])
-
-    @override
-    def scalars(self) -> Mapping[str, float]:
-        return {"projections/weight": self.weight}
 
 
 def compared_layers(student: nn.Module, teacher: nn.Module) -> list[list[Compared]]:
