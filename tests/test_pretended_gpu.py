@@ -182,7 +182,6 @@ METHODS = {
     "down": ("mlm", {**OWN, "projections": "down"}),
     "up": ("mlm", {**OWN, "projections": "up"}),
     "dual": ("mlm", {**OWN, "projections": "dual"}),
-    "version 2": ("mlm", {**OWN, "version": 2}),
     "mean_of_teachers": ("classification", {"name": "mean_of_teachers"}),
 }
 

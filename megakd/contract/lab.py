@@ -185,14 +185,6 @@ class Lab(Protocol):
         """Return the model of a teacher that is ready, for a student that starts as its teacher."""
         ...
 
-    def with_embeddings(self, result: StageResult) -> Model:
-        """Return the student with the embeddings that a stage has learned for its vocabulary.
-
-        The stage's model read mixed text through a table as wide as the student's, see
-        `Stage.mixed`.
-        """
-        ...
-
     def as_teacher(self, result: StageResult) -> str:
         """Register a stage's model as a teacher, and return the stage's name.
 

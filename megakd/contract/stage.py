@@ -232,15 +232,9 @@ class MixedReading(NamedTuple):
 
     probability: probability of each word to be cut with the student's vocabulary. Above 0, the
         model gets a second table of embeddings and a second output layer, for the student's pieces.
-    is_narrow: whether this table has the columns of the student's table and is lifted by an affine
-        map; otherwise the table has the columns of the model's own table.
-    from_pieces: whether this table starts from the model's own embeddings of each piece's string;
-        otherwise it starts from random values.
     """
 
     probability: float
-    is_narrow: bool = False
-    from_pieces: bool = False
 
 
 class Window(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ from megakd.contract.tasks import TaskType
 from megakd.data.arrow import arrow_batches, key_of, rows_key
 from megakd.data.chat.template import read_template
 from megakd.data.splits import Splits
-from megakd.data.vocabularies import ENCODER_ROLES, VERSION, encoder_template, train_tokenizer
+from megakd.data.vocabularies import VERSION, encoder_template, train_tokenizer
 from megakd.errors import DataError, first_line
 from megakd.process.terminal import in_home
 from megakd.storage.folders import check_given, whole_folder
@@ -40,8 +40,6 @@ DEFAULT_VOCAB_SIZE = 8000
 _MODEL_FILE = "spiece.model"
 _STOCK_MODEL_NAMES = (_MODEL_FILE, "tokenizer.model", "sentencepiece.bpe.model")
 _SENTENCEPIECE_BPE = 2
-CONTINUES = "##"
-"""Beginning of a WordPiece that does not begin a word."""
 # Usual names of special tokens, for files that do not declare their special tokens.
 _USUAL_NAMES = {
     "pad_token": ("[PAD]", "<pad>", "<|pad|>"),
@@ -78,29 +76,6 @@ class VocabularyPair(NamedTuple):
         pieces = set(self.student.get_vocab()).difference(self.student.all_special_tokens)
         known = set(self.teacher.get_vocab()).difference(self.teacher.all_special_tokens)
         return len(pieces & known) / max(1, len(pieces))
-
-    @property
-    def pieces(self) -> list[list[int]]:
-        """The teacher's tokens for the string of each of the student's tokens, by its number.
-
-        Special tokens correspond by role, and a piece that both vocabularies have is one token.
-        """
-        known = self.teacher.get_vocab()
-        numbers = ([getattr(t, f"{role}_id") for role in ENCODER_ROLES] for t in self)
-        special = {ours: [theirs] for ours, theirs in zip(*numbers, strict=True)}
-        names = self.student.convert_ids_to_tokens([*range(len(self.student))])
-        return [
-            special.get(number) or ([known[name]] if name in known else self._cut(name, known))
-            for number, name in enumerate(names)
-        ]
-
-    def _cut(self, name: str, known: Mapping[str, int]) -> list[int]:
-        """Return the teacher's tokens for a piece of WordPiece that the teacher does not have."""
-        text = name.removeprefix(CONTINUES)
-        first, *rest = self.teacher.tokenize(text) or [str(self.teacher.unk_token)]
-        inside = CONTINUES + first
-        first = inside if text != name and inside in known else first
-        return [known[piece] for piece in (first, *rest)]
 
 
 def load_tokenizer(

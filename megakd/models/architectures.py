@@ -186,10 +186,6 @@ class Architecture:
         """Return the width D of the hidden states."""
         return getattr(config, self.width)
 
-    def embedding_width(self, config: PretrainedConfig) -> int:
-        """Return the columns of the table of embeddings, which ELECTRA maps to the width."""
-        return getattr(config, "embedding_size", None) or self.hidden_width(config)
-
     def heads(self, config: PretrainedConfig) -> Heads:
         """Return the numbers of query heads and key heads, and the width of a head."""
         queries = getattr(config, self.attention_heads)

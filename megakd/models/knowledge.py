@@ -118,7 +118,6 @@ def _read(model: Any, batch: Batch) -> Knowledge:
     if second is None or pieces is None:
         return read
     chosen = architecture.before_language_head(model, states.flatten(0, 1)[pieces.positions])
-    chosen = second.before_head(chosen)
     return read._replace(second=Knowledge(hidden=chosen, head=SecondHead(second)))
 
 

@@ -205,7 +205,7 @@ class PhaseTracer:
         offsets = [learners[role].config.vocab_size for role in stage.mixed if role in learners]
         if vocabulary is None or self._phase.student is None or not offsets:
             return {}
-        return second_sizes(stage, self._phase.student, pieces=vocabulary.size, offset=max(offsets))
+        return second_sizes(stage, pieces=vocabulary.size, offset=max(offsets))
 
     def _mixed(self, stage: Stage, batch: Batch) -> dict[str, Batch]:
         batches = {}

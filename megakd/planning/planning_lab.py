@@ -212,9 +212,6 @@ class PlanningLab(LabBase, Shapes):
         # Every stage asks, and the lengths of all rows are read for the answer.
         return 0 if self._prepared is None else len(rows_with_targets(self._prepared.encoded.train))
 
-    def with_embeddings(self, result: StageResult) -> ModelSource:
-        return self._sources[STUDENT]  # its size does not depend on the embeddings
-
     def probe(self, stage: str) -> Any: ...
 
     def made_by(self, result: StageResult, name: str, read: Any) -> None: ...

@@ -16,7 +16,6 @@ from megakd.contract.lab import Pruning
 from megakd.contract.metric import Metric
 from megakd.contract.results import Assistant, ModelReport
 from megakd.contract.stage import Stage, StageResult
-from megakd.contract.tasks import STUDENT
 from megakd.data.arrow import column_of
 from megakd.data.loader import rows_with_targets
 from megakd.engine.activity import doing
@@ -125,12 +124,6 @@ class RunLab(LabBase):
         shape = step_shape(self.config.train, self._ranks)
         learned = len(rows_with_targets(self._prepared.encoded.train))
         return total_steps(self.config.train, shape.steps_per_epoch(learned))
-
-    def with_embeddings(self, result: StageResult) -> ModelSource:
-        from megakd.models.second_vocabulary import FILE, with_table
-
-        student = self._prepared.sources[STUDENT]
-        return main_first(lambda: with_table(student, self.config.task, result.folder / FILE))
 
     def probe(self, stage: str) -> StageProbe | None:
         return StageProbe(

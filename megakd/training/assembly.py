@@ -50,7 +50,6 @@ from megakd.models.packed_attention import set_attention
 from megakd.models.second_vocabulary import (
     SecondSize,
     add_second_vocabulary,
-    start_from_pieces,
 )
 from megakd.models.source import ModelSource, ReadyTeacher
 from megakd.process.phases import phase
@@ -160,8 +159,6 @@ class Assembly:
             add_second_vocabulary(
                 learners[role], size, ds=ds, dtype=TORCH_DTYPE[dtype], seed=self.config.seed
             )
-            if stage.mixed[role].from_pieces and self.prepared.pair is not None:
-                start_from_pieces(learners[role], self.prepared.pair.pieces)
         lora = self.config.lora_of(stage.role)
         if lora is not None:
             learner, source = learners[stage.role], self.learners(stage)[stage.role]
@@ -186,10 +183,10 @@ class Assembly:
 
     def second_sizes(self, stage: Stage) -> dict[str, SecondSize]:
         """Return the second vocabularies that the learners of a stage get, by role."""
-        pair, student = self.prepared.pair, self.prepared.sources[STUDENT]
+        pair = self.prepared.pair
         if pair is None:
             return {}
-        return second_sizes(stage, student, pieces=len(pair.student), offset=pair.offset)
+        return second_sizes(stage, pieces=len(pair.student), offset=pair.offset)
 
     @phase("models")
     @doing("loading a model")
@@ -286,18 +283,15 @@ class Assembly:
         return model
 
 
-def second_sizes(
-    stage: Stage, student: ModelSource, *, pieces: int, offset: int
-) -> dict[str, SecondSize]:
+def second_sizes(stage: Stage, *, pieces: int, offset: int) -> dict[str, SecondSize]:
     """Return the second vocabularies that the learners of a stage get, by role.
 
     Args:
-        pieces: size of the student's vocabulary; a narrow table is as wide as the student's.
+        pieces: size of the student's vocabulary.
         offset: size of the vocabulary before it in mixed text.
     """
-    narrow = student.architecture.embedding_width(student.config)
     return {
-        role: SecondSize(pieces, offset, narrow if reading.is_narrow else None)
+        role: SecondSize(pieces, offset)
         for role, reading in stage.mixed.items()
         if reading.probability > 0
     }

@@ -97,9 +97,6 @@ class LabBase(ABC):
     def train(self, stage: Stage) -> StageResult: ...
 
     @abstractmethod
-    def with_embeddings(self, result: StageResult) -> ModelSource: ...
-
-    @abstractmethod
     def _source(self, folder: Path, role: str) -> ModelSource:
         """Return the model that a stage wrote; messages name the config's section of `role`."""
 

@@ -61,13 +61,6 @@ class Pair:
         prefix = f"{prefixes['teacher']}second_vocabulary/"
         return result | {f"{prefix}{name}": weight.detach() for name, weight in self.second.items()}
 
-    def table(self) -> Tensor:
-        """The table of the student's pieces in the teacher's width."""
-        table = self.second["table.weight"]
-        if "lift.weight" not in self.second:
-            return table
-        return functional.linear(table, self.second["lift.weight"], self.second["lift.bias"])
-
     def student_loss(self, batch: Any) -> tuple[Tensor, int]:
         out = self.models["student"](**batch.inputs).logits
         labels = batch.labels
@@ -80,7 +73,7 @@ class Pair:
         """Cross-entropy of mixed text; each target has the softmax of its own vocabulary."""
         model, inputs = self.models["teacher"], dict(batch.inputs)
         table = model.bert.embeddings.word_embeddings.weight
-        joint = torch.cat([table[: self.method["offset"]], self.table()])
+        joint = torch.cat([table[: self.method["offset"]], self.second["table.weight"]])
         vectors = functional.embedding(inputs.pop("input_ids"), joint)
         hidden = model.bert(inputs_embeds=vectors, **inputs).last_hidden_state
         hidden = model.cls.predictions.transform(hidden).flatten(0, 1)
@@ -91,7 +84,7 @@ class Pair:
             reduction="sum",
         )
         chosen = functional.linear(
-            hidden[batch.extras.second.positions], self.table(), self.second["bias"]
+            hidden[batch.extras.second.positions], self.second["table.weight"], self.second["bias"]
         )
         second = functional.cross_entropy(
             chosen, batch.extras.second.labels, ignore_index=IGNORE, reduction="sum"

@@ -142,10 +142,7 @@ METHODS = {
     "up": {"projections": "up", "teacher_learning_rate": 0.002},
     "dual": {"projections": "dual"},
     "words": {"projections": "down", "p": 0.0, "epsilon": 500.0},
-    "version 2": {"version": 2, "teacher_steps": 3},
-    "version 2, random": {"version": 2, "teacher_steps": 3, "table": "random"},
 }
-TOGETHER = ["down", "up", "dual", "words"]
 
 
 @pytest.fixture(scope="module")
@@ -160,30 +157,30 @@ def alone(workers, folder, tmp_path_factory) -> dict:
     return {name: learned(name) for name in METHODS}
 
 
-def reference_of(
-    folder: Path, notes: dict, method: dict, *, learners: list[str]
-) -> tuple[Pair, list[dict]]:
+def reference_of(folder: Path, notes: dict, method: dict) -> tuple[Pair, list[dict]]:
     """Return the models and the losses of every step of plain PyTorch on the same batches."""
     offset = len(AutoTokenizer.from_pretrained(folder / "teacher"))
     assert offset < 320  # the teacher's table has further rows, as tables with padding have
-    roles = {"student": shape_of(STUDENT, vocab_size=PIECES)} if "student" in learners else {}
-    roles["teacher"] = shape_of(TEACHER, vocab_size=320)
+    roles = {
+        "student": shape_of(STUDENT, vocab_size=PIECES),
+        "teacher": shape_of(TEACHER, vocab_size=320),
+    }
     pair = Pair(notes["initial"], roles, {**method, "offset": offset})
     train = dict(TRAIN)
     if "teacher_learning_rate" in method:
         train["teacher_factor"] = method["teacher_learning_rate"] / TRAIN["learning_rate"]
-    return pair, trained(pair, notes["batches"], train, learners=learners)
+    return pair, trained(pair, notes["batches"], train, learners=[*roles])
 
 
 def assert_same(actual: dict, expected: dict) -> None:
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", TOGETHER)
+@pytest.mark.parametrize("name", METHODS)
 def test_one_rank_learns_as_plain_pytorch_does(folder, alone, name):
     notes, method = alone[name]["student"], METHODS[name]
 
-    pair, losses = reference_of(folder, notes, method, learners=["student", "teacher"])
+    pair, losses = reference_of(folder, notes, method)
 
     names = {
         "hard_cross_entropy": "student",
@@ -194,24 +191,6 @@ def test_one_rank_learns_as_plain_pytorch_does(folder, alone, name):
         actual = {names[name]: value for name, value in parts.items() if name in names}
         assert actual == pytest.approx(expected, rel=1e-5)
     assert_same(notes["final"], pair.weights({"student": "", "teacher": "teacher/"}))
-
-
-def test_the_first_stage_of_version_2_learns_as_plain_pytorch_and_gives_the_student_its_table(
-    folder, alone
-):
-    notes = alone["version 2"]["mixed-teacher"]
-
-    pair, losses = reference_of(folder, notes, {}, learners=["teacher"])
-
-    assert notes["initial"]["learners.0.second_vocabulary.table.weight"].shape == (PIECES, 12)
-    assert [parts["hard_cross_entropy"] for parts in notes["parts"]] == pytest.approx(
-        [expected["teacher"] for expected in losses], rel=1e-5
-    )
-    assert_same(notes["final"], pair.weights({"teacher": ""}))
-    table = alone["version 2"]["student"]["initial"][
-        "learners.0.bert.embeddings.word_embeddings.weight"
-    ]
-    assert torch.equal(table, notes["final"]["second_vocabulary/table.weight"])
 
 
 def test_two_vocabularies_go_on_with_other_ranks(goes_on, folder, tmp_path):
@@ -229,7 +208,6 @@ def test_two_vocabularies_go_on_with_other_ranks(goes_on, folder, tmp_path):
         ("down", 0),
         ("up", 1),
         ("dual", 2),
-        ("version 2", 2),
         *((name, 3) for name in METHODS),
     ],
 )

@@ -64,7 +64,7 @@ def test_an_optimizer_in_bf16_does_not_print_the_memory(capsys):
 
 
 def test_projections_from_the_identity_and_second_vocabularies_do_not_decay():
-    size = SecondSize(pieces=6, offset=9, width=2)
+    size = SecondSize(pieces=6, offset=9)
     model = nn.ModuleDict(
         {
             "identity": Projections(1, 4, 4, is_identity=True),

@@ -45,22 +45,6 @@ def pair() -> VocabularyPair:
     return VocabularyPair(trained([*COMMON, "x"], 28), trained([*COMMON, "y", "faced", "y"], 60))
 
 
-def test_a_piece_of_the_student_is_the_teachers_tokens_of_its_string(pair):
-    large, small = VocabularyPair(pair.teacher, pair.student)
-    names = large.convert_ids_to_tokens([*range(len(large))])
-
-    pieces = VocabularyPair(large, small).pieces
-    result = dict(zip(names, map(small.convert_ids_to_tokens, pieces), strict=True))
-
-    assert all(result[name] == [name] for name in large.all_special_tokens)
-    known = {name: tokens for name, tokens in result.items() if tokens != ["[UNK]"]}
-    assert result.keys() - known.keys() == {"[UNK]", *(name for name in result if "y" in name)}
-    assert any(len(tokens) > 1 for tokens in known.values())
-    for name, tokens in known.items():
-        assert tokens[0].startswith("##") == name.startswith("##")
-        assert "".join(tokens).replace("##", "") == name.removeprefix("##")
-
-
 def task(**keys: Any) -> TaskConfig:
     given: Any = {"max_length": LENGTH} | keys
     return TaskConfig(type="mlm", dataset="none", **given)

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from mixed_runs import mixed, plain, words
 from safetensors.torch import load_file
 from tiny_runs import NO_DROPOUT, bert, write_jsonl
 from transformers import AutoModelForMaskedLM, AutoTokenizer
-from whole_run import finish, forgotten, read
-
-from megakd.contract.metric import WHOLE
-from megakd.contract.stage import Verdict
-from megakd.methods.mixed_vocabulary import LastStep
+from whole_run import finish, read
 
 
 def same_models(one: Path, other: Path) -> bool:
@@ -31,44 +24,24 @@ def same_models(one: Path, other: Path) -> bool:
 
 
 ELECTRA = bert(2, 12, model_type="electra", embedding_size=8)
-VERSION_2 = {"version": 2, "teacher_steps": 4}
-# The sections of the runs that others are compared with.
-RUNS: dict[str, dict[str, Any]] = {
-    "version 1": {"eval": {"eval_steps": 3, "keep_best": False}},
-    "version 2": {"method": VERSION_2},
-}
+EVALUATED: dict[str, Any] = {"eval": {"eval_steps": 3, "keep_best": False}}
 
 
 @pytest.fixture(scope="module")
-def finished(one_rank, tmp_path_factory) -> Callable[[str], Path]:
-    """Gives the output folder of a run, by its name in `RUNS`."""
-
-    @cache
-    def out_of(name: str) -> Path:
-        folder = tmp_path_factory.mktemp("mixed")
-        more = {"baselines": ["alone", "patient_kd"]} if name == "version 1" else {}
-        outcome = finish(one_rank, mixed(folder, **RUNS[name], **more))
-        assert "100 pieces trained on the training text" in outcome.err
-        return folder / "out"
-
-    return out_of
+def trained(one_rank, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("mixed")
+    outcome = finish(one_rank, mixed(folder, **EVALUATED, baselines=["alone", "patient_kd"]))
+    assert "100 pieces trained on the training text" in outcome.err
+    return folder / "out"
 
 
-@pytest.fixture(scope="module")
-def trained(finished) -> Path:
-    return finished("version 1")
-
-
-@pytest.mark.parametrize("name", ["version 1", "version 2"])
-def test_the_student_is_a_plain_model_with_its_own_vocabulary(finished, name):
-    out = finished(name)
-
-    model = AutoModelForMaskedLM.from_pretrained(out / "final")
-    tokenizer = AutoTokenizer.from_pretrained(out / "final")
+def test_the_student_is_a_plain_model_with_its_own_vocabulary(trained):
+    model = AutoModelForMaskedLM.from_pretrained(trained / "final")
+    tokenizer = AutoTokenizer.from_pretrained(trained / "final")
 
     assert (model.config.vocab_size, len(tokenizer)) == (100, 100)
     assert model.config.hidden_size == 8
-    names = load_file(out / "final" / "model.safetensors").keys()
+    names = load_file(trained / "final" / "model.safetensors").keys()
     assert not [name for name in names if "second" in name or "projection" in name]
     encoded = tokenizer(" ".join(words()), return_tensors="pt", truncation=True, max_length=24)
     assert model(**encoded).logits.isfinite().all()
@@ -109,41 +82,14 @@ def test_the_report_compares_models_by_nats_per_character(one_rank, trained):
     assert all(sample["teacher"] is None for sample in report["samples"])
 
 
-def test_a_table_that_the_teacher_learned_is_not_taken_for_another_width(
-    one_rank, finished, tmp_path
-):
-    config = mixed(tmp_path, method=VERSION_2)
-    forgotten(finished("version 2"), tmp_path / "out", stage="student", after=0)
+def test_a_stopped_run_goes_on_to_the_same_weights_of_both_models(one_rank, trained, tmp_path):
+    path = mixed(tmp_path, save={"save_steps": 1}, **EVALUATED)
 
-    outcome = one_rank.train("--config", config, "student.model.config.hidden_size=16", code=2)
-
-    assert "student.model.config.hidden_size: 8 there, 16 here" in outcome.err
-
-
-def test_the_teachers_table_may_start_from_random_values(one_rank, finished, tmp_path):
-    finish(one_rank, mixed(tmp_path, method=VERSION_2 | {"table": "random"}))
-
-    one, other = (
-        load_file(out / "stages/mixed-teacher/second_vocabulary.safetensors")["lift.bias"]
-        for out in (tmp_path / "out", finished("version 2"))
-    )
-    assert not torch.equal(one, other)
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_a_stopped_run_goes_on_to_the_same_weights_of_all_models(
-    one_rank, finished, tmp_path, name
-):
-    path = mixed(tmp_path, save={"save_steps": 1}, **RUNS[name])
-    stops = {"student": 4} | ({"mixed-teacher": 2} if name == "version 2" else {})
-
-    for stage, step in reversed(stops.items()):
-        assert one_rank.train("--config", path, stop_at=(stage, step)).code != 0
+    assert one_rank.train("--config", path, stop_at=("student", 4)).code != 0
     outcome = finish(one_rank, path)
 
     assert "student: resumed at step 5" in outcome.err
-    for stage in stops:
-        assert same_models(*(out / "stages" / stage for out in (tmp_path / "out", finished(name))))
+    assert same_models(*(out / "stages" / "student" for out in (tmp_path / "out", trained)))
 
 
 def test_a_changed_option_trains_the_stage_again(one_rank, trained):
@@ -177,22 +123,6 @@ def test_a_plan_covers_both_models_and_both_vocabularies(one_rank, tmp_path):
         peaks[kind] = json.loads(outcome.out)["roles"]["student"]["weights"]
 
     assert peaks["none"] < peaks["dual"] < peaks["down"]
-
-
-def test_a_student_with_a_table_narrower_than_its_states_starts_from_its_teachers(
-    one_rank, tmp_path
-):
-    finish(one_rank, mixed(tmp_path, method={"version": 2}, student={"model": ELECTRA}))
-
-    folder = tmp_path / "out/stages/mixed-teacher"
-    assert load_file(folder / "second_vocabulary.safetensors")["table.weight"].shape == (100, 8)
-
-
-def test_the_table_of_the_last_step_is_handed_over():
-    """Evaluations say little of the table, so that the latest wins and none ends the stage."""
-    verdict = LastStep()({WHOLE: {"loss": 9.0}}, 6)
-
-    assert verdict == Verdict(6.0, WHOLE, counts=False)
 
 
 def test_words_that_the_teacher_does_not_know_are_unknown_to_it_and_its_tokenizer_is_compared(

@@ -16,7 +16,6 @@ from megakd.models.second_vocabulary import (
     SecondSize,
     add_second_vocabulary,
     second_vocabulary,
-    start_from_pieces,
     without_second_vocabulary,
 )
 
@@ -27,9 +26,9 @@ def plain_model(family: str):
     return build(family, "mlm", pad_token_id=0)
 
 
-def model_of(family: str, width: int | None = None):
+def model_of(family: str):
     model = plain_model(family)
-    size = SecondSize(PIECES, OWN, width)
+    size = SecondSize(PIECES, OWN)
     add_second_vocabulary(model, size, ds=None, dtype=torch.float32, seed=1)
     return model
 
@@ -66,29 +65,23 @@ def loss_of(model, batch: Batch) -> torch.Tensor:
     return LanguageModelTargets((), hard=True)(reading).total
 
 
-def lifted(model) -> torch.Tensor:
-    second = second_vocabulary(model)
-    assert second is not None
-    return second.table.weight if second.lift is None else second.lift(second.table.weight)
-
-
-@pytest.mark.parametrize("width", [None, 4])
 @pytest.mark.parametrize("family", MASKED)
-def test_every_target_has_the_softmax_of_its_own_vocabulary(family, width):
-    model = model_of(family, width)
+def test_every_target_has_the_softmax_of_its_own_vocabulary(family):
+    model = model_of(family)
     batch = batch_of([1, 5, OWN + 3, 7, OWN + 9], {1: 6, 3: 7}, {2: 4, 4: 9})
 
     total = loss_of(model, batch)
 
-    table = model.get_input_embeddings().weight
-    vectors = functional.embedding(batch.inputs["input_ids"], torch.cat([table, lifted(model)]))
+    second = second_vocabulary(model)
+    assert second is not None
+    tables = model.get_input_embeddings().weight, second.table.weight
+    vectors = functional.embedding(batch.inputs["input_ids"], torch.cat(tables))
     hidden = []
     model.get_output_embeddings().register_forward_pre_hook(
         lambda _, given: hidden.append(given[0])
     )
     out = model(inputs_embeds=vectors, attention_mask=batch.inputs["attention_mask"])
-    bias = second_vocabulary(model).bias  # type: ignore[union-attr]
-    others = functional.linear(hidden[-1], lifted(model), bias)[0]
+    others = functional.linear(hidden[-1], second.table.weight, second.bias)[0]
     expected = functional.cross_entropy(
         out.logits[0, [1, 3]], torch.tensor([6, 7]), reduction="sum"
     ) + functional.cross_entropy(others[[2, 4]], torch.tensor([4, 9]), reduction="sum")
@@ -130,36 +123,14 @@ def test_targets_of_the_student_do_not_touch_the_output_layer_of_the_teacher():
 
 
 def test_new_weights_depend_on_the_seed_alone():
-    first, second = model_of("bert", 4), model_of("bert", 4)
+    first, second = model_of("bert"), model_of("bert")
 
     ours, theirs = (second_vocabulary(model).state_dict() for model in (first, second))  # type: ignore[union-attr]
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize("width", [None, 4])
-def test_a_table_starts_from_the_principal_components_of_the_models_own_pieces(width):
-    model = model_of("bert", width)
-    tokens = [[number] for number in range(PIECES - 2)] + [[3, 9], [5, 5, 20]]
-
-    start_from_pieces(model, tokens)
-
-    second = second_vocabulary(model)
-    assert second is not None
-    embeddings = model.get_input_embeddings().weight.detach()
-    wanted = torch.stack([embeddings[some].mean(0) for some in tokens])
-    table = second.table.weight.detach()
-    if second.lift is None:
-        torch.testing.assert_close(table, wanted)
-        return
-    center = wanted.mean(0)
-    left_out = torch.linalg.svdvals(wanted - center)[4:]
-    error = second.lift(table).detach() - wanted
-    torch.testing.assert_close(error.square().sum(), left_out.square().sum())
-    torch.testing.assert_close(second.lift.bias.detach(), center)
-
-
 def test_the_files_of_a_model_keep_both_vocabularies_apart():
-    model = model_of("bert", 4)
+    model = model_of("bert")
 
     state, content = without_second_vocabulary(gathered_state(model))
     names = [name for name, _ in state]
@@ -167,8 +138,6 @@ def test_the_files_of_a_model_keep_both_vocabularies_apart():
     assert names == [n for n, _ in gathered_state(plain_model("bert"))]
     stored = load(content())
     assert {name: tuple(weight.shape) for name, weight in stored.items()} == {
-        "table.weight": (PIECES, 4),
-        "lift.weight": (24, 4),
-        "lift.bias": (24,),
+        "table.weight": (PIECES, 24),
         "bias": (PIECES,),
     }

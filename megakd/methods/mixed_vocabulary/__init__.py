@@ -1,22 +1,19 @@
 """Students with a small vocabulary of their own, and teachers that read both vocabularies.
 
-Version 1 (Zhao et al. 2019, arXiv 1909.11687 v1): teacher and student learn masked tokens together.
-Each word of the teacher's text is cut with the student's vocabulary with probability `p`, and the
-weights of both models are compared through shared projections. Version 2 (Zhao et al. 2021, arXiv
-1909.11687 v2, EACL): the teacher first learns the student's pieces through a narrow table of
-embeddings, and the student then starts from this table.
+Zhao et al. 2019 (arXiv 1909.11687 v1): teacher and student learn masked tokens together. Each word
+of the teacher's text is cut with the student's vocabulary with probability `p`, and the weights of
+both models are compared through shared projections.
 
 Differs from the paper: the weight of the cross-entropies beside the sum of squared errors was not
 found, and is the number of compared elements by default (`epsilon`). Whether the tables of
-embeddings are compared was not found either; here they are. Nor was how the second table starts
-(`table`). The paper's teacher learns next sentences too; here it learns masked tokens only.
+embeddings are compared was not found either; here they are. Nor was how the second table starts;
+here its values are random. The paper's teacher learns next sentences too; here it learns masked
+tokens only.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,21 +21,17 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from megakd.contract.lab import Lab
-from megakd.contract.metric import WHOLE
 from megakd.contract.options import OneTeacherOptions, StudentVocabulary
 from megakd.contract.stage import (
     Constant,
     MixedReading,
     Pass,
-    Scores,
     Stage,
     StageResult,
-    Verdict,
 )
 from megakd.contract.tasks import STUDENT
 from megakd.contract.terms import (
     STRICT,
-    Count,
     Fraction,
     HiddenCosine,
     MethodTerm,
@@ -47,8 +40,6 @@ from megakd.contract.terms import (
 from megakd.contract.views import Shape
 from megakd.errors import TeacherError
 
-Projections = Literal["none", "dual", "down", "up"]
-Table = Literal["random", "pieces"]
 PATIENT_KD = "patient_kd"
 PATIENT_KD_WEIGHT = 10.0
 """Weight of the hidden states in the baseline `patient_kd`."""
@@ -75,16 +66,14 @@ class ParameterProjection(MethodTerm):
             raise TeacherError(
                 "method.projections: compares the models layer by layer, and the teacher has "
                 f"{teacher.layers} layers and the student {student.layers}; set the "
-                f"student's number of layers to {teacher.layers}, set method.version to 2, which "
-                "compares no weights, or set method.projections to dual"
+                f"student's number of layers to {teacher.layers}, or set method.projections to dual"
             )
         if len(set(families)) > 1:
             ours, other = families
             raise TeacherError(
                 "method.projections: compares weights by name, and the teacher is a model of type "
                 f"{other} and the student of type {ours}; set model_type of the student to "
-                f"{other}, set method.version to 2, which compares no weights, or set "
-                "method.projections to dual"
+                f"{other}, or set method.projections to dual"
             )
 
     def group(self) -> Any:
@@ -97,29 +86,22 @@ class ParameterProjection(MethodTerm):
 class MixedVocabularyConfig(OneTeacherOptions):
     """The student has a small vocabulary of its own, which the teacher learns to read too.
 
-    version: 1 trains both models together with shared projections, 2 trains the teacher first.
     student_vocabulary: size of the vocabulary, which is trained on the training text.
     p: probability of each word of the teacher's text to be cut with the student's vocabulary.
-    projections: of version 1: `none` trains the student alone; `dual` trains both models and
-        compares nothing; `down` maps the teacher's weights to the student's shapes; `up` maps the
-        student's weights to the teacher's shapes. Null: `down`.
-    epsilon: of version 1: weight of the cross-entropies beside the sum of squared errors; null: the
-        number of compared elements, so that errors are averaged.
+    projections: `none` trains the student alone; `dual` trains both models and compares nothing;
+        `down` maps the teacher's weights to the student's shapes; `up` maps the student's weights
+        to the teacher's shapes.
+    epsilon: weight of the cross-entropies beside the sum of squared errors; null: the number of
+        compared elements, so that errors are averaged.
     teacher_learning_rate: learning rate of the teacher; null: as the student's.
-    teacher_steps: of version 2: steps in which the teacher learns; null: as many as the student.
-    table: of version 2: the student's pieces start from `random` embeddings, or from those of the
-        teacher's `pieces` of the same string, reduced to the student's width; null: `pieces`.
     """
 
     name: Literal["mixed_vocabulary"]
-    version: Literal[1, 2] = 1
     student_vocabulary: StudentVocabulary = StudentVocabulary()
     p: Fraction = 0.5
-    projections: Projections | None = None
+    projections: Literal["none", "dual", "down", "up"] = "down"
     epsilon: Positive | None = None
     teacher_learning_rate: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    teacher_steps: Count | None = None
-    table: Table | None = None
 
     @property
     def looks_into_teacher(self) -> bool:
@@ -129,11 +111,6 @@ class MixedVocabularyConfig(OneTeacherOptions):
     @property
     def own_vocabulary(self) -> StudentVocabulary:
         return self.student_vocabulary
-
-    @property
-    def direction(self) -> Projections:
-        """The kind of projections, with the default of version 1."""
-        return self.projections or "down"
 
     def student_tokenizer(self, splits: Any, teacher: Any, *, cache_dir: Path) -> Any:
         """Train the student's tokenizer, and check that the teacher's can be mixed with it."""
@@ -166,8 +143,16 @@ class MixedVocabularyConfig(OneTeacherOptions):
 
     def problems(self, config: Any) -> Iterator[str]:
         yield from super().problems(config)
-        yield from self._of_another_version()
-        yield from self._without_effect(config)
+        if self.projections == "none":
+            why = "method.projections none trains the student alone"
+            yield from self.unused({"epsilon", "teacher_learning_rate"}, why)
+        elif self.projections == "dual":
+            yield from self.unused({"epsilon"}, "method.projections dual compares nothing")
+        if self.teacher_learning_rate and config.train.learning_rate == 0:
+            yield (
+                f"method.teacher_learning_rate: {self.teacher_learning_rate:g} follows the "
+                "schedule of train.learning_rate, which is 0; raise train.learning_rate"
+            )
         if config.task.type != "mlm":
             yield (
                 f"task.type: mixed_vocabulary learns masked tokens of text and needs mlm (got "
@@ -180,33 +165,10 @@ class MixedVocabularyConfig(OneTeacherOptions):
             )
         if config.objective is not None:
             yield (
-                "objective: mixed_vocabulary has the losses of its version; remove the section, "
+                "objective: mixed_vocabulary has losses of its own; remove the section, "
                 "and see method.projections and method.epsilon"
             )
         yield from self._of_student(config.student.model)
-
-    def _of_another_version(self) -> Iterator[str]:
-        of_version = {1: {"projections", "epsilon"}, 2: {"teacher_steps", "table"}}
-        other = 3 - self.version
-        why = f"it is an option of version {other}, which method.version is not ({self.version})"
-        yield from self.unused(of_version[other], why)
-        if self.version == 2 and self.p == 0:
-            yield (
-                "method.p: 0, and in version 2 the student starts from the pieces that its teacher "
-                "has read; set a probability above 0, such as 0.5"
-            )
-
-    def _without_effect(self, config: Any) -> Iterator[str]:
-        if self.version == 1 and self.direction == "none":
-            why = "method.projections none trains the student alone"
-            yield from self.unused({"epsilon", "teacher_learning_rate"}, why)
-        elif self.direction == "dual":
-            yield from self.unused({"epsilon"}, "method.projections dual compares nothing")
-        if self.teacher_learning_rate and config.train.learning_rate == 0:
-            yield (
-                f"method.teacher_learning_rate: {self.teacher_learning_rate:g} follows the "
-                "schedule of train.learning_rate, which is 0; raise train.learning_rate"
-            )
 
     def _of_student(self, model: Any) -> Iterator[str]:
         shape = getattr(model, "config", None)
@@ -224,66 +186,29 @@ class MixedVocabularyConfig(OneTeacherOptions):
 
 
 def run(config: MixedVocabularyConfig, lab: Lab) -> StageResult:
-    """Train the student as the version says."""
+    """Train student and teacher together (section 4, L_final), or the student alone."""
     teacher = lab.teacher(config.teacher)
-    if config.version == 2:
-        return _after_teacher(config, lab, teacher)
-    if config.direction == "none":
+    if config.projections == "none":
         return lab.train(Stage(name=STUDENT, objective=lab.hard_terms()))
-    return lab.train(_together(config, lab, teacher))
-
-
-def _together(config: MixedVocabularyConfig, lab: Lab, teacher: str) -> Stage:
-    """Return the stage of version 1, in which student and teacher learn (section 4, L_final)."""
     projections = ()
-    if config.direction in ("down", "up"):
+    if config.projections != "dual":
         # With p = 0 the teacher has no table for the student's pieces.
         term = ParameterProjection(
-            direction=config.direction, embeddings=config.p > 0, epsilon=config.epsilon
+            direction=config.projections, embeddings=config.p > 0, epsilon=config.epsilon
         )
         projections = (term,)
     # The projections are computed once, in the student's pass.
     without = {term.loss: 0.0 for term in projections} or None
-    rate, wanted = lab.config.train.learning_rate, config.teacher_learning_rate
-    return Stage(
+    rate, of_teacher = lab.config.train.learning_rate, config.teacher_learning_rate
+    factor = 1.0 if of_teacher is None or not rate else of_teacher / rate
+    stage = Stage(
         name=STUDENT,
-        learners={STUDENT: 1.0, teacher: 1.0 if wanted is None or not rate else wanted / rate},
+        learners={STUDENT: 1.0, teacher: factor},
         objective=(*lab.hard_terms(), *projections),
         strategy=Constant((Pass(), Pass(learner=teacher, weights=without))),
         mixed={teacher: MixedReading(config.p)},
     )
-
-
-def _after_teacher(config: MixedVocabularyConfig, lab: Lab, teacher: str) -> StageResult:
-    """Train the teacher on mixed text, then the student from the table that the teacher learned."""
-    settings = {"max_steps": config.teacher_steps, "learning_rate": config.teacher_learning_rate}
-    given = {key: value for key, value in settings.items() if value is not None}
-    reading = MixedReading(config.p, is_narrow=True, from_pieces=config.table != "random")
-    stage_one = Stage(
-        name="mixed-teacher",
-        learners={teacher: 1.0},
-        start=lab.model(teacher),
-        objective=lab.hard_terms(),
-        mixed={teacher: reading},
-        train=dataclasses.replace(lab.config.train, **given),
-        judge=LastStep(),
-    )
-    start = lab.with_embeddings(lab.train(stage_one))
-    return lab.train(Stage(name=STUDENT, start=start, objective=lab.hard_terms()))
-
-
-@plain_dataclass(frozen=True)
-class LastStep:
-    """A judge that prefers later evaluations: text in the teacher's words says little of the table.
-
-    Evaluations score the teacher's own vocabulary, and the student starts from the table for its
-    pieces.
-    """
-
-    def __call__(self, scores: Scores, step: int) -> Verdict:
-        """Return the step as the score, which early stopping does not count."""
-        del scores
-        return Verdict(float(step), WHOLE, counts=False)
+    return lab.train(stage)
 
 
 def patient_kd(config: MixedVocabularyConfig, lab: Lab, student: StageResult) -> Stage:
