@@ -120,22 +120,6 @@ class PruningReport(TypedDict):
     step_seconds: float | None
 
 
-class CostReport(TypedDict):
-    """Cost of a method's choice, and the estimated cost of an alternative method.
-
-    seconds: seconds of training, as in `stages`.
-    alternative, alternative_does: name and description of the alternative method.
-    alternative_seconds: estimated from the speed of this run.
-    """
-
-    trials: int
-    seconds: float
-    alternative: str
-    alternative_does: str
-    alternative_trials: int
-    alternative_seconds: float
-
-
 class ParameterCounts(NamedTuple):
     """Numbers of weights; `encoder_parameters` excludes embeddings, pooler, decoder and heads."""
 
@@ -166,7 +150,6 @@ class MethodRecord:
     candidates: list[CandidateReport] = field(default_factory=list)
     assistants: list[Assistant] = field(default_factory=list)
     asked: AskedReport | None = None
-    cost: CostReport | None = None
     pool: PoolReport | None = None
     pruning: list[PruningReport] = field(default_factory=list)
     dev_scores: dict[str, float] = field(default_factory=dict)

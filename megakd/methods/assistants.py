@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
-import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal
@@ -19,7 +17,6 @@ from megakd.contract.stage import Constant, Pass, Stage
 from megakd.contract.tasks import TEACHER
 from megakd.contract.terms import (
     ATTENTION_TERMS,
-    STATE_TERMS,
     STRICT,
     AttentionMse,
     Count,
@@ -31,12 +28,8 @@ from megakd.contract.terms import (
 from megakd.contract.views import Allocation, Heads, Shape, View
 from megakd.errors import ConfigError
 
-logger = logging.getLogger(__name__)
 DEPTHS = 6
 """Hidden states are compared at the layers 0, L/6, 2L/6, …, L."""
-RELATION_HEADS = 32
-"""Used if hidden states have several widths, provided that 32 divides the width of a head; else
-the greatest common divisor of the teacher's number of heads and the width of a head."""
 
 
 def _rising(sparsities: tuple[float, ...]) -> tuple[float, ...]:
@@ -95,8 +88,7 @@ class ImportanceOptions(MethodOptions):
 class AssistantOptions(ImportanceOptions):
     """Options of all methods with teacher assistants.
 
-    target_sparsity: share of the attention heads and of the neurons that the student lacks; with
-        `residual`, share of the weights between heads or neurons and the hidden states.
+    target_sparsity: share of the attention heads and of the neurons that the student lacks.
     sparsities: grid of the candidates' sparsities; must contain the target (except for direct).
     tradeoff: lambda, the weight of sparsity in metric + lambda * sparsity.
     metric: metric of the trade-off; null: the main metric of the task.
@@ -104,8 +96,6 @@ class AssistantOptions(ImportanceOptions):
         norm of their layer, as in the authors' code; `uniform` removes the same share of every
         layer.
     round_to: neurons and rows of heads are removed in multiples of this number.
-    residual: whether the width of the hidden states is reduced too; width, heads and neurons then
-        lose 1 - sqrt(1 - sparsity) each.
     """
 
     target_sparsity: Sparsity = 0.9
@@ -114,7 +104,6 @@ class AssistantOptions(ImportanceOptions):
     metric: str | None = None
     allocation: Allocation = "global"
     round_to: Count = 8
-    residual: bool = False
 
     @property
     def used_sparsities(self) -> tuple[float, ...]:
@@ -128,27 +117,17 @@ class AssistantOptions(ImportanceOptions):
 
     def problems(self, config: Any) -> Iterator[str]:
         yield from super().problems(config)
-        yield from self._problems_of_objective(config.objective or ())
-        if self.target_sparsity not in self.used_sparsities:
-            grid = ", ".join(f"{sparsity:g}" for sparsity in self.sparsities)
-            yield (
-                f"method.target_sparsity: {self.target_sparsity:g} is not among method.sparsities "
-                f"({grid}); add the value to method.sparsities, or choose one of them"
-            )
-
-    def _problems_of_objective(self, terms: Sequence[TermConfig]) -> Iterator[str]:
-        if any(isinstance(term, AttentionMse) for term in terms):
+        if any(isinstance(term, AttentionMse) for term in config.objective or ()):
             yield (
                 "objective: attention_mse compares attention head by head, and the student has "
                 "fewer heads than its teacher; use relation_kl, which supports different numbers "
                 "of heads"
             )
-        states = [term.loss for term in terms if isinstance(term, STATE_TERMS)]
-        if self.residual and states:
+        if self.target_sparsity not in self.used_sparsities:
+            grid = ", ".join(f"{sparsity:g}" for sparsity in self.sparsities)
             yield (
-                f"objective: {', '.join(states)} compares hidden states of the same width, and "
-                "method.residual: true makes the hidden states of every candidate narrower; use "
-                "relation_kl or soft targets, or set method.residual to false"
+                f"method.target_sparsity: {self.target_sparsity:g} is not among method.sparsities "
+                f"({grid}); add the value to method.sparsities, or choose one of them"
             )
 
 
@@ -167,13 +146,12 @@ def views_of(
 def view_of(config: AssistantOptions, lab: Lab, ranked: SortedModel, sparsity: float) -> View:
     """Return the view of one candidate."""
     shape = Shape(lab.given(TEACHER).depth, width=0, vocabulary=0)
-    terms = [term for term in objective_of(config, lab) if isinstance(term, ATTENTION_TERMS)]
+    terms = [term for term in objective_of(lab) if isinstance(term, ATTENTION_TERMS)]
     pairs = [pair for term in terms for pair in layer_pairs(term, shape, shape)]
     return ranked.view_at(
         sparsity,
         allocation=config.allocation,
         round_to=config.round_to,
-        residual=config.residual,
         # An attention, numbered from 0, whose vectors a loss compares must keep a head.
         with_heads=frozenset(layer - 1 for pair in pairs for layer in pair),
     )
@@ -183,25 +161,16 @@ def ranked_teacher(config: AssistantOptions, lab: Lab) -> tuple[str, SortedModel
     """Return the name of the teacher, and the sorted teacher, with which these methods begin."""
     check_reach(config, lab)
     teacher = lab.teacher()
-    return teacher, config.ranked_units(lab, teacher, residual=config.residual)
+    return teacher, config.ranked_units(lab, teacher)
 
 
 def check_reach(config: AssistantOptions, lab: Lab) -> None:
     """Check, before any training, that all models can be cut that the method will cut."""
     if config.weighs:
         lab.metric(config.metric)
-    terms = objective_of(config, lab)
-    for term in terms:
+    for term in objective_of(lab):
         if isinstance(term, RelationKl):
             _check_relations(term, lab.given(TEACHER).heads)
-    if config.residual and lab.config.objective is None:
-        (term,) = terms
-        logger.info(
-            "objective: relation_kl of the last layer, of queries, keys and values, with %s "
-            "relation heads; the output head is not trained: the student keeps the narrowed head "
-            "of the teacher",
-            getattr(term, "relation_heads", None),
-        )
     # The distribution of units over the layers, and so the effect of rounding, is not yet known.
     exact = dataclasses.replace(config, round_to=1) if config.allocation != "uniform" else config
     views_of(exact, lab, lab.pruning.unscored(), config.used_sparsities)
@@ -221,13 +190,12 @@ def _check_relations(term: RelationKl, heads: Heads) -> None:
         )
 
 
-def objective_of(config: AssistantOptions, lab: Lab) -> tuple[TermConfig, ...]:
+def objective_of(lab: Lab) -> tuple[TermConfig, ...]:
     """Return the objective of the config, or the objective of the paper, which uses no labels.
 
     Relations are cut into as many parts as the teacher has heads, also if an assistant teaches.
     The paper's objective is that of its code, hidden states at seven depths and soft targets, with
-    half weight each. With `residual` it is the task-agnostic variant, as in the code of MiniMoE by
-    the same authors: relations of queries, keys and values of the last layer, a third each.
+    half weight each.
     """
     teacher, given = lab.given(TEACHER), lab.config.objective
     if given is not None:
@@ -238,11 +206,6 @@ def objective_of(config: AssistantOptions, lab: Lab) -> tuple[TermConfig, ...]:
             else term
             for term in given
         )
-    if config.residual:
-        heads = teacher.heads
-        fits = heads.width % RELATION_HEADS == 0
-        count = RELATION_HEADS if fits else math.gcd(heads.queries, heads.width)
-        return (RelationKl(loss="relation_kl", relation_heads=count),)
     depths = dict.fromkeys(round(index * teacher.depth / DEPTHS) for index in range(DEPTHS + 1))
     mapping = tuple(f"{depth}:{depth}" for depth in depths)
     hidden = HiddenMse(loss="hidden_mse", weight=0.5, layer_mapping=mapping)
@@ -250,12 +213,12 @@ def objective_of(config: AssistantOptions, lab: Lab) -> tuple[TermConfig, ...]:
     return (hidden, *lab.soft_terms(0.5))
 
 
-def leg(config: AssistantOptions, lab: Lab, name: str, *, teacher: str, start: Model) -> Stage:
+def leg(lab: Lab, name: str, *, teacher: str, start: Model) -> Stage:
     """Return a stage with one teacher and one model of fixed size, cut out of the teacher."""
     return Stage(
         name=name,
         teachers=(teacher,),
         start=start,
-        objective=objective_of(config, lab),
+        objective=objective_of(lab),
         strategy=Constant((Pass(teacher=teacher),)),
     )

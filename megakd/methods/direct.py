@@ -33,4 +33,4 @@ def run(config: DirectConfig, lab: Lab) -> StageResult:
     teacher, ranked = ranked_teacher(config, lab)
     view = view_of(config, lab, ranked, config.target_sparsity)
     start = lab.pruning.cut(ranked.source, view, "cut")
-    return lab.train(leg(config, lab, "student", teacher=teacher, start=start))
+    return lab.train(leg(lab, "student", teacher=teacher, start=start))

@@ -68,11 +68,11 @@ def _route(config: MaxiDiscConfig, lab: Lab, ranked: SortedModel, sparsity: floa
     view = view_of(config, lab, ranked, sparsity)
     name = view_name(sparsity)
     start = lab.pruning.cut(ranked.source, view, f"cut-{name}")
-    first = lab.train(leg(config, lab, f"leg-{name}", teacher=lab.teacher(), start=start))
+    first = lab.train(leg(lab, f"leg-{name}", teacher=lab.teacher(), start=start))
     if sparsity == config.target_sparsity:
         return Route(sparsity, first, first)
     target = view_of(config, lab, ranked, config.target_sparsity)
     assistant = lab.as_teacher(first)
     start = lab.pruning.cut(lab.source(first.folder), target, f"cut-through-{name}")
-    second = lab.train(leg(config, lab, f"student-through-{name}", teacher=assistant, start=start))
+    second = lab.train(leg(lab, f"student-through-{name}", teacher=assistant, start=start))
     return Route(sparsity, first, second)

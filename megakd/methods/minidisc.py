@@ -14,18 +14,15 @@ trial stops early only if `train.early_stopping_patience` is set.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass as plain_dataclass
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from megakd.contract.lab import Lab, Model, SortedModel
 from megakd.contract.metric import Metric, MetricJudge
-from megakd.contract.results import CandidateReport, CostReport
+from megakd.contract.results import CandidateReport
 from megakd.contract.stage import Pass, Scores, Stage, StageResult, Strategy, Verdict
 from megakd.contract.terms import STRICT, Count
 from megakd.methods.assistants import (
@@ -45,29 +42,12 @@ class MiniDiscConfig(AssistantOptions):
     """All candidate assistants in one trial, chosen by the trade-off of score and size.
 
     iterations: number of trials; the last trial returns the student (2: one assistant).
-    target_may_win: whether the target may win a trial before the last, which ends the schedule
-        early; false compares only candidates that are less sparse than the target.
-    sampled_candidates: number of candidates between the widest and the narrowest that learn in a
-        step; null: all.
     passes_per_backward: number of candidates that keep their activations at a time; null: all.
     """
 
     name: Literal["minidisc"]
     iterations: Count = 2
-    target_may_win: bool = True
-    sampled_candidates: Annotated[int, Field(ge=0)] | None = None
     passes_per_backward: Count | None = None
-
-    def problems(self, config: Any) -> Iterator[str]:
-        yield from super().problems(config)
-        wants_assistant = not self.target_may_win and self.iterations > 1
-        if wants_assistant and min(self.sparsities) >= self.target_sparsity:
-            yield (
-                "method.target_may_win: false leaves no candidate, because all of "
-                f"method.sparsities are at least method.target_sparsity {self.target_sparsity:g}; "
-                "add a lower sparsity, set method.target_may_win to true, or set method.iterations "
-                "to 1"
-            )
 
 
 TRIAL = "trial-"
@@ -85,18 +65,16 @@ def run(config: MiniDiscConfig, lab: Lab) -> StageResult:
     """Sort the teacher, then run the trials: the model that a trial chooses teaches the next."""
     teacher, ranked = ranked_teacher(config, lab)
     link = Link(teacher, ranked.source, 0.0)
-    tried: list[tuple[Link, Stage, StageResult]] = []
-    for iteration in range(1, config.iterations + 1):
+    iteration = 1
+    while True:
         stage = trial(config, lab, ranked, link, iteration)
         result = lab.train(stage)
         lab.record.candidates += _rows(config, lab, stage, result, iteration)
-        tried.append((link, stage, result))
         chosen = next(s for s in config.sparsities if view_name(s) == result.view)
         if iteration == config.iterations or chosen == config.target_sparsity:
-            break
+            return result
         link = Link(lab.assistant(result, chosen), lab.source(result.folder), chosen)
-    lab.record.cost = _cost(config, lab, ranked, tried)
-    return tried[-1][-1]
+        iteration += 1
 
 
 def direct(config: MiniDiscConfig, lab: Lab, student: StageResult) -> Stage:
@@ -107,54 +85,16 @@ def direct(config: MiniDiscConfig, lab: Lab, student: StageResult) -> Stage:
     """
     del student
     teacher = lab.teacher()
-    ranked = config.ranked_units(lab, teacher, residual=config.residual)
+    ranked = config.ranked_units(lab, teacher)
     view = view_of(config, lab, ranked, config.target_sparsity)
     start = lab.pruning.cut(ranked.source, view, "cut-direct")
-    stage = leg(config, lab, "direct", teacher=teacher, start=start)
+    stage = leg(lab, "direct", teacher=teacher, start=start)
     steps = sum(result.steps for result in lab.results if result.name.startswith(TRIAL))
     train = dataclasses.replace(lab.config.train, max_steps=steps) if steps else None
     return dataclasses.replace(stage, train=train)
 
 
 BASELINES = {"direct": direct}
-
-
-def _cost(
-    config: MiniDiscConfig,
-    lab: Lab,
-    ranked: SortedModel,
-    tried: Sequence[tuple[Link, Stage, StageResult]],
-) -> CostReport | None:
-    """Return the time of the trials, and the time of MaxiDisc's legs at the same speed.
-
-    The estimate assumes that the time of a forward is proportional to the number of weights of the
-    encoder, and that a training step takes three times as long. Returns None if MaxiDisc would try
-    only the target.
-    """
-    target = config.target_sparsity
-    if min(config.sparsities) >= target:
-        return None
-
-    @functools.cache
-    def size(sparsity: float) -> int:  # of the encoder; at 0 it is whole
-        view = view_of(config, lab, ranked, sparsity)
-        return lab.pruning.parameters(ranked.source, view).encoder_parameters
-
-    seconds, work = sum(result.seconds for *_, result in tried), 0.0
-    for link, stage, result in tried:
-        learners = sum(size(s) for s in config.sparsities if view_name(s) in stage.views)
-        work += result.steps * (size(link.sparsity) + 3 * learners)
-    legs = [size(0.0) + 3 * size(s) for s in config.sparsities if s <= target]
-    legs += [size(s) + 3 * size(target) for s in config.sparsities if s < target]
-    pace = seconds / max(work, 1.0)
-    return {
-        "trials": len(tried),
-        "seconds": seconds,
-        "alternative": "MaxiDisc",
-        "alternative_does": "every assistant tried",
-        "alternative_trials": sum(s <= target for s in config.sparsities),
-        "alternative_seconds": pace * tried[0][-1].steps * sum(legs),
-    }
 
 
 def trial(
@@ -165,26 +105,14 @@ def trial(
     metric, views = lab.metric(config.metric), views_of(config, lab, ranked, sparsities)
     # Units that no candidate has would take memory and communication without being trained.
     start = lab.pruning.cut(link.start, views[view_name(sparsities[0])], f"start-{iteration}")
-    judge = TradeoffJudge(
-        metric,
-        tuple(sparsities),
-        config.tradeoff,
-        config.target_sparsity,
-        target_may_win=config.target_may_win,
-    )
+    judge = TradeoffJudge(metric, tuple(sparsities), config.tradeoff, config.target_sparsity)
     is_last = iteration == config.iterations
     return Stage(
         name=f"{TRIAL}{iteration}",
         teachers=(link.teacher,),
         start=start,
-        objective=objective_of(config, lab),
-        strategy=Sandwich(
-            link.teacher,
-            tuple(views),
-            sampled=config.sampled_candidates,
-            seed=lab.config.seed,
-            target=view_name(config.target_sparsity),
-        ),
+        objective=objective_of(lab),
+        strategy=Sandwich(link.teacher, tuple(views)),
         views=views,
         judge=MetricJudge(metric, view_name(config.target_sparsity)) if is_last else judge,
         passes_per_backward=config.passes_per_backward,
@@ -217,28 +145,15 @@ def _rows(
 
 @plain_dataclass(frozen=True)
 class Sandwich(Strategy):
-    """A strategy in which all candidates learn in every step, or the ends and a sample between.
-
-    names: names of the views, the widest first.
-    sampled: number of views between the ends that are drawn per step; None: all views learn.
-    target: a view that learns in every step, because the last trial returns it.
-    """
+    """A strategy in which all views learn in every step; the loss is the mean of their losses."""
 
     teacher: str
     names: tuple[str, ...]
-    sampled: int | None = None
-    seed: int = 0
-    target: str | None = None
 
     def passes(self, step: int) -> tuple[Pass, ...]:
-        """Return one pass per candidate; the loss of the step is the mean of their losses."""
-        names = self.names
-        middle = [name for name in names[1:-1] if name != self.target]
-        if self.sampled is not None and self.sampled < len(middle):
-            drawn = random.Random(f"{self.seed}:{step}").sample(middle, self.sampled)
-            learning = {names[0], names[-1], self.target, *drawn}
-            names = tuple(name for name in names if name in learning)
-        return tuple(Pass(teacher=self.teacher, view=name, scale=1 / len(names)) for name in names)
+        del step
+        scale = 1 / len(self.names)
+        return tuple(Pass(teacher=self.teacher, view=name, scale=scale) for name in self.names)
 
 
 @plain_dataclass(frozen=True)
@@ -249,7 +164,6 @@ class TradeoffJudge:
     sparsities: tuple[float, ...]
     tradeoff: float
     target: float
-    target_may_win: bool = True
 
     def __call__(self, scores: Scores, step: int) -> Verdict:
         """Return the best candidate by trade-off, or the target if that candidate is sparser.
@@ -259,11 +173,5 @@ class TradeoffJudge:
         target is kept as well.
         """
         metrics = {s: self.metric.of(scores[view_name(s)]) for s in self.sparsities}
-        sparsity, highest = choose(
-            metrics,
-            weight=self.tradeoff,
-            target=self.target,
-            target_may_win=self.target_may_win,
-        )
-        of_views = {view_name(self.target): metrics[self.target]} if self.target_may_win else {}
-        return Verdict(highest, view_name(sparsity), of_views)
+        sparsity, highest = choose(metrics, weight=self.tradeoff, target=self.target)
+        return Verdict(highest, view_name(sparsity), {view_name(self.target): metrics[self.target]})

@@ -8,7 +8,6 @@ much as a step with a single teacher. The probabilities are constant during the 
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass as plain_dataclass
@@ -21,7 +20,7 @@ from typing_extensions import override
 from megakd.contract.lab import Lab
 from megakd.contract.options import MethodOptions, no_such_teacher
 from megakd.contract.stage import Constant, Pass, Stage, StageResult, Strategy
-from megakd.contract.terms import STRICT, Count, Weight
+from megakd.contract.terms import STRICT, Weight
 from megakd.methods.pools import soft_objective, taught
 
 
@@ -30,21 +29,16 @@ class SkdbertConfig(MethodOptions):
     """At every step a teacher of the pool is drawn, and the student learns from it alone.
 
     distribution: `uniform`; `teacher_rank`, by the teachers' scores on the validation split;
-        `student_rank`, by the scores of pilot students, each taught by one teacher; or `weights`.
+        `student_rank`, by the scores of pilot students, each taught by one teacher for as many
+        steps as the student; or `weights`. A teacher's weight is its rank, 1 for the worst.
     weights: weights of the teachers by name, for distribution `weights`; need not sum to 1. A
         teacher of weight 0 is neither fine-tuned nor loaded.
-    rank_exponent: a teacher's weight is its rank to this power, and the worst teacher has rank 1;
-        0 is uniform.
-    pilot_steps: optimizer steps of each pilot student of `student_rank`; null: as many as for the
-        student itself.
     """
 
     learns_adapters: ClassVar[bool] = True
     name: Literal["skdbert"]
     distribution: Literal["uniform", "teacher_rank", "student_rank", "weights"] = "uniform"
     weights: dict[str, Weight] | None = None
-    rank_exponent: Weight = 1.0
-    pilot_steps: Count | None = None
 
     def problems(self, config: Any) -> Iterator[str]:
         if self.distribution == "weights":
@@ -54,11 +48,6 @@ class SkdbertConfig(MethodOptions):
                 f"method.weights: method.distribution {self.distribution} does not use weights; "
                 'set method.distribution to "weights", or remove the key'
             )
-        how = f"method.distribution {self.distribution}"
-        if self.distribution not in ("teacher_rank", "student_rank"):
-            yield from self.unused({"rank_exponent"}, f"{how} ranks no teacher")
-        if self.distribution != "student_rank":
-            yield from self.unused({"pilot_steps"}, f"{how} trains no pilot student")
 
     def _problems_of_weights(self, config: Any) -> Iterator[str]:
         if self.weights is None:
@@ -99,9 +88,9 @@ def probabilities_of(config: SkdbertConfig, lab: Lab, names: Sequence[str]) -> d
         weights = [1.0] * len(names)
     else:
         by_teacher = config.distribution == "teacher_rank"
-        scores = [lab.dev_score(n) if by_teacher else _pilot(config, lab, n) for n in names]
+        scores = [lab.dev_score(n) if by_teacher else _pilot(lab, n) for n in names]
         lab.record.dev_scores.update(zip(names, scores, strict=True))
-        weights = [rank**config.rank_exponent for rank in ranks(scores)]
+        weights = ranks(scores)
     total = sum(weights)
     return {name: weight / total for name, weight in zip(names, weights, strict=True)}
 
@@ -113,14 +102,12 @@ def ranks(scores: Sequence[float]) -> tuple[float, ...]:
     )
 
 
-def _pilot(config: SkdbertConfig, lab: Lab, teacher: str) -> float:
-    train = lab.config.train
+def _pilot(lab: Lab, teacher: str) -> float:
     stage = Stage(
         name=f"pilot-{teacher}",
         teachers=(teacher,),
         objective=soft_objective(lab),
         strategy=Constant((Pass(teacher=teacher),)),
-        train=dataclasses.replace(train, max_steps=config.pilot_steps or train.max_steps),
     )
     return lab.metric(None, weighed=False).worth(lab.train(stage).metrics)
 

@@ -22,9 +22,7 @@ def tradeoff(metric: float, sparsity: float, weight: float) -> float:
     return metric + weight * sparsity
 
 
-def choose(
-    scores: Mapping[float, float], *, weight: float, target: float, target_may_win: bool = True
-) -> tuple[float, float]:
+def choose(scores: Mapping[float, float], *, weight: float, target: float) -> tuple[float, float]:
     """Return the sparsity with the highest trade-off, at most the target, and that trade-off.
 
     For equal trade-offs, the sparser candidate is chosen: it is smaller and as good, and in the
@@ -38,13 +36,10 @@ def choose(
         scores: metric by sparsity.
         weight: the lambda of the trade-off.
         target: the sparsity at which the schedule ends.
-        target_may_win: False excludes the target and sparser candidates, so that an assistant is
-            chosen.
     """
     for sparsity, metric in scores.items():
         check_metric(metric, sparsity)
-    winners = (s for s in scores if target_may_win or s < target)
-    highest, best = max((tradeoff(scores[s], s, weight), s) for s in winners)
+    highest, best = max((tradeoff(metric, s, weight), s) for s, metric in scores.items())
     return min(best, target), highest
 
 

@@ -266,16 +266,4 @@ def _cost_lines(report: Report) -> list[str]:
         if beside:
             listed = ", ".join(f"{name} {duration(value)}" for name, value in beside.items())
             lines.append(f"beside training {duration(sum(beside.values()))}: {listed}")
-    if "cost.seconds" in report:  # of a method's choice, and of the alternative method
-        spent, whole = report["cost.seconds"], report["cost.alternative_seconds"]
-        ratio = f"{whole / spent:.1f}x" if spent > 0 else ""
-        times = {"": "", "1.0x": " (as long)"}.get(ratio, f" ({ratio})")
-        mine, theirs = (
-            f"{number} trial{'' if number == 1 else 's'}"
-            for number in (report["cost.trials"], report["cost.alternative_trials"])
-        )
-        lines.append(
-            f"{mine}, {duration(spent)}; {report['cost.alternative_does']} "
-            f"({report['cost.alternative']}): {theirs}, about {duration(whole)}{times}"
-        )
     return lines

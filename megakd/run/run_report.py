@@ -101,7 +101,6 @@ def _course(lab: RunLab, report: Report) -> dict[str, Any]:
         **({} if pool is None else {"pool.distribution": pool["distribution"]}),
         "pruning": record.pruning,
         "stages": [{**{k: getattr(o, k) for k in of_stage}, **o.metrics} for o in lab.results],
-        **{f"cost.{key}": value for key, value in (record.cost or {}).items()},
         **vocabulary_report(lab.config, prepared),
         **{f"seconds.{name}": value for name, value in seconds().items()},
         **environment(

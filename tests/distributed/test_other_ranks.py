@@ -129,7 +129,7 @@ def test_what_other_ranks_read_is_what_was_written_to_the_last_bit(travel, bf16,
 
 MINIDISC = {
     "name": "minidisc", "sparsities": [0.25, 0.5, 0.75], "target_sparsity": 0.75,
-    "tradeoff": 0.0, "round_to": 2, "sampled_candidates": 0,
+    "tradeoff": 0.0, "round_to": 2,
 }  # fmt: skip
 
 

@@ -112,13 +112,13 @@ def sections(method: str, preset: str) -> dict[str, Any]:
         # No weight on size: a wide candidate becomes the assistant, and there is a second trial.
         options = {"sparsities": [0.25, 0.5, 0.75], "target_sparsity": 0.75, "tradeoff": 0.0}
         # Even sizes: ZeRO 3 pads the halves of an odd one with what it finds in memory.
-        options |= {"round_to": 2, "sampled_candidates": 0}
+        options |= {"round_to": 2}
     else:
         hidden["layer_mapping"] = ["1:2"]
     if method == "knowledge_selection":
         # Episodes and phases end at other steps than logging, evaluations and saves.
         options = {"episodes": 2, "episode_steps": STEPS[method] // 2}
-        options |= {"phase_steps": 5, "hidden": 8}
+        options |= {"phase_steps": 5}
     terms = [
         hidden,
         {"loss": "hard_mse", "weight": 0.5},

@@ -11,7 +11,7 @@ from teacher_bench import STEPS, TeacherBench
 from tiny_runs import NO_DROPOUT, bert
 from whole_run import finish, read, records, weights
 
-GRID, TARGET, TRADEOFF = [0.25, 0.5, 0.75], 0.75, 0.2
+GRID, TARGET, TRADEOFF = [0.25, 0.5, 0.75], 0.75, 0.0
 EVAL_STEPS = 4
 
 
@@ -30,9 +30,9 @@ def bench(one_rank, tmp_path_factory) -> TeacherBench:
 
 @pytest.fixture(scope="module")
 def minidisc(bench) -> Path:
-    """Two trials: the target may win only the second."""
+    """Two trials: without a weight on size, a wide candidate wins the first."""
     given = {"baselines": ["alone", "direct"], "alone": {"max_steps": 3}}
-    return bench.run("minidisc", {"name": "minidisc", "target_may_win": False}, **given)
+    return bench.run("minidisc", {"name": "minidisc", "tradeoff": TRADEOFF}, **given)
 
 
 def test_every_trial_chooses_one_candidate_by_scores_of_one_evaluation(minidisc):
@@ -80,12 +80,10 @@ def test_direct_is_the_target_cut_out_of_the_teacher_with_the_steps_of_all_trial
     assert torch.equal(start[embeddings], ordered[embeddings])
     assert not torch.equal(direct[embeddings], start[embeddings])
     assert set(read(minidisc)["baselines"]) == {"alone", "direct"}
-    assert read(minidisc)["cost.trials"] == 2
 
 
 def test_a_large_weight_on_size_ends_with_the_target_after_one_trial(bench):
     method = {"name": "minidisc", "tradeoff": 100.0, "iterations": 3, "passes_per_backward": 2}
-    method["sampled_candidates"] = 0
     # What a model does whose moments would not fit: sharded, no state, two candidates at a time.
     sharded = {"model": "from_teacher", "deepspeed": "zero3"}
     out = bench.run("sparse", method, student=sharded, train={"optim": "sgd"})
@@ -124,7 +122,6 @@ def test_one_candidate_learns_what_a_cut_model_learns_alone(bench):
     trial = bench.run("single", {"name": "minidisc", "iterations": 1, **only})
     leg = bench.run("direct", {"name": "direct", **only})
 
-    assert "cost.trials" not in read(trial)  # MaxiDisc would try this candidate alone
     ours, theirs = (weights(out / "final") for out in (trial, leg))
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():

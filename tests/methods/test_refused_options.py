@@ -69,20 +69,9 @@ REFUSED = {
         ("method.sparsities=[0.9, 0.5]", "in increasing order"),
         ("method.target_sparsity=0.77", "0.77 is not among method.sparsities (0.5, "),
         ("baselines=[single]", '"minidisc" has no baseline "single" (known: alone, dir'),
-        (
-            "method.target_may_win=false; method.target_sparsity=0.5",
-            "method.target_may_win: false leaves no candidate",
-        ),
         ("student.model=bert-base", 'method "minidisc" cuts the student out'),
         ("student.layers=2", 'student.layers: method "minidisc" cuts the student out'),
         ("objective=[{loss: attention_mse}]", "attention_mse compares attention head"),
-        *(
-            (
-                f"objective=[{{loss: {loss}}}]; method.residual=true",
-                f"{loss} compares hidden states of",
-            )
-            for loss in ("hidden_mse", "relation_fsp")
-        ),
         (
             f"{STREAM}; task.max_eval_examples=5; method.importance_split=train",
             "method.importance_split: train cannot be read",
@@ -104,11 +93,6 @@ REFUSED = {
         (MANY, "one of"),
     ],
     "skdbert": [
-        (
-            "method.distribution=teacher_rank; method.pilot_steps=5",
-            "method.pilot_steps: 5 has no effect (default null), because method.distribution",
-        ),
-        ("method.rank_exponent=2.0", "uniform ranks no teacher"),
         (WEIGHTS, "method.weights: missing"),
         (f"{WEIGHTS}; method.weights={{small: -1, large: 1}}", "method.weights.small: must be"),
         (f"{WEIGHTS}; method.weights={{small: 0, large: 0}}", "every weight is 0"),
@@ -192,7 +176,6 @@ def test_what_a_method_cannot_do_is_refused_with_its_key(tmp_path, name, changes
         ("knowledge_selection", "method.episodes=2; method.phase_steps=5"),
         ("knowledge_selection", "method.policy=all; method.episodes=5"),  # the default
         ("knowledge_selection", f"method.policy=all; {NONE}"),
-        ("skdbert", "method.distribution=student_rank; method.pilot_steps=5"),
     ],
 )
 def test_what_has_an_effect_or_is_the_default_is_accepted(tmp_path, name, changes):

@@ -35,18 +35,12 @@ def names(strategy: Drawn, steps: int) -> list[str | None]:
 
 
 @pytest.mark.parametrize(
-    ("scores", "exponent", "parts"),
-    [
-        ((0.1, 0.5, 0.3, 0.9, 0.7), 1.0, (1, 3, 2, 5, 4)),
-        ((0.5, 0.5, 0.5), 1.0, (1, 1, 1)),
-        ((0.1, 0.2, 0.9), 0.0, (1, 1, 1)),
-    ],
-    ids=["five ranks", "equal scores", "exponent of zero"],
+    ("scores", "parts"),
+    [((0.1, 0.5, 0.3, 0.9, 0.7), (1, 3, 2, 5, 4)), ((0.5, 0.5, 0.5), (1, 1, 1))],
+    ids=["five ranks", "equal scores"],
 )
-def test_ranks_weigh_as_one_to_five_and_are_uniform_if_nothing_tells_them_apart(
-    scores, exponent, parts
-):
-    config = SkdbertConfig(name="skdbert", distribution="teacher_rank", rank_exponent=exponent)
+def test_ranks_weigh_as_one_to_five_and_are_uniform_if_nothing_tells_them_apart(scores, parts):
+    config = SkdbertConfig(name="skdbert", distribution="teacher_rank")
     known = dict(zip("abcde", scores, strict=False))
 
     result = probabilities_of(config, scored(known), tuple(known))

@@ -45,13 +45,10 @@ def test_the_table_says_what_was_scored_what_it_cost_and_where_the_student_is() 
     assert cells(table, "student ")[0] == "student"
     assert re.search(r"student +1,200 +1h 02m +12,345 +0\.90 GB", table)
     assert "training 1h 03m, peak memory 1.50 GB per rank" in table
-    assert "1 trial, 10m 00s; every assistant tried (MaxiDisc): 7 trials, about 25m 00s (2" in table
     assert "the student is in runs/quickstart/final" in table
     seconds = {"start": 9.0, "data": 2.0, "training": 100.0, "latency": 4.5}
     timed = chosen_report(**{f"seconds__{name}": value for name, value in seconds.items()})
     assert "beside training 15.5s: start 9.0s, data 2.0s, latency 4.5s" in result_table(timed)
-    alike = result_table(chosen_report() | {"cost.seconds": 1499.0})
-    assert "7 trials, about 25m 00s (as long)" in alike
 
 
 def test_of_a_perplexity_the_factor_is_told_and_nothing_is_kept() -> None:

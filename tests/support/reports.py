@@ -119,7 +119,7 @@ def timed(rounds: int = 9) -> dict[str, Any]:
 
 
 def chosen_report(**changes: Any) -> Report:
-    """A report with an assistant, candidates, latencies and cost."""
+    """A report with an assistant, candidates and latencies."""
     return report_of(
         method="minidisc",
         models=["teacher", "assistant-1", "student", "alone"],
@@ -128,12 +128,6 @@ def chosen_report(**changes: Any) -> Report:
         **entries("assistant-1", {**scored(0.78, 0.88, 0.83), "sparsity": 0.7}),
         candidates=candidates(),
         **timed(),
-        cost__trials=1,
-        cost__seconds=600.0,
-        cost__alternative="MaxiDisc",
-        cost__alternative_does="every assistant tried",
-        cost__alternative_trials=7,
-        cost__alternative_seconds=1500.0,
         **changes,
     )
 

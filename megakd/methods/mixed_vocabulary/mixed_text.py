@@ -1,7 +1,8 @@
 """Texts with words of two vocabularies ("dual training"), encoded once for both.
 
 Zhao, Gupta, Song and Zhou 2019 (arXiv 1909.11687 v1): every word of a row is cut with the student's
-vocabulary with a probability, else with the teacher's. A masked piece is then predicted in its own vocabulary.
+vocabulary with a probability, else with the teacher's. A masked piece is then predicted in its own
+vocabulary.
 The `Collator` of the student reads the same rows. Columns, all lists of int32:
 
 - `input_ids`: the student's tokens with its special tokens, and `word_starts` for whole-word
