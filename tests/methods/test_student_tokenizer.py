@@ -57,24 +57,14 @@ def test_the_defaults_are_the_papers_and_values_outside_the_choices_are_refused(
             StudentVocabulary(**wrong)
 
 
-# 150 characters, of which a vocabulary of 1000 pieces keeps only the 100 most frequent.
-VARIED = [" ".join(chr(0x4E00 + n) * 2 for n in range(150)), *SENTENCES]
-
-
-@pytest.mark.parametrize("texts", [SENTENCES, VARIED], ids=["few words", "many characters"])
-def test_too_little_text_is_an_error_that_names_the_largest_size(tmp_path, texts):
+@pytest.mark.parametrize("texts", [[""], ["a"], SENTENCES], ids=["nothing", "a letter", "little"])
+def test_too_little_text_is_an_error_that_names_the_number_of_pieces(tmp_path, texts):
     message = (
         r"the training text gives only \d+ pieces.*occur at least twice"
-        r".*method\.student_vocabulary\.size is 5000; "
-        r"set method\.student_vocabulary\.size to at most \d+, or give more text"
+        r".*method\.student_vocabulary\.size is 5000; lower .*, or give more text"
     )
-    with pytest.raises(DataError, match=message) as error:
+    with pytest.raises(DataError, match=message):
         _load(tmp_path, 5000, texts)
-
-    largest = int(str(error.value).rsplit("at most ", 1)[1].split(",")[0])
-    assert len(_load(tmp_path, largest, texts)) == largest
-    with pytest.raises(DataError, match=f"gives only {largest} pieces"):
-        _load(tmp_path, largest + 1, texts)
 
 
 def test_more_characters_than_pieces_is_an_error_that_names_the_smallest_size(tmp_path):
@@ -87,12 +77,6 @@ def test_more_characters_than_pieces_is_an_error_that_names_the_smallest_size(tm
     assert len(_load(tmp_path, smallest, varied)) == smallest
     with pytest.raises(DataError, match=f"to at least {smallest}"):
         _load(tmp_path, smallest - 1, varied)
-
-
-@pytest.mark.parametrize("texts", [[""], ["a"]], ids=["nothing", "one letter"])
-def test_a_text_with_hardly_a_word_is_an_error(tmp_path, texts):
-    with pytest.raises(DataError, match=r"the training text gives only .*more text"):
-        _load(tmp_path, 100, texts)
 
 
 def _word_level(vocabulary, *, template=("[CLS]", "[SEP]"), roles=()) -> PreTrainedTokenizerFast:
@@ -116,22 +100,13 @@ def test_overlap_is_the_share_of_the_pieces_that_the_teacher_has():
 WORDS = [*ROLES.values(), "a"]
 
 
-def _with_ids(vocabulary: dict[str, int]) -> Any:
-    """A tokenizer whose vocabulary is not what its special tokens say."""
-    return SimpleNamespace(
-        **ROLES,
-        get_vocab=lambda: vocabulary,
-        convert_ids_to_tokens=lambda number: {n: token for token, n in vocabulary.items()}[number],
-    )
-
-
 @pytest.mark.parametrize(
     ("tokenizer", "message"),
     [
         *(
             (
                 _word_level(WORDS, roles={f"{role}_token": None}),
-                rf"^student: the tokenizer has no {role} token, which .*; set {role}_token in",
+                rf"^student: the tokenizer has no {role} token \(None\); set {role}_token in",
             )
             for role in ("pad", "unk", "cls", "sep", "mask")
         ),
@@ -141,16 +116,11 @@ def _with_ids(vocabulary: dict[str, int]) -> Any:
         ),
         (
             _word_level(WORDS, roles={"cls_token": "[SEP]", "sep_token": "[CLS]"}),
-            r"student: the tokenizer puts \[CLS\] first .* and \[SEP\], its cls token,",
+            r"student: an encoded text begins with \[CLS\] .* cls token is \[SEP\]",
         ),
         (
             _word_level(WORDS, template=("[CLS]", "[MASK]")),
-            r"puts \[MASK\] last in an encoded text, and \[SEP\], its sep token,",
-        ),
-        (_with_ids({"[PAD]": 0}), r"student: the unk token \[UNK\] is not in the vocabulary"),
-        (
-            _with_ids({"[PAD]": 0, "x": 0}),
-            r"the pad token \[PAD\] has the id 0, which is the id of x",
+            r"ends with \[MASK\], and .* its sep token \[SEP\]",
         ),
     ],
 )
