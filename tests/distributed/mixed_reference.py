@@ -73,8 +73,9 @@ class Pair:
         """Cross-entropy of mixed text; each target has the softmax of its own vocabulary."""
         model, inputs = self.models["teacher"], dict(batch.inputs)
         table = model.bert.embeddings.word_embeddings.weight
-        joint = torch.cat([table[: self.method["offset"]], self.second["table.weight"]])
-        vectors = functional.embedding(inputs.pop("input_ids"), joint)
+        if self.second:  # else the teacher reads its own words alone
+            table = torch.cat([table[: self.method["offset"]], self.second["table.weight"]])
+        vectors = functional.embedding(inputs.pop("input_ids"), table)
         hidden = model.bert(inputs_embeds=vectors, **inputs).last_hidden_state
         hidden = model.cls.predictions.transform(hidden).flatten(0, 1)
         first = functional.cross_entropy(
@@ -83,13 +84,16 @@ class Pair:
             ignore_index=IGNORE,
             reduction="sum",
         )
+        count = (batch.labels != IGNORE).sum()
+        if not self.second:
+            return first, int(count)
         chosen = functional.linear(
             hidden[batch.extras.second.positions], self.second["table.weight"], self.second["bias"]
         )
         second = functional.cross_entropy(
             chosen, batch.extras.second.labels, ignore_index=IGNORE, reduction="sum"
         )
-        count = (batch.labels != IGNORE).sum() + (batch.extras.second.labels != IGNORE).sum()
+        count = count + (batch.extras.second.labels != IGNORE).sum()
         return first + second, int(count)
 
     def projection_loss(self) -> Tensor:
