@@ -35,7 +35,7 @@ REMOVED: Mapping[str, str] = {
     "method.sensitivity_beta": "gone; the decay of the average is 0.85; remove the key",
     "method.uncertainty_beta": "gone with score: platon; remove the key",
     "method.monotone": "gone; removed units never return; remove the key",
-    "method.residual": "gone; method shrink narrows hidden states",
+    "method.residual": "gone; homodistil narrows hidden states",
     "method.target_may_win": "gone; the target may win every trial; remove the key",
     "method.sampled_candidates": "gone; all candidates learn in every step; remove the key",
     "method.rank_exponent": "gone; weights are the ranks; remove the key",

@@ -36,7 +36,6 @@ class SortedModel(Protocol):
         *,
         allocation: Allocation,
         round_to: int,
-        residual: bool = False,
         with_heads: Collection[int] = (),
     ) -> View:
         """Return the units of every layer that remain at a sparsity.
@@ -45,7 +44,6 @@ class SortedModel(Protocol):
             sparsity: share of the units to leave out.
             allocation: how the share is spread over the layers.
             round_to: multiple of rows and columns of the weights to round to.
-            residual: whether the width of the hidden states shrinks too.
             with_heads: attentions, numbered from 0, that must keep a head.
         """
         ...
@@ -58,15 +56,12 @@ class Pruning(Protocol):
         """Return the teacher with equal importance for all units, before the teacher is trained."""
         ...
 
-    def sorted_teacher(
-        self, teacher: str, split: str, *, batch_size: int, residual: bool
-    ) -> SortedModel:
+    def sorted_teacher(self, teacher: str, split: str, *, batch_size: int) -> SortedModel:
         """Sort the units of a teacher by importance, which is measured once.
 
         Args:
             split: the split whose labels determine the importance.
             batch_size: rows whose gradient is summed before the absolute value is taken.
-            residual: whether the columns of the hidden states are units too.
         """
         ...
 

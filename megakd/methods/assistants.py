@@ -74,13 +74,10 @@ class ImportanceOptions(MethodOptions):
                 "method.importance_split: train cannot be read with task.streaming; use validation"
             )
 
-    def ranked_units(self, lab: Lab, teacher: str, *, residual: bool = False) -> SortedModel:
+    def ranked_units(self, lab: Lab, teacher: str) -> SortedModel:
         """Return a teacher sorted by the importance of units, which is measured once."""
         return lab.pruning.sorted_teacher(
-            teacher,
-            self.importance_split,
-            batch_size=self.importance_batch_size,
-            residual=residual,
+            teacher, self.importance_split, batch_size=self.importance_batch_size
         )
 
 

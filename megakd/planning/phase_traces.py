@@ -169,7 +169,7 @@ class PhaseTracer:
         if phase.work == "scoring":
             return self._forward(frozen, batch, scoring=True)[0]
         objective = label_objective(ready.source, self._task.type, _classes(ready.source))
-        gates = GateGradients(frozen, objective, VALUELESS, with_width=phase.with_width)
+        gates = GateGradients(frozen, objective, VALUELESS)
         return self._forward(gates.eval(), batch)[0]
 
     def _forward(self, module: nn.Module, *args: Any, **options: Any) -> tuple[Trace, Any]:

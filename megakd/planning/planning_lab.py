@@ -55,7 +55,6 @@ class Phase:
     rows: rows of a batch of other work on one rank.
     forwards: number of forwards of a rank in other work that is more than one pass.
     per_rows: the rows of such forwards if the data are not read; 0: `forwards` are all.
-    with_width: whether the importance of the width is measured too.
     """
 
     name: str
@@ -67,7 +66,6 @@ class Phase:
     rows: int = 0
     forwards: int = 0
     per_rows: int = 0
-    with_width: bool = False
     student: ModelSource | None = None
 
     @property
@@ -242,9 +240,7 @@ class PlanningLab(LabBase, Shapes):
     def _rows_of(self, split: str) -> int | None:
         return None if self._prepared is None else len(getattr(self._prepared.encoded, split))
 
-    def sorted_teacher(
-        self, teacher: str, split: str, *, batch_size: int, residual: bool
-    ) -> SortedTeacher:
+    def sorted_teacher(self, teacher: str, split: str, *, batch_size: int) -> SortedTeacher:
         """Record the importance phase, once per run."""
         ready, rows = self._teachers[teacher], self._rows_of(split)
         most = self.config.train.rows_at_once(self.config.task.row_length)
@@ -258,7 +254,6 @@ class PlanningLab(LabBase, Shapes):
                 rows=shape.per_device,
                 forwards=batches * shape.accumulation,
                 per_rows=batch_size if rows is None else 0,
-                with_width=residual,
             )
         )
         return unscored(ready.source)

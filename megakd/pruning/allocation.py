@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Sequence
-from decimal import Decimal
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -28,8 +27,6 @@ _NAMES = {
 }
 SMALLEST_NORM = 1e-17
 """Added to norms, so that scores of zero stay zero; the value of the authors' code."""
-MOST_HEADS = Fraction(9, 10)
-"""Maximum share of heads to remove if the residual width is removed too; neurons lose the rest."""
 
 
 class UnitScores(NamedTuple):
@@ -37,20 +34,14 @@ class UnitScores(NamedTuple):
 
     heads: per attention, one score per key-value group.
     neurons: per feed-forward, one score per neuron.
-    width: scores of the columns of the hidden states; None if all columns are kept.
     """
 
     heads: Layers
     neurons: Layers
-    width: tuple[float, ...] | None = None
 
     def scaled(self) -> UnitScores:
         """Return the scores of each layer divided by their L2 norm, as in the authors' code."""
-        return UnitScores(
-            tuple(map(_scaled, self.heads)),
-            tuple(map(_scaled, self.neurons)),
-            None if self.width is None else _scaled(self.width),
-        )
+        return UnitScores(tuple(map(_scaled, self.heads)), tuple(map(_scaled, self.neurons)))
 
 
 def _scaled(layer: Sequence[float]) -> tuple[float, ...]:
@@ -80,46 +71,16 @@ class Rounding(NamedTuple):
         return count - max(count - self.least, 0) // self.step * self.step if never_all else 0
 
 
-class Shares(NamedTuple):
-    """Share of the units of each kind that a sub-network leaves out."""
-
-    heads: Fraction
-    neurons: Fraction
-    width: Fraction
-
-
 def unit_order(scores: UnitScores) -> UnitOrder:
     """Return the units of each layer sorted by score, the highest first; ties keep their order."""
     return UnitOrder(
         heads=tuple(_falling(layer) for layer in scores.heads),
         neurons=tuple(_falling(layer) for layer in scores.neurons),
-        width=None if scores.width is None else _falling(scores.width),
     )
 
 
 def _falling(layer: Sequence[float]) -> tuple[int, ...]:
     return tuple(np.argsort(-np.asarray(layer), kind="stable").tolist())
-
-
-def shares_of(scores: UnitScores, sparsity: float, head_width: int) -> Shares:
-    """Return the shares of heads, neurons and width to leave out at a sparsity.
-
-    Heads and neurons lose the same share. If the residual width is removed too, the width, the
-    heads and the neurons lose 1 - sqrt(1 - sparsity) each, so that the sparsity is the share of the
-    removed weights (the task-agnostic variant, as in the code of MiniMoE by the same authors). At
-    most nine tenths of the heads are then removed, and neurons with as many weights instead of
-    further heads: for each column of the hidden states, a head has 4 * head_width weights, and a
-    neuron has 2.
-    """
-    # The decimal number that is written: 0.35 of 90 is 31.5, unlike in floating point.
-    share = Fraction(str(float(sparsity)))
-    if scores.width is None:
-        return Shares(share, share, Fraction(0))
-    # Decimal computes exact square roots, such as those of 0.81 and 0.64.
-    share = Fraction(1 - (1 - Decimal(str(float(sparsity)))).sqrt())
-    heads, neurons = (sum(map(len, layers)) for layers in (scores.heads, scores.neurons))
-    beyond = max(share - MOST_HEADS, Fraction(0)) * heads * 2 * head_width / max(neurons, 1)
-    return Shares(min(share, MOST_HEADS), min(share + beyond, Fraction(1)), share)
 
 
 def view_at(
@@ -136,7 +97,7 @@ def view_at(
     The heads of all layers are ranked together, and the round(sparsity * heads) least important
     heads are left out; likewise for the neurons. The cut of each layer is then rounded to a
     multiple of `round_to` rows, and a layer with fewer remaining rows keeps none. A view contains
-    every view of higher sparsity. The residual width is reduced too if it has scores.
+    every view of higher sparsity.
 
     Differs from the authors' code: if the rows of a head are not a multiple of `round_to`, whole
     heads are removed together, as many as form a multiple.
@@ -152,14 +113,14 @@ def view_at(
             "a sparsity is the share of units to remove, and must be at least 0 and below 1 (got "
             f"{sparsity})"
         )
-    shares, whole = shares_of(scores, sparsity, head_width), len(scores.width or ())
+    # The decimal number that is written: 0.35 of 90 is 31.5, unlike in floating point.
+    share = Fraction(str(float(sparsity)))
     of_heads, of_neurons = Rounding.of(head_width, round_to), Rounding.of(1, round_to)
     fewest = [of_heads.least if n in with_heads else 0 for n in range(len(scores.heads))]
-    columns = round_to * round((1 - shares.width) * whole / round_to)
     cuts, problems = list[tuple[int, ...]](), list[str | None]()
-    for kind, share, rounding, least in (
-        ("heads", shares.heads, of_heads, fewest),
-        ("neurons", shares.neurons, of_neurons, [0] * len(scores.neurons)),
+    for kind, rounding, least in (
+        ("heads", of_heads, fewest),
+        ("neurons", of_neurons, [0] * len(scores.neurons)),
     ):
         layers: Layers = getattr(scores, kind)
         if allocation == "uniform":
@@ -172,19 +133,12 @@ def view_at(
         problem = _without_units(kind, rounding, counts, removed, left)
         cuts.append(left)
         problems.append(problem if allocation == "uniform" or not any(left) else None)
-    if shares.width and columns == 0:
-        problems.append(
-            f"no column of the teacher's hidden states is left: they are {whole} wide and would "
-            f"keep {float((1 - shares.width) * whole):.3g}, which rounds to 0 in steps "
-            f"of {round_to}"
-        )
     for problem in filter(None, problems):
         raise TeacherError(
             f"{problem} (at sparsity {sparsity:g}); lower method.target_sparsity and remove the "
             "higher values from method.sparsities, lower method.round_to, or use a wider teacher"
         )
-    width = columns if shares.width and columns < whole else None
-    return View(cuts[0], cuts[1], width)
+    return View(cuts[0], cuts[1])
 
 
 def _without_units(
@@ -237,9 +191,7 @@ def scores_from_json(text: str, *, where: str) -> UnitScores:
     """Return the scores in a text that `scores_to_json` wrote."""
     try:
         tree = json.loads(text)
-        scores = UnitScores(_layers(tree["heads"]), _layers(tree["neurons"]))
-        width = tree.get("width")
-        return scores if width is None else scores._replace(width=_layers([width])[0])
+        return UnitScores(_layers(tree["heads"]), _layers(tree["neurons"]))
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{where} does not hold the importance of a model's units ({error}); remove the file "

@@ -69,22 +69,17 @@ class SortedTeacher:
         *,
         allocation: Allocation,
         round_to: int,
-        residual: bool = False,
         with_heads: Collection[int] = (),
     ) -> View:
         """Return the prefix of every layer that remains at a sparsity; see `contract.lab`."""
-        scores = self.scores if residual else self.scores._replace(width=None)
-        view = view_at(
-            scores.scaled(),
+        return view_at(
+            self.scores.scaled(),
             sparsity,
             allocation=allocation,
             round_to=round_to,
             head_width=self.source.architecture.heads(self.source.config).width,
             with_heads=with_heads,
         )
-        # An ELECTRA with states as wide as its embeddings would have no projection between them.
-        is_electra = view.width == getattr(self.source.config, "embedding_size", None)
-        return view._replace(width=view.width + round_to) if view.width and is_electra else view
 
 
 def unscored(source: ModelSource) -> SortedTeacher:
@@ -92,8 +87,7 @@ def unscored(source: ModelSource) -> SortedTeacher:
     units = source.architecture.units(source.config)
     heads = tuple((1.0,) * count for count in units.heads)
     neurons = tuple((1.0,) * count for count in units.neurons)
-    width = (1.0,) * source.architecture.hidden_width(source.config)
-    return SortedTeacher(source=source, scores=UnitScores(heads, neurons, width))
+    return SortedTeacher(source=source, scores=UnitScores(heads, neurons))
 
 
 class Shapes:
@@ -150,17 +144,13 @@ class ModelPruning(Shapes):
         self.assembly, self._results = assembly, results
         self._source, self._close = source, close
 
-    def sorted_teacher(
-        self, teacher: str, split: str, *, batch_size: int, residual: bool
-    ) -> SortedTeacher:
+    def sorted_teacher(self, teacher: str, split: str, *, batch_size: int) -> SortedTeacher:
         self._close()
         ready = self.assembly.teachers[teacher]
 
         def order() -> dict[str, Any]:
             rows = getattr(self.assembly.prepared.encoded, split)
-            scores = measure_importance(
-                self.assembly, ready, rows, batch_size=batch_size, with_width=residual
-            )
+            scores = measure_importance(self.assembly, ready, rows, batch_size=batch_size)
             return {"order": unit_order(scores), "extra": {UNITS: scores_to_json(scores)}}
 
         result = self._listed(self._written("specification", ready.source, order))

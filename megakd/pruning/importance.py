@@ -61,13 +61,11 @@ class GateGradients(nn.Module):
         frozen: FrozenModel,
         objective: Objective,
         device: torch.device,
-        *,
-        with_width: bool = False,
     ) -> None:
         super().__init__()
         self.frozen = frozen
         self.objective = objective
-        self.gates = Gates(frozen.model, device, with_width=with_width)  # type: ignore[arg-type]
+        self.gates = Gates(frozen.model, device)  # type: ignore[arg-type]
         self.per_unit = dict.fromkeys(objective.counters, torch.ones((), device=device))
 
     def forward(self, batch: Batch) -> Tensor:
@@ -93,7 +91,6 @@ def measure_importance(
     rows: Dataset,
     *,
     batch_size: int,
-    with_width: bool = False,
 ) -> UnitScores:
     """Return the scores of all units of a model, the same on every rank; a collective.
 
@@ -110,7 +107,7 @@ def measure_importance(
     frozen = assembly.frozen_module(source, ds, dtype=dtype, needs=Needs())
     objective = label_objective(source, assembly.config.task.type, assembly.prepared.classes)
     device, scorer = ranks.device, assembly.scorer()
-    module = GateGradients(frozen, objective, device, with_width=with_width)
+    module = GateGradients(frozen, objective, device)
     engine = frozen_engine(module, ds=ds, dtype=dtype, rows=shape.per_device)
     try:
         # ZeRO 3 allocates blocks of many sizes; if they were kept, the heap would grow to twice
@@ -146,23 +143,19 @@ def _totals(engine: Engine, batches: Iterable[Iterable[Batch]]) -> Tensor | None
 
 
 class Gates:
-    """The gates of all heads and neurons of a model, sharded or not, and optionally of its width.
+    """The gates of all heads and neurons of a model, sharded or not.
 
     A gate is a factor 1 that multiplies the values of a unit before the next module. Its gradient
     is the sum over the unit's weights of weight times gradient, without computing a gradient of a
-    weight (Michel et al. 2019, https://arxiv.org/abs/1905.10650). A column of the hidden states has
-    one gate in several places: at the input of each layer, and at the output of the last layer.
+    weight (Michel et al. 2019, https://arxiv.org/abs/1905.10650).
 
     Gates are plain tensors outside the model, equal on all ranks. No engine shards, casts or trains
     the gates.
 
-    tensors: per attention one gate per key-value group, then per feed-forward one gate per neuron,
-        then for the width one gate per column of the hidden states.
+    tensors: per attention one gate per key-value group, then per feed-forward one gate per neuron.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, device: torch.device, *, with_width: bool = False
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
         architecture, table = architecture_of(model.config), weight_axes(model)
         units = architecture.units(model.config)
         outputs = [paths.output for paths in architecture.attentions(model.config)]
@@ -171,13 +164,6 @@ class Gates:
         self._modules = [model.get_submodule(path) for path in outputs]
         self._feed_forwards = len(units.neurons)
         counts = [*units.heads, *units.neurons]
-        self._streams: tuple[tuple[nn.Module, ...], ...] = ()
-        if with_width:
-            counts.append(architecture.hidden_width(model.config))
-            self._streams = tuple(
-                tuple(map(model.get_submodule, paths))
-                for paths in architecture.streams(model.config)
-            )
         self.tensors = [torch.ones(count, device=device, requires_grad=True) for count in counts]
         kinds = ["heads"] * self._attentions + ["neurons"] * len(units.neurons)
         self._sizes = [
@@ -189,15 +175,8 @@ class Gates:
     def in_place(self) -> Iterator[None]:
         """Insert the gates into all forwards in the body."""
         with ExitStack() as hooks:
-            gates = self.tensors[: len(self._modules)]
-            for module, gate, size in zip(self._modules, gates, self._sizes, strict=True):
+            for module, gate, size in zip(self._modules, self.tensors, self._sizes, strict=True):
                 hooks.callback(module.register_forward_pre_hook(_through(gate, size)).remove)
-            for blocks in self._streams:
-                for block in blocks:
-                    into = block.register_forward_pre_hook(_through(self.tensors[-1], 1))
-                    hooks.callback(into.remove)
-                out = blocks[-1].register_forward_hook(_out_through(self.tensors[-1]))
-                hooks.callback(out.remove)
             yield
 
     def gradients(self, loss: Tensor) -> Tensor:
@@ -213,8 +192,7 @@ class Gates:
         parts = totals.double().cpu().split([gate.numel() for gate in self.tensors])
         names = [f"heads of attention {number + 1}" for number in range(self._attentions)]
         names += [f"neurons of feed-forward {n + 1}" for n in range(self._feed_forwards)]
-        names.append("columns of the hidden states")
-        for name, part in zip(names, parts, strict=False):  # the width may have no gates
+        for name, part in zip(names, parts, strict=True):
             if not part.isfinite().all():
                 raise TeacherError(
                     f"the importance of the {name} is not finite: the teacher's loss or its "
@@ -222,23 +200,12 @@ class Gates:
                     "again"
                 )
         layers = tuple(tuple(part.tolist()) for part in parts)
-        first, last = self._attentions, self._attentions + self._feed_forwards
-        return UnitScores(layers[:first], layers[first:last], *layers[last:])
+        return UnitScores(layers[: self._attentions], layers[self._attentions :])
 
 
 def _through(gate: Tensor, size: int) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
     def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return (Gate.apply(inputs[0], gate, size), *inputs[1:])
-
-    return hook
-
-
-def _out_through(gate: Tensor) -> Callable[[nn.Module, Any, Any], Any]:
-    def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
-        if isinstance(output, Tensor):
-            return Gate.apply(output, gate, 1)
-        hidden, *others = output  # T5 returns the position bias in addition to the hidden states
-        return (Gate.apply(hidden, gate, 1), *others)
 
     return hook
 

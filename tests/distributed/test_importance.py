@@ -41,9 +41,7 @@ ROWS_PER_BATCH = 6
 """Of all ranks together."""
 
 
-def measured(
-    config_path: str, overrides: list[str], *, with_width: bool = False, labelled: bool = True
-) -> dict:
+def measured(config_path: str, overrides: list[str], *, labelled: bool = True) -> dict:
     """Scores of the config's teacher on the validation split, or on its rows without a label."""
     with lab_of(config_path, overrides) as lab:
         prepared = lab.assembly.prepared
@@ -57,7 +55,6 @@ def measured(
                     ReadyTeacher(prepared.sources["teacher"], lab.config.teacher),
                     rows,
                     batch_size=ROWS_PER_BATCH,
-                    with_width=with_width,
                 )
         except MegakdError as error:
             return {"error": f"{type(error).__name__}: {error}"}
@@ -181,42 +178,30 @@ def config_of(folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain(config_of):
-    """Task -> sums of |weight times gradient| per head, neuron and column, normalised.
+    """Task -> sums of |weight times gradient| per head and neuron, normalised.
 
-    From batches of all ranks. The columns are multiplied with ones wherever they pass.
+    From batches of all ranks.
     """
 
     @functools.cache
-    def of(task) -> tuple[list, list, list]:
+    def of(task) -> tuple[list, list]:
         config = load_config(Path(config_of(task, 0)))
         encoded, collate, masking = inputs_of(config)
         model = AUTO[task].from_pretrained(config.teacher.model).eval()
-        ones = torch.ones(model.config.hidden_size, requires_grad=True)
-        multiply(model, ones)
         ways = {"batch_size": ROWS_PER_BATCH, "rank": 0, "world": 1, "masking": masking}
         sums = None
         for batch in evaluation_batches(encoded.validation, collate, **ways):
             model.zero_grad()
-            ones.grad = None
             plain_loss(model, batch).backward()
             parts = [
                 (m.weight.detach() * m.weight.grad).sum(0).reshape(n, -1).sum(1).abs()
                 for m, n in outputs(model)
             ]
-            parts.append(ones.grad.abs())
             sums = parts if sums is None else [a + b for a, b in zip(sums, parts, strict=True)]
         normalised = [layer / layer.norm() for layer in sums]
-        return normalised[0:-1:2], normalised[1:-1:2], normalised[-1:]
+        return normalised[::2], normalised[1::2]
 
     return of
-
-
-def multiply(model, ones) -> None:
-    """The hidden states on their way into every layer, and out of the last."""
-    blocks = model.bert.encoder.layer if hasattr(model, "bert") else model.model.layers
-    for block in blocks:
-        block.register_forward_pre_hook(lambda _, inputs: (inputs[0] * ones, *inputs[1:]))
-    blocks[-1].register_forward_hook(lambda *given: given[-1] * ones)
 
 
 def outputs(model):
@@ -256,17 +241,13 @@ CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS]
 
 @pytest.mark.parametrize(("task", "ranks", "stage"), CASES)
 def test_importance_is_that_of_one_plain_process(workers, config_of, plain, task, ranks, stage):
-    result = workers(ranks).run(
-        "test_importance.measured", config_of(task, stage), [], with_width=ranks > 1
-    )
+    result = workers(ranks).run("test_importance.measured", config_of(task, stage), [])
 
-    heads, neurons, columns = plain(task)
+    heads, neurons = plain(task)
     for rank in result:
         assert_close(rank["heads"] + rank["neurons"], heads + neurons)
-        if ranks > 1:
-            assert_close([rank["width"]], columns)
         # To the last digit.
-        assert all(rank[kind] == result[0][kind] for kind in ("heads", "neurons", "width"))
+        assert all(rank[kind] == result[0][kind] for kind in ("heads", "neurons"))
         # The teacher gets no gradient, and is never whole if it is sharded. The handle of the
         # last gathering may live a moment longer, and one weight with it.
         assert rank["learning"] == rank["gradients"] == 0
@@ -277,7 +258,7 @@ def test_importance_is_that_of_one_plain_process(workers, config_of, plain, task
 
 def test_scores_and_cut_do_not_depend_on_how_a_batch_is_dealt(workers, config_of, plain):
     """A batch of 6 on two ranks: 3 rows at a time, then 2 and 1, then one by one."""
-    heads, neurons, _ = plain("mlm")
+    heads, neurons = plain("mlm")
     whole = UnitScores(*(tuple(tuple(n.tolist()) for n in kind) for kind in (heads, neurons)))
 
     for count, accumulation in ((3, 1), (2, 2), (1, 4)):
@@ -299,7 +280,7 @@ def test_importance_in_bf16_is_that_in_fp32_up_to_rounding(workers, config_of, p
 
     result = workers(2).run("test_importance.measured", path, ["teacher.dtype=bf16"])[0]
 
-    heads, neurons, _ = plain("classification")
+    heads, neurons = plain("classification")
     for ours, exact in zip(result["heads"] + result["neurons"], heads + neurons, strict=True):
         assert 1e-5 < torch.dist(torch.tensor(ours), exact) < 0.1  # of norm 1
 

@@ -105,7 +105,7 @@ def test_a_layer_whose_relations_are_compared_keeps_a_head():
     teacher = lab(BertConfig(**BASE), (relations(relation_heads=4, layer_mapping=("2:4",)), SOFT))
     heads = tuple((float(layer != 3),) * 12 for layer in range(4))
     neurons = tuple((float(layer != 3),) * 3072 for layer in range(4))
-    scores = UnitScores(heads, neurons, tuple(map(float, range(768))))
+    scores = UnitScores(heads, neurons)
     ranked = SortedTeacher(source=teacher.pruning.unscored().source, scores=scores)
 
     view = views_of(PLAIN, teacher, ranked, [0.9])["sparsity-0.9"]

@@ -17,7 +17,6 @@ from megakd.pruning.allocation import (
     UnitScores,
     scores_from_json,
     scores_to_json,
-    shares_of,
     unit_order,
     view_at,
 )
@@ -27,18 +26,15 @@ GRID = (0.0, 0.1, 0.3, 0.35, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 # Few different scores, so that many are equal.
 score = st.sampled_from([0.0, 0.1, 0.2, 0.5, 0.5000001, 0.9])
 layers = st.lists(st.lists(score, min_size=1, max_size=40).map(tuple), min_size=1, max_size=4)
-unit_scores = st.builds(UnitScores, layers.map(tuple), layers.map(tuple), st.none())
-columns = st.lists(score, min_size=32, max_size=128).map(tuple)
-residual_scores = st.builds(UnitScores, layers.map(tuple), layers.map(tuple), columns)
+unit_scores = st.builds(UnitScores, layers.map(tuple), layers.map(tuple))
 allocations = st.sampled_from(["global", "uniform"])
 roundings = st.sampled_from([1, 2, 8])
 head_widths = st.sampled_from([4, 12, 16, 64])
 
 
-def ranked(result, *, embeddings=None):
+def ranked(result):
     architecture = SimpleNamespace(heads=lambda _: Heads(4, 4, 8))
-    config = SimpleNamespace(embedding_size=embeddings)
-    source: Any = SimpleNamespace(architecture=architecture, config=config)
+    source: Any = SimpleNamespace(architecture=architecture, config=None)
     return SortedTeacher(source=source, scores=result)
 
 
@@ -86,20 +82,8 @@ def test_importance_is_compared_between_layers_in_units_of_their_norms():
     assert ranked(louder).view_at(0.5, allocation="global", round_to=1) == view
 
 
-def test_a_view_is_a_step_wider_than_the_embeddings_of_an_electra():
-    """At equal widths the class has no projection between them."""
-    result = UnitScores(((1.0,) * 4,) * 2, ((1.0,) * 64,) * 2, (1.0,) * 48)
-    options = {"allocation": "uniform", "round_to": 4, "residual": True}
-    widths = {s: ranked(result).view_at(s, **options).width for s in (0.5, 0.75)}
-
-    electra = ranked(result, embeddings=widths[0.75])
-
-    assert electra.view_at(0.75, **options).width == widths[0.75] + 4
-    assert electra.view_at(0.5, **options).width == widths[0.5] > widths[0.75] + 4
-
-
 @settings(max_examples=50)
-@given(unit_scores | residual_scores, allocations, roundings, head_widths, st.booleans())
+@given(unit_scores, allocations, roundings, head_widths, st.booleans())
 def test_sparsity_0_keeps_everything_and_sparser_views_lie_within_the_others(
     drawn, allocation, round_to, width, keeps_one
 ):
@@ -120,8 +104,6 @@ def test_the_order_is_by_falling_score_and_equal_ones_stay_as_they_stand(drawn):
 
     for units, layer in zip(order.heads + order.neurons, drawn.heads + drawn.neurons, strict=True):
         assert list(units) == sorted(range(len(layer)), key=lambda unit: (-layer[unit], unit))
-    assert order.width is None
-    assert unit_order(drawn._replace(width=(0.1, 0.3, 0.2, 0.3))).width == (1, 3, 2, 0)
 
 
 # Removed of 64 neurons, and what 8 * round(removed / 8) makes of it: halves to the even number.
@@ -161,53 +143,13 @@ def test_layers_that_matter_less_lose_more_and_may_lose_all():
     assert view_at(equal, 0.5) == View((2, 2, 2), (16, 16, 16))
 
 
-# 0.9: 1 - sqrt(0.1) of 768 columns, 144 heads and 12 times 3072 neurons.
-@pytest.mark.parametrize(
-    ("sparsity", "width", "heads"), [(0.36, 616, 115), (0.5, 544, 102), (0.9, 240, 46)]
-)
-def test_a_sparsity_is_split_by_its_square_root_where_the_width_goes_too(sparsity, width, heads):
-    result = scores((12,) * 12, (3072,) * 12)._replace(width=spread(768, 0))
-
-    view = view_at(result, sparsity)
-
-    assert view.width == width
-    assert sum(view.heads) == heads
-    kept = width / 768 * (4 * 64 * sum(view.heads) + 2 * sum(view.neurons)) / (12 * 12 * 768)
-    assert kept == pytest.approx(1 - sparsity, abs=0.01)
-
-
-def test_heads_lose_nine_tenths_at_most_and_neurons_as_many_weights_more():
-    result = scores((12,) * 12, (3072,) * 12)._replace(width=(1.0,) * 768)
-
-    heads, neurons, width = shares_of(result, 0.9964, 64)
-
-    assert (heads, width) == (Fraction(9, 10), Fraction(94, 100))
-    # 4 x 64 rows per head, 2 per neuron: 4% of all heads are 2% of all neurons.
-    assert neurons == Fraction(96, 100)
-    assert shares_of(result, 0.99999, 64).neurons == 1
-    assert shares_of(result, 0.99, 64) == (Fraction(9, 10),) * 3
-
-
-@given(unit_scores | residual_scores, st.sampled_from(GRID), roundings)
-def test_neurons_go_and_columns_stay_in_multiples_of_the_rounding_or_all(drawn, sparsity, round_to):
+@given(unit_scores, st.sampled_from(GRID), roundings)
+def test_neurons_go_in_multiples_of_the_rounding_or_all(drawn, sparsity, round_to):
     view = view_or_none(drawn, sparsity, round_to=round_to)
     assume(view is not None)
 
     for count, layer in zip(view.neurons, drawn.neurons, strict=True):
         assert count == 0 or (len(layer) - count) % round_to == 0
-    whole, share = len(drawn.width or ()), 1 - shares_of(drawn, sparsity, 64).width
-    kept = whole if view.width is None else view.width
-    assert kept == whole or kept % round_to == 0
-    assert abs(kept - share * whole) <= round_to / 2
-
-
-def test_hidden_states_that_run_out_of_width_are_refused():
-    result = scores((12,), (3072,))._replace(width=(1.0,) * 24)
-
-    message = r"are 24 wide and would keep 2.4, .*rounds to 0 in steps of 8"
-    with pytest.raises(TeacherError, match=message):
-        view_at(result, 0.99)
-    assert view_at(result, 0.99, round_to=1).width == 2
 
 
 def test_an_attention_that_is_looked_at_keeps_its_best_head():
@@ -283,7 +225,7 @@ floats = st.floats(allow_nan=False, allow_infinity=False)
 exact = st.lists(st.lists(floats, max_size=4).map(tuple), max_size=3).map(tuple)
 
 
-@given(st.builds(UnitScores, exact, exact, st.none() | st.lists(floats).map(tuple)))
+@given(st.builds(UnitScores, exact, exact))
 def test_scores_are_read_back_to_the_last_digit(drawn):
     assert scores_from_json(scores_to_json(drawn), where="units.json") == drawn
 

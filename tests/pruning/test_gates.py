@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from contextlib import ExitStack
 from itertools import chain
 
 import pytest
 import torch
-from elastic_views import FAMILIES, HEADS, NEURONS, TOKENS, WIDTH, family_model
+from elastic_views import FAMILIES, HEADS, NEURONS, TOKENS, family_model
 from torch import nn
 
 from megakd.contract.views import View
@@ -57,52 +56,10 @@ def test_a_gates_gradient_is_the_sum_of_its_weights_times_their_gradients(family
         torch.testing.assert_close(mine.double(), sums, rtol=1e-4, atol=1e-6)
 
 
-def scaled(model, column: int, factor: float) -> float:
-    """The loss with a column of the hidden states larger wherever they enter or leave layers."""
-
-    def larger(hidden):
-        factors = torch.ones(hidden.shape[-1], dtype=hidden.dtype)
-        factors[column] = factor
-        return hidden * factors
-
-    def before(block, inputs):
-        return (larger(inputs[0]), *inputs[1:])
-
-    def after(block, inputs, output):
-        if isinstance(output, torch.Tensor):
-            return larger(output)
-        return (larger(output[0]), *output[1:])
-
-    architecture = architecture_of(model.config)
-    stacks = [list(architecture.backbone_of(model).get_submodule(architecture.blocks))]
-    stacks += [list(model.decoder.block)] if hasattr(model, "decoder") else []
-    with ExitStack() as hooks, torch.no_grad():
-        for stack in stacks:
-            for block in stack:
-                hooks.callback(block.register_forward_pre_hook(before).remove)
-            hooks.callback(stack[-1].register_forward_hook(after).remove)
-        return loss_of(model).item()
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_columns_gradient_is_what_the_loss_changes_with_it_in_all_places(family):
-    model = family_model(family)
-    gates = Gates(model.requires_grad_(requires_grad=False), CPU, with_width=True)
-
-    with gates.in_place():
-        result = gates.gradients(loss_of(model))[-WIDTH:]
-
-    step = 2e-3  # the norms of some families compute in fp32
-    for column in (0, 7, WIDTH - 1):
-        slope = (scaled(model, column, 1 + step) - scaled(model, column, 1 - step)) / (2 * step)
-        assert result[column].item() == pytest.approx(slope, rel=5e-3, abs=1e-5)
-
-
-@pytest.mark.parametrize("with_width", [False, True])
 @pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "enct5"])
-def test_gates_change_no_output_and_are_gone_afterwards(family, with_width):
+def test_gates_change_no_output_and_are_gone_afterwards(family):
     model = family_model(family)
-    before, gates = loss_of(model), Gates(model, CPU, with_width=with_width)
+    before, gates = loss_of(model), Gates(model, CPU)
 
     with gates.in_place():
         inside = loss_of(model)
@@ -151,37 +108,31 @@ def test_a_gate_sums_over_positions_and_the_columns_of_its_unit_in_fp32():
     assert other.grad.tolist() == [257.0]  # bf16 has no such number
 
 
-def test_scores_in_units_of_the_norm_of_their_layer_and_the_width_has_some_if_asked():
-    model = family_model("bert")
-    totals = torch.zeros(3 * HEADS + 3 * NEURONS + WIDTH, dtype=torch.float64)
+def test_scores_in_units_of_the_norm_of_their_layer():
+    totals = torch.zeros(3 * HEADS + 3 * NEURONS, dtype=torch.float64)
     totals[:3] = torch.tensor([3.0, 0.0, 4.0])
     totals[3 * HEADS : 3 * HEADS + 2] = torch.tensor([5.0, 12.0])
-    totals[-2:] = torch.tensor([8.0, 15.0])
 
-    raw = Gates(model, CPU, with_width=True).scores(totals)
-    with_width = raw.scaled()
-    without = Gates(model, CPU).scores(totals[:-WIDTH]).scaled()
+    raw = Gates(family_model("bert"), CPU).scores(totals)
+    scaled = raw.scaled()
 
-    assert [*chain(*raw.heads, *raw.neurons, raw.width or ())] == totals.tolist()
-    assert without == with_width._replace(width=None)
-    assert without.heads[0] == pytest.approx((0.6, 0.0, 0.8))
-    assert without.heads[1:] == ((0.0,) * HEADS,) * 2
-    assert without.neurons[0] == pytest.approx((5 / 13, 12 / 13, *[0.0] * (NEURONS - 2)))
-    assert with_width.width == pytest.approx((*[0.0] * (WIDTH - 2), 8 / 17, 15 / 17))
+    assert [*chain(*raw.heads, *raw.neurons)] == totals.tolist()
+    assert scaled.heads[0] == pytest.approx((0.6, 0.0, 0.8))
+    assert scaled.heads[1:] == ((0.0,) * HEADS,) * 2
+    assert scaled.neurons[0] == pytest.approx((5 / 13, 12 / 13, *[0.0] * (NEURONS - 2)))
 
 
 @pytest.mark.parametrize(
     ("place", "layer"),
     [
         (HEADS, "heads of attention 2"),
-        (-1 - WIDTH, "neurons of feed-forward 3"),
-        (-1, "columns of the hidden states"),
+        (-1, "neurons of feed-forward 3"),
     ],
 )
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_importance_that_is_not_finite_is_refused_naming_the_layer(place, layer, value):
-    gates = Gates(family_model("bert"), CPU, with_width=True)
-    totals = torch.ones(3 * HEADS + 3 * NEURONS + WIDTH)
+    gates = Gates(family_model("bert"), CPU)
+    totals = torch.ones(3 * HEADS + 3 * NEURONS)
     totals[place] = value
 
     with pytest.raises(TeacherError, match=rf"{layer} is not finite: .*teacher\.dtype"):
