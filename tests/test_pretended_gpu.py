@@ -24,19 +24,18 @@ from megakd.methods.knowledge_selection.selector import Selector, SelectorShape
 from megakd.models import packed_attention
 from megakd.models.architectures import FAMILIES
 from megakd.models.packed_attention import set_attention
-from megakd.planning import phase_traces
-from megakd.planning.phase_traces import PhaseTracer, _ones
-from megakd.planning.planning_lab import PlanningLab, planned_sources
-from megakd.planning.tracing import Trace
+from megakd.planning import tracing
+from megakd.planning.phases import PlanningLab, planned_sources
+from megakd.planning.tracing import PhaseTraces, Trace, _ones
 from megakd_kernels import chunking
 
 # The elastic embedding recognises tokens by their memory, which pretended tensors do not have.
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
-NO_TRACE = Trace((), (), (), 0, 0.0)
+NO_TRACE = Trace()
 LAYERS, WIDTH, HEADS, VOCABULARY = 2, 32, 4, 300
 
 
-class OnGpu(PhaseTracer):
+class OnGpu(PhaseTraces):
     """Runs the forwards of a phase on the pretended GPU; the losses form their gradients there."""
 
     def _forward(self, module: nn.Module, *args: Any, **options: Any) -> tuple[Trace, Any]:
@@ -61,7 +60,7 @@ class OnGpu(PhaseTracer):
     def _moved(self, build: Callable[..., nn.Module], *arguments: Any) -> nn.Module:
         """Return a module that is built without a device and then moved, as in a run."""
         with pytest.MonkeyPatch.context() as patch, unset_fake_temporarily():
-            patch.setattr(phase_traces, "VALUELESS", torch.device("meta"))
+            patch.setattr(tracing, "VALUELESS", torch.device("meta"))
             module = build(*arguments)
         return moved_to_cuda(module)
 
@@ -84,7 +83,7 @@ def run_on_gpu(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Iterator[Callable[[Mapping[str, Any]], list[str]]]:
     """Function that runs all phases of a config, and returns the names of the phases."""
-    monkeypatch.setattr(phase_traces, "VALUELESS", CUDA)
+    monkeypatch.setattr(tracing, "VALUELESS", CUDA)
     # The importance of units is the gradient of gates, and a backward needs a real GPU.
     monkeypatch.setattr(torch.autograd, "grad", lambda _, tensors: [t.detach() for t in tensors])
 
@@ -93,7 +92,7 @@ def run_on_gpu(
         phases = PlanningLab(config, planned_sources(config), ranks=1, device="cuda").play()
         for phase in phases:
             with pretended_cuda():
-                OnGpu(phase, config, "cuda").traces()
+                OnGpu(phase, config, "cuda")
         return [phase.name for phase in phases]
 
     return run

@@ -11,9 +11,6 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
-import torch
-
 from megakd.config.models import TeacherConfig
 from megakd.config.run import RunConfig
 from megakd.contract.stage import Stage
@@ -22,9 +19,8 @@ from megakd.engine.collectives import gather, node_name, on_main
 from megakd.engine.distributed import Ranks
 from megakd.engine.memory import device_name, forget_models, peak_memory_bytes, reset_peak_memory
 from megakd.inputs.inputs import RunInputs
-from megakd.planning.cluster import Cluster
-from megakd.planning.plan import gigabytes, page, plan_run, process_bytes
-from megakd.planning.planning_lab import PlanningLab, check_method
+from megakd.planning.phases import PlanningLab, check_method
+from megakd.planning.plan import cluster_of, gigabytes, page, plan_run, process_bytes
 from megakd.reports.report_file import installed_versions
 from megakd.run.main import check_machines, checked_inputs, started
 from megakd.run.teacher_pool import TeacherPool
@@ -108,20 +104,12 @@ def _dry_run(config: RunConfig, ranks: Ranks) -> str:
     with closing(Reporter(config.output_dir, is_main=False)) as reporter:
         seconds = lab.take_steps(stage, reporter)
     measured = max(gather(peak_memory_bytes(device)))
-    cluster = Cluster(
-        ranks=ranks.world_size,
-        nodes=len(set(gather(node_name()))),
-        device="cuda" if device.type == "cuda" else "cpu",
-        device_memory=(
-            torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-        ),
-        host_memory=psutil.virtual_memory().total,
-    )
+    nodes = len(set(gather(node_name())))
+    machines = {"ranks": ranks.world_size, "nodes": nodes, "device": device.type}
 
     def beside() -> str:
-        plan = plan_run(prepared.config, cluster, process=process)
-        peaks = (one.ledger.peaks["device"] for one in plan.phases if one.name == stage.name)
-        planned = next(peaks)
+        plan = plan_run(prepared.config, cluster_of(machines), process=process)
+        planned = next(one.peak for one in plan.phases if one.name == stage.name)
         versions = " ".join(f"{name} {number}" for name, number in installed_versions().items())
         return (
             f"{page(plan)}\n\npython {platform.python_version()} {versions}\n"

@@ -27,7 +27,7 @@ from megakd.inputs.inputs import RunInputs, prepare
 from megakd.inputs.precision import check_device
 from megakd.methods import run_method
 from megakd.models.onnx import check_packages
-from megakd.planning.planning_lab import check_method
+from megakd.planning.phases import check_method
 from megakd.process.phases import counted, phase
 from megakd.process.signals import Stopped
 from megakd.reports.report_file import installed_versions

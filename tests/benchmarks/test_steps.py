@@ -7,8 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from lib.clocks import Clocks, over_ranks
-from megakd.planning.cluster import Cluster
-from megakd.planning.plan import plan_run
+from megakd.planning.plan import Cluster, plan_run
 from memory import plan
 from speed.causal_step import check_agree
 

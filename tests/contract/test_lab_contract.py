@@ -13,7 +13,7 @@ from megakd.contract.metric import lower_is_better
 from megakd.contract.stage import Pass, backward_groups
 from megakd.contract.terms import TermConfig
 from megakd.errors import MegakdError
-from megakd.planning.planning_lab import PlanningLab
+from megakd.planning.phases import PlanningLab
 from megakd.pruning.builder import ModelPruning
 from megakd.run.run_lab import RunLab
 from megakd.training.recipes import LabBase

@@ -17,8 +17,8 @@ from megakd.contract.terms import soft_terms
 from megakd.losses.objective import shape_of, stage_losses
 from megakd.models.knowledge import Needs
 from megakd.models.source import ReadyTeacher
-from megakd.planning.phase_traces import PhaseTracer
-from megakd.planning.planning_lab import Phase, planned_sources
+from megakd.planning.phases import Phase, planned_sources
+from megakd.planning.tracing import PhaseTraces
 from megakd.training.recipes import completed
 
 KL = term_of("soft_target_kl")
@@ -107,7 +107,7 @@ def test_a_plan_holds_the_hidden_states_that_a_strategy_reads(tmp_path: Path) ->
             stage=completed(stage, config),
             teachers={TEACHER: teacher},
         )
-        return PhaseTracer(phase, config, "cpu").traces().answers
+        return PhaseTraces(phase, config, "cpu").answers
 
     last_layer, rows, width = 1, 2, 32
     more = answers(reads_states=True) - answers(reads_states=False)

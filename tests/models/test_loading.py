@@ -19,7 +19,7 @@ from megakd.models.fitting import valueless_model, with_joint_experts
 from megakd.models.fresh import initialize_parameters
 from megakd.models.loading import load_finished, with_vocabulary
 from megakd.models.weights import StoredExperts, StoredTensor, WeightReader
-from megakd.planning.phase_traces import send_tokens_to_one_expert
+from megakd.planning.tracing import send_tokens_to_one_expert
 
 NAMES = ("joy", "anger", "fear")
 ENCODERS = ["bert", "roberta", "distilbert", "electra", "t5_encoder", "enct5"]

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 from planned_runs import config_of as run_config
-from planned_runs import per_call, plan_of, trained
+from planned_runs import per_call, plan_of, sent, trained
 from tiny_runs import bert
 
 from megakd.config.run import RunConfig
 from megakd.inputs import step_size
-from megakd.planning.engine_memory import Share
+from megakd.planning.memory import Share
 from megakd.planning.plan import Plan, page
 
 
@@ -60,7 +60,7 @@ def test_a_teacher_sharded_within_nodes_is_planned_over_the_ranks_of_a_node(tmp_
 
     def weights_and_network(*overrides: str, **cluster: int) -> tuple[int, float]:
         plan = planned(tmp_path, *overrides, device="cuda", **cluster)
-        return plan.part("teacher", "weights"), trained(plan).sent["teacher"].sum()
+        return plan.part("teacher", "weights"), sent(trained(plan), "teacher")
 
     on_one = weights_and_network()
     assert weights_and_network(node) == on_one
@@ -76,7 +76,7 @@ def test_a_plan_shows_the_calls_and_counts_their_network_and_answers(tmp_path):
 
     ours, theirs = map(trained, (together, one_by_one))
     assert ours.per_call == {"teacher": 6}
-    assert ours.sent["teacher"].sum() == pytest.approx(theirs.sent["teacher"].sum() / 6)
+    assert sent(ours, "teacher") == pytest.approx(sent(theirs, "teacher") / 6)
     assert ours.flops == pytest.approx(theirs.flops)
     line = "student: teacher answers 6 micro-batches in one forward (teacher.joins_micro_batches)"
     assert line in page(together)
@@ -84,4 +84,4 @@ def test_a_plan_shows_the_calls_and_counts_their_network_and_answers(tmp_path):
     phases = {phase["name"]: phase for phase in together.as_json()["phases"]}
     assert phases["student"]["micro_batches_per_call"] == {"teacher": 6}
     answers = Share("teacher", "activations")
-    assert ours.ledger.most[answers] > 4 * theirs.ledger.most[answers]
+    assert ours.most[answers] > 4 * theirs.most[answers]

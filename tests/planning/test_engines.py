@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
 
-from megakd.planning import engine_memory
-from megakd.planning.engine_memory import Engine, Holding, Ledger, Part, Place, Share, together
-from megakd.planning.tracing import NOTHING, Moment, Trace, blocks, mapped
+from megakd.planning import memory
+from megakd.planning.memory import Engine, Holding, Ledger, Part, Place, Share
+from megakd.planning.tracing import Point, Trace
 
 RANKS = 4
 SIZES = (500,) * 8
@@ -24,28 +25,28 @@ def engine(zero: dict[str, Any], *, moments: int | None = 2, **options: Any) -> 
 
 
 def held(holding: Holding, part: Part, place: Place = "device") -> int:
-    return int(holding.get(Share("student", part, place), NOTHING).sum())
+    share = Share("student", part, place)
+    return holding[share] + holding[share._replace(on_heap=True)]
 
 
 def most(holdings: list[Holding]) -> int:
     """Return the most bytes of the device."""
     return max(
-        sum(int(amount.sum()) for share, amount in holding.items() if share.place == "device")
-        for holding in holdings
+        sum(size for share, size in one.items() if share.place == "device") for one in holdings
     )
 
 
 def step(engine: Engine) -> list[Holding]:
     """Return what an engine holds during a step."""
-    extra = [engine.backward(P, 500, adds=False, last=True), *engine.updating()]
-    return [together(engine.resting(), held) for held in extra]
+    extra = [engine.backward(P, adds=False, last=True), *engine.updating()]
+    return [engine.resting() + more for more in extra]
 
 
 def test_a_second_bucket_is_counted_where_gradients_are_sent_during_the_backward() -> None:
     sent = [
         held(
             engine({"stage": 2, "reduce_bucket_size": P, "overlap_comm": overlap}).backward(
-                P, 500, adds=False
+                P, adds=False
             ),
             "gradients",
         )
@@ -78,13 +79,13 @@ def test_each_stage_shards_what_it_says(stage, itemsize, moments, weights, optim
 def test_the_norm_is_planned_for_the_rank_with_the_most_of_it_and_of_gradients(stage, itemsize):
     # The first rank has 900 elements of one weight, and the second all weights, but small parts.
     sizes = (1000, 200, 200, 200, 200)
-    norm = next(iter(engine({"stage": stage}, itemsize=itemsize, ranks=2, sizes=sizes).updating()))
+    norm = engine({"stage": stage}, itemsize=itemsize, ranks=2, sizes=sizes).updating()[0]
     assert held(norm, "gradients") == 1000 * itemsize + 900 * 8
 
 
 def test_a_full_bucket_of_zero_2_is_copied_before_it_is_sent() -> None:
     small = engine({"stage": 2, "reduce_bucket_size": 1000})
-    two, three = (held(small.backward(n * 500, 500, adds=False), "gradients") for n in (2, 3))
+    two, three = (held(small.backward(n * 500, adds=False), "gradients") for n in (2, 3))
     assert three - two == 4 * 1000
 
 
@@ -118,7 +119,7 @@ SENT = 10 + SIZES[0]  # a gradient is larger than the bucket, and is sent direct
 def test_gradients_are_whole_below_zero_2_and_in_shards_at_zero_2_also_with_offload(
     zero, itemsize, done, adds, expected
 ):
-    backward = engine(zero, itemsize=itemsize).backward(done, 500, adds=adds)
+    backward = engine(zero, itemsize=itemsize).backward(done, adds=adds)
     assert held(backward, "gradients") == expected
 
 
@@ -131,8 +132,7 @@ def test_offload_of_weights_leaves_none_on_the_device() -> None:
 def test_a_frozen_model_has_its_weights_and_nothing_else() -> None:
     for zero, expected in (({"stage": 0}, 4 * P), ({"stage": 3}, 4 * P // RANKS)):
         resting = engine(zero, moments=None).resting()
-        assert held(resting, "weights") == expected
-        assert list(resting) == [Share("student", "weights")]
+        assert resting == {Share("student", "weights"): expected}
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -156,90 +156,79 @@ def test_a_whole_model_is_read_on_the_host_and_a_sharded_one_a_tensor_at_a_time(
     assert held(shards, "weights", "host") == 4 * max(SIZES)
 
 
-# Four weights of 400 bytes; without prefetch a weight arrives with its module, in a buffer.
-ALONE = {"stage": 3, "param_persistence_threshold": 0, "prefetch_bucket_size": 0}
-THERE_AND_BACK = (0, 1, 2, 3, 3, 2, 1, 0)
+# Ten weights of 400 bytes.
+ALONE = {"stage": 3, "prefetch_bucket_size": 0, "max_reuse_distance": 0}
 
 
-def gathered(order: tuple[int, ...], turn: int, zero: dict[str, Any], **options: Any) -> Any:
-    """Return the bytes that are gathered at every moment, and the elements in all."""
-    sizes = (100,) * 4
-    trace = Trace(sizes, (), [Moment({number}) for number in order], turn, flops=0.0)
+def gathered(zero: dict[str, Any], *, trains: bool = True, **options: Any) -> tuple[int, ...]:
+    """Return the bytes that are gathered beside activations, and the elements in all."""
+    sizes = (100,) * 10
+    trace = Trace(sizes, (), sizes, [Point(0, 0, 0)] * (1 + trains))
     frozen = engine({**ALONE, **zero}, moments=None, sizes=sizes, **options)
-    return [int(amount.sum()) for amount in frozen.gathered(trace)], frozen.fetched(trace)
+    whole, buffers = frozen.gathered(trace)
+    held = whole if frozen.is_gathered_early(trace) else whole + buffers
+    return held.total(), frozen.fetched(trace)
 
 
 @pytest.mark.parametrize(
-    ("order", "limits", "alive"),
+    ("limits", "trains", "expected"),
     [
-        ((0, 1, 2, 3), {}, [800] * 4),
-        (THERE_AND_BACK, {}, [800, 1200, 1600, 2000, 1600, 1200, 800, 400]),
-        # Every module fetches a bucket of what comes next, until all are fetched.
-        ((0, 1, 2, 3), {"prefetch_bucket_size": 150}, [1200, 1400, 1200, 400]),
-        ((0, 1, 2, 3), {"param_persistence_threshold": 100}, [800, 1200, 1600, 2000]),
+        # Without prefetch a weight arrives with its module, in a buffer.
+        ({}, False, (400 + 400, 1000)),
+        # Weights stay until the backward up to a limit, and are gathered again beyond it.
+        ({}, True, (400 + 400, 2000)),
+        ({"stage3_max_reuse_distance": 800}, True, (1600 + 400, 1600)),
+        ({"max_reuse_distance": 2000}, True, (4000 + 400, 1000)),
+        # Prefetched weights have a limit of their own.
+        ({"prefetch_bucket_size": 150, "max_live_parameters": 300}, True, (1200 + 600, 1700)),
+        ({"prefetch_bucket_size": 150, "max_live_parameters": 300}, False, (1200 + 600, 1000)),
+        # All weights are whole before the activations exist, and no buffer is left.
+        ({"prefetch_bucket_size": 150}, True, (4000, 1000)),
+        ({"prefetch_bucket_size": 150}, False, (4000, 1000)),
     ],
-    ids=["used once", "until the backward", "fetched ahead", "small"],
 )
-def test_weights_stay_from_their_first_to_their_last_use(order, limits, alive) -> None:
-    assert gathered(order, 3, limits) == (alive, 400)
-
-
-@pytest.mark.parametrize(
-    ("limits", "most", "elements"),
-    [
-        ({"max_reuse_distance": 0}, 800, 800),
-        ({"stage3_max_reuse_distance": 400}, 1200, 600),
-        ({"max_reuse_distance": 0, "prefetch_bucket_size": 1, "max_live_parameters": 300},
-         1600, 500),
-    ],
-)  # fmt: skip
-def test_weights_beyond_the_limit_are_gathered_again(limits, most, elements) -> None:
-    alive, fetched = gathered(THERE_AND_BACK, 3, limits)
-    assert (max(alive), fetched) == (most, elements)
-
-
-def test_no_more_is_fetched_ahead_than_may_be_alive() -> None:
-    limits = {"prefetch_bucket_size": 10**9, "max_live_parameters": 200, "max_reuse_distance": 0}
-    assert max(gathered((0, 1, 2, 3), 3, limits)[0]) <= 2 * 400 + 2 * 400
+def test_weights_are_gathered_up_to_the_limits_of_zero_3(limits, trains, expected) -> None:
+    assert gathered(limits, trains=trains) == expected
 
 
 def test_a_single_rank_gathers_only_weights_that_are_on_the_host() -> None:
     away = {"offload_param": {"device": "cpu"}}
-    assert gathered((0,), 0, {}, ranks=1) == ([0], 0)
-    assert gathered((0,), 0, away, ranks=1) == ([800], 100)
+    assert gathered({}, ranks=1) == (0, 0)
+    assert gathered(away, ranks=1, trains=False) == (800, 1000)
 
 
 WEIGHTS, LIVE = Share("student", "weights"), Share("student", "activations")
+SMALL = LIVE._replace(on_heap=True)
 MASTERS = Share("student", "optimizer", "host")
 
 
-def test_the_peak_is_the_highest_sum_at_one_time() -> None:
-    ledger = Ledger("cuda", 7)
-    ledger.look("a", {WEIGHTS: mapped(100)}, {LIVE: blocks(50)})
-    ledger.look("b", {WEIGHTS: mapped(120)})
+def ledger(device: str, process: int, *times: dict[Share, int]) -> Ledger:
+    ledger = Ledger(device, process)
+    for number, one in enumerate(times):
+        ledger.look(str(number), Counter(one))
+    return ledger
 
-    peak = ledger.peaks["device"]
-    assert (peak.total, peak.when, peak.shares) == (150, "a", {WEIGHTS: 100, LIVE: 50})
-    assert ledger.most == {WEIGHTS: 120, LIVE: 50}
+
+def test_the_peak_is_the_highest_sum_at_one_time() -> None:
+    seen = ledger("cuda", 7, {WEIGHTS: 100, LIVE: 20, SMALL: 30}, {WEIGHTS: 120})
+
+    assert seen.peak == (150, "0", {WEIGHTS: 100, LIVE: 50})
+    assert seen.most == {WEIGHTS: 120, LIVE: 50}
 
 
 def test_host_and_device_are_apart_on_a_gpu_and_one_on_a_cpu(monkeypatch) -> None:
-    monkeypatch.setattr(engine_memory, "_HEADROOM", 1.0)
+    monkeypatch.setattr(memory, "_HEADROOM", 1.0)
     totals = {}
     for device in ("cuda", "cpu"):
-        ledger = Ledger(device, 7)
-        ledger.look("", {WEIGHTS: mapped(100), MASTERS: mapped(30)})
-        totals[device] = (ledger.peaks["device"].total, ledger.peaks["host"].total)
+        seen = ledger(device, 7, {WEIGHTS: 100, MASTERS: 30})
+        totals[device] = (seen.peak.total, seen.host_peak.total)
 
     assert totals == {"cuda": (100, 37), "cpu": (137, 137)}
 
 
 def test_a_cpu_keeps_small_blocks_with_holes_and_returns_large_ones(monkeypatch) -> None:
-    monkeypatch.setattr(engine_memory, "_HEADROOM", 1.0)
-    ledger = Ledger("cpu", 0)
-    ledger.look("", {LIVE: blocks(50) + mapped(500)})
-    ledger.look("", {})
-    ledger.look("", {LIVE: blocks(50)})  # in memory that was kept
-    ledger.look("", {WEIGHTS: mapped(600)})
+    monkeypatch.setattr(memory, "_HEADROOM", 1.0)
+    # The third time, in memory that stayed with the process.
+    seen = ledger("cpu", 0, {SMALL: 50, LIVE: 500}, {}, {SMALL: 50}, {WEIGHTS: 600})
 
-    assert ledger.peaks["device"].total == 600 + round(50 * 1.4)
+    assert seen.peak.total == 600 + round(50 * 1.4)

@@ -12,9 +12,8 @@ from tiny_runs import llama
 from transformers import AutoConfig, DynamicCache, LlamaForCausalLM
 
 from megakd.contract.tasks import STUDENT
-from megakd.planning.engine_memory import Share
-from megakd.planning.plan import Plan
-from megakd.planning.timeline import cached_numbers
+from megakd.planning.memory import Share
+from megakd.planning.plan import Plan, cached_numbers
 
 
 def planned(folder: Path, *overrides: str) -> Plan:
@@ -52,8 +51,8 @@ def test_many_texts_at_once_raise_the_peak_and_are_named(tmp_path):
     )
 
     assert many.peak_bytes_per_rank > 65536 * 32 * 64  # more than a byte per cached number
-    assert many.highest.ledger.peaks["device"].when.startswith("generating texts (rollout.rows_per")
-    assert few.highest.ledger.peaks["device"].when != many.highest.ledger.peaks["device"].when
+    assert many.highest.peak.when.startswith("generating texts (rollout.rows_per")
+    assert few.highest.peak.when != many.highest.peak.when
 
 
 @pytest.mark.parametrize(("preset", "copies"), [("zero3", 1), ("zero2", 0)])
@@ -65,7 +64,7 @@ def test_only_a_sharded_student_is_gathered_whole_to_generate(tmp_path, preset, 
     keys = llama(2, vocab_size=64)["config"]
     model = LlamaForCausalLM(AutoConfig.for_model(**keys))
 
-    peak = plan.highest.ledger.peaks["device"]
+    peak = plan.highest.peak
 
     assert "evaluating on texts" in peak.when
     size = 2 * sum(parameter.numel() for parameter in model.parameters())  # in bf16

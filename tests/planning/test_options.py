@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +9,8 @@ import pytest
 
 from megakd import cli
 from megakd.config.run import RunConfig
-from megakd.planning.cluster import Cluster
+from megakd.planning import plan
+from megakd.planning.plan import Cluster
 
 
 @pytest.fixture(autouse=True)
@@ -28,8 +28,8 @@ def asked(monkeypatch) -> list[tuple[RunConfig, Cluster]]:
         asked.append((config, cluster))
         return SimpleNamespace(as_json=lambda: {"ranks": cluster.ranks})
 
-    module = SimpleNamespace(plan_run=plan_run, page=lambda plan: f"a page: {plan.as_json()}")
-    monkeypatch.setitem(sys.modules, "megakd.planning.plan", module)
+    monkeypatch.setattr(plan, "plan_run", plan_run)
+    monkeypatch.setattr(plan, "page", lambda of: f"a page: {of.as_json()}")
     return asked
 
 
@@ -58,10 +58,10 @@ def test_one_rate_of_the_network_or_two_are_given(asked, run_file, text, rates):
         (["--ranks", "3", "--nodes", "2"], "3 ranks cannot be divided equally between 2 nodes"),
         (["--gpu_memory_gb", "0"], "--gpu_memory_gb must be a finite number above 0"),
         (["--host_memory_gb", "inf"], "--host_memory_gb must be a finite number above 0"),
-        (["--nodes", "0", "--ranks", "1"], "--nodes must be at least 1, got 0"),
+        (["--nodes", "0", "--ranks", "1"], "--nodes must be a finite number above 0, got 0"),
         (["--device", "cpu", "--gpu_memory_gb", "80"], "cannot be used with --device cpu"),
-        (["--tflops", "-1"], "--tflops must be finite and above 0, got -1.0"),
-        (["--gbps", "400,0"], "--gbps must be finite and above 0, got 0.0"),
+        (["--tflops", "-1"], "--tflops must be a finite number above 0, got -1"),
+        (["--gbps", "400,0"], "--gbps must be a finite number above 0, got 0"),
         (["--gbps", "fast"], "--gbps must be one or two numbers as in 400,45, got fast"),
     ],
 )

@@ -17,11 +17,10 @@ from tiny_runs import bert, llama
 from megakd.config.run import RunConfig
 from megakd.contract.views import View
 from megakd.errors import ModelError
-from megakd.planning.cluster import Cluster
-from megakd.planning.engine_memory import PARTS, Share
-from megakd.planning.phase_traces import PhaseTracer
-from megakd.planning.plan import Plan, page, plan_run
-from megakd.planning.planning_lab import PlanningLab, planned_sources
+from megakd.planning.memory import PARTS, Share
+from megakd.planning.phases import PlanningLab, planned_sources
+from megakd.planning.plan import Cluster, Plan, page, plan_run
+from megakd.planning.tracing import PhaseTraces
 
 DECODERS = {
     "teacher": {"model": llama(3, width=32, vocab_size=64)},
@@ -106,10 +105,10 @@ def test_an_evaluation_needs_no_more_than_training_where_no_batch_is_given(tmp_p
     config = config_of(tmp_path)
     phases = PlanningLab(config, planned_sources(config), ranks=1, device="cuda").play()
 
-    traces = PhaseTracer(phases[0], config, "cuda").traces()
+    traces = PhaseTraces(phases[0], config, "cuda")
 
     evaluation, training = (
-        max(moment.live.sum() for moment in trace.moments)
+        max(point.live for point in trace.points)
         for trace in (traces.evaluated["student"], traces.learner[0])
     )
     assert evaluation < training
@@ -124,7 +123,7 @@ def test_rates_turn_operations_and_bytes_into_the_least_and_the_most_seconds(
     on_two = planned(config, ranks=4, nodes=2, **rates)
 
     flops = trained(on_one).flops / 1e9
-    within = trained(on_one).network / 1e6
+    within = trained(on_one).sent.total() / 1e6
     assert on_one.as_json()["seconds_per_step"] == pytest.approx(
         (max(flops, within), flops + within)
     )
@@ -158,7 +157,7 @@ def test_the_copy_of_a_save_beside_the_training_is_planned_on_the_host(
     config = config_of(tmp_path, save={"save_steps": 2} | save, train=train)
     plan = planned(config, device="cuda", device_memory=10**9, host_memory=host, ranks=2)
     training = next(phase for phase in plan.phases if phase.name == "student")
-    most = training.ledger.most
+    most = training.most
 
     # Both are the fp32 weights and two moments.
     optimizer = most[Share("student", "optimizer")]
@@ -223,7 +222,7 @@ CUT = {"student": {"model": "from_teacher"}}
 def test_every_phase_of_a_run_is_planned(tmp_path: Path, sections: Any, names: list[str]) -> None:
     plan = planned(config_of(tmp_path, **sections))
     assert [phase.name for phase in plan.phases] == names
-    assert all(phase.ledger.peaks["device"].total for phase in plan.phases)
+    assert all(phase.peak.total for phase in plan.phases)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from planned_runs import CAUSAL, config_of, plan_of, trained
 from tiny_runs import llama
 
-from megakd.planning.engine_memory import Share
+from megakd.planning.memory import Share
 from megakd.planning.plan import Plan
 
 WIDTH, VOCABULARY, LAYERS, RANK = 32, 96, 2, 2
@@ -50,6 +50,6 @@ def test_a_plan_of_the_base_as_teacher_has_its_forward_and_no_second_model(tmp_p
         for one in ("student_base", str(tmp_path / "model"))
     )
 
-    assert base.ledger.most[Share("teacher", "weights")] == 0
-    assert second.ledger.most[Share("teacher", "weights")] > 0
+    assert base.most[Share("teacher", "weights")] == 0
+    assert second.most[Share("teacher", "weights")] > 0
     assert base.flops == pytest.approx(second.flops, rel=0.01)

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from planned_runs import CAUSAL, config_of, plan_of, trained
+from planned_runs import CAUSAL, config_of, plan_of, sent, trained
 from tiny_runs import bert, llama
 
-from megakd.planning.engine_memory import Share
+from megakd.planning.memory import Share
 from megakd.planning.plan import Plan
 
 TEACHER = {"model": bert(3, width=32, vocab_size=64)}
@@ -53,8 +53,8 @@ def test_a_step_with_a_drawn_teacher_costs_that_of_one_and_the_mean_that_of_all(
     mean = trained(planned(tmp_path, "abc", {"name": "mean_of_teachers"}))
 
     assert drawn.flops == pytest.approx(one.flops)
-    assert drawn.sent["teacher"].sum() == pytest.approx(one.sent["teacher"].sum())
-    assert mean.sent["teacher"].sum() == pytest.approx(3 * one.sent["teacher"].sum())
+    assert sent(drawn, "teacher") == pytest.approx(sent(one, "teacher"))
+    assert sent(mean, "teacher") == pytest.approx(3 * sent(one, "teacher"))
     assert mean.flops > 1.5 * one.flops
 
 
@@ -84,10 +84,10 @@ def test_a_teacher_whose_answers_are_on_disk_takes_no_memory_and_no_time(tmp_pat
     cached = trained(planned(tmp_path, "a", {"name": "skdbert"}, cache=answers))
 
     weights = Share("teacher", "weights", "device")
-    assert whole.ledger.most[weights] > 0
-    assert weights not in cached.ledger.most
+    assert whole.most[weights] > 0
+    assert weights not in cached.most
     assert cached.flops < whole.flops
-    assert cached.sent["teacher"].sum() == 0
+    assert sent(cached, "teacher") == 0
 
 
 @pytest.mark.parametrize("measures_losses", [False, True])
@@ -102,7 +102,7 @@ def test_a_teacher_fills_the_cache_once_and_stays_loaded_where_losses_are_measur
     )
 
     weights = Share("teacher", "weights", "device")
-    held = {phase.name: phase.ledger.most.get(weights, 0) > 0 for phase in plan.phases}
+    held = {phase.name: phase.most.get(weights, 0) > 0 for phase in plan.phases}
     assert (held["teacher-answers"], held["student"]) == (True, measures_losses)
     assert [*held].index("teacher-answers") == [*held].index("student") - 1
 

@@ -73,7 +73,7 @@ def saved_bytes(module: nn.Module) -> int:
 
 def held(trace: Trace) -> int:
     """The activations between forward and backward."""
-    return trace.moments[trace.turn].live.sum()
+    return trace.points[1].live
 
 
 def traced(make: Callable[[], nn.Module]) -> tuple[nn.Module, Trace]:
@@ -102,8 +102,8 @@ def test_a_trace_holds_what_autograd_saves(make: Any) -> None:
 def test_every_gradient_is_finished_once_and_activations_are_freed(traced_llama) -> None:
     module, trace = traced_llama
 
-    assert trace.moments[-1].done == sum(p.numel() for p in module.parameters())
-    assert trace.moments[-1].live.sum() < held(trace) / 2
+    assert trace.points[-1].done == sum(p.numel() for p in module.parameters())
+    assert trace.points[-1].live < held(trace) / 2
 
 
 def test_a_tied_weight_is_counted_once() -> None:

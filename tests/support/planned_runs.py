@@ -12,10 +12,8 @@ from megakd.config.run import RunConfig
 from megakd.inputs.step_size import joins_micro_batches, largest_step
 from megakd.models.knowledge import Needs
 from megakd.models.source import ReadyTeacher
-from megakd.planning.cluster import Cluster
-from megakd.planning.plan import Plan, plan_run
-from megakd.planning.planning_lab import planned_sources
-from megakd.planning.timeline import PhasePlan
+from megakd.planning.phases import planned_sources
+from megakd.planning.plan import Cluster, PhasePlan, Plan, plan_run
 
 CLASSES = {"type": "classification", "dataset": "anything", "max_length": 16}
 CAUSAL = {**CLASSES, "type": "causal_lm"}
@@ -44,6 +42,11 @@ def trained(plan: Plan) -> PhasePlan:
     """The phase that trains."""
     (phase,) = (phase for phase in plan.phases if phase.flops and not phase.forwards)
     return phase
+
+
+def sent(phase: PhasePlan, role: str) -> int:
+    """The bytes that a role receives per step."""
+    return sum(size for (of_role, _), size in phase.sent.items() if of_role == role)
 
 
 def per_call(config: RunConfig, *hidden_layers: int) -> int:

@@ -19,8 +19,7 @@ from megakd.config.run import RunConfig
 from megakd.config.task import MixtureSource
 from megakd.errors import ConfigError
 from megakd.inputs.inputs import RunInputs, prepare
-from megakd.planning.cluster import Cluster
-from megakd.planning.plan import plan_run
+from megakd.planning.plan import Cluster, plan_run
 
 
 @pytest.fixture(autouse=True)

@@ -13,8 +13,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
-from transformers import PretrainedConfig
-
 from megakd.config.models import TeacherConfig
 from megakd.config.run import RunConfig
 from megakd.config.task import TaskConfig, TokenizerConfig
@@ -66,7 +64,6 @@ class Phase:
     rows: int = 0
     forwards: int = 0
     per_rows: int = 0
-    student: ModelSource | None = None
 
     @property
     def learner(self) -> ModelSource:
@@ -86,14 +83,18 @@ def planned_sources(config: RunConfig) -> dict[str, ModelSource]:
     }
     sources = with_student(config, sources)
     vocabulary, size = config.method.own_vocabulary, _vocabulary(config.task, sources)
-    sources = {
-        role: with_vocabulary(source, vocabulary.size if vocabulary and role == STUDENT else size)
-        for role, source in sources.items()
-    }
-    if config.task.max_length is not None:  # else limited to the context of all models
-        for source in sources.values():
-            check_length(source, config.task)
-    return _with_classes(sources, config.task)
+    labels = next(iter(sources.values())).config.num_labels or 0
+    planned = {}
+    for role, source in sources.items():
+        rows = vocabulary.size if vocabulary and role == STUDENT else size
+        planned[role] = fitting = with_vocabulary(source, rows)
+        if config.task.max_length is not None:  # else limited to the context of all models
+            check_length(fitting, config.task)
+        if config.task.type not in LANGUAGE_TASKS:
+            changed = copy.deepcopy(fitting.config)
+            changed.num_labels = 1 if config.task.type == "regression" else max(2, labels)
+            planned[role] = dataclasses.replace(fitting, config=changed)
+    return planned
 
 
 def _vocabulary(task: TaskConfig, sources: Mapping[str, ModelSource]) -> int:
@@ -117,23 +118,10 @@ def _counted(folder: Path) -> int | None:
         return None
 
 
-def _with_classes(sources: Mapping[str, ModelSource], task: TaskConfig) -> dict[str, ModelSource]:
-    if task.type in LANGUAGE_TASKS:
-        return dict(sources)
-    teacher = next(iter(sources.values()))
-    outputs = 1 if task.type == "regression" else max(2, teacher.config.num_labels or 0)
-    changed = {}
-    for role, source in sources.items():
-        config: PretrainedConfig = copy.deepcopy(source.config)
-        config.num_labels = outputs
-        changed[role] = dataclasses.replace(source, config=config)
-    return changed
-
-
 class PlanningLab(LabBase, Shapes):
     """Lab that records the stages of a method, and other work with models, instead of doing it.
 
-    Without the data of the run (`prepared`), the numbers of rows and the metrics are not known.
+    Without the data of the run (`prepared`), the numbers of steps and the metrics are not known.
     """
 
     def __init__(
@@ -148,9 +136,9 @@ class PlanningLab(LabBase, Shapes):
         super().__init__(config, sources)
         Shapes.__init__(self, config, sources, classes=prepared and prepared.classes)
         self.world, self._device, self._prepared = ranks, device, prepared
-        self.phases: list[Phase] = []
+        self._phases: dict[str, Phase] = {}
         self._assistants: list[StageResult] = []
-        self._made: dict[Path, ModelSource] = {}
+        self._models: dict[Path, ModelSource] = {}
 
     @property
     def pruning(self) -> PlanningLab:
@@ -166,23 +154,17 @@ class PlanningLab(LabBase, Shapes):
         names = self.config.baselines
         baselines = [self.train(baseline_stage(self, name, student)) for name in names]
         preset = scoring_preset(self.config.student.deepspeed)
-        results = (student, *baselines, *self._assistants)
-        made = {
-            result.name: ReadyTeacher(source, TeacherConfig(model=source.name, deepspeed=preset))
-            for result in results
-            for source in (self._made[result.folder],)
-        }
-        teachers = {
-            name: self._teachers[name]
-            for name, spec in self.config.teacher_specs.items()
-            if spec.server is None and name in self._teachers
-        }
-        for name, ready in {**made, **teachers}.items():
-            self.phases.append(self._scoring(f"{name}-scored", name, ready))
-        return self.phases
+        for result in (student, *baselines, *self._assistants):
+            source = self._models[result.folder]
+            spec = TeacherConfig(model=source.name, deepspeed=preset)
+            self._score(f"{result.name}-scored", result.name, ReadyTeacher(source, spec))
+        for name, spec in self.config.teacher_specs.items():
+            if spec.server is None and name in self._teachers:
+                self._score(f"{name}-scored", name, self._teachers[name])
+        return list(self._phases.values())
 
     def _source(self, folder: Path, role: str) -> ModelSource:
-        return self._made[folder]
+        return self._models[folder]
 
     def rows_of_teachers(self) -> dict[str, int]:
         return dict.fromkeys(self.config.teacher_specs, 1)  # the rows are not read
@@ -215,57 +197,50 @@ class PlanningLab(LabBase, Shapes):
     def made_by(self, result: StageResult, name: str, read: Any) -> None: ...
 
     def dev_score(self, name: str) -> float:
-        self.phases.append(self._scoring(f"{name}-scored", name, self._teachers[name]))
+        self._score(f"{name}-scored", name, self._teachers[name])
         return 0.5
 
-    def _scoring(
-        self, name: str, model: str, ready: ReadyTeacher, *, passes: int = 0, rows: int | None = 0
-    ) -> Phase:
-        # Rows are read in `passes`, by all ranks together; None: their number is not known.
-        size = self.config.eval_rows()
-        forwards, unknown = passes * -(-(rows or 0) // (size * self.world)), rows is None
-        return Phase(
-            name=name,
-            work="scoring",
-            teachers={model: ready},
-            rows=size,
-            forwards=passes if unknown else forwards,
-            per_rows=size * self.world if unknown else 0,
+    def _record(self, phase: Phase) -> None:
+        self._phases.setdefault(phase.name, phase)
+
+    def _score(
+        self, phase: str, model: str, ready: ReadyTeacher, forwards: int = 0, per_rows: int = 0
+    ) -> None:
+        rows, teachers = self.config.eval_rows(), {model: ready}
+        self._record(
+            Phase(
+                name=phase,
+                work="scoring",
+                teachers=teachers,
+                rows=rows,
+                forwards=forwards,
+                per_rows=per_rows,
+            )
         )
-
-    def _record_once(self, phase: Phase) -> None:
-        if all(known.name != phase.name for known in self.phases):
-            self.phases.append(phase)
-
-    def _rows_of(self, split: str) -> int | None:
-        return None if self._prepared is None else len(getattr(self._prepared.encoded, split))
 
     def sorted_teacher(self, teacher: str, split: str, *, batch_size: int) -> SortedTeacher:
         """Record the importance phase, once per run."""
-        ready, rows = self._teachers[teacher], self._rows_of(split)
+        ready = self._teachers[teacher]
         most = self.config.train.rows_at_once(self.config.task.row_length)
         shape = StepShape.of_batch(batch_size, most, rank=0, world=self.world)
-        batches = 1 if rows is None else -(-rows // batch_size)
-        self._record_once(
+        self._record(
             Phase(
                 name="specification",
                 work="importance",
                 teachers={teacher: ready},
                 rows=shape.per_device,
-                forwards=batches * shape.accumulation,
-                per_rows=batch_size if rows is None else 0,
+                forwards=shape.accumulation,
+                per_rows=batch_size,
             )
         )
         return unscored(ready.source)
 
     def layer_scores(self, teacher: str) -> tuple[float, ...]:
         """Record the scoring of the teacher, once; return the same importance for all layers."""
-        ready, rows = self._teachers[teacher], FEW[self.config.task.type]
-        layers = ready.source.architecture.number_of_layers(ready.source.config)
-        held_out = self._rows_of("validation")
-        rows = rows if held_out is None else min(rows, held_out)
-        self._record_once(self._scoring("layers", "layers", ready, passes=layers + 1, rows=rows))
-        return (1.0,) * layers
+        ready = self._teachers[teacher]
+        batches = -(-FEW[self.config.task.type] // (self.config.eval_rows() * self.world))
+        self._score("layers", "layers", ready, forwards=(ready.source.depth + 1) * batches)
+        return (1.0,) * ready.source.depth
 
     def relative_times(
         self, source: ModelSource, views: Mapping[str, View], name: str
@@ -287,9 +262,8 @@ class PlanningLab(LabBase, Shapes):
         teachers = {name: self._teachers[name] for name in stage.teachers}
         for name, ready in teachers.items():
             if ready.spec.cache == AUTO:  # the pass that fills the cache, before it is read first
-                rows = self._rows_of("train")
-                phase = self._scoring(f"{name}-answers", name, ready, passes=1, rows=rows)
-                self._record_once(phase)
+                per_rows = self.config.eval_rows() * self.world
+                self._score(f"{name}-answers", name, ready, forwards=1, per_rows=per_rows)
         bases = {n: teachers.pop(n).source for n in self.config.base_teachers if n in teachers}
         phase = Phase(
             name=stage.name,
@@ -297,14 +271,12 @@ class PlanningLab(LabBase, Shapes):
             stage=stage,
             teachers=teachers,
             bases=bases,
-            student=self._sources[STUDENT],
         )
-        self.phases.append(phase)
+        self._record(phase)
         view, folder = next(iter(stage.views), None), Path("stages") / stage.name
-        learner = phase.learner
         kept = stage.strategy.pruned_to if view is None else stage.views[view]
-        made = learner if kept is None else self.cut(learner, kept, stage.name)
-        self._made |= {folder: made, **{folder / role: learners[role] for role in stage.beside}}
+        model = phase.learner if kept is None else self.cut(phase.learner, kept, stage.name)
+        self._models |= {folder: model, **{folder / role: learners[role] for role in stage.beside}}
         metrics = defaultdict[str, float](lambda: 0.5)
         scores = dict.fromkeys(stage.views, metrics)
         result = StageResult(
