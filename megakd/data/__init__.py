@@ -2,5 +2,5 @@
 
 `splits` reads the tables of a source (`files`, `hub`, `glue`, `streams`), `kinds` and
 `rows` decide what their rows are and write them, and `encoding` writes their tokens. `loader` and
-`stream_loader` distribute the rows to ranks and micro-batches.
+`streams` distribute the rows to ranks and micro-batches.
 """

@@ -8,13 +8,11 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 from datasets import Dataset, Features, IterableDataset, Value
-from datasets.distributed import split_dataset_by_node
 
 from megakd.config.task import TaskConfig
 from megakd.contract.batch import IGNORE, ROUTE
@@ -23,8 +21,7 @@ from megakd.data.chat.conversations import CONVERSATION, SOURCE, Conversation, c
 from megakd.data.choosing import is_labelled, text_hash
 from megakd.data.kinds import RowKind, is_blank, place_of, row_teacher
 from megakd.data.labels import Classes, find_classes
-from megakd.data.readers import columns_without_added_nulls
-from megakd.data.tables import SPLIT_NAMES, BadRows, Record, SplitName, Table
+from megakd.data.tables import SPLIT_NAMES, BadRows, SplitName, Table
 from megakd.errors import DataError, suggestion
 from megakd.storage.folders import whole_folder
 
@@ -36,8 +33,8 @@ LAYOUT = 4
 BLANK_FILE = "blank_rows.json"
 """File in a folder of rows: the number of rows without text, the first, the bad rows, and what the
 rows without a label have in its place, with their numbers."""
-ERROR, LINE = "__error__", "__line__"
-"""Columns of the rows of a stream: why a row cannot be read, and its file and line."""
+ERROR = "__error__"
+"""Column of the rows of a stream: why a row cannot be read."""
 DEFAULT_METRICS: Mapping[str, tuple[str, ...]] = {
     "classification": ("accuracy",),
     "regression": ("pearson", "spearman"),
@@ -50,65 +47,29 @@ DEFAULT_METRICS: Mapping[str, tuple[str, ...]] = {
 class TextStream:
     """The training rows of a run, in the order of their files, read while they are needed.
 
-    table: the raw rows of all ranks.
-    rows: the raw rows; `datasets` reads the share of each rank and says where a rank is.
+    rows: the rows of all ranks; `datasets` reads the share of each rank and says where a rank is.
+        A row that cannot be read has the column `ERROR` alone.
     held_out: hashes of the validation texts, or of their prompts, which the stream leaves out.
     """
 
-    table: Table
+    name: str
     rows: IterableDataset
     kind: RowKind
     held_out: frozenset[int] = frozenset()
     bad: BadRows = field(default_factory=lambda: BadRows(named=1))
 
-    @property
-    def features(self) -> Mapping[str, object]:
-        """The types of the columns of a Hub data set; none of local files."""
-        return self.rows.features or {}
-
-    def share(self, rank: int, world: int) -> IterableDataset:
-        """Return the raw rows of one rank: its own files if their number is a multiple of `world`.
-
-        Otherwise every rank reads all files and uses one row of each `world` rows.
-        """
-        return split_dataset_by_node(self.rows, rank=rank, world_size=world)
-
-    def row(self, raw: Mapping[str, object]) -> dict[str, str] | None:
-        """Return a row; None for a row without text, held out, or left out as bad."""
-        with self.bad:
-            if ERROR in raw:
-                raise DataError(str(raw[ERROR]))
-            values = columns_without_added_nulls(raw, self.features)
-            record = Record(str(raw.get(LINE) or "a row"), values)
-            row = cast("dict[str, str]", self.kind.row(self.table, record))
-            if is_blank(row) or (self.held_out and text_hash(_asked(row)) in self.held_out):
-                return None
-            return row
-        return None
-
-    def read(self) -> Iterator[dict[str, str]]:
-        """Yield the rows of all ranks, from the beginning."""
-        return (row for row in map(self.row, self.rows) if row is not None)
-
-    def first_rows(self, count: int) -> Table:
-        """Return the first raw rows that have a text as a table."""
-        rows = list(islice((r for r in self.rows if self.row(r)), count))
-        # The digest of a large file is of its size, its beginning and its end.
-        digest = key_of(self.table.digest, json.dumps(rows, default=str))
-        return replace(self.table, records=lambda: numbered(rows, self.features), digest=digest)
-
-
-def numbered(
-    raw: Iterable[Mapping[str, object]], features: Mapping[str, object]
-) -> Iterator[Record]:
-    """Yield raw rows, whose columns have these types, as the records of a table."""
-    rows = (columns_without_added_nulls(row, features) for row in raw)
-    return (Record(f"row {number}", row) for number, row in enumerate(rows, start=1))
-
-
-def _asked(row: Mapping[str, str]) -> str:
-    has_prompt = CONVERSATION in row
-    return Conversation.from_json(row[CONVERSATION]).asked if has_prompt else row["text"]
+    def read(self, rows: Iterable[Mapping[str, str]] | None = None) -> Iterator[dict[str, str]]:
+        """Yield the rows with a text that are not held out: of a share, or of all ranks."""
+        for row in self.rows if rows is None else rows:
+            with self.bad:
+                if ERROR in row:
+                    raise DataError(row[ERROR])
+            if ERROR in row or is_blank(row):
+                continue
+            chat = row.get(CONVERSATION)
+            asked = Conversation.from_json(chat).asked if chat else row["text"]
+            if text_hash(asked) not in self.held_out:
+                yield dict(row)
 
 
 @dataclass(frozen=True, kw_only=True)

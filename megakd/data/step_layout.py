@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from megakd.contract.batch import IGNORE, Batch, teacher_number
 from megakd.data.collation import Collator, documents_of, padded_width
-from megakd.errors import CheckpointError, DataError
+from megakd.errors import DataError
 
 
 class StepShape(NamedTuple):
@@ -233,13 +233,3 @@ def _dealt(loads: NDArray[np.int64], ranks: int) -> list[int]:
         totals += loads[of_rank]
         dealt += of_rank.tolist()
     return dealt
-
-
-def check_shares(readers: int, ranks: int, *, where: str) -> None:
-    """Raise if the readers of a stream cannot be divided among the ranks."""
-    if readers % ranks:
-        fitting = [str(number) for number in range(1, readers + 1) if readers % number == 0]
-        raise CheckpointError(
-            f"{where} has {readers} readers of a stream, which {ranks} ranks cannot share evenly; "
-            f"start this run with {' or '.join(fitting)} ranks"
-        )

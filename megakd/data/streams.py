@@ -1,177 +1,168 @@
-"""The data set of a run with `task.streaming`: a stream to train on, and held-out rows on disk."""
+"""Training texts that are read, encoded and shuffled while a run learns them: `task.streaming`.
+
+`datasets` reads the share of each rank and says where a rank is. A rank reads its share in blocks,
+encodes a block, shuffles the rows of the block, and fills its micro-batches with them. A place
+names a block by the state of the share at its beginning, so that a resumed run encodes only this
+block again. The buffer of a shuffled `IterableDataset` is not in its state, so it is not used.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+import logging
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import datasets
+import numpy as np
+import pyarrow as pa
 from datasets import Dataset, IterableDataset
+from datasets.distributed import split_dataset_by_node
 
 from megakd.config.task import TaskConfig
+from megakd.contract.batch import Batch, BatchSource
 from megakd.data.arrow import key_of
-from megakd.data.chat.conversations import OPTIONS, TOOLS
+from megakd.data.chat.conversations import CONVERSATION, OPTIONS, TOOLS, is_chat
+from megakd.data.chat.tokens import ChatEncoder, tables_of_conversations
 from megakd.data.choosing import prompt_keys
+from megakd.data.collation import Collator
+from megakd.data.encoding import StreamedRows
 from megakd.data.files import READERS, known_suffix, split_files, tables_of_files
 from megakd.data.hub import hub_advice, hub_errors
-from megakd.data.kinds import RowKind, is_blank
-from megakd.data.readers import by_split, documents_of, readable
+from megakd.data.kinds import RowKind
+from megakd.data.loader import awaited, made_ahead
+from megakd.data.masking import Masking
+from megakd.data.readers import by_split, columns_without_added_nulls, documents_of, readable
 from megakd.data.rows import (
     DEFAULT_METRICS,
     ERROR,
-    LINE,
     VERSION,
     Corpus,
     TextStream,
-    numbered,
     rows_of,
 )
-from megakd.data.tables import BadRows, SplitName, Table
+from megakd.data.step_layout import StepShape
+from megakd.data.tables import BadRows, Record, SplitName, Table
+from megakd.data.token_tables import tables_of_texts
 from megakd.errors import ConfigError, DataError
 
+logger = logging.getLogger(__name__)
 SAMPLED_BYTES = 1 << 16
+BLOCK_CHARACTERS, CHARACTERS_PER_LENGTH = 1_000_000, 128
+"""The least characters of a block, and per token of `max_length`: about 32 packed rows, of which
+the last is shorter than the others."""
+EPOCH = "epoch"
 
 
 def streamed_files(task: TaskConfig, *, cache_dir: Path) -> Corpus:
-    """Return a stream of local files, and the rows of the held-out files."""
-    paths, key = split_files(task)
-    stream = file_stream(paths.pop("train"), task, key=key.format(split="train"))
-    return _corpus(stream, tables_of_files(paths, key), task, cache_dir=cache_dir)
+    """Return a stream of local files, in their order, and the rows of the held-out files."""
+    paths, setting = split_files(task)
+    key = setting.format(split="train")
+    tables = [table_of(path, key) for path in paths.pop("train")]
+    tables = [table for table in tables if table.columns]  # a JSON file without rows has none
+    if not tables:
+        raise DataError(f"{key}: {task.data_name} has no rows")
+    kind = RowKind.of(task, tables[0])
+    for table in tables[1:]:
+        _refuse_other(table, task, kind, where=table.name)
+    # `datasets` gives each rank a part of what is in a list, so that a list holds only the files.
+    names = [table.name for table in tables]
+    rows = IterableDataset.from_generator(
+        _rows, gen_kwargs={"paths": names, "kind": kind, "task": task, "key": key}
+    )
+    stream = TextStream(name=task.data_name, rows=rows, kind=kind)
+    digests = [kind.columns, [table.digest for table in tables]]
+    return _corpus(stream, digests, tables_of_files(paths, setting), task, cache_dir=cache_dir)
 
 
 def streamed_hub_rows(task: TaskConfig, *, cache_dir: Path) -> Corpus:
     """Return a stream of the Hub data set `task.dataset`, and the rows of its held-out splits.
 
-    The held-out rows are the first `task.max_eval_examples` of a split, because a stream can only
-    be read from its beginning.
+    These are the first `task.max_eval_examples` rows of a split.
     """
-    name = task.data_name
+    name, most = task.data_name, task.max_eval_examples
     with hub_errors(name, task.dataset_config, advice=hub_advice(task)) as label:
         builder = datasets.load_dataset_builder(name, task.dataset_config)
-        splits = cast("Mapping[str, IterableDataset]", builder.as_streaming_dataset())
-        keys = by_split(map(str, splits), f"the Hub data set {label}")
+        streams = cast("Mapping[str, IterableDataset]", builder.as_streaming_dataset())
+        keys = by_split(map(str, streams), f"the Hub data set {label}")
         if "train" not in keys:
             raise DataError(f"the Hub data set {label} has no split named 'train'")
-        files: Mapping[Any, Any] = builder.config.data_files or {}
-        addresses = {str(split): list(map(str, listed)) for split, listed in files.items()}
-        digest = key_of(name, task.dataset_config, builder.hash, addresses)
-        tables: dict[SplitName, Table] = {
-            split: _hub_table(f"{name} ({key})", splits[key], key_of(digest, key), task)
-            for split, key in keys.items()
-        }
+        files = str(builder.config.data_files and dict(builder.config.data_files))
+        tables: dict[SplitName, Table] = {}
+        for split, key in keys.items():
+            rows = streams[key]
+            tables[split] = Table(
+                name=f"{name} ({key})",
+                columns=tuple(next(iter(rows), {})),
+                records=partial(_first, rows, most),
+                digest=key_of(name, task.dataset_config, builder.hash, files, key, most),
+            )
     train = tables.pop("train")
     kind = RowKind.of(task, train)
-    columns = kind.columns
-    if kind.is_chat:
-        columns = tuple(column for column in train.columns if column in columns)
-    rows = splits[keys["train"]].select_columns(list(columns))
-    table = replace(train, name=name, digest=key_of(digest, columns))
-    return _corpus(TextStream(table=table, rows=rows, kind=kind), tables, task, cache_dir=cache_dir)
+    columns = [column for column in train.columns if column in kind.columns]
+    raw = streams[keys["train"]].select_columns(columns)
+    features = raw.features or {}
+
+    def read(row: Mapping[str, object]) -> dict[str, object]:
+        try:
+            return kind.row(train, Record("a row", columns_without_added_nulls(row, features)))
+        except DataError as error:
+            return {ERROR: str(error)}
+
+    stream = TextStream(name=name, rows=raw.map(read, remove_columns=columns), kind=kind)
+    return _corpus(stream, [train.digest, columns], tables, task, cache_dir=cache_dir)
 
 
-def _hub_table(name: str, rows: IterableDataset, digest: str, task: TaskConfig) -> Table:
-    first: Mapping[str, Any] = next(iter(rows), {})
-    return Table(
-        name=name,
-        columns=tuple(first),
-        records=lambda: numbered(islice(rows, task.max_eval_examples), rows.features or {}),
-        digest=key_of(digest, task.max_eval_examples),
-    )
+def _first(rows: IterableDataset, most: int | None) -> Iterator[Record]:
+    for number, row in enumerate(islice(rows, most), start=1):
+        yield Record(f"row {number}", columns_without_added_nulls(row, rows.features or {}))
 
 
 def _corpus(
-    stream: TextStream, tables: Mapping[SplitName, Table], task: TaskConfig, *, cache_dir: Path
+    stream: TextStream,
+    digests: list[object],
+    tables: dict[SplitName, Table],
+    task: TaskConfig,
+    *,
+    cache_dir: Path,
 ) -> Corpus:
+    name, kind, most = stream.name, stream.kind, task.max_eval_examples
+    digests = [*digests, [(split, table.digest) for split, table in tables.items()]]
     if task.bad_rows == "drop":
         stream = replace(stream, bad=BadRows("drop"))
     held: dict[SplitName, Dataset] = {}
     for split, table in tables.items():
-        kind = RowKind.of(task, table, as_chat=stream.kind.is_chat)
-        held[split] = rows_of(table, kind, task, cache_dir=cache_dir)
-    digests: list[object] = [VERSION, stream.table.digest]
-    digests.append([(split, table.digest) for split, table in tables.items()])
-    if "validation" not in held:
-        stream, held["validation"], digest = _cut(stream, task, cache_dir=cache_dir)
-        digests.append(digest)
+        of_split = RowKind.of(task, table, as_chat=kind.is_chat)
+        held[split] = rows_of(table, of_split, task, cache_dir=cache_dir)
+    if "validation" not in tables:
+        if most is None:
+            raise ConfigError(
+                f"task.streaming: {name} has no validation split, and a stream has no end, so no "
+                "share of it can be held out; add a validation split, or set "
+                "task.max_eval_examples to hold out this many texts from its beginning"
+            )
+        first = [*islice(stream.read(), most)]
+        digests.append(first)  # those of large files are of their beginnings and ends
+        held["validation"] = rows = Dataset.from_list(first, features=kind.features)
+        stream = replace(stream, held_out=frozenset(prompt_keys(rows).tolist()))
+    if next(stream.read(), None) is None:  # raises for a first row that is bad
+        raise DataError(
+            f"{name} has no text to train on, beside {len(held['validation'])} held-out texts; "
+            "add texts, or set a smaller task.max_eval_examples"
+        )
     return Corpus(
-        name=stream.table.name,
+        name=name,
         splits={"train": held["validation"].select([]), **held},
         classes=None,
         metrics=DEFAULT_METRICS[task.type],
-        source_hash=key_of("stream", *digests),
+        source_hash=key_of("stream", VERSION, digests),
         stream=stream,
     )
-
-
-def _cut(
-    stream: TextStream, task: TaskConfig, *, cache_dir: Path
-) -> tuple[TextStream, Dataset, str]:
-    name = stream.table.name
-    if task.max_eval_examples is None:
-        raise ConfigError(
-            f"task.streaming: {name} has no validation split, and a stream has no end, so no share "
-            "of it can be held out; add a validation split, or set task.max_eval_examples to hold "
-            "out this many texts from the beginning of the stream"
-        )
-    first = stream.first_rows(task.max_eval_examples)
-    rows = rows_of(first, stream.kind, task, cache_dir=cache_dir)
-    rest = replace(stream, held_out=frozenset(prompt_keys(rows).tolist()))
-    if next(rest.read(), None) is None:
-        raise DataError(
-            f"task.max_eval_examples: {task.max_eval_examples} texts are held out for validation, "
-            f"and {name} has {len(rows)} and no further text to train on; set a smaller number"
-        )
-    return rest, rows, first.digest
-
-
-def file_stream(paths: Sequence[Path], task: TaskConfig, *, key: str) -> TextStream:
-    """Return the texts of local files, in the order of the files."""
-    tables = [table_of(path, key) for path in paths]
-    # A JSON file without rows has no columns.
-    tables = [table for table in tables if table.columns]
-    if task.bad_rows == "error":
-        for record in (first for table in tables for first in islice(table.records(), 1)):
-            record.values.get("")  # a first line that cannot be read raises why
-    if not tables:
-        raise DataError(f"{key}: {', '.join(map(str, paths))} has no rows")
-    kind = RowKind.of(task, tables[0])
-    for table in tables[1:]:
-        _refuse_other(table, task, kind, where=table.name)
-    # `datasets` distributes what is in a list, so that a list holds only the files.
-    given = {"paths": [table.name for table in tables], "kind": kind, "task": task, "key": key}
-    try:
-        rows = IterableDataset.from_generator(_rows, gen_kwargs=given)
-    except OSError as error:
-        raise DataError(
-            f"the cache folder of the library `datasets` cannot be used: {error}; set "
-            "HF_DATASETS_CACHE to a folder that can be written"
-        ) from error
-    whole = Table(
-        name=task.data_name,
-        columns=kind.columns,
-        records=lambda: numbered(rows, {}),
-        digest=key_of(kind.columns, [table.digest for table in tables]),
-    )
-    return TextStream(table=whole, rows=rows, kind=kind)
-
-
-def _refuse_other(table: Table, task: TaskConfig, kind: RowKind, *, where: str) -> None:
-    other = RowKind.of(task, table)
-    if other != kind:
-        shown = [
-            " and ".join(column for column in read.columns if column not in (TOOLS, OPTIONS))
-            for read in (other, kind)
-        ]
-        raise DataError(
-            f"{where} would be read from {shown[0]}, but the first row was read from {shown[1]}; "
-            "give all rows the same columns, or name the columns to read (task.messages_column, "
-            "task.prompt_column, task.text_columns)"
-        )
 
 
 def _rows(
@@ -180,17 +171,27 @@ def _rows(
     for path in paths:
         table = table_of(Path(path), key)
         for record in table.records():
-            # A row of a jsonl file may have keys that no row before it has.
-            if not record.values.keys() <= {*table.columns}:
-                table = replace(table, columns=(*table.columns, *record.values))
-                _refuse_other(table, task, kind, where=f"{path}, {record.place}")
             try:
-                # Blank documents never had a place in the stream, at which a run may go on.
-                if kind.is_chat or not is_blank(kind.row(table, record)):
-                    values = {name: record.values.get(name) for name in kind.columns}
-                    yield {**values, LINE: f"{Path(path).name} {record.place}"}
+                # A row of a jsonl file may have keys that no row before it has.
+                if not record.values.keys() <= {*table.columns}:
+                    table = replace(table, columns=(*table.columns, *record.values))
+                    _refuse_other(table, task, kind, where=f"{path}, {record.place}")
+                yield kind.row(table, record)
             except DataError as error:  # after an error of its own a generator cannot go on
                 yield {ERROR: str(error)}
+
+
+def _refuse_other(table: Table, task: TaskConfig, kind: RowKind, *, where: str) -> None:
+    if (other := RowKind.of(task, table)) != kind:
+        raise DataError(
+            f"{where} would be read from {_shown(other)}, but the first row was read from "
+            f"{_shown(kind)}; give all rows the same columns, or name the columns to read "
+            "(task.messages_column, task.prompt_column, task.text_columns)"
+        )
+
+
+def _shown(kind: RowKind) -> str:
+    return " and ".join(column for column in kind.columns if column not in (TOOLS, OPTIONS))
 
 
 def table_of(path: Path, key: str) -> Table:
@@ -204,10 +205,10 @@ def table_of(path: Path, key: str) -> Table:
             f"{key}: {path} is a json file, which can only be read whole, and task.streaming is "
             "true; write one object per line and name the file .jsonl"
         )
-    if suffix == ".txt":
-        records = partial(documents_of, [path])
-        return Table(name=str(path), columns=("text",), records=records, digest=sample_of(path))
-    return READERS[suffix](path, digest=sample_of)
+    if suffix != ".txt":
+        return READERS[suffix](path, digest=sample_of)
+    records = partial(documents_of, [path])
+    return Table(name=str(path), columns=("text",), records=records, digest=sample_of(path))
 
 
 def sample_of(path: Path) -> str:
@@ -219,3 +220,157 @@ def sample_of(path: Path) -> str:
             file.seek(start)
             digest.update(file.read(SAMPLED_BYTES))
     return digest.hexdigest()
+
+
+class Place(NamedTuple):
+    """The place of a rank in its share of a stream.
+
+    epoch: how often the rank has read its share to the end.
+    block: number of the block in the epoch.
+    files: state of the share at the beginning of the block; None at the beginning of the share.
+    taken: number of the block's rows that earlier steps have used.
+    """
+
+    epoch: int = 0
+    block: int = 0
+    files: Mapping[str, Any] | None = None
+    taken: int = 0
+
+
+@dataclass(frozen=True)
+class StreamedBlocks:
+    """The share of a rank, without end: encoded blocks, shuffled by (seed, epoch, block).
+
+    characters: the least characters of a block; None: see `BLOCK_CHARACTERS`.
+    """
+
+    rows: StreamedRows
+    shape: StepShape
+    seed: int
+    characters: int | None = None
+
+    def read(self, place: Place) -> Generator[tuple[pa.Table, Place], None, None]:
+        """Yield the rows of each block, with a column `epoch`, from the block of `place` on."""
+        stream, tokenizer, task = self.rows
+        rank, world = self.shape.rank, self.shape.world
+        least = max(BLOCK_CHARACTERS, CHARACTERS_PER_LENGTH * task.row_length)
+        while True:
+            # Its own files, if their number is a multiple of the ranks; else a row of each `world`.
+            share = split_dataset_by_node(stream.rows, rank=rank, world_size=world)
+            if place.files is not None:
+                share.load_state_dict(dict(place.files))
+            has_rows, unread = place.block > 0, stream.read(share)
+            while texts := _block(unread, self.characters or least):
+                rows = Dataset.from_list(texts)
+                if is_chat(rows):
+                    encoder = ChatEncoder(tokenizer, task, bad=stream.bad)
+                    tables = tables_of_conversations(
+                        rows, encoder, name=stream.name, counts={}, beside_training=True
+                    )
+                else:
+                    tables = tables_of_texts(rows, tokenizer, task)
+                if parts := [*tables]:
+                    has_rows = True
+                    table = cast("Any", pa).concat_tables(parts)  # pyarrow carries no types
+                    order = np.random.default_rng([self.seed, place.epoch, place.block])
+                    table = table.take(order.permutation(len(table)))
+                    yield table.append_column(EPOCH, [[place.epoch] * len(table)]), place
+                place = Place(place.epoch, place.block + 1, share.state_dict())
+            if not has_rows:
+                raise DataError(
+                    f"{stream.name} has no text for rank {rank} of {world}: every rank needs at "
+                    "least one text with tokens; use more texts or fewer ranks"
+                )
+            place = Place(place.epoch + 1)
+
+
+def _block(unread: Iterator[dict[str, str]], least: int) -> list[dict[str, str]]:
+    rows: list[dict[str, str]] = []
+    for row in unread:
+        rows.append(row)
+        least -= len(row.get(CONVERSATION, row["text"]))
+        if least <= 0:
+            break
+    return rows
+
+
+class StreamLoader(BatchSource):
+    """The rows of a stream, grouped by optimizer step.
+
+    Every step has `rows_per_step` rows, without dummy rows, and every rank has the same number of
+    micro-batches. A rank that has read its share starts its share again. `masking` chooses new
+    masks every time that a text is read, as a function of (seed, epoch, tokens of the row).
+    """
+
+    def __init__(
+        self,
+        blocks: StreamedBlocks,
+        collate: Collator,
+        *,
+        steps_per_epoch: int,
+        gather: Callable[[Any], list[Any]],
+        masking: Masking | None = None,
+    ) -> None:
+        self._blocks, self._collate, self._masking = blocks, collate, masking
+        self._gather, self.waited_s = gather, 0.0
+        self.steps_per_epoch = steps_per_epoch
+        """Steps that the log counts as one epoch, because the length of a stream is unknown."""
+        self._step, self._place = 0, Place()
+
+    def iterate(self, start: int, stop: int) -> Generator[list[Batch], None, None]:
+        """Yield the steps from `start` up to, excluding, `stop`, prepared in a background thread.
+
+        Earlier steps whose end is not the known place are read again.
+        """
+        if start < self._step:
+            self._step, self._place = 0, Place()
+        steps = self._steps(self._place)
+        tasks = repeat(partial(next, steps), stop - self._step)
+        with closing(steps), closing(made_ahead(tasks)) as futures:
+            for future in futures:
+                batches, place = awaited(future, self)
+                if self._blocks.shape.rank == 0 and place.epoch > self._place.epoch:
+                    name = self._blocks.rows.texts.name
+                    logger.info("%s: rank 0 has read its texts %d time(s)", name, place.epoch)
+                # Of the step that is used, not of the steps that are prepared.
+                self._step, self._place = self._step + 1, place
+                if self._step > start:
+                    yield batches
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the step, and the place of every rank after it; a collective."""
+        return {"step": self._step, "places": self._gather(self._place._asdict())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._step = state["step"]
+        self._place = Place(**state["places"][self._blocks.shape.rank])
+
+    def _steps(self, place: Place) -> Generator[tuple[list[Batch], Place], None, None]:
+        shape, parts = self._blocks.shape, list[pa.Table]()
+        missing = size = shape.per_device * shape.accumulation
+        blocks = self._blocks.read(place)
+        tasks = repeat(partial(next, blocks))
+        with closing(blocks), closing(made_ahead(tasks, 1, at_once=1)) as futures:
+            for future in futures:
+                rows, place = future.result()
+                used = place.taken
+                while used < len(rows):
+                    parts.append(rows.slice(used, missing))
+                    used, missing = used + len(parts[-1]), missing - len(parts[-1])
+                    if missing == 0:
+                        step = cast("Any", pa).concat_tables(parts)
+                        starts = range(0, size, shape.per_device)
+                        batches = [self._batch(step.slice(n, shape.per_device)) for n in starts]
+                        yield batches, place._replace(taken=used)
+                        parts, missing = [], size
+
+    def _batch(self, rows: Any) -> Batch:
+        epochs, rows = rows.column(EPOCH).to_numpy(), rows.drop_columns(EPOCH)
+        batch = self._collate(rows)
+        if self._masking is None:
+            return batch
+        # The rows of a stream have no numbers: a number below 2^63 that depends on their tokens.
+        tokens = (ids.values.to_numpy().tobytes() for ids in rows.column("input_ids"))
+        digests = (hashlib.blake2b(row, digest_size=8).digest() for row in tokens)
+        hashes = np.array([int.from_bytes(d, "little") >> 1 for d in digests], np.int64)
+        return self._masking(batch, hashes, seed=self._blocks.seed, draw=epochs)

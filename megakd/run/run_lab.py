@@ -31,7 +31,7 @@ from megakd.training.assembly import Assembly
 from megakd.training.probe import StageProbe
 from megakd.training.progress import Reporter
 from megakd.training.recipes import LabBase, scoring_preset
-from megakd.training.stage_batches import check_readers
+from megakd.training.stage_batches import check_stream
 from megakd.training.stage_extra import step_shape
 from megakd.training.stage_folder import length_of, may_grow, read_result
 from megakd.training.stage_run import StageRun, stage_checkpoints
@@ -98,7 +98,7 @@ class RunLab(LabBase):
         checkpoints = stage_checkpoints(stage, self.assembly)
         checkpoint = checkpoints.to_resume(resume=stage.train.resume_from_checkpoint)
         if checkpoint is not None:
-            on_main(lambda: check_readers(checkpoint, self._ranks))
+            on_main(lambda: check_stream(checkpoint, self._ranks))
         with self.pool.of_stage(stage) as teachers:
             run = StageRun(
                 stage,

@@ -9,10 +9,9 @@ from megakd.contract.batch import BatchSource
 from megakd.contract.tasks import STUDENT
 from megakd.data.encoding import Encoded, labelled_only
 from megakd.data.loader import OtherReading, StepLoader
-from megakd.data.step_layout import check_shares
 from megakd.engine.collectives import gather
 from megakd.engine.distributed import Ranks
-from megakd.errors import ConfigError
+from megakd.errors import CheckpointError, ConfigError
 from megakd.training.checkpoint import read_states
 from megakd.training.stage_extra import StageExtra, StageParts
 
@@ -43,7 +42,7 @@ def row_batches(
     if encoded.stream is None:
         rows = labelled_only(encoded.train) if stage.labelled_only else encoded.train
         return StepLoader(rows, collate, layout=layout, seed=seed, masking=masking, others=others)
-    from megakd.data.stream_loader import EncodedStream, StreamLoader
+    from megakd.data.streams import StreamedBlocks, StreamLoader
 
     # The rules of the config do not see the settings that a method gives to a stage.
     steps = stage.train.max_steps
@@ -54,11 +53,16 @@ def row_batches(
             "stream has no epochs, and its rows are not packed; set max_steps and no "
             "tokens_per_rank, or remove task.streaming"
         )
-    rows = EncodedStream(encoded.stream, shape=layout.shape, seed=seed)
-    return StreamLoader(rows, collate, steps_per_epoch=steps, gather=gather, masking=masking)
+    blocks = StreamedBlocks(encoded.stream, layout.shape, seed)
+    return StreamLoader(blocks, collate, steps_per_epoch=steps, gather=gather, masking=masking)
 
 
-def check_readers(checkpoint: Path, ranks: Ranks) -> None:
-    """Raise if the readers of a stream in a checkpoint cannot be divided among the ranks."""
-    readers = len(read_states(checkpoint, ranks.device)["batches"].get("readers", ()))
-    check_shares(readers, ranks.world_size, where=str(checkpoint))
+def check_stream(checkpoint: Path, ranks: Ranks) -> None:
+    """Raise if a checkpoint is of a stream that another number of ranks has read."""
+    places = read_states(checkpoint, ranks.device)["batches"].get("places")
+    if places is not None and len(places) != ranks.world_size:
+        raise CheckpointError(
+            f"{checkpoint} is of a stream that {len(places)} ranks have read, and this run has "
+            f"{ranks.world_size}: a stream goes on only on as many ranks; start {len(places)} "
+            "ranks, or set another output_dir"
+        )

@@ -6,8 +6,7 @@ import json
 import logging
 import threading
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,11 +23,9 @@ from megakd.data.collation import Collator
 from megakd.data.encoding import StreamedRows, encode_rows
 from megakd.data.masking import task_masking
 from megakd.data.step_layout import StepShape
-from megakd.data.stream_loader import EncodedStream, Position, StreamLoader
-from megakd.data.streams import file_stream
-from megakd.data.tables import BadRows
+from megakd.data.streams import Place, StreamedBlocks, StreamLoader, streamed_files
 from megakd.data.vocabularies import train_tokenizer
-from megakd.errors import CheckpointError, ConfigError, DataError
+from megakd.errors import ConfigError, DataError
 from megakd.training.checkpoint import check_plain
 from megakd.training.stage_batches import row_batches
 
@@ -64,27 +61,31 @@ def write_files(folder: Path, texts: Sequence[str], files: int) -> list[Path]:
 class Scene:
     """A stream of files, and loaders of its ranks."""
 
-    def __init__(
-        self, paths: list[Path], tokenizer: Any, kind: Any = "mlm", *, bad_rows: Any = "error"
-    ) -> None:
-        keys = {"train_files": tuple(map(str, paths)), "bad_rows": bad_rows}
-        self.task = TaskConfig(type=kind, max_length=12, streaming=True, **keys)
-        stream = file_stream(paths, self.task, key="task.train_files")
-        if bad_rows == "drop":
-            stream = replace(stream, bad=BadRows("drop"))
-        self.rows = StreamedRows(stream, tokenizer, self.task)
+    def __init__(self, paths: list[Path], tokenizer: Any, kind: Any = "mlm") -> None:
+        folder = paths[0].parent / "held"
+        files = {"train_files": tuple(map(str, paths))}
+        files["validation_files"] = str(write_jsonl(folder / "held.jsonl", [{"text": "held"}]))
+        self.task = TaskConfig(type=kind, max_length=12, streaming=True, **files)
+        corpus = streamed_files(self.task, cache_dir=folder)
+        self.rows = StreamedRows(corpus.stream, tokenizer, self.task)
 
     def loader(
         self, shape: StepShape, *, characters: int = 200, states: Any = None
     ) -> StreamLoader:
-        rows = EncodedStream(self.rows, shape=shape, seed=3, characters=characters)
         return StreamLoader(
-            rows,
+            StreamedBlocks(self.rows, shape, 3, characters),
             Collator(self.rows.tokenizer, self.task),
             steps_per_epoch=9,
             gather=states or (lambda value: [value] * shape.world),
             masking=task_masking(self.rows.tokenizer, self.task),
         )
+
+    def blocks(self, shape: StepShape, characters: int) -> Iterator[list[list[int]]]:
+        """The tokens of the rows of each block of the first epoch."""
+        for rows, place in StreamedBlocks(self.rows, shape, 0, characters).read(Place()):
+            if place.epoch:
+                return
+            yield rows.column("input_ids").to_pylist()
 
 
 @pytest.fixture
@@ -151,13 +152,8 @@ def test_the_ranks_share_every_row_of_an_epoch(
     rows = expected(scene, folder / "cache", texts_of(30))
     actual: Counter[tuple[int, ...]] = Counter()
     for rank in range(world):
-        encoded = EncodedStream(
-            scene.rows, shape=StepShape(1, 1, rank, world), seed=0, characters=characters
-        )
-        for parts, position in encoded.parts(Position()):
-            if position.epoch or parts[0][1]:
-                break
-            actual.update(map(tuple, parts[0][0].column("input_ids").to_pylist()))
+        for rows_of_block in scene.blocks(StepShape(1, 1, rank, world), characters):
+            actual.update(map(tuple, rows_of_block))
 
     assert actual == rows
 
@@ -186,70 +182,22 @@ def test_a_resumed_run_gets_the_batches_that_it_would_have_got(
     assert seen(resumed.iterate(stop, 30)) == through[stop:]
 
 
-def stopped(scene: Scene, shapes: Sequence[StepShape]) -> dict[str, Any]:
-    """The state of ranks that stop before step 7, each at its place."""
-    positions = []
+def test_the_state_holds_the_place_of_every_rank_and_each_rank_takes_its_own(scene):
+    shapes = [StepShape(2, 1, rank, 2) for rank in range(2)]
+    through = [seen(scene.loader(shape).iterate(0, 12)) for shape in shapes]
+    places = []
     for shape in shapes:
         loader = scene.loader(shape)
         list(loader.iterate(0, 7))
-        positions.append(([loader.state_dict()["readers"][0]], 0))
-    return scene.loader(shapes[0], states=lambda _: positions).state_dict() | {"step": 7}
-
-
-def test_the_state_holds_the_position_of_every_rank_and_each_rank_takes_its_own(scene):
-    shapes = [StepShape(2, 1, rank, 2) for rank in range(2)]
-    through = [seen(scene.loader(shape).iterate(0, 12)) for shape in shapes]
-    state = stopped(scene, shapes)
-    assert state["readers"][0] != state["readers"][1]
+        places += loader.state_dict()["places"][:1]
+    state = {"step": 7, "places": places}
+    assert places[0] != places[1]
 
     for rank, shape in enumerate(shapes):
-        resumed = scene.loader(shape)
+        resumed = scene.loader(shape, states=lambda _: places)
         resumed.load_state_dict(state)
+        assert resumed.state_dict() == state
         assert seen(resumed.iterate(7, 12)) == through[rank][7:]
-
-
-@pytest.mark.parametrize("world", [1, 2])
-def test_fewer_ranks_continue_the_readers_of_all_and_get_the_same_rows(scene, world):
-    every = [StepShape(1, 1, rank, 4) for rank in range(4)]
-    rows = [[truth(step) for step in scene.loader(shape).iterate(0, 30)] for shape in every]
-    together = [Counter(row for of_rank in rows for row in of_rank[step]) for step in range(30)]
-    state = stopped(scene, every)
-    fewer = [StepShape(2, 2 // world, rank, world) for rank in range(world)]
-    loaders = [scene.loader(shape) for shape in fewer]
-    for loader in loaders:
-        loader.load_state_dict(state)
-
-    actual = [[truth(step) for step in loader.iterate(7, 30)] for loader in loaders]
-
-    again = [Counter(row for of_rank in actual for row in of_rank[step]) for step in range(23)]
-    assert again == together[7:]
-    # Their state is one of all four readers again.
-    places = [(loader.state_dict()["readers"][: 4 // world], 0) for loader in loaders]
-    assert scene.loader(fewer[0], states=lambda _: places).state_dict()["readers"][3] != {}
-
-
-def test_readers_that_the_ranks_cannot_share_are_refused(scene):
-    state = {"step": 0, "readers": [Position()._asdict()] * 3}
-
-    with pytest.raises(CheckpointError, match="3 readers of a stream, which 2 ranks cannot share"):
-        scene.loader(StepShape(1, 1, 0, 2)).load_state_dict(state)
-
-
-def test_bad_rows_of_all_ranks_are_counted_in_the_log(tmp_path, tokenizers, caplog):
-    lines = [json.dumps({"text": f"w{n}"}) for n in range(9)]
-    path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join([*lines[:4], "{broken", *lines[4:]]))
-    scene = Scene([path], tokenizers["mlm"], bad_rows="drop")
-    loader = scene.loader(StepShape(1, 1, 0, 1), states=lambda own: [own, ([], 3)])
-
-    list(loader.iterate(0, 9))
-    for _ in range(2):
-        loader.state_dict()
-
-    bad = scene.rows.texts.bad.count + 3
-    told = [text for text in caplog.messages if "so far" in text]
-    counted = f"{path}: all ranks left out {bad} bad row(s) so far, in all epochs"
-    assert told == [f"{counted} (task.bad_rows: drop)"]
 
 
 def test_a_source_may_be_asked_for_pieces_for_earlier_steps_and_for_a_later_start(scene):
@@ -302,35 +250,30 @@ def test_causal_texts_are_packed_and_every_token_occurs_once_per_epoch(tmp_path,
     texts = texts_of(30)
     scene = Scene(write_files(tmp_path, texts, 2), tokenizers["causal_lm"], "causal_lm")
     eos = scene.rows.tokenizer.eos_token_id
-    wanted = Counter(n for ids in scene.rows.tokenizer(texts)["input_ids"] for n in (*ids, eos))
-    encoded = EncodedStream(scene.rows, shape=StepShape(1, 1), seed=0, characters=300)
-    actual: Counter[int] = Counter()
-    short = 0
-    for parts, position in encoded.parts(Position()):
-        if parts[0][1]:
-            break
-        blocks = position.block + 1
-        (ids,) = parts[0][0].column("input_ids").to_pylist()
-        actual.update(ids)
-        short += len(ids) < 12
+    expected_tokens = Counter(
+        n for ids in scene.rows.tokenizer(texts)["input_ids"] for n in (*ids, eos)
+    )
 
-    assert actual == wanted
-    assert short <= blocks  # only the last row of a block is short
-    assert blocks > 3
+    blocks = list(scene.blocks(StepShape(1, 1), 300))
+
+    assert Counter(token for rows in blocks for ids in rows for token in ids) == expected_tokens
+    # Only the last row of a block is short.
+    assert all(sum(len(ids) < 12 for ids in rows) <= 1 for rows in blocks)
+    assert len(blocks) > 3
 
 
 def test_every_epoch_masks_the_rows_anew_and_the_log_says_that_it_starts(small, tmp_path, caplog):
     rows = sum(expected(small, tmp_path / "cache", texts_of(4)).values())
     labels: dict[Any, set[Any]] = {}
 
-    with caplog.at_level(logging.INFO, logger="megakd.data.stream_loader"):
+    with caplog.at_level(logging.INFO, logger="megakd.data.streams"):
         for step, batches in enumerate(small.loader(StepShape(1, 1)).iterate(0, 6 * rows)):
             assert len(caplog.messages) == step // rows
             chosen = tuple(batches[0].labels[batches[0].valid].tolist())
             labels.setdefault(truth(batches)[0], set()).add(chosen)
 
     assert max(map(len, labels.values())) > 2
-    assert "0.jsonl: rank 0 has read its texts 2 time(s) and starts again" in caplog.messages[1]
+    assert caplog.messages[1].endswith("0.jsonl: rank 0 has read its texts 2 time(s)")
 
 
 def test_a_rank_without_texts_is_told_how_many_ranks_there_are(tmp_path, tokenizers):
@@ -338,16 +281,6 @@ def test_a_rank_without_texts_is_told_how_many_ranks_there_are(tmp_path, tokeniz
 
     with pytest.raises(DataError, match=r"has no text for rank 1 of 2: .*use more texts or fewer"):
         next(scene.loader(StepShape(1, 1, 1, 2)).iterate(0, 1))
-
-
-def test_a_connection_that_breaks_is_an_error_that_says_how_to_continue(scene, monkeypatch):
-    def broken(*_: Any) -> Any:
-        raise ConnectionError("no route to host")
-
-    monkeypatch.setattr(type(scene.rows.texts), "row", broken)
-
-    with pytest.raises(DataError, match=r"cannot be read any further: no route .*checkpoint"):
-        next(scene.loader(StepShape(1, 1)).iterate(0, 1))
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from chat_tokenizers import asked
-from datasets import IterableDataset
+from datasets.distributed import split_dataset_by_node
 from tiny_runs import save_tokenizer, write_jsonl
 
 from megakd.config.task import TaskConfig
@@ -19,7 +18,7 @@ from megakd.data.chat.conversations import CONVERSATION, Conversation
 from megakd.data.encoding import encode_splits
 from megakd.data.files import local_rows
 from megakd.data.splits import load_splits
-from megakd.data.streams import file_stream, sample_of
+from megakd.data.streams import sample_of
 from megakd.data.tokenizers import from_folder, load_tokenizer
 from megakd.errors import ConfigError, DataError
 
@@ -48,9 +47,15 @@ def streamed(splits):
     return [row["text"] for row in splits.stream.read()]
 
 
-def stream(*paths, kind="mlm", **keys):
-    task = TaskConfig(type=kind, train_files=tuple(map(str, paths)), **keys)
-    return file_stream(tuple(map(Path, paths)), task, key="task.train_files")
+@pytest.fixture
+def stream(load, jsonl):
+    """The stream of some files, beside a held-out text."""
+
+    def of_files(*paths, **keys):
+        held = {"validation_files": jsonl("held", ["held"])}
+        return load(train_files=tuple(map(str, paths)), **held, **keys).stream
+
+    return of_files
 
 
 def texts_of(stream):
@@ -112,7 +117,7 @@ def test_without_validation_texts_and_without_a_number_the_run_is_refused(load, 
 
     with pytest.raises(ConfigError, match=r"task.streaming: .*a.jsonl has no validation split, .*"):
         load(dataset=path)
-    with pytest.raises(DataError, match=r"task.max_eval_examples: 3 texts .*has 2 and no further"):
+    with pytest.raises(DataError, match=r"a.jsonl has no text to train on, beside 2 held-out te"):
         load(dataset=path, max_eval_examples=3)
 
 
@@ -175,13 +180,13 @@ def test_a_data_set_of_the_hub_is_streamed(load, hub, validation, count, held, r
 def test_a_share_of_the_hub_resumes_where_it_was(load, hub):
     hub("train", WORDS)
     splits = load(dataset="user/corpus", max_eval_examples=1)
-    share = splits.stream.share(1, 2)
+    share = split_dataset_by_node(splits.stream.rows, 1, 2)
     rows = iter(share)
     first = [next(rows)["text"] for _ in range(2)]
     state = share.state_dict()
     rest = [row["text"] for row in rows]
 
-    again = splits.stream.share(1, 2)
+    again = split_dataset_by_node(splits.stream.rows, 1, 2)
     again.load_state_dict(state)
 
     assert [row["text"] for row in again] == rest
@@ -239,7 +244,7 @@ TEXTS = ["one, two", 'say "three"', "four", "  ", "five\nsix"]
 
 @pytest.mark.parametrize("ending", ["ndjson", "csv", "tsv", "parquet", "txt"])
 def test_a_stream_has_the_texts_of_the_files_as_without_streaming(
-    tmp_path, write_rows, jsonl, ending
+    tmp_path, write_rows, jsonl, stream, ending
 ):
     paths = [tmp_path / f"{n}.{ending}" for n in range(2)]
     for number, path in enumerate(paths):
@@ -255,7 +260,9 @@ def test_a_stream_has_the_texts_of_the_files_as_without_streaming(
     assert texts_of(stream(*paths))  # a second time
 
 
-def test_columns_of_conversations_may_begin_with_any_row_of_any_format(tmp_path, write_rows, jsonl):
+def test_columns_of_conversations_may_begin_with_any_row_of_any_format(
+    tmp_path, write_rows, jsonl, stream
+):
     chat = asked("Hi", "Hello", system="Be kind")
     tools, options = [{"type": "function", "function": {"name": "add"}}], {"effort": "low"}
     rows = [{"messages": chat}] * 3 + [
@@ -272,7 +279,7 @@ def test_columns_of_conversations_may_begin_with_any_row_of_any_format(tmp_path,
         write_rows(tmp_path / "3.csv", texts, header=columns),
     )
 
-    read = stream(*paths, kind="causal_lm").read()
+    read = stream(*paths, type="causal_lm").read()
 
     plain = Conversation(messages=chat, counted=[2])
     both = replace(plain, tools=tools, options=options)
@@ -289,19 +296,19 @@ def test_columns_of_conversations_may_begin_with_any_row_of_any_format(tmp_path,
     ],
 )
 def test_rows_that_would_be_read_otherwise_are_refused_not_cut(
-    tmp_path, jsonl, first, later, message
+    tmp_path, jsonl, stream, first, later, message
 ):
     one, other = jsonl("a", [first, first, later]), jsonl("b", [later])
     pq.write_table(pa.Table.from_pylist([later]), tmp_path / "c.parquet")
 
     with pytest.raises(DataError, match=f"a.jsonl, line 3 would be read from {message}"):
-        list(stream(one, kind="causal_lm").read())
+        list(stream(one, type="causal_lm").read())
     for path in (other, tmp_path / "c.parquet"):
         with pytest.raises(DataError, match=f"/[bc].[a-z]+ would be read from {message}"):
-            stream(one, path, kind="causal_lm")
+            stream(one, path, type="causal_lm")
 
 
-def test_files_without_rows_are_refused_only_if_all_are_empty(jsonl):
+def test_files_without_rows_are_refused_only_if_all_are_empty(jsonl, stream):
     empty = jsonl("a", [])
 
     assert texts_of(stream(empty, jsonl("b", ["b"]))) == ["b"]
@@ -309,7 +316,7 @@ def test_files_without_rows_are_refused_only_if_all_are_empty(jsonl):
         stream(empty)
 
 
-def test_a_json_file_is_refused_because_it_is_read_whole(tmp_path):
+def test_a_json_file_is_refused_because_it_is_read_whole(tmp_path, stream):
     path = tmp_path / "a.json"
     path.write_text(json.dumps(["a"]), encoding="utf-8")
 
@@ -331,19 +338,10 @@ def test_the_digest_reads_name_size_beginning_and_end(tmp_path):
     assert len({plain, digest(at=3), digest(at=299_990), digest(size=300_001), digest("b")}) == 5
 
 
-def test_each_rank_reads_only_its_own_files_if_their_number_is_a_multiple(jsonl):
+def test_each_rank_reads_only_its_own_files_if_their_number_is_a_multiple(jsonl, stream):
     paths = [jsonl(f"{n}", [f"{n}"] * 3) for n in range(4)]
 
-    shares = [{row["text"] for row in stream(*paths).share(rank, 2)} for rank in range(2)]
+    rows = stream(*paths).rows
+    shares = [{row["text"] for row in split_dataset_by_node(rows, n, 2)} for n in range(2)]
 
     assert shares == [{"0", "2"}, {"1", "3"}]
-
-
-def test_a_cache_of_datasets_that_cannot_be_written_is_named(jsonl, monkeypatch):
-    def refuse(*_, **__):
-        raise PermissionError(13, "Permission denied", "datasets")
-
-    monkeypatch.setattr(IterableDataset, "from_generator", refuse)
-
-    with pytest.raises(DataError, match=r"`datasets` cannot be used: .*set HF_DATASETS_CACHE"):
-        stream(jsonl("a", ["a"]))
