@@ -7,7 +7,6 @@ import json
 import logging
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -176,10 +175,8 @@ def no_tokens(rows: Dataset, task: TaskConfig, *, split: str, counts: CountsByNa
     for part in counts.values():
         total.add(part)
     return DataError(
-        f"the {split} split has no conversation that can be learned from: {total.long_prompt} have "
-        f"a prompt that fills task.max_length ({task.row_length}), {total.too_long} are too long, "
-        f"in {total.nothing_counts} no token counts, and {total.bad} cannot be encoded; raise "
-        "task.max_length, or check the answers"
+        f"the {split} split has no conversation that can be learned from (task.max_length is "
+        f"{task.row_length}): {total.reasons}; raise task.max_length, or check the answers"
     )
 
 
@@ -202,7 +199,7 @@ def cached_tables(
             if not write_tables(folder / f"{name}.arrow", made):
                 raise empty(name)
         if counts:
-            write_json(folder / COUNTS, {name: asdict(tally) for name, tally in counts.items()})
+            write_json(folder / COUNTS, {name: vars(tally) for name, tally in counts.items()})
 
     folder = whole_folder(cache_dir / "encoded" / key, build)
     return {name: read_rows(folder / f"{name}.arrow") for name in tables}

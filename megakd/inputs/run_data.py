@@ -101,7 +101,7 @@ def with_row_length(
     stream, so that its held-out rows are measured.
     """
     task, rows = config.task, splits.train if splits.stream is None else splits.validation
-    # mlm splits texts into windows; the table of conversations tells their lengths.
+    # mlm splits texts into windows; the lines of conversations tell their lengths.
     if task.type == "mlm" or (task.max_length is not None and is_chat(rows)):
         return config
     tokens, prompts = once(config, lambda: _lengths(rows, tokenizer, task)).T

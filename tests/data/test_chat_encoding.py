@@ -15,7 +15,7 @@ from tiny_runs import write_jsonl
 from megakd.config.task import TaskConfig
 from megakd.data import encoding
 from megakd.data.chat import tokens
-from megakd.data.chat.counts import ChatCounts, learned_ends, table_lines
+from megakd.data.chat.counts import ChatCounts, learned_ends
 from megakd.data.chat.tokens import ChatEncoder
 from megakd.data.encoding import Encoded, encode_splits
 from megakd.data.splits import Splits, load_splits
@@ -59,12 +59,13 @@ def chats(*turns: tuple[str, str]) -> list[dict[str, Any]]:
 FRAME = len("user\n\nassistant\n") + 3
 
 
-def test_the_table_counts_tokens_targets_truncated_and_dropped_rows(tmp_path):
+def test_tokens_targets_truncated_and_dropped_rows_are_counted_and_told(tmp_path, caplog):
     rows = chats(("Hi", "abc"), ("Hi", "x" * 60), ("y" * 60, "abc"))
     data = Data(
         tmp_path, [*rows, {"messages": [*asked("Hi"), {"role": "assistant", "content": ""}]}]
     )
 
+    caplog.set_level(logging.INFO)
     counts = data.counts()
 
     prompt = FRAME + 2
@@ -79,10 +80,13 @@ def test_the_table_counts_tokens_targets_truncated_and_dropped_rows(tmp_path):
         ends={data.tokenizer.eos_token_id: 2},
         lengths=dict.fromkeys((prompt + 5, prompt + 62, FRAME + 60 + 5, prompt + 2), 1),
     )
-    share = f"{counts.targets / counts.tokens:.1%}"
-    cells = ["train", "4", "3", f"{counts.tokens}", f"{counts.targets}", share]
-    cells += [f"{prompt + 5}", f"{FRAME + 65}", f"{FRAME + 65}", "1", "1", "0"]
-    assert table_lines({"train": counts})[1].split() == cells
+    assert (
+        f"train: 4 conversations, 3 encoded rows with {counts.tokens} tokens, of which "
+        f"{100 * counts.targets / counts.tokens:.1f} % count; the longest has {FRAME + 65} tokens, "
+        "1 are truncated, 1 dropped"
+    ) in caplog.text
+    assert "train: 1 of 4 rows are left out: the prompt of 1 fills task.max_length, " in caplog.text
+    assert f"task.max_length={FRAME + 65} keeps 99 % whole" in caplog.text
     dropped = Data(tmp_path, rows[:2], truncation="drop").counts()
     assert (dropped.kept, dropped.too_long, dropped.truncated) == (1, 1, 0)
 
@@ -128,11 +132,11 @@ def test_a_prompt_that_fills_the_row_is_not_the_prompt_of_the_row(tmp_path, more
 
 
 def test_a_split_without_a_row_to_learn_from_is_refused_with_the_reasons(tmp_path):
-    with pytest.raises(DataError, match=r"2 have a prompt that fills task\.max_length \(64\)"):
+    with pytest.raises(DataError, match=r"is 64\): the prompt of 2 fills task\.max_length"):
         Data(tmp_path, chats(("y" * 60, "a"), ("z" * 60, "b"))).encoded()
 
 
-def test_a_second_start_shows_the_same_table_and_row_without_encoding(
+def test_a_second_start_shows_the_same_numbers_and_row_without_encoding(
     tmp_path, caplog, monkeypatch
 ):
     data = Data(tmp_path, chats(("Hi", "abc"), ("Hi", "x" * 60)))
@@ -147,7 +151,7 @@ def test_a_second_start_shows_the_same_table_and_row_without_encoding(
     monkeypatch.setattr(encoding, "tables_of_conversations", None)
 
     assert reported() == first
-    assert first[0].startswith("conversations:\n")
+    assert first[0].startswith("train: 2 conversations")
     assert any("[[abc<|im_end|>]]" in line for line in first)
 
 
@@ -226,36 +230,33 @@ def test_a_template_that_leaves_out_tools_is_named_with_the_number_of_rows(
 
     loses = family == "chatml"
     assert counts.lost_tools == (2 if loses else 0)
-    assert ("train: the chat template leaves out tools" in caplog.text) == loses
+    assert ("train: 2 of 3 rows lose tools of the column 'tools'" in caplog.text) == loses
     given = [{"prompt": asked("Hi"), "tools": [tool]}]
     prompts = Data(tmp_path, given, family=family, max_length=2048)
     assert prompts.counts().lost_tools == loses
 
 
 HEADER = "{{- '<|im_start|>assistant\\n"
-MOVES, NO_THINKING = "{enable_thinking: false} moves it", {"enable_thinking": False}
-# What is replaced in Qwen 3's template, its arguments, and what the line says.
-EMPTY: dict[str, tuple[tuple[str, str], dict[str, bool], str]] = {
-    "in the answer": (("", ""), {}, MOVES),
-    "in the prompt": (("", ""), NO_THINKING, ""),
-    "begun in the prompt": ((f"{HEADER}' }}}}", f"{HEADER}<think>\\n' }}}}"), {}, MOVES),
-    "without a switch": (("enable_thinking", "other"), {}, "set task.chat_template to"),
+# What is replaced in Qwen 3's template, its arguments, and how many rows have empty reasoning.
+EMPTY: dict[str, tuple[tuple[str, str], dict[str, bool], int]] = {
+    "in the answer": (("", ""), {}, 2),
+    "in the prompt": (("", ""), {"enable_thinking": False}, 0),
+    "begun in the prompt": ((f"{HEADER}' }}}}", f"{HEADER}<think>\\n' }}}}"), {}, 2),
 }
 
 
-@pytest.mark.parametrize(("change", "options", "says"), EMPTY.values(), ids=EMPTY)
+@pytest.mark.parametrize(("change", "options", "count"), EMPTY.values(), ids=EMPTY)
 def test_empty_reasoning_in_answers_is_counted_with_the_key_that_moves_it(
-    tmp_path, caplog, change, options, says
+    tmp_path, caplog, change, options, count
 ):
     rows = chats(("Hi", "Hello"), ("Ho", "Hu"), ("Hi", "<think>\nHm.\n</think>\n\nHello"))
     rows = rows[:2] if options else rows  # which would contradict the third
     data = Data(tmp_path, rows, family="qwen3", chat_template_kwargs=options)
     data.tokenizer.chat_template = template_of("qwen3").replace(*change)
 
-    assert data.counts().empty_reasoning == (2 if says else 0)
-    line = "train: the chat template writes empty reasoning into the answers of 2 of 3 rows"
-    assert (line in caplog.text) == bool(says)
-    assert says in caplog.text
+    assert data.counts().empty_reasoning == count
+    line = "train: 2 of 3 rows get empty reasoning in their answers from the chat template, so that"
+    assert (line in caplog.text) == ("{enable_thinking: false}" in caplog.text) == bool(count)
 
 
 def test_rows_that_cannot_be_read_or_encoded_are_named_together(tmp_path, monkeypatch):
@@ -285,7 +286,8 @@ def test_bad_rows_are_left_out_on_request_and_counted_at_every_start(tmp_path, c
         counts = data.counts()
         assert "2 bad row(s) left out (task.bad_rows: drop)" in caplog.text
         assert (counts.rows, counts.kept, counts.bad) == (3, 2, 1)
-        assert "1 of 3 rows were left out because they cannot be encoded" in caplog.text
+        assert "1 of 3 rows are left out: " in caplog.text
+        assert "in 0 no token counts, 1 cannot be encoded" in caplog.text
     # Rows that were left out are not taken for a run that refuses them.
     with pytest.raises(DataError, match="line 1"):
         Data(tmp_path, rows, family="gemma").encoded()

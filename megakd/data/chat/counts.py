@@ -1,9 +1,10 @@
-"""Numbers of the encoded conversations of a split: the table at the start of a run."""
+"""Numbers of the encoded conversations of a split: the lines at the start of a run."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, cast
@@ -13,21 +14,24 @@ from transformers import PreTrainedTokenizerBase
 
 from megakd.contract.batch import IGNORE
 from megakd.data.arrow import longest_of
-from megakd.process.terminal import aligned_rows
 
 logger = logging.getLogger(__name__)
-KEYED = ("special", "ends", "lengths")
-SWITCHES = ("enable_thinking", "thinking")
-"""Arguments of chat templates that choose whether a model reasons."""
 MOST_SHOWN = 400
 """Characters at each end of a long part of the first row that the log shows."""
-HEADING = (
-    *("rows of", "read", "encoded", "tokens", "that count", "share"),
-    *("p50", "p95", "longest", "truncated", "dropped", "bad"),
-)
 LEARNED = ("train", "validation")
 SETS = "sets"
 """Prefix of the evaluation sets among the names of rows: `sets/NAME`."""
+BY_TEMPLATE = {
+    "lost_reasoning": "lose the reasoning of their answers in the chat template; use a template "
+    "that keeps it, or set task.reasoning: strip to say that this is intended",
+    "lost_tools": "lose tools of the column 'tools' in the chat template; set task.chat_template "
+    "to a template that writes tools, or remove the column",
+    "empty_reasoning": "get empty reasoning in their answers from the chat template, so that the "
+    "student learns not to reason; if the template knows enable_thinking, "
+    "task.chat_template_kwargs: {enable_thinking: false} moves it into the prompt; else set "
+    "task.chat_template to a template that leaves it out",
+}
+"""What a chat template does to rows, by the number of the rows, and what to do."""
 
 
 @dataclass
@@ -63,28 +67,34 @@ class ChatCounts:
     lost_tools: int = 0
     empty_reasoning: int = 0
     bad: int = 0
-    special: dict[int, int] = field(default_factory=dict)
-    ends: dict[int, int] = field(default_factory=dict)
-    lengths: dict[int, int] = field(default_factory=dict)
+    special: Counter[int] = field(default_factory=Counter[int])
+    ends: Counter[int] = field(default_factory=Counter[int])
+    lengths: Counter[int] = field(default_factory=Counter[int])
 
     @property
-    def dropped(self) -> int:
-        """The number of conversations that have no encoded row."""
-        return self.too_long + self.long_prompt + self.nothing_counts
+    def reasons(self) -> str:
+        """The numbers of the conversations that have no encoded row, by reason, as text."""
+        return (
+            f"the prompt of {self.long_prompt} fills task.max_length, {self.too_long} are longer, "
+            f"in {self.nothing_counts} no token counts, {self.bad} cannot be encoded"
+        )
 
     def add(self, other: ChatCounts) -> None:
         for name, more in vars(other).items():
-            here = getattr(self, name)
-            if name in KEYED:
-                here.update({number: here.get(number, 0) + n for number, n in more.items()})
+            if isinstance(more, Counter):
+                getattr(self, name).update(more)
             else:
-                setattr(self, name, here + more)
+                setattr(self, name, getattr(self, name) + more)
 
     @staticmethod
     def from_record(record: Mapping[str, Any]) -> ChatCounts:
         """Return the numbers that `asdict` returned and JSON stored."""
-        by_number = {k: {int(n): c for n, c in v.items()} for k, v in record.items() if k in KEYED}
-        return ChatCounts(**{**record, **by_number})
+        keyed = {
+            k: Counter({int(n): c for n, c in v.items()})
+            for k, v in record.items()
+            if isinstance(v, dict)
+        }
+        return ChatCounts(**{**record, **keyed})
 
 
 CountsByName = dict[str, ChatCounts]
@@ -108,54 +118,29 @@ def learned_ends(counts: Mapping[str, ChatCounts] | None) -> frozenset[int]:
     )
 
 
-def _say_counts(counts: Mapping[str, ChatCounts], template: str) -> None:
-    logger.info("conversations:\n%s", "\n".join(table_lines(counts)))
-    for name, tally in counts.items():
-        for number, what in (
-            (tally.long_prompt, "were left out because their prompt alone fills task.max_length"),
-            (tally.too_long, "were left out because they are longer than task.max_length"),
-            (tally.nothing_counts, "were left out because no token of them counts"),
-            (tally.bad, "were left out because they cannot be encoded (task.bad_rows: drop)"),
-        ):
-            if number:
-                logger.warning("%s: %d of %d rows %s", name, number, tally.rows, what)
-        longer = tally.truncated + tally.too_long + tally.long_prompt
-        if longer > 0.01 * sum(tally.lengths.values()):
-            longest = longest_of(tally.lengths, 0.99)
-            logger.warning(
-                "%s: %d of %d rows are longer than task.max_length (%d of them are cut); 99 %% of "
-                "the rows have at most %d tokens (task.max_length=%d keeps them whole)",
-                *(name, longer, tally.rows, tally.truncated, longest, longest),
-            )
-        if tally.lost_reasoning:
-            logger.warning(
-                "%s: the chat template leaves out the reasoning of answers in %d of %d rows; use a "
-                "template that keeps it, or set task.reasoning: strip to say that this is wanted",
-                *(name, tally.lost_reasoning, tally.rows),
-            )
-        if tally.lost_tools:
-            logger.warning(
-                "%s: the chat template leaves out tools of the column 'tools' in %d of %d rows; "
-                "set task.chat_template to a template that writes tools, or remove the column",
-                *(name, tally.lost_tools, tally.rows),
-            )
-        if tally.empty_reasoning:
-            key = next((key for key in SWITCHES if key in template), None)
-            logger.warning(
-                "%s: the chat template writes empty reasoning into the answers of %d of %d rows, "
-                "so that the student learns not to reason; %s",
-                *(name, tally.empty_reasoning, tally.rows),
-                f"task.chat_template_kwargs: {{{key}: false}} moves it into the prompt"
-                if key
-                else "set task.chat_template to a template that leaves it out",
-            )
-
-
 def say_chat(
     rows: Mapping[str, Dataset], counts: CountsByName, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Log the table of encoded conversations and the first row with its counted parts marked."""
-    _say_counts(counts, str(tokenizer.chat_template))
+    """Log the numbers of each split, and the first row with its counted parts marked."""
+    for name, tally in counts.items():
+        left_out = tally.long_prompt + tally.too_long + tally.nothing_counts + tally.bad
+        logger.info(
+            "%s: %d conversations, %d encoded rows with %d tokens, of which %.1f %% count; the "
+            "longest has %d tokens, %d are truncated, %d dropped",
+            *(name, tally.rows, tally.kept, tally.tokens),
+            *(100 * tally.targets / max(1, tally.tokens), longest_of(tally.lengths)),
+            *(tally.truncated, left_out),
+        )
+        warnings = [(left_out, f"are left out: {tally.reasons}")]
+        longer = tally.truncated + tally.too_long + tally.long_prompt
+        if longer > 0.01 * tally.lengths.total():
+            most = longest_of(tally.lengths, 0.99)
+            what = f"are longer than task.max_length; task.max_length={most} keeps 99 % whole"
+            warnings.append((longer, what))
+        warnings += [(getattr(tally, key), what) for key, what in BY_TEMPLATE.items()]
+        for number, what in warnings:
+            if number:
+                logger.warning("%s: %d of %d rows %s", name, number, tally.rows, what)
     name = next(iter(rows))
     row = rows[name][0]
     counted = [False, *(label != IGNORE for label in row["labels"][:-1])]
@@ -168,16 +153,3 @@ def say_chat(
             text = f"{text[:MOST_SHOWN]} … {text[-MOST_SHOWN:]}"
         parts.append(f"[[{text}]]" if does_count else text)
     logger.info("first row of %s, [[what counts]]: %s", name, "".join(parts))
-
-
-def table_lines(counts: Mapping[str, ChatCounts]) -> list[str]:
-    """Return the lines of the table: a heading, and a line for each name."""
-    rows: list[Sequence[str]] = [HEADING]
-    for name, tally in counts.items():
-        numbers = (tally.rows, tally.kept, tally.tokens, tally.targets)
-        share = tally.targets / tally.tokens if tally.tokens else 0.0
-        lengths = (longest_of(tally.lengths, part) for part in (0.5, 0.95, 1.0))
-        rest = (*lengths, tally.truncated, tally.dropped, tally.bad)
-        shown = (*(f"{n:,}" for n in numbers), f"{share:.1%}", *(f"{n:,}" for n in rest))
-        rows.append((name, *shown))
-    return aligned_rows(rows)

@@ -286,7 +286,7 @@ class ChatEncoder:
             made.tokens += len(row.input_ids)
             made.targets += len(targets)
             ids, numbers = np.unique(targets[np.isin(targets, self._special)], return_counts=True)
-            made.add(ChatCounts(special=dict(zip(ids.tolist(), numbers.tolist(), strict=True))))
+            made.special.update(dict(zip(ids.tolist(), numbers.tolist(), strict=True)))
             if made.lengths and not made.truncated and np.isin(targets[-1:], self._special).any():
                 made.ends[int(targets[-1])] = 1
         return rows, made
