@@ -134,8 +134,8 @@ def test_a_config_may_be_a_path_a_mapping_or_a_config(tmp_path, tree):
         megakd.load_config({**tree, "sed": 1})
     with pytest.raises(ConfigError, match=r"config: train.max_steps is a object; a config holds"):
         megakd.load_config({**tree, "train": {"max_steps": object()}})
-    changed = replace(config, task=replace(config.task, data_dir=tmp_path))
-    with pytest.raises(ConfigError, match=r"task\.data_dir: supported only with"):
+    changed = replace(config, task=replace(config.task, dataset=None, dataset_config="b"))
+    with pytest.raises(ConfigError, match=r"task\.dataset_config: supported only with"):
         megakd.load_config(changed)
 
 

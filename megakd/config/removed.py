@@ -30,6 +30,8 @@ REMOVED: Mapping[str, str] = {
     "rollout.keep_texts": "gone; texts since the oldest checkpoint stay; remove the key",
     "eval.latency": "its keys are gone: models are timed at 1 and 32 texts (a decoder at 1)",
     "save.int8": "gone; megakd export --format onnx --int8 writes a graph with int8 weights",
+    "task.data_dir": "gone; name GLUE's files in task.train_files and task.validation_files, with "
+    "task.text_columns and task.label_column",
     "task.dataset: pydocs": "gone; set a folder that `python launch/pydocs.py labels` writes",
     "method.score": "gone; units are ranked by their sensitivity; remove the key",
     "method.sensitivity_beta": "gone; the decay of the average is 0.85; remove the key",

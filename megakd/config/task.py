@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 from pydantic.dataclasses import dataclass
 
-from megakd.config.paths import Folder, Place
+from megakd.config.paths import Place
 from megakd.contract.tasks import TaskType
 from megakd.contract.terms import STRICT, Count
 
@@ -82,7 +82,6 @@ class TaskConfig:
     """Further sets by name; all their rows are scored at the end of the run."""
     dataset_config: str | None = None
     """The Hub configuration of `dataset`, if the data set has several configurations."""
-    data_dir: Folder | None = None
     text_columns: Annotated[tuple[str, ...], Field(min_length=1, max_length=2)] | None = None
     label_column: str | None = None
     teacher_column: str | None = None

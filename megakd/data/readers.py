@@ -72,16 +72,9 @@ def read_csv(path: Path, *, digest: Digest = _digest_of) -> Table:
     return replace(table, format="blanks" if skips else "")
 
 
-def read_tsv(
-    path: Path,
-    *,
-    header: Sequence[str] | None = None,
-    skip_broken: bool = False,
-    digest: Digest = _digest_of,
-) -> Table:
+def read_tsv(path: Path, *, digest: Digest = _digest_of) -> Table:
     """Read a tsv file without quoting."""
-    table = _with_header(path, _tsv_fields, header=header, skip_broken=skip_broken, digest=digest)
-    return replace(table, format="tsv")
+    return replace(_with_header(path, _tsv_fields, digest=digest), format="tsv")
 
 
 def by_split(names: Iterable[str], place: str) -> dict[SplitName, str]:
@@ -270,26 +263,21 @@ def _with_header(
     path: Path,
     fields_of: Callable[[Path], Iterator[tuple[int, list[str]]]],
     *,
-    header: Sequence[str] | None = None,
-    skip_broken: bool = False,
     digest: Digest,
 ) -> Table:
-    _, first = next(fields_of(path), (0, []))
-    columns = tuple(header or first)
+    columns = tuple(next(fields_of(path), (0, []))[1])
     _refuse_doubled_columns(path, columns)
 
     def records() -> Iterator[Record]:
         rows = fields_of(path)
-        if header is None:
-            next(rows, None)
+        next(rows, None)
         for number, values in rows:
-            if len(values) == len(columns):
-                yield Record(f"line {number}", dict(zip(columns, values, strict=True)))
-            elif not skip_broken:
+            if len(values) != len(columns):
                 raise DataError(
                     f"{path}, line {number}: {len(values)} fields, but there are {len(columns)} "
                     f"columns ({', '.join(columns)})"
                 )
+            yield Record(f"line {number}", dict(zip(columns, values, strict=True)))
 
     return Table(name=str(path), columns=columns, records=records, digest=digest(path))
 

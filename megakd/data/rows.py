@@ -90,7 +90,6 @@ def rows_of_tables(
     *,
     name: str,
     cache_dir: Path,
-    classes: Classes | None = None,
     metrics: tuple[str, ...] | None = None,
 ) -> Corpus:
     """Return the rows of every split, in Arrow files."""
@@ -101,8 +100,8 @@ def rows_of_tables(
     if any(chat_columns(table, task) for table in tables.values()):
         kinds = {split: RowKind.of(task, table, as_chat=True) for split, table in tables.items()}
     else:
-        train = RowKind.of(task, tables["train"], classes)
-        if train.label is not None and task.type == "classification" and classes is None:
+        train = RowKind.of(task, tables["train"])
+        if train.label is not None and task.type == "classification":
             named = find_classes(tables["train"], train.label, text=train.fields.text)
             train = replace(train, classes=named)
         kinds = {split: train.of_split(table, split) for split, table in tables.items()}

@@ -35,7 +35,6 @@ TASK = [
     ("task.test_files=[a]", "task.test_files: cannot be combined with task.dataset"),
     (f"{TEXT}; task.mixture={{a: {{files: a, weight: 1}}}}", "task.mixture: cannot be combined wi"),
     ("task.dataset=null", "task.dataset: missing, and it has no default; set task.dataset or task"),
-    ("task.dataset=null; task.train_files=a; task.data_dir=b", "task.data_dir: supported only wit"),
     ("task.dataset=null; task.train_files=a; task.dataset_config=b", "task.dataset_config: suppor"),
     (
         "task.dataset=pydocs",
@@ -49,7 +48,7 @@ TASK = [
         "task.dataset=glue/sst2; task.label_column=a",
         "task.label_column: not supported with task.dataset glue/sst2, which has its own columns",
     ),
-    ("task.data_dir=glue", "task.data_dir: supported only with task.dataset glue/<task>"),
+    ("task.data_dir=glue", "gone; name GLUE's files in task.train_files and task.validat"),
     (f"{TEXT}; task.labelled_examples=5", "task.labelled_examples: supported only for classificat"),
     (f"task.type=mlm; {KL}; task.labelled_examples=5", "and task.type is mlm; remove the key"),
     (f"{TEXT}; task.mlm_probability=0.2", "task.mlm_probability: supported only for mlm, and task"),

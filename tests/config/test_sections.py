@@ -137,7 +137,6 @@ ROWS = "task={type: causal_lm, dataset: d}; teacher.model=t; objective=null"
 PATHS = [
     "output_dir=HERE",
     "task.dataset=HERE",
-    "task.dataset=glue/sst2; task.data_dir=HERE",
     "task.tokenizer=HERE",
     f"{ROWS}; task.chat_template=HERE",
     "task.dataset=null; task.train_files=HERE",

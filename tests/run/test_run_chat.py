@@ -52,7 +52,9 @@ def test_a_run_on_real_questions_learns_and_says_what_counts(one_rank, tmp_path,
     assert "<|im_end|>]]" in log
 
 
-def test_a_mixture_tells_its_sources_and_scores_documents_as_a_file_of_them_alone(one_rank, tmp_path):
+def test_a_mixture_tells_its_sources_and_scores_documents_as_a_file_of_them_alone(
+    one_rank, tmp_path
+):
     chats = [{"messages": asked(f"Question {n}?", f"It is {n}.")} for n in range(12)]
     texts = [{"text": f"The number after {n} is {n + 1}."} for n in range(6)]
     files = {"chats": chats, "texts": texts}
@@ -72,7 +74,10 @@ def test_a_mixture_tells_its_sources_and_scores_documents_as_a_file_of_them_alon
 
     answer = finish(one_rank, config)
 
-    assert len(re.findall(r"^train/\w+: \d+ conversations", answer.out + answer.err, re.MULTILINE)) == 2
+    assert (
+        len(re.findall(r"^train/\w+: \d+ conversations", answer.out + answer.err, re.MULTILINE))
+        == 2
+    )
     # Documents are cut, not packed, also where a file of them is scored alone.
     alone = json.loads(one_rank.megakd("evaluate", config, "--data", long, "--json").out)
     of_run = of_model(read(tmp_path / "out"), "student.long")

@@ -53,7 +53,7 @@ def places(config: RunConfig) -> Iterator[tuple[str, str | Path]]:
     """Yield the keys of a run's folders, models and data, with what they name."""
     task = config.task
     places: dict[str, object] = {"output_dir": config.output_dir}
-    for key in ("dataset", "data_dir", "tokenizer", "chat_template"):
+    for key in ("dataset", "tokenizer", "chat_template"):
         places[f"task.{key}"] = getattr(task, key)
     files = {key: getattr(task, key) for key in ("train_files", "validation_files", "test_files")}
     files |= {f"evaluation_sets.{name}": paths for name, paths in task.evaluation_sets.items()}

@@ -62,11 +62,6 @@ _DATA: tuple[Rule[TaskConfig], ...] = (
         "supported only with task.dataset, which is not set; remove the key",
     ),
     *given(
-        ".data_dir",
-        lambda c: not _is_glue(c.item),
-        "supported only with task.dataset glue/<task>; remove the key",
-    ),
-    *given(
         ".text_columns .label_column .dataset_config "
         ".messages_column .prompt_column .completion_column",
         lambda c: _is_glue(c.item),
