@@ -26,7 +26,7 @@ from megakd.data.chat.tokens import VERSION as CHAT_VERSION
 from megakd.data.chat.tokens import ChatEncoder, tables_of_conversations
 from megakd.data.choosing import is_labelled
 from megakd.data.collation import columns_of
-from megakd.data.rows import TextStream
+from megakd.data.rows import StreamedRows
 from megakd.data.special_tokens import special_tokens
 from megakd.data.splits import Splits
 from megakd.data.tables import BadRows
@@ -47,14 +47,6 @@ READ_ALIKE = ("BertTokenizer", "RobertaTokenizer", "GPT2Tokenizer", "Qwen2Tokeni
 """Classes that transformers 4 has, and that leave there what tokenizer.json says."""
 # Part of every key: increase this number when the encoded rows would differ.
 VERSION = 2
-
-
-class StreamedRows(NamedTuple):
-    """Training rows that are encoded while they are needed: the texts, and how to encode them."""
-
-    texts: TextStream
-    tokenizer: PreTrainedTokenizerBase
-    task: TaskConfig
 
 
 class Encoded(NamedTuple):

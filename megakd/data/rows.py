@@ -9,10 +9,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from datasets import Dataset, Features, IterableDataset, Value
+from transformers import PreTrainedTokenizerBase
 
 from megakd.config.task import TaskConfig
 from megakd.contract.batch import IGNORE, ROUTE
@@ -70,6 +71,14 @@ class TextStream:
             asked = Conversation.from_json(chat).asked if chat else row["text"]
             if text_hash(asked) not in self.held_out:
                 yield dict(row)
+
+
+class StreamedRows(NamedTuple):
+    """Training rows that are encoded while they are needed: the texts, and how to encode them."""
+
+    texts: TextStream
+    tokenizer: PreTrainedTokenizerBase
+    task: TaskConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,6 @@ from megakd.data.chat.conversations import CONVERSATION, OPTIONS, TOOLS, is_chat
 from megakd.data.chat.tokens import ChatEncoder, tables_of_conversations
 from megakd.data.choosing import prompt_keys
 from megakd.data.collation import Collator
-from megakd.data.encoding import StreamedRows
 from megakd.data.files import READERS, known_suffix, split_files, tables_of_files
 from megakd.data.hub import hub_advice, hub_errors
 from megakd.data.kinds import RowKind
@@ -43,6 +42,7 @@ from megakd.data.rows import (
     ERROR,
     VERSION,
     Corpus,
+    StreamedRows,
     TextStream,
     rows_of,
 )

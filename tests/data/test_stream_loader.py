@@ -20,8 +20,9 @@ from tiny_runs import write_jsonl
 from megakd.config.task import TaskConfig
 from megakd.contract.batch import IGNORE, Batch
 from megakd.data.collation import Collator
-from megakd.data.encoding import StreamedRows, encode_rows
+from megakd.data.encoding import encode_rows
 from megakd.data.masking import task_masking
+from megakd.data.rows import StreamedRows
 from megakd.data.step_layout import StepShape
 from megakd.data.streams import Place, StreamedBlocks, StreamLoader, streamed_files
 from megakd.data.vocabularies import train_tokenizer
