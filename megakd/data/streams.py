@@ -325,7 +325,7 @@ class StreamLoader(BatchSource):
         if start < self._step:
             self._step, self._place = 0, Place()
         steps = self._steps(self._place)
-        tasks = repeat(partial(next, steps), stop - self._step)
+        tasks = repeat(steps.__next__, stop - self._step)
         with closing(steps), closing(made_ahead(tasks)) as futures:
             for future in futures:
                 batches, place = awaited(future, self)
@@ -349,7 +349,7 @@ class StreamLoader(BatchSource):
         shape, parts = self._blocks.shape, list[pa.Table]()
         missing = size = shape.per_device * shape.accumulation
         blocks = self._blocks.read(place)
-        tasks = repeat(partial(next, blocks))
+        tasks = repeat(blocks.__next__)
         with closing(blocks), closing(made_ahead(tasks, 1, at_once=1)) as futures:
             for future in futures:
                 rows, place = future.result()
