@@ -1,4 +1,4 @@
-"""The model card, the README.md of `final/`: the result table, and what a page of the Hub needs."""
+"""The model card, the README.md of `final/`: front matter for the Hub and the result table."""
 
 from __future__ import annotations
 
@@ -30,14 +30,19 @@ PAGE = """\
 # {title}
 
 Trained{teachers} with `{command}`.
-Load it with `{auto_class}.from_pretrained(folder{trust})`.
+Load it with `{auto_class}.from_pretrained(folder{trust})`{needs}.
 
 ```text
 {results}
 ```
 
-{remarks}The weights derive from the models and the data named above; their licences say what may be
+{adapter}The weights derive from the models and the data named above; their licences say what may be
 done with this model.
+"""
+ADAPTER = """\
+The trained adapters are merged into these weights; `adapter` holds them alone, for
+`PeftModel.from_pretrained(base, folder + "/adapter")`.
+
 """
 
 
@@ -79,17 +84,6 @@ def model_card(facts: CardFacts, report: Report) -> str:
     }
     front = {key: value for key, value in front.items() if value}
     named = [f"`{hub_id(s) or Path(s).name}`" if s else "a random teacher" for s in facts.teachers]
-    remarks = ["The model needs transformers >= 5.0."] if facts.needs_5 else []
-    if f"{STUDENT}.trained_parameters" in report:
-        hub = hub_id(facts.student or "")
-        base = f"`{hub}`" if hub else "the base model"
-        remarks.append(
-            "The trained adapters are merged into these weights; `adapter` holds them alone, for "
-            f'`PeftModel.from_pretrained(base, folder + "/adapter")` with {base} as `base`.'
-        )
-    is_known = front["license"] != "unknown"
-    claim = f"These models are under the licence `{front['license']}`."
-    remarks.append(claim if is_known else "No licence is claimed here.")
     return PAGE.format(
         front=yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
         title=facts.title,
@@ -97,8 +91,9 @@ def model_card(facts: CardFacts, report: Report) -> str:
         command=facts.command,
         results=result_table(report),
         auto_class=auto_class,
-        trust=", trust_remote_code=True" if facts.brings_code else "",
-        remarks="".join(f"{remark}\n\n" for remark in remarks),
+        trust=", trust_remote_code=True" * facts.brings_code,
+        needs=", which needs transformers >= 5.0" * facts.needs_5,
+        adapter=ADAPTER * (f"{STUDENT}.trained_parameters" in report),
     )
 
 

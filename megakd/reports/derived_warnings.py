@@ -1,37 +1,29 @@
-"""Warnings that follow from the numbers of a report, each with what to do."""
+"""Five warnings that follow from the numbers of a report, each with what to do."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from megakd.contract.metric import lower_is_better
 from megakd.contract.results import Report
 from megakd.contract.tasks import STUDENT, TEACHER
-from megakd.reports.history import Curves, curves_of
-from megakd.reports.quantities import is_number
-from megakd.reports.table import score
+from megakd.reports.history import curves_of
+from megakd.reports.table import is_number, score
 
 LEAST_ROWS = 5
 """Rows of a label below which no row that is recognised may be chance."""
 NOISE = 0.01
 """Difference of two evaluations that noise may explain: a point, or 1 % if lower is better."""
-NAMED = 5
 
 
 def derived_warnings(report: Report, history: Iterable[Mapping[str, Any]]) -> list[str]:
     """Return the warnings of a report and of the records of its metrics.jsonl."""
-    return [
-        *_labels(report),
-        *_baselines(report),
-        *_above_teacher(report),
-        *_rising_teachers(report, curves_of(history)),
-        *_chance(report),
-    ]
+    return [*_of_labels(report), *_of_scores(report), *_rising(report, history), *_chance(report)]
 
 
-def _labels(report: Report) -> Iterator[str]:
+def _of_labels(report: Report) -> Iterator[str]:
     for name in (TEACHER, STUDENT):
         missed = [
             f"{one['label']} ({one['rows']} rows)"
@@ -46,53 +38,43 @@ def _labels(report: Report) -> Iterator[str]:
             )
 
 
-def _baselines(report: Report) -> Iterator[str]:
+def _of_scores(report: Report) -> Iterator[str]:
     name = report["metric_name"]
-    mine = report.get(f"{STUDENT}.{name}")
+    mine, whole = (report.get(f"{model}.{name}") for model in (STUDENT, TEACHER))
     for baseline in report["baselines"]:
         theirs = report.get(f"{baseline}.{name}")
-        if _is_better(name, theirs, mine):
+        if _gain(name, theirs, mine) > 0:
             yield (
                 f"the baseline {baseline} scores {score(name, theirs)} {name}, the student "
                 f"{score(name, mine)}; repeat both with another seed, and take the baseline's "
                 "settings if it is ahead again"
             )
-
-
-def _above_teacher(report: Report) -> Iterator[str]:
-    name = report["metric_name"]
-    mine, theirs = (report.get(f"{model}.{name}") for model in (STUDENT, TEACHER))
-    if not (is_number(mine) and is_number(theirs) and _is_better(name, mine, theirs)):
-        return
     # Two standard errors, at most, of the difference of two classifiers: only the rows on which
     # both disagree make one.
     rows = sum(one["rows"] for one in report.get(f"{STUDENT}.per_class", ()))
     noise = 2 * math.sqrt((1 - report.get(f"{STUDENT}.agreement", 0.0)) / rows) if rows else 0.0
-    if abs(mine - theirs) > noise:
+    if _gain(name, mine, whole) > noise:
         yield (
-            f"the student is above its teacher ({score(name, mine)} and {score(name, theirs)} "
+            f"the student is above its teacher ({score(name, mine)} and {score(name, whole)} "
             f"{name}): the teacher has learnt the task too briefly, or the rows are too few to "
             "tell them apart; train the teacher longer (teacher.finetune), or give more weight to "
             "the labels"
         )
 
 
-def _rising_teachers(report: Report, curves: Curves) -> Iterator[str]:
-    metric = report["metric_name"]
+def _rising(report: Report, history: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    metric, curves = report["metric_name"], curves_of(history)
     is_low = lower_is_better(metric)
-    for name in report["teachers"]:
-        stage = f"{name}-finetune"
-        points = curves.get(stage, {}).get(f"eval/{metric}", [])
-        if len(points) < 2:
+    for stage in (f"{name}-finetune" for name in report["teachers"]):
+        *earlier, last = curves.get(stage, {}).get(f"eval/{metric}") or [(0, 0.0)]
+        if not earlier:
             continue
-        *earlier, (step, high) = points
-        before, low = (min if is_low else max)(earlier, key=lambda point: point[1])
-        noise = NOISE * abs(low) if is_low else NOISE
-        if _is_better(metric, high, low) and abs(high - low) > noise:
+        best = (min if is_low else max)(earlier, key=lambda point: point[1])
+        if _gain(metric, last[1], best[1]) > (NOISE * abs(best[1]) if is_low else NOISE):
             yield (
-                f"{stage} still rises: {score(metric, low)} {metric} at step {before:,}, "
-                f"{score(metric, high)} at step {step:,}, its last evaluation; train the teacher "
-                "longer (num_train_epochs or max_steps of its finetune)"
+                f"{stage} still rises: {score(metric, best[1])} {metric} at step {best[0]:,}, "
+                f"{score(metric, last[1])} at step {last[0]:,}, its last evaluation; train the "
+                "teacher longer (num_train_epochs or max_steps of its finetune)"
             )
 
 
@@ -103,12 +85,12 @@ def _chance(report: Report) -> Iterator[str]:
     if not sum(rows) or (metric == "accuracy" and report["evaluated_on"] != "validation"):
         return
     # What no constant answer exceeds; not known of other metrics.
-    chance = {"accuracy": max(rows) / sum(rows), "matthews_correlation": 0.0}.get(metric)
+    chance = {"accuracy": max(rows) / sum(rows), "matthews_correlation": 0.0}.get(metric, -math.inf)
     chance = 1 / len(rows) if metric.endswith("_macro") else chance
     lost = [
         f"{one['sparsity']:g} ({one['metric']:.1%})"
         for one in report["candidates"]
-        if chance is not None and is_number(one["metric"]) and one["metric"] <= chance
+        if is_number(one["metric"]) and one["metric"] <= chance
     ]
     if lost:
         yield (
@@ -118,12 +100,12 @@ def _chance(report: Report) -> Iterator[str]:
         )
 
 
-def _is_better(metric: str, one: object, other: object) -> bool:
+def _gain(metric: str, one: object, other: object) -> float:
+    """Return by how much `one` is better than `other`; 0 if one of them is missing."""
     if not (is_number(one) and is_number(other)):
-        return False
-    return one < other if lower_is_better(metric) else one > other
+        return 0.0
+    return other - one if lower_is_better(metric) else one - other
 
 
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - NAMED
-    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

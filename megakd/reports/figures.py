@@ -6,15 +6,14 @@ import html
 import io
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from megakd.contract.metric import lower_is_better
 from megakd.contract.results import Report
-from megakd.contract.tasks import is_text_metric as is_of_texts
-from megakd.reports.history import Curves
-from megakd.reports.quantities import is_number, short_count
-from megakd.reports.table import confusions
+from megakd.contract.tasks import STUDENT
+from megakd.reports.history import Curves, Points
+from megakd.reports.table import is_number, short_count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,33 +21,29 @@ if TYPE_CHECKING:
 logging.getLogger("matplotlib").setLevel(logging.ERROR)
 STAGES, PANELS, LINES, POINTS, LABELS = 12, 9, 12, 500, 40
 """Most stages, numbers of a stage, lines, points of a line, and labels that are drawn."""
+OF_TRAINING = ("train/loss", "train/learning_rate")
+"""Numbers of the training that are drawn, beside those of evaluations and choices."""
 COLOURS = {"teachers": "#7b4fa6", "assistants": "#a85700", "baselines": "#66717d"}
 STUDENT_COLOUR, CHOSEN = "#1668ad", "#c4244f"
-LEFT_OUT = ("memory_bytes", "loss_scale", "skipped_steps", "peak_share")
-"""Logged numbers that are in no figure."""
 Draw = Callable[["Axes"], None]
 
 
-def figure(
-    label: str,
-    drawings: Sequence[Draw],
-    *,
-    columns: int = 3,
-    size: tuple[float, float] = (3.6, 2.6),
-) -> str:
+def figure(label: str, drawings: Sequence[Draw], size: tuple[float, float] = (3.6, 2.6)) -> str:
     """Return axes beside and below each other as one SVG text; `size` of one in inches.
 
-    Equal drawings and labels result in equal texts.
+    Equal drawings and labels result in equal texts, no drawings in an empty one.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
+    if not drawings:
+        return ""
     columns = min(3, len(drawings))
     rows = -(-len(drawings) // columns)
     # Text stays text, which a reader can search. The salt makes the ids of a page different.
-    style: Any = {"svg.fonttype": "none", "svg.hashsalt": label, "font.size": 9}
-    style |= {"axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10}
-    style |= {"text.parse_math": False}
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": label, "text.parse_math": False}
+    style |= {"font.size": 9, "axes.titlesize": 10, "legend.fontsize": 7, "legend.frameon": False}
+    style |= {"axes.spines.top": False, "axes.spines.right": False}
     with rc_context(style):
         page = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
         for number, draw in enumerate(drawings, 1):
@@ -66,148 +61,110 @@ def stage_figures(report: Report, curves: Curves) -> dict[str, str]:
     names = [row["name"] for row in report["stages"] if row["name"] in curves]
     drawn: dict[str, str] = {}
     for stage in names[-STAGES:]:
-        panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
+        panels: dict[str, dict[str, Points]] = {}
         for key, points in curves[stage].items():
             group, _, rest = key.partition("/")
             view, _, name = rest.rpartition("/")
-            if len(points) > 1 and name not in LEFT_OUT:
+            if len(points) > 1 and (group != "train" or key in OF_TRAINING):
                 panels.setdefault(f"{group}: {name}", {})[view] = points
-        if panels:
-            shown = sorted(panels, key=_rank)[:PANELS]
-            drawn[stage] = figure(
-                f"{stage}: losses and evaluations over the steps",
-                [_curves(title, panels[title]) for title in shown],
-            )
-    return drawn
+        shown = sorted(panels, key=lambda title: not title.startswith("train"))[:PANELS]
+        label = f"{stage}: losses and evaluations over the steps"
+        drawn[stage] = figure(label, [partial(_curves, title, panels[title]) for title in shown])
+    return {stage: text for stage, text in drawn.items() if text}
 
 
-def _rank(title: str) -> int:
-    # The loss, evaluations, terms of the loss and choices, then the others, such as the speed.
-    group, _, name = title.partition(": ")
-    if name == "loss" or group == "eval":
-        return 0 if group == "train" else 1 if not is_of_texts(name) else 3
-    return 2 if group == "select" or (group == "train" and lower_is_better(name)) else 3
+def _curves(title: str, by_view: dict[str, Points], axes: Axes) -> None:
+    from matplotlib import colormaps
 
-
-def _curves(title: str, by_view: Mapping[str, Sequence[tuple[int, float]]]) -> Draw:
-    def draw(axes: Axes) -> None:
-        from matplotlib import colormaps
-
-        views = [*by_view][:LINES]
-        for number, view in enumerate(views):
-            every = max(1, len(by_view[view]) // POINTS)
-            steps, values = zip(*by_view[view][::every], strict=True)
-            colour = colormaps["viridis"](number / LINES) if len(views) > 1 else STUDENT_COLOUR
-            mark = "." if len(steps) <= 20 else ""
-            axes.plot(steps, values, color=colour, marker=mark, linewidth=1.2, label=view or "kept")
-        lowest = min(value for view in views for _, value in by_view[view])
-        highest = max(value for view in views for _, value in by_view[view])
-        if lowest > 0 and highest / lowest > 8 and not title.endswith("learning_rate"):
-            axes.set_yscale("log")
-            _plain_ticks(axes.yaxis, (1, 2, 5))
-        axes.set_title(title.replace("_", " "))
-        axes.set_xlabel("step")
-        if len(views) > 1:
-            axes.legend(fontsize=7, frameon=False, ncols=2)
-
-    return draw
+    views = [*by_view][:LINES]
+    for number, view in enumerate(views):
+        steps, values = zip(*by_view[view][:: max(1, len(by_view[view]) // POINTS)], strict=True)
+        colour = colormaps["viridis"](number / LINES) if len(views) > 1 else STUDENT_COLOUR
+        mark = "." if len(steps) <= 20 else ""
+        axes.plot(steps, values, color=colour, marker=mark, linewidth=1.2, label=view or "kept")
+    axes.set_title(title.replace("_", " "))
+    axes.set_xlabel("step")
+    if len(views) > 1:
+        axes.legend(ncols=2)
 
 
 def size_figure(report: Report) -> str:
     """Return the main metric against sizes and times; empty without two models of a score."""
     metric = report["metric_name"]
-    kinds = {name: colour for kind, colour in COLOURS.items() for name in report[kind]}
+    colours = {name: colour for kind, colour in COLOURS.items() for name in report[kind]}
     measures = {"encoder_parameters": "parameters without embeddings"}
     measures |= {f"ms_batch_{batch}": f"ms (batch {batch})" for batch in report["batches"]}
 
-    def drawn(key: str, title: str) -> Draw | None:
-        places = {
-            name: (report.get(f"{name}.{key}"), report.get(f"{name}.{metric}"))
-            for name in report["models"]
-        }
-        known = {
-            n: (x, y) for n, (x, y) in places.items() if is_number(x) and x > 0 and is_number(y)
-        }
-        return _scatter(known, kinds, title, metric) if len(known) > 1 else None
+    def draw(key: str, axes: Axes) -> None:
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    drawings = [draw for key, title in measures.items() if (draw := drawn(key, title))]
-    return figure(f"{metric} against sizes", drawings, size=(3.9, 3.0)) if drawings else ""
-
-
-def _scatter(
-    places: Mapping[str, tuple[float, float]], kinds: Mapping[str, str], title: str, metric: str
-) -> Draw:
-    def draw(axes: Axes) -> None:
-        for name, (x, y) in places.items():
-            colour = kinds.get(name, STUDENT_COLOUR)
-            axes.scatter([x], [y], color=colour, s=30)
-        xs, ys = zip(*places.values(), strict=True)
-        # A name is above its point, or below if another point of about this place comes first.
-        labelled: list[tuple[float, float]] = []
-        spread = (max(ys) - min(ys)) or 1.0
-        for name, (x, y) in sorted(places.items(), key=lambda one: -one[1][1]):
-            crowd = sum(abs(y - b) < 0.12 * spread and max(x / a, a / x) < 4 for a, b in labelled)
-            offset = 5 if crowd % 2 == 0 else -12
-            axes.annotate(
-                name, (x, y), (0, offset - 9 * (crowd // 2)), textcoords="offset points",
-                ha="center", fontsize=8,
-            )  # fmt: skip
-            labelled.append((x, y))
         axes.set_xscale("log")
-        axes.set_xlim(min(xs) / 2.2, max(xs) * 2.2)
-        axes.set_ylim(min(ys) - 0.2 * spread, max(ys) + 0.25 * spread)
-        axes.set_xlabel(title)
+        for number, (name, x, y) in enumerate(places[key]):
+            axes.scatter([x], [y], color=colours.get(name, STUDENT_COLOUR), s=30)
+            # By turns above and below, because models of one size may have about one score.
+            axes.annotate(
+                name, (x, y), (0, 5 if number % 2 == 0 else -12),
+                textcoords="offset points", ha="center", fontsize=8,
+            )  # fmt: skip
+        axes.margins(x=0.3, y=0.25)
+        axes.set_xlabel(measures[key])
         axes.set_ylabel(metric)
-        _plain_ticks(axes.xaxis, (1, 3))
+        # 300k rather than a power of ten.
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=8))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value, ".3g")))
+        axes.xaxis.set_minor_formatter(NullFormatter())
 
-    return draw
-
-
-def _plain_ticks(axis: Any, digits: Sequence[int]) -> None:
-    # Of a logarithmic axis: 300k rather than a power of ten.
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axis.set_major_locator(LogLocator(subs=digits, numticks=8))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value, ".3g")))
-    axis.set_minor_formatter(NullFormatter())
+    places = {
+        key: sorted(
+            (
+                (name, x, y)
+                for name in report["models"]
+                if is_number(x := report.get(f"{name}.{key}"))
+                and x > 0
+                and is_number(y := report.get(f"{name}.{metric}"))
+            ),
+            key=lambda place: -place[2],
+        )
+        for key in measures
+    }
+    drawings = [partial(draw, key) for key in measures if len(places[key]) > 1]
+    return figure(f"{metric} against sizes", drawings, (3.9, 3.0))
 
 
 def candidate_figure(report: Report) -> str:
     """Return metric and trade-off of the candidates by iteration; empty without two candidates."""
     rows = [row for row in report["candidates"] if is_number(row["metric"])]
+
+    def draw(key: str, title: str, axes: Axes) -> None:
+        for iteration in sorted({row["iteration"] for row in rows}):
+            mine = [row for row in rows if row["iteration"] == iteration and is_number(row[key])]
+            places = sorted((row["sparsity"], row[key]) for row in mine)
+            axes.plot(*zip(*places, strict=True), marker="o", label=f"iteration {iteration}")
+            chosen = [(row["sparsity"], row[key]) for row in mine if row["chosen"]]
+            axes.plot(
+                *zip(*chosen, strict=True),
+                marker="o",
+                color=CHOSEN,
+                markersize=9,
+                linestyle="",
+                fillstyle="none",
+            )
+        axes.set_xlabel("sparsity")
+        axes.set_title(title)
+        axes.legend()
+
     if len(rows) < 2:
         return ""
-
-    def drawing(key: str) -> Draw:
-        def draw(axes: Axes) -> None:
-            for iteration in sorted({row["iteration"] for row in rows}):
-                mine = sorted(
-                    (row["sparsity"], row[key], row["chosen"])
-                    for row in rows
-                    if row["iteration"] == iteration and is_number(row[key])
-                )
-                axes.plot(*zip(*(one[:2] for one in mine), strict=True), marker="o", markersize=4,
-                          label=f"iteration {iteration}")  # fmt: skip
-                chosen = [one[:2] for one in mine if one[2]]
-                if chosen:
-                    axes.scatter(*zip(*chosen, strict=True), s=110, facecolors="none",
-                                 edgecolors=CHOSEN, linewidths=1.8, zorder=3)  # fmt: skip
-            axes.set_xlabel("sparsity")
-            axes.set_title(
-                "trade-off" if key == "tradeoff" else f"metric: {rows[0]['metric_name']}"
-            )
-            axes.legend(fontsize=8, frameon=False)
-
-        return draw
-
-    return figure("candidates", [drawing("metric"), drawing("tradeoff")], size=(4.2, 2.8))
+    titles = {"metric": f"metric: {rows[0]['metric_name']}", "tradeoff": "trade-off"}
+    return figure("candidates", [partial(draw, *one) for one in titles.items()], (4.2, 2.8))
 
 
 def confusion_figure(report: Report) -> str:
     """Return the student's confusion matrix; empty for other tasks or more than `LABELS` labels."""
-    labels, counts = confusions(report)
-    if not 0 < len(labels) <= LABELS:
-        return ""
+    labels = [one["label"] for one in report.get(f"{STUDENT}.per_class", ())]
+    pairs = report.get(f"{STUDENT}.confusion", ())
+    by_pair = {(one["label"], one["predicted"]): one["rows"] for one in pairs}
+    counts = [[by_pair.get((a, b), 0) for b in labels] for a in labels]
     shares = [[count / max(1, sum(row)) for count in row] for row in counts]
 
     def draw(axes: Axes) -> None:
@@ -217,12 +174,11 @@ def confusion_figure(report: Report) -> str:
         axes.set_yticks(range(len(labels)), names)
         axes.set_xlabel("predicted")
         axes.set_ylabel("label")
-        for row, values in enumerate(counts if len(labels) <= LABELS // 2 else ()):
+        for row, values in enumerate(counts):
             for column, count in enumerate(values):
-                colour = "white" if shares[row][column] > 0.5 else "black"
-                if count:
-                    axes.text(column, row, str(count), ha="center", va="center", color=colour,
-                              fontsize=8)  # fmt: skip
+                if count and len(labels) <= LABELS // 2:
+                    colour = "white" if shares[row][column] > 0.5 else "black"
+                    axes.text(column, row, str(count), ha="center", va="center", color=colour)
 
-    side = min(11.0, max(3.2, 1.8 + 0.4 * len(labels)))
-    return figure("confusions", [draw], size=(side + 0.6, side))
+    side = max(3.2, 1.8 + 0.4 * len(labels))
+    return figure("confusions", [draw] if 0 < len(labels) <= LABELS else [], (side + 0.6, side))

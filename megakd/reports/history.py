@@ -8,9 +8,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
-from megakd.reports.quantities import is_number
+from megakd.reports.table import is_number
 
-Curves = dict[str, dict[str, list[tuple[int, float]]]]
+Points = list[tuple[int, float]]
+Curves = dict[str, dict[str, Points]]
 """(step, value) with rising steps and finite values, by stage and key, such as `train/loss`."""
 LAST_STEP = 2**53
 """A record with a larger step is damaged: an axis could not tell the step from the next."""
@@ -42,10 +43,9 @@ def curves_of(history: Iterable[Mapping[str, Any]]) -> Curves:
         stage, step = record.get("stage"), record.get("step")
         if not isinstance(stage, str) or not isinstance(step, int) or abs(step) > LAST_STEP:
             continue
-        curves = stages.setdefault(stage, {})
         for key, value in record.items():
             if "/" in key and is_number(value):
-                curves.setdefault(key, {})[step] = float(value)
+                stages.setdefault(stage, {}).setdefault(key, {})[step] = float(value)
     return {
         stage: {key: sorted(values.items()) for key, values in curves.items()}
         for stage, curves in stages.items()

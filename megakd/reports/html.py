@@ -51,20 +51,17 @@ def html_report(report: Report, history: Iterable[Mapping[str, Any]], *, config:
         lstrip_blocks=True,
     )
     prefixes = ("environment.", "versions.", "latency.", "seconds.")
-    facts = {key: value for key, value in report.items() if key.startswith(prefixes)}
     return templates.get_template("report.html.jinja").render(
         report=report,
         summary=_summary(report),
         models=table.model_rows(report),
         notes=table.notes(report),
-        tables=table.tables(report, labels=MANY_LABELS),
         sizes=figures.size_figure(report),
-        drawn={
-            "Confusions": figures.confusion_figure(report),
-            "Candidates": figures.candidate_figure(report),
-        },
+        confusions=figures.confusion_figure(report),
+        candidates=figures.candidate_figure(report),
+        tables=table.tables(report, most_labels=MANY_LABELS),
         stages=figures.stage_figures(report, curves_of(history)),
-        facts=facts,
+        facts={key: value for key, value in report.items() if key.startswith(prefixes)},
         config=config,
     )
 
@@ -77,8 +74,5 @@ def _summary(report: Report) -> str:
         return f"{text}."
     smaller = report[f"{TEACHER}.parameters"] / max(1, report[f"{STUDENT}.parameters"])
     who = "largest teacher" if len(report["teachers"]) > 1 else "teacher"
-    text += f", the {who} {scores[1]} ({table.against_teacher(report, STUDENT)})"
-    gains = [f"{smaller:.1f}x smaller"] if smaller >= 1.05 else []
-    speeds = {batch: table.speed_up(report, STUDENT, batch) for batch in report["batches"]}
-    gains += [f"{speed} as fast at batch {batch}" for batch, speed in speeds.items()]
-    return f"{text}. It is {', '.join(gains)}." if gains else f"{text}."
+    text += f", the {who} {scores[1]} ({table.against_teacher(report, STUDENT)})."
+    return f"{text} It is {smaller:.1f}x smaller." if smaller >= 1.05 else text

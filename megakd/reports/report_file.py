@@ -37,13 +37,13 @@ def read_report(path: Path) -> Report:
         CheckpointError: the file is missing, damaged, or no report of this version.
     """
     again = f"remove {path} and start the command of the run again, which reuses finished stages"
-    if not path.is_file():
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(
             f"{path} does not exist: megakd writes the file when the run is complete; start the "
             "command of the run again to continue the run"
-        )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        ) from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
@@ -75,14 +75,14 @@ def environment(
 
     from megakd.engine.memory import device_name
 
-    conditions = {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": device_name(device),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "ranks": ranks,
-        "corpus_content_hash": corpus_content_hash,
-    }
     versions = {f"versions.{name}": version for name, version in installed_versions().items()}
-    return {f"environment.{name}": value for name, value in conditions.items()} | versions
+    return {
+        "environment.python": platform.python_version(),
+        "environment.platform": platform.platform(),
+        "environment.device": device_name(device),
+        "environment.cores": os.cpu_count(),
+        "environment.threads": torch.get_num_threads(),
+        "environment.ranks": ranks,
+        "environment.corpus_content_hash": corpus_content_hash,
+        **versions,
+    }

@@ -7,18 +7,16 @@ is a collective.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, cast
 
 import torch
 from datasets import Dataset
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from megakd.config.task import TaskConfig
-from megakd.contract.batch import IGNORE, Batch
 from megakd.data.chat.tokens import PROMPT_LENGTH
 from megakd.data.collation import Collator
 from megakd.engine.student import device_batch
@@ -44,17 +42,6 @@ def held_out_prompts(
     return Prompts(ids[:PROMPTS], tokenizer, task, device) if ids else None
 
 
-def samples_of(
-    prompts: Prompts | None, *, teacher: Sequence[str] | None, student: Sequence[str] | None
-) -> list[dict[str, str | None]]:
-    """Return the samples of report.json, from the answers of both models to the prompts."""
-    if prompts is None or student is None:
-        return []
-    # A teacher with a tokenizer of its own cannot read the prompts.
-    rows = zip(prompts.shown, teacher or [None] * len(student), student, strict=True)
-    return [{"prompt": prompt, "teacher": a, "student": b} for prompt, a, b in rows]
-
-
 @dataclass(frozen=True)
 class Prompts:
     """Tokens of texts with masks, or of beginnings that a decoder continues greedily."""
@@ -73,34 +60,31 @@ class Prompts:
     def answers(self, model: FrozenTeacher) -> list[str]:
         """Return the most likely tokens for each prompt; a collective."""
         if self.task.type == "mlm":
-            return self._words(model)
+            words = self._most_likely(model, self.ids)
+            return [", ".join(self._decoded([i]).strip() for i in ids) for ids in words]
         rows = [list(row) for row in self.ids]
         for _ in range(min(NEW_TOKENS, self.task.row_length - max(map(len, rows)))):
-            next_ids = model.top_k(self._batch(rows), 1).ids  # [B, 1]
-            for row, (token,) in zip(rows, next_ids.tolist(), strict=True):
-                row.append(token)
+            for row, ids in zip(rows, self._most_likely(model, rows), strict=True):
+                row.extend(ids)
         end, special = self.tokenizer.eos_token_id, {*self.tokenizer.all_special_ids}
         new = (row[len(begun) :] for row, begun in zip(rows, self.ids, strict=True))
         texts = (ids[: ids.index(end)] if end in ids else ids for ids in new)
         return [self._decoded([i for i in ids if i not in special]) for ids in texts]
 
-    def _batch(self, rows: Sequence[Sequence[int]]) -> Batch:
-        # Padding is after the tokens, which do not see it.
-        ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)  # [B, T]
-        lengths = torch.tensor(list(map(len, rows)))
-        places = torch.arange(ids.shape[1]).expand_as(ids)
-        inputs = {"input_ids": ids, "position_ids": places}
-        last = torch.arange(len(rows)) * ids.shape[1] + lengths - 1
-        valid = places < lengths[:, None]
-        return device_batch(Batch(inputs, torch.full_like(ids, IGNORE), valid, last), self.device)
-
-    def _words(self, model: FrozenTeacher) -> list[str]:
-        batch = Collator(self.tokenizer, self.task)([{"input_ids": ids} for ids in self.ids])
-        is_mask = batch.inputs["input_ids"].eq(cast("int", self.tokenizer.mask_token_id))  # [B, T]
-        batch = batch._replace(targets=is_mask.flatten().nonzero().flatten())
+    def _most_likely(
+        self, model: FrozenTeacher, rows: Sequence[Sequence[int]]
+    ) -> Iterator[list[int]]:
+        """Return for each row the tokens at its masks, or the token after its last one."""
+        batch = Collator(self.tokenizer, self.task)([{"input_ids": row} for row in rows])
+        ids = batch.inputs["input_ids"]  # [B, T]
+        if self.task.type == "mlm":
+            places = ids.eq(cast("int", self.tokenizer.mask_token_id))
+        else:  # padding is after the tokens, which do not see it
+            lengths = torch.tensor([len(row) for row in rows])
+            places = torch.arange(ids.shape[1]) == lengths[:, None] - 1
+        batch = batch._replace(targets=places.flatten().nonzero().flatten())
         best = model.top_k(device_batch(batch, self.device), 1).ids.flatten()
-        by_text = best.split(is_mask.sum(dim=1).tolist())
-        return [", ".join(self._decoded([i]).strip() for i in ids.tolist()) for ids in by_text]
+        return (one.tolist() for one in best.split(places.sum(dim=1).tolist()))
 
     def _decoded(self, ids: Sequence[int]) -> str:
         return cast("str", self.tokenizer.decode(list(ids)))

@@ -14,7 +14,7 @@ from megakd.config.train import total_steps
 from megakd.contract.batch import ROUTE, teacher_number
 from megakd.contract.lab import Pruning
 from megakd.contract.metric import Metric
-from megakd.contract.results import Assistant, ModelReport
+from megakd.contract.results import Assistant
 from megakd.contract.stage import Stage, StageResult
 from megakd.data.arrow import column_of
 from megakd.data.loader import rows_with_targets
@@ -24,9 +24,8 @@ from megakd.engine.distributed import Ranks
 from megakd.inputs.inputs import RunInputs
 from megakd.models.loading import resolve_model
 from megakd.models.source import ModelSource
-from megakd.run.teacher_pool import Measured, TeacherPool, measure, scored_model
+from megakd.run.teacher_pool import Measured, TeacherPool, measure
 from megakd.scoring.scores import metric_named
-from megakd.teachers.frozen import FrozenTeacher
 from megakd.training.assembly import Assembly
 from megakd.training.probe import StageProbe
 from megakd.training.progress import Reporter
@@ -150,19 +149,12 @@ class RunLab(LabBase):
         spec = self.config.teacher_specs.get(role, self.config.student)
         return dataclasses.replace(source, attn_implementation=spec.attn_implementation)
 
-    def score(self, folder: Path) -> ModelReport:
-        """Return the size and scores of a finished model on the held-out rows; a collective."""
-        return self._ask(folder, lambda model: scored_model(self.assembly, model)[0])
-
+    @doing("scoring a finished model")
     def measure(self, folder: Path) -> Measured:
         """Return what the report says of a finished model; a collective."""
-        return self._ask(folder, lambda model: measure(self.assembly, model, self.pool.prompts))
-
-    @doing("scoring a finished model")
-    def _ask(self, folder: Path, ask: Callable[[FrozenTeacher], T]) -> T:
         # The model has the student's tokenizer.
         self.close()
         dtype = self.assembly.scoring_dtype()
         preset = scoring_preset(self.config.student.deepspeed)
         with self.assembly.loaded(self.source(folder), preset, dtype) as model:
-            return ask(model)
+            return measure(self.assembly, model, self.pool.prompts)

@@ -19,11 +19,11 @@ from megakd.data.loader import lengths_of_rows
 from megakd.engine.activity import doing
 from megakd.engine.collectives import on_main
 from megakd.engine.memory import forget_models, free_memory_bytes
-from megakd.engine.sharding import is_first_rank
 from megakd.errors import ModelError
 from megakd.inputs.inputs import vocabulary_report
 from megakd.inputs.precision import TORCH_DTYPE, scoring_dtype
-from megakd.models.forwards import batches_of
+from megakd.models.forwards import Graph, Timed, batches_of
+from megakd.models.loading import load_finished
 from megakd.models.lora import adapter_parameters
 from megakd.models.model_folder import weight_bytes
 from megakd.models.onnx import MODEL, write_onnx
@@ -31,7 +31,7 @@ from megakd.process.phases import phase, seconds
 from megakd.reports.derived_warnings import derived_warnings
 from megakd.reports.history import read_history
 from megakd.reports.report_file import GRAPH, environment
-from megakd.reports.samples import samples_of
+from megakd.reports.table import OF_STAGE
 from megakd.run.run_lab import RunLab
 from megakd.run.teacher_pool import Measured
 
@@ -43,65 +43,56 @@ GRAPHS = ".graphs"
 def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageResult]) -> Report:
     """Score the finished models, measure their latency, and return the report; a collective."""
     config, prepared, record = lab.config, lab.assembly.prepared, lab.record
-    students = {STUDENT: student.folder, **{n: b.folder for n, b in baselines.items()}}
-    teachers = [*lab.pool.folders]
-    assistants = {made.name: made.folder for made in record.assistants}
+    teachers, ranks = [*lab.pool.folders], lab.assembly.ranks
+    folders = {one.name: one.folder for one in record.assistants} | {STUDENT: student.folder}
+    folders |= {name: one.folder for name, one in baselines.items()}
     with phase("scoring"):
         measured = {name: lab.pool.measured(name) for name in teachers}
-        measured |= {name: lab.measure(folder) for name, folder in students.items()}
-        for name, folder in assistants.items():
-            measured[name] = Measured(lab.score(folder), {}, None, [])
+        measured |= {name: lab.measure(folder) for name, folder in folders.items()}
         graph_bytes = _graph_bytes(lab, student.folder) if config.save.onnx else None
     forget_models()
-    graph = {} if graph_bytes is None else {GRAPH: measured[STUDENT]}
+    reference = max(teachers, key=lambda n: measured[n].report["parameters"], default=None)
+    theirs = measured[reference].predicted if reference else []
+    numbers: dict[str, Any] = {}
+    for name, one in measured.items():
+        numbers |= _entries(name, one, folders.get(name), theirs)
+    if graph_bytes is not None:
+        numbers |= _entries(GRAPH, measured[STUDENT], None, theirs) | {
+            f"{GRAPH}.bytes": graph_bytes
+        }
+    with phase("latency"), doing("measuring latency"):
+        numbers |= on_main(lambda: _latency(lab, student.folder, reference))
+    if reference is not None:  # in a pool, `teacher` is the largest
+        mine = [key for key in numbers if key.startswith(f"{reference}.")]
+        numbers |= {f"{TEACHER}{key.removeprefix(reference)}": numbers[key] for key in mine}
+    sets = prepared.splits.evaluation_sets.items()
     report: Report = {
         "method": config.method.name,
         "task": config.task.data_name,
         "metric_name": prepared.metric.name,
         "metrics": [*measured[STUDENT].report["metrics"]],
         "evaluated_on": "test" if prepared.encoded.test is not None else "validation",
-        "models": [*teachers, *assistants, STUDENT, *graph, *baselines],
+        "models": [
+            name for name in (*teachers, *folders, GRAPH) if f"{name}.parameters" in numbers
+        ],
         "teachers": teachers,
-        "assistants": [*assistants],
+        "assistants": [one.name for one in record.assistants],
         "baselines": [*baselines],
-        **{f"{made.name}.sparsity": made.sparsity for made in record.assistants},
-    }
-    reference = max(teachers, key=lambda n: measured[n].report["parameters"], default=None)
-    theirs = measured[reference].predicted if reference else []
-    for name, one in (measured | graph).items():
-        report |= _entries(name, one, (students | assistants).get(name), theirs)
-    report |= {} if graph_bytes is None else {f"{GRAPH}.bytes": graph_bytes}
-    with phase("latency"), doing("measuring latency"):
-        report |= on_main(lambda: _latency(lab, students, reference=reference))
-    if reference is not None:  # in a pool, `teacher` is the largest
-        mine = [key for key in report if key.startswith(f"{reference}.")]
-        report |= {f"{TEACHER}{key.removeprefix(reference)}": report[key] for key in mine}
-    report |= _course(lab, report)
-    answers = [measured[name].answers if name else None for name in (reference, STUDENT)]
-    report["samples"] = samples_of(lab.pool.prompts, teacher=answers[0], student=answers[1])
-    if is_first_rank():
-        shutil.rmtree(config.output_dir / GRAPHS, ignore_errors=True)
-    report["warnings"] = on_main(
-        lambda: derived_warnings(report, read_history(config.output_dir / "metrics.jsonl"))
-    )
-    return report
-
-
-def _course(lab: RunLab, report: Report) -> dict[str, Any]:
-    # What the run did: its data, stages and choices, their cost, and the machine.
-    record, prepared, ranks = lab.record, lab.assembly.prepared, lab.assembly.ranks
-    sets, pool = prepared.splits.evaluation_sets, record.pool
-    of_stage = ("name", "steps", "seconds", "tokens_per_second", "peak_memory_bytes")
-    return {
-        "evaluation_sets": [*sets],
-        **{f"{name}.rows": row_count(rows) for name, rows in sets.items()},
+        **numbers,
+        **{f"{one.name}.sparsity": one.sparsity for one in record.assistants},
+        "evaluation_sets": [
+            {"set": of_set, "model": name, "rows": row_count(rows), **one.sets[of_set]}
+            for of_set, rows in sets
+            for name, one in measured.items()
+        ],
         "candidates": record.candidates,
         **{f"asked.{key}": value for key, value in (record.asked or {}).items()},
-        "pool": [] if pool is None else [*pool["teachers"]],
-        **({} if pool is None else {"pool.distribution": pool["distribution"]}),
+        "pool": [*record.pool["teachers"]] if record.pool else [],
+        **({"pool.distribution": record.pool["distribution"]} if record.pool else {}),
         "pruning": record.pruning,
-        "stages": [{**{k: getattr(o, k) for k in of_stage}, **o.metrics} for o in lab.results],
-        **vocabulary_report(lab.config, prepared),
+        "stages": [{**{k: getattr(o, k) for k in OF_STAGE}, **o.metrics} for o in lab.results],
+        "samples": _samples(lab, measured, reference),
+        **vocabulary_report(config, prepared),
         **{f"seconds.{name}": value for name, value in seconds().items()},
         **environment(
             ranks=ranks.world_size,
@@ -109,6 +100,23 @@ def _course(lab: RunLab, report: Report) -> dict[str, Any]:
             corpus_content_hash=prepared.splits.whole_hash,
         ),
     }
+    if ranks.is_main:
+        shutil.rmtree(config.output_dir / GRAPHS, ignore_errors=True)
+    history = config.output_dir / "metrics.jsonl"
+    report["warnings"] = on_main(lambda: derived_warnings(report, read_history(history)))
+    return report
+
+
+def _samples(
+    lab: RunLab, measured: Mapping[str, Measured], reference: str | None
+) -> list[dict[str, str | None]]:
+    prompts, mine = lab.pool.prompts, measured[STUDENT].answers
+    if prompts is None or mine is None:
+        return []
+    # A teacher with a tokenizer of its own cannot read the prompts.
+    theirs = (measured[reference].answers if reference else None) or [None] * len(mine)
+    rows = zip(prompts.shown, theirs, mine, strict=True)
+    return [{"prompt": prompt, "teacher": a, "student": b} for prompt, a, b in rows]
 
 
 def row_count(rows: Dataset) -> int:
@@ -123,8 +131,6 @@ def _entries(
     of_model: dict[str, Any] = {**measured.report}
     metrics, confusion = of_model.pop("metrics"), of_model.pop("confusion", {})
     entries = {**of_model, **metrics}
-    for of_set, values in measured.sets.items():
-        entries |= {f"{of_set}.{metric}": value for metric, value in values.items()}
     if confusion:
         entries["confusion"] = [
             {"label": label, "predicted": predicted, "rows": rows}
@@ -141,15 +147,15 @@ def _entries(
     return {f"{name}.{key}": value for key, value in entries.items()}
 
 
-def _latency(lab: RunLab, students: Mapping[str, Path], *, reference: str | None) -> dict[str, Any]:
+def _latency(lab: RunLab, student: Path, reference: str | None) -> dict[str, Any]:
     config, device = lab.config, lab.assembly.ranks.device
-    teachers = {name: folder for name, folder in lab.pool.folders.items() if folder}
-    if not config.eval.latency or not teachers:
+    teacher = lab.pool.folders[reference] if reference else None
+    if not config.eval.latency or reference is None or teacher is None:
         return {"batches": []}
-    models = teachers | {made.name: made.folder for made in lab.record.assistants} | {**students}
-    # On a CPU all models are timed in fp32, which doubles weights that are stored in 16 bits.
+    folders = {reference: teacher, STUDENT: student}
+    # On a CPU the models are timed in fp32, which doubles weights that are stored in 16 bits.
     room = 3 if device.type == "cpu" else 2
-    needed, free = room * sum(map(weight_bytes, models.values())), free_memory_bytes(device)
+    needed, free = room * sum(map(weight_bytes, folders.values())), free_memory_bytes(device)
     if needed > free:
         logger.warning(
             "latency is not measured: the models need about %.1f GB side by side, and %.1f GB are "
@@ -159,14 +165,16 @@ def _latency(lab: RunLab, students: Mapping[str, Path], *, reference: str | None
         return {"batches": []}
     from megakd.reports.latency import latency_report, measure_latencies
 
+    dtype, graph = scoring_dtype(config.train, device.type), config.output_dir / GRAPHS / MODEL
     try:
-        batches = batches_of(config.task.type)
+        models: dict[str, Timed] = {
+            name: load_finished(folder, "latency", device=device, dtype=TORCH_DTYPE[dtype])
+            for name, folder in folders.items()
+        }
+        if graph.is_file():
+            models[GRAPH] = Graph(graph, models[STUDENT])
         lengths = lengths_of_rows(lab.assembly.prepared.encoded.held_out).tolist()
-        dtype, graph = scoring_dtype(config.train, device.type), config.output_dir / GRAPHS / MODEL
-        graphs = {STUDENT: graph} if graph.is_file() else {}
-        rounds = measure_latencies(
-            models, lengths, batches, graphs, device=device, dtype=TORCH_DTYPE[dtype]
-        )
+        rounds = measure_latencies(models, lengths, batches_of(config.task.type))
         return latency_report(rounds, reference, lengths, device=device, dtype=dtype)
     except Exception as error:  # noqa: BLE001 - the code of a model may raise any error
         # All stages are finished and the student is valid: a failed timing must not fail the run.

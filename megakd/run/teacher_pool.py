@@ -218,16 +218,6 @@ class TeacherPool:
 
 def measure(assembly: Assembly, model: FrozenTeacher, prompts: Prompts | None) -> Measured:
     """Return what the report says of a loaded model; a collective."""
-    report, predicted = scored_model(assembly, model)
-    answers = None if prompts is None else prompts.answers(model)
-    return Measured(report, set_metrics(assembly, model), answers, predicted)
-
-
-def scored_model(assembly: Assembly, model: FrozenTeacher) -> tuple[ModelReport, list[int]]:
-    """Return size and scores of a loaded model on the held-out rows, and the classes it predicts.
-
-    This is a collective.
-    """
     scored = assembly.scorer().scored(model.predict, assembly.prepared.encoded.held_out)
     counts = parameter_counts(named_shapes(model.model))
     report: ModelReport = {
@@ -236,7 +226,8 @@ def scored_model(assembly: Assembly, model: FrozenTeacher) -> tuple[ModelReport,
         "metrics": scored.metrics,
         **scored.of_classes,
     }
-    return report, scored.predicted
+    answers = None if prompts is None else prompts.answers(model)
+    return Measured(report, set_metrics(assembly, model), answers, scored.predicted)
 
 
 def set_metrics(assembly: Assembly, loaded: FrozenTeacher) -> dict[str, dict[str, float]]:

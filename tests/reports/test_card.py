@@ -38,9 +38,8 @@ def test_the_card_is_the_table_with_how_the_model_was_made_and_is_used() -> None
     for text in (
         f"```text\n{result_table(report)}\n```",
         f"Trained by distilling `{teacher}` with `megakd train run.yaml`.",
-        "The model needs transformers >= 5.0.",
-        "No licence is claimed",
-        "AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)",
+        "AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)`",
+        ", which needs transformers >= 5.0.",
     ):
         assert text in card
     assert "from_pretrained(folder)" in model_card(FACTS, report)
@@ -56,25 +55,22 @@ def test_a_graph_is_a_row_of_the_results() -> None:
 
 
 def test_the_card_of_adapters_says_how_many_weights_were_trained_and_how_to_load_both() -> None:
-    report = report_of(student__trained_parameters=40_000)
-
-    card = model_card(dataclasses.replace(FACTS, student="org/base"), report)
+    card = model_card(FACTS, report_of(student__trained_parameters=40_000))
 
     assert "student: 40.00k parameters trained, as adapters (LoRA) of a model of 2.09M" in card
-    assert '`PeftModel.from_pretrained(base, folder + "/adapter")` with `org/base` as' in card
+    assert '`PeftModel.from_pretrained(base, folder + "/adapter")`' in card
     assert "\n\n\n" not in card
 
 
 def test_a_card_names_no_folder_of_a_machine() -> None:
     facts = dataclasses.replace(FACTS, student="/somewhere/base", teachers=("/apart/my-teacher",))
 
-    card = model_card(facts, report_of(student__trained_parameters=40_000))
+    card = model_card(facts, report_of())
 
     assert "base_model" not in front_of(card)
     assert "/somewhere" not in card
     assert "/apart" not in card
     assert "distilling `my-teacher`" in card
-    assert "with the base model as `base`" in card
 
 
 def model_with_card(folder: Path, **metadata: str) -> str:
@@ -91,7 +87,6 @@ def test_a_card_has_the_base_and_the_licence_of_the_models(tmp_path: Path) -> No
     card = model_card(facts, report_of())
 
     assert (front_of(card)["base_model"], front_of(card)["license"]) == ("org/base", "apache-2.0")
-    assert "These models are under the licence `apache-2.0`." in card
     assert str(tmp_path) not in card
 
 
@@ -106,4 +101,3 @@ def test_a_licence_that_not_all_models_share_is_not_claimed(tmp_path: Path, othe
 
     assert front_of(card)["license"] == "unknown"
     assert "base_model" not in front_of(card)
-    assert "No licence is claimed here." in card
