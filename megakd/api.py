@@ -9,7 +9,6 @@ only one group in a process, and the memory allocator keeps freed memory, see
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import random
@@ -108,11 +107,12 @@ def train(config: Config, overrides: Sequence[str] = ()) -> RunResult:
     """
     checked = load_config(config, overrides)
     with _undone(), _stopped_by_signals():
+        from megakd.reports.report_file import read_report
         from megakd.run import finished_run
         from megakd.run import main as run
 
         table = run.run(checked, command="megakd.train")
-        report = json.loads((checked.output_dir / finished_run.REPORT).read_text(encoding="utf-8"))
+        report = read_report(checked.output_dir / finished_run.REPORT)
         return RunResult(
             output_dir=checked.output_dir,
             student=checked.output_dir / finished_run.FINAL,
@@ -190,14 +190,12 @@ def _undone() -> Iterator[None]:
     """Restore what a call changes in the process, except for the group and the allocator."""
     import numpy as np
     import torch
-    from transformers.utils import logging as of_transformers
 
     from megakd.engine import distributed
 
     distributed.keep_group()
-    environment, root, package = dict(os.environ), logging.getLogger(), logging.getLogger("megakd")
-    handlers, levels = list(root.handlers), (root.level, package.level)
-    shows_progress = of_transformers.is_progress_bar_enabled()
+    root, package = logging.getLogger(), logging.getLogger("megakd")
+    environment, handlers, levels = dict(os.environ), [*root.handlers], (root.level, package.level)
     states = random.getstate(), np.random.get_state(), torch.get_num_threads()  # noqa: NPY002
     # By default `fork_rng` starts every GPU of the machine.
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
@@ -208,12 +206,8 @@ def _undone() -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])  # noqa: NPY002
         torch.set_num_threads(states[2])
-        for name in os.environ.keys() - environment.keys():
-            del os.environ[name]
+        os.environ.clear()
         os.environ.update(environment)
-        for handler in [one for one in root.handlers if one not in handlers]:
-            root.removeHandler(handler)
+        root.handlers[:] = handlers
         root.setLevel(levels[0])
         package.setLevel(levels[1])
-        if shows_progress:
-            of_transformers.enable_progress_bar()

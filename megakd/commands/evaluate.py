@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megakd.commands.arguments import Parser, add_config, config_of, say
-from megakd.process.terminal import in_home, print_aside
+from megakd.process.terminal import print_aside
 from megakd.storage.atomic import json_text
 
 
@@ -23,27 +23,18 @@ def add_options(parser: Parser) -> None:
         "--data",
         metavar="FILE",
         help="score all rows of this file, of the files that match a quoted pattern, or of the "
-        "test split of this folder; the same as task.dataset=FILE",
+        "test split of this folder",
     )
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the scores of a model as text or JSON."""
-    data, of_config = arguments.data, list[str]()
-    for word in arguments.overrides:
-        value = word.removeprefix("task.dataset=")
-        # Rows that exist on the disk are the rows to score; another data set is the run's.
-        if value == word or not value or not in_home(value).exists():
-            of_config.append(word)
-        elif arguments.data is None:
-            data = value
-    arguments.overrides = of_config
     config = config_of(arguments)
     with print_aside():
         from megakd.commands.scored_models import evaluate_model
 
-        scores = evaluate_model(config, arguments.model, data=data)
+        scores = evaluate_model(config, arguments.model, data=arguments.data)
     say(json_text(scores, indent=2) if arguments.json else _text(scores))
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch.nn.functional import cross_entropy
 
 from megakd.config.run import RunConfig
@@ -18,7 +17,7 @@ from megakd.contract.batch import IGNORE, Batch
 from megakd.contract.tasks import STUDENT
 from megakd.data.choosing import VALIDATION_FRACTION
 from megakd.data.encoding import Encoded, encode_rows
-from megakd.data.files import has_train_split, scored_table
+from megakd.data.files import scored_table
 from megakd.data.labels import Classes
 from megakd.data.rows import DEFAULT_METRICS, scored_rows
 from megakd.data.splits import Splits
@@ -61,41 +60,38 @@ def evaluate_model(
         and `metrics`.
     """
     folder = model_folder(config, model)
-    given, dataset = data, config.task.dataset
-    if data is None and dataset is not None and (path := in_home(dataset)).is_dir():
-        given = None if has_train_split(path) else dataset
-    if given == "":
+    if data == "":
         raise DataError('--data "": names no file; give a file, a pattern or a folder')
+    # Users can add the student's permissions to the command.
+    where, trusted = "student.model (--model)", config.student.trust_remote_code
     with started(config) as ranks:
         source = main_first(
-            lambda: resolve_model(
-                str(folder),
-                config.task,
-                # Users can add the student's permissions to the command.
-                where="student.model (--model)",
-                trust_remote_code=config.student.trust_remote_code,
-            )
+            lambda: resolve_model(str(folder), config.task, where=where, trust_remote_code=trusted)
         )
-        if given is None:
-            file, (prepared, split) = config.task.data_name, _held_out(config, source)
-        else:
-            file, (prepared, split) = given, _given_rows(config, source, given)
+        prepared, split = (
+            _held_out(config, source) if data is None else _given_rows(config, source, data)
+        )
         assembly = Assembly(prepared=prepared, ranks=ranks)
         preset = scoring_preset(config.student.deepspeed)
         with assembly.loaded(source, preset, assembly.scoring_dtype()) as loaded:
             metrics = assembly.scorer().score(loaded.predict, prepared.encoded.held_out)
             of_sets = set_metrics(assembly, loaded)
     files, splits = config.task.evaluation_sets, prepared.splits
-    sets = {
-        name: {
-            "file": ", ".join(listed_files(files[name])),
-            "rows": row_count(splits.evaluation_sets[name]),
-            "metrics": of_set,
-        }
-        for name, of_set in of_sets.items()
+    return {
+        "model": str(folder),
+        "file": config.task.data_name if data is None else data,
+        "split": split,
+        "rows": row_count(splits.held_out),
+        "metrics": metrics,
+        "evaluation_sets": {
+            name: {
+                "file": ", ".join(listed_files(files[name])),
+                "rows": row_count(splits.evaluation_sets[name]),
+                "metrics": of_set,
+            }
+            for name, of_set in of_sets.items()
+        },
     }
-    scores = {"rows": row_count(splits.held_out), "metrics": metrics, "evaluation_sets": sets}
-    return {"model": str(folder), "file": file, "split": split, **scores}
 
 
 def _held_out(config: RunConfig, source: ModelSource) -> tuple[RunInputs, str]:
@@ -117,28 +113,26 @@ def _own_tokenizer(config: RunConfig) -> TaskConfig:
     return task if config.method.own_vocabulary is None else replace(task, tokenizer=None)
 
 
-def _given_rows(config: RunConfig, source: ModelSource, given: str) -> tuple[RunInputs, str]:
+def _given_rows(config: RunConfig, source: ModelSource, data: str) -> tuple[RunInputs, str]:
     """Return the inputs of the model with the given rows alone, and their split."""
-    task, cache = _own_tokenizer(config), cache_folder()
+    task = _own_tokenizer(config)
     if not isinstance(task.tokenizer, str):
         task = replace(task, tokenizer=None)  # a tokenizer recipe is for the run's text
-    problems = list(without_tokenizer(task, [source]))
-    if problems:
+    if problems := list(without_tokenizer(task, [source])):
         raise TeacherError("\n".join(problems))
 
-    def load() -> tuple[Dataset, str, Classes | None, str]:
-        table, split = scored_table(given)
+    def load() -> tuple[Splits, str]:
+        table, split = scored_table(data)
         classes = None
         if task.type == "classification":  # matched as the model's labels are
             names = model_label_names(source.config)
             classes = Classes(names, numbered=True, folds_case=True)
         as_chat = task.mixture is not None  # whose documents are not packed
-        rows = scored_rows(table, task, classes, cache_dir=cache, as_chat=as_chat)
-        return rows, split, classes, table.digest
+        rows = scored_rows(table, task, classes, cache_dir=cache_folder(), as_chat=as_chat)
+        names = classes.names if classes else ()
+        return Splits(rows, rows, None, names, DEFAULT_METRICS[task.type], table.digest), split
 
-    rows, split, classes, digest = main_first(load)
-    names = classes.names if classes else ()
-    splits = Splits(rows, rows, None, names, DEFAULT_METRICS[task.type], digest)
+    splits, split = main_first(load)
     return _read_by(source, replace(config, task=task), splits, split), split
 
 
@@ -161,27 +155,28 @@ def int8_graph(config: RunConfig, folder: Path, whole: Path) -> list[str]:
 
 
 def _graph_scores(assembly: Assembly, logits: Logits) -> torch.Tensor:
+    """Return the scores [2, N] of held-out rows, one by one and in batches; see `Scores`."""
+
+    def score(batch: Batch) -> dict[str, torch.Tensor]:
+        # [B]; without the padding that no service adds. Dummy rows have at least one token.
+        width = max(1, int(batch.valid.sum(1).max()))
+        inputs = {"attention_mask": batch.valid.long(), **batch.inputs}
+        inputs.setdefault("token_type_ids", torch.zeros_like(inputs["input_ids"]))
+        outputs = logits({name: one[:, :width].contiguous() for name, one in inputs.items()})
+        answers, labels = torch.from_numpy(outputs).double(), batch.labels
+        if answers.ndim == 3:
+            labels = labels[:, :width]
+            nats = cross_entropy(answers.mT, labels, ignore_index=IGNORE, reduction="none")
+            return {"": -nats.sum(1) / (labels != IGNORE).sum(1)}
+        if labels.is_floating_point():
+            return {"": -((answers[:, 0] - labels) ** 2)}
+        right = (answers.argmax(1) == labels).double()
+        return {"": right.masked_fill(labels == IGNORE, torch.nan)}
+
     scorer, task = assembly.scorer(), assembly.config.task.type
     rows = few(assembly.prepared.encoded.validation, task, times=4)
     scorers = [replace(scorer, batch_size=size) for size in (1, scorer.batch_size)]
-    answers = [one.answers(lambda batch: {"": _row_scores(logits, batch)}, rows) for one in scorers]
-    return torch.stack([one[""] for one in answers])
-
-
-def _row_scores(logits: Logits, batch: Batch) -> torch.Tensor:
-    # [B]; without the padding that no service adds. Dummy rows have at least one token.
-    width = max(1, int(batch.valid.sum(1).max()))
-    given = {"attention_mask": batch.valid.long(), **batch.inputs}
-    given.setdefault("token_type_ids", torch.zeros_like(given["input_ids"]))
-    outputs = logits({name: values[:, :width].contiguous() for name, values in given.items()})
-    answers, labels = torch.from_numpy(outputs).double(), batch.labels
-    if answers.ndim == 3:
-        labels = labels[:, :width]
-        nats = cross_entropy(answers.mT, labels, ignore_index=IGNORE, reduction="none")
-        return -nats.sum(1) / (labels != IGNORE).sum(1)
-    if labels.is_floating_point():
-        return -((answers[:, 0] - labels) ** 2)
-    return (answers.argmax(1) == labels).double().masked_fill(labels == IGNORE, torch.nan)
+    return torch.stack([one.answers(score, rows)[""] for one in scorers])
 
 
 def _read_by(source: ModelSource, config: RunConfig, splits: Splits, split: str) -> RunInputs:
@@ -216,11 +211,11 @@ def _read_by(source: ModelSource, config: RunConfig, splits: Splits, split: str)
 def model_folder(config: RunConfig, model: str | None) -> Path:
     """Return the given folder, or the run's `final/` if no folder is given."""
     folder = config.output_dir / FINAL if model is None else in_home(model)
-    if model != "" and folder.is_dir():
-        return folder
-    if model is None:
-        raise CheckpointError(f"{folder} does not exist; train first, or give --model FOLDER")
-    raise CheckpointError(
-        f"--model {model}: the folder does not exist; give the folder of a model, such as a run's "
-        "final/ or stages/<stage>"
-    )
+    if model == "" or not folder.is_dir():
+        raise CheckpointError(
+            f"{folder} does not exist; train first, or give --model FOLDER"
+            if model is None
+            else f"--model {model}: the folder does not exist; give the folder of a model, such as "
+            "a run's final/ or stages/<stage>"
+        )
+    return folder

@@ -79,7 +79,7 @@ def _curves(title: str, by_view: dict[str, Points], axes: Axes) -> None:
     views = [*by_view][:LINES]
     for number, view in enumerate(views):
         steps, values = zip(*by_view[view][:: max(1, len(by_view[view]) // POINTS)], strict=True)
-        colour = colormaps["viridis"](number / LINES) if len(views) > 1 else STUDENT_COLOUR
+        colour = colormaps["viridis"](number / len(views)) if len(views) > 1 else STUDENT_COLOUR
         mark = "." if len(steps) <= 20 else ""
         axes.plot(steps, values, color=colour, marker=mark, linewidth=1.2, label=view or "kept")
     axes.set_title(title.replace("_", " "))

@@ -32,7 +32,7 @@ def test_the_log_and_the_report_count_the_rows_of_each_teacher(bench, routed):
     shares = [entry["weight"] for entry in taught_by(routed).values()]
     assert shares == pytest.approx([count / len(named) for count in counts.values()])
     assert read(routed)["pool.distribution"] == "routed"
-    assert "taught by" in finish(bench.one_rank, bench.folder / "routed.yaml").out
+    assert "Who taught" in finish(bench.one_rank, bench.folder / "routed.yaml").out
 
 
 def test_two_names_of_one_teacher_teach_as_this_teacher_alone_however_a_step_is_cut(bench):

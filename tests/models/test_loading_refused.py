@@ -1,5 +1,7 @@
 """A model that cannot be used gets an error with its name, before anything large is read."""
 
+import json
+
 import pytest
 import torch
 from transformers import AutoModel, AutoModelForSequenceClassification
@@ -305,3 +307,12 @@ def test_the_hub_is_asked_for_chat_templates_and_for_no_code_pickle_or_second_we
     assert "*.jinja" in asked["allow_patterns"]
     assert not {"*.bin", "*.py"} & set(asked["allow_patterns"])
     assert "consolidated*.safetensors" in asked["ignore_patterns"]
+
+
+def test_a_finished_folder_of_an_unknown_architecture_is_named(tiny):
+    folder = tiny.save("bert")
+    tree = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(tree | {"architectures": ["Novel"]}))
+
+    with pytest.raises(ModelError, match=r"config\.json names the architecture 'Novel'"):
+        load_finished(folder, "latency")
