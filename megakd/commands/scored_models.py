@@ -12,20 +12,19 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from megakd.config.run import RunConfig
-from megakd.config.task import TaskConfig, listed_files
+from megakd.config.task import listed_files
 from megakd.contract.batch import IGNORE, Batch
 from megakd.contract.tasks import STUDENT
 from megakd.data.choosing import VALIDATION_FRACTION
-from megakd.data.encoding import Encoded, encode_rows
 from megakd.data.files import scored_table
 from megakd.data.labels import Classes
 from megakd.data.rows import DEFAULT_METRICS, scored_rows
 from megakd.data.splits import Splits
-from megakd.data.tokenizers import from_folder, has_tokenizer_files, load_tokenizer
+from megakd.data.tokenizers import load_tokenizer
 from megakd.engine.collectives import main_first
 from megakd.errors import CheckpointError, DataError, MegakdError, TeacherError
-from megakd.inputs.inputs import RunInputs, prepare
-from megakd.inputs.run_data import cache_folder, splits_of, with_row_length
+from megakd.inputs.inputs import RunInputs
+from megakd.inputs.run_data import cache_folder, encoded_rows, splits_of, with_row_length
 from megakd.inputs.tokenizer_checks import check_vocabularies, without_tokenizer
 from megakd.models.label_order import model_label_names
 from megakd.models.loading import resolve_model
@@ -68,15 +67,14 @@ def evaluate_model(
         source = main_first(
             lambda: resolve_model(str(folder), config.task, where=where, trust_remote_code=trusted)
         )
-        prepared, split = (
-            _held_out(config, source) if data is None else _given_rows(config, source, data)
-        )
+        splits, split = _held_out(config) if data is None else _rows_of(config, source, data)
+        prepared = _read_by(source, config, splits)
         assembly = Assembly(prepared=prepared, ranks=ranks)
         preset = scoring_preset(config.student.deepspeed)
         with assembly.loaded(source, preset, assembly.scoring_dtype()) as loaded:
             metrics = assembly.scorer().score(loaded.predict, prepared.encoded.held_out)
             of_sets = set_metrics(assembly, loaded)
-    files, splits = config.task.evaluation_sets, prepared.splits
+    files = config.task.evaluation_sets
     return {
         "model": str(folder),
         "file": config.task.data_name if data is None else data,
@@ -94,32 +92,18 @@ def evaluate_model(
     }
 
 
-def _held_out(config: RunConfig, source: ModelSource) -> tuple[RunInputs, str]:
-    """Return the inputs of the run as the model reads them, and the split that is scored."""
-    prepared, folder = prepare(config), source.folder
-    if prepared.pair is not None and folder is not None and has_tokenizer_files(folder):
-        vocabulary = from_folder(folder, config.task.type).get_vocab()
-        if vocabulary == prepared.pair.teacher.get_vocab():
-            prepared = prepared.of(next(role for role in prepared.sources if role != STUDENT))
-    check_vocabularies(_own_tokenizer(config), prepared.tokenizer, [source])
-    split = "validation" if prepared.splits.test is None else "test"
-    if split == "validation" and prepared.splits.is_cut:
+def _held_out(config: RunConfig) -> tuple[Splits, str]:
+    """Return the rows of the run, and the name of the split that is scored; a collective."""
+    splits = splits_of(config)
+    split = "validation" if splits.test is None else "test"
+    if splits.test is None and splits.is_cut:
         split += f" ({VALIDATION_FRACTION:.0%} of the training rows, selected by hash)"
-    return prepared, split
+    return splits, split
 
 
-def _own_tokenizer(config: RunConfig) -> TaskConfig:
+def _rows_of(config: RunConfig, source: ModelSource, data: str) -> tuple[Splits, str]:
+    """Return the rows of a file, pattern or folder, and the name of their split; a collective."""
     task = config.task
-    return task if config.method.own_vocabulary is None else replace(task, tokenizer=None)
-
-
-def _given_rows(config: RunConfig, source: ModelSource, data: str) -> tuple[RunInputs, str]:
-    """Return the inputs of the model with the given rows alone, and their split."""
-    task = _own_tokenizer(config)
-    if not isinstance(task.tokenizer, str):
-        task = replace(task, tokenizer=None)  # a tokenizer recipe is for the run's text
-    if problems := list(without_tokenizer(task, [source])):
-        raise TeacherError("\n".join(problems))
 
     def load() -> tuple[Splits, str]:
         table, split = scored_table(data)
@@ -132,8 +116,34 @@ def _given_rows(config: RunConfig, source: ModelSource, data: str) -> tuple[RunI
         names = classes.names if classes else ()
         return Splits(rows, rows, None, names, DEFAULT_METRICS[task.type], table.digest), split
 
-    splits, split = main_first(load)
-    return _read_by(source, replace(config, task=task), splits, split), split
+    return main_first(load)
+
+
+def _read_by(source: ModelSource, config: RunConfig, splits: Splits) -> RunInputs:
+    """Return the held-out rows and named sets, encoded for a model; a collective.
+
+    The tokenizer is the one that `task.tokenizer` names, else the model's: a tokenizer recipe is
+    for the run's text, and a model with a vocabulary of its own brings it.
+    """
+    task = config.task
+    if config.method.own_vocabulary is not None or not isinstance(task.tokenizer, str):
+        task = replace(task, tokenizer=None)
+    if problems := list(without_tokenizer(task, [source])):
+        raise TeacherError("\n".join(problems))
+    folders = [source.folder] if source.folder else []
+    tokenizer = main_first(
+        lambda: load_tokenizer(task, splits, model_folders=folders, cache_dir=cache_folder())
+    )
+    check_vocabularies(task, tokenizer, [source])
+    config = with_row_length(replace(config, task=task), splits, tokenizer, {STUDENT: source})
+    return RunInputs(
+        config=config,
+        splits=splits,
+        metrics=task_metrics(config.eval, task.type, splits.metrics, splits.label_names),
+        tokenizer=tokenizer,
+        sources={},
+        encoded=encoded_rows(config, splits, tokenizer, with_train=False),
+    )
 
 
 def int8_graph(config: RunConfig, folder: Path, whole: Path) -> list[str]:
@@ -144,10 +154,8 @@ def int8_graph(config: RunConfig, folder: Path, whole: Path) -> list[str]:
     with started(config) as ranks:
         scores = None
         try:
-            splits, task = splits_of(config), replace(config.task, tokenizer=None)
-            source = resolve_model(str(folder), task, where="--to")
-            split = "validation" if splits.test is None else "test"
-            prepared = _read_by(source, replace(config, task=task), splits, split)
+            source = resolve_model(str(folder), config.task, where="--to")
+            prepared = _read_by(source, config, splits_of(config))
             scores = partial(_graph_scores, Assembly(prepared=prepared, ranks=ranks))
         except MegakdError as error:
             logger.warning("the int8 graph is not scored: %s", error)
@@ -174,38 +182,9 @@ def _graph_scores(assembly: Assembly, logits: Logits) -> torch.Tensor:
         return {"": right.masked_fill(labels == IGNORE, torch.nan)}
 
     scorer, task = assembly.scorer(), assembly.config.task.type
-    rows = few(assembly.prepared.encoded.validation, task, times=4)
+    rows = few(assembly.prepared.encoded.held_out, task, times=4)
     scorers = [replace(scorer, batch_size=size) for size in (1, scorer.batch_size)]
     return torch.stack([one.answers(score, rows)[""] for one in scorers])
-
-
-def _read_by(source: ModelSource, config: RunConfig, splits: Splits, split: str) -> RunInputs:
-    """Return the test rows, or else the validation rows, encoded for a model; a collective.
-
-    The tokenizer is the one that the task of `config` names, else the model's.
-    """
-    task, cache = config.task, cache_folder()
-    folders = [source.folder] if source.folder else []
-    tokenizer = main_first(
-        lambda: load_tokenizer(task, splits, model_folders=folders, cache_dir=cache)
-    )
-    check_vocabularies(task, tokenizer, [source])
-    config = with_row_length(config, splits, tokenizer, {STUDENT: source})
-    digest, lengthened = splits.content_hash, config.task
-    encoded, key = main_first(
-        lambda: encode_rows(
-            {split: splits.held_out}, tokenizer, lengthened, content_hash=digest, cache_dir=cache
-        )
-    )
-    held = encoded[split]
-    return RunInputs(
-        config=config,
-        splits=splits,
-        metrics=task_metrics(config.eval, task.type, splits.metrics, splits.label_names),
-        tokenizer=tokenizer,
-        sources={},
-        encoded=Encoded(held, held, None, key, 0.0),
-    )
 
 
 def model_folder(config: RunConfig, model: str | None) -> Path:

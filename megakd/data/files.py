@@ -211,11 +211,6 @@ def scored_table(given: str) -> tuple[Table, str]:
     return tables[split], split
 
 
-def has_train_split(path: Path) -> bool:
-    """Return whether a local data set has training rows: a file, a folder with train.* or texts."""
-    return not path.is_dir() or "train" in _shards(path) or not _shards(path)
-
-
 def _shards(folder: Path) -> dict[SplitName, list[Path]]:
     shards: dict[SplitName, list[Path]] = {}
     for path in _data_files(folder):
