@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from megakd.config.run import RunConfig
-from megakd.config.task import listed_files
+from megakd.config.task import TaskConfig, listed_files
 from megakd.contract.batch import IGNORE, Batch
 from megakd.contract.tasks import STUDENT
 from megakd.data.choosing import VALIDATION_FRACTION
@@ -20,10 +20,10 @@ from megakd.data.files import scored_table
 from megakd.data.labels import Classes
 from megakd.data.rows import DEFAULT_METRICS, scored_rows
 from megakd.data.splits import Splits
-from megakd.data.tokenizers import load_tokenizer
+from megakd.data.tokenizers import from_folder, has_tokenizer_files, load_tokenizer
 from megakd.engine.collectives import main_first
 from megakd.errors import CheckpointError, DataError, MegakdError, TeacherError
-from megakd.inputs.inputs import RunInputs
+from megakd.inputs.inputs import RunInputs, prepare
 from megakd.inputs.run_data import cache_folder, encoded_rows, splits_of, with_row_length
 from megakd.inputs.tokenizer_checks import check_vocabularies, without_tokenizer
 from megakd.models.label_order import model_label_names
@@ -67,14 +67,17 @@ def evaluate_model(
         source = main_first(
             lambda: resolve_model(str(folder), config.task, where=where, trust_remote_code=trusted)
         )
-        splits, split = _held_out(config) if data is None else _rows_of(config, source, data)
-        prepared = _read_by(source, config, splits)
+        if data is None:
+            prepared, split = _held_out(config, source)
+        else:
+            splits, split = _rows_of(config, source, data)
+            prepared = _read_by(source, config, splits)
         assembly = Assembly(prepared=prepared, ranks=ranks)
         preset = scoring_preset(config.student.deepspeed)
         with assembly.loaded(source, preset, assembly.scoring_dtype()) as loaded:
             metrics = assembly.scorer().score(loaded.predict, prepared.encoded.held_out)
             of_sets = set_metrics(assembly, loaded)
-    files = config.task.evaluation_sets
+    files, splits = config.task.evaluation_sets, prepared.splits
     return {
         "model": str(folder),
         "file": config.task.data_name if data is None else data,
@@ -92,13 +95,19 @@ def evaluate_model(
     }
 
 
-def _held_out(config: RunConfig) -> tuple[Splits, str]:
-    """Return the rows of the run, and the name of the split that is scored; a collective."""
-    splits = splits_of(config)
-    split = "validation" if splits.test is None else "test"
-    if splits.test is None and splits.is_cut:
+def _held_out(config: RunConfig, source: ModelSource) -> tuple[RunInputs, str]:
+    """Return the inputs of the run as the model reads them, and the split that is scored."""
+    prepared, folder = prepare(config), source.folder
+    if prepared.pair is not None and folder is not None and has_tokenizer_files(folder):
+        vocabulary = from_folder(folder, config.task.type).get_vocab()
+        if vocabulary == prepared.pair.teacher.get_vocab():
+            prepared = prepared.of(next(role for role in prepared.sources if role != STUDENT))
+    # The rows are in tokens of the run: a model with others is refused.
+    check_vocabularies(_models_task(config), prepared.tokenizer, [source])
+    split = "validation" if prepared.splits.test is None else "test"
+    if prepared.splits.test is None and prepared.splits.is_cut:
         split += f" ({VALIDATION_FRACTION:.0%} of the training rows, selected by hash)"
-    return splits, split
+    return prepared, split
 
 
 def _rows_of(config: RunConfig, source: ModelSource, data: str) -> tuple[Splits, str]:
@@ -119,15 +128,20 @@ def _rows_of(config: RunConfig, source: ModelSource, data: str) -> tuple[Splits,
     return main_first(load)
 
 
-def _read_by(source: ModelSource, config: RunConfig, splits: Splits) -> RunInputs:
-    """Return the held-out rows and named sets, encoded for a model; a collective.
-
-    The tokenizer is the one that `task.tokenizer` names, else the model's: a tokenizer recipe is
-    for the run's text, and a model with a vocabulary of its own brings it.
-    """
+def _models_task(config: RunConfig) -> TaskConfig:
+    """Return the task without a tokenizer if a model has a vocabulary of its own."""
     task = config.task
-    if config.method.own_vocabulary is not None or not isinstance(task.tokenizer, str):
-        task = replace(task, tokenizer=None)
+    return task if config.method.own_vocabulary is None else replace(task, tokenizer=None)
+
+
+def _read_by(source: ModelSource, config: RunConfig, splits: Splits) -> RunInputs:
+    """Return the held-out rows, encoded for a model; a collective.
+
+    The tokenizer is the one that `task.tokenizer` names, else the model's.
+    """
+    task = _models_task(config)
+    if not isinstance(task.tokenizer, str):
+        task = replace(task, tokenizer=None)  # a tokenizer recipe is for the run's text
     if problems := list(without_tokenizer(task, [source])):
         raise TeacherError("\n".join(problems))
     folders = [source.folder] if source.folder else []
