@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from megakd.contract.results import Report
-from megakd.contract.tasks import STUDENT, TEACHER
 from megakd.errors import CheckpointError
 from megakd.reports import figures, table
 from megakd.reports.history import curves_of, read_history
@@ -50,10 +49,9 @@ def html_report(report: Report, history: Iterable[Mapping[str, Any]], *, config:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    prefixes = ("environment.", "versions.", "latency.", "seconds.")
+    prefixes = ("environment.", "versions.", "latency.", "seconds.", "cost.", "vocabulary.")
     return templates.get_template("report.html.jinja").render(
         report=report,
-        summary=_summary(report),
         models=table.model_rows(report),
         notes=table.notes(report),
         sizes=figures.size_figure(report),
@@ -64,15 +62,3 @@ def html_report(report: Report, history: Iterable[Mapping[str, Any]], *, config:
         facts={key: value for key, value in report.items() if key.startswith(prefixes)},
         config=config,
     )
-
-
-def _summary(report: Report) -> str:
-    metric, split = report["metric_name"], report["evaluated_on"]
-    scores = [table.score(metric, report.get(f"{one}.{metric}")) for one in (STUDENT, TEACHER)]
-    text = f"The student scores {scores[0]} {metric} on {split}"
-    if f"{TEACHER}.parameters" not in report:
-        return f"{text}."
-    smaller = report[f"{TEACHER}.parameters"] / max(1, report[f"{STUDENT}.parameters"])
-    who = "largest teacher" if len(report["teachers"]) > 1 else "teacher"
-    text += f", the {who} {scores[1]} ({table.against_teacher(report, STUDENT)})."
-    return f"{text} It is {smaller:.1f}x smaller." if smaller >= 1.05 else text

@@ -54,22 +54,20 @@ class Prompts:
     @property
     def shown(self) -> list[str]:
         """The prompts as text, with masks and without other special tokens."""
-        special = {*self.tokenizer.all_special_ids} - {cast("int", self.tokenizer.mask_token_id)}
-        return [self._decoded([i for i in ids if i not in special]) for ids in self.ids]
+        return [self._decoded(ids) for ids in self.ids]
 
     def answers(self, model: FrozenTeacher) -> list[str]:
         """Return the most likely tokens for each prompt; a collective."""
         if self.task.type == "mlm":
-            words = self._most_likely(model, self.ids)
-            return [", ".join(self._decoded([i]).strip() for i in ids) for ids in words]
+            words = map(self.tokenizer.batch_decode, self._most_likely(model, self.ids))
+            return [", ".join(word.strip() for word in of_text) for of_text in words]
         rows = [list(row) for row in self.ids]
         for _ in range(min(NEW_TOKENS, self.task.row_length - max(map(len, rows)))):
             for row, ids in zip(rows, self._most_likely(model, rows), strict=True):
                 row.extend(ids)
-        end, special = self.tokenizer.eos_token_id, {*self.tokenizer.all_special_ids}
+        end = self.tokenizer.eos_token_id
         new = (row[len(begun) :] for row, begun in zip(rows, self.ids, strict=True))
-        texts = (ids[: ids.index(end)] if end in ids else ids for ids in new)
-        return [self._decoded([i for i in ids if i not in special]) for ids in texts]
+        return [self._decoded(ids[: ids.index(end)] if end in ids else ids) for ids in new]
 
     def _most_likely(
         self, model: FrozenTeacher, rows: Sequence[Sequence[int]]
@@ -87,7 +85,8 @@ class Prompts:
         return (one.tolist() for one in best.split(places.sum(dim=1).tolist()))
 
     def _decoded(self, ids: Sequence[int]) -> str:
-        return cast("str", self.tokenizer.decode(list(ids)))
+        special = {*self.tokenizer.all_special_ids} - {self.tokenizer.mask_token_id}
+        return cast("str", self.tokenizer.decode([i for i in ids if i not in special]))
 
 
 def _beginning(row: Mapping[str, Any]) -> list[int]:
@@ -101,10 +100,9 @@ def _beginning(row: Mapping[str, Any]) -> list[int]:
 
 
 def _masked(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    # One of every six tokens, at most four, but no special tokens; the last token ends a text.
-    short = [*ids] if len(ids) <= TEXT_TOKENS else [*ids[: TEXT_TOKENS - 1], ids[-1]]
-    special = {*tokenizer.all_special_ids}
+    # One of every six tokens, but no special tokens.
+    short, special = [*ids[:TEXT_TOKENS]], {*tokenizer.all_special_ids}
     plain = [place for place, token in enumerate(short) if token not in special]
-    for place in (plain[2::6] or plain[:1])[:4]:
+    for place in plain[2::6] or plain[:1]:
         short[place] = cast("int", tokenizer.mask_token_id)  # their own type allows several
     return short

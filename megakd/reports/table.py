@@ -40,7 +40,7 @@ def result_table(report: Report, *, final: Path | None = None) -> str:
         [f"{report['method']} on {report['task']}, scored on {report['evaluated_on']}"],
         [*aligned_rows(model_rows(report)), *notes(report)],
         *([title, *aligned_rows(rows)] for title, rows in below.items()),
-        [*_cost_lines(report), *([f"the student is in {final}"] if final else [])],
+        [*_time_lines(report), *([f"the student is in {final}"] if final else [])],
         [f"warning: {message}" for message in report["warnings"]],
     ]
     return "\n\n".join("\n".join(lines) for lines in blocks if lines)
@@ -219,12 +219,6 @@ def notes(report: Report) -> list[str]:
             f"{report['latency.dtype']}, on {report['latency.device']}; speed-up: median and range "
             "of the rounds; a range alone is within the noise"
         )
-    if "vocabulary.type" in report:
-        lines.append(
-            f"student's vocabulary: {report['vocabulary.type']} of {report['vocabulary.size']:,} "
-            f"pieces, {report['vocabulary.overlap']:.1%} of them also in the teacher's "
-            f"{report['vocabulary.teacher_size']:,}"
-        )
     if is_number(trained := get(f"{STUDENT}.trained_parameters")):
         whole = short_count(report[f"{STUDENT}.parameters"])
         lines.append(
@@ -234,7 +228,7 @@ def notes(report: Report) -> list[str]:
     return lines
 
 
-def _cost_lines(report: Report) -> list[str]:
+def _time_lines(report: Report) -> list[str]:
     lines: list[str] = []
     if stages := report["stages"]:
         peak = cell("memory_bytes", max(stage["peak_memory_bytes"] for stage in stages))

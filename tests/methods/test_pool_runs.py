@@ -64,7 +64,6 @@ def test_the_page_the_card_and_the_table_name_the_teachers(bench, drawn):
     card = (drawn / "final" / "README.md").read_text()
 
     assert all(name in page and name in card for name in SIZES)
-    assert "the largest teacher" in page
     assert "Who taught" in page
     assert "Who taught" in finish(bench.one_rank, bench.folder / "uniform.yaml").out
 
