@@ -59,8 +59,10 @@ class Prompts:
     def answers(self, model: FrozenTeacher) -> list[str]:
         """Return the most likely tokens for each prompt; a collective."""
         if self.task.type == "mlm":
-            words = map(self.tokenizer.batch_decode, self._most_likely(model, self.ids))
-            return [", ".join(word.strip() for word in of_text) for of_text in words]
+            # `batch_decode` of transformers 5 takes a list of numbers for one text.
+            decode: Any = self.tokenizer.decode
+            words = self._most_likely(model, self.ids)
+            return [", ".join(decode([i]).strip() for i in of_text) for of_text in words]
         rows = [list(row) for row in self.ids]
         for _ in range(min(NEW_TOKENS, self.task.row_length - max(map(len, rows)))):
             for row, ids in zip(rows, self._most_likely(model, rows), strict=True):

@@ -28,9 +28,6 @@ class Letters:
     def decode(self, ids: list[int]) -> str:
         return "".join("[]_"[i] if i < 3 else chr(94 + i) for i in ids)
 
-    def batch_decode(self, ids: list[int]) -> list[str]:
-        return [self.decode([one]) for one in ids]
-
 
 class Counting:
     """A model that answers the token after the last token, and notes its inputs."""
