@@ -2,22 +2,20 @@
 
 The first stage that loads a teacher measures it before the student is built, when nothing else
 takes memory. A teacher that no stage loads, such as one whose answers are cached, is loaded for
-the report. The result is kept on disk, so that a run that goes on does not measure it again.
+the report.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple
 
 from megakd.contract.results import ModelReport
 from megakd.contract.tasks import AUTO
 from megakd.engine.activity import doing
-from megakd.engine.collectives import on_main
 from megakd.engine.memory import forget_models, left_out_of_peak, reset_peak_memory
 from megakd.inputs.step_size import joins_micro_batches
 from megakd.models.axes import named_shapes, parameter_counts
@@ -25,8 +23,6 @@ from megakd.models.knowledge import Needs
 from megakd.models.source import ReadyTeacher
 from megakd.process.phases import phase
 from megakd.reports.samples import held_out_prompts
-from megakd.scoring.scores import numbers
-from megakd.storage import atomic
 from megakd.teachers.cached import CachedTeacher
 from megakd.teachers.frozen import FrozenTeacher
 
@@ -151,7 +147,7 @@ class TeacherPool:
     def _measure_opened(self, name: str, teacher: Opened) -> None:
         if name not in self._config.teacher_specs or not isinstance(teacher, FrozenTeacher):
             return
-        if self._read_once(name) is None:
+        if name not in self._known:
             with left_out_of_peak(self.assembly.ranks.device):
                 self._measure(name, teacher)
                 forget_models()
@@ -164,7 +160,7 @@ class TeacherPool:
         with assembly.loaded(
             ready.source, ready.spec.deepspeed, assembly.teacher_dtype(ready)
         ) as model:
-            if self._read_once(name) is None:
+            if name not in self._known:
                 self._measure(name, model)
             yield model
 
@@ -174,11 +170,8 @@ class TeacherPool:
             return assembly.scorer().score(model.predict, assembly.prepared.encoded.validation)
 
     def measured(self, name: str) -> Measured:
-        """Return what the report says of a teacher; load it if no stage has; a collective.
-
-        The measurement is kept in `checkpoints/<teacher>-scores.json` for a run that goes on.
-        """
-        if self._read_once(name) is None:
+        """Return what the report says of a teacher; load it if no stage has; a collective."""
+        if name not in self._known:
             with self.loaded(name):
                 pass
         return self._known[name]
@@ -201,19 +194,7 @@ class TeacherPool:
         assembly, shared = self.assembly.of(name), self.assembly.prepared
         prompts = self.prompts if shared.tokenizer_of(name) is shared.tokenizer else None
         with phase("scoring"), doing(f"scoring {name}"):
-            made = measure(assembly, model, prompts)
-        self._known[name] = made
-        on_main(lambda: atomic.write_json(self._path(name), made._asdict()))
-
-    def _read_once(self, name: str) -> Measured | None:
-        if name not in self._known:
-            record = on_main(lambda: _read(self._path(name)))
-            if record is not None:
-                self._known[name] = record
-        return self._known.get(name)
-
-    def _path(self, name: str) -> Path:
-        return self._config.output_dir / "checkpoints" / f"{name}-scores.json"
+            self._known[name] = measure(assembly, model, prompts)
 
 
 def measure(assembly: Assembly, model: FrozenTeacher, prompts: Prompts | None) -> Measured:
@@ -235,13 +216,3 @@ def set_metrics(assembly: Assembly, loaded: FrozenTeacher) -> dict[str, dict[str
     sets = assembly.prepared.encoded.evaluation_sets
     return {name: assembly.scorer().score(loaded.predict, rows) for name, rows in sets.items()}
 
-
-def _read(path: Path) -> Measured | None:
-    try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        report = {**record["report"], "metrics": numbers(record["report"]["metrics"])}
-        sets = {name: numbers(metrics) for name, metrics in record["sets"].items()}
-        answers, predicted = record["answers"], record["predicted"]
-        return Measured(cast("ModelReport", report), sets, answers, predicted)
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
-        return None

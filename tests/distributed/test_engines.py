@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from megakd.contract.stage import Constant, Pass, Stage
 from megakd.engine.memory import forget_models
 from megakd.models.architectures import architecture_of
+from megakd.run import teacher_pool
 from megakd.storage.checksums import write_files
 
 
@@ -40,10 +41,15 @@ def two_engines(config_path: str, folder: str) -> dict:
         }
 
 
-def losses(config_path: str, *, scores: bool) -> list[dict[str, float]]:
-    with started(config_path, scores=scores) as (run, _):
+def losses(config_path: str, *, scores: bool) -> tuple[bool, list[dict[str, float]]]:
+    """Whether the teacher was scored, and the parts of the losses of three steps."""
+    with (
+        patch.object(teacher_pool, "measure", wraps=teacher_pool.measure) as measuring,
+        started(config_path, scores=scores) as (run, _),
+    ):
         reports = [run.trainer.train_step(run.source.step(step)) for step in range(3)]
-        return [{name: float(value) for name, value in r.parts.items()} for r in reports]
+        parts = [{name: float(value) for name, value in r.parts.items()} for r in reports]
+        return measuring.called, parts
 
 
 def consecutive_stages(config_path: str, out: str, *, closes: bool) -> int:
@@ -245,14 +251,13 @@ def test_a_sharded_teacher_teaches_the_same_after_it_was_scored(workers, write, 
     """Scoring reads the head in another order, which DeepSpeed's prefetch remembers."""
     models = (llama(2, 24, tie_word_embeddings=tied), llama(1)) if language else None
     path = write(language=language, student="zero3", teacher=ZERO3, models=models)
-    scores = Path(path).parent / "out" / "checkpoints" / "teacher-scores.json"
 
-    alone = workers(2).run("test_engines.losses", path, scores=False)
-    assert not scores.exists()
-    after = workers(2).run("test_engines.losses", path, scores=True)
+    alone, after = (
+        workers(2).run("test_engines.losses", path, scores=scores) for scores in (False, True)
+    )
 
-    assert scores.exists()
-    assert after == alone
+    assert [scored for scored, _ in (*alone, *after)] == [False, False, True, True]
+    assert [parts for _, parts in after] == [parts for _, parts in alone]
 
 
 def test_a_teacher_that_stays_open_between_stages_teaches_the_same(workers, write, tmp_path):

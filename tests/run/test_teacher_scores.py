@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 from whole_run import finish, metrics_of, of_model, read
-
-from megakd.run.teacher_pool import _read
 
 TEACHER = "stages/teacher-finetune"
 
@@ -31,25 +28,16 @@ def test_a_teacher_is_loaded_once_for_teaching_and_for_the_report(whole_run, out
     assert loads(whole_run.outcome, out) == 1
 
 
-@pytest.mark.parametrize("has_scores", [True, False])
-def test_a_teacher_that_no_stage_loads_is_loaded_for_the_report_unless_it_has_its_scores(
-    one_rank, whole_run, out, ended, has_scores
-):
-    if not has_scores:
-        (ended / "checkpoints" / "teacher-scores.json").unlink()
+def test_a_teacher_that_no_stage_loads_is_loaded_for_the_report(one_rank, whole_run, out, ended):
     outcome = finish(one_rank, whole_run.config, f"output_dir={ended}")
-    assert loads(outcome, ended) == (not has_scores)
+
+    assert loads(outcome, ended) == 1
     assert metrics_of(read(ended), "teacher") == metrics_of(read(out), "teacher")
 
 
 def test_the_report_has_the_agreement_with_the_teacher_whose_labels_are_kept(whole_run, out):
     teacher, student = (of_model(read(out), name) for name in ("teacher", "student"))
-    kept = json.loads((out / "checkpoints" / "teacher-scores.json").read_text())
-    labels = [one["label"] for one in teacher["per_class"]]
 
-    for number, label in enumerate(labels):
-        predictions = sum(one["rows"] for one in teacher["confusion"] if one["predicted"] == label)
-        assert kept["predicted"].count(number) == predictions
     # On rows where one of them alone is right, they do not agree.
     right = [
         sum(one["rows"] for one in model["confusion"] if one["label"] == one["predicted"])
@@ -60,8 +48,3 @@ def test_the_report_has_the_agreement_with_the_teacher_whose_labels_are_kept(who
     assert student["agreement"] <= 1 - abs(right[0] - right[1]) / rows
     note = f"student and teacher agree on {student['agreement']:.1%} of the rows"
     assert note in whole_run.outcome.out
-
-
-def test_scores_of_a_damaged_file_are_measured_again(tmp_path):
-    (tmp_path / "scores.json").write_text('{"report": ')
-    assert _read(tmp_path / "scores.json") is None
