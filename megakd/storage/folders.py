@@ -6,7 +6,6 @@ The manifest, `checksums.json`, is written last. `open_finished` (for a folder o
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -150,17 +149,22 @@ def whole_folder(folder: Path, build: Callable[[Path], None]) -> Path:
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name[:16]}.", dir=folder.parent))
-        # A subfolder, because `mkdtemp` makes a folder that other users cannot read.
-        draft = scratch / "draft"
-        try:
+        with tempfile.TemporaryDirectory(
+            prefix=f".{folder.name[:16]}.", dir=folder.parent
+        ) as scratch:
+            # A subfolder, because a temporary folder cannot be read by other users.
+            draft = Path(scratch) / "draft"
             draft.mkdir()
             build(draft)
             seal(draft)
             sync_tree(draft)
-            _put_in_place(draft, folder)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            try:
+                if folder.exists() and not is_whole(folder):
+                    folder.rename(draft.with_name("damaged"))
+                draft.rename(folder)
+            except OSError:  # another process was faster
+                if not is_whole(folder):
+                    raise
     except OSError as error:
         reason = error.strerror or str(error)
         raise DataError(
@@ -178,29 +182,6 @@ def is_whole(folder: Path) -> bool:
         return damage_of(folder, listed, reads=size <= CHECKED_BYTES) is None
     except (OSError, ValueError):
         return False
-
-
-def _put_in_place(draft: Path, folder: Path) -> None:
-    # A whole folder that exists is kept, and a damaged one is replaced.
-    try:
-        draft.rename(folder)
-    except OSError as error:
-        if error.errno not in {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}:
-            raise
-    else:
-        return
-    if is_whole(folder):
-        return
-    damaged = Path(tempfile.mkdtemp(prefix=".damaged.", dir=folder.parent))
-    try:
-        folder.rename(damaged / folder.name)
-        draft.rename(folder)
-    except OSError:
-        # Another process has replaced the damaged folder first.
-        if not is_whole(folder):
-            raise
-    finally:
-        shutil.rmtree(damaged, ignore_errors=True)
 
 
 def check_writable(folder: Path, *, where: str) -> None:
