@@ -28,7 +28,7 @@ class Mutation(NamedTuple):
 MUTATIONS = (
     # Losses: signs, masks, divisions.
     Mutation(
-        "megakd/contract/unit_counts.py",
+        "megakd/contract/batch.py",
         "isnan() if labels.is_floating_point() else labels != IGNORE).sum()",
         "isnan() if labels.is_floating_point() else labels == labels).sum()",
         "tests/contract/test_unit_counts.py",
@@ -200,7 +200,7 @@ MUTATIONS = (
     ),
     # Models and pruning.
     Mutation(
-        "megakd/contract/layer_mapping.py",
+        "megakd/contract/terms.py",
         "round(s * ratio)",
         "int(s * ratio)",
         "tests/contract tests/losses",
@@ -236,7 +236,7 @@ MUTATIONS = (
         "tests/methods/test_pruning_schedule.py",
     ),
     Mutation(
-        "megakd/methods/tradeoff.py",
+        "megakd/methods/assistants.py",
         "return metric + weight * sparsity",
         "return metric - weight * sparsity",
         "tests/methods/test_tradeoff.py",

@@ -43,7 +43,7 @@ RANKS = (
 # What a file may not import although its room may.
 FORBIDDEN = {
     "megakd.pruning.allocation": ("deepspeed", "torch", "transformers"),
-    "megakd.methods.tradeoff": ("deepspeed", "torch", "transformers"),
+    "megakd.methods.assistants": ("deepspeed", "torch", "transformers"),
     "megakd.training.trainer": (
         "megakd.losses",
         "megakd.methods",

@@ -28,7 +28,7 @@ from lib.options import command_of, parser_of
 from lib.tables import machine
 from megakd.contract.completions import Sampling, TextTokens
 from megakd.models.generation import complete
-from megakd.rollouts.generators import end_tokens_of
+from megakd.rollouts.store import end_tokens_of
 from megakd.servers.http import JsonServer
 from megakd.servers.vllm import TextRequest, VllmServer, VllmWeightServer
 

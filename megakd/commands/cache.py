@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
     with print_aside():
         from megakd.engine.collectives import on_main
-        from megakd.engine.nodes import check_nodes
+        from megakd.engine.distributed import check_nodes
         from megakd.inputs.inputs import prepare
         from megakd.inputs.precision import check_device
         from megakd.run.holder import held

@@ -26,7 +26,7 @@ from megakd.errors import CheckpointError, DataError, MegakdError, TeacherError
 from megakd.inputs.inputs import RunInputs, prepare
 from megakd.inputs.run_data import cache_folder, encoded_rows, splits_of, with_row_length
 from megakd.inputs.tokenizer_checks import check_vocabularies, without_tokenizer
-from megakd.models.label_order import model_label_names
+from megakd.models.fitting import model_label_names
 from megakd.models.loading import resolve_model
 from megakd.models.onnx import MODEL
 from megakd.models.quantized_graph import Logits, quantize_graph

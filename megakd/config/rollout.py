@@ -9,10 +9,10 @@ from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
 from megakd.config.paths import Folder, Place
+from megakd.contract.batch import Source
 from megakd.contract.completions import Sampling
 from megakd.contract.tasks import STUDENT
 from megakd.contract.terms import STRICT, Count, Fraction, Positive
-from megakd.contract.unit_counts import Source
 
 
 def _address(text: str) -> str:

@@ -6,8 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from megakd.contract.metric import Metric
-from megakd.contract.results import MethodRecord, ParameterCounts
+from megakd.contract.results import MethodRecord, Metric, ParameterCounts
 from megakd.contract.stage import Stage, StageResult
 from megakd.contract.terms import TermConfig
 from megakd.contract.views import Allocation, View

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from megakd.config.task import MixtureSource, TaskConfig
-from megakd.data.arrow import arrow_batches, key_of, read_rows, rows_key, write_tables
+from megakd.data.arrow import BadRows, arrow_batches, key_of, read_rows, rows_key, write_tables
 from megakd.data.chat.conversations import is_chat
 from megakd.data.chat.counts import SETS, ChatCounts, CountsByName, say_chat
 from megakd.data.chat.tokens import VERSION as CHAT_VERSION
@@ -29,12 +29,10 @@ from megakd.data.collation import columns_of
 from megakd.data.rows import StreamedRows
 from megakd.data.special_tokens import special_tokens
 from megakd.data.splits import Splits
-from megakd.data.tables import BadRows
 from megakd.data.token_tables import check_room_for_text, tables_of_texts
 from megakd.errors import DataError
 from megakd.storage.atomic import sha256_of, write_json
-from megakd.storage.checksums import files_of
-from megakd.storage.folders import whole_folder
+from megakd.storage.folders import files_of, whole_folder
 
 logger = logging.getLogger(__name__)
 ROWS_AT_ONCE = 10_000

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from megakd.config.paths import DATA_SUFFIXES
 from megakd.config.task import Files, TaskConfig, listed_files
+from megakd.data.arrow import SPLIT_ALIASES, SPLIT_NAMES, SplitName, Table
 from megakd.data.readers import (
     joined,
     read_csv,
@@ -25,7 +26,6 @@ from megakd.data.readers import (
     read_tsv,
 )
 from megakd.data.rows import Corpus, rows_of_tables
-from megakd.data.tables import SPLIT_ALIASES, SPLIT_NAMES, SplitName, Table
 from megakd.errors import DataError
 from megakd.process.terminal import in_home
 

@@ -1,7 +1,8 @@
-"""Data sets of the Hugging Face Hub, loaded with `datasets` and its cache."""
+"""Data sets of the Hugging Face Hub, GLUE among them, loaded with `datasets` and its cache."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
@@ -15,11 +16,10 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from megakd.config.task import TaskConfig
-from megakd.data.arrow import remembered_of_rows
+from megakd.data.arrow import Record, SplitName, Table, remembered_of_rows
 from megakd.data.readers import by_split, class_names_of, columns_without_added_nulls, is_plain
 from megakd.data.rows import Corpus, rows_of_tables
-from megakd.data.tables import Record, SplitName, Table
-from megakd.errors import DataError, first_line
+from megakd.errors import ConfigError, DataError, first_line, suggestion
 
 ROWS_PER_READ = 1000
 
@@ -107,3 +107,56 @@ def _digest(rows: Dataset) -> str:
     for columns in rows.iter(ROWS_PER_READ):
         digest.update(json.dumps(columns, sort_keys=True, default=str).encode())
     return digest.hexdigest()
+
+
+HUB_NAME = "nyu-mll/glue"
+PAIR, ACCURACY, BOTH = ("sentence1", "sentence2"), ("accuracy",), ("accuracy", "f1")
+MNLI = (("premise", "hypothesis"), ACCURACY)
+TASKS = {
+    "cola": (("sentence",), ("matthews_correlation",)),
+    "sst2": (("sentence",), ACCURACY),
+    "mrpc": (PAIR, BOTH),
+    "stsb": (PAIR, ("pearson", "spearman")),
+    "qqp": (("question1", "question2"), BOTH),
+    "mnli": MNLI,
+    "mnli_matched": MNLI,
+    "mnli_mismatched": MNLI,
+    "qnli": (("question", "sentence"), ACCURACY),
+    "rte": (PAIR, ACCURACY),
+    "wnli": (PAIR, ACCURACY),
+}
+"""By name: the columns of text, and the metrics."""
+
+
+def glue_rows(task: TaskConfig, *, cache_dir: Path) -> Corpus:
+    """Return the training and validation rows of `glue/<task>`; the test rows have no labels."""
+    name = task.data_name.partition("/")[2]
+    if name not in TASKS:
+        raise ConfigError(
+            f"task.dataset: there is no GLUE task {name!r}{suggestion(name, TASKS)}; the tasks are "
+            f"{', '.join(TASKS)}"
+        )
+    text, metrics = TASKS[name]
+    fitting = "regression" if name == "stsb" else "classification"
+    if task.type != fitting:
+        raise ConfigError(f"task.type: must be {fitting} for {task.dataset} (got {task.type})")
+    configuration, _, part = name.partition("_")
+    advice = (
+        "to train without the Hub, name files in task.train_files and task.validation_files (a tsv "
+        "file has no quotes), with task.text_columns and task.label_column"
+    )
+    held = f"validation_{part or 'matched'}" if configuration == "mnli" else "validation"
+    loaded = load_hub(HUB_NAME, configuration, advice=advice)
+    for key in ("train", held):
+        if key not in loaded:
+            raise DataError(f"{HUB_NAME} ({configuration}) has no split {key!r}; {advice}")
+    return rows_of_tables(
+        {
+            "train": hub_table(f"{HUB_NAME} {configuration} (train)", loaded["train"]),
+            "validation": hub_table(f"{HUB_NAME} {configuration} ({held})", loaded[held]),
+        },
+        dataclasses.replace(task, text_columns=text, label_column="label"),
+        name=task.data_name,
+        cache_dir=cache_dir,
+        metrics=metrics,
+    )

@@ -27,8 +27,7 @@ import pyarrow.parquet as pq
 from datasets import ClassLabel, Features, LargeList, List, Value
 from datasets.features.features import decode_nested_example, require_decoding
 
-from megakd.data.arrow import remembered_of
-from megakd.data.tables import SPLIT_ALIASES, Record, SplitName, Table
+from megakd.data.arrow import SPLIT_ALIASES, Record, SplitName, Table, remembered_of
 from megakd.errors import DataError
 from megakd.storage.atomic import sha256_of
 

@@ -17,12 +17,20 @@ from transformers import PreTrainedTokenizerBase
 
 from megakd.config.task import TaskConfig
 from megakd.contract.batch import IGNORE, ROUTE
-from megakd.data.arrow import PLACE, column_of, key_of, read_rows, write_rows
+from megakd.data.arrow import (
+    PLACE,
+    SPLIT_NAMES,
+    BadRows,
+    SplitName,
+    Table,
+    column_of,
+    key_of,
+    read_rows,
+    write_rows,
+)
 from megakd.data.chat.conversations import CONVERSATION, SOURCE, Conversation, chat_columns, is_chat
 from megakd.data.choosing import is_labelled, text_hash
-from megakd.data.kinds import RowKind, is_blank, place_of, row_teacher
-from megakd.data.labels import Classes, find_classes
-from megakd.data.tables import SPLIT_NAMES, BadRows, SplitName, Table
+from megakd.data.labels import Classes, RowKind, find_classes, is_blank, place_of, row_teacher
 from megakd.errors import DataError, suggestion
 from megakd.storage.folders import whole_folder
 

@@ -13,11 +13,11 @@ from datasets import Dataset, concatenate_datasets
 
 from megakd.config.paths import looks_like_path
 from megakd.config.task import TaskConfig
-from megakd.data.arrow import key_of
+from megakd.data.arrow import SplitName, Table, key_of
 from megakd.data.chat.conversations import is_chat
 from megakd.data.choosing import at_most, cut_validation, is_labelled, keep_labels
 from megakd.data.files import files_table, local_rows, matching_files, named_files, refuse_shared
-from megakd.data.kinds import RowKind, row_teacher
+from megakd.data.labels import RowKind, row_teacher
 from megakd.data.rows import (
     DEFAULT_METRICS,
     Corpus,
@@ -26,7 +26,6 @@ from megakd.data.rows import (
     scored_rows,
     without_teachers,
 )
-from megakd.data.tables import SplitName, Table
 from megakd.errors import ConfigError, DataError
 from megakd.process.terminal import in_home
 
@@ -137,7 +136,7 @@ def _find(task: TaskConfig, cache_dir: Path) -> Corpus:
     if task.mixture is not None:
         find = mixture_rows
     elif (task.dataset or "").startswith("glue/"):
-        from megakd.data.glue import glue_rows as find
+        from megakd.data.hub import glue_rows as find
     elif _is_on_hub(task) and task.streaming:
         from megakd.data.streams import streamed_hub_rows as find
     elif _is_on_hub(task):

@@ -26,14 +26,14 @@ from datasets.distributed import split_dataset_by_node
 
 from megakd.config.task import TaskConfig
 from megakd.contract.batch import Batch, BatchSource
-from megakd.data.arrow import key_of
+from megakd.data.arrow import BadRows, Record, SplitName, Table, key_of
 from megakd.data.chat.conversations import CONVERSATION, OPTIONS, TOOLS, is_chat
 from megakd.data.chat.tokens import ChatEncoder, tables_of_conversations
 from megakd.data.choosing import prompt_keys
 from megakd.data.collation import Collator
 from megakd.data.files import READERS, known_suffix, split_files, tables_of_files
 from megakd.data.hub import hub_advice, hub_errors
-from megakd.data.kinds import RowKind
+from megakd.data.labels import RowKind
 from megakd.data.loader import awaited, made_ahead
 from megakd.data.masking import Masking
 from megakd.data.readers import by_split, columns_without_added_nulls, documents_of, readable
@@ -47,7 +47,6 @@ from megakd.data.rows import (
     rows_of,
 )
 from megakd.data.step_layout import StepShape
-from megakd.data.tables import BadRows, Record, SplitName, Table
 from megakd.data.token_tables import tables_of_texts
 from megakd.errors import ConfigError, DataError
 

@@ -2,11 +2,13 @@
 
 Tensors go through the default process group, with the limit of `train.collective_timeout`: the
 ranks compute the same, so that none waits long. Python objects go through a group of their own on
-the CPU, where ranks wait hours for a rank that reads, encodes or writes files.
+the CPU, where ranks wait hours for a rank that reads, encodes or writes files. `doing` says what the
+ranks do, in the log and in the error of a rank that waits too long.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import socket
@@ -140,7 +142,7 @@ def reports_lost_peer() -> Iterator[None]:
     except RuntimeError as error:
         first = (str(error).splitlines() or [""])[0]
         rank = f"rank {os.environ.get('RANK', '0')} on {node_name()}"
-        doing = next(iter(getattr(error, "__notes__", ())), "starting")  # see `engine.activity`
+        doing = next(iter(getattr(error, "__notes__", ())), "starting")  # see `doing`
         if isinstance(error, dist.DistNetworkError | dist.DistStoreError):
             place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise PeerLostError(
@@ -212,3 +214,22 @@ def _object_group() -> dist.ProcessGroup:
         _GROUPS.clear()  # of a default group that has ended
         _GROUPS[world] = group
     return _GROUPS[world]
+
+
+logger = logging.getLogger(__name__)
+_running: list[str] = []
+
+
+@contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Log the activity of the body, such as `reading the data`, unless it is part of another."""
+    if not _running:
+        logger.info("… %s", what)
+    _running.append(what)
+    try:
+        yield
+    except RuntimeError as error:  # of a collective, see `collectives.reports_lost_peer`
+        error.add_note(what)
+        raise
+    finally:
+        _running.pop()

@@ -29,7 +29,7 @@ from transformers.integrations import deepspeed as transformers_switch
 
 from megakd.config.deepspeed import shards_within_node, zero_stage
 from megakd.engine.collectives import gather
-from megakd.engine.nodes import node_group
+from megakd.engine.distributed import node_group
 
 GROUP_ELEMENTS = 1 << 26
 """Elements that are gathered at a time, beside the copy."""

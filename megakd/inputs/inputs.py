@@ -18,8 +18,8 @@ from megakd.config.models import KeptLayers, StudentConfig, TeacherConfig
 from megakd.config.run import RunConfig
 from megakd.config.task import TaskConfig
 from megakd.contract.batch import LogitWarp
-from megakd.contract.metric import Metric
 from megakd.contract.options import StudentVocabulary
+from megakd.contract.results import Metric
 from megakd.contract.tasks import ONE_LABEL_METRICS, STUDENT
 from megakd.contract.terms import looks_inside
 from megakd.data.encoding import Encoded
@@ -43,7 +43,7 @@ from megakd.inputs.tokenizer_checks import (
     without_tokenizer,
 )
 from megakd.losses.objective import check_terms, shape_of, with_class_weights
-from megakd.models.label_order import label_order
+from megakd.models.fitting import label_order
 from megakd.models.layers import with_layers
 from megakd.models.loading import check_model, resolve_model, with_vocabulary
 from megakd.models.lora import check_adapters

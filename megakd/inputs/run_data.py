@@ -15,13 +15,12 @@ from transformers import PreTrainedTokenizerBase
 
 from megakd.config.run import RunConfig
 from megakd.config.task import MOST_TOKENS, TaskConfig
-from megakd.data.arrow import PLACE, cache_folder, longest_of
+from megakd.data.arrow import PLACE, BadRows, cache_folder, longest_of
 from megakd.data.chat.conversations import CONVERSATION, Conversation, is_chat
 from megakd.data.chat.tokens import ChatEncoder
 from megakd.data.encoding import Encoded, encode_splits, encoded_key, mixed
 from megakd.data.special_tokens import special_tokens
 from megakd.data.splits import Splits, load_splits
-from megakd.data.tables import BadRows
 from megakd.data.token_tables import documents_of
 from megakd.data.tokenizers import VocabularyPair
 from megakd.engine.collectives import main_first, once_per_node

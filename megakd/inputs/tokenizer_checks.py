@@ -23,7 +23,7 @@ from megakd.data.chat.counts import SETS, ChatCounts, learned
 from megakd.data.chat.tokens import PROMPT_LENGTH
 from megakd.data.tokenizers import LOOKED_FOR, from_folder, has_tokenizer_files, rows_for
 from megakd.errors import ConfigError, DataError, TeacherError
-from megakd.models.label_order import listed
+from megakd.models.fitting import listed
 from megakd.models.source import ModelSource
 
 logger = logging.getLogger(__name__)

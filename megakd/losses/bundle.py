@@ -21,11 +21,11 @@ from megakd.contract.batch import (
     LossInputs,
     Predictions,
     Unit,
+    UnitCounter,
     add_parts,
 )
 from megakd.contract.stage import Pass, teacher_names
 from megakd.contract.tasks import Kernels
-from megakd.contract.unit_counts import UnitCounter
 from megakd.contract.views import Axes, View
 from megakd.losses.objective import WEIGHTED_LOSS, Objective, StageLosses
 from megakd.models.axes import WIDTH, weight_axes

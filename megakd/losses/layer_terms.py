@@ -24,11 +24,11 @@ from megakd.contract.batch import (
     Unit,
     first_positions,
 )
-from megakd.contract.layer_mapping import Pairs
 from megakd.contract.tasks import Kernels
 from megakd.contract.terms import (
     AttentionMse,
     HiddenCosine,
+    Pairs,
     Relation,
     RelationFsp,
     RelationKl,

@@ -14,8 +14,7 @@ from typing import cast
 import numpy as np
 from torch import Tensor, nn
 
-from megakd.contract.batch import Knowledge, LossInputs, Unit
-from megakd.contract.layer_mapping import check_heads, layer_pairs, relation_heads
+from megakd.contract.batch import COUNTERS, Knowledge, LossInputs, Unit, UnitCounter
 from megakd.contract.stage import Stage
 from megakd.contract.tasks import LANGUAGE_TASKS, TaskType
 from megakd.contract.terms import (
@@ -31,12 +30,14 @@ from megakd.contract.terms import (
     RelationKl,
     SoftTargetMse,
     TermConfig,
+    check_heads,
     compares,
     hard_terms,
+    layer_pairs,
     reads_states,
+    relation_heads,
     term_name,
 )
-from megakd.contract.unit_counts import COUNTERS, UnitCounter
 from megakd.contract.views import Shape
 from megakd.data.splits import Splits
 from megakd.errors import ConfigError, TeacherError, suggestion
@@ -47,7 +48,6 @@ from megakd.losses.layer_terms import (
     Projections,
     Relations,
 )
-from megakd.losses.plugin_losses import PluginLoss
 from megakd.losses.targets import (
     AGREEMENTS,
     Evaluated,
@@ -343,3 +343,44 @@ def _balanced(labels: Sequence[str], numbers: np.ndarray) -> dict[str, float]:
             f"and no training row has the label {', '.join(absent[:10])}; set the weights by label"
         )
     return dict(zip(labels, (counts.sum() / (len(labels) * counts)).tolist(), strict=True))
+
+
+class PluginLoss(TermGroup):
+    """A term whose sum over the unit is computed by another package.
+
+    The term may read the states of all `layers` of the student.
+    """
+
+    def __init__(self, term: PluginTerm, layers: int) -> None:
+        super().__init__()
+        self.term = term
+        self.units = {term.loss: term.unit}
+        self.needs = Needs()
+        if term.reads_hidden_states:
+            self.needs = self.needs.with_hidden(*range(layers + 1))
+
+    def forward(self, reading: LossInputs) -> Evaluated:
+        total = self.term.total(reading.student, reading.teacher, reading.batch)
+        if not isinstance(total, Tensor) or total.dim() != 0:
+            given = f"shape {tuple(total.shape)}" if isinstance(total, Tensor) else type(total)
+            raise ConfigError(
+                f"objective: {self.term.loss} returned {given}; total() must return the sum over "
+                f"{self.term.unit} as a tensor without dimensions"
+            )
+        return self.of_one_term(reading, total.float())
+
+
+def logits_of(knowledge: Knowledge) -> Tensor:
+    """Return [N, C] fp32 logits: of a classifier's rows, or of a language model's targets.
+
+    The logits of a language model are formed for this call, all N x vocabulary elements at once;
+    megakd's own losses compute them in parts.
+    """
+    if knowledge.logits is not None:
+        return knowledge.logits.float()
+    if knowledge.hidden is None or knowledge.head is None:
+        raise TypeError("the hidden states or the head, which form the logits, were not kept")
+    weight, bias = knowledge.head.read()
+    logits = (knowledge.hidden.to(weight.dtype) @ weight.T).float()  # [N, V]
+    logits = logits if bias is None else logits + bias.float()
+    return knowledge.head.warp(logits).flatten(0, -2)

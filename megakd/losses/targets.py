@@ -21,23 +21,21 @@ from torch.nn import functional
 import megakd_kernels
 from megakd.contract.batch import (
     IGNORE,
+    SOURCE_UNITS,
     Draws,
     Knowledge,
     LogitWarp,
     LossInputs,
+    Source,
     TopK,
     Unit,
-)
-from megakd.contract.terms import HardCrossEntropy, HardMse, SoftTarget, SoftTargetMse, term_name
-from megakd.contract.unit_counts import (
-    SOURCE_UNITS,
-    Source,
     UnitCounter,
     is_of,
     on_source,
     second_targets,
     source_counters,
 )
+from megakd.contract.terms import HardCrossEntropy, HardMse, SoftTarget, SoftTargetMse, term_name
 from megakd.models.knowledge import Needs
 
 DIVERGENCE = {

@@ -1,9 +1,10 @@
-"""Common parts of the methods with teacher assistants: options, views, losses, legs."""
+"""Common parts of the methods with teacher assistants: options, views, losses, legs, trade-off."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -11,7 +12,6 @@ from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
 from megakd.contract.lab import Lab, Model, SortedModel
-from megakd.contract.layer_mapping import layer_pairs
 from megakd.contract.options import MethodOptions
 from megakd.contract.stage import Constant, Pass, Stage
 from megakd.contract.tasks import TEACHER
@@ -24,9 +24,10 @@ from megakd.contract.terms import (
     RelationKl,
     TermConfig,
     Weight,
+    layer_pairs,
 )
 from megakd.contract.views import Allocation, Heads, Shape, View
-from megakd.errors import ConfigError
+from megakd.errors import ConfigError, TrainingError
 
 DEPTHS = 6
 """Hidden states are compared at the layers 0, L/6, 2L/6, …, L."""
@@ -219,3 +220,51 @@ def leg(lab: Lab, name: str, *, teacher: str, start: Model) -> Stage:
         objective=objective_of(lab),
         strategy=Constant((Pass(teacher=teacher),)),
     )
+
+
+# Computed correlations may be slightly above 1 because of rounding.
+_ABOVE_ONE = 1e-6
+
+
+def tradeoff(metric: float, sparsity: float, weight: float) -> float:
+    """Return the trade-off of a candidate: metric + lambda * sparsity.
+
+    The metric is from 0 (a correlation from -1) to 1, higher is better.
+    """
+    return metric + weight * sparsity
+
+
+def choose(scores: Mapping[float, float], *, weight: float, target: float) -> tuple[float, float]:
+    """Return the sparsity with the highest trade-off, at most the target, and that trade-off.
+
+    For equal trade-offs, the sparser candidate is chosen: it is smaller and as good, and in the
+    limit of a large lambda, the sparsest candidate is chosen.
+
+    Differs from the authors' code, which compares the metric of the target with the trade-offs of
+    the other candidates, each from its best evaluation. Here, all values are trade-offs of the same
+    evaluation.
+
+    Args:
+        scores: metric by sparsity.
+        weight: the lambda of the trade-off.
+        target: the sparsity at which the schedule ends.
+    """
+    for sparsity, metric in scores.items():
+        check_metric(metric, sparsity)
+    highest, best = max((tradeoff(metric, s, weight), s) for s, metric in scores.items())
+    return min(best, target), highest
+
+
+def check_metric(metric: float, sparsity: float) -> None:
+    """Check that a metric can be traded off against sparsity."""
+    if math.isnan(metric):
+        raise TrainingError(
+            f"the candidate of sparsity {sparsity:g} has no score (nan), so no candidate can be "
+            "chosen; lower train.learning_rate if training has diverged"
+        )
+    if abs(metric) > 1 + _ABOVE_ONE:
+        raise ConfigError(
+            f"the candidate of sparsity {sparsity:g} scores {metric:g}: the trade-off needs a "
+            "metric from 0 to 1 (a correlation from -1), where higher is better; perplexity and "
+            "loss are not supported: set method.metric, for example to accuracy"
+        )

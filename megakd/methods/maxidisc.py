@@ -15,8 +15,14 @@ from pydantic.dataclasses import dataclass
 from megakd.contract.lab import Lab, SortedModel
 from megakd.contract.stage import StageResult
 from megakd.contract.terms import STRICT
-from megakd.methods.assistants import AssistantOptions, leg, ranked_teacher, view_name, view_of
-from megakd.methods.tradeoff import tradeoff
+from megakd.methods.assistants import (
+    AssistantOptions,
+    leg,
+    ranked_teacher,
+    tradeoff,
+    view_name,
+    view_of,
+)
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

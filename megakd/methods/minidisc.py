@@ -21,20 +21,20 @@ from typing import Literal, NamedTuple
 from pydantic.dataclasses import dataclass
 
 from megakd.contract.lab import Lab, Model, SortedModel
-from megakd.contract.metric import Metric, MetricJudge
-from megakd.contract.results import CandidateReport
+from megakd.contract.results import CandidateReport, Metric, MetricJudge
 from megakd.contract.stage import Pass, Scores, Stage, StageResult, Strategy, Verdict
 from megakd.contract.terms import STRICT, Count
 from megakd.methods.assistants import (
     AssistantOptions,
+    choose,
     leg,
     objective_of,
     ranked_teacher,
+    tradeoff,
     view_name,
     view_of,
     views_of,
 )
-from megakd.methods.tradeoff import choose, tradeoff
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

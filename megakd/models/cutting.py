@@ -28,9 +28,8 @@ from megakd.models.architectures import (
     architecture_of,
 )
 from megakd.models.axes import check_view, cut_part, lengths, output_modules, weight_axes
-from megakd.models.fitting import Match, plan_loading, valueless_model
+from megakd.models.fitting import Match, label_order, plan_loading, set_labels, valueless_model
 from megakd.models.generation import generation_file
-from megakd.models.label_order import label_order, set_labels
 from megakd.models.layers import naming, renumbered, without_layers
 from megakd.models.lora import adapter_config, merged_state
 from megakd.models.model_folder import Extra, ModelContent, write_model_folder

@@ -31,8 +31,8 @@ from megakd.models.loading import with_vocabulary
 from megakd.models.source import ModelSource, ReadyTeacher
 from megakd.process.terminal import in_home
 from megakd.pruning.builder import Shapes, SortedTeacher, shape_of_cut, unscored
+from megakd.scoring.metrics import metric_named
 from megakd.scoring.scorer import FEW
-from megakd.scoring.scores import metric_named
 from megakd.training.assembly import learning_models
 from megakd.training.recipes import LabBase, baseline_stage, scoring_preset
 

@@ -23,8 +23,7 @@ from megakd.contract.stage import StageResult
 from megakd.contract.tasks import TEACHER, TaskType
 from megakd.contract.views import Allocation, Axes, View
 from megakd.data.loader import lengths_of_rows
-from megakd.engine.activity import doing
-from megakd.engine.collectives import gather, on_main
+from megakd.engine.collectives import doing, gather, on_main
 from megakd.engine.memory import forget_models, peak_memory_bytes, reset_peak_memory
 from megakd.errors import ModelError
 from megakd.inputs.precision import TORCH_DTYPE, scoring_dtype

@@ -24,12 +24,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from megakd.config.deepspeed import frozen_on, load_ds_config
-from megakd.contract.batch import Batch, LossInputs
-from megakd.contract.unit_counts import count_units
+from megakd.contract.batch import Batch, LossInputs, count_units
 from megakd.data.loader import global_batches
 from megakd.data.step_layout import StepShape
-from megakd.engine.activity import doing
-from megakd.engine.collectives import agree, all_reduce_
+from megakd.engine.collectives import agree, all_reduce_, doing
 from megakd.engine.initialize import Engine, frozen_engine
 from megakd.engine.memory import destroy, freed_memory_returned
 from megakd.engine.sharding import weights_let_go

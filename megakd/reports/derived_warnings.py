@@ -6,10 +6,9 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from megakd.contract.metric import lower_is_better
-from megakd.contract.results import Report
+from megakd.contract.results import Report, lower_is_better
 from megakd.contract.tasks import STUDENT, TEACHER
-from megakd.reports.history import curves_of
+from megakd.reports.html import curves_of
 from megakd.reports.table import is_number, score
 
 LEAST_ROWS = 5

@@ -1,20 +1,32 @@
 """report.html: the report of a run in one file, built only from report.json and metrics.jsonl.
 
-`templates/report.html.jinja` draws the page. The file loads no other files and has no scripts.
+`templates/report.html.jinja` is the page, with figures that matplotlib draws as SVG texts. The file
+loads no other files and has no scripts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import html
+import io
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from megakd.contract.results import Report
+from megakd.contract.tasks import STUDENT
 from megakd.errors import CheckpointError
-from megakd.reports import figures, table
-from megakd.reports.history import curves_of, read_history
+from megakd.reports import table
 from megakd.reports.report_file import read_report
+from megakd.reports.table import is_number, short_count
 from megakd.storage import atomic
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 MANY_LABELS = 200
 TEMPLATES = Path(__file__).parent / "templates"
@@ -54,11 +66,219 @@ def html_report(report: Report, history: Iterable[Mapping[str, Any]], *, config:
         report=report,
         models=table.model_rows(report),
         notes=table.notes(report),
-        sizes=figures.size_figure(report),
-        confusions=figures.confusion_figure(report),
-        candidates=figures.candidate_figure(report),
+        sizes=size_figure(report),
+        confusions=confusion_figure(report),
+        candidates=candidate_figure(report),
         tables=table.tables(report, most_labels=MANY_LABELS),
-        stages=figures.stage_figures(report, curves_of(history)),
+        stages=stage_figures(report, curves_of(history)),
         facts={key: value for key, value in report.items() if key.startswith(prefixes)},
         config=config,
     )
+
+
+logging.getLogger("matplotlib").setLevel(logging.ERROR)
+STAGES, PANELS, LINES, POINTS, LABELS = 12, 9, 12, 500, 40
+"""Most stages, numbers of a stage, lines, points of a line, and labels that are drawn."""
+OF_TRAINING = ("train/loss", "train/learning_rate")
+"""Numbers of the training that are drawn, beside those of evaluations and choices."""
+COLOURS = {"teachers": "#7b4fa6", "assistants": "#a85700", "baselines": "#66717d"}
+STUDENT_COLOUR, CHOSEN = "#1668ad", "#c4244f"
+Draw = Callable[["Axes"], None]
+
+
+def figure(label: str, drawings: Sequence[Draw], size: tuple[float, float] = (3.6, 2.6)) -> str:
+    """Return axes beside and below each other as one SVG text; `size` of one in inches.
+
+    Equal drawings and labels result in equal texts, no drawings in an empty one.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    if not drawings:
+        return ""
+    columns = min(3, len(drawings))
+    rows = -(-len(drawings) // columns)
+    # Text stays text, which a reader can search. The salt makes the ids of a page different.
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": label, "text.parse_math": False}
+    style |= {"font.size": 9, "axes.titlesize": 10, "legend.fontsize": 7, "legend.frameon": False}
+    style |= {"axes.spines.top": False, "axes.spines.right": False}
+    with rc_context(style):
+        page = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
+        for number, draw in enumerate(drawings, 1):
+            draw(page.add_subplot(rows, columns, number))
+        text = io.StringIO()
+        page.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    # Without the head of a file, its metadata, and ids that nothing refers to, such as "axes_1".
+    inner = text.getvalue().partition("<svg")[2]
+    inner = re.sub(r' id="[a-z0-9A-Z.]+_\d+"|<metadata>.*?</metadata>', "", inner, flags=re.DOTALL)
+    return f'<svg role="img" aria-label="{html.escape(label)}"{inner}'
+
+
+def stage_figures(report: Report, curves: Curves) -> dict[str, str]:
+    """Return the figure of each trained stage: its losses and its evaluations over the steps."""
+    names = [row["name"] for row in report["stages"] if row["name"] in curves]
+    drawn: dict[str, str] = {}
+    for stage in names[-STAGES:]:
+        panels: dict[str, dict[str, Points]] = {}
+        for key, points in curves[stage].items():
+            group, _, rest = key.partition("/")
+            view, _, name = rest.rpartition("/")
+            if len(points) > 1 and (group != "train" or key in OF_TRAINING):
+                panels.setdefault(f"{group}: {name}", {})[view] = points
+        shown = sorted(panels, key=lambda title: not title.startswith("train"))[:PANELS]
+        label = f"{stage}: losses and evaluations over the steps"
+        drawn[stage] = figure(label, [partial(_curves, title, panels[title]) for title in shown])
+    return {stage: text for stage, text in drawn.items() if text}
+
+
+def _curves(title: str, by_view: dict[str, Points], axes: Axes) -> None:
+    from matplotlib import colormaps
+
+    views = [*by_view][:LINES]
+    for number, view in enumerate(views):
+        steps, values = zip(*by_view[view][:: max(1, len(by_view[view]) // POINTS)], strict=True)
+        colour = colormaps["viridis"](number / len(views)) if len(views) > 1 else STUDENT_COLOUR
+        mark = "." if len(steps) <= 20 else ""
+        axes.plot(steps, values, color=colour, marker=mark, linewidth=1.2, label=view or "kept")
+    axes.set_title(title.replace("_", " "))
+    axes.set_xlabel("step")
+    if len(views) > 1:
+        axes.legend(ncols=2)
+
+
+def size_figure(report: Report) -> str:
+    """Return the main metric against sizes and times; empty without two models of a score."""
+    metric = report["metric_name"]
+    colours = {name: colour for kind, colour in COLOURS.items() for name in report[kind]}
+    measures = {"encoder_parameters": "parameters without embeddings"}
+    measures |= {f"ms_batch_{batch}": f"ms (batch {batch})" for batch in report["batches"]}
+
+    def draw(key: str, axes: Axes) -> None:
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+        axes.set_xscale("log")
+        for number, (name, x, y) in enumerate(places[key]):
+            axes.scatter([x], [y], color=colours.get(name, STUDENT_COLOUR), s=30)
+            # By turns above and below, because models of one size may have about one score.
+            axes.annotate(
+                name, (x, y), (0, 5 if number % 2 == 0 else -12),
+                textcoords="offset points", ha="center", fontsize=8,
+            )  # fmt: skip
+        axes.margins(x=0.3, y=0.25)
+        axes.set_xlabel(measures[key])
+        axes.set_ylabel(metric)
+        # 300k rather than a power of ten.
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=8))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value, ".3g")))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+
+    places = {
+        key: sorted(
+            (
+                (name, x, y)
+                for name in report["models"]
+                if is_number(x := report.get(f"{name}.{key}"))
+                and x > 0
+                and is_number(y := report.get(f"{name}.{metric}"))
+            ),
+            key=lambda place: -place[2],
+        )
+        for key in measures
+    }
+    drawings = [partial(draw, key) for key in measures if len(places[key]) > 1]
+    return figure(f"{metric} against sizes", drawings, (3.9, 3.0))
+
+
+def candidate_figure(report: Report) -> str:
+    """Return metric and trade-off of the candidates by iteration; empty without two candidates."""
+    rows = [row for row in report["candidates"] if is_number(row["metric"])]
+
+    def draw(key: str, title: str, axes: Axes) -> None:
+        for iteration in sorted({row["iteration"] for row in rows}):
+            mine = [row for row in rows if row["iteration"] == iteration and is_number(row[key])]
+            places = sorted((row["sparsity"], row[key]) for row in mine)
+            axes.plot(*zip(*places, strict=True), marker="o", label=f"iteration {iteration}")
+            chosen = [(row["sparsity"], row[key]) for row in mine if row["chosen"]]
+            axes.plot(
+                *zip(*chosen, strict=True),
+                marker="o",
+                color=CHOSEN,
+                markersize=9,
+                linestyle="",
+                fillstyle="none",
+            )
+        axes.set_xlabel("sparsity")
+        axes.set_title(title)
+        axes.legend()
+
+    if len(rows) < 2:
+        return ""
+    titles = {"metric": f"metric: {rows[0]['metric_name']}", "tradeoff": "trade-off"}
+    return figure("candidates", [partial(draw, *one) for one in titles.items()], (4.2, 2.8))
+
+
+def confusion_figure(report: Report) -> str:
+    """Return the student's confusion matrix; empty for other tasks or more than `LABELS` labels."""
+    labels = [one["label"] for one in report.get(f"{STUDENT}.per_class", ())]
+    pairs = report.get(f"{STUDENT}.confusion", ())
+    by_pair = {(one["label"], one["predicted"]): one["rows"] for one in pairs}
+    counts = [[by_pair.get((a, b), 0) for b in labels] for a in labels]
+    shares = [[count / max(1, sum(row)) for count in row] for row in counts]
+
+    def draw(axes: Axes) -> None:
+        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        names = [label if len(label) <= 24 else f"{label[:23]}…" for label in labels]
+        axes.set_xticks(range(len(labels)), names, rotation=45, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(len(labels)), names)
+        axes.set_xlabel("predicted")
+        axes.set_ylabel("label")
+        for row, values in enumerate(counts):
+            for column, count in enumerate(values):
+                if count and len(labels) <= LABELS // 2:
+                    colour = "white" if shares[row][column] > 0.5 else "black"
+                    axes.text(column, row, str(count), ha="center", va="center", color=colour)
+
+    side = max(3.2, 1.8 + 0.4 * len(labels))
+    return figure("confusions", [draw] if 0 < len(labels) <= LABELS else [], (side + 0.6, side))
+
+
+Points = list[tuple[int, float]]
+Curves = dict[str, dict[str, Points]]
+"""(step, value) with rising steps and finite values, by stage and key, such as `train/loss`."""
+LAST_STEP = 2**53
+"""A record with a larger step is damaged: an axis could not tell the step from the next."""
+
+
+def read_history(path: Path) -> Iterator[Mapping[str, Any]]:
+    """Yield the records of metrics.jsonl in order; none if the file does not exist.
+
+    Truncated lines of a killed run and damaged lines are skipped.
+    """
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            # An integer of too many digits and a structure that is too deep are damage, too.
+            with suppress(ValueError, RecursionError):
+                record = json.loads(line)
+                if isinstance(record, Mapping):
+                    yield cast("Mapping[str, Any]", record)
+
+
+def curves_of(history: Iterable[Mapping[str, Any]]) -> Curves:
+    """Return all curves, in the order of their first record.
+
+    If a step was logged twice, because the run was killed and resumed, the last value is used.
+    """
+    stages: dict[str, dict[str, dict[int, float]]] = {}
+    for record in history:
+        stage, step = record.get("stage"), record.get("step")
+        if not isinstance(stage, str) or not isinstance(step, int) or abs(step) > LAST_STEP:
+            continue
+        for key, value in record.items():
+            if "/" in key and is_number(value):
+                stages.setdefault(stage, {}).setdefault(key, {})[step] = float(value)
+    return {
+        stage: {key: sorted(values.items()) for key, values in curves.items()}
+        for stage, curves in stages.items()
+    }

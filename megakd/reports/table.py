@@ -10,8 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from megakd.contract.metric import lower_is_better
-from megakd.contract.results import Report
+from megakd.contract.results import Report, lower_is_better
 from megakd.contract.tasks import STUDENT, TEACHER, TEXT_METRIC, is_text_metric
 from megakd.process.terminal import aligned_rows
 

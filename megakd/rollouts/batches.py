@@ -24,8 +24,7 @@ from megakd.contract.completions import (
 from megakd.data.collation import Collator
 from megakd.data.loader import RowOrder, StepLoader
 from megakd.data.step_layout import StepLayout, collate_step
-from megakd.engine.activity import doing
-from megakd.engine.collectives import gather, on_main
+from megakd.engine.collectives import doing, gather, on_main
 from megakd.rollouts.prompts import Prompts, columns_of
 from megakd.rollouts.store import RolloutStore
 

@@ -17,11 +17,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from megakd.config.file import config_tree
 from megakd.config.run import RunConfig, SaveConfig
 from megakd.engine import distributed
-from megakd.engine.activity import doing
-from megakd.engine.collectives import gather, node_name, on_main, reports_lost_peer
-from megakd.engine.distributed import Ranks
+from megakd.engine.collectives import doing, gather, node_name, on_main, reports_lost_peer
+from megakd.engine.distributed import Ranks, check_nodes
 from megakd.engine.memory import earlier_objects_left_alone, keep_freed_memory
-from megakd.engine.nodes import check_nodes
 from megakd.errors import CheckpointError, ConfigError, first_line
 from megakd.inputs.inputs import RunInputs, prepare
 from megakd.inputs.precision import check_device

@@ -18,7 +18,7 @@ from typing import Any
 from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 
-from megakd.config.checks.path_rules import places
+from megakd.config.checks.task_rules import places
 from megakd.config.file import config_tree, dump_config
 from megakd.config.run import RunConfig
 from megakd.contract.plugins import code_of, is_metric, metric_of

@@ -13,19 +13,17 @@ from typing import TYPE_CHECKING, TypeVar
 from megakd.config.train import total_steps
 from megakd.contract.batch import ROUTE, teacher_number
 from megakd.contract.lab import Pruning
-from megakd.contract.metric import Metric
-from megakd.contract.results import Assistant
+from megakd.contract.results import Assistant, Metric
 from megakd.contract.stage import Stage, StageResult
 from megakd.data.arrow import column_of
 from megakd.data.loader import rows_with_targets
-from megakd.engine.activity import doing
-from megakd.engine.collectives import main_first, on_main
+from megakd.engine.collectives import doing, main_first, on_main
 from megakd.engine.distributed import Ranks
 from megakd.inputs.inputs import RunInputs
 from megakd.models.loading import resolve_model
 from megakd.models.source import ModelSource
 from megakd.run.teacher_pool import Measured, TeacherPool, measure
-from megakd.scoring.scores import metric_named
+from megakd.scoring.metrics import metric_named
 from megakd.training.assembly import Assembly
 from megakd.training.probe import StageProbe
 from megakd.training.progress import Reporter

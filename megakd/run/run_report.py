@@ -16,8 +16,7 @@ from megakd.contract.stage import StageResult
 from megakd.contract.tasks import STUDENT, TEACHER
 from megakd.data.choosing import is_labelled
 from megakd.data.loader import lengths_of_rows
-from megakd.engine.activity import doing
-from megakd.engine.collectives import on_main
+from megakd.engine.collectives import doing, on_main
 from megakd.engine.memory import forget_models, free_memory_bytes
 from megakd.errors import ModelError
 from megakd.inputs.inputs import vocabulary_report
@@ -29,7 +28,7 @@ from megakd.models.model_folder import weight_bytes
 from megakd.models.onnx import MODEL, write_onnx
 from megakd.process.phases import phase, seconds
 from megakd.reports.derived_warnings import derived_warnings
-from megakd.reports.history import read_history
+from megakd.reports.html import read_history
 from megakd.reports.report_file import GRAPH, environment
 from megakd.reports.table import OF_STAGE
 from megakd.run.run_lab import RunLab

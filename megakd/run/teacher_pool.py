@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from megakd.contract.results import ModelReport
 from megakd.contract.tasks import AUTO
-from megakd.engine.activity import doing
+from megakd.engine.collectives import doing
 from megakd.engine.memory import forget_models, left_out_of_peak, reset_peak_memory
 from megakd.inputs.step_size import joins_micro_batches
 from megakd.models.axes import named_shapes, parameter_counts
@@ -215,4 +215,3 @@ def set_metrics(assembly: Assembly, loaded: FrozenTeacher) -> dict[str, dict[str
     """Return the metrics of a loaded model, with its tokenizer in `own`, by set; a collective."""
     sets = assembly.prepared.encoded.evaluation_sets
     return {name: assembly.scorer().score(loaded.predict, rows) for name, rows in sets.items()}
-

@@ -10,8 +10,7 @@ import torch
 from datasets import Dataset
 
 from megakd.contract.batch import IGNORE, Batch, Predictions
-from megakd.contract.metric import WHOLE
-from megakd.contract.results import ClassifierReport
+from megakd.contract.results import WHOLE, ClassifierReport
 from megakd.contract.tasks import TaskType
 from megakd.data.collation import Collator
 from megakd.data.loader import evaluation_batches
@@ -19,8 +18,7 @@ from megakd.data.masking import Masking
 from megakd.engine.collectives import all_reduce_, gather, on_main
 from megakd.engine.distributed import Ranks
 from megakd.engine.student import device_batch
-from megakd.scoring.metrics import TaskMetrics, summed_loss
-from megakd.scoring.scores import language_model_metrics
+from megakd.scoring.metrics import TaskMetrics, language_model_metrics, summed_loss
 
 Predict = Callable[[Batch], Predictions]
 PredictViews = Callable[[Batch], Mapping[str, Predictions]]

@@ -29,8 +29,8 @@ from megakd.inputs.inputs import RunInputs
 from megakd.models.cutting import content_of
 from megakd.models.lora import adapter_files
 from megakd.models.model_folder import ModelContent, fill_serving_folder
-from megakd.rollouts.generators import text_tokens
 from megakd.rollouts.prompts import Prompts, prompts_of
+from megakd.rollouts.store import text_tokens
 from megakd.servers.agreement import (
     Wanted,
     check_agreement,

@@ -31,7 +31,8 @@ from megakd.engine.collectives import gather, on_main, together
 from megakd.engine.distributed import Ranks
 from megakd.errors import TeacherError
 from megakd.storage import atomic
-from megakd.storage.checksums import (
+from megakd.storage.fingerprint import Fingerprint, differences
+from megakd.storage.folders import (
     Entries,
     damage_of,
     entries_of,
@@ -39,7 +40,6 @@ from megakd.storage.checksums import (
     read_signed,
     write_signed,
 )
-from megakd.storage.fingerprint import Fingerprint, differences
 
 if TYPE_CHECKING:
     from megakd.teachers.frozen import FrozenTeacher

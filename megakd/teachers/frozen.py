@@ -14,8 +14,8 @@ from megakd.contract.tasks import Dtype, Kernels
 from megakd.engine.initialize import frozen_engine
 from megakd.engine.memory import destroy
 from megakd.engine.sharding import Prefetch
+from megakd.models.generation import TokenCounts, drawn, most_likely
 from megakd.models.knowledge import Needs, language_model_head, predict, read_knowledge
-from megakd.models.next_tokens import TokenCounts, drawn, most_likely
 
 
 class FrozenModel(nn.Module):
@@ -122,7 +122,7 @@ class FrozenTeacher:
 
     @torch.no_grad()
     def draw(self, batch: Batch, numbers: torch.Tensor) -> TokenCounts:
-        """Return draws of next tokens of a language model, see `next_tokens.drawn`."""
+        """Return draws of next tokens of a language model, see `generation.drawn`."""
         return self._engine(batch, numbers=numbers)
 
     @property

@@ -23,8 +23,7 @@ from megakd.data.collation import Collator
 from megakd.data.encoding import tokens_key
 from megakd.data.masking import task_masking
 from megakd.data.tokenizers import characters_of_tokens
-from megakd.engine.activity import doing
-from megakd.engine.collectives import on_main
+from megakd.engine.collectives import doing, on_main
 from megakd.engine.distributed import Ranks
 from megakd.engine.initialize import training_engine
 from megakd.engine.memory import forget_models, freed_memory_returned
@@ -42,8 +41,8 @@ from megakd.inputs.precision import (
 from megakd.inputs.run_data import MethodRows
 from megakd.losses.bundle import StudentBundle, build_bundle
 from megakd.losses.objective import StageLosses, learners_of, stage_losses, with_class_weights
+from megakd.models.fitting import label_order
 from megakd.models.knowledge import Needs
-from megakd.models.label_order import label_order
 from megakd.models.loading import check_finite, load_model
 from megakd.models.lora import add_adapters
 from megakd.models.packed_attention import set_attention

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from megakd.contract.stage import Scores, Verdict
 from megakd.engine.collectives import on_main
 from megakd.errors import CheckpointError
-from megakd.scoring.scores import Evaluation
+from megakd.scoring.metrics import Evaluation
 from megakd.storage.folders import damage
 from megakd.training.checkpoint import PARTIAL, steps_in
 

@@ -33,8 +33,14 @@ from megakd.engine.memory import free_memory_bytes
 from megakd.errors import CheckpointError, MegakdError
 from megakd.process.seeding import random_state, set_random_state
 from megakd.storage.atomic import full_disk_reason
-from megakd.storage.checksums import Entries, damage_of, files_of, write_files
-from megakd.storage.folders import entries, write_manifest
+from megakd.storage.folders import (
+    Entries,
+    damage_of,
+    entries,
+    files_of,
+    write_files,
+    write_manifest,
+)
 from megakd.training.stage_folder import Length, is_longer
 
 logger = logging.getLogger(__name__)

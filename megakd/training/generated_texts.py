@@ -15,9 +15,8 @@ from megakd.data.loader import RowOrder, StepLoader
 from megakd.engine.collectives import on_main
 from megakd.engine.student import StudentEngine
 from megakd.rollouts.batches import RolloutSource, StepRows
-from megakd.rollouts.generators import LocalGenerator, text_tokens
 from megakd.rollouts.prompts import prompts_of
-from megakd.rollouts.store import RolloutStore
+from megakd.rollouts.store import LocalGenerator, RolloutStore, text_tokens
 from megakd.rollouts.text_evaluation import TextEvaluation
 from megakd.servers.connect import server_generator
 from megakd.teachers.frozen import FrozenTeacher

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from megakd.contract.batch import SOURCE_UNITS
 from megakd.contract.stage import Stage, StepReport
-from megakd.contract.unit_counts import SOURCE_UNITS
 from megakd.engine.collectives import all_reduce_
 from megakd.engine.distributed import Ranks
 from megakd.engine.memory import device_name, peak_memory_bytes

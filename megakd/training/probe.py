@@ -12,8 +12,7 @@ from megakd.engine.collectives import on_main
 from megakd.engine.student import StudentEngine
 from megakd.errors import CheckpointError
 from megakd.scoring.scorer import Scorer
-from megakd.storage.checksums import Entries, write_files
-from megakd.storage.folders import damage, write_manifest
+from megakd.storage.folders import Entries, damage, write_files, write_manifest
 from megakd.training.checkpoint import entries_of_ranks
 
 BEGINNING = "beginning"

@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 
-from megakd.contract.batch import Batch, Predictions
-from megakd.contract.metric import WHOLE, MetricJudge
+from megakd.contract.batch import SOURCE_UNITS, Batch, Predictions, count_units
+from megakd.contract.results import WHOLE, MetricJudge
 from megakd.contract.stage import Pass
-from megakd.contract.unit_counts import SOURCE_UNITS, count_units
 from megakd.engine.collectives import all_reduce_
 from megakd.losses.bundle import StudentBundle
-from megakd.scoring.scores import Evaluation
+from megakd.scoring.metrics import Evaluation
 from megakd.training.best_checkpoint import BestCheckpoints, ReturnedWeights
 from megakd.training.checkpoint import CheckpointState
 from megakd.training.stage_extra import StageExtra

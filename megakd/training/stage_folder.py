@@ -43,7 +43,7 @@ from megakd.models.model_folder import (
 )
 from megakd.models.weights import WeightReader, check_weight_files
 from megakd.process.seeding import random_state, set_random_state
-from megakd.scoring.scores import numbers
+from megakd.scoring.metrics import numbers
 from megakd.storage import atomic
 from megakd.storage.fingerprint import differences
 from megakd.storage.folders import (

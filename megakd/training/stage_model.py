@@ -16,7 +16,7 @@ from megakd.losses.bundle import StudentBundle
 from megakd.models.cutting import content_of
 from megakd.models.generation import generation_file
 from megakd.models.lora import adapter_config, adapter_files, load_adapters
-from megakd.scoring.scores import Evaluation
+from megakd.scoring.metrics import Evaluation
 from megakd.storage.folders import copy_finished, write_finished
 from megakd.training.assembly import Assembly
 from megakd.training.best_checkpoint import ReturnedWeights

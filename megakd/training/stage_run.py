@@ -13,12 +13,10 @@ import torch
 from torch import Tensor
 
 from megakd.config.train import learning_rate_schedule, total_steps
-from megakd.contract.batch import Batch, Counts
+from megakd.contract.batch import Batch, Counts, count_units
 from megakd.contract.stage import Stage, StageResult, StepReport, Teacher
 from megakd.contract.tasks import LANGUAGE_TASKS, STUDENT
-from megakd.contract.unit_counts import count_units
-from megakd.engine.activity import doing
-from megakd.engine.collectives import all_reduce_, gather, on_main
+from megakd.engine.collectives import all_reduce_, doing, gather, on_main
 from megakd.engine.memory import peak_memory_bytes
 from megakd.engine.student import device_batch
 from megakd.process import signals

@@ -9,7 +9,7 @@ import pytest
 
 from megakd.config.schema import variants
 from megakd.contract import lab as contract
-from megakd.contract.metric import lower_is_better
+from megakd.contract.results import lower_is_better
 from megakd.contract.stage import Pass, backward_groups
 from megakd.contract.terms import TermConfig
 from megakd.errors import MegakdError

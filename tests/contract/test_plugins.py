@@ -16,11 +16,10 @@ from megakd import cli
 from megakd.config.file import config_of, config_tree, dump_config, load_config
 from megakd.contract import plugins
 from megakd.contract.batch import Batch, Knowledge, LogitWarp, LossInputs
-from megakd.contract.metric import lower_is_better
+from megakd.contract.results import lower_is_better
 from megakd.contract.views import Shape
 from megakd.errors import ConfigError
-from megakd.losses.objective import build_objective, teacher_needs
-from megakd.losses.plugin_losses import PluginLoss, logits_of
+from megakd.losses.objective import PluginLoss, build_objective, logits_of, teacher_needs
 from megakd.scoring.metrics import task_metrics
 
 CONFIG = {

@@ -9,7 +9,17 @@ import pytest
 import torch
 from unit_counts import counts_of, numbers
 
-from megakd.contract.batch import IGNORE, Batch, Extras, Knowledge, LossInputs
+from megakd.contract.batch import (
+    IGNORE,
+    Batch,
+    Extras,
+    Knowledge,
+    LossInputs,
+    count_units,
+    on_source,
+    source_counters,
+    without_source,
+)
 from megakd.contract.stage import Pass
 from megakd.contract.terms import (
     HardCrossEntropy,
@@ -18,12 +28,6 @@ from megakd.contract.terms import (
     SoftTargetKl,
     source_of,
     term_name,
-)
-from megakd.contract.unit_counts import (
-    count_units,
-    on_source,
-    source_counters,
-    without_source,
 )
 from megakd.contract.views import Shape
 from megakd.losses.bundle import StudentBundle, unit_scales

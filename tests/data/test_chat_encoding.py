@@ -14,12 +14,12 @@ from tiny_runs import write_jsonl
 
 from megakd.config.task import TaskConfig
 from megakd.data import encoding
+from megakd.data.arrow import BadRows
 from megakd.data.chat import tokens
 from megakd.data.chat.counts import ChatCounts, learned_ends
 from megakd.data.chat.tokens import ChatEncoder
 from megakd.data.encoding import Encoded, encode_splits
 from megakd.data.splits import Splits, load_splits
-from megakd.data.tables import BadRows
 from megakd.data.token_tables import plain_encoding
 from megakd.data.tokenizers import load_tokenizer, training_texts
 from megakd.errors import DataError

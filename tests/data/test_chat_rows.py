@@ -19,7 +19,7 @@ from megakd.config.task import MixtureSource, TaskConfig
 from megakd.data.chat.conversations import CONVERSATION, Conversation, is_chat
 from megakd.data.choosing import text_hash
 from megakd.data.files import files_table
-from megakd.data.kinds import RowKind, is_blank
+from megakd.data.labels import RowKind, is_blank
 from megakd.errors import DataError
 
 HELLO = asked("Hi", "Hello")

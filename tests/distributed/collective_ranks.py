@@ -12,8 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megakd.engine import distributed
-from megakd.engine.activity import doing
-from megakd.engine.collectives import agree, all_reduce_, gather, on_main, reports_lost_peer
+from megakd.engine.collectives import agree, all_reduce_, doing, gather, on_main, reports_lost_peer
 from megakd.errors import CollectiveTimeoutError, PeerLostError
 
 LIMIT_S = 2.0

@@ -18,7 +18,7 @@ from megakd.contract.stage import Constant, Pass, Stage
 from megakd.engine.memory import forget_models
 from megakd.models.architectures import architecture_of
 from megakd.run import teacher_pool
-from megakd.storage.checksums import write_files
+from megakd.storage.folders import write_files
 
 
 def two_engines(config_path: str, folder: str) -> dict:

@@ -12,7 +12,7 @@ from cases import lab_of
 from equal_runs import ZERO3, write_llama
 from tiny_runs import run_in
 
-from megakd.contract.metric import WHOLE, Metric, MetricJudge
+from megakd.contract.results import WHOLE, Metric, MetricJudge
 from megakd.contract.stage import Pass, Stage
 from megakd.contract.views import View
 from megakd.methods.minidisc import Sandwich

@@ -15,7 +15,7 @@ from megakd.engine import collectives, distributed
 from megakd.engine.sharding import gathered_state, is_sharded, whole_model
 from megakd.errors import MegakdError
 from megakd.models import generation
-from megakd.rollouts.generators import LocalGenerator
+from megakd.rollouts.store import LocalGenerator
 
 PROMPTS = [[5, 6, 7], [8], [12, 3, 14, 5, 6], [9, 9], [60, 50, 40, 30]]
 SAMPLING = Sampling(10)

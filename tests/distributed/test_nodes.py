@@ -15,7 +15,7 @@ from cases import elements, local, started, summed
 from deepspeed.runtime.zero import partition_parameters
 from equal_runs import ZERO3, difference, write_pair
 
-from megakd.engine import nodes
+from megakd.engine import distributed
 from megakd.engine.memory import forget_models
 from megakd.engine.sharding import gathered_state
 
@@ -47,7 +47,8 @@ def taught(config_path: str, overrides: list[str], count: int) -> dict:
 def claimed_nodes(count: int) -> Iterator[None]:
     """Equally many ranks on each of `count` nodes of this host, as its launchers would say."""
     node = dist.get_rank() * count // dist.get_world_size()
-    with patch.dict(os.environ, {"CROSS_RANK": str(node)}), patch.dict(nodes._GROUPS, clear=True):
+    launched = patch.dict(os.environ, {"CROSS_RANK": str(node)})
+    with launched, patch.dict(distributed._NODE_GROUPS, clear=True):
         yield
 
 

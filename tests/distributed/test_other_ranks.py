@@ -14,7 +14,7 @@ from equal_runs import CLASSIFICATION, LANGUAGE, ZERO3, difference
 from safetensors.torch import load_file
 
 from megakd.engine.sharding import gathered_state
-from megakd.storage.checksums import write_files
+from megakd.storage.folders import write_files
 
 ZERO2_OFFLOADED = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
 ZERO3_OFFLOADED = {

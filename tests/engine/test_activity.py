@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from megakd.engine.activity import doing
+from megakd.engine.collectives import doing
 
 
 def test_an_activity_is_one_line_of_the_log_and_what_is_part_of_it_none(caplog):

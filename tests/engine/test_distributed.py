@@ -8,7 +8,7 @@ from datetime import timedelta
 import psutil
 import pytest
 
-from megakd.engine import distributed, nodes
+from megakd.engine import distributed
 from megakd.engine.collectives import backend_for, node_name, reports_lost_peer
 from megakd.engine.distributed import remove_dead_locks
 from megakd.errors import CollectiveTimeoutError, ConfigError, MegakdError, PeerLostError
@@ -227,14 +227,14 @@ def test_a_rank_of_several_gpus_is_bound_to_its_own(monkeypatch, device, world, 
 
 
 def test_ranks_are_told_apart_by_the_names_of_their_nodes_in_any_order():
-    assert nodes.ranks_by_node(["a", "a", "b", "b"]) == [[0, 1], [2, 3]]
-    assert nodes.ranks_by_node(["a", "b", "a", "b"]) == [[0, 2], [1, 3]]
-    assert nodes.ranks_by_node(["a"]) == [[0]]
+    assert distributed.ranks_by_node(["a", "a", "b", "b"]) == [[0, 1], [2, 3]]
+    assert distributed.ranks_by_node(["a", "b", "a", "b"]) == [[0, 2], [1, 3]]
+    assert distributed.ranks_by_node(["a"]) == [[0]]
 
 
 def test_nodes_with_different_numbers_of_ranks_are_refused_with_both_numbers():
     with pytest.raises(ConfigError, match="on every node: a has 2, b has 1; start as many ranks"):
-        nodes.ranks_by_node(["a", "b", "a"])
+        distributed.ranks_by_node(["a", "b", "a"])
 
 
 @pytest.mark.parametrize("variable", ["CROSS_RANK", "GROUP_RANK", "SLURM_NODEID"])

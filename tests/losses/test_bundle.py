@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import megakd_kernels
-from megakd.contract.batch import IGNORE, Batch, Knowledge, Losses, Predictions
+from megakd.contract.batch import IGNORE, Batch, Knowledge, Losses, Predictions, count_units
 from megakd.contract.stage import Pass
 from megakd.contract.tasks import Kernels
-from megakd.contract.unit_counts import count_units
 from megakd.contract.views import Shape, View
 from megakd.losses.bundle import StudentBundle
 from megakd.losses.objective import build_objective

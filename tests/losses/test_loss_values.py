@@ -16,9 +16,15 @@ from loss_terms import term_of
 from torch import Tensor
 from unit_counts import counts_of
 
-from megakd.contract.batch import IGNORE, AttentionVectors, Batch, Knowledge, LossInputs
+from megakd.contract.batch import (
+    IGNORE,
+    AttentionVectors,
+    Batch,
+    Knowledge,
+    LossInputs,
+    count_units,
+)
 from megakd.contract.terms import TermConfig
-from megakd.contract.unit_counts import count_units
 from megakd.contract.views import Shape
 from megakd.losses import layer_terms
 from megakd.losses.bundle import unit_scales

@@ -8,9 +8,9 @@ import pytest
 
 from megakd.contract.tasks import METRICS
 from megakd.errors import ConfigError, TrainingError
+from megakd.methods.assistants import choose, tradeoff
 from megakd.methods.minidisc import Sandwich, TradeoffJudge
-from megakd.methods.tradeoff import choose, tradeoff
-from megakd.scoring.scores import headline, metric_named
+from megakd.scoring.metrics import headline, metric_named
 
 LAMBDA = 0.2
 READ = 0.0025  # what the authors' figure can be read to

@@ -9,21 +9,19 @@ from tiny_cuts import written
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from megakd.contract.batch import IGNORE, Batch
+from megakd.contract.batch import IGNORE, Batch, count_units
 from megakd.contract.stage import Pass
-from megakd.contract.unit_counts import count_units
 from megakd.contract.views import Shape
 from megakd.errors import ModelError
 from megakd.losses.bundle import StudentBundle
-from megakd.losses.objective import build_objective, shape_of, teacher_needs
-from megakd.losses.plugin_losses import logits_of
+from megakd.losses.objective import build_objective, logits_of, shape_of, teacher_needs
 from megakd.models.architectures import FAMILIES, architecture_of
 from megakd.models.cutting import cut_config
 from megakd.models.elastic import Elastic
+from megakd.models.generation import most_likely
 from megakd.models.knowledge import Needs, language_model_head, predict, read_knowledge
 from megakd.models.layers import with_layers
 from megakd.models.loading import check_model
-from megakd.models.next_tokens import most_likely
 from megakd.teachers.frozen import FrozenModel
 
 TERMS = (

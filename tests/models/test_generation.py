@@ -44,7 +44,7 @@ from megakd.models.generation import (
     sampling_processors,
 )
 from megakd.models.packed_attention import VARLEN, register_packed_attention
-from megakd.rollouts.generators import text_tokens
+from megakd.rollouts.store import text_tokens
 
 PROMPTS = [[5, 6, 7], [8], [1, 2, 3, 4, 5, 6, 1], [9, 9, 9], [60, 50, 40, 30]]
 SEEDS = [11, 12, 13, 2**63 + 1, -14]

@@ -2,7 +2,7 @@ import pytest
 from transformers import BertConfig
 
 from megakd.errors import ModelError
-from megakd.models.label_order import label_order, labels_agree, set_labels
+from megakd.models.fitting import label_order, labels_agree, set_labels
 
 
 def named(*names):

@@ -16,8 +16,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_
 
 from megakd.errors import ModelError
 from megakd.models.fitting import valueless_model, with_joint_experts
-from megakd.models.fresh import initialize_parameters
-from megakd.models.loading import load_finished, with_vocabulary
+from megakd.models.loading import initialize_parameters, load_finished, with_vocabulary
 from megakd.models.weights import StoredExperts, StoredTensor, WeightReader
 from megakd.planning.tracing import send_tokens_to_one_expert
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from megakd.contract.batch import MOST_DRAWS, Batch
-from megakd.models import next_tokens
-from megakd.models.next_tokens import count_draws, draw, drawn, most_likely
+from megakd.models import generation
+from megakd.models.generation import count_draws, draw, drawn, most_likely
 
 ALMOST_ONE = 1 - 2.0**-53
 
@@ -94,7 +94,7 @@ def test_a_count_of_all_draws_fits():
 @pytest.mark.parametrize("at_once", [1, tiny_cuts.VOCABULARY * 4, 1 << 24])
 def test_blocks_of_positions_change_neither_tokens_nor_draws(model, batch, monkeypatch, at_once):
     numbers = random_numbers(3, 5, 6)
-    monkeypatch.setitem(next_tokens.LOGITS_AT_ONCE, "cpu", at_once)
+    monkeypatch.setitem(generation.LOGITS_AT_ONCE, "cpu", at_once)
     logits = model(**batch.inputs).logits.detach()
     expected = count_draws(draw(logits.flatten(0, 1), numbers.flatten(0, 1)))
     best = logits.log_softmax(-1).topk(4)

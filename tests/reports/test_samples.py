@@ -12,7 +12,7 @@ from megakd.config.task import TaskConfig
 from megakd.contract.batch import Batch, TopK
 from megakd.contract.tasks import TaskType
 from megakd.data.token_tables import pack
-from megakd.models.next_tokens import most_likely
+from megakd.models.generation import most_likely
 from megakd.reports.samples import NEW_TOKENS, PROMPTS, Prompts, held_out_prompts
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megakd.errors import CheckpointError, ModelError
-from megakd.storage import checksums
+from megakd.storage import folders
 from megakd.storage.folders import (
     CARD,
     CHECKSUMS,
@@ -112,9 +112,9 @@ def test_a_file_is_read_once_in_a_process_until_it_is_written_again(finished, mo
         read.append(path.name)
         return real(path)
 
-    real = checksums.sha256_of
-    monkeypatch.setattr(checksums, "sha256_of", reading)
-    monkeypatch.setattr(checksums, "_SETTLED_NS", 0)
+    real = folders.sha256_of
+    monkeypatch.setattr(folders, "sha256_of", reading)
+    monkeypatch.setattr(folders, "_SETTLED_NS", 0)
     copy = shutil.copytree(finished, finished.with_name("copy"))
     for _ in range(3):
         open_finished(copy, remedy=REMEDY)

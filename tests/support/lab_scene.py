@@ -22,8 +22,7 @@ from megakd.inputs.inputs import RunInputs
 from megakd.methods.single import SingleConfig
 from megakd.models.loading import resolve_model
 from megakd.run.run_lab import RunLab
-from megakd.scoring.metrics import TaskMetrics
-from megakd.scoring.scores import headline
+from megakd.scoring.metrics import TaskMetrics, headline
 
 SIZE = {
     "vocab_size": 20,

@@ -17,9 +17,9 @@ from megakd.contract.batch import (
     Knowledge,
     LogitWarp,
     LossInputs,
+    count_units,
 )
 from megakd.contract.terms import HardCrossEntropy, HardMse, source_of
-from megakd.contract.unit_counts import count_units
 from megakd.contract.views import Heads, Shape
 from megakd.losses.bundle import unit_scales
 from megakd.losses.objective import build_objective

@@ -16,9 +16,9 @@ from megakd.contract.batch import (
     Knowledge,
     LossInputs,
     TopK,
+    count_units,
 )
 from megakd.contract.terms import compares
-from megakd.contract.unit_counts import count_units
 from megakd.contract.views import Shape
 from megakd.losses.bundle import unit_scales
 from megakd.losses.objective import Objective, build_objective

@@ -11,7 +11,7 @@ import pytest
 
 from megakd.contract.stage import Verdict
 from megakd.errors import CheckpointError, MegakdError
-from megakd.scoring.scores import Evaluation
+from megakd.scoring.metrics import Evaluation
 from megakd.storage.folders import CHECKSUMS, write_finished
 from megakd.training.best_checkpoint import BestCheckpoints
 

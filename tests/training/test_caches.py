@@ -14,8 +14,8 @@ from megakd.config.models import ScratchModel, TeacherConfig
 from megakd.contract.batch import Batch, TopK
 from megakd.errors import ConfigError, TeacherError
 from megakd.inputs.inputs import check_caches
+from megakd.models.generation import TokenCounts, count_draws, draw
 from megakd.models.loading import resolve_model
-from megakd.models.next_tokens import TokenCounts, count_draws, draw
 from megakd.training.answer_cache import ask_tokens, bytes_per_token, whole_answers
 
 LENGTH, VOCABULARY = 6, 40

@@ -19,15 +19,20 @@ from whole_run import finish_in, read, records
 
 from megakd.config.run import EvalConfig
 from megakd.contract.batch import IGNORE, Batch, Predictions
-from megakd.contract.metric import WHOLE, MetricJudge
+from megakd.contract.results import WHOLE, MetricJudge
 from megakd.contract.stage import Pass, Verdict
 from megakd.contract.tasks import METRICS
 from megakd.contract.terms import HardCrossEntropy
 from megakd.engine.distributed import Ranks
 from megakd.errors import ConfigError, DataError, TrainingError
-from megakd.scoring.metrics import TaskMetrics, task_metrics
+from megakd.scoring.metrics import (
+    Evaluation,
+    TaskMetrics,
+    headline,
+    language_model_metrics,
+    task_metrics,
+)
 from megakd.scoring.scorer import Scorer, few
-from megakd.scoring.scores import Evaluation, headline, language_model_metrics
 from megakd.storage.atomic import json_text
 from megakd.training.stage_evaluation import HeldOutLosses
 

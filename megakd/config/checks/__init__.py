@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from megakd.config.checks.model_rules import model_problems
-from megakd.config.checks.objective_rules import objective_problems
-from megakd.config.checks.path_rules import address_problems
-from megakd.config.checks.rollout_rules import rollout_problems
-from megakd.config.checks.task_rules import task_problems
-from megakd.config.checks.train_rules import training_problems
+from megakd.config.checks.task_rules import address_problems, task_problems
+from megakd.config.checks.train_rules import objective_problems, rollout_problems, training_problems
 from megakd.config.run import RunConfig
 
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, cast
 from datasets import Dataset
 
 from megakd.config.task import TaskConfig
-from megakd.data.tables import Record, Table, document_of, require, text_of
+from megakd.data.arrow import Record, Table, document_of, require, text_of
 from megakd.errors import DataError
 
 CONVERSATION = "conversation"

@@ -22,12 +22,11 @@ from transformers import PreTrainedTokenizerBase
 
 from megakd.config.task import TaskConfig
 from megakd.contract.batch import IGNORE, ROUTE
-from megakd.data.arrow import PLACE
+from megakd.data.arrow import PLACE, BadRows
 from megakd.data.chat.conversations import CONVERSATION, SOURCE, Conversation
 from megakd.data.chat.counts import ChatCounts, CountsByName
 from megakd.data.chat.template import ChatTemplate, Rendered, without_reasoning
 from megakd.data.special_tokens import special_tokens
-from megakd.data.tables import BadRows
 from megakd.data.token_tables import document_ends, numbers_of, plain_encoding
 from megakd.errors import DataError
 from megakd.process.workers import in_processes, processes_for

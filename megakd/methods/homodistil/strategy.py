@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megakd.contract.metric import WHOLE, Metric
-from megakd.contract.results import PruningReport
+from megakd.contract.results import WHOLE, Metric, PruningReport
 from megakd.contract.stage import Pass, Scores, StepReport, Strategy, Verdict, Window
 from megakd.contract.views import Axis, Columns, Cut, Kind, Maker, UnitOrder, View
 from megakd.engine.collectives import agree, all_reduce_

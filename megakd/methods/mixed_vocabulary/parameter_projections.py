@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from megakd.contract.batch import Batch, LossInputs, Unit
-from megakd.contract.unit_counts import UnitCounter
+from megakd.contract.batch import Batch, LossInputs, Unit, UnitCounter
 from megakd.engine.sharding import full_shape
 from megakd.errors import TeacherError
 from megakd.losses.targets import Evaluated, TermGroup
