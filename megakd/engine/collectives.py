@@ -2,8 +2,8 @@
 
 Tensors go through the default process group, with the limit of `train.collective_timeout`: the
 ranks compute the same, so that none waits long. Python objects go through a group of their own on
-the CPU, where ranks wait hours for a rank that reads, encodes or writes files. `doing` says what the
-ranks do, in the log and in the error of a rank that waits too long.
+the CPU, where ranks wait hours for a rank that reads, encodes or writes files. `doing` says what
+the ranks do, in the log and in the error of a rank that waits too long.
 """
 
 from __future__ import annotations

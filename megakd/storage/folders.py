@@ -1,8 +1,8 @@
 """Finished folders: whole or not at all, with one manifest of the size and SHA-256 of every file.
 
 The manifest, `checksums.json`, is written last. `open_finished` (for a folder of a run) and
-`check_given` (for a folder that a user names) compare the files with it before any is used. A record of JSON may carry
-a checksum of its own.
+`check_given` (for a folder that a user names) compare the files with it before any is used. A
+record of JSON may carry a checksum of its own.
 """
 
 from __future__ import annotations
