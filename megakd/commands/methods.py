@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Mapping
 
 from megakd.commands.arguments import Parser, say
-from megakd.config.schema import defaults, options
+from megakd.config.schema import defaults, variants
 from megakd.contract.terms import PLUGIN_TERM, TermConfig
 from megakd.errors import ConfigError, suggestion
 from megakd.methods import PLUGIN_METHOD, MethodConfig
@@ -25,7 +25,7 @@ def add_options(parser: Parser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Print the methods, or the loss terms, with their docstrings and options."""
     name, losses = arguments.name, arguments.losses
-    kinds = options(TermConfig, "loss") if losses else options(MethodConfig, "name")
+    kinds = variants(TermConfig, "loss") if losses else variants(MethodConfig, "name")
     if name is not None:
         kinds = {name: _named(name, kinds, losses=losses)}
     say("\n\n".join(_entry(known, kind) for known, kind in kinds.items()))
@@ -37,7 +37,7 @@ def _named(name: str, kinds: Mapping[str, type], *, losses: bool) -> type:
     if ":" in name:
         return (PLUGIN_TERM if losses else PLUGIN_METHOD).kind(name)
     near, noun = suggestion(name, kinds) or ";", "loss" if losses else "method"
-    if not losses and name in options(TermConfig, "loss"):
+    if not losses and name in variants(TermConfig, "loss"):
         near = f"; {name} is a loss: megakd methods --losses {name};"
     raise ConfigError(f'unknown {noun} "{name}"{near} known: {", ".join(kinds)}')
 

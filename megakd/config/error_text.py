@@ -20,10 +20,10 @@ from megakd.config.schema import (
     annotation_at,
     dotted,
     known_keys,
-    names,
     paths_ending_in,
     synonyms,
     value_at,
+    variants,
 )
 from megakd.errors import suggestion
 
@@ -66,7 +66,7 @@ def schema_problems(error: ValidationError, tree: Any) -> list[str]:
         mismatches = [detail for detail in details if _is_mismatch(detail)]
         if mismatches:
             value, annotation = mismatches[0]["input"], annotation_at(path, tree)
-            tags = [tag for tag in ("name", "loss") if value in names(annotation, tag)]
+            tags = [tag for tag in ("name", "loss") if value in variants(annotation, tag)]
             hint = f"; write {{{tags[0]}: {value}}}" if tags else ""
             where = dotted(path)
             hint = hint or (f"; {REMOVED[where]}" if where in REMOVED else "")
@@ -156,7 +156,7 @@ def _line(path: KeyPath, detail: ErrorDetails, tree: Any) -> str:
 
 def _tag_line(path: KeyPath, detail: ErrorDetails, tree: Any) -> str:
     tag = detail.get("ctx", {})["discriminator"].strip("'")
-    known = names(annotation_at(path, tree), tag)
+    known = variants(annotation_at(path, tree), tag)
     listed = f"known: {', '.join(known)}"
     where = dotted((*path, tag))
     if detail["type"] == "union_tag_not_found":

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from megakd.config.run import RunConfig
-from megakd.contract.plugins import FromPackage, installed
+from megakd.contract.plugins import FromPackage
 from megakd.errors import ConfigError
 
 KeyPath = tuple[str | int, ...]
@@ -27,19 +27,6 @@ def variants(annotation: Any, tag: str) -> dict[str, type]:
     """Return the dataclasses of a tagged union by the value of `tag`, in the order of the union."""
     named = ((_tag_value(kind, tag), kind) for kind in members(annotation))
     return {name: kind for name, kind in named if name is not None}
-
-
-def names(annotation: Any, tag: str) -> list[str]:
-    """Return the values of `tag` in a tagged union, including names of installed packages."""
-    listed, package = list(variants(annotation, tag)), _package_options(annotation)
-    return [*listed, *(installed(package.group) if package and package.tag == tag else ())]
-
-
-def options(annotation: Any, tag: str) -> dict[str, type]:
-    """Return the dataclasses of a tagged union by name, including those of installed packages."""
-    package = _package_options(annotation)
-    theirs = names(annotation, tag)[len(variants(annotation, tag)) :] if package else []
-    return variants(annotation, tag) | {name: package.kind(name) for name in theirs if package}
 
 
 def _package_options(annotation: Any) -> FromPackage | None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from megakd.contract.tasks import Kernels
 
@@ -365,11 +365,6 @@ def on_source(name: str, source: Source | None) -> str:
     The name has no slash, which separates the name from the view in logs.
     """
     return name if source is None else f"{name}_on_{source}"
-
-
-def without_source(name: str) -> str:
-    """Return the name of a value without the source that `on_source` added."""
-    return functools.reduce(str.removesuffix, (on_source("", s) for s in get_args(Source)), name)
 
 
 def is_of(source: Source | None, batch: Batch) -> bool:

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag
 from pydantic.dataclasses import dataclass
 
 from megakd.contract.batch import COUNTERS, Source, Unit, on_source
-from megakd.contract.plugins import LOSSES, OURS, THEIRS, FromPackage, wrong_options
+from megakd.contract.plugins import OURS, THEIRS, FromPackage, wrong_options
 from megakd.contract.views import Heads, Shape
 from megakd.errors import TeacherError
 
@@ -338,7 +338,7 @@ OwnTerm = Annotated[
     HardCrossEntropy | HardMse | SoftTarget | SoftTargetMse | StateTerm | AttentionTerm,
     Field(discriminator="loss"),
 ]
-PLUGIN_TERM = FromPackage(LOSSES, "loss", OwnTerm, _wrong_term)
+PLUGIN_TERM = FromPackage("loss", _wrong_term)
 TermConfig = Annotated[
     Annotated[OwnTerm, Tag(OURS)] | Annotated[PluginTerm, PLUGIN_TERM, Tag(THEIRS)],
     Discriminator(PLUGIN_TERM.branch),

@@ -10,13 +10,13 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import sys
-from typing import TYPE_CHECKING, Annotated, Any, Union
+from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_type_hints
 
 from pydantic import Discriminator, Field, Tag
 
 from megakd.contract.lab import Lab
 from megakd.contract.options import MethodOptions, wrong_method
-from megakd.contract.plugins import METHODS, OURS, THEIRS, FromPackage
+from megakd.contract.plugins import OURS, THEIRS, FromPackage
 from megakd.contract.stage import StageResult
 
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     PLUGIN_METHOD: FromPackage
 else:
     OwnMethod = Annotated[Union[_options()], Field(discriminator="name")]  # noqa: UP007 - made here
-    PLUGIN_METHOD = FromPackage(METHODS, "name", OwnMethod, wrong_method)
+    PLUGIN_METHOD = FromPackage("name", wrong_method)
     MethodConfig = Annotated[
         Annotated[OwnMethod, Tag(OURS)] | Annotated[MethodOptions, PLUGIN_METHOD, Tag(THEIRS)],
         Discriminator(PLUGIN_METHOD.branch),
@@ -58,7 +58,7 @@ def file_of(config: MethodOptions) -> Any:
 
 def methods_with(flag: str) -> list[str]:
     """Return the names of the methods whose options set a class variable of `MethodOptions`."""
-    return [PLUGIN_METHOD.name_of(kind) for kind in _options() if getattr(kind, flag)]
+    return [get_args(get_type_hints(kind)["name"])[0] for kind in _options() if getattr(kind, flag)]
 
 
 def baselines_of(config: MethodOptions) -> tuple[str, ...]:

@@ -1,8 +1,8 @@
 """The identity of a run: what its results depend on, written at its first start.
 
 `run.json` holds the resolved config without the keys on which no result depends, the size and time
-of every data file and of every file of a local model, the revisions of models of the Hub, and the
-code of plug-ins. Later starts compare it once: stages and checkpoints in the folder are this run's.
+of every data file and of every file of a local model, and the revisions of models of the Hub. Later
+starts compare it once: stages and checkpoints in the folder are this run's.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from huggingface_hub.file_download import repo_folder_name
 from megakd.config.checks.task_rules import places
 from megakd.config.file import config_tree, dump_config
 from megakd.config.run import RunConfig
-from megakd.contract.plugins import code_of, is_metric, metric_of
 from megakd.engine.distributed import Ranks
 from megakd.errors import CheckpointError
 from megakd.inputs.precision import training_dtype
@@ -65,10 +64,6 @@ def run_facts(config: RunConfig, ranks: Ranks) -> Fingerprint:
     for name, spec in config.teacher_specs.items():
         if spec.dtype is None:
             fields[f"{_DEVICE}{config.key_of(name)}"] = ranks.device.type
-    metrics = [name for name in (config.eval.metric, *config.eval.metrics) if name]
-    plugins = {"method": config.method, **dict(enumerate(config.objective or ()))}
-    plugins |= {name: metric_of(name) for name in metrics if is_metric(name)}
-    fields |= {f"code of {key}": code_of(value) for key, value in plugins.items()}
     for key, place in places(config):
         if key != "output_dir" and not key.endswith(".cache"):
             fields |= _files(key, str(place))

@@ -12,9 +12,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from megakd import cli
 from megakd.config.file import config_of, config_tree, dump_config, load_config
-from megakd.contract import plugins
 from megakd.contract.batch import Batch, Knowledge, LogitWarp, LossInputs
 from megakd.contract.results import lower_is_better
 from megakd.contract.views import Shape
@@ -242,35 +240,6 @@ def test_logits_of_a_language_model_are_formed_at_its_targets():
     read = logits_of(Knowledge(hidden=torch.tensor([[1.0, 2.0]]), head=Head()))
 
     assert read.tolist() == [[2.0, 3.0, 1.0]]
-
-
-@pytest.fixture
-def installed_package(tmp_path: Path, page: str, monkeypatch: pytest.MonkeyPatch):
-    """A package with the entry points of the page, as pip would leave it."""
-    (toml,) = shown(page, "toml")
-    info = tmp_path / "mine-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
-    points = re.sub(r'\[project\.entry-points\."(.*?)"\]', r"[\1]", toml).replace('"', "")
-    (info / "entry_points.txt").write_text(points)
-    monkeypatch.syspath_prepend(tmp_path)
-    plugins.installed.cache_clear()
-    yield
-    plugins.installed.cache_clear()
-
-
-@pytest.mark.usefixtures("installed_package")
-def test_an_entry_point_gives_a_short_name_that_is_listed_and_suggested(capsys):
-    config = config_of({**CONFIG, "objective": [{"loss": "huber"}], "method": {"name": "warm_up"}})
-
-    assert type(config.objective[0]).__name__ == "Huber"
-    assert type(config.method).__name__ == "WarmUp"
-    assert 'did you mean "huber"?' in message_of(objective=[{"loss": "hubr"}])
-    assert 'did you mean "delta"?' in message_of(objective=[{"loss": "huber", "dlta": 1}])
-    assert cli.main(["methods"]) == 0
-    assert "warm_up\n  Train on the labels first" in capsys.readouterr().out
-    assert cli.main(["methods", "--losses"]) == 0
-    assert "delta: 1.0" in capsys.readouterr().out
 
 
 def test_a_run_with_the_method_and_the_loss_of_the_page(one_rank, page, tmp_path):

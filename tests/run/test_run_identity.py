@@ -11,7 +11,6 @@ import torch
 from tiny_runs import bert, config_tree, review_task
 
 from megakd.config.file import config_of
-from megakd.contract import plugins
 from megakd.engine.distributed import Ranks
 from megakd.errors import CheckpointError
 from megakd.run.run_identity import RUN, asked_of, begin_run, check_identity, run_facts
@@ -134,21 +133,6 @@ def test_servers_may_be_elsewhere_and_not_others(tmp_path, place):
         return run_facts(config_of(config_tree(tmp_path, task, **models), words), ALONE)
 
     assert bool(differences(of(""), of(place))) == place.startswith("model")
-
-
-ITS_METRIC = "def one(outputs, labels):\n    return 1.0\n\n\none.higher_is_better = True\n"
-
-
-def test_the_code_of_a_plug_in_is_part_of_a_run(tmp_path, monkeypatch, facts):
-    plugin = tmp_path / "its_metric.py"
-    plugin.write_text(ITS_METRIC)
-    monkeypatch.syspath_prepend(tmp_path)
-    before = facts("eval.metrics=[its_metric:one]")
-    plugin.write_text(ITS_METRIC + "\n")
-    plugins._hash_of.cache_clear()
-    told = differences(before, facts("eval.metrics=[its_metric:one]"))
-    assert told.startswith("code of its_metric:one: ")
-    assert ";" not in told
 
 
 def write(out: Path, facts: dict[str, Any]) -> None:
