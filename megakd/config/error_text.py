@@ -211,6 +211,7 @@ REMOVED: Mapping[str, str] = {
     "method.timing": "gone; shrink times on the device of the run, remove the key",
     "method.allocation: global_raw": "; gone: use global;",
     "rollout.server.kind": "gone; serve with vLLM, and remove the key",
+    "teacher.server.check_against": "gone; replicas are compared with each other",
     "teacher.server.kind": "gone; serve with vLLM, and remove the key",
     "teacher.server.states": "gone; servers answer with teacher.server.top_k probabilities",
     "teacher.micro_batches_per_call": "gone; joins_micro_batches is true (all of a step) or false",

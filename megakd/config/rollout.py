@@ -71,9 +71,6 @@ class TeacherServerConfig:
     """Name or path of the model as the servers state it; None: the teacher's `model`."""
     top_k: Count = 64
     """Number of tokens per position that the servers return."""
-    check_against: Folder | None = None
-    """Folder with the model of the servers: rank 0 loads it before the run, and compares its
-    answers with those of the servers. None: the servers are compared with themselves alone."""
     time_limit: Positive = 600.0
     """Seconds for the answer to one request, including all retries while a server is busy."""
 

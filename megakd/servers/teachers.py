@@ -5,16 +5,13 @@ They are checked before a run loads any model, and opened for its stages.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM
 
 from megakd.config.rollout import TeacherServerConfig
 from megakd.contract.batch import IGNORE, Batch, Knowledge, TopK
@@ -27,14 +24,13 @@ from megakd.servers.agreement import TIMES, Wanted, served_models
 from megakd.servers.connect import model_names, replicas_of
 from megakd.servers.http import FIRST_PATIENCE_S, RunningCalls
 from megakd.servers.vllm import BestTokens, VllmServer
-from megakd.storage.folders import check_given
 
 AT_ONCE = 64
 """Requests of a rank that run at the same time."""
 CHECKED_ROWS = 8
 """Training rows that the servers answer before the run."""
-REPEATED, REFERENCE = 0.05, 0.1
-"""Largest mean difference of log-probabilities: between answers of servers, and from a local model.
+REPEATED = 0.05
+"""Largest mean difference of log-probabilities between answers of servers.
 
 16-bit weights and other batches move log-probabilities of likely tokens by about 0.01; another
 model, template or precision of 8 bits moves them by far more.
@@ -161,10 +157,7 @@ def _check(inputs: RunInputs, name: str, server: TeacherServerConfig) -> None:
     texts = [tuple(map(int, ids)) for ids in rows if len(ids) > 1]
     servers = replicas_of(server, patience_s=FIRST_PATIENCE_S)
     models = [model.name for model in served_models(servers, _wanted(inputs, name))]
-    answers = check_scores(servers, models, texts, server.top_k)
-    if server.check_against is not None:
-        reference = _Reference(server.check_against)
-        check_reference(texts, answers, reference.logprobs, server.check_against)
+    check_scores(servers, models, texts, server.top_k)
 
 
 def check_scores(
@@ -172,8 +165,8 @@ def check_scores(
     models: Sequence[str],
     texts: Sequence[tuple[int, ...]],
     top_k: int,
-) -> list[BestTokens]:
-    """Return the answers to some texts, after comparing all replicas, each asked `TIMES` times."""
+) -> None:
+    """Compare the answers of all replicas to some texts, each asked `TIMES` times."""
     first = [servers[0].top_k(text, top_k, models[0]) for text in texts]
     for server, model in zip(servers, models, strict=True):
         for _ in range(TIMES if server is not servers[0] else TIMES - 1):
@@ -185,24 +178,6 @@ def check_scores(
                     f"the mean log-probability of the best tokens of {len(texts)} texts, and at "
                     f"most {REPEATED} is expected; check that all replicas serve the same weights"
                 )
-    return first
-
-
-def check_reference(
-    texts: Sequence[tuple[int, ...]],
-    answers: Sequence[BestTokens],
-    logprobs_of: Callable[[tuple[int, ...], BestTokens], NDArray[np.float32]],
-    folder: object,
-) -> None:
-    """Compare answers of servers with a local model, which gives `logprobs_of` the same tokens."""
-    pairs = zip(texts, answers, strict=True)
-    gap = _mean([np.abs(best.logprobs - logprobs_of(text, best)).mean() for text, best in pairs])
-    if gap > REFERENCE:
-        raise ServerError(
-            f"teacher.server: the servers differ by {gap:.3f} from {folder} in the mean "
-            f"log-probability of the best tokens of {len(texts)} texts, and at most {REFERENCE} is "
-            "expected; check that the servers serve that model"
-        )
 
 
 def difference(one: BestTokens, other: BestTokens) -> float:
@@ -231,17 +206,3 @@ def _wanted(inputs: RunInputs, name: str) -> Wanted:
         vocabulary=min(inputs.sources[role].config.vocab_size for role in (name, STUDENT)),
         end_tokens=(),
     )
-
-
-class _Reference:
-    """A local copy of the served model on the CPU."""
-
-    def __init__(self, folder: Path) -> None:
-        check_given(folder, "teacher.server.check_against")
-        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
-
-    @torch.no_grad()
-    def logprobs(self, text: tuple[int, ...], best: BestTokens) -> NDArray[np.float32]:
-        logits = self._model(torch.tensor([text])).logits[0, :-1]  # [T - 1, V]
-        tokens = torch.from_numpy(best.ids).long()  # [T - 1, k]
-        return logits.float().log_softmax(-1).gather(-1, tokens).numpy()

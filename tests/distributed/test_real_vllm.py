@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from real_vllm import HOW, vllm_server
@@ -25,7 +26,7 @@ from megakd.errors import ServerError
 from megakd.models.generation import complete
 from megakd.servers.agreement import Wanted, check_sampling, checked_completion, served_models
 from megakd.servers.http import JsonServer
-from megakd.servers.teachers import _Reference, check_reference, check_scores
+from megakd.servers.teachers import REPEATED
 from megakd.servers.vllm import TextRequest, VllmServer, VllmWeightServer
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif("MEGAKD_VLLM" not in os.environ, reason=HOW)]
@@ -136,11 +137,16 @@ def test_sampling_that_vllm_refuses_is_found(url, folders):
 
 def test_the_best_tokens_are_those_of_the_model(url, folders):
     text = tuple(range(40, 60))
-    answers = check_scores([VllmServer(http(url))], [str(folders[0])], [text], 64)
+    best = VllmServer(http(url)).top_k(text, 64, str(folders[0]))
+    gaps = []
+    for folder in folders[:2]:
+        model = Qwen2ForCausalLM.from_pretrained(folder).eval()
+        with torch.no_grad():
+            logprobs = model(torch.tensor([text])).logits[0, :-1].float().log_softmax(-1)
+        its = logprobs.gather(-1, torch.from_numpy(best.ids).long()).numpy()
+        gaps.append(np.abs(best.logprobs - its).mean())
 
-    check_reference([text], answers, _Reference(folders[0]).logprobs, "this model")
-    with pytest.raises(ServerError, match=r"differ by .* from another model"):
-        check_reference([text], answers, _Reference(folders[1]).logprobs, "another model")
+    assert gaps[0] < REPEATED < gaps[1]
 
 
 def test_a_server_takes_other_weights_and_forgets_its_prefixes(url, folders):
