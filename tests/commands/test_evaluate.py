@@ -168,7 +168,7 @@ def test_a_run_scores_its_evaluation_sets_at_the_end(one_rank, whole_run, mine, 
         result = scores["mine", model]["accuracy"]
         assert result == pytest.approx(accuracy_by_hand(folder, mine))
     assert "\nEvaluation sets\n" in outcome.out
-    assert "Evaluation sets" in (tmp_path / "out" / "report.html").read_text()
+    assert "Evaluation sets" in one_rank.page(tmp_path / "out")
     assert f"\nmine ({mine}): 40 rows\naccuracy  " in one_rank.megakd("evaluate", config).out
     again = scored(one_rank.megakd("evaluate", config, "--json"))
     assert again["evaluation_sets"]["all"]["rows"] == 104

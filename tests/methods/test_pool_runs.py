@@ -60,7 +60,7 @@ def test_every_step_has_one_teacher_and_the_largest_is_what_the_report_compares_
 
 
 def test_the_page_the_card_and_the_table_name_the_teachers(bench, drawn):
-    page = (drawn / "report.html").read_text()
+    page = bench.one_rank.page(drawn)
     card = (drawn / "final" / "README.md").read_text()
 
     assert all(name in page and name in card for name in SIZES)

@@ -35,9 +35,9 @@ def same(one: Path, other: Path, stage: str = "student") -> bool:
     return same_weights(*(out / "stages" / stage for out in (one, other)))
 
 
-def test_weights_rewards_and_losses_are_logged_and_drawn(soft):
+def test_weights_rewards_and_losses_are_logged_and_drawn(bench, soft):
     stage_1, stage_2 = (records(soft, stage) for stage in ("selector", "student"))
-    page = (soft / "report.html").read_text()
+    page = bench.one_rank.page(soft)
 
     for stage in (stage_1, stage_2):
         logged = [record for record in stage if f"select/{KINDS[0]}" in record]

@@ -15,7 +15,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["megakd.run.main"])
+# What a run imports when it needs it, for a second or two in every process.
+_LATE = ("matplotlib.figure", "matplotlib.backends.backend_svg", "peft", "sklearn.metrics")
+FORKS.set_forkserver_preload(["megakd.run.main", *_LATE])
 
 
 def start_rank(command: Sequence[str], *, variables: Mapping[str, str], log: Path) -> BaseProcess:
@@ -37,6 +39,7 @@ def _run(command: list[str], variables: dict[str, str], log: str) -> None:
     os.dup2(descriptor, sys.stdout.fileno())
     os.dup2(descriptor, sys.stderr.fileno())
     settle_in(variables)
+    without_pictures()
     sys.argv = command
     runpy.run_path(command[0], run_name="__main__")
 
@@ -51,6 +54,13 @@ def settle_in(variables: Mapping[str, str]) -> None:
 def without_fsync() -> None:
     """Leave data to the page cache: no machine dies in a test, and an fsync takes milliseconds."""
     os.fsync = lambda _: None
+
+
+def without_pictures() -> None:
+    """Let runs end without report.html, which takes three seconds to draw."""
+    from megakd.run import finished_run
+
+    finished_run._draw = lambda _: None
 
 
 def leave_modules_alone() -> None:

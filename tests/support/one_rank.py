@@ -1,5 +1,7 @@
 """One rank in a process of its own that runs whole commands one after the other.
 
+Runs draw no report.html; `page` draws it.
+
 A start costs seconds, and DeepSpeed can join a process group only once in a process: here the
 group outlives the commands. All else is what `launch/train.py` and `megakd` do.
 """
@@ -14,9 +16,10 @@ import os
 import signal
 import traceback
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import NamedTuple
 
-from forked_ranks import FORKS, settle_in, without_fsync
+from forked_ranks import FORKS, settle_in, without_fsync, without_pictures
 
 TIMEOUT_S = 300  # many times what a command takes, for a busy machine
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -52,6 +55,11 @@ class OneRank:
         """`megakd ARGUMENTS`."""
         return self._run("main", arguments, None, code)
 
+    def page(self, out: Path) -> str:
+        """Return the report.html of a run, which `megakd report` draws."""
+        self.megakd("report", out, code=0)
+        return (out / "report.html").read_text(encoding="utf-8")
+
     def _run(
         self,
         entry: str,
@@ -77,6 +85,7 @@ class OneRank:
 def _serve(requests: Connection, variables: dict[str, str]) -> None:
     settle_in(variables)
     without_fsync()
+    without_pictures()
     import megakd.training.assembly
     from megakd import cli
     from megakd.engine import distributed

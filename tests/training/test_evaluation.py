@@ -298,7 +298,7 @@ def test_a_run_keeps_the_best_evaluation_by_the_chosen_metric_and_shows_the_scor
     assert negative["f1"] == best
     assert negative["rows"] + positive["rows"] == 26
     assert "\nScores by label\nlabel     precision  recall" in outcome.out
-    page = (tmp_path / "out" / "report.html").read_text()
+    page = one_rank.page(tmp_path / "out")
     assert "Scores by label" in page
     assert ">Confusions<" in page
 
