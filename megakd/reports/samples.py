@@ -87,7 +87,8 @@ class Prompts:
         return (one.tolist() for one in best.split(places.sum(dim=1).tolist()))
 
     def _decoded(self, ids: Sequence[int]) -> str:
-        special = {*self.tokenizer.all_special_ids} - {self.tokenizer.mask_token_id}
+        mask = cast("int | None", self.tokenizer.mask_token_id)
+        special = {*self.tokenizer.all_special_ids} - {mask}
         return cast("str", self.tokenizer.decode([i for i in ids if i not in special]))
 
 

@@ -166,12 +166,13 @@ def _latency(lab: RunLab, student: Path, reference: str | None) -> dict[str, Any
 
     dtype, graph = scoring_dtype(config.train, device.type), config.output_dir / GRAPHS / MODEL
     try:
-        models: dict[str, Timed] = {
+        loaded = {
             name: load_finished(folder, "latency", device=device, dtype=TORCH_DTYPE[dtype])
             for name, folder in folders.items()
         }
+        models: dict[str, Timed] = {**loaded}
         if graph.is_file():
-            models[GRAPH] = Graph(graph, models[STUDENT])
+            models[GRAPH] = Graph(graph, loaded[STUDENT])
         lengths = lengths_of_rows(lab.assembly.prepared.encoded.held_out).tolist()
         rounds = measure_latencies(models, lengths, batches_of(config.task.type))
         return latency_report(rounds, reference, lengths, device=device, dtype=dtype)
