@@ -66,7 +66,7 @@ def schema_problems(error: ValidationError, tree: Any) -> list[str]:
         mismatches = [detail for detail in details if _is_mismatch(detail)]
         if mismatches:
             value, annotation = mismatches[0]["input"], annotation_at(path, tree)
-            tags = [tag for tag in ("name", "loss") if value in variants(annotation, tag)]
+            tags = [tag for tag in ("name", "loss") if value in [*variants(annotation, tag)]]
             hint = f"; write {{{tags[0]}: {value}}}" if tags else ""
             where = dotted(path)
             hint = hint or (f"; {REMOVED[where]}" if where in REMOVED else "")
