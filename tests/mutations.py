@@ -99,7 +99,7 @@ MUTATIONS = (
     ),
     Mutation("megakd/process/seeding.py", "seed * 10007 + rank", "seed * 10007", "tests/training"),
     Mutation(
-        "megakd/data/splitmix.py",
+        "megakd/data/masking.py",
         "parts[1, : len(rows)] = draw",
         "parts[1, : len(rows)] = 0",
         "tests/data/test_masking.py tests/data/test_loader.py",

@@ -1,9 +1,9 @@
 """Dynamic masks of masked language modelling (Devlin et al. 2019, BERT, section 3.1).
 
 A mask is a pure function of (seed, draw, row, position). It does not depend on the split of a step
-into ranks and micro-batches, on the padding, or on where a run was resumed.
-Rows may mix the tokens of two vocabularies, see `SecondTokens`.
-Shapes: B rows of a micro-batch, T positions.
+into ranks and micro-batches, on the padding, or on where a run was resumed: the numbers are those
+of SplitMix64 (Steele, Lea and Flood 2014), one stream per row and draw. Rows may mix the tokens of
+two vocabularies, see `SecondTokens`. Shapes: B rows of a micro-batch, T positions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from transformers import PreTrainedTokenizerBase
 
 from megakd.config.task import TaskConfig
 from megakd.contract.batch import IGNORE, Batch, Targets
-from megakd.data.splitmix import row_keys, uniform
 
 DEFAULT_PROBABILITY = 0.15
 MASKED_SHARE, RANDOM_SHARE = 0.8, 0.1
@@ -86,7 +85,7 @@ class Masking:
     ) -> Batch:
         """Return the batch, on the CPU, with masked `input_ids`, `labels` [B, T] and `targets`.
 
-        `rows` and `draw`: see `splitmix.row_keys`.
+        `rows` and `draw`: see `row_keys`.
         """
         ids = batch.inputs["input_ids"].numpy()  # [B, T]
         real = batch.valid.numpy()
@@ -161,3 +160,38 @@ def _picked(vocabulary: NDArray[np.int64], numbers: NDArray[np.float64]) -> NDAr
 
 def _targets(chosen: NDArray[np.bool_]) -> NDArray[np.int64]:
     return np.flatnonzero(chosen) if chosen.any() else np.zeros(1, dtype=np.int64)
+
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+
+
+def row_keys(
+    seed: int, draw: int | NDArray[np.int64], rows: NDArray[np.int64], *, size: int, domain: int = 0
+) -> NDArray[np.uint64]:
+    """Return the keys [B] of the streams of a micro-batch's rows.
+
+    `draw` is the number of the draw, such as the epoch, for all rows or by row. `rows` are numbers
+    of at least 0; further rows, up to `size`, are dummy rows, on whose keys nothing may depend. The
+    streams of two domains are independent.
+    """
+    parts = np.zeros((3, size), dtype=np.uint64)
+    parts[0] = seed
+    parts[1, : len(rows)] = draw
+    parts[2, : len(rows)] = rows
+    key = np.zeros(size, dtype=np.uint64)
+    for part in parts:
+        key = _mixed(key + part + _GOLDEN)
+    return _mixed(key + np.uint64(domain) + _GOLDEN) if domain else key
+
+
+def uniform(keys: NDArray[np.uint64], counters: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Return the numbers in [0, 1) at places of streams."""
+    values = _mixed(keys + counters * _GOLDEN) >> np.uint64(11)
+    return values.astype(np.float64) * 2.0**-53
+
+
+def _mixed(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    state = (state ^ (state >> np.uint64(30))) * _FIRST
+    state = (state ^ (state >> np.uint64(27))) * _SECOND
+    return state ^ (state >> np.uint64(31))

@@ -24,7 +24,7 @@ from torch.nn import functional
 from megakd.config.models import TeacherConfig
 from megakd.contract.batch import Batch
 from megakd.data.encoding import tokenizer_content
-from megakd.data.splitmix import row_keys, uniform
+from megakd.data.masking import row_keys, uniform
 from megakd.errors import TeacherError
 from megakd.models.source import ModelSource, ReadyTeacher
 from megakd.storage.fingerprint import Fingerprint, files_identity, flatten

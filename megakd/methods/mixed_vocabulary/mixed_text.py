@@ -31,8 +31,7 @@ from megakd.contract.batch import Batch, BatchSource
 from megakd.data.arrow import TEXTS_AT_ONCE, arrow_batches, key_of, rows_key
 from megakd.data.collation import Collator, Columns, columns_of
 from megakd.data.encoding import cached_tables, no_tokens, tokenizer_content
-from megakd.data.masking import task_masking
-from megakd.data.splitmix import row_keys, uniform
+from megakd.data.masking import row_keys, task_masking, uniform
 from megakd.data.token_tables import (
     check_room_for_text,
     frame,
