@@ -38,13 +38,9 @@ class Graph(nn.Module):
         zeros = torch.zeros_like(inputs["input_ids"])  # for the types of tokens
         return self._graph.logits({n: inputs.get(n, zeros) for n in self._graph.inputs})
 
-    def can_generate(self) -> bool:
-        return False
-
 
 Timed = PreTrainedModel | Graph
 Call = Callable[[], object]
-Prepare = Callable[[Timed, dict[str, Any]], Call]
 
 
 def sample_lengths(lengths: Sequence[int], batch: int) -> list[list[int]]:
@@ -63,12 +59,12 @@ def forward(model: Timed, inputs: dict[str, Any]) -> Call:
     return partial(model, **inputs, **last)
 
 
-def calls_of(model: Timed, batches: Sequence[Sequence[int]], prepare: Prepare = forward) -> Call:
+def calls_of(model: Timed, batches: Sequence[Sequence[int]]) -> Call:
     """Return a function that makes a call for each batch of texts of these lengths.
 
     A batch is padded to its longest text. The tokens are random, and the same every time.
     """
-    return partial(_call_all, [prepare(model, _inputs(model, texts)) for texts in batches])
+    return partial(_call_all, [forward(model, _inputs(model, texts)) for texts in batches])
 
 
 def _call_all(calls: Sequence[Call]) -> None:

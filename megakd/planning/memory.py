@@ -257,8 +257,8 @@ class Engine:
             return Counter()
         if self.stage < 2:
             return self.like("gradients", done, self.learned)
-        own = max(size for size, _ in self._own)
-        return self.blocks("gradients", own * (done / self.count if self.is_cpu else 1))
+        most = max(size for size, _ in self._own)
+        return self.blocks("gradients", most * (done / self.count if self.is_cpu else 1))
 
     @cached_property
     def _own(self) -> list[tuple[int, int]]:
@@ -295,8 +295,8 @@ class Engine:
             decayed = self.held("optimizer", scratch * min(limit, self.part))
             summed = Counter[Share]() if self._sums_in_place else flat
             norm = max(size + FP64 * part for size, part in self._own)
-            own = self.blocks("gradients", max(size for size, _ in self._own))
-            parts = [self.blocks("gradients", norm), own + summed, flat + decayed]
+            overlapped = self.blocks("gradients", max(size for size, _ in self._own))
+            parts = [self.blocks("gradients", norm), overlapped + summed, flat + decayed]
         if self.stage < 3 and self._copies > 1:  # gloo gathers the new weights through a buffer
             size = min(self._limit("allgather_bucket_size", _BUCKET), self.count)
             parts.append(self.blocks("gather", size * self.itemsize))

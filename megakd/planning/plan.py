@@ -72,19 +72,19 @@ def cluster_of(options: Mapping[str, Any]) -> Cluster:
         ConfigError: a number is out of range, or two options contradict each other.
     """
     names = ("nodes", "ranks", "gpu_memory_gb", "host_memory_gb", "tflops", "gbps")
-    given = {name: options[name] for name in names if options.get(name) is not None}
+    numbers = {name: options[name] for name in names if options.get(name) is not None}
     try:
-        rates = tuple(map(float, str(given.pop("gbps", "1")).split(",")))
+        rates = tuple(map(float, str(numbers.pop("gbps", "1")).split(",")))
         within, between = rates * 2 if len(rates) == 1 else rates
     except ValueError:
         raise ConfigError(
             f"--gbps must be one or two numbers as in 400,45, got {options['gbps']}"
         ) from None
-    for name, value in (*given.items(), ("gbps", within), ("gbps", between)):
+    for name, value in (*numbers.items(), ("gbps", within), ("gbps", between)):
         if not 0 < value < math.inf:
             raise ConfigError(f"--{name} must be a finite number above 0, got {value:g}")
     memory, host = (
-        round(given[name] * GIGA) if name in given else None
+        round(numbers[name] * GIGA) if name in numbers else None
         for name in ("gpu_memory_gb", "host_memory_gb")
     )
     has_gpu = os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available()
@@ -95,15 +95,15 @@ def cluster_of(options: Mapping[str, Any]) -> Cluster:
         memory = torch.cuda.get_device_properties(0).total_memory
     if device == "cpu" and host is None:
         host = psutil.virtual_memory().total
-    nodes = given.get("nodes", 1)
-    ranks = given.get("ranks", (8 if device == "cuda" else 1) * nodes)
+    nodes = numbers.get("nodes", 1)
+    ranks = numbers.get("ranks", (8 if device == "cuda" else 1) * nodes)
     if ranks % nodes:
         raise ConfigError(
             f"{ranks} ranks cannot be divided equally between {nodes} nodes; --ranks is the number "
             "of all ranks and must be a multiple of --nodes"
         )
     gbps = None if options.get("gbps") is None else (within, between)
-    return Cluster(ranks, nodes, device, memory, host, given.get("tflops"), gbps)
+    return Cluster(ranks, nodes, device, memory, host, numbers.get("tflops"), gbps)
 
 
 def cached_numbers(config: PretrainedConfig) -> int:

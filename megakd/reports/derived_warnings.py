@@ -8,7 +8,7 @@ from typing import Any
 
 from megakd.contract.results import Report, lower_is_better
 from megakd.contract.tasks import STUDENT, TEACHER
-from megakd.reports.html import curves_of
+from megakd.reports.report_file import curves_of
 from megakd.reports.table import is_number, score
 
 LEAST_ROWS = 5

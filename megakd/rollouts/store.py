@@ -1,4 +1,6 @@
-"""Rollouts on disk: a file per optimizer step, written whole before the student learns from it.
+"""Rollouts, generated with the weights of an engine, and their files on disk.
+
+A step has a file, written whole before the student learns from it:
 
 rollouts/<stage>/step-00000012.jsonl     a line with the number of texts, then a line per text
 """

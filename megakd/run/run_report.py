@@ -28,8 +28,7 @@ from megakd.models.model_folder import weight_bytes
 from megakd.models.onnx import MODEL, write_onnx
 from megakd.process.phases import phase, seconds
 from megakd.reports.derived_warnings import derived_warnings
-from megakd.reports.html import read_history
-from megakd.reports.report_file import GRAPH, environment
+from megakd.reports.report_file import GRAPH, environment, read_history
 from megakd.reports.table import OF_STAGE
 from megakd.run.run_lab import RunLab
 from megakd.run.teacher_pool import Measured

@@ -6,7 +6,7 @@ import json
 import math
 from pathlib import Path
 
-from megakd.reports.html import curves_of, read_history
+from megakd.reports.report_file import curves_of, read_history
 
 
 def line(step: int, stage: str = "student", **scalars: float | None) -> dict:
