@@ -17,7 +17,7 @@ from unittest.mock import patch
 import cases
 import pytest
 import torch
-from tiny_runs import bert, run_in
+from tiny_runs import bert, merged, run_in
 
 from megakd.engine import distributed
 from megakd.training import checkpoint
@@ -106,13 +106,15 @@ def sections(method: str, preset: str) -> dict[str, Any]:
     """One teacher and one student, or a student that is cut out of its teacher in two trials."""
     hidden = {"loss": "hidden_mse", "weight": 0.1}
     # Dropout is left on: without it, a run could lose its random numbers unnoticed.
-    student, options = {"model": bert(1), "deepspeed": preset}, {}
+    student, options, rate = {"model": bert(1), "deepspeed": preset}, {}, 0.005
     if method == "minidisc":
         student["model"] = "from_teacher"
         # No weight on size: a wide candidate becomes the assistant, and there is a second trial.
         options = {"sparsities": [0.25, 0.5, 0.75], "target_sparsity": 0.75, "tradeoff": 0.0}
         # Even sizes: ZeRO 3 pads the halves of an odd one with what it finds in memory.
         options |= {"round_to": 2}
+        # So little that the order of the candidates is the order of their sizes.
+        rate = 1e-5
     else:
         hidden["layer_mapping"] = ["1:2"]
     if method == "knowledge_selection":
@@ -124,7 +126,13 @@ def sections(method: str, preset: str) -> dict[str, Any]:
         {"loss": "hard_mse", "weight": 0.5},
         {"loss": "soft_target_mse", "weight": 0.5},
     ]
-    return {"student": student, "method": {"name": method, **options}, "objective": terms}
+    train = {"learning_rate": rate}
+    return {
+        "student": student,
+        "method": {"name": method, **options},
+        "objective": terms,
+        "train": train,
+    }
 
 
 def write_run(folder: Path, preset: str, method: str) -> Path:
@@ -137,11 +145,10 @@ def write_run(folder: Path, preset: str, method: str) -> Path:
         folder,
         {"type": "regression", "dataset": str(folder / "data"), **columns},
         teacher={"model": bert(2), "deepspeed": "teacher_zero3", "finetune": finetune},
-        train={**steps, "gradient_accumulation_steps": 2, "learning_rate": 0.005},
         eval={"eval_steps": 3},
         save={"save_steps": SAVE_STEPS},  # all are kept, to be compared
         log={"logging_steps": 2},
-        **sections(method, preset),
+        **merged(sections(method, preset), {"train": {**steps, "gradient_accumulation_steps": 2}}),
     )
 
 
@@ -286,6 +293,7 @@ def lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     lock = folder / "cpu_adam" / "lock"
     lock.parent.mkdir(parents=True)
     lock.touch()
+    os.utime(lock, (0, 0))  # the start of a process is known to a second
     return lock
 
 
