@@ -14,7 +14,7 @@ from megakd.config.paths import Folder
 from megakd.config.rollout import GenerationConfig, RolloutConfig
 from megakd.config.task import TaskConfig
 from megakd.config.train import TrainConfig, TrainOverrides, inherit
-from megakd.contract.tasks import FROM_TEACHER, STUDENT, STUDENT_BASE, TEACHER
+from megakd.contract.tasks import FROM_TEACHER, STUDENT, STUDENT_BASE, TEACHER, Dtype
 from megakd.contract.terms import STRICT, Count, TermConfig
 from megakd.methods import MethodConfig
 
@@ -66,6 +66,8 @@ class SaveConfig:
     """Upload final/ to this repository of the Hugging Face Hub, such as user/name."""
     hub_private: bool = False
     """Create the repository as a private repository."""
+    dtype: Literal["auto"] | Dtype = "auto"
+    """The dtype of the weights in final/; auto: that in which the teacher is stored."""
     onnx: bool = False
     """Also write the student as a graph, final/model.onnx, and time the graph."""
 

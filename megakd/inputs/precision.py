@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 import torch
 from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
@@ -10,9 +11,10 @@ from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_
 from megakd.config.models import TeacherConfig
 from megakd.config.run import RunConfig
 from megakd.config.train import TrainConfig
-from megakd.contract.tasks import Dtype, Kernels
+from megakd.contract.tasks import STUDENT, Dtype, Kernels
 from megakd.engine.distributed import Ranks, supported_dtypes
 from megakd.errors import ConfigError
+from megakd.models.source import ModelSource
 from megakd_kernels.settings import resolve_implementation
 
 logger = logging.getLogger(__name__)
@@ -54,6 +56,18 @@ def _default_dtype(device: str) -> Dtype:
 def scoring_dtype(train: TrainConfig, device: str) -> Dtype:
     """Return the dtype in which finished models are scored: on a GPU the dtype of training."""
     return "fp32" if device == "cpu" else training_dtype(train, device)
+
+
+def saved_dtype(config: RunConfig, sources: Mapping[str, ModelSource]) -> torch.dtype:
+    """Return `save.dtype`; by default the dtype in which the first teacher with weights is stored.
+
+    Without a teacher, it is that of the model that the student starts from; else fp32.
+    """
+    if config.save.dtype != "auto":
+        return TORCH_DTYPE[config.save.dtype]
+    roles = [role for role in (*config.teacher_specs, STUDENT) if role in sources]
+    stored = (sources[role].stored_dtype for role in roles)
+    return next((dtype for dtype in stored if dtype in TORCH_DTYPE.values()), torch.float32)
 
 
 def say_precision(config: RunConfig, device: str) -> None:

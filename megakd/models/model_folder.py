@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 import shutil
 import weakref
@@ -19,10 +20,19 @@ from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from megakd.data.encoding import save_tokenizer
+from megakd.errors import ModelError
 from megakd.models.architectures import context_length
 from megakd.models.generation import generation_of
 from megakd.models.own_models import OWN_MODELS
-from megakd.models.weights import DTYPES, SAFETENSORS, SAFETENSORS_INDEX
+from megakd.models.weights import (
+    DTYPES,
+    SAFETENSORS,
+    SAFETENSORS_INDEX,
+    StoredTensor,
+    WeightReader,
+    check_weight_files,
+    stored_tensors,
+)
 from megakd.storage.atomic import write_content, write_json
 from megakd.storage.folders import sealed_folder
 
@@ -30,6 +40,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 
+CONFIG = "config.json"
+WEIGHT_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+"""Names of the files of `write_weights`."""
 SHARD_BYTES = 5_000_000_000
 BUFFER_BYTES = 256 << 20
 """Tensors that wait in memory before they are written."""
@@ -177,20 +190,57 @@ class _WeightFile:
             file.write(HEADER_BYTES.to_bytes(8, "little") + header.ljust(HEADER_BYTES))
 
 
-def weight_bytes(folder: Path) -> int:
-    """Return the size on disk of a folder's safetensors files."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+def weight_bytes(folder: Path, dtype: torch.dtype | None = None) -> int:
+    """Return the size on disk of a folder's weights, or the size that they have in a dtype."""
+    files = [*folder.glob("*.safetensors")]
+    size = sum(path.stat().st_size for path in files)
+    numbers = [one for file in files for one in _numbers_in(file)] if dtype is not None else []
+    wider = [(dtype.itemsize - one.dtype.itemsize) * math.prod(one.shape) for one in numbers]
+    return size + sum(wider)
+
+
+def dtypes_of(folder: Path) -> set[torch.dtype]:
+    """Return the dtypes of the floating-point weights of a folder."""
+    return {one.dtype for file in folder.glob("model*.safetensors") for one in _numbers_in(file)}
+
+
+def _numbers_in(file: Path) -> list[StoredTensor]:
+    stored = stored_tensors(file, str(file.parent)).values()
+    return [one for one in stored if one.dtype.is_floating_point]
+
+
+def write_weights_as(dtype: torch.dtype, source: Path, folder: Path) -> None:
+    """Write the weights of a model folder into another one in a dtype, which its config states.
+
+    Raises:
+        ModelError: a weight is larger than the largest number of the dtype.
+    """
+    reader = WeightReader(str(source))
+
+    def converted() -> Iterator[tuple[str, Tensor]]:
+        for name, stored in check_weight_files(source, str(source)).items():
+            tensor = reader.read(stored.rounded(dtype))
+            if tensor.dtype == torch.float16 and not tensor.isfinite().all():
+                raise ModelError(
+                    f"{name} of {source} is too large for fp16; set save.dtype: fp32 and start the "
+                    "same command again"
+                )
+            yield name, tensor
+
+    write_weights(folder, converted())
+    keys = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    write_json(folder / CONFIG, {**keys, "dtype": str(dtype).removeprefix("torch.")})
 
 
 def brings_code(folder: Path) -> bool:
     """Return true if transformers needs `trust_remote_code` and a file of the folder to load it."""
-    keys = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    keys = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     return keys["model_type"] in OWN_MODELS
 
 
 def needs_5(folder: Path) -> bool:
     """Return true if transformers 4 cannot load the folder, or would compute something else."""
-    keys = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    keys = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     return brings_code(folder) or ("rope_parameters" in keys and "rope_theta" not in keys)
 
 
@@ -230,7 +280,7 @@ def _write_config(folder: Path, model: ModelContent, dtype: torch.dtype) -> None
         vars(config).pop("auto_map", None)
     # save_pretrained refuses the generation keys that older configs on the Hub carry.
     keys = json.loads(config.to_json_string())
-    write_json(folder / "config.json", {**keys, **rotary_keys_of_4(keys)})
+    write_json(folder / CONFIG, {**keys, **rotary_keys_of_4(keys)})
     decoder = ours.models.get("AutoModelForCausalLM") if ours else None
     stock = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     if (decoder.__name__ if decoder else stock) in (config.architectures or ()):

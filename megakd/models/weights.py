@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -37,13 +37,21 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """Location of one tensor: file, key in the file, and first byte."""
+    """Location of one tensor: file, key in the file, and first byte.
+
+    read_as: the dtype to which its values are rounded; None: the stored dtype.
+    """
 
     file: Path
     key: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     offset: int
+    read_as: torch.dtype | None = None
+
+    def rounded(self, dtype: torch.dtype | None) -> StoredTensor:
+        """Return the tensor with values rounded to a dtype, if they are floating-point numbers."""
+        return replace(self, read_as=dtype if self.dtype.is_floating_point else None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +188,7 @@ class WeightReader:
                         f"bytes of {stored.key}; the file may have changed during reading"
                     )
                 done += count
-        return data.view(stored.dtype)
+        return data.view(stored.dtype).to(stored.read_as or stored.dtype)
 
     def _part_of_experts(self, stored: StoredExperts, start: int, stop: int) -> Tensor:
         pieces, begin = [torch.empty(0, dtype=stored.dtype)], 0

@@ -6,16 +6,24 @@ A run is finished when its output folder has a report.json, which is written las
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from shlex import quote
+
+import torch
 
 from megakd.config.file import dump_config, dump_yaml
 from megakd.config.run import RunConfig
 from megakd.contract.results import Report
 from megakd.contract.tasks import STUDENT
 from megakd.errors import CheckpointError, suggestion
-from megakd.models.model_folder import brings_code, needs_5
+from megakd.models.model_folder import (
+    WEIGHT_FILE,
+    brings_code,
+    dtypes_of,
+    needs_5,
+    write_weights_as,
+)
 from megakd.models.onnx import check_packages, write_onnx
 from megakd.models.own_models import current_files
 from megakd.reports.card import CardFacts, model_card
@@ -29,7 +37,6 @@ from megakd.storage.folders import (
     CARD,
     check_writable,
     copy_finished,
-    entries,
     open_finished,
     users_files,
 )
@@ -69,17 +76,23 @@ def finished_table(config: RunConfig, facts: Fingerprint) -> str | None:
     return result_table(report, final=final)
 
 
-def publish(config: RunConfig, student: Path, report: Report, *, command: str) -> str:
+def publish(
+    config: RunConfig, student: Path, report: Report, *, dtype: torch.dtype, command: str
+) -> str:
     """Write the models and then report.json, which marks the run as finished.
 
-    Return the result table. `student`: the folder of the stage that becomes `final/`.
+    Return the result table. `student`: the folder of the stage that becomes `final/`, whose weights
+    have the dtype.
     """
     out = config.output_dir
     # A prolonged run has a report: a kill from here on leaves a run that is not finished.
     (out / REPORT).unlink(missing_ok=True)
-    _write_model(config, student, out / FINAL, report, command)
+    card = _card(config, student, report, command)
+    # The report decides, because `save` may change between two starts of a finished run.
+    _write_model(student, out / FINAL, card, dtype=dtype, has_graph=GRAPH in report["models"])
     atomic.write_text(out / CONFIG, dump_config(config))
-    published = {"student": student.name, "published": asked_of(config)}
+    published: dict[str, object] = {"student": student.name, "published": asked_of(config)}
+    published["dtype"] = str(dtype).removeprefix("torch.")
     atomic.write_json(out / RUN, {**(read_record(out) or {}), **published})
     _write_next_config(config, out / FINAL)
     write_report(out / REPORT, report)
@@ -87,13 +100,7 @@ def publish(config: RunConfig, student: Path, report: Report, *, command: str) -
     return result_table(report, final=out / FINAL)
 
 
-def _write_model(config: RunConfig, stage: Path, to: Path, report: Report, command: str) -> None:
-    remedy = remake(stage)
-    there = open_finished(stage, remedy=remedy)
-    changed = users_files(to)
-    if changed:
-        aside = atomic.set_aside(to)
-        logger.warning("%s has files of yours: %s; it is now %s", to, ", ".join(changed), aside)
+def _card(config: RunConfig, stage: Path, report: Report, command: str) -> str:
     models = {name: spec.model for name, spec in config.teacher_specs.items()}
     models |= dict.fromkeys(config.base_teachers, config.student.model)
     start = {**models, STUDENT: config.student.model}[config.start_role]
@@ -106,11 +113,39 @@ def _write_model(config: RunConfig, stage: Path, to: Path, report: Report, comma
         brings_code=brings_code(stage),
         needs_5=needs_5(stage),
     )
-    card = model_card(facts, report)
-    changes = {CARD: card, **dict.fromkeys(files_beside_model(there)), **current_files(there)}
-    # The report decides, because `save` may change between two starts of a finished run.
-    add = write_onnx if GRAPH in report["models"] else None
-    copy_finished(stage, to, changes=changes, add=add, remedy=remedy)
+    return model_card(facts, report)
+
+
+def _write_model(stage: Path, to: Path, card: str, *, dtype: torch.dtype, has_graph: bool) -> None:
+    changed = users_files(to)
+    if changed:
+        aside = atomic.set_aside(to)
+        logger.warning("%s has files of yours: %s; it is now %s", to, ", ".join(changed), aside)
+    _copy(stage, to, {CARD: card}, dtype=dtype, add=write_onnx if has_graph else None)
+
+
+def _copy(
+    stage: Path,
+    to: Path,
+    changes: Mapping[str, str],
+    *,
+    dtype: torch.dtype | None,
+    add: Callable[[Path], object] | None,
+) -> None:
+    """Copy the model of a finished stage with its weights in a dtype; None: as they are."""
+    files = open_finished(stage, remedy=remake(stage))
+    changed = {**dict.fromkeys(files_beside_model(files)), **current_files(files), **changes}
+    is_other = dtype is not None and dtypes_of(stage) != {dtype}
+    if is_other:
+        changed |= dict.fromkeys(name for name in files if WEIGHT_FILE.fullmatch(name))
+
+    def complete(copied: Path) -> None:
+        if dtype is not None and is_other:
+            write_weights_as(dtype, stage, copied)
+        if add is not None:
+            add(copied)
+
+    copy_finished(stage, to, changes=changed, add=complete, remedy=remake(stage))
 
 
 def _draw(output_dir: Path) -> None:
@@ -160,15 +195,15 @@ def export_run(
         raise CheckpointError(f"{reason} {listed}")
     check_writable(to, where="--to")
     folder = stages / name
-    there = entries(folder)
-    changes = {**dict.fromkeys(files_beside_model(there)), **current_files(there)}
+    is_student = record is not None and name == record.get("student")
+    dtype = getattr(torch, record.get("dtype", "float32")) if is_student else None
     if add is None and config.save.onnx:
         check_packages("save.onnx")
         add = write_onnx
     with written_once(atomic.sibling(to.absolute(), "lock")):
         if to.exists() or to.is_symlink():
             raise CheckpointError(f"{to} already exists; give a folder that does not exist")
-        copy_finished(folder, to, changes=changes, add=add, remedy=remake(folder))
+        _copy(folder, to, {}, dtype=dtype, add=add)
     return to
 
 

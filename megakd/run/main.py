@@ -114,7 +114,9 @@ def _run(config: RunConfig, command: str, ranks: Ranks) -> str:
                     name: lab.train(baseline_stage(lab, name, student)) for name in config.baselines
                 }
             report = report_of(lab, student, baselines)
-    return on_main(lambda: publish(config, student.folder, report, command=command))
+    return on_main(
+        lambda: publish(config, student.folder, report, dtype=lab.saved_dtype, command=command)
+    )
 
 
 def check_machines(config: RunConfig, ranks: Ranks) -> None:

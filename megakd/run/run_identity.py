@@ -71,9 +71,9 @@ def run_facts(config: RunConfig, ranks: Ranks) -> Fingerprint:
 
 
 def asked_of(config: RunConfig) -> Fingerprint:
-    """Return the keys that a finished run may change to do more: lengths, times, a graph."""
+    """Return the keys that a finished run may change to do more: lengths, times, `final/`."""
     fields = flatten(config_tree(config)).items()
-    keys = (*_LENGTHS, "save.onnx")
+    keys = (*_LENGTHS, "save.onnx", "save.dtype")
     asked = {k: v for k, v in fields if k in keys or k.startswith("eval.latency")}
     return json.loads(atomic.json_text(asked))
 

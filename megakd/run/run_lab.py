@@ -10,6 +10,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+import torch
+
 from megakd.config.train import total_steps
 from megakd.contract.batch import ROUTE, teacher_number
 from megakd.contract.lab import Pruning
@@ -20,6 +22,7 @@ from megakd.data.loader import rows_with_targets
 from megakd.engine.collectives import doing, main_first, on_main
 from megakd.engine.distributed import Ranks
 from megakd.inputs.inputs import RunInputs
+from megakd.inputs.precision import saved_dtype
 from megakd.models.loading import resolve_model
 from megakd.models.source import ModelSource
 from megakd.run.teacher_pool import Measured, TeacherPool, measure
@@ -147,12 +150,24 @@ class RunLab(LabBase):
         spec = self.config.teacher_specs.get(role, self.config.student)
         return dataclasses.replace(source, attn_implementation=spec.attn_implementation)
 
+    @property
+    def saved_dtype(self) -> torch.dtype:
+        """The dtype of the weights of the student in `final/`."""
+        return saved_dtype(self.config, self._prepared.sources)
+
     @doing("scoring a finished model")
-    def measure(self, folder: Path) -> Measured:
-        """Return what the report says of a finished model; a collective."""
+    def measure(self, folder: Path, stored_as: torch.dtype | None = None) -> Measured:
+        """Return what the report says of a finished model; a collective.
+
+        Args:
+            stored_as: the dtype to which the weights are rounded; None: they are not.
+        """
         # The model has the student's tokenizer.
         self.close()
         dtype = self.assembly.scoring_dtype()
         preset = scoring_preset(self.config.student.deepspeed)
-        with self.assembly.loaded(self.source(folder), preset, dtype) as model:
+        source = self.source(folder)
+        stored = {name: one.rounded(stored_as) for name, one in source.stored.items()}
+        source = dataclasses.replace(source, stored=stored)
+        with self.assembly.loaded(source, preset, dtype) as model:
             return measure(self.assembly, model, self.pool.prompts)

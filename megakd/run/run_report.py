@@ -46,7 +46,10 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
     folders |= {name: one.folder for name, one in baselines.items()}
     with phase("scoring"):
         measured = {name: lab.pool.measured(name) for name in teachers}
-        measured |= {name: lab.measure(folder) for name, folder in folders.items()}
+        for name, folder in folders.items():
+            # The student is scored as it is stored.
+            dtype = lab.saved_dtype if name == STUDENT else None
+            measured[name] = lab.measure(folder, dtype)
         graph_bytes = _graph_bytes(lab, student.folder) if config.save.onnx else None
     forget_models()
     reference = max(teachers, key=lambda n: measured[n].report["parameters"], default=None)
@@ -54,6 +57,7 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
     numbers: dict[str, Any] = {}
     for name, one in measured.items():
         numbers |= _entries(name, one, folders.get(name), theirs)
+    numbers[f"{STUDENT}.bytes"] = weight_bytes(student.folder, lab.saved_dtype)
     if graph_bytes is not None:
         numbers |= _entries(GRAPH, measured[STUDENT], None, theirs) | {
             f"{GRAPH}.bytes": graph_bytes

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from one_rank import OneRank, Outcome
+from safetensors.torch import load_file, save_file
 from spoiling import assert_told
 from tiny_runs import (
     SENTENCES,
@@ -207,10 +209,43 @@ def test_a_longer_run_that_is_killed_while_it_is_published_goes_on(finished, mon
     monkeypatch.setattr(finished_run, moment, kill)
     stage = finished.out / "stages" / "student"
     with pytest.raises(KeyboardInterrupt):
-        finished_run.publish(longer, stage, report, command="train")
+        finished_run.publish(longer, stage, report, dtype=torch.float32, command="train")
 
     outcome = finished.again("train.max_steps=6")
 
     assert outcome.code == 0, outcome.err
     assert json.loads((finished.out / "report.json").read_text())["stages"][0]["steps"] == 6
     assert finished.again("train.max_steps=6").code == 0
+
+
+def stored_types(folder: Path) -> set[torch.dtype]:
+    return {weight.dtype for weight in load_file(folder / WEIGHTS).values()}
+
+
+def test_the_student_is_stored_as_its_teacher_is_and_scored_as_it_is_stored(
+    one_rank, whole_run, tmp_path
+):
+    teacher = shutil.copytree(whole_run.teacher, tmp_path / "teacher")
+    save_file(
+        {name: weight.bfloat16() for name, weight in load_file(teacher / WEIGHTS).items()},
+        teacher / WEIGHTS,
+        metadata={"format": "pt"},
+    )
+    (teacher / "checksums.json").unlink(missing_ok=True)
+    spec = {"model": str(teacher)}
+    finish_in(one_rank, tmp_path, review_task(tmp_path), teacher=spec, method={"name": "single"})
+    out, config = tmp_path / "out", tmp_path / "run.yaml"
+    report = json.loads((out / "report.json").read_text())
+    scored = json.loads(one_rank.megakd("evaluate", config, "--json", code=0).out)
+
+    assert scored["metrics"] == {name: report[f"student.{name}"] for name in report["metrics"]}
+    assert stored_types(out / "final") == {torch.bfloat16}
+    assert json.loads((out / "final/config.json").read_text())["dtype"] == "bfloat16"
+    assert stored_types(out / "stages/student") == {torch.float32}
+    size = (out / "final" / WEIGHTS).stat().st_size
+    assert abs(report["student.bytes"] - size) < size / 20
+
+    again = one_rank.train("--config", config, "save.dtype=fp32")
+
+    assert again.code == 0, again.err
+    assert stored_types(out / "final") == {torch.float32}
