@@ -57,6 +57,17 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["MEGAKD_TEST_PACKAGES"] = str(packages)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of `slow_tests.txt`, which took longest on two cores, as slow.
+
+    Others of their file check the same behaviour at another ZeRO stage or with another model.
+    """
+    listed = set((ROOT / "tests" / "slow_tests.txt").read_text(encoding="utf-8").splitlines())
+    for item in items:
+        if item.nodeid in listed:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
     """Import the libraries without collections, and leave them out of all that come later."""

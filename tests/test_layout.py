@@ -353,3 +353,9 @@ def test_pins_leave_the_build_of_torch_open(pins: dict[str, str]) -> None:
 
     assert cuda == []
     assert [f"{name}=={version}" for name, version in pins.items() if "+" in version] == []
+
+
+def test_every_test_that_is_listed_as_slow_exists():
+    for line in (ROOT / "tests" / "slow_tests.txt").read_text().splitlines():
+        path, *_, name = line.partition("[")[0].split("::")
+        assert f"def {name}(" in (ROOT / path).read_text(), line
