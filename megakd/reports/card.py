@@ -32,12 +32,22 @@ PAGE = """\
 Trained{teachers} with `{command}`.
 Load it with `{auto_class}.from_pretrained(folder{trust})`{needs}.
 
-```text
+{chat}```text
 {results}
 ```
 
 {adapter}The weights derive from the models and the data named above; their licences say what may be
 done with this model.
+"""
+CHAT = """\
+```python
+from transformers import pipeline
+
+chat = pipeline("text-generation", model=folder{trust})
+messages = [{{"role": "user", "content": "What is a distilled model?"}}]
+print(chat(messages, max_new_tokens=200)[0]["generated_text"][-1]["content"])
+```
+
 """
 ADAPTER = """\
 The trained adapters are merged into these weights; `adapter` holds them alone, for
@@ -54,6 +64,7 @@ class CardFacts:
     teachers: Hub ids or folders of the teachers; None for random weights.
     brings_code: whether the model's class is stored with the weights, see `brings_code`.
     needs_5: whether transformers 4 cannot read the model.
+    chats: whether the tokenizer has a chat template.
     """
 
     title: str
@@ -63,6 +74,7 @@ class CardFacts:
     command: str
     brings_code: bool = False
     needs_5: bool = False
+    chats: bool = False
 
 
 def model_card(facts: CardFacts, report: Report) -> str:
@@ -84,6 +96,7 @@ def model_card(facts: CardFacts, report: Report) -> str:
     }
     front = {key: value for key, value in front.items() if value}
     named = [f"`{hub_id(s) or Path(s).name}`" if s else "a random teacher" for s in facts.teachers]
+    trust = ", trust_remote_code=True" * facts.brings_code
     return PAGE.format(
         front=yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
         title=facts.title,
@@ -91,7 +104,8 @@ def model_card(facts: CardFacts, report: Report) -> str:
         command=facts.command,
         results=result_table(report),
         auto_class=auto_class,
-        trust=", trust_remote_code=True" * facts.brings_code,
+        trust=trust,
+        chat=CHAT.format(trust=trust) * (facts.chats and facts.task_type == "causal_lm"),
         needs=", which needs transformers >= 5.0" * facts.needs_5,
         adapter=ADAPTER * (f"{STUDENT}.trained_parameters" in report),
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 from shlex import quote
 
 import torch
+from transformers.utils import CHAT_TEMPLATE_FILE
 
 from megakd.config.file import dump_config, dump_yaml
 from megakd.config.run import RunConfig
@@ -112,6 +113,7 @@ def _card(config: RunConfig, stage: Path, report: Report, command: str) -> str:
         command=command,
         brings_code=brings_code(stage),
         needs_5=needs_5(stage),
+        chats=(stage / CHAT_TEMPLATE_FILE).is_file(),
     )
     return model_card(facts, report)
 

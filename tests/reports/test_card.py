@@ -46,6 +46,16 @@ def test_the_card_is_the_table_with_how_the_model_was_made_and_is_used() -> None
     assert "\n\n\n" not in card
 
 
+def test_a_model_with_a_chat_template_has_an_example_of_a_chat() -> None:
+    facts = dataclasses.replace(FACTS, task_type="causal_lm", brings_code=True)
+
+    card = model_card(dataclasses.replace(facts, chats=True), report_of())
+
+    assert 'pipeline("text-generation", model=folder, trust_remote_code=True)' in card
+    assert "\n\n\n" not in card
+    assert "pipeline(" not in model_card(facts, report_of())
+
+
 def test_a_graph_is_a_row_of_the_results() -> None:
     models = ["teacher", "student", "student_onnx", "alone"]
 

@@ -84,6 +84,12 @@ def test_a_mixture_tells_its_sources_and_scores_documents_as_a_file_of_them_alon
         row for row in read(tmp_path / "out")["evaluation_sets"] if row["model"] == "student"
     )
     assert alone["metrics"] == pytest.approx({name: student[name] for name in alone["metrics"]})
+    # The card shows a chat, which runs with plain transformers.
+    final = tmp_path / "out" / "final"
+    example = (final / "README.md").read_text().split("```python\n")[1].partition("```")[0]
+    names: dict[str, Any] = {"folder": str(final)}
+    exec(example.replace("max_new_tokens=200", "max_new_tokens=2"), names)  # noqa: S102
+    assert names["chat"].model.config.model_type == "llama"
 
 
 @pytest.mark.parametrize(
