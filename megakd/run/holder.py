@@ -6,6 +6,7 @@ of another host or container still runs cannot be seen: its lock is an error tha
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
@@ -57,11 +58,12 @@ def written_once(folder: Path) -> Iterator[str]:
     text = json.dumps(facts | {"place": _place(), "start": _start(pid)})
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            check_free(folder)
-            path.unlink(missing_ok=True)
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
+        with _one_at_a_time(folder):
+            if path.exists():
+                check_free(folder)
+                path.unlink(missing_ok=True)
+            with path.open("x", encoding="utf-8") as file:
+                file.write(text)
     except OSError as error:
         if path.exists():  # another start was faster
             check_free(folder)
@@ -73,6 +75,18 @@ def written_once(folder: Path) -> Iterator[str]:
         if is_new:  # a run that was refused before its start leaves nothing behind
             with suppress(OSError):
                 folder.rmdir()
+
+
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Let starts of this host wait for each other, so that one alone takes over a dead lock."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # of storage without such locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def check_free(folder: Path) -> None:

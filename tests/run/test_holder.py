@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from megakd.errors import InUseError
+from megakd.run import holder
 from megakd.run.holder import LOCK, check_free, written_once
 
 
@@ -51,6 +53,23 @@ def test_the_lock_of_a_process_that_has_ended_is_taken_over(tmp_path):
 
     with written_once(tmp_path):
         assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+
+
+def test_of_two_starts_one_alone_takes_over_a_dead_lock(tmp_path, monkeypatch):
+    leave_lock(tmp_path, os.getpid(), start="before")
+
+    def check_while_another_start_tries(folder: Path) -> None:
+        check_free(folder)
+        descriptor = os.open(folder, os.O_RDONLY)
+        with pytest.raises(BlockingIOError):  # it waits until the lock is that of this process
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(descriptor)
+
+    monkeypatch.setattr(holder, "check_free", check_while_another_start_tries)
+    with written_once(tmp_path):
+        monkeypatch.undo()
+        with pytest.raises(InUseError), written_once(tmp_path):
+            pass
 
 
 def test_a_later_process_with_the_number_of_a_dead_one_does_not_hold_its_folder(tmp_path):
