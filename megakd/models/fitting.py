@@ -12,28 +12,30 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import PretrainedConfig, initialization
+from transformers import initialization
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 
 from megakd.config.task import TaskConfig
 from megakd.contract.tasks import LANGUAGE_TASKS
 from megakd.engine.sharding import sharded_construction
 from megakd.errors import ModelError, one_line
-from megakd.models.architectures import (
-    AUTO_CLASSES,
-    context_length,
-    counts_padding,
-)
+from megakd.models.architectures import AUTO_CLASSES, context_length
 from megakd.models.own_models import register_own_models
+from megakd.models.quantized import method_of
 from megakd.models.source import ModelSource
-from megakd.models.weights import StoredExperts, StoredTensor, WeightReader
+from megakd.models.weights import Conversion, StoredTensor, WeightReader
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-_OF_ONE_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)\.weight")
-_JOINT = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-"""Tensor of all experts, and the tensors of one expert that it consists of, in order."""
 _PROBLEMS = {"classification": "single_label_classification", "regression": "regression"}
+TEXT_PARTS = ("language_model.", "text_model.")
 LEGACY_ENDINGS = {".gamma": ".weight", ".beta": ".bias"}
 
 
@@ -68,6 +70,9 @@ def plan_loading(
     """
     _check_sizes(source, task, tokenizer_size)
     config = copy.deepcopy(source.config)
+    if method_of(config) is not None:  # transformers alone knows its tensors
+        label_order(config, label_names, where=source.where)
+        return config, Match(stored={}, missing=(), unused=())
     is_classifier = task.type not in LANGUAGE_TASKS
     keeps_head = need_head or not is_classifier or labels_agree(config, label_names)
     if not need_head:
@@ -98,14 +103,6 @@ def _check_sizes(source: ModelSource, task: TaskConfig, tokenizer_size: int) -> 
             f"{source.where}: the tokenizer has {tokenizer_size} tokens, and the embedding of the "
             f"model has {source.config.vocab_size}; set task.tokenizer to the tokenizer of the "
             "model"
-        )
-    token = source.config.pad_token_id
-    if counts_padding(source.config) and not isinstance(token, int):
-        file = ".config" if source.folder is None else f": {source.folder / 'config.json'}"
-        raise ModelError(
-            f"{source.where}{file}: pad_token_id must be a whole number (got {token!r}), because "
-            f"a {source.config.model_type} model counts positions from it; set pad_token_id to the "
-            "number of the padding token of the tokenizer"
         )
     check_length(source, task)
 
@@ -193,75 +190,71 @@ def match_names(
 ) -> Match:
     """Match stored tensors with a model's, for any head that the checkpoint was saved with.
 
-    The prefix of the backbone is added if a bare backbone was stored, and the names of old
-    TensorFlow checkpoints (gamma, beta) are read.
+    Names and shapes in a file may be others than in the model: transformers renames and joins
+    tensors while it loads. The prefix of the backbone is added if a bare backbone was stored, that
+    of a text part beside vision or sound is left out, and the names of old TensorFlow checkpoints
+    (gamma, beta) are read.
     """
     tensors = model.state_dict(keep_vars=True)
     first = {id(tensor): name for name, tensor in reversed(tensors.items())}  # of tied tensors
     skipped = tuple(f"{module}." for module in leave_out)
     taken: dict[str, StoredTensor] = {}
-    used: set[str] = set()
-    stored = with_joint_experts(stored, tensors)
-    for key, value in stored.items():
-        ending = next((old for old in LEGACY_ENDINGS if key.endswith(old)), "")
-        modern = key.removesuffix(ending) + LEGACY_ENDINGS.get(ending, "")
-        names = (key, modern, f"{model.base_model_prefix}.{modern}")
-        name = next((name for name in names if name in tensors), None)
-        if name is None or name.startswith(skipped):
-            continue
-        used.add(key)
-        taken[first[id(tensors[name])]] = value
+    unused: list[str] = []
+    named, used = as_in_model(model, stored, tensors)
+    for key, value in named.items():
+        name = next((name for name in _names(key, model) if name in tensors), None)
+        if name is not None and not name.startswith(skipped):
+            taken[first[id(tensors[name])]] = value
+        else:
+            unused += used[key]
     missing = tuple(
         name for name, _ in model.named_parameters() if first[id(tensors[name])] not in taken
     )
-    unused = tuple(key for key in stored if key not in used)
-    return Match(stored=taken, missing=missing, unused=unused)
+    return Match(stored=taken, missing=missing, unused=tuple(unused))
 
 
-def with_joint_experts(
-    stored: Mapping[str, StoredTensor], names: Collection[str]
-) -> Mapping[str, StoredTensor]:
-    """Return the stored tensors with one entry in place of those of single experts.
+def _names(key: str, model: PreTrainedModel) -> tuple[str, ...]:
+    ending = next((old for old in LEGACY_ENDINGS if key.endswith(old)), "")
+    modern = key.removesuffix(ending) + LEGACY_ENDINGS.get(ending, "")
+    text_parts = (modern.replace(part, "", 1) for part in TEXT_PARTS if part in modern)
+    return key, modern, f"{model.base_model_prefix}.{modern}", *text_parts
 
-    Only tensors that the model has are joined, and only if the checkpoint has all parts of the
-    experts from 0 on, with equal shapes.
+
+def as_in_model(
+    model: PreTrainedModel, stored: Mapping[str, StoredTensor], names: Collection[str]
+) -> tuple[dict[str, StoredTensor], dict[str, list[str]]]:
+    """Return stored tensors by the names that transformers gives them, and the keys of each.
+
+    A tensor whose name alone changes is read as it is stored. Others, such as the experts of a
+    layer, are converted from one or more stored tensors when they are read.
     """
-    experts: dict[str, dict[int, dict[str, StoredTensor]]] = {}
-    for key, tensor in stored.items():
-        match = _OF_ONE_EXPERT.fullmatch(key)
-        if match is not None:
-            path, number, part = match.groups()
-            experts.setdefault(path, {}).setdefault(int(number), {})[part] = tensor
-    joint = dict(stored)
-    for path, by_number in experts.items():
-        for name, parts in _JOINT.items():
-            in_order = [by_number.get(number, {}) for number in range(len(by_number))]
-            rows = [[expert.get(part) for part in parts] for expert in in_order]
-            made = _joined(rows) if f"{path}.{name}" in names else None
-            if made is None:
-                continue
-            joint[f"{path}.{name}"] = made
-            for number in by_number:
-                for part in parts:
-                    del joint[f"{path}.{number}.{part}.weight"]
-    return joint
-
-
-def _joined(rows: list[list[StoredTensor | None]]) -> StoredExperts | None:
-    known = [[part for part in row if part is not None] for row in rows]
-    first = known[0]
-    shapes = [[(part.shape, part.dtype) for part in row] for row in known]
-    if len(first) != len(rows[0]) or any(one != shapes[0] for one in shapes):
-        return None
-    height, width = sum(part.shape[0] for part in first), first[0].shape[-1]
-    return StoredExperts(
-        file=first[0].file,
-        key=first[0].key,
-        shape=(len(rows), height, width),
-        dtype=first[0].dtype,
-        offset=first[0].offset,
-        parts=tuple(tuple(row) for row in known),
-    )
+    changes = get_model_conversion_mapping(model)
+    renamings = [change for change in changes if isinstance(change, WeightRenaming)]
+    converters = [change for change in changes if isinstance(change, WeightConverter)]
+    by_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
+    prefix, state = model.base_model_prefix, dict.fromkeys(names, True)
+    named: dict[str, StoredTensor] = {}
+    used: dict[str, list[str]] = {}
+    groups: dict[str, Conversion] = {}
+    for key in sorted(stored, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, prefix, state)
+        if pattern is None or key in state:
+            name = key if key in state else name
+            named[name] = stored[key]
+            used.setdefault(name, []).append(key)
+        else:
+            group = groups.setdefault(name, Conversion(name, by_pattern[pattern], model.config))
+            group.parts.append((key, pattern, stored[key]))
+    for group in groups.values():
+        keys = [key for key, _, _ in group.parts]
+        try:
+            results = group.tensors()
+        except (RuntimeError, ValueError, KeyError, IndexError, StopIteration):
+            # A part is missing, so that what it would be a part of is missing too.
+            results = {key: tensor for key, _, tensor in group.parts}
+        named |= results
+        used |= dict.fromkeys(results, keys)
+    return named, used
 
 
 def valueless_model(

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 
 import megakd_kernels
-from megakd.contract.batch import IGNORE, AttentionVectors, Batch, Knowledge, LogitWarp, Predictions
+from megakd.contract.batch import IGNORE, AttentionVectors, Batch, Knowledge, Predictions
 from megakd.contract.tasks import Kernels
 from megakd.engine.sharding import gathered, is_sharded
-from megakd.models.architectures import RotaryForm, architecture_of, has_token_types
+from megakd.models.architectures import Architecture, RotaryForm, counts_padding, has_token_types
 from megakd.models.elastic_modules import weights_in_view
-from megakd.models.packed_attention import document_arguments
+from megakd.models.packing import inputs_of_documents
 from megakd.models.second_vocabulary import SecondHead, second_vocabulary
+from megakd.models.structure import architecture_of, input_of, only_rows
+from megakd.models.valueless import no_cache
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -49,16 +51,22 @@ class LanguageModelHead:
     warp: the factor and the cap between the product with the matrix and the logits.
     """
 
-    def __init__(self, module: nn.Module, warp: LogitWarp) -> None:
-        self._module = module
-        self.warp = warp
+    def __init__(self, model: nn.Module, architecture: Architecture) -> None:
+        self._module = architecture.language_head_of(model)
+        owner, _, self._bias = (architecture.bias or "").rpartition(".")
+        self._owner = model.get_submodule(owner) if self._bias else None
+        self.warp = architecture.warp
 
     def read(self) -> tuple[Tensor, Tensor | None]:
         """Return (weight [V, D], bias [V] or None); under ZeRO-3 only inside a module's forward.
 
         The matrix is as narrow as the hidden states of the current view.
         """
-        return weights_in_view(self._module)
+        weight, bias = weights_in_view(self._module)
+        if self._owner is not None:
+            added = getattr(self._owner, self._bias).flatten()
+            bias = added if bias is None else bias + added
+        return weight, bias
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -68,15 +76,15 @@ class LanguageModelHead:
         it for the read alone: if DeepSpeed had to fetch it for the forward of the whole model, the
         next forward would not be the one that it has recorded.
         """
-        with gathered(self._module.parameters(recurse=False)):
+        owners = filter(None, (self._module, self._owner))
+        with gathered([weight for part in owners for weight in part.parameters(recurse=False)]):
             yield
 
 
 def language_model_head(model: nn.Module) -> LanguageModelHead:
-    """Return the head of a causal or masked LM, found with the architecture table."""
+    """Return the head of a causal or masked LM."""
     config: PretrainedConfig = model.config  # type: ignore[assignment]
-    architecture = architecture_of(config)
-    return LanguageModelHead(architecture.language_head_of(model), architecture.logit_warp(config))
+    return LanguageModelHead(model, architecture_of(config))
 
 
 def read_knowledge(model: nn.Module, batch: Batch, needs: Needs) -> Knowledge:
@@ -98,27 +106,36 @@ def read_knowledge(model: nn.Module, batch: Batch, needs: Needs) -> Knowledge:
 
 
 def _read(model: Any, batch: Batch) -> Knowledge:
-    inputs, pieces = dict(batch.inputs), batch.extras.second
+    inputs, pieces = inputs_of_documents(model, batch), batch.extras.second
+    architecture = architecture_of(model.config)
     if batch.labels.dim() != 2:  # those of a language model are [B, T]
         if not has_token_types(model.config):
             inputs.pop("token_type_ids", None)
-        return Knowledge(logits=model(**inputs).logits)
-    architecture = architecture_of(model.config)
-    # Encoders have no cache, and some of them do not accept the option.
-    options = {} if architecture.masked else {"use_cache": False}
-    options |= document_arguments(model, batch)
+        return Knowledge(logits=model(**inputs, **no_cache(model)).logits)
+    if "position_ids" in inputs and counts_padding(model.config):
+        inputs["position_ids"] = inputs["position_ids"] + model.config.pad_token_id + 1
     second = None if pieces is None else second_vocabulary(model)
     if second is not None:
         inputs["inputs_embeds"] = second(inputs.pop("input_ids"), model.get_input_embeddings())
-    states = architecture.backbone_of(model)(**inputs, **options).last_hidden_state
-    # The head of an MLM is applied to a few positions only: [N, D].
-    hidden = states if batch.targets is None else states.flatten(0, 1)[batch.targets]
-    hidden = architecture.before_language_head(model, hidden)
-    read = Knowledge(hidden=hidden, head=language_model_head(model))
+    rows, backbone = batch.targets, architecture.backbone_of(model)
+    if rows is not None and second is not None and pieces is not None:
+        rows = torch.cat([rows, pieces.positions])
+    if architecture.reads_head_input:
+        # The transform of a masked language model computes these rows alone too.
+        with input_of(architecture.language_head_of(model)) as seen, only_rows(backbone, rows):
+            model(**inputs, **no_cache(model))
+        hidden = seen[0] if rows is None else seen[0][0]
+    else:
+        states = backbone(**inputs, **no_cache(backbone)).last_hidden_state
+        hidden = states if rows is None else states.flatten(0, 1)[rows]
     if second is None or pieces is None:
-        return read
-    chosen = architecture.before_language_head(model, states.flatten(0, 1)[pieces.positions])
-    return read._replace(second=Knowledge(hidden=chosen, head=SecondHead(second)))
+        return Knowledge(hidden=hidden, head=language_model_head(model))
+    hidden, chosen = hidden.tensor_split((-len(pieces.positions),))
+    return Knowledge(
+        hidden=hidden,
+        head=language_model_head(model),
+        second=Knowledge(hidden=chosen, head=SecondHead(second)),
+    )
 
 
 def predict(model: nn.Module, batch: Batch, kernels: Kernels = "auto") -> Predictions:
@@ -194,7 +211,8 @@ class AttentionNotes:
         self._sources = {i: self._architecture.vectors_of(model, i) for i in layers}
         self._blocks = {i: self._architecture.block_of(model, i) for i in layers}
         attentions = self._architecture.attentions(model.config)
-        self._cores = {i: model.get_submodule(attentions[i - 1].core) for i in layers}
+        paths = {i: attentions[i - 1] for i in layers}
+        self._cores = {i: model.get_submodule(path.core) for i, path in paths.items() if path}
         self._rotary = self._architecture.rotary_of(model) if layers else None
         self._seen: dict[object, Any] = {}
 

@@ -38,11 +38,19 @@ from megakd.engine.sharding import (
     sharded_construction,
 )
 from megakd.errors import ModelError, one_line, suggestion
-from megakd.models.architectures import HEAD_COUNTS, Architecture, architecture_named
+from megakd.models.architectures import (
+    HEAD_COUNTS,
+    Architecture,
+    class_name,
+    counts_padding,
+    stated,
+)
 from megakd.models.fitting import Match, build_empty, listed, plan_loading
 from megakd.models.modeling.modeling_t5 import EncT5Config, T5EncoderConfig
 from megakd.models.own_models import CONFIG_ERRORS, class_of, register_own_models
+from megakd.models.quantized import check_quantized, method_of, open_quantized
 from megakd.models.source import ModelSource
+from megakd.models.structure import for_task
 from megakd.models.weights import StoredTensor, WeightReader, check_weight_files, gguf_hint
 from megakd.process.seeding import cpu_seeded
 from megakd.process.terminal import in_home, is_first_of_node
@@ -65,6 +73,12 @@ LEGACY_KEYS = frozenset(
 )
 # Private keys of older config files that no class has.
 NOTES = ("_attn_implementation_autoset", "_commit_hash", "_flash_attn_2_enabled", "_num_labels")
+# Of all families, by the names that transformers maps to those of a family.
+SIZES = (
+    *("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "d_kv", "d_ff", "intermediate_size", "n_inner", "vocab_size"),
+    *("embedding_size", "max_position_embeddings", "moe_intermediate_size"),
+)
 LARGEST_SIZE = 2**24
 """Larger than any size in a model, and small enough for products of two sizes."""
 READ_T5_AS = {cls.model_type: cls for cls in (EncT5Config, T5EncoderConfig)}
@@ -111,12 +125,14 @@ def resolve_model(
     hint = "" if with_weights else "; a plan reads this file alone"
     keys = _read_config(folder, where, trust_remote_code=trust_remote_code, hint=hint)
     model_type = _built_as(keys["model_type"], architecture, where)
-    family = _architecture(model_type, task, where)
     options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     make = partial(AutoConfig.from_pretrained, folder, **options)
-    config = _checked_config(make, family, f"{where}: {folder / CONFIG}")
+    if task.type == "causal_lm":
+        make = partial(_text_part, make, keys)
+    config = _checked_config(make, f"{where}: {folder / CONFIG}")
     if model_type != keys["model_type"]:
         config, stored = _read_original_t5(config, stored, model_type, where)
+    family = _architecture(config, task, where)
     return ModelSource(
         name=spec,
         folder=folder,
@@ -166,6 +182,7 @@ def check_model(
             "supported as a teacher without finetune only, because training would need a loss that "
             "balances the experts; use a dense model"
         )
+    check_quantized(source, None, is_frozen=need_head)
     source = with_vocabulary(source, tokenizer_size)
     plan_loading(source, task, label_names, tokenizer_size=tokenizer_size, need_head=need_head)
 
@@ -198,6 +215,9 @@ def load_model(  # noqa: PLR0913  (each is another fact about the run)
         The model in training mode. With `need_head` the outputs are in the order of the
         checkpoint's labels (see `label_order`), otherwise in the data's.
     """
+    if method_of(source.config) is not None:
+        check_quantized(source, ds, is_frozen=need_head)
+        return open_quantized(source, task, dtype, device or torch.device("cpu"))
     source = with_vocabulary(source, tokenizer_size)
     config, match = plan_loading(
         source, task, label_names, tokenizer_size=tokenizer_size, need_head=need_head
@@ -255,7 +275,7 @@ def load_finished(
     config = config or config_of_folder(folder, where)
     model_class: Any = class_of(config, f"{where}: {folder / 'config.json'}")
     place = device or torch.device("cpu")
-    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+    method = method_of(config)
     if method is not None:
         raise ModelError(
             f"{where}: {folder} is quantized ({method}); give the model in fp32, bf16 or fp16"
@@ -279,7 +299,6 @@ def _scratch_source(
     if not isinstance(model_type, str):
         raise ModelError(f"{where}.config has no model_type; set one, such as model_type: bert")
     model_type = _built_as(model_type, architecture, where)
-    family = _architecture(model_type, task, f"{where}.config")
     rest = {key: value for key, value in keys.items() if key != "model_type"}
     default, code = CONFIG_MAPPING[model_type](), inspect.getsource(CONFIG_MAPPING[model_type])
     known = {*default.to_dict(), *default.attribute_map, *LEGACY_KEYS}
@@ -291,12 +310,13 @@ def _scratch_source(
         if not (key in known or is_private or f'"{key}"' in code):
             near = suggestion(key, sorted(known))
             raise ModelError(f"{where}.config.{key}: unknown key of a {model_type} config{near}")
-    config = _checked_config(partial(CONFIG_MAPPING[model_type], **rest), family, f"{where}.config")
+    config = _checked_config(partial(CONFIG_MAPPING[model_type], **rest), f"{where}.config")
     if getattr(config, "sinusoidal_pos_embds", False):
         raise ModelError(
             f"{where}.config: sinusoidal_pos_embds: true is not supported for a model from "
             "scratch; remove the key to use learned positions"
         )
+    family = _architecture(config, task, f"{where}.config")
     return ModelSource(
         name=f"new {model_type}",
         folder=None,
@@ -344,46 +364,67 @@ def _read_original_t5(
     return READ_T5_AS[model_type](**keys), renamed
 
 
+def _text_part(make: Callable[[], PretrainedConfig], keys: Mapping[str, Any]) -> PretrainedConfig:
+    """Return the config of the decoder in a model that also reads images or sound, if it has one.
+
+    Args:
+        make: returns the config of the whole model.
+        keys: of the config file.
+    """
+    config = make()
+    text = config.get_text_config(decoder=True)
+    if text is config or class_name(text, "causal_lm") is None:
+        return config
+    part = next((v for k, v in keys.items() if k.startswith("text_") and isinstance(v, dict)), {})
+    if "tie_word_embeddings" in keys and "tie_word_embeddings" not in part:
+        text.tie_word_embeddings = keys["tie_word_embeddings"]
+    return text
+
+
 def _with_named_outputs(config: PretrainedConfig) -> PretrainedConfig:
     # Outputs are read by name, and a loss asks for what else it reads.
     config.return_dict, config.output_hidden_states, config.output_attentions = True, False, False
     return config
 
 
-def _checked_config(
-    make: Callable[[], PretrainedConfig], family: Architecture, where: str
-) -> PretrainedConfig:
+def _checked_config(make: Callable[[], PretrainedConfig], where: str) -> PretrainedConfig:
     try:
         config = _with_named_outputs(make())
     except (AttributeError, KeyError) as error:
         raise ModelError(
             f"{where}: a value has the wrong form ({type(error).__name__}: {one_line(error)}); "
-            f"compare the config with that of another {family.model_type} model (id2label is a "
-            "mapping from numbers to names)"
+            "compare the config with that of another model of its type (id2label is a mapping from "
+            "numbers to names)"
         ) from error
     except CONFIG_ERRORS as error:
         raise ModelError(f"{where}: {one_line(error)}") from error
+    token = getattr(config, "pad_token_id", None)
+    if counts_padding(config) and not isinstance(token, int):
+        raise ModelError(
+            f"{where}: pad_token_id must be a whole number (got {token!r}), because a "
+            f"{config.model_type} model counts positions from it; set pad_token_id to the number "
+            "of the padding token of the tokenizer"
+        )
     if hasattr(config, HEAD_COUNTS):  # a cut model: a layer may have no heads or neurons left
         return config
-    keys = (family.layers, family.width, family.attention_heads)
-    shared = ("num_key_value_heads", "head_dim", "vocab_size", "type_vocab_size", "embedding_size")
-    for key in (*keys, family.neurons, "max_position_embeddings", "d_kv", *shared):
-        size = getattr(config, key, None)
-        if size is not None and not (isinstance(size, int) and 1 <= size <= LARGEST_SIZE):
+    for key in SIZES:
+        size = vars(config).get(config.attribute_map.get(key, key))
+        is_listed = isinstance(size, list | tuple)  # by layer
+        is_size = isinstance(size, int) and 1 <= size <= LARGEST_SIZE
+        if not (size is None or is_listed or is_size):
             raise ModelError(
                 f"{where}: {key} must be a whole number from 1 to {LARGEST_SIZE:,} (got {size!r})"
             )
-    heads, width = getattr(config, family.attention_heads), family.hidden_width(config)
-    if getattr(config, "head_dim", None) is None and width % heads:
-        raise ModelError(
-            f"{where}: {family.width} {width} is not divisible by {family.attention_heads} {heads}"
-        )
+    keys = [config.attribute_map.get(k, k) for k in ("hidden_size", "num_attention_heads")]
+    width, heads = map(vars(config).get, keys)
+    if not stated(config, "head_dim") and heads and width and width % heads:
+        raise ModelError(f"{where}: {keys[0]} {width} is not divisible by {keys[1]} {heads}")
     return config
 
 
-def _architecture(model_type: str, task: TaskConfig, where: str) -> Architecture:
+def _architecture(config: PretrainedConfig, task: TaskConfig, where: str) -> Architecture:
     try:
-        return architecture_named(model_type, task.type)
+        return for_task(config, task.type)
     except ModelError as error:
         raise ModelError(f"{where}: {error}") from None
 
@@ -426,11 +467,6 @@ def _read_config(folder: Path, where: str, *, trust_remote_code: bool, hint: str
         raise ModelError(
             f"{where}: {folder} is a {model_type!r} model, which runs its own code; set "
             f"{where.partition('.')[0]}.trust_remote_code: true if you trust that code"
-        )
-    if "quantization_config" in keys:
-        raise ModelError(
-            f"{where}: {folder} is quantized; give the model in fp32, bf16 or fp16; an inference "
-            "server may run the quantized one (teacher.server)"
         )
     return keys
 

@@ -63,6 +63,16 @@ class ModelSource:
         return self.architecture.prunable(self.config)
 
     @property
+    def uncut(self) -> str | None:
+        """Why only whole layers of the model can be left out; None: units can be cut too."""
+        return self.architecture.why_uncut(self.config)
+
+    @property
+    def whole(self) -> View:
+        """The view of the whole model; without heads and neurons if these are not cut."""
+        return self.architecture.units(self.config) if self.uncut is None else View((), ())
+
+    @property
     def fresh(self) -> ModelSource:
         """The model of the same shape that starts from random weights."""
         return replace(self, folder=None, stored={})

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from itertools import chain
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import PretrainedConfig
+from transformers.core_model_loading import WeightConverter
 
 from megakd.errors import ModelError
 
@@ -54,15 +57,51 @@ class StoredTensor:
         return replace(self, read_as=dtype if self.dtype.is_floating_point else None)
 
 
-@dataclass(frozen=True, kw_only=True)
-class StoredExperts(StoredTensor):
-    """Tensors of single experts that make one tensor of the model; the fields but shape are of one.
+@dataclass
+class Conversion:
+    """Stored tensors that transformers converts to others of a model, such as those of experts.
 
-    shape: [experts, rows of all parts of an expert, columns].
-    parts: by expert, the tensors that follow each other along the rows.
+    name: of the first tensor that results.
+    parts: key, pattern of the converter, and place of each stored tensor.
     """
 
-    parts: tuple[tuple[StoredTensor, ...], ...]
+    name: str
+    converter: WeightConverter
+    config: PretrainedConfig
+    parts: list[tuple[str, str, StoredTensor]] = field(default_factory=list)
+
+    def tensors(self) -> dict[str, StoredTensor]:
+        """Return the tensors that result by name; shapes alone are computed."""
+        first = self.parts[0][2]
+        results = self.run(lambda part: torch.empty(part.shape, dtype=part.dtype, device="meta"))
+        return {
+            name: StoredConverted(
+                file=first.file,
+                key=first.key,
+                shape=tuple(tensor.shape),
+                dtype=tensor.dtype,
+                offset=first.offset,
+                name=name,
+                conversion=self,
+            )
+            for name, tensor in results.items()
+        }
+
+    def run(self, read: Callable[[StoredTensor], Tensor]) -> dict[str, Tensor]:
+        """Return the converted tensors by name; `read` returns a stored one."""
+        converter = copy.deepcopy(self.converter)
+        for key, pattern, part in self.parts:
+            converter.add_tensor(self.name, key, pattern, cast("Any", read(part)))
+        results = cast("dict[str, Any]", converter.convert(self.name, config=self.config))
+        return {n: t[0] if isinstance(t, list) else t for n, t in results.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredConverted(StoredTensor):
+    """A tensor `name` that a conversion makes; the file is that of its first part."""
+
+    name: str
+    conversion: Conversion = field(repr=False)
 
 
 def check_weight_files(folder: Path, where: str) -> dict[str, StoredTensor]:
@@ -163,10 +202,13 @@ class WeightReader:
     """Reader of single tensors, each into its own memory.
 
     A safetensors file is read, not mapped: pages of a mapped file stay resident, and the rank that
-    reads a model would finally hold all of it.
+    reads a model would finally hold all of it. The last conversion stays in memory.
     """
 
     where: str
+    _converted: tuple[Conversion | None, dict[str, Tensor]] = field(
+        default_factory=lambda: (None, {}), init=False
+    )
 
     def read(self, stored: StoredTensor) -> Tensor:
         """Return the tensor as stored, on the CPU."""
@@ -174,8 +216,11 @@ class WeightReader:
 
     def part(self, stored: StoredTensor, start: int, stop: int) -> Tensor:
         """Return some elements of the flattened tensor as stored, on the CPU, [stop - start]."""
-        if isinstance(stored, StoredExperts):
-            return self._part_of_experts(stored, start, stop)
+        if isinstance(stored, StoredConverted):
+            if self._converted[0] is not stored.conversion:  # the tensors of one follow each other
+                self._converted = stored.conversion, stored.conversion.run(self.read)
+            values = self._converted[1][stored.name].flatten()[start:stop]
+            return values.to(stored.read_as or stored.dtype)
         data = torch.empty((stop - start) * stored.dtype.itemsize, dtype=torch.uint8)
         with stored.file.open("rb", buffering=0) as stream:
             stream.seek(stored.offset + start * stored.dtype.itemsize)
@@ -189,15 +234,6 @@ class WeightReader:
                     )
                 done += count
         return data.view(stored.dtype).to(stored.read_as or stored.dtype)
-
-    def _part_of_experts(self, stored: StoredExperts, start: int, stop: int) -> Tensor:
-        pieces, begin = [torch.empty(0, dtype=stored.dtype)], 0
-        for one in chain(*stored.parts):
-            end = begin + math.prod(one.shape)
-            if begin < stop and start < end:
-                pieces.append(self.part(one, max(start, begin) - begin, min(stop, end) - begin))
-            begin = end
-        return torch.cat(pieces)
 
     def sample(self, stored: Iterable[StoredTensor]) -> str:
         """Return a digest of some elements of some tensors, to tell other weights of one shape."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from equal_runs import ZERO3, difference, zero
-from tiny_runs import llama, run_in, write_jsonl
+from tiny_runs import NO_DROPOUT, llama, run_in, write_jsonl
 from torch import Tensor, nn
 
 from megakd.engine.initialize import frozen_engine
@@ -80,6 +80,34 @@ TEACHERS = {
     "gpt_oss": {"num_local_experts": 8, "head_dim": 6},
 }
 
+ENCODER = {
+    "num_attention_heads": 4,
+    "intermediate_size": 32,
+    "max_position_embeddings": 64,
+}
+ENCODERS = ("modernbert", "deberta-v2", "mpnet")
+FOUND = {
+    "olmo2": {},
+    "smollm3": {},
+    "cohere2": {"sliding_window": 5, "logit_scale": 0.5},
+    "exaone4": {"sliding_window": 5},
+    "glm4": {"head_dim": 8},
+    "lfm2": {"full_attn_idxs": [1]},
+    "gpt_neox": {},
+    "modernbert": {"local_attention": 6},
+    "deberta-v2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], **NO_DROPOUT},
+    "mpnet": NO_DROPOUT,
+}
+# Of teacher and student; a frozen model has no gradients to shard.
+FOUND_STAGES = [(3, 0), (0, 1), (3, 2), (3, 3)]
+QUICK_FOUND = [(family, (3, 3)) for family in ("cohere2", "gpt_neox", "modernbert")]
+SLOW_FOUND = [
+    pytest.param(family, stages, marks=pytest.mark.slow)
+    for family in FOUND
+    for stages in FOUND_STAGES
+    if (family, stages) not in QUICK_FOUND
+]
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
@@ -95,37 +123,59 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def whole_and_sharded(workers, data, tmp_path):
-    def train(teacher, student, *, is_language):
-        for ranks, stage in ((1, 0), (2, 3)):
-            path = run_in(
-                tmp_path / str(ranks),
-                {
-                    "type": "causal_lm" if is_language else "classification",
-                    "dataset": str(data),
-                    "tokenizer": {"type": "bpe" if is_language else "unigram", "vocab_size": 300},
-                },
-                teacher={"model": teacher, "deepspeed": zero(stage)},
-                student={"model": student, "deepspeed": zero(stage)},
-                method={"name": "single"},
-                objective=[
-                    {"loss": "soft_target_kl", "temperature": 2.0},
-                    {"loss": "hard_cross_entropy"},
-                    {"loss": "hidden_mse", "layer_mapping": ["1:2", "2:3"]},
-                    {"loss": "relation_kl", "layer_mapping": ["2:3"], "relation_heads": 2},
-                ],
-                train={
-                    "per_device_train_batch_size": 6 // ranks,
-                    "max_steps": 100,
-                    "learning_rate": 0.05,
-                    "adam_epsilon": 0.01,
-                    "gradient_checkpointing": stage == 3,
-                },
-            )
-            yield workers(ranks).run("train", str(path), [], STEPS, timeout_s=TIMEOUT_S)[0]
+LAYERS = [
+    {"loss": "soft_target_kl", "temperature": 2.0},
+    {"loss": "hard_cross_entropy"},
+    {"loss": "hidden_mse", "layer_mapping": ["1:2", "2:3"]},
+]
+RELATIONS = {"loss": "relation_kl", "layer_mapping": ["2:3"], "relation_heads": 2}
+TOKENIZERS = {"causal_lm": "bpe", "mlm": "wordpiece", "classification": "unigram"}
 
-    return train
+
+@pytest.fixture
+def train(workers, data, tmp_path):
+    def run(teacher, student, task, *, ranks, stages, objective, steps):
+        of_teacher, stage = stages
+        path = run_in(
+            tmp_path / str(ranks),
+            {
+                "type": task,
+                "dataset": str(data),
+                "tokenizer": {"type": TOKENIZERS[task], "vocab_size": 300},
+            },
+            teacher={"model": teacher, "deepspeed": zero(of_teacher)},
+            student={"model": student, "deepspeed": zero(stage)},
+            method={"name": "single"},
+            objective=objective,
+            train={
+                "per_device_train_batch_size": 6 // ranks,
+                "max_steps": 100,
+                "learning_rate": 0.05,
+                "adam_epsilon": 0.01,
+                "gradient_checkpointing": stage == 3,
+            },
+        )
+        return workers(ranks).run("train", str(path), [], steps, timeout_s=TIMEOUT_S)[0]
+
+    return run
+
+
+@pytest.fixture
+def whole_and_sharded(train):
+    def both(teacher, student, *, is_language):
+        task = "causal_lm" if is_language else "classification"
+        for ranks, stage in ((1, 0), (2, 3)):
+            yield train(
+                teacher,
+                student,
+                task,
+                ranks=ranks,
+                stages=(stage, stage),
+                objective=[*LAYERS, RELATIONS],
+                steps=STEPS,
+            )
+
+    return both
 
 
 def assert_same(whole, sharded):
@@ -155,6 +205,25 @@ def test_a_teacher_with_experts_teaches_sharded_as_it_does_whole(whole_and_shard
     keys = {"model_type": family, **DECODER, **sizes, **EXPERTS, **TEACHERS[family]}
 
     assert_same(*whole_and_sharded({"config": keys}, llama(2), is_language=True))
+
+
+@pytest.mark.parametrize(("family", "stages"), [*QUICK_FOUND, *SLOW_FOUND])
+def test_a_family_outside_the_table_has_the_losses_of_one_process(train, family, stages):
+    task = "mlm" if family in ENCODERS else "causal_lm"
+    usual = DECODER if task == "causal_lm" and family != "gpt_neox" else ENCODER
+    keys = {**usual, **FOUND[family], "model_type": family}
+    teacher, student = (
+        {"config": {**keys, "num_hidden_layers": n, "hidden_size": 8 * n}} for n in (4, 2)
+    )
+    objective = [*LAYERS[:2], {**LAYERS[2], "layer_mapping": ["1:2", "2:4"]}]
+    facts = {"objective": objective, "steps": 3}
+
+    whole = train(teacher, student, task, ranks=1, stages=(0, 0), **facts)
+    sharded = train(teacher, student, task, ranks=2, stages=stages, **facts)
+
+    assert difference(sharded["initial"], whole["initial"]) == 0
+    for ours, theirs in zip(sharded["losses"], whole["losses"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-6)
 
 
 def test_experts_that_are_modules_are_gathered_as_one_block(workers):

@@ -17,7 +17,7 @@ from megakd.contract.batch import IGNORE, Batch
 from megakd.contract.views import View
 from megakd.engine.sharding import gathered_state
 from megakd.errors import ModelError
-from megakd.models.architectures import FAMILIES, architecture_of
+from megakd.models.architectures import FAMILIES
 from megakd.models.elastic import Elastic
 from megakd.models.knowledge import (
     AttentionNotes,
@@ -27,6 +27,7 @@ from megakd.models.knowledge import (
     read_knowledge,
 )
 from megakd.models.packed_attention import VARLEN, register_packed_attention
+from megakd.models.structure import architecture_of
 
 STATES = Needs(hidden_layers=(0, 1, 2))
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 3, 3]])

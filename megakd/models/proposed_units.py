@@ -1,0 +1,320 @@
+"""Neurons and attention heads that the maps of a layer propose by their shapes and names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from megakd.contract.views import Kind
+from megakd.models.paths import AttentionPaths, FeedForwardPaths
+
+Blocks = tuple[int, ...]
+"""Rows of one unit in each of the blocks that lie one after the other along a dimension."""
+Parts = Mapping[str, tuple[int, Blocks]]
+"""Names of weights on their layer, with the dimension along which their units lie."""
+
+
+class Units(NamedTuple):
+    """Proposed units of one layer.
+
+    total: number of units; heads that share keys are one unit.
+    makers: paths on the layer of the maps that make the units.
+    output: path on the layer of the map that takes them.
+    core: path on the layer of the module around the maps.
+    width: rows of a key; 1 for neurons.
+    form: name of this reading of the weights, of several.
+    """
+
+    total: int
+    makers: tuple[str, ...]
+    output: str
+    core: str
+    width: int
+    parts: Parts
+    form: str
+
+
+class Cuttable(NamedTuple):
+    """The units of one kind that a model can lose.
+
+    layers: by layer; None: the layer has no such units, or they cannot go.
+    keys: of the config, whose numbers shrink with the units.
+    head_width: key of the config that then states the width of heads; None: none has to.
+    is_narrow: the modules between the maps take fewer units as they are; else they take zeros.
+    uncut: reason why no units can go; None: some can.
+    """
+
+    layers: tuple[Units | None, ...]
+    keys: tuple[str, ...] = ()
+    head_width: str | None = None
+    is_narrow: bool = False
+    uncut: str | None = None
+
+
+class FoundUnits(NamedTuple):
+    """What can be cut out of the layers of a model; `blocks` is the path of their list."""
+
+    heads: Cuttable
+    neurons: Cuttable
+    blocks: str
+
+    @property
+    def attentions(self) -> tuple[AttentionPaths | None, ...]:
+        return tuple(
+            None if units is None else _attention(units).under(f"{self.blocks}.{number}")
+            for number, units in enumerate(self.heads.layers)
+        )
+
+    @property
+    def feed_forwards(self) -> tuple[FeedForwardPaths | None, ...]:
+        return tuple(
+            None
+            if units is None
+            else FeedForwardPaths(units.makers, units.output).under(f"{self.blocks}.{number}")
+            for number, units in enumerate(self.neurons.layers)
+        )
+
+
+def _attention(units: Units) -> AttentionPaths:
+    first, *_ = makers = units.makers
+    projections = (first, makers[min(1, len(makers) - 1)], makers[-1])
+    return AttentionPaths(projections, units.output, units.core)
+
+
+def _named(*names: str) -> re.Pattern[str]:
+    return re.compile(rf"(^|\.)({'|'.join(names)})(\.linear)?$", re.IGNORECASE)
+
+
+QUERIES = _named("q", "query", "q_proj", "q_lin", "wq", "query_proj", "q_b_proj", "project_q")
+KEYS = _named("k", "key", "k_proj", "k_lin", "wk", "key_proj", "project_k")
+VALUES = _named("v", "value", "v_proj", "v_lin", "wv", "value_proj", "project_v")
+LATENT = _named("kv_b_proj")
+FUSED = _named("qkv_proj", "qkv", "query_key_value", "c_attn", "wqkv", "in_proj", "att_proj")
+OUTPUT = _named(
+    "o", "o_proj", "out_proj", "out_lin", "wo", "dense", "c_proj", "attn_out", "attention_out",
+    "output",
+)  # fmt: skip
+RECURRENT = re.compile(r"(^|\.)(conv1d|A_log|dt_bias|x_proj|time_decay)(\.|$)")
+WITH_OTHERS = " and others"
+"""End of the name of a reading in which other weights of an attention have rows of heads."""
+ONE_EXPERT = re.compile(r"\bexperts\.\d+\.")
+
+
+def _size(part: nn.Module) -> tuple[int, int]:
+    # Inputs and outputs of a map.
+    rows, columns = cast("Tensor", part.weight).shape
+    return (rows, columns) if isinstance(part, Conv1D) else (columns, rows)
+
+
+def _maps(layer: nn.Module) -> dict[str, nn.Module]:
+    return {
+        name: part
+        for name, part in layer.named_modules()
+        if isinstance(part, nn.Linear | Conv1D) and not ONE_EXPERT.search(f"{name}.")
+    }
+
+
+def _parts_of(
+    layer: nn.Module, makers: Mapping[str, Blocks], output: str, per_unit: int
+) -> dict[str, tuple[int, Blocks]]:
+    parts: dict[str, tuple[int, Blocks]] = {}
+    for path, blocks in makers.items():
+        part = layer.get_submodule(path)
+        parts[f"{path}.weight"] = (int(isinstance(part, Conv1D)), blocks)
+        if getattr(part, "bias", None) is not None:
+            parts[f"{path}.bias"] = (0, blocks)
+    is_plain = not isinstance(layer.get_submodule(output), Conv1D)
+    parts[f"{output}.weight"] = (int(is_plain), (per_unit,))
+    return parts
+
+
+def _parent(path: str) -> str:
+    return path.rpartition(".")[0]
+
+
+def propose_neurons(layer: nn.Module, config: Any) -> list[Units]:
+    """Return the readings of the feed-forward of a layer; none if it has no or several ones."""
+    width = config.hidden_size
+    cores = {_parent(path) for path in _maps(layer) if QUERIES.search(path) or FUSED.search(path)}
+    sizes = {
+        path: _size(part)
+        for path, part in _maps(layer).items()
+        if not any(core and f"{path}.".startswith(f"{core}.") for core in cores)
+        and not any(RECURRENT.search(n) for n, _ in _around(layer, path).named_parameters())
+    }
+    pairs: list[tuple[tuple[str, ...], str, int, int]] = []
+    for down, (count, out) in sizes.items():
+        if out != width or count == width:
+            continue
+        fitting = {
+            path: rows // count
+            for path, (inputs, rows) in sizes.items()
+            if inputs == width and rows in (count, 2 * count) and path != down
+        }
+        near = {path: n for path, n in fitting.items() if _parent(path) == _parent(down)}
+        makers = near or {p: n for p, n in fitting.items() if not _is_in_others(p, down, sizes)}
+        if makers and len({*makers.values()}) == 1:
+            pairs.append((tuple(makers), down, count, next(iter(makers.values()))))
+    if len(pairs) != 1:
+        return []
+    makers, down, count, fused = pairs[0]
+    forms = {"blocks": (1,) * fused, "in turns": (fused,)}
+    return [
+        Units(
+            total=count,
+            makers=makers,
+            output=down,
+            core=_parent(down),
+            width=1,
+            parts=_parts_of(layer, dict.fromkeys(makers, blocks), down, 1),
+            form=form,
+        )
+        for form, blocks in (forms if fused > 1 else {"blocks": (1,)}).items()
+    ]
+
+
+def _around(layer: nn.Module, path: str) -> nn.Module:
+    # The module of a layer in which a map is; a map of the layer itself has none around it.
+    top = _parent(path)
+    return layer.get_submodule(top) if top else layer.get_submodule(path)
+
+
+def _is_in_others(path: str, down: str, sizes: Mapping[str, tuple[int, int]]) -> bool:
+    # Whether a map stands beside another one with the shape of `down`, whose maker it is.
+    return any(_parent(p) == _parent(path) != _parent(down) and s == sizes[down] and p != down
+               for p, s in sizes.items())  # fmt: skip
+
+
+def propose_heads(layer: nn.Module, config: Any) -> list[Units]:
+    """Return the readings of the attention of a layer; none if no maps are named like one."""
+    maps, queries = _maps(layer), getattr(config, "num_attention_heads", None)
+    paths = _projections_of(layer, maps)
+    if paths is None or not isinstance(queries, int):
+        return []
+    core = _parent(paths[0].removesuffix(".linear"))
+    output = _output_of(layer, core, config, {*paths})
+    if output is None:
+        return []
+    inputs, rows = _size(maps[output])[0], _size(maps[paths[0]])[1]
+    width = _head_width(layer.get_submodule(core), rows, queries)
+    read = {1: _fused_readings, 2: _latent_readings, 3: _separate_readings}[len(paths)]
+    proposals: list[Units] = []
+    for form, count, of_keys, blocks in read(
+        [_size(maps[path])[1] for path in paths], inputs, queries, width
+    ):
+        if inputs % count or any(size < 1 for sizes in blocks for size in sizes):
+            continue
+        makers = dict(zip(paths, blocks, strict=True))
+        parts = _parts_of(layer, makers, output, inputs // count)
+        one = Units(count, tuple(makers), output, core, of_keys, parts, form)
+        more = _more_parts(layer, one, queries)
+        proposals.append(one)
+        if more:
+            proposals.append(one._replace(parts={**parts, **more}, form=form + WITH_OTHERS))
+    return proposals
+
+
+def _projections_of(layer: nn.Module, maps: Mapping[str, nn.Module]) -> tuple[str, ...] | None:
+    """Return the maps of queries, keys and values; of queries and latent keys; or of all three."""
+
+    def one(pattern: re.Pattern[str]) -> str | None:
+        named = [path for path in maps if pattern.search(path)]
+        return named[0] if len(named) == 1 else None
+
+    for patterns in ((QUERIES, KEYS, VALUES), (QUERIES, LATENT), (FUSED,)):
+        paths = [path for pattern in patterns if (path := one(pattern)) is not None]
+        if len(paths) == len(patterns):
+            core = layer.get_submodule(_parent(paths[0].removesuffix(".linear")))
+            is_recurrent = any(RECURRENT.search(name) for name, _ in core.named_parameters())
+            return None if is_recurrent else tuple(paths)
+    return None
+
+
+def _head_width(core: nn.Module, rows: int, queries: int) -> int:
+    names = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "d_kv")
+    sizes = (getattr(core, name, None) for name in names)
+    return next((size for size in sizes if isinstance(size, int) and size), rows // queries)
+
+
+Reading = tuple[str, int, int, tuple[Blocks, ...]]
+"""Name, number of units, width of keys, and for each map the blocks of its rows."""
+
+
+def _separate_readings(
+    rows: Sequence[int], inputs: int, queries: int, width: int
+) -> Iterator[Reading]:
+    # `inputs` are those of the output map.
+    of_queries, of_keys, of_values = rows
+    count = of_keys // width
+    if not count or any(size % count for size in (of_queries, of_keys, of_values, queries)):
+        return
+    others = (of_keys // count,), (of_values // count,)
+    yield "one", count, width, ((of_queries // count,), *others)
+    if of_queries == 2 * inputs:  # with a gate of each query behind all queries
+        yield "gate behind", count, width, ((of_queries // count // 2,) * 2, *others)
+
+
+def _latent_readings(
+    rows: Sequence[int], inputs: int, queries: int, width: int
+) -> Iterator[Reading]:
+    # Each query has its own keys, which a map makes of a vector that all of them share.
+    del inputs, width
+    of_queries, of_latent = (size // queries for size in rows)
+    yield "latent", queries, of_queries, ((of_queries,), (of_latent,))
+
+
+def _fused_readings(
+    rows: Sequence[int], inputs: int, queries: int, width: int
+) -> Iterator[Reading]:
+    more = rows[0] - inputs
+    count = more // (2 * width)
+    if count > 0 and more % (2 * width) == 0 and queries % count == 0:
+        of_queries = inputs // count
+        yield "blocks", count, width, ((of_queries, width, width),)
+        yield "by group", count, width, ((of_queries + 2 * width,),)
+
+
+def _output_of(layer: nn.Module, core: str, config: Any, projections: set[str]) -> str | None:
+    """Return the map of an attention that makes hidden states; the plan of tensors settles ties."""
+    around = [core, _parent(core)] if core else [core]
+    for top in around:
+        named = [
+            path
+            for path, part in _maps(layer).items()
+            if path not in projections
+            and (not top or path.startswith(f"{top}."))
+            and _size(part)[1] == config.hidden_size
+            and OUTPUT.search(path)
+        ]
+        if len(named) > 1:
+            plan = getattr(type(config), "base_model_tp_plan", None) or {}
+            rowwise = [key for key, how in plan.items() if "rowwise" in str(how)]
+            named = [path for path in named if any(key.endswith(path) for key in rowwise)]
+        if len(named) == 1:
+            return named[0]
+    return None
+
+
+def _more_parts(layer: nn.Module, units: Units, queries: int) -> dict[str, tuple[int, Blocks]]:
+    """Return other weights of an attention that have rows for each head, such as gates or sinks."""
+    core, count, width = units.core, units.total, units.width
+    per = queries // count
+    sizes = {queries: per, queries * width: per * width, count * width: width, count: 1}
+    return {
+        name: (0, (sizes[weight.shape[0]],))
+        for name, weight in layer.named_parameters()
+        if name.startswith(f"{core}." if core else "")
+        and weight.dim() in (1, 2)
+        and weight.shape[0] in sizes
+        and not any(name.startswith(f"{_parent(other)}.") for other in units.parts)
+    }
+
+
+PROPOSALS: Mapping[Kind, Callable[[nn.Module, Any], list[Units]]] = {
+    "heads": propose_heads,
+    "neurons": propose_neurons,
+}

@@ -1,0 +1,402 @@
+"""Where the parts of a model of transformers are: found in one forward without values.
+
+Any model with an auto class is read this way. transformers declares the output matrix, the base
+model and the class of its layers. What a loss relies on is then seen in the model's own forward on
+the meta device: that the output matrix is called once, whether its input is what the base model
+returns, and what becomes of its output, for which the matrix is replaced by known numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental import _config as conditions
+from transformers import PretrainedConfig, PreTrainedModel
+
+from megakd.contract.batch import LogitWarp
+from megakd.contract.tasks import LANGUAGE_TASKS, TaskType
+from megakd.errors import ModelError, one_line
+from megakd.models.architectures import (
+    ARCHITECTURES,
+    AUTO_CLASSES,
+    CLASS_ENDINGS,
+    Architecture,
+    class_name,
+)
+from megakd.models.units import units_of
+from megakd.models.valueless import VALUELESS, Valueless, no_cache, without_values
+
+LENGTH = 8
+"""Tokens of the row of the forward."""
+PROBE = torch.cat([-torch.logspace(4, -3, 64), torch.logspace(-3, 4, 64)])
+"""Numbers in place of logits, of both signs, from small to large ones."""
+LAYER_COUNTS = ("num_hidden_layers", "decoder_layers")
+"""Keys of a config with the number of layers; the second one of the decoder of a translator."""
+
+
+@contextmanager
+def input_of(head: nn.Module, answer: Any = None) -> Iterator[list[Tensor]]:
+    """Yield the inputs of an output matrix in a forward of its model, which does not multiply them.
+
+    The hooks of the module stay around it, so that ZeRO 3 gathers and releases the matrix as ever.
+
+    Args:
+        answer: the output in place of the product, by the input; default: one column of the input.
+    """
+    seen: list[Tensor] = []
+
+    def replaced(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        seen.append(hidden)
+        return hidden[..., :1] if answer is None else answer(hidden)
+
+    before = {key: value for key, value in vars(head).items() if key == "forward"}
+    head.forward = replaced
+    try:
+        yield seen
+    finally:
+        del head.forward
+        vars(head).update(before)
+
+
+@contextmanager
+def only_rows(backbone: nn.Module, rows: Tensor | None) -> Iterator[None]:
+    """Let the modules that follow a backbone compute some positions alone, as [1, N, D].
+
+    Args:
+        rows: positions [N] of the flattened [B * T]; None: all positions, as [B, T, D].
+    """
+    if rows is None:
+        yield
+        return
+
+    def chosen(module: nn.Module, inputs: Any, output: Any) -> Any:
+        output.last_hidden_state = output.last_hidden_state.flatten(0, 1)[rows][None]
+        return output
+
+    hook = backbone.register_forward_hook(chosen)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+# Keys of a config without which the parts of its model are where they are.
+UNRELATED = ("id2label", "label2id", "vocab_size", "dtype", "_name_or_path", "architectures")
+_BY_CONTENT: dict[str, Architecture] = {}
+_BY_CONFIG: dict[tuple[int, TaskType], tuple[weakref.ref[PretrainedConfig], Architecture]] = {}
+
+
+def architecture_found(config: PretrainedConfig, task: TaskType) -> Architecture:
+    """Return where the parts of a model for a task are, which is looked for once per config.
+
+    Raises:
+        ModelError: see `find_architecture`.
+    """
+    known = _BY_CONFIG.get((id(config), task))
+    if known is not None and known[0]() is config:
+        return known[1]
+    content = {k: v for k, v in config.to_dict().items() if k not in UNRELATED}
+    key = json.dumps([task, content], sort_keys=True, default=str)
+    if key not in _BY_CONTENT:
+        _BY_CONTENT[key] = find_architecture(config, task)
+    _BY_CONFIG[id(config), task] = weakref.ref(config), _BY_CONTENT[key]
+    return _BY_CONTENT[key]
+
+
+def find_architecture(config: PretrainedConfig, task: TaskType) -> Architecture:
+    """Return where the parts of a model for a task are.
+
+    Raises:
+        ModelError: a part is not found, or the logits are no function of the output matrix that
+            the losses know.
+    """
+    kind = config.model_type
+    try:
+        model = without_values(config, task)
+    except Exception as error:  # the code of any model may fail in its own way
+        raise ModelError(
+            f"a {kind} model for {task} cannot be built from this config: {one_line(error)}"
+        ) from error
+    try:
+        seen = _run(model, task)
+    except Exception as error:
+        raise ModelError(
+            f"the forward of a {kind} model for {task} failed without values, so that its output "
+            f"matrix and layers are not known: {one_line(error)}"
+        ) from error
+    layers, key = _layers_in(model)
+    try:
+        embeddings = _path_in(model, model.get_input_embeddings())
+    except NotImplementedError:  # CANINE hashes characters
+        embeddings = None
+    # The outermost module around the layers that runs: some heads call the decoder in a base model.
+    backbone = _path_in(model, model.base_model)
+    around = [(layers or "")[:end] for end, sign in enumerate(layers or "") if sign == "."]
+    inner = next((path for path in (backbone, *around) if path and path in seen.states), None)
+    if inner is None or (embeddings is None and task in LANGUAGE_TASKS):
+        raise ModelError(
+            f"a {kind} model for {task} has no module whose forward gives last_hidden_state "
+            f"(base_model: {backbone or 'the model itself'}, layers: {layers}), or no "
+            "get_input_embeddings; use a model of another family"
+        )
+    top = inner.partition(".")[0]
+    outside = [
+        name
+        for name, part in model.named_children()
+        if name != top and next(part.parameters(), None) is not None
+    ]
+    poolers = [f"{top}.{n}" for n, _ in model.get_submodule(top).named_children() if n == "pooler"]
+    entry = ARCHITECTURES.get(kind)
+    if entry is None or task not in entry.tasks:
+        entry = Architecture(
+            model_type=kind,
+            tasks=(task,),
+            embeddings=(embeddings or "").removeprefix(f"{inner}."),
+            find_units=units_of,
+        )
+    if layers is not None and not _reads_states(seen, inner, f"{layers}.0"):
+        layers = None
+    architecture = replace(
+        entry,
+        layers=entry.layers if key in (None, "num_hidden_layers") else key,
+        backbone=inner,
+        head=outside[-1] if outside else top,
+        renewed=(*outside[:-1], *poolers),
+        blocks=None if layers is None else layers.removeprefix(f"{inner}."),
+        experts=_experts_in(model),
+    )
+    if task not in LANGUAGE_TASKS:
+        return architecture
+    return _with_head(architecture, model, seen)
+
+
+class Seen(NamedTuple):
+    """What a forward without values has shown.
+
+    states: by the path of a module, the hidden states that it returned as `last_hidden_state`.
+    shapes: by the path of a module, the shape of its output, or of the first one.
+    inputs, products: of the output matrix of a language model, and `PROBE` in place of its outputs.
+    bias: path and values of the only weight that may be added to the products.
+    logits: what the model made of the products; of a classifier, its logits.
+    """
+
+    states: dict[str, Tensor]
+    shapes: dict[str, torch.Size]
+    inputs: list[Tensor]
+    products: list[Tensor]
+    logits: Tensor
+    bias: tuple[str, Tensor] | None
+
+
+def _run(model: PreTrainedModel, task: TaskType) -> Seen:
+    head = model.get_output_embeddings() if task in LANGUAGE_TASKS else None
+    bias = None if head is None else _added_later(model, head)
+    states: dict[str, Tensor] = {}
+    shapes: dict[str, torch.Size] = {}
+    products: list[Tensor] = []
+
+    def product(hidden: Tensor) -> Tensor:
+        shape = (*hidden.shape[:-1], cast("Any", head).weight.shape[0])
+        repeated = PROBE.repeat(-(-math.prod(shape) // len(PROBE)))
+        products.append(repeated[: math.prod(shape)].reshape(shape))
+        return products[-1]
+
+    def note(path: str, output: Any) -> None:
+        first = output[0] if type(output) is tuple else output
+        last = getattr(output, "last_hidden_state", first)
+        if isinstance(last, Tensor):
+            shapes[path] = last.shape
+            if last is not output:
+                states[path] = last
+
+    with ExitStack() as hooks:
+        for path, part in model.named_modules():
+            if path:
+                hook = part.register_forward_hook(lambda *called, path=path: note(path, called[2]))
+                hooks.callback(hook.remove)
+        inputs = [] if head is None else hooks.enter_context(input_of(head, product))
+        # A condition chooses every element.
+        every = cast("Any", conditions).patch(meta_nonzero_assume_all_nonzero=True)
+        with Valueless(), every, torch.no_grad(), VALUELESS:
+            ids = torch.ones((1, LENGTH), dtype=torch.long)
+            logits: Tensor = model(input_ids=ids, **no_cache(model)).logits
+    return Seen(states, shapes, inputs, products, logits, bias)
+
+
+def _added_later(model: PreTrainedModel, head: nn.Module) -> tuple[str, Tensor] | None:
+    """Give values to a weight outside the head that is as long as its outputs (ESM, BART)."""
+    size, own = cast("Tensor", head.weight).shape[0], {id(weight) for weight in head.parameters()}
+    named = (*model.named_parameters(), *model.named_buffers())
+    paths = [
+        path
+        for path, tensor in named
+        if tensor.shape in ((size,), (1, size)) and id(tensor) not in own
+    ]
+    if len(paths) != 1:
+        return None
+    owner, _, name = paths[0].rpartition(".")
+    part = model.get_submodule(owner)
+    values = (torch.arange(size) >= size // 2).float().reshape(getattr(part, name).shape)
+    if name in part._parameters:  # noqa: SLF001  (to assign a tensor of another device)
+        part._parameters[name] = nn.Parameter(values)  # noqa: SLF001
+    else:
+        part._buffers[name] = values  # noqa: SLF001
+    return paths[0], values
+
+
+def _path_in(model: nn.Module, part: nn.Module | None) -> str | None:
+    return next((name for name, module in model.named_modules() if module is part), None)
+
+
+def _layers_in(model: PreTrainedModel) -> tuple[str | None, str | None]:
+    """Return the path of the list with as many layers as the config says, and the key of the count.
+
+    Of several lists, the layers have the class whose outputs transformers records as hidden states.
+    There is no list of layers where two stacks of layers run, or where lists hold parts of layers.
+    """
+    if getattr(model.config, "is_encoder_decoder", False):
+        return None, None
+    for key in LAYER_COUNTS:
+        count = getattr(model.config, key, None)
+        lists = {
+            name: part
+            for name, part in model.named_modules()
+            if isinstance(part, nn.ModuleList) and len(part) == count
+        }
+        for part in model.modules():
+            declared: Any = (getattr(part, "_can_record_outputs", None) or {}).get("hidden_states")
+            declared = declared[0] if isinstance(declared, list | tuple) else declared
+            of_class = getattr(declared, "target_class", declared)
+            for name, layers in lists.items():
+                if of_class is not None and all(isinstance(layer, of_class) for layer in layers):
+                    return name, key
+        first = next(iter(lists), None)
+        if first is not None:
+            owner = first.rpartition(".")[0]
+            is_part = any(n != first and n.rpartition(".")[0] == owner for n in lists)
+            return (None, None) if is_part else (first, key)
+    return None, None
+
+
+def _reads_states(seen: Seen, backbone: str, layer: str) -> bool:
+    # Some models add positions for their layers alone, as to a multiple of a window.
+    return seen.shapes.get(layer, ())[:2] == seen.shapes[backbone][:2]
+
+
+def _experts_in(model: PreTrainedModel) -> str | None:
+    """Return the path of the first block that routes tokens to experts; None: the model is dense.
+
+    transformers gives the modules of experts a gate, or their block is named.
+    """
+    for path, part in model.named_modules():
+        if hasattr(type(part), "_apply_gate") or path.endswith((".experts", ".moe")):
+            return path.rpartition(".")[0]
+    return None
+
+
+def _with_head(architecture: Architecture, model: PreTrainedModel, seen: Seen) -> Architecture:
+    kind, path = architecture.model_type, _path_in(model, model.get_output_embeddings())
+    if path is None or len(seen.inputs) != 1:
+        raise ModelError(
+            f"a {kind} model does not use one output matrix (get_output_embeddings) once in a "
+            f"forward, but {len(seen.inputs)} times"
+        )
+    numbers = [v for v in model.config.to_dict().values() if isinstance(v, int | float) and v]
+    added = [(None, torch.zeros(())), *([] if seen.bias is None else [seen.bias])]
+    warps = [
+        (bias, warp_of(seen.products[0] + values, seen.logits, numbers))
+        for bias, values in added
+        if not seen.logits.is_meta
+    ]
+    bias, warp = next((one for one in warps if one[1] is not None), (None, None))
+    if warp is None:
+        raise ModelError(
+            f"the logits of a {kind} model are not the product of its output matrix, {path}, with "
+            "a bias, a factor and a cap, which the losses compute; use a model of another family"
+        )
+    reads_input = not _is_same(seen.inputs[0], seen.states[architecture.backbone])
+    return replace(architecture, output=path, bias=bias, warp=warp, reads_head_input=reads_input)
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    # Whether both are the same elements of the same memory.
+    return (
+        one.shape == other.shape
+        and one.stride() == other.stride()
+        and one.storage_offset() == other.storage_offset()
+        and one.untyped_storage()._cdata == other.untyped_storage()._cdata  # noqa: SLF001
+    )
+
+
+def warp_of(product: Tensor, logits: Tensor, numbers: Sequence[float] = ()) -> LogitWarp | None:
+    """Return the factor and the cap with which logits follow from a product; None: neither does.
+
+    Args:
+        numbers: of the config, whose exact values the factor and the cap get.
+    """
+    if logits.shape != product.shape:
+        return None
+    product, logits = product.flatten().double(), logits.flatten().double()
+    small = (product.abs() < 2e-3) & (product != 0)
+    exact = (1.0, *numbers, *(1.0 / number for number in numbers))
+    scale = _nearest((logits[small] / product[small]).mean().item(), exact)
+    cap = _nearest(logits.abs().max().item(), exact)
+    for warp in (LogitWarp(scale), LogitWarp(scale, cap)):
+        if torch.allclose(warp(product), logits, rtol=1e-4, atol=1e-6):
+            return warp
+    return None
+
+
+def _nearest(measured: float, exact: Sequence[float]) -> float:
+    near = (float(value) for value in exact if math.isclose(measured, value, rel_tol=1e-5))
+    return next(near, measured)
+
+
+def architecture_of(config: PretrainedConfig) -> Architecture:
+    """Return where the parts of a model are, with the facts of its family in the table.
+
+    The class that `config.architectures` names is the class of the model.
+
+    Raises:
+        ModelError: the structure of the model cannot be read.
+    """
+    entry = ARCHITECTURES.get(config.model_type)
+    if entry is not None and entry.backbone:
+        return entry
+    return architecture_found(config, task_of(config) or _usual_task(config))
+
+
+def task_of(config: PretrainedConfig) -> TaskType | None:
+    """Return the task of the class that a config names; None if it names none of them."""
+    name = next(iter(config.architectures or ()), "")
+    for ending, task in CLASS_ENDINGS.items():
+        if name.endswith(ending):
+            return task
+    for task in AUTO_CLASSES:
+        if name and class_name(config, task) == name:
+            return task
+    return None
+
+
+def _usual_task(config: PretrainedConfig) -> TaskType:
+    if class_name(config, "mlm"):
+        return "mlm"
+    return "causal_lm" if class_name(config, "causal_lm") else "classification"
+
+
+def for_task(config: PretrainedConfig, task: TaskType) -> Architecture:
+    """Let a config name the class for a task, and return where the parts of its models are."""
+    auto, name = AUTO_CLASSES[task].__name__, class_name(config, task)
+    name = name or (getattr(config, "auto_map", None) or {}).get(auto, "").rpartition(".")[2]
+    if not name:
+        raise ModelError(f"transformers has no {auto} of a {config.model_type} model")
+    config.architectures = [name]
+    return architecture_of(config)

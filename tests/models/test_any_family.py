@@ -1,0 +1,114 @@
+"""Models of any family of transformers are read as transformers computes them, or refused."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import pytest
+import torch
+from family_reading import reading_of
+from tiny_families import SMALL, TYPES
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+
+from megakd.config.task import TaskConfig
+from megakd.errors import ModelError
+
+# Of different structure each.
+FAST = {
+    "causal_lm": [
+        *("bart", "bloom", "camembert", "cohere2", "ctrl", "exaone4", "falcon", "falcon_mamba"),
+        *("gemma2", "glm4", "gpt_neox", "gpt2", "granite", "granitemoehybrid", "lfm2", "llama"),
+        *("mixtral", "modernbert-decoder", "mpt", "olmo2", "olmoe", "opt", "smollm3"),
+        *("stablelm", "starcoder2"),
+    ],
+    "mlm": [
+        *("albert", "deberta-v2", "distilbert", "electra", "longformer", "modernbert"),
+        *("mpnet", "xlm-roberta"),
+    ],
+    "classification": [
+        *("bart", "bert", "deberta-v2", "distilbert", "llama", "modernbert", "mpnet", "qwen3"),
+    ],
+}
+LEAST = 0.95
+"""Share of the types that run in transformers and are read exactly."""
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.mark.parametrize(
+    ("task", "model_type"), [(task, name) for task, names in FAST.items() for name in names]
+)
+def test_outputs_and_hidden_states_are_those_of_transformers(tmp_path, task, model_type):
+    reading = reading_of(model_type, task, tmp_path / "model")
+
+    assert reading.result == "equal", reading
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TYPES)
+def test_nearly_every_type_is_read_exactly_and_no_type_is_read_otherwise(tmp_path, task, capsys):
+    readings = [reading_of(name, task, tmp_path / name) for name in sorted(TYPES[task])]
+
+    results = Counter(reading.result for reading in readings)
+    with capsys.disabled():
+        print(task, dict(results), *readings, sep="\n")  # noqa: T201
+    ran = results["equal"] + results["refused"] + results["differs"]
+    assert [str(reading) for reading in readings if reading.result == "differs"] == []
+    assert results["equal"] >= LEAST * ran
+    for reading in readings:
+        if reading.result == "refused":
+            assert reading.model_type.split("-")[0] in reading.why.lower()
+            assert reading.why.startswith("teacher.model")
+
+
+def test_losses_of_layers_are_refused_where_layers_see_other_positions(tmp_path):
+    reading = reading_of("longformer", "mlm", tmp_path / "model")
+
+    assert reading.hidden == "refused"
+
+
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+MULTIMODAL = {
+    "gemma3": ({}, VISION, {"mm_tokens_per_image": 1}),
+    "llava": ({"model_type": "llama"}, {**VISION, "model_type": "clip_vision_model"}, {}),
+}
+
+
+def saved_multimodal(folder, model_type):
+    text, vision, keys = MULTIMODAL[model_type]
+    config = CONFIG_MAPPING[model_type](text_config={**SMALL, **text}, vision_config=vision, **keys)
+    torch.manual_seed(0)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("model_type", MULTIMODAL)
+def test_the_text_part_of_a_multimodal_checkpoint_is_read_alone(tiny, caplog, model_type):
+    whole = saved_multimodal(tiny.folder, model_type)
+    task = TaskConfig(type="causal_lm", dataset="d", max_length=16)
+
+    with caplog.at_level("INFO"):
+        model = tiny.load(tiny.folder, task)
+
+    assert re.search(r"\d+ stored weights are not used, such as .*vision", caplog.text)
+    ids = torch.arange(5, 29).reshape(2, 12)
+    with torch.no_grad():
+        ours, theirs = (one(input_ids=ids, use_cache=False).logits for one in (model, whole))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_a_multimodal_model_without_a_class_for_its_text_is_refused(tiny):
+    tiny.folder.mkdir()
+    CONFIG_MAPPING["qwen2_vl"]().save_pretrained(tiny.folder)
+    task = TaskConfig(type="causal_lm", dataset="d", max_length=16)
+
+    with pytest.raises(ModelError, match=r"has no AutoModelForCausalLM of a qwen2_vl model"):
+        tiny.resolve(tiny.folder, task, with_weights=False)
