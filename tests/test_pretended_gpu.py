@@ -23,7 +23,7 @@ from megakd.methods.knowledge_selection.selecting import Selecting
 from megakd.methods.knowledge_selection.selector import Selector, SelectorShape
 from megakd.models import packed_attention
 from megakd.models.architectures import FAMILIES
-from megakd.models.packed_attention import set_attention
+from megakd.models.packing import set_attention
 from megakd.planning import tracing
 from megakd.planning.phases import PlanningLab, planned_sources
 from megakd.planning.tracing import PhaseTraces, Trace, _ones

@@ -24,11 +24,18 @@ from megakd.data.tokenizers import from_folder, has_tokenizer_files, load_tokeni
 from megakd.engine.collectives import main_first
 from megakd.errors import CheckpointError, DataError, MegakdError, TeacherError
 from megakd.inputs.inputs import RunInputs, prepare
-from megakd.inputs.run_data import cache_folder, encoded_rows, splits_of, with_row_length
+from megakd.inputs.run_data import (
+    cache_folder,
+    encoded_rows,
+    splits_of,
+    with_packing,
+    with_row_length,
+)
 from megakd.inputs.tokenizer_checks import check_vocabularies, without_tokenizer
 from megakd.models.fitting import model_label_names
 from megakd.models.loading import resolve_model
 from megakd.models.onnx import MODEL
+from megakd.models.packing import packing_of
 from megakd.models.quantized_graph import Logits, quantize_graph
 from megakd.models.source import ModelSource
 from megakd.process.terminal import in_home
@@ -97,6 +104,9 @@ def evaluate_model(
 
 def _held_out(config: RunConfig, source: ModelSource) -> tuple[RunInputs, str]:
     """Return the inputs of the run as the model reads them, and the split that is scored."""
+    if config.task.type == "causal_lm" and packing_of(source.config, None) == "apart":
+        # The models of the run may be of another family.
+        config = replace(config, train=replace(config.train, packing=False))
     prepared, folder = prepare(config), source.folder
     if prepared.pair is not None and folder is not None and has_tokenizer_files(folder):
         vocabulary = from_folder(folder, config.task.type).get_vocab()
@@ -149,7 +159,8 @@ def _read_by(source: ModelSource, config: RunConfig, splits: Splits) -> RunInput
         lambda: load_tokenizer(task, splits, model_folders=folders, cache_dir=cache_folder())
     )
     check_vocabularies(task, tokenizer, [source])
-    config = with_row_length(replace(config, task=task), splits, tokenizer, {STUDENT: source})
+    config = with_packing(replace(config, task=task), splits, {STUDENT: source})
+    config = with_row_length(config, splits, tokenizer, {STUDENT: source})
     return RunInputs(
         config=config,
         splits=splits,

@@ -40,6 +40,9 @@ class TrainConfig:
     """Pack the rows of a step into micro-batches of at most this many tokens; a step keeps its
     rows, per_device_train_batch_size * gradient_accumulation_steps * ranks, and its gradient. Only
     for causal_lm. None: micro-batches of per_device_train_batch_size padded rows."""
+    packing: Literal["auto"] | bool = "auto"
+    """Whether texts of causal_lm share rows; only in `train`. auto: if all models compute a text in
+    such a row as they compute it alone. false: a row has one text, padded on the right."""
     num_train_epochs: Annotated[float, Field(gt=0, le=1e9)] = 3.0
     max_steps: Count | None = None
     """In optimizer steps; overrides num_train_epochs."""

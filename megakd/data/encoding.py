@@ -52,7 +52,8 @@ class Encoded(NamedTuple):
 
     Columns for classification and regression: `input_ids`, `label`, and for pairs `token_type_ids`
     if the tokenizer returns them. For mlm: `input_ids`, with a row per window of a text (see
-    `token_tables`). For causal_lm: `input_ids`, `position_ids` and `labels` (see `PackedRow`), or
+    `token_tables`). For causal_lm: `input_ids`, `position_ids` and `labels` (see `PackedRow`, also
+    for rows that are not packed), or
     for conversations `input_ids`, `labels` and `prompt_length` (see `chat.tokens`). Rows that name
     their teacher also have its number in `route` (see `contract.batch.teacher_number`).
 
@@ -86,22 +87,27 @@ def encode_splits(
     *,
     cache_dir: Path,
     with_train: bool = True,
+    packed: bool = True,
 ) -> Encoded:
     """Encode all splits except a stream, or reuse the result of an earlier call with equal content.
 
     The arrow files are written whole or not at all into a subfolder of `cache_dir` that is named by
     a content key, with the tokenizer's content in it. Ranks may call this function at the same
     time, but it is cheaper to let one rank run first. Without `with_train`, `train` is empty.
+    Without `packed`, every text of causal_lm has rows of its own.
     """
     train = splits.train if splits.stream is None and with_train else None
     named = {"train": train, "validation": splits.validation, "test": splits.test}
     present = {name: rows for name, rows in named.items() if rows is not None}
-    encode = partial(encode_rows, tokenizer=tokenizer, task=task, cache_dir=cache_dir)
+    encode = partial(
+        encode_rows, tokenizer=tokenizer, task=task, cache_dir=cache_dir, packed=packed
+    )
     made, key = encode(present, content_hash=splits.content_hash)
     chat = counts_of(cache_dir, key)
     counted = made.get("train", made["validation"])
     ids = counted.data.column("input_ids")
-    stream = None if splits.stream is None else StreamedRows(splits.stream, tokenizer, task)
+    texts = splits.stream
+    stream = None if texts is None else StreamedRows(texts, tokenizer, task, packed)
     made.setdefault("train", made["validation"].select([]))
     sets: Mapping[str, Dataset] = {}
     if splits.evaluation_sets:
@@ -127,10 +133,11 @@ def encode_rows(
     *,
     content_hash: str,
     cache_dir: Path,
+    packed: bool = True,
 ) -> tuple[dict[str, Dataset], str]:
     """Encode rows by name like `encode_splits`, and return the encoded rows and their key."""
     check_room_for_text(next(iter(rows.values())), tokenizer, task)
-    key = encoded_key(rows, tokenizer, task, content_hash=content_hash)
+    key = encoded_key(rows, tokenizer, task, content_hash=content_hash, packed=packed)
     counts: CountsByName = {}
 
     def encoded(name: str) -> Iterator[pa.Table]:
@@ -139,7 +146,7 @@ def encode_rows(
             encoder = ChatEncoder(tokenizer, task, bad=BadRows(task.bad_rows))
             yield from tables_of_conversations(rows[name], encoder, name=name, counts=counts)
         else:
-            yield from tables_of_texts(rows[name], tokenizer, task)
+            yield from tables_of_texts(rows[name], tokenizer, task, packed=packed)
 
     def empty(name: str) -> DataError:
         mine = {one: part for one, part in counts.items() if one.partition("/")[0] == name}
@@ -235,6 +242,7 @@ def encoded_key(
     task: TaskConfig,
     *,
     content_hash: str,
+    packed: bool = True,
 ) -> str:
     """Return a hash of everything that the encoded rows depend on; see `encode_rows`."""
     parts = {
@@ -256,6 +264,8 @@ def encoded_key(
             "bad_rows": task.bad_rows,
         }
         parts["chat"] = key_of(chat)
+    if not packed:
+        parts["packed"] = False
     return key_of(parts)
 
 

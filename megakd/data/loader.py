@@ -92,7 +92,7 @@ class StepLoader(BatchSource):
         # Arrow tables do not create a Python object per token.
         self._rows = rows.with_format("arrow")
         self._collate, self._layout = collate, layout
-        self._lengths = None if layout.tokens_per_rank is None else lengths_of_rows(rows)
+        self._lengths = lengths_of_rows(rows) if layout.reads_lengths else None
         self._size = layout.shape.most_rows(len(learned))
         self._routes = column_of(rows, ROUTE) if layout.teachers else None
         self.step_rows = RowOrder(learned, layout.shape, seed=seed)
@@ -105,7 +105,7 @@ class StepLoader(BatchSource):
     def step(self, index: int) -> tuple[Batch, ...]:
         """Return this rank's micro-batches of step `index`, counted from 0 over all epochs."""
         rows = self.step_rows(index)
-        # Without a budget, only the number of rows counts.
+        # Else only the number of rows counts.
         lengths = np.zeros_like(rows) if self._lengths is None else self._lengths[rows]
         routes = None if self._routes is None else self._routes[rows]
         parts = self._layout.micro_batches(lengths, routes)

@@ -87,6 +87,7 @@ class StreamedRows(NamedTuple):
     texts: TextStream
     tokenizer: PreTrainedTokenizerBase
     task: TaskConfig
+    packed: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

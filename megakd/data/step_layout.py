@@ -75,11 +75,18 @@ class StepLayout(NamedTuple):
         micro-batches may differ between steps. None: micro-batches of padded rows.
     teachers: the teachers that rows name. A micro-batch then has the rows of one teacher, the same
         on all ranks, so that a step has more micro-batches of fewer rows.
+    by_length: padded rows of like lengths share a micro-batch.
     """
 
     shape: StepShape
     tokens_per_rank: int | None = None
     teachers: tuple[str, ...] = ()
+    by_length: bool = False
+
+    @property
+    def reads_lengths(self) -> bool:
+        """Whether the micro-batch of a row depends on its length."""
+        return self.by_length or self.tokens_per_rank is not None
 
     def micro_batches(
         self, lengths: NDArray[np.int64], routes: NDArray[np.int64] | None = None
@@ -106,6 +113,9 @@ class StepLayout(NamedTuple):
         if self.tokens_per_rank is not None:
             return _budgeted(lengths, self.tokens_per_rank, ranks=world)[rank::world]
         parts = count * world
+        if self.by_length:  # the ranks have rows of like lengths at the same time
+            order = np.argsort(lengths, kind="stable")
+            return [np.sort(part) for part in np.array_split(order, parts)[rank::world]]
         return [np.arange(number, len(lengths), parts) for number in range(rank, parts, world)]
 
     def most_micro_batches(self, longest: int) -> int:

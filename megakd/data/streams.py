@@ -46,7 +46,7 @@ from megakd.data.rows import (
     TextStream,
     rows_of,
 )
-from megakd.data.step_layout import StepShape
+from megakd.data.step_layout import StepShape, row_lengths
 from megakd.data.token_tables import tables_of_texts
 from megakd.errors import ConfigError, DataError
 
@@ -250,7 +250,7 @@ class StreamedBlocks:
 
     def read(self, place: Place) -> Generator[tuple[pa.Table, Place], None, None]:
         """Yield the rows of each block, with a column `epoch`, from the block of `place` on."""
-        stream, tokenizer, task = self.rows
+        stream, tokenizer, task, packed = self.rows
         rank, world = self.shape.rank, self.shape.world
         least = max(BLOCK_CHARACTERS, CHARACTERS_PER_LENGTH * task.row_length)
         while True:
@@ -267,7 +267,7 @@ class StreamedBlocks:
                         rows, encoder, name=stream.name, counts={}, beside_training=True
                     )
                 else:
-                    tables = tables_of_texts(rows, tokenizer, task)
+                    tables = tables_of_texts(rows, tokenizer, task, packed=packed)
                 if parts := [*tables]:
                     has_rows = True
                     table = cast("Any", pa).concat_tables(parts)  # pyarrow carries no types
@@ -358,6 +358,8 @@ class StreamLoader(BatchSource):
                     used, missing = used + len(parts[-1]), missing - len(parts[-1])
                     if missing == 0:
                         step = cast("Any", pa).concat_tables(parts)
+                        if not self._blocks.rows.packed:  # micro-batches of like lengths
+                            step = step.take(np.argsort(row_lengths(step), kind="stable"))
                         starts = range(0, size, shape.per_device)
                         batches = [self._batch(step.slice(n, shape.per_device)) for n in starts]
                         yield batches, place._replace(taken=used)

@@ -1,7 +1,8 @@
 """Rows of text as arrow tables of token numbers, a batch at a time.
 
 A row of mlm is a window of one text. A row of causal_lm is packed: documents are concatenated, and
-a document that does not fit continues in the next row. Positions restart at 0 at the start of every
+a document that does not fit continues in the next row. For models that cannot keep documents apart,
+it is a window of one document (see `models.packing`). Positions restart at 0 at the start of every
 document and of every row. Decoders of transformers read the restarts as document boundaries and
 prevent attention to other documents. This requires that no attention mask and no cache is given
 (`use_cache=False`): with a cache, decoders ignore the restarts.
@@ -48,19 +49,21 @@ def check_room_for_text(
 
 
 def tables_of_texts(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: TaskConfig
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: TaskConfig, *, packed: bool = True
 ) -> Iterator[pa.Table]:
     """Yield tables of encoded rows, and no table if there are no tokens."""
     if task.type not in LANGUAGE_TASKS:
         return _text_tables(rows, tokenizer, task)
     if ROUTE not in rows.column_names:
-        return _language_tables(rows, tokenizer, task)
+        return _language_tables(rows, tokenizer, task, packed=packed)
     # A packed row and a window have one teacher, so the texts of each teacher are packed apart.
     names = column_of(rows, ROUTE)
     return (
         table.append_column(ROUTE, numbers_of([name] * len(table)))
         for name in np.unique(names).tolist()
-        for table in _language_tables(rows.select(np.flatnonzero(names == name)), tokenizer, task)
+        for table in _language_tables(
+            rows.select(np.flatnonzero(names == name)), tokenizer, task, packed=packed
+        )
     )
 
 
@@ -94,11 +97,12 @@ def _text_tables(
 
 
 def _language_tables(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: TaskConfig
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: TaskConfig, *, packed: bool
 ) -> Iterator[pa.Table]:
     if task.type == "causal_lm":
-        packed = pack(documents_of(rows, tokenizer), task.row_length)
-        return tables_of_lists(packed, PackedRow._fields)
+        rows_of = pack if packed else single_documents
+        made = rows_of(documents_of(rows, tokenizer), task.row_length)
+        return tables_of_lists(made, PackedRow._fields)
     return tables_of_lists(_window_rows(rows, tokenizer, task), ("input_ids",))
 
 
@@ -217,6 +221,19 @@ def pack(documents: Iterable[ArrayLike], length: int) -> Iterator[PackedRow]:
                 row, used = np.empty_like(row), 0
     if used:
         yield PackedRow(*row[:, :used])
+
+
+def single_documents(documents: Iterable[ArrayLike], length: int) -> Iterator[PackedRow]:
+    """Yield rows of one document, or of a window of a document of more than `length` tokens.
+
+    A document of one token, which has no target, is left out.
+    """
+    for document in documents:
+        ids = np.asarray(document, dtype=np.int32)
+        labels = np.append(ids[1:], np.int32(IGNORE))
+        for window in windows(range(len(ids)), length) if len(ids) > 1 else ():
+            part = np.array(window)
+            yield PackedRow(ids[part], np.arange(len(part), dtype=np.int32), labels[part])
 
 
 def windows(ids: Sequence[int], room: int) -> Iterator[Sequence[int]]:

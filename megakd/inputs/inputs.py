@@ -34,6 +34,7 @@ from megakd.inputs.run_data import (
     encoded_rows,
     method_rows,
     splits_of,
+    with_packing,
     with_row_length,
 )
 from megakd.inputs.tokenizer_checks import (
@@ -119,6 +120,7 @@ def prepare(config: RunConfig) -> RunInputs:
     and before any model's weights are loaded.
     """
     unencoded = unencoded_inputs(config)
+    config = with_packing(config, unencoded.splits, unencoded.sources)
     config = with_row_length(config, unencoded.splits, unencoded.tokenizer, unencoded.sources)
     check_run(config, unencoded)
     _say_positive_label(unencoded.metrics)
@@ -305,14 +307,15 @@ def check_caches(config: RunConfig, student: ModelSource) -> None:
         for name, spec in config.teacher_specs.items()
         if spec.cache or spec.server
     ]
-    warp = student.architecture.logit_warp(student.config)
+    warp = student.architecture.warp
     if cached and config.task.type == "causal_lm" and warp != LogitWarp():
-        family = student.architecture
-        keys = filter(None, (family.logit_divisor, family.logit_softcap))
-        values = ", ".join(f"{key}: {getattr(student.config, key)}" for key in keys)
+        named = student.config.to_dict().items()
+        changes = (warp.softcap, warp.scale, 1 / warp.scale)
+        values = [f"{key}: {value}" for key, value in named if "logit" in key and value in changes]
+        change = ", ".join(values) or f"{warp}"
         raise ConfigError(
             f"{cached[0]}: the {student.config.model_type} student changes its logits after "
-            f"the output matrix ({values}), which the loss on cached probabilities does not "
+            f"the output matrix ({change}), which the loss on cached probabilities does not "
             "support; remove the key, or use a student of another family"
         )
 

@@ -66,8 +66,8 @@ def saved_dtype(config: RunConfig, sources: Mapping[str, ModelSource]) -> torch.
     if config.save.dtype != "auto":
         return TORCH_DTYPE[config.save.dtype]
     roles = [role for role in (*config.teacher_specs, STUDENT) if role in sources]
-    stored = (sources[role].stored_dtype for role in roles)
-    return next((dtype for dtype in stored if dtype in TORCH_DTYPE.values()), torch.float32)
+    stored = [sources[role].stored_dtype for role in roles]
+    return next((d for d in stored if d is not None and d in TORCH_DTYPE.values()), torch.float32)
 
 
 def say_precision(config: RunConfig, device: str) -> None:

@@ -23,8 +23,10 @@ from megakd.data.special_tokens import special_tokens
 from megakd.data.splits import Splits, load_splits
 from megakd.data.token_tables import documents_of
 from megakd.data.tokenizers import VocabularyPair
-from megakd.engine.collectives import main_first, once_per_node
+from megakd.engine.collectives import main_first, on_main, once_per_node
+from megakd.errors import ConfigError
 from megakd.models.architectures import context_length
+from megakd.models.packing import check_varlen, packing_of
 from megakd.models.source import ModelSource
 from megakd.storage.folders import whole_folder
 
@@ -62,7 +64,14 @@ def encoded_rows(
     task, cache = config.task, cache_folder()
     encoded = once(
         config,
-        lambda: encode_splits(splits, tokenizer, task, cache_dir=cache, with_train=with_train),
+        lambda: encode_splits(
+            splits,
+            tokenizer,
+            task,
+            cache_dir=cache,
+            with_train=with_train,
+            packed=config.train.packing is not False,
+        ),
     )
     if task.mixture is None or not with_train:
         return encoded
@@ -85,6 +94,48 @@ def method_rows(
     cache = cache_folder()
     made = once(config, lambda: config.method.rows(config, splits, pair, cache_dir=cache))
     return None if made is None else MethodRows(*made)
+
+
+def with_packing(
+    config: RunConfig, splits: Splits, sources: Mapping[str, ModelSource]
+) -> RunConfig:
+    """Return the config with `train.packing` decided for all models; a collective.
+
+    Raises:
+        ConfigError: rows are to be packed, and a model does not keep the texts of a row apart.
+        ModelError: see `check_varlen`.
+    """
+    train, rows = config.train, splits.train if splits.stream is None else splits.validation
+    if config.task.type != "causal_lm" or train.packing is False:
+        return config
+    mixing = " and ".join(on_main(lambda: [*_mixing_models(config, sources)]))
+    if not mixing:
+        return replace(config, train=replace(train, packing=True))
+    trainings = config.trainings.items()
+    packs = [f"{where}.tokens_per_rank" for where, t in trainings if t.tokens_per_rank is not None]
+    packs += ["train.packing: true"] * (train.packing is True)
+    if packs:
+        raise ConfigError(
+            f"{packs[0]} packs several texts into a row, and {mixing} would not compute them there "
+            "as it computes them alone; remove the key, so that every row has one text"
+        )
+    if not is_chat(rows):
+        logger.info(
+            "train.packing: false (auto): every row has one text, because %s would not compute "
+            "several texts in a row as it computes them alone",
+            mixing,
+        )
+    return replace(config, train=replace(train, packing=False))
+
+
+def _mixing_models(config: RunConfig, sources: Mapping[str, ModelSource]) -> Iterator[str]:
+    # The models that do not keep the texts of a row apart. A server gets every text by itself.
+    specs = config.teacher_specs
+    for role, source in sources.items():
+        if role not in specs or specs[role].server is None:
+            check_varlen(source.config, source)
+            if packing_of(source.config, source.attn_implementation) == "apart":
+                yield f"{source.where} ({source.config.model_type})"
 
 
 def with_row_length(
@@ -110,7 +161,8 @@ def with_row_length(
         told += f" ({len(tokens):,} of {len(rows):,} rows)"
     if task.max_length is None:
         # Documents of a mixture are not measured.
-        least = 2 if is_chat(rows) and len(tokens) else LEAST_PACKED
+        is_single = is_chat(rows) or config.train.packing is False
+        least = 2 if is_single and len(tokens) else LEAST_PACKED
         prompt = longest_of(prompts, 0.99)
         length, limit = _chosen_length(max(least, parts["p99"]), prompt, config, sources)
         logger.info("task.max_length: %d (not set; %s); the rows have %s", length, limit, told)

@@ -11,23 +11,13 @@ from __future__ import annotations
 
 from inspect import signature
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
-
-from megakd.contract.batch import Batch
-from megakd.contract.tasks import TaskType
-from megakd.errors import ModelError
-from megakd.models.architectures import architecture_of
-from megakd.models.source import ModelSource
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
 
 # torch 2.11 has no grouped queries here; later versions do.
 _GROUPS_QUERIES = "enable_gqa" in signature(varlen_attn).parameters
@@ -38,79 +28,6 @@ VARLEN = "varlen"
 def register_packed_attention() -> None:
     """Make transformers know this attention; no mask belongs to the name."""
     AttentionInterface.register(VARLEN, attend)
-
-
-def document_arguments(model: nn.Module, batch: Batch) -> dict[str, Any]:
-    """Return the arguments of a decoder's forward that state the documents of its rows."""
-    config: PretrainedConfig = model.config  # type: ignore[assignment]
-    name: str = config._attn_implementation or ""  # noqa: SLF001
-    if not name.startswith((VARLEN, "flash_attention")):
-        if architecture_of(config).masks_documents or "position_ids" not in batch.inputs:
-            return {}
-        # Masks by type of layer, for a backbone that ignores positions.
-        table, positions = model.get_input_embeddings().weight, batch.inputs["position_ids"]  # type: ignore[operator]
-        # Its shape, dtype and device are read; a sharded table of embeddings is empty here.
-        hidden = table.new_empty((*positions.shape, 0))
-        # Neither a mask nor a cache, which transformers 5.24 names otherwise.
-        facts: Any = (config, hidden, None, None, positions)
-        full, sliding = create_causal_mask(*facts), create_sliding_window_causal_mask(*facts)
-        return {"attention_mask": {"full_attention": full, "sliding_attention": sliding}}
-    if batch.documents is None:
-        return {}
-    starts, longest = batch.documents
-    return {
-        "cu_seq_lens_q": starts,
-        "cu_seq_lens_k": starts,
-        "max_length_q": longest,
-        "max_length_k": longest,
-    }
-
-
-def set_attention(
-    model: PreTrainedModel, source: ModelSource, task: TaskType, device: torch.device
-) -> None:
-    """Choose the attention of a loaded model.
-
-    Without `attn_implementation`, packed rows on a GPU use `varlen` if torch's kernel supports the
-    model; transformers chooses elsewhere.
-    """
-    register_packed_attention()
-    config, wanted = model.config, source.attn_implementation
-    lacking = architecture_of(config).lacking_in_fused_attention(config)
-    if lacking is not None and wanted in (VARLEN, "sdpa"):
-        raise ModelError(
-            f"{source.where.removesuffix('.model')}.attn_implementation: the {config.model_type} "
-            f"model has {lacking}, which {wanted} does not support; use eager, or remove the key"
-        )
-    name = attention_name(model, source, task, device)
-    if name == VARLEN and device.type == "cuda" and not _has_kernel(model):
-        raise ModelError(
-            f"{source.where.removesuffix('.model')}.attn_implementation: varlen needs bf16 or "
-            "fp16 on a GPU, no attention dropout, and heads of at most 256 columns, a multiple of "
-            "8; use sdpa"
-        )
-    if name is not None:
-        model.set_attn_implementation(name)
-
-
-def attention_name(
-    model: PreTrainedModel, source: ModelSource, task: TaskType, device: torch.device
-) -> str | None:
-    """Return the attention that a model uses on a device; None: transformers chooses."""
-    is_packed = task == "causal_lm" and device.type == "cuda"
-    if source.attn_implementation is None and is_packed and _has_kernel(model):
-        return VARLEN
-    return source.attn_implementation
-
-
-def _has_kernel(model: PreTrainedModel) -> bool:
-    config = model.config
-    if architecture_of(config).lacking_in_fused_attention(config) is not None:
-        return False
-    width = architecture_of(config).heads(config).width
-    dropout = getattr(config, "attention_dropout", 0.0) or getattr(config, "attn_pdrop", 0.0)
-    is_narrow = model.dtype in (torch.bfloat16, torch.float16)
-    return is_narrow and not dropout and width % 8 == 0 and width <= 256
 
 
 def attend(  # noqa: PLR0913  (the arguments are transformers')

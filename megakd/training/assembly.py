@@ -45,7 +45,7 @@ from megakd.models.fitting import label_order
 from megakd.models.knowledge import Needs
 from megakd.models.loading import check_finite, load_model
 from megakd.models.lora import add_adapters
-from megakd.models.packed_attention import set_attention
+from megakd.models.packing import set_attention
 from megakd.models.second_vocabulary import (
     SecondSize,
     add_second_vocabulary,

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from megakd.contract.batch import Unit
 from megakd.contract.stage import Pass, teacher_names
 from megakd.contract.views import View
-from megakd.models.architectures import architecture_of
 from megakd.models.axes import full_shape, weight_axes
+from megakd.models.structure import architecture_of
 from megakd.teachers.frozen import FrozenTeacher
 
 if TYPE_CHECKING:
@@ -57,8 +57,8 @@ def work_of(
             for place, axis in enumerate(axes.get(name, ())):
                 length = None if axis is None else axis.length(view)
                 shape[place] = shape[place] if length is None else length
-            if len(shape) == 3:  # of all experts
-                shape[0] = model.config.num_experts_per_tok
+            if len(shape) == 3 and hasattr(type(module), "_apply_gate"):  # of all experts
+                shape[0] = getattr(model.config, "num_experts_per_tok", shape[0])
             if len(shape) > 1:
                 weights += math.prod(shape) * (2 + weight.requires_grad if learns else 1)
     layers = architecture.number_of_layers(model.config)

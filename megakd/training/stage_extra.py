@@ -29,9 +29,13 @@ class StageParts(NamedTuple):
 
     @property
     def layout(self) -> StepLayout:
-        train, named = self.stage.train, self.assembly.config.method.routes_rows
-        shape = step_shape(train, self.assembly.ranks)
-        return StepLayout(shape, train.tokens_per_rank, self.stage.teachers if named else ())
+        train, config = self.stage.train, self.assembly.config
+        return StepLayout(
+            step_shape(train, self.assembly.ranks),
+            train.tokens_per_rank,
+            self.stage.teachers if config.method.routes_rows else (),
+            by_length=config.train.packing is False,
+        )
 
     @property
     def checkpoints(self) -> Path:

@@ -181,6 +181,11 @@ TRAIN = [
     ("train.bf16=true; baselines=[alone]; alone={fp16: true}", "alone: bf16 and fp16 are both tru"),
     ("baselines=[alone]; alone={bf16: true, fp16: true}", "alone: bf16 and fp16 are both true (a"),
     ("teacher.finetune.collective_timeout=5", "the limit holds for the whole run; remove the key"),
+    (
+        "teacher.finetune.packing=false",
+        "the texts are encoded once for the whole run; remove the",
+    ),
+    ("train.packing=false", "train.packing: supported only for causal_lm, whose rows may have"),
     ("train.activation_offload=true", "train.activation_offload: moves the inputs of checkpointed"),
     ("train.early_stopping_patience=2", "train.early_stopping_patience: 2 counts evaluations, and"),
     ("teacher.finetune={early_stopping_patience: 2}", "teacher.finetune.early_stopping_patience:"),
@@ -196,6 +201,10 @@ TRAIN = [
 ]
 BUDGET = [
     ("train.tokens_per_rank=63", "train.tokens_per_rank: 63 is less than task.max_length 64"),
+    (
+        "train.packing=false",
+        "train.tokens_per_rank: packs several rows into one, and train.pack",
+    ),
     ("task.type=mlm", "train.tokens_per_rank: supported only for causal_lm, whose attention separ"),
     ("teacher.cache=c", "teacher.cache: holds one answer per training row, and train.tokens_per_r"),
     ("objective=[{loss: hidden_mse, positions: first}]", "hidden_mse is averaged over rows, and"),

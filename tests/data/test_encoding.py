@@ -40,7 +40,13 @@ from megakd.data.encoding import (
     tokenizer_content,
 )
 from megakd.data.splits import Splits, load_splits
-from megakd.data.token_tables import PackedRow, document_ends, pack, windows
+from megakd.data.token_tables import (
+    PackedRow,
+    document_ends,
+    pack,
+    single_documents,
+    windows,
+)
 from megakd.errors import DataError
 
 SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
@@ -349,6 +355,19 @@ def test_packed_rows_are_full_and_hold_the_documents_and_their_targets(documents
     assert all(len(row.input_ids) == length for row in rows[:-1])
     targets = [label for row in rows for label in row.labels if label != -100]
     assert targets == [token for document in documents for token in document[1:]]
+
+
+@given(documents=DOCUMENTS, length=st.integers(2, 17))
+@settings(max_examples=50)
+def test_a_row_that_is_not_packed_is_a_window_of_one_document(documents, length):
+    rows = list(single_documents(documents, length))
+
+    longer = [document for document in documents if len(document) > 1]
+    assert list(unpack(rows)) == longer
+    assert len(rows) == sum(-(-len(document) // length) for document in longer)
+    assert all(row.position_ids.tolist() == [*range(len(row.input_ids))] for row in rows)
+    targets = [label for row in rows for label in row.labels if label != -100]
+    assert targets == [token for document in longer for token in document[1:]]
 
 
 def test_a_call_of_the_tokenizer_gets_few_long_texts(monkeypatch):

@@ -6,7 +6,7 @@ import math
 import threading
 import time
 from collections import Counter
-from itertools import pairwise
+from itertools import chain, pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -289,6 +289,29 @@ def test_the_loader_packs_the_rows_of_the_padded_step():
         assert texts_of(packed.step(index)) == texts_of(padded.step(index)) == texts_of(both)
         assert all(batch.rows is None for batch in both)
     assert len({len(packed.step(index)) for index in range(3)}) > 1
+
+
+def test_rows_of_like_lengths_share_a_micro_batch_and_steps_keep_their_rows():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, LONGEST + 1, size=21)
+    rows = Dataset.from_dict(conversations(lengths.tolist()))
+
+    def loader(rank: int = 0, ranks: int = 1, **options: bool) -> StepLoader:
+        layout = StepLayout(StepShape(2, 4 // ranks, rank, ranks), **options)
+        return StepLoader(rows, COLLATE, layout=layout, seed=3)
+
+    def numbers(batches) -> list[list[int]]:
+        return [batch.rows[batch.rows >= 0].tolist() for batch in batches]
+
+    for index in range(6):
+        alike = numbers(loader(by_length=True).step(index))
+        ranks = [numbers(loader(rank, 2, by_length=True).step(index)) for rank in range(2)]
+
+        for part in (alike, numbers(loader().step(index))):
+            assert sorted(chain(*part)) == sorted(loader().step_rows(index).tolist())
+        ordered = [length for part in alike for length in sorted(lengths[part].tolist())]
+        assert ordered == sorted(ordered)
+        assert [part for turn in zip(*ranks, strict=True) for part in turn] == alike
 
 
 BUDGET = 24

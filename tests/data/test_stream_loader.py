@@ -263,6 +263,33 @@ def test_causal_texts_are_packed_and_every_token_occurs_once_per_epoch(tmp_path,
     assert len(blocks) > 3
 
 
+def test_texts_that_share_no_rows_are_streamed_in_micro_batches_of_like_lengths(
+    tmp_path, tokenizers
+):
+    scene = Scene(write_files(tmp_path, texts_of(30), 2), tokenizers["causal_lm"], "causal_lm")
+    scene.rows = scene.rows._replace(packed=False)
+    eos = scene.rows.tokenizer.eos_token_id
+
+    steps = list(scene.loader(StepShape(2, 4)).iterate(0, 3))
+
+    for batches in steps:
+        lengths = [length for batch in batches for length in batch.valid.sum(1).tolist()]
+        assert lengths == sorted(lengths)
+        assert len(set(lengths)) > 1
+        assert all(eos not in ids[:-1] for ids in rows_of(batches))
+    again = scene.loader(StepShape(4, 2)).iterate(2, 3)
+    assert sorted(rows_of(next(again))) == sorted(rows_of(steps[2]))
+
+
+def rows_of(batches: Sequence[Batch]) -> list[list[int]]:
+    """The tokens of every row of causal_lm."""
+    return [
+        ids[valid].tolist()
+        for batch in batches
+        for ids, valid in zip(batch.inputs["input_ids"], batch.valid, strict=True)
+    ]
+
+
 def test_every_epoch_masks_the_rows_anew_and_the_log_says_that_it_starts(small, tmp_path, caplog):
     rows = sum(expected(small, tmp_path / "cache", texts_of(4)).values())
     labels: dict[Any, set[Any]] = {}

@@ -17,9 +17,10 @@ from megakd.data.collation import Collator
 from megakd.data.step_layout import packed_row
 from megakd.data.token_tables import pack
 from megakd.errors import ModelError
-from megakd.models.architectures import architecture_of
 from megakd.models.knowledge import Needs, read_knowledge
-from megakd.models.packed_attention import VARLEN, attend, set_attention
+from megakd.models.packed_attention import VARLEN, attend
+from megakd.models.packing import set_attention
+from megakd.models.structure import architecture_of
 
 FAMILIES = {
     "llama": {},

@@ -94,7 +94,12 @@ def test_answers_at_padding_may_be_anything(spec):
     assert set(result) in ({"ids", "logprobs"}, {"ids", "counts"})
 
 
-SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+SIZES = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
 SERVER = {"url": ["http://a:1"]}
 
 

@@ -42,6 +42,12 @@ def training_problems(config: RunConfig) -> Iterator[str]:
                 f"{where}.collective_timeout: the limit holds for the whole run; remove the key, "
                 "and set train.collective_timeout"
             )
+        if overrides.packing is not None:
+            yield (
+                f"{where}.packing: the texts are encoded once for the whole run; remove the key, "
+                "and set train.packing"
+            )
+    yield from problems(_PACKING, Case(config, "train", config.train))
     yield from _budgets(config)
     yield from problems(_EVALUATION, Case(config, "eval", config.eval))
     yield from _metrics(config)
@@ -114,6 +120,9 @@ def _budgets(config: RunConfig) -> Iterator[str]:
             )
 
 
+_PACKING: tuple[Rule[TrainConfig], ...] = only(
+    ".packing", ("causal_lm",), ", whose rows may have several texts"
+)
 _BUDGET: tuple[Rule[TrainConfig], ...] = (
     *only(".tokens_per_rank", ("causal_lm",), ", whose attention separates the texts in a row"),
     *given(
@@ -123,6 +132,11 @@ _BUDGET: tuple[Rule[TrainConfig], ...] = (
         ),
         "{item.tokens_per_rank} is less than task.max_length {task.max_length}, and a row is never "
         "split; set {key}.tokens_per_rank to at least {task.max_length}, or lower task.max_length",
+    ),
+    *given(
+        ".tokens_per_rank",
+        lambda c: c.config.train.packing is False,
+        "packs several rows into one, and train.packing is false; remove one of the two",
     ),
     *given(
         ".tokens_per_rank",

@@ -1,0 +1,275 @@
+"""How a decoder keeps the documents of a row apart, so that it computes each as it does alone.
+
+Most attentions of transformers see from positions that restart where a document begins; some need
+a mask, and others take the boundaries of the documents. Recurrent and convolving layers carry a
+document into the next: a row has one document then. Families of the table are known; a small copy
+of any other model decides.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+from megakd.contract.batch import Batch, Documents
+from megakd.contract.tasks import TaskType
+from megakd.data.collation import documents_of
+from megakd.errors import ModelError
+from megakd.models.architectures import ARCHITECTURES
+from megakd.models.packed_attention import VARLEN, register_packed_attention
+from megakd.models.small_copy import logits_of, small_copies
+from megakd.models.source import ModelSource
+from megakd.models.structure import architecture_of
+
+logger = logging.getLogger(__name__)
+Packing = Literal["positions", "mask", "masks_by_type", "apart"]
+"""What keeps documents apart: positions that restart, or boundaries for an attention that takes
+them; a mask [B, 1, T, T]; a mask for each type of layer; or that a row has one document."""
+DOCUMENTS = (9, 12)
+"""Tokens of the two documents of the row that decides."""
+LARGEST_DIFFERENCE = 1e-5
+"""Of logits, as a part of the largest; where documents mix it is above 1e-3."""
+WINDOW = 8
+"""Positions of a window or a chunk in the copy: fewer than in a document."""
+WINDOWS = (
+    *("sliding_window", "attention_chunk_size", "attention_window_size", "window_size"),
+    *("local_attention", "chunk_size", "mamba_chunk_size"),
+)
+Inputs = Callable[[], dict[str, Any]]
+# Keys of a config that do not change how its model mixes tokens.
+_UNRELATED = ("vocab_size", "dtype", "_name_or_path", "architectures", "use_cache")
+_BY_CONTENT: dict[str, Packing] = {}
+_BY_CONFIG: dict[tuple[int, str | None], tuple[weakref.ref[PretrainedConfig], Packing]] = {}
+
+
+def packing_of(config: PretrainedConfig, attention: str | None) -> Packing:
+    """Return how a decoder with an attention keeps documents apart; None: transformers' choice.
+
+    A model outside of the table is tried once per config, on the CPU, alike on every rank.
+
+    Raises:
+        ModelError: the model does not even compute a padded text as it computes it alone.
+    """
+    if config.model_type in ARCHITECTURES and not architecture_of(config).is_found:
+        is_apart = _takes_boundaries(attention) or architecture_of(config).masks_documents
+        return "positions" if is_apart else "masks_by_type"
+    known = _BY_CONFIG.get((id(config), attention))
+    if known is not None and known[0]() is config:
+        return known[1]
+    key = _key(config, attention)
+    if key not in _BY_CONTENT:
+        _BY_CONTENT[key] = _packing_tried(config, attention)
+    _BY_CONFIG[id(config), attention] = weakref.ref(config), _BY_CONTENT[key]
+    return _BY_CONTENT[key]
+
+
+def _key(config: PretrainedConfig, attention: str | None) -> str:
+    content = {k: v for k, v in config.to_dict().items() if k not in _UNRELATED}
+    return json.dumps([attention, content], sort_keys=True, default=str)
+
+
+def _takes_boundaries(attention: str | None) -> bool:
+    return (attention or "").startswith((VARLEN, "flash_attention"))
+
+
+def _packing_tried(config: PretrainedConfig, attention: str | None) -> Packing:
+    small: Any = copy.deepcopy(config)
+    for key in WINDOWS:
+        if isinstance(vars(small).get(key), int):
+            setattr(small, key, WINDOW)
+    # An attention that takes boundaries lacks parts of others, such as sinks: theirs is right.
+    takes_boundaries = _takes_boundaries(attention)
+    chosen = None if takes_boundaries else attention
+    tokens, positions = _tokens(), _positions()
+    model = next(small_copies(small, "causal_lm", tokens=tokens, attention=chosen), None)
+    if model is None:
+        return "apart"
+    with torch.no_grad():
+        parts = [logits_of(model, part) for part in tokens.split(DOCUMENTS, dim=1)]
+    alone = torch.cat(parts, dim=1)
+    ways: dict[Packing, Inputs] = {
+        "positions": dict,
+        "mask": lambda: {"attention_mask": document_mask(positions, alone.dtype)},
+        "masks_by_type": lambda: {"attention_mask": _masks_by_type(model, positions)},
+    }
+    boundaries: dict[Packing, Inputs] = {"positions": lambda: _with_boundaries(model)}
+    tried = (boundaries if takes_boundaries else ways).items()
+    same = (way for way, inputs in tried if _is_same(model, inputs, alone))
+    result: Packing = next(same, "apart")
+    if result == "apart" and not takes_boundaries and not _is_same_padded(model, parts):
+        raise ModelError(
+            f"a {config.model_type} model does not compute a text beside padding as it computes it "
+            "alone, so that texts cannot share a batch; use another family"
+        )
+    if attention is None:  # the loaded model names the attention that transformers has chosen
+        _BY_CONTENT[_key(config, model.config._attn_implementation)] = result  # noqa: SLF001
+    return result
+
+
+def _with_boundaries(model: PreTrainedModel) -> dict[str, Any]:
+    register_packed_attention()
+    model.set_attn_implementation(VARLEN)  # for flash attention too, which no CPU has
+    return _boundaries(documents_of(_positions().numpy()))
+
+
+def _tokens() -> Tensor:
+    return 5 + torch.arange(sum(DOCUMENTS))[None] * 7 % 400
+
+
+def _positions() -> Tensor:
+    return torch.cat([torch.arange(count) for count in DOCUMENTS])[None]
+
+
+@torch.no_grad()
+def _is_same(
+    model: PreTrainedModel, arguments: Callable[[], dict[str, Any]], alone: Tensor
+) -> bool:
+    # Whether the model computes the documents in one row as it computes them alone.
+    try:
+        together = logits_of(model, _tokens(), position_ids=_positions(), **arguments())
+    except Exception as error:  # noqa: BLE001 - a model refuses arguments in its own way
+        logger.debug("documents cannot share a row: %s", error)
+        return False
+    return bool((together - alone).abs().max() <= LARGEST_DIFFERENCE * alone.abs().max())
+
+
+@torch.no_grad()
+def _is_same_padded(model: PreTrainedModel, alone: Sequence[Tensor]) -> bool:
+    # Whether rows padded on the right are computed as the documents alone.
+    ids = pad_sequence([part[0] for part in _tokens().split(DOCUMENTS, dim=1)], batch_first=True)
+    mask = (torch.arange(max(DOCUMENTS)) < torch.tensor(DOCUMENTS)[:, None]).long()
+    rows = logits_of(model, ids, attention_mask=mask)
+    largest = max(part.abs().max().item() for part in alone)
+    return all(
+        (row[:count] - part[0]).abs().max() <= LARGEST_DIFFERENCE * largest
+        for row, part, count in zip(rows, alone, DOCUMENTS, strict=True)
+    )
+
+
+def document_mask(positions: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return [B, 1, T, T]: 0 where a query sees a key of its document, else the lowest number.
+
+    Positions [B, T] restart with every document.
+    """
+    document = (positions.diff(dim=1, prepend=positions[:, :1]) != 1).cumsum(dim=1)
+    sees = (document[:, :, None] == document[:, None, :]).tril()[:, None]
+    lowest = torch.finfo(dtype).min
+    return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill(~sees, lowest)
+
+
+def _masks_by_type(model: nn.Module, positions: Tensor) -> dict[str, Any]:
+    # For a backbone that ignores positions. The shape, dtype and device of the hidden states are
+    # read; a sharded table of embeddings is empty here.
+    table = model.get_input_embeddings().weight  # type: ignore[operator]
+    hidden = table.new_empty((*positions.shape, 0))
+    # Neither a mask nor a cache, which transformers 5.24 names otherwise.
+    facts: Any = (model.config, hidden, None, None, positions)
+    full, sliding = create_causal_mask(*facts), create_sliding_window_causal_mask(*facts)
+    return {"full_attention": full, "sliding_attention": sliding}
+
+
+def _boundaries(documents: Documents) -> dict[str, Any]:
+    starts, longest = documents
+    return {
+        "cu_seq_lens_q": starts,
+        "cu_seq_lens_k": starts,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+def inputs_of_documents(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """Return the inputs of a forward, which keep the documents of a decoder's rows apart.
+
+    Rows of a model that cannot keep documents apart have one document each, padded on the right.
+    """
+    inputs, config = dict(batch.inputs), model.config
+    if "position_ids" not in inputs:
+        return inputs
+    name: str = config._attn_implementation or ""  # type: ignore[union-attr, operator]  # noqa: SLF001
+    packing = packing_of(config, name)  # type: ignore[arg-type]
+    if packing == "apart":
+        del inputs["position_ids"]  # they restart at padding, and some models take none
+        mask = batch.valid.long()
+        mask[:, 0] = 1  # of a dummy row, to avoid NaN
+        return {**inputs, "attention_mask": mask}
+    if packing == "mask":
+        dtype = model.get_input_embeddings().weight.dtype  # type: ignore[operator]
+        return {**inputs, "attention_mask": document_mask(inputs["position_ids"], dtype)}
+    if packing == "masks_by_type":
+        return {**inputs, "attention_mask": _masks_by_type(model, inputs["position_ids"])}
+    if _takes_boundaries(name) and batch.documents is not None:
+        return {**inputs, **_boundaries(batch.documents)}
+    return inputs
+
+
+def set_attention(
+    model: PreTrainedModel, source: ModelSource, task: TaskType, device: torch.device
+) -> None:
+    """Choose the attention of a loaded model.
+
+    Without `attn_implementation`, packed rows on a GPU use `varlen` if torch's kernel supports the
+    model; transformers chooses elsewhere.
+    """
+    register_packed_attention()
+    config, wanted = model.config, source.attn_implementation
+    check_varlen(config, source)
+    lacking = architecture_of(config).lacking_in_fused_attention(config)
+    if lacking is not None and wanted in (VARLEN, "sdpa"):
+        raise ModelError(
+            f"{source.where.removesuffix('.model')}.attn_implementation: the {config.model_type} "
+            f"model has {lacking}, which {wanted} does not support; use eager, or remove the key"
+        )
+    name = attention_name(model, source, task, device)
+    if name == VARLEN and device.type == "cuda" and not _has_kernel(model):
+        raise ModelError(
+            f"{source.where.removesuffix('.model')}.attn_implementation: varlen needs bf16 or "
+            "fp16 on a GPU, no attention dropout, and heads of at most 256 columns, a multiple of "
+            "8; use sdpa"
+        )
+    if name is not None:
+        model.set_attn_implementation(name)
+    if task == "causal_lm":  # tried here, and not in a forward of all ranks
+        packing_of(config, config._attn_implementation)  # noqa: SLF001
+
+
+def attention_name(
+    model: PreTrainedModel, source: ModelSource, task: TaskType, device: torch.device
+) -> str | None:
+    """Return the attention that a model uses on a device; None: transformers chooses."""
+    is_packed = task == "causal_lm" and device.type == "cuda"
+    if source.attn_implementation is None and is_packed and _has_kernel(model):
+        return VARLEN
+    return source.attn_implementation
+
+
+def _has_kernel(model: PreTrainedModel) -> bool:
+    config = model.config
+    if architecture_of(config).lacking_in_fused_attention(config) is not None:
+        return False
+    # Whether rows are packed does not depend on the device.
+    if "apart" in (packing_of(config, None), packing_of(config, VARLEN)):
+        return False
+    width = architecture_of(config).heads(config).width
+    dropout = getattr(config, "attention_dropout", 0.0) or getattr(config, "attn_pdrop", 0.0)
+    is_narrow = model.dtype in (torch.bfloat16, torch.float16)
+    return is_narrow and not dropout and width % 8 == 0 and width <= 256
+
+
+def check_varlen(config: PretrainedConfig, source: ModelSource) -> None:
+    """Raise ModelError if `attn_implementation` is varlen and a model's attention is another."""
+    if source.attn_implementation == VARLEN and packing_of(config, VARLEN) == "apart":
+        raise ModelError(
+            f"{source.where.removesuffix('.model')}.attn_implementation: varlen does not compute "
+            f"the attention of a {config.model_type} model; remove the key"
+        )
