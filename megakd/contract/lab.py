@@ -16,8 +16,9 @@ Model = Any
 """A model that a stage can start from. A method passes the model on and never opens it.
 
 It has the attributes `depth` (number of layers), `heads` (`Heads`), `width` (of the hidden states),
-`units` (`View`; `head_width` is set if columns of heads can be cut) and `fresh` (the model of the
-same shape that starts from random weights).
+`units` (`View`; `head_width` is set if columns of heads can be cut), `uncut` (why only whole layers
+can be left out, or None), `whole` (`View` of all that can be left out) and `fresh` (the model of
+the same shape that starts from random weights).
 """
 
 
@@ -73,6 +74,10 @@ class Pruning(Protocol):
 
     def has_stock_config(self, source: Model, view: View) -> bool:
         """Return whether transformers' own class of the family can have the shape of a cut."""
+        ...
+
+    def check_layers(self, source: Model, view: View) -> None:
+        """Raise if the layers of a view would not compute alone what they compute in the model."""
         ...
 
     def cut(self, source: Model, view: View, name: str) -> Model:

@@ -42,7 +42,8 @@ class View(NamedTuple):
     """A sub-network: the numbers of units that it keeps, which are the most important units.
 
     heads: key-value groups kept, one number per attention of the model.
-    neurons: neurons kept, one number per feed-forward of the model.
+    neurons: neurons kept, one number per feed-forward of the model. Without numbers of heads and
+        neurons, layers are whole; the units of the model need not be known.
     width: width of the hidden states; None keeps the full width.
     head_width: columns kept in every head, of its queries and keys and of its values; None keeps
         all columns.
@@ -122,6 +123,8 @@ class Axis(NamedTuple):
     size: rows or columns per unit.
     parts: how often the list of units repeats (3 if queries, keys and values lie side by side).
     columns: the columns inside each head, if they can be cut too.
+    blocks: rows per unit in each part, where the parts differ; `size` is then their sum, and
+        `parts` is 1.
     """
 
     kind: Kind
@@ -129,6 +132,7 @@ class Axis(NamedTuple):
     size: int = 1
     parts: int = 1
     columns: Columns | None = None
+    blocks: tuple[int, ...] = ()
 
     def kept(self, view: View | None) -> int | None:
         """Return the number of units that a view keeps of this dimension; None: all."""
@@ -157,7 +161,8 @@ class Axis(NamedTuple):
 
     def keeps_prefix(self, cut: Cut) -> bool:
         """Return whether the kept rows are the first rows of each part."""
-        return not self.is_listed_in(cut.order) and self.size_in(cut.view) == self.size
+        is_listed = self.is_listed_in(cut.order) or bool(self.blocks)
+        return not is_listed and self.size_in(cut.view) == self.size
 
     def rows(self, cut: Cut, length: int) -> list[int]:
         """Return the rows or columns that a cut keeps, in the order of the cut model.
@@ -167,7 +172,16 @@ class Axis(NamedTuple):
         part = length // self.parts
         order = None if cut.order is None else cut.order.of(self.kind, self.number)
         inside = None if cut.order is None else cut.order.inside(self.columns, self.number)
-        units = (order or range(part // self.size))[: self.kept(cut.view)]
+        count = part // self.size
+        units = (order or range(count))[: self.kept(cut.view)]
+        if self.blocks:
+            starts = [count * sum(self.blocks[:place]) for place in range(len(self.blocks))]
+            return [
+                start + unit * size + row
+                for start, size in zip(starts, self.blocks, strict=True)
+                for unit in units
+                for row in range(size)
+            ]
         size, every = self.size_in(cut.view), tuple(range(self.size))
         rows = [
             unit * self.size + column

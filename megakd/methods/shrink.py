@@ -12,6 +12,7 @@ All layers of a student have the same shape, so that the stock config of the fam
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import re
 from bisect import bisect_right
@@ -26,10 +27,11 @@ from megakd.contract.results import AskedReport
 from megakd.contract.stage import Constant, Pass, Stage, StageResult
 from megakd.contract.tasks import LANGUAGE_TASKS, STUDENT, TEACHER
 from megakd.contract.terms import ATTENTION_TERMS, STRICT, Count, TermConfig
-from megakd.contract.views import View, most_important
+from megakd.contract.views import View, evenly_spaced, most_important
 from megakd.errors import ConfigError
 from megakd.methods.assistants import ImportanceOptions
 
+logger = logging.getLogger(__name__)
 BUDGETS = ("parameters", "flops", "speedup")
 TOLERANCE, SPEED_TOLERANCE = 0.03, 0.05
 """How far a size and a time may be from the budget, as a share of it."""
@@ -113,10 +115,16 @@ def run(config: ShrinkConfig, lab: Lab) -> StageResult:
     shape = shape_of(config, lab, lab.given(TEACHER))
     teacher = lab.teacher()
     start = lab.model(teacher)
-    if (shape.heads, shape.neurons) != (start.units.heads[0], start.units.neurons[0]):
+    if start.uncut is not None:
+        logger.info("shrink: whole layers alone are left out: %s", start.uncut)
+    elif (shape.heads, shape.neurons) != (start.units.heads[0], start.units.neurons[0]):
         # Only units that are cut need to be sorted, and their importance to be measured.
         start = config.ranked_units(lab, teacher).source
-    view = shape.view(lab.pruning.layer_scores(teacher), start.units)
+    scores = lab.pruning.layer_scores(teacher)
+    if start.uncut is not None and config.speedup is None:
+        # The layers may differ in size: now those that stay are known.
+        shape = shape_of(config, lab, start, scores)
+    view = shape.view(scores, start.whole)
     lab.record.asked = _asked(config)
     return lab.train(repair(lab, STUDENT, teacher, lab.pruning.cut(start, view, "cut")))
 
@@ -163,13 +171,18 @@ BASELINES = {"random": random_start}
 
 
 class Shape(NamedTuple):
-    """Numbers of layers, and of key-value groups with their queries and neurons of each layer."""
+    """Numbers of layers, and of key-value groups with their queries and neurons of each layer.
+
+    Heads and neurons are 0 if only whole layers of the model can be left out.
+    """
 
     layers: int
     heads: int
     neurons: int
 
     def __str__(self) -> str:
+        if not self.heads:
+            return f"{self.layers} layers"
         return f"{self.layers} layers, {self.heads} key-value groups, {self.neurons} neurons"
 
     def view(self, layer_scores: Sequence[float], whole: View) -> View:
@@ -180,6 +193,8 @@ class Shape(NamedTuple):
         """
         depth = len(layer_scores)
         layers = most_important(layer_scores, self.layers)
+        if not self.heads:
+            return View((), (), layers=layers)
         heads, neurons = (
             tuple(count if number in layers else 0 for number in range(1, depth + 1))
             for count in (self.heads, self.neurons)
@@ -258,53 +273,76 @@ class Budget(NamedTuple):
         return abs(size / self.target - 1)
 
 
-def shape_of(config: ShrinkConfig, lab: Lab, model: Model) -> Shape:
+def shape_of(
+    config: ShrinkConfig, lab: Lab, model: Model, scores: Sequence[float] | None = None
+) -> Shape:
     """Return the shape that has the budget of the config; see `fewest_layers`.
+
+    Args:
+        scores: importance of the layers; None: it is not known yet.
 
     Raises:
         ConfigError: no shape has the size; the message has the nearest sizes.
     """
-    shapes = shapes_of(config, lab, model)
-    units = model.units._replace(width=None, head_width=None)
-    first = range(model.depth, 0, -1)  # which layers they are does not change a size
+    shapes, whole = shapes_of(config, lab, model), model.whole._replace(width=None)
+
+    def view(one: Shape) -> View:
+        if scores is None and not one.heads:
+            return View((), (), layers=evenly_spaced(model.depth, one.layers))
+        # Of a model whose layers can be cut, all layers have one size.
+        return one.view(scores or range(model.depth, 0, -1), whole)
 
     def times(asked: Sequence[Shape], name: str) -> list[float]:
-        views = {
-            f"shape-{number}": one.view(first, units)
-            for number, one in enumerate(asked)
-            if one != shapes.corners[0]
-        }
+        numbered = {f"shape-{number}": one for number, one in enumerate(asked)}
+        views = {name: view(one) for name, one in numbered.items() if one != shapes.corners[0]}
         measured = lab.pruning.relative_times(model, views, name)
-        return [measured.get(f"shape-{number}", 1.0) for number in range(len(asked))]
+        return [measured.get(name, 1.0) for name in numbered]
 
+    def size(one: Shape) -> float:
+        count = lab.pruning.parameters(model, view(one))
+        if config.flops is None:
+            return count.parameters
+        return count.encoder_parameters / lab.pruning.parameters(model, whole).encoder_parameters
+
+    budget = _budget(config)
     if config.speedup is not None:
-        budget = Budget(
+        estimated = dataclasses.replace(shapes, sizes=tuple(times(shapes.corners, "times")))
+        shape = timed(estimated, budget, lambda one, number: times([one], f"times-{number}")[0])
+    else:
+        shapes = dataclasses.replace(shapes, sizes=tuple(map(size, shapes.corners)))
+        if not whole.heads:  # whole layers may differ in size
+            depths = [Shape(depth, 0, 0) for depth in range(1, model.depth + 1)]
+            factors = {one.layers: size(one) / shapes.size(one) for one in depths}
+            shapes = dataclasses.replace(shapes, factors=factors)
+        shape = fewest_layers(shapes, budget)
+    lab.pruning.check_layers(model, view(shape))
+    return shape
+
+
+def _budget(config: ShrinkConfig) -> Budget:
+    if config.speedup is not None:
+        return Budget(
             "method.speedup",
             1 / config.speedup,
             SPEED_TOLERANCE,
             lambda size: f"a speed-up of {1 / size:.2f}x",
             "; times beside other work are wrong: remove stages/times* of the run, and start again",
         )
-        estimated = dataclasses.replace(shapes, sizes=tuple(times(shapes.corners, "times")))
-        return timed(estimated, budget, lambda one, number: times([one], f"times-{number}")[0])
-    counts = [lab.pruning.parameters(model, one.view(first, units)) for one in shapes.corners]
     if config.flops is not None:
-        inside = lab.pruning.parameters(model, units).encoder_parameters
-        measured = [count.encoder_parameters / inside for count in counts]
         text = "{:.1%} of the layers' operations".format
-        budget = Budget("method.flops", config.flops, TOLERANCE, text)
-    else:
-        measured = [count.parameters for count in counts]
-        text = "{:,.0f} weights".format
-        budget = Budget("method.parameters", config.parameters or 0, TOLERANCE, text)
-    return fewest_layers(dataclasses.replace(shapes, sizes=tuple(measured)), budget)
+        return Budget("method.flops", config.flops, TOLERANCE, text)
+    text = "{:,.0f} weights".format
+    return Budget("method.parameters", config.parameters or 0, TOLERANCE, text)
 
 
 def shapes_of(config: ShrinkConfig, lab: Lab, model: Model) -> Shapes:
     """Return the shapes that can be cut out of a model, without their sizes."""
     depth = model.depth
+    if model.uncut is not None:
+        return Shapes(depth=depth, heads=(0,), neurons=(0,))
     heads, neurons = model.units.heads[:depth], model.units.neurons[:depth]
-    if len({*heads}) != 1 or len({*neurons}) != 1 or 0 in (heads[0], neurons[0]):
+    # Without heads that can be cut, a family states 0 of them, and loses neurons alone.
+    if len({*heads}) != 1 or len({*neurons}) != 1 or not neurons[0]:
         raise ConfigError(
             "method: shrink needs a teacher whose layers all have the same numbers of heads "
             f"and neurons (got {heads} key-value groups and {neurons} neurons); use a teacher "
@@ -321,7 +359,7 @@ def shapes_of(config: ShrinkConfig, lab: Lab, model: Model) -> Shapes:
         view = Shape(depth, count, grid).view(range(depth), model.units)
         return lab.pruning.has_stock_config(model, view)
 
-    stock = tuple(filter(is_stock, range(1, heads[0] + 1)))
+    stock = tuple(filter(is_stock, range(min(1, heads[0]), heads[0] + 1)))
     if not stock:
         raise ConfigError(
             "method: shrink needs a teacher that the stock config of its family describes, "
@@ -356,7 +394,7 @@ def fitting(shapes: Shapes, budget: Budget) -> Shape | None:
         return budget.error(shapes.size(one))
 
     def cost(one: Shape) -> float:
-        uneven = one.heads / shapes.heads[-1] - one.neurons / shapes.neurons[-1]
+        uneven = one.heads / max(shapes.heads[-1], 1) - one.neurons / max(shapes.neurons[-1], 1)
         return abs(uneven) + ERROR_WEIGHT * error(one)
 
     depths = range(1, shapes.depth + 1)

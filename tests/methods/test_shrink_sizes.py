@@ -48,7 +48,9 @@ def shapes(
     is_stock: Callable[[View], bool] = lambda _: True,
     size: Callable[[Shape], float] = counted,
 ) -> Shapes:
-    model = SimpleNamespace(depth=layers, units=View((heads,) * layers, (neurons,) * layers))
+    model = SimpleNamespace(
+        depth=layers, units=View((heads,) * layers, (neurons,) * layers), uncut=None
+    )
     pruning = SimpleNamespace(has_stock_config=lambda _, view: is_stock(view))
     lab: Any = SimpleNamespace(pruning=pruning)
     config: Any = SimpleNamespace(round_to=round_to)
@@ -169,7 +171,7 @@ def test_neurons_stay_on_a_grid_that_divides_the_teachers(neurons, round_to, gri
 def test_a_grid_larger_than_the_teacher_and_layers_that_differ_are_refused():
     with pytest.raises(ConfigError, match=r"method\.round_to: 256 is larger than 172"):
         shapes(neurons=172, round_to=256)
-    model: Any = SimpleNamespace(depth=2, units=View((2, 1), (8, 8)))
+    model: Any = SimpleNamespace(depth=2, units=View((2, 1), (8, 8)), uncut=None)
     with pytest.raises(ConfigError, match="all have the same numbers"):
         shapes_of(config(parameters=7).method, model, model)
 

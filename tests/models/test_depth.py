@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
@@ -23,16 +22,16 @@ from tiny_cuts import (
     task_of,
     view_of,
 )
-from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, PreTrainedModel
+from transformers import AutoModelForCausalLM, BertConfig, PreTrainedModel
 
 from megakd.config.models import ScratchModel
 from megakd.contract.views import View
 from megakd.errors import ModelError
-from megakd.models.architectures import architecture_of
 from megakd.models.cutting import CUT, cut_config
 from megakd.models.elastic import Elastic
-from megakd.models.layers import config_with_layers, left_out, with_layers, without_layers
+from megakd.models.layers import left_out, with_layers, without_layers
 from megakd.models.loading import resolve_model
+from megakd.models.structure import architecture_of
 from megakd.pruning.builder import counts_in_view, weights_of
 
 KEEPS_HEADS = ("bert", "roberta", "distilbert", "electra", "gpt2")
@@ -183,13 +182,13 @@ def test_what_a_cut_model_says_of_every_layer_goes_with_it(tmp_path):
     assert list(result.config.neuron_counts) == [1, 7]
 
 
-def test_layers_whose_scores_depend_on_their_number_keep_it():
-    config: Any = GPT2Config(n_layer=4, scale_attn_by_inverse_layer_idx=True)
-    architecture = architecture_of(config)
+def test_layers_whose_scores_depend_on_their_number_keep_it(tmp_path):
+    model = build("gpt2", scale_attn_by_inverse_layer_idx=True)
+    source = source_of(saved(model, tmp_path), "causal_lm")
 
-    assert config_with_layers(config, architecture, (1, 2)).n_layer == 2
-    with pytest.raises(ModelError, match="which changes if an earlier layer is left out"):
-        config_with_layers(config, architecture, (1, 3))
+    assert with_layers(source, (1, 2), where=KEY).config.n_layer == 2
+    with pytest.raises(ModelError, match="gpt2 model cannot keep the layers 1, 3 alone: its outp"):
+        with_layers(source, (1, 3), where=KEY)
 
 
 @given(st.integers(1, 40), st.data())

@@ -1,0 +1,195 @@
+"""Layers left out of models of any family: written by megakd, opened by transformers' own class.
+
+The models have four layers, of which the first and the last stay. Either the folder computes what
+the whole model computes while the other layers are passed by, or the cut is refused.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_families import SMALL, TYPES, build, small_config
+from torch import Tensor
+from transformers import CONFIG_MAPPING
+
+from megakd.config.task import TaskConfig
+from megakd.contract.tasks import TaskType
+from megakd.errors import ModelError
+from megakd.models.architectures import AUTO_CLASSES, FAMILIES
+from megakd.models.cutting import content_of
+from megakd.models.layers import config_with_layers, left_out, with_layers
+from megakd.models.loading import load_model, resolve_model
+from megakd.models.model_folder import write_model_folder
+from megakd.models.small_copy import logits_of
+from megakd.models.source import ModelSource
+
+LAYERS, STAY = 4, (1, 4)
+TOKENS = 5 + torch.arange(48).reshape(2, 24) * 11 % 500
+KEY = "student.layers"
+DECODERS = """apertus arcee bloom cohere cohere2 exaone4 falcon gemma glm glm4 gpt_bigcode gpt_neox
+granite helium hunyuan_v1_dense jais2 lfm2 llama4_text mamba ministral3 mixtral nanochat nemotron
+nemotron_h olmo2 olmo3 olmo_hybrid olmoe opt phi3 qwen3_5_text seed_oss smollm3 stablelm
+starcoder2"""
+ENCODERS = "camembert deberta-v2 ernie eurobert modernbert mpnet nomic_bert xlm-roberta"
+COUNTS = "its outputs are not those of the whole model"
+REFUSED: dict[str, tuple[TaskType, str]] = {
+    "diffllama": ("causal_lm", COUNTS),
+    "zaya": ("causal_lm", COUNTS),
+    "esmc": ("mlm", COUNTS),
+    "xlm": ("causal_lm", "the layers of a xlm model are not found"),
+    "flaubert": ("mlm", "the layers of a flaubert model are not found"),
+    "hrm_text": ("causal_lm", "the layers of a hrm_text model are not found"),
+    "albert": ("mlm", "the layers of a albert model are not found, so that none can be left out"),
+}
+
+
+def opened(folder: Path, task: TaskType):
+    auto = AUTO_CLASSES[task]
+    return auto.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def settings(task: TaskType) -> TaskConfig:
+    return TaskConfig(type=task, dataset="d", max_length=16)
+
+
+def source(folder: Path, task: TaskType) -> ModelSource:
+    return resolve_model(str(folder), settings(task), where="student.model")
+
+
+def cut(folder: Path, task: TaskType) -> Path:
+    """The folder of the model without its inner layers, as a run writes it."""
+    model = load_model(
+        with_layers(source(folder, task), STAY, where=KEY),
+        task=settings(task),
+        label_names=(),
+        tokenizer_size=SMALL["vocab_size"],
+        ds=None,
+        dtype=torch.float32,
+        seed=1,
+        need_head=True,
+    )
+    write_model_folder(folder / "cut", content_of(model, None))
+    return folder / "cut"
+
+
+@torch.no_grad()
+def passed_by(folder: Path, task: TaskType) -> Tensor:
+    """The logits of the whole model, whose inner layers are passed by."""
+    whole = opened(folder, task)
+    with ExitStack() as without:
+        for layer in {*range(1, LAYERS + 1)} - {*STAY}:
+            without.enter_context(left_out(whole, layer))
+        return logits_of(whole, TOKENS)
+
+
+def written(model_type: str, task: TaskType, folder: Path) -> bool:
+    """Write a small model of a family; False if none can be built, or does not run."""
+    config = small_config(model_type, task, LAYERS)
+    if config is None:
+        return False
+    try:
+        model = build(config, task)
+        logits_of(model, TOKENS)
+        model.save_pretrained(folder)
+        return bool(logits_of(opened(folder, task), TOKENS).isfinite().all())
+    except Exception:  # noqa: BLE001 - the code of a family may fail in its own way
+        return False
+
+
+def assert_cut(folder: Path, task: TaskType) -> None:
+    with torch.no_grad():
+        actual = logits_of(opened(cut(folder, task), task), TOKENS)
+    expected = passed_by(folder, task)
+    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("task", "model_type"),
+    [*(("causal_lm", name) for name in DECODERS.split())]
+    + [("mlm", name) for name in ENCODERS.split()],
+)
+def test_the_layers_that_stay_compute_alone_what_they_compute_in_the_model(
+    tmp_path, task, model_type
+):
+    assert written(model_type, task, tmp_path)
+    assert_cut(tmp_path, task)
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_layers_that_would_not_compute_the_same_are_refused(tmp_path, model_type):
+    task, reason = REFUSED[model_type]
+    assert written(model_type, task, tmp_path)
+    with pytest.raises(ModelError, match=rf"^student.layers: .*{reason}"):
+        cut(tmp_path, task)
+
+
+SPECIAL: dict[str, dict[str, Any]] = {
+    "gpt_neo": {"num_layers": 4, "attention_types": [[["global", "local"], 2]], "num_heads": 4},
+    "llama4_text": {"moe_layers": [1, 3], "num_local_experts": 4},
+    "deepseek_v3": {"first_k_dense_replace": 2, "n_routed_experts": 16, "num_key_value_heads": 4},
+}
+
+
+@pytest.mark.parametrize("model_type", SPECIAL)
+def test_layers_that_a_config_counts_or_names_in_its_own_way_are_cut(tmp_path, model_type):
+    keys = {**SMALL, "num_hidden_layers": LAYERS, "head_dim": 16, "moe_intermediate_size": 32}
+    if model_type == "gpt_neo":
+        keys = {"hidden_size": 64, "vocab_size": 512, "max_position_embeddings": 256}
+    if model_type == "deepseek_v3":
+        del keys["head_dim"]
+    config = CONFIG_MAPPING[model_type](**{**keys, **SPECIAL[model_type]})
+    build(config, "causal_lm").save_pretrained(tmp_path)
+    assert_cut(tmp_path, "causal_lm")
+
+
+def fewer(model_type: str, layers: tuple[int, ...], **keys: Any) -> Any:
+    """The config of some layers of a model with as many layers as the first value is long."""
+    config = CONFIG_MAPPING[model_type](**{**SMALL, "num_hidden_layers": LAYERS, **keys})
+    architecture = replace(FAMILIES["llama"], model_type=model_type)
+    return config_with_layers(config, architecture, layers)
+
+
+def test_layers_in_lists_and_dictionaries_by_number_have_new_numbers():
+    every = fewer("llama4_text", STAY, moe_layers=[0, 1, 2, 3], no_rope_layers=[1, 1, 1, 0])
+    assert (every.moe_layers, every.no_rope_layers) == ([0, 1], [1, 0])
+    assert fewer("llama4_text", (2, 4), moe_layers=[0, 3]).moe_layers == [1]
+    by_number = fewer("lfm2", (2, 3), full_attn_idxs=[0, 2])
+    assert by_number.full_attn_idxs == [1]
+    assert by_number.layer_types == ["conv", "full_attention"]
+    named = fewer("gemma4_text", (1, 3), per_layer_config={2: {"intermediate_size": 48}})
+    assert named.to_dict()["per_layer_config"] == {"1": {"intermediate_size": 48}}
+    assert fewer("deepseek_v3", (1, 4), first_k_dense_replace=3).first_k_dense_replace == 1
+
+
+def test_lists_that_are_as_long_by_chance_stay():
+    config = fewer("falcon_h1", (1, 2), num_hidden_layers=5, eos_token_id=[2, 3, 4, 5, 6])
+    assert config.ssm_multipliers == [1.0] * 5
+    assert config.eos_token_id == [2, 3, 4, 5, 6]
+
+
+EVERY = [(task, name) for task in ("causal_lm", "mlm") for name in sorted(TYPES[task])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("task", "model_type"), EVERY)
+def test_every_family_that_is_read_is_cut_or_among_the_few_that_are_refused(
+    tmp_path, task, model_type
+):
+    if model_type == "fuyu":
+        pytest.skip("its text part is read, which is another model")
+    if not written(model_type, task, tmp_path):
+        pytest.skip("no small model of the family runs")
+    try:
+        source(tmp_path, task)
+    except ModelError as error:
+        pytest.skip(str(error))
+    if model_type in REFUSED:
+        with pytest.raises(ModelError, match=REFUSED[model_type][1]):
+            cut(tmp_path, task)
+    else:
+        assert_cut(tmp_path, task)
