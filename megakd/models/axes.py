@@ -14,13 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from megakd.contract.results import ParameterCounts
-from megakd.contract.views import Axes, Axis, Cut, Maker, View
+from megakd.contract.views import Axes, Axis, Cut, Kind, Maker, View
 from megakd.engine.sharding import full_shape
 from megakd.errors import ModelError
-from megakd.models.architectures import Architecture, architecture_of
+from megakd.models.architectures import Architecture
+from megakd.models.structure import architecture_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from megakd.models.proposed_units import Cuttable
 
 WIDTH = Axis("width")
 OUTSIDE_THE_ENCODER = frozenset(
@@ -39,11 +42,13 @@ def weight_axes(model: PreTrainedModel) -> Mapping[str, Axes]:
     The result is empty for a family that cannot be cut.
     """
     architecture = architecture_of(model.config)
-    if architecture.uncut is not None:
+    if architecture.why_uncut(model.config) is not None:
         return {}
+    if architecture.is_found:
+        return dict(_of_found(model, architecture))
     table = dict(_of_layers(model, architecture))
     width = architecture.hidden_width(model.config)
-    attentions = [f"{paths.core}." for paths in architecture.attentions(model.config)]
+    attentions = [f"{paths.core}." for paths in architecture.attentions(model.config) if paths]
     outputs = output_modules(model, architecture)
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -66,7 +71,7 @@ def unit_makers(model: PreTrainedModel) -> dict[str, Maker]:
     """
     architecture, table = architecture_of(model.config), weight_axes(model)
     layers = (*architecture.attentions(model.config), *architecture.feed_forwards(model.config))
-    paths = {path for part in layers for path in part.makers}
+    paths = {path for part in layers if part is not None for path in part.makers}
     makers: dict[str, Maker] = {}
     for path, module in model.named_modules():
         name, is_embedding = f"{path}.weight", isinstance(module, nn.Embedding)
@@ -87,7 +92,7 @@ def unit_makers(model: PreTrainedModel) -> dict[str, Maker]:
 
 def output_modules(model: PreTrainedModel, architecture: Architecture) -> set[str]:
     """Return the modules whose outputs are classes or tokens: the last module of each head."""
-    heads = [architecture.head, *([architecture.masked.decoder] if architecture.masked else [])]
+    heads = [architecture.head]
     last = {}
     for path, module in model.named_modules():
         if next(module.parameters(recurse=False), None) is not None:
@@ -100,7 +105,7 @@ def _of_layers(model: PreTrainedModel, architecture: Architecture) -> Iterator[t
     heads = architecture.heads(config)
     shared = heads.queries // heads.keys
     matched, summed = ("queries", "values") if architecture.cuts_inside_heads else (None, None)
-    for number, paths in enumerate(architecture.attentions(config)):
+    for number, paths in enumerate(filter(None, architecture.attentions(config))):
         queries = Axis("heads", number, heads.width * shared, columns=matched)
         keys = Axis("heads", number, heads.width, columns=matched)
         values = keys._replace(columns=summed)
@@ -108,11 +113,26 @@ def _of_layers(model: PreTrainedModel, architecture: Architecture) -> Iterator[t
         for path, axis in zip(paths.projections, (queries, keys, values), strict=True):
             yield from _linear(model, path, axis._replace(parts=parts), WIDTH)
         yield from _linear(model, paths.output, WIDTH, queries._replace(columns=summed))
-    for number, paths in enumerate(architecture.feed_forwards(config)):
+    for number, paths in enumerate(filter(None, architecture.feed_forwards(config))):
         neurons = Axis("neurons", number)
         for path in paths.inputs:
             yield from _linear(model, path, neurons, WIDTH)
         yield from _linear(model, paths.output, WIDTH, neurons)
+
+
+def _of_found(model: PreTrainedModel, architecture: Architecture) -> Iterator[tuple[str, Axes]]:
+    found = architecture.found_units(model.config)
+    kinds: tuple[tuple[Kind, Cuttable], ...] = ("heads", found.heads), ("neurons", found.neurons)
+    for kind, cuttable in kinds:
+        for number, units in enumerate(cuttable.layers):
+            for name, (dimension, blocks) in units.parts.items() if units else ():
+                full = f"{found.blocks}.{number}.{name}"
+                axes: list[Axis | None] = [None] * model.get_parameter(full).dim()
+                if len({*blocks}) == 1:
+                    axes[dimension] = Axis(kind, number, blocks[0], len(blocks))
+                else:
+                    axes[dimension] = Axis(kind, number, sum(blocks), blocks=blocks)
+                yield full, tuple(axes)
 
 
 def _linear(
@@ -168,6 +188,11 @@ def check_view(view: View, whole: View) -> None:
                 raise ModelError(
                     f"the view keeps {kept} {kind} of layer {number + 1}, which has {count}"
                 )
+    if view.width is not None and whole.width is None:
+        raise ModelError(
+            f"the view keeps a width of {view.width}, and the width of this model cannot be cut: "
+            "only families of the table lose columns of hidden states"
+        )
     if view.width is not None and not 0 < view.width <= (whole.width or 0):
         raise ModelError(
             f"the view keeps a width of {view.width}, and the model has a width of {whole.width}"

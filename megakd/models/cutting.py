@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from megakd.config.task import TaskConfig
 from megakd.contract.views import Axes, Cut, UnitOrder, View
 from megakd.data.tokenizers import rows_for
 from megakd.engine.sharding import gathered_state
-from megakd.errors import ModelError
+from megakd.errors import ModelError, one_line
 from megakd.models.architectures import (
     HEAD_COLUMNS,
     HEAD_COUNTS,
@@ -25,17 +26,18 @@ from megakd.models.architectures import (
     QUERIES_PER_KEY,
     SCORE_WIDTH,
     architecture_named,
-    architecture_of,
 )
 from megakd.models.axes import check_view, cut_part, lengths, output_modules, weight_axes
 from megakd.models.fitting import Match, label_order, plan_loading, set_labels, valueless_model
 from megakd.models.generation import generation_file
-from megakd.models.layers import naming, renumbered, without_layers
+from megakd.models.layers import check_depth, naming, renumbered, without_layers
 from megakd.models.lora import adapter_config, merged_state
 from megakd.models.model_folder import Extra, ModelContent, write_model_folder
 from megakd.models.own_models import OWN_MODELS
 from megakd.models.second_vocabulary import FILE, second_vocabulary, without_second_vocabulary
 from megakd.models.source import ModelSource
+from megakd.models.structure import architecture_of
+from megakd.models.units import with_units
 from megakd.models.weights import WeightReader
 
 if TYPE_CHECKING:
@@ -62,12 +64,16 @@ def cut_config(
             must not be rescaled; see `rescaled`.
     """
     config, view = without_layers(config, view)
+    if not view.heads:
+        return copy.deepcopy(config)
     architecture = architecture_of(config)
     whole = architecture.units(config)
-    if view.head_width == architecture.heads(config).width:
+    if view.head_width is not None and view.head_width == architecture.heads(config).width:
         view = view._replace(head_width=None)
     check_view(view, architecture.prunable(config))
     view = view._replace(width=whole.width if view.width is None else view.width)
+    if architecture.is_found:
+        return copy.deepcopy(config) if view == whole else _config_found(config, view)
     if architecture.shares_bias:
         return _with_columns(config, view, order)
     rescales = architecture.score_width(config) != _head_width(config, view)
@@ -87,8 +93,11 @@ def rescaled(
     that of the model before the cut.
     """
     architecture = architecture_of(config)
+    if architecture.is_found:  # loses whole heads
+        yield from state
+        return
     factor = (_head_width(config, view) / architecture.score_width(config)) ** 0.5
-    queries = {paths.projections[0] for paths in architecture.attentions(config)}
+    queries = {paths.projections[0] for paths in filter(None, architecture.attentions(config))}
     for name, tensor in state:
         is_query = factor != 1 and name.rpartition(".")[0] in queries
         yield name, tensor * factor if is_query else tensor
@@ -170,7 +179,9 @@ def reshape_folder(  # noqa: PLR0913  (each is another fact about the model)
     labels = label_order(whole, label_names, where=source.where)
     if labels is not None:
         set_labels(whole, label_names)
-    units = source.architecture.units(whole)
+    if view is not None and view.layers is not None:
+        check_depth(source, view.layers, where=source.where)
+    units = dataclasses.replace(source, config=whole).whole
     view = units if view is None else view
     _check_order(order, units)
     config = cut_config(whole, view, order)
@@ -219,6 +230,38 @@ def _with_columns(config: PretrainedConfig, view: View, order: UnitOrder | None)
         setattr(cut, architecture.neurons, max(view.neurons) or 1)  # not the value of the teacher
         cut.head_width = architecture.heads(config).width
         setattr(cut, architecture.width, view.width)
+    return cut
+
+
+def _config_found(config: PretrainedConfig, view: View) -> PretrainedConfig:
+    """Return the config of the family for a cut model; no class of megakd says other shapes."""
+    kind, architecture = config.model_type, architecture_of(config)
+    found = architecture.found_units(config)
+    cut = copy.deepcopy(config)
+    parts = ("heads", found.heads, view.heads), ("neurons", found.neurons, view.neurons)
+    for name, cuttable, counts in parts:
+        shares = {
+            (kept, units.total)
+            for kept, units in zip(counts, cuttable.layers, strict=True)
+            if units is not None
+        }
+        if all(kept == count for kept, count in shares):
+            continue
+        if len(shares) != 1 or (0 in next(iter(shares))):
+            raise ModelError(
+                f"a {kind} model cannot keep {counts} {name} in its layers: its config states one "
+                "number for all of them; keep the same number, at least 1, in all layers, such as "
+                "with method.allocation: uniform"
+            )
+        ((kept, count),) = shares
+        units = next(filter(None, cuttable.layers))
+        try:
+            cut = with_units(cut, cuttable, units, kept)
+        except (StrictDataclassError, ValueError) as error:
+            raise ModelError(
+                f"the config of a {kind} model cannot state {kept} of {count} {name} in every "
+                f"layer: {one_line(error)}"
+            ) from error
     return cut
 
 

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from megakd.contract.views import Axes, Cut, Maker, View
 from megakd.engine.sharding import full_shape
 from megakd.errors import ModelError
-from megakd.models.architectures import Architecture, architecture_of
+from megakd.models.architectures import Architecture
 from megakd.models.axes import WIDTH, check_view, unit_makers, weight_axes
 from megakd.models.elastic_modules import (
     ElasticConv1D,
@@ -38,6 +38,7 @@ from megakd.models.elastic_modules import (
     make_elastic,
 )
 from megakd.models.layers import passed_by
+from megakd.models.structure import architecture_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -91,6 +92,7 @@ class Elastic:
 
     def _lay_over_weights(self, model: PreTrainedModel, architecture: Architecture) -> None:
         table = weight_axes(model)
+        filling = architecture.filled_kinds(model.config)
         needing_heads = self._prepare_attentions(model, architecture, table)
         for path, module in model.named_modules():
             # In a cut model, a weight without elements is a buffer.
@@ -105,21 +107,27 @@ class Elastic:
             # A module whose parameters are all vectors is a norm; its class differs by family.
             is_norm = all(len(full_shape(weight)) == 1 for weight in weights.values())
             mixin = ElasticNorm if mixin is None and is_norm and "weight" in weights else mixin
+            fills = any(axis and axis.kind in filling for part in axes.values() for axis in part)
+            if fills and (mixin is None or mixin is ElasticNorm):
+                continue  # works on all units, of which some are zero
             if mixin is None:
                 self._rigid = self._rigid or names[next(iter(axes))]
                 continue
             needs_heads = path in needing_heads
-            make_elastic(module, mixin, Elasticity(self._views, axes, shapes, needs_heads))
+            elasticity = Elasticity(self._views, axes, shapes, needs_heads, fills)
+            make_elastic(module, mixin, elasticity)
 
     def _prepare_attentions(
         self, model: PreTrainedModel, architecture: Architecture, table: Mapping[str, Axes]
     ) -> set[str]:
         """Return the paths of projections that must give one head of zeros if a view has none."""
         needing: set[str] = set()
-        for paths in architecture.attentions(model.config):
+        for paths in filter(None, architecture.attentions(model.config)):
             core = model.get_submodule(paths.core)
             needs_heads = not getattr(core, "handles_no_heads", False)
             needing |= set(paths.projections) if needs_heads else set()
+            if architecture.is_found:
+                continue
             heads = tuple(a for a in table[f"{paths.projections[0]}.weight"] if a is not None)
             axes = {"heads": tuple(axis for axis in heads if axis.kind == "heads")}
             elasticity = Elasticity(self._views, axes, needs_heads=needs_heads)

@@ -122,12 +122,14 @@ class Elasticity:
 
     axes, shapes: axes and shapes of the module's own parameters, by name.
     needs_heads: the module makes queries, keys or values for an attention that fails without heads.
+    fills: what lies between the maps takes all units: those that are not kept are zeros.
     """
 
     views: Views
     axes: Mapping[str, Axes] = field(default_factory=dict)
     shapes: Mapping[str, torch.Size] = field(default_factory=dict)
     needs_heads: bool = False
+    fills: bool = False
 
     def kept(self, name: str, device: torch.device) -> Dimensions | None:
         """Return the kept part of a parameter now; None: the whole parameter."""
@@ -199,6 +201,13 @@ class NarrowLinear(torch.autograd.Function):
         return of_inputs, of_weight, of_bias, None, None
 
 
+def _in_last(change: Callable[[Tensor, Dimensions], Tensor], tensor: Tensor, kept: Kept) -> Tensor:
+    # Take or fill a part of the last dimension.
+    rows = _as_rows(tensor)
+    changed = change(rows, (Kept(len(rows)), kept))
+    return changed.view(*tensor.shape[:-1], changed.shape[-1])
+
+
 def _as_rows(tensor: Tensor) -> Tensor:
     # The number of rows is explicit, because -1 is ambiguous if the last dimension is empty.
     return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
@@ -228,9 +237,16 @@ class ElasticLinear(ElasticModule):
         kept = self.elasticity.kept("weight", self.weight.device)
         if kept is None:
             return super().forward(inputs)
-        if kept[1 - self.output_dimension].length == 0:
+        into, out = kept[1 - self.output_dimension], kept[self.output_dimension]
+        if into.length == 0:
             inputs = inputs[..., :0]
+        elif self.elasticity.fills:
+            inputs = _in_last(taken, inputs, into)
         outputs = NarrowLinear.apply(inputs, self.weight, self.bias, kept, self.output_dimension)
+        if self.elasticity.fills:
+            size = self.elasticity.shapes["weight"][self.output_dimension]
+            shape = torch.Size((outputs.shape[:-1].numel(), size))
+            return _in_last(lambda rows, kept: padded(rows, shape, kept), outputs, out)
         if outputs.shape[-1] == 0 and self.elasticity.needs_heads:
             axis = self.elasticity.axes["weight"][self.output_dimension]
             cut = self.elasticity.views.current

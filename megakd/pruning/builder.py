@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import math
 import statistics
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -27,13 +28,13 @@ from megakd.engine.collectives import doing, gather, on_main
 from megakd.engine.memory import forget_models, peak_memory_bytes, reset_peak_memory
 from megakd.errors import ModelError
 from megakd.inputs.precision import TORCH_DTYPE, scoring_dtype
-from megakd.models.architectures import architecture_named
 from megakd.models.axes import lengths, parameter_counts, weight_axes
 from megakd.models.cutting import CUT, cut_config, reshape_folder
 from megakd.models.fitting import build_empty, valueless_model
 from megakd.models.forwards import batches_of, by_turns, calls_of, sample_lengths
-from megakd.models.layers import naming
+from megakd.models.layers import check_depth, naming
 from megakd.models.source import ModelSource
+from megakd.models.structure import for_task
 from megakd.pruning.allocation import (
     UnitScores,
     scores_from_json,
@@ -76,7 +77,7 @@ class SortedTeacher:
             sparsity,
             allocation=allocation,
             round_to=round_to,
-            head_width=self.source.architecture.heads(self.source.config).width,
+            head_width=self.source.architecture.rows_of_heads(self.source.config),
             with_heads=with_heads,
         )
 
@@ -109,6 +110,10 @@ class Shapes:
             return not cut_config(source.config, view).model_type.startswith(CUT)
         except ModelError:
             return False
+
+    def check_layers(self, source: ModelSource, view: View) -> None:
+        if view.layers is not None:
+            check_depth(source, view.layers, where=source.where)
 
     def parameters(self, source: ModelSource, view: View) -> ParameterCounts:
         return counts_in_view(self._weights_of(source), source, view)
@@ -204,8 +209,10 @@ class ModelPruning(Shapes):
 
     def cut(self, source: ModelSource, view: View, name: str) -> ModelSource:
         """Return a model cut to a view in `stages/<name>`, untrained; `source` for a whole view."""
-        units = source.architecture.units(source.config)
-        if view._replace(width=view.width or units.width) == units:
+        whole, every = source.whole, tuple(range(1, source.depth + 1))
+        if not view.heads and view.layers == every:
+            return source
+        if view._replace(width=view.width or whole.width) == whole:
             return source
         return self._source(self._written(name, source, lambda: {"view": view}).folder)
 
@@ -265,7 +272,9 @@ def _random_model(
 def shape_of_cut(source: ModelSource, view: View, task: TaskType) -> ModelSource:
     """Return a model as it will be after a cut to a view, without weights."""
     config = cut_config(source.config, view)
-    architecture = architecture_named(config.model_type, task)
+    architecture = source.architecture
+    if not architecture.is_found:
+        architecture = for_task(config, task)
     return dataclasses.replace(
         source, config=config, architecture=architecture, folder=None, stored={}
     )
@@ -283,9 +292,15 @@ def weights_of(source: ModelSource, task: TaskConfig) -> Weights:
 
 def counts_in_view(weights: Weights, source: ModelSource, view: View) -> ParameterCounts:
     """Return the number of weights of the model that a cut to a view writes."""
-    rename = naming(source.config, view)
-    return parameter_counts(
+    rename, architecture = naming(source.config, view), source.architecture
+    shapes = [
         (name, lengths(shape, axes, view))
         for name, shape, axes in weights
         if rename(name) is not None
-    )
+    ]
+    counts = parameter_counts(shapes)
+    if not architecture.is_found:
+        return counts
+    layers = f"{architecture.backbone}.{architecture.blocks}."
+    inside = sum(math.prod(shape) for name, shape in shapes if name.startswith(layers))
+    return counts._replace(encoder_parameters=inside)

@@ -34,11 +34,11 @@ from megakd.engine.sharding import weights_let_go
 from megakd.engine.student import device_batch
 from megakd.errors import DataError, TeacherError
 from megakd.losses.objective import Objective, label_objective
-from megakd.models.architectures import architecture_of
 from megakd.models.axes import weight_axes
 from megakd.models.knowledge import Needs
 from megakd.models.layers import left_out
 from megakd.models.source import ReadyTeacher
+from megakd.models.structure import architecture_of
 from megakd.pruning.allocation import UnitScores
 from megakd.teachers.frozen import FrozenModel
 from megakd.training.assembly import Assembly
@@ -156,16 +156,19 @@ class Gates:
     def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
         architecture, table = architecture_of(model.config), weight_axes(model)
         units = architecture.units(model.config)
-        outputs = [paths.output for paths in architecture.attentions(model.config)]
-        self._attentions = len(outputs)
-        outputs += [paths.output for paths in architecture.feed_forwards(model.config)]
-        self._modules = [model.get_submodule(path) for path in outputs]
-        self._feed_forwards = len(units.neurons)
+        attentions = architecture.attentions(model.config)
+        parts = (*attentions, *architecture.feed_forwards(model.config))
+        outputs = [None if paths is None else paths.output for paths in parts]
+        self._attentions, self._feed_forwards = len(attentions), len(units.neurons)
+        # A part without units has no gates, and needs no module.
+        self._modules = [None if path is None else model.get_submodule(path) for path in outputs]
         counts = [*units.heads, *units.neurons]
         self.tensors = [torch.ones(count, device=device, requires_grad=True) for count in counts]
         kinds = ["heads"] * self._attentions + ["neurons"] * len(units.neurons)
         self._sizes = [
             next(a.size for a in table[f"{path}.weight"] if a is not None and a.kind == kind)
+            if path is not None
+            else 1
             for path, kind in zip(outputs, kinds, strict=True)
         ]
 
@@ -174,12 +177,15 @@ class Gates:
         """Insert the gates into all forwards in the body."""
         with ExitStack() as hooks:
             for module, gate, size in zip(self._modules, self.tensors, self._sizes, strict=True):
-                hooks.callback(module.register_forward_pre_hook(_through(gate, size)).remove)
+                if module is not None:
+                    hooks.callback(module.register_forward_pre_hook(_through(gate, size)).remove)
             yield
 
     def gradients(self, loss: Tensor) -> Tensor:
         """Return [units] fp32 gradients of all gates for a scalar loss of a forward with gates."""
-        return torch.cat(torch.autograd.grad(loss, self.tensors))
+        pairs = zip(self.tensors, self._modules, strict=True)
+        in_use = [gates for gates, module in pairs if module is not None]  # others have no units
+        return torch.cat(torch.autograd.grad(loss, in_use))
 
     def scores(self, totals: Tensor) -> UnitScores:
         """Return the scores of all units.

@@ -13,8 +13,8 @@ from megakd.methods.assistants import check_reach, objective_of, views_of
 from megakd.methods.direct import DirectConfig
 from megakd.methods.maxidisc import MaxiDiscConfig
 from megakd.methods.minidisc import MiniDiscConfig
-from megakd.models.architectures import architecture_of
 from megakd.models.source import ModelSource
+from megakd.models.structure import architecture_of
 from megakd.pruning.allocation import UnitScores
 from megakd.pruning.builder import SortedTeacher, unscored
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from pool_bench import SIZES, STEPS, Bench
 from routed_bench import taught_by
-from tiny_runs import bert, llama, reviews, write_jsonl, write_reviews
+from tiny_runs import bert, reviews, write_jsonl, write_reviews
 from whole_run import finish, finish_in, forgotten, read, records, same_weights, weights
 
 SKDBERT = {"name": "skdbert"}
@@ -198,14 +198,15 @@ def test_all_teachers_with_another_task_other_labels_or_tokens_are_named_at_once
     three = {"model": bert(1, width=16, num_labels=3)}
     finish_in(bench.one_rank, tmp_path, {**bench.task, "dataset": str(data)}, student=three)
     other = {"name": "other", "model": str(tmp_path / "out" / "final")}
-    speaks = {"name": "speaks", "model": llama(1)}
+    recurrent = {"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 1}
+    speaks = {"name": "speaks", "model": {"config": recurrent}}
 
     outcome = bench.refused(
         SKDBERT, teachers=[*bench.teachers("small"), other, {**other, "name": "again"}, speaks]
     )
 
     assert "teachers[3].model" in outcome.err
-    assert "llama" in outcome.err
+    assert "transformers has no AutoModelForSequenceClassification of a mamba" in outcome.err
     assert "teachers[1].model: the model has 3 labels" in outcome.err
     assert "teachers[2].model: the model has 3 labels" in outcome.err
     assert "teachers[1].model" in outcome.err.split("has a tokenizer")[0]

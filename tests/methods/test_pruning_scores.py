@@ -21,8 +21,8 @@ from megakd.methods.homodistil.strategy import (
     select,
     update_averages,
 )
-from megakd.models.architectures import architecture_of
 from megakd.models.axes import unit_makers
+from megakd.models.structure import architecture_of
 
 BERT = build("bert", "mlm")
 

@@ -38,11 +38,12 @@ from transformers import AutoModel
 
 from megakd.contract.views import Cut, UnitOrder, View
 from megakd.errors import ModelError
-from megakd.models.architectures import architecture_of
 from megakd.models.axes import cut_part, weight_axes
 from megakd.models.cutting import cut_config, cut_state, rescaled
 from megakd.models.elastic import Elastic
 from megakd.models.modeling.modeling_cut import CutBertConfig, CutLlamaConfig, CutLlamaModel
+from megakd.models.structure import architecture_of
+from megakd.models.valueless import no_cache
 
 LANGUAGE = [*((name, "causal_lm") for name in DECODERS), *((name, "mlm") for name in MASKED)]
 
@@ -95,8 +96,7 @@ def cut_model(model, cut, *, kind, learns=False):
 
 def run(model):
     ids = torch.arange(2, 26).reshape(2, 12) % VOCABULARY
-    options = {"use_cache": False} if architecture_of(model.config).masked is None else {}
-    return model(input_ids=ids, output_hidden_states=True, **options)
+    return model(input_ids=ids, output_hidden_states=True, **no_cache(model))
 
 
 @pytest.mark.parametrize(

@@ -31,11 +31,11 @@ from megakd.config.models import ScratchModel
 from megakd.contract.views import View
 from megakd.errors import ModelError
 from megakd.models import cutting
-from megakd.models.architectures import architecture_of
 from megakd.models.cutting import cut_class_name, cut_config
 from megakd.models.elastic import Elastic
 from megakd.models.loading import resolve_model
 from megakd.models.modeling.modeling_cut import CutLlamaConfig
+from megakd.models.structure import architecture_of
 from megakd.pruning.allocation import UnitScores, view_at
 
 FFN = View((6, 6, 6), (8, 8, 8))

@@ -15,13 +15,14 @@ from megakd.contract.views import Shape
 from megakd.errors import ModelError
 from megakd.losses.bundle import StudentBundle
 from megakd.losses.objective import build_objective, logits_of, shape_of, teacher_needs
-from megakd.models.architectures import FAMILIES, architecture_of
+from megakd.models.architectures import FAMILIES
 from megakd.models.cutting import cut_config
 from megakd.models.elastic import Elastic
 from megakd.models.generation import most_likely
 from megakd.models.knowledge import Needs, language_model_head, predict, read_knowledge
 from megakd.models.layers import with_layers
 from megakd.models.loading import check_model
+from megakd.models.structure import architecture_of
 from megakd.teachers.frozen import FrozenModel
 
 TERMS = (

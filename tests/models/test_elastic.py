@@ -34,10 +34,10 @@ from torch import nn
 
 from megakd.contract.views import Cut, View
 from megakd.errors import ModelError
-from megakd.models.architectures import architecture_of
 from megakd.models.axes import cut_part, weight_axes
 from megakd.models.elastic import Elastic
 from megakd.models.elastic_modules import Kept, NarrowLinear
+from megakd.models.structure import architecture_of
 
 CUT = {"head_counts": [2, 0, 3], "neuron_counts": [7, 0, 33], "head_width": 8}
 

@@ -33,7 +33,7 @@ head_widths = st.sampled_from([4, 12, 16, 64])
 
 
 def ranked(result):
-    architecture = SimpleNamespace(heads=lambda _: Heads(4, 4, 8))
+    architecture = SimpleNamespace(heads=lambda _: Heads(4, 4, 8), rows_of_heads=lambda _: 8)
     source: Any = SimpleNamespace(architecture=architecture, config=None)
     return SortedTeacher(source=source, scores=result)
 

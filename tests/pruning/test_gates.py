@@ -12,8 +12,9 @@ from torch import nn
 
 from megakd.contract.views import View
 from megakd.errors import TeacherError
-from megakd.models.architectures import AUTO_CLASSES, architecture_of
+from megakd.models.architectures import AUTO_CLASSES
 from megakd.models.cutting import cut_config
+from megakd.models.structure import architecture_of
 from megakd.pruning.importance import Gate, Gates
 
 CPU = torch.device("cpu")

@@ -13,9 +13,10 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 
 from megakd.contract.views import Cut, View
-from megakd.models.architectures import ARCHITECTURES, AUTO_CLASSES, architecture_of
+from megakd.models.architectures import ARCHITECTURES, AUTO_CLASSES
 from megakd.models.axes import cut_part, weight_axes
 from megakd.models.own_models import register_own_models
+from megakd.models.structure import architecture_of
 
 register_own_models()
 FAMILIES = [

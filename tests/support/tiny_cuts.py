@@ -19,7 +19,7 @@ from transformers import (
 
 from megakd.config.task import TaskConfig
 from megakd.contract.views import UnitOrder, View
-from megakd.models.architectures import ARCHITECTURES, architecture_of
+from megakd.models.architectures import ARCHITECTURES
 from megakd.models.axes import weight_axes
 from megakd.models.cutting import cut_config, cut_state, reshape_folder
 from megakd.models.layers import renumbered
@@ -27,6 +27,7 @@ from megakd.models.loading import load_model, resolve_model
 from megakd.models.model_folder import ModelContent, write_model_folder
 from megakd.models.own_models import register_own_models
 from megakd.models.source import ModelSource
+from megakd.models.structure import architecture_of
 
 register_own_models()
 VOCABULARY = 60

@@ -60,7 +60,12 @@ def target_of(
     Args:
         round_to: `method.round_to`; None: 1 if columns of heads are pruned, else 64.
     """
-    before = whole.width or 0
+    if whole.width is None:
+        raise ConfigError(
+            "method: homodistil narrows hidden states, which a teacher of this family cannot lose: "
+            "its heads and neurons can be cut alone; use shrink, minidisc or direct"
+        )
+    before = whole.width
     grid = round_to or (1 if whole.head_width is not None else DECODER_GRID)
     share = Fraction(width, before) if width else 1 - Fraction(str(sparsity))
     after = width or max(grid, grid * round(share * before / grid))

@@ -207,9 +207,14 @@ def unit_sums(
         if name not in values:
             continue
         axis = maker.axis
-        lines = line_sums(*values[name], maker, cut).view(axis.parts, -1).sum(0)
-        if not axis.columns:
-            lines = lines.view(-1, axis.size).sum(1)
+        lines = line_sums(*values[name], maker, cut)
+        if axis.blocks:
+            count = len(lines) // axis.size
+            parts = lines.split([count * size for size in axis.blocks])
+            lines = torch.stack([part.view(count, -1).sum(1) for part in parts]).sum(0)
+        else:
+            lines = lines.view(axis.parts, -1).sum(0)
+            lines = lines if axis.columns else lines.view(-1, axis.size).sum(1)
         sums[Group(axis.kind, axis.number, axis.columns)] += lines
     return torch.cat(list(sums.values()))
 

@@ -21,8 +21,8 @@ from megakd.engine.sharding import full_shape
 from megakd.errors import TeacherError
 from megakd.losses.targets import Evaluated, TermGroup
 from megakd.methods.mixed_vocabulary import ParameterProjection
-from megakd.models.architectures import architecture_of
 from megakd.models.second_vocabulary import second_vocabulary
+from megakd.models.structure import architecture_of
 
 NAME = "parameter_projection"
 

@@ -1,0 +1,324 @@
+"""Neurons and attention heads of a model without an entry in the table, and whether they can go.
+
+The maps of a layer propose units by their shapes and names. A small copy of the model with random
+weights decides: with its units in another order, and with some of them removed, by a config of the
+family, it must compute what it computed before.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import nn
+from transformers import PretrainedConfig
+
+from megakd.contract.tasks import TaskType
+from megakd.contract.views import Kind
+from megakd.errors import one_line
+from megakd.models.architectures import ROUTES_TOKENS, Architecture
+from megakd.models.proposed_units import (
+    PROPOSALS,
+    WITH_OTHERS,
+    Cuttable,
+    FoundUnits,
+    Units,
+    propose_heads,
+)
+from megakd.models.units_copy import (
+    LARGEST,
+    SmallCopy,
+    signature_of,
+    small_sizes,
+    stay,
+    with_fewer_layers,
+)
+from megakd.models.valueless import without_values
+
+KINDS: tuple[Kind, Kind] = ("heads", "neurons")
+
+
+_BY_CONTENT: dict[str, FoundUnits] = {}
+_OF_COPIES: dict[str, dict[Kind, Decision]] = {}
+_UNRELATED = ("id2label", "label2id", "dtype", "_name_or_path", "architectures", "pad_token_id")
+
+
+class Decision(NamedTuple):
+    """What a small copy has shown of one kind of units.
+
+    forms: readings that hold, by the signature of their layers, see `_signature`.
+    names: names of the weights in these readings.
+    keys, head_width, is_narrow, uncut: see `Cuttable`.
+    """
+
+    forms: Mapping[str, str]
+    names: Mapping[str, tuple[str, ...]]
+    keys: tuple[str, ...] = ()
+    head_width: str | None = None
+    is_narrow: bool = False
+    uncut: str | None = None
+
+
+def units_of(config: PretrainedConfig, architecture: Architecture) -> FoundUnits:
+    """Return the units of a model that was found, which are looked for once per config."""
+    (task,) = architecture.tasks
+    content = {k: v for k, v in config.to_dict().items() if k not in _UNRELATED}
+    key = json.dumps([task, content], sort_keys=True, default=str)
+    if key not in _BY_CONTENT:
+        _BY_CONTENT[key] = find_units(config, architecture, task)
+    return _BY_CONTENT[key]
+
+
+def find_units(config: Any, architecture: Architecture, task: TaskType) -> FoundUnits:
+    """Return the units that a small copy of a model can lose without another change."""
+    if architecture.blocks is None:
+        no_list = Cuttable((), uncut="its layers are not found")
+        return FoundUnits(no_list, no_list, "")
+    blocks = f"{architecture.backbone}.{architecture.blocks}"
+    layers = _layers(config, task, blocks)
+    signatures = [signature_of(layer) for layer in layers]
+    count = 1 + max(signatures.index(signature) for signature in {*signatures})
+    decisions = _decided(config, task, blocks, max(count, min(2, len(layers))), layers)
+    cuttable: dict[Kind, Cuttable] = {}
+    for kind in KINDS:
+        decision = decisions[kind]
+        pairs = zip(layers, signatures, strict=True)
+        units = tuple(_as_decided(layer, of, config, kind, decision) for layer, of in pairs)
+        uncut = decision.uncut
+        if uncut is None and not _states_shapes(config, task, blocks, units, decision):
+            uncut = f"its config does not state fewer {kind}, unlike that of a small copy"
+        units = units if uncut is None else (None,) * len(units)
+        cuttable[kind] = Cuttable(units, *decision[2:5], uncut)
+    return FoundUnits(cuttable["heads"], cuttable["neurons"], blocks)
+
+
+def _layers(config: PretrainedConfig, task: TaskType, blocks: str) -> list[nn.Module]:
+    return [*without_values(config, task).get_submodule(blocks)]  # type: ignore[misc]
+
+
+def _states_shapes(
+    config: Any, task: TaskType, blocks: str, layers: Sequence[Units | None], decision: Decision
+) -> bool:
+    """Return whether a config of the model itself states fewer units in all layers."""
+    known = [units for units in layers if units is not None]
+    if not known or len({units.total for units in known}) > 1:
+        return False
+    whole = known[0].total
+    kept = next((n for n in range(whole // 2, 0, -1) if whole % n == 0), 1)
+    try:
+        cut = with_units(config, decision, known[0], kept)
+        empty = _layers(cut, task, blocks)
+    except Exception:  # noqa: BLE001 - a family may refuse sizes in its own way
+        return False
+    return all(
+        layer.get_parameter(name).shape[dimension] == kept * sum(blocks)
+        for layer, units in zip(empty, layers, strict=True)
+        if units is not None
+        for name, (dimension, blocks) in units.parts.items()
+    )
+
+
+def _has_experts(layer: nn.Module) -> bool:
+    # transformers holds the matrices of all experts in one weight.
+    return any(
+        weight.dim() == 3 and "expert" in f"{name} {type(part).__name__}".lower()
+        for path, part in layer.named_modules()
+        for name, weight in part.named_parameters(path, recurse=False)
+    )
+
+
+def _as_decided(
+    layer: nn.Module, signature: str, config: Any, kind: Kind, decision: Decision
+) -> Units | None:
+    form = decision.forms.get(signature)
+    if form is None:
+        return None
+    readings = [units for units in PROPOSALS[kind](layer, config)
+                if units.form == form.removesuffix(WITH_OTHERS)]  # fmt: skip
+    if not readings:
+        return None
+    (units,) = readings
+    shapes = {name: weight.shape for name, weight in layer.named_parameters()}
+    parts = {
+        name: units.parts.get(name, (0, (shapes[name][0] // units.total,)))
+        for name in decision.names[signature]
+    }
+    return units._replace(parts=parts, form=form)
+
+
+def _decided(
+    config: Any, task: TaskType, blocks: str, count: int, layers: Sequence[nn.Module]
+) -> dict[Kind, Decision]:
+    heads = next((read[0] for layer in layers if (read := propose_heads(layer, config))), None)
+    width = heads.width if heads else config.hidden_size
+    fewer, failed = with_fewer_layers(config, count), "it has none"
+    for sizes in small_sizes(config, width):
+        small = copy.deepcopy(fewer)
+        try:
+            for key, size in sizes.items():
+                fixed = getattr(type(small), key, None)  # a property computes it
+                if not isinstance(fixed, property) and getattr(small, key, None) is not None:
+                    setattr(small, key, size)
+            key = json.dumps([task, small.to_dict()], sort_keys=True, default=str)
+            if key in _OF_COPIES:
+                return _OF_COPIES[key]
+            empty = without_values(small, task)
+            if sum(weight.numel() for weight in empty.parameters()) > LARGEST:
+                failed = "it is too large"
+                continue
+            copied = SmallCopy(small, task, blocks, count)
+        except Exception as error:  # noqa: BLE001 - a family may refuse sizes in its own way
+            failed = one_line(error)
+            continue
+        _OF_COPIES[key] = {kind: decide(copied, kind) for kind in KINDS}
+        return _OF_COPIES[key]
+    reason = f"no small copy of it runs, which decides ({failed})"
+    return dict.fromkeys(KINDS, Decision({}, {}, uncut=reason))
+
+
+def decide(copied: SmallCopy, kind: Kind) -> Decision:
+    """Return which units of a small copy can go, and the config that states it."""
+    if kind == "neurons" and any(map(_has_experts, copied.layers)):
+        return Decision({}, {}, uncut=ROUTES_TOKENS)
+    readings: dict[str, dict[int, list[Units]]] = {}
+    for number, layer in enumerate(copied.layers):
+        proposed = PROPOSALS[kind](layer, copied.config)
+        if proposed:
+            readings.setdefault(copied.signatures[number], {})[number] = proposed
+    if not readings:
+        parts = {"heads": "attention", "neurons": "feed-forward"}[kind]
+        return Decision({}, {}, uncut=f"no layer has the maps of one {parts} by shape and name")
+    holding, failed = _holding(copied, kind, readings)
+    last = Decision({}, {}, uncut=failed)
+    choices = [[*holding]] if len(holding) < 2 else [[*holding], *([one] for one in holding)]
+    for signatures in choices if holding else ():
+        layers = {n: units for one in signatures for n, units in holding[one].items()}
+        last = _stated(copied, kind, layers)
+        if last.uncut is None:
+            forms = {one: next(iter(holding[one].values())) for one in signatures}
+            return last._replace(
+                forms={one: units.form for one, units in forms.items()},
+                names={one: tuple(units.parts) for one, units in forms.items()},
+            )
+    return last
+
+
+def _holding(
+    copied: SmallCopy, kind: Kind, readings: Mapping[str, Mapping[int, list[Units]]]
+) -> tuple[dict[str, dict[int, Units]], str]:
+    """Return by signature the reading whose units can be in any order; and why others cannot."""
+    holding: dict[str, dict[int, Units]] = {}
+    failed = "its layers have one group of heads"
+    for signature, of_layers in readings.items():
+        for forms in zip(*of_layers.values(), strict=False):
+            layers = dict(zip(of_layers, forms, strict=True))
+            if min(units.total for units in forms) < 2:
+                continue
+            if copied.is_unmoved(layers):
+                holding[signature] = layers
+                break
+            failed = f"another order of its {kind} changes the outputs"
+    return holding, failed
+
+
+def _stated(copied: SmallCopy, kind: Kind, layers: Mapping[int, Units]) -> Decision:
+    shapes = copied.cut_shapes(layers)
+    units = next(iter(layers.values()))
+    for keys, head_width in candidates(copied.config, kind, units):
+        stated = Decision({}, {}, keys, head_width)
+        try:
+            config = with_units(copied.config, stated, units, len(stay(units)))
+            empty = without_values(config, copied.task).state_dict()
+            if {name: weight.shape for name, weight in empty.items()} != shapes:
+                continue
+            if copied.is_exact(layers, config):
+                return stated._replace(is_narrow=copied.is_narrow(layers))
+        except Exception:  # noqa: BLE001, S112 - a family may refuse sizes in its own way
+            continue
+        return Decision(
+            {}, {}, uncut=f"a model of its class without some of its {kind} computes something else"
+        )
+    more = ", and takes their width from that of the hidden states" if kind == "heads" else ""
+    return Decision({}, {}, uncut=f"no key of its config states fewer {kind} alone{more}")
+
+
+def with_units(
+    config: Any, stated: Decision | Cuttable, units: Units, kept: int
+) -> PretrainedConfig:
+    """Return the config of a model that keeps some of the units of each layer.
+
+    Raises:
+        ValueError: the config cannot state them.
+    """
+    changes = changed_keys(config, stated.keys, kept, units.total)
+    if stated.head_width is not None:
+        changes[stated.head_width] = units.width
+    return type(config).from_dict({**config.to_dict(), **changes})
+
+
+_SIZES_OF_OTHERS = ("vocab_size", "hidden_size", "max_position_embeddings", "block_multiple_of")
+_ADJUSTED = "block_auto_adjust_ff_dim"
+"""Key of LFM2, by which the number of neurons is not what `intermediate_size` says."""
+_MAY_BE_NONE = re.compile(r"inner|intermediate|ffn|feed_forward|d_ff")
+
+
+def candidates(
+    config: Any, kind: Kind, units: Units
+) -> Iterator[tuple[tuple[str, ...], str | None]]:
+    """Yield keys of a config that may state the units, and the key of the width of heads."""
+    stored, aliases = config.to_dict(), config.attribute_map
+    others = {aliases.get(key, key) for key in _SIZES_OF_OTHERS}
+
+    def with_values(*values: int) -> tuple[str, ...]:
+        return tuple(
+            key
+            for key, value in stored.items()
+            if key not in others
+            and (value if isinstance(value, list) else [value])
+            and all(
+                type(one) is int and one in values
+                for one in (value if isinstance(value, list) else [value])
+            )
+        )
+
+    if kind == "neurons":
+        usual = aliases.get("intermediate_size", "intermediate_size")
+        sized = with_values(units.total, 2 * units.total)
+        empty = [k for k, v in stored.items() if v is None and _MAY_BE_NONE.search(k)]
+        yield ((usual, _ADJUSTED) if stored.get(_ADJUSTED) else (usual,)), None
+        yield from (((key,), None) for key in (*sized, *empty) if key != usual)
+        yield sized, None
+        return
+    queries = config.num_attention_heads
+    usual = [aliases.get("num_attention_heads", "num_attention_heads")]
+    keys = aliases.get("num_key_value_heads", "num_key_value_heads")
+    usual += [keys] if stored.get(keys) is not None else []
+    sized = tuple(k for k in with_values(queries, units.total) if re.search("head|kv|group", k))
+    for head_width in (None, "head_dim"):
+        yield tuple(usual), head_width
+        yield sized, head_width
+
+
+def changed_keys(config: Any, keys: Sequence[str], kept: int, whole: int) -> dict[str, Any]:
+    """Return the values of keys for `kept` of `whole` units.
+
+    Raises:
+        ValueError: a value is not a multiple of the units.
+    """
+
+    def scaled(value: Any) -> Any:
+        if isinstance(value, list):
+            return [scaled(one) for one in value]
+        if type(value) is bool:
+            return False
+        if value is None or _ADJUSTED in keys:
+            return kept
+        if value * kept % whole:
+            raise ValueError(f"{value} is no multiple of {whole} units")
+        return value * kept // whole
+
+    stored = config.to_dict()
+    return {key: scaled(stored.get(key)) for key in keys}

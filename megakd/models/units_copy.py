@@ -1,0 +1,242 @@
+"""A small copy of a model with random weights, which shows whether units can go."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import PretrainedConfig, PreTrainedModel
+
+from megakd.contract.tasks import TaskType
+from megakd.errors import ModelError
+from megakd.models.architectures import AUTO_CLASSES
+from megakd.models.proposed_units import Blocks, Units
+from megakd.models.valueless import no_cache
+from megakd.process.seeding import cpu_seeded
+
+LARGEST = 60_000_000
+"""Most weights of a small copy."""
+TOKENS = 12
+NOISE = 0.05
+"""Of random weights: those of a new model hardly mix tokens, and its norms are all alike."""
+SAME = 1e-10
+"""Largest difference of outputs, as a share of the largest output, in fp64."""
+
+
+class InDouble(TorchFunctionMode):
+    """Mode in which what a model computes in fp32 whatever its weights are is fp64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def wider(value: Any) -> Any:
+            return torch.float64 if value is torch.float32 else value
+
+        if func is Tensor.float:
+            return args[0].double()
+        args = tuple(wider(value) for value in args)
+        return func(*args, **{name: wider(value) for name, value in (kwargs or {}).items()})
+
+
+def small_sizes(config: Any, head_width: int) -> Iterator[dict[str, Any]]:
+    """Yield sizes of a small copy, the smallest first; a family may refuse some of them."""
+    queries = getattr(config, "num_attention_heads", None) or 1
+    keys = getattr(config, "num_key_value_heads", None)
+    sizes: dict[str, Any] = {
+        "vocab_size": 512,
+        "max_position_embeddings": 256,
+        "moe_intermediate_size": 32,
+        "hidden_size": 64,
+        "intermediate_size": 112,
+        "num_attention_heads": 4,
+        "head_dim": 16,
+        "mamba_chunk_size": 8,
+        "chunk_size": 8,
+        "pad_token_id": None,
+    }
+    if keys is not None:
+        sizes["num_key_value_heads"] = 4 if keys == queries else min(keys, 2)
+    yield sizes
+    yield {key: size for key, size in sizes.items() if key != "head_dim"}
+    wide = {**sizes, "hidden_size": 4 * head_width, "intermediate_size": 7 * head_width}
+    yield {key: size for key, size in wide.items() if key != "head_dim"}
+    less = ("head_dim", "num_key_value_heads", "intermediate_size")
+    yield {key: size for key, size in sizes.items() if key not in less}
+    yield {}
+
+
+def with_fewer_layers(config: Any, count: int) -> Any:
+    """Return a copy with the first layers, to which the lists with an entry per layer are cut."""
+    fewer, layers = copy.deepcopy(config), config.num_hidden_layers
+    for key, value in vars(config).items():
+        if isinstance(value, list | tuple) and len(value) == layers:
+            setattr(fewer, key, value[:count])
+    fewer.num_hidden_layers = count
+    return fewer
+
+
+def _built(config: PretrainedConfig, task: TaskType) -> PreTrainedModel:
+    model = AUTO_CLASSES[task].from_config(
+        copy.deepcopy(config),
+        attn_implementation="eager",
+        dtype=torch.float64,
+        trust_remote_code=bool(getattr(config, "auto_map", None)),
+    )
+    if any(hasattr(type(part), "_apply_gate") for part in model.modules()):
+        model.set_experts_implementation("eager")
+    return model.double().eval()
+
+
+def _outputs(model: PreTrainedModel) -> Tensor:
+    tokens = 5 + torch.arange(TOKENS)[None] * 7 % 400 % (model.config.vocab_size - 5)
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    torch.set_num_threads(1)  # convolutions in fp64 take seconds with several threads
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.no_grad(), InDouble():
+            return model(input_ids=tokens, **no_cache(model)).logits
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and bool((one - other).abs().max() <= SAME * other.abs().max())
+
+
+class SmallCopy:
+    """A small copy of a model that runs, with random values, and its layers."""
+
+    def __init__(self, config: Any, task: TaskType, blocks: str, layers: int) -> None:
+        self.config, self._blocks = config, blocks
+        self.task: TaskType = task
+        with cpu_seeded(0), torch.no_grad():
+            self.model = _built(config, task)
+            for weight in self.model.parameters():
+                weight.add_(torch.randn_like(weight), alpha=NOISE)
+        self.layers: Sequence[nn.Module] = [*self.model.get_submodule(blocks)]  # type: ignore[misc]
+        # Before the forward, in which some models exchange their modules.
+        self.signatures = [signature_of(layer) for layer in self.layers]
+        if len(self.layers) != layers:
+            raise ModelError(f"a copy with {layers} layers has {len(self.layers)}")
+        self.outputs = _outputs(self.model)
+        if not self.outputs.isfinite().all():
+            raise ModelError("the outputs of a small copy are not finite")
+
+    @contextmanager
+    def with_rows(
+        self,
+        layers: Mapping[int, Units],
+        rows: Callable[[Units], Sequence[int]],
+    ) -> Iterator[None]:
+        """Let the layers have these units, in this order, in all their weights, in the body."""
+        before: dict[Tensor, Tensor] = {}
+        for number, units in layers.items():
+            for name, (dimension, blocks) in units.parts.items():
+                weight = self.layers[number].get_parameter(name)
+                before[weight] = weight.data
+                weight.data = taken(weight.data, dimension, blocks, rows(units), units.total)
+        try:
+            yield
+        finally:
+            for weight, value in before.items():
+                weight.data = value
+
+    def is_unmoved(self, layers: Mapping[int, Units]) -> bool:
+        """Return whether another order of the units changes nothing, and their values do."""
+
+        def turned(units: Units) -> list[int]:
+            return [(place + 1) % units.total for place in range(units.total)]
+
+        with self.with_rows(layers, turned):
+            return _is_same(_outputs(self.model), self.outputs)
+
+    @contextmanager
+    def without(self, layers: Mapping[int, Units]) -> Iterator[Tensor]:
+        """Yield the outputs if the units that `stay` leaves out give nothing to hidden states."""
+        before = {}
+        for number, units in layers.items():
+            name = f"{units.output}.weight"
+            dimension, (size,) = units.parts[name]
+            weight = self.layers[number].get_parameter(name)
+            before[weight] = weight.data
+            gone = [row for unit in {*range(units.total)} - {*stay(units)}
+                    for row in range(unit * size, (unit + 1) * size)]  # fmt: skip
+            weight.data = weight.data.index_fill(dimension, torch.tensor(gone), 0)
+        try:
+            yield _outputs(self.model)
+        finally:
+            for weight, value in before.items():
+                weight.data = value
+
+    def cut_shapes(self, layers: Mapping[int, Units]) -> dict[str, torch.Size]:
+        shapes = {name: weight.shape for name, weight in self.model.state_dict().items()}
+        for number, units in layers.items():
+            for name, (dimension, blocks) in units.parts.items():
+                full = f"{self._blocks}.{number}.{name}"
+                shape = [*shapes[full]]
+                shape[dimension] = sum(blocks) * len(stay(units))
+                shapes[full] = torch.Size(shape)
+        return shapes
+
+    def is_exact(self, layers: Mapping[int, Units], config: Any) -> bool:
+        """Return whether the plain class with a config computes the cut model."""
+        with self.without(layers) as expected:
+            pass
+        with self.with_rows(layers, stay):
+            state = {name: value.clone() for name, value in self.model.state_dict().items()}
+        other = _built(config, self.task)
+        other.load_state_dict(state)
+        return _is_same(_outputs(other), expected)
+
+    def is_narrow(self, layers: Mapping[int, Units]) -> bool:
+        """Return whether the layers themselves compute with fewer rows of their weights."""
+        weights = [(self.layers[n], name) for n, units in layers.items() for name in units.parts]
+        if not all(
+            _can_be_narrow(layer.get_submodule(name.rpartition(".")[0])) for layer, name in weights
+        ):
+            return False
+        with self.without(layers) as expected:
+            pass
+        try:
+            with self.with_rows(layers, stay):
+                return _is_same(_outputs(self.model), expected)
+        except Exception:  # noqa: BLE001 - code that expects all units may fail in its own way
+            return False
+
+
+def _can_be_narrow(part: nn.Module) -> bool:
+    # What `models.elastic` can lay over: maps, and norms, which have only vectors.
+    own = dict(part.named_parameters(recurse=False))
+    is_norm = "weight" in own and all(weight.dim() == 1 for weight in own.values())
+    return isinstance(part, nn.Linear) or is_norm
+
+
+def stay(units: Units) -> range:
+    """Return the units that a small copy keeps: those with odd numbers."""
+    return range(1, units.total, 2)
+
+
+def taken(
+    weight: Tensor, dimension: int, blocks: Blocks, units: Sequence[int], count: int
+) -> Tensor:
+    """Return the rows of some units of a weight, block by block."""
+    return weight.index_select(dimension, torch.tensor(rows_of(units, blocks, count)))
+
+
+def rows_of(units: Sequence[int], blocks: Blocks, count: int) -> list[int]:
+    """Return the rows of some of `count` units, block by block."""
+    rows, first = list[int](), 0
+    for size in blocks:
+        rows += [first + unit * size + row for unit in units for row in range(size)]
+        first += count * size
+    return rows
+
+
+def signature_of(layer: nn.Module) -> str:
+    """Return a text that is equal for layers with the same weights, whose sizes may differ."""
+    classes = sorted({type(part).__name__ for part in layer.modules()})
+    return " ".join([*classes, *(name for name, _ in layer.named_parameters())])

@@ -1,0 +1,156 @@
+"""Families without an entry lose neurons and heads where a small copy shows that they can."""
+
+from __future__ import annotations
+
+import pytest
+import tiny_families
+import torch
+
+from megakd.contract.views import Cut, UnitOrder, View
+from megakd.errors import ModelError
+from megakd.models.architectures import AUTO_CLASSES
+from megakd.models.axes import weight_axes
+from megakd.models.cutting import content_of, cut_config
+from megakd.models.elastic import Elastic
+from megakd.models.model_folder import write_model_folder
+from megakd.models.structure import architecture_of, find_architecture, for_task
+from megakd.models.units import find_units
+from megakd.models.valueless import no_cache
+
+BOTH = """
+    apertus arcee cohere cohere2 cwm ernie4_5 exaone4 falcon_h1 flint gemma glm glm4 granite_swa
+    hunyuan_v1_dense hyperclovax internlm3 jais2 lfm2 ministral nanochat nemotron olmo seed_oss
+    smollm3 starcoder2 vaultgemma
+""".split()  # noqa: SIM905
+NEURONS = "biogpt diffllama falcon gpt_neox helium megatron-bert olmo2 olmo3 opt".split()  # noqa: SIM905
+HEADS = "aria_text granitemoe mixtral".split()  # noqa: SIM905
+NEITHER = "bloom flex_olmo mamba mpt".split()  # noqa: SIM905
+
+
+def model_of(model_type, task="causal_lm"):
+    """A tiny model that has no entry, whatever the table knows of its family."""
+    config = tiny_families.small_config(model_type, task)
+    for_task(config, task)
+    return tiny_families.build(config, task)
+
+
+def logits(model):
+    tokens = 5 + torch.arange(12)[None] * 11 % 450
+    with torch.no_grad():
+        return model(input_ids=tokens, **no_cache(model)).logits
+
+
+def same(one, other):
+    return one.shape == other.shape and (one - other).abs().max() <= 2e-5 * other.abs().max()
+
+
+def halves(whole):
+    return View(*(tuple(-(-count // 2) for count in counts) for counts in whole[:2]))
+
+
+def backwards(whole):
+    return UnitOrder(*(tuple(tuple(reversed(range(n))) for n in counts) for counts in whole[:2]))
+
+
+def without_units(model, cut):
+    """The logits of a model in which the units that a cut leaves out give nothing."""
+    architecture, before = architecture_of(model.config), {}
+    table = weight_axes(model)
+    parts = (*architecture.attentions(model.config), *architecture.feed_forwards(model.config))
+    for paths in filter(None, parts):
+        weight = model.get_parameter(f"{paths.output}.weight")
+        axes = table[f"{paths.output}.weight"]
+        (dimension,) = [place for place, axis in enumerate(axes) if axis is not None]
+        rows = axes[dimension].rows(cut, weight.shape[dimension])
+        gone = sorted({*range(weight.shape[dimension])} - {*rows})
+        before[weight] = weight.data
+        weight.data = weight.data.index_fill(dimension, torch.tensor(gone, dtype=torch.long), 0)
+    result = logits(model)
+    for weight, value in before.items():
+        weight.data = value
+    return result
+
+
+def check_cut(model, task, folder):
+    """Cut half of all units, in memory and to a folder; both compute the model without them."""
+    whole = architecture_of(model.config).units(model.config)
+    cut = Cut(backwards(whole), halves(whole))
+    expected = without_units(model, cut)
+    assert not same(expected, logits(model)), "the units have no effect"
+    write_model_folder(folder, content_of(model, None, cut=cut))
+    opened = AUTO_CLASSES[task].from_pretrained(folder, attn_implementation="eager").eval()
+    assert same(logits(opened), expected)
+    elastic = Elastic(model)
+    prefix = Cut(None, cut.view)
+    for kept in (cut, prefix):
+        elastic.keep(kept)
+        viewed = logits(model)
+        elastic.keep(None)
+        assert same(viewed, without_units(model, kept))
+    elastic.keep(None)
+
+
+@pytest.mark.parametrize("model_type", [*BOTH, *NEURONS, *HEADS])
+def test_a_cut_model_computes_the_model_without_the_other_units(model_type, tmp_path):
+    model = model_of(model_type)
+    heads, neurons = architecture_of(model.config).units(model.config)[:2]
+    assert (any(heads), any(neurons)) == (model_type not in NEURONS, model_type not in HEADS)
+    check_cut(model, "causal_lm", tmp_path / "cut")
+
+
+@pytest.mark.parametrize("model_type", NEITHER)
+def test_what_cannot_be_cut_is_refused_with_the_reason(model_type):
+    model = model_of(model_type)
+    with pytest.raises(ModelError, match=f"a {model_type} model cannot be cut in width, heads or"):
+        architecture_of(model.config).units(model.config)
+    assert weight_axes(model) == {}
+
+
+@pytest.mark.parametrize(
+    "model_type", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "granite", "phi"]
+)
+def test_structure_shows_what_the_table_says(model_type):
+    config = tiny_families.small_config(model_type, "causal_lm")
+    entry = find_architecture(config, "causal_lm")  # with the table's facts on units
+    units = find_units(config, entry, "causal_lm")
+
+    attentions = [paths._replace(norms=None) for paths in entry.attentions(config)]
+    assert [*units.attentions] == attentions
+    assert [*units.feed_forwards] == [*entry.feed_forwards(config)]
+    assert [u.total for u in units.heads.layers] == [*entry.units(config).heads]
+    assert [u.total for u in units.neurons.layers] == [*entry.units(config).neurons]
+    assert entry.uncut is None
+    assert units.heads.is_narrow
+    assert units.neurons.is_narrow
+
+
+def test_unequal_layers_and_a_narrower_model_have_no_config():
+    model = model_of("smollm3")
+    whole = architecture_of(model.config).units(model.config)
+    with pytest.raises(ModelError, match="its config states one number for all of them"):
+        cut_config(model.config, whole._replace(neurons=(64, 32)))
+    with pytest.raises(ModelError, match="the width of this model cannot be cut"):
+        cut_config(model.config, whole._replace(width=32))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "model_type"),
+    [(task, name) for task, names in tiny_families.TYPES.items() for name in sorted(names)],
+)
+def test_no_family_differs_silently(task, model_type, tmp_path):
+    config = tiny_families.small_config(model_type, task, 4)  # hybrids have an attention by then
+    config = config or tiny_families.small_config(model_type, task)
+    if config is None:
+        pytest.skip("no small config")
+    try:
+        for_task(config, task)
+        architecture = find_architecture(config, task)
+    except (ModelError, NotImplementedError) as error:
+        pytest.skip(f"not read: {error}")
+    units = find_units(config, architecture, task)
+    if None not in (units.heads.uncut, units.neurons.uncut):
+        pytest.skip(f"heads: {units.heads.uncut}; neurons: {units.neurons.uncut}")
+    if not architecture_of(config).is_found:
+        pytest.skip("the table knows it")
+    check_cut(tiny_families.build(config, task), task, tmp_path / "cut")
