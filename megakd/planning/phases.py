@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
+from megakd.config.deepspeed import frozen_on, load_ds_config
 from megakd.config.models import TeacherConfig
 from megakd.config.run import RunConfig
 from megakd.config.task import TaskConfig, TokenizerConfig
@@ -28,6 +29,7 @@ from megakd.losses.objective import stage_losses
 from megakd.methods import run_method
 from megakd.models.fitting import check_length
 from megakd.models.loading import with_vocabulary
+from megakd.models.quantized import check_quantized
 from megakd.models.source import ModelSource, ReadyTeacher
 from megakd.process.terminal import in_home
 from megakd.pruning.builder import Shapes, SortedTeacher, shape_of_cut, unscored
@@ -247,7 +249,7 @@ class PlanningLab(LabBase, Shapes):
     ) -> Mapping[str, float]:
         """Return the views' shares of the weights of the layers; a plan times nothing."""
         del name
-        whole = self.parameters(source, source.architecture.units(source.config))
+        whole = self.parameters(source, source.whole)
         counts = {known: self.parameters(source, view) for known, view in views.items()}
         return {k: n.encoder_parameters / whole.encoder_parameters for k, n in counts.items()}
 
@@ -299,6 +301,10 @@ class PlanningLab(LabBase, Shapes):
 def check_method(prepared: RunInputs, ranks: Ranks) -> None:
     """Check the method, its stages and the baselines, so that errors appear now and not later."""
     config, world, device = prepared.config, ranks.world_size, ranks.device.type
+    for name, spec in config.teacher_specs.items():
+        if name in prepared.sources:
+            ds = frozen_on(world, load_ds_config(spec.deepspeed, where="teacher.deepspeed"))
+            check_quantized(prepared.sources[name], ds, is_frozen=spec.finetune is None)
     lab = PlanningLab(config, prepared.sources, ranks=world, device=device, prepared=prepared)
     for phase in lab.play():
         if phase.stage is not None:

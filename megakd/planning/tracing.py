@@ -35,11 +35,11 @@ from megakd.inputs.precision import TORCH_DTYPE, frozen_dtype, training_dtype
 from megakd.inputs.step_size import joins_micro_batches, largest_step
 from megakd.losses.bundle import StudentBundle, build_bundle
 from megakd.losses.objective import StageLosses, label_objective, stage_losses, with_even_weights
-from megakd.models.architectures import architecture_of
 from megakd.models.fitting import build_empty
 from megakd.models.knowledge import Needs, language_model_head
 from megakd.models.lora import add_adapters
-from megakd.models.packed_attention import VARLEN, set_attention
+from megakd.models.packed_attention import VARLEN
+from megakd.models.packing import set_attention
 from megakd.models.second_vocabulary import build_second_vocabulary
 from megakd.models.source import ModelSource, ReadyTeacher
 from megakd.planning.phases import Phase
@@ -490,7 +490,7 @@ def send_tokens_to_one_expert(model: PreTrainedModel) -> None:
     The tensors have the shapes of transformers' grouped product, which the meta device supports
     only in bf16, and the products have as many operations. A dense model does not change.
     """
-    if architecture_of(model.config).experts is not None:
+    if any(hasattr(type(part), "_apply_gate") for part in model.modules()):
         ALL_EXPERTS_FUNCTIONS.register("one_expert", _of_one_expert)
         model.set_experts_implementation("one_expert")
 

@@ -82,6 +82,7 @@ PACKED = {
 KINDS = {
     "bert": ("classification", "bert-teacher", AutoModelForSequenceClassification),
     "llama": ("causal_lm", "llama-teacher", AutoModelForCausalLM),
+    "lfm2": ("causal_lm", "llama-teacher", AutoModelForCausalLM),
     "masked": ("mlm", "masked-teacher", AutoModelForMaskedLM),
 }
 
@@ -107,6 +108,10 @@ CONFIGS = {
     "llama-teacher": llama(4, 32, vocab_size=328),
     "llama-tied": llama(2, 16, vocab_size=320, tie_word_embeddings=True),
     "llama-untied": llama(2, 16, vocab_size=336),
+    # It carries a text into the next, so that every row has one.
+    "lfm2-student": llama(
+        2, 16, model_type="lfm2", vocab_size=320, layer_types=["conv", "full_attention"]
+    ),
     "masked-teacher": bert(4, 32, vocab_size=328),
     "masked-tied": bert(2, 16),
     "masked-untied": bert(2, 16, vocab_size=336, tie_word_embeddings=False),
@@ -278,7 +283,8 @@ def inputs_of(config):
     cache, task = cache_folder(), config.task
     splits = load_splits(task, seed=config.seed, cache_dir=cache)
     tokenizer = load_tokenizer(task, splits, model_folders=[], cache_dir=cache)
-    encoded = encode_splits(splits, tokenizer, task, cache_dir=cache)
+    packed = "lfm2" not in str(config.student.model)
+    encoded = encode_splits(splits, tokenizer, task, cache_dir=cache, packed=packed)
     return encoded, Collator(tokenizer, task), task_masking(tokenizer, task)
 
 

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from megakd.contract.stage import Constant, Pass, Stage
 from megakd.engine.memory import forget_models
-from megakd.models.architectures import architecture_of
+from megakd.models.structure import architecture_of
 from megakd.run import teacher_pool
 from megakd.storage.folders import write_files
 

@@ -56,6 +56,8 @@ CASES = [
     ("llama-tied", INNER, (2, 0), 2, {"train": CHUNKED}),
     ("llama-tied", INNER, (3, 3), 2, {"train": RECOMPUTED}),
     ("llama-untied", LANGUAGE, (2, 3), 2, {"train": PACKED}),
+    ("lfm2-student", LANGUAGE, (3, 3), 2, {}),
+    ("lfm2-student", LANGUAGE, (2, 0), 3, {"train": cut_of(CUTS[5])}),
     ("bert-student", CLASSIFICATION, (2, 3), 2, {"teacher": OFFLOADED}),
 ]
 SLOW_CASES = [

@@ -1,0 +1,117 @@
+"""Frozen teachers in fewer bits, opened by transformers with the quantization of their folder.
+
+Their answers are exact for the quantized model: the losses read its hidden states as those of any
+other model. How far it is from the model that it was made from is not known here.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from megakd.config.deepspeed import zero_stage
+from megakd.contract.tasks import LANGUAGE_TASKS
+from megakd.errors import ModelError, one_line
+from megakd.models.architectures import AUTO_CLASSES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from megakd.config.task import TaskConfig
+    from megakd.models.source import ModelSource
+
+logger = logging.getLogger(__name__)
+PACKAGES: Mapping[str, str] = {
+    "compressed-tensors": "compressed_tensors",
+    "gptq": "gptqmodel",
+    "awq": "gptqmodel",
+    "bitsandbytes": "bitsandbytes",
+    "quanto": "optimum.quanto",
+    "torchao": "torchao",
+}
+"""By the method of quantization_config, the module that transformers needs for it."""
+
+
+def method_of(config: PretrainedConfig) -> str | None:
+    """Return the method by which the weights of a model are quantized; None: they are not."""
+    settings: Any = getattr(config, "quantization_config", None) or {}
+    keys = settings if isinstance(settings, Mapping) else vars(settings)
+    method = keys.get("quant_method")
+    return None if method is None else str(getattr(method, "value", method))
+
+
+def check_quantized(source: ModelSource, ds: Mapping[str, Any] | None, *, is_frozen: bool) -> None:
+    """Check that a quantized model is a teacher that every rank has whole.
+
+    Args:
+        ds: the DeepSpeed config of its engine.
+        is_frozen: whether nothing trains it.
+
+    Raises:
+        ModelError: it cannot be used so, or a package is missing.
+    """
+    method = method_of(source.config)
+    if method is None:
+        return
+    which = f"{source.where}: {source.name} is quantized ({method})"
+    owner = source.where.removesuffix(".model")
+    if not is_frozen:
+        raise ModelError(
+            f"{which}, and its weights cannot be trained; give the model in fp32, bf16 or fp16 "
+            "(a teacher without finetune may be quantized)"
+        )
+    if ds is not None and zero_stage(ds) == 3:
+        raise ModelError(
+            f"{which}, and ZeRO 3 cannot share its weights among ranks; set {owner}.deepspeed to a "
+            f"preset of stage 0, such as teacher_zero0, or serve the model ({owner}.server)"
+        )
+    package = PACKAGES.get(method)
+    if package is not None and find_spec(package.partition(".")[0]) is None:
+        raise ModelError(
+            f"{which}, for which transformers needs the package {package.replace('_', '-')}; "
+            "install it, or give the model in fp32, bf16 or fp16"
+        )
+
+
+def open_quantized(
+    source: ModelSource, task: TaskConfig, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """Open a quantized model with transformers; each rank reads all of it.
+
+    Raises:
+        ModelError: transformers cannot open it, or the losses cannot read its output matrix.
+    """
+    try:
+        model: PreTrainedModel = AUTO_CLASSES[task.type].from_pretrained(  # type: ignore[attr-defined]
+            source.folder,
+            dtype=dtype,
+            device_map={"": device},
+            trust_remote_code=source.trust_remote_code,
+        )
+        with torch.no_grad():  # some methods prepare the weights in the first forward of the model
+            model(input_ids=torch.ones((1, 2), dtype=torch.long, device=device))
+    except Exception as error:  # each method fails in its own way
+        raise ModelError(
+            f"{source.where}: transformers cannot open {source.folder}, which is quantized: "
+            f"{one_line(error)}"
+        ) from error
+    head = model.get_output_embeddings() if task.type in LANGUAGE_TASKS else None
+    weight = getattr(head, "weight", None)
+    if head is not None and not (isinstance(weight, nn.Parameter) and weight.is_floating_point()):
+        raise ModelError(
+            f"{source.where}: the output matrix of {source.folder} is quantized, and the losses "
+            "multiply by it; give a model whose lm_head is not quantized, or serve it "
+            f"({source.where.removesuffix('.model')}.server)"
+        )
+    logger.info(
+        "%s is quantized (%s): soft targets are those of this model, whose distance from the "
+        "original is not measured",
+        *(source.where, method_of(source.config)),
+    )
+    return model
