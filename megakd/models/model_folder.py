@@ -194,9 +194,12 @@ def weight_bytes(folder: Path, dtype: torch.dtype | None = None) -> int:
     """Return the size on disk of a folder's weights, or the size that they have in a dtype."""
     files = [*folder.glob("*.safetensors")]
     size = sum(path.stat().st_size for path in files)
-    numbers = [one for file in files for one in _numbers_in(file)] if dtype is not None else []
-    wider = [(dtype.itemsize - one.dtype.itemsize) * math.prod(one.shape) for one in numbers]
-    return size + sum(wider)
+    if dtype is None:
+        return size
+    numbers = [one for file in files for one in _numbers_in(file)]
+    return size + sum(
+        (dtype.itemsize - one.dtype.itemsize) * math.prod(one.shape) for one in numbers
+    )
 
 
 def dtypes_of(folder: Path) -> set[torch.dtype]:

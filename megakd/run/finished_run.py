@@ -11,7 +11,7 @@ from pathlib import Path
 from shlex import quote
 
 import torch
-from transformers.utils import CHAT_TEMPLATE_FILE
+from transformers.utils.hub import CHAT_TEMPLATE_FILE
 
 from megakd.config.file import dump_config, dump_yaml
 from megakd.config.run import RunConfig
@@ -197,8 +197,9 @@ def export_run(
         raise CheckpointError(f"{reason} {listed}")
     check_writable(to, where="--to")
     folder = stages / name
-    is_student = record is not None and name == record.get("student")
-    dtype = getattr(torch, record.get("dtype", "float32")) if is_student else None
+    published = record or {}
+    is_student = name == published.get("student")
+    dtype = getattr(torch, published.get("dtype", "float32")) if is_student else None
     if add is None and config.save.onnx:
         check_packages("save.onnx")
         add = write_onnx
