@@ -1,38 +1,40 @@
-"""The page on model families says what the table of families does."""
+"""The page on model families says what the command that prints it says."""
 
 from __future__ import annotations
 
-import re
+import importlib.util
+import sys
 
 import pytest
-from transformers import CONFIG_MAPPING
-
-from megakd.models.architectures import FAMILIES
-
-DECODERS = {name: entry for name, entry in FAMILIES.items() if "causal_lm" in entry.tasks}
+from tiny_families import TYPES, small_config
 
 
 @pytest.fixture(scope="module")
-def rows(repository) -> dict[str, tuple[str, ...]]:
-    text = (repository / "docs" / "families.md").read_text(encoding="utf-8")
-    row = r"^\| [^|]+ \| `(\w+)` \| (\w+) \| (\w+) \| (\w+) \| `(\w+)` \|$"
-    result = re.findall(row, text, re.MULTILINE)
-    return {name: tuple(rest) for name, *rest in result}
+def families(repository):
+    """The program that prints the page."""
+    path = repository / "benchmarks" / "families.py"
+    specification = importlib.util.spec_from_file_location("families_page", path)
+    module = importlib.util.module_from_spec(specification)
+    sys.modules["families_page"] = module  # for its annotations
+    specification.loader.exec_module(module)
+    return module
 
 
-def test_every_decoder_has_a_row_that_says_what_the_family_can_do(rows):
-    wanted = {}
-    for family, entry in DECODERS.items():
-        lacking = entry.lacking_in_fused_attention(CONFIG_MAPPING[family]())
-        student, cut = ("yes" if one is None else "no" for one in (entry.experts, entry.uncut))
-        wanted[family] = ("yes", student, cut, "varlen" if lacking is None else "eager")
+@pytest.mark.parametrize(
+    ("task", "family"),
+    [("causal_lm", "llama"), ("causal_lm", "olmo2"), ("mlm", "modernbert")],
+)
+def test_the_row_of_a_family_is_what_the_command_prints(repository, families, task, family):
+    page = (repository / "docs" / "families.md").read_text(encoding="utf-8")
+    _, _, table = page.partition(f"## {families.TITLES[task]}")
+    row = families.row_of(family, small_config(family, task, families.LAYERS), task)
 
-    assert rows == wanted
-    assert [name for name, row in rows.items() if row[1:3] == ("no", "yes")] == []
+    columns = 7 if task == "causal_lm" else 6
+    assert f"\n{families.line_of(row, columns)}\n" in table.partition("\n## ")[0]
 
 
-def test_every_key_that_changes_logits_is_named(repository):
-    text = (repository / "docs" / "families.md").read_text(encoding="utf-8")
-    both = [(entry.logit_divisor, entry.logit_softcap) for entry in DECODERS.values()]
-    keys = {key for keys in both for key in keys if key}
-    assert {key for key in keys if f"`{key}: " not in text} == set()
+def test_every_family_of_transformers_is_on_the_page(repository):
+    page = (repository / "docs" / "families.md").read_text(encoding="utf-8")
+    tables = page[page.index("\n## Decoders") :]
+    missing = [name for names in TYPES.values() for name in names if name not in tables]
+    assert missing == []
