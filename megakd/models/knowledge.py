@@ -107,11 +107,11 @@ def read_knowledge(model: nn.Module, batch: Batch, needs: Needs) -> Knowledge:
 
 def _read(model: Any, batch: Batch) -> Knowledge:
     inputs, pieces = inputs_of_documents(model, batch), batch.extras.second
-    architecture = architecture_of(model.config)
     if batch.labels.dim() != 2:  # those of a language model are [B, T]
         if not has_token_types(model.config):
             inputs.pop("token_type_ids", None)
         return Knowledge(logits=model(**inputs, **no_cache(model)).logits)
+    architecture = architecture_of(model.config)
     if "position_ids" in inputs and counts_padding(model.config):
         inputs["position_ids"] = inputs["position_ids"] + model.config.pad_token_id + 1
     second = None if pieces is None else second_vocabulary(model)

@@ -47,9 +47,9 @@ SETTINGS = [
         'did you mean "hidden_size"?',
     ),
     (
-        "student.model.config.model_type=llama",
-        "student.model.config: model_type 'llama' supports causal_lm",
-        "task.type classification",
+        "student.model.config={model_type: mamba}",
+        "student.model.config",
+        "transformers has no AutoModelForSequenceClassification of a mamba model",
     ),
     ("train.kernels=triton", "train.kernels: impl 'triton' ", "use 'chunked'"),
     ("baselines=[alone]; alone.kernels=triton", "alone.kernels: impl 'triton' ", "use 'chunked'"),
@@ -158,8 +158,8 @@ TEACHERS: dict[str, tuple[tuple[Callable[[Path], None], ...], tuple[str, ...]]] 
         ("labels (LABEL_0, LABEL_1)", "write the data's labels into id2label"),
     ),
     "family": (
-        (partial(change_config, model_type="bart"),),
-        ("model_type 'bart' is not supported", "bert, roberta"),
+        (partial(change_config, model_type="mamba"),),
+        ("transformers has no AutoModelForSequenceClassification of a mamba model",),
     ),
     "size": (
         (partial(change_config, num_attention_heads=0),),
