@@ -103,9 +103,11 @@ def _packing_tried(config: PretrainedConfig, attention: str | None) -> Packing:
         "masks_by_type": lambda: {"attention_mask": _masks_by_type(model, positions)},
     }
     boundaries: dict[Packing, Inputs] = {"positions": lambda: _with_boundaries(model)}
-    tried = (boundaries if takes_boundaries else ways).items()
-    same = (way for way, inputs in tried if _is_same(model, inputs, alone))
-    result: Packing = next(same, "apart")
+    result: Packing = "apart"
+    for way, inputs in (boundaries if takes_boundaries else ways).items():
+        if _is_same(model, inputs, alone):
+            result = way
+            break
     if result == "apart" and not takes_boundaries and not _is_same_padded(model, parts):
         raise ModelError(
             f"a {config.model_type} model does not compute a text beside padding as it computes it "
