@@ -44,6 +44,7 @@ from megakd.inputs.tokenizer_checks import (
     without_tokenizer,
 )
 from megakd.losses.objective import check_terms, shape_of, with_class_weights
+from megakd.models.architectures import class_for
 from megakd.models.fitting import label_order
 from megakd.models.layers import with_layers
 from megakd.models.loading import check_model, resolve_model, with_vocabulary
@@ -275,10 +276,25 @@ def check_run(config: RunConfig, inputs: UnencodedInputs) -> None:
             tokenizer_size=rows_for(inputs.tokenizer_of(role)),
             need_head=role in config.teacher_specs and not config.teacher_specs[role].finetune,
         )
+    _check_checkpointing(config, inputs.sources)
     if config.student.lora is not None:
         check_adapters(inputs.sources[STUDENT], config.task, config.student.lora)
     _check_losses(config, inputs)
     check_caches(config, inputs.sources[STUDENT])
+
+
+def _check_checkpointing(config: RunConfig, sources: Mapping[str, ModelSource]) -> None:
+    owners = {f"{config.key_of(role)}.": source for role, source in sources.items()}
+    for where, train in config.trainings.items():
+        source = next((s for key, s in owners.items() if where.startswith(key)), sources[STUDENT])
+        model_class = class_for(source.config, config.task.type)
+        has_it = getattr(model_class, "supports_gradient_checkpointing", True)
+        if train.gradient_checkpointing and not has_it:
+            raise ConfigError(
+                f"{where}.gradient_checkpointing: transformers does not have it for a "
+                f"{source.config.model_type} model; remove the key, and lower "
+                f"{where}.per_device_train_batch_size if memory is short"
+            )
 
 
 def _check_losses(config: RunConfig, inputs: UnencodedInputs) -> None:

@@ -441,10 +441,16 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 }
 
 
-def class_name(config: PretrainedConfig, task: TaskType) -> str | None:
-    """Return the name of transformers' class for a task, or of megakd's; None: there is none."""
+def class_for(config: PretrainedConfig, task: TaskType) -> type | None:
+    """Return transformers' class for a task, or megakd's; None: there is none."""
     classes = AUTO_CLASSES[task]._model_mapping  # noqa: SLF001  (nothing public has it)
-    return classes[type(config)].__name__ if type(config) in classes else None
+    return classes.get(type(config), None)
+
+
+def class_name(config: PretrainedConfig, task: TaskType) -> str | None:
+    """Return the name of the class for a task; None: there is none."""
+    model_class = class_for(config, task)
+    return None if model_class is None else model_class.__name__
 
 
 def architecture_named(model_type: str) -> Architecture:

@@ -51,6 +51,11 @@ SETTINGS = [
         "student.model.config",
         "transformers has no AutoModelForSequenceClassification of a mamba model",
     ),
+    (
+        "student.model.config={model_type: mpnet, hidden_size: 16, num_attention_heads: 2,"
+        " num_hidden_layers: 1, intermediate_size: 16}; train.gradient_checkpointing=true",
+        "train.gradient_checkpointing: transformers does not have it for a mpnet model",
+    ),
     ("train.kernels=triton", "train.kernels: impl 'triton' ", "use 'chunked'"),
     ("baselines=[alone]; alone.kernels=triton", "alone.kernels: impl 'triton' ", "use 'chunked'"),
     (
