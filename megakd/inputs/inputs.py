@@ -311,6 +311,11 @@ def _check_losses(config: RunConfig, inputs: UnencodedInputs) -> None:
             f"of layers, width or heads (layers x width: {shapes}); use soft targets, which "
             "support such teachers"
         )
+    for role in (STUDENT, *teachers) if compared else ():
+        source = inputs.sources[role]
+        source.architecture.check_layers()
+        if not {*compared}.isdisjoint(("attention_mse", "relation_kl")):
+            source.architecture.check_attentions(source.config)
     with_class_weights(terms, inputs.splits)
     for teacher in teachers.values() or (None,):
         check_terms(terms, shapes[STUDENT], teacher)

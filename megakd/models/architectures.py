@@ -150,28 +150,36 @@ class Architecture:
             raise TypeError(f"a {self.model_type} model for {self.tasks[0]} has no output matrix")
         return model.get_submodule(self.output)
 
-    def block_of(self, model: nn.Module, layer: int) -> nn.Module:
-        """Return a layer; layers are counted from 1."""
+    def check_layers(self) -> None:
+        """Raise if the layers of the model cannot be read."""
         if self.blocks is None:
             raise ModelError(
                 f"a {self.model_type} model has no list of layers that each give the hidden states "
                 "of its tokens: losses of layers (hidden_mse, relation_kl …) cannot read it, and "
                 "none of its layers can be left out; soft_target_kl and hard_cross_entropy can"
             )
+
+    def block_of(self, model: nn.Module, layer: int) -> nn.Module:
+        """Return a layer; layers are counted from 1."""
+        self.check_layers()
         return self.backbone_of(model).get_submodule(f"{self.blocks}.{layer - 1}")
 
-    def vectors_of(self, model: nn.Module, layer: int) -> tuple[nn.Module, ...]:
-        """Return the modules that produce queries, keys and values of a layer, counted from 1."""
+    def check_attentions(self, config: PretrainedConfig) -> None:
+        """Raise if queries, keys and values of the layers cannot be read."""
         if self.is_found:
             raise ModelError(
                 f"attention_mse and relation_kl do not know the attentions of a {self.model_type} "
                 "model; use hidden_mse"
             )
-        if getattr(model.config, "qk_layernorm", False) and self.attention.norms is None:
+        if getattr(config, "qk_layernorm", False) and self.attention.norms is None:
             raise ModelError(
                 "attention_mse and relation_kl do not support a model with qk_layernorm: true; use "
                 "hidden_mse"
             )
+
+    def vectors_of(self, model: nn.Module, layer: int) -> tuple[nn.Module, ...]:
+        """Return the modules that produce queries, keys and values of a layer, counted from 1."""
+        self.check_attentions(model.config)  # type: ignore[arg-type]
         block = self.block_of(model, layer)
         return tuple(block.get_submodule(path) for path in self.attention.vectors)
 

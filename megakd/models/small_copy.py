@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from megakd.contract.tasks import TaskType
 from megakd.models.architectures import AUTO_CLASSES
-from megakd.models.valueless import no_cache
+from megakd.models.valueless import is_remote, no_cache
 from megakd.process.seeding import cpu_seeded
 
 logger = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ def built(config: PretrainedConfig, task: TaskType, attention: str | None) -> Pr
             config,
             attn_implementation=attention,
             dtype=torch.float32,
-            trust_remote_code=bool(getattr(config, "auto_map", None)),
+            trust_remote_code=is_remote(config),
         )
         .eval()
     )

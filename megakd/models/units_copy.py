@@ -16,7 +16,7 @@ from megakd.contract.tasks import TaskType
 from megakd.errors import ModelError
 from megakd.models.architectures import AUTO_CLASSES
 from megakd.models.proposed_units import Blocks, Units
-from megakd.models.valueless import no_cache
+from megakd.models.valueless import is_remote, no_cache
 from megakd.process.seeding import cpu_seeded
 
 LARGEST = 60_000_000
@@ -83,7 +83,7 @@ def _built(config: PretrainedConfig, task: TaskType) -> PreTrainedModel:
         copy.deepcopy(config),
         attn_implementation="eager",
         dtype=torch.float64,
-        trust_remote_code=bool(getattr(config, "auto_map", None)),
+        trust_remote_code=is_remote(config),
     )
     if any(hasattr(type(part), "_apply_gate") for part in model.modules()):
         model.set_experts_implementation("eager")

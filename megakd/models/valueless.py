@@ -39,6 +39,11 @@ class Valueless(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def is_remote(config: PretrainedConfig) -> bool:
+    """Return whether code beside the weights made a config, which then may make the model."""
+    return type(config).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME)
+
+
 def without_values(config: PretrainedConfig, task: TaskType) -> PreTrainedModel:
     """Return a model on the meta device, whose experts pass their input on."""
     register_own_models()
@@ -46,8 +51,7 @@ def without_values(config: PretrainedConfig, task: TaskType) -> PreTrainedModel:
         model = AUTO_CLASSES[task].from_config(
             copy.deepcopy(config),
             attn_implementation="eager",
-            # Code that made the config may make the model.
-            trust_remote_code=type(config).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME),
+            trust_remote_code=is_remote(config),
         )
     model.tie_weights()
     ALL_EXPERTS_FUNCTIONS.register(_PASSED_BY, lambda experts, hidden, *chosen: hidden)

@@ -52,6 +52,18 @@ SETTINGS = [
         "transformers has no AutoModelForSequenceClassification of a mamba model",
     ),
     (
+        "student.model.config={model_type: albert, hidden_size: 16, num_attention_heads: 2,"
+        " embedding_size: 8, intermediate_size: 16}; objective=[{loss: hidden_mse}]",
+        "a albert model has no list of layers",
+        "soft_target_kl and hard_cross_entropy can",
+    ),
+    (
+        "student.model.config={model_type: mpnet, hidden_size: 16, num_attention_heads: 2,"
+        " num_hidden_layers: 2, intermediate_size: 16}; objective=[{loss: relation_kl}]",
+        "attention_mse and relation_kl do not know the attentions of a mpnet model",
+        "use hidden_mse",
+    ),
+    (
         "student.model.config={model_type: mpnet, hidden_size: 16, num_attention_heads: 2,"
         " num_hidden_layers: 1, intermediate_size: 16}; train.gradient_checkpointing=true",
         "train.gradient_checkpointing: transformers does not have it for a mpnet model",
