@@ -26,7 +26,7 @@ from megakd.data.tokenizers import VocabularyPair
 from megakd.engine.collectives import main_first, on_main, once_per_node
 from megakd.errors import ConfigError
 from megakd.models.architectures import context_length
-from megakd.models.packing import check_varlen, packing_of
+from megakd.models.packing import check_varlen, packing_at
 from megakd.models.source import ModelSource
 from megakd.storage.folders import whole_folder
 
@@ -134,7 +134,7 @@ def _mixing_models(config: RunConfig, sources: Mapping[str, ModelSource]) -> Ite
     for role, source in sources.items():
         if role not in specs or specs[role].server is None:
             check_varlen(source.config, source)
-            if packing_of(source.config, source.attn_implementation) == "apart":
+            if packing_at(source.where, source.config, source.attn_implementation) == "apart":
                 yield f"{source.where} ({source.config.model_type})"
 
 

@@ -73,6 +73,14 @@ def packing_of(config: PretrainedConfig, attention: str | None) -> Packing:
     return _BY_CONTENT[key]
 
 
+def packing_at(where: str, config: PretrainedConfig, attention: str | None) -> Packing:
+    """Return what `packing_of` returns; its error names the key of the model."""
+    try:
+        return packing_of(config, attention)
+    except ModelError as error:
+        raise ModelError(f"{where}: {error}") from error
+
+
 def _key(config: PretrainedConfig, attention: str | None) -> str:
     content = {k: v for k, v in config.to_dict().items() if k not in _UNRELATED}
     return json.dumps([attention, content], sort_keys=True, default=str)
@@ -242,7 +250,7 @@ def set_attention(
     if name is not None:
         model.set_attn_implementation(name)
     if task == "causal_lm":  # tried here, and not in a forward of all ranks
-        packing_of(config, config._attn_implementation)  # noqa: SLF001
+        packing_at(source.where, config, config._attn_implementation)  # noqa: SLF001
 
 
 def attention_name(
