@@ -59,7 +59,9 @@ def test_nearly_every_type_is_read_exactly_and_no_type_is_read_otherwise(tmp_pat
     for reading in readings:
         if reading.result == "refused":
             assert reading.model_type.split("-")[0] in reading.why.lower()
-            assert reading.why.startswith("teacher.model")
+            # A run names the key of a model that mixes texts with padding, before it is loaded.
+            mixes = "texts cannot share a batch" in reading.why
+            assert mixes or reading.why.startswith("teacher.model")
 
 
 def test_losses_of_layers_are_refused_where_layers_see_other_positions(tmp_path):
