@@ -5,7 +5,8 @@ Only the table `FAMILIES` states how families differ, and only in facts that are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -459,6 +460,12 @@ def class_name(config: PretrainedConfig, task: TaskType) -> str | None:
     """Return the name of the class for a task; None: there is none."""
     model_class = class_for(config, task)
     return None if model_class is None else model_class.__name__
+
+
+def content_key(config: PretrainedConfig, *facts: object, without: Collection[str]) -> str:
+    """Return a text that is equal for facts and configs that differ in the keys `without` alone."""
+    content = {key: value for key, value in config.to_dict().items() if key not in without}
+    return json.dumps([*facts, content], sort_keys=True, default=str)
 
 
 def architecture_named(model_type: str) -> Architecture:

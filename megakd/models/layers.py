@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,13 @@ from megakd.contract.tasks import TaskType
 from megakd.contract.views import View, evenly_spaced, most_important
 from megakd.engine.sharding import sharded_construction
 from megakd.errors import ModelError, one_line
-from megakd.models.architectures import HEAD_COLUMNS, HEAD_COUNTS, NEURON_COUNTS, Architecture
+from megakd.models.architectures import (
+    HEAD_COLUMNS,
+    HEAD_COUNTS,
+    NEURON_COUNTS,
+    Architecture,
+    content_key,
+)
 from megakd.models.fitting import as_in_model
 from megakd.models.own_models import register_own_models
 from megakd.models.small_copy import TOKENS, built, logits_of, small_copies
@@ -105,8 +110,7 @@ def check_depth(source: ModelSource, numbers: Sequence[int], *, where: str) -> N
         )
     if [*numbers] == [*range(1, architecture.number_of_layers(config) + 1)]:
         return
-    content = {k: v for k, v in config.to_dict().items() if k not in UNRELATED}
-    key = json.dumps([content, _task(config), [*numbers]], sort_keys=True, default=str)
+    key = content_key(config, _task(config), [*numbers], without=UNRELATED)
     if key not in _DIFFERENCES:
         _DIFFERENCES[key] = _difference(config, architecture, numbers)
     if _DIFFERENCES[key] is not None:

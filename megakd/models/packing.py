@@ -9,7 +9,6 @@ of any other model decides.
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import weakref
 from collections.abc import Callable, Sequence
@@ -25,7 +24,7 @@ from megakd.contract.batch import Batch, Documents
 from megakd.contract.tasks import TaskType
 from megakd.data.collation import documents_of
 from megakd.errors import ModelError
-from megakd.models.architectures import ARCHITECTURES
+from megakd.models.architectures import ARCHITECTURES, content_key
 from megakd.models.packed_attention import VARLEN, register_packed_attention
 from megakd.models.small_copy import logits_of, small_copies
 from megakd.models.source import ModelSource
@@ -66,7 +65,7 @@ def packing_of(config: PretrainedConfig, attention: str | None) -> Packing:
     known = _BY_CONFIG.get((id(config), attention))
     if known is not None and known[0]() is config:
         return known[1]
-    key = _key(config, attention)
+    key = content_key(config, attention, without=_UNRELATED)
     if key not in _BY_CONTENT:
         _BY_CONTENT[key] = _packing_tried(config, attention)
     _BY_CONFIG[id(config), attention] = weakref.ref(config), _BY_CONTENT[key]
@@ -79,11 +78,6 @@ def packing_at(where: str, config: PretrainedConfig, attention: str | None) -> P
         return packing_of(config, attention)
     except ModelError as error:
         raise ModelError(f"{where}: {error}") from error
-
-
-def _key(config: PretrainedConfig, attention: str | None) -> str:
-    content = {k: v for k, v in config.to_dict().items() if k not in _UNRELATED}
-    return json.dumps([attention, content], sort_keys=True, default=str)
 
 
 def _takes_boundaries(attention: str | None) -> bool:
@@ -122,7 +116,8 @@ def _packing_tried(config: PretrainedConfig, attention: str | None) -> Packing:
             "alone, so that texts cannot share a batch; use another family"
         )
     if attention is None:  # the loaded model names the attention that transformers has chosen
-        _BY_CONTENT[_key(config, model.config._attn_implementation)] = result  # noqa: SLF001
+        chosen = model.config._attn_implementation  # noqa: SLF001
+        _BY_CONTENT[content_key(config, chosen, without=_UNRELATED)] = result
     return result
 
 

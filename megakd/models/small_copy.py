@@ -56,7 +56,7 @@ _HEADS = ("attention", "key_value")
 LARGEST = 300_000_000
 """Most weights of a copy."""
 NOISE = 0.05
-"""Of random weights: those of a new model hardly mix tokens."""
+"""Of random weights: those of a new model hardly mix tokens, and its norms are all alike."""
 TOKENS = 5 + torch.arange(24)[None] * 7 % 400
 """A row without special tokens."""
 
@@ -74,8 +74,7 @@ def small_copies(
                 continue
             with cpu_seeded(0), torch.no_grad():
                 model = built(small, task, attention)
-                for weight in model.parameters():
-                    weight.add_(torch.randn_like(weight), alpha=NOISE)
+                disturb(model)
                 logits_of(model, tokens)
         except Exception as error:  # noqa: BLE001 - a family may refuse sizes in its own way
             logger.debug("no copy without %s: %s", left, error)
@@ -107,6 +106,12 @@ def built(config: PretrainedConfig, task: TaskType, attention: str | None) -> Pr
         )
         .eval()
     )
+
+
+def disturb(model: PreTrainedModel) -> None:
+    """Add noise to all weights of a new model."""
+    for weight in model.parameters():
+        weight.add_(torch.randn_like(weight), alpha=NOISE)
 
 
 def logits_of(model: PreTrainedModel, tokens: Tensor, **inputs: Tensor) -> Tensor:

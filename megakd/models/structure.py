@@ -8,7 +8,6 @@ returns, and what becomes of its output, for which the matrix is replaced by kno
 
 from __future__ import annotations
 
-import json
 import math
 import weakref
 from collections.abc import Iterator, Sequence
@@ -30,6 +29,7 @@ from megakd.models.architectures import (
     CLASS_ENDINGS,
     Architecture,
     class_name,
+    content_key,
 )
 from megakd.models.units import units_of
 from megakd.models.valueless import VALUELESS, Valueless, no_cache, without_values
@@ -103,8 +103,7 @@ def architecture_found(config: PretrainedConfig, task: TaskType) -> Architecture
     known = _BY_CONFIG.get((id(config), task))
     if known is not None and known[0]() is config:
         return known[1]
-    content = {k: v for k, v in config.to_dict().items() if k not in UNRELATED}
-    key = json.dumps([task, content], sort_keys=True, default=str)
+    key = content_key(config, task, without=UNRELATED)
     if key not in _BY_CONTENT:
         _BY_CONTENT[key] = find_architecture(config, task)
     _BY_CONFIG[id(config), task] = weakref.ref(config), _BY_CONTENT[key]

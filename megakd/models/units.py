@@ -8,7 +8,6 @@ family, it must compute what it computed before.
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from transformers import PretrainedConfig
 from megakd.contract.tasks import TaskType
 from megakd.contract.views import Kind
 from megakd.errors import one_line
-from megakd.models.architectures import ROUTES_TOKENS, Architecture
+from megakd.models.architectures import ROUTES_TOKENS, Architecture, content_key
 from megakd.models.proposed_units import (
     PROPOSALS,
     WITH_OTHERS,
@@ -65,8 +64,7 @@ class Decision(NamedTuple):
 def units_of(config: PretrainedConfig, architecture: Architecture) -> FoundUnits:
     """Return the units of a model that was found, which are looked for once per config."""
     (task,) = architecture.tasks
-    content = {k: v for k, v in config.to_dict().items() if k not in _UNRELATED}
-    key = json.dumps([task, content], sort_keys=True, default=str)
+    key = content_key(config, task, without=_UNRELATED)
     if key not in _BY_CONTENT:
         _BY_CONTENT[key] = find_units(config, architecture, task)
     return _BY_CONTENT[key]
@@ -162,7 +160,7 @@ def _decided(
                 fixed = getattr(type(small), key, None)  # a property computes it
                 if not isinstance(fixed, property) and getattr(small, key, None) is not None:
                     setattr(small, key, size)
-            key = json.dumps([task, small.to_dict()], sort_keys=True, default=str)
+            key = content_key(small, task, without=())
             if key in _OF_COPIES:
                 return _OF_COPIES[key]
             empty = without_values(small, task)

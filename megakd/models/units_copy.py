@@ -16,14 +16,13 @@ from megakd.contract.tasks import TaskType
 from megakd.errors import ModelError
 from megakd.models.architectures import AUTO_CLASSES
 from megakd.models.proposed_units import Blocks, Units
-from megakd.models.valueless import is_remote, no_cache
+from megakd.models.small_copy import disturb, logits_of
+from megakd.models.valueless import is_remote
 from megakd.process.seeding import cpu_seeded
 
 LARGEST = 60_000_000
 """Most weights of a small copy."""
 TOKENS = 12
-NOISE = 0.05
-"""Of random weights: those of a new model hardly mix tokens, and its norms are all alike."""
 SAME = 1e-10
 """Largest difference of outputs, as a share of the largest output, in fp64."""
 
@@ -97,7 +96,7 @@ def _outputs(model: PreTrainedModel) -> Tensor:
     torch.set_default_dtype(torch.float64)
     try:
         with torch.no_grad(), InDouble():
-            return model(input_ids=tokens, **no_cache(model)).logits
+            return logits_of(model, tokens)
     finally:
         torch.set_num_threads(threads)
         torch.set_default_dtype(dtype)
@@ -115,8 +114,7 @@ class SmallCopy:
         self.task: TaskType = task
         with cpu_seeded(0), torch.no_grad():
             self.model = _built(config, task)
-            for weight in self.model.parameters():
-                weight.add_(torch.randn_like(weight), alpha=NOISE)
+            disturb(self.model)
         self.layers: Sequence[nn.Module] = [*self.model.get_submodule(blocks)]  # type: ignore[misc]
         # Before the forward, in which some models exchange their modules.
         self.signatures = [signature_of(layer) for layer in self.layers]
