@@ -197,13 +197,14 @@ def is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def units(source: ModelSource, kind: Kind) -> str:
-    """Return yes if some units of a kind can be cut; the reason is an error."""
+    """Return how a model without some units of a kind is written; the reason is an error."""
     architecture = source.architecture
     if architecture.is_found:
         heads, neurons, _ = architecture.found_units(source.config)
-        reason = (heads if kind == "heads" else neurons).uncut
-        if reason is not None:
-            raise ModelError(reason)
+        cuttable = heads if kind == "heads" else neurons
+        if cuttable.uncut is not None:
+            raise ModelError(cuttable.uncut)
+        return "yes" if cuttable.keys else "with its file"
     return "yes" if any(getattr(architecture.units(source.config), kind)) else NO
 
 

@@ -359,13 +359,8 @@ def shapes_of(config: ShrinkConfig, lab: Lab, model: Model) -> Shapes:
         view = Shape(depth, count, grid).view(range(depth), model.units)
         return lab.pruning.has_stock_config(model, view)
 
-    stock = tuple(filter(is_stock, range(min(1, heads[0]), heads[0] + 1)))
-    if not stock:
-        raise ConfigError(
-            "method: shrink needs a teacher that the stock config of its family describes, "
-            f"and none has {heads[0]} key-value groups of this width; use a teacher that was not "
-            "cut before"
-        )
+    # A model that no stock config describes keeps its heads, and brings the file of its class.
+    stock = tuple(filter(is_stock, range(min(1, heads[0]), heads[0] + 1))) or (heads[0],)
     return Shapes(depth=depth, heads=stock, neurons=(*range(grid, neurons[0], grid), neurons[0]))
 
 

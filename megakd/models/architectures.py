@@ -22,6 +22,7 @@ from megakd.contract.batch import LogitWarp
 from megakd.contract.tasks import TaskType
 from megakd.contract.views import Heads, Kind, View
 from megakd.errors import ModelError
+from megakd.models.modeling.modeling_cut import narrow_class
 from megakd.models.paths import AttentionPaths, FeedForwardPaths
 from megakd.models.proposed_units import FoundUnits
 
@@ -31,6 +32,8 @@ HEAD_COUNTS, NEURON_COUNTS, HEAD_WIDTH = "head_counts", "neuron_counts", "head_w
 QUERIES_PER_KEY, SCORE_WIDTH = "queries_per_key", "score_width"
 # Also of a model whose sorted heads have columns in a shared bias.
 HEAD_COLUMNS = "head_columns"
+NARROW = "narrow"
+"""Key of a cut model of any other family, see `narrow_class`."""
 RotaryForm = Literal["halves", "half_width"]
 
 
@@ -73,7 +76,8 @@ class Architecture:
         [B, T, heads, width].
     experts: path on the model of a block that routes tokens to experts; None: a dense model.
     uncut: reason why heads, neurons and width of the family cannot be cut; None: they can.
-    find_units: looks for heads and neurons of a model without an entry in the table.
+    finds_units: the heads and neurons of the family are looked for in spite of its entry.
+    find_units: looks for them, also in a model without an entry in the table.
     output: path of the output matrix of a language model.
     bias: path of a weight outside the head that the model adds to the product with this matrix.
     warp: what becomes of this sum.
@@ -106,6 +110,7 @@ class Architecture:
     norms_by_head: bool = False
     experts: str | None = None
     uncut: str | None = None
+    finds_units: bool = False
     find_units: Callable[[PretrainedConfig, Architecture], FoundUnits] | None = None
     output: str | None = None
     bias: str | None = None
@@ -167,7 +172,7 @@ class Architecture:
 
     def check_attentions(self, config: PretrainedConfig) -> None:
         """Raise if queries, keys and values of the layers cannot be read."""
-        if self.is_found:
+        if not self.is_listed:
             raise ModelError(
                 f"attention_mse and relation_kl do not know the attentions of a {self.model_type} "
                 "model; use hidden_mse"
@@ -192,19 +197,24 @@ class Architecture:
 
     @property
     def is_found(self) -> bool:
-        """True for a model without an entry in the table, whose parts structure shows."""
+        """True for a model whose heads and neurons are looked for."""
         return self.find_units is not None
+
+    @property
+    def is_listed(self) -> bool:
+        """True for a model with an entry in the table."""
+        return self.finds_units or not self.is_found
 
     def attentions(self, config: PretrainedConfig) -> tuple[AttentionPaths | None, ...]:
         """Return the attentions of all layers; None: a layer has none whose heads can be cut."""
-        if self.is_found:
+        if not self.is_listed:
             return self.found_units(config).attentions
         layers = tuple(self.attention.under(block) for block in self._blocks(config))
         return layers + self.more_attentions
 
     def feed_forwards(self, config: PretrainedConfig) -> tuple[FeedForwardPaths | None, ...]:
         """Return the feed-forwards of all layers, likewise."""
-        if self.is_found:
+        if not self.is_listed:
             return self.found_units(config).feed_forwards
         layers = [self.feed_forward.under(block) for block in self._blocks(config)]
         is_gated = bool(getattr(config, "is_gated_act", False))
@@ -375,7 +385,7 @@ DECODERS = (
         _decoder("phi3"),
         attention=ATTENTION_OF_LLAMA._replace(projections=("self_attn.qkv_proj",) * 3),
         feed_forward=FeedForwardPaths(("mlp.gate_up_proj",), "mlp.down_proj"),
-        uncut="one matrix makes queries, keys and values, and another one gates and neurons",
+        finds_units=True,  # fused maps, which a config of the family narrows
     ),
     _decoder("granite"),
     replace(
@@ -445,15 +455,21 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     **{
         f"cut_{name}": replace(entry, model_type=f"cut_{name}")
         for name, entry in FAMILIES.items()
-        if not entry.shares_bias and entry.uncut is None
+        if not (entry.shares_bias or entry.uncut or entry.finds_units)
     },
 }
+
+
+def narrow_maps(config: PretrainedConfig) -> dict[str, Any] | None:
+    """Return the maps that are narrower than the other keys of a config say; None: none is."""
+    return getattr(config, NARROW, None)
 
 
 def class_for(config: PretrainedConfig, task: TaskType) -> type | None:
     """Return transformers' class for a task, or megakd's; None: there is none."""
     classes = AUTO_CLASSES[task]._model_mapping  # noqa: SLF001  (nothing public has it)
-    return classes.get(type(config), None)
+    stock = classes.get(type(config), None)
+    return stock if stock is None or narrow_maps(config) is None else narrow_class(stock)
 
 
 def class_name(config: PretrainedConfig, task: TaskType) -> str | None:

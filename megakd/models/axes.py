@@ -127,7 +127,9 @@ def _of_found(model: PreTrainedModel, architecture: Architecture) -> Iterator[tu
         for number, units in enumerate(cuttable.layers):
             for name, (dimension, blocks) in units.parts.items() if units else ():
                 full = f"{found.blocks}.{number}.{name}"
-                axes: list[Axis | None] = [None] * model.get_parameter(full).dim()
+                path, _, weight = full.rpartition(".")
+                tensor: Tensor = getattr(model.get_submodule(path), weight)  # empty: a buffer
+                axes: list[Axis | None] = [None] * len(full_shape(tensor))
                 if len({*blocks}) == 1:
                     axes[dimension] = Axis(kind, number, blocks[0], len(blocks))
                 else:

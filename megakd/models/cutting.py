@@ -22,10 +22,12 @@ from megakd.models.architectures import (
     HEAD_COLUMNS,
     HEAD_COUNTS,
     HEAD_WIDTH,
+    NARROW,
     NEURON_COUNTS,
     QUERIES_PER_KEY,
     SCORE_WIDTH,
     architecture_named,
+    narrow_maps,
 )
 from megakd.models.axes import check_view, cut_part, lengths, output_modules, weight_axes
 from megakd.models.fitting import Match, label_order, plan_loading, set_labels, valueless_model
@@ -109,8 +111,15 @@ def _head_width(config: PretrainedConfig, view: View) -> int:
 
 def cut_class_name(model: PreTrainedModel, config: PretrainedConfig) -> str:
     """Return the name of the class for a config from `cut_config`, with the head of `model`."""
-    stock = type(model).__name__.removeprefix("Cut")
+    stock = type(model).__name__.removeprefix("Cut").removeprefix("Narrow")
+    if narrow_maps(config) is not None:
+        return f"Narrow{stock}"
     return f"Cut{stock}" if config.model_type.startswith(CUT) else stock
+
+
+def is_stock(config: PretrainedConfig) -> bool:
+    """Return whether transformers has the class of a cut model."""
+    return not config.model_type.startswith(CUT) and narrow_maps(config) is None
 
 
 def cut_state(
@@ -234,34 +243,42 @@ def _with_columns(config: PretrainedConfig, view: View, order: UnitOrder | None)
 
 
 def _config_found(config: PretrainedConfig, view: View) -> PretrainedConfig:
-    """Return the config of the family for a cut model; no class of megakd says other shapes."""
-    kind, architecture = config.model_type, architecture_of(config)
-    found = architecture.found_units(config)
-    cut = copy.deepcopy(config)
-    parts = ("heads", found.heads, view.heads), ("neurons", found.neurons, view.neurons)
+    """Return the config of a cut model outside of the table: the family's, where it can state it.
+
+    Else the config lists the maps that are narrower, for the class that is stored with the model.
+    """
+    architecture, cut = architecture_of(config), copy.deepcopy(config)
+    heads, neurons, blocks = architecture.found_units(config)
+    parts = ("heads", heads, view.heads), ("neurons", neurons, view.neurons)
     for name, cuttable, counts in parts:
         shares = {
-            (kept, units.total)
-            for kept, units in zip(counts, cuttable.layers, strict=True)
+            (count, units.total)
+            for count, units in zip(counts, cuttable.layers, strict=True)
             if units is not None
         }
-        if all(kept == count for kept, count in shares):
+        if all(count == whole for count, whole in shares):
             continue
-        if len(shares) != 1 or (0 in next(iter(shares))):
+        why = "the layers keep different numbers"
+        if len(shares) == 1 and 0 not in next(iter(shares)):
+            ((count, _),) = shares
+            why = "its config has no key that states the number alone"
+            try:
+                if cuttable.keys:
+                    cut = with_units(cut, cuttable, next(filter(None, cuttable.layers)), count)
+                    continue
+            except (StrictDataclassError, ValueError) as error:
+                why = one_line(error)
+        is_narrow = cuttable.is_narrow and all(u is None or u.is_of_maps for u in cuttable.layers)
+        if not is_narrow or (name == "heads" and 0 in {count for count, _ in shares}):
             raise ModelError(
-                f"a {kind} model cannot keep {counts} {name} in its layers: its config states one "
-                "number for all of them; keep the same number, at least 1, in all layers, such as "
-                "with method.allocation: uniform"
+                f"a {config.model_type} model cannot keep {counts} {name} in its layers: {why}; "
+                "keep the same number, at least 1, in all layers, such as with "
+                "method.allocation: uniform"
             )
-        ((kept, count),) = shares
-        units = next(filter(None, cuttable.layers))
-        try:
-            cut = with_units(cut, cuttable, units, kept)
-        except (StrictDataclassError, ValueError) as error:
-            raise ModelError(
-                f"the config of a {kind} model cannot state {kept} of {count} {name} in every "
-                f"layer: {one_line(error)}"
-            ) from error
+        narrow = narrow_maps(cut) or {"blocks": blocks, "layers": [{} for _ in counts]}
+        for maps, units, count in zip(narrow["layers"], cuttable.layers, counts, strict=True):
+            maps.update({} if units is None else units.narrow_maps(count))
+        setattr(cut, NARROW, narrow)
     return cut
 
 

@@ -25,10 +25,10 @@ from megakd.config.task import TaskConfig
 from megakd.contract.tasks import LANGUAGE_TASKS
 from megakd.engine.sharding import sharded_construction
 from megakd.errors import ModelError, one_line
-from megakd.models.architectures import AUTO_CLASSES, context_length
-from megakd.models.own_models import register_own_models
+from megakd.models.architectures import context_length
 from megakd.models.quantized import method_of
 from megakd.models.source import ModelSource
+from megakd.models.valueless import new_model
 from megakd.models.weights import Conversion, StoredTensor, WeightReader
 
 if TYPE_CHECKING:
@@ -269,12 +269,10 @@ def build_empty(
     source: ModelSource, task: TaskConfig, config: PretrainedConfig, dtype: torch.dtype
 ) -> PreTrainedModel:
     """Build the model without parameter values; its buffers, such as rotary tables, are valid."""
-    register_own_models()
+    trusted = source.trust_remote_code
     try:
         with initialization.no_init_weights():
-            model = AUTO_CLASSES[task.type].from_config(
-                copy.deepcopy(config), dtype=dtype, trust_remote_code=source.trust_remote_code
-            )
+            model = new_model(config, task.type, dtype=dtype, trust_remote_code=trusted)
     except (ValueError, TypeError, KeyError, AttributeError, AssertionError, ImportError) as error:
         raise ModelError(
             f"{source.where}: a {config.model_type} model cannot be built from this config: "

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
@@ -18,32 +17,16 @@ from megakd.contract.tasks import TaskType
 from megakd.contract.views import View, evenly_spaced, most_important
 from megakd.engine.sharding import sharded_construction
 from megakd.errors import ModelError, one_line
-from megakd.models.architectures import (
-    HEAD_COLUMNS,
-    HEAD_COUNTS,
-    NEURON_COUNTS,
-    Architecture,
-    content_key,
-)
+from megakd.models.architectures import Architecture, content_key
+from megakd.models.config_of_layers import config_with_layers
 from megakd.models.fitting import as_in_model
-from megakd.models.own_models import register_own_models
-from megakd.models.small_copy import TOKENS, built, logits_of, small_copies
+from megakd.models.small_copy import TOKENS, copy_that_runs, logits_of
 from megakd.models.source import ModelSource
 from megakd.models.structure import UNRELATED, architecture_of, task_of
+from megakd.models.valueless import new_model
 from megakd.models.weights import StoredTensor
 
 T = TypeVar("T")
-_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
-_COUNTS_OF_DECODERS = ("decoder_layers", "encoder_layers")
-"""Config keys of the number of layers; those of a decoder of an encoder-decoder come in pairs."""
-_AND_MORE = (HEAD_COUNTS, NEURON_COUNTS, HEAD_COLUMNS)
-"""Config keys that list a value per layer, followed by values for parts outside the layers."""
-_FIRST = ("first_k_dense_replace", "num_dense_layers")
-"""Config keys of the number of first layers that differ from the others."""
-_NUMBERS = re.compile(r"layer|block|idx|index|indices")
-"""In names of config keys that may list layers by their numbers, from 0."""
-_NOT_OF_LAYERS = re.compile(r"^mtp_|token|architectures|languages|_multipliers$|_limit$|_section$")
-"""In names of config keys that list something else, perhaps as many values as there are layers."""
 _OF_ALL_LAYERS = "relative_attention_bias"
 """T5's position bias, which is always stored in the first layer."""
 
@@ -81,7 +64,7 @@ def _stored_with_layers(
     if architecture.is_found and stored:
         # A file may have other names than the model, which transformers changes while it loads.
         with torch.device("meta"), sharded_construction(None, torch.float32):
-            whole = built(copy.deepcopy(source.config), _task(source.config), None)
+            whole = new_model(source.config, _task(source.config))
         stored, _ = as_in_model(whole, stored, whole.state_dict())
     rename = renumbering(architecture, numbers)
     for name, tensor in stored.items():
@@ -130,32 +113,34 @@ def _difference(
     config: PretrainedConfig, architecture: Architecture, numbers: Sequence[int]
 ) -> str | None:
     # How the smaller model differs from what the larger one is without its other layers.
-    register_own_models()
     task, left = _task(config), {*range(1, architecture.number_of_layers(config) + 1)} - {*numbers}
-    for whole in small_copies(config, task, tokens=TOKENS):
-        try:
-            for number in left:
-                block = architecture.block_of(whole, number)
-                block.register_forward_hook(passed_by, with_kwargs=True)
-            expected = logits_of(whole, TOKENS)
-            fewer = config_with_layers(whole.config, architecture, sorted(numbers))
-            with TemporaryDirectory() as folder:  # a file may say less than the config in memory
-                fewer.save_pretrained(folder)
-                fewer = type(fewer).from_pretrained(folder)
-            smaller = built(fewer, task, None)
-            rename = renumbering(architecture, sorted(numbers))
-            named = ((rename(name), value) for name, value in whole.state_dict().items())
-            state = {name: value for name, value in named if name is not None}
-            lacking, unused = smaller.load_state_dict(state, strict=False)
-            if lacking or unused:
-                return f"its weights are others (such as {[*lacking, *unused][0]})"
-            actual = logits_of(smaller, TOKENS)
-        except Exception as error:  # noqa: BLE001 - any model may fail in its own way
-            return one_line(error)[:200]
-        if not (actual - expected).abs().max() <= 1e-5 * expected.abs().max():
-            return "its outputs are not those of the whole model with the other layers passed by"
-        return None
-    return None if not architecture.is_found else "no small copy of it runs, which would show it"
+    whole = copy_that_runs(config, task, tokens=TOKENS)
+    if whole is None:
+        return (
+            None if not architecture.is_found else "no small copy of it runs, which would show it"
+        )
+    try:
+        for number in left:
+            block = architecture.block_of(whole, number)
+            block.register_forward_hook(passed_by, with_kwargs=True)
+        expected = logits_of(whole, TOKENS)
+        fewer = config_with_layers(whole.config, architecture, sorted(numbers))
+        with TemporaryDirectory() as folder:  # a file may say less than the config in memory
+            fewer.save_pretrained(folder)
+            fewer = type(fewer).from_pretrained(folder)
+        smaller = new_model(fewer, task, dtype=torch.float32).eval()
+        rename = renumbering(architecture, sorted(numbers))
+        named = ((rename(name), value) for name, value in whole.state_dict().items())
+        state = {name: value for name, value in named if name is not None}
+        lacking, unused = smaller.load_state_dict(state, strict=False)
+        if lacking or unused:
+            return f"its weights are others (such as {[*lacking, *unused][0]})"
+        actual = logits_of(smaller, TOKENS)
+    except Exception as error:  # noqa: BLE001 - any model may fail in its own way
+        return one_line(error)[:200]
+    if not (actual - expected).abs().max() <= 1e-5 * expected.abs().max():
+        return "its outputs are not those of the whole model with the other layers passed by"
+    return None
 
 
 def _numbers(
@@ -213,88 +198,6 @@ class PassedBy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
         return gradients[0], torch.zeros_like(gradients[0])
-
-
-def config_with_layers(
-    config: PretrainedConfig, architecture: Architecture, numbers: Sequence[int]
-) -> PretrainedConfig:
-    """Return a copy of a config with some of its layers, counted from 1, in the given order.
-
-    Every list with a value per layer is cut along, and layers that a list or a dictionary names by
-    number have their new numbers.
-
-    Raises:
-        ModelError: the class of the config refuses the values.
-    """
-    count = architecture.number_of_layers(config)
-    if [*numbers] == [*range(1, count + 1)]:
-        return copy.deepcopy(config)
-    values = config.to_dict()
-    places = {number - 1: place for place, number in enumerate(numbers)}
-    _cut_values(values, config, count, places)
-    if "attention_types" in values:  # of GPT-Neo, which makes the list of layers from these
-        kinds = getattr(config, "attention_layers", ())
-        values["attention_types"] = [[[kinds[number]], 1] for number in places]
-    for key in _AND_MORE:
-        listed = getattr(config, key, None)
-        if listed:
-            values[key] = [*(listed[n - 1] for n in numbers), *listed[count:]]
-    try:
-        return type(config).from_dict(values)
-    except Exception as error:  # each class checks its values in its own way
-        raise ModelError(
-            f"the config of a {config.model_type} model cannot have the layers {[*numbers]} alone: "
-            f"{one_line(error)}"
-        ) from error
-
-
-def _cut_values(
-    values: dict[Any, Any], config: PretrainedConfig | None, count: int, places: Mapping[int, int]
-) -> None:
-    # `places`: by the number of a layer that stays, from 0, its new number, in the new order.
-    for key, value in values.items():
-        name = str(key)
-        if name in (*_COUNTS, *_COUNTS_OF_DECODERS) and value == count:
-            values[key] = len(places)
-        elif name in _FIRST and isinstance(value, int):
-            values[key] = sum(number < value for number in places)
-        elif isinstance(value, list | tuple) and not _NOT_OF_LAYERS.search(name):
-            values[key] = _cut_list(name, value, count, places)
-        elif isinstance(value, dict) and _is_by_number(name, value, count):
-            by_number = {int(number): one for number, one in value.items()}
-            stay = [number for number in places if number in by_number]
-            values[key] = {places[number]: by_number[number] for number in stay}
-        elif isinstance(value, dict):
-            part = getattr(config, name, None)
-            if not _is_another_model(part, config):
-                _cut_values(value, part, count, places)
-
-
-def _cut_list(name: str, value: Sequence[Any], count: int, places: Mapping[int, int]) -> list[Any]:
-    numbers = [one for one in value if type(one) is int and 0 <= one < count]
-    is_rising = numbers == sorted({*numbers}) and len(numbers) == len(value) > 0
-    if is_rising and _NUMBERS.search(name):
-        return sorted(places[number] for number in numbers if number in places)
-    if len(value) == count:
-        return [value[number] for number in places]
-    nested = (isinstance(one, list | tuple) and len(one) == count for one in value)
-    if value and all(nested):
-        return [[one[number] for number in places] for one in value]
-    return [*value]
-
-
-def _is_by_number(name: str, value: Mapping[Any, Any], count: int) -> bool:
-    return bool(value and _NUMBERS.search(name)) and all(
-        str(number).isdecimal() and int(number) < count for number in value
-    )
-
-
-def _is_another_model(part: Any, config: PretrainedConfig | None) -> bool:
-    # Whether a part of a config is the config of another model, such as one of images.
-    if not isinstance(part, PretrainedConfig) or config is None:
-        return False
-    has_layers = any(getattr(part, key, None) is not None for key in _COUNTS)
-    return has_layers and part is not config.get_text_config()
 
 
 def renumbering(architecture: Architecture, numbers: Sequence[int]) -> Callable[[str], str | None]:

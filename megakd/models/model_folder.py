@@ -21,8 +21,16 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from megakd.data.encoding import save_tokenizer
 from megakd.errors import ModelError
-from megakd.models.architectures import context_length
+from megakd.models.architectures import (
+    AUTO_CLASSES,
+    NARROW,
+    class_for,
+    class_name,
+    context_length,
+    narrow_maps,
+)
 from megakd.models.generation import generation_of
+from megakd.models.modeling import modeling_cut
 from megakd.models.own_models import OWN_MODELS
 from megakd.models.weights import (
     DTYPES,
@@ -89,8 +97,8 @@ def write_model_folder(folder: Path, model: ModelContent) -> None:
 def fill_model_folder(folder: Path, model: ModelContent) -> None:
     """Write the files of `write_model_folder` into a folder that the caller seals."""
     fill_serving_folder(folder, model)
-    if model.config.model_type in OWN_MODELS:
-        file = OWN_MODELS[model.config.model_type].file
+    file = file_of_code(model.config)
+    if file is not None:
         shutil.copyfile(file, folder / file.name)
     if model.tokenizer is not None:
         save_tokenizer(model.tokenizer, folder, context=context_length(model.config))
@@ -235,10 +243,18 @@ def write_weights_as(dtype: torch.dtype, source: Path, folder: Path) -> None:
     write_json(folder / CONFIG, {**keys, "dtype": str(dtype).removeprefix("torch.")})
 
 
+def file_of_code(config: PretrainedConfig) -> Path | None:
+    """Return the file with the class of a model that transformers lacks; None: it has the class."""
+    if narrow_maps(config) is not None:
+        return Path(modeling_cut.__file__)
+    ours = OWN_MODELS.get(config.model_type)
+    return None if ours is None else ours.file
+
+
 def brings_code(folder: Path) -> bool:
     """Return true if transformers needs `trust_remote_code` and a file of the folder to load it."""
     keys = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    return keys["model_type"] in OWN_MODELS
+    return keys["model_type"] in OWN_MODELS or NARROW in keys
 
 
 def needs_5(folder: Path) -> bool:
@@ -276,16 +292,19 @@ def _write_config(folder: Path, model: ModelContent, dtype: torch.dtype) -> None
     config.dtype = dtype
     if model.architecture is not None:
         config.architectures = [model.architecture]
-    ours = OWN_MODELS.get(config.model_type)
+    ours, file = OWN_MODELS.get(config.model_type), file_of_code(config)
+    stock = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    decoder = ours.models.get("AutoModelForCausalLM") if ours else class_for(config, "causal_lm")
     if ours is not None:
         config.auto_map = ours.auto_map
+    elif file is not None:
+        names = {auto.__name__: class_name(config, task) for task, auto in AUTO_CLASSES.items()}
+        config.auto_map = {auto: f"{file.stem}.{name}" for auto, name in names.items() if name}
     else:  # of the folder that the config was read from, whose files of code are not copied
         vars(config).pop("auto_map", None)
     # save_pretrained refuses the generation keys that older configs on the Hub carry.
     keys = json.loads(config.to_json_string())
     write_json(folder / CONFIG, {**keys, **rotary_keys_of_4(keys)})
-    decoder = ours.models.get("AutoModelForCausalLM") if ours else None
-    stock = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     if (decoder.__name__ if decoder else stock) in (config.architectures or ()):
         settings = generation_of(config, model.tokenizer)
         settings.to_json_file(folder / "generation_config.json")

@@ -91,7 +91,8 @@ def register_own_models() -> None:
 def own_class(name: str) -> type[PreTrainedModel] | None:
     """Return megakd's model class of this name, or None."""
     classes = (cls for model in OWN_MODELS.values() for cls in model.models.values())
-    return next((cls for cls in classes if cls.__name__ == name), None)
+    narrow = getattr(modeling_cut, name, None) if name.startswith("Narrow") else None
+    return next((cls for cls in classes if cls.__name__ == name), narrow)
 
 
 def class_of(config: PretrainedConfig, where: str) -> type[PreTrainedModel]:

@@ -8,7 +8,6 @@ of any other model decides.
 
 from __future__ import annotations
 
-import copy
 import logging
 import weakref
 from collections.abc import Callable, Sequence
@@ -26,7 +25,7 @@ from megakd.data.collation import documents_of
 from megakd.errors import ModelError
 from megakd.models.architectures import ARCHITECTURES, content_key
 from megakd.models.packed_attention import VARLEN, register_packed_attention
-from megakd.models.small_copy import logits_of, small_copies
+from megakd.models.small_copy import copy_that_runs, logits_of
 from megakd.models.source import ModelSource
 from megakd.models.structure import architecture_of
 
@@ -38,12 +37,6 @@ DOCUMENTS = (9, 12)
 """Tokens of the two documents of the row that decides."""
 LARGEST_DIFFERENCE = 1e-5
 """Of logits, as a part of the largest; where documents mix it is above 1e-3."""
-WINDOW = 8
-"""Positions of a window or a chunk in the copy: fewer than in a document."""
-WINDOWS = (
-    *("sliding_window", "attention_chunk_size", "attention_window_size", "window_size"),
-    *("local_attention", "chunk_size", "mamba_chunk_size"),
-)
 Inputs = Callable[[], dict[str, Any]]
 # Keys of a config that do not change how its model mixes tokens.
 _UNRELATED = ("vocab_size", "dtype", "_name_or_path", "architectures", "use_cache")
@@ -59,7 +52,7 @@ def packing_of(config: PretrainedConfig, attention: str | None) -> Packing:
     Raises:
         ModelError: the model does not even compute a padded text as it computes it alone.
     """
-    if config.model_type in ARCHITECTURES and not architecture_of(config).is_found:
+    if config.model_type in ARCHITECTURES and architecture_of(config).is_listed:
         is_apart = _takes_boundaries(attention) or architecture_of(config).masks_documents
         return "positions" if is_apart else "masks_by_type"
     known = _BY_CONFIG.get((id(config), attention))
@@ -85,15 +78,11 @@ def _takes_boundaries(attention: str | None) -> bool:
 
 
 def _packing_tried(config: PretrainedConfig, attention: str | None) -> Packing:
-    small: Any = copy.deepcopy(config)
-    for key in WINDOWS:
-        if isinstance(vars(small).get(key), int):
-            setattr(small, key, WINDOW)
     # An attention that takes boundaries lacks parts of others, such as sinks: theirs is right.
     takes_boundaries = _takes_boundaries(attention)
     chosen = None if takes_boundaries else attention
     tokens, positions = _tokens(), _positions()
-    model = next(small_copies(small, "causal_lm", tokens=tokens, attention=chosen), None)
+    model = copy_that_runs(config, "causal_lm", tokens=tokens, attention=chosen)
     if model is None:
         return "apart"
     with torch.no_grad():

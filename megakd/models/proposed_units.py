@@ -37,12 +37,23 @@ class Units(NamedTuple):
     parts: Parts
     form: str
 
+    @property
+    def is_of_maps(self) -> bool:
+        """True: no weight outside of the maps has rows of the units."""
+        return {name.rpartition(".")[0] for name in self.parts} == {*self.makers, self.output}
+
+    def narrow_maps(self, count: int) -> dict[str, tuple[int | None, int | None]]:
+        """Return the inputs and outputs of the maps with fewer units; None: those of all units."""
+        rows = {path: count * sum(self.parts[f"{path}.weight"][1]) for path in self.makers}
+        of_output = count * sum(self.parts[f"{self.output}.weight"][1])
+        return {path: (None, n) for path, n in rows.items()} | {self.output: (of_output, None)}
+
 
 class Cuttable(NamedTuple):
     """The units of one kind that a model can lose.
 
     layers: by layer; None: the layer has no such units, or they cannot go.
-    keys: of the config, whose numbers shrink with the units.
+    keys: of the config, whose numbers shrink with the units; none: no config states fewer.
     head_width: key of the config that then states the width of heads; None: none has to.
     is_narrow: the modules between the maps take fewer units as they are; else they take zeros.
     uncut: reason why no units can go; None: some can.
@@ -148,21 +159,20 @@ def propose_neurons(layer: nn.Module, config: Any) -> list[Units]:
     }
     pairs: list[tuple[tuple[str, ...], str, int, int]] = []
     for down, (count, out) in sizes.items():
-        if out != width or count == width:
-            continue
         fitting = {
             path: rows // count
             for path, (inputs, rows) in sizes.items()
-            if inputs == width and rows in (count, 2 * count) and path != down
+            if out == inputs == width and rows in (count, 2 * count) and path != down
         }
         near = {path: n for path, n in fitting.items() if _parent(path) == _parent(down)}
         makers = near or {p: n for p, n in fitting.items() if not _is_in_others(p, down, sizes)}
         if makers and len({*makers.values()}) == 1:
             pairs.append((tuple(makers), down, count, next(iter(makers.values()))))
-    if len(pairs) != 1:
+    # Square maps may be anything, and are read as a feed-forward only where nothing else is one.
+    oblong = [pair for pair in pairs if pair[2] != width]
+    if len(oblong) > 1:
         return []
-    makers, down, count, fused = pairs[0]
-    forms = {"blocks": (1,) * fused, "in turns": (fused,)}
+    forms = {"blocks": lambda fused: (1,) * fused, "in turns": lambda fused: (fused,)}
     return [
         Units(
             total=count,
@@ -170,10 +180,12 @@ def propose_neurons(layer: nn.Module, config: Any) -> list[Units]:
             output=down,
             core=_parent(down),
             width=1,
-            parts=_parts_of(layer, dict.fromkeys(makers, blocks), down, 1),
+            parts=_parts_of(layer, dict.fromkeys(makers, blocks(fused)), down, 1),
             form=form,
         )
-        for form, blocks in (forms if fused > 1 else {"blocks": (1,)}).items()
+        for makers, down, count, fused in oblong or pairs
+        for form, blocks in forms.items()
+        if fused > 1 or form == "blocks"
     ]
 
 

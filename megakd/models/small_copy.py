@@ -1,25 +1,24 @@
-"""A small copy of a model, with all its layers and random weights, whose function is looked at."""
+"""A small copy of a model with random weights, whose function decides what can be done with it."""
 
 from __future__ import annotations
 
 import copy
-import logging
-from collections.abc import Collection, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from megakd.contract.tasks import TaskType
-from megakd.models.architectures import AUTO_CLASSES
-from megakd.models.valueless import is_remote, no_cache
+from megakd.errors import one_line
+from megakd.models.architectures import NARROW, stated
+from megakd.models.valueless import new_model, no_cache, without_values
 from megakd.process.seeding import cpu_seeded
 
-logger = logging.getLogger(__name__)
-SMALL = {
+SIZES = {
     "hidden_size": 64,
-    "intermediate_size": 128,
+    "intermediate_size": 112,  # no multiple of the width
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,
@@ -35,83 +34,94 @@ SMALL = {
     **dict.fromkeys(("num_heads", "mamba_n_heads", "mamba_num_heads"), 8),
     **dict.fromkeys(("mamba_d_head", "mamba_head_dim"), 16),
     "mamba_d_ssm": 128,
-    "mamba_chunk_size": 8,
-    "chunk_size": 8,
-    # Windows are narrower than the row, so that layers with and without one differ.
-    "sliding_window": 8,
-    "attention_chunk_size": 8,
-    "local_attention": 8,
-    "window_size": 8,
     "pad_token_id": 1,  # no token of a copy is below 5; some families count positions from it
 }
-"""Sizes of a small copy; a family that refuses some of them has its own, in the order below."""
-LEFT_AS_THEY_ARE = (
-    (),
-    ("head_dim",),
-    ("head_dim", "num_key_value_heads"),
-    ("head_dim", "num_key_value_heads", "intermediate_size"),
-    tuple(SMALL),
+"""Sizes of a small copy; a family that refuses some of them has others, see `small_configs`."""
+WINDOW = 8
+"""Positions of a window or a chunk: fewer than in a row, so that layers with and without differ."""
+WINDOWS = (
+    *("sliding_window", "attention_chunk_size", "attention_window_size", "window_size"),
+    *("local_attention", "chunk_size", "mamba_chunk_size"),
 )
-_HEADS = ("attention", "key_value")
-LARGEST = 300_000_000
+LARGEST = 100_000_000
 """Most weights of a copy."""
 NOISE = 0.05
 """Of random weights: those of a new model hardly mix tokens, and its norms are all alike."""
 TOKENS = 5 + torch.arange(24)[None] * 7 % 400
 """A row without special tokens."""
+T = TypeVar("T")
 
 
-def small_copies(
-    config: PretrainedConfig, task: TaskType, *, tokens: Tensor, attention: str | None = None
-) -> Iterator[PreTrainedModel]:
-    """Yield the first small copy that computes logits of the tokens; nothing if none does."""
-    for left in LEFT_AS_THEY_ARE:
-        try:
-            small = _small(config, left)
-            with torch.device("meta"):
-                empty = built(small, task, attention)
-            if sum(weight.numel() for weight in empty.parameters()) > LARGEST:
-                continue
-            with cpu_seeded(0), torch.no_grad():
-                model = built(small, task, attention)
-                disturb(model)
-                logits_of(model, tokens)
-        except Exception as error:  # noqa: BLE001 - a family may refuse sizes in its own way
-            logger.debug("no copy without %s: %s", left, error)
-            continue
-        yield model
-        return
+def small_configs(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
+    """Yield configs of small copies, the smallest first; their model may refuse some of them."""
+    queries, keys = (getattr(config, f"num_{of}_heads", None) for of in ("attention", "key_value"))
+    sizes = dict(SIZES)
+    if keys is not None:
+        sizes["num_key_value_heads"] = 4 if keys == queries else min(keys, 2)
+    yield _with_sizes(config, sizes)
+    del sizes["head_dim"]
+    yield _with_sizes(config, sizes)
+    # Sections of rotary positions may have to fill a head.
+    width = (stated(config, "hidden_size") or 64) // (queries or 1)
+    yield _with_sizes(config, {**sizes, "hidden_size": 4 * width, "intermediate_size": 7 * width})
+    less = ("num_key_value_heads", "intermediate_size")
+    yield _with_sizes(config, {key: size for key, size in sizes.items() if key not in less})
+    yield _with_sizes(config, {})
 
 
-def _small(config: PretrainedConfig, left: Collection[str]) -> PretrainedConfig:
+def _with_sizes(config: PretrainedConfig, sizes: Mapping[str, int]) -> PretrainedConfig:
     small: Any = copy.deepcopy(config)
-    queries, keys = (getattr(config, f"num_{kind}_heads", None) for kind in _HEADS)
-    for key, size in SMALL.items():
-        if key not in left and getattr(small, key, None) is not None:
+    vars(small).pop(NARROW, None)
+    for key, size in {**sizes, **dict.fromkeys(WINDOWS, WINDOW)}.items():
+        is_computed = isinstance(getattr(type(small), key, None), property)
+        if not is_computed and stated(small, key) is not None:
             setattr(small, key, size)
-    if keys is not None and queries == keys and "num_key_value_heads" not in left:
-        small.num_key_value_heads = SMALL["num_attention_heads"]  # no head shares its keys
     return small
 
 
-def built(config: PretrainedConfig, task: TaskType, attention: str | None) -> PreTrainedModel:
-    """Build the model of a config for a task, in fp32 and without dropout."""
-    return (
-        AUTO_CLASSES[task]
-        .from_config(
-            config,
-            attn_implementation=attention,
-            dtype=torch.float32,
-            trust_remote_code=is_remote(config),
-        )
-        .eval()
-    )
+def first_copy(
+    config: PretrainedConfig, task: TaskType, make: Callable[[PretrainedConfig], T]
+) -> tuple[T | None, str]:
+    """Return what `make` returns for the first config of a small copy that it does not refuse.
+
+    Returns:
+        It, or None if all are refused or too large, and the reason for the last one.
+    """
+    failed = "it has none"
+    for small in small_configs(config):
+        try:
+            weights = without_values(small, task).parameters()
+            if sum(weight.numel() for weight in weights) <= LARGEST:
+                return make(small), ""
+            failed = "it is too large"
+        except Exception as error:  # noqa: BLE001 - a family may refuse sizes in its own way
+            failed = one_line(error)
+    return None, failed
 
 
-def disturb(model: PreTrainedModel) -> None:
-    """Add noise to all weights of a new model."""
-    for weight in model.parameters():
-        weight.add_(torch.randn_like(weight), alpha=NOISE)
+def copy_that_runs(
+    config: PretrainedConfig, task: TaskType, *, tokens: Tensor, attention: str | None = None
+) -> PreTrainedModel | None:
+    """Return the first small copy that computes logits of the tokens in fp32; None: none does."""
+
+    def running(small: PretrainedConfig) -> PreTrainedModel:
+        model = new_copy(small, task, dtype=torch.float32, attention=attention)
+        with torch.no_grad():
+            logits_of(model, tokens)
+        return model
+
+    return first_copy(config, task, running)[0]
+
+
+def new_copy(
+    config: PretrainedConfig, task: TaskType, *, dtype: torch.dtype, attention: str | None
+) -> PreTrainedModel:
+    """Build the model of a config for a task, always with the same random weights."""
+    with cpu_seeded(0), torch.no_grad():
+        model = new_model(config, task, dtype=dtype, attn_implementation=attention)
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight), alpha=NOISE)
+    return model.eval()
 
 
 def logits_of(model: PreTrainedModel, tokens: Tensor, **inputs: Tensor) -> Tensor:

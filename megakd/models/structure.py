@@ -153,16 +153,9 @@ def find_architecture(config: PretrainedConfig, task: TaskType) -> Architecture:
         if name != top and next(part.parameters(), None) is not None
     ]
     poolers = [f"{top}.{n}" for n, _ in model.get_submodule(top).named_children() if n == "pooler"]
-    entry = ARCHITECTURES.get(kind)
-    if entry is None or task not in entry.tasks:
-        entry = Architecture(
-            model_type=kind,
-            tasks=(task,),
-            embeddings=(embeddings or "").removeprefix(f"{inner}."),
-            find_units=units_of,
-        )
     if layers is not None and not _reads_states(seen, inner, f"{layers}.0"):
         layers = None
+    entry = _entry_of(kind, task, (embeddings or "").removeprefix(f"{inner}."))
     architecture = replace(
         entry,
         layers=entry.layers if key in (None, "num_hidden_layers") else key,
@@ -175,6 +168,13 @@ def find_architecture(config: PretrainedConfig, task: TaskType) -> Architecture:
     if task not in LANGUAGE_TASKS:
         return architecture
     return _with_head(architecture, model, seen)
+
+
+def _entry_of(kind: str, task: TaskType, embeddings: str) -> Architecture:
+    entry = ARCHITECTURES.get(kind)
+    if entry is not None and task in entry.tasks:
+        return replace(entry, find_units=units_of) if entry.finds_units else entry
+    return Architecture(model_type=kind, tasks=(task,), embeddings=embeddings, find_units=units_of)
 
 
 class Seen(NamedTuple):

@@ -17,24 +17,11 @@ from transformers import PretrainedConfig
 
 from megakd.contract.tasks import TaskType
 from megakd.contract.views import Kind
-from megakd.errors import one_line
-from megakd.models.architectures import ROUTES_TOKENS, Architecture, content_key
-from megakd.models.proposed_units import (
-    PROPOSALS,
-    WITH_OTHERS,
-    Cuttable,
-    FoundUnits,
-    Units,
-    propose_heads,
-)
-from megakd.models.units_copy import (
-    LARGEST,
-    SmallCopy,
-    signature_of,
-    small_sizes,
-    stay,
-    with_fewer_layers,
-)
+from megakd.models.architectures import ROUTES_TOKENS, Architecture, content_key, narrow_maps
+from megakd.models.config_of_layers import config_with_layers
+from megakd.models.proposed_units import PROPOSALS, WITH_OTHERS, Cuttable, FoundUnits, Units
+from megakd.models.small_copy import first_copy
+from megakd.models.units_copy import SmallCopy, signature_of, stay
 from megakd.models.valueless import without_values
 
 KINDS: tuple[Kind, Kind] = ("heads", "neurons")
@@ -75,22 +62,45 @@ def find_units(config: Any, architecture: Architecture, task: TaskType) -> Found
     if architecture.blocks is None:
         no_list = Cuttable((), uncut="its layers are not found")
         return FoundUnits(no_list, no_list, "")
+    narrow = narrow_maps(config)
+    if narrow is not None:
+        whole = copy.deepcopy(config)
+        del whole.narrow
+        return _with_fewer(find_units(whole, architecture, task), narrow)
     blocks = f"{architecture.backbone}.{architecture.blocks}"
     layers = _layers(config, task, blocks)
     signatures = [signature_of(layer) for layer in layers]
     count = 1 + max(signatures.index(signature) for signature in {*signatures})
-    decisions = _decided(config, task, blocks, max(count, min(2, len(layers))), layers)
+    decisions = _decided(config, architecture, blocks, max(count, min(2, len(layers))))
     cuttable: dict[Kind, Cuttable] = {}
     for kind in KINDS:
         decision = decisions[kind]
         pairs = zip(layers, signatures, strict=True)
         units = tuple(_as_decided(layer, of, config, kind, decision) for layer, of in pairs)
-        uncut = decision.uncut
-        if uncut is None and not _states_shapes(config, task, blocks, units, decision):
-            uncut = f"its config does not state fewer {kind}, unlike that of a small copy"
+        keys, head_width, is_narrow, uncut = decision[2:]
+        if uncut is None and not any(units):
+            uncut = f"its layers have no {kind} by shape and name, unlike those of a small copy"
+        elif keys and not _states_shapes(config, task, blocks, units, decision):
+            keys = ()
+            if not (is_narrow and all(one is None or one.is_of_maps for one in units)):
+                uncut = f"its config does not state fewer {kind}, unlike that of a small copy"
         units = units if uncut is None else (None,) * len(units)
-        cuttable[kind] = Cuttable(units, *decision[2:5], uncut)
+        cuttable[kind] = Cuttable(units, keys, head_width, is_narrow, uncut)
     return FoundUnits(cuttable["heads"], cuttable["neurons"], blocks)
+
+
+def _with_fewer(found: FoundUnits, narrow: Mapping[str, Any]) -> FoundUnits:
+    def fewer(units: Units | None, maps: Mapping[str, Sequence[int | None]]) -> Units | None:
+        if units is None or units.output not in maps:
+            return units
+        inputs, _ = maps[units.output]
+        return units._replace(total=(inputs or 0) // sum(units.parts[f"{units.output}.weight"][1]))
+
+    heads, neurons = (
+        of_kind._replace(layers=tuple(map(fewer, of_kind.layers, narrow["layers"])), keys=())
+        for of_kind in (found.heads, found.neurons)
+    )
+    return FoundUnits(heads, neurons, found.blocks)
 
 
 def _layers(config: PretrainedConfig, task: TaskType, blocks: str) -> list[nn.Module]:
@@ -134,47 +144,37 @@ def _as_decided(
     form = decision.forms.get(signature)
     if form is None:
         return None
-    readings = [units for units in PROPOSALS[kind](layer, config)
-                if units.form == form.removesuffix(WITH_OTHERS)]  # fmt: skip
+    names = decision.names[signature]
+    form = form.removesuffix(WITH_OTHERS)
+    readings = [
+        units
+        for units in PROPOSALS[kind](layer, config)
+        if units.form == form and (*units.parts,) == names[: len(units.parts)]
+    ]
     if not readings:
         return None
     (units,) = readings
     shapes = {name: weight.shape for name, weight in layer.named_parameters()}
-    parts = {
-        name: units.parts.get(name, (0, (shapes[name][0] // units.total,)))
-        for name in decision.names[signature]
-    }
-    return units._replace(parts=parts, form=form)
+    parts = {name: units.parts.get(name, (0, (shapes[name][0] // units.total,))) for name in names}
+    return units._replace(parts=parts, form=decision.forms[signature])
 
 
 def _decided(
-    config: Any, task: TaskType, blocks: str, count: int, layers: Sequence[nn.Module]
+    config: Any, architecture: Architecture, blocks: str, count: int
 ) -> dict[Kind, Decision]:
-    heads = next((read[0] for layer in layers if (read := propose_heads(layer, config))), None)
-    width = heads.width if heads else config.hidden_size
-    fewer, failed = with_fewer_layers(config, count), "it has none"
-    for sizes in small_sizes(config, width):
-        small = copy.deepcopy(fewer)
-        try:
-            for key, size in sizes.items():
-                fixed = getattr(type(small), key, None)  # a property computes it
-                if not isinstance(fixed, property) and getattr(small, key, None) is not None:
-                    setattr(small, key, size)
-            key = content_key(small, task, without=())
-            if key in _OF_COPIES:
-                return _OF_COPIES[key]
-            empty = without_values(small, task)
-            if sum(weight.numel() for weight in empty.parameters()) > LARGEST:
-                failed = "it is too large"
-                continue
+    (task,) = architecture.tasks
+
+    def decided(small: PretrainedConfig) -> dict[Kind, Decision]:
+        key = content_key(small, task, without=())
+        if key not in _OF_COPIES:
             copied = SmallCopy(small, task, blocks, count)
-        except Exception as error:  # noqa: BLE001 - a family may refuse sizes in its own way
-            failed = one_line(error)
-            continue
-        _OF_COPIES[key] = {kind: decide(copied, kind) for kind in KINDS}
+            _OF_COPIES[key] = {kind: decide(copied, kind) for kind in KINDS}
         return _OF_COPIES[key]
+
+    fewer = config_with_layers(config, architecture, range(1, count + 1))
+    decisions, failed = first_copy(fewer, task, decided)
     reason = f"no small copy of it runs, which decides ({failed})"
-    return dict.fromkeys(KINDS, Decision({}, {}, uncut=reason))
+    return decisions or dict.fromkeys(KINDS, Decision({}, {}, uncut=reason))
 
 
 def decide(copied: SmallCopy, kind: Kind) -> Decision:
@@ -224,7 +224,7 @@ def _holding(
 
 def _stated(copied: SmallCopy, kind: Kind, layers: Mapping[int, Units]) -> Decision:
     shapes = copied.cut_shapes(layers)
-    units = next(iter(layers.values()))
+    units, is_narrow = next(iter(layers.values())), copied.is_narrow(layers)
     for keys, head_width in candidates(copied.config, kind, units):
         stated = Decision({}, {}, keys, head_width)
         try:
@@ -233,12 +233,16 @@ def _stated(copied: SmallCopy, kind: Kind, layers: Mapping[int, Units]) -> Decis
             if {name: weight.shape for name, weight in empty.items()} != shapes:
                 continue
             if copied.is_exact(layers, config):
-                return stated._replace(is_narrow=copied.is_narrow(layers))
+                return stated._replace(is_narrow=is_narrow)
         except Exception:  # noqa: BLE001, S112 - a family may refuse sizes in its own way
             continue
         return Decision(
             {}, {}, uncut=f"a model of its class without some of its {kind} computes something else"
         )
+    if is_narrow and all(
+        units.is_of_maps for units in layers.values()
+    ):  # for a class that is stored with the model
+        return Decision({}, {}, is_narrow=True)
     more = ", and takes their width from that of the hidden states" if kind == "heads" else ""
     return Decision({}, {}, uncut=f"no key of its config states fewer {kind} alone{more}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,15 +13,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from megakd.contract.tasks import TaskType
 from megakd.errors import ModelError
-from megakd.models.architectures import AUTO_CLASSES
 from megakd.models.proposed_units import Blocks, Units
-from megakd.models.small_copy import disturb, logits_of
-from megakd.models.valueless import is_remote
-from megakd.process.seeding import cpu_seeded
+from megakd.models.small_copy import TOKENS, logits_of, new_copy
 
-LARGEST = 60_000_000
-"""Most weights of a small copy."""
-TOKENS = 12
 SAME = 1e-10
 """Largest difference of outputs, as a share of the largest output, in fp64."""
 
@@ -40,63 +33,20 @@ class InDouble(TorchFunctionMode):
         return func(*args, **{name: wider(value) for name, value in (kwargs or {}).items()})
 
 
-def small_sizes(config: Any, head_width: int) -> Iterator[dict[str, Any]]:
-    """Yield sizes of a small copy, the smallest first; a family may refuse some of them."""
-    queries = getattr(config, "num_attention_heads", None) or 1
-    keys = getattr(config, "num_key_value_heads", None)
-    sizes: dict[str, Any] = {
-        "vocab_size": 512,
-        "max_position_embeddings": 256,
-        "moe_intermediate_size": 32,
-        "hidden_size": 64,
-        "intermediate_size": 112,
-        "num_attention_heads": 4,
-        "head_dim": 16,
-        "mamba_chunk_size": 8,
-        "chunk_size": 8,
-        "pad_token_id": None,
-    }
-    if keys is not None:
-        sizes["num_key_value_heads"] = 4 if keys == queries else min(keys, 2)
-    yield sizes
-    yield {key: size for key, size in sizes.items() if key != "head_dim"}
-    wide = {**sizes, "hidden_size": 4 * head_width, "intermediate_size": 7 * head_width}
-    yield {key: size for key, size in wide.items() if key != "head_dim"}
-    less = ("head_dim", "num_key_value_heads", "intermediate_size")
-    yield {key: size for key, size in sizes.items() if key not in less}
-    yield {}
-
-
-def with_fewer_layers(config: Any, count: int) -> Any:
-    """Return a copy with the first layers, to which the lists with an entry per layer are cut."""
-    fewer, layers = copy.deepcopy(config), config.num_hidden_layers
-    for key, value in vars(config).items():
-        if isinstance(value, list | tuple) and len(value) == layers:
-            setattr(fewer, key, value[:count])
-    fewer.num_hidden_layers = count
-    return fewer
-
-
-def _built(config: PretrainedConfig, task: TaskType) -> PreTrainedModel:
-    model = AUTO_CLASSES[task].from_config(
-        copy.deepcopy(config),
-        attn_implementation="eager",
-        dtype=torch.float64,
-        trust_remote_code=is_remote(config),
-    )
+def _in_double(config: PretrainedConfig, task: TaskType) -> PreTrainedModel:
+    model = new_copy(config, task, dtype=torch.float64, attention="eager")
     if any(hasattr(type(part), "_apply_gate") for part in model.modules()):
         model.set_experts_implementation("eager")
-    return model.double().eval()
+    return model.double()
 
 
 def _outputs(model: PreTrainedModel) -> Tensor:
-    tokens = 5 + torch.arange(TOKENS)[None] * 7 % 400 % (model.config.vocab_size - 5)
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     torch.set_num_threads(1)  # convolutions in fp64 take seconds with several threads
     torch.set_default_dtype(torch.float64)
     try:
         with torch.no_grad(), InDouble():
-            return logits_of(model, tokens)
+            return logits_of(model, TOKENS)
     finally:
         torch.set_num_threads(threads)
         torch.set_default_dtype(dtype)
@@ -112,9 +62,7 @@ class SmallCopy:
     def __init__(self, config: Any, task: TaskType, blocks: str, layers: int) -> None:
         self.config, self._blocks = config, blocks
         self.task: TaskType = task
-        with cpu_seeded(0), torch.no_grad():
-            self.model = _built(config, task)
-            disturb(self.model)
+        self.model = _in_double(config, task)
         self.layers: Sequence[nn.Module] = [*self.model.get_submodule(blocks)]  # type: ignore[misc]
         # Before the forward, in which some models exchange their modules.
         self.signatures = [signature_of(layer) for layer in self.layers]
@@ -186,7 +134,7 @@ class SmallCopy:
             pass
         with self.with_rows(layers, stay):
             state = {name: value.clone() for name, value in self.model.state_dict().items()}
-        other = _built(config, self.task)
+        other = _in_double(config, self.task)
         other.load_state_dict(state)
         return _is_same(_outputs(other), expected)
 

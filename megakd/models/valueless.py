@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from inspect import signature
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from megakd.contract.tasks import TaskType
-from megakd.models.architectures import AUTO_CLASSES
+from megakd.models.architectures import AUTO_CLASSES, class_for, narrow_maps
 from megakd.models.own_models import register_own_models
 
 VALUELESS = torch.device("meta")
@@ -44,15 +44,24 @@ def is_remote(config: PretrainedConfig) -> bool:
     return type(config).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME)
 
 
+def new_model(config: PretrainedConfig, task: TaskType, **options: Any) -> PreTrainedModel:
+    """Build the model of a config for a task, on the current device.
+
+    Args:
+        options: of `from_config`, such as `dtype` and `attn_implementation`.
+    """
+    register_own_models()
+    if narrow_maps(config) is not None:
+        options.pop("trust_remote_code", None)
+        return cast("Any", class_for(config, task))._from_config(copy.deepcopy(config), **options)  # noqa: SLF001  (what from_config calls)
+    options = {"trust_remote_code": is_remote(config), **options}
+    return AUTO_CLASSES[task].from_config(copy.deepcopy(config), **options)
+
+
 def without_values(config: PretrainedConfig, task: TaskType) -> PreTrainedModel:
     """Return a model on the meta device, whose experts pass their input on."""
-    register_own_models()
     with Valueless(), VALUELESS, initialization.no_init_weights():
-        model = AUTO_CLASSES[task].from_config(
-            copy.deepcopy(config),
-            attn_implementation="eager",
-            trust_remote_code=is_remote(config),
-        )
+        model = new_model(config, task, attn_implementation="eager")
     model.tie_weights()
     ALL_EXPERTS_FUNCTIONS.register(_PASSED_BY, lambda experts, hidden, *chosen: hidden)
     if any(hasattr(type(part), "_apply_gate") for part in model.modules()):

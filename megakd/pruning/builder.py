@@ -29,7 +29,7 @@ from megakd.engine.memory import forget_models, peak_memory_bytes, reset_peak_me
 from megakd.errors import ModelError
 from megakd.inputs.precision import TORCH_DTYPE, scoring_dtype
 from megakd.models.axes import lengths, parameter_counts, weight_axes
-from megakd.models.cutting import CUT, cut_config, reshape_folder
+from megakd.models.cutting import cut_config, is_stock, reshape_folder
 from megakd.models.fitting import build_empty, valueless_model
 from megakd.models.forwards import batches_of, by_turns, calls_of, sample_lengths
 from megakd.models.layers import check_depth, naming
@@ -72,6 +72,8 @@ class SortedTeacher:
         with_heads: Collection[int] = (),
     ) -> View:
         """Return the prefix of every layer that remains at a sparsity; see `contract.lab`."""
+        if self.source.architecture.is_found:  # no class of a layer without heads
+            with_heads = [number for number, one in enumerate(self.scores.heads) if one]
         return view_at(
             self.scores.scaled(),
             sparsity,
@@ -107,7 +109,7 @@ class Shapes:
 
     def has_stock_config(self, source: ModelSource, view: View) -> bool:
         try:
-            return not cut_config(source.config, view).model_type.startswith(CUT)
+            return is_stock(cut_config(source.config, view))
         except ModelError:
             return False
 

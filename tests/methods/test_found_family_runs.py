@@ -12,10 +12,12 @@ SIZES = {
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "max_position_embeddings": 64,
     "pad_token_id": 0,
 }
+
+
+KEYS = {name: {"num_key_value_heads": 2} for name in ("smollm3", "olmo2")}
 
 
 def run_of(one_rank, folder, model_type, **method):
@@ -30,7 +32,7 @@ def run_of(one_rank, folder, model_type, **method):
         },
         student={"model": "from_teacher"},
         teacher={
-            "model": {"config": {"model_type": model_type, **SIZES}},
+            "model": {"config": {"model_type": model_type, **SIZES, **KEYS.get(model_type, {})}},
             "finetune": {"max_steps": 4},
         },
         method=method,
@@ -59,3 +61,22 @@ def test_minidisc_cuts_what_a_family_can_lose(one_rank, tmp_path, model_type, he
     assert (
         sum(p.numel() for p in weights(out / "final").values()) == read(out)["student.parameters"]
     )
+
+
+def test_minidisc_cuts_layers_to_different_sizes_where_no_config_states_them(one_rank, tmp_path):
+    out = run_of(
+        one_rank,
+        tmp_path,
+        "gpt_neox",
+        name="minidisc",
+        metric="accuracy",
+        sparsities=[0.25, 0.5],
+        target_sparsity=0.5,
+        round_to=1,
+    )
+
+    model = AutoModelForCausalLM.from_pretrained(out / "final", trust_remote_code=True)
+    maps = [layer.attention.dense.in_features for layer in model.gpt_neox.layers]
+    assert sum(maps) == 32, "half of the heads of both layers"
+    assert sum(layer.mlp.dense_4h_to_h.in_features for layer in model.gpt_neox.layers) == 64
+    assert model.num_parameters() == read(out)["student.parameters"]

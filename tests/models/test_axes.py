@@ -21,7 +21,9 @@ from megakd.models.axes import (
 from megakd.models.cutting import cut_config
 from megakd.models.structure import architecture_of, for_task
 
-CUTTABLE = {name: entry for name, entry in FAMILIES.items() if entry.uncut is None}
+CUTTABLE = {
+    name: entry for name, entry in FAMILIES.items() if not (entry.uncut or entry.finds_units)
+}
 MASKED = [name for name, entry in FAMILIES.items() if "mlm" in entry.tasks]
 WITH_TASKS = [
     *(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny_families
 import torch
+from transformers import AutoConfig
 
 from megakd.contract.views import Cut, UnitOrder, View
 from megakd.errors import ModelError
@@ -12,7 +13,8 @@ from megakd.models.architectures import AUTO_CLASSES
 from megakd.models.axes import weight_axes
 from megakd.models.cutting import content_of, cut_config
 from megakd.models.elastic import Elastic
-from megakd.models.model_folder import write_model_folder
+from megakd.models.loading import load_finished
+from megakd.models.model_folder import brings_code, write_model_folder
 from megakd.models.structure import architecture_of, find_architecture, for_task
 from megakd.models.units import find_units
 from megakd.models.valueless import no_cache
@@ -20,11 +22,11 @@ from megakd.models.valueless import no_cache
 BOTH = """
     apertus arcee cohere cohere2 cwm ernie4_5 exaone4 falcon_h1 flint gemma glm glm4 granite_swa
     hunyuan_v1_dense hyperclovax internlm3 jais2 lfm2 ministral nanochat nemotron olmo seed_oss
-    smollm3 starcoder2 vaultgemma
+    smollm3 starcoder2 vaultgemma phi3 gpt_neox biogpt gemma4_unified_text
 """.split()  # noqa: SIM905
-NEURONS = "biogpt diffllama falcon gpt_neox helium megatron-bert olmo2 olmo3 opt".split()  # noqa: SIM905
-HEADS = "aria_text granitemoe mixtral".split()  # noqa: SIM905
-NEITHER = "bloom flex_olmo mamba mpt".split()  # noqa: SIM905
+NEURONS = "bart bloom diffllama falcon mpt olmo2 olmo3 opt recurrent_gemma".split()  # noqa: SIM905
+HEADS = "aria_text granitemoe minimax mixtral xmod".split()  # noqa: SIM905
+NEITHER = "flex_olmo mamba".split()  # noqa: SIM905
 
 
 def model_of(model_type, task="causal_lm"):
@@ -58,7 +60,7 @@ def without_units(model, cut):
     table = weight_axes(model)
     parts = (*architecture.attentions(model.config), *architecture.feed_forwards(model.config))
     for paths in filter(None, parts):
-        weight = model.get_parameter(f"{paths.output}.weight")
+        weight = model.get_submodule(paths.output).weight
         axes = table[f"{paths.output}.weight"]
         (dimension,) = [place for place, axis in enumerate(axes) if axis is not None]
         rows = axes[dimension].rows(cut, weight.shape[dimension])
@@ -71,14 +73,17 @@ def without_units(model, cut):
     return result
 
 
-def check_cut(model, task, folder):
+def check_cut(model, task, folder, view=None):
     """Cut half of all units, in memory and to a folder; both compute the model without them."""
     whole = architecture_of(model.config).units(model.config)
-    cut = Cut(backwards(whole), halves(whole))
+    cut = Cut(backwards(whole), view or halves(whole))
     expected = without_units(model, cut)
     assert not same(expected, logits(model)), "the units have no effect"
     write_model_folder(folder, content_of(model, None, cut=cut))
-    opened = AUTO_CLASSES[task].from_pretrained(folder, attn_implementation="eager").eval()
+    opened = AUTO_CLASSES[task].from_pretrained(
+        folder, attn_implementation="eager", trust_remote_code=brings_code(folder)
+    )
+    opened.eval()
     assert same(logits(opened), expected)
     elastic = Elastic(model)
     prefix = Cut(None, cut.view)
@@ -124,11 +129,28 @@ def test_structure_shows_what_the_table_says(model_type):
     assert units.neurons.is_narrow
 
 
-def test_unequal_layers_and_a_narrower_model_have_no_config():
+@pytest.mark.parametrize(
+    ("model_type", "fewest"), [("smollm3", 0), ("gpt_neox", 8), ("opt", 8), ("bloom", 8)]
+)
+def test_layers_of_different_sizes_bring_the_file_of_their_class(model_type, fewest, tmp_path):
+    model = model_of(model_type)
+    heads, neurons = architecture_of(model.config).units(model.config)[:2]
+    view = View(
+        tuple(min(n, 1 + layer) for layer, n in enumerate(heads)), (fewest, neurons[1] // 2)
+    )
+    check_cut(model, "causal_lm", tmp_path / "cut", view)
+
+    config = AutoConfig.from_pretrained(tmp_path / "cut")
+    assert architecture_of(config).units(config)[:2] == view[:2]
+    again = View(view.heads, (fewest, 8))
+    check_cut(load_finished(tmp_path / "cut", "model"), "causal_lm", tmp_path / "again", again)
+
+
+def test_a_layer_without_heads_and_a_narrower_model_have_no_class():
     model = model_of("smollm3")
     whole = architecture_of(model.config).units(model.config)
-    with pytest.raises(ModelError, match="its config states one number for all of them"):
-        cut_config(model.config, whole._replace(neurons=(64, 32)))
+    with pytest.raises(ModelError, match=r"cannot keep \(0, 2\) heads in its layers: the layers"):
+        cut_config(model.config, whole._replace(heads=(0, 2)))
     with pytest.raises(ModelError, match="the width of this model cannot be cut"):
         cut_config(model.config, whole._replace(width=32))
 

@@ -1,16 +1,17 @@
 """Stock models with parts cut out, whose layers keep different numbers of heads and neurons.
 
 This file needs only torch and transformers. It is stored beside the weights of such a model, which
-`AutoModel.from_pretrained(folder, trust_remote_code=True)` loads. The config states the number of
-units of each layer; all other keys have their stock meaning. The width of the hidden states may
-differ from the number of heads times the width of a head.
+`AutoModel.from_pretrained(folder, trust_remote_code=True)` loads. The config of a `Cut` model
+states the number of units of each layer; all other keys have their stock meaning. The width of the
+hidden states may differ from the number of heads times the width of a head. The config of a
+`Narrow` model has the stock keys of the model before the cut, and lists its narrower maps.
 """
 
 from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import transformers as hf
@@ -129,6 +130,35 @@ class _Cut:
         for number in range(config.num_hidden_layers):
             layers.append(_layer(config, number))
         self.post_init()
+
+
+class _Narrow:
+    """Mixin for a stock model whose layers compute alike with fewer rows or columns in their maps.
+
+    `narrow` of the config: {"blocks": path of the list of layers, "layers": for each layer {path of
+    a map: [inputs, outputs]}}; null: as many as in the stock model.
+    """
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        layers = self.get_submodule(config.narrow["blocks"])
+        for layer, maps in zip(layers, config.narrow["layers"], strict=True):
+            for path, (inputs, outputs) in maps.items():
+                _resize(layer, path, inputs=inputs, outputs=outputs)
+        self.post_init()
+
+
+@cache
+def narrow_class(stock: type[Any]) -> type[Any]:
+    """Return the narrow form of a class of transformers."""
+    return type(f"Narrow{stock.__name__}", (_Narrow, stock), {"__module__": __name__})
+
+
+def __getattr__(name: str) -> type[Any]:
+    stock = getattr(hf, name.removeprefix("Narrow"), None)
+    if not name.startswith("Narrow") or stock is None:
+        raise AttributeError(name)
+    return narrow_class(stock)
 
 
 @contextmanager
