@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from megakd.config.train import learning_rate_schedule, total_steps
 from megakd.contract.batch import Batch, Counts, count_units
-from megakd.contract.stage import Stage, StageResult, StepReport, Teacher
+from megakd.contract.stage import Stage, StageResult, Teacher
 from megakd.contract.tasks import LANGUAGE_TASKS, STUDENT
 from megakd.engine.collectives import all_reduce_, doing, gather, on_main
 from megakd.engine.memory import peak_memory_bytes
@@ -158,20 +159,43 @@ class StageRun:
             self._evaluate(0)
         training = doing(f"training stage {self.stage.name}")
         with training, signals.deferred(), closing(self.take_steps(start)) as steps:
-            for _ in steps:
-                if self.evaluation.stopping.stopped:
-                    break
+            deque(steps, maxlen=0)
         return self._finish(folder)
 
     def take_steps(self, start: int) -> Generator[None, None, None]:
-        """Take each step that is left after `start`; log, evaluate and save after it."""
+        """Take each step that is left after `start`; log, evaluate and save where it is due."""
+        log, save = self.config.log.logging_steps, self.config.save.save_steps
+        strategy, stopping = self.stage.strategy, self.evaluation.stopping
         with closing(self.batches(start)) as every:
             for batches in every:
                 step = self.trainer.step
                 if step > start and step % self.episode == 0:
-                    self.stage.strategy.begin(self.student, step)
-                self._after_step(self.trainer.train_step(batches))
+                    strategy.begin(self.student, step)
+                report = self.trainer.train_step(batches)
+                step += 1
+                self.health.add(report)
+                self.reporter.advance(step)
+                if self.saves.is_pending and not self.votes.any(_WRITING):
+                    with self.health.paused():
+                        self.saves.publish()
+                is_last = step == self.steps
+                if is_last or _due(step, log):
+                    self._log(step)
+                if is_last or _due(step, self.config.eval.eval_steps):
+                    self._evaluate(step)
+                if stopping.stopped and not is_last:
+                    self._tell_early_stop(step)
+                    is_last = True
+                is_told = self.votes.any(_STOP)
+                if is_last or is_told or _due(step, save):
+                    self._save(step, is_last=is_last or is_told)
+                # A signal in the last step may be too late for the vote.
+                number = agreed_signal() if is_told or is_last else 0
+                if number:
+                    raise signals.stopped(number, f"{self.stage.name} saved at step {step}")
                 yield
+                if is_last:
+                    return
 
     def _finish(self, folder: Path) -> StageResult:
         kept = self.evaluation.returned()
@@ -245,30 +269,7 @@ class StageRun:
     def _load_engine(self, folder: Path) -> None:
         self.stage.strategy.load_shards(self.student.load(folder))
 
-    def _after_step(self, report: StepReport) -> None:
-        step, stopping = self.trainer.step, self.evaluation.stopping
-        self.health.add(report)
-        self.reporter.advance(step)
-        if self.saves.is_pending and not self.votes.any(_WRITING):
-            with self.health.paused():
-                self.saves.publish()
-        last = step == self.steps
-        if last or _due(step, self.config.log.logging_steps):
-            self._log(step)
-        if last or _due(step, self.config.eval.eval_steps):
-            self._evaluate(step)
-        if stopping.stopped and not last:
-            self._stop_early(step)
-        last = last or stopping.stopped
-        is_told = self.votes.any(_STOP)
-        if last or is_told or _due(step, self.config.save.save_steps):
-            self._save(step, is_last=last or is_told)
-        # A signal in the last step may be too late for the vote.
-        number = agreed_signal() if is_told or last else 0
-        if number:
-            raise signals.stopped(number, f"{self.stage.name} saved at step {step}")
-
-    def _stop_early(self, step: int) -> None:
+    def _tell_early_stop(self, step: int) -> None:
         if not _due(step, self.config.log.logging_steps):
             self._log(step)
         self._say(

@@ -89,12 +89,12 @@ def _serve(requests: Connection, variables: dict[str, str]) -> None:
     import megakd.training.assembly
     from megakd import cli
     from megakd.engine import distributed
-    from megakd.training.stage_run import StageRun
+    from megakd.training.meters import TrainMeter
 
     loaded: list[str] = []
     _note_loads(megakd.training.assembly, loaded)
     stops: list[tuple[str, int] | None] = [None]
-    _send_signals(StageRun, stops)
+    _send_signals(TrainMeter, stops)
     distributed.stop = lambda **_: None
     while True:
         try:
@@ -115,15 +115,15 @@ def _note_loads(assembly, loaded: list[str]) -> None:
     assembly.load_model = noting
 
 
-def _send_signals(stage_run, stops: list[tuple[str, int] | None]) -> None:
-    after_step = stage_run._after_step
+def _send_signals(meter, stops: list[tuple[str, int] | None]) -> None:
+    add = meter.add
 
     def signalling(self, report):
-        if stops[0] == (self.stage.name, self.trainer.step):
+        if stops[0] == (self._stage, report.step + 1):
             signal.raise_signal(signal.SIGTERM)
-        after_step(self, report)
+        add(self, report)
 
-    stage_run._after_step = signalling
+    meter.add = signalling
 
 
 def _answer(command, arguments: list[str], loaded: list[str]) -> tuple[Outcome | None, str]:
