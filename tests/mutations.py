@@ -176,8 +176,8 @@ MUTATIONS = (
     ),
     Mutation(
         "megakd/data/token_tables.py",
-        "labels = np.append(ids[1:], np.int32(IGNORE))",
-        "labels = np.append(ids[:-1], np.int32(IGNORE))",
+        "labels = np.append(ids[1:], np.int32(IGNORE))\n        start = 0",
+        "labels = np.append(ids[:-1], np.int32(IGNORE))\n        start = 0",
         "tests/data",
     ),
     Mutation(
@@ -219,9 +219,9 @@ MUTATIONS = (
     ),
     Mutation(
         "megakd/pruning/allocation.py",
-        "columns = round_to * round((1 - shares.width) * whole / round_to)",
-        "columns = round_to * int((1 - shares.width) * whole / round_to)",
-        "tests/pruning tests/planning",
+        "removed = min(self.step * round(removed / self.step), count)",
+        "removed = min(self.step * int(removed / self.step), count)",
+        "tests/pruning",
     ),
     Mutation(
         "megakd/methods/homodistil/strategy.py",
