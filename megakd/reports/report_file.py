@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -60,7 +61,8 @@ def read_report(path: Path) -> Report:
     return report
 
 
-def installed_versions() -> dict[str, str]:
+@functools.cache
+def installed_versions() -> Mapping[str, str]:
     """Return the versions of megakd and of what its numbers depend on."""
     versions: dict[str, str] = {}
     for name in LIBRARIES:
