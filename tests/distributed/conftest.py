@@ -273,7 +273,9 @@ def write_run(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 def distil(workers, write_run) -> Callable[..., tuple[str, list]]:
     """Train a student of `equal_runs`: its config, and what every rank has found."""
 
-    def train(name, terms, stages, *, ranks=2, steps=3, case="train", **sections):
+    from equal_runs import STEPS
+
+    def train(name, terms, stages, *, ranks=2, steps=STEPS, case="train", **sections):
         path = write_run(name, terms, stages, **sections)
         return path, workers(ranks).run(case, path, [], steps)
 

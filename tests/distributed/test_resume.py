@@ -228,7 +228,9 @@ class Killer:
         """Kills a random while of at most `delay_s` after `moment(start time)` holds."""
         delay = self.rng.uniform(0, delay_s)
         group = self.launch(*self.run.arguments())
-        reached = group.wait_until(lambda: moment(group.started))
+        # The ranks need the core that looking takes.
+        often = max(0.001, min(0.01, delay_s / 10))
+        reached = group.wait_until(lambda: moment(group.started), look_every_s=often)
         time.sleep(delay)
         group.kill(rank)
         killed = "all ranks" if rank is None else f"rank {rank}"
