@@ -172,6 +172,15 @@ def test_the_labels_are_packages_and_the_splits_share_no_text(root, tmp_path):
         assert "scipy" not in row["text"]
 
 
+# A run of the quickstart reads each validation row a dozen times, and each test row three times.
+@pytest.mark.parametrize(("view", "test", "validation"), [("labels", 110, 30), ("texts", 20, 20)])
+def test_each_view_holds_out_its_shares(view, test, validation):
+    splits = [pydocs.split_of(f"text {n}", view) for n in range(10_000)]
+
+    counts = [splits.count(name) / 10 for name in ("test", "validation")]
+    assert counts == pytest.approx([test, validation], abs=10)
+
+
 def split(row: dict[str, str]) -> str:
     return pydocs.split_of(row["text"], "labels")
 
