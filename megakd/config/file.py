@@ -271,7 +271,10 @@ class _Loader(yaml.SafeLoader):
 
 
 # The emitter in C is a few times as fast, where PyYAML was built with it.
-class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):
+_SafeDumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+
+
+class _Dumper(_SafeDumper):
     yaml_implicit_resolvers = _RESOLVERS
 
     def ignore_aliases(self, data: object) -> bool:
