@@ -215,7 +215,7 @@ def _graph_scores(assembly: Assembly, logits: Logits) -> torch.Tensor:
 def model_folder(config: RunConfig, model: str | None) -> Path:
     """Return the given folder, or the run's `final/` if no folder is given."""
     folder = config.output_dir / FINAL if model is None else in_home(model)
-    if model == "" or not folder.is_dir():
+    if model == "" or not folder.exists():
         raise CheckpointError(
             f"{folder} does not exist; train first, or give --model FOLDER"
             if model is None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,7 +107,9 @@ def load_tokenizer(
 
 
 def has_tokenizer_files(folder: Path) -> bool:
-    """Return whether the folder has files that a tokenizer can be read from."""
+    """Return whether a folder has files, or a GGUF file has parts, that give a tokenizer."""
+    if folder.is_file():
+        return _of_gguf(folder) is not None
     files = {path.name for path in folder.glob("*") if path.is_file()}
     return (
         not files.isdisjoint(("tokenizer.json", "vocab.txt"))
@@ -177,7 +181,20 @@ def from_folder(folder: Path, task_type: TaskType) -> PreTrainedTokenizerBase:
         ) from error
 
 
+@cache
+def _of_gguf(file: Path) -> PreTrainedTokenizerBase | None:
+    try:
+        return AutoTokenizer.from_pretrained(
+            file.parent, gguf_file=file.name, local_files_only=True
+        )
+    except Exception as error:  # noqa: BLE001 - of a kind unknown to transformers, or none
+        logger.warning("transformers reads no tokenizer of %s: %s", file, first_line(error))
+        return None
+
+
 def _read(folder: Path, task_type: TaskType) -> PreTrainedTokenizerBase:
+    if folder.is_file():
+        return copy.deepcopy(_of_gguf(folder))
     files, model = {path.name for path in folder.iterdir()}, _sentencepiece_file(folder)
     says_its_class = not files.isdisjoint(("tokenizer_config.json", "config.json"))
     is_bare_model = files.isdisjoint(("tokenizer.json", "vocab.txt", "vocab.json"))

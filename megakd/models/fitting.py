@@ -26,7 +26,6 @@ from megakd.contract.tasks import LANGUAGE_TASKS
 from megakd.engine.sharding import sharded_construction
 from megakd.errors import ModelError, one_line
 from megakd.models.architectures import context_length
-from megakd.models.quantized import method_of
 from megakd.models.source import ModelSource
 from megakd.models.valueless import new_model
 from megakd.models.weights import Conversion, StoredTensor, WeightReader
@@ -70,7 +69,7 @@ def plan_loading(
     """
     _check_sizes(source, task, tokenizer_size)
     config = copy.deepcopy(source.config)
-    if method_of(config) is not None:  # transformers alone knows its tensors
+    if source.quantization is not None:  # transformers alone knows its tensors
         label_order(config, label_names, where=source.where)
         return config, Match(stored={}, missing=(), unused=())
     is_classifier = task.type not in LANGUAGE_TASKS

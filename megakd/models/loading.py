@@ -48,10 +48,16 @@ from megakd.models.architectures import (
 from megakd.models.fitting import Match, build_empty, listed, plan_loading
 from megakd.models.modeling.modeling_t5 import EncT5Config, T5EncoderConfig
 from megakd.models.own_models import CONFIG_ERRORS, class_of, register_own_models
-from megakd.models.quantized import check_quantized, method_of, open_quantized
+from megakd.models.quantized import (
+    check_quantized,
+    gguf_config,
+    gguf_file,
+    method_of,
+    open_quantized,
+)
 from megakd.models.source import ModelSource
 from megakd.models.structure import for_task
-from megakd.models.weights import StoredTensor, WeightReader, check_weight_files, gguf_hint
+from megakd.models.weights import StoredTensor, WeightReader, check_weight_files
 from megakd.process.seeding import cpu_seeded
 from megakd.process.terminal import in_home, is_first_of_node
 from megakd.storage.folders import check_given
@@ -108,7 +114,7 @@ def resolve_model(
     """Find a model and read its config; the weight files are checked first.
 
     Args:
-        spec: A folder, a Hub id, or a config to start from random weights.
+        spec: A folder, a GGUF file, a Hub id, or a config to start from random weights.
         architecture: The model type to read a T5 checkpoint as, see `modeling_t5`; None: `enct5`.
         with_weights: False for a plan, which reads the config alone.
     """
@@ -117,6 +123,12 @@ def resolve_model(
         return _scratch_source(spec.config, task, where, architecture)
     patterns = HUB_FILES if with_weights else (CONFIG,)
     folder = _folder_of(spec, where, [*patterns, *(["*.py"] if trust_remote_code else [])])
+    file = gguf_file(folder, where)
+    if file is not None:
+        config = _checked_config(partial(gguf_config, file, task, where), f"{where}: {file}")
+        _built_as(config.model_type, architecture, where)
+        family = _architecture(config, task, where)
+        return ModelSource(name=spec, folder=file, config=config, architecture=family, where=where)
     stored = {}
     if with_weights:
         stored = check_weight_files(folder, where)
@@ -215,7 +227,7 @@ def load_model(  # noqa: PLR0913  (each is another fact about the run)
         The model in training mode. With `need_head` the outputs are in the order of the
         checkpoint's labels (see `label_order`), otherwise in the data's.
     """
-    if method_of(source.config) is not None:
+    if source.quantization is not None:
         check_quantized(source, ds, is_frozen=need_head)
         return open_quantized(source, task, dtype, device or torch.device("cpu"))
     source = with_vocabulary(source, tokenizer_size)
@@ -240,11 +252,13 @@ def config_of_folder(folder: Path, where: str) -> PretrainedConfig:
     Raises:
         ModelError: the folder is damaged, or its config is missing or cannot be read.
     """
+    if gguf_file(folder, where) is not None:
+        raise ModelError(f"{where}: {folder} is a GGUF file; give the model in fp32, bf16 or fp16")
     check_given(folder, where)
     register_own_models()
     file, final = folder / CONFIG, folder / "final"
     if not file.is_file():
-        remedy = f"; give {final}" if (final / file.name).is_file() else gguf_hint(folder)
+        remedy = f"; give {final}" if (final / file.name).is_file() else ""
         raise ModelError(f"{where}: {file} does not exist{remedy}")
     try:
         return _with_named_outputs(AutoConfig.from_pretrained(folder))
@@ -431,7 +445,7 @@ def _architecture(config: PretrainedConfig, task: TaskConfig, where: str) -> Arc
 
 def _folder_of(spec: str, where: str, patterns: Sequence[str]) -> Path:
     path = in_home(spec)
-    if path.is_dir():
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.exists():
         raise ModelError(f"{where}: {path} is a file; give the folder that holds the model")
@@ -454,7 +468,7 @@ def _read_config(folder: Path, where: str, *, trust_remote_code: bool, hint: str
         keys = json.loads(file.read_text(encoding="utf-8"))
         model_type = keys["model_type"]
     except FileNotFoundError:
-        raise ModelError(f"{where}: {file} does not exist{gguf_hint(folder)}{hint}") from None
+        raise ModelError(f"{where}: {file} does not exist{hint}") from None
     except OSError as error:
         raise ModelError(f"{where}: {file} cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError) as error:

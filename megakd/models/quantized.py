@@ -1,19 +1,22 @@
-"""Frozen teachers in fewer bits, opened by transformers with the quantization of their folder.
+"""Frozen teachers in fewer bits: with the quantization of their folder, or from a GGUF file.
 
-Their answers are exact for the quantized model: the losses read its hidden states as those of any
-other model. How far it is from the model that it was made from is not known here.
+transformers opens them. Their answers are exact for the quantized model: the losses read its hidden
+states as those of any other model. How far it is from the model that it was made from is not known
+here. A GGUF file, that of llama.cpp, is dequantized; it also has the config and the tokenizer.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import AutoConfig, GgufConfig, PretrainedConfig
 
 from megakd.config.deepspeed import zero_stage
 from megakd.contract.tasks import LANGUAGE_TASKS
@@ -27,7 +30,9 @@ if TYPE_CHECKING:
     from megakd.models.source import ModelSource
 
 logger = logging.getLogger(__name__)
+GGUF = "gguf"
 PACKAGES: Mapping[str, str] = {
+    GGUF: "gguf",
     "compressed-tensors": "compressed_tensors",
     "gptq": "gptqmodel",
     "awq": "gptqmodel",
@@ -36,6 +41,8 @@ PACKAGES: Mapping[str, str] = {
     "torchao": "torchao",
 }
 """By the method of quantization_config, the module that transformers needs for it."""
+_PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
+_OTHER_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
 def method_of(config: PretrainedConfig) -> str | None:
@@ -44,6 +51,59 @@ def method_of(config: PretrainedConfig) -> str | None:
     keys = settings if isinstance(settings, Mapping) else vars(settings)
     method = keys.get("quant_method")
     return None if method is None else str(getattr(method, "value", method))
+
+
+def gguf_file(path: Path, where: str) -> Path | None:
+    """Return the GGUF file that a path names, or that has the only weights of a folder.
+
+    Raises:
+        ModelError: there are several, or it is a part of a model.
+    """
+    is_file = path.is_file() and path.suffix == ".gguf"
+    files = [path] if is_file else sorted(path.glob("*.gguf"))
+    if not files or any(next(path.glob(pattern), None) for pattern in _OTHER_WEIGHTS):
+        return None
+    if _PART.search(files[0].name):
+        raise ModelError(
+            f"{where}: {files[0]} is a part of a model; join the parts with "
+            "llama-gguf-split --merge, and give the whole file"
+        )
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files[:3])
+        raise ModelError(
+            f"{where}: {path} holds {len(files)} GGUF files ({names}); give the path of one"
+        )
+    return files[0]
+
+
+def gguf_config(file: Path, task: TaskConfig, where: str) -> PretrainedConfig:
+    """Return the config of the model in a GGUF file.
+
+    Raises:
+        ModelError: transformers cannot read it, or opens it without the head of the task.
+    """
+    if task.type != "causal_lm":
+        raise ModelError(
+            f"{where}: {file} is a GGUF file, which is read for causal_lm alone (task.type is "
+            f"{task.type}); give the model that it was made from"
+        )
+    _check_package(f"{where}: {file} is a GGUF file", GGUF)
+    try:
+        return AutoConfig.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+    except Exception as error:  # a damaged file fails anywhere in the package
+        raise ModelError(
+            f"{where}: transformers cannot read {file}: {one_line(error)}; give the model that it "
+            "was made from"
+        ) from error
+
+
+def _check_package(which: str, method: str) -> None:
+    package = PACKAGES.get(method)
+    if package is not None and find_spec(package.partition(".")[0]) is None:
+        raise ModelError(
+            f"{which}, for which transformers needs the package {package.replace('_', '-')}; "
+            "install it, or give the model in fp32, bf16 or fp16"
+        )
 
 
 def check_quantized(source: ModelSource, ds: Mapping[str, Any] | None, *, is_frozen: bool) -> None:
@@ -56,7 +116,7 @@ def check_quantized(source: ModelSource, ds: Mapping[str, Any] | None, *, is_fro
     Raises:
         ModelError: it cannot be used so, or a package is missing.
     """
-    method = method_of(source.config)
+    method = source.quantization
     if method is None:
         return
     which = f"{source.where}: {source.name} is quantized ({method})"
@@ -71,12 +131,7 @@ def check_quantized(source: ModelSource, ds: Mapping[str, Any] | None, *, is_fro
             f"{which}, and ZeRO 3 cannot share its weights among ranks; set {owner}.deepspeed to a "
             f"preset of stage 0, such as teacher_zero0, or serve the model ({owner}.server)"
         )
-    package = PACKAGES.get(method)
-    if package is not None and find_spec(package.partition(".")[0]) is None:
-        raise ModelError(
-            f"{which}, for which transformers needs the package {package.replace('_', '-')}; "
-            "install it, or give the model in fp32, bf16 or fp16"
-        )
+    _check_package(which, method)
 
 
 def open_quantized(
@@ -87,12 +142,17 @@ def open_quantized(
     Raises:
         ModelError: transformers cannot open it, or the losses cannot read its output matrix.
     """
+    folder, options = source.folder, dict[str, Any]()
+    if folder is not None and source.quantization == GGUF:
+        options = {"gguf_file": folder.name, "quantization_config": GgufConfig(dequantize=True)}
+        folder = folder.parent
     try:
         model: PreTrainedModel = AUTO_CLASSES[task.type].from_pretrained(  # type: ignore[attr-defined]
-            source.folder,
+            folder,
             dtype=dtype,
             device_map={"": device},
             trust_remote_code=source.trust_remote_code,
+            **options,
         )
         with torch.no_grad():  # some methods prepare the weights in the first forward of the model
             model(input_ids=torch.ones((1, 2), dtype=torch.long, device=device))
@@ -112,6 +172,6 @@ def open_quantized(
     logger.info(
         "%s is quantized (%s): soft targets are those of this model, whose distance from the "
         "original is not measured",
-        *(source.where, method_of(source.config)),
+        *(source.where, source.quantization),
     )
     return model

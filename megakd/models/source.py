@@ -16,6 +16,7 @@ from megakd.config.models import TeacherConfig
 from megakd.contract.tasks import AUTO
 from megakd.contract.views import Heads, View
 from megakd.models.architectures import Architecture
+from megakd.models.quantized import GGUF, method_of
 from megakd.models.weights import StoredTensor
 
 _DROPOUT = re.compile(r"dropout(_prob|_rate)?$|_pdrop$")
@@ -26,7 +27,7 @@ _DROPOUT = re.compile(r"dropout(_prob|_rate)?$|_pdrop$")
 class ModelSource:
     """A model that was found and whose files are complete; no weights are in memory.
 
-    folder: None for a model that starts from random weights.
+    folder: None for a model that starts from random weights; a GGUF file is its own folder.
     where: The key of the run config, such as `teacher.model`.
     stored: The tensors of its weight files.
     wants_vocabulary: The model starts from random weights and takes the tokenizer's size.
@@ -71,6 +72,19 @@ class ModelSource:
     def whole(self) -> View:
         """The view of the whole model; without heads and neurons if these are not cut."""
         return self.architecture.units(self.config) if self.uncut is None else View((), ())
+
+    @property
+    def quantization(self) -> str | None:
+        """The method by which its weights are quantized; None: they are not."""
+        is_gguf = self.folder is not None and self.folder.is_file()
+        return GGUF if is_gguf else method_of(self.config)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that have its weights."""
+        if self.folder is not None and self.quantization == GGUF:
+            return [self.folder]
+        return sorted({stored.file for stored in self.stored.values()})
 
     @property
     def fresh(self) -> ModelSource:

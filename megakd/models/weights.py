@@ -116,7 +116,7 @@ def check_weight_files(folder: Path, where: str) -> dict[str, StoredTensor]:
         listed = _weight_map(folder, SAFETENSORS_INDEX, where)
         if not listed:
             pickles = sorted(file.name for file in folder.glob("pytorch_model*.bin"))
-            hint = f"; convert {pickles[0]} to safetensors" if pickles else gguf_hint(folder)
+            hint = f"; convert {pickles[0]} to safetensors" if pickles else ""
             raise ModelError(
                 f"{where}: {folder} has no weights: neither {SAFETENSORS} nor {SAFETENSORS_INDEX} "
                 f"exists{hint}"
@@ -133,17 +133,6 @@ def check_weight_files(folder: Path, where: str) -> dict[str, StoredTensor]:
             "again"
         )
     return stored
-
-
-def gguf_hint(folder: Path) -> str:
-    """Return what to do about a GGUF file, the format of llama.cpp; empty if there is none."""
-    files = sorted(file.name for file in folder.glob("*.gguf"))
-    if not files:
-        return ""
-    return (
-        f"; {files[0]} is a quantized GGUF file: give the model that it was made from, or convert "
-        "the file (docs/families.md)"
-    )
 
 
 def _weight_map(folder: Path, index: str, where: str) -> dict[str, str]:

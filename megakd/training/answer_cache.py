@@ -102,12 +102,11 @@ def _facts(assembly: Assembly, ready: ReadyTeacher) -> Fingerprint:
 
 def model_identity(source: ModelSource, *, seed: int) -> Mapping[str, Any]:
     """Return a model's identity, independent of its folder; random weights depend on `seed`."""
-    files = sorted({stored.file for stored in source.stored.values()})
     config = flatten(source.config.to_diff_dict())
     identity: dict[str, Any] = {
         # transformers writes its own version into every config that it loads.
         "config": {k: v for k, v in config.items() if not k.endswith("transformers_version")},
-        "weights": files_identity(files),
+        "weights": files_identity(source.files),
     }
     if source.layers is not None:
         identity["layers"] = source.layers

@@ -9,10 +9,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from megakd.config.task import TaskConfig
 from megakd.contract.batch import Batch
 from megakd.errors import ModelError
 from megakd.models import quantized
 from megakd.models.knowledge import Needs, read_knowledge
+from megakd.models.loading import load_finished
 from megakd.models.quantized import check_quantized
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
@@ -81,3 +83,131 @@ def test_weights_of_eight_bits_give_the_logits_of_transformers(tiny):
     keys = json.loads((tiny.folder / "config.json").read_text())
     assert keys["quantization_config"]["quant_method"] == "compressed-tensors"
     torch.testing.assert_close(logits, expected)
+
+
+PARTS = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "model.layers.": "blk.",
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+}
+"""Names in transformers and in llama.cpp."""
+
+
+def name_in_llama_cpp(name):
+    for before, after in PARTS.items():
+        name = name.replace(before, after)
+    return name
+
+
+def write_gguf(file, model, tokens):
+    """A Llama in 8 bits as llama.cpp writes it, with a byte-level tokenizer of single letters."""
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+    config, writer = model.config, gguf.GGUFWriter(file, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    if tokens:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_list(tokens)
+        writer.add_token_merges(["a b", "c d"])
+        writer.add_eos_token_id(0)
+    for name, tensor in model.state_dict().items():
+        values, kind = tensor, gguf.GGMLQuantizationType.Q8_0 if tensor.ndim > 1 else None
+        if "q_proj" in name or "k_proj" in name:  # llama.cpp rotates neighbours, not halves
+            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+            values = tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(tensor.shape)
+        numbers = values.numpy() if kind is None else gguf.quants.quantize(values.numpy(), kind)
+        writer.add_tensor(name_in_llama_cpp(name), numbers, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+@pytest.fixture
+def gguf_folder(tiny, tmp_path):
+    """A folder with a model in a GGUF file alone."""
+    model = AutoModelForCausalLM.from_pretrained(tiny.save("llama", hidden_size=32))
+    folder = tmp_path / "gguf"
+    folder.mkdir()
+    letters = ["<|endoftext|>", *map(chr, range(ord("!"), ord("~"))), "\u0120", "ab", "cd"]
+    others = [f"<{number}>" for number in range(300 - len(letters))]
+    write_gguf(folder / "model.gguf", model, [*letters, *others])
+    return folder
+
+
+@pytest.mark.parametrize("name", ["", "model.gguf"], ids=["folder", "file"])
+def test_a_gguf_file_gives_the_logits_of_transformers(tiny, gguf_folder, name):
+    expected = AutoModelForCausalLM.from_pretrained(gguf_folder, gguf_file="model.gguf")
+
+    loaded = tiny.load(str(gguf_folder / name), tiny.task("causal_lm"))
+
+    assert loaded.lm_head.weight.is_floating_point()
+    ids = tiny.input_ids
+    torch.testing.assert_close(loaded(ids).logits, expected(ids).logits)
+
+
+def test_the_tokenizer_of_a_gguf_file_is_that_of_the_run(gguf_folder, tmp_path):
+    from megakd.data.tokenizers import load_tokenizer
+
+    task = TaskConfig(type="causal_lm", dataset="d", max_length=16)
+    folders = [gguf_folder / "model.gguf"]
+
+    tokenizer = load_tokenizer(task, None, model_folders=folders, cache_dir=tmp_path)
+
+    assert len(tokenizer) == 300
+    assert tokenizer.convert_ids_to_tokens(tokenizer("ab d")["input_ids"]) == ["ab", "\u0120", "d"]
+
+
+def refused_gguf(tiny, spec, task, ds=None, *, is_frozen=True):
+    try:
+        source = tiny.resolve(str(spec), tiny.task(task))
+        check_quantized(source, ds, is_frozen=is_frozen)
+    except ModelError as error:
+        return str(error)
+    return "accepted"
+
+
+def test_what_a_gguf_file_cannot_be_is_one_line(tiny, gguf_folder):
+    file = gguf_folder / "model.gguf"
+
+    assert "is quantized (gguf), and ZeRO 3" in refused_gguf(tiny, file, "causal_lm", ds=ZERO_3)
+    assert "cannot be trained" in refused_gguf(tiny, file, "causal_lm", is_frozen=False)
+    assert "read for causal_lm alone" in refused_gguf(tiny, gguf_folder, "classification")
+    with pytest.raises(ModelError, match="is a GGUF file; give the model in fp32"):
+        load_finished(gguf_folder, "latency")
+    (gguf_folder / "other.gguf").write_bytes(b"GGUF")
+    assert "holds 2 GGUF files (model.gguf, other" in refused_gguf(tiny, gguf_folder, "causal_lm")
+    assert "cannot read" in refused_gguf(tiny, gguf_folder / "other.gguf", "causal_lm")
+
+
+def test_without_its_package_a_gguf_file_names_it(tiny, tmp_path, monkeypatch):
+    (tmp_path / "model-q4.gguf").touch()
+    monkeypatch.setattr(quantized, "find_spec", lambda _: None)
+
+    assert "is a GGUF file, for which transformers needs the package gguf; install" in refused_gguf(
+        tiny, tmp_path, "causal_lm"
+    )
+
+
+def test_a_part_of_a_gguf_model_is_refused(tiny, tmp_path):
+    for number in (1, 2):
+        (tmp_path / f"model-0000{number}-of-00002.gguf").touch()
+
+    assert "join the parts with llama-gguf-split" in refused_gguf(tiny, tmp_path, "causal_lm")

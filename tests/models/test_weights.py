@@ -114,9 +114,6 @@ def test_a_folder_that_does_not_exist_and_one_without_weights_are_told_apart(tmp
     assert "has no weights: neither model.safetensors nor" in refusal(tmp_path)
     (tmp_path / "pytorch_model.bin").touch()
     assert "; convert pytorch_model.bin to safetensors" in refusal(tmp_path)
-    (tmp_path / "pytorch_model.bin").unlink()
-    (tmp_path / "model-q4.gguf").touch()
-    assert "model-q4.gguf is a quantized GGUF file: give the model that" in refusal(tmp_path)
 
 
 def test_a_file_that_shrinks_after_the_check_is_named(folder):
