@@ -120,18 +120,54 @@ def check_quantized(source: ModelSource, ds: Mapping[str, Any] | None, *, is_fro
     if method is None:
         return
     which = f"{source.where}: {source.name} is quantized ({method})"
-    owner = source.where.removesuffix(".model")
     if not is_frozen:
         raise ModelError(
             f"{which}, and its weights cannot be trained; give the model in fp32, bf16 or fp16 "
             "(a teacher without finetune may be quantized)"
         )
-    if ds is not None and zero_stage(ds) == 3:
-        raise ModelError(
-            f"{which}, and ZeRO 3 cannot share its weights among ranks; set {owner}.deepspeed to a "
-            f"preset of stage 0, such as teacher_zero0, or serve the model ({owner}.server)"
-        )
+    check_whole(source, ds)
     _check_package(which, method)
+
+
+def check_whole(source: ModelSource, ds: Mapping[str, Any] | None) -> None:
+    """Raise if a quantized model would be shared among ranks."""
+    if source.quantization is not None and ds is not None and zero_stage(ds) == 3:
+        owner = source.where.removesuffix(".model")
+        raise ModelError(
+            f"{source.where}: {source.name} is quantized ({source.quantization}), and ZeRO 3 "
+            f"cannot share its weights among ranks; set {owner}.deepspeed to a preset of stage 0, "
+            f"such as teacher_zero0, or serve the model ({owner}.server)"
+        )
+
+
+def bytes_per_weight(source: ModelSource, count: int, itemsize: int) -> float:
+    """Return the mean bytes of one of `count` weights in memory.
+
+    Those in the files of a quantized model; without files, its config tells the bits. `itemsize`
+    is that of the dtype of other weights; a GGUF file is dequantized.
+    """
+    if source.quantization in (None, GGUF):
+        return itemsize
+    folder = source.folder
+    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder else 0
+    if stored:
+        return stored / count
+    config = source.config
+    matrices = 1 if getattr(config, "tie_word_embeddings", False) else 2
+    whole = min(count, matrices * config.vocab_size * source.width)
+    return (whole * itemsize + (count - whole) * _bits(config) / 8) / count
+
+
+def _bits(config: PretrainedConfig) -> int:
+    """Return the bits of a quantized weight as the keys of a method name them; 8: not known."""
+    settings: Any = getattr(config, "quantization_config", None) or {}
+    keys = settings if isinstance(settings, Mapping) else vars(settings)
+    if keys.get("load_in_4bit") or method_of(config) == "mxfp4":
+        return 4
+    groups = (keys.get("config_groups") or {}).values()  # of compressed-tensors
+    named = [(group.get("weights") or {}).get("num_bits") for group in groups]
+    known = [n for n in (keys.get("bits"), *named) if isinstance(n, int)]
+    return max(known, default=8)
 
 
 def open_quantized(

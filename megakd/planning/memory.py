@@ -114,6 +114,7 @@ class Engine:
     sizes, learned: elements of its weights, and of those that learn, in order.
     zero: the section `zero_optimization` of the DeepSpeed config.
     itemsize: bytes of a weight in the forward.
+    stored_itemsize: mean bytes of a weight in memory, if it is quantized there.
     ranks: those that share the model.
     moments: fp32 values per weight of the optimizer; None: the model is frozen.
     """
@@ -126,10 +127,12 @@ class Engine:
     ranks: int
     is_cpu: bool
     moments: int | None = None
+    stored_itemsize: float | None = None
 
     def __post_init__(self) -> None:
         self.stage = int(self.zero.get("stage", 0))
         self.numel, self.count = sum(self.sizes), sum(self.learned)
+        self._stored = self.stored_itemsize or self.itemsize
         self.largest, self._gradient = max(self.sizes), max(self.learned, default=0)
         self.weights_at: Place = self._place("offload_param")
         self.optimizer_at: Place = self._place("offload_optimizer")
@@ -179,7 +182,7 @@ class Engine:
 
     def _weights(self) -> Holding:
         if self.stage < 3:
-            return self.held("weights", self.numel * self.itemsize)
+            return self.held("weights", self.numel * self._stored)
         return self.held("weights", self.shard * self.itemsize, self.weights_at)
 
     def loading(self) -> Holding:
@@ -189,7 +192,7 @@ class Engine:
         # A tensor that is read is copied to the tensors before it.
         most = max(map(operator.add, accumulate(self.sizes), self.sizes))
         on_gpu = Counter[Share]() if self.is_cpu else self._weights()
-        return on_gpu + self.held("weights", most * self.itemsize, "host")
+        return on_gpu + self.held("weights", most * self._stored, "host")
 
     def resting(self) -> Holding:
         """Return the memory in use between two steps, from the second step on."""

@@ -21,6 +21,7 @@ from megakd.errors import ConfigError
 from megakd.inputs.precision import TORCH_DTYPE, training_dtype
 from megakd.inputs.step_size import largest_step
 from megakd.models.model_folder import BUFFER_BYTES
+from megakd.models.quantized import bytes_per_weight, check_whole
 from megakd.planning.memory import FP32, PARTS, PLACES, Engine, Holding, Ledger, Part, Share, blocks
 from megakd.planning.phases import Phase, PlanningLab, planned_sources
 from megakd.planning.tracing import Device, PhaseTraces, Trace, planned_dtype
@@ -193,8 +194,10 @@ class PhasePlan(Ledger):
         ready = self._phase.teachers[name]
         ds = load_ds_config(ready.spec.deepspeed, where=f"{role}.deepspeed")
         width = TORCH_DTYPE[planned_dtype(ready, self._cluster.device)].itemsize
-        ds = frozen_on(self._cluster.ranks, ds)
-        return self._engine(role, self._traces.teachers[name], ds, itemsize=width)
+        ds, run = frozen_on(self._cluster.ranks, ds), self._traces.teachers[name]
+        check_whole(ready.source, ds)
+        stored = bytes_per_weight(ready.source, sum(run.sizes), width)
+        return self._engine(role, run, ds, itemsize=width, stored_itemsize=stored)
 
     def _train(self, stage: Stage) -> None:
         traces, train, run = self._traces, stage.train, self._traces.learner[0]

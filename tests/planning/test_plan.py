@@ -13,6 +13,7 @@ import torch.distributed as dist
 from planned_runs import CAUSAL, PROCESS, plan_of, trained
 from planned_runs import config_of as run_config
 from tiny_runs import bert, llama
+from transformers import LlamaConfig
 
 from megakd.config.run import RunConfig
 from megakd.contract.views import View
@@ -382,3 +383,22 @@ def test_one_of_three_layers_takes_a_third_of_the_time_also_beside_a_decoder(fam
     times = pruning.relative_times(source, {"one": View(**kept)}, "times")
 
     assert times["one"] == pytest.approx(1 / 3, abs=0.03)
+
+
+def test_a_quantized_teacher_is_whole_on_every_rank_with_the_bytes_of_its_files(tmp_path):
+    keys = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 64}
+    teacher = LlamaConfig(**keys, intermediate_size=64, tie_word_embeddings=True)
+    teacher.quantization_config = {"quant_method": "gptq", "bits": 4}
+    teacher.save_pretrained(tmp_path / "teacher")
+    count = 3 * (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32) + 32
+    models = {**DECODERS, "teacher": {"model": str(tmp_path / "teacher")}, "task": CAUSAL}
+
+    def weights() -> int:
+        preset = "teacher.deepspeed=teacher_zero0"
+        return planned(config_of(tmp_path, preset, **models), ranks=2).part("teacher", "weights")
+
+    assert weights() == count / 2 + 64 * 32 * 2  # the embeddings stay in 16 bits
+    (tmp_path / "teacher" / "model.safetensors").write_bytes(bytes(12345))
+    assert weights() == 12345
+    with pytest.raises(ModelError, match=r"\(gptq\), and ZeRO 3 cannot share its weights"):
+        planned(config_of(tmp_path, "teacher.deepspeed=teacher_zero3", **models), ranks=2)
