@@ -47,8 +47,13 @@ def check_packages(where: str, packages: Sequence[str] | None = None) -> None:
         )
 
 
-def write_onnx(folder: Path, *, to: Path | None = None) -> float:
+def write_onnx(
+    folder: Path, *, to: Path | None = None, stored_as: torch.dtype | None = None
+) -> float:
     """Write the graph of a finished model, by default `model.onnx` beside its weights.
+
+    Args:
+        stored_as: the dtype to which the weights are rounded first; None: they are not.
 
     Returns:
         The largest difference of a logit from torch, over batches of several shapes with padding.
@@ -57,6 +62,9 @@ def write_onnx(folder: Path, *, to: Path | None = None) -> float:
         ModelError: the model cannot be expressed as ONNX, or the graph computes other logits.
     """
     model = load_finished(folder, "--format onnx", dtype=torch.float32).eval()
+    if stored_as is not None:
+        for one in model.state_dict().values():
+            one.copy_(one.to(stored_as) if one.is_floating_point() else one)
     graph = to or folder / MODEL
     _export(model, _input_names(model, folder), graph)
     try:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 
 from megakd.contract.results import Report
@@ -44,20 +45,18 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
     teachers, ranks = [*lab.pool.folders], lab.assembly.ranks
     folders = {one.name: one.folder for one in record.assistants} | {STUDENT: student.folder}
     folders |= {name: one.folder for name, one in baselines.items()}
+    stored_as = {STUDENT: lab.saved_dtype}  # it is scored as it is stored
     with phase("scoring"):
         measured = {name: lab.pool.measured(name) for name in teachers}
         for name, folder in folders.items():
-            # The student is scored as it is stored.
-            dtype = lab.saved_dtype if name == STUDENT else None
-            measured[name] = lab.measure(folder, dtype)
+            measured[name] = lab.measure(folder, stored_as.get(name))
         graph_bytes = _graph_bytes(lab, student.folder) if config.save.onnx else None
     forget_models()
     reference = max(teachers, key=lambda n: measured[n].report["parameters"], default=None)
     theirs = measured[reference].predicted if reference else []
     numbers: dict[str, Any] = {}
     for name, one in measured.items():
-        numbers |= _entries(name, one, folders.get(name), theirs)
-    numbers[f"{STUDENT}.bytes"] = weight_bytes(student.folder, lab.saved_dtype)
+        numbers |= _entries(name, one, folders.get(name), theirs, stored_as=stored_as.get(name))
     if graph_bytes is not None:
         numbers |= _entries(GRAPH, measured[STUDENT], None, theirs) | {
             f"{GRAPH}.bytes": graph_bytes
@@ -127,7 +126,12 @@ def row_count(rows: Dataset) -> int:
 
 
 def _entries(
-    name: str, measured: Measured, folder: Path | None, theirs: list[int]
+    name: str,
+    measured: Measured,
+    folder: Path | None,
+    theirs: list[int],
+    *,
+    stored_as: torch.dtype | None = None,
 ) -> dict[str, Any]:
     # The keys of a model; of one in a folder of the run also those of its weights.
     of_model: dict[str, Any] = {**measured.report}
@@ -140,7 +144,7 @@ def _entries(
             for predicted, rows in counts.items()
         ]
     if folder is not None:
-        entries["bytes"], trained = weight_bytes(folder), adapter_parameters(folder)
+        entries["bytes"], trained = weight_bytes(folder, stored_as), adapter_parameters(folder)
         entries |= {} if trained is None else {"trained_parameters": trained}
         mine = measured.predicted
         if mine and len(mine) == len(theirs):
@@ -192,7 +196,7 @@ def _graph_bytes(lab: RunLab, student: Path) -> int | None:
     def write() -> int:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        write_onnx(student, to=folder / MODEL)
+        write_onnx(student, to=folder / MODEL, stored_as=lab.saved_dtype)
         # The weights of a large graph are in a file beside it.
         return sum(path.stat().st_size for path in folder.glob(f"{MODEL}*"))
 

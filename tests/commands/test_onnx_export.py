@@ -6,6 +6,7 @@ import re
 import shutil
 
 import pytest
+import torch
 from onnxruntime import InferenceSession
 from transformers import AutoTokenizer
 from whole_run import logits_by_hand
@@ -35,6 +36,23 @@ def test_the_graph_takes_the_place_of_the_weights_and_answers_alike(whole_run, e
     (logits,) = graph.run(None, {one.name: encoded[one.name] for one in graph.get_inputs()})
     _, expected = logits_by_hand(whole_run.out / "final", texts)
     assert logits == pytest.approx(expected.numpy(), abs=1e-4)
+
+
+def test_a_graph_of_weights_that_are_stored_in_16_bits_has_their_values(whole_run, tmp_path):
+    worst = onnx.write_onnx(
+        whole_run.out / "final", to=tmp_path / "model.onnx", stored_as=torch.bfloat16
+    )
+
+    inputs = AutoTokenizer.from_pretrained(whole_run.out / "final")(
+        "a good film", return_tensors="pt"
+    )
+    model, _ = logits_by_hand(whole_run.out / "final", ["a"])
+    exact = model(**inputs).logits
+    rounded = model.bfloat16().float()(**inputs).logits
+    logits = torch.from_numpy(onnx.OnnxModel(tmp_path / "model.onnx").logits(inputs))
+    assert worst < 1e-4
+    torch.testing.assert_close(logits, rounded, atol=1e-4, rtol=0)
+    assert not torch.allclose(logits, exact, atol=1e-4)
 
 
 def test_int8_makes_the_graph_smaller_and_prints_both_scores(
