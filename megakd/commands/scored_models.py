@@ -35,7 +35,7 @@ from megakd.inputs.tokenizer_checks import check_vocabularies, without_tokenizer
 from megakd.models.fitting import model_label_names
 from megakd.models.loading import resolve_model
 from megakd.models.onnx import MODEL
-from megakd.models.packing import packing_of
+from megakd.models.packing import packing_at
 from megakd.models.quantized_graph import Logits, quantize_graph
 from megakd.models.source import ModelSource
 from megakd.process.terminal import in_home
@@ -104,7 +104,8 @@ def evaluate_model(
 
 def _held_out(config: RunConfig, source: ModelSource) -> tuple[RunInputs, str]:
     """Return the inputs of the run as the model reads them, and the split that is scored."""
-    if config.task.type == "causal_lm" and packing_of(source.config, None) == "apart":
+    is_decoder = config.task.type == "causal_lm"
+    if is_decoder and packing_at(source.where, source.config, None) == "apart":
         # The models of the run may be of another family.
         config = replace(config, train=replace(config.train, packing=False))
     prepared, folder = prepare(config), source.folder

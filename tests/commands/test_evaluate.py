@@ -5,11 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tiny_runs import reviews, run_in, write_config, write_jsonl, write_reviews
+from tiny_runs import reviews, run_in, text_task, write_config, write_jsonl, write_reviews
 from whole_run import accuracy_by_hand, finish, read, relabelled
+
+from megakd.commands import scored_models
+from megakd.config.file import load_config
+from megakd.errors import ModelError
+from megakd.models import packing
 
 
 @pytest.fixture
@@ -173,3 +179,15 @@ def test_a_run_scores_its_evaluation_sets_at_the_end(one_rank, whole_run, mine, 
     again = scored(one_rank.megakd("evaluate", config, "--json"))
     assert again["evaluation_sets"]["all"]["rows"] == 104
     assert again["evaluation_sets"]["mine"]["metrics"].items() <= scores["mine", "student"].items()
+
+
+def test_a_model_whose_texts_cannot_share_a_batch_is_named_by_its_key(tmp_path, monkeypatch):
+    def refused(config: Any, attention: Any) -> None:
+        raise ModelError("a fnet model mixes texts with padding")
+
+    monkeypatch.setattr(packing, "packing_of", refused)
+    config = load_config(run_in(tmp_path, text_task(tmp_path)))
+    source = SimpleNamespace(where="student.model (--model)", config=None)
+
+    with pytest.raises(ModelError, match=r"^student\.model \(--model\): a fnet model mixes"):
+        scored_models._held_out(config, source)
