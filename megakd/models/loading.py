@@ -13,6 +13,7 @@ import hashlib
 import inspect
 import json
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -75,8 +76,10 @@ LEGACY_KEYS = frozenset(
     {
         *("num_labels", "torch_dtype", "rope_theta", "rope_scaling", "pretraining_tp"),
         *("cls_token_id", "sep_token_id", "mask_token_id", "unk_token_id"),
+        *("bos_token_id", "eos_token_id", "pad_token_id"),
     }
 )
+_READ_KEY = re.compile(r'\bgetattr\(\s*(?:self\.)?config,\s*"(\w+)"')
 # Private keys of older config files that no class has.
 NOTES = ("_attn_implementation_autoset", "_commit_hash", "_flash_attn_2_enabled", "_num_labels")
 # Of all families, by the names that transformers maps to those of a family.
@@ -314,17 +317,22 @@ def _scratch_source(
         raise ModelError(f"{where}.config has no model_type; set one, such as model_type: bert")
     model_type = _built_as(model_type, architecture, where)
     rest = {key: value for key, value in keys.items() if key != "model_type"}
-    default, code = CONFIG_MAPPING[model_type](), inspect.getsource(CONFIG_MAPPING[model_type])
-    known = {*default.to_dict(), *default.attribute_map, *LEGACY_KEYS}
-    if hasattr(default, "num_key_value_heads"):
-        known.add("head_dim")  # read by all of these models, and a key of only some configs
+    config_class = CONFIG_MAPPING[model_type]
+    try:
+        default, code = config_class(), inspect.getsource(config_class)
+    except CONFIG_ERRORS as error:
+        raise ModelError(
+            f"{where}.config: a {model_type} config has no defaults ({one_line(error)}); give the "
+            "folder of a model"
+        ) from error
+    known = {*default.to_dict(), *default.attribute_map, *LEGACY_KEYS, *_read_keys(config_class)}
     # transformers would silently use a default for a misspelled key, and its code pops some keys.
     for key in rest:
         is_private = key in NOTES or (key.startswith("_") and hasattr(default, key))
         if not (key in known or is_private or f'"{key}"' in code):
             near = suggestion(key, sorted(known))
             raise ModelError(f"{where}.config.{key}: unknown key of a {model_type} config{near}")
-    config = _checked_config(partial(CONFIG_MAPPING[model_type], **rest), f"{where}.config")
+    config = _checked_config(partial(config_class, **rest), f"{where}.config")
     if getattr(config, "sinusoidal_pos_embds", False):
         raise ModelError(
             f"{where}.config: sinusoidal_pos_embds: true is not supported for a model from "
@@ -339,6 +347,12 @@ def _scratch_source(
         where=where,
         wants_vocabulary="vocab_size" not in keys,
     )
+
+
+def _read_keys(config_class: type[PretrainedConfig]) -> set[str]:
+    """Return the keys that the code of a family reads, also those that its config does not list."""
+    files = Path(inspect.getfile(config_class)).parent.glob("modeling_*.py")
+    return {key for file in files for key in _READ_KEY.findall(file.read_text(encoding="utf-8"))}
 
 
 def _built_as(model_type: str, wanted: str | None, where: str) -> str:
@@ -541,8 +555,10 @@ def initialize_parameters(
 
     Each module draws from its own generator, seeded by (seed, module name), in fp32 on the CPU. The
     values do not depend on other modules, the device, the dtype or the ranks. Only one module is
-    whole at a time. This is a collective for a sharded model.
+    whole at a time, unless a constructor alone knows values, as those of an activation that learns
+    (Apertus): then the model is built once more. This is a collective for a sharded model.
     """
+    built: dict[str, nn.Parameter] = {}
     waiting = {id(parameter) for parameter in parameters}
     # The rule of a whole attention must not change the weights that the attention already has.
     with _replaced(dict(model.named_modules()), "meta") as (parts, _):
@@ -553,11 +569,16 @@ def initialize_parameters(
             waiting.difference_update(id(parameter) for parameter in fresh.values())
             values = _draw(model, name, seed)
             for key, parameter in fresh.items():
-                full = f"{name}.{key}"
                 if values[key].isnan().any():
-                    raise RuntimeError(f"the class of the model does not initialize {full}")
+                    built = built or _built_whole(model, seed)
+                    values[key] = built[f"{name}.{key}"].detach()
                 drawn = values[key].flatten()
                 set_values(parameter, lambda start, stop, drawn=drawn: drawn[start:stop])
+
+
+def _built_whole(model: PreTrainedModel, seed: int) -> dict[str, nn.Parameter]:
+    with cpu_seeded(seed), torch.device("cpu"):
+        return dict(type(model)(copy.deepcopy(model.config)).named_parameters())
 
 
 def _draw(model: PreTrainedModel, name: str, seed: int) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -238,6 +239,16 @@ def test_every_parameter_of_a_scratch_model_gets_a_first_value(tiny, model_type)
     for name, value in values.items():
         assert torch.isfinite(value).all(), name
         assert value.ndim == 1 or 0.015 < value.std() < 0.025, name
+
+
+def test_a_value_that_a_constructor_alone_knows_is_that_of_the_constructor(tiny):
+    spec = tiny.scratch("apertus", num_key_value_heads=1)
+
+    values = tiny.load(spec, tiny.task("causal_lm"), need_head=False).state_dict()
+
+    expected = AutoModelForCausalLM.from_config(AutoConfig.for_model(**spec.config)).state_dict()
+    name = "model.layers.1.mlp.act_fn.alpha_p"
+    assert torch.equal(values[name], expected[name].float())
 
 
 # The deeper a GPT-2, the smaller what a layer adds to the hidden states: 0.02 / sqrt(2 * layers).

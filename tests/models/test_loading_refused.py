@@ -165,6 +165,7 @@ def test_a_scratch_config_that_cannot_be_used_is_refused(tiny, keys, expected):
         ("qwen3_moe", {"_experts_implementation": "eager"}),
         ("phi", {"partial_rotary_factor": 0.25}),
         ("gemma3_text", {"sliding_window_pattern": 2, "_sliding_window_pattern": 2}),
+        ("deberta-v2", {"position_buckets": 8, "norm_rel_ebd": "layer_norm", "conv_act": "gelu"}),
     ],
 )
 def test_what_files_hold_and_classes_read_is_no_misspelled_key(tiny, model_type, keys):
@@ -178,6 +179,24 @@ def test_what_files_hold_and_classes_read_is_no_misspelled_key(tiny, model_type,
 def test_a_key_that_no_file_has_and_no_class_reads_is_refused(tiny, key):
     with pytest.raises(ModelError, match=rf"student\.model\.config\.{key}: unknown key of a llama"):
         tiny.resolve(tiny.scratch("llama", **{key: 3}), tiny.task("causal_lm"), "student.model")
+
+
+def test_a_key_that_the_code_of_a_family_reads_shapes_its_model(tiny):
+    """DeBERTa-v3 has buckets of positions, which are no key of its config class."""
+    spec = tiny.scratch("deberta-v2", relative_attention=True, position_buckets=8)
+
+    model = tiny.load(spec, tiny.task(), label_names=("a", "b"), need_head=False)
+
+    assert len(model.deberta.encoder.rel_embeddings.weight) == 2 * 8
+
+
+def test_a_type_whose_config_has_no_defaults_is_refused(tiny):
+    spec = ScratchModel(config={"model_type": "gemma4_assistant"})
+
+    with pytest.raises(
+        ModelError, match=r"student\.model\.config: a gemma4_assistant config has no"
+    ):
+        tiny.resolve(spec, tiny.task("causal_lm"), "student.model")
 
 
 def test_a_head_width_is_known_to_decoders_whose_config_has_none(tiny):
