@@ -196,12 +196,24 @@ def test_a_family_that_cannot_be_cut_says_why(tiny, family):
             action()
 
 
-@pytest.mark.parametrize("family", [name for name in DECODERS if name not in DENSE])
-def test_a_mixture_of_experts_is_a_teacher_and_no_student(tiny, family):
-    task = tiny.task("causal_lm")
-    source = tiny.resolve(tiny.save(family), task, where="student.model")
-    facts = {"task": task, "label_names": (), "tokenizer_size": tiny.vocabulary}
+MIXTURES = {
+    **{name: {} for name in DECODERS if name not in DENSE},
+    "mixtral": {"num_local_experts": 4, "num_key_value_heads": 1},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2},
+}
 
-    check_model(source, need_head=True, **facts)
-    with pytest.raises(ModelError, match=r"^student.model: a .* mixture of experts, which is supp"):
-        check_model(source, need_head=False, **facts)
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_a_mixture_of_experts_is_a_teacher_and_is_not_trained(tiny, family):
+    """Neither as a student nor by teacher.finetune."""
+    task, folder = (
+        tiny.task("causal_lm"),
+        tiny.save(family, AutoModelForCausalLM, **MIXTURES[family]),
+    )
+    facts = {"task": task, "label_names": (), "tokenizer_size": tiny.vocabulary}
+    teacher = tiny.resolve(folder, task)
+
+    check_model(teacher, need_head=True, **facts)
+    for source in (teacher, tiny.resolve(folder, task, where="student.model")):
+        with pytest.raises(ModelError, match=rf"^{source.where}: a .* mixture of experts, which"):
+            check_model(source, need_head=False, **facts)
