@@ -129,9 +129,9 @@ class Architecture:
     def heads(self, config: PretrainedConfig) -> Heads:
         """Return the numbers of query heads and key heads, and the width of a head."""
         # A recurrent model has no heads.
-        queries = getattr(config, self.attention_heads, None) or 1
-        keys = getattr(config, "num_key_value_heads", None) or queries
-        width = getattr(config, HEAD_WIDTH, None) or stated(config, "head_dim")
+        queries = stated(config, self.attention_heads) or 1
+        keys = stated(config, "num_key_value_heads") or queries
+        width = stated(config, HEAD_WIDTH) or stated(config, "head_dim")
         width = width or self.hidden_width(config) // queries
         return Heads(queries, keys, width)
 

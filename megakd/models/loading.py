@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 CONFIG = "config.json"
+ADAPTERS = "adapter_config.json"
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md")
 # Subfolders, other frameworks, and the weights a second time in the format of another library.
 NOT_FROM_HUB = ("*/*", "*.msgpack", "consolidated*.safetensors")
@@ -317,6 +319,11 @@ def _scratch_source(
         raise ModelError(f"{where}.config has no model_type; set one, such as model_type: bert")
     model_type = _built_as(model_type, architecture, where)
     rest = {key: value for key, value in keys.items() if key != "model_type"}
+    if model_type not in CONFIG_MAPPING:
+        raise ModelError(
+            f"{where}.config.model_type: transformers {transformers.__version__} has no "
+            f"{model_type}{suggestion(model_type, sorted(CONFIG_MAPPING.keys()))}"
+        )
     config_class = CONFIG_MAPPING[model_type]
     try:
         default, code = config_class(), inspect.getsource(config_class)
@@ -482,6 +489,11 @@ def _read_config(folder: Path, where: str, *, trust_remote_code: bool, hint: str
         keys = json.loads(file.read_text(encoding="utf-8"))
         model_type = keys["model_type"]
     except FileNotFoundError:
+        if (folder / ADAPTERS).is_file():
+            raise ModelError(
+                f"{where}: {folder} has adapters alone ({ADAPTERS}); merge them into their model "
+                "(merge_and_unload of peft) and give that folder"
+            ) from None
         raise ModelError(f"{where}: {file} does not exist{hint}") from None
     except OSError as error:
         raise ModelError(f"{where}: {file} cannot be read: {error.strerror or error}") from error

@@ -20,6 +20,7 @@ from megakd.contract.tasks import LANGUAGE_TASKS, STUDENT, TEACHER
 from megakd.errors import ConfigError
 from megakd.inputs.precision import TORCH_DTYPE, training_dtype
 from megakd.inputs.step_size import largest_step
+from megakd.models.architectures import stated
 from megakd.models.model_folder import BUFFER_BYTES
 from megakd.models.quantized import bytes_per_weight, check_whole
 from megakd.planning.memory import FP32, PARTS, PLACES, Engine, Holding, Ledger, Part, Share, blocks
@@ -109,9 +110,9 @@ def cluster_of(options: Mapping[str, Any]) -> Cluster:
 
 def cached_numbers(config: PretrainedConfig) -> int:
     """Return the keys and values of one token in all layers of a decoder."""
-    heads = config.num_attention_heads
-    key_heads = getattr(config, "num_key_value_heads", None) or heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads = stated(config, "num_attention_heads") or 1  # a recurrent model has none
+    key_heads = stated(config, "num_key_value_heads") or heads
+    width = stated(config, "head_dim") or config.hidden_size // heads
     return 2 * config.num_hidden_layers * key_heads * width
 
 

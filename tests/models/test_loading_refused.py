@@ -131,6 +131,12 @@ def test_missing_backbone_weights_are_counted_and_three_of_them_named(tiny):
     assert text.count("layer.1.") == 3
 
 
+def test_a_folder_of_adapters_alone_is_refused_with_what_to_do(tiny, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"has adapters alone .*; merge them into their model"):
+        tiny.resolve(tmp_path, tiny.task("causal_lm"), with_weights=False)
+
+
 def test_shapes_that_differ_are_named_with_both(tiny):
     folder = tiny.save("llama")
     tiny.rewrite_config(vocab_size=301)
@@ -143,13 +149,14 @@ def test_shapes_that_differ_are_named_with_both(tiny):
     ("keys", "expected"),
     [
         ({}, "student.model.config has no model_type"),
+        ({"model_type": "brt"}, 'has no brt; did you mean "bert"?'),
         ({"model_type": "bert", "hidden_size": "8"}, "Field 'hidden_size' expected int, got str"),
         (
             {"model_type": "distilbert", "sinusoidal_pos_embds": True},
             "remove the key to use learned positions",
         ),
     ],
-    ids=["no type", "type", "sinusoidal"],
+    ids=["no type", "unknown type", "type", "sinusoidal"],
 )
 def test_a_scratch_config_that_cannot_be_used_is_refused(tiny, keys, expected):
     with pytest.raises(ModelError) as caught:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from planned_runs import CAUSAL, config_of, plan_of
 from tiny_runs import llama
-from transformers import AutoConfig, DynamicCache, LlamaForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, DynamicCache, LlamaForCausalLM
 
 from megakd.contract.tasks import STUDENT
 from megakd.planning.memory import Share
@@ -98,3 +98,14 @@ def test_a_served_teacher_takes_no_memory(tmp_path):
     assert loaded.part("teacher", "weights") > 0
     assert served.part("teacher", "weights") == 0
     assert served.peak_bytes_per_rank < loaded.peak_bytes_per_rank
+
+
+def test_the_cache_of_layers_that_differ_in_heads_is_planned():
+    """Gemma 4 has fewer key heads in its global layers, and a recurrent model has none."""
+    keys = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    gemma = CONFIG_MAPPING["gemma4_unified_text"](
+        **keys, num_key_value_heads=2, num_global_key_value_heads=1, attention_k_eq_v=True
+    )
+
+    assert cached_numbers(gemma) == 2 * 2 * 64
+    assert cached_numbers(CONFIG_MAPPING["rwkv"](hidden_size=64, num_hidden_layers=2)) == 2 * 2 * 64
