@@ -22,15 +22,14 @@ from megakd.config.deepspeed import zero_stage
 from megakd.contract.tasks import LANGUAGE_TASKS
 from megakd.errors import ModelError, one_line
 from megakd.models.architectures import AUTO_CLASSES
+from megakd.models.source import GGUF, ModelSource, method_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from megakd.config.task import TaskConfig
-    from megakd.models.source import ModelSource
 
 logger = logging.getLogger(__name__)
-GGUF = "gguf"
 PACKAGES: Mapping[str, str] = {
     GGUF: "gguf",
     "compressed-tensors": "compressed_tensors",
@@ -43,14 +42,6 @@ PACKAGES: Mapping[str, str] = {
 """By the method of quantization_config, the module that transformers needs for it."""
 _PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 _OTHER_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
-
-
-def method_of(config: PretrainedConfig) -> str | None:
-    """Return the method by which the weights of a model are quantized; None: they are not."""
-    settings: Any = getattr(config, "quantization_config", None) or {}
-    keys = settings if isinstance(settings, Mapping) else vars(settings)
-    method = keys.get("quant_method")
-    return None if method is None else str(getattr(method, "value", method))
 
 
 def gguf_file(path: Path, where: str) -> Path | None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from megakd.contract.batch import LogitWarp
 from megakd.engine.sharding import full_shape, gathered, sharded_construction, writes_here
-from megakd.models.loading import initialize_parameters
+from megakd.models.initial_values import initialize_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

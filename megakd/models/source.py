@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PretrainedConfig
@@ -16,11 +16,19 @@ from megakd.config.models import TeacherConfig
 from megakd.contract.tasks import AUTO
 from megakd.contract.views import Heads, View
 from megakd.models.architectures import Architecture
-from megakd.models.quantized import GGUF, method_of
 from megakd.models.weights import StoredTensor
 
 _DROPOUT = re.compile(r"dropout(_prob|_rate)?$|_pdrop$")
 """Config keys of dropout, as the families name them."""
+GGUF = "gguf"
+
+
+def method_of(config: PretrainedConfig) -> str | None:
+    """Return the method by which the weights of a model are quantized; None: they are not."""
+    settings: Any = getattr(config, "quantization_config", None) or {}
+    keys = settings if isinstance(settings, Mapping) else vars(settings)
+    method = keys.get("quant_method")
+    return None if method is None else str(getattr(method, "value", method))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,8 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_
 
 from megakd.errors import ModelError
 from megakd.models.fitting import valueless_model
-from megakd.models.loading import initialize_parameters, load_finished, with_vocabulary
+from megakd.models.initial_values import initialize_parameters
+from megakd.models.loading import load_finished, with_vocabulary
 from megakd.planning.tracing import send_tokens_to_one_expert
 
 NAMES = ("joy", "anger", "fear")
