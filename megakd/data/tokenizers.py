@@ -194,7 +194,10 @@ def _of_gguf(file: Path) -> PreTrainedTokenizerBase | None:
 
 def _read(folder: Path, task_type: TaskType) -> PreTrainedTokenizerBase:
     if folder.is_file():
-        return copy.deepcopy(_of_gguf(folder))
+        tokenizer = _of_gguf(folder)
+        if tokenizer is None:
+            raise ValueError("transformers reads no tokenizer of this GGUF file")
+        return copy.deepcopy(tokenizer)
     files, model = {path.name for path in folder.iterdir()}, _sentencepiece_file(folder)
     says_its_class = not files.isdisjoint(("tokenizer_config.json", "config.json"))
     is_bare_model = files.isdisjoint(("tokenizer.json", "vocab.txt", "vocab.json"))
