@@ -54,7 +54,7 @@ T = TypeVar("T")
 
 def small_configs(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
     """Yield configs of small copies, the smallest first; their model may refuse some of them."""
-    queries, keys = (getattr(config, f"num_{of}_heads", None) for of in ("attention", "key_value"))
+    queries, keys = (stated(config, f"num_{of}_heads") for of in ("attention", "key_value"))
     sizes = dict(SIZES)
     if keys is not None:
         sizes["num_key_value_heads"] = 4 if keys == queries else min(keys, 2)
