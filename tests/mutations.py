@@ -230,7 +230,7 @@ MUTATIONS = (
         "tests/methods/test_pruning_scores.py",
     ),
     Mutation(
-        "megakd/methods/homodistil/schedule.py",
+        "megakd/methods/homodistil/__init__.py",
         "return (1 - Fraction(last, self.end - self.start)) ** 3",
         "return 1 - Fraction(last, self.end - self.start)",
         "tests/methods/test_pruning_schedule.py",

@@ -19,8 +19,7 @@ from megakd.contract.batch import Batch, Documents, Knowledge, LossInputs, copie
 from megakd.contract.stage import Stage, backward_groups
 from megakd.contract.terms import TermConfig
 from megakd.methods.knowledge_selection import KnowledgeSelectionConfig
-from megakd.methods.knowledge_selection.selecting import Selecting
-from megakd.methods.knowledge_selection.selector import Selector, SelectorShape
+from megakd.methods.knowledge_selection.selecting import Selecting, Selector, SelectorShape
 from megakd.models import packed_attention
 from megakd.models.architectures import FAMILIES
 from megakd.models.packing import set_attention

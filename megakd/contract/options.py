@@ -82,7 +82,7 @@ class MethodOptions:
     def extras(self, parts: Any) -> Sequence[Any]:
         """Return features that the method adds to a stage with these `StageParts`; a collective.
 
-        See `training.stage_extra`.
+        See `training.stage_batches`.
         """
         del parts
         return ()

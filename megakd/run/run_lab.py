@@ -31,8 +31,7 @@ from megakd.training.assembly import Assembly
 from megakd.training.probe import StageProbe
 from megakd.training.progress import Reporter
 from megakd.training.recipes import LabBase, scoring_preset
-from megakd.training.stage_batches import check_stream
-from megakd.training.stage_extra import step_shape
+from megakd.training.stage_batches import check_stream, step_shape
 from megakd.training.stage_folder import length_of, may_grow, read_result
 from megakd.training.stage_run import StageRun, stage_checkpoints
 

@@ -22,7 +22,7 @@ from megakd.servers.connect import server_generator
 from megakd.teachers.frozen import FrozenTeacher
 from megakd.training.assembly import Assembly
 from megakd.training.checkpoint import steps_in
-from megakd.training.stage_extra import StageExtra, StageParts
+from megakd.training.stage_batches import StageExtra, StageParts
 
 
 class Rollouts(StageExtra):

@@ -1,35 +1,73 @@
-"""The training batches of a stage, and the features that change them."""
+"""The training batches of a stage, and the hooks of features that change them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
+from megakd.config.train import TrainConfig
 from megakd.contract.batch import BatchSource
-from megakd.contract.tasks import STUDENT
+from megakd.contract.stage import Stage, Teacher
 from megakd.data.encoding import Encoded, labelled_only
 from megakd.data.loader import OtherReading, StepLoader
+from megakd.data.step_layout import StepLayout, StepShape
 from megakd.engine.collectives import gather
 from megakd.engine.distributed import Ranks
+from megakd.engine.student import StudentEngine
 from megakd.errors import CheckpointError, ConfigError
+from megakd.training.assembly import Assembly
 from megakd.training.checkpoint import read_states
-from megakd.training.stage_extra import StageExtra, StageParts
 
 
-def extras_of(parts: StageParts) -> list[StageExtra]:
-    """Return the features that a stage and the config of its run ask for; a collective."""
-    stage, generation = parts.stage, parts.assembly.config.eval.generation
-    extras: list[StageExtra] = []
-    if stage.rollouts is not None:
-        from megakd.training.generated_texts import Rollouts
+class StageParts(NamedTuple):
+    """Parts that the extras of a stage are made from; `models`: `student`, and frozen teachers."""
 
-        extras.append(Rollouts(parts))
-    extras.extend(parts.assembly.config.method.extras(parts))
-    if generation is not None and stage.role == STUDENT and not stage.views:
-        from megakd.training.generated_texts import Texts
+    stage: Stage
+    assembly: Assembly
+    models: Mapping[str, StudentEngine | Teacher]
 
-        extras.append(Texts(parts, generation))
-    return extras
+    @property
+    def of_model(self) -> Assembly:
+        """The assembly with the tokenizer and the data of the stage's model."""
+        return self.assembly.of(self.stage.role)
+
+    @property
+    def layout(self) -> StepLayout:
+        train, config = self.stage.train, self.assembly.config
+        return StepLayout(
+            step_shape(train, self.assembly.ranks),
+            train.tokens_per_rank,
+            self.stage.teachers if config.method.routes_rows else (),
+            by_length=config.train.packing is False,
+        )
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.assembly.config.output_dir / "checkpoints" / self.stage.name
+
+
+class StageExtra:
+    """A feature of a stage; every hook may be a collective, and changes nothing here."""
+
+    def source(self) -> BatchSource | None:
+        """Return the batches of the stage if they are not simply those of the training rows."""
+        return None
+
+    def scores(self, step: int) -> Mapping[str, float]:
+        """Return metrics of the student after `step` steps, the same on every rank."""
+        del step
+        return {}
+
+
+def step_shape(train: TrainConfig, ranks: Ranks) -> StepShape:
+    """Return the distribution of a step's rows, for this rank."""
+    return StepShape(
+        train.per_device_train_batch_size,
+        train.gradient_accumulation_steps,
+        ranks.rank,
+        ranks.world_size,
+    )
 
 
 def row_batches(

@@ -19,7 +19,7 @@ from megakd.losses.bundle import StudentBundle
 from megakd.scoring.metrics import Evaluation
 from megakd.training.best_checkpoint import BestCheckpoints, ReturnedWeights
 from megakd.training.checkpoint import CheckpointState
-from megakd.training.stage_extra import StageExtra
+from megakd.training.stage_batches import StageExtra
 from megakd.training.stage_model import StageModel
 from megakd.training.trainer import Trainer
 

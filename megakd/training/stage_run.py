@@ -27,9 +27,8 @@ from megakd.training.assembly import Assembly
 from megakd.training.checkpoint import Checkpoints, CheckpointState
 from megakd.training.meters import TrainMeter
 from megakd.training.progress import Extent, Reporter
-from megakd.training.stage_batches import extras_of, row_batches
+from megakd.training.stage_batches import StageExtra, StageParts, row_batches
 from megakd.training.stage_evaluation import StageEvaluation
-from megakd.training.stage_extra import StageParts
 from megakd.training.stage_folder import (
     RESULT,
     continue_window,
@@ -309,6 +308,22 @@ class StageRun:
     def close(self) -> None:
         self.saves.close()
         self.student.destroy()
+
+
+def extras_of(parts: StageParts) -> list[StageExtra]:
+    """Return the features that a stage and the config of its run ask for; a collective."""
+    stage, generation = parts.stage, parts.assembly.config.eval.generation
+    extras: list[StageExtra] = []
+    if stage.rollouts is not None:
+        from megakd.training.generated_texts import Rollouts
+
+        extras.append(Rollouts(parts))
+    extras.extend(parts.assembly.config.method.extras(parts))
+    if generation is not None and stage.role == STUDENT and not stage.views:
+        from megakd.training.generated_texts import Texts
+
+        extras.append(Texts(parts, generation))
+    return extras
 
 
 def stage_checkpoints(stage: Stage, assembly: Assembly) -> Checkpoints:

@@ -13,8 +13,7 @@ from whole_run import weights
 from megakd.engine import distributed
 from megakd.methods import run_method
 from megakd.methods.knowledge_selection import selecting
-from megakd.methods.knowledge_selection.selecting import Selecting
-from megakd.methods.knowledge_selection.selector import Selector
+from megakd.methods.knowledge_selection.selecting import Selecting, Selector
 from megakd.training.probe import StageProbe
 
 

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from megakd.contract.views import View
 from megakd.errors import ConfigError
-from megakd.methods.homodistil import HomoDistilConfig, schedule_of
-from megakd.methods.homodistil.schedule import (
+from megakd.methods.homodistil import (
+    HomoDistilConfig,
     Schedule,
     Target,
+    schedule_of,
     target_of,
 )
 

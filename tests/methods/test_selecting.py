@@ -19,8 +19,6 @@ from megakd.methods.knowledge_selection.selecting import (
     RandomWeights,
     Running,
     Selecting,
-)
-from megakd.methods.knowledge_selection.selector import (
     Selector,
     SelectorShape,
     Transition,

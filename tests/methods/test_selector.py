@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megakd.errors import TeacherError
 from megakd.methods.knowledge_selection import KnowledgeSelectionConfig
-from megakd.methods.knowledge_selection.selector import (
+from megakd.methods.knowledge_selection.selecting import (
     ActorCritic,
     Selector,
     SelectorShape,

@@ -19,7 +19,7 @@ from megakd.contract.results import WHOLE, Metric, PruningReport
 from megakd.contract.stage import Pass, Scores, StepReport, Strategy, Verdict, Window
 from megakd.contract.views import Axis, Columns, Cut, Kind, Maker, UnitOrder, View
 from megakd.engine.collectives import agree, all_reduce_
-from megakd.methods.homodistil.schedule import ROWS, Schedule, Target
+from megakd.methods.homodistil import ROWS, Schedule, Target
 
 SENSITIVITY = "sensitivity"
 BETA = 0.85

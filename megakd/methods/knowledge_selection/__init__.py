@@ -36,7 +36,7 @@ from megakd.errors import ConfigError, TeacherError
 from megakd.process.terminal import in_home
 
 if TYPE_CHECKING:
-    from megakd.methods.knowledge_selection.selector import Selector, SelectorShape
+    from megakd.methods.knowledge_selection.selecting import Selector, SelectorShape
 
 STAGE = "selector"
 STAGE_1 = frozenset(
@@ -135,8 +135,7 @@ def _reading(lab: Lab) -> dict[str, Any]:
 def _selector(
     config: KnowledgeSelectionConfig, lab: Lab, teacher: str, kinds: tuple[TermConfig, ...]
 ) -> Selector:
-    from megakd.methods.knowledge_selection.selecting import SELECTOR
-    from megakd.methods.knowledge_selection.selector import SelectorShape, load_selector
+    from megakd.methods.knowledge_selection.selecting import SELECTOR, SelectorShape, load_selector
 
     widths = lab.given(STUDENT).width, lab.given(teacher).width
     shape = SelectorShape(*widths, tuple(map(term_name, kinds)))
@@ -157,7 +156,7 @@ def _selector(
 
 
 def _new(lab: Lab, shape: SelectorShape) -> Selector:
-    from megakd.methods.knowledge_selection.selector import Selector
+    from megakd.methods.knowledge_selection.selecting import Selector
     from megakd.process.seeding import cpu_seeded
 
     with cpu_seeded(lab.config.seed):

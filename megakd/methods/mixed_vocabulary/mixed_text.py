@@ -45,8 +45,7 @@ from megakd.methods.mixed_vocabulary.shared_words import (
     SharedWords,
     WordCutter,
 )
-from megakd.training.stage_batches import row_batches
-from megakd.training.stage_extra import StageExtra, StageParts
+from megakd.training.stage_batches import StageExtra, StageParts, row_batches
 
 if TYPE_CHECKING:
     from datasets import Dataset
