@@ -12,6 +12,17 @@ from megakd.process.terminal import with_variables
 
 DATA_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".json", ".txt")
 """Endings of data files, in lower case."""
+COMPRESSED = (".gz", ".bz2", ".zst")
+
+
+def without_compression(name: str) -> str:
+    """Return the name of a file without the ending of its compression."""
+    return name[: -len(Path(name).suffix)] if Path(name).suffix.lower() in COMPRESSED else name
+
+
+def data_suffix(path: str | Path) -> str:
+    """Return the ending that tells the format of a file, in lower case."""
+    return Path(without_compression(str(path))).suffix.lower()
 
 
 def is_path(name: str) -> bool:
@@ -21,8 +32,7 @@ def is_path(name: str) -> bool:
 
 def looks_like_path(dataset: str) -> bool:
     """Return whether the name of a data set that does not exist on disk looks like a path."""
-    is_file = Path(dataset).suffix.lower() in DATA_SUFFIXES
-    return is_path(dataset) or dataset.endswith("/") or is_file
+    return is_path(dataset) or dataset.endswith("/") or data_suffix(dataset) in DATA_SUFFIXES
 
 
 def _with_variables(text: str) -> str:

@@ -177,18 +177,16 @@ class Record(NamedTuple):
 class Table:
     """A split whose text and label columns are not yet chosen.
 
-    records: function that reads all rows from the beginning, with constant memory.
+    records: function that reads all rows from the beginning, with constant memory, and gives the
+        error of a row that cannot be read in its place.
     digest: sha256 of the source of the rows.
-    format: what the rows depend on beside the content: `tsv`, and `blanks` of a csv file whose
-        quotes follow a blank; else empty.
     class_names: class names by column, if the data itself declares class names.
     """
 
     name: str
     columns: tuple[str, ...]
-    records: Callable[[], Iterator[Record]]
+    records: Callable[[], Iterator[Record | DataError]]
     digest: str
-    format: str = ""
     class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 

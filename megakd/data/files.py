@@ -1,4 +1,4 @@
-"""Local files and folders as a data set: csv, tsv, jsonl, json, parquet and txt.
+"""Local files and folders as a data set: csv, tsv, jsonl, json, parquet and txt, also compressed.
 
 A folder holds `train.*` and optionally `validation.*` (or `valid`, `val`, `dev`) and `test.*`. Each
 split may have several shards (`train-00000-of-00002.parquet`). In a folder of txt files without
@@ -13,30 +13,14 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
-from megakd.config.paths import DATA_SUFFIXES
+from megakd.config.paths import DATA_SUFFIXES, data_suffix, without_compression
 from megakd.config.task import Files, TaskConfig, listed_files
 from megakd.data.arrow import SPLIT_ALIASES, SPLIT_NAMES, SplitName, Table
-from megakd.data.readers import (
-    joined,
-    read_csv,
-    read_documents,
-    read_json,
-    read_jsonl,
-    read_parquet,
-    read_tsv,
-)
+from megakd.data.readers import read_json, table_of
 from megakd.data.rows import Corpus, rows_of_tables
 from megakd.errors import DataError
 from megakd.process.terminal import in_home
 
-READERS = {
-    ".csv": read_csv,
-    ".tsv": read_tsv,
-    ".jsonl": read_jsonl,
-    ".ndjson": read_jsonl,
-    ".parquet": read_parquet,
-}
-_READ_ALIKE = {suffix: READERS.get(suffix, suffix) for suffix in DATA_SUFFIXES}
 WHOLE_FILE = "all rows"
 # `datasets` may write a hash behind the count.
 SHARD = re.compile(r"-(\d+)-of-(\d+)(-[0-9a-f]+)?$")
@@ -49,7 +33,7 @@ def local_rows(task: TaskConfig, *, cache_dir: Path) -> Corpus:
         tables, name = tables_of_files(paths, key), task.data_name
     else:
         path = in_home(task.dataset)
-        name, is_json = str(path), path.is_file() and path.suffix.lower() == ".json"
+        name, is_json = str(path), path.is_file() and data_suffix(path) == ".json"
         tables = read_json(path) if is_json else tables_of_files(paths, key, name=name)
     if "train" not in tables:
         raise DataError(
@@ -70,7 +54,7 @@ def split_files(task: TaskConfig) -> tuple[dict[SplitName, list[Path]], str]:
     shards = _shards(path)
     if "train" in shards:
         return shards, key
-    texts = [file for file in _data_files(path) if file.suffix.lower() == ".txt"]
+    texts = [file for file in _data_files(path) if data_suffix(file) == ".txt"]
     if texts and not shards:  # without the name of a split
         return {"train": texts}, key
     there = ", ".join(file.name for file in sorted(path.iterdir())[:10]) or "nothing"
@@ -164,26 +148,13 @@ def files_table(
     first, *others = paths
     for path in others:
         # "True" of a csv file is a word, and true of a jsonl file is none.
-        if _READ_ALIKE[known_suffix(path, key)] != _READ_ALIKE[known_suffix(first, key)]:
+        if _format(path, key) != _format(first, key):
             raise DataError(
                 f"{key}: {path} and {first} have different formats; give all files of a split in "
                 "one format"
             )
-    suffix = known_suffix(first, key)
-    if suffix == ".txt":
-        return read_documents(paths, name, to_be_split=to_be_split)
-    if suffix != ".json":
-        return joined([READERS[known_suffix(path, key)](path) for path in paths], name)
-    tables: list[Table] = []
-    for path in paths:
-        splits = read_json(path)
-        if len(splits) > 1:
-            raise DataError(
-                f"{key}: {path} holds the splits {', '.join(splits)}; give a file with one list of "
-                "rows"
-            )
-        tables += splits.values()
-    return joined(tables, name)
+    known_suffix(first, key)
+    return table_of(paths, name, to_be_split=to_be_split)
 
 
 def scored_table(given: str) -> tuple[Table, str]:
@@ -195,7 +166,7 @@ def scored_table(given: str) -> tuple[Table, str]:
     path = in_home(given)
     if path.is_dir():
         tables = tables_of_files(_shards(path), "task.dataset", name=str(path))
-    elif path.suffix.lower() == ".json" and path.is_file():
+    elif data_suffix(path) == ".json" and path.is_file():
         tables = read_json(path)
     else:
         return files_table(matching_files(given, "--data"), "--data"), WHOLE_FILE
@@ -214,11 +185,11 @@ def scored_table(given: str) -> tuple[Table, str]:
 def _shards(folder: Path) -> dict[SplitName, list[Path]]:
     shards: dict[SplitName, list[Path]] = {}
     for path in _data_files(folder):
-        split = SPLIT_ALIASES.get(SHARD.sub("", path.stem).lower())
+        split = SPLIT_ALIASES.get(SHARD.sub("", _stem(path)).lower())
         if split is not None:
             shards.setdefault(split, []).append(path)
     for paths in shards.values():
-        names = {SHARD.sub(r"-*-of-\2", path.stem) + path.suffix for path in paths}
+        names = {SHARD.sub(r"-*-of-\2", _stem(path)) + _ending(path) for path in paths}
         if len(names) > 1:
             raise DataError(
                 f"{folder}: {' and '.join(sorted(names))} are names of the same split; keep one of "
@@ -231,8 +202,8 @@ def _shards(folder: Path) -> dict[SplitName, list[Path]]:
 def _refuse_missing(paths: Sequence[Path], place: str, *, pattern: str = "*") -> None:
     sets: dict[tuple[Path, str, str], set[int]] = {}
     for path in paths:
-        if shard := SHARD.search(path.stem):
-            kind = (path.with_name(path.stem[: shard.start()]), shard[2], path.suffix)
+        if shard := SHARD.search(_stem(path)):
+            kind = (path.with_name(_stem(path)[: shard.start()]), shard[2], _ending(path))
             there = sets.setdefault(kind, set())
             if int(shard[1]) in there:
                 raise DataError(f"{place}: {path} is there with another hash; keep one of the two")
@@ -252,15 +223,29 @@ def _data_files(folder: Path) -> list[Path]:
     return sorted(
         path
         for path in folder.iterdir()
-        if path.suffix.lower() in DATA_SUFFIXES and not path.name.startswith(".")
+        if data_suffix(path) in DATA_SUFFIXES and not path.name.startswith(".")
     )
+
+
+def _stem(path: Path) -> str:
+    return Path(without_compression(path.name)).stem
+
+
+def _ending(path: Path) -> str:
+    return path.name.removeprefix(_stem(path))
+
+
+def _format(path: Path, key: str) -> str:
+    suffix = known_suffix(path, key)
+    return ".jsonl" if suffix == ".ndjson" else suffix
 
 
 def known_suffix(path: Path, key: str) -> str:
     """Return the ending of a file, lower-cased."""
-    suffix = path.suffix.lower()
+    suffix = data_suffix(path)
     if suffix not in DATA_SUFFIXES:
         raise DataError(
-            f"{key}: {path} has an unsupported ending; supported: {', '.join(DATA_SUFFIXES)}"
+            f"{key}: {path} has an unsupported ending; supported: {', '.join(DATA_SUFFIXES)}, also "
+            "compressed (.gz, .bz2, .zst)"
         )
     return suffix

@@ -16,8 +16,8 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from megakd.config.task import TaskConfig
-from megakd.data.arrow import Record, SplitName, Table, remembered_of_rows
-from megakd.data.readers import by_split, class_names_of, columns_without_added_nulls, is_plain
+from megakd.data.arrow import SplitName, Table, remembered_of_rows
+from megakd.data.readers import by_split, typed_table
 from megakd.data.rows import Corpus, rows_of_tables
 from megakd.errors import ConfigError, DataError, first_line, suggestion
 
@@ -81,25 +81,8 @@ def hub_errors(name: str, configuration: str | None, *, advice: str) -> Iterator
 
 
 def hub_table(name: str, rows: Dataset) -> Table:
-    """Return a split of the Hub as a table of its plain columns; see `readers.is_plain`."""
-    plain = [column for column, feature in rows.features.items() if is_plain(feature)]
-    rows = rows.select_columns(plain)
-    return Table(
-        name=name,
-        columns=tuple(plain),
-        records=partial(_records, rows),
-        digest=remembered_of_rows(rows, "hub", partial(_digest, rows)),
-        class_names=class_names_of(rows.features),
-    )
-
-
-def _records(rows: Dataset) -> Iterator[Record]:
-    for start in range(0, len(rows), ROWS_PER_READ):
-        columns = rows[start : start + ROWS_PER_READ]
-        for offset, values in enumerate(zip(*columns.values(), strict=True)):
-            row = dict(zip(columns, values, strict=True))
-            present = columns_without_added_nulls(row, rows.features)
-            yield Record(f"row {start + offset + 1}", present)
+    """Return a split of the Hub as a table."""
+    return typed_table(name, rows, digest=remembered_of_rows(rows, "hub", partial(_digest, rows)))
 
 
 def _digest(rows: Dataset) -> str:

@@ -1,4 +1,8 @@
-"""The rows of tables: written to Arrow files once, or read from a stream while they are needed."""
+"""The rows of tables: written to Arrow files once, or read from a stream while they are needed.
+
+The columns of a table are chosen here, which may be those of conversations, of texts or pairs with
+labels, or of documents.
+"""
 
 from __future__ import annotations
 
@@ -9,36 +13,52 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import Dataset, Features, IterableDataset, Value
 from transformers import PreTrainedTokenizerBase
 
 from megakd.config.task import TaskConfig
-from megakd.contract.batch import IGNORE, ROUTE
+from megakd.contract.batch import ROUTE
+from megakd.contract.tasks import LANGUAGE_TASKS, TaskType
 from megakd.data.arrow import (
     PLACE,
     SPLIT_NAMES,
     BadRows,
+    Record,
     SplitName,
     Table,
     column_of,
+    document_of,
     key_of,
     read_rows,
+    require,
+    text_of,
     write_rows,
 )
-from megakd.data.chat.conversations import CONVERSATION, SOURCE, Conversation, chat_columns, is_chat
+from megakd.data.chat.conversations import (
+    CONVERSATION,
+    OPTIONS,
+    SOURCE,
+    TEXT_DEFAULTS,
+    TOOLS,
+    ChatColumns,
+    Conversation,
+    chat_columns,
+    conversation_of,
+    is_chat,
+)
 from megakd.data.choosing import is_labelled, text_hash
-from megakd.data.labels import Classes, RowKind, find_classes, is_blank, place_of, row_teacher
+from megakd.data.labels import Classes, class_word, find_classes, score, with_numbers
 from megakd.errors import DataError, suggestion
 from megakd.storage.folders import whole_folder
 
 logger = logging.getLogger(__name__)
 # Increase this number when the same source results in different rows.
-VERSION = 5
+VERSION = 6
 # Increase this number when a folder of rows gets different files or rows.
-LAYOUT = 4
+LAYOUT = 5
 BLANK_FILE = "blank_rows.json"
 """File in a folder of rows: the number of rows without text, the first, the bad rows, and what the
 rows without a label have in its place, with their numbers."""
@@ -50,6 +70,191 @@ DEFAULT_METRICS: Mapping[str, tuple[str, ...]] = {
     "mlm": ("perplexity",),
     "causal_lm": ("perplexity",),
 }
+
+
+PAIR_DEFAULTS = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("text1", "text2"),
+    ("text", "text_pair"),
+)
+LABEL_DEFAULTS = {"classification": ("label", "labels"), "regression": ("label", "score", "labels")}
+
+
+class RowTeacher(NamedTuple):
+    """Source of the teacher of a row: a column, or one name for all rows."""
+
+    column: str | None = None
+    name: str | None = None
+
+    def of(self, name: str, record: Record) -> str:
+        """Return the teacher of a row of the data `name`."""
+        if self.name is not None:
+            return self.name
+        value = record.values.get(self.column or "")
+        if not isinstance(value, str) or not value.strip():
+            raise DataError(
+                f"{name}, {record.place}: column {self.column!r} (task.teacher_column) names "
+                f"no teacher (got {value!r:.80}); write the name of one of the teachers"
+            )
+        return text_of(name, self.column or "", record).strip()
+
+
+def row_teacher(table: Table, column: str | None, name: str | None = None) -> RowTeacher | None:
+    """Return where the teachers of a table come from; None if its rows name none."""
+    if name is not None:
+        return RowTeacher(name=name)
+    if column is None:
+        return None
+    require(table, column, "task.teacher_column")
+    return RowTeacher(column=column)
+
+
+class Fields(NamedTuple):
+    """The columns of texts and labels; label is None if the rows carry no labels."""
+
+    text: tuple[str, ...]
+    label: str | None
+
+
+@dataclass(frozen=True)
+class RowKind:
+    """Kind of the rows of a table, and the columns that they are read from.
+
+    fields: the columns of a conversation; or of a text or a pair with its label, or of a document.
+    teacher: where the teachers of training rows come from; None if the rows name none.
+    """
+
+    type: TaskType
+    fields: ChatColumns | Fields
+    teacher: RowTeacher | None = None
+
+    @staticmethod
+    def of(task: TaskConfig, table: Table, *, as_chat: bool = False) -> RowKind:
+        """Return the kind of the rows; `as_chat` makes documents conversations without a prompt."""
+        if not table.columns:
+            raise DataError(f"{table.name} has no rows")
+        chat = chat_columns(table, task)
+        if chat is None and as_chat:
+            chat = ChatColumns(text=_text_columns(table, task))
+        if chat is not None:
+            return RowKind(task.type, chat)
+        text = _text_columns(table, task)
+        return RowKind(task.type, Fields(text, _label_column(table, task)))
+
+    def of_split(self, table: Table, split: SplitName) -> RowKind:
+        """Return the kind of another split of texts; a test split may be without labels."""
+        for column in self.fields.text:
+            require(table, column, "task.text_columns")
+        label = self.label
+        if label is None or (split == "test" and label not in table.columns):
+            return replace(self, fields=Fields(self.fields.text, None))
+        require(table, label, "task.label_column")
+        return self
+
+    @property
+    def is_chat(self) -> bool:
+        return isinstance(self.fields, ChatColumns)
+
+    @property
+    def has_prompts_alone(self) -> bool:
+        """True for conversations whose answers no column can hold."""
+        fields = self.fields
+        return isinstance(fields, ChatColumns) and not (
+            fields.messages or fields.completion or fields.text
+        )
+
+    @property
+    def label(self) -> str | None:
+        return self.fields.label if isinstance(self.fields, Fields) else None
+
+    @property
+    def keeps_blank(self) -> bool:
+        """True if rows without text are used."""
+        return self.type not in LANGUAGE_TASKS
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """All columns that a conversation or a document is read from; a table may lack the last."""
+        if isinstance(self.fields, Fields):
+            return self.fields.text
+        return (*filter(None, self.fields[:3]), *self.fields.text, TOOLS, OPTIONS)
+
+    @property
+    def features(self) -> Features:
+        names = ["text"]
+        if self.is_chat:
+            names += [CONVERSATION, PLACE]
+        elif self.keeps_blank and len(self.fields.text) == 2:
+            names.append("text_pair")
+        if self.teacher is not None:
+            names.append(ROUTE)
+        if self.type == "classification" or self.teacher is not None:
+            names.append(PLACE)
+        columns = {name: Value("string") for name in names}
+        if self.keeps_blank:
+            columns["label"] = Value("string" if self.type == "classification" else "float32")
+        return Features(columns)
+
+    def row(self, name: str, record: Record) -> dict[str, object]:
+        """Return a row of the data `name`, with the columns of `features`; see `is_blank`."""
+        place = f"{name.rpartition('/')[2]}, {record.place}"
+        row: dict[str, object] = {PLACE: place}
+        if isinstance(self.fields, ChatColumns):
+            conversation = conversation_of(name, self.fields, record)
+            row |= {"text": conversation.text, CONVERSATION: conversation.to_json()}
+        elif not self.keeps_blank:
+            row["text"] = document_of(name, self.fields.text, record)
+        else:
+            texts = [text_of(name, column, record) for column in self.fields.text]
+            row |= zip(("text", "text_pair"), texts, strict=False)
+            if self.type == "classification":
+                row["label"] = self.label and class_word(name, self.label, record)
+            else:
+                row["label"] = math.nan if self.label is None else score(name, self.label, record)
+        if self.teacher is not None:
+            row[ROUTE] = self.teacher.of(name, record)
+        return row
+
+
+def is_blank(row: Mapping[str, object]) -> bool:
+    """Return whether a row, or a text of its pair, has no text."""
+    return not all(str(row[name]).strip() for name in ("text", "text_pair") if name in row)
+
+
+def _text_columns(table: Table, task: TaskConfig) -> tuple[str, ...]:
+    if task.text_columns is not None:
+        for column in task.text_columns:
+            require(table, column, "task.text_columns")
+        return task.text_columns
+    pairs = () if task.type in LANGUAGE_TASKS else PAIR_DEFAULTS
+    for columns in (*pairs, *zip(TEXT_DEFAULTS, strict=True)):
+        if all(column in table.columns for column in columns):
+            return columns
+    answers = " or, for prompts with answers, task.prompt_column and task.completion_column"
+    raise DataError(
+        f"{table.name}: column 'text' does not exist; the columns are {', '.join(table.columns)}; "
+        "set task.text_columns to the columns with the text"
+        f"{answers if task.type == 'causal_lm' else ''}"
+    )
+
+
+def _label_column(table: Table, task: TaskConfig) -> str | None:
+    if task.type in LANGUAGE_TASKS:
+        return None
+    if task.label_column is not None:
+        require(table, task.label_column, "task.label_column")
+        return task.label_column
+    usual = LABEL_DEFAULTS[task.type]
+    label = next((column for column in usual if column in table.columns), None)
+    if label is None:
+        raise DataError(
+            f"{table.name}: column {usual[0]!r} does not exist; the columns are "
+            f"{', '.join(table.columns)}; set task.label_column to the column with the labels"
+        )
+    return label
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,37 +316,48 @@ def rows_of_tables(
     metrics: tuple[str, ...] | None = None,
 ) -> Corpus:
     """Return the rows of every split, in Arrow files."""
-    for table in tables.values():
-        _require_rows(table)
     tables = {split: tables[split] for split in SPLIT_NAMES if split in tables}
     kinds: dict[SplitName, RowKind]
     if any(chat_columns(table, task) for table in tables.values()):
         kinds = {split: RowKind.of(task, table, as_chat=True) for split, table in tables.items()}
     else:
         train = RowKind.of(task, tables["train"])
-        if train.label is not None and task.type == "classification":
-            named = find_classes(tables["train"], train.label, text=train.fields.text)
-            train = replace(train, classes=named)
         kinds = {split: train.of_split(table, split) for split, table in tables.items()}
     # Only training rows have teachers.
     teacher = row_teacher(tables["train"], task.teacher_column)
     kinds["train"] = replace(kinds["train"], teacher=teacher)
+    rows = {s: rows_of(t, kinds[s], task, cache_dir=cache_dir) for s, t in tables.items()}
+    classes, label = None, kinds["train"].label
+    if label is not None and task.type == "classification":
+        names = tables["train"].class_names.get(label, ())
+        classes = find_classes(rows["train"], label, names, name=tables["train"].name)
+        rows = {split: numbered(rows[split], classes, task, kinds[split]) for split in rows}
     return Corpus(
         name=name,
-        splits={s: rows_of(t, kinds[s], task, cache_dir=cache_dir) for s, t in tables.items()},
-        classes=kinds["train"].classes,
+        splits=rows,
+        classes=classes,
         metrics=metrics or DEFAULT_METRICS[task.type],
-        source_hash=_source_hash(tables, kinds),
+        source_hash=_source_hash(tables, kinds, classes),
     )
 
 
-def _source_hash(tables: Mapping[SplitName, Table], kinds: Mapping[SplitName, RowKind]) -> str:
+def numbered(rows: Dataset, classes: Classes, task: TaskConfig, kind: RowKind) -> Dataset:
+    """Return rows with class numbers as labels."""
+    rows = with_numbers(rows, classes, bad=BadRows(task.bad_rows))
+    return rows if kind.teacher is not None else rows.remove_columns(PLACE)
+
+
+def _source_hash(
+    tables: Mapping[SplitName, Table],
+    kinds: Mapping[SplitName, RowKind],
+    classes: Classes | None,
+) -> str:
     # Runs that earlier versions began know these hashes.
     train = kinds["train"]
     if train.is_chat:
         parts = [(split, tables[split].digest, kinds[split].fields) for split in sorted(tables)]
         return key_of("chat", parts, *([train.teacher.column] if train.teacher else ()))
-    digests: list[object] = [VERSION, train.type, train.classes.names if train.classes else None]
+    digests: list[object] = [VERSION, train.type, classes.names if classes else None]
     for split, table in tables.items():
         digests.append((split, table.digest, kinds[split].fields, *(kinds[split].teacher or ())))
     return key_of(digests)
@@ -154,19 +370,19 @@ def rows_of(
 
     The source of a mixture gives them a column `source`.
     """
-    classes = kind.classes and (kind.classes.names, kind.classes.numbered)
-    read = (kind.type, kind.is_chat, kind.fields, classes)
+    read = (kind.type, kind.is_chat, kind.fields)
     # Messages name the file.
     where = (Path(table.name).name, source, kind.teacher)
-    content = (table.digest, table.format)
-    key = key_of(VERSION, LAYOUT, content, read, where, task.bad_rows)
+    key = key_of(VERSION, LAYOUT, table.digest, read, where, task.bad_rows)
 
     def fill(fresh: Path) -> None:
-        blank: dict[str, Any] = {"count": 0, "first": "", "unlabelled": Counter[str]()}
+        blank: dict[str, Any] = {"rows": 0, "count": 0, "first": "", "unlabelled": Counter[str]()}
         bad = BadRows(task.bad_rows)
         more = {} if source is None else {SOURCE: Value("string")}
         rows = _rows(table, kind, source, blank=blank, bad=bad)
         write_rows(rows, Features(kind.features | more), fresh / "rows.arrow")
+        if blank["rows"] == 0:
+            raise DataError(f"{table.name} has no rows")
         bad.finish()
         text = json.dumps({**blank, "bad": bad.count})
         (fresh / BLANK_FILE).write_text(text, encoding="utf-8")
@@ -183,22 +399,22 @@ def _rows(
     table: Table, kind: RowKind, source: str | None, *, blank: dict[str, Any], bad: BadRows
 ) -> Iterator[dict[str, object]]:
     for record in table.records():
+        blank["rows"] += 1
         with bad:
-            row = kind.row(table, record)
+            if isinstance(record, DataError):
+                raise record
+            row = kind.row(table.name, record)
             if is_blank(row):
                 blank["count"] += 1
                 blank["first"] = blank["first"] or record.place
                 if not kind.keeps_blank:
                     continue
-            label = cast("float", row.get("label", 0))
-            # A score may be -100.
-            if kind.label and (label == IGNORE if kind.classes else math.isnan(label)):
+            # A row without a score has NaN, which differs from itself.
+            if kind.label and (row["label"] is None or row["label"] != row["label"]):
                 cell = record.values.get(kind.label)
                 blank["unlabelled"][cell.strip() if isinstance(cell, str) else ""] += 1
             if source is not None:
                 row[SOURCE] = source
-            if kind.teacher is not None:
-                row |= {ROUTE: kind.teacher.of(table, record), PLACE: place_of(table, record)}
             yield row
 
 
@@ -231,17 +447,13 @@ def scored_rows(
     as_chat: bool = False,
 ) -> Dataset:
     """Return the rows of a file that is scored alone, neither trained on nor selected by."""
-    _require_rows(table)
-    kind = RowKind.of(task, table, classes, as_chat=as_chat)
+    kind = RowKind.of(task, table, as_chat=as_chat)
     rows = rows_of(table, kind, task, cache_dir=cache_dir)
+    if classes is not None:
+        rows = numbered(rows, classes, task, kind)
     if not is_labelled(rows).any():
         raise DataError(f"{table.name} has no labelled rows to score")
     return rows
-
-
-def _require_rows(table: Table) -> None:
-    if next(table.records(), None) is None:
-        raise DataError(f"{table.name} has no rows")
 
 
 def without_teachers(rows: Dataset) -> Dataset:

@@ -17,11 +17,12 @@ from megakd.data.arrow import SplitName, Table, key_of
 from megakd.data.chat.conversations import is_chat
 from megakd.data.choosing import at_most, cut_validation, is_labelled, keep_labels
 from megakd.data.files import files_table, local_rows, matching_files, named_files, refuse_shared
-from megakd.data.labels import RowKind, row_teacher
 from megakd.data.rows import (
     DEFAULT_METRICS,
     Corpus,
+    RowKind,
     TextStream,
+    row_teacher,
     rows_of,
     scored_rows,
     without_teachers,

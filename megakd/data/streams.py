@@ -13,7 +13,6 @@ import logging
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -27,21 +26,21 @@ from datasets.distributed import split_dataset_by_node
 from megakd.config.task import TaskConfig
 from megakd.contract.batch import Batch, BatchSource
 from megakd.data.arrow import BadRows, Record, SplitName, Table, key_of
-from megakd.data.chat.conversations import CONVERSATION, OPTIONS, TOOLS, is_chat
+from megakd.data.chat.conversations import CONVERSATION, is_chat
 from megakd.data.chat.tokens import ChatEncoder, tables_of_conversations
 from megakd.data.choosing import prompt_keys
 from megakd.data.collation import Collator
-from megakd.data.files import READERS, known_suffix, split_files, tables_of_files
+from megakd.data.files import known_suffix, split_files, tables_of_files
 from megakd.data.hub import hub_advice, hub_errors
-from megakd.data.labels import RowKind
 from megakd.data.loader import awaited, made_ahead
 from megakd.data.masking import Masking
-from megakd.data.readers import by_split, columns_without_added_nulls, documents_of, readable
+from megakd.data.readers import by_split, records_of, table_of, typed_table, untyped
 from megakd.data.rows import (
     DEFAULT_METRICS,
     ERROR,
     VERSION,
     Corpus,
+    RowKind,
     StreamedRows,
     TextStream,
     rows_of,
@@ -51,7 +50,6 @@ from megakd.data.token_tables import tables_of_texts
 from megakd.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
-SAMPLED_BYTES = 1 << 16
 BLOCK_CHARACTERS, CHARACTERS_PER_LENGTH = 1_000_000, 128
 """The least characters of a block, and per token of `max_length`: about 32 packed rows, of which
 the last is shorter than the others."""
@@ -62,20 +60,21 @@ def streamed_files(task: TaskConfig, *, cache_dir: Path) -> Corpus:
     """Return a stream of local files, in their order, and the rows of the held-out files."""
     paths, setting = split_files(task)
     key = setting.format(split="train")
-    tables = [table_of(path, key) for path in paths.pop("train")]
-    tables = [table for table in tables if table.columns]  # a JSON file without rows has none
-    if not tables:
-        raise DataError(f"{key}: {task.data_name} has no rows")
-    kind = RowKind.of(task, tables[0])
-    for table in tables[1:]:
-        _refuse_other(table, task, kind, where=table.name)
+    files = paths.pop("train")
+    for path in files:
+        if known_suffix(path, key) == ".json":
+            raise DataError(
+                f"{key}: {path} is a json file, which can only be read whole, and task.streaming "
+                "is true; write one object per line and name the file .jsonl"
+            )
+    table = table_of(files, task.data_name, is_streamed=True)
+    kind = RowKind.of(task, table)
     # `datasets` gives each rank a part of what is in a list, so that a list holds only the files.
-    names = [table.name for table in tables]
     rows = IterableDataset.from_generator(
-        _rows, gen_kwargs={"paths": names, "kind": kind, "task": task, "key": key}
+        _rows, gen_kwargs={"paths": [*map(str, files)], "kind": kind}
     )
     stream = TextStream(name=task.data_name, rows=rows, kind=kind)
-    digests = [kind.columns, [table.digest for table in tables]]
+    digests = [kind.columns, table.digest]
     return _corpus(stream, digests, tables_of_files(paths, setting), task, cache_dir=cache_dir)
 
 
@@ -95,12 +94,9 @@ def streamed_hub_rows(task: TaskConfig, *, cache_dir: Path) -> Corpus:
         tables: dict[SplitName, Table] = {}
         for split, key in keys.items():
             rows = streams[key]
-            tables[split] = Table(
-                name=f"{name} ({key})",
-                columns=tuple(next(iter(rows), {})),
-                records=partial(_first, rows, most),
-                digest=key_of(name, task.dataset_config, builder.hash, files, key, most),
-            )
+            digest = key_of(name, task.dataset_config, builder.hash, files, key, most)
+            held = rows if most is None or split == "train" else rows.take(most)
+            tables[split] = typed_table(f"{name} ({key})", held, digest=digest)
     train = tables.pop("train")
     kind = RowKind.of(task, train)
     columns = [column for column in train.columns if column in kind.columns]
@@ -108,18 +104,11 @@ def streamed_hub_rows(task: TaskConfig, *, cache_dir: Path) -> Corpus:
     features = raw.features or {}
 
     def read(row: Mapping[str, object]) -> dict[str, object]:
-        try:
-            return kind.row(train, Record("a row", columns_without_added_nulls(row, features)))
-        except DataError as error:
-            return {ERROR: str(error)}
+        values = {column: untyped(value, features.get(column)) for column, value in row.items()}
+        return _row(kind, name, Record("a row", values))
 
     stream = TextStream(name=name, rows=raw.map(read, remove_columns=columns), kind=kind)
     return _corpus(stream, [train.digest, columns], tables, task, cache_dir=cache_dir)
-
-
-def _first(rows: IterableDataset, most: int | None) -> Iterator[Record]:
-    for number, row in enumerate(islice(rows, most), start=1):
-        yield Record(f"row {number}", columns_without_added_nulls(row, rows.features or {}))
 
 
 def _corpus(
@@ -164,61 +153,20 @@ def _corpus(
     )
 
 
-def _rows(
-    paths: list[str], kind: RowKind, task: TaskConfig, key: str
-) -> Iterator[dict[str, object]]:
+def _rows(paths: list[str], kind: RowKind) -> Iterator[dict[str, object]]:
     for path in paths:
-        table = table_of(Path(path), key)
-        for record in table.records():
-            try:
-                # A row of a jsonl file may have keys that no row before it has.
-                if not record.values.keys() <= {*table.columns}:
-                    table = replace(table, columns=(*table.columns, *record.values))
-                    _refuse_other(table, task, kind, where=f"{path}, {record.place}")
-                yield kind.row(table, record)
-            except DataError as error:  # after an error of its own a generator cannot go on
-                yield {ERROR: str(error)}
+        for record in records_of(Path(path)):
+            yield _row(kind, path, record)
 
 
-def _refuse_other(table: Table, task: TaskConfig, kind: RowKind, *, where: str) -> None:
-    if (other := RowKind.of(task, table)) != kind:
-        raise DataError(
-            f"{where} would be read from {_shown(other)}, but the first row was read from "
-            f"{_shown(kind)}; give all rows the same columns, or name the columns to read "
-            "(task.messages_column, task.prompt_column, task.text_columns)"
-        )
-
-
-def _shown(kind: RowKind) -> str:
-    return " and ".join(column for column in kind.columns if column not in (TOOLS, OPTIONS))
-
-
-def table_of(path: Path, key: str) -> Table:
-    """Return the rows of a file that may be large: nothing is read before a row is needed.
-
-    The columns of a jsonl file are the keys of its first row with keys; later rows may have more.
-    """
-    suffix = known_suffix(path, key)
-    if suffix == ".json":
-        raise DataError(
-            f"{key}: {path} is a json file, which can only be read whole, and task.streaming is "
-            "true; write one object per line and name the file .jsonl"
-        )
-    if suffix != ".txt":
-        return READERS[suffix](path, digest=sample_of)
-    records = partial(documents_of, [path])
-    return Table(name=str(path), columns=("text",), records=records, digest=sample_of(path))
-
-
-def sample_of(path: Path) -> str:
-    """Return a hash of the name, the size, the first and the last 64 KiB of a file."""
-    with readable(path), path.open("rb") as file:
-        size = path.stat().st_size
-        digest = hashlib.sha256(f"{path.name}:{size}:".encode())
-        for start in (0, max(0, size - SAMPLED_BYTES)):
-            file.seek(start)
-            digest.update(file.read(SAMPLED_BYTES))
-    return digest.hexdigest()
+def _row(kind: RowKind, name: str, record: Record | DataError) -> dict[str, object]:
+    try:
+        if isinstance(record, DataError):
+            raise record
+        row = kind.row(name, record)
+        return {column: row[column] for column in kind.features}
+    except DataError as error:  # after an error of its own a generator cannot go on
+        return {ERROR: str(error)}
 
 
 class Place(NamedTuple):

@@ -19,7 +19,7 @@ from megakd.config.task import MixtureSource, TaskConfig
 from megakd.data.chat.conversations import CONVERSATION, Conversation, is_chat
 from megakd.data.choosing import text_hash
 from megakd.data.files import files_table
-from megakd.data.labels import RowKind, is_blank
+from megakd.data.rows import RowKind, is_blank
 from megakd.errors import DataError
 
 HELLO = asked("Hi", "Hello")
@@ -42,7 +42,7 @@ def read(path: Path, **keys: Any) -> list[Conversation]:
     table = files_table([path], "task.train_files")
     task = TaskConfig(type="causal_lm", train_files=str(path), **keys)
     kind = RowKind.of(task, table, as_chat=True)
-    rows = [kind.row(table, record) for record in table.records()]
+    rows = [kind.row(table.name, record) for record in table.records()]
     return [Conversation.from_json(str(row[CONVERSATION])) for row in rows if not is_blank(row)]
 
 

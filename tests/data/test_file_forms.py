@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pyarrow as pa
 import pytest
 
 from megakd.data.files import matching_files
@@ -73,6 +74,7 @@ def test_quotes_after_a_blank_are_no_part_of_a_field(load, tmp_path, content, te
             LINES.encode(),
             r"x\.json is not JSON: Extra data: .*each line is named \.jsonl",
         ),
+        ("x.txt", LINES.encode(), r"x\.txt, line 1: a row of JSON; name a file .* \.jsonl"),
     ],
 )
 def test_a_file_in_another_form_is_refused_with_what_to_change(
@@ -83,6 +85,40 @@ def test_a_file_in_another_form_is_refused_with_what_to_change(
 
     with pytest.raises(DataError, match=message):
         load(path)
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "json", "txt"])
+@pytest.mark.parametrize("compression", ["gz", "zst", "bz2"])
+def test_compressed_files_are_read_as_their_contents(load, write_rows, tmp_path, kind, compression):
+    codec = {"gz": "gzip", "zst": "zstd"}.get(compression, compression)
+    words = [f"text {n}" for n in range(9)]
+    for split in ("train-0-of-2", "train-1-of-2", "dev"):
+        plain = tmp_path / f"{split}.{kind}"
+        if kind == "txt":
+            plain.write_text("\n\n".join(words))
+        else:
+            write_rows(plain, [(word,) for word in words], header=("text",))
+        with pa.output_stream(
+            str(tmp_path / f"{plain.name}.{compression}"), compression=codec
+        ) as f:
+            f.write(plain.read_bytes())
+    plain, packed = tmp_path / "plain", tmp_path / "packed"
+    for path in [*tmp_path.iterdir()]:
+        folder = plain if path.suffix == f".{kind}" else packed
+        folder.mkdir(exist_ok=True)
+        path.rename(folder / path.name)
+
+    first, second = (load(folder, type="mlm") for folder in (plain, packed))
+
+    assert second.train["text"][:] == first.train["text"][:]
+    assert " ".join(second.train["text"]).count("text 8") == 2
+
+
+def test_a_broken_compressed_file_is_refused(load, tmp_path):
+    (tmp_path / "x.jsonl.gz").write_bytes(b"\x1f\x8b no gzip")
+
+    with pytest.raises(DataError, match=r"x\.jsonl\.gz cannot be read"):
+        load(tmp_path / "x.jsonl.gz")
 
 
 def test_one_row_without_a_line_end_and_crlf_are_read(load, tmp_path):

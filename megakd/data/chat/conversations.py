@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
 from datasets import Dataset
@@ -83,7 +83,7 @@ class Conversation:
         return "\n".join(map(_text_of_message, self.messages[:first])) or self.text
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), ensure_ascii=False)
+        return json.dumps(vars(self), ensure_ascii=False)
 
     @staticmethod
     def from_json(text: str) -> Conversation:
