@@ -53,9 +53,15 @@ def _length(value: object, info: ValidationInfo) -> object:
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class MixtureSource:
-    """One source of a mixture: its files, and its share of the training rows."""
+    """One source of a mixture: its files or Hub data set, and its share of the training rows."""
 
-    files: Files
+    files: Files | None = None
+    dataset: Place | None = None
+    """A data set of the Hub, in place of files."""
+    dataset_config: str | None = None
+    revision: str | None = None
+    split: str = "train"
+    """A split of `dataset`, or a part of it, such as `train[:10%]`."""
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     """Relative to the sum of all weights."""
     teacher: str | None = None
@@ -82,6 +88,11 @@ class TaskConfig:
     """Further sets by name; all their rows are scored at the end of the run."""
     dataset_config: str | None = None
     """The Hub configuration of `dataset`, if the data set has several configurations."""
+    revision: str | None = None
+    """A branch, tag or commit of the Hub data set."""
+    splits: dict[Literal["train", "validation", "test"], str] | None = None
+    """The splits of the Hub data set to use, or parts of them: `{train: "train_sft[:20000]",
+    validation: test_sft}`. None: those that are named `train`, `validation` and `test`."""
     text_columns: Annotated[tuple[str, ...], Field(min_length=1, max_length=2)] | None = None
     label_column: str | None = None
     teacher_column: str | None = None

@@ -2,62 +2,78 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import datasets
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from megakd.config.task import TaskConfig
+from megakd.config.task import MixtureSource, TaskConfig
 from megakd.data.arrow import SplitName, Table, remembered_of_rows
-from megakd.data.readers import by_split, typed_table
+from megakd.data.readers import ROWS_PER_READ, by_split, typed_table
 from megakd.data.rows import Corpus, rows_of_tables
 from megakd.errors import ConfigError, DataError, first_line, suggestion
 
-ROWS_PER_READ = 1000
 
-
-def hub_rows(task: TaskConfig, *, cache_dir: Path) -> Corpus:
-    """Return the rows of the Hub data set `task.dataset`."""
+def hub_rows(
+    task: TaskConfig, *, cache_dir: Path, metrics: tuple[str, ...] | None = None
+) -> Corpus:
+    """Return the rows of the splits of the Hub data set `task.dataset`."""
     name = task.data_name
-    loaded = load_hub(name, task.dataset_config, advice=hub_advice(task))
-    keys = by_split(map(str, loaded), f"the Hub data set {name}")
-    tables: dict[SplitName, Table] = {
-        split: hub_table(f"{name} ({key})", loaded[key]) for split, key in keys.items()
-    }
-    if "train" not in tables:
-        raise DataError(f"the Hub data set {name} has no split named 'train'")
-    return rows_of_tables(tables, task, name=name, cache_dir=cache_dir)
+    with hub_errors(name, task.dataset_config) as label:
+        given = {"name": task.dataset_config, "revision": task.revision}
+        if task.splits is None:
+            loaded = cast("Mapping[str, Dataset]", datasets.load_dataset(name, **given))
+            splits = splits_of([*loaded], label)
+            parts = {split: loaded[key] for split, key in splits.items()}
+        else:
+            splits = task.splits
+            parts = {
+                split: cast("Dataset", datasets.load_dataset(name, split=key, **given))
+                for split, key in splits.items()
+            }
+    tables = {split: _table(f"{name} ({key})", parts[split]) for split, key in splits.items()}
+    return rows_of_tables(tables, task, name=name, cache_dir=cache_dir, metrics=metrics)
 
 
-def hub_advice(task: TaskConfig) -> str:
-    """Return what to do if the Hub data set of a task cannot be loaded."""
-    return (
-        "task.dataset may also be glue/<task>, or a local file or folder, but "
-        f"{task.data_name!r} does not exist on this machine"
-    )
+def hub_source(source: MixtureSource) -> Table:
+    """Return the rows of a source of a mixture that is a data set of the Hub."""
+    name = source.dataset or ""
+    with hub_errors(name, source.dataset_config):
+        given = {"name": source.dataset_config, "revision": source.revision}
+        rows = cast("Dataset", datasets.load_dataset(name, split=source.split, **given))
+    return _table(f"{name} ({source.split})", rows)
 
 
-def load_hub(name: str, configuration: str | None, *, advice: str) -> DatasetDict:
-    """Return all splits of a Hub data set, downloaded or from the cache of `datasets`."""
-    with hub_errors(name, configuration, advice=advice) as label:
-        loaded = datasets.load_dataset(name, configuration)
-    if not isinstance(loaded, DatasetDict):
-        raise DataError(f"the Hub data set {label} has no splits; {advice}")
-    return loaded
+def splits_of(names: list[str], label: str) -> dict[SplitName, str]:
+    """Return the name of every split among the names that a Hub data set has."""
+    splits = by_split(names, f"the Hub data set {label}")
+    if "train" not in splits:
+        raise DataError(
+            f"the Hub data set {label} has no split named 'train'; its splits are "
+            f"{', '.join(names)}: name those to use, as in task.splits: {{train: {names[0]}}}"
+        )
+    return splits
 
 
 @contextmanager
-def hub_errors(name: str, configuration: str | None, *, advice: str) -> Iterator[str]:
+def hub_errors(name: str, configuration: str | None) -> Iterator[str]:
     """Convert errors about a Hub data set into a DataError; give the name for messages."""
     label = f"{name} ({configuration})" if configuration else name
+    advice = (
+        "to train without the Hub, name local files in task.train_files and task.validation_files"
+        if name == HUB_NAME
+        else f"task.dataset may also be glue/<task>, or a local file or folder, but {name!r} does "
+        "not exist on this machine"
+    )
     try:
         yield label
     except ConnectionError as error:
@@ -80,8 +96,7 @@ def hub_errors(name: str, configuration: str | None, *, advice: str) -> Iterator
         ) from error
 
 
-def hub_table(name: str, rows: Dataset) -> Table:
-    """Return a split of the Hub as a table."""
+def _table(name: str, rows: Dataset) -> Table:
     return typed_table(name, rows, digest=remembered_of_rows(rows, "hub", partial(_digest, rows)))
 
 
@@ -124,22 +139,8 @@ def glue_rows(task: TaskConfig, *, cache_dir: Path) -> Corpus:
     if task.type != fitting:
         raise ConfigError(f"task.type: must be {fitting} for {task.dataset} (got {task.type})")
     configuration, _, part = name.partition("_")
-    advice = (
-        "to train without the Hub, name files in task.train_files and task.validation_files (a tsv "
-        "file has no quotes), with task.text_columns and task.label_column"
-    )
     held = f"validation_{part or 'matched'}" if configuration == "mnli" else "validation"
-    loaded = load_hub(HUB_NAME, configuration, advice=advice)
-    for key in ("train", held):
-        if key not in loaded:
-            raise DataError(f"{HUB_NAME} ({configuration}) has no split {key!r}; {advice}")
-    return rows_of_tables(
-        {
-            "train": hub_table(f"{HUB_NAME} {configuration} (train)", loaded["train"]),
-            "validation": hub_table(f"{HUB_NAME} {configuration} ({held})", loaded[held]),
-        },
-        dataclasses.replace(task, text_columns=text, label_column="label"),
-        name=task.data_name,
-        cache_dir=cache_dir,
-        metrics=metrics,
-    )
+    columns = {"text_columns": text, "label_column": "label"}
+    splits = {"train": "train", "validation": held}
+    task = replace(task, dataset=HUB_NAME, dataset_config=configuration, splits=splits, **columns)
+    return hub_rows(task, cache_dir=cache_dir, metrics=metrics)

@@ -155,11 +155,23 @@ def mixture_rows(task: TaskConfig, *, cache_dir: Path) -> Corpus:
     Documents become conversations without a prompt, which are not packed.
     """
     sources, held = task.mixture or {}, named_files(task)
-    names = {f"task.mixture.{name}.files": name for name in sources}
-    paths = {key: matching_files(sources[name].files, key) for key, name in names.items()}
+    names = {
+        f"task.mixture.{name}.{'dataset' if source.files is None else 'files'}": name
+        for name, source in sources.items()
+    }
+    paths = {
+        key: matching_files(files, key)
+        for key, name in names.items()
+        if (files := sources[name].files) is not None
+    }
     paths |= {f"task.{split}_files": files for split, files in held.items()}
     refuse_shared(paths)
     tables = {key: files_table(files, key) for key, files in paths.items()}
+    for key, name in names.items():
+        if key not in paths:
+            from megakd.data.hub import hub_source
+
+            tables[key] = hub_source(sources[name])
     kinds = {key: RowKind.of(task, table, as_chat=True) for key, table in tables.items()}
     for key, name in names.items():
         teacher = row_teacher(tables[key], task.teacher_column, sources[name].teacher)
@@ -185,11 +197,12 @@ def _is_on_hub(task: TaskConfig) -> bool:
     if task.dataset is None:
         return False
     is_local = in_home(task.dataset).exists() or looks_like_path(task.dataset)
-    if is_local and task.dataset_config is not None:
-        raise ConfigError(
-            f"task.dataset_config: {task.dataset_config!r} names a configuration on the Hub, "
-            f"but task.dataset {task.dataset!r} is a local path; remove the key"
-        )
+    for key in ("dataset_config", "revision", "splits"):
+        if is_local and (value := getattr(task, key)) is not None:
+            raise ConfigError(
+                f"task.{key}: {value!r} is for a data set of the Hub, but task.dataset "
+                f"{task.dataset!r} is a local path; remove the key"
+            )
     return not is_local
 
 

@@ -31,10 +31,10 @@ from megakd.data.chat.tokens import ChatEncoder, tables_of_conversations
 from megakd.data.choosing import prompt_keys
 from megakd.data.collation import Collator
 from megakd.data.files import known_suffix, split_files, tables_of_files
-from megakd.data.hub import hub_advice, hub_errors
+from megakd.data.hub import hub_errors, splits_of
 from megakd.data.loader import awaited, made_ahead
 from megakd.data.masking import Masking
-from megakd.data.readers import by_split, records_of, table_of, typed_table, untyped
+from megakd.data.readers import records_of, table_of, typed_table, untyped
 from megakd.data.rows import (
     DEFAULT_METRICS,
     ERROR,
@@ -84,12 +84,16 @@ def streamed_hub_rows(task: TaskConfig, *, cache_dir: Path) -> Corpus:
     These are the first `task.max_eval_examples` rows of a split.
     """
     name, most = task.data_name, task.max_eval_examples
-    with hub_errors(name, task.dataset_config, advice=hub_advice(task)) as label:
-        builder = datasets.load_dataset_builder(name, task.dataset_config)
+    with hub_errors(name, task.dataset_config) as label:
+        builder = datasets.load_dataset_builder(name, task.dataset_config, revision=task.revision)
         streams = cast("Mapping[str, IterableDataset]", builder.as_streaming_dataset())
-        keys = by_split(map(str, streams), f"the Hub data set {label}")
-        if "train" not in keys:
-            raise DataError(f"the Hub data set {label} has no split named 'train'")
+        keys = task.splits or splits_of([*streams], label)
+        for split, key in keys.items():
+            if key not in streams:
+                raise DataError(
+                    f"task.splits.{split}: the Hub data set {label} has no split {key!r}, and a "
+                    f"stream reads no part of one; its splits are {', '.join(streams)}"
+                )
         files = str(builder.config.data_files and dict(builder.config.data_files))
         tables: dict[SplitName, Table] = {}
         for split, key in keys.items():

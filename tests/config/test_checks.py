@@ -61,6 +61,18 @@ TASK = [
     (f"{TEXT}; task.chat_template=no.jinja", "task.chat_template: the file no.jinja does not exis"),
     (f"{NO_SET}; task.mixture={{}}", "task.mixture: has no source; name at least"),
     (f"{NO_SET}; task.train_files=a; {MIXTURE}", "task.mixture: cannot be combined w"),
+    (f"{NO_SET}; task.mixture={{a: {{weight: 1}}}}", "task.mixture.a.files: must be set, or datas"),
+    (
+        f"{NO_SET}; task.mixture={{a: {{files: a, dataset: b, weight: 1}}}}",
+        "task.mixture.a.files: must be set, or dataset for a data set of the Hub, and not both",
+    ),
+    (
+        f"{NO_SET}; task.mixture={{a: {{files: a, split: b, weight: 1}}}}",
+        "task.mixture.a.split: supported only with a dataset of the Hub, which is not set",
+    ),
+    ("task.dataset=a/b; task.splits={test: test}", "task.splits: names no split for train; name"),
+    ("task.dataset=null; task.train_files=a; task.revision=b", "task.revision: supported only wit"),
+    ("task.dataset=glue/sst2; task.splits={train: a}", "task.splits: not supported with task.data"),
     (f"{NO_SET}; task.streaming=true; train.max_steps=3; {MIXTURE}", "with task.strea"),
 ]
 STREAMS = [

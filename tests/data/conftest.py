@@ -33,7 +33,11 @@ def load(tmp_path: Path) -> Callable[..., Splits]:
 def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, datasets.Dataset]:
     """The splits that the Hub has for every data set."""
     splits = datasets.DatasetDict()
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_: splits)
+
+    def load_dataset(_: str, *, split: str | None = None, **__: Any) -> Any:
+        return splits if split is None else splits[split]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     return splits
 
 
@@ -45,9 +49,18 @@ def hub_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("load_dataset", "load_dataset_builder"):
         read = partial(getattr(datasets, name), str(folder), cache_dir=str(tmp_path / "datasets"))
 
-        def read_corpus(name: str, configuration: str | None, *, read: Any = read) -> Any:
-            assert (name, configuration) in {("user/corpus", None), ("user/chats", None)}
-            return read()
+        def read_corpus(
+            path: str,
+            name: str | None = None,
+            *,
+            revision: str | None,
+            read: Any = read,
+            **keys: Any,
+        ) -> Any:
+            assert path in {"user/corpus", "user/chats"}
+            assert name is None
+            assert revision in {None, "v2"}
+            return read(**keys)
 
         monkeypatch.setattr(datasets, name, read_corpus)
     return folder

@@ -69,7 +69,7 @@ def test_a_second_start_reads_no_row(tmp_path, counts, kind, given):
 
 def test_a_second_start_on_a_data_set_of_the_hub_reads_no_row(tmp_path, counts, monkeypatch):
     Dataset.from_list(TEXTS).save_to_disk(tmp_path / "hub")
-    load = lambda *_: DatasetDict(train=Dataset.load_from_disk(tmp_path / "hub"))  # noqa: E731
+    load = lambda *_, **__: DatasetDict(train=Dataset.load_from_disk(tmp_path / "hub"))  # noqa: E731
     monkeypatch.setattr("datasets.load_dataset", load)
     keys = {"type": "classification", "dataset": "user/texts"}
     first = start(tmp_path, **keys)

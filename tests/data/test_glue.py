@@ -21,7 +21,12 @@ def glue(monkeypatch):
         for name, labels in splits.items():
             texts = {c: [f"{c} {name} {n}" for n in range(len(labels))] for c in columns}
             hub[name] = Dataset.from_dict({**texts, "label": labels}, features=features)
-        monkeypatch.setattr(datasets, "load_dataset", lambda *what: asked.append(what) or hub)
+
+        def load_dataset(path, *, name, split, revision):
+            asked.append((path, name, split))
+            return hub[split]
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
         return asked
 
     return write
@@ -32,7 +37,7 @@ def test_a_task_has_the_splits_classes_and_metrics_of_the_hub(load, glue):
 
     splits = load("glue/mrpc")
 
-    assert asked == [("nyu-mll/glue", "mrpc")]
+    assert asked == [("nyu-mll/glue", "mrpc", split) for split in ("train", "validation")]
     row = {"text": "sentence1 train 0", "text_pair": "sentence2 train 0", "label": 1}
     assert splits.train[0] == row
     assert splits.label_names == tuple(MRPC.names)
@@ -56,7 +61,7 @@ def test_mnli_is_scored_on_the_validation_split_it_names(load, glue):
     counts = {n: len(load(f"glue/mnli{n}").validation) for n in ("", "_matched", "_mismatched")}
 
     assert counts == {"": 1, "_matched": 1, "_mismatched": 2}
-    assert {configuration for _, configuration in asked} == {"mnli"}
+    assert {configuration for _, configuration, _ in asked} == {"mnli"}
 
 
 @pytest.mark.parametrize(

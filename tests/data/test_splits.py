@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_runs import write_jsonl, write_text
 
+from megakd.config.task import MixtureSource
 from megakd.data import splits
 from megakd.data.choosing import at_most, cut_validation, keep_labels
 from megakd.data.splits import Splits
-from megakd.errors import DataError
+from megakd.errors import ConfigError, DataError
 
 
 def rows_of(texts: list[str], labels: list[int] | None = None) -> Dataset:
@@ -167,7 +169,10 @@ def test_a_hub_data_set_is_read_with_its_class_names(load, hub):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["everything"], r"someone/somedata has no split named 'train'"),
+        (
+            ["train_sft", "test_sft"],
+            r"somedata has no split named 'train'; .* train_sft, test_sft: .* {train: train_sft}",
+        ),
         (["train", "validation", "dev"], r"somedata: 'validation' and 'dev' are names of the same"),
     ],
     ids=["no training split", "two names"],
@@ -179,8 +184,69 @@ def test_splits_of_the_hub_that_cannot_be_used_are_refused(load, hub, names, mes
         load("someone/somedata")
 
 
+def write_corpus(folder: Path) -> None:
+    """Write the splits `train_sft`, with 10 texts, and `test_sft`, with 4."""
+    (folder / "data").mkdir()
+    for name, count in (("train_sft", 10), ("test_sft", 4)):
+        rows = rows_of([f"{name} {n}" for n in range(count)])
+        rows.to_parquet(folder / "data" / f"{name}-00000-of-00001.parquet")
+
+
+def test_splits_of_any_name_and_parts_of_them_are_read_from_the_hub(load, hub_folder):
+    write_corpus(hub_folder)
+    named = {"train": "train_sft[:6]", "validation": "test_sft", "test": "train_sft[-2:]"}
+
+    splits = load("user/corpus", splits=named, revision="v2")
+
+    assert splits.train["text"][:] == [f"train_sft {n}" for n in range(6)]
+    assert splits.validation["text"][:] == [f"test_sft {n}" for n in range(4)]
+    assert splits.test["text"][:] == ["train_sft 8", "train_sft 9"]
+    whole = {"train": "train_sft", "validation": "test_sft"}
+    assert load("user/corpus", splits=whole).content_hash != splits.content_hash
+    streamed = load("user/corpus", type="mlm", streaming=True, splits=whole)
+    assert len([*streamed.stream.read()]) == 10
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"splits": {"train": "nope"}}, r"user/corpus cannot be loaded from the Hub: .*nope"),
+        ({"splits": {"train": "train_sft[:6"}}, r"user/corpus cannot be loaded .*train_sft"),
+        (
+            {"splits": {"train": "train_sft[:6]"}, "streaming": True, "type": "mlm"},
+            r"task\.splits\.train: .* no split 'train_sft\[:6\]', .* test_sft, train_sft",
+        ),
+    ],
+)
+def test_a_split_that_the_hub_does_not_have_is_refused(load, hub_folder, keys, message):
+    write_corpus(hub_folder)
+
+    with pytest.raises(DataError, match=message):
+        load("user/corpus", **keys)
+
+
+def test_a_split_of_a_local_file_is_refused(load, write_rows, tmp_path):
+    path = write_rows(tmp_path / "x.csv", numbered(4))
+
+    with pytest.raises(ConfigError, match=r"task\.splits: .* is a local path; remove the key"):
+        load(path, splits={"train": "train_sft"})
+
+
+def test_files_and_splits_of_the_hub_are_mixed(load, hub_folder, folder):
+    write_corpus(hub_folder)
+    hub = MixtureSource(dataset="user/corpus", split="train_sft[:50%]", weight=1)
+    files = MixtureSource(files="one.jsonl", weight=1)
+
+    keys = {"mixture": {"hub": hub, "files": files}, "validation_files": "dev.jsonl"}
+    splits = load(type="causal_lm", **keys)
+
+    assert Counter(splits.train["source"]) == {"hub": 5, "files": 2}
+    assert splits.train["text"][:2] == ["train_sft 0", "train_sft 1"]
+    assert splits.train["place"][0] == "corpus (train_sft[:50%]), row 1"
+
+
 def test_a_hub_data_set_that_is_a_script_is_refused_with_other_ways(load, monkeypatch):
-    def refuse(*_):
+    def refuse(*_, **__):
         raise RuntimeError("Dataset scripts are no longer supported, but found somedata.py")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)

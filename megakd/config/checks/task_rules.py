@@ -30,6 +30,7 @@ def task_problems(config: RunConfig) -> Iterator[str]:
         yield from _steps(config)
     sources = (task.mixture or {}).items()
     cases = [Case(config, f"task.mixture.{name}", source) for name, source in sources]
+    yield from problems(_SOURCE, *cases)
     yield from problems(_UNROUTED, case, *cases)
     if config.method.routes_rows:
         yield from problems(_ROUTED, case)
@@ -62,15 +63,20 @@ _DATA: tuple[Rule[TaskConfig], ...] = (
         ", which has its own splits (task.evaluation_sets takes files that are only scored)",
     ),
     *given(
-        ".dataset_config",
+        ".dataset_config .revision .splits",
         lambda c: c.item.dataset is None,
         "supported only with task.dataset, which is not set; remove the key",
     ),
     *given(
-        ".text_columns .label_column .dataset_config "
+        ".text_columns .label_column .dataset_config .splits "
         ".messages_column .prompt_column .completion_column",
         lambda c: _is_glue(c.item),
         "not supported with task.dataset {task.dataset}, which has its own columns; remove the key",
+    ),
+    Rule(
+        lambda c: c.item.splits is not None and "train" not in c.item.splits,
+        ".splits",
+        "names no split for train; name one, as in {{train: train_sft, validation: test_sft}}",
     ),
     *only(".labelled_examples", ("classification", "regression")),
     *only(".mlm_probability", ("mlm",)),
@@ -152,6 +158,18 @@ def _steps(config: RunConfig) -> Iterator[str]:
         )
 
 
+_SOURCE: tuple[Rule[MixtureSource], ...] = (
+    Rule(
+        lambda c: (c.item.files is None) == (c.item.dataset is None),
+        ".files",
+        "must be set, or dataset for a data set of the Hub, and not both",
+    ),
+    *given(
+        ".dataset_config .revision .split",
+        lambda c: c.item.dataset is None,
+        "supported only with a dataset of the Hub, which is not set; remove the key",
+    ),
+)
 _UNROUTED: tuple[Rule[TaskConfig | MixtureSource], ...] = given(
     ".teacher_column .teacher",
     lambda c: not c.method.routes_rows,
