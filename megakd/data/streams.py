@@ -1,18 +1,18 @@
 """Training texts that are read, encoded and shuffled while a run learns them: `task.streaming`.
 
-`datasets` reads the share of each rank and says where a rank is. A rank reads its share in blocks,
-encodes a block, shuffles the rows of the block, and fills its micro-batches with them. A place
-names a block by the state of the share at its beginning, so that a resumed run encodes only this
-block again. The buffer of a shuffled `IterableDataset` is not in its state, so it is not used.
+`datasets` reads the share of each rank and says where a rank is. A batched map encodes and shuffles
+a block of the share, so that a resumed run encodes only this block again. The buffer of a shuffled
+`IterableDataset` is not in its state, so it is not used.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -45,15 +45,16 @@ from megakd.data.rows import (
     TextStream,
     rows_of,
 )
-from megakd.data.step_layout import StepShape, row_lengths
+from megakd.data.step_layout import StepShape
 from megakd.data.token_tables import tables_of_texts
 from megakd.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 BLOCK_CHARACTERS, CHARACTERS_PER_LENGTH = 1_000_000, 128
-"""The least characters of a block, and per token of `max_length`: about 32 packed rows, of which
+"""About the characters of a block, and per token of `max_length`: about 32 packed rows, of which
 the last is shorter than the others."""
-EPOCH = "epoch"
+AHEAD = 64
+"""Steps that are prepared, so that the next block is encoded meanwhile."""
 
 
 def streamed_files(task: TaskConfig, *, cache_dir: Path) -> Corpus:
@@ -173,76 +174,53 @@ def _row(kind: RowKind, name: str, record: Record | DataError) -> dict[str, obje
         return {ERROR: str(error)}
 
 
-class Place(NamedTuple):
-    """The place of a rank in its share of a stream.
-
-    epoch: how often the rank has read its share to the end.
-    block: number of the block in the epoch.
-    files: state of the share at the beginning of the block; None at the beginning of the share.
-    taken: number of the block's rows that earlier steps have used.
-    """
-
-    epoch: int = 0
-    block: int = 0
-    files: Mapping[str, Any] | None = None
-    taken: int = 0
-
-
 @dataclass(frozen=True)
-class StreamedBlocks:
-    """The share of a rank, without end: encoded blocks, shuffled by (seed, epoch, block).
-
-    characters: the least characters of a block; None: see `BLOCK_CHARACTERS`.
-    """
+class StreamedShare:
+    """The share of a rank, encoded in blocks of `size` texts; None: see `BLOCK_CHARACTERS`."""
 
     rows: StreamedRows
     shape: StepShape
     seed: int
-    characters: int | None = None
+    size: int | None = None
 
-    def read(self, place: Place) -> Generator[tuple[pa.Table, Place], None, None]:
-        """Yield the rows of each block, with a column `epoch`, from the block of `place` on."""
-        stream, tokenizer, task, packed = self.rows
-        rank, world = self.shape.rank, self.shape.world
-        least = max(BLOCK_CHARACTERS, CHARACTERS_PER_LENGTH * task.row_length)
-        while True:
-            # Its own files, if their number is a multiple of the ranks; else a row of each `world`.
-            share = split_dataset_by_node(stream.rows, rank=rank, world_size=world)
-            if place.files is not None:
-                share.load_state_dict(dict(place.files))
-            has_rows, unread = place.block > 0, stream.read(share)
-            while texts := _block(unread, self.characters or least):
-                rows = Dataset.from_list(texts)
-                if is_chat(rows):
-                    encoder = ChatEncoder(tokenizer, task, bad=stream.bad)
-                    tables = tables_of_conversations(
-                        rows, encoder, name=stream.name, counts={}, beside_training=True
-                    )
-                else:
-                    tables = tables_of_texts(rows, tokenizer, task, packed=packed)
-                if parts := [*tables]:
-                    has_rows = True
-                    table = cast("Any", pa).concat_tables(parts)  # pyarrow carries no types
-                    order = np.random.default_rng([self.seed, place.epoch, place.block])
-                    table = table.take(order.permutation(len(table)))
-                    yield table.append_column(EPOCH, [[place.epoch] * len(table)]), place
-                place = Place(place.epoch, place.block + 1, share.state_dict())
-            if not has_rows:
-                raise DataError(
-                    f"{stream.name} has no text for rank {rank} of {world}: every rank needs at "
-                    "least one text with tokens; use more texts or fewer ranks"
-                )
-            place = Place(place.epoch + 1)
+    def read(self, epoch: int) -> IterableDataset:
+        """Return the encoded rows of an epoch, shuffled in each block by (seed, epoch, block)."""
+        size, texts = self.size or self._usual_size, self.rows.texts
+        # Its own files, if their number is a multiple of the ranks; else a row of each `world`.
+        share = split_dataset_by_node(texts.rows, self.shape.rank, self.shape.world)
+
+        def encode(columns: dict[str, list[str]], numbers: list[int]) -> dict[str, list[object]]:
+            rows = (zip(columns, row, strict=True) for row in zip(*columns.values(), strict=True))
+            present = ({name: text for name, text in row if text is not None} for row in rows)
+            read = [*texts.read(present)]
+            tables = [*_tables(self.rows, Dataset.from_list(read))] if read else []
+            if not tables:
+                return {"input_ids": []}
+            table = cast("Any", pa).concat_tables(tables)  # pyarrow carries no types
+            order = np.random.default_rng([self.seed, epoch, numbers[0] // size])
+            return table.take(order.permutation(len(table))).to_pydict()
+
+        gone = [*texts.kind.features, ERROR]
+        return share.map(
+            encode, with_indices=True, batched=True, batch_size=size, remove_columns=gone
+        )
+
+    @cached_property
+    def _usual_size(self) -> int:
+        head = islice(self.rows.texts.read(), 100)
+        lengths = [len(row.get(CONVERSATION, row["text"])) for row in head]
+        characters = CHARACTERS_PER_LENGTH * self.rows.task.row_length
+        return max(1, max(BLOCK_CHARACTERS, characters) * len(lengths) // sum(lengths))
 
 
-def _block(unread: Iterator[dict[str, str]], least: int) -> list[dict[str, str]]:
-    rows: list[dict[str, str]] = []
-    for row in unread:
-        rows.append(row)
-        least -= len(row.get(CONVERSATION, row["text"]))
-        if least <= 0:
-            break
-    return rows
+def _tables(rows: StreamedRows, texts: Dataset) -> Iterator[pa.Table]:
+    stream, tokenizer, task, packed = rows
+    if not is_chat(texts):
+        return tables_of_texts(texts, tokenizer, task, packed=packed)
+    encoder = ChatEncoder(tokenizer, task, bad=stream.bad)
+    return tables_of_conversations(
+        texts, encoder, name=stream.name, counts={}, beside_training=True
+    )
 
 
 class StreamLoader(BatchSource):
@@ -255,18 +233,18 @@ class StreamLoader(BatchSource):
 
     def __init__(
         self,
-        blocks: StreamedBlocks,
+        share: StreamedShare,
         collate: Collator,
         *,
         steps_per_epoch: int,
         gather: Callable[[Any], list[Any]],
         masking: Masking | None = None,
     ) -> None:
-        self._blocks, self._collate, self._masking = blocks, collate, masking
+        self._share, self._collate, self._masking = share, collate, masking
         self._gather, self.waited_s = gather, 0.0
         self.steps_per_epoch = steps_per_epoch
         """Steps that the log counts as one epoch, because the length of a stream is unknown."""
-        self._step, self._place = 0, Place()
+        self._step, self._place = 0, START
 
     def iterate(self, start: int, stop: int) -> Generator[list[Batch], None, None]:
         """Yield the steps from `start` up to, excluding, `stop`, prepared in a background thread.
@@ -274,14 +252,14 @@ class StreamLoader(BatchSource):
         Earlier steps whose end is not the known place are read again.
         """
         if start < self._step:
-            self._step, self._place = 0, Place()
+            self._step, self._place = 0, START
         steps = self._steps(self._place)
         tasks = repeat(steps.__next__, stop - self._step)
-        with closing(steps), closing(made_ahead(tasks)) as futures:
+        with closing(steps), closing(made_ahead(tasks, AHEAD)) as futures:
             for future in futures:
                 batches, place = awaited(future, self)
-                if self._blocks.shape.rank == 0 and place.epoch > self._place.epoch:
-                    name = self._blocks.rows.texts.name
+                if self._share.shape.rank == 0 and place.epoch > self._place.epoch:
+                    name = self._share.rows.texts.name
                     logger.info("%s: rank 0 has read its texts %d time(s)", name, place.epoch)
                 # Of the step that is used, not of the steps that are prepared.
                 self._step, self._place = self._step + 1, place
@@ -294,36 +272,56 @@ class StreamLoader(BatchSource):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._step = state["step"]
-        self._place = Place(**state["places"][self._blocks.shape.rank])
+        self._place = Place(**state["places"][self._share.shape.rank])
 
     def _steps(self, place: Place) -> Generator[tuple[list[Batch], Place], None, None]:
-        shape, parts = self._blocks.shape, list[pa.Table]()
-        missing = size = shape.per_device * shape.accumulation
-        blocks = self._blocks.read(place)
-        tasks = repeat(blocks.__next__)
-        with closing(blocks), closing(made_ahead(tasks, 1, at_once=1)) as futures:
-            for future in futures:
-                rows, place = future.result()
-                used = place.taken
-                while used < len(rows):
-                    parts.append(rows.slice(used, missing))
-                    used, missing = used + len(parts[-1]), missing - len(parts[-1])
-                    if missing == 0:
-                        step = cast("Any", pa).concat_tables(parts)
-                        if not self._blocks.rows.packed:  # micro-batches of like lengths
-                            step = step.take(np.argsort(row_lengths(step), kind="stable"))
-                        starts = range(0, size, shape.per_device)
-                        batches = [self._batch(step.slice(n, shape.per_device)) for n in starts]
-                        yield batches, place._replace(taken=used)
-                        parts, missing = [], size
+        shape, (epoch, state) = self._share.shape, place
+        rows: list[tuple[int, dict[str, Any]]] = []
+        while True:
+            share = self._share.read(epoch)
+            if state is not None:
+                share.load_state_dict(dict(state))
+            is_empty = state is None
+            for row in share:
+                is_empty = False
+                rows.append((epoch, row))
+                if len(rows) == shape.per_device * shape.accumulation:
+                    if not self._share.rows.packed:  # micro-batches of like lengths
+                        rows.sort(key=lambda pair: len(pair[1]["input_ids"]))
+                    starts = range(0, len(rows), shape.per_device)
+                    batches = [self._batch(rows[n : n + shape.per_device]) for n in starts]
+                    yield batches, Place(epoch, share.state_dict())
+                    rows = []
+            if is_empty:
+                raise DataError(
+                    f"{self._share.rows.texts.name} has no text for rank {shape.rank} of "
+                    f"{shape.world}: every rank needs at least one text with tokens; use more "
+                    "texts or fewer ranks"
+                )
+            epoch, state = epoch + 1, None
 
-    def _batch(self, rows: Any) -> Batch:
-        epochs, rows = rows.column(EPOCH).to_numpy(), rows.drop_columns(EPOCH)
-        batch = self._collate(rows)
+    def _batch(self, rows: Sequence[tuple[int, dict[str, Any]]]) -> Batch:
+        batch = self._collate([row for _, row in rows])
         if self._masking is None:
             return batch
         # The rows of a stream have no numbers: a number below 2^63 that depends on their tokens.
-        tokens = (ids.values.to_numpy().tobytes() for ids in rows.column("input_ids"))
+        tokens = (np.asarray(row["input_ids"], np.int32).tobytes() for _, row in rows)
         digests = (hashlib.blake2b(row, digest_size=8).digest() for row in tokens)
         hashes = np.array([int.from_bytes(d, "little") >> 1 for d in digests], np.int64)
-        return self._masking(batch, hashes, seed=self._blocks.seed, draw=epochs)
+        epochs = np.array([epoch for epoch, _ in rows])
+        return self._masking(batch, hashes, seed=self._share.seed, draw=epochs)
+
+
+class Place(NamedTuple):
+    """The place of a rank in its share of a stream.
+
+    epoch: how often the rank has read its share to the end.
+    rows: state of the encoded share, by which `datasets` goes on in the middle of a block; None at
+        the beginning of the share.
+    """
+
+    epoch: int = 0
+    rows: Mapping[str, Any] | None = None
+
+
+START = Place()

@@ -80,7 +80,7 @@ def row_batches(
     if encoded.stream is None:
         rows = labelled_only(encoded.train) if stage.labelled_only else encoded.train
         return StepLoader(rows, collate, layout=layout, seed=seed, masking=masking, others=others)
-    from megakd.data.streams import StreamedBlocks, StreamLoader
+    from megakd.data.streams import StreamedShare, StreamLoader
 
     # The rules of the config do not see the settings that a method gives to a stage.
     steps = stage.train.max_steps
@@ -91,8 +91,8 @@ def row_batches(
             "stream has no epochs, and its rows are not packed; set max_steps and no "
             "tokens_per_rank, or remove task.streaming"
         )
-    blocks = StreamedBlocks(encoded.stream, layout.shape, seed)
-    return StreamLoader(blocks, collate, steps_per_epoch=steps, gather=gather, masking=masking)
+    share = StreamedShare(encoded.stream, layout.shape, seed)
+    return StreamLoader(share, collate, steps_per_epoch=steps, gather=gather, masking=masking)
 
 
 def check_stream(checkpoint: Path, ranks: Ranks) -> None:
