@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import copy
 import logging
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models
 from torch import Tensor
 from transformers import (
-    AlbertTokenizer,
     AutoTokenizer,
     BertTokenizer,
     GPT2Tokenizer,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
-from transformers.convert_slow_tokenizer import SentencePieceExtractor, bytes_to_unicode
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from megakd.config.paths import is_path
 from megakd.config.task import TaskConfig, TokenizerConfig
@@ -30,18 +27,21 @@ from megakd.contract.tasks import TaskType
 from megakd.data.arrow import arrow_batches, key_of, rows_key
 from megakd.data.chat.template import read_template
 from megakd.data.splits import Splits
-from megakd.data.vocabularies import VERSION, encoder_template, train_tokenizer
+from megakd.data.vocabularies import VERSION, train_tokenizer
 from megakd.errors import DataError, first_line
 from megakd.process.terminal import in_home
 from megakd.storage.folders import check_given, whole_folder
 
 logger = logging.getLogger(__name__)
 
-LOOKED_FOR = "tokenizer.json, vocab.txt, vocab.json with merges.txt, or one *.model"
+LOOKED_FOR = (
+    "tokenizer.json, vocab.txt, vocab.json with merges.txt, or a SentencePiece model "
+    "(spiece.model, tokenizer.model) with its config.json"
+)
 DEFAULT_VOCAB_SIZE = 8000
-_MODEL_FILE = "spiece.model"
-_STOCK_MODEL_NAMES = (_MODEL_FILE, "tokenizer.model", "sentencepiece.bpe.model")
-_SENTENCEPIECE_BPE = 2
+CONFIGS = {"tokenizer_config.json", "config.json"}
+"""Files that tell transformers the class of a tokenizer."""
+MODELS = {"spiece.model", "tokenizer.model", "sentencepiece.bpe.model"}
 # Usual names of special tokens, for files that do not declare their special tokens.
 _USUAL_NAMES = {
     "pad_token": ("[PAD]", "<pad>", "<|pad|>"),
@@ -114,7 +114,7 @@ def has_tokenizer_files(folder: Path) -> bool:
     return (
         not files.isdisjoint(("tokenizer.json", "vocab.txt"))
         or {"vocab.json", "merges.txt"} <= files
-        or _sentencepiece_file(folder) is not None
+        or not (files.isdisjoint(MODELS) or files.isdisjoint(CONFIGS))
     )
 
 
@@ -198,12 +198,8 @@ def _read(folder: Path, task_type: TaskType) -> PreTrainedTokenizerBase:
         if tokenizer is None:
             raise ValueError("transformers reads no tokenizer of this GGUF file")
         return copy.deepcopy(tokenizer)
-    files, model = {path.name for path in folder.iterdir()}, _sentencepiece_file(folder)
-    says_its_class = not files.isdisjoint(("tokenizer_config.json", "config.json"))
-    is_bare_model = files.isdisjoint(("tokenizer.json", "vocab.txt", "vocab.json"))
-    if is_bare_model and model and not (says_its_class and model.name in _STOCK_MODEL_NAMES):
-        return _from_sentencepiece(model, task_type)
-    if says_its_class:
+    files = {path.name for path in folder.iterdir()}
+    if not files.isdisjoint(CONFIGS):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if "tokenizer.json" in files:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -214,76 +210,6 @@ def _read(folder: Path, task_type: TaskType) -> PreTrainedTokenizerBase:
     return GPT2Tokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def _from_sentencepiece(path: Path, task_type: TaskType) -> PreTrainedTokenizerBase:
-    extractor = SentencePieceExtractor(str(path))
-    # A class generated at run time, whose fields are unknown to the type checker.
-    proto: Any = extractor.proto
-    unknown = proto.pieces[proto.trainer_spec.unk_id].piece
-    if unknown == "<unk>" and any(piece.piece == "[CLS]" for piece in proto.pieces):
-        # ALBERT's models are of this kind.
-        # transformers finds a SentencePiece file only by its name.
-        with tempfile.TemporaryDirectory() as folder:
-            shutil.copyfile(path, Path(folder, _MODEL_FILE))
-            return AlbertTokenizer.from_pretrained(folder, local_files_only=True)
-    tokenizer = _sentencepiece_backend(extractor)
-    roles = _special_roles(tokenizer, task_type)
-    if "cls_token" in roles and "sep_token" in roles:
-        tokenizer.post_processor = encoder_template(
-            tokenizer, cls=roles["cls_token"], sep=roles["sep_token"]
-        )
-    elif task_type != "causal_lm" and "eos_token" in roles:
-        # T5's models are of this kind: no token before a text, and this token after the text.
-        eos = roles["eos_token"]
-        tokenizer.post_processor = _template(tokenizer, eos, f"$A {eos}")
-    elif proto.trainer_spec.model_type == _SENTENCEPIECE_BPE and "bos_token" in roles:
-        # Llama's models are of this kind, and were trained with this token before every text.
-        bos = roles["bos_token"]
-        tokenizer.post_processor = _template(tokenizer, bos, f"{bos} $A")
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles)
-
-
-def _template(tokenizer: Tokenizer, token: str, single: str) -> processors.TemplateProcessing:
-    return processors.TemplateProcessing(
-        single=single,
-        pair=f"{single} {single.replace('$A', '$B')}",
-        special_tokens=[(token, tokenizer.token_to_id(token))],
-    )
-
-
-def _sentencepiece_backend(extractor: SentencePieceExtractor) -> Tokenizer:
-    # Encodes texts as SentencePiece does, with the exceptions of their normalizers: U+0085 (a space
-    # only here), İ in lower-cased models, and accents on letters in unusual forms.
-    proto: Any = extractor.proto
-    spec, trained = proto.normalizer_spec, proto.trainer_spec
-    if trained.model_type == _SENTENCEPIECE_BPE:
-        made: Any = extractor.extract(models.BPE)
-        model: models.Model = models.BPE(
-            made["vocab"],
-            made["merges"],
-            unk_token=proto.pieces[trained.unk_id].piece,
-            fuse_unk=True,
-            byte_fallback=trained.byte_fallback,
-        )
-    else:
-        pieces = [(piece.piece, piece.score) for piece in proto.pieces]
-        model = models.Unigram(pieces, unk_id=trained.unk_id, byte_fallback=trained.byte_fallback)
-    steps: list[normalizers.Normalizer] = []
-    if spec.name.endswith("_cf"):
-        # `Precompiled` drops accents that follow a letter which it replaces: E and U+0301 give e.
-        steps += [normalizers.NFKC(), normalizers.Lowercase()]
-    if spec.precompiled_charsmap:
-        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
-    if spec.remove_extra_whitespaces:
-        steps += [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Strip()]
-    scheme = "always" if spec.add_dummy_prefix else "never"
-    has_words = trained.split_by_whitespace and not trained.allow_whitespace_only_pieces
-    tokenizer = Tokenizer(model)
-    tokenizer.normalizer = normalizers.Sequence(steps)
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=has_words)
-    tokenizer.decoder = decoders.Metaspace(prepend_scheme=scheme)
-    return tokenizer
-
-
 def _special_roles(tokenizer: Tokenizer, task_type: TaskType) -> dict[str, str]:
     unused = {"cls_token", "sep_token", "mask_token"} if task_type == "causal_lm" else {"bos_token"}
     roles = {
@@ -292,12 +218,6 @@ def _special_roles(tokenizer: Tokenizer, task_type: TaskType) -> dict[str, str]:
         if role not in unused
     }
     return {role: name for role, name in roles.items() if name is not None}
-
-
-def _sentencepiece_file(folder: Path) -> Path | None:
-    files = sorted(folder.glob("*.model"))
-    stock = [file for file in files if file.name in _STOCK_MODEL_NAMES]
-    return files[0] if len(files) == 1 else next(iter(stock), None)
 
 
 def _trained(
