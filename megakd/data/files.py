@@ -87,7 +87,7 @@ def named_files(task: TaskConfig) -> dict[SplitName, list[Path]]:
         for split, files in given
         if files is not None
     }
-    refuse_shared({f"task.{split}_files": matches for split, matches in paths.items()})
+    refuse_twice({f"task.{split}_files": matches for split, matches in paths.items()})
     return paths
 
 
@@ -111,33 +111,24 @@ def matching_files(files: Files, key: str) -> list[Path]:
             paths += matches
         else:
             raise DataError(f"{key}: {path} does not exist")
-    _refuse_doubled(paths, key)
+    refuse_twice({key: paths})
     return paths
 
 
-def _refuse_doubled(paths: Sequence[Path], key: str) -> None:
-    seen: dict[Path, Path] = {}
-    for path in paths:
-        earlier = seen.setdefault(path.resolve(), path)
-        if earlier is not path:
-            other = "" if str(earlier) == str(path) else f" (also as {earlier})"
-            raise DataError(
-                f"{key}: {path} is listed more than once{other}, which would count its rows twice; "
-                "list every file once"
-            )
-
-
-def refuse_shared(paths: Mapping[str, Sequence[Path]]) -> None:
-    """Raise a DataError if two settings name the same file."""
-    seen: dict[Path, str] = {}
+def refuse_twice(paths: Mapping[str, Sequence[Path]]) -> None:
+    """Raise a DataError if settings, or the list of one, name the same file twice."""
+    seen: dict[Path, tuple[str, Path]] = {}
     for key, named in paths.items():
         for path in named:
-            earlier = seen.setdefault(path.resolve(), key)
-            if earlier != key:
-                raise DataError(
-                    f"{key}: {path} is also a file of {earlier}, so that its rows would count "
-                    f"twice; remove it from {earlier} or {key}"
-                )
+            other, earlier = seen.setdefault(path.resolve(), (key, path))
+            if earlier is path:
+                continue
+            again = "is listed more than once" if other == key else f"is also a file of {other}"
+            also = "" if str(earlier) == str(path) else f" (as {earlier})"
+            raise DataError(
+                f"{key}: {path} {again}{also}, so that its rows would count twice; list every file "
+                "once"
+            )
 
 
 def files_table(

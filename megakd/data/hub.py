@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import datasets
 from datasets import Dataset
@@ -29,7 +29,7 @@ def hub_rows(
     """Return the rows of the splits of the Hub data set `task.dataset`."""
     name = task.data_name
     with hub_errors(name, task.dataset_config) as label:
-        given = {"name": task.dataset_config, "revision": task.revision}
+        given: dict[str, Any] = {"name": task.dataset_config, "revision": task.revision}
         if task.splits is None:
             loaded = cast("Mapping[str, Dataset]", datasets.load_dataset(name, **given))
             splits = splits_of([*loaded], label)
@@ -40,7 +40,9 @@ def hub_rows(
                 split: cast("Dataset", datasets.load_dataset(name, split=key, **given))
                 for split, key in splits.items()
             }
-    tables = {split: _table(f"{name} ({key})", parts[split]) for split, key in splits.items()}
+    tables: dict[SplitName, Table] = {
+        split: _table(f"{name} ({key})", parts[split]) for split, key in splits.items()
+    }
     return rows_of_tables(tables, task, name=name, cache_dir=cache_dir, metrics=metrics)
 
 
@@ -48,7 +50,7 @@ def hub_source(source: MixtureSource) -> Table:
     """Return the rows of a source of a mixture that is a data set of the Hub."""
     name = source.dataset or ""
     with hub_errors(name, source.dataset_config):
-        given = {"name": source.dataset_config, "revision": source.revision}
+        given: dict[str, Any] = {"name": source.dataset_config, "revision": source.revision}
         rows = cast("Dataset", datasets.load_dataset(name, split=source.split, **given))
     return _table(f"{name} ({source.split})", rows)
 

@@ -84,8 +84,10 @@ def table_of(
     def records() -> Iterator[Read]:
         for path in paths:
             for record in records_of(path, piece=piece):
-                is_one = len(paths) == 1 or isinstance(record, DataError)
-                yield record if is_one else Record(f"{path.name} {record.place}", record.values)
+                if len(paths) == 1 or isinstance(record, DataError):
+                    yield record
+                else:
+                    yield Record(f"{path.name} {record.place}", record.values)
 
     suffixes, digest = [*map(data_suffix, paths)], sample_of if is_streamed else _digest_of
     return Table(

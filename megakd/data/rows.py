@@ -326,7 +326,10 @@ def rows_of_tables(
     # Only training rows have teachers.
     teacher = row_teacher(tables["train"], task.teacher_column)
     kinds["train"] = replace(kinds["train"], teacher=teacher)
-    rows = {s: rows_of(t, kinds[s], task, cache_dir=cache_dir) for s, t in tables.items()}
+    rows: dict[SplitName, Dataset] = {
+        split: rows_of(table, kinds[split], task, cache_dir=cache_dir)
+        for split, table in tables.items()
+    }
     classes, label = None, kinds["train"].label
     if label is not None and task.type == "classification":
         names = tables["train"].class_names.get(label, ())

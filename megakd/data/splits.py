@@ -16,7 +16,7 @@ from megakd.config.task import TaskConfig
 from megakd.data.arrow import SplitName, Table, key_of
 from megakd.data.chat.conversations import is_chat
 from megakd.data.choosing import at_most, cut_validation, is_labelled, keep_labels
-from megakd.data.files import files_table, local_rows, matching_files, named_files, refuse_shared
+from megakd.data.files import files_table, local_rows, matching_files, named_files, refuse_twice
 from megakd.data.rows import (
     DEFAULT_METRICS,
     Corpus,
@@ -165,7 +165,7 @@ def mixture_rows(task: TaskConfig, *, cache_dir: Path) -> Corpus:
         if (files := sources[name].files) is not None
     }
     paths |= {f"task.{split}_files": files for split, files in held.items()}
-    refuse_shared(paths)
+    refuse_twice(paths)
     tables = {key: files_table(files, key) for key, files in paths.items()}
     for key, name in names.items():
         if key not in paths:

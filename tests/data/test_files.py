@@ -494,7 +494,7 @@ CASES: list[tuple[Any, ...]] = [
         r"task\.labelled_examples: 4, .* has 3 labelled rows",
         {"labelled_examples": 4},
     ),
-    ({"x.csv": GOOD}, r"task\.dataset_config: 'en' names a configuratio", {"dataset_config": "en"}),
+    ({"x.csv": GOOD}, r"task\.dataset_config: 'en' is for a data set of", {"dataset_config": "en"}),
     # Data sets of the Hub; tests/conftest.py sets HF_HUB_OFFLINE
     (
         {},
