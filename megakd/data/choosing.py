@@ -8,7 +8,7 @@ from itertools import chain
 from typing import cast
 
 import numpy as np
-from datasets import Dataset, Features
+from datasets import Dataset
 from numpy.typing import NDArray
 
 from megakd.contract.batch import IGNORE
@@ -118,6 +118,4 @@ def keep_labels(rows: Dataset, count: int | None, *, seed: int, name: str) -> Da
     labels = column_of(rows, "label")
     fewer = np.full_like(labels, np.nan if labels.dtype.kind == "f" else IGNORE)
     fewer[kept] = labels[kept]
-    feature = rows.features["label"]
-    fresh = Dataset.from_dict({"label": fewer}, features=Features({"label": feature}))
-    return rows.remove_columns("label").add_column("label", fresh.data.column("label"))
+    return rows.remove_columns("label").add_column("label", fewer, feature=rows.features["label"])

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Value
 from numpy.typing import NDArray
 
 from megakd.contract.batch import IGNORE
@@ -195,8 +195,7 @@ def with_numbers(rows: Dataset, classes: Classes, *, bad: BadRows) -> Dataset:
                 raise DataError(f"{rows[row][PLACE]}: {errors[int(codes[row])]}")
         bad.finish()
         rows, codes = rows.select(np.flatnonzero(~is_wrong)), codes[~is_wrong]
-    labels = Dataset.from_dict({"label": numbers[codes]}, Features({"label": Value("int64")}))
-    return rows.remove_columns("label").add_column("label", labels.data.column("label"))
+    return rows.remove_columns("label").add_column("label", numbers[codes], feature=Value("int64"))
 
 
 def _words(rows: Dataset) -> tuple[list[str], NDArray[np.int64]]:
