@@ -11,7 +11,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from megakd.contract.views import Heads, View
+from megakd.contract.views import View
 from megakd.errors import CheckpointError, ConfigError, TeacherError
 from megakd.pruning.allocation import (
     UnitScores,
@@ -33,7 +33,7 @@ head_widths = st.sampled_from([4, 12, 16, 64])
 
 
 def ranked(result):
-    architecture = SimpleNamespace(heads=lambda _: Heads(4, 4, 8), rows_of_heads=lambda _: 8)
+    architecture = SimpleNamespace(is_found=False, rows_of_heads=lambda _: 8)
     source: Any = SimpleNamespace(architecture=architecture, config=None)
     return SortedTeacher(source=source, scores=result)
 
