@@ -104,6 +104,10 @@ class TaskConfig:
     """Column with prompts, texts or lists of messages. None: `prompt`. Only for causal_lm."""
     completion_column: str | None = None
     """Column with the answers to the prompts. None: `completion`. Only for causal_lm."""
+    as_messages: bool = False
+    """Make conversations of texts, which the chat template renders: of `prompt_column` and
+    `completion_column`, or else of `prompt` and `completion`, `question` and `answer`, or
+    `instruction`, `input` and `output`. Only for causal_lm."""
     chat_template: Place | None = None
     """File with a chat template in Jinja. None: the tokenizer's. Only for causal_lm."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)

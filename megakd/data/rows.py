@@ -180,7 +180,8 @@ class RowKind:
         """All columns that a conversation or a document is read from; a table may lack the last."""
         if isinstance(self.fields, Fields):
             return self.fields.text
-        return (*filter(None, self.fields[:3]), *self.fields.text, TOOLS, OPTIONS)
+        named = filter(None, (*self.fields[:3], self.fields.addition))
+        return (*named, *self.fields.text, TOOLS, OPTIONS)
 
     @property
     def features(self) -> Features:

@@ -329,3 +329,11 @@ def test_the_end_of_a_prompt_is_found_without_encoding_the_whole_prompt_again(mo
     assert short.input_ids.tolist() == whole.input_ids.tolist()
     assert short.labels.tolist() == whole.labels.tolist()
     assert short.prompt_length == whole.prompt_length
+
+
+def test_texts_beside_a_chat_template_are_counted_for_a_warning(tmp_path):
+    rows = [{"prompt": "Hi", "completion": "Hello"}, {"prompt": "", "completion": "a document"}]
+    assert Data(tmp_path, rows).counts().without_template == 1
+    (tmp_path / "messages").mkdir()
+    rows = [{"prompt": "Hi", "completion": "Hello"}]
+    assert Data(tmp_path / "messages", rows, as_messages=True).counts().without_template == 0

@@ -274,3 +274,28 @@ def test_prompts_with_one_answer_are_held_out_by_their_whole_text(load):
     splits = load(rows)
 
     assert {*splits.validation["text"]} == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "asked_for", "answer"),
+    [
+        ({"prompt": "Hi", "completion": "Hello"}, "Hi", "Hello"),
+        ({"question": "Why?", "answer": "So"}, "Why?", "So"),
+        ({"instruction": "Add", "input": "1, 2", "output": "3"}, "Add\n\n1, 2", "3"),
+        ({"instruction": "Greet", "input": "", "output": "Hi"}, "Greet", "Hi"),
+        ({"instruction": "Greet", "output": "Hi"}, "Greet", "Hi"),
+    ],
+)
+def test_texts_become_messages_where_the_task_asks_for_it(tmp_path, row, asked_for, answer):
+    assert first_of(tmp_path, row, as_messages=True).messages == asked(asked_for, answer)
+
+
+def test_columns_of_other_names_become_messages(tmp_path):
+    row = {"ask": "Hi", "say": "Hello", "text": "not this"}
+    keys = {"prompt_column": "ask", "completion_column": "say"}
+    assert first_of(tmp_path, row, as_messages=True, **keys).messages == HELLO
+
+
+def test_rows_without_a_pair_of_texts_cannot_become_messages(tmp_path):
+    with pytest.raises(DataError, match="as_messages needs the columns prompt and completion, que"):
+        first_of(tmp_path, {"text": "a"}, as_messages=True)

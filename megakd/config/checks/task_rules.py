@@ -82,14 +82,15 @@ _DATA: tuple[Rule[TaskConfig], ...] = (
     *only(".mlm_probability", ("mlm",)),
     *only(".streaming", LANGUAGE_TASKS),
     *only(
-        ".messages_column .prompt_column .completion_column .chat_template .chat_template_kwargs "
+        ".messages_column .prompt_column .completion_column .as_messages .chat_template "
+        ".chat_template_kwargs "
         ".reasoning .train_on .truncation .end_tokens .mixture",
         ("causal_lm",),
     ),
 )
 _CONVERSATIONS: tuple[Rule[TaskConfig], ...] = (
     *conflict(
-        ".messages_column .prompt_column .completion_column",
+        ".messages_column .prompt_column .completion_column .as_messages",
         ".text_columns",
         ", which names the columns of documents",
     ),

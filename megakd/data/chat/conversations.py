@@ -1,6 +1,7 @@
 """Rows of conversations: which columns of a table hold them, and one form for all shapes.
 
-Shapes: `messages` (or `conversations`), `prompt` and `completion`, `prompt` alone, and text. The
+Shapes: `messages` (or `conversations`), `prompt` and `completion`, `prompt` alone, and text; with
+`task.as_messages` also a question and its answer, or an instruction, its input and its output. The
 rows of a data set with conversations have the columns `text` (the contents of all messages, for
 hashes and for the training of tokenizers), `conversation` (JSON of a `Conversation`) and `place`
 (the place of the row in messages).
@@ -28,6 +29,10 @@ CONVERSATION = "conversation"
 SOURCE = "source"
 MESSAGES_DEFAULTS = ("messages", "conversations")
 PROMPT, COMPLETION = "prompt", "completion"
+PAIRS = ((PROMPT, COMPLETION), ("question", "answer"), ("instruction", "output"))
+"""Columns of texts that `task.as_messages` makes messages of."""
+INPUT = "input"
+"""Column with what an instruction is about; it may be empty."""
 TOOLS, OPTIONS = "tools", "chat_template_kwargs"
 TEXT_DEFAULTS = ("text", "sentence", "content", "document")
 Message = dict[str, Any]
@@ -105,12 +110,16 @@ class ChatColumns(NamedTuple):
     """The columns of a table of conversations; None or empty: not a column of the table.
 
     prompt, completion: the columns of a prompt and its answer, texts or lists of messages.
+    addition: the column of a text that follows the prompt.
+    as_messages: whether texts become messages.
     """
 
     messages: str | None = None
     prompt: str | None = None
     completion: str | None = None
     text: tuple[str, ...] = ()
+    addition: str | None = None
+    as_messages: bool = False
 
 
 def chat_columns(table: Table, task: TaskConfig) -> ChatColumns | None:
@@ -125,16 +134,32 @@ def chat_columns(table: Table, task: TaskConfig) -> ChatColumns | None:
     if any(named):
         _require_named(table, named)
         is_pair = named.prompt and not named.completion and COMPLETION in table.columns
-        return named._replace(completion=COMPLETION) if is_pair else named
+        named = named._replace(completion=COMPLETION) if is_pair else named
+        return named._replace(as_messages=task.as_messages)
     for column in MESSAGES_DEFAULTS:
         if column in table.columns:
             return ChatColumns(messages=column)
-    if PROMPT not in table.columns:
-        return None
-    if COMPLETION in table.columns:
+    if task.as_messages:
+        return _of_texts(table)
+    if PROMPT in table.columns and COMPLETION in table.columns:
         return ChatColumns(prompt=PROMPT, completion=COMPLETION)
     has_text = any(column in table.columns for column in TEXT_DEFAULTS)
-    return None if has_text else ChatColumns(prompt=PROMPT)
+    return None if has_text or PROMPT not in table.columns else ChatColumns(prompt=PROMPT)
+
+
+def _of_texts(table: Table) -> ChatColumns:
+    for prompt, completion in PAIRS:
+        if prompt in table.columns and completion in table.columns:
+            has_input = prompt == "instruction" and INPUT in table.columns
+            addition = INPUT if has_input else None
+            return ChatColumns(
+                prompt=prompt, completion=completion, addition=addition, as_messages=True
+            )
+    pairs = ", ".join(" and ".join(pair) for pair in PAIRS)
+    raise DataError(
+        f"{table.name}: task.as_messages needs the columns {pairs}, and the columns are "
+        f"{', '.join(table.columns)}; set task.prompt_column and task.completion_column"
+    )
 
 
 def _require_named(table: Table, named: ChatColumns) -> None:
@@ -163,6 +188,12 @@ def _of_prompt(name: str, columns: ChatColumns, record: Record) -> Conversation:
     lists = [column for column, value in shown.items() if _is_message_list(value)]
     if not lists:
         texts = [text_of(name, column, record) for column in shown]
+        if columns.as_messages:
+            if columns.addition is not None and record.values.get(columns.addition):
+                texts[0] += f"\n\n{text_of(name, columns.addition, record)}"
+            roles = zip(("user", ASSISTANT), texts, strict=False)
+            turns = [{"role": role, "content": text} for role, text in roles]
+            return _chat(name, record, turns, first=1)
         return Conversation(prompt=texts[0], completion=None if completion is None else texts[1])
     if len(lists) < len(shown):
         raise DataError(

@@ -30,6 +30,8 @@ BY_TEMPLATE = {
     "student learns not to reason; if the template knows enable_thinking, "
     "task.chat_template_kwargs: {enable_thinking: false} moves it into the prompt; else set "
     "task.chat_template to a template that leaves it out",
+    "without_template": "are a prompt and a completion without the chat template of the tokenizer, "
+    "in which the model will be asked; set task.as_messages: true to render them by it",
 }
 """What a chat template does to rows, by the number of the rows, and what to do."""
 
@@ -48,6 +50,7 @@ class ChatCounts:
     lost_reasoning, lost_tools: rows in which the chat template leaves out the reasoning of an
         answer, or a tool of the column `tools`.
     empty_reasoning: rows in which the chat template writes reasoning without words into an answer.
+    without_template: prompts and answers as texts, although the tokenizer has a chat template.
     special: by the number of a special token, how many of the tokens that count it is.
     ends: by the number of a special token, how many rows with a whole answer it ends.
     lengths: by the number of tokens before a row is cut, how many rows have it. Documents, which
@@ -66,6 +69,7 @@ class ChatCounts:
     lost_reasoning: int = 0
     lost_tools: int = 0
     empty_reasoning: int = 0
+    without_template: int = 0
     bad: int = 0
     special: Counter[int] = field(default_factory=Counter[int])
     ends: Counter[int] = field(default_factory=Counter[int])

@@ -269,6 +269,7 @@ class ChatEncoder:
         made = ChatCounts(
             rows=1,
             prompts=int(conversation.is_prompt),
+            without_template=int(bool(conversation.prompt and self._tokenizer.chat_template)),
             lost_reasoning=int(text.lost_reasoning),
             lost_tools=int(text.lost_tools),
             empty_reasoning=int(text.empty_reasoning),
