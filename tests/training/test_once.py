@@ -59,7 +59,7 @@ def test_a_measurement_that_fails_keeps_nothing(scored):
 
 
 def identity(config: Any) -> dict[str, Any]:
-    source: Any = SimpleNamespace(config=config, stored={}, layers=None, folder=None)
+    source: Any = SimpleNamespace(config=config, files=[], layers=None, folder=None)
     return flatten(model_identity(source, seed=1))
 
 
