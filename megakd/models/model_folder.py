@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import AutoModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from megakd.data.encoding import save_tokenizer
@@ -25,12 +26,12 @@ from megakd.models.architectures import (
     AUTO_CLASSES,
     NARROW,
     class_for,
-    class_name,
     context_length,
     narrow_maps,
 )
 from megakd.models.generation import generation_of
 from megakd.models.modeling import modeling_cut
+from megakd.models.modeling.modeling_cut import narrow_class
 from megakd.models.own_models import OWN_MODELS
 from megakd.models.weights import (
     DTYPES,
@@ -298,8 +299,11 @@ def _write_config(folder: Path, model: ModelContent, dtype: torch.dtype) -> None
     if ours is not None:
         config.auto_map = ours.auto_map
     elif file is not None:
-        names = {auto.__name__: class_name(config, task) for task, auto in AUTO_CLASSES.items()}
-        config.auto_map = {auto: f"{file.stem}.{name}" for auto, name in names.items() if name}
+        config.auto_map = {
+            auto.__name__: f"{file.stem}.{narrow_class(stock).__name__}"
+            for auto in (AutoModel, *AUTO_CLASSES.values())
+            if isinstance(stock := auto._model_mapping.get(type(config), None), type)  # noqa: SLF001
+        }
     else:  # of the folder that the config was read from, whose files of code are not copied
         vars(config).pop("auto_map", None)
     # save_pretrained refuses the generation keys that older configs on the Hub carry.

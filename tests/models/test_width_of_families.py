@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny_families
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModel
 
 from megakd.contract.views import Cut, UnitOrder, View
 from megakd.errors import ModelError
@@ -140,10 +140,17 @@ def test_layers_of_different_sizes_bring_the_file_of_their_class(model_type, few
     )
     check_cut(model, "causal_lm", tmp_path / "cut", view)
 
+    bare = AutoModel.from_pretrained(tmp_path / "cut", trust_remote_code=True)
+    opened = load_finished(tmp_path / "cut", "model")
+    tokens = torch.arange(5, 17)[None]
+    for one in (bare, opened):
+        one.set_attn_implementation("eager")
+    states = opened.base_model(tokens, use_cache=False).last_hidden_state
+    assert torch.equal(bare(tokens, use_cache=False).last_hidden_state, states)
     config = AutoConfig.from_pretrained(tmp_path / "cut")
     assert architecture_of(config).units(config)[:2] == view[:2]
     again = View(view.heads, (fewest, 8))
-    check_cut(load_finished(tmp_path / "cut", "model"), "causal_lm", tmp_path / "again", again)
+    check_cut(opened, "causal_lm", tmp_path / "again", again)
 
 
 def test_a_layer_without_heads_and_a_narrower_model_have_no_class():

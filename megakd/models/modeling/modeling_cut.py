@@ -141,7 +141,10 @@ class _Narrow:
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        layers = self.get_submodule(config.narrow["blocks"])
+        blocks = config.narrow["blocks"]  # on the model with a head
+        if self.base_model is self:
+            blocks = blocks.removeprefix(f"{self.base_model_prefix}.")
+        layers = self.get_submodule(blocks)
         for layer, maps in zip(layers, config.narrow["layers"], strict=True):
             for path, (inputs, outputs) in maps.items():
                 _resize(layer, path, inputs=inputs, outputs=outputs)
