@@ -26,7 +26,7 @@ from transformers import (
     DistilBertConfig,
 )
 
-STEPS = 2  # the second has weights, moments and, at ZeRO 3, an order of gathers of the first
+STEPS = 3
 ROWS = 12  # per optimiser step, however they are cut
 WORDS = ("the", "red", "green", "dog", "cat", "runs", "sees", "over", "house", "slowly")
 ZERO3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
