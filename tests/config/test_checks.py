@@ -37,10 +37,6 @@ TASK = [
     ("task.dataset=null", "task.dataset: missing, and it has no default; set task.dataset or task"),
     ("task.dataset=null; task.train_files=a; task.dataset_config=b", "task.dataset_config: suppor"),
     (
-        "task.dataset=pydocs",
-        "task.dataset: gone; set a folder that `python launch/pydocs.py lab",
-    ),
-    (
         "task.dataset=glue/sst2; task.text_columns=[a]",
         "task.text_columns: not supported with task.dataset glue/sst2",
     ),
@@ -165,7 +161,7 @@ OBJECTIVE = [
         for loss in ("hard_cross_entropy", "soft_target_kl")
     ),
     (f"{TEXT}; objective=[{{loss: hidden_mse, on: data}}]", "objective[0].on = "),
-    (f"{TEXT}; objective.0.on=rollout", 'or "data" (got "rollout"); did you mean "rollouts"'),
+    (f"{TEXT}; objective.0.on=rollout", '(got "rollout"); did you mean "rollouts"'),
     (
         f"{TEXT}; objective=[{{loss: hard_cross_entropy, label_smoothing: 0.1}}]",
         "objective[0].label_smoothing: supported only for classification",
@@ -258,9 +254,12 @@ SERVER = [
 ]
 # Values that a key cannot have.
 VALUES = [
-    ("task.type=masked_lm", 'task.type: must be "classification", "regression", "mlm" or "cau'),
-    ("task.type=mlm; task.mlm_probability=0", "task.mlm_probability: must be above 0"),
-    ("task.type=mlm; task.mlm_probability=1.5", "task.mlm_probability: must be at most 1"),
+    ("task.type=masked_lm", "task.type: must be 'classification', 'regression', 'mlm' or 'cau"),
+    ("task.type=mlm; task.mlm_probability=0", "task.mlm_probability: must be greater than 0"),
+    (
+        "task.type=mlm; task.mlm_probability=1.5",
+        "task.mlm_probability: must be less than or equal to 1",
+    ),
     ("log.tensorboard=true", 'log.tensorboard = true: unknown key; did you mean "report_to"?'),
     ("save.push_to_hub=me", "save.push_to_hub: must be a Hub repository of the form user/name"),
     ("task.train_files=[]", "task.train_files"),
@@ -268,15 +267,21 @@ VALUES = [
     ("task.evaluation_sets={test: a}", "and not be train, validation or test"),
     ("task.evaluation_sets={a b: a}", "the name of an evaluation set must consist of letters"),
     ("task.mixture={train: {files: a, weight: 1}}", "the name of a source of a mixture must"),
-    ("task.mixture={a: {files: a, weight: 0}}", "task.mixture.a.weight: must be above 0 (got"),
-    ("train.tokens_per_rank=7", "train.tokens_per_rank: must be at least 8 (got 7)"),
+    (
+        "task.mixture={a: {files: a, weight: 0}}",
+        "task.mixture.a.weight: must be greater than 0 (got",
+    ),
+    (
+        "train.tokens_per_rank=7",
+        "train.tokens_per_rank: must be greater than or equal to 8 (got 7)",
+    ),
     ("rollout={mix: 1}", "rollout.max_new_tokens: missing"),
-    ("rollout={max_new_tokens: 0}", "rollout.max_new_tokens: must be at least 1"),
+    ("rollout={max_new_tokens: 0}", "rollout.max_new_tokens: must be greater than or equal to 1"),
     *(
         (f"rollout={{max_new_tokens: 4, {section}}}", text)
         for section, text in {
-            "mix: {rollout: 0.5, data: 0.5}": "rollout.mix: must be a number",
-            "mix: 1.5": "rollout.mix: must be at most 1 (got 1.5)",
+            "mix: {rollout: 0.5, data: 0.5}": "rollout.mix: must be a valid number",
+            "mix: 1.5": "rollout.mix: must be less than or equal to 1 (got 1.5)",
             "mix_per: row": "gone; each step has one source",
             "sampling: {top_p: 0}": "rollout.sampling.top_p",
             "sampling: {temperature: -1}": "rollout.sampling.temperature",

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megakd.config.checks.rules import Case, Rule, conflict, given, only, problems
-from megakd.config.error_text import REMOVED
 from megakd.config.paths import looks_like_path
 from megakd.config.run import RunConfig
 from megakd.config.task import MixtureSource, TaskConfig, TokenizerConfig, listed_files
@@ -50,11 +49,6 @@ _DATA: tuple[Rule[TaskConfig], ...] = (
         ".dataset",
         "missing, and it has no default; set task.dataset or task.train_files, or task.mixture for "
         "several sources",
-    ),
-    Rule(
-        lambda c: c.item.dataset == "pydocs" and not in_home("pydocs").exists(),
-        ".dataset",
-        REMOVED["task.dataset: pydocs"],
     ),
     *conflict(
         ".train_files .validation_files .test_files .mixture",
