@@ -100,7 +100,7 @@ REFUSED = {
         (f"{WEIGHTS}; method.weights={{large: 1}}", "method.weights: no weight for small"),
         ("method.weights={small: 1, large: 1}", "uniform does not use weights"),
         ("teachers.0.name=large", 'the name "large" is used 2 times'),
-        ("teachers.0.name=student", '"student" is the name of another model of the run'),
+        ("teachers.0.name=student", 'the name "student" is used 2 times in the run'),
         ("student={model: from_teacher, teacher: large}", "set student.layers"),
     ],
     "single": [
