@@ -271,13 +271,9 @@ def _adapters(config: RunConfig) -> Iterator[str]:
 
 
 def _deepspeed(config: RunConfig) -> Iterator[str]:
-    used = {"student.deepspeed": (config.student.deepspeed, check_trained_sharding)}
-    for name, spec in config.teacher_specs.items():
-        key = config.key_of(name)
-        used[f"{key}.deepspeed"] = (spec.deepspeed, check_frozen_stage)
-        if spec.finetune is not None:
-            used[f"{key}.finetune.deepspeed"] = (spec.finetune.deepspeed, check_trained_sharding)
-    for where, (ds, check) in used.items():
+    for where, ds in config.ds_configs.items():
+        is_trained = where.endswith("finetune.deepspeed") or where == "student.deepspeed"
+        check = check_trained_sharding if is_trained else check_frozen_stage
         try:
             check(load_ds_config(ds, where=where), where=where)
         except ConfigError as error:
