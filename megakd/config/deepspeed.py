@@ -12,7 +12,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from megakd.config.train import TrainConfig
 from megakd.contract.tasks import Dtype
@@ -72,7 +72,7 @@ def load_ds_config(spec: str | Mapping[str, Any], *, where: str) -> dict[str, An
         spec: a preset's name, the path of a JSON file, or the mapping itself.
         where: the key of the run config that holds `spec`, such as `student.deepspeed`.
     """
-    source, content = where, spec
+    source, content = where, cast("Any", spec)
     if isinstance(spec, str):
         path = _find(spec, where=where)
         source = f"{where}: {path.name}"

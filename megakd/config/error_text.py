@@ -39,12 +39,13 @@ def schema_problems(error: ValidationError, tree: Any) -> list[str]:
     """Return pydantic's errors, one line per problem, without union branches and internal names."""
     places = [(*_place(detail, tree), detail) for detail in error.errors(include_url=False)]
     fitting = [path for path, is_mismatch, _ in places if not is_mismatch]
-    misspelt = {path[:-1] for path, _, detail in places if detail["type"] == _UNKNOWN_KEY}
+    unknown = [path for path, _, detail in places if detail["type"] == _UNKNOWN_KEY]
+    meant = [_unknown_key(str(path[-1]), path[:-1], tree) for path in unknown]
     groups: dict[KeyPath, list[ErrorDetails]] = {}
     for path, is_mismatch, detail in places:
         # Another branch of the union fits, but for a key in it.
         is_echo = is_mismatch and any(other[: len(path)] == path for other in fitting)
-        is_echo |= detail["type"] == "missing" and path[:-1] in misspelt
+        is_echo |= detail["type"] == "missing" and any(f'"{path[-1]}"' in text for text in meant)
         # pydantic counts only valid items: a list with one invalid item may be long enough.
         least = detail.get("ctx", {}).get("min_length", 0)
         is_echo |= detail["type"] == "too_short" and len(detail["input"]) >= least
@@ -63,7 +64,7 @@ def _place(detail: ErrorDetails, tree: Any) -> tuple[KeyPath, bool]:
         inside = is_item or (isinstance(tree, dict) and part in tree)
         if inside:
             path.append(part)
-            tree = tree[part]
+            tree = tree[part]  # pyright: ignore[reportArgumentType, reportCallIssue]
     if detail["type"] == "missing":
         path.append(detail["loc"][-1])
     is_of_type = detail["type"].endswith("_type") or detail["type"] == "literal_error"

@@ -25,7 +25,7 @@ def members(annotation: Any) -> list[Any]:
     return [annotation]
 
 
-def variants(annotation: Any, tag: str) -> dict[str, type]:
+def variants(annotation: Any, tag: str) -> dict[str, Any]:
     """Return the dataclasses of a tagged union by the value of `tag`, in the order of the union."""
     kinds = [kind for kind in members(annotation) if dataclasses.is_dataclass(kind)]
     tags = [(_hints(kind).get(tag), kind) for kind in kinds]
