@@ -132,10 +132,10 @@ def test_a_config_may_be_a_path_a_mapping_or_a_config(tmp_path, tree):
     assert megakd.load_config(config, ["seed=7"]).seed == 7
     with pytest.raises(ConfigError, match=r"config: sed = 1: unknown key; did you mean .seed."):
         megakd.load_config({**tree, "sed": 1})
-    with pytest.raises(ConfigError, match=r"config: train.max_steps is a object; a config holds"):
+    with pytest.raises(ConfigError, match=r"config: <object .* is a object; a config holds"):
         megakd.load_config({**tree, "train": {"max_steps": object()}})
     changed = replace(config, task=replace(config.task, dataset=None, dataset_config="b"))
-    with pytest.raises(ConfigError, match=r"task\.dataset_config: supported only with"):
+    with pytest.raises(ConfigError, match=r"task\.dataset_config: .b. has no effect without"):
         megakd.load_config(changed)
 
 

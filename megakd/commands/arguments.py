@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megakd.config.file import load_config
+from megakd.config.names import synonyms
 from megakd.config.run import RunConfig
-from megakd.config.schema import paths_ending_in, synonyms
+from megakd.config.schema import paths_ending_in
 from megakd.errors import ConfigError, suggestion
 from megakd.process.terminal import in_home, tell
 

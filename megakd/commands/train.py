@@ -8,8 +8,8 @@ import time
 import psutil
 
 from megakd.commands.arguments import Parser, add_config, config_of, is_rank_0, say
-from megakd.config.checks.task_rules import check_paths
 from megakd.config.file import dump_config
+from megakd.config.places import check_paths
 from megakd.config.run import RunConfig
 from megakd.process.phases import counted
 from megakd.run.holder import check_free

@@ -9,13 +9,14 @@ from __future__ import annotations
 import copy
 import difflib
 import json
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from megakd.config.train import TrainConfig
 from megakd.contract.tasks import Dtype
-from megakd.errors import ConfigError, suggestion
+from megakd.errors import ConfigError, one_line, suggestion
 from megakd.process.terminal import in_home
 
 OWN_SECTION = "megakd"
@@ -43,41 +44,6 @@ _SECTIONS = _words("""
     compile csv_monitor data_types flops_profiler steps_per_print tensorboard wall_clock_breakdown
     zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
 """)
-# Below the top level DeepSpeed refuses unknown keys and wrong types, but only after the models are
-# loaded, and its own models import torch. A test compares these keys with the installed DeepSpeed.
-_WHOLE_OF_STAGE_3 = _words("""
-    max_live_parameters max_reuse_distance model_persistence_threshold module_granularity_threshold
-    param_persistence_threshold prefetch_bucket_size
-""")
-_WHOLE = _words("""
-    allgather_bucket_size buffer_count buffer_size max_in_cpu reduce_bucket_size sub_group_size
-    zero_hpz_partition_size
-""")
-_OF_STAGE_3 = _WHOLE_OF_STAGE_3 | _words("""
-    allgather_sequential gather_16bit_weights_on_model_save use_all_reduce_for_fetch_params
-""")
-# All of them may also begin with `stage3_`.
-_WHOLE |= _WHOLE_OF_STAGE_3 | {f"stage3_{key}" for key in _WHOLE_OF_STAGE_3}
-_KEYS = {
-    "zero_optimization": _OF_STAGE_3
-    | {f"stage3_{key}" for key in _OF_STAGE_3}
-    | _words("""
-        allgather_bucket_size allgather_partitions compute_grad_norm contiguous_gradients
-        elastic_checkpoint enable_sanity_checks ignore_unused_parameters leaf_module legacy_stage1
-        load_from_fp32_weights log_trace_cache_warnings memory_efficient_linear offload_optimizer
-        offload_param overlap_comm override_module_apply parameter_alignment
-        pipeline_loading_checkpoint reduce_bucket_size reduce_scatter round_robin_gradients
-        save_muon_momentum_buffer_in_memory stage sub_group_size use_multi_rank_bucket_allreduce
-        zenflow zero_hpz_partition_size zero_quantized_gradients
-        zero_quantized_nontrainable_weights zero_quantized_weights
-    """),
-    "offload_param": _words("buffer_count buffer_size device max_in_cpu nvme_path pin_memory"),
-    "offload_optimizer": _words("""
-        buffer_count cpuadam_cores_perc device fast_init nvme_path pin_memory pipeline_read
-        pipeline_write ratio super_offload
-    """),
-    OWN_SECTION: _words("shard_within_node"),
-}
 _OFFLOAD_FROM_STAGE = {"offload_optimizer": 1, "offload_param": 3}
 _RESUMES = "because a run could not continue from a checkpoint as if it had not stopped"
 _TRIED = "because this has never been tried with megakd"
@@ -91,11 +57,13 @@ _REFUSED: dict[str, tuple[Any, str]] = {
     # Forwards would read a copy that DeepSpeed makes before the weights are loaded.
     "zero_hpz_partition_size": (1, "because a model would begin with other weights than its own"),
     "super_offload": (False, _TRIED),
+    "cpu_offload": (None, "which DeepSpeed has replaced by offload_optimizer"),
+    "cpu_offload_param": (None, "which DeepSpeed has replaced by offload_param"),
 }
 
 
 def load_ds_config(spec: str | Mapping[str, Any], *, where: str) -> dict[str, Any]:
-    """Load and check a DeepSpeed config.
+    """Load and check a DeepSpeed config, without DeepSpeed; see `engine.distributed.check_zero`.
 
     Inside `zero_optimization`, `"auto"` means DeepSpeed's default. A setting that belongs to the
     run config may also be `"auto"`, as in files written for other trainers, and is removed.
@@ -104,20 +72,18 @@ def load_ds_config(spec: str | Mapping[str, Any], *, where: str) -> dict[str, An
         spec: a preset's name, the path of a JSON file, or the mapping itself.
         where: the key of the run config that holds `spec`, such as `student.deepspeed`.
     """
-    source, content = where, spec
+    source, content = where, cast("Any", spec)
     if isinstance(spec, str):
         path = _find(spec, where=where)
         source = f"{where}: {path.name}"
         content = _read_json(path, where=where)
-    if not isinstance(content, Mapping):
-        raise ConfigError(f"{source}: must be a mapping (got {json.dumps(content)[:60]})")
-    ds = copy.deepcopy(dict(content))
-    _refuse_dotted_keys(ds, source)
-    ds = _without_owned_keys(ds, source, where=where)
+    _check_mapping(content, source)
+    _check_mapping(content.get("data_types", {}), f"{source}: data_types")
+    ds = _without_owned_keys(copy.deepcopy(dict(content)), source, where=where)
     _check_sections(ds, source)
     if "zero_optimization" in ds:
         ds["zero_optimization"] = _checked_zero(ds["zero_optimization"], source)
-    _check_own_section(ds, source)
+    _check_own_section(ds.get(OWN_SECTION, {}), zero_stage(ds), f"{source}: {OWN_SECTION}")
     return ds
 
 
@@ -221,26 +187,17 @@ def _find(spec: str, *, where: str) -> Path:
 
 
 def _read_json(path: Path, *, where: str) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        # Python's parser would silently keep the last value.
+        for key, count in Counter(key for key, _ in pairs).items():
+            if count > 1:
+                raise ValueError(f'contains the key "{key}" twice; remove one of them')
+        return dict(pairs)
+
     try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
-    except json.JSONDecodeError as error:
-        problem = f"is not JSON: line {error.lineno}, column {error.colno}: {error.msg}"
-    except UnicodeDecodeError as error:
-        problem = f"is not UTF-8 text (byte {error.start}); save the file as UTF-8"
-    except OSError as error:
-        problem = f"cannot be read: {error.strerror}"
-    except ValueError as error:
-        problem = str(error)
-    raise ConfigError(f"{where}: {path} {problem}")
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    # Python's parser would silently keep the last value.
-    for key in keys:
-        if keys.count(key) > 1:
-            raise ValueError(f'contains the key "{key}" twice; remove one of them')
-    return dict(pairs)
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{where}: {path} is not JSON in UTF-8: {one_line(error)}") from error
 
 
 def _engine_config(ds: Mapping[str, Any], *, dtype: Dtype, micro_batch: int) -> dict[str, Any]:
@@ -255,30 +212,16 @@ def _engine_config(ds: Mapping[str, Any], *, dtype: Dtype, micro_batch: int) -> 
     }
 
 
-def _refuse_dotted_keys(section: Mapping[str, Any], source: str) -> None:
-    for key, value in section.items():
-        outer, dot, inner = key.partition(".")
-        if dot:
-            nested = f'{{"{outer}": {{"{inner}": …}}}}'
-            raise ConfigError(
-                f'{source}: DeepSpeed does not support the dotted key "{key}"; write {nested}'
-            )
-        if isinstance(value, Mapping):
-            _refuse_dotted_keys(value, source)
-
-
 def _without_owned_keys(ds: Mapping[str, Any], source: str, *, where: str) -> dict[str, Any]:
     # Settings of the run config may only be `"auto"`.
     owned = {key: _OWNED[key] for key, value in ds.items() if key in _OWNED and not _is_auto(value)}
-    data_types = ds.get("data_types")
-    if isinstance(data_types, Mapping) and "param_dtype" in data_types:
+    if "param_dtype" in ds.get("data_types", {}):
         owned["data_types.param_dtype"] = "bf16"
     section = where.rpartition(".")[0]
+    is_frozen = section.startswith("teacher") and not section.endswith("finetune")
     for key, field in owned.items():
-        owner = f"train.{field}"
-        if section.endswith("finetune"):
-            owner = f"{section}.{field}"
-        elif section.startswith("teacher") and field in ("bf16", "fp16"):
+        owner = f"{section if section.endswith('finetune') else 'train'}.{field}"
+        if is_frozen and field in ("bf16", "fp16"):
             owner = f"{section}.dtype"
         raise ConfigError(
             f'{source} sets "{key}", which megakd takes from {owner}; remove the key there and set '
@@ -295,30 +238,33 @@ def _is_auto(value: Any) -> bool:
 
 def _check_sections(ds: Mapping[str, Any], source: str) -> None:
     for key, value in ds.items():
-        if key in _KEYS["zero_optimization"]:
+        outer, dot, inner = key.partition(".")
+        if dot:
             raise ConfigError(
-                f'{source}: DeepSpeed ignores "{key}" here; write {{"zero_optimization": '
-                f'{{"{key}": …}}}}'
+                f'{source}: DeepSpeed ignores the dotted key "{key}"; write '
+                f'{{"{outer}": {{"{inner}": …}}}}'
             )
         near = difflib.get_close_matches(key, (*_SECTIONS, *_OWNED), n=1, cutoff=0.85)
         if near and key not in _SECTIONS:
             raise ConfigError(f'{source}: unknown key "{key}"; did you mean "{near[0]}"?')
         if value == "auto":
             raise ConfigError(f'{source}: {key} cannot be "auto"; set a value or remove the key')
-        if key == "data_types" and not isinstance(value, Mapping):
-            raise ConfigError(f"{source}: {key} must be a mapping (got {json.dumps(value)})")
     _refuse_values(ds, f"{source}: ")
 
 
 def _checked_zero(given: Any, source: str) -> dict[str, Any]:
     # Without `"auto"`, so that DeepSpeed's default holds.
     where = f"{source}: zero_optimization"
-    _check_keys(given, _KEYS["zero_optimization"], where)
-    stage = given.get("stage", 0)
+    _check_mapping(given, where)
+    zero = _without_auto(given)
+    stage = zero.get("stage", 0)
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         raise ConfigError(f"{where}.stage must be 0, 1, 2 or 3 (got {json.dumps(stage)})")
-    zero = _without_auto(given)
-    _check_values(zero, where)
+    # DeepSpeed reads a number in quotes, and the plan does not.
+    for key in [key for key, value in zero.items() if isinstance(value, str)]:
+        got = json.dumps(zero[key])
+        raise ConfigError(f"{where}.{key} must be a number, a mapping, true or false (got {got})")
+    _refuse_values(zero, f"{where}.")
     # DeepSpeed 0.19.8 then sends gradients only from the hooks of the last backward of a step:
     # `reduce_gradients` in stage_1_and_2.py skips the weights that only earlier backwards reached.
     if stage == 1 and zero.get("overlap_comm"):
@@ -327,9 +273,21 @@ def _checked_zero(given: Any, source: str) -> dict[str, Any]:
             "DeepSpeed does not average weights that the last backward of a step does not reach; "
             "remove the key, or use stage 2 or 3"
         )
-    for key in _OFFLOAD_FROM_STAGE:
-        if zero.get(key) is not None:
-            _check_offload(key, zero[key], int(stage), f"{where}.{key}")
+    for key, first in _OFFLOAD_FROM_STAGE.items():
+        offload = zero.get(key) or {}
+        _check_mapping(offload, f"{where}.{key}")
+        _refuse_values(offload, f"{where}.{key}.")
+        device = offload.get("device", "none")
+        if device not in ("none", "cpu"):
+            raise ConfigError(
+                f'{where}.{key}.device must be "none" or "cpu" (got {json.dumps(device)}); NVMe '
+                "has never been tried with megakd"
+            )
+        if device != "none" and stage < first:
+            raise ConfigError(
+                f"{where}.{key} needs ZeRO stage {first} or above, and the stage is {stage}; raise "
+                "zero_optimization.stage, or remove the key"
+            )
     return zero
 
 
@@ -341,55 +299,23 @@ def _without_auto(section: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check_offload(key: str, offload: Any, stage: int, where: str) -> None:
-    _check_keys(offload, _KEYS[key], where)
-    _check_values(offload, where)
-    device = offload.get("device", "none")
-    if device not in ("none", "cpu"):
-        raise ConfigError(
-            f'{where}.device must be "none" or "cpu" (got {json.dumps(device)}); NVMe has never '
-            "been tried with megakd"
-        )
-    if device != "none" and stage < _OFFLOAD_FROM_STAGE[key]:
-        raise ConfigError(
-            f"{where} needs ZeRO stage {_OFFLOAD_FROM_STAGE[key]} or above, and the stage is "
-            f"{stage}; raise zero_optimization.stage, or remove the key"
-        )
-
-
-def _check_own_section(ds: Mapping[str, Any], source: str) -> None:
-    section, where = ds.get(OWN_SECTION, {}), f"{source}: {OWN_SECTION}"
-    _check_keys(section, _KEYS[OWN_SECTION], where)
+def _check_own_section(section: Any, stage: int, where: str) -> None:
+    _check_mapping(section, where)
     within = section.get("shard_within_node", False)
-    if not isinstance(within, bool):
+    if section.keys() - {"shard_within_node"} or not isinstance(within, bool):
         raise ConfigError(
-            f"{where}.shard_within_node must be true or false (got {json.dumps(within)})"
+            f"{where} has the one key shard_within_node, true or false (got {json.dumps(section)})"
         )
-    if within and zero_stage(ds) != 3:
+    if within and stage != 3:
         raise ConfigError(
             f"{where}.shard_within_node: true needs ZeRO stage 3, which shards the weights, and "
-            f"the stage is {zero_stage(ds)}; set zero_optimization.stage to 3, or remove the key"
+            f"the stage is {stage}; set zero_optimization.stage to 3, or remove the key"
         )
 
 
-def _check_keys(section: Any, known: Collection[str], where: str) -> None:
+def _check_mapping(section: Any, where: str) -> None:
     if not isinstance(section, Mapping):
-        raise ConfigError(f"{where} must be a mapping (got {json.dumps(section)})")
-    for key in section:
-        if key not in known:
-            hint = suggestion(key, sorted(known)) or f"; known: {', '.join(sorted(known))}"
-            raise ConfigError(f'{where}: unknown key "{key}"{hint}')
-
-
-def _check_values(section: Mapping[str, Any], where: str) -> None:
-    for key, value in section.items():
-        # 5e8 is a fraction in JSON, and DeepSpeed accepts it.
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if key in _WHOLE and not (is_number and value % 1 == 0 and value >= 0):
-            raise ConfigError(
-                f"{where}.{key} must be a whole number, 0 or above (got {json.dumps(value)})"
-            )
-    _refuse_values(section, f"{where}.")
+        raise ConfigError(f"{where} must be a mapping (got {json.dumps(section):.60})")
 
 
 def _refuse_values(section: Mapping[str, Any], where: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import re
@@ -17,7 +16,7 @@ from megakd.config.checks import config_problems
 from megakd.config.error_text import cut, schema_problems, shown
 from megakd.config.run import RunConfig
 from megakd.config.schema import KeyPath, dotted
-from megakd.errors import ConfigError
+from megakd.errors import ConfigError, one_line
 
 _RUN_CONFIG = TypeAdapter(RunConfig)
 
@@ -49,7 +48,7 @@ def config_of(
     tree: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str = "config"
 ) -> RunConfig:
     """Return the checked run config of plain values, such as parsed YAML or JSON."""
-    given: dict[str, Any] = _plain(tree, (), source)
+    given: dict[str, Any] = _plain(tree, source)
     config, problems = _checked(with_overrides(given, overrides, source=source))
     if config is None:
         raise _error(problems, given, overrides, source)
@@ -60,7 +59,7 @@ def with_overrides(
     tree: Mapping[str, Any], overrides: Sequence[str], *, source: str = "config"
 ) -> dict[str, Any]:
     """Return plain values with overrides applied, not yet checked."""
-    changed: dict[str, Any] = _plain(tree, (), source)
+    changed: dict[str, Any] = _plain(tree, source)
     for override in overrides:
         _apply(override, changed)
     return changed
@@ -77,28 +76,24 @@ def dump_config(config: RunConfig) -> str:
 
 
 def _read(path: Path) -> str:
-    if path.is_dir():
-        raise ConfigError(
-            f"config file {path} is a folder without config.yaml; give the YAML file or the "
-            "folder of a run"
-        )
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise ConfigError(f"config file {path} does not exist") from error
     except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
         raise ConfigError(
-            f"config file {path} is not UTF-8 text: line {line} has the byte "
-            f"0x{error.object[error.start]:02x}; save the file as UTF-8"
+            f"config file {path} is not UTF-8 text (byte {error.start}); save the file as UTF-8"
         ) from error
     except OSError as error:
-        raise ConfigError(f"config file {path} cannot be read: {error.strerror}") from error
+        raise ConfigError(
+            f"config file {path} cannot be read ({error.strerror}); give the YAML file, or the "
+            "folder of a run"
+        ) from error
 
 
 def _checked(tree: dict[str, Any]) -> tuple[RunConfig | None, list[str]]:
     problems = [
-        f"{dotted(path)}: must be a finite number (got {value})"
+        f"{dotted(path)}: must be a finite number (got {shown(value)})"
         for path, value in _scalars(tree, ())
         if isinstance(value, float) and not math.isfinite(value)
     ]
@@ -141,19 +136,18 @@ def _culprit(problem: str, overrides: Sequence[str]) -> str:
     return f'override "{cut(" ".join(within or overrides))}"'
 
 
-def _plain(value: Any, path: KeyPath, source: str) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(inner, (*path, str(key)), source) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner, (*path, index), source) for index, inner in enumerate(value)]
-    if isinstance(value, Path):
-        return str(value)
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise ConfigError(
-        f"{source}: {dotted(path)} is a {type(value).__name__}; a config holds text, numbers, "
-        "true and false, null, lists and mappings"
-    )
+def _plain(tree: Any, source: str) -> Any:
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return dict(value)
+        if isinstance(value, Path):
+            return str(value)
+        raise ConfigError(
+            f"{source}: {value!r:.60} is a {type(value).__name__}; a config holds text, numbers, "
+            "true and false, null, lists and mappings"
+        )
+
+    return json.loads(json.dumps(tree, default=plain))
 
 
 def _scalars(node: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
@@ -169,19 +163,18 @@ def _scalars(node: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
 
 def _apply(override: str, tree: dict[str, Any]) -> None:
     # Sections that are missing or null are created.
-    keys, (_, equals, text) = _keys(override), override.partition("=")
-    if not equals or not all(keys):
+    (*sections, last), (_, equals, text) = _keys(override), override.partition("=")
+    if not equals or not all([*sections, last]):
         raise ConfigError(
             f'override "{override}" is not of the form key=value, such as train.learning_rate=3e-4'
         )
     value = parse_yaml(text, source=f'override "{override}"')
     node: Any = tree
-    for depth, key in enumerate(keys[:-1]):
-        slot = _slot(node, keys[: depth + 1], override)
+    for depth, key in enumerate(sections):
         if isinstance(node, dict) and node.get(key) is None:
             node[key] = {}
-        node = node[slot]
-    node[_slot(node, keys, override)] = value
+        node = node[_slot(node, key, sections[:depth], override)]
+    node[_slot(node, last, sections, override)] = value
 
 
 def _keys(override: str) -> list[str]:
@@ -189,11 +182,10 @@ def _keys(override: str) -> list[str]:
     return re.sub(r"\[(\d+)\]", r".\1", override.partition("=")[0].strip()).split(".")
 
 
-def _slot(node: Any, keys: Sequence[str], override: str) -> str | int:
-    *parents, key = keys
-    where = ".".join(parents)
+def _slot(node: Any, key: str, parents: Sequence[str], override: str) -> str | int:
     if isinstance(node, dict):
         return key
+    where = ".".join(parents)
     if not isinstance(node, list):
         raise ConfigError(f'override "{override}": {where} is {shown(node)} and has no keys')
     if not key.isdecimal() or int(key) >= len(node):
@@ -205,91 +197,66 @@ def _slot(node: Any, keys: Sequence[str], override: str) -> str | int:
 
 
 _TAG = "tag:yaml.org,2002:"
-# The core schema of YAML 1.2.2, section 10.3.2; PyYAML itself supports only YAML 1.1.
+_FLOAT = re.compile(
+    r"([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))\Z"
+)
+# `safe_load` reads YAML 1.1, in which `2e-5` is text, `on` is true, and the layer pair `7:1` 421.
 _SCALARS = {
-    "null": r"(null|Null|NULL|~|)\Z",
-    "bool": r"(true|True|TRUE|false|False|FALSE)\Z",
-    "int": r"([-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)\Z",
-    "float": r"([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
-    r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))\Z",
+    "null": re.compile(r"(null|Null|NULL|~|)\Z"),
+    "bool": re.compile(r"(true|True|TRUE|false|False|FALSE)\Z"),
+    "int": re.compile(r"[-+]?[0-9]+\Z"),
+    "float": _FLOAT,
 }
-_RESOLVERS = {None: [(_TAG + name, re.compile(pattern)) for name, pattern in _SCALARS.items()]}
-_YAML_1_1 = yaml.resolver.Resolver()
-
-
-def _number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int | float:
-    text = node.value.lower()
-    try:
-        if node.tag == f"{_TAG}float":
-            return float(text.replace(".inf", "inf").replace(".nan", "nan"))
-        return int(text, 0) if text.startswith(("0o", "0x")) else int(text)
-    except ValueError as error:
-        raise yaml.constructor.ConstructorError(
-            None, None, f"{node.value[:40]!r} is not a number", node.start_mark
-        ) from error
-
-
-def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[str, Any]:
-    # Keys stay as written: `1:` and `on:` are text.
-    values: dict[str, Any] = {}
-    for key_node, value_node in node.value:
-        if not isinstance(key_node, yaml.ScalarNode):
-            problem = "a key must be text"
-        elif key_node.value == "<<" and key_node.style is None:
-            problem = "merge keys (<<) are not part of YAML 1.2; write the keys out"
-        elif key_node.value in values:
-            problem = f'the key "{key_node.value}" is given twice'
-        else:
-            values[key_node.value] = loader.construct_object(value_node, deep=True)
-            continue
-        raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
-    return values
-
-
-def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    # Text that a YAML 1.1 reader would read as another type, such as `on`, is quoted.
-    is_plain = _YAML_1_1.resolve(yaml.ScalarNode, text, (True, False)) == f"{_TAG}str"
-    style = None if is_plain else "'"
-    # PyYAML treats these characters like a newline, unless they are escaped.
-    if any(character in text for character in "\x85\u2028\u2029"):
-        style = '"'
-    return dumper.represent_scalar(f"{_TAG}str", text, style=style)
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers = _RESOLVERS
-    yaml_constructors: ClassVar = {
-        f"{_TAG}null": lambda loader, node: None,
-        f"{_TAG}bool": lambda loader, node: node.value.lower() == "true",
-        f"{_TAG}int": _number,
-        f"{_TAG}float": _number,
-        f"{_TAG}str": yaml.SafeLoader.construct_scalar,
-        f"{_TAG}seq": functools.partial(yaml.SafeLoader.construct_sequence, deep=True),
-        f"{_TAG}map": _mapping,
-        None: yaml.SafeLoader.construct_undefined,
-    }
+    yaml_implicit_resolvers: ClassVar = {None: [(_TAG + k, v) for k, v in _SCALARS.items()]}
 
 
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
+    # Keys stay as written: `1:` and `on:` are text.
+    values: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        key, problem = key_node.value, ""
+        if not isinstance(key, str):
+            problem = "a key must be text"
+        elif key == "<<" and key_node.style is None:
+            problem = "merge keys (<<) are not supported; write the keys out"
+        elif key in values:
+            problem = f'the key "{key}" is given twice'
+        if problem:
+            raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+        values[key] = loader.construct_object(value_node, deep=True)
+    return values
+
+
+_Loader.add_constructor(f"{_TAG}map", _mapping)
+_Loader.add_constructor(f"{_TAG}int", lambda loader, node: int(node.value))
 # The emitter in C is a few times as fast, where PyYAML was built with it.
 _SafeDumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
 class _Dumper(_SafeDumper):
-    yaml_implicit_resolvers = _RESOLVERS
-
     def ignore_aliases(self, data: object) -> bool:
         return True  # a value that occurs twice is written twice
 
 
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    # PyYAML treats these characters like a newline, unless they are escaped.
+    style = '"' if any(character in text for character in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar(f"{_TAG}str", text, style=style)
+
+
 _Dumper.add_representer(str, _text)
+_Dumper.add_implicit_resolver(f"{_TAG}float", _FLOAT, list("-+.0123456789"))  # quotes such texts
 
 
 def parse_yaml(text: str, *, source: str) -> Any:
     """Return the value of the single document in `text`; raise ConfigError with the line."""
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506  # _Loader builds plain values only
-    except RecursionError as error:
-        raise ConfigError(f"{source}: lists or mappings are nested too deeply to read") from error
+    except (RecursionError, ValueError) as error:
+        raise ConfigError(f"{source}: cannot be read: {one_line(error)}") from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f"line {mark.line + 1}: " if mark else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -53,13 +54,33 @@ def _expanded(path: Path) -> Path:
         ) from None
 
 
-def _named(value: object) -> object:
-    if value == "":
-        raise ValueError('must name a folder (got ""); give "." for the current folder')
+_HUB = re.compile(r"https?://huggingface\.co/(?:datasets/)?([^/]+/[^/]+)/?")
+
+
+def _is_no_address(value: str) -> str:
+    if value == "":  # it would be read as the working directory
+        raise ValueError('names nothing (got ""); give a name, or remove the key')
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", value):
+        hub = _HUB.fullmatch(value)
+        near = f'; write "{hub[1]}"' if hub else ""
+        raise ValueError(
+            "must be a local folder or file, or an id on the Hugging Face Hub (got the URL "
+            f'"{value}"){near}'
+        )
     return value
 
 
-Place = Annotated[str, AfterValidator(_with_variables)]
-"""A path, or another name of a model or of data, with the values of `$NAME` and `${NAME}`."""
-Folder = Annotated[Path, BeforeValidator(_named), AfterValidator(_expanded)]
+def _is_folder(value: object) -> object:
+    if value == "":
+        raise ValueError('must name a folder (got ""); give "." for the current folder')
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", str(value)):
+        raise ValueError(f'must be a local folder (got the URL "{value}")')
+    return value
+
+
+Name = Annotated[str, AfterValidator(_with_variables)]
+"""A name with the values of `$NAME` and `${NAME}`."""
+Place = Annotated[Name, AfterValidator(_is_no_address)]
+"""A path, or a name on the Hub."""
+Folder = Annotated[Path, BeforeValidator(_is_folder), AfterValidator(_expanded)]
 """A path in which `~` is the home folder, with the values of variables."""

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
-from megakd.config.paths import Folder, Place
+from megakd.config.paths import Folder, Name
 from megakd.contract.batch import Source
 from megakd.contract.completions import Sampling
 from megakd.contract.tasks import STUDENT
@@ -48,7 +48,7 @@ class RolloutServerConfig:
     """How the servers get the weights of the student before they generate: `full` writes the whole
     model into `folder`, `adapter` the adapters of `student.lora`; `none` leaves the servers as they
     are."""
-    model: Place | None = None
+    model: Name | None = None
     """Name or path of the model as the servers state it; None: the model that `rollout.by` names,
     as in the config."""
     folder: Folder | None = None
@@ -67,7 +67,7 @@ class TeacherServerConfig:
 
     url: Urls
     """Addresses of the replicas; all replicas serve one model."""
-    model: Place | None = None
+    model: Name | None = None
     """Name or path of the model as the servers state it; None: the teacher's `model`."""
     top_k: Count = 64
     """Number of tokens per position that the servers return."""

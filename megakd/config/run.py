@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic.dataclasses import dataclass
@@ -13,7 +13,7 @@ from megakd.config.models import KeptLayers, LoraConfig, PooledTeacher, StudentC
 from megakd.config.paths import Folder
 from megakd.config.rollout import GenerationConfig, RolloutConfig
 from megakd.config.task import TaskConfig
-from megakd.config.train import TrainConfig, TrainOverrides, inherit
+from megakd.config.train import FinetuneOverrides, TrainConfig, TrainOverrides, inherit
 from megakd.contract.tasks import FROM_TEACHER, STUDENT, STUDENT_BASE, TEACHER, Dtype
 from megakd.contract.terms import STRICT, Count, TermConfig
 from megakd.methods import MethodConfig
@@ -165,6 +165,17 @@ class RunConfig:
         sections = {f"{self.key_of(name)}.finetune": spec.finetune for name, spec in specs}
         every = {**sections, "alone": self.alone}
         return {key: section for key, section in every.items() if section is not None}
+
+    @property
+    def ds_configs(self) -> dict[str, str | dict[str, Any]]:
+        """The DeepSpeed configs of all models by key."""
+        sections = {"student": self.student, **self.overrides}
+        sections |= {self.key_of(name): spec for name, spec in self.teacher_specs.items()}
+        return {
+            f"{key}.deepspeed": section.deepspeed
+            for key, section in sections.items()
+            if not isinstance(section, TrainOverrides) or isinstance(section, FinetuneOverrides)
+        }
 
     @property
     def trainings(self) -> dict[str, TrainConfig]:

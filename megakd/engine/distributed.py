@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import gc
 import hashlib
+import json
 import logging
 import math
 import os
@@ -18,7 +19,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -27,12 +28,13 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch.distributed import distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
 from megakd.config.deepspeed import load_ds_config, shards_within_node
 from megakd.engine.collectives import all_reduce_, backend_for, gather, node_name, reports_lost_peer
-from megakd.errors import ConfigError, MegakdError
+from megakd.errors import ConfigError, MegakdError, suggestion
 
 if TYPE_CHECKING:
     from megakd.config.run import RunConfig
@@ -385,10 +387,31 @@ def _own_group(nodes: Sequence[Sequence[int]]) -> dist.ProcessGroup:
 
 
 def check_nodes(config: RunConfig) -> None:
-    """Raise if the nodes cannot hold a copy of a teacher each, before it is trained in vain.
+    """Raise if DeepSpeed does not read a config, or if the nodes cannot hold a teacher each.
 
     A collective if a teacher is sharded within nodes.
     """
-    specs = {f"{config.key_of(n)}.deepspeed": s.deepspeed for n, s in config.teacher_specs.items()}
-    if any(shards_within_node(load_ds_config(spec, where=key)) for key, spec in specs.items()):
+    configs = {where: load_ds_config(ds, where=where) for where, ds in config.ds_configs.items()}
+    for where, ds in configs.items():
+        check_zero(ds, where=where)
+    if any(map(shards_within_node, configs.values())):
         node_group()
+
+
+def check_zero(ds: Mapping[str, Any], *, where: str) -> None:
+    """Check the keys and values of ZeRO by DeepSpeed's own model, whose import takes seconds."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    fields = DeepSpeedZeroConfig.model_fields.items()
+    known = {name: "" for key, field in fields for name in (key, field.alias) if name}
+    for key in [key for key in ds if key in known]:
+        nested = f'{{"zero_optimization": {{"{key}": …}}}}'
+        raise ConfigError(f'{where}: DeepSpeed ignores "{key}" here; write {nested}')
+    try:
+        DeepSpeedZeroConfig(**ds.get("zero_optimization", {}))
+    except ValidationError as error:
+        detail = error.errors(include_url=False)[0]
+        key = ".".join(map(str, ("zero_optimization", *detail["loc"])))
+        near = suggestion(detail["loc"][-1], known) if detail["type"] == "extra_forbidden" else ""
+        got = json.dumps(detail["input"], default=str)
+        raise ConfigError(f"{where}: {key}: {detail['msg']} (got {got}){near}") from None

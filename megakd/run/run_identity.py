@@ -18,8 +18,8 @@ from typing import Any
 from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 
-from megakd.config.checks.task_rules import places
 from megakd.config.file import config_tree, dump_config
+from megakd.config.places import places
 from megakd.config.run import RunConfig
 from megakd.engine.distributed import Ranks
 from megakd.errors import CheckpointError

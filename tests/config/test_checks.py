@@ -31,14 +31,13 @@ A = "task.mixture={a: {files: a.jsonl, weight: 1, teacher: a}"
 
 # Overrides, separated by semicolons, and a part of the message.
 TASK = [
-    ("task.train_files=a", "task.train_files: cannot be combined with task.dataset, which has its"),
+    ("task.train_files=a", "task.train_files: cannot be combined with task.dataset, which has s"),
     ("task.test_files=[a]", "task.test_files: cannot be combined with task.dataset"),
     (f"{TEXT}; task.mixture={{a: {{files: a, weight: 1}}}}", "task.mixture: cannot be combined wi"),
     ("task.dataset=null", "task.dataset: missing, and it has no default; set task.dataset or task"),
-    ("task.dataset=null; task.train_files=a; task.dataset_config=b", "task.dataset_config: suppor"),
     (
-        "task.dataset=pydocs",
-        "task.dataset: gone; set a folder that `python launch/pydocs.py lab",
+        "task.dataset=null; task.train_files=a; task.dataset_config=b",
+        'task.dataset_config: "b" has no effect without task.dataset; set',
     ),
     (
         "task.dataset=glue/sst2; task.text_columns=[a]",
@@ -46,7 +45,7 @@ TASK = [
     ),
     (
         "task.dataset=glue/sst2; task.label_column=a",
-        "task.label_column: not supported with task.dataset glue/sst2, which has its own columns",
+        "task.label_column: not supported with task.dataset glue/sst2, which is read whole",
     ),
     ("task.data_dir=glue", "gone; name GLUE's files in task.train_files and task.validat"),
     (f"{TEXT}; task.labelled_examples=5", "task.labelled_examples: supported only for classificat"),
@@ -56,10 +55,10 @@ TASK = [
     ("task.encoded=e", "gone; `megakd encode` fills the cache that a run reads, remove the key"),
     ("task.train_on=last", "task.train_on: supported only for causal_lm, and task.type is classif"),
     (f"{TEXT}; task.text_columns=[a]; task.messages_column=b", "with task.text_columns, which nam"),
-    (f"{TEXT}; task.messages_column=a; task.prompt_column=b", "with task.messages_column, whose m"),
+    (f"{TEXT}; task.messages_column=a; task.prompt_column=b", "with task.messages_column, which h"),
     (f"{TEXT}; task.completion_column=a", "task.prompt_column: missing, and task.completion_col"),
     (f"{TEXT}; task.chat_template=no.jinja", "task.chat_template: the file no.jinja does not exis"),
-    (f"{NO_SET}; task.mixture={{}}", "task.mixture: has no source; name at least"),
+    (f"{NO_SET}; task.mixture={{}}", "or name several sources in task.mixture"),
     (f"{NO_SET}; task.train_files=a; {MIXTURE}", "task.mixture: cannot be combined w"),
     (f"{NO_SET}; task.mixture={{a: {{weight: 1}}}}", "task.mixture.a.files: must be set, or datas"),
     (
@@ -68,10 +67,10 @@ TASK = [
     ),
     (
         f"{NO_SET}; task.mixture={{a: {{files: a, split: b, weight: 1}}}}",
-        "task.mixture.a.split: supported only with a dataset of the Hub, which is not set",
+        "task.mixture.a.split: "b" has no effect without task.mixture.a.dataset; set",
     ),
     ("task.dataset=a/b; task.splits={test: test}", "task.splits: names no split for train; name"),
-    ("task.dataset=null; task.train_files=a; task.revision=b", "task.revision: supported only wit"),
+    ("task.dataset=null; task.train_files=a; task.revision=b", "task.revision: "b" has no effect without task.dataset; set"),
     ("task.dataset=glue/sst2; task.splits={train: a}", "task.splits: not supported with task.data"),
     (f"{NO_SET}; task.streaming=true; train.max_steps=3; {MIXTURE}", "with task.strea"),
 ]
@@ -80,13 +79,13 @@ STREAMS = [
     ("teacher.finetune.num_train_epochs=2", "teacher.finetune.max_steps: missing, and task.stream"),
     ("baselines=[alone]; alone={num_train_epochs: 2}", "alone.max_steps: missing, and task.stream"),
     ("task.validation_files=null", "no share of it can be held out; set task.validation_files, or"),
-    ("task={type: mlm, streaming: true, dataset: glue/sst2}", "task.dataset glue/sst2 is small"),
+    ("task={type: mlm, streaming: true, dataset: glue/sst2}", "task.streaming: not supported wit"),
     ("task.tokenizer={type: bpe}", "task.tokenizer: a bpe cannot be trained on a stream"),
     ("task.type=causal_lm; teacher.cache=c", "teacher.cache: cannot be combined with task.streami"),
 ]
 ROUTES = [
-    ("task.teacher_column=t", 'task.teacher_column: method "single" does not choose teachers by'),
-    (f"{NO_SET}; {A}}}", 'task.mixture.a.teacher: method "single" does not choose'),
+    ("task.teacher_column=t", 'task.teacher_column: method "single" does not support it; set m'),
+    (f"{NO_SET}; {A}}}", 'task.mixture.a.teacher: method "single" does not sup'),
     (ROUTED, "task.teacher_column: missing, and every training"),
     (
         f"{ROUTED}; task.dataset=null; {A}, b: {{files: b, weight: 1}}}}",
@@ -98,7 +97,7 @@ ROUTES = [
     ),
     (
         f"{ROUTED}; task.teacher_column=t; task.dataset=glue/sst2",
-        "the rows of glue/sst2 name no te",
+        "task.teacher_column: not supported wi",
     ),
     (f"{ROUTED}; task.teacher_column=t; eval.losses=true", "eval.losses: compares held-out rows w"),
 ]
@@ -106,7 +105,7 @@ MODELS = [
     ("teacher=null", 'teacher: missing, and method "single" needs a teacher; set teacher.model'),
     ("method.name=finetune; objective=null", 'teacher: method "finetune" learns only from the lab'),
     ("teachers=[{name: a, model: m}]; method.teacher=a", "teachers: teacher is set too; move that"),
-    ("teacher.cache_draws=4; task.type=causal_lm", "teacher.cache_draws: 4, and the teacher has n"),
+    ("teacher.cache_draws=4; task.type=causal_lm", "teacher.cache_draws: 4 has no effect without "),
     ("student.model=from_teacher", 'student.model: "from_teacher" needs a method that cuts the te'),
     ("student.layers=[2, 2]", "student.layers: a layer is listed twice in [2, 2]; list every laye"),
     ("student.teacher=a", 'student.teacher: applies only to student.model "from_teacher"; remove'),
@@ -131,7 +130,7 @@ MODELS = [
     ),
 ]
 SERVED_TEACHERS = [
-    (f"{SERVED}; teacher.cache=kept", "teacher.server: cannot be combined with teacher.cache; rem"),
+    (f"{SERVED}; teacher.cache=kept", "teacher.server: cannot be combined with teacher.cache, whi"),
     (f"{SERVED}; teacher.finetune={{max_steps: 3}}", "teacher.server: cannot be combined with te"),
     (f"{SERVED}; student.model=from_teacher; {CUT}", 'teacher.server: method "minid'),
     (f"{SERVED}; rollout={{max_new_tokens: 4, by: teacher}}", "rollout.by: teacher is not loaded"),
@@ -143,13 +142,13 @@ SERVED_TEACHERS = [
 ]
 ADAPTERS = [
     ("method={name: knowledge_selection}", "student.lora: method "),
-    ("student.model={config: {a: 1}}", "student.lora: student.model has random weights, which ada"),
-    ("student.layers=2", "student.layers make a model that has no folder of its own, and adapters"),
+    ("student.model={config: {a: 1}}", "student.lora: adapters belong to a trained model that oth"),
+    ("student.layers=2", "and this one is cut or has random weights; set student.model to such a"),
     ("teacher.model=student_base; teacher.dtype=bf16", "teacher.dtype: not supported with teacher"),
-    ("teacher.model=student_base; student.lora=null", "without its adapters, and student.lora is "),
+    ("teacher.model=student_base; student.lora=null", "without its adapters, and needs student.lo"),
     (
         "teacher.model=student_base; task={type: classification, dataset: a}",
-        "only for mlm and caus",
+        "and task.type mlm or",
     ),
 ]
 OBJECTIVE = [
@@ -171,41 +170,41 @@ OBJECTIVE = [
     *(
         (
             f"task={{type: {task}, dataset: rows}}; objective=[{{loss: {loss}, on: rollouts}}]",
-            f"predicts next tokens; task.type is {task}; remove the key",
+            f"objective[0].on: supported only for causal_lm, and task.type is {task}; remove",
         )
         for task in ("classification", "mlm")
         for loss in ("hard_cross_entropy", "soft_target_kl")
     ),
     (f"{TEXT}; objective=[{{loss: hidden_mse, on: data}}]", "objective[0].on = "),
-    (f"{TEXT}; objective.0.on=rollout", 'or "data" (got "rollout"); did you mean "rollouts"'),
+    (f"{TEXT}; objective.0.on=rollout", '(got "rollout"); did you mean "rollouts"'),
     (
         f"{TEXT}; objective=[{{loss: hard_cross_entropy, label_smoothing: 0.1}}]",
         "objective[0].label_smoothing: supported only for classification",
     ),
     (
         f"{TEXT}; objective=[{{loss: hard_cross_entropy, count: rows}}]",
-        "objective[0].count: supported only for classification, which has rows without labels",
+        "objective[0].count: supported only for classification, and task.type is causal_lm",
     ),
 ]
 TRAIN = [
-    ("train.bf16=true; train.fp16=true", "train: bf16 and fp16 are both true; set one of them"),
+    ("train.bf16=true; train.fp16=true", "train: bf16 and fp16 are both true, here or in train"),
     ("train.bf16=true; teacher.finetune.fp16=true", "teacher.finetune: bf16 and fp16 are both tru"),
     ("train.bf16=true; baselines=[alone]; alone={fp16: true}", "alone: bf16 and fp16 are both tru"),
-    ("baselines=[alone]; alone={bf16: true, fp16: true}", "alone: bf16 and fp16 are both true (a"),
-    ("teacher.finetune.collective_timeout=5", "the limit holds for the whole run; remove the key"),
+    ("baselines=[alone]; alone={bf16: true, fp16: true}", "alone: bf16 and fp16 are both true, h"),
+    ("teacher.finetune.collective_timeout=5", "holds for the whole run; remove the key, and set t"),
     (
         "teacher.finetune.packing=false",
-        "the texts are encoded once for the whole run; remove the",
+        "packing: holds for the whole run; remove the key",
     ),
-    ("train.packing=false", "train.packing: supported only for causal_lm, whose rows may have"),
-    ("train.activation_offload=true", "train.activation_offload: moves the inputs of checkpointed"),
-    ("train.early_stopping_patience=2", "train.early_stopping_patience: 2 counts evaluations, and"),
+    ("train.packing=false", "train.packing: supported only for causal_lm, and task.type is cl"),
+    ("train.activation_offload=true", "train.activation_offload: true has no effect without train"),
+    ("train.early_stopping_patience=2", "train.early_stopping_patience: 2 has no effect without e"),
     ("teacher.finetune={early_stopping_patience: 2}", "teacher.finetune.early_stopping_patience:"),
     ("alone={max_steps: 3}", "alone: baselines does not list alone; add baselines: [alone]"),
     ("baselines=[alone, alone]", 'baselines: "alone" is listed 2 times'),
     ("baselines=[allone]", 'has no baseline "allone"; did you mean "alone"? (known: alone)'),
     ("baselines=[direct]", 'has no baseline "direct" (known: alone)'),
-    ("eval.keep_best=true", "eval.keep_best: true needs evaluations during training"),
+    ("eval.keep_best=true", "eval.keep_best: true has no effect without eval.eval_st"),
     ("eval.latency.tokens=512", 'eval.latency: must be true or false (got {"tokens": 512}); its k'),
     ("eval.metric=f1_makro", 'task.type classification has no metric "f1_makro"; did you mean "f1'),
     ("eval.metrics=[accuracy, pearson]", "eval.metrics[1]: task.type classification has no metric"),
@@ -217,11 +216,11 @@ BUDGET = [
         "train.packing=false",
         "train.tokens_per_rank: packs several rows into one, and train.pack",
     ),
-    ("task.type=mlm", "train.tokens_per_rank: supported only for causal_lm, whose attention separ"),
-    ("teacher.cache=c", "teacher.cache: holds one answer per training row, and train.tokens_per_r"),
+    ("task.type=mlm", "train.tokens_per_rank: supported only for causal_lm, and task.type is mlm"),
+    ("teacher.cache=c", "teacher.cache: cannot be combined with train.tokens_per_rank, which pack"),
     ("objective=[{loss: hidden_mse, positions: first}]", "hidden_mse is averaged over rows, and"),
     ("objective=[{loss: relation_fsp}]", "relation_fsp is averaged over rows, and train.tokens_p"),
-    ("task.streaming=true; train.max_steps=3", "train.tokens_per_rank: packs the rows of all ran"),
+    ("task.streaming=true; train.max_steps=3", "train.tokens_per_rank: cannot be combined with t"),
     ("teacher.finetune={max_steps: 3, tokens_per_rank: 32}", "32 is less than task.max_length 64"),
     ("task.max_length=512; teacher.finetune={max_steps: 3}", "is less than task.max_length 512"),
 ]
@@ -243,7 +242,7 @@ ROLLOUT = [
     (
         "by: student",
         "eval.generation={max_new_tokens: 4, answer: '(a)'}",
-        "eval.generation.answer: ch",
+        'eval.generation.answer: "(',
     ),
     ("by: student", "teacher.cache=c", "teacher.cache: cannot be combined with rollout, whose te"),
     ("by: a", f"{POOL}; method.teacher=b", "rollout.by: a is not loaded, because method.teacher"),
@@ -259,7 +258,7 @@ ROLLOUT = [
         "student={model: {config: {model_type: llama}}}",
         "rollout.server.model: missing, and the config names no model",
     ),
-    ("by: student", "task={type: mlm, dataset: rows}", "rollout: supported only for causal_lm, wh"),
+    ("by: student", "task={type: mlm, dataset: rows}", "rollout: supported only for causal_lm, an"),
 ]
 # The section `rollout.server`, further keys of `rollout`, and a part of the message.
 SERVER = [
@@ -270,9 +269,12 @@ SERVER = [
 ]
 # Values that a key cannot have.
 VALUES = [
-    ("task.type=masked_lm", 'task.type: must be "classification", "regression", "mlm" or "cau'),
-    ("task.type=mlm; task.mlm_probability=0", "task.mlm_probability: must be above 0"),
-    ("task.type=mlm; task.mlm_probability=1.5", "task.mlm_probability: must be at most 1"),
+    ("task.type=masked_lm", "task.type: must be 'classification', 'regression', 'mlm' or 'cau"),
+    ("task.type=mlm; task.mlm_probability=0", "task.mlm_probability: must be greater than 0"),
+    (
+        "task.type=mlm; task.mlm_probability=1.5",
+        "task.mlm_probability: must be less than or equal to 1",
+    ),
     ("log.tensorboard=true", 'log.tensorboard = true: unknown key; did you mean "report_to"?'),
     ("save.push_to_hub=me", "save.push_to_hub: must be a Hub repository of the form user/name"),
     ("task.train_files=[]", "task.train_files"),
@@ -280,15 +282,21 @@ VALUES = [
     ("task.evaluation_sets={test: a}", "and not be train, validation or test"),
     ("task.evaluation_sets={a b: a}", "the name of an evaluation set must consist of letters"),
     ("task.mixture={train: {files: a, weight: 1}}", "the name of a source of a mixture must"),
-    ("task.mixture={a: {files: a, weight: 0}}", "task.mixture.a.weight: must be above 0 (got"),
-    ("train.tokens_per_rank=7", "train.tokens_per_rank: must be at least 8 (got 7)"),
+    (
+        "task.mixture={a: {files: a, weight: 0}}",
+        "task.mixture.a.weight: must be greater than 0 (got",
+    ),
+    (
+        "train.tokens_per_rank=7",
+        "train.tokens_per_rank: must be greater than or equal to 8 (got 7)",
+    ),
     ("rollout={mix: 1}", "rollout.max_new_tokens: missing"),
-    ("rollout={max_new_tokens: 0}", "rollout.max_new_tokens: must be at least 1"),
+    ("rollout={max_new_tokens: 0}", "rollout.max_new_tokens: must be greater than or equal to 1"),
     *(
         (f"rollout={{max_new_tokens: 4, {section}}}", text)
         for section, text in {
-            "mix: {rollout: 0.5, data: 0.5}": "rollout.mix: must be a number",
-            "mix: 1.5": "rollout.mix: must be at most 1 (got 1.5)",
+            "mix: {rollout: 0.5, data: 0.5}": "rollout.mix: must be a valid number",
+            "mix: 1.5": "rollout.mix: must be less than or equal to 1 (got 1.5)",
             "mix_per: row": "gone; each step has one source",
             "sampling: {top_p: 0}": "rollout.sampling.top_p",
             "sampling: {temperature: -1}": "rollout.sampling.temperature",

@@ -21,6 +21,7 @@ from megakd.config.deepspeed import (
 )
 from megakd.config.file import load_config
 from megakd.config.train import TrainConfig
+from megakd.engine.distributed import check_zero
 from megakd.errors import ConfigError
 
 PRESETS = {
@@ -55,7 +56,7 @@ def zero(**section: Any) -> dict[str, Any]:
 
 def message_of(spec: Any, where: str = WHERE) -> str:
     with pytest.raises(ConfigError) as caught:
-        load_ds_config(spec, where=where)
+        check_zero(load_ds_config(spec, where=where), where=where)
     return str(caught.value)
 
 
@@ -115,10 +116,13 @@ def test_a_path_that_does_not_exist_is_named(spec):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"a": 1,}', "is not JSON: line 1, column"),
+        (b'{"a": 1,}', "mine.json is not JSON in UTF-8: "),
         (b'{"zero_optimization": {"stage": 1, "stage": 2}}', 'contains the key "stage" twice'),
-        (b'{"a": "\xff"}', "is not UTF-8 text (byte 7)"),
-        (b"[]", "mine.json: must be a mapping (got [])"),
+        (
+            b'{"a": "\xff"}',
+            "is not JSON in UTF-8: 'utf-8' codec can't decode byte 0xff",
+        ),
+        (b"[]", "mine.json must be a mapping (got [])"),
     ],
     ids=["broken", "twice", "latin-1", "list"],
 )
@@ -182,24 +186,29 @@ def test_knobs_left_to_the_trainer_are_left_out():
     [
         (
             {"zero_optimization.stage": 2},
-            'DeepSpeed does not support the dotted key "zero_optimization.stage"; write '
+            'DeepSpeed ignores the dotted key "zero_optimization.stage"; write '
             '{"zero_optimization": {"stage": …}}',
         ),
-        ({"zero_optimization": {"offload_param.device": "cpu"}}, 'key "offload_param.device"'),
+        (zero(**{"offload_param.x": 1}), "zero_optimization.offload_param.x: Extra inputs are no"),
         ({"zero_optimisation": {}}, 'unknown key "zero_optimisation"; did you mean "zero_optimiz'),
         ({"gradient_cliping": 1}, 'unknown key "gradient_cliping"; did you mean "gradient_clipp'),
         ({"wall_clock_breakdown": "auto"}, 'wall_clock_breakdown cannot be "auto"'),
         ({"gradient_allreduce_op": "sum"}, 'gradient_allreduce_op cannot be "sum", because losses'),
+        (zero(stage=2, cpu_offload=True), "cpu_offload cannot be true, which DeepSpeed has replac"),
         ({"zero_optimization": True}, "zero_optimization must be a mapping (got true)"),
         ({"data_types": None}, "data_types must be a mapping (got null)"),
         (zero(stage=4), "stage must be 0, 1, 2 or 3 (got 4)"),
         (zero(stage="3"), 'stage must be 0, 1, 2 or 3 (got "3")'),
         (
             zero(stage3_param_persistance_threshold=0),
-            'unknown key "stage3_param_persistance_threshold"; did you mean '
-            '"stage3_param_persistence_threshold"?',
+            "stage3_param_persistance_threshold: Extra inputs are not permitted (got 0); did you "
+            'mean "stage3_param_persistence_threshold"?',
         ),
-        (zero(qqq=0), 'unknown key "qqq"; known: allgather_bucket_size, '),
+        (
+            zero(stage=3, sub_group_size="4"),
+            "sub_group_size must be a number, a mapping, true or fal",
+        ),
+        (zero(qqq=0), "zero_optimization.qqq: Extra inputs are not permitted (got 0)"),
         (zero(stage=2, offload_param={"device": "cpu"}), "needs ZeRO stage 3 or above, and the s"),
         (zero(offload_optimizer={"device": "cpu"}), "ZeRO stage 1 or above, and the stage is 0"),
         (zero(stage=3, offload_param={"device": "disk"}), 'must be "none" or "cpu" (got "disk")'),
@@ -212,13 +221,19 @@ def test_knobs_left_to_the_trainer_are_left_out():
         (zero(stage=1, overlap_comm=True), "true can give wrong gradients at ZeRO stage 1"),
         ({"checkpoint": {"load_universal": True}}, 'checkpoint cannot be {"load_universal": true}'),
         ({"checkpoint": {"writer": {"type": "fast"}}}, "a run could not continue from a checkpoin"),
-        (zero(stage=3, offload_param={"devise": "cpu"}), '"devise"; did you mean "device"?'),
-        (zero(stage=3, offload_param="cpu"), 'offload_param must be a mapping (got "cpu")'),
+        (
+            zero(stage=3, offload_param={"devise": "cpu"}),
+            "zero_optimization.offload_param.devise: Extra inputs are not permitted ",
+        ),
+        (
+            zero(stage=3, offload_param="cpu"),
+            'offload_param must be a number, a mapping, true or false (got "cpu")',
+        ),
         ({"megakd": True}, "megakd must be a mapping (got true)"),
-        ({"megakd": {"shard_in_node": True}}, 'megakd: unknown key "shard_in_node"; did you mean'),
+        ({"megakd": {"shard_in_node": True}}, "megakd has the one key shard_within_node, true or"),
         ({"stage": 3}, 'DeepSpeed ignores "stage" here; write {"zero_optimization": {"stage": …}}'),
         ({"megkd": {}}, 'unknown key "megkd"; did you mean "megakd"?'),
-        (within("yes"), 'megakd.shard_within_node must be true or false (got "yes")'),
+        (within("yes"), 'true or false (got {"shard_within_node": "yes"})'),
         (within(value=True, stage=0), "needs ZeRO stage 3, which shards the weights, and the st"),
     ],
 )
@@ -240,28 +255,6 @@ def test_what_deepspeed_would_ignore_or_refuse_later_is_refused(spec, message):
 )
 def test_what_deepspeed_reads_is_left_as_it_is(spec):
     assert load_ds_config(spec, where=WHERE) == spec
-
-
-def test_the_known_keys_are_those_of_the_installed_deepspeed():
-    pytest.importorskip("deepspeed")
-    from deepspeed.runtime.zero import config, offload_config
-
-    models = {
-        "zero_optimization": config.DeepSpeedZeroConfig,
-        "offload_param": offload_config.DeepSpeedZeroOffloadParamConfig,
-        "offload_optimizer": offload_config.DeepSpeedZeroOffloadOptimizerConfig,
-    }
-
-    for name, model in models.items():
-        items = model.model_fields.items()
-        current = {n: f for n, f in items if not (f.json_schema_extra or {}).get("deprecated")}
-        aliases = {field.alias for field in current.values() if field.alias}
-        assert set(current) | aliases == ds_config._KEYS[name]
-    fields = [item for model in models.values() for item in model.model_fields.items()]
-    whole = {
-        key for name, field in fields if field.annotation is int for key in (name, field.alias)
-    }
-    assert whole - {None} == ds_config._WHOLE
 
 
 @pytest.mark.parametrize(("clipping", "dtype"), [(0.0, "bf16"), (0.5, "fp16")])
@@ -338,18 +331,15 @@ def test_a_file_may_set_the_dtype_of_gradients_and_how_often_a_line_is_printed()
     assert {key: merged[key] for key in mine} == mine
 
 
-@pytest.mark.parametrize("value", ["4", None, True, 1.5, -1, math.inf])
-def test_a_size_that_is_not_a_whole_number_is_refused_with_its_key(value):
+@pytest.mark.parametrize("value", [None, 1.5, -1, math.inf])
+def test_a_size_that_is_not_a_whole_number_is_refused_with_its_key_and_value(value):
     offload = {"device": "cpu", "buffer_count": value}
     sizes = zero(stage=3, sub_group_size=value), zero(stage=3, offload_param=offload)
 
-    messages = [message_of(spec) for spec in sizes]
-
-    message = f"must be a whole number, 0 or above (got {json.dumps(value)})"
-    assert messages == [
-        f"{WHERE}: zero_optimization.sub_group_size {message}",
-        f"{WHERE}: zero_optimization.offload_param.buffer_count {message}",
-    ]
+    for spec, key in zip(sizes, ("sub_group_size", "offload_param.buffer_count"), strict=True):
+        message = message_of(spec)
+        assert message.startswith(f"{WHERE}: zero_optimization.{key}")
+        assert f"(got {json.dumps(value)})" in message
 
 
 def test_deepspeed_gets_no_key_of_megakd():

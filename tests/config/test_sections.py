@@ -238,4 +238,4 @@ def test_values_are_reported_to_one_tracker_several_or_none(run_file, value, tra
 def test_what_a_message_about_trackers_names_is_accepted(run_file):
     for value in ("all", "[none, wandb]"):
         message = message_of(run_file, f"log.report_to={value}")
-        assert 'must be "tensorboard", "wandb", "mlflow", ' in message
+        assert "must be 'tensorboard', 'wandb', 'mlflow', " in message

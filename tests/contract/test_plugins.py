@@ -114,7 +114,7 @@ CACHED = {"model": "teacher", "cache": "answers"}
 # Sections of the run config, and the message.
 REFUSED = [
     ({"objective": [HUBER | {"detla": 2}]}, '[0].detla = 2: unknown key; did you mean "delta"?'),
-    ({"objective": [HUBER | {"reduction": "men"}]}, 'or "sum" (got "men"); did you mean "mean"?'),
+    ({"objective": [HUBER | {"reduction": "men"}]}, '(got "men"); did you mean "mean"?'),
     *(
         ({"objective": [{"loss": name}]}, message)
         for name, message in {

@@ -159,7 +159,7 @@ def test_a_run_that_fails_or_is_stopped_gives_its_exit_code(quickstart, monkeypa
 
     assert "run `make quickstart` to start again" in capsys.readouterr().err
     assert quickstart.main(["output_dir=[1]"]) == 2
-    assert "output_dir: must be text (got [1])" in capsys.readouterr().err
+    assert "output_dir: must be a valid string (got [1])" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

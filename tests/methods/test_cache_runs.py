@@ -164,7 +164,10 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
         "language",
         {"teacher": DRAWS, "task": {"type": "classification"}},
     ),
-    "teacher.cache_draws: must be at most 255": ("language", {"teacher": {"cache_draws": 256}}),
+    "teacher.cache_draws: must be less than or equal to 255": (
+        "language",
+        {"teacher": {"cache_draws": 256}},
+    ),
 }
 
 

@@ -64,8 +64,8 @@ MANY = "teachers=[{name: small, model: small}, {name: large, model: large}]; tea
 # By method: changes of its config, separated by semicolons, and a part of the message.
 REFUSED = {
     "minidisc": [
-        ("method.tradeoff=-0.1", "method.tradeoff: must be at least 0"),
-        ("method.target_sparsity=1.0", "method.target_sparsity: must be below 1"),
+        ("method.tradeoff=-0.1", "method.tradeoff: must be greater than or equal to 0"),
+        ("method.target_sparsity=1.0", "method.target_sparsity: must be less than 1"),
         ("method.sparsities=[0.9, 0.5]", "in increasing order"),
         ("method.target_sparsity=0.77", "0.77 is not among method.sparsities (0.5, "),
         ("baselines=[single]", '"minidisc" has no baseline "single" (known: alone, dir'),
@@ -100,7 +100,7 @@ REFUSED = {
         (f"{WEIGHTS}; method.weights={{large: 1}}", "method.weights: no weight for small"),
         ("method.weights={small: 1, large: 1}", "uniform does not use weights"),
         ("teachers.0.name=large", 'the name "large" is used 2 times'),
-        ("teachers.0.name=student", '"student" is the name of another model of the run'),
+        ("teachers.0.name=student", 'the name "student" is used 2 times in the run'),
         ("student={model: from_teacher, teacher: large}", "set student.layers"),
     ],
     "single": [

@@ -31,6 +31,11 @@ SETTINGS = [
         "of the tokenizer has the number",
         "the embedding of the model has 10",
     ),
+    (
+        "student.deepspeed={zero_optimization: {stage: 2, reduce_bucket_sise: 9}}",
+        "student.deepspeed: zero_optimization.reduce_bucket_sise: Extra inputs are not permitted",
+        'did you mean "reduce_bucket_size"?',
+    ),
     ("task.max_length=99", "task.max_length is 99", "at most 32 tokens"),
     (
         "task.text_columns=[text, label]; task.label_column=label; task.max_length=3",

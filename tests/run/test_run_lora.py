@@ -192,7 +192,7 @@ def test_settings_that_adapters_cannot_be_combined_with_are_refused(
 
 
 def test_without_peft_the_extra_to_install_is_named(scene, tmp_path, monkeypatch):
-    monkeypatch.setattr("megakd.config.checks.model_rules.find_spec", lambda _: None)
+    monkeypatch.setattr("megakd.config.checks.find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"pip install 'megakd\[lora\]'"):
         load_config(run_of(scene, tmp_path))
 
