@@ -67,10 +67,13 @@ TASK = [
     ),
     (
         f"{NO_SET}; task.mixture={{a: {{files: a, split: b, weight: 1}}}}",
-        "task.mixture.a.split: "b" has no effect without task.mixture.a.dataset; set",
+        'task.mixture.a.split: "b" has no effect without task.mixture.a.dataset; set',
     ),
     ("task.dataset=a/b; task.splits={test: test}", "task.splits: names no split for train; name"),
-    ("task.dataset=null; task.train_files=a; task.revision=b", "task.revision: "b" has no effect without task.dataset; set"),
+    (
+        "task.dataset=null; task.train_files=a; task.revision=b",
+        "no effect without task.dataset; set",
+    ),
     ("task.dataset=glue/sst2; task.splits={train: a}", "task.splits: not supported with task.data"),
     (f"{NO_SET}; task.streaming=true; train.max_steps=3; {MIXTURE}", "with task.strea"),
 ]
