@@ -45,8 +45,9 @@ class Units(NamedTuple):
     def narrow_maps(self, count: int) -> dict[str, tuple[int | None, int | None]]:
         """Return the inputs and outputs of the maps with fewer units; None: those of all units."""
         rows = {path: count * sum(self.parts[f"{path}.weight"][1]) for path in self.makers}
-        of_output = count * sum(self.parts[f"{self.output}.weight"][1])
-        return {path: (None, n) for path, n in rows.items()} | {self.output: (of_output, None)}
+        maps: dict[str, tuple[int | None, int | None]] = {p: (None, n) for p, n in rows.items()}
+        maps[self.output] = count * sum(self.parts[f"{self.output}.weight"][1]), None
+        return maps
 
 
 class Cuttable(NamedTuple):
@@ -172,7 +173,10 @@ def propose_neurons(layer: nn.Module, config: Any) -> list[Units]:
     oblong = [pair for pair in pairs if pair[2] != width]
     if len(oblong) > 1:
         return []
-    forms = {"blocks": lambda fused: (1,) * fused, "in turns": lambda fused: (fused,)}
+    forms: dict[str, Callable[[int], Blocks]] = {
+        "blocks": lambda fused: (1,) * fused,
+        "in turns": lambda fused: (fused,),
+    }
     return [
         Units(
             total=count,
@@ -180,7 +184,7 @@ def propose_neurons(layer: nn.Module, config: Any) -> list[Units]:
             output=down,
             core=_parent(down),
             width=1,
-            parts=_parts_of(layer, dict.fromkeys(makers, blocks(fused)), down, 1),
+            parts=_parts_of(layer, {path: blocks(fused) for path in makers}, down, 1),
             form=form,
         )
         for makers, down, count, fused in oblong or pairs

@@ -140,7 +140,7 @@ class _Narrow:
     """
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # pyright: ignore[reportCallIssue]
         blocks = config.narrow["blocks"]  # on the model with a head
         if self.base_model is self:
             blocks = blocks.removeprefix(f"{self.base_model_prefix}.")
