@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import datasets
 from datasets import Dataset
@@ -28,18 +28,15 @@ def hub_rows(
 ) -> Corpus:
     """Return the rows of the splits of the Hub data set `task.dataset`."""
     name = task.data_name
+    load = partial(datasets.load_dataset, name, name=task.dataset_config, revision=task.revision)
     with hub_errors(name, task.dataset_config) as label:
-        given: dict[str, Any] = {"name": task.dataset_config, "revision": task.revision}
         if task.splits is None:
-            loaded = cast("Mapping[str, Dataset]", datasets.load_dataset(name, **given))
+            loaded = cast("Mapping[str, Dataset]", load())
             splits = splits_of([*loaded], label)
             parts = {split: loaded[key] for split, key in splits.items()}
         else:
             splits = task.splits
-            parts = {
-                split: cast("Dataset", datasets.load_dataset(name, split=key, **given))
-                for split, key in splits.items()
-            }
+            parts = {split: cast("Dataset", load(split=key)) for split, key in splits.items()}
     tables: dict[SplitName, Table] = {
         split: _table(f"{name} ({key})", parts[split]) for split, key in splits.items()
     }
@@ -50,9 +47,10 @@ def hub_source(source: MixtureSource) -> Table:
     """Return the rows of a source of a mixture that is a data set of the Hub."""
     name = source.dataset or ""
     with hub_errors(name, source.dataset_config):
-        given: dict[str, Any] = {"name": source.dataset_config, "revision": source.revision}
-        rows = cast("Dataset", datasets.load_dataset(name, split=source.split, **given))
-    return _table(f"{name} ({source.split})", rows)
+        rows = datasets.load_dataset(
+            name, name=source.dataset_config, split=source.split, revision=source.revision
+        )
+    return _table(f"{name} ({source.split})", cast("Dataset", rows))
 
 
 def splits_of(names: list[str], label: str) -> dict[SplitName, str]:

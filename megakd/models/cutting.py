@@ -36,6 +36,7 @@ from megakd.models.layers import check_depth, naming, renumbered, without_layers
 from megakd.models.lora import adapter_config, merged_state
 from megakd.models.model_folder import Extra, ModelContent, write_model_folder
 from megakd.models.own_models import OWN_MODELS
+from megakd.models.proposed_units import are_of_maps
 from megakd.models.second_vocabulary import FILE, second_vocabulary, without_second_vocabulary
 from megakd.models.source import ModelSource
 from megakd.models.structure import architecture_of
@@ -268,7 +269,7 @@ def _config_found(config: PretrainedConfig, view: View) -> PretrainedConfig:
                     continue
             except (StrictDataclassError, ValueError) as error:
                 why = one_line(error)
-        is_narrow = cuttable.is_narrow and all(u is None or u.is_of_maps for u in cuttable.layers)
+        is_narrow = cuttable.is_narrow and are_of_maps(cuttable.layers)
         if not is_narrow or (name == "heads" and 0 in {count for count, _ in shares}):
             raise ModelError(
                 f"a {config.model_type} model cannot keep {counts} {name} in its layers: {why}; "

@@ -25,14 +25,14 @@ from megakd.errors import ModelError
 from megakd.models.architectures import (
     AUTO_CLASSES,
     NARROW,
-    class_for,
+    class_name,
     context_length,
     narrow_maps,
 )
 from megakd.models.generation import generation_of
 from megakd.models.modeling import modeling_cut
 from megakd.models.modeling.modeling_cut import narrow_class
-from megakd.models.own_models import OWN_MODELS
+from megakd.models.own_models import OWN_MODELS, register_own_models
 from megakd.models.weights import (
     DTYPES,
     SAFETENSORS,
@@ -294,8 +294,6 @@ def _write_config(folder: Path, model: ModelContent, dtype: torch.dtype) -> None
     if model.architecture is not None:
         config.architectures = [model.architecture]
     ours, file = OWN_MODELS.get(config.model_type), file_of_code(config)
-    stock = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
-    decoder = ours.models.get("AutoModelForCausalLM") if ours else class_for(config, "causal_lm")
     if ours is not None:
         config.auto_map = ours.auto_map
     elif file is not None:
@@ -309,7 +307,11 @@ def _write_config(folder: Path, model: ModelContent, dtype: torch.dtype) -> None
     # save_pretrained refuses the generation keys that older configs on the Hub carry.
     keys = json.loads(config.to_json_string())
     write_json(folder / CONFIG, {**keys, **rotary_keys_of_4(keys)})
-    if (decoder.__name__ if decoder else stock) in (config.architectures or ()):
+    register_own_models()
+    decoder = class_name(config, "causal_lm")
+    # Code of a folder may have the type of a stock model, and another class of its config.
+    decoder = decoder or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    if decoder in (config.architectures or ()):
         settings = generation_of(config, model.tokenizer)
         settings.to_json_file(folder / "generation_config.json")
 

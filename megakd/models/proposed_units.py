@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
@@ -37,17 +37,21 @@ class Units(NamedTuple):
     parts: Parts
     form: str
 
-    @property
-    def is_of_maps(self) -> bool:
-        """True: no weight outside of the maps has rows of the units."""
-        return {name.rpartition(".")[0] for name in self.parts} == {*self.makers, self.output}
-
     def narrow_maps(self, count: int) -> dict[str, tuple[int | None, int | None]]:
         """Return the inputs and outputs of the maps with fewer units; None: those of all units."""
         rows = {path: count * sum(self.parts[f"{path}.weight"][1]) for path in self.makers}
         maps: dict[str, tuple[int | None, int | None]] = {p: (None, n) for p, n in rows.items()}
         maps[self.output] = count * sum(self.parts[f"{self.output}.weight"][1]), None
         return maps
+
+
+def are_of_maps(layers: Iterable[Units | None]) -> bool:
+    """Return whether no weight outside of the maps of any layer has rows of its units."""
+    return all(
+        {name.rpartition(".")[0] for name in units.parts} == {*units.makers, units.output}
+        for units in layers
+        if units is not None
+    )
 
 
 class Cuttable(NamedTuple):

@@ -22,7 +22,7 @@ from megakd.config.deepspeed import zero_stage
 from megakd.contract.tasks import LANGUAGE_TASKS
 from megakd.errors import ModelError, one_line
 from megakd.models.architectures import AUTO_CLASSES
-from megakd.models.source import GGUF, ModelSource, method_of
+from megakd.models.source import GGUF, ModelSource, method_of, quantization_keys
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -151,8 +151,7 @@ def bytes_per_weight(source: ModelSource, count: int, itemsize: int) -> float:
 
 def _bits(config: PretrainedConfig) -> int:
     """Return the bits of a quantized weight as the keys of a method name them; 8: not known."""
-    settings: Any = getattr(config, "quantization_config", None) or {}
-    keys = settings if isinstance(settings, Mapping) else vars(settings)
+    keys = quantization_keys(config)
     if keys.get("load_in_4bit") or method_of(config) == "mxfp4":
         return 4
     groups = (keys.get("config_groups") or {}).values()  # of compressed-tensors

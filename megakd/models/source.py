@@ -23,11 +23,15 @@ _DROPOUT = re.compile(r"dropout(_prob|_rate)?$|_pdrop$")
 GGUF = "gguf"
 
 
+def quantization_keys(config: PretrainedConfig) -> Mapping[str, Any]:
+    """Return the keys of a config on the quantization of the weights; empty: there is none."""
+    settings: Any = getattr(config, "quantization_config", None) or {}
+    return settings if isinstance(settings, Mapping) else vars(settings)
+
+
 def method_of(config: PretrainedConfig) -> str | None:
     """Return the method by which the weights of a model are quantized; None: they are not."""
-    settings: Any = getattr(config, "quantization_config", None) or {}
-    keys = settings if isinstance(settings, Mapping) else vars(settings)
-    method = keys.get("quant_method")
+    method = quantization_keys(config).get("quant_method")
     return None if method is None else str(getattr(method, "value", method))
 
 

@@ -19,7 +19,14 @@ from megakd.contract.tasks import TaskType
 from megakd.contract.views import Kind
 from megakd.models.architectures import ROUTES_TOKENS, Architecture, content_key, narrow_maps
 from megakd.models.config_of_layers import config_with_layers
-from megakd.models.proposed_units import PROPOSALS, WITH_OTHERS, Cuttable, FoundUnits, Units
+from megakd.models.proposed_units import (
+    PROPOSALS,
+    WITH_OTHERS,
+    Cuttable,
+    FoundUnits,
+    Units,
+    are_of_maps,
+)
 from megakd.models.small_copy import first_copy
 from megakd.models.units_copy import SmallCopy, signature_of, stay
 from megakd.models.valueless import without_values
@@ -82,7 +89,7 @@ def find_units(config: Any, architecture: Architecture, task: TaskType) -> Found
             uncut = f"its layers have no {kind} by shape and name, unlike those of a small copy"
         elif keys and not _states_shapes(config, task, blocks, units, decision):
             keys = ()
-            if not (is_narrow and all(one is None or one.is_of_maps for one in units)):
+            if not (is_narrow and are_of_maps(units)):
                 uncut = f"its config does not state fewer {kind}, unlike that of a small copy"
         units = units if uncut is None else (None,) * len(units)
         cuttable[kind] = Cuttable(units, keys, head_width, is_narrow, uncut)
@@ -239,9 +246,7 @@ def _stated(copied: SmallCopy, kind: Kind, layers: Mapping[int, Units]) -> Decis
         return Decision(
             {}, {}, uncut=f"a model of its class without some of its {kind} computes something else"
         )
-    if is_narrow and all(
-        units.is_of_maps for units in layers.values()
-    ):  # for a class that is stored with the model
+    if is_narrow and are_of_maps(layers.values()):  # for a class that is stored with the model
         return Decision({}, {}, is_narrow=True)
     more = ", and takes their width from that of the hidden states" if kind == "heads" else ""
     return Decision({}, {}, uncut=f"no key of its config states fewer {kind} alone{more}")
