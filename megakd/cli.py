@@ -17,10 +17,10 @@ from types import ModuleType
 from packaging.version import Version
 
 from megakd.commands import cache, encode, evaluate, export, methods, plan, report, shrink, train
-from megakd.commands.arguments import Parser, is_rank_0, say
+from megakd.commands.arguments import Parser, say
 from megakd.errors import ConfigError, MegakdError, PeerLostError, suggestion
 from megakd.process.signals import Stopped, watched
-from megakd.process.terminal import is_first_of_node
+from megakd.process.terminal import is_first_of_node, is_rank_0
 
 _USER_ERROR = 2
 _OWNER = "change its owner or mode, or that of a parent"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from megakd.config.names import synonyms
 from megakd.config.run import RunConfig
 from megakd.config.schema import paths_ending_in
 from megakd.errors import ConfigError, suggestion
-from megakd.process.terminal import in_home, tell
+from megakd.process.terminal import in_home, is_rank_0, tell
 
 
 class Parser(argparse.ArgumentParser):
@@ -75,11 +74,6 @@ def config_of(arguments: argparse.Namespace) -> RunConfig:
             f"--config is missing; give the run's YAML file: {arguments.prog} --config F"
         )
     return load_config(path, overrides)
-
-
-def is_rank_0() -> bool:
-    """Return whether this process is the rank that prints, before the process group exists."""
-    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def say(text: str) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from megakd.commands.arguments import Parser, add_config, config_of, is_rank_0, say
+from megakd.commands.arguments import Parser, add_config, config_of, say
 from megakd.config.run import RunConfig
-from megakd.process.terminal import print_aside
+from megakd.process.terminal import is_rank_0, print_aside
 from megakd.storage.atomic import json_text
 
 

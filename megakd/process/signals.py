@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING
+
+from megakd.process.terminal import is_rank_0
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 # Ctrl+C reaches a rank twice: from the terminal and, as SIGTERM, from its launcher.
 SAME_REQUEST_S = 2.0
+_AGAIN_S = 0.05
+_STOPPING = (
+    "\nmegakd: stopping after this step and its checkpoint; a second signal ends the run at once, "
+    "and the steps since the last checkpoint are lost\n"
+)
 
 
 class Stopped(BaseException):
@@ -47,10 +59,25 @@ class _Watch:
         self._before = {k: v for k, v in before.items() if v is not signal.SIG_IGN}
         for number in self._before:
             signal.signal(number, self._handle)
+        self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._raise)
+        self._hook, sys.unraisablehook = sys.unraisablehook, self._raise_later
 
     def release(self) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        sys.unraisablehook = self._hook
+
+    def _raise(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and not self.deferred:
+            raise Stopped(self.requested)
+
+    def _raise_later(self, ignored: UnraisableHookArgs) -> None:
+        # Python drops what a destructor raises, also if a signal came while it ran.
+        if isinstance(ignored.exc_value, Stopped):
+            signal.setitimer(signal.ITIMER_REAL, _AGAIN_S)
+        else:
+            self._hook(ignored)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number in (signal.SIGINT, signal.SIGTERM):  # SIGUSR1 may be the early warning of a job
@@ -64,6 +91,8 @@ class _Watch:
             self.requested = number
             if not self.deferred:
                 raise Stopped(number)
+            if is_rank_0():
+                os.write(2, _STOPPING.encode())
 
 
 _active: _Watch | None = None

@@ -80,3 +80,8 @@ def aligned_rows(rows: Sequence[Sequence[str]]) -> list[str]:
 def is_first_of_node() -> bool:
     """Return whether this process is the first rank of its node, which prints errors."""
     return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
+
+
+def is_rank_0() -> bool:
+    """Return whether this process is the rank that prints, before the process group exists."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"

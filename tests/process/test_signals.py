@@ -80,6 +80,19 @@ def test_neither_what_forgives_errors_nor_a_context_that_fails_as_it_is_left_hid
     assert forgiven == []
 
 
+class SignalledWhileDestroyed:
+    """An object that is destroyed at the moment of a signal, as one of a library's import was."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_stop_that_python_drops_in_a_destructor_is_raised_again():
+    with pytest.raises(Stopped), watched():
+        SignalledWhileDestroyed()
+        time.sleep(WAIT_S)
+
+
 def stage(seen: list[int], error: Exception | None = None) -> None:
     """A stage that gets SIGTERM, with its state before and after."""
     with deferred():
@@ -90,7 +103,9 @@ def stage(seen: list[int], error: Exception | None = None) -> None:
             raise error
 
 
-def test_training_is_told_and_stops_at_the_latest_when_the_stage_ends():
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_training_is_told_says_so_at_once_and_stops_when_the_stage_ends(capfd, monkeypatch, rank):
+    monkeypatch.setenv("RANK", rank)
     seen: list[int] = []
 
     with watched(), pytest.raises(Stopped) as stop:
@@ -98,6 +113,8 @@ def test_training_is_told_and_stops_at_the_latest_when_the_stage_ends():
 
     assert seen == [0, signal.SIGTERM]
     assert (stop.value.number, stop.value.saved) == (signal.SIGTERM, "")
+    told = "stopping after this step and its checkpoint; a second signal ends the run at once"
+    assert (told in capfd.readouterr().err) is (rank == "0")
 
 
 def test_an_error_of_a_stage_is_not_hidden_by_a_signal():
