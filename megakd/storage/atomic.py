@@ -139,8 +139,14 @@ def sibling(path: Path, suffix: str) -> Path:
 
 
 def sync_tree(folder: Path) -> None:
-    """Wait until all files below a folder, and their names, are on the disk."""
+    """Wait until all files below a folder, and their names, are on the disk.
+
+    The files get the folder's permissions: safetensors lets only their owner read them.
+    """
+    readers = folder.stat().st_mode & 0o666
     for path in [*sorted(folder.rglob("*")), folder]:
+        if path.is_file() and path.stat().st_mode & 0o777 != readers:
+            path.chmod(readers)
         if path.is_file() or path.is_dir():
             _sync(path)
 

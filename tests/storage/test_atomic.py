@@ -71,6 +71,19 @@ def test_json_has_null_where_a_number_is_not_finite(tmp_path):
     assert json_text({"a": 1, "b": "x\ny"}) == '{"a": 1, "b": "x\\ny"}'  # on one line
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_files_of_a_folder_are_read_by_those_who_may_read_new_files(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        with sealed_folder(tmp_path / "final") as folder:
+            save_file({"weight": torch.ones(2)}, folder / "model.safetensors")
+    finally:
+        os.umask(before)
+
+    files = (tmp_path / "final").iterdir()
+    assert {file.stat().st_mode & 0o777 for file in files} == {mode}
+
+
 def test_a_failure_in_the_body_leaves_the_old_folder(tmp_path):
     path = folder_with(tmp_path / "final", "old")
 
