@@ -24,6 +24,7 @@ from megakd.config.error_text import shown
 from megakd.config.run import RunConfig
 from megakd.errors import ConfigError
 from megakd.process import signals
+from megakd.storage.run_folder import FINAL, REPORT
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -108,14 +109,13 @@ def train(config: Config, overrides: Sequence[str] = ()) -> RunResult:
     checked = load_config(config, overrides)
     with _undone(), _stopped_by_signals():
         from megakd.reports.report_file import read_report
-        from megakd.run import finished_run
         from megakd.run import main as run
 
         table = run.run(checked, command="megakd.train")
-        report = read_report(checked.output_dir / finished_run.REPORT)
+        report = read_report(checked.output_dir / REPORT)
         return RunResult(
             output_dir=checked.output_dir,
-            student=checked.output_dir / finished_run.FINAL,
+            student=checked.output_dir / FINAL,
             metrics={name: report[f"student.{name}"] for name in report["metrics"]},
             report=report,
             table=table,

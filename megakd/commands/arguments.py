@@ -12,8 +12,9 @@ from megakd.config.file import load_config
 from megakd.config.names import synonyms
 from megakd.config.run import RunConfig
 from megakd.config.schema import paths_ending_in
-from megakd.errors import ConfigError, suggestion
+from megakd.errors import CheckpointError, ConfigError, suggestion
 from megakd.process.terminal import in_home, is_rank_0, tell
+from megakd.storage.run_folder import FINAL
 
 
 class Parser(argparse.ArgumentParser):
@@ -74,6 +75,23 @@ def config_of(arguments: argparse.Namespace) -> RunConfig:
             f"--config is missing; give the run's YAML file: {arguments.prog} --config F"
         )
     return load_config(path, overrides)
+
+
+def scored_model(out: Path, model: str | None) -> Path:
+    """Return the folder of a model that is scored; None: that of the run's student.
+
+    Raises:
+        CheckpointError: the folder does not exist.
+    """
+    folder = out / FINAL if model is None else in_home(model)
+    if model == "" or not folder.exists():
+        raise CheckpointError(
+            f"{folder} does not exist; train first, or give --model FOLDER"
+            if model is None
+            else f"--model {model}: the folder does not exist; give the folder of a model, such as "
+            "a run's final/ or stages/<stage>"
+        )
+    return folder
 
 
 def say(text: str) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import glob
 from collections.abc import Mapping
 from typing import Any
 
-from megakd.commands.arguments import Parser, add_config, config_of, say
-from megakd.process.terminal import print_aside
+from megakd.commands.arguments import Parser, add_config, config_of, say, scored_model
+from megakd.errors import DataError
+from megakd.process.terminal import in_home, print_aside
 from megakd.storage.atomic import json_text
 
 
@@ -30,11 +32,15 @@ def add_options(parser: Parser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the scores of a model as text or JSON."""
-    config = config_of(arguments)
+    config, data = config_of(arguments), arguments.data
+    # Before torch is imported, which takes seconds.
+    scored_model(config.output_dir, arguments.model)
+    if data and not glob.has_magic(data) and not in_home(data).exists():
+        raise DataError(f"--data: {data} does not exist")
     with print_aside():
         from megakd.commands.scored_models import evaluate_model
 
-        scores = evaluate_model(config, arguments.model, data=arguments.data)
+        scores = evaluate_model(config, arguments.model, data=data)
     say(json_text(scores, indent=2) if arguments.json else _text(scores))
 
 

@@ -10,6 +10,7 @@ from megakd.commands.arguments import Parser, add_config, config_of, named_folde
 from megakd.config.run import RunConfig
 from megakd.errors import ConfigError
 from megakd.process.terminal import print_aside
+from megakd.storage.run_folder import exported_stage
 
 
 def add_options(parser: Parser) -> None:
@@ -39,6 +40,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise ConfigError("--to is missing; give the folder to write the model to")
     if arguments.int8 and arguments.format != "onnx":
         raise ConfigError("--int8 needs --format onnx")
+    # Before torch is imported, which takes seconds.
+    exported_stage(config.output_dir, arguments.stage)
     add, of_graph = None, list[str]()
     with print_aside():
         if arguments.format == "onnx":

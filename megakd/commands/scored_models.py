@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
+from megakd.commands.arguments import scored_model
 from megakd.config.run import RunConfig
 from megakd.config.task import TaskConfig, listed_files
 from megakd.contract.batch import IGNORE, Batch
@@ -22,7 +23,7 @@ from megakd.data.rows import DEFAULT_METRICS, scored_rows
 from megakd.data.splits import Splits
 from megakd.data.tokenizers import from_folder, has_tokenizer_files, load_tokenizer
 from megakd.engine.collectives import main_first
-from megakd.errors import CheckpointError, DataError, MegakdError, TeacherError
+from megakd.errors import DataError, MegakdError, TeacherError
 from megakd.inputs.inputs import RunInputs, prepare
 from megakd.inputs.run_data import (
     cache_folder,
@@ -38,8 +39,6 @@ from megakd.models.onnx import MODEL
 from megakd.models.packing import packing_at
 from megakd.models.quantized_graph import Logits, quantize_graph
 from megakd.models.source import ModelSource
-from megakd.process.terminal import in_home
-from megakd.run.finished_run import FINAL
 from megakd.run.main import started
 from megakd.run.run_report import row_count
 from megakd.run.teacher_pool import set_metrics
@@ -65,7 +64,7 @@ def evaluate_model(
         `model`, `file`, `split`, `rows`, `metrics`, and `evaluation_sets`: by name `file`, `rows`
         and `metrics`.
     """
-    folder = model_folder(config, model)
+    folder = scored_model(config.output_dir, model)
     if data == "":
         raise DataError('--data "": names no file; give a file, a pattern or a folder')
     # Users can add the student's permissions to the command.
@@ -211,16 +210,3 @@ def _graph_scores(assembly: Assembly, logits: Logits) -> torch.Tensor:
     rows = few(assembly.prepared.encoded.held_out, task, times=4)
     scorers = [replace(scorer, batch_size=size) for size in (1, scorer.batch_size)]
     return torch.stack([one.answers(score, rows)[""] for one in scorers])
-
-
-def model_folder(config: RunConfig, model: str | None) -> Path:
-    """Return the given folder, or the run's `final/` if no folder is given."""
-    folder = config.output_dir / FINAL if model is None else in_home(model)
-    if model == "" or not folder.exists():
-        raise CheckpointError(
-            f"{folder} does not exist; train first, or give --model FOLDER"
-            if model is None
-            else f"--model {model}: the folder does not exist; give the folder of a model, such as "
-            "a run's final/ or stages/<stage>"
-        )
-    return folder

@@ -21,6 +21,7 @@ from megakd.errors import ConfigError
 from megakd.process.terminal import in_home
 from megakd.storage.atomic import write_text
 from megakd.storage.folders import check_writable
+from megakd.storage.run_folder import REPORT
 
 FILE = "shrink.yaml"
 EXAMPLES = {"parameters": "0.6B", "flops": "12%", "speedup": "8x"}
@@ -73,8 +74,6 @@ def add_options(parser: Parser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Write the config of the options and run it, or print the config, the plan or the launch."""
-    from megakd.run.finished_run import REPORT
-
     config, text = _config(arguments)
     if arguments.print_config:
         say(dump_config(config))
@@ -192,7 +191,9 @@ def _keys_of(model: str) -> Mapping[str, Any]:
 def _is_encoder(name: str, keys: Mapping[str, Any]) -> bool:
     if "For" in name or "LMHead" in name:
         return not name.endswith(("ForCausalLM", "LMHeadModel"))
+    if not keys:
+        return False
     from megakd.models.architectures import FAMILIES
 
     family = FAMILIES.get(keys.get("model_type", ""))
-    return bool(keys) and (family is None or "causal_lm" not in family.tasks)
+    return family is None or "causal_lm" not in family.tasks

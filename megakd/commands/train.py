@@ -14,6 +14,7 @@ from megakd.config.run import RunConfig
 from megakd.process.phases import counted
 from megakd.process.terminal import is_rank_0
 from megakd.run.holder import check_free
+from megakd.storage.run_folder import REPORT
 
 
 def add_options(parser: Parser) -> None:
@@ -49,7 +50,7 @@ def train(config: RunConfig, command: str) -> None:
     """Run a config and print the result table."""
     # The inputs of a finished run may be gone. Only rank 0 reads them; launchers end the others.
     if is_rank_0():
-        if not (config.output_dir / "report.json").is_file():
+        if not (config.output_dir / REPORT).is_file():
             check_paths(config)
         check_free(config.output_dir)
     since_start_s = max(0.0, time.time() - psutil.Process().create_time())

@@ -44,8 +44,9 @@ from megakd.pruning.allocation import (
 )
 from megakd.pruning.importance import measure_importance, measure_layers
 from megakd.scoring.scorer import few
+from megakd.storage.run_folder import RESULT
 from megakd.training.assembly import Assembly
-from megakd.training.stage_folder import RESULT, result_text
+from megakd.training.stage_folder import result_text
 
 UNITS = "units.json"
 logger = logging.getLogger(__name__)

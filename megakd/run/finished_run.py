@@ -17,7 +17,7 @@ from megakd.config.file import dump_config, dump_yaml
 from megakd.config.run import RunConfig
 from megakd.contract.results import Report
 from megakd.contract.tasks import STUDENT
-from megakd.errors import CheckpointError, suggestion
+from megakd.errors import CheckpointError
 from megakd.models.model_folder import (
     WEIGHT_FILE,
     brings_code,
@@ -31,7 +31,7 @@ from megakd.reports.card import CardFacts, model_card
 from megakd.reports.report_file import GRAPH, read_report, write_report
 from megakd.reports.table import result_table
 from megakd.run.holder import written_once
-from megakd.run.run_identity import CONFIG, RUN, asked_of, check_identity, read_record
+from megakd.run.run_identity import asked_of, check_identity
 from megakd.storage import atomic
 from megakd.storage.fingerprint import Fingerprint
 from megakd.storage.folders import (
@@ -41,11 +41,17 @@ from megakd.storage.folders import (
     open_finished,
     users_files,
 )
-from megakd.training.stage_folder import RESULT, files_beside_model, remake
+from megakd.storage.run_folder import (
+    CONFIG,
+    FINAL,
+    REPORT,
+    RUN,
+    exported_stage,
+    read_record,
+)
+from megakd.training.stage_folder import files_beside_model, remake
 
 logger = logging.getLogger(__name__)
-REPORT = "report.json"
-FINAL = "final"
 FINETUNE = "finetune.yaml"
 HEADER = """\
 # Fine-tunes the student of {out} on a task with labels. The task here is an example: give your own
@@ -175,30 +181,11 @@ def export_run(
     Args:
         add: called with the copy before it takes its name, to write the model in another form.
     """
-    stages = config.output_dir / "stages"
-    # Others, such as a scoring, give only scores.
-    finished = (path.parent for path in stages.glob(f"*/{RESULT}"))
-    models = sorted(folder.name for folder in finished if (folder / "config.json").is_file())
-    listed = f"finished stages: {', '.join(models) or 'none'}"
-    record = read_record(config.output_dir) if (config.output_dir / REPORT).is_file() else None
-    name = stage or (record or {}).get("student")
-    if name is None:
-        raise CheckpointError(
-            f"{config.output_dir} holds no finished run to export; finish the run, or give --stage "
-            f"NAME; {listed}"
-        )
-    if name not in models:
-        near = suggestion(name, (folder.name for folder in stages.glob("*/"))) or ";"
-        reason = f'{config.output_dir} has no stage "{name}"{near}'
-        if (stages / name).is_dir():
-            has_result = (stages / name / RESULT).is_file()
-            problem = "gives no model" if has_result else "has not finished"
-            reason = f"stage {name!r} of {config.output_dir} {problem};"
-        raise CheckpointError(f"{reason} {listed}")
+    folder = exported_stage(config.output_dir, stage)
     check_writable(to, where="--to")
-    folder = stages / name
-    published = record or {}
-    is_student = name == published.get("student")
+    is_finished = (config.output_dir / REPORT).is_file()
+    published = (read_record(config.output_dir) if is_finished else None) or {}
+    is_student = folder.name == published.get("student")
     dtype = getattr(torch, published.get("dtype", "float32")) if is_student else None
     if add is None and config.save.onnx:
         check_packages("save.onnx")

@@ -29,13 +29,14 @@ from megakd.planning.phases import check_method
 from megakd.process.phases import counted, phase
 from megakd.process.signals import Stopped
 from megakd.reports.report_file import installed_versions
-from megakd.run.finished_run import FINAL, REPORT, finished_table, publish
+from megakd.run.finished_run import finished_table, publish
 from megakd.run.holder import held
-from megakd.run.run_identity import CONFIG, begin_run, run_facts
+from megakd.run.run_identity import begin_run, run_facts
 from megakd.run.run_lab import RunLab
 from megakd.run.run_report import report_of
 from megakd.storage.fingerprint import differences, flatten
 from megakd.storage.folders import check_writable
+from megakd.storage.run_folder import CONFIG, FINAL, REPORT
 from megakd.training.progress import Reporter
 from megakd.training.recipes import baseline_stage
 from megakd.training.trackers import Trackers, check_trackers

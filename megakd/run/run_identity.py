@@ -29,10 +29,9 @@ from megakd.process.terminal import in_home
 from megakd.storage import atomic
 from megakd.storage.fingerprint import Fingerprint, differences, flatten
 from megakd.storage.folders import CARD
-from megakd.training.checkpoint import FORMAT
+from megakd.storage.run_folder import CONFIG, FORMAT, RUN, read_record
 from megakd.training.stage_folder import LENGTHS
 
-CONFIG, RUN = "config.yaml", "run.json"
 _SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps", "tokens_per_rank")
 """Ends of keys that split a step; of their values, only the rows of all ranks count."""
 _FREE = (
@@ -156,30 +155,3 @@ def begin_run(config: RunConfig, ranks: Ranks) -> None:
 def _has_results(out: Path) -> bool:
     # A start that was refused, by a cache or a server for example, leaves none.
     return any(any((out / folder).glob("*")) for folder in ("stages", "checkpoints"))
-
-
-def read_record(out: Path) -> dict[str, Any] | None:
-    """Return the content of run.json; None if the folder holds no run.
-
-    Raises:
-        CheckpointError: the run is of another version, or the file is damaged.
-    """
-    path = out / RUN
-    if path.is_file():
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            if record["format"] == FORMAT and record["facts"]:
-                return record
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{path} is damaged ({error!r}); restore it, or start over with rm -r "
-                f"{quote(str(out))}"
-            ) from error
-    elif not any(
-        f for of in ("stages/*/result.json", "checkpoints/*/step-*") for f in out.glob(of)
-    ):
-        return None
-    raise CheckpointError(
-        f"{out} holds a run of another version of megakd, which this version cannot go on with; "
-        f"use another output_dir, start over with rm -r {quote(str(out))}, or use that version"
-    )

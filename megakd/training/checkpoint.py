@@ -41,11 +41,10 @@ from megakd.storage.folders import (
     write_files,
     write_manifest,
 )
+from megakd.storage.run_folder import FORMAT
 from megakd.training.stage_folder import Length, is_longer
 
 logger = logging.getLogger(__name__)
-FORMAT = 6
-"""Increased when the content of checkpoints changes, so that older ones are refused in one line."""
 _STATES, _ABOUT = "state.pt", "checkpoint"
 PARTIAL = ".partial"
 """Ends the name of a checkpoint that is being written."""

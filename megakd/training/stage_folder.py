@@ -53,9 +53,9 @@ from megakd.storage.folders import (
     sealed_folder,
     write_finished,
 )
+from megakd.storage.run_folder import RESULT
 
 logger = logging.getLogger(__name__)
-RESULT = "result.json"
 TRAINING_STATE, REST = "training_state", "rest.pt"
 LENGTHS = ("max_steps", "num_train_epochs")
 Length = Mapping[str, float | None]

@@ -23,6 +23,7 @@ from megakd.engine.student import device_batch
 from megakd.process import signals
 from megakd.process.seeding import seed_everything
 from megakd.scoring.scorer import few
+from megakd.storage.run_folder import RESULT
 from megakd.training.assembly import Assembly
 from megakd.training.checkpoint import Checkpoints, CheckpointState
 from megakd.training.meters import TrainMeter
@@ -30,7 +31,6 @@ from megakd.training.progress import Extent, Reporter
 from megakd.training.stage_batches import StageExtra, StageParts, row_batches
 from megakd.training.stage_evaluation import StageEvaluation
 from megakd.training.stage_folder import (
-    RESULT,
     continue_window,
     length_of,
     may_grow,

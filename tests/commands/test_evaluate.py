@@ -13,8 +13,9 @@ from tiny_runs import reviews, run_in, text_task, write_config, write_jsonl, wri
 from whole_run import accuracy_by_hand, finish, read, relabelled
 
 from megakd.commands import scored_models
+from megakd.commands.arguments import scored_model
 from megakd.config.file import load_config
-from megakd.errors import ModelError
+from megakd.errors import MegakdError, ModelError
 from megakd.models import packing
 
 
@@ -191,3 +192,16 @@ def test_a_model_whose_texts_cannot_share_a_batch_is_named_by_its_key(tmp_path, 
 
     with pytest.raises(ModelError, match=r"^student\.model \(--model\): a fnet model mixes"):
         scored_models._held_out(config, source)
+
+
+def test_a_scored_model_is_in_the_home_folder_or_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    with pytest.raises(MegakdError) as named:
+        scored_model(tmp_path / "runs", "nosuch")
+    with pytest.raises(MegakdError, match="train first, or give --model FOLDER"):
+        scored_model(tmp_path / "runs", None)
+
+    assert str(named.value).startswith("--model nosuch: the folder does not exist")
+    assert "give --model" not in str(named.value)
+    assert scored_model(tmp_path / "runs", "~") == tmp_path

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from run_files import RUN, message_of
 
 from megakd import cli
-from megakd.commands.scored_models import model_folder
 from megakd.config.file import dump_config, dump_yaml, load_config, parse_yaml
 from megakd.config.models import ScratchModel, StudentConfig, TeacherConfig
 from megakd.config.names import SYNONYMS
@@ -23,7 +22,7 @@ from megakd.config.schema import annotation_at
 from megakd.config.task import TaskConfig, TokenizerConfig
 from megakd.config.train import FinetuneOverrides, TrainConfig
 from megakd.contract.terms import HiddenMse, SoftTargetKl
-from megakd.errors import ConfigError, MegakdError
+from megakd.errors import ConfigError
 from megakd.methods.single import SingleConfig
 
 
@@ -437,17 +436,3 @@ def test_the_folder_of_a_run_stands_for_its_config_also_at_a_new_place(run_file,
 
     assert here == (replace(written, output_dir=moved) if begun else written)
     assert load_config(moved, ["output_dir=elsewhere"]).output_dir == Path("elsewhere")
-
-
-def test_an_evaluated_model_is_found_in_the_home_folder_or_named(run_file, monkeypatch):
-    config = load_config(run_file)
-    monkeypatch.setenv("HOME", str(run_file.parent))
-
-    with pytest.raises(MegakdError) as given:
-        model_folder(config, "nosuch")
-    with pytest.raises(MegakdError, match="train first, or give --model FOLDER"):
-        model_folder(config, None)
-
-    assert str(given.value).startswith("--model nosuch: the folder does not exist")
-    assert "give --model" not in str(given.value)
-    assert model_folder(config, "~") == run_file.parent

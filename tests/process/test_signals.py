@@ -88,9 +88,12 @@ class SignalledWhileDestroyed:
 
 
 def test_a_stop_that_python_drops_in_a_destructor_is_raised_again():
-    with pytest.raises(Stopped), watched():
+    def build() -> None:
         SignalledWhileDestroyed()
         time.sleep(WAIT_S)
+
+    with pytest.raises(Stopped), watched():
+        build()
 
 
 def stage(seen: list[int], error: Exception | None = None) -> None:
