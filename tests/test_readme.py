@@ -35,6 +35,21 @@ def test_it_has_at_most_900_words(readme):
     assert len(readme.split()) <= 900
 
 
+def test_its_first_screen_has_a_command_and_a_number_for_a_classifier_and_for_a_chat_model(readme):
+    first = readme[: readme.index("## Install")]
+    shown = (
+        r"\*\*A smaller {}.*?\d.*?```bash\nmegakd shrink (\S+) --(?:speedup|parameters) \S+ --data "
+    )
+
+    assert len(first.split()) < 160
+    assert [
+        bool(re.search(shown.format(of), first, re.DOTALL)) for of in ("classifier", "chat")
+    ] == [
+        True,
+        True,
+    ]
+
+
 def test_the_run_config_of_the_first_page_is_valid(pages, tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(block(pages["index.md"], "yaml"))
