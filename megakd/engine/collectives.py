@@ -12,7 +12,9 @@ import logging
 import os
 import pickle
 import socket
-from collections.abc import Callable, Iterator
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -218,13 +220,14 @@ def _object_group() -> dist.ProcessGroup:
 
 logger = logging.getLogger(__name__)
 _running: list[str] = []
+_TOLD_EVERY_S = 60.0
 
 
 @contextmanager
 def doing(what: str) -> Iterator[None]:
     """Log the activity of the body, such as `reading the data`, unless it is part of another."""
     if not _running:
-        logger.info("… %s", what)
+        logger.info("%s", what)
     _running.append(what)
     try:
         yield
@@ -233,3 +236,29 @@ def doing(what: str) -> Iterator[None]:
         raise
     finally:
         _running.pop()
+
+
+def told(items: Iterable[T], *, total: int, each: int = 1, unit: str = "rows") -> Iterator[T]:
+    """Yield the items and tell how far the activity is, see `doing`.
+
+    A terminal gets a bar if it takes more than some seconds, another standard error a line a
+    minute, both from rank 0.
+
+    Args:
+        total: units of all items; `each`: units of an item.
+    """
+    what = _running[-1] if _running else "working"
+    if dist.get_rank() == 0 and sys.stderr.isatty():
+        from tqdm import tqdm
+
+        with tqdm(total=total, desc=what, unit=f" {unit}", leave=False, delay=3) as bar:
+            for item in items:
+                yield item
+                bar.update(min(each, total - bar.n))
+        return
+    since = time.monotonic()
+    for number, item in enumerate(items, 1):
+        yield item
+        if time.monotonic() - since > _TOLD_EVERY_S:
+            since, done = time.monotonic(), min(number * each, total)
+            logger.info("%s, %s of %s %s", what, f"{done:,}", f"{total:,}", unit)

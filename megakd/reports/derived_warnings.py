@@ -19,7 +19,8 @@ NOISE = 0.01
 
 def derived_warnings(report: Report, history: Iterable[Mapping[str, Any]]) -> list[str]:
     """Return the warnings of a report and of the records of its metrics.jsonl."""
-    return [*_of_labels(report), *_of_scores(report), *_rising(report, history), *_chance(report)]
+    rising = rising_teachers(report["teachers"], report["metric_name"], history)
+    return [*_of_labels(report), *_of_scores(report), *rising, *_chance(report)]
 
 
 def _of_labels(report: Report) -> Iterator[str]:
@@ -40,9 +41,12 @@ def _of_labels(report: Report) -> Iterator[str]:
 def _of_scores(report: Report) -> Iterator[str]:
     name = report["metric_name"]
     mine, whole = (report.get(f"{model}.{name}") for model in (STUDENT, TEACHER))
+    rows = sum(one["rows"] for one in report.get(f"{STUDENT}.per_class", ()))
     for baseline in report["baselines"]:
         theirs = report.get(f"{baseline}.{name}")
-        if _gain(name, theirs, mine) > 0:
+        # Two standard errors of the difference of two shares of the rows.
+        spread = sum(s * (1 - s) for s in (mine, theirs) if rows and is_number(s) and 0 <= s <= 1)
+        if _gain(name, theirs, mine) > 2 * math.sqrt(spread / max(1, rows)):
             yield (
                 f"the baseline {baseline} scores {score(name, theirs)} {name}, the student "
                 f"{score(name, mine)}; repeat both with another seed, and take the baseline's "
@@ -50,7 +54,6 @@ def _of_scores(report: Report) -> Iterator[str]:
             )
     # Two standard errors, at most, of the difference of two classifiers: only the rows on which
     # both disagree make one.
-    rows = sum(one["rows"] for one in report.get(f"{STUDENT}.per_class", ()))
     noise = 2 * math.sqrt((1 - report.get(f"{STUDENT}.agreement", 0.0)) / rows) if rows else 0.0
     if _gain(name, mine, whole) > noise:
         yield (
@@ -61,10 +64,12 @@ def _of_scores(report: Report) -> Iterator[str]:
         )
 
 
-def _rising(report: Report, history: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    metric, curves = report["metric_name"], curves_of(history)
-    is_low = lower_is_better(metric)
-    for stage in (f"{name}-finetune" for name in report["teachers"]):
+def rising_teachers(
+    teachers: Iterable[str], metric: str, history: Iterable[Mapping[str, Any]]
+) -> Iterator[str]:
+    """Yield a warning for each teacher whose fine-tuning ended while its scores still rose."""
+    curves, is_low = curves_of(history), lower_is_better(metric)
+    for stage in (f"{name}-finetune" for name in teachers):
         *earlier, last = curves.get(stage, {}).get(f"eval/{metric}") or [(0, 0.0)]
         if not earlier:
             continue

@@ -28,6 +28,7 @@ OF_STAGE = ("name", "steps", "seconds", "tokens_per_second", "peak_memory_bytes"
 """Keys of a stage; its table has them and scores of generated texts, which no other table has."""
 FEW_LABELS, MOST_STEPS = 6, 12
 """Labels of which the terminal shows scores, and rows of a table over steps."""
+_MOST_KEPT = 1.05
 LEAST_ROUNDS = 5
 """Of five rounds, the range has the true median with a probability of 93 %."""
 
@@ -177,7 +178,10 @@ def against_teacher(report: Report, model: str) -> str:
         return f"{mine - theirs:+.3f}"
     if mine <= 0 or theirs <= 0:
         return "-"
-    return f"x{mine / theirs:.2f}" if name == "perplexity" else f"{mine / theirs:.1%}"
+    if name == "perplexity":
+        return f"x{mine / theirs:.2f}"
+    # More than all is not kept: the teacher has learnt too little.
+    return f"{mine / theirs:.1%}" if mine <= theirs * _MOST_KEPT else "above"
 
 
 def speed_up(report: Report, model: str, batch: int) -> str:

@@ -25,6 +25,8 @@ from megakd.inputs.inputs import RunInputs
 from megakd.inputs.precision import saved_dtype
 from megakd.models.loading import resolve_model
 from megakd.models.source import ModelSource
+from megakd.reports.derived_warnings import rising_teachers
+from megakd.reports.report_file import read_history
 from megakd.run.teacher_pool import Measured, TeacherPool, measure
 from megakd.scoring.metrics import metric_named
 from megakd.training.assembly import Assembly
@@ -107,10 +109,13 @@ class RunLab(LabBase):
                 checkpoint=checkpoint,
             )
             with closing(run):
-                return self._result(run, folder)
-
-    def _result(self, run: StageRun, folder: Path) -> StageResult:
-        return run.run(folder)
+                result = run.run(folder)
+        if self._ranks.is_main and stage.name == f"{stage.role}-finetune":
+            # Before the student is trained; the report has the warning too.
+            history = read_history(self.config.output_dir / "metrics.jsonl")
+            for message in rising_teachers([stage.role], self._prepared.metric.name, history):
+                logger.warning("warning: %s", message)
+        return result
 
     def close(self) -> None:
         self.pool.close()

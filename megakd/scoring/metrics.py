@@ -106,6 +106,8 @@ def task_metrics(
     """Return the metrics of a run: the official metrics of its data, and those in the config."""
     chosen = () if config.metric is None else (config.metric,)
     names = METRICS[task] if task in LANGUAGE_TASKS else (*official, *chosen, *config.metrics)
+    if task == "classification":  # accuracy alone hides classes that are never recognised
+        names = (*names, "f1_macro")
     names = tuple(dict.fromkeys(names))
     made = TaskMetrics(
         names=names,

@@ -15,7 +15,7 @@ from megakd.contract.tasks import TaskType
 from megakd.data.collation import Collator
 from megakd.data.loader import evaluation_batches
 from megakd.data.masking import Masking
-from megakd.engine.collectives import all_reduce_, gather, on_main
+from megakd.engine.collectives import all_reduce_, gather, on_main, told
 from megakd.engine.distributed import Ranks
 from megakd.engine.student import device_batch
 from megakd.scoring.metrics import TaskMetrics, language_model_metrics, summed_loss
@@ -157,7 +157,7 @@ class Scorer:
             world=ranks.world_size,
             masking=self.masking,
         )
-        for batch in dealt:
+        for batch in told(dealt, total=len(rows), each=self.batch_size * ranks.world_size):
             yield device_batch(batch, ranks.device)
 
     def _measured(self, seen: Seen, count: int) -> Scored:

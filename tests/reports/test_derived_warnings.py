@@ -61,6 +61,10 @@ def evaluated(*values: float, metric: str = "accuracy") -> list[dict[str, Any]]:
             "the baseline alone scores 72.0% accuracy, the student 70.0%; repeat both",
         ),
         (
+            classified() | beside("alone", accuracy=0.75) | labels(*[0.8] * 100),
+            "the baseline alone scores 75.0% accuracy, the student 70.0%; repeat both",
+        ),
+        (
             language_report() | beside("alone", perplexity=9.0),
             "alone scores 9.000 perplexity, the student 10.000",
         ),
@@ -98,6 +102,8 @@ def test_a_warning_names_its_numbers_and_what_to_do(report, text):
         language_report(),
         classified() | beside("broken", accuracy=None),
         classified() | beside("alone", accuracy=0.7),
+        # Of 200 rows, five points are within two standard errors.
+        classified() | beside("alone", accuracy=0.75) | labels(*[0.8] * 10),
         classified(0.8, 0.8),
         # The two differ on 30 of 300 rows, of which 18 speak for the student.
         classified(0.82, student__agreement=0.9) | labels(*[0.8] * 15),

@@ -50,6 +50,12 @@ def test_the_table_says_what_was_scored_what_it_cost_and_where_the_student_is() 
     assert "beside training 15.5s: start 9.0s, data 2.0s, latency 4.5s" in result_table(timed)
 
 
+def test_of_a_teacher_that_has_learnt_too_little_no_share_is_kept() -> None:
+    table = result_table(report_of(student__mean_accuracy_f1=0.9, teacher__mean_accuracy_f1=0.6))
+
+    assert "above" in cells(table, "student ")
+
+
 def test_of_a_perplexity_the_factor_is_told_and_nothing_is_kept() -> None:
     table = result_table(language_report())
 

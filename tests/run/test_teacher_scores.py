@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from tiny_runs import bert
 from whole_run import finish, metrics_of, of_model, read
 
 TEACHER = "stages/teacher-finetune"
@@ -48,3 +49,18 @@ def test_the_report_has_the_agreement_with_the_teacher_whose_labels_are_kept(who
     assert student["agreement"] <= 1 - abs(right[0] - right[1]) / rows
     note = f"student and teacher agree on {student['agreement']:.1%} of the rows"
     assert note in whole_run.outcome.out
+
+
+def test_a_teacher_that_learns_too_briefly_is_told_before_the_student_is_trained(bench):
+    finetune = {"max_steps": 40, "learning_rate": 0.01, "lr_scheduler_type": "constant"}
+    tree = bench.tree(
+        teacher={"model": bert(2), "finetune": finetune},
+        eval={"eval_steps": 20, "metric": "loss", "latency": False},
+    )
+
+    log = bench.start(tree, f"output_dir={bench.folder / 'out'}").err
+
+    warning = log.index("warning: teacher-finetune still rises: ")
+    assert warning < log.index("training stage student")
+    (again,) = [w for w in read(bench.folder / "out")["warnings"] if "still rises" in w]
+    assert f"warning: {again}\n" in log
