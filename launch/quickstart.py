@@ -80,7 +80,6 @@ def distil(output: Path, overrides: Sequence[str]) -> int:
     if not is_complete(report):
         print(f"quickstart: error: the run ended without {report}", file=sys.stderr)
         return 1
-    print_bag_of_words(output)
     ask_student(output)
     return 0
 
@@ -177,33 +176,6 @@ def install_package(requirement: Path, target: Path) -> None:
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines()
         raise UnavailableError(lines[-1] if lines else f"pip exited with {done.returncode}")
-
-
-def print_bag_of_words(output: Path) -> None:
-    """Print the scores of TF-IDF with logistic regression, which learns from the run's labels."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import accuracy_score, f1_score
-    from sklearn.pipeline import make_pipeline
-
-    from megakd.data.arrow import cache_folder
-    from megakd.data.choosing import is_labelled
-    from megakd.data.splits import load_splits
-
-    config = load_config(output)
-    splits = load_splits(config.task, seed=config.seed, cache_dir=cache_folder())
-    train, held_out = (
-        rows.select(is_labelled(rows).nonzero()[0])[:] for rows in (splits.train, splits.held_out)
-    )
-    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
-    model = make_pipeline(words, LogisticRegression(C=10, max_iter=1000))
-    predicted = model.fit(train["text"], train["label"]).predict(held_out["text"])
-    accuracy = accuracy_score(held_out["label"], predicted)
-    f1_macro = f1_score(held_out["label"], predicted, average="macro")
-    print(
-        f"TF-IDF with logistic regression, from the same {len(train['label'])} labels: "
-        f"{f1_macro:.1%} f1_macro, {accuracy:.1%} accuracy"
-    )
 
 
 def ask_student(output: Path) -> None:

@@ -28,6 +28,7 @@ from megakd.contract.tasks import (
     STUDENT,
     STUDENT_BASE,
     TEACHER,
+    TFIDF,
 )
 from megakd.contract.terms import (
     SOFT_TARGET_DIVERGENCES,
@@ -179,7 +180,8 @@ def _teachers(config: RunConfig) -> Iterator[str]:
             "(teacher=null)"
         )
     names = [spec.name for spec in config.teachers]
-    for name, count in Counter([STUDENT, TEACHER, *config.baselines, *names]).items():
+    taken = [STUDENT, TEACHER, TFIDF, *config.trained_baselines, *names]
+    for name, count in Counter(taken).items():
         if count > 1 and name in names:
             yield f'teachers: the name "{name}" is used {count} times in the run; choose another'
     yield from method.problems(config)
@@ -460,9 +462,10 @@ def _teachers_of_rows(config: RunConfig) -> Iterator[str]:
 
 def _trainings(config: RunConfig) -> Iterator[str]:
     task, known = config.task, baselines_of(config.method)
-    if config.alone is not None and "alone" not in config.baselines:
+    known = (*known, TFIDF) if task.type == "classification" else known
+    if config.alone is not None and "alone" not in config.trained_baselines:
         yield "alone: baselines does not list alone; add baselines: [alone], or remove the section"
-    for name, count in Counter(config.baselines).items():
+    for name, count in Counter(config.baselines or ()).items():
         if name not in known:
             yield (
                 f'baselines: method "{config.method.name}" has no baseline '

@@ -14,7 +14,7 @@ from megakd.config.paths import Folder
 from megakd.config.rollout import GenerationConfig, RolloutConfig
 from megakd.config.task import TaskConfig
 from megakd.config.train import FinetuneOverrides, TrainConfig, TrainOverrides, inherit
-from megakd.contract.tasks import FROM_TEACHER, STUDENT, STUDENT_BASE, TEACHER, Dtype
+from megakd.contract.tasks import FROM_TEACHER, STUDENT, STUDENT_BASE, TEACHER, TFIDF, Dtype
 from megakd.contract.terms import STRICT, Count, TermConfig
 from megakd.methods import MethodConfig
 
@@ -114,8 +114,9 @@ class RunConfig:
     teachers: tuple[PooledTeacher, ...] = ()
     """Several teachers, in place of `teacher`."""
     objective: Annotated[tuple[TermConfig, ...], Field(min_length=1)] | None = None
-    baselines: tuple[str, ...] = ()
-    """Models of the student's shape to train for comparison: `alone`, and the baselines of the
+    baselines: tuple[str, ...] | None = None
+    """For comparison: `tfidf`, the words of a classifier's texts alone (by default, if the task has
+    classes), and models of the student's shape to train: `alone`, and the baselines of the
     method."""
     rollout: RolloutConfig | None = None
     """Train the student on texts that it generates."""
@@ -131,6 +132,18 @@ class RunConfig:
         """All teachers by name; a single teacher is named `teacher`."""
         single = {} if self.teacher is None else {TEACHER: self.teacher}
         return {**single, **{spec.name: spec for spec in self.teachers}}
+
+    @property
+    def trained_baselines(self) -> tuple[str, ...]:
+        """The baselines that are trained as models of the student's shape."""
+        return tuple(name for name in self.baselines or () if name != TFIDF)
+
+    @property
+    def scores_words(self) -> bool:
+        """Whether the report has the baseline `tfidf`."""
+        if self.baselines is None:
+            return self.task.type == "classification"
+        return TFIDF in self.baselines
 
     @property
     def loaded_models(self) -> dict[str, TeacherConfig | StudentConfig]:

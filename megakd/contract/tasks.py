@@ -19,6 +19,8 @@ AUTO = "auto"
 """Value of `teacher.cache` for answers that the run itself keeps."""
 STUDENT_BASE = "student_base"
 """Value of `teacher.model` for the student without its adapters, with no second model in memory."""
+TFIDF = "tfidf"
+"""The baseline of a classifier that knows the words of a text alone."""
 LANGUAGE_TASKS: tuple[TaskType, ...] = ("mlm", "causal_lm")
 """Tasks whose labels are tokens of the text itself."""
 ONE_LABEL_METRICS = ("f1", "precision", "recall")

@@ -153,7 +153,7 @@ class PlanningLab(LabBase, Shapes):
         If a method chooses an assistant by score, the plan uses the largest assistant.
         """
         student = run_method(self.config.method, self)
-        names = self.config.baselines
+        names = self.config.trained_baselines
         baselines = [self.train(baseline_stage(self, name, student)) for name in names]
         preset = scoring_preset(self.config.student.deepspeed)
         for result in (student, *baselines, *self._assistants):

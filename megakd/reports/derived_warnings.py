@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from megakd.contract.results import Report, lower_is_better
-from megakd.contract.tasks import STUDENT, TEACHER
+from megakd.contract.tasks import STUDENT, TEACHER, TFIDF
 from megakd.reports.report_file import curves_of
 from megakd.reports.table import is_number, score
 
@@ -47,10 +47,16 @@ def _of_scores(report: Report) -> Iterator[str]:
         # Two standard errors of the difference of two shares of the rows.
         spread = sum(s * (1 - s) for s in (mine, theirs) if rows and is_number(s) and 0 <= s <= 1)
         if _gain(name, theirs, mine) > 2 * math.sqrt(spread / max(1, rows)):
+            cure = (
+                "repeat both with another seed, and take the baseline's settings if it is ahead "
+                "again"
+                if baseline != TFIDF
+                else "words alone do better: train the teacher longer (teacher.finetune), label "
+                "more rows, or serve the baseline"
+            )
             yield (
                 f"the baseline {baseline} scores {score(name, theirs)} {name}, the student "
-                f"{score(name, mine)}; repeat both with another seed, and take the baseline's "
-                "settings if it is ahead again"
+                f"{score(name, mine)}; {cure}"
             )
     # Two standard errors, at most, of the difference of two classifiers: only the rows on which
     # both disagree make one.

@@ -102,7 +102,7 @@ def check_generated_texts(config: RunConfig, encoded: Encoded, student: ModelSou
             f"rollout.mix ({rollouts.mix:g})": rollouts.mix < 1,
             f"rollout.from_step ({rollouts.from_step})": rollouts.from_step,
             f"method.name ({config.method.name})": config.method.cuts_student,
-            "baselines": config.baselines,
+            "baselines": config.trained_baselines,
             "finetune": any(spec.finetune for spec in config.teacher_specs.values()),
         }
         if not prompts.answers and any(uses.values()):

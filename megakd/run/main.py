@@ -112,7 +112,8 @@ def _run(config: RunConfig, command: str, ranks: Ranks) -> str:
             with phase("training"):
                 student = run_method(config.method, lab)
                 baselines = {
-                    name: lab.train(baseline_stage(lab, name, student)) for name in config.baselines
+                    name: lab.train(baseline_stage(lab, name, student))
+                    for name in config.trained_baselines
                 }
             report = report_of(lab, student, baselines)
     return on_main(

@@ -14,7 +14,7 @@ from datasets import Dataset
 
 from megakd.contract.results import Report
 from megakd.contract.stage import StageResult
-from megakd.contract.tasks import STUDENT, TEACHER
+from megakd.contract.tasks import STUDENT, TEACHER, TFIDF
 from megakd.data.choosing import is_labelled
 from megakd.data.loader import lengths_of_rows
 from megakd.engine.collectives import doing, on_main
@@ -33,6 +33,7 @@ from megakd.reports.report_file import GRAPH, environment, read_history
 from megakd.reports.table import OF_STAGE
 from megakd.run.run_lab import RunLab
 from megakd.run.teacher_pool import Measured
+from megakd.scoring.words import score_words
 
 logger = logging.getLogger(__name__)
 GRAPHS = ".graphs"
@@ -51,12 +52,14 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
         for name, folder in folders.items():
             measured[name] = lab.measure(folder, stored_as.get(name))
         graph_bytes = _graph_bytes(lab, student.folder) if config.save.onnx else None
+        words = on_main(lambda: _words(lab)) if config.scores_words else {}
     forget_models()
     reference = max(teachers, key=lambda n: measured[n].report["parameters"], default=None)
     theirs = measured[reference].predicted if reference else []
     numbers: dict[str, Any] = {}
     for name, one in measured.items():
         numbers |= _entries(name, one, folders.get(name), theirs, stored_as=stored_as.get(name))
+    numbers |= {f"{TFIDF}.{name}": value for name, value in words.items()}
     if graph_bytes is not None:
         numbers |= _entries(GRAPH, measured[STUDENT], None, theirs) | {
             f"{GRAPH}.bytes": graph_bytes
@@ -74,11 +77,12 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
         "metrics": [*measured[STUDENT].report["metrics"]],
         "evaluated_on": "test" if prepared.encoded.test is not None else "validation",
         "models": [
-            name for name in (*teachers, *folders, GRAPH) if f"{name}.parameters" in numbers
+            *(name for name in (*teachers, *folders, GRAPH) if f"{name}.parameters" in numbers),
+            *([TFIDF] if words else []),
         ],
         "teachers": teachers,
         "assistants": [one.name for one in record.assistants],
-        "baselines": [*baselines],
+        "baselines": [*baselines, *([TFIDF] if words else [])],
         **numbers,
         **{f"{one.name}.sparsity": one.sparsity for one in record.assistants},
         "evaluation_sets": [
@@ -118,6 +122,15 @@ def _samples(
     theirs = (measured[reference].answers if reference else None) or [None] * len(mine)
     rows = zip(prompts.shown, theirs, mine, strict=True)
     return [{"prompt": prompt, "teacher": a, "student": b} for prompt, a, b in rows]
+
+
+def _words(lab: RunLab) -> Mapping[str, float]:
+    prepared = lab.assembly.prepared
+    try:
+        return score_words(prepared.splits, prepared.metrics)
+    except Exception as error:  # noqa: BLE001 - a comparison must not fail a finished run
+        logger.warning("the baseline %s was not scored: %s", TFIDF, error)
+        return {}
 
 
 def row_count(rows: Dataset) -> int:

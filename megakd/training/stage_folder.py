@@ -192,7 +192,7 @@ def may_grow(stage: Stage, config: RunConfig) -> bool:
     If a teacher or an assistant continued to learn, its students would belong to an older teacher.
     Windows and episodes end at steps that depend on the length.
     """
-    is_last = stage.name in (STUDENT, *config.baselines)
+    is_last = stage.name in (STUDENT, *config.trained_baselines)
     return is_last and stage.window is None and stage.strategy.episodes == 1
 
 
