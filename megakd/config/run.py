@@ -57,8 +57,10 @@ class SaveConfig:
 
     save_steps: Count = 500
     save_total_limit: Count | None = 2
-    """Checkpoints to keep of a stage; None: all. Once the stage has finished, its model is in
-    stages/, and at most the newest checkpoint is kept, from which a longer run continues."""
+    """Checkpoints to keep of a running stage; None: all, also of a finished one."""
+    keep: bool = False
+    """Keep the newest checkpoint of the finished student and baselines, from which a longer run
+    continues; it takes three to four times the space of the model."""
     asynchronous: Literal["auto"] | bool = "auto"
     """Write a copy of the state beside the next steps instead of between two steps; auto: if the
     free memory of every node holds the copy twice."""

@@ -21,6 +21,7 @@ from megakd.data.arrow import column_of
 from megakd.data.loader import rows_with_targets
 from megakd.engine.collectives import doing, main_first, on_main
 from megakd.engine.distributed import Ranks
+from megakd.errors import CheckpointError
 from megakd.inputs.inputs import RunInputs
 from megakd.inputs.precision import saved_dtype
 from megakd.models.loading import resolve_model
@@ -100,6 +101,12 @@ class RunLab(LabBase):
         checkpoint = checkpoints.to_resume(resume=stage.train.resume_from_checkpoint)
         if checkpoint is not None:
             on_main(lambda: check_stream(checkpoint, self._ranks))
+        elif on_main(folder.exists):
+            raise CheckpointError(
+                f"{folder} has finished, and its checkpoints were removed, so it cannot get more "
+                f"steps; start from it in another run ({self.config.key_of(stage.role)}.model="
+                f"{folder}), or remove it to train it again with save.keep=true"
+            )
         with self.pool.of_stage(stage) as teachers:
             run = StageRun(
                 stage,

@@ -65,6 +65,7 @@ class Checkpoints:
 
     keep: the number of checkpoints to keep; None keeps all, also those of a finished stage.
     length: of the stage. may_grow: whether a checkpoint of fewer steps may be continued.
+    stays: whether the newest checkpoint stays when the stage has finished, if it may grow.
     beside: whether to write while the training goes on; "auto": if every node has memory for its
         copy twice.
     """
@@ -74,6 +75,7 @@ class Checkpoints:
     ranks: Ranks
     length: Length = field(default_factory=dict)
     may_grow: bool = False
+    stays: bool = False
     beside: bool | Literal["auto"] = False
     _pending: tuple[int, Future[Entries]] | None = None
 
@@ -257,7 +259,7 @@ class Checkpoints:
         """
         if self.keep is None:
             return
-        if not self.may_grow:
+        if not (self.may_grow and self.stays):
             shutil.rmtree(self.folder, ignore_errors=True)
         for step in steps_in(self.folder)[:-1]:
             shutil.rmtree(self.folder / f"step-{step}", ignore_errors=True)

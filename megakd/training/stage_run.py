@@ -335,6 +335,7 @@ def stage_checkpoints(stage: Stage, assembly: Assembly) -> Checkpoints:
         ranks=assembly.ranks,
         length=length_of(stage.train),
         may_grow=may_grow(stage, config),
+        stays=config.save.keep,
         beside=config.save.asynchronous,
     )
 

@@ -17,7 +17,7 @@ def start(bench) -> Callable[..., Outcome]:
 
     def run(out: str, train: dict[str, Any], **sections: Any) -> Outcome:
         constant = {"lr_scheduler_type": "constant", "max_steps": None}
-        save = {"save_steps": 1, "save_total_limit": 2}
+        save = {"save_steps": 1, "save_total_limit": 2, "keep": True, **(sections.pop("save", {}))}
         tree = bench.tree(train={**constant, **train}, save=save, **sections)
         return bench.start(tree, f"output_dir={bench.folder / out}")
 
@@ -39,6 +39,18 @@ def test_a_longer_run_has_the_weights_of_one_that_was_as_long_from_the_start(sta
     steps = {stage["name"]: stage["steps"] for stage in read(bench.folder / "out")["stages"]}
     assert steps == {"student": 6, "alone": 6}
     assert same_weights(*(bench.folder / out / "final" for out in ("whole", "out")))
+
+
+def test_a_finished_run_whose_checkpoints_were_removed_gets_no_more_steps(start, bench):
+    gone = {"save": {"keep": False}}
+    start("out", {"max_steps": 3}, **gone)
+    assert not (bench.folder / "out" / "checkpoints" / "student").exists()
+
+    outcome = start("out", {"max_steps": 4}, **gone)
+
+    assert outcome.code == 2
+    assert "stages/student has finished, and its checkpoints were removed" in outcome.err
+    assert "train it again with save.keep=true" in outcome.err
 
 
 @pytest.mark.parametrize(

@@ -115,14 +115,15 @@ def test_a_stage_may_get_longer_if_nothing_was_made_from_it(tmp_path, now, may_g
 
 def test_a_finished_stage_leaves_what_a_longer_one_reads(tmp_path):
     for keep, may_grow, left in ((2, True, ["step-8"]), (None, False, ["step-4", "step-8"])):
-        store = checkpoints(tmp_path / str(keep), keep=keep, may_grow=may_grow)
+        store = checkpoints(tmp_path / str(keep), keep=keep, may_grow=may_grow, stays=True)
         save(store, 4, 8)
         store.finish()
         assert names(store) == left
-    store = checkpoints(tmp_path / "others")
-    save(store, 4, 8)
-    store.finish()
-    assert not store.folder.exists()
+    for others in ({"stays": True}, {"may_grow": True}):
+        store = checkpoints(tmp_path / "others", **others)
+        save(store, 4, 8)
+        store.finish()
+        assert not store.folder.exists()
 
 
 def test_a_checkpoint_of_another_stage_is_refused(store, tmp_path):
