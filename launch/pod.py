@@ -3,7 +3,7 @@
 Usage: `python launch/pod.py [options of torchrun] launch/train.py --config F`. torchrun ends with 1
 whatever its ranks end with. This program ends with 2 if a rank did, because something has to be
 changed, and otherwise with 138: a rank or another pod was lost, and the run goes on when started
-again. For PyTorchJob's `restartPolicy: ExitCode`, 138 is an error to retry and 2 is not.
+again. The `podFailurePolicy` of launch/kubernetes.yaml starts pods again unless the code is 2.
 """
 
 import sys

@@ -35,6 +35,9 @@ TRAIN = ROOT / "launch" / "train.py"
 TIMEOUT_S = 240
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port")
 RUNNER = ("-m", "deepspeed.launcher.runner", "--quiet")
+ACCELERATE = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+              "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+              "--main_process_port")  # fmt: skip
 DEEPSPEED = (*RUNNER, "--num_gpus", "2", "--master_port")
 
 

@@ -14,7 +14,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from conftest import DEEPSPEED, RUNNER, TIMEOUT_S, TORCHRUN, TRAIN, free_port, ranks_of, start
+from conftest import (
+    ACCELERATE,
+    DEEPSPEED,
+    RUNNER,
+    TIMEOUT_S,
+    TORCHRUN,
+    TRAIN,
+    free_port,
+    ranks_of,
+    start,
+)
 from tiny_runs import bert, review_task, run_in, save_tokenizer, write_jsonl
 
 STEPS = 2
@@ -82,6 +92,7 @@ def weights(out: Path) -> bytes:
     [
         pytest.param(DEEPSPEED, id="deepspeed", marks=pytest.mark.slow),
         pytest.param(TORCHRUN, id="torchrun"),
+        pytest.param(ACCELERATE, id="accelerate", marks=pytest.mark.slow),
     ],
 )
 def test_a_launcher_of_two_ranks_trains_as_two_ranks_by_hand(config, by_hand, tmp_path, launcher):

@@ -47,10 +47,17 @@ def test_a_pod_says_whether_it_is_worth_starting_again(repository, tmp_path, end
     assert ended.returncode == code, ended.stderr
 
 
-def test_pods_are_started_by_the_launcher_that_tells_and_by_its_code(repository: Path) -> None:
-    (job,) = yaml.safe_load_all((repository / "launch" / "kubernetes.yaml").read_text())
+def test_pods_are_started_again_unless_something_has_to_be_changed(repository: Path) -> None:
+    text = (repository / "launch" / "kubernetes.yaml").read_text()
+    runtime, job = yaml.safe_load_all(text)
 
-    for pod in job["spec"]["pytorchReplicaSpecs"].values():
-        assert pod["restartPolicy"] == "ExitCode"
-        (container,) = pod["template"]["spec"]["containers"]
-        assert container["command"][:3] == ["python", "launch/pod.py", "launch/train.py"]
+    (node,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    pods = node["template"]["spec"]
+    (container,) = pods["template"]["spec"]["containers"]
+    assert container["command"][:3] == ["python", "launch/pod.py", "launch/train.py"]
+    assert container["resources"]["requests"]["memory"]
+    (rule,) = pods["podFailurePolicy"]["rules"]
+    assert rule["action"] == "FailJob"
+    assert rule["onExitCodes"]["values"] == [2]
+    assert rule["onExitCodes"]["containerName"] == container["name"]
+    assert job["spec"]["runtimeRef"]["name"] == runtime["metadata"]["name"]
