@@ -7,7 +7,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megakd.api import RunResult, evaluate, load_config, plan, train
+    from megakd.api import RunResult, distil, evaluate, load_config, plan, shrink, train
     from megakd.config.run import RunConfig
     from megakd.errors import MegakdError
 
@@ -15,9 +15,11 @@ __all__ = [
     "MegakdError",
     "RunConfig",
     "RunResult",
+    "distil",
     "evaluate",
     "load_config",
     "plan",
+    "shrink",
     "train",
 ]
 _HOMES = {

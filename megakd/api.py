@@ -9,6 +9,7 @@ only one group in a process, and the memory allocator keeps freed memory, see
 from __future__ import annotations
 
 import contextlib
+import html
 import logging
 import os
 import random
@@ -43,7 +44,7 @@ class RunResult:
     student: the folder of the student, final/, which `from_pretrained` reads.
     metrics: metrics of the student, on the test split if it has labels, else on validation.
     report: the content of report.json.
-    table: the result table, as `megakd train` prints it.
+    table: the result table, as `megakd train` prints it; a notebook shows it.
     """
 
     output_dir: Path
@@ -51,6 +52,29 @@ class RunResult:
     metrics: Mapping[str, float]
     report: Mapping[str, Any]
     table: str
+
+    def pipeline(self, **options: Any) -> Any:
+        """Return the student in a `transformers.pipeline`; `options` are the pipeline's own."""
+        import transformers
+
+        from megakd.models.model_folder import brings_code
+        from megakd.reports.card import AUTO_CLASSES
+
+        task = load_config(self.output_dir).task.type
+        trusted = {"trust_remote_code": True} if brings_code(self.student) else {}
+        name = cast("Any", AUTO_CLASSES[task][1])
+        return transformers.pipeline(name, model=str(self.student), **trusted, **options)
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(self.table)}</pre>"
+
+
+class Size(TypedDict, total=False):
+    """The size of a student: one of them. See `megakd shrink --help`."""
+
+    parameters: str | int
+    flops: str | float
+    speedup: str | float
 
 
 class ClusterOptions(TypedDict, total=False):
@@ -120,6 +144,77 @@ def train(config: Config, overrides: Sequence[str] = ()) -> RunResult:
             report=report,
             table=table,
         )
+
+
+def shrink(
+    model: str | Path,
+    *,
+    data: Any,
+    output_dir: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    **size: Unpack[Size],
+) -> RunResult:
+    """Cut a model to a size, repair it on the data, and return the result.
+
+    The run is that of `megakd shrink`: a classifier is fine-tuned first if it is none yet.
+
+    Args:
+        model: a folder or a Hub id.
+        data: a file, a folder, a Hub data set, a data frame, a `datasets.Dataset`, or rows by
+            column, such as `{"text": …, "label": …}` or `{"messages": […]}`.
+        output_dir: the folder of the run; default: `runs/<model>-<size>`.
+        overrides: settings such as `train.num_train_epochs=3`; later ones win.
+        **size: one of `parameters` ("0.6B"), `flops` ("12%") and `speedup` ("8x").
+
+    Raises:
+        MegakdError: the input is invalid, or the run cannot continue.
+    """
+    if len(size) != 1:
+        raise ConfigError(
+            'the size of the student is one of parameters="0.6B", flops="12%" and speedup="8x" '
+            f"(got {', '.join(size) or 'none'})"
+        )
+    from megakd.commands.recipes import shrink_tree
+
+    sizes = {name: str(value) for name, value in size.items()}
+    out = None if output_dir is None else Path(output_dir)
+    tree = shrink_tree(str(model), size=sizes, data="", words=overrides, output_dir=out)
+    return train(_with_rows(tree, data), overrides)
+
+
+def distil(
+    teacher: str | Path,
+    student: str | Path | Mapping[str, Any],
+    *,
+    data: Any,
+    output_dir: str | Path | None = None,
+    overrides: Sequence[str] = (),
+) -> RunResult:
+    """Let a student learn a teacher's answers to the data, and return the result.
+
+    Args:
+        teacher: a folder or a Hub id; a classifier is fine-tuned first if it is none yet.
+        student: a folder or a Hub id, or a mapping for `student.model` such as `{"config": …}`.
+        data: see `shrink`.
+        output_dir: the folder of the run; default: `runs/<teacher>-<student>`.
+        overrides: settings such as `train.num_train_epochs=3`; later ones win.
+
+    Raises:
+        MegakdError: the input is invalid, or the run cannot continue.
+    """
+    from megakd.commands.recipes import distil_tree
+
+    out = None if output_dir is None else Path(output_dir)
+    model = student if isinstance(student, Mapping) else str(student)
+    tree = distil_tree(str(teacher), model, data="", words=overrides, output_dir=out)
+    return train(_with_rows(tree, data), overrides)
+
+
+def _with_rows(tree: dict[str, Any], data: Any) -> dict[str, Any]:
+    from megakd.data.in_memory import file_of_rows
+
+    tree["task"]["dataset"] = file_of_rows(data, Path(tree["output_dir"]))
+    return tree
 
 
 def evaluate(

@@ -54,6 +54,17 @@ except megakd.MegakdError as error:
 third = megakd.train({**tree, "output_dir": out / "third"})
 results["student"] = str(third.student)
 results["report"] = third.report["method"]
+rows = [{"text": t, "label": l} for t, l in (("a fine film", "good"), ("a dull film", "bad"))] * 20
+short = ["train={max_steps: 2, per_device_train_batch_size: 4, learning_rate: 0.001}",
+         "teacher.finetune={max_steps: 2}", "task.max_length=16", "eval.latency=false"]
+shape = {"config": {"model_type": "bert", "num_hidden_layers": 2, "hidden_size": 16,
+                    "num_attention_heads": 2, "intermediate_size": 32}}
+taught = megakd.distil(third.student, shape, data=rows, output_dir=out / "taught", overrides=short)
+shrunk = megakd.shrink(taught.student, data=rows, flops=0.5, output_dir=out / "shrunk",
+                       overrides=short)
+results["shrunk"] = [one.pipeline()("a fine film")[0]["label"] for one in (shrunk, taught)]
+results["methods"] = [one.report["method"] for one in (shrunk, taught)]
+results["shown"] = taught._repr_html_()
 assert facts() == before, "a call changed the process"
 
 def press():
@@ -114,6 +125,12 @@ def test_a_result_names_the_student_and_holds_the_report(results):
 def test_a_mistake_is_an_error_of_megakd_and_the_next_call_works(results):
     assert results["error"].startswith('override "train.max_steps=-1": train.max_steps: must be')
     assert "nowhere" in results["missing"]
+
+
+def test_rows_shrink_a_model_and_teach_a_student(results):
+    assert results["methods"] == ["shrink", "single"]
+    assert set(results["shrunk"]) <= {"good", "bad"}
+    assert "<pre>single on " in results["shown"]
 
 
 @pytest.fixture

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import re
 import shlex
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from megakd.commands.arguments import Parser, named_folder, say
 from megakd.commands.plan import print_plan
+from megakd.commands.recipes import shrink_tree
 from megakd.commands.train import train
 from megakd.config.file import config_of, dump_config, dump_yaml, load_config, with_overrides
 from megakd.config.run import RunConfig
-from megakd.contract.tasks import AUTO, FROM_TEACHER
 from megakd.errors import ConfigError
-from megakd.process.terminal import in_home
 from megakd.storage.atomic import write_text
 from megakd.storage.folders import check_writable
 from megakd.storage.run_folder import REPORT
@@ -101,7 +96,13 @@ def _config(arguments: argparse.Namespace) -> tuple[RunConfig, str]:
     size = {key: getattr(arguments, key) for key in EXAMPLES}
     size = {key: value for key, value in size.items() if value is not None}
     _check(arguments, has_size=bool(size))
-    ours = _tree(arguments, size)
+    ours = shrink_tree(
+        arguments.model,
+        size=size,
+        data=arguments.data,
+        words=arguments.overrides,
+        output_dir=arguments.output_dir,
+    )
     # The recipe of a fine-tuning is in the tree.
     words = [word for word in arguments.overrides if word != "teacher.finetune={}"]
     tree = with_overrides(ours, words, source=SOURCE)
@@ -130,70 +131,3 @@ def _check(arguments: argparse.Namespace, *, has_size: bool) -> None:
             f"megakd shrink runs on one rank, and a launcher has started {started}; write the "
             f"config with --ranks {started}, and start the command that is printed"
         )
-
-
-def _tree(arguments: argparse.Namespace, size: Mapping[str, str]) -> dict[str, Any]:
-    words = arguments.overrides
-    tree = _recipe(_keys_of(arguments.model), words)
-    if arguments.data is not None:
-        tree["task"]["dataset"] = arguments.data
-    teacher = {"model": arguments.model, **tree.pop("teacher", {})}
-    if any(word.startswith("objective=") for word in words):
-        teacher.pop("cache", None)  # which holds outputs alone
-    name = f"{Path(arguments.model).name or 'model'}-{next(iter(size.values()), 'smaller')}"
-    folder = Path("runs") / re.sub(r"[^\w.-]+", "-", name).rstrip("-")
-    out = str(arguments.output_dir or folder)
-    return {"output_dir": out, "teacher": teacher, **tree, "method": {"name": "shrink", **size}}
-
-
-def _recipe(keys: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
-    """Return the sections for a model with these keys of its config.json."""
-    name = str((keys.get("architectures") or [""])[0])
-    widths = (keys.get(key) for key in ("hidden_size", "dim", "d_model", "n_embd"))
-    width = next((width for width in widths if isinstance(width, int) and width > 0), None)
-    if "task.type=causal_lm" in words or not _is_encoder(name, keys):
-        rate = round(3e-4 * 576 / (width or 1728), 7)
-        return {
-            "task": {"type": "causal_lm", "max_eval_examples": 200},
-            "student": {"model": FROM_TEACHER},
-            "train": {"learning_rate": rate, "lr_scheduler_type": "cosine", "warmup_ratio": 0.03},
-        }
-    narrow = 384 / (width or 768)
-    # A masked language model has no classes, and new masks every epoch.
-    masks, has_classes = "task.type=mlm" in words, name.endswith("ForSequenceClassification")
-    teacher: dict[str, Any] = {} if masks else {"cache": AUTO}
-    is_tuned = any(word.startswith("teacher.finetune") for word in words)
-    if is_tuned or not (masks or has_classes):
-        teacher["finetune"] = {"learning_rate": round(3e-4 * narrow**2, 7)}
-    rows = {"per_device_train_batch_size": 32, "num_train_epochs": 10}
-    schedule = {"lr_scheduler_type": "cosine", "warmup_ratio": 0.1}
-    return {
-        "task": {"type": "classification"},
-        "teacher": teacher,
-        "student": {"model": FROM_TEACHER, "dropout": 0.0},
-        "train": {**rows, "learning_rate": round(5e-4 * narrow, 7), **schedule},
-    }
-
-
-def _keys_of(model: str) -> Mapping[str, Any]:
-    """Return the keys of a model's config.json; none if the file cannot be read here."""
-    from huggingface_hub import hf_hub_download
-
-    try:
-        folder = in_home(model)
-        path = folder / "config.json" if folder.exists() else hf_hub_download(model, "config.json")
-        keys = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # the run reports it
-        return {}
-    return keys if isinstance(keys, dict) else {}
-
-
-def _is_encoder(name: str, keys: Mapping[str, Any]) -> bool:
-    if "For" in name or "LMHead" in name:
-        return not name.endswith(("ForCausalLM", "LMHeadModel"))
-    if not keys:
-        return False
-    from megakd.models.architectures import FAMILIES
-
-    family = FAMILIES.get(keys.get("model_type", ""))
-    return family is None or "causal_lm" not in family.tasks
