@@ -146,7 +146,7 @@ class Assembly:
         """Return the engine of the models that learn in this stage, and the bundle in it."""
         losses = self.losses(stage)
         losses.check()  # before anything is loaded
-        ds = load_ds_config(stage.deepspeed, where=f"{self.config.key_of(stage.role)}.deepspeed")
+        ds = load_ds_config(stage.deepspeed, where="student.deepspeed")
         dtype = training_dtype(stage.train, self.ranks.device.type)
         check_dtype(dtype, self.ranks, "train")
         check_kernels(stage.train.kernels, self.ranks, "train")
