@@ -13,10 +13,10 @@ from operator import attrgetter
 from typing import Any
 
 from megakd.config.deepspeed import load_ds_config
-from megakd.config.error_text import shown
 from megakd.config.models import ScratchModel, TeacherConfig
 from megakd.config.rollout import RolloutServerConfig
 from megakd.config.run import RunConfig
+from megakd.config.schema import shown
 from megakd.config.task import TokenizerConfig
 from megakd.contract.options import no_such_teacher
 from megakd.contract.plugins import is_metric, metric_of
