@@ -99,26 +99,6 @@ class Pruning(Protocol):
         ...
 
 
-class HeldOutProbe(Protocol):
-    """Tools for a strategy that measures while a stage runs; every method is a collective."""
-
-    def loss(self, student: Any) -> float:
-        """Return the loss on held-out rows, the same on every rank."""
-        ...
-
-    def remember(self, student: Any) -> None:
-        """Keep the student's weights and optimizer."""
-        ...
-
-    def reset(self, student: Any) -> None:
-        """Restore the weights and the optimizer that `remember` kept."""
-        ...
-
-    def check_remembered(self) -> None:
-        """Raise MegakdError if `reset` has nothing to restore."""
-        ...
-
-
 class Lab(Protocol):
     """Run or plan the stages of one run config.
 
@@ -206,8 +186,8 @@ class Lab(Protocol):
         """
         ...
 
-    def probe(self, stage: str) -> HeldOutProbe | None:
-        """Return the probe for a strategy of a stage; None if nothing is trained."""
+    def probe(self, stage: str) -> Any:
+        """Return the `training.probe.StageProbe` of a stage; None if nothing is trained."""
         ...
 
     def made_by(self, result: StageResult, name: str, read: Callable[[str], T]) -> T | None:

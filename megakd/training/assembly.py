@@ -291,6 +291,6 @@ def second_sizes(stage: Stage, *, pieces: int, offset: int) -> dict[str, SecondS
     """
     return {
         role: SecondSize(pieces, offset)
-        for role, reading in stage.mixed.items()
-        if reading.probability > 0
+        for role, probability in stage.mixed.items()
+        if probability > 0
     }

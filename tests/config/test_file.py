@@ -106,7 +106,10 @@ def test_overrides_win_over_the_file_and_later_ones_over_earlier(run_file):
         ("task.text_columns=a", 'task.text_columns: must be a list (got "a"); write [a]'),
         ("task.text_columns=[a, b, c]", "task.text_columns: must have at most 2 items, not 3"),
         ("task.tokenizer={type: wordpice}", "task.tokenizer.type: must be 'wordpiece', 'bpe' or"),
-        ("task={type: classification}", "task.dataset: missing; set it, task.train_files or task.m"),
+        (
+            "task={type: classification}",
+            "task.dataset: missing; set it, task.train_files or",
+        ),
         ('task.dataset="\\ud800"', "the config: Invalid JSON"),
         *(
             (f"objective.1={{loss: {term}}}", text)
@@ -184,7 +187,10 @@ def test_a_long_value_is_cut_in_the_message(run_file):
     ("content", "message"),
     [
         (None, "run.yaml cannot be read (No such file or directory); give a YAML file"),
-        (b"output_dir: x\ntask: \xff", "0xff in position 20: invalid start byte); give a YAML file in UTF-8"),
+        (
+            b"output_dir: x\ntask: \xff",
+            "position 20: invalid start byte); give a YAML file in UTF-8",
+        ),
         (b"a: [", "run.yaml: line 1: while parsing"),
         (b"", "run.yaml: is empty; a run config is a mapping"),
         (b"[1, 2]", "run.yaml: holds [1, 2]; a run config is a mapping"),
