@@ -216,7 +216,8 @@ def _student(config: RunConfig) -> Iterator[str]:
     is_cut, has_layers = student.model == FROM_TEACHER, student.layers is not None
     is_new = isinstance(student.model, ScratchModel)
     if is_cut and not (has_layers or method.cuts_student):
-        yield f'student.model: "{FROM_TEACHER}" is no shape; set student.layers, or a method that cuts'
+        cutting = " or ".join(methods_with("cuts_student"))
+        yield f'student.model: "{FROM_TEACHER}": set student.layers, or method.name to {cutting}'
     if method.cuts_student and not is_cut:
         yield f"student.model: method {method.name} cuts its teacher; set it to {FROM_TEACHER}"
     if method.cuts_student and is_cut and has_layers:

@@ -115,7 +115,7 @@ MODELS = [
         "teachers: teacher is set too; move it into",
     ),
     ("teacher.cache_draws=4; task.type=causal_lm", "teacher.cache_draws: 4 has no effect without "),
-    ("student.model=from_teacher", 'student.model: "from_teacher" is no shape; set student.la'),
+    ("student.model=from_teacher", 'student.model: "from_teacher": set student.layers, or m'),
     ("student.layers=[2, 2]", "student.layers: a layer is listed twice in [2, 2]; list every laye"),
     ("student.teacher=a", 'student.teacher: applies only to student.model "from_teacher"; remove'),
     (
