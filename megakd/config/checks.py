@@ -369,19 +369,12 @@ def _trainings(config: RunConfig) -> Iterator[str]:
     task, known = config.task, baselines_of(config.method)
     if config.alone is not None and "alone" not in config.baselines:
         yield "alone: baselines does not list alone; add baselines: [alone], or remove the section"
-    for name, count in Counter(config.baselines).items():
-        if name not in known:
-            near = f"{suggestion(name, known)} (known: {', '.join(known)})"
-            yield f'baselines: method "{config.method.name}" has no baseline "{name}"{near}'
-        if count > 1:
-            yield f'baselines: "{name}" is listed {count} times; list every baseline once'
+    for name in (name for name in config.baselines if name not in known):
+        near = f"{suggestion(name, known)} (known: {', '.join(known)})"
+        yield f'baselines: method "{config.method.name}" has no baseline "{name}"{near}'
     both = [where for where, train in config.trainings.items() if train.bf16 and train.fp16]
     for where in both[:1] if "train" in both else both:
         yield f"{where}: bf16 and fp16 are both true, here or in train; set one to false here"
-    for where, overrides in config.overrides.items():
-        for name in ("collective_timeout", "packing"):
-            if getattr(overrides, name) is not None:
-                yield f"{where}.{name}: holds for the whole run; set train.{name} instead"
     for where, train in _sections(config, "trainings").items():
         tokens, length = train.tokens_per_rank, task.max_length or 0
         if tokens is not None and task.type == "causal_lm" and tokens < length:

@@ -15,7 +15,7 @@ from megakd.config.rollout import GenerationConfig, RolloutConfig
 from megakd.config.task import TaskConfig
 from megakd.config.train import FinetuneOverrides, TrainConfig, TrainOverrides, inherit
 from megakd.contract.tasks import FROM_TEACHER, STUDENT, STUDENT_BASE, TEACHER, Dtype
-from megakd.contract.terms import STRICT, Count, TermConfig
+from megakd.contract.terms import EACH_ONCE, STRICT, Count, TermConfig
 from megakd.methods import MethodConfig
 
 
@@ -114,7 +114,7 @@ class RunConfig:
     teachers: tuple[PooledTeacher, ...] = ()
     """Several teachers, in place of `teacher`."""
     objective: Annotated[tuple[TermConfig, ...], Field(min_length=1)] | None = None
-    baselines: tuple[str, ...] = ()
+    baselines: Annotated[tuple[str, ...], EACH_ONCE] = ()
     """Models of the student's shape to train for comparison: `alone`, and the baselines of the
     method."""
     rollout: RolloutConfig | None = None

@@ -39,11 +39,11 @@ def _layer_pair(text: str) -> str:
     return text
 
 
-def _each_once(names: tuple[str, ...]) -> tuple[str, ...]:
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"{name} is listed twice")
-    return names
+def _each_once(items: tuple[Any, ...]) -> tuple[Any, ...]:
+    for item in items:
+        if items.count(item) > 1:
+            raise ValueError(f"{item} is listed twice; list it once")
+    return items
 
 
 def _some_weight(weights: dict[str, float]) -> dict[str, float]:
@@ -52,6 +52,7 @@ def _some_weight(weights: dict[str, float]) -> dict[str, float]:
     return weights
 
 
+EACH_ONCE = AfterValidator(_each_once)
 ClassWeights = Annotated[dict[str, Weight], AfterValidator(_some_weight)]
 LayerMapping = (
     Literal["uniform", "last"]
@@ -59,7 +60,7 @@ LayerMapping = (
 )
 LayerPairs = Annotated[tuple[Annotated[str, AfterValidator(_layer_pair)], ...], Field(min_length=2)]
 Relation = Literal["query", "key", "value", "query_key"]
-Relations = Annotated[tuple[Relation, ...], Field(min_length=1), AfterValidator(_each_once)]
+Relations = Annotated[tuple[Relation, ...], Field(min_length=1), EACH_ONCE]
 Positions = Literal["all", "first"]
 Skew = Annotated[float, Field(ge=0, lt=1)]
 

@@ -116,7 +116,7 @@ MODELS = [
     ),
     ("teacher.cache_draws=4; task.type=causal_lm", "teacher.cache_draws: 4 has no effect without "),
     ("student.model=from_teacher", 'student.model: "from_teacher": set student.layers, or m'),
-    ("student.layers=[2, 2]", "student.layers: a layer is listed twice in [2, 2]; list every laye"),
+    ("student.layers=[2, 2]", "student.layers: 2 is listed twice; list it once"),
     ("student.teacher=a", 'student.teacher: applies only to student.model "from_teacher"; remove'),
     (
         "student.deepspeed=zero22",
@@ -210,18 +210,18 @@ TRAIN = [
     ("baselines=[alone]; alone={bf16: true, fp16: true}", "alone: bf16 and fp16 are both true, h"),
     (
         "teacher.finetune.collective_timeout=5",
-        "holds for the whole run; set train.collective_timeo",
+        'unknown key; did you mean "train.collective_timeout"?',
     ),
     (
         "teacher.finetune.packing=false",
-        "packing: holds for the whole run; set train.packing",
+        'packing = false: unknown key; did you mean "train.packing"?',
     ),
     ("train.packing=false", "train.packing: supported only for causal_lm, and task.type is cl"),
     ("train.activation_offload=true", "train.activation_offload: true has no effect without train"),
     ("train.early_stopping_patience=2", "train.early_stopping_patience: 2 has no effect without e"),
     ("teacher.finetune={early_stopping_patience: 2}", "teacher.finetune.early_stopping_patience:"),
     ("alone={max_steps: 3}", "alone: baselines does not list alone; add baselines: [alone]"),
-    ("baselines=[alone, alone]", 'baselines: "alone" is listed 2 times'),
+    ("baselines=[alone, alone]", "baselines: alone is listed twice"),
     ("baselines=[allone]", 'has no baseline "allone"; did you mean "alone"? (known: alone)'),
     ("baselines=[direct]", 'has no baseline "direct" (known: alone)'),
     ("eval.keep_best=true", "eval.keep_best: true has no effect without eval.eval_st"),
@@ -334,7 +334,7 @@ VALUES = [
             "'http://a:99999'": "must be of the form http://host:port",
             "'http://a..b:1'": "must be of the form http://host:port",
             "'http://a:1/\u00e4'": "must be of the form http://host:port",
-            "'http://a:1', 'http://a:1/'": "must name each replica once (got http://a:1 more",
+            "'http://a:1', 'http://a:1/'": "http://a:1 is listed twice; list it once",
         }.items()
     ),
 ]
