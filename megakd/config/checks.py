@@ -16,7 +16,6 @@ from megakd.config.deepspeed import load_ds_config
 from megakd.config.models import ScratchModel, TeacherConfig
 from megakd.config.rollout import RolloutServerConfig
 from megakd.config.run import RunConfig
-from megakd.config.schema import shown
 from megakd.config.task import TokenizerConfig
 from megakd.contract.options import no_such_teacher
 from megakd.contract.plugins import is_metric, metric_of
@@ -106,12 +105,11 @@ _NEEDS = (
 
 
 def _tables(config: RunConfig) -> Iterator[str]:
+    task = config.task.type
     for section, keys, tasks in _ONLY:
-        for key, _ in _changed(config, section, keys) if config.task.type not in tasks else ():
-            yield (
-                f"{key}: supported only for {tasks.replace(' ', ' and ')}, and task.type is "
-                f"{config.task.type}; remove the key"
-            )
+        only = f"supported only for {tasks.replace(' ', ' and ')}, and task.type is {task}"
+        for key, _ in _changed(config, section, keys) if task not in tasks else ():
+            yield f"{key}: {only}; remove the key"
     for section, keys, other, why in _CONFLICTS:
         for key, of_section in _changed(config, section, keys):
             name, value = _setting(config, key, of_section, other)
@@ -120,12 +118,8 @@ def _tables(config: RunConfig) -> Iterator[str]:
     for section, keys, other in _NEEDS:
         for key, of_section in _changed(config, section, keys):
             name, value = _setting(config, key, of_section, other)
-            got = getattr(of_section, key.rpartition(".")[2])
-            if got and not value:
-                yield (
-                    f"{key}: {shown(got)} has no effect without {name}; set {name}, or remove the "
-                    "key"
-                )
+            if getattr(of_section, key.rpartition(".")[2]) and not value:
+                yield f"{key}: has no effect without {name}; set {name}, or remove the key"
 
 
 def _changed(config: RunConfig, section: str, names: str) -> Iterator[tuple[str, Any]]:

@@ -37,7 +37,7 @@ TASK = [
     ("task.dataset=null", "task.dataset: missing; set it, task.train_files or task.mixture"),
     (
         "task.dataset=null; task.train_files=a; task.dataset_config=b",
-        'task.dataset_config: "b" has no effect without task.dataset; set',
+        "task.dataset_config: has no effect without task.dataset; set",
     ),
     (
         "task.dataset=glue/sst2; task.text_columns=[a]",
@@ -67,7 +67,7 @@ TASK = [
     ),
     (
         f"{NO_SET}; task.mixture={{a: {{files: a, split: b, weight: 1}}}}",
-        'task.mixture.a.split: "b" has no effect without task.mixture.a.dataset; set',
+        "task.mixture.a.split: has no effect without task.mixture.a.dataset; set",
     ),
     ("task.dataset=a/b; task.splits={test: test}", "task.splits: names no split for train; name"),
     (
@@ -114,7 +114,7 @@ MODELS = [
         "teachers=[{name: a, model: m}]; method.teacher=a",
         "teachers: teacher is set too; move it into",
     ),
-    ("teacher.cache_draws=4; task.type=causal_lm", "teacher.cache_draws: 4 has no effect without "),
+    ("teacher.cache_draws=4; task.type=causal_lm", "teacher.cache_draws: has no effect without "),
     ("student.model=from_teacher", 'student.model: "from_teacher": set student.layers, or m'),
     ("student.layers=[2, 2]", "student.layers: 2 is listed twice; list it once"),
     ("student.teacher=a", 'student.teacher: applies only to student.model "from_teacher"; remove'),
@@ -217,14 +217,14 @@ TRAIN = [
         'packing = false: unknown key; did you mean "train.packing"?',
     ),
     ("train.packing=false", "train.packing: supported only for causal_lm, and task.type is cl"),
-    ("train.activation_offload=true", "train.activation_offload: true has no effect without train"),
-    ("train.early_stopping_patience=2", "train.early_stopping_patience: 2 has no effect without e"),
+    ("train.activation_offload=true", "train.activation_offload: has no effect without train"),
+    ("train.early_stopping_patience=2", "train.early_stopping_patience: has no effect without e"),
     ("teacher.finetune={early_stopping_patience: 2}", "teacher.finetune.early_stopping_patience:"),
     ("alone={max_steps: 3}", "alone: baselines does not list alone; add baselines: [alone]"),
     ("baselines=[alone, alone]", "baselines: alone is listed twice"),
     ("baselines=[allone]", 'has no baseline "allone"; did you mean "alone"? (known: alone)'),
     ("baselines=[direct]", 'has no baseline "direct" (known: alone)'),
-    ("eval.keep_best=true", "eval.keep_best: true has no effect without eval.eval_st"),
+    ("eval.keep_best=true", "eval.keep_best: has no effect without eval.eval_st"),
     ("eval.latency.tokens=512", 'eval.latency: must be true or false (got {"tokens": 512}); its k'),
     ("eval.metric=f1_makro", 'task.type classification has no metric "f1_makro"; did you mean "f1'),
     ("eval.metrics=[accuracy, pearson]", "eval.metrics[1]: task.type classification has no metric"),
@@ -262,7 +262,7 @@ ROLLOUT = [
     (
         "by: student",
         "eval.generation={max_new_tokens: 4, answer: '(a)'}",
-        'eval.generation.answer: "(',
+        "eval.generation.answer: has",
     ),
     ("by: student", "teacher.cache=c", "teacher.cache: cannot be combined with rollout, whose te"),
     ("by: a", f"{POOL}; method.teacher=b", "rollout.by: a is not loaded, because method.teacher"),
