@@ -29,17 +29,13 @@ from megakd.contract.tasks import (
     TEACHER,
 )
 from megakd.contract.terms import (
-    SOFT_TARGET_DIVERGENCES,
     HardCrossEntropy,
-    HardMse,
     HiddenCosine,
     HiddenMse,
     PluginTerm,
     RelationFsp,
     SoftTargetKl,
-    SoftTargetMse,
-    TermConfig,
-    compares,
+    Term,
     looks_inside,
     source_of,
 )
@@ -259,10 +255,11 @@ def _objective(config: RunConfig) -> Iterator[str]:
     has_teacher = config.method.needs_teacher or config.teacher_specs
     for index, term in enumerate(terms):
         where = f"objective[{index}].loss: {term.loss}"
-        if task not in (tasks := _tasks_of(term)):
-            yield f"{where} supports only task.type {', '.join(tasks)}, not {task}; remove the term"
+        if task not in term.tasks:
+            tasks = ", ".join(term.tasks)
+            yield f"{where} supports only task.type {tasks}, not {task}; remove the term"
             continue
-        if compares(term) and not has_teacher:
+        if term.needs_teacher and not has_teacher:
             yield f"{where} compares with a teacher, and the run has none; remove the term"
         if config.train.tokens_per_rank and _counts_rows(term):
             yield f"{where} is averaged over rows; remove the term or train.tokens_per_rank"
@@ -270,22 +267,13 @@ def _objective(config: RunConfig) -> Iterator[str]:
             yield from (f"{where} {problem}" for problem in _output_problems(config, name, term))
 
 
-def _tasks_of(term: TermConfig) -> tuple[str, ...]:
-    if isinstance(term, PluginTerm):
-        return term.tasks
-    if isinstance(term, HardMse | SoftTargetMse):
-        return ("regression",)
-    of_classes = isinstance(term, (HardCrossEntropy, *SOFT_TARGET_DIVERGENCES))
-    return ("classification", *(() if of_classes else ("regression",)), *LANGUAGE_TASKS)
-
-
-def _counts_rows(term: TermConfig) -> bool:
+def _counts_rows(term: Term) -> bool:
     if isinstance(term, HiddenMse | HiddenCosine):
         return term.positions == "first"
     return isinstance(term, RelationFsp) or getattr(term, "unit", None) == "examples"
 
 
-def _output_problems(config: RunConfig, name: str, term: TermConfig) -> Iterator[str]:
+def _output_problems(config: RunConfig, name: str, term: Term) -> Iterator[str]:
     # The keys that replace a teacher by some of its outputs, with the part of the probabilities
     # that they hold (empty: all).
     spec, key, sources = config.teacher_specs[name], config.key_of(name), dict[str, str]()
@@ -299,7 +287,7 @@ def _output_problems(config: RunConfig, name: str, term: TermConfig) -> Iterator
             yield f"needs more than outputs, which {source} holds; remove {source} or the term"
         elif held and isinstance(term, SoftTargetKl) and term.temperature != 1:
             yield f"needs temperature 1, because {source} holds {held}; set temperature to 1"
-        elif held and compares(term) and not isinstance(term, SoftTargetKl):
+        elif held and term.needs_teacher and not isinstance(term, SoftTargetKl):
             yield f"needs all probabilities, and {source} holds {held}; use soft_target_kl"
 
 
@@ -319,7 +307,7 @@ def _task(config: RunConfig) -> Iterator[str]:
     if task.completion_column and not (task.prompt_column or task.messages_column):
         yield "task.prompt_column: missing, and task.completion_column is set; set the key too"
     if task.chat_template and not in_home(task.chat_template).is_file():
-        yield f"task.chat_template: the file {task.chat_template} does not exist"
+        yield f"task.chat_template: the file {task.chat_template} does not exist; give one"
 
 
 def _stream(config: RunConfig) -> Iterator[str]:
@@ -372,7 +360,8 @@ def _trainings(config: RunConfig) -> Iterator[str]:
     for where, train in _sections(config, "trainings").items():
         tokens, length = train.tokens_per_rank, task.max_length or 0
         if tokens is not None and task.type == "causal_lm" and tokens < length:
-            yield f"{where}.tokens_per_rank: {tokens} is less than task.max_length {length}"
+            least = f"{tokens} is less than task.max_length {length}; raise it"
+            yield f"{where}.tokens_per_rank: {least}"
         if tokens is not None and config.train.packing is False:
             yield f"{where}.tokens_per_rank: packs rows, and train.packing is false; remove one"
 
@@ -416,7 +405,8 @@ def _rollout(config: RunConfig) -> Iterator[str]:
         yield from _rollout_server(config, by, server)
     untaught = [] if None in sources else sorted(rollout.draws.difference(sources))
     for source in untaught:
-        yield f"objective: no term learns from {source}, which rollout draws; add on: {source}"
+        remedy = f"add a term with on: {source}, or change rollout"
+        yield f"objective: no term learns from {source}, which rollout draws; {remedy}"
     for index, (term, source) in enumerate(zip(terms, sources, strict=False)):
         key = f"objective[{index}].on: {source or 'null'}"
         if source not in {None, *rollout.draws} and not untaught:

@@ -31,10 +31,8 @@ from megakd.contract.terms import (
     SoftTargetMse,
     TermConfig,
     check_heads,
-    compares,
     hard_terms,
     layer_pairs,
-    reads_states,
     relation_heads,
     term_name,
 )
@@ -169,7 +167,7 @@ def teacher_needs(terms: Sequence[TermConfig], student: Shape, teacher: Shape) -
     """Return the outputs that the terms need from the teacher's forward."""
     needs = Needs()
     for term in terms:
-        if isinstance(term, PluginTerm) and reads_states(term):
+        if isinstance(term, PluginTerm) and term.reads_hidden_states:
             needs = needs.with_hidden(*range(teacher.layers + 1))
         if not isinstance(term, INTERMEDIATE_TERMS):
             continue
@@ -182,7 +180,7 @@ def teacher_needs(terms: Sequence[TermConfig], student: Shape, teacher: Shape) -
 def check_terms(terms: Sequence[TermConfig], student: Shape, teacher: Shape | None) -> None:
     """Check the terms against the shapes of both models, before any model is loaded."""
     for term in terms:
-        if compares(term) and teacher is None:
+        if term.needs_teacher and teacher is None:
             raise ConfigError(
                 f"{term.loss} compares with a teacher, and this stage has no teacher; remove the "
                 "term"
