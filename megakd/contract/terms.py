@@ -5,7 +5,6 @@ The file imports neither torch nor deepspeed.
 
 from __future__ import annotations
 
-import math
 import re
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
@@ -14,7 +13,7 @@ from pydantic.dataclasses import dataclass
 
 from megakd.contract.batch import COUNTERS, Source, Unit, on_source
 from megakd.contract.plugins import OURS, THEIRS, FromPackage, wrong_options
-from megakd.contract.views import Heads, Shape
+from megakd.contract.views import Shape
 from megakd.errors import TeacherError
 
 if TYPE_CHECKING:
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from megakd.contract.batch import Batch, Knowledge
-    from megakd.contract.views import Shape
 
 STRICT = ConfigDict(extra="forbid", strict=True)
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -359,7 +357,7 @@ ATTENTION_TERMS: tuple[type[AttentionTerm], ...] = get_args(AttentionTerm)
 INTERMEDIATE_TERMS = (*STATE_TERMS, *ATTENTION_TERMS)
 
 
-def looks_inside(term: TermConfig) -> bool:
+def looks_inside(term: Term) -> bool:
     """Return whether a term needs more than a teacher's outputs."""
     inside = isinstance(term, INTERMEDIATE_TERMS) or term.reads_hidden_states
     return inside and term.needs_teacher
@@ -436,56 +434,3 @@ def layer_pairs(term: StateTerm | AttentionTerm, student: Shape, teacher: Shape)
             )
         pairs.append((s, t))
     return tuple(pairs)
-
-
-def check_heads(term: AttentionTerm, student: Shape, teacher: Shape) -> None:
-    """Raise TeacherError if a loss on attention cannot compare the heads of two models."""
-    if isinstance(term, RelationKl):
-        relation_heads(term, student, teacher)
-        return
-    ours = _heads(term, student, "student").queries
-    theirs = _heads(term, teacher, "teacher").queries
-    if ours != theirs:
-        raise TeacherError(
-            f"attention_mse: the teacher has {theirs} attention heads, the student {ours}, and "
-            "attention_mse compares head by head; use relation_kl, which supports different "
-            "numbers of heads"
-        )
-
-
-def relation_heads(term: RelationKl, student: Shape, teacher: Shape) -> int:
-    """Return the number of parts into which the vectors of both models are cut.
-
-    Raises:
-        TeacherError: the number does not divide a width.
-    """
-    ours, theirs = _heads(term, student, "student"), _heads(term, teacher, "teacher")
-    count = term.relation_heads or theirs.queries
-    widths = {
-        f"{model}'s {relation.replace('query_key', 'query')} vectors": _width(relation, heads)
-        for relation in term.relations
-        for model, heads in (("student", ours), ("teacher", theirs))
-    }
-    for vectors, width in widths.items():
-        if width % count:
-            common = math.gcd(*widths.values())
-            fitting = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
-            given = "" if term.relation_heads else " (null: the teacher's attention heads)"
-            raise TeacherError(
-                f"relation_kl.relation_heads {count}{given} does not divide the {vectors}, which "
-                f"are {width} wide; use a number that divides all of the vectors: {fitting}"
-            )
-    return count
-
-
-def _width(relation: Relation, heads: Heads) -> int:
-    return heads.width * (heads.keys if relation in {"key", "value"} else heads.queries)
-
-
-def _heads(term: AttentionTerm, model: Shape, role: str) -> Heads:
-    if model.heads is None:
-        raise TeacherError(
-            f"{term.loss}: megakd does not support the attention of the {role}; remove the term, "
-            f"or use another model as {role}"
-        )
-    return model.heads
