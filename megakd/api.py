@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
 from megakd.config import file as config_file
-from megakd.config.error_text import shown
 from megakd.config.run import RunConfig
+from megakd.config.schema import shown
 from megakd.errors import ConfigError
 from megakd.process import signals
 from megakd.storage.run_folder import FINAL, REPORT

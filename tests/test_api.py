@@ -152,7 +152,7 @@ def test_a_config_may_be_a_path_a_mapping_or_a_config(tmp_path, tree):
     with pytest.raises(ConfigError, match=r"config: <object .* is a object; a config holds"):
         megakd.load_config({**tree, "train": {"max_steps": object()}})
     changed = replace(config, task=replace(config.task, dataset=None, dataset_config="b"))
-    with pytest.raises(ConfigError, match=r"task\.dataset_config: .b. has no effect without"):
+    with pytest.raises(ConfigError, match=r"task\.dataset_config: has no effect without"):
         megakd.load_config(changed)
 
 

@@ -186,7 +186,7 @@ def test_python_runs_the_package_as_the_command() -> None:
         ([], "--config is missing; give the run's YAML file: launch/train.py --config F"),
         (["train.max_steps=1"], "--config is missing"),
         (["--config"], "argument --config: expected one argument"),
-        (["--config", "nowhere.yaml"], "config file nowhere.yaml does not exist"),
+        (["--config", "nowhere.yaml"], "config file nowhere.yaml cannot be read (No such file"),
         (
             ["--learning_rate", "3e-4"],
             "unknown option --learning_rate; settings are written train.learning_rate=value",

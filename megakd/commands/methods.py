@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Mapping
 
 from megakd.commands.arguments import Parser, say
-from megakd.config.schema import defaults, variants
+from megakd.config.schema import variants
 from megakd.contract.terms import PLUGIN_TERM, TermConfig
 from megakd.errors import ConfigError, suggestion
 from megakd.methods import PLUGIN_METHOD, MethodConfig
@@ -44,8 +44,9 @@ def _named(name: str, kinds: Mapping[str, type], *, losses: bool) -> type:
 
 def _entry(name: str, kind: type) -> str:
     lines = [name, textwrap.indent(inspect.getdoc(kind) or "", "  ")]
-    for option, default in defaults(kind).items():
-        is_required = default is dataclasses.MISSING
-        shown = json.dumps(None if is_required else default, default=dataclasses.asdict)
-        lines.append(f"    {option}: {'required' if is_required else shown}")
+    for option in dataclasses.fields(kind):
+        is_required = option.default is dataclasses.MISSING
+        shown = "" if is_required else json.dumps(option.default, default=dataclasses.asdict)
+        if option.name not in ("name", "loss"):
+            lines.append(f"    {option.name}: {shown or 'required'}")
     return "\n".join(lines)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,9 +12,8 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from megakd.config.checks import config_problems
-from megakd.config.error_text import cut, schema_problems, shown
 from megakd.config.run import RunConfig
-from megakd.config.schema import KeyPath, dotted
+from megakd.config.schema import cut, schema_problems, shown
 from megakd.errors import ConfigError, one_line
 
 _RUN_CONFIG = TypeAdapter(RunConfig)
@@ -50,7 +48,7 @@ def config_of(
     """Return the checked run config of plain values, such as parsed YAML or JSON."""
     given: dict[str, Any] = _plain(tree, source)
     config, problems = _checked(with_overrides(given, overrides, source=source))
-    if config is None:
+    if config is None or problems:
         raise _error(problems, given, overrides, source)
     return config
 
@@ -78,33 +76,19 @@ def dump_config(config: RunConfig) -> str:
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise ConfigError(f"config file {path} does not exist") from error
-    except UnicodeDecodeError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"config file {path} is not UTF-8 text (byte {error.start}); save the file as UTF-8"
-        ) from error
-    except OSError as error:
-        raise ConfigError(
-            f"config file {path} cannot be read ({error.strerror}); give the YAML file, or the "
-            "folder of a run"
+            f"config file {path} cannot be read ({getattr(error, 'strerror', error)}); give a YAML "
+            "file in UTF-8, or the folder of a run"
         ) from error
 
 
 def _checked(tree: dict[str, Any]) -> tuple[RunConfig | None, list[str]]:
-    problems = [
-        f"{dotted(path)}: must be a finite number (got {shown(value)})"
-        for path, value in _scalars(tree, ())
-        if isinstance(value, float) and not math.isfinite(value)
-    ]
-    if problems:
-        return None, problems
     try:
         config = _RUN_CONFIG.validate_json(json.dumps(tree))
     except ValidationError as error:
         return None, schema_problems(error, tree)
-    problems = config_problems(config)
-    return (None, problems) if problems else (config, [])
+    return config, config_problems(config)
 
 
 def _error(
@@ -112,14 +96,9 @@ def _error(
 ) -> ConfigError:
     # The problems that the tree has without the overrides are those of its source.
     without = set(_checked(tree)[1] if overrides else problems)
-    blamed = [source if p in without else _culprit(p, overrides) for p in problems]
-    if len(problems) == 1:
-        return ConfigError(f"{blamed[0]}: {problems[0]}")
-    count = f"{len(problems)} problems"
-    if len(set(blamed)) == 1:
-        return ConfigError("\n  ".join([f"{blamed[0]}: {count}", *problems]))
-    lines = [f"{culprit}: {problem}" for culprit, problem in zip(blamed, problems, strict=True)]
-    return ConfigError("\n  ".join([count, *lines]))
+    lines = [f"{source if p in without else _culprit(p, overrides)}: {p}" for p in problems]
+    counted = [f"{len(lines)} problems"] if len(lines) > 1 else []
+    return ConfigError("\n  ".join([*counted, *lines]))
 
 
 def _culprit(problem: str, overrides: Sequence[str]) -> str:
@@ -142,23 +121,13 @@ def _plain(tree: Any, source: str) -> Any:
             return dict(value)
         if isinstance(value, Path):
             return str(value)
-        raise ConfigError(
-            f"{source}: {value!r:.60} is a {type(value).__name__}; a config holds text, numbers, "
-            "true and false, null, lists and mappings"
-        )
+        raise ValueError(f"{value!r:.60} is a {type(value).__name__}")
 
-    return json.loads(json.dumps(tree, default=plain))
-
-
-def _scalars(node: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
-    if isinstance(node, dict):
-        for key, value in node.items():
-            yield from _scalars(value, (*path, key))
-    elif isinstance(node, list):
-        for index, value in enumerate(node):
-            yield from _scalars(value, (*path, index))
-    else:
-        yield path, node
+    try:
+        return json.loads(json.dumps(tree, default=plain, allow_nan=False))
+    except ValueError as error:
+        what = "text, finite numbers, true and false, null, lists and mappings"
+        raise ConfigError(f"{source}: {error}; a config holds {what}") from error
 
 
 def _apply(override: str, tree: dict[str, Any]) -> None:
@@ -197,9 +166,7 @@ def _slot(node: Any, key: str, parents: Sequence[str], override: str) -> str | i
 
 
 _TAG = "tag:yaml.org,2002:"
-_FLOAT = re.compile(
-    r"([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))\Z"
-)
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?\Z")
 # `safe_load` reads YAML 1.1, in which `2e-5` is text, `on` is true, and the layer pair `7:1` 421.
 _SCALARS = {
     "null": re.compile(r"(null|Null|NULL|~|)\Z"),
@@ -217,14 +184,8 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
     # Keys stay as written: `1:` and `on:` are text.
     values: dict[str, Any] = {}
     for key_node, value_node in node.value:
-        key, problem = key_node.value, ""
-        if not isinstance(key, str):
-            problem = "a key must be text"
-        elif key == "<<" and key_node.style is None:
-            problem = "merge keys (<<) are not supported; write the keys out"
-        elif key in values:
+        if (key := loader.construct_scalar(key_node)) in values:
             problem = f'the key "{key}" is given twice'
-        if problem:
             raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
         values[key] = loader.construct_object(value_node, deep=True)
     return values
@@ -255,18 +216,13 @@ def parse_yaml(text: str, *, source: str) -> Any:
     """Return the value of the single document in `text`; raise ConfigError with the line."""
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506  # _Loader builds plain values only
-    except (RecursionError, ValueError) as error:
-        raise ConfigError(f"{source}: cannot be read: {one_line(error)}") from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f"line {mark.line + 1}: " if mark else ""
         problem = " ".join(part for part in (error.context, error.problem) if part)
         raise ConfigError(f"{source}: {line}{problem}") from error
-    except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, int(error.position)) + 1
-        raise ConfigError(
-            f"{source}: line {line}: character #x{int(error.character):04x} is not allowed in YAML"
-        ) from error
+    except (RecursionError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{source}: cannot be read: {one_line(error)}") from error
 
 
 def dump_yaml(tree: Any) -> str:

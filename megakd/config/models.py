@@ -13,7 +13,7 @@ from megakd.config.rollout import TeacherServerConfig
 from megakd.config.train import FinetuneOverrides
 from megakd.contract.batch import MOST_DRAWS
 from megakd.contract.tasks import STUDENT_BASE, Dtype
-from megakd.contract.terms import STRICT, Count, Positive
+from megakd.contract.terms import EACH_ONCE, STRICT, Count, Positive
 
 Attention = Literal["varlen", "sdpa", "eager", "flash_attention_2", "flash_attention_3"]
 """`varlen` computes packed rows document by document; the others are those of transformers."""
@@ -123,13 +123,7 @@ class KeptLayers:
     from a teacher that the run loads."""
 
 
-def _each_once(layers: tuple[int, ...]) -> tuple[int, ...]:
-    if len({*layers}) < len(layers):
-        raise ValueError(f"a layer is listed twice in {list(layers)}; list every layer once")
-    return layers
-
-
-Layers = Annotated[tuple[Count, ...], Field(min_length=1), AfterValidator(_each_once)]
+Layers = Annotated[tuple[Count, ...], Field(min_length=1), EACH_ONCE]
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

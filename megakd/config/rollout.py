@@ -12,7 +12,7 @@ from megakd.config.paths import Folder, Name
 from megakd.contract.batch import Source
 from megakd.contract.completions import Sampling
 from megakd.contract.tasks import STUDENT
-from megakd.contract.terms import STRICT, Count, Fraction, Positive
+from megakd.contract.terms import EACH_ONCE, STRICT, Count, Fraction, Positive
 
 
 def _address(text: str) -> str:
@@ -24,17 +24,8 @@ def _address(text: str) -> str:
     return text.rstrip("/")
 
 
-def _different(urls: tuple[str, ...]) -> tuple[str, ...]:
-    twice = sorted({url for url in urls if urls.count(url) > 1})
-    if twice:
-        raise ValueError(f"must name each replica once (got {', '.join(twice)} more than once)")
-    return urls
-
-
 Urls = Annotated[
-    tuple[Annotated[str, AfterValidator(_address)], ...],
-    Field(min_length=1),
-    AfterValidator(_different),
+    tuple[Annotated[str, AfterValidator(_address)], ...], Field(min_length=1), EACH_ONCE
 ]
 
 

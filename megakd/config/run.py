@@ -15,7 +15,7 @@ from megakd.config.rollout import GenerationConfig, RolloutConfig
 from megakd.config.task import TaskConfig
 from megakd.config.train import FinetuneOverrides, TrainConfig, TrainOverrides, inherit
 from megakd.contract.tasks import FROM_TEACHER, STUDENT, STUDENT_BASE, TEACHER, TFIDF, Dtype
-from megakd.contract.terms import STRICT, Count, TermConfig
+from megakd.contract.terms import EACH_ONCE, STRICT, Count, TermConfig
 from megakd.methods import MethodConfig
 
 
@@ -116,7 +116,7 @@ class RunConfig:
     teachers: tuple[PooledTeacher, ...] = ()
     """Several teachers, in place of `teacher`."""
     objective: Annotated[tuple[TermConfig, ...], Field(min_length=1)] | None = None
-    baselines: tuple[str, ...] | None = None
+    baselines: Annotated[tuple[str, ...], EACH_ONCE] | None = None
     """For comparison: `tfidf`, the words of a classifier's texts alone (by default, if the task has
     classes), and models of the student's shape to train: `alone`, and the baselines of the
     method."""

@@ -1,19 +1,37 @@
-"""The keys of a config as its dataclasses state them: known keys, variants, options, defaults."""
+"""The keys of a config as its dataclasses state them, and pydantic's errors about them."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
+import json
+import re
 import types
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from megakd.config.names import REMOVED, synonyms
 from megakd.config.run import RunConfig
 from megakd.contract.terms import PLUGIN_TERM, PluginTerm
-from megakd.errors import ConfigError
+from megakd.errors import ConfigError, suggestion
 from megakd.methods import PLUGIN_METHOD
 
 KeyPath = tuple[str | int, ...]
+_UNKNOWN_KEY = "unexpected_keyword_argument"
+# What pydantic calls otherwise than YAML.
+_WORDS = {
+    "Input should": "must",
+    "Tuple should": "must",
+    " after validation": "",
+    "an object": "a mapping",
+    "a valid array": "a list",
+    "a valid boolean": "true or false",
+}
+_MOST_CHARACTERS = 60
 
 
 def members(annotation: Any) -> list[Any]:
@@ -37,13 +55,8 @@ def annotation_at(path: KeyPath, tree: Any) -> Any:
     return _walk(path, tree)[0]
 
 
-def known_keys(path: KeyPath, tree: Any) -> list[str]:
-    """Return the keys that the mapping at `path` may have; [] if all keys are allowed."""
-    kind = _dataclass_of(*_walk(path, tree))
-    return [] if kind is None else [field.name for field in dataclasses.fields(kind)]
-
-
 def _walk(path: KeyPath, tree: Any) -> tuple[Any, Any]:
+    # The annotation at a path, and the dataclass of the mapping there, if it is one.
     annotation: Any = RunConfig
     for part in path:
         if isinstance(part, int):
@@ -54,7 +67,7 @@ def _walk(path: KeyPath, tree: Any) -> tuple[Any, Any]:
             kind = _dataclass_of(annotation, tree)
             annotation = None if kind is None else _hints(kind).get(part)
             tree = tree.get(part) if isinstance(tree, dict) else None
-    return annotation, tree
+    return annotation, _dataclass_of(annotation, tree)
 
 
 def _dataclass_of(annotation: Any, value: Any) -> Any:
@@ -83,16 +96,6 @@ def _option_paths(kind: Any, prefix: str) -> Iterator[str]:
             yield from _option_paths(inner[0], f"{prefix}{name}.")
 
 
-def defaults(kind: type) -> dict[str, Any]:
-    """Return options of a variant with defaults; `dataclasses.MISSING` if there is no default."""
-    return {
-        field.name: field.default
-        for field in dataclasses.fields(kind)
-        if get_origin(_hints(kind)[field.name]) is not Literal
-        or field.default is not dataclasses.MISSING
-    }
-
-
 def dotted(path: Sequence[str | int]) -> str:
     """Return a path as text, such as `objective[0].temperature`."""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
@@ -101,3 +104,94 @@ def dotted(path: Sequence[str | int]) -> str:
 
 def _hints(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind, include_extras=True)
+
+
+def schema_problems(error: ValidationError, tree: Any) -> list[str]:
+    """Return pydantic's errors, one line per problem, without union branches and internal names."""
+    places = [(*_place(detail, tree), detail) for detail in error.errors(include_url=False)]
+    fitting = [path for path, is_mismatch, _ in places if not is_mismatch]
+    unknown = [path for path, _, detail in places if detail["type"] == _UNKNOWN_KEY]
+    meant = " ".join(_unknown_key(path, tree) for path in unknown)
+    groups: dict[KeyPath, list[ErrorDetails]] = {}
+    for path, is_mismatch, detail in places:
+        # Another branch of the union fits, but for a key in it.
+        is_echo = is_mismatch and any(other[: len(path)] == path for other in fitting)
+        is_echo |= detail["type"] == "missing" and f'"{path[-1]}"' in meant
+        # pydantic counts only valid items: a list with one invalid item may be long enough.
+        least = detail.get("ctx", {}).get("min_length", 0)
+        is_echo |= detail["type"] == "too_short" and len(detail["input"]) >= least
+        if not is_echo:
+            groups.setdefault(path, []).append(detail)
+    return [_line(path, details, tree) for path, details in groups.items()]
+
+
+def _place(detail: ErrorDetails, tree: Any) -> tuple[KeyPath, bool]:
+    # The path of the key, and whether the error says only that a branch of a union does not fit.
+    # pydantic's location also has the names of the branches.
+    path: list[str | int] = []
+    inside = True
+    for part in detail["loc"]:
+        is_item = isinstance(tree, list) and isinstance(part, int)
+        inside = is_item or (isinstance(tree, dict) and part in tree)
+        if inside:
+            path.append(part)
+            tree = tree[part]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    if detail["type"] == "missing":
+        path.append(detail["loc"][-1])
+    is_of_type = detail["type"].endswith("_type") or detail["type"] == "literal_error"
+    return tuple(path), is_of_type and not inside
+
+
+def _line(path: KeyPath, details: Sequence[ErrorDetails], tree: Any) -> str:
+    detail, where = details[0], dotted(path)
+    kind, value, annotation = detail["type"], detail["input"], annotation_at(path, tree)
+    if kind == "missing":
+        return f"{where}: missing, and it has no default"
+    if kind == _UNKNOWN_KEY:
+        return f"{where} = {shown(value)}: {REMOVED.get(where) or _unknown_key(path, tree)}"
+    if kind == "value_error":
+        return f"{where}: {detail.get('ctx', {})['error']}"
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        tag = str(detail.get("ctx", {})["discriminator"]).strip("'")
+        known = [*variants(annotation, tag)]
+        where, listed = dotted((*path, tag)), f"known: {', '.join(known)}"
+        if kind == "union_tag_not_found":
+            return f"{where}: missing; {listed}"
+        name, noun = value[tag], path[-1] if tag == "name" else tag
+        near = REMOVED.get(f"{where}: {name}") or suggestion(name, known) or ";"
+        return f"{where}: unknown {noun} {shown(name)}{near} {listed}"
+    first, *others = [detail["msg"] for detail in details]
+    text = " or ".join([first, *(other.removeprefix("Input should be ") for other in others)])
+    for theirs, ours in _WORDS.items():
+        text = text.replace(theirs, ours)
+    hint = REMOVED.get(where, "") if kind.endswith("_type") else ""
+    if isinstance(value, str):
+        tags = [tag for tag in ("name", "loss") if value in variants(annotation, tag)]
+        near = suggestion(value, re.findall(r"'([^']*)'", text)).removeprefix("; ")
+        is_list = "must be a list" in text
+        hint = f"write {{{tags[0]}: {value}}}" if tags else near or is_list * f"write [{value}]"
+    return f"{where or 'the config'}: {text} (got {shown(value)}){hint and f'; {hint}'}"
+
+
+def _unknown_key(path: KeyPath, tree: Any) -> str:
+    *parent, key = path
+    kind = _walk(tuple(parent), tree)[1]
+    known = [] if kind is None else [field.name for field in dataclasses.fields(kind)]
+    # The keys of a loss term are its own: other sections have keys of the same names.
+    is_item = any(isinstance(part, int) for part in parent)
+    others = () if is_item else synonyms(str(key), known) or paths_ending_in(str(key))[:1]
+    meant = others or difflib.get_close_matches(str(key), known, n=1)
+    if not meant:
+        return f"unknown key; known: {', '.join(known)}"
+    listed = " or ".join(f'"{path}"' for path in meant)
+    return f"unknown key; did you mean {listed}?"
+
+
+def shown(value: Any) -> str:
+    """Return a value as written by a user, cut to one short line."""
+    return cut(json.dumps(value, ensure_ascii=False, default=str))
+
+
+def cut(text: str) -> str:
+    """Return the text, or the beginning of a text that is too long for a message."""
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[: _MOST_CHARACTERS - 1]}…"

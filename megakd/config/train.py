@@ -90,12 +90,13 @@ class TrainConfig:
 if TYPE_CHECKING:
 
     class TrainOverrides(TrainConfig):
-        """Every key of `train`, or None; keys that are not set are inherited."""
+        """Every key of `train` but those of the whole run, or None to inherit the key."""
 
 else:
     _hints = get_type_hints(TrainConfig, include_extras=True)
-    _optional = {key: hint | None for key, hint in _hints.items()}
-    _body = {"__module__": __name__, "__annotations__": _optional, **dict.fromkeys(_hints)}
+    _of_run = ("collective_timeout", "packing")
+    _optional = {key: hint | None for key, hint in _hints.items() if key not in _of_run}
+    _body = {"__module__": __name__, "__annotations__": _optional, **dict.fromkeys(_optional)}
     TrainOverrides = dataclass(config=STRICT, frozen=True, kw_only=True)(
         type("TrainOverrides", (), _body)
     )

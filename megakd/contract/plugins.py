@@ -88,11 +88,7 @@ def wrong_options(kind: Any, base: type, methods: tuple[str, ...]) -> str | None
     """Return why a class cannot be the options of a plug-in; None if the class is valid."""
     if not (isinstance(kind, type) and issubclass(kind, base) and kind is not base):
         return f"{getattr(kind, '__name__', kind)} is not a dataclass derived from {base.__name__}"
-    members = vars(kind)
-    if not (
-        members.get("__is_pydantic_dataclass__")
-        and members["__pydantic_config__"] == vars(base)["__pydantic_config__"]
-    ):
+    if vars(kind).get("__pydantic_config__") != vars(base)["__pydantic_config__"]:
         return (
             f"{kind.__name__} lacks the decorator @dataclass(config=STRICT, frozen=True, "
             "kw_only=True) of pydantic.dataclasses"

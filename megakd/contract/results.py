@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
+from typing import Any, NamedTuple
 
 from megakd.contract.plugins import is_metric, metric_of
 from megakd.contract.stage import Scores, Verdict
@@ -19,109 +19,8 @@ teacher. Lists hold names, texts, or rows such as those of the stages.
 """
 
 
-class ClassReport(TypedDict):
-    """Scores of a classifier for one label against all others; `rows` have this label."""
-
-    label: str
-    precision: float
-    recall: float
-    f1: float
-    rows: int
-
-
-class ClassifierReport(TypedDict):
-    """Scores of a classifier in addition to its metrics; a model of another task has none.
-
-    per_class: scores for each label, in the order of the labels.
-    confusion: by label, and by predicted label, the number of rows; pairs without rows are missing.
-    calibration_error: expected calibration error, see `scoring.metrics.calibration_error`.
-    """
-
-    per_class: NotRequired[Sequence[ClassReport]]
-    confusion: NotRequired[Mapping[str, Mapping[str, int]]]
-    calibration_error: NotRequired[float]
-
-
-class AskedReport(TypedDict):
-    """The size that a student was asked to have.
-
-    what: whether `value` is a number of weights, a share of the multiplications in the teacher's
-        layers, or the teacher's time relative to the student's.
-    """
-
-    what: Literal["parameters", "flops", "speedup"]
-    value: float
-
-
-class ModelReport(ClassifierReport):
-    """Size and scores of a model."""
-
-    parameters: int
-    encoder_parameters: int
-    metrics: Mapping[str, float]
-
-
-class TaughtReport(TypedDict):
-    """Contribution of one of several teachers to the training of the student.
-
-    weight: probability that the teacher is drawn, or the teacher's share of the loss.
-    steps: number of the student's steps in which the teacher ran.
-    rows: number of training rows that learn from this teacher alone; null if rows are not assigned
-        to teachers, missing in reports of earlier versions.
-    score: score by which the teacher was ranked; null if teachers were not ranked.
-    """
-
-    name: str
-    weight: float
-    steps: int
-    rows: NotRequired[int | None]
-    score: float | None
-
-
-class PoolReport(TypedDict):
-    """Contributions of several teachers, and the distribution they were drawn or weighed with."""
-
-    distribution: str
-    teachers: Sequence[TaughtReport]
-
-
-class CandidateReport(TypedDict):
-    """One candidate that a method compared; `iteration` counts from 1.
-
-    metric_name: by which the method compares candidates; not always the main metric of the run.
-    tradeoff: metric + lambda * sparsity; all candidates are scored in the same evaluation.
-    kept_metric: metric of the weights that were kept, only for the chosen candidate. If the target
-        was chosen, its own best evaluation is kept, which may be another evaluation.
-    student_metric: metric of the student that the candidate has taught, if such a student was
-        trained.
-    """
-
-    iteration: int
-    sparsity: float
-    parameters: int
-    metric_name: str
-    metric: float
-    tradeoff: float
-    chosen: bool
-    kept_metric: NotRequired[float]
-    student_metric: NotRequired[float]
-
-
-class PruningReport(TypedDict):
-    """The student of a method that prunes during training, at one evaluation.
-
-    width: columns of the hidden states.
-    parameters: weights of the student as the export would cut it.
-    teacher_kl: `soft_target_kl` on held-out rows, in nats per target, times T^2 at a temperature T
-        other than 1; null if the objective has no such term.
-    step_seconds: median duration of the steps since the previous row; null without such a step.
-    """
-
-    step: int
-    width: int
-    parameters: int
-    teacher_kl: float | None
-    step_seconds: float | None
+Row = dict[str, Any]
+"""A row of a list of the report, such as a candidate of a trial or a label's scores."""
 
 
 class ParameterCounts(NamedTuple):
@@ -144,18 +43,20 @@ class Assistant(NamedTuple):
 
 @dataclass
 class MethodRecord:
-    """Results that a method adds to the report: compared candidates, assistants used, cost.
+    """Results that a method adds to the report.
 
-    asked: the size that the student was cut to.
-    pool: how often each of several teachers taught.
+    candidates: what the method compared; all are scored in the same evaluation.
+    asked: the size that the student was cut to: `what` (parameters, flops, speedup) and `value`.
+    pool: how often each of several teachers taught: `distribution`, and rows of `teachers`.
+    pruning: the student of a method that prunes during training, at each evaluation.
     dev_scores: by name, the scores by which teachers were ranked.
     """
 
-    candidates: list[CandidateReport] = field(default_factory=list)
+    candidates: list[Row] = field(default_factory=list)
     assistants: list[Assistant] = field(default_factory=list)
-    asked: AskedReport | None = None
-    pool: PoolReport | None = None
-    pruning: list[PruningReport] = field(default_factory=list)
+    asked: Row | None = None
+    pool: Row | None = None
+    pruning: list[Row] = field(default_factory=list)
     dev_scores: dict[str, float] = field(default_factory=dict)
 
 

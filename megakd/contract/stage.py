@@ -216,25 +216,9 @@ class Verdict(NamedTuple):
     counts: bool = True
 
 
-class Judge(Protocol):
-    """A function that scores an evaluation of a stage's views and chooses one of the views."""
-
-    def __call__(self, scores: Scores, step: int) -> Verdict:
-        """Return the verdict, which decides which weights are kept, the same on every rank.
-
-        `scores` are the metrics of one evaluation by view, after `step` steps of the stage.
-        """
-        ...
-
-
-class MixedReading(NamedTuple):
-    """Text as a model with a tokenizer of its own reads it in a stage.
-
-    probability: probability of each word to be cut with the student's vocabulary. Above 0, the
-        model gets a second table of embeddings and a second output layer, for the student's pieces.
-    """
-
-    probability: float
+Judge = Callable[[Scores, int], Verdict]
+"""Function from the scores of an evaluation and the steps so far to the verdict, which decides
+which weights are kept, the same on every rank."""
 
 
 class Window(NamedTuple):
@@ -273,7 +257,9 @@ class Stage:
         views is also evaluated before its first step.
     rollouts: the section `rollout` of the config for a stage that trains on generated texts; None
         for other stages.
-    mixed: by role, the models with a tokenizer of their own, and how they read the training text.
+    mixed: by role, for the models with a tokenizer of their own, the probability of each word to be
+        cut with the student's vocabulary. Above 0, the model gets a second table of embeddings and
+        a second output layer, for the student's pieces.
     """
 
     name: str
@@ -290,7 +276,7 @@ class Stage:
     window: Window | None = None
     measures_losses: bool = False
     rollouts: Any = None
-    mixed: Mapping[str, MixedReading] = field(default_factory=dict)
+    mixed: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def role(self) -> str:

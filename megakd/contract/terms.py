@@ -5,7 +5,6 @@ The file imports neither torch nor deepspeed.
 
 from __future__ import annotations
 
-import math
 import re
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
@@ -14,7 +13,7 @@ from pydantic.dataclasses import dataclass
 
 from megakd.contract.batch import COUNTERS, Source, Unit, on_source
 from megakd.contract.plugins import OURS, THEIRS, FromPackage, wrong_options
-from megakd.contract.views import Heads, Shape
+from megakd.contract.views import Shape
 from megakd.errors import TeacherError
 
 if TYPE_CHECKING:
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from megakd.contract.batch import Batch, Knowledge
-    from megakd.contract.views import Shape
 
 STRICT = ConfigDict(extra="forbid", strict=True)
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -39,11 +37,11 @@ def _layer_pair(text: str) -> str:
     return text
 
 
-def _each_once(names: tuple[str, ...]) -> tuple[str, ...]:
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"{name} is listed twice")
-    return names
+def _each_once(items: tuple[Any, ...]) -> tuple[Any, ...]:
+    for item in items:
+        if items.count(item) > 1:
+            raise ValueError(f"{item} is listed twice; list it once")
+    return items
 
 
 def _some_weight(weights: dict[str, float]) -> dict[str, float]:
@@ -52,6 +50,7 @@ def _some_weight(weights: dict[str, float]) -> dict[str, float]:
     return weights
 
 
+EACH_ONCE = AfterValidator(_each_once)
 ClassWeights = Annotated[dict[str, Weight], AfterValidator(_some_weight)]
 LayerMapping = (
     Literal["uniform", "last"]
@@ -59,13 +58,32 @@ LayerMapping = (
 )
 LayerPairs = Annotated[tuple[Annotated[str, AfterValidator(_layer_pair)], ...], Field(min_length=2)]
 Relation = Literal["query", "key", "value", "query_key"]
-Relations = Annotated[tuple[Relation, ...], Field(min_length=1), AfterValidator(_each_once)]
+Relations = Annotated[tuple[Relation, ...], Field(min_length=1), EACH_ONCE]
 Positions = Literal["all", "first"]
 Skew = Annotated[float, Field(ge=0, lt=1)]
 
 
+_OF_CLASSES = ("classification", "mlm", "causal_lm")
+
+
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class HardCrossEntropy:
+class Term:
+    """Base class of every term.
+
+    tasks: values of task.type that the loss supports.
+    needs_teacher: whether the loss compares with a teacher.
+    reads_hidden_states: whether the loss reads hidden states.
+    """
+
+    tasks: ClassVar[tuple[str, ...]] = ("regression", *_OF_CLASSES)
+    needs_teacher: ClassVar[bool] = True
+    reads_hidden_states: ClassVar[bool] = False
+    loss: str
+    weight: Weight = 1.0
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class HardCrossEntropy(Term):
     """Cross-entropy with the labels of the data, in nats.
 
     class_weights: `balanced`, or a weight for every label by name (classification). The sum over
@@ -76,8 +94,9 @@ class HardCrossEntropy:
     on: only the targets of `rollouts` or of `data`; null: of both (causal_lm).
     """
 
+    tasks = _OF_CLASSES
+    needs_teacher = False
     loss: Literal["hard_cross_entropy"]
-    weight: Weight = 1.0
     class_weights: Literal["balanced"] | ClassWeights | None = None
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     count: Literal["labels", "rows"] = "labels"
@@ -85,15 +104,16 @@ class HardCrossEntropy:
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class HardMse:
+class HardMse(Term):
     """Squared error to the labelled score (regression)."""
 
+    tasks = ("regression",)
+    needs_teacher = False
     loss: Literal["hard_mse"]
-    weight: Weight = 1.0
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class _SoftTarget:
+class _SoftTarget(Term):
     """Options of every soft target of classifiers and language models.
 
     temperature: divisor of the logits of both models.
@@ -101,8 +121,7 @@ class _SoftTarget:
     on: only the targets of `rollouts` or of `data`; null: of both (causal_lm).
     """
 
-    loss: str
-    weight: Weight = 1.0
+    tasks = _OF_CLASSES
     temperature: Positive = 1.0
     t_squared: bool = True
     on: Source | None = None
@@ -167,18 +186,18 @@ class SoftTargetTvd(_SoftTarget):
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class SoftTargetMse:
+class SoftTargetMse(Term):
     """Squared error to the teacher's score (regression)."""
 
+    tasks = ("regression",)
     loss: Literal["soft_target_mse"]
-    weight: Weight = 1.0
 
 
 Projection = Literal["learned", "identity"]
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class HiddenMse:
+class HiddenMse(Term):
     """Squared error between hidden states of mapped layers (Romero et al. 2015; Jiao et al. 2020).
 
     layer_mapping: `uniform`, `last`, or student:teacher pairs; 0 is the embedding output.
@@ -189,15 +208,15 @@ class HiddenMse:
         widths are equal, so that a student that starts as its teacher has no loss.
     """
 
+    reads_hidden_states = True
     loss: Literal["hidden_mse"]
-    weight: Weight = 1.0
     layer_mapping: LayerMapping = "uniform"
     positions: Positions = "all"
     projection: Projection = "learned"
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class HiddenCosine:
+class HiddenCosine(Term):
     """One minus the cosine between hidden states of mapped layers (Sanh et al. 2019).
 
     layer_mapping: as in hidden_mse.
@@ -205,39 +224,39 @@ class HiddenCosine:
         [CLS] vectors (Sun et al. 2019, patient KD).
     """
 
+    reads_hidden_states = True
     loss: Literal["hidden_cosine"]
-    weight: Weight = 1.0
     layer_mapping: LayerMapping = "uniform"
     positions: Positions = "all"
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class EmbeddingMse:
+class EmbeddingMse(Term):
     """Squared error between the embedding outputs (Jiao et al. 2020, TinyBERT, section 3.1).
 
     projection: as in hidden_mse.
     """
 
+    reads_hidden_states = True
     loss: Literal["embedding_mse"]
-    weight: Weight = 1.0
     projection: Projection = "learned"
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class RelationFsp:
+class RelationFsp(Term):
     """Squared error between FSP matrices of consecutive mapped layers (Yim et al. 2017).
 
     layer_mapping: `uniform`, or at least two student:teacher pairs; 0 is the embedding output.
         Each pair and the next pair form one FSP matrix per model.
     """
 
+    reads_hidden_states = True
     loss: Literal["relation_fsp"]
-    weight: Weight = 1.0
     layer_mapping: Literal["uniform"] | LayerPairs = "uniform"
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class AttentionMse:
+class AttentionMse(Term):
     """Squared error between the attention of mapped layers (Jiao et al. 2020, equation 7).
 
     fit: `scores` before the softmax, which worked better in the paper, or `probabilities`.
@@ -245,13 +264,12 @@ class AttentionMse:
     """
 
     loss: Literal["attention_mse"]
-    weight: Weight = 1.0
     layer_mapping: LayerMapping = "uniform"
     fit: Literal["scores", "probabilities"] = "scores"
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class RelationKl:
+class RelationKl(Term):
     """KL between the relations among tokens in mapped layers (Wang et al. 2020, 2021, MiniLM).
 
     relations: `query`, `key` and `value` compare vectors with themselves; `query_key` compares
@@ -262,18 +280,16 @@ class RelationKl:
     """
 
     loss: Literal["relation_kl"]
-    weight: Weight = 1.0
     layer_mapping: LayerMapping = "last"
     relations: Relations = ("query", "key", "value")
     relation_heads: Count | None = None
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class MethodTerm:
+class MethodTerm(Term):
     """Base class of a term that a method sets; it is not an option of `objective`."""
 
-    loss: str
-    weight: Weight = 1.0
+    needs_teacher = False
 
     def check(self, student: Shape, teacher: Shape | None, families: Sequence[str]) -> None:
         """Raise a MegakdError if the term cannot work with the models of a stage.
@@ -290,23 +306,15 @@ class MethodTerm:
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class PluginTerm:
+class PluginTerm(Term):
     """Base class for the options of a loss of another package; see docs/plugins.md.
 
     unit: the items that `total` sums over: `examples` (rows), `targets` (labelled rows or
         positions) or `tokens` (valid positions). The sum is divided by the number of these items
         in the whole step.
-    tasks: values of task.type that the loss supports.
-    needs_teacher: whether the loss compares with a teacher.
-    reads_hidden_states: whether the loss reads hidden states.
     """
 
     unit: ClassVar[Unit]
-    tasks: ClassVar[tuple[str, ...]] = ("classification", "regression", "mlm", "causal_lm")
-    needs_teacher: ClassVar[bool] = True
-    reads_hidden_states: ClassVar[bool] = False
-    loss: str
-    weight: Weight = 1.0
 
     def total(self, student: Knowledge, teacher: Knowledge | None, batch: Batch) -> Tensor:
         """Return the sum over the unit in fp32, without `weight`, as a 0-dimensional tensor."""
@@ -349,23 +357,10 @@ ATTENTION_TERMS: tuple[type[AttentionTerm], ...] = get_args(AttentionTerm)
 INTERMEDIATE_TERMS = (*STATE_TERMS, *ATTENTION_TERMS)
 
 
-def compares(term: TermConfig) -> bool:
-    """Return whether a term needs a teacher."""
-    if isinstance(term, PluginTerm):
-        return term.needs_teacher
-    return isinstance(term, (*SOFT_TARGET_DIVERGENCES, SoftTargetMse, *INTERMEDIATE_TERMS))
-
-
-def reads_states(term: TermConfig) -> bool:
-    """Return whether a term reads hidden states of both models."""
-    if isinstance(term, PluginTerm):
-        return term.reads_hidden_states
-    return isinstance(term, STATE_TERMS)
-
-
-def looks_inside(term: TermConfig) -> bool:
+def looks_inside(term: Term) -> bool:
     """Return whether a term needs more than a teacher's outputs."""
-    return isinstance(term, INTERMEDIATE_TERMS) or (compares(term) and reads_states(term))
+    inside = isinstance(term, INTERMEDIATE_TERMS) or term.reads_hidden_states
+    return inside and term.needs_teacher
 
 
 def hard_terms(
@@ -389,7 +384,7 @@ def soft_terms(task: str, weight: float = 1.0) -> tuple[SoftTargetMse | SoftTarg
     return (SoftTargetKl(loss="soft_target_kl", weight=weight),)
 
 
-def source_of(term: TermConfig | MethodTerm) -> Source | None:
+def source_of(term: Term) -> Source | None:
     """Return the source that a term is limited to by `on`; None: all targets."""
     # A loss of another package may have an option `on` of its own.
     if isinstance(term, (HardCrossEntropy, *SOFT_TARGET_DIVERGENCES)):
@@ -397,7 +392,7 @@ def source_of(term: TermConfig | MethodTerm) -> Source | None:
     return None
 
 
-def term_name(term: TermConfig | MethodTerm) -> str:
+def term_name(term: Term) -> str:
     """Return `loss`, or `loss_on_source` for a term that is limited to a source."""
     return on_source(term.loss, source_of(term))
 
@@ -439,56 +434,3 @@ def layer_pairs(term: StateTerm | AttentionTerm, student: Shape, teacher: Shape)
             )
         pairs.append((s, t))
     return tuple(pairs)
-
-
-def check_heads(term: AttentionTerm, student: Shape, teacher: Shape) -> None:
-    """Raise TeacherError if a loss on attention cannot compare the heads of two models."""
-    if isinstance(term, RelationKl):
-        relation_heads(term, student, teacher)
-        return
-    ours = _heads(term, student, "student").queries
-    theirs = _heads(term, teacher, "teacher").queries
-    if ours != theirs:
-        raise TeacherError(
-            f"attention_mse: the teacher has {theirs} attention heads, the student {ours}, and "
-            "attention_mse compares head by head; use relation_kl, which supports different "
-            "numbers of heads"
-        )
-
-
-def relation_heads(term: RelationKl, student: Shape, teacher: Shape) -> int:
-    """Return the number of parts into which the vectors of both models are cut.
-
-    Raises:
-        TeacherError: the number does not divide a width.
-    """
-    ours, theirs = _heads(term, student, "student"), _heads(term, teacher, "teacher")
-    count = term.relation_heads or theirs.queries
-    widths = {
-        f"{model}'s {relation.replace('query_key', 'query')} vectors": _width(relation, heads)
-        for relation in term.relations
-        for model, heads in (("student", ours), ("teacher", theirs))
-    }
-    for vectors, width in widths.items():
-        if width % count:
-            common = math.gcd(*widths.values())
-            fitting = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
-            given = "" if term.relation_heads else " (null: the teacher's attention heads)"
-            raise TeacherError(
-                f"relation_kl.relation_heads {count}{given} does not divide the {vectors}, which "
-                f"are {width} wide; use a number that divides all of the vectors: {fitting}"
-            )
-    return count
-
-
-def _width(relation: Relation, heads: Heads) -> int:
-    return heads.width * (heads.keys if relation in {"key", "value"} else heads.queries)
-
-
-def _heads(term: AttentionTerm, model: Shape, role: str) -> Heads:
-    if model.heads is None:
-        raise TeacherError(
-            f"{term.loss}: megakd does not support the attention of the {role}; remove the term, "
-            f"or use another model as {role}"
-        )
-    return model.heads

@@ -402,16 +402,13 @@ def check_zero(ds: Mapping[str, Any], *, where: str) -> None:
     """Check the keys and values of ZeRO by DeepSpeed's own model, whose import takes seconds."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    fields = DeepSpeedZeroConfig.model_fields.items()
-    known = {name: "" for key, field in fields for name in (key, field.alias) if name}
-    for key in [key for key in ds if key in known]:
-        nested = f'{{"zero_optimization": {{"{key}": …}}}}'
-        raise ConfigError(f'{where}: DeepSpeed ignores "{key}" here; write {nested}')
     try:
         DeepSpeedZeroConfig(**ds.get("zero_optimization", {}))
     except ValidationError as error:
         detail = error.errors(include_url=False)[0]
         key = ".".join(map(str, ("zero_optimization", *detail["loc"])))
+        fields = DeepSpeedZeroConfig.model_fields.items()
+        known = [name for key, field in fields for name in (key, field.alias) if name]
         near = suggestion(detail["loc"][-1], known) if detail["type"] == "extra_forbidden" else ""
         got = json.dumps(detail["input"], default=str)
         raise ConfigError(f"{where}: {key}: {detail['msg']} (got {got}){near}") from None

@@ -6,6 +6,7 @@ A run and a memory plan build the same terms, and need the same outputs of model
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from megakd.contract.terms import (
     INTERMEDIATE_TERMS,
     SOFT_TARGET_DIVERGENCES,
     AttentionMse,
+    AttentionTerm,
     HardCrossEntropy,
     HardMse,
     MethodTerm,
@@ -30,15 +32,11 @@ from megakd.contract.terms import (
     RelationKl,
     SoftTargetMse,
     TermConfig,
-    check_heads,
-    compares,
     hard_terms,
     layer_pairs,
-    reads_states,
-    relation_heads,
     term_name,
 )
-from megakd.contract.views import Shape
+from megakd.contract.views import Heads, Shape
 from megakd.data.splits import Splits
 from megakd.errors import ConfigError, TeacherError, suggestion
 from megakd.losses.layer_terms import (
@@ -169,7 +167,7 @@ def teacher_needs(terms: Sequence[TermConfig], student: Shape, teacher: Shape) -
     """Return the outputs that the terms need from the teacher's forward."""
     needs = Needs()
     for term in terms:
-        if isinstance(term, PluginTerm) and reads_states(term):
+        if isinstance(term, PluginTerm) and term.reads_hidden_states:
             needs = needs.with_hidden(*range(teacher.layers + 1))
         if not isinstance(term, INTERMEDIATE_TERMS):
             continue
@@ -182,7 +180,7 @@ def teacher_needs(terms: Sequence[TermConfig], student: Shape, teacher: Shape) -
 def check_terms(terms: Sequence[TermConfig], student: Shape, teacher: Shape | None) -> None:
     """Check the terms against the shapes of both models, before any model is loaded."""
     for term in terms:
-        if compares(term) and teacher is None:
+        if term.needs_teacher and teacher is None:
             raise ConfigError(
                 f"{term.loss} compares with a teacher, and this stage has no teacher; remove the "
                 "term"
@@ -197,9 +195,58 @@ def check_terms(terms: Sequence[TermConfig], student: Shape, teacher: Shape | No
                     f'["0:0", "{student.layers}:{teacher.layers}"]'
                 )
         if isinstance(term, ATTENTION_TERMS) and teacher is not None:
-            check_heads(term, student, teacher)
+            _check_heads(term, student, teacher)
         if isinstance(term, PluginTerm):
             term.check(student, teacher)
+
+
+def _check_heads(term: AttentionTerm, student: Shape, teacher: Shape) -> None:
+    if isinstance(term, RelationKl):
+        relation_heads(term, student, teacher)
+        return
+    ours = _heads(term, student, "student").queries
+    theirs = _heads(term, teacher, "teacher").queries
+    if ours != theirs:
+        raise TeacherError(
+            f"attention_mse: the teacher has {theirs} attention heads, the student {ours}, and "
+            "attention_mse compares head by head; use relation_kl, which supports different "
+            "numbers of heads"
+        )
+
+
+def relation_heads(term: RelationKl, student: Shape, teacher: Shape) -> int:
+    """Return the number of parts into which the vectors of both models are cut.
+
+    Raises:
+        TeacherError: the number does not divide a width.
+    """
+    ours, theirs = _heads(term, student, "student"), _heads(term, teacher, "teacher")
+    count = term.relation_heads or theirs.queries
+    widths = {
+        f"{model}'s {relation.replace('query_key', 'query')} vectors": heads.width
+        * (heads.keys if relation in {"key", "value"} else heads.queries)
+        for relation in term.relations
+        for model, heads in (("student", ours), ("teacher", theirs))
+    }
+    for vectors, width in widths.items():
+        if width % count:
+            common = math.gcd(*widths.values())
+            fitting = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+            given = "" if term.relation_heads else " (null: the teacher's attention heads)"
+            raise TeacherError(
+                f"relation_kl.relation_heads {count}{given} does not divide the {vectors}, which "
+                f"are {width} wide; use a number that divides all of the vectors: {fitting}"
+            )
+    return count
+
+
+def _heads(term: AttentionTerm, model: Shape, role: str) -> Heads:
+    if model.heads is None:
+        raise TeacherError(
+            f"{term.loss}: megakd does not support the attention of the {role}; remove the term, "
+            f"or use another model as {role}"
+        )
+    return model.heads
 
 
 @dataclass(frozen=True, kw_only=True)

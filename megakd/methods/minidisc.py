@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 from pydantic.dataclasses import dataclass
 
 from megakd.contract.lab import Lab, Model, SortedModel
-from megakd.contract.results import CandidateReport, Metric, MetricJudge
+from megakd.contract.results import Metric, MetricJudge, Row
 from megakd.contract.stage import Pass, Scores, Stage, StageResult, Strategy, Verdict
 from megakd.contract.terms import STRICT, Count
 from megakd.methods.assistants import (
@@ -121,7 +121,7 @@ def trial(
 
 def _rows(
     config: MiniDiscConfig, lab: Lab, stage: Stage, result: StageResult, iteration: int
-) -> Iterator[CandidateReport]:
+) -> Iterator[Row]:
     """Yield the rows of the report for a trial, with scores of the evaluation that decided."""
     metric = lab.metric(config.metric)
     for sparsity in config.sparsities:
@@ -129,7 +129,7 @@ def _rows(
         if name not in stage.views:
             continue
         value = metric.of(result.scores[name])
-        row: CandidateReport = {
+        row: Row = {
             "iteration": iteration,
             "sparsity": sparsity,
             "parameters": lab.pruning.parameters(stage.start, stage.views[name]).parameters,

@@ -23,7 +23,7 @@ from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from megakd.contract.lab import Lab, Model
-from megakd.contract.results import AskedReport
+from megakd.contract.results import Row
 from megakd.contract.stage import Constant, Pass, Stage, StageResult
 from megakd.contract.tasks import LANGUAGE_TASKS, STUDENT, TEACHER
 from megakd.contract.terms import ATTENTION_TERMS, STRICT, Count, TermConfig
@@ -129,7 +129,7 @@ def run(config: ShrinkConfig, lab: Lab) -> StageResult:
     return lab.train(repair(lab, STUDENT, teacher, lab.pruning.cut(start, view, "cut")))
 
 
-def _asked(config: ShrinkConfig) -> AskedReport:
+def _asked(config: ShrinkConfig) -> Row:
     if config.parameters is not None:
         return {"what": "parameters", "value": config.parameters}
     if config.flops is not None:

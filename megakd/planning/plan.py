@@ -193,7 +193,7 @@ class PhasePlan(Ledger):
 
     def _frozen(self, name: str, role: str = TEACHER) -> Engine:
         ready = self._phase.teachers[name]
-        ds = load_ds_config(ready.spec.deepspeed, where=f"{role}.deepspeed")
+        ds = load_ds_config(ready.spec.deepspeed, where="teacher.deepspeed")
         width = TORCH_DTYPE[planned_dtype(ready, self._cluster.device)].itemsize
         ds, run = frozen_on(self._cluster.ranks, ds), self._traces.teachers[name]
         check_whole(ready.source, ds)
@@ -211,7 +211,7 @@ class PhasePlan(Ledger):
         learner = self._engine(
             role,
             run,
-            load_ds_config(stage.deepspeed, where=f"{role}.deepspeed"),
+            load_ds_config(stage.deepspeed, where="student.deepspeed"),
             itemsize=TORCH_DTYPE[training_dtype(train, self._cluster.device)].itemsize,
             learned=run.learned,
             moments=MOMENTS[train.optim],

@@ -436,8 +436,8 @@ class PhaseTraces:
 
     def _mixed(self, stage: Stage, batch: Batch) -> dict[str, Batch]:
         batches, count = {}, 0 if batch.targets is None else len(batch.targets)
-        for role, reading in stage.mixed.items():
-            second = math.ceil(reading.probability * count)
+        for role, probability in stage.mixed.items():
+            second = math.ceil(probability * count)
             sizes = (max(1, count - second), max(1, second))
             with VALUELESS:
                 first, second = (torch.ones(size, dtype=torch.long) for size in sizes)

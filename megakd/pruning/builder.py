@@ -19,6 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from megakd.config.run import RunConfig
 from megakd.config.task import TaskConfig
+from megakd.contract.lab import Pruning
 from megakd.contract.results import ParameterCounts
 from megakd.contract.stage import StageResult
 from megakd.contract.tasks import TEACHER, TaskType
@@ -93,7 +94,7 @@ def unscored(source: ModelSource) -> SortedTeacher:
     return SortedTeacher(source=source, scores=UnitScores(heads, neurons))
 
 
-class Shapes:
+class Shapes(Pruning):
     """Shapes of cut models by their configs, without weights.
 
     classes: the classes of the data, for which a head is made anew; None: those of each config.

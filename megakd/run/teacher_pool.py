@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from megakd.contract.results import ModelReport
+from megakd.contract.results import Row
 from megakd.contract.tasks import AUTO
 from megakd.engine.collectives import doing
 from megakd.engine.memory import forget_models, left_out_of_peak, reset_peak_memory
@@ -42,7 +42,7 @@ class Measured(NamedTuple):
     predicted: see `Scored`.
     """
 
-    report: ModelReport
+    report: Row
     sets: Mapping[str, Mapping[str, float]]
     answers: list[str] | None
     predicted: list[int]
@@ -201,7 +201,7 @@ def measure(assembly: Assembly, model: FrozenTeacher, prompts: Prompts | None) -
     """Return what the report says of a loaded model; a collective."""
     scored = assembly.scorer().scored(model.predict, assembly.prepared.encoded.held_out)
     counts = parameter_counts(named_shapes(model.model))
-    report: ModelReport = {
+    report: Row = {
         "parameters": counts.parameters,
         "encoder_parameters": counts.encoder_parameters,
         "metrics": scored.metrics,

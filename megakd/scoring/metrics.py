@@ -23,7 +23,7 @@ from torch.nn import functional
 from megakd.config.run import EvalConfig
 from megakd.contract.batch import IGNORE
 from megakd.contract.plugins import is_metric, metric_of
-from megakd.contract.results import WHOLE, ClassifierReport, ClassReport, Metric, lower_is_better
+from megakd.contract.results import WHOLE, Metric, Row, lower_is_better
 from megakd.contract.stage import Scores
 from megakd.contract.tasks import LANGUAGE_TASKS, METRICS, ONE_LABEL_METRICS, TaskType
 from megakd.contract.views import Cut
@@ -71,7 +71,7 @@ class TaskMetrics:
             )
         return float(_sklearn(f"{name}_score")(is_so, guessed, zero_division=0))
 
-    def of_classes(self, outputs: Tensor, labels: Tensor) -> ClassifierReport:
+    def of_classes(self, outputs: Tensor, labels: Tensor) -> Row:
         """Return scores by class, confusions and calibration; empty without classes."""
         if not self.label_names:
             return {}
@@ -231,9 +231,7 @@ _METRICS: Mapping[str, Callable[[Numbers, Numbers], float]] = {
 }
 
 
-def classifier_report(
-    predicted: Numbers, truth: Numbers, label_names: Sequence[str]
-) -> ClassifierReport:
+def classifier_report(predicted: Numbers, truth: Numbers, label_names: Sequence[str]) -> Row:
     """Return the scores of [N, C] logits on rows with the class numbers [N]."""
     classes, truths, guesses = len(label_names), truth.astype(np.int64), predicted.argmax(axis=1)
     # Of many classes, a table of all pairs would not fit into memory.
@@ -245,7 +243,7 @@ def classifier_report(
     scores = _sklearn("precision_recall_fscore_support")
     parts = scores(truths, guesses, labels=range(classes), zero_division=0)
     columns = (part.tolist() for part in parts)
-    per_class: list[ClassReport] = [
+    per_class = [
         {"label": label, "precision": precision, "recall": recall, "f1": f1, "rows": int(number)}
         for label, precision, recall, f1, number in zip(label_names, *columns, strict=True)
     ]

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 
 from megakd.contract.batch import IGNORE, Batch, Predictions
-from megakd.contract.results import WHOLE, ClassifierReport
+from megakd.contract.results import WHOLE, Row
 from megakd.contract.tasks import TaskType
 from megakd.data.collation import Collator
 from megakd.data.loader import evaluation_batches
@@ -46,7 +46,7 @@ class Scored(NamedTuple):
     """
 
     metrics: dict[str, float]
-    of_classes: ClassifierReport
+    of_classes: Row
     predicted: list[int]
 
 

@@ -146,7 +146,7 @@ class Assembly:
         """Return the engine of the models that learn in this stage, and the bundle in it."""
         losses = self.losses(stage)
         losses.check()  # before anything is loaded
-        ds = load_ds_config(stage.deepspeed, where=f"{self.config.key_of(stage.role)}.deepspeed")
+        ds = load_ds_config(stage.deepspeed, where="student.deepspeed")
         dtype = training_dtype(stage.train, self.ranks.device.type)
         check_dtype(dtype, self.ranks, "train")
         check_kernels(stage.train.kernels, self.ranks, "train")
@@ -291,6 +291,6 @@ def second_sizes(stage: Stage, *, pieces: int, offset: int) -> dict[str, SecondS
     """
     return {
         role: SecondSize(pieces, offset)
-        for role, reading in stage.mixed.items()
-        if reading.probability > 0
+        for role, probability in stage.mixed.items()
+        if probability > 0
     }

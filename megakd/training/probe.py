@@ -21,7 +21,7 @@ BEGINNING = "beginning"
 
 @dataclass(frozen=True)
 class StageProbe:
-    """A `HeldOutProbe`: the loss on held-out rows, and the initial student.
+    """The loss on held-out rows, and the initial student; every method is a collective.
 
     folder: stores the initial state of the student.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,10 @@ from typing import Any
 from megakd.config.deepspeed import load_ds_config, zero_stage
 from megakd.config.run import RunConfig
 from megakd.config.train import inherit
-from megakd.contract.lab import Lab, Pruning
-from megakd.contract.results import MethodRecord
+from megakd.contract.lab import Lab
 from megakd.contract.stage import Stage, StageResult
 from megakd.contract.tasks import FROM_TEACHER, STUDENT, TEACHER
-from megakd.contract.terms import HardCrossEntropy, TermConfig, hard_terms, soft_terms
+from megakd.contract.terms import HardCrossEntropy, TermConfig, hard_terms
 from megakd.inputs.inputs import as_student
 from megakd.inputs.precision import training_dtype
 from megakd.methods import file_of
@@ -83,28 +82,19 @@ def scoring_preset(deepspeed: str | Mapping[str, Any]) -> str:
     return "teacher_zero3" if zero_stage(ds) == 3 else "teacher_zero0"
 
 
-class LabBase(ABC):
-    """The part of a lab that follows from the configs of the run and of its models; see `Lab`."""
+class LabBase(Lab):
+    """The part of a lab that follows from the configs of the run and of its models."""
+
+    config: RunConfig
 
     def __init__(self, config: RunConfig, sources: Mapping[str, ModelSource]) -> None:
-        self.config = config
-        self.results: list[StageResult] = []
-        self.record = MethodRecord()
+        super().__init__(config)
         self._sources = sources
         self._teachers: dict[str, ReadyTeacher] = {}
 
     @abstractmethod
-    def train(self, stage: Stage) -> StageResult: ...
-
-    @abstractmethod
     def _source(self, folder: Path, role: str) -> ModelSource:
         """Return the model that a stage wrote; messages name the config's section of `role`."""
-
-    def hard_terms(self, weight: float = 1.0, *, per_row: bool = False) -> tuple[TermConfig, ...]:
-        return hard_terms(self.config.task.type, weight, per_row=per_row)
-
-    def soft_terms(self, weight: float = 1.0) -> tuple[TermConfig, ...]:
-        return soft_terms(self.config.task.type, weight)
 
     def teacher(self, name: str | None = None) -> str:
         name = name or TEACHER
@@ -136,11 +126,6 @@ class LabBase(ABC):
             return None
         scores = self.pruning.layer_scores(self.teacher(role)) if self.config.ranks_layers else None
         return as_student(self._teachers[self.teacher(role)].source, self.config, scores)
-
-    @property
-    @abstractmethod
-    def pruning(self) -> Pruning:
-        """The tools of methods that cut models."""
 
     def given(self, role: str) -> ModelSource:
         return self._sources[role]

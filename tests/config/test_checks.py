@@ -34,10 +34,10 @@ TASK = [
     ("task.train_files=a", "task.train_files: cannot be combined with task.dataset, which has s"),
     ("task.test_files=[a]", "task.test_files: cannot be combined with task.dataset"),
     (f"{TEXT}; task.mixture={{a: {{files: a, weight: 1}}}}", "task.mixture: cannot be combined wi"),
-    ("task.dataset=null", "task.dataset: missing, and it has no default; set task.dataset or task"),
+    ("task.dataset=null", "task.dataset: missing; set it, task.train_files or task.mixture"),
     (
         "task.dataset=null; task.train_files=a; task.dataset_config=b",
-        'task.dataset_config: "b" has no effect without task.dataset; set',
+        "task.dataset_config: has no effect without task.dataset; set",
     ),
     (
         "task.dataset=glue/sst2; task.text_columns=[a]",
@@ -45,7 +45,7 @@ TASK = [
     ),
     (
         "task.dataset=glue/sst2; task.label_column=a",
-        "task.label_column: not supported with task.dataset glue/sst2, which is read whole",
+        "task.label_column: not supported with task.dataset glue/sst2; remove the key",
     ),
     ("task.data_dir=glue", "gone; name GLUE's files in task.train_files and task.validat"),
     (f"{TEXT}; task.labelled_examples=5", "task.labelled_examples: supported only for classificat"),
@@ -58,16 +58,16 @@ TASK = [
     (f"{TEXT}; task.messages_column=a; task.prompt_column=b", "with task.messages_column, which h"),
     (f"{TEXT}; task.completion_column=a", "task.prompt_column: missing, and task.completion_col"),
     (f"{TEXT}; task.chat_template=no.jinja", "task.chat_template: the file no.jinja does not exis"),
-    (f"{NO_SET}; task.mixture={{}}", "or name several sources in task.mixture"),
+    (f"{NO_SET}; task.mixture={{}}", "set it, task.train_files or task.mixture"),
     (f"{NO_SET}; task.train_files=a; {MIXTURE}", "task.mixture: cannot be combined w"),
     (f"{NO_SET}; task.mixture={{a: {{weight: 1}}}}", "task.mixture.a.files: must be set, or datas"),
     (
         f"{NO_SET}; task.mixture={{a: {{files: a, dataset: b, weight: 1}}}}",
-        "task.mixture.a.files: must be set, or dataset for a data set of the Hub, and not both",
+        "task.mixture.a.files: must be set, or dataset, and not both",
     ),
     (
         f"{NO_SET}; task.mixture={{a: {{files: a, split: b, weight: 1}}}}",
-        'task.mixture.a.split: "b" has no effect without task.mixture.a.dataset; set',
+        "task.mixture.a.split: has no effect without task.mixture.a.dataset; set",
     ),
     ("task.dataset=a/b; task.splits={test: test}", "task.splits: names no split for train; name"),
     (
@@ -78,55 +78,64 @@ TASK = [
     (f"{NO_SET}; task.streaming=true; train.max_steps=3; {MIXTURE}", "with task.strea"),
 ]
 STREAMS = [
-    ("train.max_steps=null", "train.max_steps: missing, and task.streaming is true: a stream has"),
-    ("teacher.finetune.num_train_epochs=2", "teacher.finetune.max_steps: missing, and task.stream"),
-    ("baselines=[alone]; alone={num_train_epochs: 2}", "alone.max_steps: missing, and task.stream"),
-    ("task.validation_files=null", "no share of it can be held out; set task.validation_files, or"),
+    ("train.max_steps=null", "train.max_steps: missing, and a stream (task.streaming) has no end"),
+    ("teacher.finetune.num_train_epochs=2", "teacher.finetune.max_steps: missing, and a stream (t"),
+    (
+        "baselines=[alone]; alone={num_train_epochs: 2}",
+        "alone.max_steps: missing, and a stream (ta",
+    ),
+    ("task.validation_files=null", "no share of a stream can be held out; set task.validation_fil"),
     ("task={type: mlm, streaming: true, dataset: glue/sst2}", "task.streaming: not supported wit"),
-    ("task.tokenizer={type: bpe}", "task.tokenizer: a bpe cannot be trained on a stream"),
+    ("task.tokenizer={type: bpe}", "task.tokenizer: cannot be trained on a stream; set"),
     ("task.type=causal_lm; teacher.cache=c", "teacher.cache: cannot be combined with task.streami"),
 ]
 ROUTES = [
-    ("task.teacher_column=t", 'task.teacher_column: method "single" does not support it; set m'),
-    (f"{NO_SET}; {A}}}", 'task.mixture.a.teacher: method "single" does not sup'),
-    (ROUTED, "task.teacher_column: missing, and every training"),
+    ("task.teacher_column=t", "task.teacher_column: not supported by method single; remove it"),
+    (f"{NO_SET}; {A}}}", "task.mixture.a.teacher: not supported by method singl"),
+    (ROUTED, "task.teacher_column: missing, and every row names"),
     (
         f"{ROUTED}; task.dataset=null; {A}, b: {{files: b, weight: 1}}}}",
-        "task.mixture.b.teacher: missing, and every training row has to name its teacher",
+        "task.mixture.b.teacher: missing, and every row names its teacher; set it",
     ),
     (
         f"{ROUTED}; task.dataset=null; {A}}}; task.teacher_column=t",
-        "task.teacher_column: is not read, because every source of task.mixture names its teacher",
+        "task.teacher_column: is not read, because every source names its teacher",
     ),
     (
         f"{ROUTED}; task.teacher_column=t; task.dataset=glue/sst2",
         "task.teacher_column: not supported wi",
     ),
-    (f"{ROUTED}; task.teacher_column=t; eval.losses=true", "eval.losses: compares held-out rows w"),
+    (f"{ROUTED}; task.teacher_column=t; eval.losses=true", "eval.losses: only training rows name "),
 ]
 MODELS = [
-    ("teacher=null", 'teacher: missing, and method "single" needs a teacher; set teacher.model'),
+    ("teacher=null", "teacher: missing, and method single needs one; set teacher.model"),
     ("method.name=finetune; objective=null", 'teacher: method "finetune" learns only from the lab'),
-    ("teachers=[{name: a, model: m}]; method.teacher=a", "teachers: teacher is set too; move that"),
-    ("teacher.cache_draws=4; task.type=causal_lm", "teacher.cache_draws: 4 has no effect without "),
-    ("student.model=from_teacher", 'student.model: "from_teacher" needs a method that cuts the te'),
-    ("student.layers=[2, 2]", "student.layers: a layer is listed twice in [2, 2]; list every laye"),
+    (
+        "teachers=[{name: a, model: m}]; method.teacher=a",
+        "teachers: teacher is set too; move it into",
+    ),
+    ("teacher.cache_draws=4; task.type=causal_lm", "teacher.cache_draws: has no effect without "),
+    ("student.model=from_teacher", 'student.model: "from_teacher": set student.layers, or m'),
+    ("student.layers=[2, 2]", "student.layers: 2 is listed twice; list it once"),
     ("student.teacher=a", 'student.teacher: applies only to student.model "from_teacher"; remove'),
     (
         "student.deepspeed=zero22",
         'student.deepspeed: unknown preset "zero22"; did you mean "zero2"? known: auto, teac',
     ),
-    ("teacher.deepspeed=zero2", "teacher.deepspeed: ZeRO stage 2 shards gradients and optimizer s"),
+    (
+        "teacher.deepspeed=zero2",
+        "teacher.deepspeed: zero2.json: ZeRO stage 2 shards gradients and ",
+    ),
     (
         "teacher.finetune.deepspeed={gradient_clipping: 1}",
         'teacher.finetune.deepspeed sets "gradient_clipping", which megakd takes from '
         "teacher.finetune.max_grad_norm",
     ),
-    ("eval.losses=true; teacher.cache=c", "teacher.cache: holds answers to training rows, and eva"),
+    ("eval.losses=true; teacher.cache=c", "teacher.cache: has no answers for eval.losses; set it"),
     (f"task.type=mlm; {KL}; teacher.cache=c", "teacher.cache: task.type mlm masks other tokens in"),
-    ("method={name: knowledge_selection}; teacher.cache=c", "a cache holds only outputs; remove t"),
+    ("method={name: knowledge_selection}; teacher.cache=c", "needs more than outputs; set it to"),
     ("student.model={config: {a: 1}}; student.layers=2", "student.layers: a model with random wei"),
-    ("student.layers={keep: 2, by: importance}", "student.layers.by: importance is measured in th"),
+    ("student.layers={keep: 2, by: importance}", "student.layers.by: importance is measured in a "),
     (
         f"{POOL}; method.teacher=a; student={{model: from_teacher, layers: 2}}",
         "set student.teacher",
@@ -135,18 +144,21 @@ MODELS = [
 SERVED_TEACHERS = [
     (f"{SERVED}; teacher.cache=kept", "teacher.server: cannot be combined with teacher.cache, whi"),
     (f"{SERVED}; teacher.finetune={{max_steps: 3}}", "teacher.server: cannot be combined with te"),
-    (f"{SERVED}; student.model=from_teacher; {CUT}", 'teacher.server: method "minid'),
+    (
+        f"{SERVED}; student.model=from_teacher; {CUT}",
+        "teacher.server: not supported by method minidisc",
+    ),
     (f"{SERVED}; rollout={{max_new_tokens: 4, by: teacher}}", "rollout.by: teacher is not loaded"),
-    (f"{SERVED}; teacher.model={{config: {{model_type: llama}}}}", "which no server can serve; se"),
+    (f"{SERVED}; teacher.model={{config: {{model_type: llama}}}}", "no server can serve Scratch"),
     (f"{SERVED}; task={{type: mlm, dataset: rows}}", "teacher.server: supported only for causal_l"),
-    (f"{SERVED}; objective.0.temperature=2", "soft_target_kl at temperature 2: teacher.server hol"),
-    (f"{SERVED}; objective.0.loss=soft_target_jsd", "suffice for soft_target_kl alone; remove tea"),
-    (f"{SERVED}; objective.0.loss=hidden_mse", "hidden_mse needs more than the outputs of the tea"),
+    (f"{SERVED}; objective.0.temperature=2", "soft_target_kl needs temperature 1, because teacher"),
+    (f"{SERVED}; objective.0.loss=soft_target_jsd", "largest probabilities; use soft_target_kl"),
+    (f"{SERVED}; objective.0.loss=hidden_mse", "hidden_mse needs more than outputs, which teacher"),
 ]
 ADAPTERS = [
-    ("method={name: knowledge_selection}", "student.lora: method "),
-    ("student.model={config: {a: 1}}", "student.lora: adapters belong to a trained model that oth"),
-    ("student.layers=2", "and this one is cut or has random weights; set student.model to such a"),
+    ("method={name: knowledge_selection}", "student.lora: not sup"),
+    ("student.model={config: {a: 1}}", "student.lora: needs a whole trained student.model; remov"),
+    ("student.layers=2", "needs a whole trained student.model; remove student.layers or lora"),
     ("teacher.model=student_base; teacher.dtype=bf16", "teacher.dtype: not supported with teacher"),
     ("teacher.model=student_base; student.lora=null", "without its adapters, and needs student.lo"),
     (
@@ -156,15 +168,17 @@ ADAPTERS = [
 ]
 OBJECTIVE = [
     *(
-        (f"{LONE}; objective=[{{loss: {loss}}}]", f"{loss} compares with a teacher, and method")
+        (
+            f"{LONE}; objective=[{{loss: {loss}}}]",
+            f"{loss} compares with a teacher, and the run has",
+        )
         for loss in ("soft_target_kl", "hidden_cosine", "soft_target_tvd", "embedding_mse")
     ),
     ("objective.1={loss: hard_mse}", "objective[1].loss: hard_mse supports only task.type regress"),
     (f"{TEXT}; objective.0.loss=soft_target_mse", "soft_target_mse supports only task.type regres"),
     (
         f"task={{type: regression, dataset: glue/stsb}}; {KL}",
-        "objective[0].loss: soft_target_kl supports only task.type classification, mlm, causal_lm, "
-        "and task.type is regression",
+        "soft_target_kl supports only task.type classification, mlm, causal_lm, not regression",
     ),
     ("objective.1={loss: hard_cross_entropy}", '"hard_cross_entropy" is listed 2 times; keep one'),
     (f"{TEXT}; objective=[{KL_ON}, {KL_ON}]", '"soft_target_kl" with on: data is listed 2 times'),
@@ -194,20 +208,23 @@ TRAIN = [
     ("train.bf16=true; teacher.finetune.fp16=true", "teacher.finetune: bf16 and fp16 are both tru"),
     ("train.bf16=true; baselines=[alone]; alone={fp16: true}", "alone: bf16 and fp16 are both tru"),
     ("baselines=[alone]; alone={bf16: true, fp16: true}", "alone: bf16 and fp16 are both true, h"),
-    ("teacher.finetune.collective_timeout=5", "holds for the whole run; remove the key, and set t"),
+    (
+        "teacher.finetune.collective_timeout=5",
+        'unknown key; did you mean "train.collective_timeout"?',
+    ),
     (
         "teacher.finetune.packing=false",
-        "packing: holds for the whole run; remove the key",
+        'packing = false: unknown key; did you mean "train.packing"?',
     ),
     ("train.packing=false", "train.packing: supported only for causal_lm, and task.type is cl"),
-    ("train.activation_offload=true", "train.activation_offload: true has no effect without train"),
-    ("train.early_stopping_patience=2", "train.early_stopping_patience: 2 has no effect without e"),
+    ("train.activation_offload=true", "train.activation_offload: has no effect without train"),
+    ("train.early_stopping_patience=2", "train.early_stopping_patience: has no effect without e"),
     ("teacher.finetune={early_stopping_patience: 2}", "teacher.finetune.early_stopping_patience:"),
     ("alone={max_steps: 3}", "alone: baselines does not list alone; add baselines: [alone]"),
-    ("baselines=[alone, alone]", 'baselines: "alone" is listed 2 times'),
+    ("baselines=[alone, alone]", "baselines: alone is listed twice"),
     ("baselines=[allone]", 'has no baseline "allone"; did you mean "alone"? (known: alone, tfidf)'),
     ("baselines=[direct]", 'has no baseline "direct" (known: alone, tfidf)'),
-    ("eval.keep_best=true", "eval.keep_best: true has no effect without eval.eval_st"),
+    ("eval.keep_best=true", "eval.keep_best: has no effect without eval.eval_st"),
     ("eval.latency.tokens=512", 'eval.latency: must be true or false (got {"tokens": 512}); its k'),
     ("eval.metric=f1_makro", 'task.type classification has no metric "f1_makro"; did you mean "f1'),
     ("eval.metrics=[accuracy, pearson]", "eval.metrics[1]: task.type classification has no metric"),
@@ -217,12 +234,12 @@ BUDGET = [
     ("train.tokens_per_rank=63", "train.tokens_per_rank: 63 is less than task.max_length 64"),
     (
         "train.packing=false",
-        "train.tokens_per_rank: packs several rows into one, and train.pack",
+        "train.tokens_per_rank: packs rows, and train.packing is false; re",
     ),
     ("task.type=mlm", "train.tokens_per_rank: supported only for causal_lm, and task.type is mlm"),
     ("teacher.cache=c", "teacher.cache: cannot be combined with train.tokens_per_rank, which pack"),
-    ("objective=[{loss: hidden_mse, positions: first}]", "hidden_mse is averaged over rows, and"),
-    ("objective=[{loss: relation_fsp}]", "relation_fsp is averaged over rows, and train.tokens_p"),
+    ("objective=[{loss: hidden_mse, positions: first}]", "hidden_mse is averaged over rows; rem"),
+    ("objective=[{loss: relation_fsp}]", "relation_fsp is averaged over rows; remove the term or"),
     ("task.streaming=true; train.max_steps=3", "train.tokens_per_rank: cannot be combined with t"),
     ("teacher.finetune={max_steps: 3, tokens_per_rank: 32}", "32 is less than task.max_length 64"),
     ("task.max_length=512; teacher.finetune={max_steps: 3}", "is less than task.max_length 512"),
@@ -240,12 +257,12 @@ ROLLOUT = [
         f"{HARD[:-2]}, on: rollouts}}]",
         "objective[1].on: rollouts, so that hard_cross_entropy would take texts that the student",
     ),
-    ("from_step: 3", HARD, "(rollout.by: student) as labels; set the key to"),
+    ("from_step: 3", HARD, "texts that the student writes as labels; set on"),
     ("by: mentor", "seed=1", 'rollout.by: there is no teacher "mentor"'),
     (
         "by: student",
         "eval.generation={max_new_tokens: 4, answer: '(a)'}",
-        'eval.generation.answer: "(',
+        "eval.generation.answer: has",
     ),
     ("by: student", "teacher.cache=c", "teacher.cache: cannot be combined with rollout, whose te"),
     ("by: a", f"{POOL}; method.teacher=b", "rollout.by: a is not loaded, because method.teacher"),
@@ -254,21 +271,21 @@ ROLLOUT = [
         "teacher.model=student_base; student.lora={}",
         "teacher is the student without",
     ),
-    ("by: student", f"student.model=from_teacher; {CUT}", 'rollout: method "minidisc" do'),
+    ("by: student", f"student.model=from_teacher; {CUT}", "rollout: not supported by met"),
     ("by: student", "task.streaming=true; train.max_steps=3", "rollout: cannot be combined with t"),
     (
         f"server: {{{URL}, {PUSH}}}",
         "student={model: {config: {model_type: llama}}}",
-        "rollout.server.model: missing, and the config names no model",
+        "rollout.server.model: missing, and the config names none",
     ),
     ("by: student", "task={type: mlm, dataset: rows}", "rollout: supported only for causal_lm, an"),
 ]
 # The section `rollout.server`, further keys of `rollout`, and a part of the message.
 SERVER = [
-    ("push: adapter, folder: w", "", "push: adapter pushes the adapters of the studen"),
+    ("push: adapter, folder: w", "", "rollout.server.push: adapter needs student.lora"),
     ("push: full", "", "rollout.server.folder: missing with push: full"),
     ("push: none, folder: w", "", "rollout.server.folder: is not used with push: no"),
-    ("push: full, folder: w", ", by: teacher", "rollout.by is teacher, whose weights"),
+    ("push: full, folder: w", ", by: teacher", "rollout.by is teacher, which does not"),
 ]
 # Values that a key cannot have.
 VALUES = [
@@ -317,7 +334,7 @@ VALUES = [
             "'http://a:99999'": "must be of the form http://host:port",
             "'http://a..b:1'": "must be of the form http://host:port",
             "'http://a:1/\u00e4'": "must be of the form http://host:port",
-            "'http://a:1', 'http://a:1/'": "must name each replica once (got http://a:1 more",
+            "'http://a:1', 'http://a:1/'": "http://a:1 is listed twice; list it once",
         }.items()
     ),
 ]

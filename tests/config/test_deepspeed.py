@@ -11,7 +11,6 @@ import pytest
 
 from megakd.config import deepspeed as ds_config
 from megakd.config.deepspeed import (
-    check_frozen_stage,
     frozen_ds_config,
     frozen_on,
     load_ds_config,
@@ -68,7 +67,7 @@ def training(ds: Any, *, dtype: Any = "fp32") -> dict[str, Any]:
 @pytest.mark.parametrize(("name", "stage"), PRESETS.items())
 def test_deepspeed_accepts_a_preset_with_the_stage_and_the_offload_of_its_name(name, stage):
     config = pytest.importorskip("deepspeed.runtime.zero.config")
-    ds = load_ds_config(name, where=TEACHER)
+    ds = load_ds_config(name, where=TEACHER if name == NODE else WHERE)
 
     zero = config.DeepSpeedZeroConfig(**ds["zero_optimization"])
 
@@ -77,9 +76,9 @@ def test_deepspeed_accepts_a_preset_with_the_stage_and_the_offload_of_its_name(n
     assert zero.overlap_comm == (stage == 3)
     offloads = {k: v["device"] for k, v in ds["zero_optimization"].items() if "offload_" in k}
     assert offloads == dict.fromkeys(OFFLOADED.get(name, ()), "cpu")
-    refused = pytest.raises(ConfigError, match=rf"^{TEACHER}: ZeRO stage {stage} ")
+    refused = pytest.raises(ConfigError, match=rf"^{TEACHER}: {name}.json: ZeRO stage {stage} ")
     with nullcontext() if stage in (0, 3) else refused:
-        check_frozen_stage(ds, where=TEACHER)
+        load_ds_config(name, where=TEACHER)
 
 
 def test_the_presets_are_those_that_are_documented():
@@ -117,7 +116,7 @@ def test_a_path_that_does_not_exist_is_named(spec):
     ("content", "message"),
     [
         (b'{"a": 1,}', "mine.json is not JSON in UTF-8: "),
-        (b'{"zero_optimization": {"stage": 1, "stage": 2}}', 'contains the key "stage" twice'),
+        (b'{"zero_optimization": {"stage": 1, "stage": 2}}', "a key occurs twice in a mapping"),
         (
             b'{"a": "\xff"}',
             "is not JSON in UTF-8: 'utf-8' codec can't decode byte 0xff",
@@ -186,15 +185,13 @@ def test_knobs_left_to_the_trainer_are_left_out():
     [
         (
             {"zero_optimization.stage": 2},
-            'DeepSpeed ignores the dotted key "zero_optimization.stage"; write '
-            '{"zero_optimization": {"stage": …}}',
+            'unknown key "zero_optimization.stage"; did you mean "zero',
         ),
         (zero(**{"offload_param.x": 1}), "zero_optimization.offload_param.x: Extra inputs are no"),
         ({"zero_optimisation": {}}, 'unknown key "zero_optimisation"; did you mean "zero_optimiz'),
         ({"gradient_cliping": 1}, 'unknown key "gradient_cliping"; did you mean "gradient_clipp'),
-        ({"wall_clock_breakdown": "auto"}, 'wall_clock_breakdown cannot be "auto"'),
-        ({"gradient_allreduce_op": "sum"}, 'gradient_allreduce_op cannot be "sum", because losses'),
-        (zero(stage=2, cpu_offload=True), "cpu_offload cannot be true, which DeepSpeed has replac"),
+        ({"gradient_allreduce_op": "sum"}, 'unknown key "gradient_allreduce_op"; known: megakd ze'),
+        (zero(stage=2, cpu_offload=True), "cpu_offload cannot be true, which a run could not"),
         ({"zero_optimization": True}, "zero_optimization must be a mapping (got true)"),
         ({"data_types": None}, "data_types must be a mapping (got null)"),
         (zero(stage=4), "stage must be 0, 1, 2 or 3 (got 4)"),
@@ -214,27 +211,26 @@ def test_knobs_left_to_the_trainer_are_left_out():
         (zero(stage=3, offload_param={"device": "disk"}), 'must be "none" or "cpu" (got "disk")'),
         (zero(stage=3, offload_optimizer={"device": "nvme"}), '(got "nvme"); NVMe has never been'),
         (zero(stage=2, offload_optimizer={"super_offload": True}), "super_offload cannot be true"),
-        (zero(stage=3, zero_hpz_partition_size=8), "zero_hpz_partition_size cannot be 8, because"),
+        (zero(stage=3, zero_hpz_partition_size=8), "zero_hpz_partition_size cannot be 8, which a"),
         (zero(stage=2, zenflow={"topk_ratio": 0.1}), 'zenflow cannot be {"topk_ratio": 0.1}'),
-        (zero(stage=2, elastic_checkpoint=True), "elastic_checkpoint cannot be true, because"),
+        (zero(stage=2, elastic_checkpoint=True), "elastic_checkpoint cannot be true, which a"),
         (zero(stage=2, load_from_fp32_weights=False), "load_from_fp32_weights cannot be false"),
         (zero(stage=1, overlap_comm=True), "true can give wrong gradients at ZeRO stage 1"),
-        ({"checkpoint": {"load_universal": True}}, 'checkpoint cannot be {"load_universal": true}'),
-        ({"checkpoint": {"writer": {"type": "fast"}}}, "a run could not continue from a checkpoin"),
+        ({"checkpoint": {"load_universal": True}}, 'unknown key "checkpoint"; known: megak'),
         (
             zero(stage=3, offload_param={"devise": "cpu"}),
             "zero_optimization.offload_param.devise: Extra inputs are not permitted ",
         ),
         (
             zero(stage=3, offload_param="cpu"),
-            'offload_param must be a number, a mapping, true or false (got "cpu")',
+            'offload_param must be a mapping (got "cpu")',
         ),
         ({"megakd": True}, "megakd must be a mapping (got true)"),
         ({"megakd": {"shard_in_node": True}}, "megakd has the one key shard_within_node, true or"),
-        ({"stage": 3}, 'DeepSpeed ignores "stage" here; write {"zero_optimization": {"stage": …}}'),
+        ({"stage": 3}, 'unknown key "stage"; known: megakd zero_optimization activation_checkpoi'),
         ({"megkd": {}}, 'unknown key "megkd"; did you mean "megakd"?'),
         (within("yes"), 'true or false (got {"shard_within_node": "yes"})'),
-        (within(value=True, stage=0), "needs ZeRO stage 3, which shards the weights, and the st"),
+        (within(value=True, stage=0), "shard_within_node: true needs ZeRO stage 3, not 0; set z"),
     ],
 )
 def test_what_deepspeed_would_ignore_or_refuse_later_is_refused(spec, message):
@@ -352,10 +348,8 @@ def test_deepspeed_gets_no_key_of_megakd():
 
 @pytest.mark.parametrize("where", ["student.deepspeed", "teacher.finetune.deepspeed"])
 def test_a_model_that_learns_cannot_be_sharded_within_nodes(run_file, where):
-    message = f"{where}: megakd.shard_within_node works only for a frozen model"
+    message = f"{where}: {NODE}.json: megakd.shard_within_node works only for a frozen model"
 
     with pytest.raises(ConfigError, match=message):
         load_config(run_file, [f"{where}={NODE}"])
-    with pytest.raises(ConfigError, match="works only for a frozen model"):
-        training(within(value=True))
     assert load_config(run_file, [f"teacher.deepspeed={NODE}"])

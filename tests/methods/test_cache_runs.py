@@ -145,18 +145,18 @@ def of(loss: str, *, teacher: dict[str, Any] | None = None, **options: float) ->
 # By message: the kind of rows, and the sections of the config.
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "some/cache.json does not exist; create the cache first": ("classes", {}),
-    "hidden_mse needs more than the outputs of the teacher": ("classes", of("hidden_mse")),
+    "hidden_mse needs more than outputs, which teacher.cache holds": ("classes", of("hidden_mse")),
     "teacher.cache holds only the outputs of the teacher": ("classes", INSIDE),
-    "needs all probabilities of the teacher": ("language", of("soft_target_reverse_kl")),
-    "holds only the largest probabilities, at temperature 1": (
+    "needs all probabilities, and teacher.cache": ("language", of("soft_target_reverse_kl")),
+    "temperature 1, because teacher.cache holds the largest probabilities": (
         "language",
         of("soft_target_kl", temperature=2.0),
     ),
-    "and teacher.cache holds only random draws, which suffice": (
+    "needs all probabilities, and teacher.cache holds random draws": (
         "language",
         of("soft_target_jsd", teacher=DRAWS),
     ),
-    "at temperature 2: teacher.cache holds only random draws, at temperature 1": (
+    "needs temperature 1, because teacher.cache holds random draws": (
         "language",
         of("soft_target_kl", teacher=DRAWS, temperature=2.0),
     ),

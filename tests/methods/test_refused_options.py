@@ -69,8 +69,8 @@ REFUSED = {
         ("method.sparsities=[0.9, 0.5]", "in increasing order"),
         ("method.target_sparsity=0.77", "0.77 is not among method.sparsities (0.5, "),
         ("baselines=[single]", '"minidisc" has no baseline "single" (known: alone, dir'),
-        ("student.model=bert-base", 'method "minidisc" cuts the student out'),
-        ("student.layers=2", 'student.layers: method "minidisc" cuts the student out'),
+        ("student.model=bert-base", "method minidisc cuts its teacher"),
+        ("student.layers=2", "student.layers: method minidisc chooses"),
         ("objective=[{loss: attention_mse}]", "attention_mse compares attention head"),
         (
             f"{STREAM}; task.max_eval_examples=5; method.importance_split=train",
@@ -111,14 +111,14 @@ REFUSED = {
         ("teachers=[{name: math, model: a}]", "math is the only teacher"),
         ("teachers.0.finetune={}", "teachers[0].finetune: reads all training rows"),
         ("teachers.1.cache=c", "teachers[1].cache: reads all training rows"),
-        (STREAM, "task.streaming: not supported by method routed"),
+        (STREAM, "task.streaming: method routed counts rows"),
     ],
     "shrink": [
         ("method.parameters=null", "exactly one of parameters"),
         ("method.target_sparsity=0.5", "shrink cuts to parameters, flops or speedup"),
         ("method.candidates=6", "gone; shrink keeps the fewest layers, remove the key"),
         ("objective=[{loss: relation_kl}]", "attention cannot be compared"),
-        ("student.model=bert-base", 'method "shrink" cuts the student out'),
+        ("student.model=bert-base", "method shrink cuts its teacher"),
         ("method.flops=0.5", "set exactly one of parameters"),
         *(
             (f"method.parameters={size}", "method.parameters")
@@ -130,7 +130,7 @@ REFUSED = {
         ("method.target_width=null", "(got None) and target_sparsity (got None)"),
         ("method.pruning_start=6", "6 is not after method.pruning_start 6"),
         ("method.pruning_end=9", "pruning_end: 9 is after the end of the run"),
-        ("student.layers=1", 'student.layers: method "homodistil" cuts'),
+        ("student.layers=1", "student.layers: method homodistil chooses"),
         ("objective=[{loss: hidden_mse}]", "set projection: identity in the term"),
         ("objective=[{loss: relation_kl}]", "their width falls during the run"),
         ("objective=[{loss: hidden_cosine}]", "hidden_mse with projection: identity"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megakd.contract.results import CandidateReport, Report
+from megakd.contract.results import Report, Row
 from megakd.reports.card import CardFacts
 
 TRADEOFF = 0.2
@@ -84,7 +84,7 @@ def report_of(**changes: Any) -> Report:
     return report | {key.replace("__", "."): value for key, value in changes.items()}
 
 
-def candidates() -> list[CandidateReport]:
+def candidates() -> list[Row]:
     """Two iterations of candidates, one of each chosen."""
     return [
         {

@@ -18,7 +18,6 @@ from megakd.contract.batch import (
     TopK,
     count_units,
 )
-from megakd.contract.terms import compares
 from megakd.contract.views import Shape
 from megakd.losses.bundle import unit_scales
 from megakd.losses.objective import Objective, build_objective
@@ -84,7 +83,7 @@ def result(
     counts = count_units([batch], objective.counters) if counts is None else counts
     reading = LossInputs(
         student=student,
-        teacher=(taught or answered) if any(map(compares, terms)) else None,
+        teacher=(taught or answered) if any(term.needs_teacher for term in terms) else None,
         batch=batch,
         weights=objective.weights,
         per_unit=unit_scales(counts, 1).weights,

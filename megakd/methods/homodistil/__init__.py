@@ -28,7 +28,7 @@ from pydantic.dataclasses import dataclass
 
 from megakd.contract.lab import Lab
 from megakd.contract.options import OneTeacherOptions
-from megakd.contract.results import PruningReport
+from megakd.contract.results import Row
 from megakd.contract.stage import Constant, Pass, Stage, StageResult, Window
 from megakd.contract.tasks import LANGUAGE_TASKS, STUDENT
 from megakd.contract.terms import (
@@ -251,7 +251,7 @@ def random_start(config: HomoDistilConfig, lab: Lab, student: StageResult) -> St
 BASELINES = {"random": random_start}
 
 
-def _read(path: str) -> list[PruningReport]:
+def _read(path: str) -> list[Row]:
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 

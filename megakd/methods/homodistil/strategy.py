@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megakd.contract.results import WHOLE, Metric, PruningReport
+from megakd.contract.results import WHOLE, Metric, Row
 from megakd.contract.stage import Pass, Scores, StepReport, Strategy, Verdict, Window
 from megakd.contract.views import Axis, Columns, Cut, Kind, Maker, UnitOrder, View
 from megakd.engine.collectives import agree, all_reduce_
@@ -65,7 +65,7 @@ class PruningStrategy(Strategy):
         self.window, self.size = window, size
         self.cut = Cut(None, None)
         self._averages: dict[str, Tensor] = {}  # [n] fp32, this rank's elements of each weight
-        self._rows: list[PruningReport] = []
+        self._rows: list[Row] = []
         self._kept: Chosen | None = None  # before the window begins
         self._scores: Tensor | None = None  # of the last step, if units are removed after it
         self._student: Any = None

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megakd.contract.batch import LossInputs, first_positions
-from megakd.contract.lab import HeldOutProbe
 from megakd.contract.stage import Pass, Strategy
 from megakd.engine.collectives import agree, all_reduce_
 from megakd.errors import TeacherError
 from megakd.methods.knowledge_selection import KnowledgeSelectionConfig
 from megakd.storage.folders import check_given
+from megakd.training.probe import StageProbe
 
 SELECTOR = "selector.safetensors"
 NOISE = 0.2
@@ -264,7 +264,7 @@ class Selecting(Strategy):
         teacher: str,
         selector: Selector,
         config: KnowledgeSelectionConfig,
-        probe: HeldOutProbe | None,
+        probe: StageProbe | None,
         *,
         seed: int,
         whole_texts: bool = False,

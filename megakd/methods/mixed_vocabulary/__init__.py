@@ -24,7 +24,6 @@ from megakd.contract.lab import Lab
 from megakd.contract.options import OneTeacherOptions, StudentVocabulary
 from megakd.contract.stage import (
     Constant,
-    MixedReading,
     Pass,
     Stage,
     StageResult,
@@ -206,7 +205,7 @@ def run(config: MixedVocabularyConfig, lab: Lab) -> StageResult:
         learners={STUDENT: 1.0, teacher: factor},
         objective=(*lab.hard_terms(), *projections),
         strategy=Constant((Pass(), Pass(learner=teacher, weights=without))),
-        mixed={teacher: MixedReading(config.p)},
+        mixed={teacher: config.p},
     )
     return lab.train(stage)
 
@@ -225,7 +224,7 @@ def patient_kd(config: MixedVocabularyConfig, lab: Lab, student: StageResult) ->
         teachers=(teacher,),
         objective=(*lab.hard_terms(), patient),
         strategy=Constant((Pass(teacher=teacher),)),
-        mixed={teacher: MixedReading(0.0)},
+        mixed={teacher: 0.0},
     )
 
 

@@ -309,8 +309,8 @@ class BothVocabularies(StageExtra):
         pair, task = assembly.prepared.pair, assembly.config.task
         encoded = self._parts.of_model.prepared.encoded._replace(train=assembly.method_rows.rows)
         others = {
-            role: MixedText(pair, task, probability=reading.probability)
-            for role, reading in stage.mixed.items()
+            role: MixedText(pair, task, probability=probability)
+            for role, probability in stage.mixed.items()
             if pair is not None
         }
         return row_batches(self._parts, encoded, others)
