@@ -136,7 +136,7 @@ def facts_of(folder: Path) -> str:
     splits = load_splits(corpus, seed=0, cache_dir=folder / "cache")
     trained = [
         train_tokenizer(lambda: SENTENCES * 5, kind=kind, vocab_size=400, for_encoder=True)
-        for kind in ("wordpiece", "bpe", "unigram")
+        for kind in ("wordpiece", "bpe")
     ]
     facts = [tokenizer_content(tokenizer), rows_key(rows), splits.content_hash]
     facts.append(str(RowOrder(np.arange(50), StepShape(5, 1), seed=3)(13).tolist()))

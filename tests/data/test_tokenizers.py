@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 from types import SimpleNamespace
 
 import pytest
@@ -23,7 +22,7 @@ SENTENCES = [
     "Letters, students and teachers: 42 naïve words.",
     "A student writes to another student.",
 ]
-KINDS = ["wordpiece", "bpe", "unigram"]
+KINDS = ["wordpiece", "bpe"]
 
 
 def recipe(kind, size=400):
@@ -120,7 +119,7 @@ def test_without_any_tokenizer_one_is_trained_to_fit_the_task(load, folder, task
 def test_the_first_model_that_has_a_tokenizer_gives_it(load, folder, tmp_path):
     teacher, student = tmp_path / "teacher", tmp_path / "student"
     load(recipe("wordpiece", 320)).save_pretrained(teacher)
-    load(recipe("unigram", 310)).save_pretrained(student)
+    load(recipe("bpe", 310)).save_pretrained(student)
 
     tokenizer = load(folders=[folder, teacher, student])
 
@@ -132,10 +131,8 @@ def test_the_first_model_that_has_a_tokenizer_gives_it(load, folder, tmp_path):
     ("config", "task", "kind"),
     [
         (BertConfig(), "classification", "wordpiece"),
-        (RobertaConfig(), "classification", "unigram"),
         (RobertaConfig(), "classification", "bpe"),
         (LlamaConfig(), "causal_lm", "bpe"),
-        (LlamaConfig(), "causal_lm", "unigram"),
     ],
     ids=lambda value: value if isinstance(value, str) else value.model_type,
 )
@@ -223,13 +220,6 @@ def test_a_broken_tokenizer_file_is_named_and_not_passed_over(load, folder, cont
             load(spec, folders=folders)
 
 
-def test_text_too_varied_for_the_vocabulary_is_an_error(load):
-    varied = [" ".join(chr(0x4E00 + n) for n in range(600))]
-
-    with pytest.raises(DataError, match=r"a unigram tokenizer of .* cannot be trained"):
-        load(recipe("unigram", 300), texts=varied)
-
-
 def test_a_wordpiece_of_varied_text_keeps_to_its_size(load):
     varied = ["".join(chr(0x400 + n) for n in range(200)), *SENTENCES]
 
@@ -260,10 +250,8 @@ def test_published_vocabularies_are_read(load, shared_data, name, size, ids):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_very_long_word_is_trained_on_in_pieces_and_the_log_says_so(kind, monkeypatch, caplog):
+def test_a_very_long_word_is_trained_on_in_pieces(kind, monkeypatch):
     monkeypatch.setattr(vocabularies, "LONGEST_WORD", 6)
-    monkeypatch.setattr(vocabularies, "_LONG_RUN", re.compile(r"\S{7,}"))
-    monkeypatch.setattr(vocabularies, "_SENTENCE_BYTES", 60)
     texts = [*["a dog runs", "the cat eats"] * 20, *["abcdefghijklmnop" * 20] * 3]
 
     tokenizer = vocabularies.train_tokenizer(
@@ -272,16 +260,14 @@ def test_a_very_long_word_is_trained_on_in_pieces_and_the_log_says_so(kind, monk
 
     learned = {token.strip("#Ġ▁") for token in tokenizer.get_vocab() if token[0] not in "[<"}
     assert 4 <= max(map(len, learned)) <= 6
-    assert "3 word(s) of more than 6 characters, the longest of 320 (abcdefghij" in caplog.text
 
 
-def write_sentencepiece(path, kind="unigram", **options):
+def write_sentencepiece(path, **options):
     """Train a SentencePiece model, and return it as SentencePiece reads it."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(SENTENCES * 20),
         model_writer=model,
-        model_type=kind,
         vocab_size=60,
         hard_vocab_limit=False,
         num_threads=1,
