@@ -6,8 +6,7 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
@@ -96,72 +95,83 @@ def encode_splits(
     time, but it is cheaper to let one rank run first. Without `with_train`, `train` is empty.
     Without `packed`, every text of causal_lm has rows of its own.
     """
-    train = splits.train if splits.stream is None and with_train else None
-    named = {"train": train, "validation": splits.validation, "test": splits.test}
-    present = {name: rows for name, rows in named.items() if rows is not None}
-    encode = partial(
-        encode_rows, tokenizer=tokenizer, task=task, cache_dir=cache_dir, packed=packed
-    )
-    made, key = encode(present, content_hash=splits.content_hash)
-    chat = counts_of(cache_dir, key)
-    counted = made.get("train", made["validation"])
-    ids = counted.data.column("input_ids")
     texts = splits.stream
-    stream = None if texts is None else StreamedRows(texts, tokenizer, task, packed)
-    made.setdefault("train", made["validation"].select([]))
-    sets: Mapping[str, Dataset] = {}
+    rows = {"validation": splits.validation}
+    if with_train and texts is None:
+        rows = {"train": splits.train} | rows
+    if splits.test is not None:
+        rows["test"] = splits.test
+    parts = [(rows, splits.content_hash, "")]
     if splits.evaluation_sets:
-        sets, sets_key = encode(splits.evaluation_sets, content_hash=splits.sets_hash)
-        scored = counts_of(cache_dir, sets_key)
-        chat |= {f"{SETS}/{name}": tally for name, tally in scored.items()}
+        parts.append(({**splits.evaluation_sets}, splits.sets_hash, f"{SETS}/"))
+    chat, encoded, keys = CountsByName(), list[dict[str, Dataset]](), list[str]()
+    for named, content_hash, prefix in parts:
+        check_room_for_text(splits.validation, tokenizer, task)
+        key = encoded_key(named, tokenizer, task, content_hash=content_hash, packed=packed)
+        made, counts = encode_rows(named, key, tokenizer, task, cache_dir=cache_dir, packed=packed)
+        for name, split in named.items():
+            special_tokens(tokenizer).say(split, name=name)
+        if counts:
+            say_chat(made, counts, tokenizer)
+        chat |= {f"{prefix}{name}": tally for name, tally in counts.items()}
+        encoded.append(made)
+        keys.append(key)
+    made, sets = encoded[0], encoded[1:]
+    counted = made.get("train", made["validation"])
     return Encoded(
-        train=made["train"],
+        train=made.get("train", counted.select([])),
         validation=made["validation"],
         test=made.get("test"),
-        content_hash=key,
-        tokens_per_row=sum(len(chunk.flatten()) for chunk in ids.chunks) / len(counted),
-        evaluation_sets=sets,
-        stream=stream,
+        content_hash=keys[0],
+        tokens_per_row=sum(len(c.flatten()) for c in counted.data.column("input_ids").chunks)
+        / len(counted),
+        evaluation_sets=sets[0] if sets else {},
+        stream=None if texts is None else StreamedRows(texts, tokenizer, task, packed),
         chat=chat or None,
     )
 
 
 def encode_rows(
     rows: Mapping[str, Dataset],
+    key: str,
     tokenizer: PreTrainedTokenizerBase,
     task: TaskConfig,
     *,
-    content_hash: str,
     cache_dir: Path,
     packed: bool = True,
-) -> tuple[dict[str, Dataset], str]:
-    """Encode rows by name like `encode_splits`, and return the encoded rows and their key."""
-    check_room_for_text(next(iter(rows.values())), tokenizer, task)
-    key = encoded_key(rows, tokenizer, task, content_hash=content_hash, packed=packed)
+) -> tuple[dict[str, Dataset], CountsByName]:
+    """Return encoded rows by name, memory-mapped, and the numbers of conversations.
+
+    The rows are encoded if `key` (see `encoded_key`) has no folder; otherwise no encoder is built.
+    """
     counts: CountsByName = {}
 
     def encoded(name: str) -> Iterator[pa.Table]:
-        # A generator, because rows that are in the cache need no encoder.
         if is_chat(rows[name]):
             encoder = ChatEncoder(tokenizer, task, bad=BadRows(task.bad_rows))
             yield from tables_of_conversations(rows[name], encoder, name=name, counts=counts)
         else:
             yield from tables_of_texts(rows[name], tokenizer, task, packed=packed)
 
-    def empty(name: str) -> DataError:
-        mine = {one: part for one, part in counts.items() if one.partition("/")[0] == name}
-        return no_tokens(rows[name], task, split=name, counts=mine)
+    def build(folder: Path) -> None:
+        logger.info("encoding the rows of %s", ", ".join(rows))
+        for name in rows:
+            if not write_tables(folder / f"{name}.arrow", encoded(name)):
+                raise no_tokens(rows[name], task, split=name, counts=counts)
+        if counts:
+            write_json(folder / COUNTS, {name: vars(tally) for name, tally in counts.items()})
 
-    tables = {name: encoded(name) for name in rows}
-    made = cached_tables(tables, key, cache_dir=cache_dir, empty=empty, counts=counts)
-    for name, split in rows.items():
-        special_tokens(tokenizer).say(split, name=name)
-    if counts := counts_of(cache_dir, key):
-        say_chat(made, counts, tokenizer)
-    return made, key
+    folder = whole_folder(cache_dir / "encoded" / key, build)
+    made = {name: read_rows(folder / f"{name}.arrow") for name in rows}
+    if not (folder / COUNTS).is_file():
+        return made, {}
+    records = json.loads((folder / COUNTS).read_text(encoding="utf-8"))
+    return made, {name: ChatCounts.from_record(tally) for name, tally in records.items()}
 
 
-def no_tokens(rows: Dataset, task: TaskConfig, *, split: str, counts: CountsByName) -> DataError:
+def no_tokens(
+    rows: Dataset, task: TaskConfig, *, split: str, counts: CountsByName | None = None
+) -> DataError:
     """Return the error of rows that have no tokens, or whose conversations are all left out."""
     if not is_chat(rows):
         return DataError(
@@ -169,46 +179,13 @@ def no_tokens(rows: Dataset, task: TaskConfig, *, split: str, counts: CountsByNa
             "names the text and that the text is not blank"
         )
     total = ChatCounts()
-    for part in counts.values():
-        total.add(part)
+    for name, part in (counts or {}).items():
+        if name.partition("/")[0] == split:
+            total.add(part)
     return DataError(
         f"the {split} split has no conversation that can be learned from (task.max_length is "
         f"{task.row_length}): {total.reasons}; raise task.max_length, or check the answers"
     )
-
-
-def cached_tables(
-    tables: Mapping[str, Iterable[pa.Table]],
-    key: str,
-    *,
-    cache_dir: Path,
-    empty: Callable[[str], DataError],
-    counts: Mapping[str, ChatCounts] = MappingProxyType({}),
-) -> dict[str, Dataset]:
-    """Return encoded rows by name, memory-mapped; `tables` are read if the key has no folder.
-
-    `empty` returns the error of rows without a table.
-    """
-
-    def build(folder: Path) -> None:
-        logger.info("encoding the rows of %s", ", ".join(tables))
-        for name, made in tables.items():
-            if not write_tables(folder / f"{name}.arrow", made):
-                raise empty(name)
-        if counts:
-            write_json(folder / COUNTS, {name: vars(tally) for name, tally in counts.items()})
-
-    folder = whole_folder(cache_dir / "encoded" / key, build)
-    return {name: read_rows(folder / f"{name}.arrow") for name in tables}
-
-
-def counts_of(cache_dir: Path, key: str) -> CountsByName:
-    """Return the numbers of encoded conversations; empty for other rows."""
-    path = cache_dir / "encoded" / key / COUNTS
-    if not path.is_file():
-        return {}
-    records = json.loads(path.read_text(encoding="utf-8"))
-    return {name: ChatCounts.from_record(tally) for name, tally in records.items()}
 
 
 def tokens_key(rows: Dataset) -> str:
@@ -245,7 +222,7 @@ def encoded_key(
     packed: bool = True,
 ) -> str:
     """Return a hash of everything that the encoded rows depend on; see `encode_rows`."""
-    parts = {
+    parts: dict[str, object] = {
         "version": VERSION,
         "content": content_hash,
         "rows": {name: rows_key(split) for name, split in rows.items()},
@@ -254,19 +231,11 @@ def encoded_key(
         "type": task.type,
     }
     if any(map(is_chat, rows.values())):
-        chat = {
-            "version": CHAT_VERSION,
-            "template": tokenizer.chat_template,
-            "options": task.chat_template_kwargs,
-            "reasoning": task.reasoning,
-            "train_on": task.train_on,
-            "truncation": task.truncation,
-            "bad_rows": task.bad_rows,
-        }
+        of_task = ("train_on", "reasoning", "truncation", "bad_rows")
+        chat = {"version": CHAT_VERSION, "template": tokenizer.chat_template}
+        chat |= {"options": task.chat_template_kwargs} | {k: getattr(task, k) for k in of_task}
         parts["chat"] = key_of(chat)
-    if not packed:
-        parts["packed"] = False
-    return key_of(parts)
+    return key_of(parts if packed else parts | {"packed": False})
 
 
 def save_tokenizer(
@@ -349,11 +318,11 @@ def mixed(encoded: Encoded, sources: Mapping[str, MixtureSource], *, seed: int) 
     sizes = np.array([part.kept for part in parts.values()])
     weights = [source.weight for source in sources.values()]
     counts = rows_of_sources(sizes, np.array(weights))
-    chosen, first = list[NDArray[np.int64]](), 0
-    for number, name in enumerate(sources):
+    chosen: list[NDArray[np.int64]] = []
+    # The rows of a source follow each other.
+    for number, (name, end) in enumerate(zip(sources, np.cumsum(sizes), strict=True)):
         size, count = int(sizes[number]), int(counts[number])
-        places = np.arange(first, first + size)  # the rows of a source follow each other
-        first += size
+        places = np.arange(end - size, end)
         random = np.random.default_rng([seed, number])
         chosen += [np.tile(places, count // size), random.permutation(places)[: count % size]]
         logger.log(

@@ -17,8 +17,8 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from megakd.config.task import MixtureSource, TaskConfig
-from megakd.data.arrow import SplitName, Table, remembered_of_rows
-from megakd.data.readers import ROWS_PER_READ, by_split, typed_table
+from megakd.data.arrow import SPLIT_ALIASES, SplitName, Table, remembered_of_rows
+from megakd.data.readers import ROWS_PER_READ, typed_table
 from megakd.data.rows import Corpus, rows_of_tables
 from megakd.errors import ConfigError, DataError, first_line, suggestion
 
@@ -55,7 +55,14 @@ def hub_source(source: MixtureSource) -> Table:
 
 def splits_of(names: list[str], label: str) -> dict[SplitName, str]:
     """Return the name of every split among the names that a Hub data set has."""
-    splits = by_split(names, f"the Hub data set {label}")
+    splits: dict[SplitName, str] = {}
+    for name in names:
+        split = SPLIT_ALIASES.get(name.lower())
+        if split is not None and splits.setdefault(split, name) != name:
+            raise DataError(
+                f"the Hub data set {label}: {splits[split]!r} and {name!r} are names of the same "
+                f"split ({split}); name the one to use in task.splits"
+            )
     if "train" not in splits:
         raise DataError(
             f"the Hub data set {label} has no split named 'train'; its splits are "

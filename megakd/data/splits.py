@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -22,7 +21,6 @@ from megakd.data.rows import (
     Corpus,
     RowKind,
     TextStream,
-    row_teacher,
     rows_of,
     scored_rows,
     without_teachers,
@@ -174,8 +172,7 @@ def mixture_rows(task: TaskConfig, *, cache_dir: Path) -> Corpus:
             tables[key] = hub_source(sources[name])
     kinds = {key: RowKind.of(task, table, as_chat=True) for key, table in tables.items()}
     for key, name in names.items():
-        teacher = row_teacher(tables[key], task.teacher_column, sources[name].teacher)
-        kinds[key] = replace(kinds[key], teacher=teacher)
+        kinds[key] = kinds[key].taught(tables[key], task.teacher_column, sources[name].teacher)
     rows = {
         key: rows_of(table, kinds[key], task, cache_dir=cache_dir, source=names.get(key))
         for key, table in tables.items()

@@ -119,7 +119,7 @@ def expected(scene: Scene, tmp_path: Path, texts: Sequence[str]) -> Counter[tupl
     """The rows that the same texts have without streaming."""
     rows = Dataset.from_dict({"text": list(texts)})
     made, _ = encode_rows(
-        {"train": rows}, scene.rows.tokenizer, scene.task, content_hash="x", cache_dir=tmp_path
+        {"train": rows}, "x", scene.rows.tokenizer, scene.task, cache_dir=tmp_path
     )
     return Counter(map(tuple, made["train"]["input_ids"]))
 

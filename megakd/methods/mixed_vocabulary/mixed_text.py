@@ -28,9 +28,16 @@ from typing_extensions import override
 
 from megakd.config.task import TaskConfig
 from megakd.contract.batch import Batch, BatchSource
-from megakd.data.arrow import TEXTS_AT_ONCE, arrow_batches, key_of, rows_key
+from megakd.data.arrow import (
+    TEXTS_AT_ONCE,
+    arrow_batches,
+    key_of,
+    read_rows,
+    rows_key,
+    write_tables,
+)
 from megakd.data.collation import Collator, Columns, columns_of
-from megakd.data.encoding import cached_tables, no_tokens, tokenizer_content
+from megakd.data.encoding import no_tokens, tokenizer_content
 from megakd.data.masking import row_keys, task_masking, uniform
 from megakd.data.token_tables import (
     check_room_for_text,
@@ -45,6 +52,7 @@ from megakd.methods.mixed_vocabulary.shared_words import (
     SharedWords,
     WordCutter,
 )
+from megakd.storage.folders import whole_folder
 from megakd.training.stage_batches import StageExtra, StageParts, row_batches
 
 if TYPE_CHECKING:
@@ -216,13 +224,14 @@ def encode_mixed(
     student, teacher = map(_Frame.of, pair)
     room = task.row_length - max(student.size, teacher.size)
     shape = _RowShape(room, student)
-    made = cached_tables(
-        {"train": tables_of_lists(_rows(rows, cutter, shape), _COLUMNS)},
-        key,
-        cache_dir=cache_dir,
-        empty=lambda name: no_tokens(rows, task, split=name, counts={}),
-    )
-    return made["train"], key
+
+    def build(folder: Path) -> None:
+        tables = tables_of_lists(_rows(rows, cutter, shape), _COLUMNS)
+        if not write_tables(folder / "train.arrow", tables):
+            raise no_tokens(rows, task, split="train")
+
+    folder = whole_folder(cache_dir / "encoded" / key, build)
+    return read_rows(folder / "train.arrow"), key
 
 
 class _RowShape(NamedTuple):
