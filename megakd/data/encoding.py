@@ -6,13 +6,12 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 import numpy as np
-import pyarrow as pa
 from datasets import Dataset
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
@@ -35,7 +34,7 @@ from megakd.storage.folders import files_of, whole_folder
 
 logger = logging.getLogger(__name__)
 ROWS_AT_ONCE = 10_000
-COUNTS = "counts.json"
+ROWS, COUNTS = "rows.arrow", "counts.json"
 MANY_TIMES = 10
 """A source that an epoch reads more often than this is worth a warning."""
 NOT_EXPORTED = ("is_local", "local_files_only")
@@ -43,7 +42,7 @@ NOT_EXPORTED = ("is_local", "local_files_only")
 READ_ALIKE = ("BertTokenizer", "RobertaTokenizer", "GPT2Tokenizer", "Qwen2Tokenizer")
 """Classes that transformers 4 has, and that leave there what tokenizer.json says."""
 # Part of every key: increase this number when the encoded rows would differ.
-VERSION = 2
+VERSION = 3
 
 
 class Encoded(NamedTuple):
@@ -59,7 +58,7 @@ class Encoded(NamedTuple):
     tokens_per_row: mean number of tokens of a training row, or with a stream of a validation row,
         without padding.
     stream: the training rows with `task.streaming`; `train` is then empty.
-    evaluation_sets: further rows to score, by name; not part of content_hash.
+    evaluation_sets: further rows to score, by name.
     chat: the numbers of the conversations by split, and by `sets/NAME` for the evaluation sets;
         None for other rows.
     """
@@ -67,7 +66,6 @@ class Encoded(NamedTuple):
     train: Dataset
     validation: Dataset
     test: Dataset | None
-    content_hash: str
     tokens_per_row: float
     evaluation_sets: Mapping[str, Dataset] = MappingProxyType({})
     stream: StreamedRows | None = None
@@ -90,83 +88,75 @@ def encode_splits(
 ) -> Encoded:
     """Encode all splits except a stream, or reuse the result of an earlier call with equal content.
 
-    The arrow files are written whole or not at all into a subfolder of `cache_dir` that is named by
-    a content key, with the tokenizer's content in it. Ranks may call this function at the same
-    time, but it is cheaper to let one rank run first. Without `with_train`, `train` is empty.
+    The rows of a split are written whole or not at all into a subfolder of `cache_dir` that is
+    named by a content key, with the tokenizer's content in it. Ranks may call this function at the
+    same time, but it is cheaper to let one rank run first. Without `with_train`, `train` is empty.
     Without `packed`, every text of causal_lm has rows of its own.
     """
-    texts = splits.stream
-    rows = {"validation": splits.validation}
-    if with_train and texts is None:
-        rows = {"train": splits.train} | rows
+    check_room_for_text(splits.validation, tokenizer, task)
+    parts: dict[str, Dataset] = {"validation": splits.validation}
+    if with_train and splits.stream is None:
+        parts = {"train": splits.train, **parts}
     if splits.test is not None:
-        rows["test"] = splits.test
-    parts = [(rows, splits.content_hash, "")]
-    if splits.evaluation_sets:
-        parts.append(({**splits.evaluation_sets}, splits.sets_hash, f"{SETS}/"))
-    chat, encoded, keys = CountsByName(), list[dict[str, Dataset]](), list[str]()
-    for named, content_hash, prefix in parts:
-        check_room_for_text(splits.validation, tokenizer, task)
-        key = encoded_key(named, tokenizer, task, content_hash=content_hash, packed=packed)
-        made, counts = encode_rows(named, key, tokenizer, task, cache_dir=cache_dir, packed=packed)
-        for name, split in named.items():
-            special_tokens(tokenizer).say(split, name=name)
-        if counts:
-            say_chat(made, counts, tokenizer)
-        chat |= {f"{prefix}{name}": tally for name, tally in counts.items()}
-        encoded.append(made)
-        keys.append(key)
-    made, sets = encoded[0], encoded[1:]
+        parts["test"] = splits.test
+    parts |= {f"{SETS}/{name}": rows for name, rows in splits.evaluation_sets.items()}
+    made: dict[str, Dataset] = {}
+    chat: CountsByName = {}
+    for name, rows in parts.items():
+        made[name], counts = encode_rows(
+            rows, tokenizer, task, name=name, cache_dir=cache_dir, packed=packed
+        )
+        special_tokens(tokenizer).say(rows, name=name)
+        chat |= counts
+    if chat:
+        say_chat(made, chat, tokenizer)
     counted = made.get("train", made["validation"])
+    ids = counted.data.column("input_ids")
     return Encoded(
         train=made.get("train", counted.select([])),
         validation=made["validation"],
         test=made.get("test"),
-        content_hash=keys[0],
-        tokens_per_row=sum(len(c.flatten()) for c in counted.data.column("input_ids").chunks)
-        / len(counted),
-        evaluation_sets=sets[0] if sets else {},
-        stream=None if texts is None else StreamedRows(texts, tokenizer, task, packed),
+        tokens_per_row=sum(len(chunk.flatten()) for chunk in ids.chunks) / len(counted),
+        evaluation_sets={name: made[f"{SETS}/{name}"] for name in splits.evaluation_sets},
+        stream=splits.stream and StreamedRows(splits.stream, tokenizer, task, packed),
         chat=chat or None,
     )
 
 
 def encode_rows(
-    rows: Mapping[str, Dataset],
-    key: str,
+    rows: Dataset,
     tokenizer: PreTrainedTokenizerBase,
     task: TaskConfig,
     *,
+    name: str,
     cache_dir: Path,
     packed: bool = True,
-) -> tuple[dict[str, Dataset], CountsByName]:
-    """Return encoded rows by name, memory-mapped, and the numbers of conversations.
+) -> tuple[Dataset, CountsByName]:
+    """Return encoded rows, memory-mapped, and the numbers of conversations by `name` and source.
 
-    The rows are encoded if `key` (see `encoded_key`) has no folder; otherwise no encoder is built.
+    Rows in the cache need no encoder.
     """
-    counts: CountsByName = {}
-
-    def encoded(name: str) -> Iterator[pa.Table]:
-        if is_chat(rows[name]):
-            encoder = ChatEncoder(tokenizer, task, bad=BadRows(task.bad_rows))
-            yield from tables_of_conversations(rows[name], encoder, name=name, counts=counts)
-        else:
-            yield from tables_of_texts(rows[name], tokenizer, task, packed=packed)
 
     def build(folder: Path) -> None:
-        logger.info("encoding the rows of %s", ", ".join(rows))
-        for name in rows:
-            if not write_tables(folder / f"{name}.arrow", encoded(name)):
-                raise no_tokens(rows[name], task, split=name, counts=counts)
-        if counts:
-            write_json(folder / COUNTS, {name: vars(tally) for name, tally in counts.items()})
+        logger.info("encoding the rows of %s", name)
+        counts: CountsByName = {}
+        if is_chat(rows):
+            encoder = ChatEncoder(tokenizer, task, bad=BadRows(task.bad_rows))
+            tables = tables_of_conversations(rows, encoder, counts=counts)
+        else:
+            tables = tables_of_texts(rows, tokenizer, task, packed=packed)
+        if not write_tables(folder / ROWS, tables):
+            raise no_tokens(rows, task, split=name, counts=counts)
+        write_json(folder / COUNTS, {source: vars(tally) for source, tally in counts.items()})
 
+    key = encoded_key(rows, tokenizer, task, packed=packed)
     folder = whole_folder(cache_dir / "encoded" / key, build)
-    made = {name: read_rows(folder / f"{name}.arrow") for name in rows}
-    if not (folder / COUNTS).is_file():
-        return made, {}
     records = json.loads((folder / COUNTS).read_text(encoding="utf-8"))
-    return made, {name: ChatCounts.from_record(tally) for name, tally in records.items()}
+    counts = {
+        f"{name}/{source}" if source else name: ChatCounts.from_record(tally)
+        for source, tally in records.items()
+    }
+    return read_rows(folder / ROWS), counts
 
 
 def no_tokens(
@@ -179,9 +169,8 @@ def no_tokens(
             "names the text and that the text is not blank"
         )
     total = ChatCounts()
-    for name, part in (counts or {}).items():
-        if name.partition("/")[0] == split:
-            total.add(part)
+    for part in (counts or {}).values():
+        total.add(part)
     return DataError(
         f"the {split} split has no conversation that can be learned from (task.max_length is "
         f"{task.row_length}): {total.reasons}; raise task.max_length, or check the answers"
@@ -214,28 +203,23 @@ def labelled_only(rows: Dataset) -> Dataset:
 
 
 def encoded_key(
-    rows: Mapping[str, Dataset],
-    tokenizer: PreTrainedTokenizerBase,
-    task: TaskConfig,
-    *,
-    content_hash: str,
-    packed: bool = True,
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: TaskConfig, *, packed: bool = True
 ) -> str:
     """Return a hash of everything that the encoded rows depend on; see `encode_rows`."""
     parts: dict[str, object] = {
         "version": VERSION,
-        "content": content_hash,
-        "rows": {name: rows_key(split) for name, split in rows.items()},
+        "rows": rows_key(rows),
         "tokenizer": tokenizer_content(tokenizer),
         "max_length": task.row_length,
         "type": task.type,
+        "packed": packed,
     }
-    if any(map(is_chat, rows.values())):
+    if is_chat(rows):
         of_task = ("train_on", "reasoning", "truncation", "bad_rows")
         chat = {"version": CHAT_VERSION, "template": tokenizer.chat_template}
         chat |= {"options": task.chat_template_kwargs} | {k: getattr(task, k) for k in of_task}
-        parts["chat"] = key_of(chat)
-    return key_of(parts if packed else parts | {"packed": False})
+        parts["chat"] = chat
+    return key_of(parts)
 
 
 def save_tokenizer(
@@ -316,8 +300,7 @@ def mixed(encoded: Encoded, sources: Mapping[str, MixtureSource], *, seed: int) 
                 "task.validation_files, or give the source more rows"
             )
     sizes = np.array([part.kept for part in parts.values()])
-    weights = [source.weight for source in sources.values()]
-    counts = rows_of_sources(sizes, np.array(weights))
+    counts = rows_of_sources(sizes, np.array([source.weight for source in sources.values()]))
     chosen: list[NDArray[np.int64]] = []
     # The rows of a source follow each other.
     for number, (name, end) in enumerate(zip(sources, np.cumsum(sizes), strict=True)):
@@ -335,7 +318,6 @@ def mixed(encoded: Encoded, sources: Mapping[str, MixtureSource], *, seed: int) 
     return encoded._replace(
         train=encoded.train.select(np.sort(np.concatenate(chosen))),
         tokens_per_row=float((tokens / sizes * counts).sum() / counts.sum()),
-        content_hash=key_of(encoded.content_hash, "mixed", weights, seed),
     )
 
 

@@ -218,9 +218,7 @@ def _tables(rows: StreamedRows, texts: Dataset) -> Iterator[pa.Table]:
     if not is_chat(texts):
         return tables_of_texts(texts, tokenizer, task, packed=packed)
     encoder = ChatEncoder(tokenizer, task, bad=stream.bad)
-    return tables_of_conversations(
-        texts, encoder, name=stream.name, counts={}, beside_training=True
-    )
+    return tables_of_conversations(texts, encoder, counts={}, beside_training=True)
 
 
 class StreamLoader(BatchSource):

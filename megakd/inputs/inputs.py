@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from megakd.config.models import KeptLayers, StudentConfig, TeacherConfig
@@ -28,7 +29,6 @@ from megakd.data.tokenizers import VocabularyPair, has_tokenizer_files, load_tok
 from megakd.engine.collectives import gather, main_first, node_name
 from megakd.errors import ConfigError, DataError, MegakdError, TeacherError
 from megakd.inputs.run_data import (
-    MethodRows,
     cache_folder,
     encoded_rows,
     method_rows,
@@ -103,7 +103,7 @@ class RunInputs(UnencodedInputs):
     config: RunConfig
     encoded: Encoded
     teacher_encoded: Encoded | None = None
-    method_rows: MethodRows | None = None
+    method_rows: Dataset | None = None
 
     def of(self, role: str) -> RunInputs:
         """Return the inputs with the tokenizer of a role, and with the data for this tokenizer."""

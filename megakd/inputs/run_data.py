@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import accumulate, takewhile
-from typing import NamedTuple, TypeVar, cast
+from typing import TypeVar, cast
 
 import numpy as np
 from datasets import Dataset
@@ -17,7 +17,7 @@ from megakd.config.run import RunConfig
 from megakd.config.task import MOST_TOKENS, TaskConfig
 from megakd.data.arrow import cache_folder, longest_of
 from megakd.data.chat.conversations import is_chat
-from megakd.data.encoding import Encoded, encode_rows, encode_splits, encoded_key, mixed
+from megakd.data.encoding import Encoded, encode_rows, encode_splits, mixed
 from megakd.data.loader import lengths_of_rows, prompt_lengths
 from megakd.data.splits import Splits, load_splits
 from megakd.data.tokenizers import VocabularyPair
@@ -34,13 +34,6 @@ LEAST_PACKED = 1024
 """Short documents need no short rows: rows are packed, and short rows would cut many of them."""
 MOST_ROWS, MOST_CHARACTERS = 10_000, 20_000_000
 """Rows and characters that are measured at most, so that the cost does not grow with the data."""
-
-
-class MethodRows(NamedTuple):
-    """Training rows that a method makes, and their key."""
-
-    rows: Dataset
-    key: str
 
 
 def splits_of(config: RunConfig) -> Splits:
@@ -81,15 +74,10 @@ def once(config: RunConfig, action: Callable[[], T]) -> T:
     return once_per_node(action, place=str(cache_folder()))
 
 
-def method_rows(
-    config: RunConfig, splits: Splits, pair: VocabularyPair | None
-) -> MethodRows | None:
+def method_rows(config: RunConfig, splits: Splits, pair: VocabularyPair | None) -> Dataset | None:
     """Return the training rows that the method makes, if any; a collective."""
-    if pair is None:
-        return None
     cache = cache_folder()
-    made = once(config, lambda: config.method.rows(config, splits, pair, cache_dir=cache))
-    return None if made is None else MethodRows(*made)
+    return pair and once(config, lambda: config.method.rows(config, splits, pair, cache_dir=cache))
 
 
 def with_packing(
@@ -199,11 +187,12 @@ def _lengths(
     count = 1 + sum(1 for _ in takewhile(lambda size: size < MOST_CHARACTERS, sizes))
     sample = sample.select(range(min(count, len(sample))))
     whole = replace(task, max_length=MOST_TOKENS, truncation="keep_start")
-    key, cache = encoded_key({"rows": sample}, tokenizer, whole, content_hash=""), cache_folder()
-    made, _ = encode_rows({"rows": sample}, key, tokenizer, whole, cache_dir=cache, packed=False)
-    tokens = lengths_of_rows(made["rows"])
+    made, _ = encode_rows(
+        sample, tokenizer, whole, name="a sample", cache_dir=cache_folder(), packed=False
+    )
+    tokens = lengths_of_rows(made)
     if not is_chat(rows):
         return tokens, np.zeros_like(tokens), len(sample)
-    prompts = prompt_lengths(made["rows"])
+    prompts = prompt_lengths(made)
     # Documents beside conversations are cut anywhere.
     return tokens[prompts > 0], prompts[prompts > 0], len(sample)

@@ -53,7 +53,7 @@ def start(folder: Path, **keys: Any) -> tuple[list[str], str]:
     task = TaskConfig(max_length=32, **keys)
     splits = load_splits(task, seed=1, cache_dir=folder / "cache")
     encoded = encode_splits(splits, chat_tokenizer("chatml"), task, cache_dir=folder / "cache")
-    return splits.train["text"][:], encoded.content_hash
+    return splits.train["text"][:], encoded.train.cache_files[0]["filename"]
 
 
 @pytest.mark.parametrize(("kind", "given"), [("classification", TEXTS), ("causal_lm", CHATS)])

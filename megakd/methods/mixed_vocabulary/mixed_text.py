@@ -197,15 +197,13 @@ def _in_rows(
 
 
 def encode_mixed(
-    rows: Dataset, pair: VocabularyPair, task: TaskConfig, *, content_hash: str, cache_dir: Path
-) -> tuple[Dataset, str]:
+    rows: Dataset, pair: VocabularyPair, task: TaskConfig, *, cache_dir: Path
+) -> Dataset:
     """Encode training texts in both vocabularies, or reuse the result of an earlier call.
 
     A row is a window of whole words of one text. Every mix of the vocabularies fits in
-    `task.max_length`. Words that alone do not fit in a row are left out with a warning.
-
-    Returns:
-        The encoded rows, memory-mapped, and the key, which contains the content of the tokenizers.
+    `task.max_length`. Words that alone do not fit in a row are left out with a warning. The encoded
+    rows are memory-mapped.
     """
     for role, tokenizer in zip(pair._fields, pair, strict=True):
         check_room_for_text(rows, tokenizer, task)
@@ -214,7 +212,6 @@ def encode_mixed(
     key = key_of(
         {
             "mixed version": VERSION,
-            "content": content_hash,
             "rows": rows_key(rows),
             "student": tokenizer_content(pair.student),
             "teacher": tokenizer_content(pair.teacher),
@@ -231,7 +228,7 @@ def encode_mixed(
             raise no_tokens(rows, task, split="train")
 
     folder = whole_folder(cache_dir / "encoded" / key, build)
-    return read_rows(folder / "train.arrow"), key
+    return read_rows(folder / "train.arrow")
 
 
 class _RowShape(NamedTuple):
@@ -316,7 +313,7 @@ class BothVocabularies(StageExtra):
     def source(self) -> BatchSource:
         stage, assembly = self._parts.stage, self._parts.assembly
         pair, task = assembly.prepared.pair, assembly.config.task
-        encoded = self._parts.of_model.prepared.encoded._replace(train=assembly.method_rows.rows)
+        encoded = self._parts.of_model.prepared.encoded._replace(train=assembly.method_rows)
         others = {
             role: MixedText(pair, task, probability=reading.probability)
             for role, reading in stage.mixed.items()
