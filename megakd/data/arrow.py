@@ -70,8 +70,8 @@ def remembered_of(path: Path, compute: Callable[[], T], *parts: object) -> T:
 
 def write_rows(rows: Iterable[Row], features: Features, path: Path) -> None:
     """Write rows as a stream into an Arrow file that `read_rows` can read."""
-    schema, batches = features.arrow_schema, _batches(rows, tuple(features))
-    write_tables(path, (cast("Any", pa).Table.from_pydict(one, schema) for one in batches))
+    table, schema = cast("Any", pa).Table, features.arrow_schema  # pyarrow carries no types
+    write_tables(path, (table.from_pylist(batch, schema) for batch in _batches(rows)))
 
 
 def write_tables(path: Path, tables: Iterable[pa.Table]) -> bool:
@@ -91,17 +91,16 @@ def read_rows(path: Path) -> Dataset:
     return Dataset.from_file(str(path))
 
 
-def _batches(rows: Iterable[Row], columns: tuple[str, ...]) -> Iterator[dict[str, list[object]]]:
+def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
     pending: list[Row] = []
     characters = 0
     for row in rows:
         pending.append(row)
         characters += sum(len(value) for value in row.values() if isinstance(value, str))
         if len(pending) == ROWS_PER_BATCH or characters > CHARACTERS_PER_BATCH:
-            yield {name: [row[name] for row in pending] for name in columns}
+            yield pending
             pending, characters = [], 0
-    # An empty last batch gives an empty file its columns.
-    yield {name: [row[name] for row in pending] for name in columns}
+    yield pending  # an empty last batch gives an empty file its columns
 
 
 def arrow_batches(rows: Dataset, size: int) -> Iterator[pa.Table]:

@@ -33,12 +33,11 @@ def hub_rows(
         if task.splits is None:
             loaded = cast("Mapping[str, Dataset]", load())
             splits = splits_of([*loaded], label)
-            parts = {split: loaded[key] for split, key in splits.items()}
         else:
             splits = task.splits
-            parts = {split: cast("Dataset", load(split=key)) for split, key in splits.items()}
-    tables: dict[SplitName, Table] = {
-        split: _table(f"{name} ({key})", parts[split]) for split, key in splits.items()
+            loaded = {key: cast("Dataset", load(split=key)) for key in splits.values()}
+    tables: dict[str, Table] = {
+        split: _table(f"{name} ({key})", loaded[key]) for split, key in splits.items()
     }
     return rows_of_tables(tables, task, name=name, cache_dir=cache_dir, metrics=metrics)
 
@@ -76,10 +75,8 @@ def hub_errors(name: str, configuration: str | None) -> Iterator[str]:
     """Convert errors about a Hub data set into a DataError; give the name for messages."""
     label = f"{name} ({configuration})" if configuration else name
     advice = (
-        "to train without the Hub, name local files in task.train_files and task.validation_files"
-        if name == HUB_NAME
-        else f"task.dataset may also be glue/<task>, or a local file or folder, but {name!r} does "
-        "not exist on this machine"
+        "task.dataset may also be glue/<task>, or a local file or folder (which does not exist "
+        "here); local files are named in task.train_files and task.validation_files"
     )
     try:
         yield label
@@ -97,9 +94,8 @@ def hub_errors(name: str, configuration: str | None) -> Iterator[str]:
             raise
         raise DataError(
             f"the Hub data set {label} is a script, which `datasets` does not run "
-            f"({first_line(error)}); use a version of the data set in parquet files (such as its "
-            "branch refs/convert/parquet), or download the rows as local files and set "
-            "task.train_files"
+            f"({first_line(error)}); use its version in parquet files (such as the branch "
+            "refs/convert/parquet in task.revision), or local files"
         ) from error
 
 

@@ -13,10 +13,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
-from datasets import Dataset, Features, IterableDataset, Value
+from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
 from megakd.config.task import TaskConfig
@@ -122,11 +122,11 @@ class RowKind:
         """Return the kind of another split of texts; a test split may be without labels."""
         for column in self.fields.text:
             require(table, column, "task.text_columns")
-        label = self.label
+        kind, label = replace(self, teacher=None), self.label
         if label is None or (split == "test" and label not in table.columns):
-            return replace(self, fields=Fields(self.fields.text, None))
+            return replace(kind, fields=Fields(self.fields.text, None))
         require(table, label, "task.label_column")
-        return self
+        return kind
 
     def taught(self, table: Table, column: str | None, name: str | None = None) -> RowKind:
         """Return the kind with teachers from a column, or with the teacher `name`, if any."""
@@ -287,38 +287,51 @@ class Corpus:
 
 
 def rows_of_tables(
-    tables: Mapping[SplitName, Table],
+    tables: Mapping[str, Table],
     task: TaskConfig,
     *,
     name: str,
     cache_dir: Path,
     metrics: tuple[str, ...] | None = None,
 ) -> Corpus:
-    """Return the rows of every split, in Arrow files."""
-    tables = {split: tables[split] for split in SPLIT_NAMES if split in tables}
-    kinds: dict[SplitName, RowKind]
-    if any(chat_columns(table, task) for table in tables.values()):
-        kinds = {split: RowKind.of(task, table, as_chat=True) for split, table in tables.items()}
-    else:
-        train = RowKind.of(task, tables["train"])
-        kinds = {split: train.of_split(table, split) for split, table in tables.items()}
-    # Only training rows have teachers.
-    kinds["train"] = kinds["train"].taught(tables["train"], task.teacher_column)
-    rows: dict[SplitName, Dataset] = {
-        split: rows_of(table, kinds[split], task, cache_dir=cache_dir)
-        for split, table in tables.items()
-    }
-    classes, label = None, kinds["train"].label
+    """Return the rows of every split, in Arrow files.
+
+    `tables` are named by their split, and the sources of a mixture `train/SOURCE`. Documents
+    beside conversations, and all of a mixture, become conversations without a prompt.
+    """
+    order = [key for split in SPLIT_NAMES for key in tables if key.partition("/")[0] == split]
+    as_chat = task.mixture is not None or any(chat_columns(t, task) for t in tables.values())
+    kinds: dict[str, RowKind] = {}
+    rows: dict[str, Dataset] = {}
+    for key in order:
+        split, _, source = key.partition("/")
+        table = tables[key]
+        if split == "train":  # only training rows have teachers
+            teacher = (task.mixture or {})[source].teacher if source else None
+            kind = RowKind.of(task, table, as_chat=as_chat)
+            kinds[key] = kind.taught(table, task.teacher_column, teacher)
+        elif as_chat:
+            kinds[key] = RowKind.of(task, table, as_chat=True)
+        else:
+            kinds[key] = kinds["train"].of_split(table, cast("SplitName", split))
+        rows[key] = rows_of(table, kinds[key], task, cache_dir=cache_dir, source=source or None)
+    classes, first = None, order[0]
+    label = kinds[first].label
     if label is not None and task.type == "classification":
-        names = tables["train"].class_names.get(label, ())
-        classes = find_classes(rows["train"], label, names, name=tables["train"].name)
+        names = tables[first].class_names.get(label, ())
+        classes = find_classes(rows[first], label, names, name=tables[first].name)
         rows = {split: numbered(rows[split], classes, task, kinds[split]) for split in rows}
+    train = [rows.pop(key) for key in order if key.startswith("train")]
+    whole = train[0] if len(train) == 1 else concatenate_datasets(train)
+    splits: dict[SplitName, Dataset] = {"train": whole}
+    splits |= cast("dict[SplitName, Dataset]", rows)
+    digests = [(key, tables[key].digest, kinds[key].fields, kinds[key].teacher) for key in order]
     return Corpus(
         name=name,
-        splits=rows,
+        splits=splits,
         classes=classes,
         metrics=metrics or DEFAULT_METRICS[task.type],
-        source_hash=_source_hash(tables, kinds, classes),
+        source_hash=key_of(VERSION, task.type, classes and classes.names, digests),
     )
 
 
@@ -326,22 +339,6 @@ def numbered(rows: Dataset, classes: Classes, task: TaskConfig, kind: RowKind) -
     """Return rows with class numbers as labels."""
     rows = with_numbers(rows, classes, bad=BadRows(task.bad_rows))
     return rows if kind.teacher is not None else rows.remove_columns(PLACE)
-
-
-def _source_hash(
-    tables: Mapping[SplitName, Table],
-    kinds: Mapping[SplitName, RowKind],
-    classes: Classes | None,
-) -> str:
-    # Runs that earlier versions began know these hashes.
-    train = kinds["train"]
-    if train.is_chat:
-        parts = [(split, tables[split].digest, kinds[split].fields) for split in sorted(tables)]
-        return key_of("chat", parts, *([train.teacher.column] if train.teacher else ()))
-    digests: list[object] = [VERSION, train.type, classes.names if classes else None]
-    for split, table in tables.items():
-        digests.append((split, table.digest, kinds[split].fields, *(kinds[split].teacher or ())))
-    return key_of(digests)
 
 
 def rows_of(

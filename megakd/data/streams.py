@@ -12,7 +12,6 @@ import logging
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -185,15 +184,21 @@ class StreamedShare:
 
     def read(self, epoch: int) -> IterableDataset:
         """Return the encoded rows of an epoch, shuffled in each block by (seed, epoch, block)."""
-        size, texts = self.size or self._usual_size, self.rows.texts
+        texts, size = self.rows.texts, self.size or _block_size(self.rows)
         # Its own files, if their number is a multiple of the ranks; else a row of each `world`.
         share = split_dataset_by_node(texts.rows, self.shape.rank, self.shape.world)
 
         def encode(columns: dict[str, list[str]], numbers: list[int]) -> dict[str, list[object]]:
-            rows = (zip(columns, row, strict=True) for row in zip(*columns.values(), strict=True))
-            present = ({name: text for name, text in row if text is not None} for row in rows)
+            listed = (zip(columns, row, strict=True) for row in zip(*columns.values(), strict=True))
+            present = ({name: text for name, text in row if text is not None} for row in listed)
             read = [*texts.read(present)]
-            tables = [*_tables(self.rows, Dataset.from_list(read))] if read else []
+            rows, tables = Dataset.from_list(read), list[pa.Table]()
+            if read and is_chat(rows):
+                encoder = ChatEncoder(self.rows.tokenizer, self.rows.task, bad=texts.bad)
+                tables += tables_of_conversations(rows, encoder, counts={}, beside_training=True)
+            elif read:
+                _, *of_task, packed = self.rows
+                tables += tables_of_texts(rows, *of_task, packed=packed)
             if not tables:
                 return {"input_ids": []}
             table = cast("Any", pa).concat_tables(tables)  # pyarrow carries no types
@@ -205,20 +210,12 @@ class StreamedShare:
             encode, with_indices=True, batched=True, batch_size=size, remove_columns=gone
         )
 
-    @cached_property
-    def _usual_size(self) -> int:
-        head = islice(self.rows.texts.read(), 100)
-        lengths = [len(row.get(CONVERSATION, row["text"])) for row in head]
-        characters = CHARACTERS_PER_LENGTH * self.rows.task.row_length
-        return max(1, max(BLOCK_CHARACTERS, characters) * len(lengths) // sum(lengths))
 
-
-def _tables(rows: StreamedRows, texts: Dataset) -> Iterator[pa.Table]:
-    stream, tokenizer, task, packed = rows
-    if not is_chat(texts):
-        return tables_of_texts(texts, tokenizer, task, packed=packed)
-    encoder = ChatEncoder(tokenizer, task, bad=stream.bad)
-    return tables_of_conversations(texts, encoder, counts={}, beside_training=True)
+def _block_size(rows: StreamedRows) -> int:
+    head = islice(rows.texts.read(), 100)
+    lengths = [len(row.get(CONVERSATION, row["text"])) for row in head]
+    characters = max(BLOCK_CHARACTERS, CHARACTERS_PER_LENGTH * rows.task.row_length)
+    return max(1, characters * len(lengths) // sum(lengths))
 
 
 class StreamLoader(BatchSource):

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from megakd.data.special_tokens import SpecialTokens, special_tokens
-from megakd.data.token_tables import documents_of, tables_of_texts
+from megakd.data.token_tables import tables_of_texts
 from megakd.data.vocabularies import encoder_template, train_tokenizer
 
 CORPUS = ("the cat sees the dog", "[MASK] of a king </s> and [SEP]")
@@ -147,7 +147,7 @@ def test_documents_and_columns_are_read_as_text(kind):
     assert ids.count(tokenizer.eos_token_id or tokenizer.sep_token_id) == ends
     assert not ids.count(tokenizer.mask_token_id)
     if kind == "causal_lm":
-        assert tokenizer.decode(next(documents_of(data, tokenizer))[:-1]) == text
+        assert tokenizer.decode(ids).startswith(text)
 
 
 def test_one_line_counts_the_rows_and_the_tokens_by_name(caplog):

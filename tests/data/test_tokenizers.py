@@ -186,7 +186,7 @@ def test_a_tokenizer_without_a_mask_token_is_refused_for_mlm_alone(load, folder)
 
     assert load(folder).mask_token is None
     for spec, folders in ((folder, ()), (None, [folder])):
-        with pytest.raises(DataError, match=r"bare.* has no mask token, which mlm puts in th"):
+        with pytest.raises(DataError, match=r"bare.* has no mask token, which mlm needs"):
             load(spec, "mlm", folders=folders)
 
 
