@@ -16,7 +16,7 @@ from pathlib import Path
 from megakd.config.paths import DATA_SUFFIXES, data_suffix, without_compression
 from megakd.config.task import Files, TaskConfig, listed_files
 from megakd.data.arrow import SPLIT_ALIASES, SPLIT_NAMES, SplitName, Table
-from megakd.data.readers import table_of
+from megakd.data.readers import files_table
 from megakd.data.rows import Corpus, rows_of_tables
 from megakd.errors import DataError
 from megakd.process.terminal import in_home
@@ -117,22 +117,6 @@ def refuse_twice(paths: Mapping[str, Sequence[Path]]) -> None:
             )
 
 
-def files_table(
-    paths: Sequence[Path], key: str, *, name: str | None = None, to_be_split: bool = False
-) -> Table:
-    """Return the concatenated rows of files, which messages call `name`, or else by the setting."""
-    suffixes = [known_suffix(path, key) for path in paths]
-    # "True" of a csv file is a word, and true of a jsonl file is none.
-    for path, suffix in zip(paths, suffixes, strict=True):
-        if suffix.replace("ndjson", "jsonl") != suffixes[0].replace("ndjson", "jsonl"):
-            raise DataError(
-                f"{key}: {path} and {paths[0]} have different formats; give all files of a split "
-                "in one format"
-            )
-    name = str(paths[0]) if len(paths) == 1 else name or key
-    return table_of(paths, name, to_be_split=to_be_split)
-
-
 def scored_table(given: str) -> tuple[Table, str]:
     """Return the rows to score, and their split, for a file, pattern or folder given by the user.
 
@@ -203,14 +187,3 @@ def _stem(path: Path) -> str:
 
 def _ending(path: Path) -> str:
     return path.name.removeprefix(_stem(path))
-
-
-def known_suffix(path: Path, key: str) -> str:
-    """Return the ending of a file, lower-cased."""
-    suffix = data_suffix(path)
-    if suffix not in DATA_SUFFIXES:
-        raise DataError(
-            f"{key}: {path} has an unsupported ending; supported: {', '.join(DATA_SUFFIXES)}, also "
-            "compressed (.gz, .bz2, .zst)"
-        )
-    return suffix

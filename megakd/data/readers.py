@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, Features, IterableDataset, LargeList, List, Value
 
-from megakd.config.paths import data_suffix
+from megakd.config.paths import DATA_SUFFIXES, data_suffix
 from megakd.data.arrow import Record, Table, key_of, remembered_of
 from megakd.errors import DataError
 from megakd.storage.atomic import sha256_of
@@ -56,15 +56,34 @@ Read = Record | DataError
 """A row, or why it cannot be read."""
 
 
-def table_of(
-    paths: Sequence[Path], name: str, *, to_be_split: bool = False, is_streamed: bool = False
+def files_table(
+    paths: Sequence[Path],
+    key: str,
+    *,
+    name: str | None = None,
+    to_be_split: bool = False,
+    is_streamed: bool = False,
 ) -> Table:
-    """Return the rows of files, one file after the other.
+    """Return the concatenated rows of files, which messages call `name`, or else by the setting.
 
     Small txt files from which a held-out split will be cut (`to_be_split`) need shorter pieces. Of
     files that are streamed, the first rows tell the columns, and the digest is of their beginnings
     and ends.
     """
+    suffixes = [data_suffix(path) for path in paths]
+    formats = [suffix.replace("ndjson", "jsonl") for suffix in suffixes]
+    for path, form in zip(paths, formats, strict=True):
+        if form not in DATA_SUFFIXES:
+            raise DataError(
+                f"{key}: {path} has an unsupported ending; supported: {', '.join(DATA_SUFFIXES)}, "
+                "also compressed (.gz, .bz2, .zst)"
+            )
+        # "True" of a csv file is a word, and true of a jsonl file is none.
+        if form != formats[0]:
+            raise DataError(
+                f"{key}: {path} and {paths[0]} have different formats; give all files of a split "
+                "in one format"
+            )
     with readable(paths[0]):
         size = sum(path.stat().st_size for path in paths)
     piece = min(PIECE_CHARACTERS, size // FEWEST_PIECES) if to_be_split else PIECE_CHARACTERS
@@ -88,9 +107,9 @@ def table_of(
                 else:
                     yield Record(f"{path.name} {record.place}", record.values)
 
-    suffixes, digest = [*map(data_suffix, paths)], sample_of if is_streamed else _digest_of
+    digest = sample_of if is_streamed else _digest_of
     return Table(
-        name=name,
+        name=str(paths[0]) if len(paths) == 1 else name or key,
         columns=tuple(columns),
         records=records,
         digest=key_of([*map(digest, paths)], suffixes, piece if ".txt" in suffixes else 0),

@@ -15,7 +15,8 @@ from megakd.config.task import TaskConfig
 from megakd.data.arrow import Table, key_of
 from megakd.data.chat.conversations import is_chat
 from megakd.data.choosing import at_most, cut_validation, is_labelled, keep_labels
-from megakd.data.files import files_table, local_rows, matching_files, named_files, refuse_twice
+from megakd.data.files import local_rows, matching_files, named_files, refuse_twice
+from megakd.data.readers import files_table
 from megakd.data.rows import Corpus, TextStream, rows_of_tables, scored_rows, without_teachers
 from megakd.errors import ConfigError, DataError
 from megakd.process.terminal import in_home

@@ -22,6 +22,7 @@ import pyarrow as pa
 from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
 
+from megakd.config.paths import data_suffix
 from megakd.config.task import TaskConfig
 from megakd.contract.batch import Batch, BatchSource
 from megakd.data.arrow import BadRows, Record, SplitName, Table, key_of
@@ -29,11 +30,11 @@ from megakd.data.chat.conversations import CONVERSATION, is_chat
 from megakd.data.chat.tokens import ChatEncoder, tables_of_conversations
 from megakd.data.choosing import prompt_keys
 from megakd.data.collation import Collator
-from megakd.data.files import known_suffix, split_files, tables_of_files
+from megakd.data.files import split_files, tables_of_files
 from megakd.data.hub import hub_errors, splits_of
 from megakd.data.loader import awaited, made_ahead
 from megakd.data.masking import Masking
-from megakd.data.readers import records_of, table_of, typed_table, untyped
+from megakd.data.readers import files_table, records_of, typed_table, untyped
 from megakd.data.rows import (
     DEFAULT_METRICS,
     ERROR,
@@ -62,12 +63,12 @@ def streamed_files(task: TaskConfig, *, cache_dir: Path) -> Corpus:
     key = setting.format(split="train")
     files = paths.pop("train")
     for path in files:
-        if known_suffix(path, key) == ".json":
+        if data_suffix(path) == ".json":
             raise DataError(
                 f"{key}: {path} is a json file, which can only be read whole, and task.streaming "
                 "is true; write one object per line and name the file .jsonl"
             )
-    table = table_of(files, task.data_name, is_streamed=True)
+    table = files_table(files, key, name=task.data_name, is_streamed=True)
     kind = RowKind.of(task, table)
     # `datasets` gives each rank a part of what is in a list, so that a list holds only the files.
     rows = IterableDataset.from_generator(

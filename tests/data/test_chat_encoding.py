@@ -210,29 +210,6 @@ def test_the_texts_of_conversations_train_a_tokenizer(tmp_path):
     assert list(training_texts(data.splits)) == ["Hi\nabc", "Bye\ndef"]
 
 
-SEARCH = {"name": "search", "description": "Searches.", "parameters": {"type": "object"}}
-
-
-@pytest.mark.parametrize("family", ["qwen3", "chatml"])
-def test_a_template_that_leaves_out_tools_is_named_with_the_number_of_rows(
-    tmp_path, caplog, family
-):
-    tool = {"type": "function", "function": SEARCH} if family == "qwen3" else SEARCH
-    rows = [{"messages": asked("Hi", "Hello"), "tools": t} for t in ([tool], [tool], None)]
-    data = Data(tmp_path, rows, max_length=2048)
-    data.tokenizer = chat_tokenizer(family)
-
-    with caplog.at_level(logging.WARNING):
-        counts = data.counts()
-
-    loses = family == "chatml"
-    assert counts.lost_tools == (2 if loses else 0)
-    assert ("train: 2 of 3 rows lose tools of the column 'tools'" in caplog.text) == loses
-    given = [{"prompt": asked("Hi"), "tools": [tool]}]
-    prompts = Data(tmp_path, given, family=family, max_length=2048)
-    assert prompts.counts().lost_tools == loses
-
-
 HEADER = "{{- '<|im_start|>assistant\\n"
 # What is replaced in Qwen 3's template, its arguments, and how many rows have empty reasoning.
 EMPTY: dict[str, tuple[tuple[str, str], dict[str, bool], int]] = {

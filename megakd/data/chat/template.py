@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import datetime
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import accumulate, pairwise, zip_longest
@@ -110,8 +110,7 @@ class ChatTemplate:
         view.require_calls()
         if conversation.is_prompt:
             text = view.up_to(len(messages), prompted=True)
-            noticed = {"lost_tools": _loses_tools(conversation, text)}
-            return self._as_read(Rendered(text, [], [len(text)], _true(noticed)))
+            return self._as_read(Rendered(text, [], [len(text)]))
         counted = conversation.counted[-1 if self.task.train_on == "last" else 0 :]
         has_marks = MARKS.search(self.source(conversation.tools)) is not None
         whole = view.by_marks(counted) if has_marks else view.by_prefixes(counted)
@@ -125,13 +124,13 @@ class ChatTemplate:
         empty = [] if EMPTY_REASONING.search(contents) else EMPTY_REASONING.finditer(whole.text)
         noticed = {
             "lost_reasoning": any(_reasoning(messages[n]) not in shown for n in counted),
-            "lost_tools": _loses_tools(conversation, whole.text),
             # Its first mark may be in the prompt.
             "empty_reasoning": any(
                 begin < match.end() <= end for match in empty for begin, end in ends
             ),
         }
-        return self._as_read(whole._replace(answers=ends, noticed=_true(noticed)))
+        keys = tuple(key for key, is_true in noticed.items() if is_true)
+        return self._as_read(whole._replace(answers=ends, noticed=keys))
 
     def _as_read(self, whole: Rendered) -> Rendered:
         # Special tokens of the template become marks, and hidden ones of the messages text again.
@@ -299,26 +298,11 @@ class _View(NamedTuple):
         )
 
 
-def _true(noticed: Mapping[str, bool]) -> tuple[str, ...]:
-    return tuple(name for name, is_true in noticed.items() if is_true)
-
-
 def _same(one: str, other: str) -> int:
     # The number of characters at the beginning that both texts have.
     if other.startswith(one):
         return len(one)
     return next(n for n, (a, b) in enumerate(zip_longest(one, other)) if a != b)
-
-
-def _loses_tools(conversation: Conversation, text: str) -> bool:
-    # The templates of Gemma 2 and ChatML take no tools. OpenAI's form of a tool is an object with
-    # the key `function`, whose value has the name; a tool may also be this value alone.
-    for tool in conversation.tools or ():
-        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
-        name = function.get("name") if isinstance(function, Mapping) else None
-        if isinstance(name, str) and name not in text:
-            return True
-    return False
 
 
 def without_reasoning(text: str) -> str:
