@@ -319,22 +319,16 @@ def check_caches(config: RunConfig, student: ModelSource) -> None:
 
 
 def _resolved(config: RunConfig) -> tuple[dict[str, ModelSource], list[str]]:
-    # Rank 0 downloads before the other ranks read; all ranks return the same.
-    sources: dict[str, ModelSource] = {}
-    wrong: dict[str, str] = {}
+    # Rank 0 downloads before the other ranks read; an error of one rank is raised on all.
+    sources, problems = dict[str, ModelSource](), list[str]()
     for role, spec in config.loaded_models.items():
         try:
             sources[role] = main_first(functools.partial(resolve, spec, config, role))
         except MegakdError as error:
             if role not in config.teacher_specs or not config.teachers:
                 raise
-            wrong[role] = str(error)
-    # A folder may be missing on one node only.
-    everywhere = {role: reason for share in gather(wrong) for role, reason in share.items()}
-    if not everywhere:
-        return with_student(config, sources), []
-    resolved = {role: source for role, source in sources.items() if role not in everywhere}
-    return resolved, list(everywhere.values())
+            problems.append(str(error))
+    return sources if problems else with_student(config, sources), problems
 
 
 def with_student(config: RunConfig, sources: dict[str, ModelSource]) -> dict[str, ModelSource]:
