@@ -35,10 +35,8 @@ class Splits(NamedTuple):
         causal_lm have no column `label`, and conversations have those of `chat.conversations`.
         test is None unless its rows carry labels.
     label_names: class names in the order of their numbers; empty without classes.
-    content_hash: sha256 of the sources of the rows and of their selection, without the evaluation
-        sets.
+    content_hash: sha256 of the sources of all rows and of their selection.
     evaluation_sets: further rows to score, by name; always with labels.
-    sets_hash: sha256 of the sources of the evaluation sets; empty without evaluation sets.
     is_cut: whether the validation rows were cut from the training rows.
     stream: the training texts with `task.streaming`; `train` is then empty.
     """
@@ -50,7 +48,6 @@ class Splits(NamedTuple):
     metrics: tuple[str, ...]
     content_hash: str
     evaluation_sets: Mapping[str, Dataset] = MappingProxyType({})
-    sets_hash: str = ""
     is_cut: bool = False
     stream: TextStream | None = None
 
@@ -58,11 +55,6 @@ class Splits(NamedTuple):
     def held_out(self) -> Dataset:
         """The split that the report's metrics are computed on."""
         return self.validation if self.test is None else self.test
-
-    @property
-    def whole_hash(self) -> str:
-        sets = self.sets_hash
-        return key_of(self.content_hash, sets) if sets else self.content_hash
 
 
 def load_splits(task: TaskConfig, *, seed: int, cache_dir: Path) -> Splits:
@@ -93,17 +85,16 @@ def load_splits(task: TaskConfig, *, seed: int, cache_dir: Path) -> Splits:
             "sets another number",
             *(MOST_CUT_ROWS, len(validation)),
         )
-    chosen = (task.labelled_examples, task.labelled_examples and seed, most)
-    source = corpus.source_hash
+    chosen = task.labelled_examples, task.labelled_examples and seed, most
+    digests = {name: table.digest for name, table in sets.items()}
     return Splits(
         train=keep_labels(train, task.labelled_examples, seed=seed, name=corpus.name),
         validation=at_most(without_teachers(validation), most_scored),
         test=None if test is None else at_most(test, most),
         label_names=corpus.classes.names if corpus.classes else (),
         metrics=corpus.metrics,
-        content_hash=source if chosen == (None, None, None) else key_of(source, *chosen),
+        content_hash=key_of(corpus.source_hash, chosen, digests),
         evaluation_sets=scored,
-        sets_hash=key_of([(name, table.digest) for name, table in sets.items()]) if sets else "",
         is_cut=is_cut,
         stream=corpus.stream,
     )

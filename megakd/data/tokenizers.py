@@ -214,8 +214,8 @@ def _trained(
             "id"
         )
     for_encoder = task_type != "causal_lm"
-    parts = VERSION, splits.content_hash, rows_key(splits.train)
-    key = key_of(*parts, recipe.type, recipe.vocab_size, for_encoder)
+    rows = rows_key(splits.train)
+    key = key_of(VERSION, rows, recipe.type, recipe.vocab_size, for_encoder)
 
     def build(folder: Path) -> None:
         logger.info("training a %s of %d tokens", recipe.type, recipe.vocab_size)

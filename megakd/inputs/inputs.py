@@ -200,7 +200,7 @@ def unencoded_inputs(config: RunConfig) -> UnencodedInputs:
 
 
 def _check_same_data(splits: Splits) -> None:
-    (first, content), *others = gather((node_name(), splits.whole_hash))
+    (first, content), *others = gather((node_name(), splits.content_hash))
     for number, (node, here) in enumerate(others, start=1):
         if here != content:
             raise DataError(

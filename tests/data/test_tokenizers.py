@@ -36,7 +36,7 @@ def load(tmp_path):
     def load(tokenizer=None, task="classification", *, folders=(), texts=SENTENCES, **columns):
         given = tokenizer if isinstance(tokenizer, TokenizerConfig | None) else str(tokenizer)
         rows = Dataset.from_dict({"text": [*texts] * 5, **columns})
-        splits = SimpleNamespace(train=rows, content_hash="content", stream=None)
+        splits = SimpleNamespace(train=rows, stream=None)
         config = TaskConfig(type=task, dataset="none", tokenizer=given)
         return load_tokenizer(config, splits, model_folders=folders, cache_dir=tmp_path / "cache")
 

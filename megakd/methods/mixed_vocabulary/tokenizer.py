@@ -37,7 +37,6 @@ def load_student_tokenizer(
     key = key_of(
         {
             "version": (VERSION, TRAINER_VERSION),
-            "content": splits.content_hash,
             "rows": rows_key(splits.train),
             "type": vocabulary.type,
             "student_size": vocabulary.size,
