@@ -20,7 +20,6 @@ from megakd.config.task import MixtureSource, TaskConfig
 from megakd.data.arrow import BadRows, arrow_batches, key_of, read_rows, rows_key, write_tables
 from megakd.data.chat.conversations import is_chat
 from megakd.data.chat.counts import SETS, ChatCounts, CountsByName, say_chat
-from megakd.data.chat.tokens import VERSION as CHAT_VERSION
 from megakd.data.chat.tokens import ChatEncoder, tables_of_conversations
 from megakd.data.choosing import is_labelled
 from megakd.data.collation import columns_of
@@ -216,7 +215,7 @@ def encoded_key(
     }
     if is_chat(rows):
         of_task = ("train_on", "reasoning", "truncation", "bad_rows")
-        chat = {"version": CHAT_VERSION, "template": tokenizer.chat_template}
+        chat: dict[str, object] = {"template": tokenizer.chat_template}
         chat |= {"options": task.chat_template_kwargs} | {k: getattr(task, k) for k in of_task}
         parts["chat"] = chat
     return key_of(parts)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,8 +15,8 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from megakd.config.task import MixtureSource, TaskConfig
-from megakd.data.arrow import SPLIT_ALIASES, SplitName, Table, remembered_of_rows
-from megakd.data.readers import ROWS_PER_READ, typed_table
+from megakd.data.arrow import SPLIT_ALIASES, SplitName, Table, rows_key
+from megakd.data.readers import typed_table
 from megakd.data.rows import Corpus, rows_of_tables
 from megakd.errors import ConfigError, DataError, first_line, suggestion
 
@@ -37,7 +35,8 @@ def hub_rows(
             splits = task.splits
             loaded = {key: cast("Dataset", load(split=key)) for key in splits.values()}
     tables: dict[str, Table] = {
-        split: _table(f"{name} ({key})", loaded[key]) for split, key in splits.items()
+        split: typed_table(f"{name} ({key})", loaded[key], digest=rows_key(loaded[key]))
+        for split, key in splits.items()
     }
     return rows_of_tables(tables, task, name=name, cache_dir=cache_dir, metrics=metrics)
 
@@ -46,10 +45,11 @@ def hub_source(source: MixtureSource) -> Table:
     """Return the rows of a source of a mixture that is a data set of the Hub."""
     name = source.dataset or ""
     with hub_errors(name, source.dataset_config):
-        rows = datasets.load_dataset(
+        loaded = datasets.load_dataset(
             name, name=source.dataset_config, split=source.split, revision=source.revision
         )
-    return _table(f"{name} ({source.split})", cast("Dataset", rows))
+    rows = cast("Dataset", loaded)
+    return typed_table(f"{name} ({source.split})", rows, digest=rows_key(rows))
 
 
 def splits_of(names: list[str], label: str) -> dict[SplitName, str]:
@@ -97,17 +97,6 @@ def hub_errors(name: str, configuration: str | None) -> Iterator[str]:
             f"({first_line(error)}); use its version in parquet files (such as the branch "
             "refs/convert/parquet in task.revision), or local files"
         ) from error
-
-
-def _table(name: str, rows: Dataset) -> Table:
-    return typed_table(name, rows, digest=remembered_of_rows(rows, "hub", partial(_digest, rows)))
-
-
-def _digest(rows: Dataset) -> str:
-    digest = hashlib.sha256()
-    for columns in rows.iter(ROWS_PER_READ):
-        digest.update(json.dumps(columns, sort_keys=True, default=str).encode())
-    return digest.hexdigest()
 
 
 HUB_NAME = "nyu-mll/glue"

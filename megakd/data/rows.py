@@ -56,9 +56,7 @@ from megakd.storage.folders import whole_folder
 
 logger = logging.getLogger(__name__)
 # Increase this number when the same source results in different rows.
-VERSION = 6
-# Increase this number when a folder of rows gets different files or rows.
-LAYOUT = 6
+VERSION = 7
 TALLY_FILE = "tally.json"
 ERROR = "__error__"
 """Column of the rows of a stream: why a row cannot be read."""
@@ -351,7 +349,7 @@ def rows_of(
     read = (kind.type, kind.is_chat, kind.fields)
     # Messages name the file.
     where = (Path(table.name).name, source, kind.teacher)
-    key = key_of(VERSION, LAYOUT, table.digest, read, where, task.bad_rows)
+    key = key_of(VERSION, table.digest, read, where, task.bad_rows)
     features = kind.features
     if source is not None:
         features = Features(features | {SOURCE: Value("string")})

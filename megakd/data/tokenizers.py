@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import decoders, models
 from torch import Tensor
 from transformers import (
     AutoTokenizer,
@@ -35,23 +35,13 @@ from megakd.storage.folders import check_given, whole_folder
 logger = logging.getLogger(__name__)
 
 LOOKED_FOR = (
-    "tokenizer.json, vocab.txt, vocab.json with merges.txt, or a SentencePiece model "
-    "(spiece.model, tokenizer.model) with its config.json"
+    "tokenizer.json or a SentencePiece model (spiece.model, tokenizer.model) with its "
+    "tokenizer_config.json or config.json, vocab.txt, or vocab.json with merges.txt"
 )
 DEFAULT_VOCAB_SIZE = 8000
 CONFIGS = {"tokenizer_config.json", "config.json"}
 """Files that tell transformers the class of a tokenizer."""
-MODELS = {"spiece.model", "tokenizer.model", "sentencepiece.bpe.model"}
-# Usual names of special tokens, for files that do not declare their special tokens.
-_USUAL_NAMES = {
-    "pad_token": ("[PAD]", "<pad>", "<|pad|>"),
-    "unk_token": ("[UNK]", "<unk>"),
-    "cls_token": ("[CLS]", "<s>"),
-    "sep_token": ("[SEP]", "</s>"),
-    "mask_token": ("[MASK]", "<mask>"),
-    "bos_token": ("<s>", "<|begin_of_text|>", "<|endoftext|>"),
-    "eos_token": ("</s>", "<|end_of_text|>", "<|endoftext|>"),
-}
+MODELS = {"tokenizer.json", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model"}
 
 
 class VocabularyPair(NamedTuple):
@@ -91,9 +81,9 @@ def load_tokenizer(
     """
     spec, own = task.tokenizer, next(filter(has_tokenizer_files, model_folders), None)
     if isinstance(spec, str):
-        tokenizer, origin = _named(spec, task.type), f'task.tokenizer "{spec}"'
+        tokenizer, origin = _named(spec), f'task.tokenizer "{spec}"'
     elif spec is None and own is not None:
-        tokenizer, origin = from_folder(own, task.type), f"the tokenizer in {own}"
+        tokenizer, origin = from_folder(own), f"the tokenizer in {own}"
     else:
         kind = "bpe" if task.type == "causal_lm" else "wordpiece"
         spec = spec or TokenizerConfig(type=kind, vocab_size=DEFAULT_VOCAB_SIZE)
@@ -121,17 +111,14 @@ def has_tokenizer_files(folder: Path) -> bool:
     if folder.is_file():
         return _of_gguf(folder) is not None
     files = {path.name for path in folder.glob("*") if path.is_file()}
-    return (
-        not files.isdisjoint(("tokenizer.json", "vocab.txt"))
-        or {"vocab.json", "merges.txt"} <= files
-        or not (files.isdisjoint(MODELS) or files.isdisjoint(CONFIGS))
-    )
+    has_config = not (files.isdisjoint(MODELS) or files.isdisjoint(CONFIGS))
+    return has_config or "vocab.txt" in files or {"vocab.json", "merges.txt"} <= files
 
 
-def _named(spec: str, task_type: TaskType) -> PreTrainedTokenizerBase:
+def _named(spec: str) -> PreTrainedTokenizerBase:
     folder = in_home(spec)
     if folder.is_dir() and has_tokenizer_files(folder):
-        return from_folder(folder, task_type)
+        return from_folder(folder)
     if folder.exists() or is_path(spec):
         problem = (
             "the folder does not exist"
@@ -151,12 +138,12 @@ def _named(spec: str, task_type: TaskType) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def from_folder(folder: Path, task_type: TaskType) -> PreTrainedTokenizerBase:
+def from_folder(folder: Path) -> PreTrainedTokenizerBase:
     """Read the tokenizer of a folder, unless megakd wrote it and a file was changed."""
     # Weights are verified when they are loaded.
     check_given(folder, "task.tokenizer", wanted=lambda name: not name.endswith(".safetensors"))
     try:
-        return _read(folder, task_type)
+        return _read(folder)
     except Exception as error:
         # Broken files may raise KeyError, JSONDecodeError or a plain Exception.
         raise DataError(
@@ -176,7 +163,7 @@ def _of_gguf(file: Path) -> PreTrainedTokenizerBase | None:
         return None
 
 
-def _read(folder: Path, task_type: TaskType) -> PreTrainedTokenizerBase:
+def _read(folder: Path) -> PreTrainedTokenizerBase:
     if folder.is_file():
         tokenizer = _of_gguf(folder)
         if tokenizer is None:
@@ -185,23 +172,9 @@ def _read(folder: Path, task_type: TaskType) -> PreTrainedTokenizerBase:
     files = {path.name for path in folder.iterdir()}
     if not files.isdisjoint(CONFIGS):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    if "tokenizer.json" in files:
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        roles = _special_roles(tokenizer, task_type)
-        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles)
     if "vocab.txt" in files:
         return BertTokenizer.from_pretrained(folder, local_files_only=True)
     return GPT2Tokenizer.from_pretrained(folder, local_files_only=True)
-
-
-def _special_roles(tokenizer: Tokenizer, task_type: TaskType) -> dict[str, str]:
-    unused = {"cls_token", "sep_token", "mask_token"} if task_type == "causal_lm" else {"bos_token"}
-    return {
-        role: name
-        for role, names in _USUAL_NAMES.items()
-        for name in reversed(names)  # the first of them counts
-        if role not in unused and tokenizer.token_to_id(name) is not None
-    }
 
 
 def _trained(

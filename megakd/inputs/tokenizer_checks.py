@@ -41,7 +41,7 @@ def check_chat_models(
     if not is_chat(rows):
         return
     tokenizers = {
-        role: from_folder(source.folder, task.type)
+        role: from_folder(source.folder)
         for role, source in sources.items()
         if source.folder is not None and has_tokenizer_files(source.folder)
     }
@@ -188,7 +188,7 @@ def other_vocabularies(
     for folder, source in _pretrained(sources).items():
         if not has_tokenizer_files(folder):
             continue
-        ids = from_folder(folder, task.type).get_vocab()
+        ids = from_folder(folder).get_vocab()
         other = sum(vocabulary.get(token) != number for token, number in ids.items())
         if ids != vocabulary and not isinstance(task.tokenizer, str):
             apart = sorted(ids.items() ^ vocabulary.items(), key=lambda pair: pair[1])

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megakd.config.task import TaskConfig
 from megakd.data import arrow as cache
-from megakd.data import hub, readers
+from megakd.data import readers
 from megakd.data.arrow import remembered_of, rows_key
 from megakd.data.encoding import encode_splits, tokenizer_content
 from megakd.data.loader import RowOrder
@@ -43,7 +43,7 @@ def counts(tmp_path, monkeypatch) -> dict[str, int]:
         return original(*args)
 
     reading = ((readers, "parse_json"), (readers, "sha256_of"), (cache, "_rows_key"))
-    for module, name in (*reading, (hub, "_digest")):
+    for module, name in reading:
         monkeypatch.setattr(module, name, partial(count, name, getattr(module, name)))
     return calls
 
@@ -73,7 +73,7 @@ def test_a_second_start_on_a_data_set_of_the_hub_reads_no_row(tmp_path, counts, 
     monkeypatch.setattr("datasets.load_dataset", load)
     keys = {"type": "classification", "dataset": "user/texts"}
     first = start(tmp_path, **keys)
-    assert counts == {"_digest": 1, "_rows_key": 2}
+    assert counts == {"_rows_key": 3}
     counts.clear()
 
     assert start(tmp_path, **keys) == first

@@ -31,8 +31,6 @@ from megakd.data.token_tables import document_ends, numbers_of, plain_encoding
 from megakd.errors import DataError
 from megakd.process.workers import in_processes, processes_for
 
-# Part of the key of encoded rows: increase this number when the encoded rows would differ.
-VERSION = 6
 ROWS_AT_ONCE = 100
 ROWS_OF_A_PROCESS = 2000
 """A process encodes at least this many conversations, about a second of work."""

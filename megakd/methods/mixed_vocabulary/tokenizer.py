@@ -47,7 +47,7 @@ def load_student_tokenizer(
         _trained(vocabulary.size, lambda: training_texts(splits)).save_pretrained(folder)
 
     folder = whole_folder(cache_dir / "tokenizers" / key, build)
-    return from_folder(folder, "classification")
+    return from_folder(folder)
 
 
 def _trained(size: int, texts: Texts) -> PreTrainedTokenizerBase:
