@@ -58,7 +58,7 @@ def split_files(task: TaskConfig) -> tuple[dict[SplitName, list[Path]], str]:
 
 def tables_of_files(
     paths: Mapping[SplitName, Sequence[Path]], key: str, *, name: str | None = None
-) -> dict[SplitName, Table]:
+) -> dict[str, Table]:
     """Return the rows of files by split; see `files_table`."""
     is_cut = "validation" not in paths
     return {

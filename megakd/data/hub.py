@@ -80,15 +80,14 @@ def hub_errors(name: str, configuration: str | None) -> Iterator[str]:
     )
     try:
         yield label
-    except ConnectionError as error:
-        raise DataError(
-            f"the Hub cannot be reached to load the data set {label}, and it is not in the "
-            f"local cache ({first_line(error)}); {advice}"
-        ) from error
     except (DatasetsError, HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        raise DataError(
-            f"the data set {label} cannot be loaded from the Hub: {first_line(error)}; {advice}"
-        ) from error
+        problem = (
+            f"the Hub cannot be reached to load the data set {label}, and it is not in the local "
+            "cache"
+            if isinstance(error, ConnectionError)
+            else f"the data set {label} cannot be loaded from the Hub"
+        )
+        raise DataError(f"{problem}: {first_line(error)}; {advice}") from error
     except RuntimeError as error:
         if "script" not in str(error):
             raise

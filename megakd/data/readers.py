@@ -79,7 +79,7 @@ def files_table(
                 "also compressed (.gz, .bz2, .zst)"
             )
         # "True" of a csv file is a word, and true of a jsonl file is none.
-        if form != formats[0]:
+        if form != formats[0] and not is_streamed:
             raise DataError(
                 f"{key}: {path} and {paths[0]} have different formats; give all files of a split "
                 "in one format"

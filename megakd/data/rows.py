@@ -277,7 +277,7 @@ class Corpus:
     """The rows of a data set before a selection; columns and stream as in `splits.Splits`."""
 
     name: str
-    splits: Mapping[SplitName, Dataset]
+    splits: Mapping[str, Dataset]
     classes: Classes | None
     metrics: tuple[str, ...]
     source_hash: str
@@ -321,12 +321,10 @@ def rows_of_tables(
         rows = {split: numbered(rows[split], classes, task, kinds[split]) for split in rows}
     train = [rows.pop(key) for key in order if key.startswith("train")]
     whole = train[0] if len(train) == 1 else concatenate_datasets(train)
-    splits: dict[SplitName, Dataset] = {"train": whole}
-    splits |= cast("dict[SplitName, Dataset]", rows)
     digests = [(key, tables[key].digest, kinds[key].fields, kinds[key].teacher) for key in order]
     return Corpus(
         name=name,
-        splits=splits,
+        splits={"train": whole, **rows},
         classes=classes,
         metrics=metrics or DEFAULT_METRICS[task.type],
         source_hash=key_of(VERSION, task.type, classes and classes.names, digests),

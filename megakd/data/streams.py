@@ -25,7 +25,7 @@ from datasets.distributed import split_dataset_by_node
 from megakd.config.paths import data_suffix
 from megakd.config.task import TaskConfig
 from megakd.contract.batch import Batch, BatchSource
-from megakd.data.arrow import BadRows, Record, SplitName, Table, key_of
+from megakd.data.arrow import BadRows, Record, Table, key_of
 from megakd.data.chat.conversations import CONVERSATION, is_chat
 from megakd.data.chat.tokens import ChatEncoder, tables_of_conversations
 from megakd.data.choosing import prompt_keys
@@ -96,7 +96,7 @@ def streamed_hub_rows(task: TaskConfig, *, cache_dir: Path) -> Corpus:
                     f"stream reads no part of one; its splits are {', '.join(streams)}"
                 )
         files = str(builder.config.data_files and dict(builder.config.data_files))
-        tables: dict[SplitName, Table] = {}
+        tables: dict[str, Table] = {}
         for split, key in keys.items():
             rows = streams[key]
             digest = key_of(name, task.dataset_config, builder.hash, files, key, most)
@@ -119,7 +119,7 @@ def streamed_hub_rows(task: TaskConfig, *, cache_dir: Path) -> Corpus:
 def _corpus(
     stream: TextStream,
     digests: list[object],
-    tables: dict[SplitName, Table],
+    tables: Mapping[str, Table],
     task: TaskConfig,
     *,
     cache_dir: Path,
@@ -128,7 +128,7 @@ def _corpus(
     digests = [*digests, [(split, table.digest) for split, table in tables.items()]]
     if task.bad_rows == "drop":
         stream = replace(stream, bad=BadRows("drop"))
-    held: dict[SplitName, Dataset] = {}
+    held: dict[str, Dataset] = {}
     for split, table in tables.items():
         of_split = RowKind.of(task, table, as_chat=kind.is_chat)
         held[split] = rows_of(table, of_split, task, cache_dir=cache_dir)
@@ -198,8 +198,8 @@ class StreamedShare:
                 encoder = ChatEncoder(self.rows.tokenizer, self.rows.task, bad=texts.bad)
                 tables += tables_of_conversations(rows, encoder, counts={}, beside_training=True)
             elif read:
-                _, *of_task, packed = self.rows
-                tables += tables_of_texts(rows, *of_task, packed=packed)
+                _, tokenizer, task, packed = self.rows
+                tables += tables_of_texts(rows, tokenizer, task, packed=packed)
             if not tables:
                 return {"input_ids": []}
             table = cast("Any", pa).concat_tables(tables)  # pyarrow carries no types

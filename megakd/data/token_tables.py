@@ -125,7 +125,8 @@ def _texts(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[i
     # The encoding of a text takes a hundred times its memory, and a row may be a book.
     for batch in arrow_batches(rows, TEXTS_AT_ONCE):
         texts: list[str] = batch.column("text").to_pylist()
-        calls = np.cumsum([len(text) for text in texts]) // CHARACTERS_AT_ONCE
+        sizes = np.array([len(text) for text in texts])
+        calls = (np.cumsum(sizes) - sizes) // CHARACTERS_AT_ONCE
         for _, part in groupby(zip(calls, texts, strict=True), key=itemgetter(0)):
             ids = plain_encoding([text for _, text in part], tokenizer)["input_ids"]
             yield from filter(None, ids)

@@ -228,11 +228,12 @@ class ChatEncoder:
     def _rows(
         self, conversation: Conversation, tokens: Tokens, text: Rendered
     ) -> tuple[list[ChatRow], ChatCounts]:
+        noticed: dict[str, Any] = dict.fromkeys(text.noticed, 1)
         made = ChatCounts(
             rows=1,
             prompts=int(conversation.is_prompt),
             without_template=int(bool(conversation.prompt and self._tokenizer.chat_template)),
-            **dict.fromkeys(text.noticed, 1),
+            **noticed,
         )
         if conversation.messages is None and not conversation.prompt:
             rows = list(_document_rows(tokens, self._task.row_length))
