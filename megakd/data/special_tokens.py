@@ -13,7 +13,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, TypeVar, cast
 
 import pyarrow.compute
@@ -21,7 +21,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from megakd.data.arrow import arrow_batches
+from megakd.data.arrow import arrow_batches, remembered_of_rows
 from megakd.data.chat.conversations import CONVERSATION
 
 T = TypeVar("T")
@@ -94,20 +94,26 @@ class SpecialTokens:
         names, texts = {*self.names}, {"text", "text_pair"}.intersection(rows.column_names)
         if CONVERSATION in rows.column_names:
             names, texts = names.difference(REASONING_MARKS), {CONVERSATION}
-        pattern, counts, some = _one_of(names), Counter[str](), 0
-        arrow: Any = pyarrow.compute  # pyarrow carries no types
-        for table in arrow_batches(rows.select_columns(sorted(texts)), _ROWS_AT_ONCE):
-            joined = arrow.binary_join_element_wise(*cast("Any", table).columns, "\n")
-            found = joined.filter(arrow.match_substring_regex(joined, pattern.pattern)).to_pylist()
-            some += len(found)
-            counts.update(name for text in found for name in pattern.findall(text))
+        count = partial(_counts_of, rows.select_columns(sorted(texts)), _one_of(names))
+        some, counts = remembered_of_rows(rows, ("special", sorted(names)), count)
         if some:
-            listed = ", ".join(f"{token} {n} times" for token, n in counts.most_common(_MOST_NAMED))
+            listed = ", ".join(f"{token} {n} times" for token, n in counts[:_MOST_NAMED])
             logger.warning(
                 "%s: %d of %d rows hold strings of special tokens (%s%s), which are read as text; "
                 "give texts that are written with a chat template as messages",
                 *(name, some, len(rows), listed, ", …" if len(counts) > _MOST_NAMED else ""),
             )
+
+
+def _counts_of(rows: Dataset, pattern: re.Pattern[str]) -> tuple[int, list[tuple[str, int]]]:
+    """Return the number of rows that match, and the matches with their numbers."""
+    counts, some, arrow = Counter[str](), 0, cast("Any", pyarrow.compute)
+    for table in arrow_batches(rows, _ROWS_AT_ONCE):
+        joined = arrow.binary_join_element_wise(*cast("Any", table).columns, "\n")
+        found = joined.filter(arrow.match_substring_regex(joined, pattern.pattern)).to_pylist()
+        some += len(found)
+        counts.update(name for text in found for name in pattern.findall(text))
+    return some, counts.most_common()
 
 
 @lru_cache(maxsize=4)  # a run has two vocabularies at most, and evaluation may add another
