@@ -109,7 +109,7 @@ def _held_out(config: RunConfig, source: ModelSource) -> tuple[RunInputs, str]:
         config = replace(config, train=replace(config.train, packing=False))
     prepared, folder = prepare(config), source.folder
     if prepared.pair is not None and folder is not None and has_tokenizer_files(folder):
-        vocabulary = from_folder(folder, config.task.type).get_vocab()
+        vocabulary = from_folder(folder).get_vocab()
         if vocabulary == prepared.pair.teacher.get_vocab():
             prepared = prepared.of(next(role for role in prepared.sources if role != STUDENT))
     # The rows are in tokens of the run: a model with others is refused.

@@ -17,7 +17,7 @@ from megakd.contract.terms import STRICT, Count
 class TokenizerConfig:
     """A tokenizer trained on the training text."""
 
-    type: Literal["wordpiece", "bpe", "unigram"]
+    type: Literal["wordpiece", "bpe"]
     vocab_size: Annotated[int, Field(ge=300)] = 8000
 
 

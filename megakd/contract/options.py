@@ -69,7 +69,7 @@ class MethodOptions:
         del splits, teacher, cache_dir
 
     def rows(self, config: Any, splits: Any, pair: Any, *, cache_dir: Path) -> Any:
-        """Return rows that a stage reads beside the encoded rows, and their key, or None.
+        """Return rows that a stage reads beside the encoded rows, or None.
 
         `pair`: the tokenizers of student and teachers (`data.tokenizers.VocabularyPair`).
         """

@@ -28,13 +28,12 @@ from megakd.storage.folders import read_signed, version_of, write_signed
 
 T = TypeVar("T")
 # Increase this number when a remembered value would differ.
-VALUES = 2
+VALUES = 3
 ROWS_PER_BATCH = 1000
 # A string column of one record batch is limited to 2 GiB.
 CHARACTERS_PER_BATCH = 64_000_000
 
 Row = Mapping[str, object]
-LABELS_AT_ONCE = 100_000
 TEXTS_AT_ONCE = 1000
 PLACE = "place"
 """Column with the place of a row in messages, on which nothing else depends."""
@@ -70,8 +69,8 @@ def remembered_of(path: Path, compute: Callable[[], T], *parts: object) -> T:
 
 def write_rows(rows: Iterable[Row], features: Features, path: Path) -> None:
     """Write rows as a stream into an Arrow file that `read_rows` can read."""
-    schema, batches = features.arrow_schema, _batches(rows, tuple(features))
-    write_tables(path, (cast("Any", pa).Table.from_pydict(one, schema) for one in batches))
+    table, schema = cast("Any", pa).Table, features.arrow_schema  # pyarrow carries no types
+    write_tables(path, (table.from_pylist(batch, schema) for batch in _batches(rows)))
 
 
 def write_tables(path: Path, tables: Iterable[pa.Table]) -> bool:
@@ -91,17 +90,16 @@ def read_rows(path: Path) -> Dataset:
     return Dataset.from_file(str(path))
 
 
-def _batches(rows: Iterable[Row], columns: tuple[str, ...]) -> Iterator[dict[str, list[object]]]:
+def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
     pending: list[Row] = []
     characters = 0
     for row in rows:
         pending.append(row)
         characters += sum(len(value) for value in row.values() if isinstance(value, str))
         if len(pending) == ROWS_PER_BATCH or characters > CHARACTERS_PER_BATCH:
-            yield {name: [row[name] for row in pending] for name in columns}
+            yield pending
             pending, characters = [], 0
-    # An empty last batch gives an empty file its columns.
-    yield {name: [row[name] for row in pending] for name in columns}
+    yield pending  # an empty last batch gives an empty file its columns
 
 
 def arrow_batches(rows: Dataset, size: int) -> Iterator[pa.Table]:
@@ -115,11 +113,7 @@ def column_of(rows: Dataset, name: str) -> NDArray:
 
 
 def rows_key(rows: Dataset) -> str:
-    """Return a hash of the number of rows, of all labels and of all texts, in order.
-
-    The content hash of the sources may be equal for two selections from the same source, and for
-    two choices of its text columns, so the hash is computed from the rows.
-    """
+    """Return a hash of all values of all rows but their place, in order."""
     return remembered_of_rows(rows, "key", lambda: _rows_key(rows))
 
 
@@ -130,10 +124,7 @@ def remembered_of_rows(rows: Dataset, what: object, compute: Callable[[], T]) ->
 
 def _rows_key(rows: Dataset) -> str:
     digest = hashlib.sha256(f"{len(rows)} {sorted(rows.column_names)}".encode())
-    if "label" in rows.column_names:
-        for table in arrow_batches(rows.select_columns("label"), LABELS_AT_ONCE):
-            digest.update(table.column("label").to_numpy().tobytes())
-    names = sorted({*rows.column_names} - {"label", PLACE})
+    names = sorted({*rows.column_names} - {PLACE})
     for table in arrow_batches(rows.select_columns(names), TEXTS_AT_ONCE):
         # Arrow's format for other processes depends on the values, not on how they are stored.
         for batch in table.combine_chunks().to_batches():

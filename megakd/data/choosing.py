@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
-from itertools import chain
-from typing import cast
+from collections.abc import Iterator
 
 import numpy as np
 from datasets import Dataset
 from numpy.typing import NDArray
 
 from megakd.contract.batch import IGNORE
-from megakd.data.arrow import column_of, remembered_of_rows
+from megakd.data.arrow import TEXTS_AT_ONCE, arrow_batches, column_of, remembered_of_rows
 from megakd.data.chat.conversations import CONVERSATION, Conversation
 from megakd.errors import DataError
 
 VALIDATION_FRACTION = 0.05
 HASH_RANGE = 2**64
-ROWS_PER_READ = 1000
 
 
 def text_hash(text: str, *, salt: str = "") -> int:
@@ -30,24 +27,21 @@ def text_hash(text: str, *, salt: str = "") -> int:
 def row_keys(rows: Dataset, *, salt: str = "") -> NDArray[np.uint64]:
     """Return one hash per row, of the text or the pair of texts."""
     columns = [name for name in ("text", "text_pair") if name in rows.column_names]
-    return _hashes(map("\0".join, _values(rows, columns)), salt=salt)
+    texts = ("\0".join(row) for row in _values(rows, columns))
+    return np.fromiter((text_hash(text, salt=salt) for text in texts), dtype=np.uint64)
 
 
 def prompt_keys(rows: Dataset) -> NDArray[np.uint64]:
     """Return one hash per row, of the prompt of a conversation, or else of the text."""
     if CONVERSATION not in rows.column_names:
         return row_keys(rows)
-    return _hashes(Conversation.from_json(text).asked for (text,) in _values(rows, [CONVERSATION]))
+    asked = (Conversation.from_json(text).asked for (text,) in _values(rows, [CONVERSATION]))
+    return np.fromiter(map(text_hash, asked), dtype=np.uint64)
 
 
-def _values(rows: Dataset, columns: list[str]) -> Iterable[tuple[str, ...]]:
-    chosen = rows.select_columns(columns).iter(ROWS_PER_READ)
-    batches = cast("Iterable[dict[str, list[str]]]", chosen)
-    return chain.from_iterable(zip(*map(batch.get, columns), strict=True) for batch in batches)
-
-
-def _hashes(texts: Iterable[str], *, salt: str = "") -> NDArray[np.uint64]:
-    return np.fromiter((text_hash(text, salt=salt) for text in texts), dtype=np.uint64)
+def _values(rows: Dataset, columns: list[str]) -> Iterator[tuple[str, ...]]:
+    for batch in arrow_batches(rows.select_columns(columns), TEXTS_AT_ONCE):
+        yield from zip(*(batch.column(name).to_pylist() for name in columns), strict=True)
 
 
 def is_labelled(rows: Dataset) -> NDArray[np.bool_]:

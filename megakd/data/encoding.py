@@ -6,14 +6,12 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 import numpy as np
-import pyarrow as pa
 from datasets import Dataset
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
@@ -22,7 +20,6 @@ from megakd.config.task import MixtureSource, TaskConfig
 from megakd.data.arrow import BadRows, arrow_batches, key_of, read_rows, rows_key, write_tables
 from megakd.data.chat.conversations import is_chat
 from megakd.data.chat.counts import SETS, ChatCounts, CountsByName, say_chat
-from megakd.data.chat.tokens import VERSION as CHAT_VERSION
 from megakd.data.chat.tokens import ChatEncoder, tables_of_conversations
 from megakd.data.choosing import is_labelled
 from megakd.data.collation import columns_of
@@ -36,7 +33,7 @@ from megakd.storage.folders import files_of, whole_folder
 
 logger = logging.getLogger(__name__)
 ROWS_AT_ONCE = 10_000
-COUNTS = "counts.json"
+ROWS, COUNTS = "rows.arrow", "counts.json"
 MANY_TIMES = 10
 """A source that an epoch reads more often than this is worth a warning."""
 NOT_EXPORTED = ("is_local", "local_files_only")
@@ -44,7 +41,7 @@ NOT_EXPORTED = ("is_local", "local_files_only")
 READ_ALIKE = ("BertTokenizer", "RobertaTokenizer", "GPT2Tokenizer", "Qwen2Tokenizer")
 """Classes that transformers 4 has, and that leave there what tokenizer.json says."""
 # Part of every key: increase this number when the encoded rows would differ.
-VERSION = 2
+VERSION = 3
 
 
 class Encoded(NamedTuple):
@@ -60,7 +57,7 @@ class Encoded(NamedTuple):
     tokens_per_row: mean number of tokens of a training row, or with a stream of a validation row,
         without padding.
     stream: the training rows with `task.streaming`; `train` is then empty.
-    evaluation_sets: further rows to score, by name; not part of content_hash.
+    evaluation_sets: further rows to score, by name.
     chat: the numbers of the conversations by split, and by `sets/NAME` for the evaluation sets;
         None for other rows.
     """
@@ -68,7 +65,6 @@ class Encoded(NamedTuple):
     train: Dataset
     validation: Dataset
     test: Dataset | None
-    content_hash: str
     tokens_per_row: float
     evaluation_sets: Mapping[str, Dataset] = MappingProxyType({})
     stream: StreamedRows | None = None
@@ -91,77 +87,80 @@ def encode_splits(
 ) -> Encoded:
     """Encode all splits except a stream, or reuse the result of an earlier call with equal content.
 
-    The arrow files are written whole or not at all into a subfolder of `cache_dir` that is named by
-    a content key, with the tokenizer's content in it. Ranks may call this function at the same
-    time, but it is cheaper to let one rank run first. Without `with_train`, `train` is empty.
+    The rows of a split are written whole or not at all into a subfolder of `cache_dir` that is
+    named by a content key, with the tokenizer's content in it. Ranks may call this function at the
+    same time, but it is cheaper to let one rank run first. Without `with_train`, `train` is empty.
     Without `packed`, every text of causal_lm has rows of its own.
     """
-    train = splits.train if splits.stream is None and with_train else None
-    named = {"train": train, "validation": splits.validation, "test": splits.test}
-    present = {name: rows for name, rows in named.items() if rows is not None}
-    encode = partial(
-        encode_rows, tokenizer=tokenizer, task=task, cache_dir=cache_dir, packed=packed
-    )
-    made, key = encode(present, content_hash=splits.content_hash)
-    chat = counts_of(cache_dir, key)
+    check_room_for_text(splits.validation, tokenizer, task)
+    parts: dict[str, Dataset] = {"validation": splits.validation}
+    if with_train and splits.stream is None:
+        parts = {"train": splits.train, **parts}
+    if splits.test is not None:
+        parts["test"] = splits.test
+    parts |= {f"{SETS}/{name}": rows for name, rows in splits.evaluation_sets.items()}
+    made: dict[str, Dataset] = {}
+    chat: CountsByName = {}
+    for name, rows in parts.items():
+        made[name], counts = encode_rows(
+            rows, tokenizer, task, name=name, cache_dir=cache_dir, packed=packed
+        )
+        special_tokens(tokenizer).say(rows, name=name)
+        chat |= counts
+    if chat:
+        say_chat(made, chat, tokenizer)
     counted = made.get("train", made["validation"])
     ids = counted.data.column("input_ids")
-    texts = splits.stream
-    stream = None if texts is None else StreamedRows(texts, tokenizer, task, packed)
-    made.setdefault("train", made["validation"].select([]))
-    sets: Mapping[str, Dataset] = {}
-    if splits.evaluation_sets:
-        sets, sets_key = encode(splits.evaluation_sets, content_hash=splits.sets_hash)
-        scored = counts_of(cache_dir, sets_key)
-        chat |= {f"{SETS}/{name}": tally for name, tally in scored.items()}
     return Encoded(
-        train=made["train"],
+        train=made.get("train", counted.select([])),
         validation=made["validation"],
         test=made.get("test"),
-        content_hash=key,
         tokens_per_row=sum(len(chunk.flatten()) for chunk in ids.chunks) / len(counted),
-        evaluation_sets=sets,
-        stream=stream,
+        evaluation_sets={name: made[f"{SETS}/{name}"] for name in splits.evaluation_sets},
+        stream=splits.stream and StreamedRows(splits.stream, tokenizer, task, packed),
         chat=chat or None,
     )
 
 
 def encode_rows(
-    rows: Mapping[str, Dataset],
+    rows: Dataset,
     tokenizer: PreTrainedTokenizerBase,
     task: TaskConfig,
     *,
-    content_hash: str,
+    name: str,
     cache_dir: Path,
     packed: bool = True,
-) -> tuple[dict[str, Dataset], str]:
-    """Encode rows by name like `encode_splits`, and return the encoded rows and their key."""
-    check_room_for_text(next(iter(rows.values())), tokenizer, task)
-    key = encoded_key(rows, tokenizer, task, content_hash=content_hash, packed=packed)
-    counts: CountsByName = {}
+) -> tuple[Dataset, CountsByName]:
+    """Return encoded rows, memory-mapped, and the numbers of conversations by `name` and source.
 
-    def encoded(name: str) -> Iterator[pa.Table]:
-        # A generator, because rows that are in the cache need no encoder.
-        if is_chat(rows[name]):
+    Rows in the cache need no encoder.
+    """
+
+    def build(folder: Path) -> None:
+        logger.info("encoding the rows of %s", name)
+        counts: CountsByName = {}
+        if is_chat(rows):
             encoder = ChatEncoder(tokenizer, task, bad=BadRows(task.bad_rows))
-            yield from tables_of_conversations(rows[name], encoder, name=name, counts=counts)
+            tables = tables_of_conversations(rows, encoder, counts=counts)
         else:
-            yield from tables_of_texts(rows[name], tokenizer, task, packed=packed)
+            tables = tables_of_texts(rows, tokenizer, task, packed=packed)
+        if not write_tables(folder / ROWS, tables):
+            raise no_tokens(rows, task, split=name, counts=counts)
+        write_json(folder / COUNTS, {source: vars(tally) for source, tally in counts.items()})
 
-    def empty(name: str) -> DataError:
-        mine = {one: part for one, part in counts.items() if one.partition("/")[0] == name}
-        return no_tokens(rows[name], task, split=name, counts=mine)
-
-    tables = {name: encoded(name) for name in rows}
-    made = cached_tables(tables, key, cache_dir=cache_dir, empty=empty, counts=counts)
-    for name, split in rows.items():
-        special_tokens(tokenizer).say(split, name=name)
-    if counts := counts_of(cache_dir, key):
-        say_chat(made, counts, tokenizer)
-    return made, key
+    key = encoded_key(rows, tokenizer, task, packed=packed)
+    folder = whole_folder(cache_dir / "encoded" / key, build)
+    records = json.loads((folder / COUNTS).read_text(encoding="utf-8"))
+    counts = {
+        f"{name}/{source}" if source else name: ChatCounts.from_record(tally)
+        for source, tally in records.items()
+    }
+    return read_rows(folder / ROWS), counts
 
 
-def no_tokens(rows: Dataset, task: TaskConfig, *, split: str, counts: CountsByName) -> DataError:
+def no_tokens(
+    rows: Dataset, task: TaskConfig, *, split: str, counts: CountsByName | None = None
+) -> DataError:
     """Return the error of rows that have no tokens, or whose conversations are all left out."""
     if not is_chat(rows):
         return DataError(
@@ -169,46 +168,12 @@ def no_tokens(rows: Dataset, task: TaskConfig, *, split: str, counts: CountsByNa
             "names the text and that the text is not blank"
         )
     total = ChatCounts()
-    for part in counts.values():
+    for part in (counts or {}).values():
         total.add(part)
     return DataError(
         f"the {split} split has no conversation that can be learned from (task.max_length is "
         f"{task.row_length}): {total.reasons}; raise task.max_length, or check the answers"
     )
-
-
-def cached_tables(
-    tables: Mapping[str, Iterable[pa.Table]],
-    key: str,
-    *,
-    cache_dir: Path,
-    empty: Callable[[str], DataError],
-    counts: Mapping[str, ChatCounts] = MappingProxyType({}),
-) -> dict[str, Dataset]:
-    """Return encoded rows by name, memory-mapped; `tables` are read if the key has no folder.
-
-    `empty` returns the error of rows without a table.
-    """
-
-    def build(folder: Path) -> None:
-        logger.info("encoding the rows of %s", ", ".join(tables))
-        for name, made in tables.items():
-            if not write_tables(folder / f"{name}.arrow", made):
-                raise empty(name)
-        if counts:
-            write_json(folder / COUNTS, {name: vars(tally) for name, tally in counts.items()})
-
-    folder = whole_folder(cache_dir / "encoded" / key, build)
-    return {name: read_rows(folder / f"{name}.arrow") for name in tables}
-
-
-def counts_of(cache_dir: Path, key: str) -> CountsByName:
-    """Return the numbers of encoded conversations; empty for other rows."""
-    path = cache_dir / "encoded" / key / COUNTS
-    if not path.is_file():
-        return {}
-    records = json.loads(path.read_text(encoding="utf-8"))
-    return {name: ChatCounts.from_record(tally) for name, tally in records.items()}
 
 
 def tokens_key(rows: Dataset) -> str:
@@ -237,35 +202,22 @@ def labelled_only(rows: Dataset) -> Dataset:
 
 
 def encoded_key(
-    rows: Mapping[str, Dataset],
-    tokenizer: PreTrainedTokenizerBase,
-    task: TaskConfig,
-    *,
-    content_hash: str,
-    packed: bool = True,
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: TaskConfig, *, packed: bool = True
 ) -> str:
     """Return a hash of everything that the encoded rows depend on; see `encode_rows`."""
-    parts = {
+    parts: dict[str, object] = {
         "version": VERSION,
-        "content": content_hash,
-        "rows": {name: rows_key(split) for name, split in rows.items()},
+        "rows": rows_key(rows),
         "tokenizer": tokenizer_content(tokenizer),
         "max_length": task.row_length,
         "type": task.type,
+        "packed": packed,
     }
-    if any(map(is_chat, rows.values())):
-        chat = {
-            "version": CHAT_VERSION,
-            "template": tokenizer.chat_template,
-            "options": task.chat_template_kwargs,
-            "reasoning": task.reasoning,
-            "train_on": task.train_on,
-            "truncation": task.truncation,
-            "bad_rows": task.bad_rows,
-        }
-        parts["chat"] = key_of(chat)
-    if not packed:
-        parts["packed"] = False
+    if is_chat(rows):
+        of_task = ("train_on", "reasoning", "truncation", "bad_rows")
+        chat: dict[str, object] = {"template": tokenizer.chat_template}
+        chat |= {"options": task.chat_template_kwargs} | {k: getattr(task, k) for k in of_task}
+        parts["chat"] = chat
     return key_of(parts)
 
 
@@ -347,13 +299,12 @@ def mixed(encoded: Encoded, sources: Mapping[str, MixtureSource], *, seed: int) 
                 "task.validation_files, or give the source more rows"
             )
     sizes = np.array([part.kept for part in parts.values()])
-    weights = [source.weight for source in sources.values()]
-    counts = rows_of_sources(sizes, np.array(weights))
-    chosen, first = list[NDArray[np.int64]](), 0
-    for number, name in enumerate(sources):
+    counts = rows_of_sources(sizes, np.array([source.weight for source in sources.values()]))
+    chosen: list[NDArray[np.int64]] = []
+    # The rows of a source follow each other.
+    for number, (name, end) in enumerate(zip(sources, np.cumsum(sizes), strict=True)):
         size, count = int(sizes[number]), int(counts[number])
-        places = np.arange(first, first + size)  # the rows of a source follow each other
-        first += size
+        places = np.arange(end - size, end)
         random = np.random.default_rng([seed, number])
         chosen += [np.tile(places, count // size), random.permutation(places)[: count % size]]
         logger.log(
@@ -366,7 +317,6 @@ def mixed(encoded: Encoded, sources: Mapping[str, MixtureSource], *, seed: int) 
     return encoded._replace(
         train=encoded.train.select(np.sort(np.concatenate(chosen))),
         tokens_per_row=float((tokens / sizes * counts).sum() / counts.sum()),
-        content_hash=key_of(encoded.content_hash, "mixed", weights, seed),
     )
 
 

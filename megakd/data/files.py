@@ -16,7 +16,7 @@ from pathlib import Path
 from megakd.config.paths import DATA_SUFFIXES, data_suffix, without_compression
 from megakd.config.task import Files, TaskConfig, listed_files
 from megakd.data.arrow import SPLIT_ALIASES, SPLIT_NAMES, SplitName, Table
-from megakd.data.readers import read_json, table_of
+from megakd.data.readers import files_table
 from megakd.data.rows import Corpus, rows_of_tables
 from megakd.errors import DataError
 from megakd.process.terminal import in_home
@@ -29,17 +29,9 @@ SHARD = re.compile(r"-(\d+)-of-(\d+)(-[0-9a-f]+)?$")
 def local_rows(task: TaskConfig, *, cache_dir: Path) -> Corpus:
     """Return the rows of the file or folder `task.dataset`, or of the files that the task names."""
     paths, key = split_files(task)
-    if task.dataset is None:
-        tables, name = tables_of_files(paths, key), task.data_name
-    else:
-        path = in_home(task.dataset)
-        name, is_json = str(path), path.is_file() and data_suffix(path) == ".json"
-        tables = read_json(path) if is_json else tables_of_files(paths, key, name=name)
-    if "train" not in tables:
-        raise DataError(
-            f"{name} holds {', '.join(tables)} and no list named 'train'; add that list"
-        )
-    return rows_of_tables(tables, task, name=name, cache_dir=cache_dir)
+    name = None if task.dataset is None else str(in_home(task.dataset))
+    tables = tables_of_files(paths, key, name=name)
+    return rows_of_tables(tables, task, name=name or task.data_name, cache_dir=cache_dir)
 
 
 def split_files(task: TaskConfig) -> tuple[dict[SplitName, list[Path]], str]:
@@ -66,7 +58,7 @@ def split_files(task: TaskConfig) -> tuple[dict[SplitName, list[Path]], str]:
 
 def tables_of_files(
     paths: Mapping[SplitName, Sequence[Path]], key: str, *, name: str | None = None
-) -> dict[SplitName, Table]:
+) -> dict[str, Table]:
     """Return the rows of files by split; see `files_table`."""
     is_cut = "validation" not in paths
     return {
@@ -79,13 +71,10 @@ def tables_of_files(
 
 def named_files(task: TaskConfig) -> dict[SplitName, list[Path]]:
     """Return the files of `task.train_files`, `validation_files` and `test_files` by split."""
-    given = zip(
-        SPLIT_NAMES, (task.train_files, task.validation_files, task.test_files), strict=True
-    )
     paths: dict[SplitName, list[Path]] = {
         split: matching_files(files, f"task.{split}_files")
-        for split, files in given
-        if files is not None
+        for split in SPLIT_NAMES
+        if (files := getattr(task, f"{split}_files")) is not None
     }
     refuse_twice({f"task.{split}_files": matches for split, matches in paths.items()})
     return paths
@@ -118,59 +107,33 @@ def matching_files(files: Files, key: str) -> list[Path]:
 def refuse_twice(paths: Mapping[str, Sequence[Path]]) -> None:
     """Raise a DataError if settings, or the list of one, name the same file twice."""
     seen: dict[Path, tuple[str, Path]] = {}
-    for key, named in paths.items():
-        for path in named:
-            other, earlier = seen.setdefault(path.resolve(), (key, path))
-            if earlier is path:
-                continue
+    for key, path in ((key, path) for key, named in paths.items() for path in named):
+        other, earlier = seen.setdefault(path.resolve(), (key, path))
+        if earlier is not path:
             again = "is listed more than once" if other == key else f"is also a file of {other}"
-            also = "" if str(earlier) == str(path) else f" (as {earlier})"
             raise DataError(
-                f"{key}: {path} {again}{also}, so that its rows would count twice; list every file "
-                "once"
+                f"{key}: {path} {again} (as {earlier}), so that its rows would count twice; list "
+                "every file once"
             )
-
-
-def files_table(
-    paths: Sequence[Path], key: str, *, name: str | None = None, to_be_split: bool = False
-) -> Table:
-    """Return the concatenated rows of files, which messages call `name`, or else by the setting."""
-    name = str(paths[0]) if len(paths) == 1 else name or key
-    first, *others = paths
-    for path in others:
-        # "True" of a csv file is a word, and true of a jsonl file is none.
-        if _format(path, key) != _format(first, key):
-            raise DataError(
-                f"{key}: {path} and {first} have different formats; give all files of a split in "
-                "one format"
-            )
-    known_suffix(first, key)
-    return table_of(paths, name, to_be_split=to_be_split)
 
 
 def scored_table(given: str) -> tuple[Table, str]:
     """Return the rows to score, and their split, for a file, pattern or folder given by the user.
 
-    All rows of files are scored. Of a folder or a JSON file with splits, the test rows are scored,
-    or the validation rows if there is no test split.
+    All rows of files are scored. Of a folder, the test rows are scored, or the validation rows if
+    it has no test split.
     """
     path = in_home(given)
-    if path.is_dir():
-        tables = tables_of_files(_shards(path), "task.dataset", name=str(path))
-    elif data_suffix(path) == ".json" and path.is_file():
-        tables = read_json(path)
-    else:
+    if not path.is_dir():
         return files_table(matching_files(given, "--data"), "--data"), WHOLE_FILE
-    if list(tables) == ["train"] and not path.is_dir():
-        return tables["train"], WHOLE_FILE
-    split: SplitName = "test" if "test" in tables else "validation"
-    if split not in tables:
-        there = ", ".join(tables) or "no split"
+    shards = _shards(path)
+    split: SplitName = "test" if "test" in shards else "validation"
+    if split not in shards:
         raise DataError(
-            f"--data: {path} holds {there}, and neither a test nor a validation split; give a file "
-            "or folder with one of the two"
+            f"--data: {path} holds {', '.join(shards) or 'no split'}, and neither a test nor a "
+            "validation split; give a file or folder with one of the two"
         )
-    return tables[split], split
+    return files_table(shards[split], "task.dataset", name=str(path)), split
 
 
 def _shards(folder: Path) -> dict[SplitName, list[Path]]:
@@ -224,19 +187,3 @@ def _stem(path: Path) -> str:
 
 def _ending(path: Path) -> str:
     return path.name.removeprefix(_stem(path))
-
-
-def _format(path: Path, key: str) -> str:
-    suffix = known_suffix(path, key)
-    return ".jsonl" if suffix == ".ndjson" else suffix
-
-
-def known_suffix(path: Path, key: str) -> str:
-    """Return the ending of a file, lower-cased."""
-    suffix = data_suffix(path)
-    if suffix not in DATA_SUFFIXES:
-        raise DataError(
-            f"{key}: {path} has an unsupported ending; supported: {', '.join(DATA_SUFFIXES)}, also "
-            "compressed (.gz, .bz2, .zst)"
-        )
-    return suffix

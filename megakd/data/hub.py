@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,8 +15,8 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from megakd.config.task import MixtureSource, TaskConfig
-from megakd.data.arrow import SplitName, Table, remembered_of_rows
-from megakd.data.readers import ROWS_PER_READ, by_split, typed_table
+from megakd.data.arrow import SPLIT_ALIASES, SplitName, Table, rows_key
+from megakd.data.readers import typed_table
 from megakd.data.rows import Corpus, rows_of_tables
 from megakd.errors import ConfigError, DataError, first_line, suggestion
 
@@ -33,12 +31,12 @@ def hub_rows(
         if task.splits is None:
             loaded = cast("Mapping[str, Dataset]", load())
             splits = splits_of([*loaded], label)
-            parts = {split: loaded[key] for split, key in splits.items()}
         else:
             splits = task.splits
-            parts = {split: cast("Dataset", load(split=key)) for split, key in splits.items()}
-    tables: dict[SplitName, Table] = {
-        split: _table(f"{name} ({key})", parts[split]) for split, key in splits.items()
+            loaded = {key: cast("Dataset", load(split=key)) for key in splits.values()}
+    tables: dict[str, Table] = {
+        split: typed_table(f"{name} ({key})", loaded[key], digest=rows_key(loaded[key]))
+        for split, key in splits.items()
     }
     return rows_of_tables(tables, task, name=name, cache_dir=cache_dir, metrics=metrics)
 
@@ -47,15 +45,23 @@ def hub_source(source: MixtureSource) -> Table:
     """Return the rows of a source of a mixture that is a data set of the Hub."""
     name = source.dataset or ""
     with hub_errors(name, source.dataset_config):
-        rows = datasets.load_dataset(
+        loaded = datasets.load_dataset(
             name, name=source.dataset_config, split=source.split, revision=source.revision
         )
-    return _table(f"{name} ({source.split})", cast("Dataset", rows))
+    rows = cast("Dataset", loaded)
+    return typed_table(f"{name} ({source.split})", rows, digest=rows_key(rows))
 
 
 def splits_of(names: list[str], label: str) -> dict[SplitName, str]:
     """Return the name of every split among the names that a Hub data set has."""
-    splits = by_split(names, f"the Hub data set {label}")
+    splits: dict[SplitName, str] = {}
+    for name in names:
+        split = SPLIT_ALIASES.get(name.lower())
+        if split is not None and splits.setdefault(split, name) != name:
+            raise DataError(
+                f"the Hub data set {label}: {splits[split]!r} and {name!r} are names of the same "
+                f"split ({split}); name the one to use in task.splits"
+            )
     if "train" not in splits:
         raise DataError(
             f"the Hub data set {label} has no split named 'train'; its splits are "
@@ -69,42 +75,27 @@ def hub_errors(name: str, configuration: str | None) -> Iterator[str]:
     """Convert errors about a Hub data set into a DataError; give the name for messages."""
     label = f"{name} ({configuration})" if configuration else name
     advice = (
-        "to train without the Hub, name local files in task.train_files and task.validation_files"
-        if name == HUB_NAME
-        else f"task.dataset may also be glue/<task>, or a local file or folder, but {name!r} does "
-        "not exist on this machine"
+        "task.dataset may also be glue/<task>, or a local file or folder (which does not exist "
+        "here); local files are named in task.train_files and task.validation_files"
     )
     try:
         yield label
-    except ConnectionError as error:
-        raise DataError(
-            f"the Hub cannot be reached to load the data set {label}, and it is not in the "
-            f"local cache ({first_line(error)}); {advice}"
-        ) from error
     except (DatasetsError, HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        raise DataError(
-            f"the data set {label} cannot be loaded from the Hub: {first_line(error)}; {advice}"
-        ) from error
+        problem = (
+            f"the Hub cannot be reached to load the data set {label}, and it is not in the local "
+            "cache"
+            if isinstance(error, ConnectionError)
+            else f"the data set {label} cannot be loaded from the Hub"
+        )
+        raise DataError(f"{problem}: {first_line(error)}; {advice}") from error
     except RuntimeError as error:
         if "script" not in str(error):
             raise
         raise DataError(
             f"the Hub data set {label} is a script, which `datasets` does not run "
-            f"({first_line(error)}); use a version of the data set in parquet files (such as its "
-            "branch refs/convert/parquet), or download the rows as local files and set "
-            "task.train_files"
+            f"({first_line(error)}); use its version in parquet files (such as the branch "
+            "refs/convert/parquet in task.revision), or local files"
         ) from error
-
-
-def _table(name: str, rows: Dataset) -> Table:
-    return typed_table(name, rows, digest=remembered_of_rows(rows, "hub", partial(_digest, rows)))
-
-
-def _digest(rows: Dataset) -> str:
-    digest = hashlib.sha256()
-    for columns in rows.iter(ROWS_PER_READ):
-        digest.update(json.dumps(columns, sort_keys=True, default=str).encode())
-    return digest.hexdigest()
 
 
 HUB_NAME = "nyu-mll/glue"

@@ -45,49 +45,44 @@ class Classes:
     folds_case: bool = False
 
     @cached_property
-    def number_of(self) -> Mapping[str, int]:
-        return {name: number for number, name in enumerate(self.names)}
+    def _numbers(self) -> Mapping[str, int]:
+        numbers = {name: number for number, name in enumerate(self.names)}
+        # Where a class is called by the number of another, 1 can only be a name.
+        if self.numbered and all(_integer(name) in {None, n} for name, n in numbers.items()):
+            numbers |= {str(number): number for number in range(len(self.names))}
+        return numbers
 
     @cached_property
-    def _digits_are_names(self) -> bool:
-        # Whether a class is called by the number of another, so that 1 can only be a name.
-        return any(_integer(name) not in {None, n} for n, name in enumerate(self.names))
-
-    @cached_property
-    def _number_in_any_case(self) -> Mapping[str, int]:
+    def _folded(self) -> Mapping[str, int]:
         folded = [name.casefold() for name in self.names] if self.folds_case else []
-        once = {name for name, count in Counter(folded).items() if count == 1}
-        return {name: number for number, name in enumerate(folded) if name in once}
+        counts = Counter(folded)
+        return {name: number for number, name in enumerate(folded) if counts[name] == 1}
 
     def number(self, word: str) -> int:
         """Return the number of the class of a label, or -100 for one that means no label."""
-        if (number := self.number_of.get(word)) is not None:
+        integer = _integer(word) if self.numbered else None
+        number = self._numbers.get(word, self._folded.get(word.casefold()))
+        if number is None:
+            number = self._numbers.get(str(integer))  # 2.0 is the class "2"
+        if number is not None:
             return number
-        if (number := self._number_in_any_case.get(word.casefold())) is not None:
-            return number
-        number = _integer(word) if self.numbered else None
-        if self._digits_are_names and str(number) in self.number_of:
-            return self.number_of[str(number)]  # 2.0 is the class "2"
-        if number in self.unlabelled:
+        if integer in self.unlabelled:
             return IGNORE
-        if number is None or self._digits_are_names:
-            raise DataError(f"label {word!r} {self._unknown(word)}")
-        if 0 <= number < len(self.names):
-            return number
-        raise DataError(
-            f"label {number} is outside 0..{len(self.names) - 1}, the {len(self.names)} classes of "
-            f"this data set; a row without a label has an empty label or {IGNORE}"
-        )
-
-    def _unknown(self, word: str) -> str:
-        is_small = len(self.names) <= MOST_COMPARED
-        close = difflib.get_close_matches(word, self.names, n=1) if is_small else ()
+        if integer is not None and {"0", str(len(self.names) - 1)} <= self._numbers.keys():
+            raise DataError(
+                f"label {integer} is outside 0..{len(self.names) - 1}, the {len(self.names)} "
+                f"classes of this data set; a row without a label has an empty label or {IGNORE}"
+            )
+        close = difflib.get_close_matches(word, self.names[:MOST_COMPARED], n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         if self.names[:1] == ("LABEL_0",):
             hint = "; write the data's labels into id2label of the model's config.json"
         shown = ", ".join(self.names[:MAX_NAMES_SHOWN])
         more = ", …" if len(self.names) > MAX_NAMES_SHOWN else ""
-        return f"is not one of the {len(self.names)} classes of this data set ({shown}{more}){hint}"
+        raise DataError(
+            f"label {word!r} is not one of the {len(self.names)} classes of this data set "
+            f"({shown}{more}){hint}"
+        )
 
 
 def class_word(name: str, column: str, record: Record) -> str | None:

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 from types import MappingProxyType
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -30,17 +30,10 @@ LENGTHS_AT_ONCE = 100_000
 T = TypeVar("T")
 
 
-class OtherReading(Protocol):
-    """A function that encodes rows for a model with another tokenizer."""
-
-    def __call__(
-        self, rows: object, numbers: NDArray[np.int64], *, size: int, seed: int, draw: int
-    ) -> Batch:
-        """Return the micro-batch of `size` rows, dummy rows last, of another model.
-
-        `numbers` are those of the rows in the data set, `draw` is that of the pass over the data.
-        """
-        ...
+OtherReading = Callable[..., Batch]
+"""Encodes rows for a model with another tokenizer: `read(rows, numbers, size=, seed=, draw=)` gives
+the micro-batch of `size` rows, dummy rows last. `numbers` are those of the rows in the data set,
+`draw` is that of the pass over the data."""
 
 
 class RowOrder:

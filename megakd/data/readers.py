@@ -18,7 +18,6 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, cast
@@ -28,8 +27,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, Features, IterableDataset, LargeList, List, Value
 
-from megakd.config.paths import data_suffix
-from megakd.data.arrow import SPLIT_ALIASES, Record, SplitName, Table, key_of, remembered_of
+from megakd.config.paths import DATA_SUFFIXES, data_suffix
+from megakd.data.arrow import Record, Table, key_of, remembered_of
 from megakd.errors import DataError
 from megakd.storage.atomic import sha256_of
 
@@ -57,15 +56,34 @@ Read = Record | DataError
 """A row, or why it cannot be read."""
 
 
-def table_of(
-    paths: Sequence[Path], name: str, *, to_be_split: bool = False, is_streamed: bool = False
+def files_table(
+    paths: Sequence[Path],
+    key: str,
+    *,
+    name: str | None = None,
+    to_be_split: bool = False,
+    is_streamed: bool = False,
 ) -> Table:
-    """Return the rows of files, one file after the other.
+    """Return the concatenated rows of files, which messages call `name`, or else by the setting.
 
     Small txt files from which a held-out split will be cut (`to_be_split`) need shorter pieces. Of
     files that are streamed, the first rows tell the columns, and the digest is of their beginnings
     and ends.
     """
+    suffixes = [data_suffix(path) for path in paths]
+    formats = [suffix.replace("ndjson", "jsonl") for suffix in suffixes]
+    for path, form in zip(paths, formats, strict=True):
+        if form not in DATA_SUFFIXES:
+            raise DataError(
+                f"{key}: {path} has an unsupported ending; supported: {', '.join(DATA_SUFFIXES)}, "
+                "also compressed (.gz, .bz2, .zst)"
+            )
+        # "True" of a csv file is a word, and true of a jsonl file is none.
+        if form != formats[0] and not is_streamed:
+            raise DataError(
+                f"{key}: {path} and {paths[0]} have different formats; give all files of a split "
+                "in one format"
+            )
     with readable(paths[0]):
         size = sum(path.stat().st_size for path in paths)
     piece = min(PIECE_CHARACTERS, size // FEWEST_PIECES) if to_be_split else PIECE_CHARACTERS
@@ -89,9 +107,9 @@ def table_of(
                 else:
                     yield Record(f"{path.name} {record.place}", record.values)
 
-    suffixes, digest = [*map(data_suffix, paths)], sample_of if is_streamed else _digest_of
+    digest = sample_of if is_streamed else _digest_of
     return Table(
-        name=name,
+        name=str(paths[0]) if len(paths) == 1 else name or key,
         columns=tuple(columns),
         records=records,
         digest=key_of([*map(digest, paths)], suffixes, piece if ".txt" in suffixes else 0),
@@ -129,20 +147,31 @@ def _jsonl_records(path: Path) -> Iterator[Read]:
 
 
 def _json_records(path: Path) -> Iterator[Read]:
-    yield from chain.from_iterable(table.records() for table in read_json(path).values())
+    rows = parse_json("".join(_text_lines(path)), str(path))
+    if not isinstance(rows, list):
+        raise DataError(
+            f"{path} is not a JSON list of rows; use the ending .jsonl for a file with one object "
+            "per line, and a file for each split"
+        )
+    for number, row in enumerate(cast("list[object]", rows), start=1):
+        place = f"row {number}"
+        if isinstance(row, dict):
+            yield Record(place, cast("Mapping[str, object]", row))
+        elif isinstance(row, str):
+            yield Record(place, {"text": row})
+        elif isinstance(row, list) and len(row) == 2:
+            yield Record(place, dict(zip(("text", "label"), row, strict=True)))
+        else:
+            yield DataError(
+                f"{path}, {place} must be a text, an object or [text, label] (got {row!r:.60})"
+            )
 
 
 def _columns(path: Path, most: int | None) -> Sequence[str]:
     suffix = data_suffix(path)
-    if suffix in (".jsonl", ".ndjson"):
+    if suffix in (".jsonl", ".ndjson", ".json"):
         with readable(path):
             return remembered_of(path, lambda: _keys(records_of(path), most), "columns", most)
-    if suffix == ".json":
-        if len(splits := read_json(path)) > 1:
-            raise DataError(
-                f"{path} holds the splits {', '.join(splits)}; give a file with one list of rows"
-            )
-        return next(iter(splits.values())).columns
     if suffix == ".txt":
         first = next(_text_lines(path), "")
         if first.startswith("{") and isinstance(_json_record(first, "", path), Record):
@@ -267,65 +296,6 @@ def _json_object(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_json_object)
-
-
-def read_json(path: Path) -> dict[SplitName, Table]:
-    """Read a JSON list of strings, objects or [text, label], or a mapping from splits to lists."""
-    tree = parse_json("".join(_text_lines(path)), str(path))
-    digest = _digest_of(path)
-    if isinstance(tree, list):
-        return {"train": _listed(str(path), cast("object", tree), digest)}
-    if isinstance(tree, dict):
-        named = cast("dict[str, object]", tree)
-        if splits := by_split(named, str(path)):
-            return {
-                split: _listed(f"{path} ({name})", named[name], f"{digest}:{name}")
-                for split, name in splits.items()
-            }
-    raise DataError(
-        f"{path} is neither a JSON list of rows nor an object with a list named 'train'; use the "
-        "ending .jsonl for a file with one object per line"
-    )
-
-
-def _listed(name: str, rows: object, digest: str) -> Table:
-    if not isinstance(rows, list):
-        raise DataError(
-            f"{name} is not a list of rows (got {rows!r:.60}); write a list, or remove the key"
-        )
-    records = partial(_listed_records, name, cast("list[object]", rows))
-    return Table(name=name, columns=tuple(_keys(records(), None)), records=records, digest=digest)
-
-
-def _listed_records(name: str, rows: list[object]) -> Iterator[Read]:
-    for number, row in enumerate(rows, start=1):
-        place = f"row {number}"
-        if isinstance(row, dict):
-            yield Record(place, cast("Mapping[str, object]", row))
-        elif isinstance(row, str):
-            yield Record(place, {"text": row})
-        elif isinstance(row, list) and len(row) == 2:
-            yield Record(place, dict(zip(("text", "label"), row, strict=True)))
-        else:
-            yield DataError(
-                f"{name}, {place} must be a text, an object or [text, label] (got {row!r:.60})"
-            )
-
-
-def by_split(names: Iterable[str], place: str) -> dict[SplitName, str]:
-    """Return the name of every split among names; names that mean no split are left out."""
-    chosen: dict[SplitName, str] = {}
-    for name in names:
-        split = SPLIT_ALIASES.get(name.lower())
-        if split is None:
-            continue
-        if split in chosen:
-            raise DataError(
-                f"{place}: {chosen[split]!r} and {name!r} are names of the same split ({split}); "
-                f"keep one of them, or put the rows to use into a file and set task.{split}_files"
-            )
-        chosen[split] = name
-    return chosen
 
 
 # Rows with types, of parquet files and of the Hub

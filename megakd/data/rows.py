@@ -13,10 +13,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
-from datasets import Dataset, Features, IterableDataset, Value
+from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
 from megakd.config.task import TaskConfig
@@ -56,12 +56,8 @@ from megakd.storage.folders import whole_folder
 
 logger = logging.getLogger(__name__)
 # Increase this number when the same source results in different rows.
-VERSION = 6
-# Increase this number when a folder of rows gets different files or rows.
-LAYOUT = 5
-BLANK_FILE = "blank_rows.json"
-"""File in a folder of rows: the number of rows without text, the first, the bad rows, and what the
-rows without a label have in its place, with their numbers."""
+VERSION = 7
+TALLY_FILE = "tally.json"
 ERROR = "__error__"
 """Column of the rows of a stream: why a row cannot be read."""
 DEFAULT_METRICS: Mapping[str, tuple[str, ...]] = {
@@ -83,40 +79,18 @@ PAIR_DEFAULTS = (
 LABEL_DEFAULTS = {"classification": ("label", "labels"), "regression": ("label", "score", "labels")}
 
 
-class RowTeacher(NamedTuple):
-    """Source of the teacher of a row: a column, or one name for all rows."""
-
-    column: str | None = None
-    name: str | None = None
-
-    def of(self, name: str, record: Record) -> str:
-        """Return the teacher of a row of the data `name`."""
-        if self.name is not None:
-            return self.name
-        value = record.values.get(self.column or "")
-        if not isinstance(value, str) or not value.strip():
-            raise DataError(
-                f"{name}, {record.place}: column {self.column!r} (task.teacher_column) names "
-                f"no teacher (got {value!r:.80}); write the name of one of the teachers"
-            )
-        return text_of(name, self.column or "", record).strip()
-
-
-def row_teacher(table: Table, column: str | None, name: str | None = None) -> RowTeacher | None:
-    """Return where the teachers of a table come from; None if its rows name none."""
-    if name is not None:
-        return RowTeacher(name=name)
-    if column is None:
-        return None
-    require(table, column, "task.teacher_column")
-    return RowTeacher(column=column)
-
-
 class Fields(NamedTuple):
     """The columns of texts and labels; label is None if the rows carry no labels."""
 
     text: tuple[str, ...]
     label: str | None
+
+
+class RowTeacher(NamedTuple):
+    """Source of the teacher of a row: a column, or one name for all rows."""
+
+    column: str | None = None
+    name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -136,23 +110,28 @@ class RowKind:
         """Return the kind of the rows; `as_chat` makes documents conversations without a prompt."""
         if not table.columns:
             raise DataError(f"{table.name} has no rows")
-        chat = chat_columns(table, task)
-        if chat is None and as_chat:
-            chat = ChatColumns(text=_text_columns(table, task))
-        if chat is not None:
-            return RowKind(task.type, chat)
-        text = _text_columns(table, task)
-        return RowKind(task.type, Fields(text, _label_column(table, task)))
+        fields = chat_columns(table, task)
+        if fields is None:
+            text = _text_columns(table, task)
+            fields = ChatColumns(text=text) if as_chat else Fields(text, _label_column(table, task))
+        return RowKind(task.type, fields)
 
     def of_split(self, table: Table, split: SplitName) -> RowKind:
         """Return the kind of another split of texts; a test split may be without labels."""
         for column in self.fields.text:
             require(table, column, "task.text_columns")
-        label = self.label
+        kind, label = replace(self, teacher=None), self.label
         if label is None or (split == "test" and label not in table.columns):
-            return replace(self, fields=Fields(self.fields.text, None))
+            return replace(kind, fields=Fields(self.fields.text, None))
         require(table, label, "task.label_column")
-        return self
+        return kind
+
+    def taught(self, table: Table, column: str | None, name: str | None = None) -> RowKind:
+        """Return the kind with teachers from a column, or with the teacher `name`, if any."""
+        if name is None and column is not None:
+            require(table, column, "task.teacher_column")
+        teacher = RowTeacher(column if name is None else None, name)
+        return replace(self, teacher=teacher) if any(teacher) else self
 
     @property
     def is_chat(self) -> bool:
@@ -162,9 +141,7 @@ class RowKind:
     def has_prompts_alone(self) -> bool:
         """True for conversations whose answers no column can hold."""
         fields = self.fields
-        return isinstance(fields, ChatColumns) and not (
-            fields.messages or fields.completion or fields.text
-        )
+        return isinstance(fields, ChatColumns) and not any(fields._replace(prompt=None)[:4])
 
     @property
     def label(self) -> str | None:
@@ -201,8 +178,7 @@ class RowKind:
 
     def row(self, name: str, record: Record) -> dict[str, object]:
         """Return a row of the data `name`, with the columns of `features`; see `is_blank`."""
-        place = f"{name.rpartition('/')[2]}, {record.place}"
-        row: dict[str, object] = {PLACE: place}
+        row: dict[str, object] = {PLACE: f"{name.rpartition('/')[2]}, {record.place}"}
         if isinstance(self.fields, ChatColumns):
             conversation = conversation_of(name, self.fields, record)
             row |= {"text": conversation.text, CONVERSATION: conversation.to_json()}
@@ -216,7 +192,14 @@ class RowKind:
             else:
                 row["label"] = math.nan if self.label is None else score(name, self.label, record)
         if self.teacher is not None:
-            row[ROUTE] = self.teacher.of(name, record)
+            column, teacher = self.teacher
+            value = teacher or record.values.get(column or "")
+            if value is None or value == "":
+                raise DataError(
+                    f"{name}, {record.place}: column {column!r} (task.teacher_column) names no "
+                    f"teacher (got {value!r}); write the name of one of the teachers"
+                )
+            row[ROUTE] = teacher or text_of(name, column or "", record).strip()
         return row
 
 
@@ -245,16 +228,9 @@ def _text_columns(table: Table, task: TaskConfig) -> tuple[str, ...]:
 def _label_column(table: Table, task: TaskConfig) -> str | None:
     if task.type in LANGUAGE_TASKS:
         return None
-    if task.label_column is not None:
-        require(table, task.label_column, "task.label_column")
-        return task.label_column
-    usual = LABEL_DEFAULTS[task.type]
-    label = next((column for column in usual if column in table.columns), None)
-    if label is None:
-        raise DataError(
-            f"{table.name}: column {usual[0]!r} does not exist; the columns are "
-            f"{', '.join(table.columns)}; set task.label_column to the column with the labels"
-        )
+    usual = LABEL_DEFAULTS[task.type] if task.label_column is None else (task.label_column,)
+    label = next((column for column in usual if column in table.columns), usual[0])
+    require(table, label, "task.label_column")
     return label
 
 
@@ -301,7 +277,7 @@ class Corpus:
     """The rows of a data set before a selection; columns and stream as in `splits.Splits`."""
 
     name: str
-    splits: Mapping[SplitName, Dataset]
+    splits: Mapping[str, Dataset]
     classes: Classes | None
     metrics: tuple[str, ...]
     source_hash: str
@@ -309,39 +285,49 @@ class Corpus:
 
 
 def rows_of_tables(
-    tables: Mapping[SplitName, Table],
+    tables: Mapping[str, Table],
     task: TaskConfig,
     *,
     name: str,
     cache_dir: Path,
     metrics: tuple[str, ...] | None = None,
 ) -> Corpus:
-    """Return the rows of every split, in Arrow files."""
-    tables = {split: tables[split] for split in SPLIT_NAMES if split in tables}
-    kinds: dict[SplitName, RowKind]
-    if any(chat_columns(table, task) for table in tables.values()):
-        kinds = {split: RowKind.of(task, table, as_chat=True) for split, table in tables.items()}
-    else:
-        train = RowKind.of(task, tables["train"])
-        kinds = {split: train.of_split(table, split) for split, table in tables.items()}
-    # Only training rows have teachers.
-    teacher = row_teacher(tables["train"], task.teacher_column)
-    kinds["train"] = replace(kinds["train"], teacher=teacher)
-    rows: dict[SplitName, Dataset] = {
-        split: rows_of(table, kinds[split], task, cache_dir=cache_dir)
-        for split, table in tables.items()
-    }
-    classes, label = None, kinds["train"].label
+    """Return the rows of every split, in Arrow files.
+
+    `tables` are named by their split, and the sources of a mixture `train/SOURCE`. Documents
+    beside conversations, and all of a mixture, become conversations without a prompt.
+    """
+    order = [key for split in SPLIT_NAMES for key in tables if key.partition("/")[0] == split]
+    as_chat = task.mixture is not None or any(chat_columns(t, task) for t in tables.values())
+    kinds: dict[str, RowKind] = {}
+    rows: dict[str, Dataset] = {}
+    for key in order:
+        split, _, source = key.partition("/")
+        table = tables[key]
+        if split == "train":  # only training rows have teachers
+            teacher = (task.mixture or {})[source].teacher if source else None
+            kind = RowKind.of(task, table, as_chat=as_chat)
+            kinds[key] = kind.taught(table, task.teacher_column, teacher)
+        elif as_chat:
+            kinds[key] = RowKind.of(task, table, as_chat=True)
+        else:
+            kinds[key] = kinds["train"].of_split(table, cast("SplitName", split))
+        rows[key] = rows_of(table, kinds[key], task, cache_dir=cache_dir, source=source or None)
+    classes, first = None, order[0]
+    label = kinds[first].label
     if label is not None and task.type == "classification":
-        names = tables["train"].class_names.get(label, ())
-        classes = find_classes(rows["train"], label, names, name=tables["train"].name)
+        names = tables[first].class_names.get(label, ())
+        classes = find_classes(rows[first], label, names, name=tables[first].name)
         rows = {split: numbered(rows[split], classes, task, kinds[split]) for split in rows}
+    train = [rows.pop(key) for key in order if key.startswith("train")]
+    whole = train[0] if len(train) == 1 else concatenate_datasets(train)
+    digests = [(key, tables[key].digest, kinds[key].fields, kinds[key].teacher) for key in order]
     return Corpus(
         name=name,
-        splits=rows,
+        splits={"train": whole, **rows},
         classes=classes,
         metrics=metrics or DEFAULT_METRICS[task.type],
-        source_hash=_source_hash(tables, kinds, classes),
+        source_hash=key_of(VERSION, task.type, classes and classes.names, digests),
     )
 
 
@@ -349,22 +335,6 @@ def numbered(rows: Dataset, classes: Classes, task: TaskConfig, kind: RowKind) -
     """Return rows with class numbers as labels."""
     rows = with_numbers(rows, classes, bad=BadRows(task.bad_rows))
     return rows if kind.teacher is not None else rows.remove_columns(PLACE)
-
-
-def _source_hash(
-    tables: Mapping[SplitName, Table],
-    kinds: Mapping[SplitName, RowKind],
-    classes: Classes | None,
-) -> str:
-    # Runs that earlier versions began know these hashes.
-    train = kinds["train"]
-    if train.is_chat:
-        parts = [(split, tables[split].digest, kinds[split].fields) for split in sorted(tables)]
-        return key_of("chat", parts, *([train.teacher.column] if train.teacher else ()))
-    digests: list[object] = [VERSION, train.type, classes.names if classes else None]
-    for split, table in tables.items():
-        digests.append((split, table.digest, kinds[split].fields, *(kinds[split].teacher or ())))
-    return key_of(digests)
 
 
 def rows_of(
@@ -377,69 +347,86 @@ def rows_of(
     read = (kind.type, kind.is_chat, kind.fields)
     # Messages name the file.
     where = (Path(table.name).name, source, kind.teacher)
-    key = key_of(VERSION, LAYOUT, table.digest, read, where, task.bad_rows)
+    key = key_of(VERSION, table.digest, read, where, task.bad_rows)
+    features = kind.features
+    if source is not None:
+        features = Features(features | {SOURCE: Value("string")})
 
     def fill(fresh: Path) -> None:
-        blank: dict[str, Any] = {"rows": 0, "count": 0, "first": "", "unlabelled": Counter[str]()}
-        bad = BadRows(task.bad_rows)
-        more = {} if source is None else {SOURCE: Value("string")}
-        rows = _rows(table, kind, source, blank=blank, bad=bad)
-        write_rows(rows, Features(kind.features | more), fresh / "rows.arrow")
-        if blank["rows"] == 0:
+        tally, bad = Tally(), BadRows(task.bad_rows)
+        rows = ({SOURCE: source, **row} for row in _rows(table, kind, tally, bad))
+        write_rows(rows, features, fresh / "rows.arrow")
+        if tally.rows == 0:
             raise DataError(f"{table.name} has no rows")
         bad.finish()
-        text = json.dumps({**blank, "bad": bad.count})
-        (fresh / BLANK_FILE).write_text(text, encoding="utf-8")
+        tally.bad = bad.count
+        (fresh / TALLY_FILE).write_text(json.dumps(vars(tally)), encoding="utf-8")
 
     folder = whole_folder(cache_dir / "rows" / key[:32], fill)
     rows = read_rows(folder / "rows.arrow")
     if len(rows) == 0:
         raise DataError(f"{table.name} has no rows with text")
-    _tell_blank(folder, table.name, count=len(rows), are_kept=kind.keeps_blank)
+    tally = Tally(**json.loads((folder / TALLY_FILE).read_text(encoding="utf-8")))
+    tally.tell(table.name, count=len(rows), are_kept=kind.keeps_blank)
     return rows
 
 
-def _rows(
-    table: Table, kind: RowKind, source: str | None, *, blank: dict[str, Any], bad: BadRows
-) -> Iterator[dict[str, object]]:
+@dataclass
+class Tally:
+    """Numbers of the rows of a table, for the log.
+
+    blank, first_blank: rows without text, and the place of the first.
+    bad: rows that are left out because they cannot be read.
+    unlabelled: by what a cell has in place of a label, the number of rows.
+    """
+
+    rows: int = 0
+    blank: int = 0
+    first_blank: str = ""
+    bad: int = 0
+    unlabelled: dict[str, int] = field(default_factory=Counter[str])
+
+    def tell(self, name: str, *, count: int, are_kept: bool) -> None:
+        """Log what is unusual about the `count` rows of a table."""
+        if self.bad:
+            logger.warning("%s: %d bad row(s) left out (task.bad_rows: drop)", name, self.bad)
+        if cells := Counter(self.unlabelled):
+            # An empty cell is meant; a word such as nan may be the name of a class.
+            words = [f"{n} say {word!r}" for word, n in cells.most_common() if word.isalpha()]
+            also = ", which means no label; a class needs another name"
+            logger.log(
+                logging.WARNING if words else logging.INFO,
+                "%s: %d of %d rows have no label%s",
+                *(name, cells.total(), count, f" ({', '.join(words)}{also})" if words else ""),
+            )
+        if are_kept and self.blank == count:
+            raise DataError(f"{name}: all {count} rows have an empty text; check task.text_columns")
+        if self.blank:
+            logger.warning(
+                "%s: %d row(s) with an empty text, the first is %s; such rows are %s",
+                *(name, self.blank, self.first_blank),
+                "used as they are" if are_kept else "left out",
+            )
+
+
+def _rows(table: Table, kind: RowKind, tally: Tally, bad: BadRows) -> Iterator[dict[str, object]]:
     for record in table.records():
-        blank["rows"] += 1
+        tally.rows += 1
         with bad:
             if isinstance(record, DataError):
                 raise record
             row = kind.row(table.name, record)
             if is_blank(row):
-                blank["count"] += 1
-                blank["first"] = blank["first"] or record.place
+                tally.blank += 1
+                tally.first_blank = tally.first_blank or record.place
                 if not kind.keeps_blank:
                     continue
             # A row without a score has NaN, which differs from itself.
             if kind.label and (row["label"] is None or row["label"] != row["label"]):
                 cell = record.values.get(kind.label)
-                blank["unlabelled"][cell.strip() if isinstance(cell, str) else ""] += 1
-            if source is not None:
-                row[SOURCE] = source
+                word = cell.strip() if isinstance(cell, str) else ""
+                tally.unlabelled[word] = tally.unlabelled.get(word, 0) + 1
             yield row
-
-
-def _tell_blank(folder: Path, name: str, *, count: int, are_kept: bool) -> None:
-    there = json.loads((folder / BLANK_FILE).read_text(encoding="utf-8"))
-    if there.get("bad"):
-        logger.warning("%s: %d bad row(s) left out (task.bad_rows: drop)", name, there["bad"])
-    if cells := Counter[str](there["unlabelled"]):
-        # An empty cell is meant; a word such as nan may be the name of a class.
-        words = ", ".join(f"{n} say {word!r}" for word, n in cells.most_common() if word.isalpha())
-        level = logging.WARNING if words else logging.INFO
-        also = f" ({words}, which means no label; a class needs another name)" if words else ""
-        logger.log(level, "%s: %d of %d rows have no label%s", name, cells.total(), count, also)
-    if are_kept and there["count"] == count:
-        raise DataError(f"{name}: all {count} rows have an empty text; check task.text_columns")
-    if there["count"]:
-        logger.warning(
-            "%s: %d row(s) with an empty text, the first is %s; such rows are %s",
-            *(name, there["count"], there["first"]),
-            "used as they are" if are_kept else "left out",
-        )
 
 
 def scored_rows(
@@ -470,15 +457,13 @@ def check_row_teachers(rows: Dataset, teachers: Sequence[str]) -> None:
     """Check that the training rows name all teachers and no other, and log their numbers."""
     names = column_of(rows, ROUTE)
     counts = Counter(names.tolist())
-    for name in counts:
-        if name not in teachers:
-            row = int(np.flatnonzero(names == name)[0])
-            raise DataError(
-                f'{rows[row][PLACE]}: there is no teacher "{name}"{suggestion(name, teachers)} '
-                f"(known: {', '.join(teachers)}; {counts[name]} row(s) name it)"
-            )
-    unused = [name for name in teachers if name not in counts]
-    if unused:
+    for name in (name for name in counts if name not in teachers):
+        row = int(np.flatnonzero(names == name)[0])
+        raise DataError(
+            f'{rows[row][PLACE]}: there is no teacher "{name}"{suggestion(name, teachers)} '
+            f"(known: {', '.join(teachers)}; {counts[name]} row(s) name it)"
+        )
+    if unused := [name for name in teachers if name not in counts]:
         raise DataError(
             f"teachers: no training row names {' or '.join(unused)} (the rows name "
             f"{', '.join(counts)}); remove the teacher from the list, or check task.teacher_column"

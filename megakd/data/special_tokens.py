@@ -13,15 +13,15 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
-from functools import lru_cache
-from typing import Any, TypeVar
+from functools import lru_cache, partial
+from typing import Any, TypeVar, cast
 
 import pyarrow.compute
 from datasets import Dataset
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from megakd.data.arrow import arrow_batches
+from megakd.data.arrow import arrow_batches, remembered_of_rows
 from megakd.data.chat.conversations import CONVERSATION
 
 T = TypeVar("T")
@@ -42,7 +42,6 @@ class SpecialTokens:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder.values()
         declared = (t.content for t in added if t.special or CONTROL.fullmatch(t.content))
         names = {*map(str, tokenizer.all_special_tokens), *declared}
@@ -92,37 +91,29 @@ class SpecialTokens:
 
     def say(self, rows: Dataset, *, name: str) -> None:
         """Warn of the rows whose texts hold the strings of special tokens."""
-        texts = {"text", "text_pair"}.intersection(rows.column_names)
-        columns = [CONVERSATION] if CONVERSATION in rows.column_names else sorted(texts)
-        names = set(self.names) - {*(REASONING_MARKS if CONVERSATION in columns else ())}
-        pattern, counts, some = _one_of(names), Counter[str](), 0
-        arrow: Any = pyarrow.compute  # pyarrow carries no types
-        for table in arrow_batches(rows.select_columns(columns), _ROWS_AT_ONCE):
-            columns_of_texts: list[Any] = table.columns
-            holds: Any = None
-            for texts in columns_of_texts:
-                here = arrow.match_substring_regex(texts, pattern.pattern)
-                holds = here if holds is None else arrow.or_(holds, here)
-            some += arrow.sum(holds).as_py() or 0
-            for texts in columns_of_texts:
-                for text in texts.filter(holds).to_pylist():
-                    counts.update(pattern.findall(text))
-        if not some:
-            return
-        reads = self.reader(list(counts), add_special_tokens=False)["input_ids"]
-        numbers = map(self._tokenizer.convert_tokens_to_ids, counts)
-        unknown = self._tokenizer.unk_token
-        read = zip(counts, reads, numbers, strict=True)
-        tokens = [token for token, ids, n in read if n in ids and token != unknown]
-        listed = ", ".join(f"{token} {n} times" for token, n in counts.most_common(_MOST_NAMED))
-        logger.warning(
-            "%s: %d of %d rows hold strings of special tokens (%s%s), %s; give texts that are "
-            "written with a chat template as messages",
-            *(name, some, len(rows), listed, ", …" if len(counts) > _MOST_NAMED else ""),
-            f"of which this tokenizer reads {', '.join(tokens)} as special tokens"
-            if tokens
-            else "which are read as text",
-        )
+        names, texts = {*self.names}, {"text", "text_pair"}.intersection(rows.column_names)
+        if CONVERSATION in rows.column_names:
+            names, texts = names.difference(REASONING_MARKS), {CONVERSATION}
+        count = partial(_counts_of, rows.select_columns(sorted(texts)), _one_of(names))
+        some, counts = remembered_of_rows(rows, ("special", sorted(names)), count)
+        if some:
+            listed = ", ".join(f"{token} {n} times" for token, n in counts[:_MOST_NAMED])
+            logger.warning(
+                "%s: %d of %d rows hold strings of special tokens (%s%s), which are read as text; "
+                "give texts that are written with a chat template as messages",
+                *(name, some, len(rows), listed, ", …" if len(counts) > _MOST_NAMED else ""),
+            )
+
+
+def _counts_of(rows: Dataset, pattern: re.Pattern[str]) -> tuple[int, list[tuple[str, int]]]:
+    """Return the number of rows that match, and the matches with their numbers."""
+    counts, some, arrow = Counter[str](), 0, cast("Any", pyarrow.compute)
+    for table in arrow_batches(rows, _ROWS_AT_ONCE):
+        joined = arrow.binary_join_element_wise(*cast("Any", table).columns, "\n")
+        found = joined.filter(arrow.match_substring_regex(joined, pattern.pattern)).to_pylist()
+        some += len(found)
+        counts.update(name for text in found for name in pattern.findall(text))
+    return some, counts.most_common()
 
 
 @lru_cache(maxsize=4)  # a run has two vocabularies at most, and evaluation may add another

@@ -4,29 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 
 from megakd.config.paths import looks_like_path
 from megakd.config.task import TaskConfig
-from megakd.data.arrow import SplitName, Table, key_of
+from megakd.data.arrow import Table, key_of
 from megakd.data.chat.conversations import is_chat
 from megakd.data.choosing import at_most, cut_validation, is_labelled, keep_labels
-from megakd.data.files import files_table, local_rows, matching_files, named_files, refuse_twice
-from megakd.data.rows import (
-    DEFAULT_METRICS,
-    Corpus,
-    RowKind,
-    TextStream,
-    row_teacher,
-    rows_of,
-    scored_rows,
-    without_teachers,
-)
+from megakd.data.files import local_rows, matching_files, named_files, refuse_twice
+from megakd.data.readers import files_table
+from megakd.data.rows import Corpus, TextStream, rows_of_tables, scored_rows, without_teachers
 from megakd.errors import ConfigError, DataError
 from megakd.process.terminal import in_home
 
@@ -44,10 +35,8 @@ class Splits(NamedTuple):
         causal_lm have no column `label`, and conversations have those of `chat.conversations`.
         test is None unless its rows carry labels.
     label_names: class names in the order of their numbers; empty without classes.
-    content_hash: sha256 of the sources of the rows and of their selection, without the evaluation
-        sets.
+    content_hash: sha256 of the sources of all rows and of their selection.
     evaluation_sets: further rows to score, by name; always with labels.
-    sets_hash: sha256 of the sources of the evaluation sets; empty without evaluation sets.
     is_cut: whether the validation rows were cut from the training rows.
     stream: the training texts with `task.streaming`; `train` is then empty.
     """
@@ -59,7 +48,6 @@ class Splits(NamedTuple):
     metrics: tuple[str, ...]
     content_hash: str
     evaluation_sets: Mapping[str, Dataset] = MappingProxyType({})
-    sets_hash: str = ""
     is_cut: bool = False
     stream: TextStream | None = None
 
@@ -67,11 +55,6 @@ class Splits(NamedTuple):
     def held_out(self) -> Dataset:
         """The split that the report's metrics are computed on."""
         return self.validation if self.test is None else self.test
-
-    @property
-    def whole_hash(self) -> str:
-        sets = self.sets_hash
-        return key_of(self.content_hash, sets) if sets else self.content_hash
 
 
 def load_splits(task: TaskConfig, *, seed: int, cache_dir: Path) -> Splits:
@@ -87,7 +70,7 @@ def load_splits(task: TaskConfig, *, seed: int, cache_dir: Path) -> Splits:
     corpus = _find(task, cache_dir)
     scored = {name: _set_rows(name, table, task, corpus, cache_dir) for name, table in sets.items()}
     train, validation = corpus.splits["train"], corpus.splits.get("validation")
-    is_cut = validation is None
+    most, is_cut = task.max_eval_examples, validation is None
     if validation is None:
         train, validation = cut_validation(train, name=corpus.name)
     if not is_labelled(validation).any():
@@ -95,15 +78,23 @@ def load_splits(task: TaskConfig, *, seed: int, cache_dir: Path) -> Splits:
     test = corpus.splits.get("test")
     if test is not None and not is_labelled(test).any():
         test = None
+    most_scored = MOST_CUT_ROWS if is_cut and most is None else most
+    if most_scored != most and len(validation) > MOST_CUT_ROWS:
+        logger.info(
+            "validation: %d of the %d rows that are held out are scored; task.max_eval_examples "
+            "sets another number",
+            *(MOST_CUT_ROWS, len(validation)),
+        )
+    chosen = task.labelled_examples, task.labelled_examples and seed, most
+    digests = {name: table.digest for name, table in sets.items()}
     return Splits(
         train=keep_labels(train, task.labelled_examples, seed=seed, name=corpus.name),
-        validation=_scored(without_teachers(validation), task, is_cut=is_cut),
-        test=None if test is None else at_most(test, task.max_eval_examples),
+        validation=at_most(without_teachers(validation), most_scored),
+        test=None if test is None else at_most(test, most),
         label_names=corpus.classes.names if corpus.classes else (),
         metrics=corpus.metrics,
-        content_hash=_content_hash(corpus, task, seed),
+        content_hash=key_of(corpus.source_hash, chosen, digests),
         evaluation_sets=scored,
-        sets_hash=key_of([(name, table.digest) for name, table in sets.items()]) if sets else "",
         is_cut=is_cut,
         stream=corpus.stream,
     )
@@ -113,21 +104,17 @@ def _set_rows(
     name: str, table: Table, task: TaskConfig, corpus: Corpus, cache_dir: Path
 ) -> Dataset:
     train = corpus.splits["train"]
-    as_chat = is_chat(train)
-    rows = scored_rows(table, task, corpus.classes, cache_dir=cache_dir, as_chat=as_chat)
-    if is_chat(rows) != as_chat:
-        raise DataError(
-            f"task.evaluation_sets.{name}: {table.name} holds conversations, and the training rows "
-            "are documents, which are packed; set task.text_columns to score a column of text"
-        )
-    kinds = [
-        "pairs of texts" if "text_pair" in part.column_names else "single texts"
+    rows = scored_rows(table, task, corpus.classes, cache_dir=cache_dir, as_chat=is_chat(train))
+    mine, theirs = (
+        "conversations"
+        if is_chat(part)
+        else f"{'pairs of' if 'text_pair' in part.column_names else 'single'} texts"
         for part in (rows, train)
-    ]
-    if kinds[0] != kinds[1]:
+    )
+    if mine != theirs:
         raise DataError(
-            f"task.evaluation_sets.{name}: {table.name} holds {kinds[0]}, and the training rows "
-            f"are {kinds[1]}; set task.text_columns to the text columns"
+            f"task.evaluation_sets.{name}: {table.name} holds {mine}, and the training rows are "
+            f"{theirs}; set task.text_columns to the text columns"
         )
     return rows
 
@@ -150,47 +137,23 @@ def _find(task: TaskConfig, cache_dir: Path) -> Corpus:
 
 
 def mixture_rows(task: TaskConfig, *, cache_dir: Path) -> Corpus:
-    """Return the rows of all sources of `task.mixture`, and of the validation and test files.
-
-    Documents become conversations without a prompt, which are not packed.
-    """
-    sources, held = task.mixture or {}, named_files(task)
-    names = {
-        f"task.mixture.{name}.{'dataset' if source.files is None else 'files'}": name
-        for name, source in sources.items()
-    }
-    paths = {
-        key: matching_files(files, key)
-        for key, name in names.items()
-        if (files := sources[name].files) is not None
-    }
-    paths |= {f"task.{split}_files": files for split, files in held.items()}
-    refuse_twice(paths)
-    tables = {key: files_table(files, key) for key, files in paths.items()}
-    for key, name in names.items():
-        if key not in paths:
+    """Return the rows of all sources of `task.mixture`, and of the validation and test files."""
+    tables: dict[str, Table] = {}
+    paths = {f"task.{split}_files": files for split, files in named_files(task).items()}
+    for name, source in (task.mixture or {}).items():
+        key = f"task.mixture.{name}.files"
+        if source.files is not None:
+            paths[key] = matching_files(source.files, key)
+            tables[f"train/{name}"] = files_table(paths[key], key)
+        else:
             from megakd.data.hub import hub_source
 
-            tables[key] = hub_source(sources[name])
-    kinds = {key: RowKind.of(task, table, as_chat=True) for key, table in tables.items()}
-    for key, name in names.items():
-        teacher = row_teacher(tables[key], task.teacher_column, sources[name].teacher)
-        kinds[key] = replace(kinds[key], teacher=teacher)
-    rows = {
-        key: rows_of(table, kinds[key], task, cache_dir=cache_dir, source=names.get(key))
-        for key, table in tables.items()
-    }
-    splits: dict[SplitName, Dataset] = {"train": concatenate_datasets([rows[key] for key in names])}
-    splits |= {split: rows[f"task.{split}_files"] for split in held}
-    digests = [(key, table.digest, kinds[key].fields) for key, table in tables.items()]
-    teachers = [task.teacher_column, *(part.teacher for part in sources.values())]
-    return Corpus(
-        name="task.mixture",
-        splits=splits,
-        classes=None,
-        metrics=DEFAULT_METRICS[task.type],
-        source_hash=key_of("mixture", digests, *(teachers if any(teachers) else ())),
-    )
+            tables[f"train/{name}"] = hub_source(source)
+    refuse_twice(paths)
+    for split in ("validation", "test"):
+        if files := paths.get(key := f"task.{split}_files"):
+            tables[split] = files_table(files, key)
+    return rows_of_tables(tables, task, name="task.mixture", cache_dir=cache_dir)
 
 
 def _is_on_hub(task: TaskConfig) -> bool:
@@ -204,22 +167,3 @@ def _is_on_hub(task: TaskConfig) -> bool:
                 f"{task.dataset!r} is a local path; remove the key"
             )
     return not is_local
-
-
-def _scored(rows: Dataset, task: TaskConfig, *, is_cut: bool) -> Dataset:
-    most = task.max_eval_examples
-    if is_cut and most is None and len(rows) > MOST_CUT_ROWS:
-        logger.info(
-            "validation: %d of the %d rows that are held out are scored; task.max_eval_examples "
-            "sets another number",
-            *(MOST_CUT_ROWS, len(rows)),
-        )
-        most = MOST_CUT_ROWS
-    return at_most(rows, most)
-
-
-def _content_hash(corpus: Corpus, task: TaskConfig, seed: int) -> str:
-    if task.labelled_examples is None and task.max_eval_examples is None:
-        return corpus.source_hash
-    chosen_by = seed if task.labelled_examples is not None else None
-    return key_of(corpus.source_hash, task.labelled_examples, chosen_by, task.max_eval_examples)

@@ -12,7 +12,6 @@ import logging
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -23,18 +22,19 @@ import pyarrow as pa
 from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
 
+from megakd.config.paths import data_suffix
 from megakd.config.task import TaskConfig
 from megakd.contract.batch import Batch, BatchSource
-from megakd.data.arrow import BadRows, Record, SplitName, Table, key_of
+from megakd.data.arrow import BadRows, Record, Table, key_of
 from megakd.data.chat.conversations import CONVERSATION, is_chat
 from megakd.data.chat.tokens import ChatEncoder, tables_of_conversations
 from megakd.data.choosing import prompt_keys
 from megakd.data.collation import Collator
-from megakd.data.files import known_suffix, split_files, tables_of_files
+from megakd.data.files import split_files, tables_of_files
 from megakd.data.hub import hub_errors, splits_of
 from megakd.data.loader import awaited, made_ahead
 from megakd.data.masking import Masking
-from megakd.data.readers import records_of, table_of, typed_table, untyped
+from megakd.data.readers import files_table, records_of, typed_table, untyped
 from megakd.data.rows import (
     DEFAULT_METRICS,
     ERROR,
@@ -63,12 +63,12 @@ def streamed_files(task: TaskConfig, *, cache_dir: Path) -> Corpus:
     key = setting.format(split="train")
     files = paths.pop("train")
     for path in files:
-        if known_suffix(path, key) == ".json":
+        if data_suffix(path) == ".json":
             raise DataError(
                 f"{key}: {path} is a json file, which can only be read whole, and task.streaming "
                 "is true; write one object per line and name the file .jsonl"
             )
-    table = table_of(files, task.data_name, is_streamed=True)
+    table = files_table(files, key, name=task.data_name, is_streamed=True)
     kind = RowKind.of(task, table)
     # `datasets` gives each rank a part of what is in a list, so that a list holds only the files.
     rows = IterableDataset.from_generator(
@@ -96,7 +96,7 @@ def streamed_hub_rows(task: TaskConfig, *, cache_dir: Path) -> Corpus:
                     f"stream reads no part of one; its splits are {', '.join(streams)}"
                 )
         files = str(builder.config.data_files and dict(builder.config.data_files))
-        tables: dict[SplitName, Table] = {}
+        tables: dict[str, Table] = {}
         for split, key in keys.items():
             rows = streams[key]
             digest = key_of(name, task.dataset_config, builder.hash, files, key, most)
@@ -119,7 +119,7 @@ def streamed_hub_rows(task: TaskConfig, *, cache_dir: Path) -> Corpus:
 def _corpus(
     stream: TextStream,
     digests: list[object],
-    tables: dict[SplitName, Table],
+    tables: Mapping[str, Table],
     task: TaskConfig,
     *,
     cache_dir: Path,
@@ -128,7 +128,7 @@ def _corpus(
     digests = [*digests, [(split, table.digest) for split, table in tables.items()]]
     if task.bad_rows == "drop":
         stream = replace(stream, bad=BadRows("drop"))
-    held: dict[SplitName, Dataset] = {}
+    held: dict[str, Dataset] = {}
     for split, table in tables.items():
         of_split = RowKind.of(task, table, as_chat=kind.is_chat)
         held[split] = rows_of(table, of_split, task, cache_dir=cache_dir)
@@ -185,15 +185,21 @@ class StreamedShare:
 
     def read(self, epoch: int) -> IterableDataset:
         """Return the encoded rows of an epoch, shuffled in each block by (seed, epoch, block)."""
-        size, texts = self.size or self._usual_size, self.rows.texts
+        texts, size = self.rows.texts, self.size or _block_size(self.rows)
         # Its own files, if their number is a multiple of the ranks; else a row of each `world`.
         share = split_dataset_by_node(texts.rows, self.shape.rank, self.shape.world)
 
         def encode(columns: dict[str, list[str]], numbers: list[int]) -> dict[str, list[object]]:
-            rows = (zip(columns, row, strict=True) for row in zip(*columns.values(), strict=True))
-            present = ({name: text for name, text in row if text is not None} for row in rows)
+            listed = (zip(columns, row, strict=True) for row in zip(*columns.values(), strict=True))
+            present = ({name: text for name, text in row if text is not None} for row in listed)
             read = [*texts.read(present)]
-            tables = [*_tables(self.rows, Dataset.from_list(read))] if read else []
+            rows, tables = Dataset.from_list(read), list[pa.Table]()
+            if read and is_chat(rows):
+                encoder = ChatEncoder(self.rows.tokenizer, self.rows.task, bad=texts.bad)
+                tables += tables_of_conversations(rows, encoder, counts={}, beside_training=True)
+            elif read:
+                _, tokenizer, task, packed = self.rows
+                tables += tables_of_texts(rows, tokenizer, task, packed=packed)
             if not tables:
                 return {"input_ids": []}
             table = cast("Any", pa).concat_tables(tables)  # pyarrow carries no types
@@ -205,22 +211,12 @@ class StreamedShare:
             encode, with_indices=True, batched=True, batch_size=size, remove_columns=gone
         )
 
-    @cached_property
-    def _usual_size(self) -> int:
-        head = islice(self.rows.texts.read(), 100)
-        lengths = [len(row.get(CONVERSATION, row["text"])) for row in head]
-        characters = CHARACTERS_PER_LENGTH * self.rows.task.row_length
-        return max(1, max(BLOCK_CHARACTERS, characters) * len(lengths) // sum(lengths))
 
-
-def _tables(rows: StreamedRows, texts: Dataset) -> Iterator[pa.Table]:
-    stream, tokenizer, task, packed = rows
-    if not is_chat(texts):
-        return tables_of_texts(texts, tokenizer, task, packed=packed)
-    encoder = ChatEncoder(tokenizer, task, bad=stream.bad)
-    return tables_of_conversations(
-        texts, encoder, name=stream.name, counts={}, beside_training=True
-    )
+def _block_size(rows: StreamedRows) -> int:
+    head = islice(rows.texts.read(), 100)
+    lengths = [len(row.get(CONVERSATION, row["text"])) for row in head]
+    characters = max(BLOCK_CHARACTERS, CHARACTERS_PER_LENGTH * rows.task.row_length)
+    return max(1, characters * len(lengths) // sum(lengths))
 
 
 class StreamLoader(BatchSource):

@@ -11,7 +11,8 @@ prevent attention to other documents. This requires that no attention mask and n
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import groupby, islice
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +30,7 @@ from megakd.errors import DataError
 
 _IDS = pa.list_(pa.int32())
 CHARACTERS_AT_ONCE = 4_000_000
-"""Characters of texts from which on a call of the tokenizer takes no further text."""
+"""About the most characters of a call of the tokenizer."""
 
 
 def check_room_for_text(
@@ -99,26 +100,16 @@ def _text_tables(
 def _language_tables(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: TaskConfig, *, packed: bool
 ) -> Iterator[pa.Table]:
+    length, texts = task.row_length, _texts(rows, tokenizer)
     if task.type == "causal_lm":
-        rows_of = pack if packed else single_documents
-        made = rows_of(documents_of(rows, tokenizer), task.row_length)
+        prefix, suffix = document_ends(tokenizer)
+        documents = (prefix + ids + suffix for ids in texts)
+        made = pack(documents, length) if packed else single_documents(documents, length)
         return tables_of_lists(made, PackedRow._fields)
-    return tables_of_lists(_window_rows(rows, tokenizer, task), ("input_ids",))
-
-
-def documents_of(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    """Yield the tokens of every text that is not empty, as documents of causal_lm."""
-    prefix, suffix = document_ends(tokenizer)
-    yield from (prefix + ids + suffix for ids in _texts(rows, tokenizer))
-
-
-def _window_rows(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: TaskConfig
-) -> Iterator[tuple[list[int]]]:
     prefix, suffix = frame(tokenizer)
-    room = task.row_length - len(prefix) - len(suffix)
-    for ids in _texts(rows, tokenizer):
-        yield from (([*prefix, *window, *suffix],) for window in windows(ids, room))
+    room = length - len(prefix) - len(suffix)
+    made = (([*prefix, *part, *suffix],) for ids in texts for part in windows(ids, room))
+    return tables_of_lists(made, ("input_ids",))
 
 
 def tables_of_lists(rows: Iterable[tuple[Any, ...]], names: Sequence[str]) -> Iterator[pa.Table]:
@@ -130,22 +121,15 @@ def tables_of_lists(rows: Iterable[tuple[Any, ...]], names: Sequence[str]) -> It
 
 
 def _texts(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    for texts in _calls(rows):
-        yield from filter(None, plain_encoding(texts, tokenizer)["input_ids"])
-
-
-def _calls(rows: Dataset) -> Iterator[list[str]]:
+    """Yield the tokens of every text that is not empty."""
     # The encoding of a text takes a hundred times its memory, and a row may be a book.
     for batch in arrow_batches(rows, TEXTS_AT_ONCE):
-        texts, characters = list[str](), 0
-        for text in batch.column("text").to_pylist():
-            texts.append(text)
-            characters += len(text)
-            if characters >= CHARACTERS_AT_ONCE:
-                yield texts
-                texts, characters = [], 0
-        if texts:
-            yield texts
+        texts: list[str] = batch.column("text").to_pylist()
+        sizes = np.array([len(text) for text in texts])
+        calls = (np.cumsum(sizes) - sizes) // CHARACTERS_AT_ONCE
+        for _, part in groupby(zip(calls, texts, strict=True), key=itemgetter(0)):
+            ids = plain_encoding([text for _, text in part], tokenizer)["input_ids"]
+            yield from filter(None, ids)
 
 
 def plain_encoding(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import decoders, models
 from torch import Tensor
 from transformers import (
     AutoTokenizer,
@@ -35,23 +35,13 @@ from megakd.storage.folders import check_given, whole_folder
 logger = logging.getLogger(__name__)
 
 LOOKED_FOR = (
-    "tokenizer.json, vocab.txt, vocab.json with merges.txt, or a SentencePiece model "
-    "(spiece.model, tokenizer.model) with its config.json"
+    "tokenizer.json or a SentencePiece model (spiece.model, tokenizer.model) with its "
+    "tokenizer_config.json or config.json, vocab.txt, or vocab.json with merges.txt"
 )
 DEFAULT_VOCAB_SIZE = 8000
 CONFIGS = {"tokenizer_config.json", "config.json"}
 """Files that tell transformers the class of a tokenizer."""
-MODELS = {"spiece.model", "tokenizer.model", "sentencepiece.bpe.model"}
-# Usual names of special tokens, for files that do not declare their special tokens.
-_USUAL_NAMES = {
-    "pad_token": ("[PAD]", "<pad>", "<|pad|>"),
-    "unk_token": ("[UNK]", "<unk>"),
-    "cls_token": ("[CLS]", "<s>"),
-    "sep_token": ("[SEP]", "</s>"),
-    "mask_token": ("[MASK]", "<mask>"),
-    "bos_token": ("<s>", "<|begin_of_text|>", "<|endoftext|>"),
-    "eos_token": ("</s>", "<|end_of_text|>", "<|endoftext|>"),
-}
+MODELS = {"tokenizer.json", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model"}
 
 
 class VocabularyPair(NamedTuple):
@@ -89,17 +79,27 @@ def load_tokenizer(
     none, a tokenizer of at most 8000 tokens is trained on the training text (WordPiece for
     encoders, byte-level BPE for causal_lm).
     """
-    tokenizer, origin = _resolved(task, splits, model_folders, cache_dir)
-    if tokenizer.pad_token_id is None and task.type != "causal_lm":
-        raise DataError(
-            f"{origin} has no pad token, which {task.type} needs to put texts of different length "
-            "into one batch; set pad_token in its tokenizer_config.json, or use another tokenizer"
-        )
-    if task.type == "mlm" and tokenizer.mask_token_id is None:
-        raise DataError(
-            f"{origin} has no mask token, which mlm puts in the place of the tokens to predict; "
-            "set mask_token in its tokenizer_config.json, or use another tokenizer"
-        )
+    spec, own = task.tokenizer, next(filter(has_tokenizer_files, model_folders), None)
+    if isinstance(spec, str):
+        tokenizer, origin = _named(spec), f'task.tokenizer "{spec}"'
+    elif spec is None and own is not None:
+        tokenizer, origin = from_folder(own), f"the tokenizer in {own}"
+    else:
+        kind = "bpe" if task.type == "causal_lm" else "wordpiece"
+        spec = spec or TokenizerConfig(type=kind, vocab_size=DEFAULT_VOCAB_SIZE)
+        tokenizer = _trained(spec, task.type, splits, cache_dir)
+        origin = f"{spec.type} trained on the training text"
+    needed = {"pad": "to put texts of different length into one batch"}
+    if task.type == "causal_lm":
+        needed = {}
+    elif task.type == "mlm":
+        needed["mask"] = "to put it in the place of the tokens to predict"
+    for role, why in needed.items():
+        if getattr(tokenizer, f"{role}_token_id") is None:
+            raise DataError(
+                f"{origin} has no {role} token, which {task.type} needs {why}; set {role}_token in "
+                "its tokenizer_config.json, or use another tokenizer"
+            )
     if task.chat_template is not None:
         tokenizer.chat_template = read_template(task.chat_template)
     logger.info("tokenizer: %s, %d tokens", origin, len(tokenizer))
@@ -111,52 +111,23 @@ def has_tokenizer_files(folder: Path) -> bool:
     if folder.is_file():
         return _of_gguf(folder) is not None
     files = {path.name for path in folder.glob("*") if path.is_file()}
-    return (
-        not files.isdisjoint(("tokenizer.json", "vocab.txt"))
-        or {"vocab.json", "merges.txt"} <= files
-        or not (files.isdisjoint(MODELS) or files.isdisjoint(CONFIGS))
-    )
+    has_config = not (files.isdisjoint(MODELS) or files.isdisjoint(CONFIGS))
+    return has_config or "vocab.txt" in files or {"vocab.json", "merges.txt"} <= files
 
 
-def _resolved(
-    task: TaskConfig, splits: Splits, model_folders: Sequence[Path], cache_dir: Path
-) -> tuple[PreTrainedTokenizerBase, str]:
-    spec = task.tokenizer
-    if isinstance(spec, str):
-        return _named(spec, task.type), f'task.tokenizer "{spec}"'
-    if spec is None:
-        given = next((folder for folder in model_folders if has_tokenizer_files(folder)), None)
-        if given is not None:
-            return from_folder(given, task.type), f"the tokenizer in {given}"
-        kind = "bpe" if task.type == "causal_lm" else "wordpiece"
-        spec = TokenizerConfig(type=kind, vocab_size=DEFAULT_VOCAB_SIZE)
-    if splits.stream is not None:
-        raise DataError(
-            "task.tokenizer: not set, no model has tokenizer files, and a tokenizer cannot be "
-            "trained on a stream (task.streaming is true); set task.tokenizer to a folder or a Hub "
-            "id"
-        )
-    trained = _trained(spec, task.type, splits, cache_dir)
-    return trained, f"{spec.type} trained on the training text"
-
-
-def _named(spec: str, task_type: TaskType) -> PreTrainedTokenizerBase:
+def _named(spec: str) -> PreTrainedTokenizerBase:
     folder = in_home(spec)
-    if folder.is_dir():
-        if not has_tokenizer_files(folder):
-            raise DataError(
-                f'task.tokenizer "{spec}" has no tokenizer files; the folder must hold {LOOKED_FOR}'
-            )
-        return from_folder(folder, task_type)
-    if folder.is_file():
-        raise DataError(
-            f'task.tokenizer "{spec}" is a file; give the folder that holds it: "{folder.parent}"'
+    if folder.is_dir() and has_tokenizer_files(folder):
+        return from_folder(folder)
+    if folder.exists() or is_path(spec):
+        problem = (
+            "the folder does not exist"
+            if not folder.exists()
+            else "a file, whose folder is to be named"
+            if folder.is_file()
+            else "it has no tokenizer files"
         )
-    if is_path(spec):
-        raise DataError(
-            f'task.tokenizer "{spec}": the folder does not exist; give a folder that holds '
-            f"{LOOKED_FOR}, or a Hub id"
-        )
+        raise DataError(f'task.tokenizer "{spec}": {problem}; the folder must hold {LOOKED_FOR}')
     try:
         return AutoTokenizer.from_pretrained(spec, trust_remote_code=False)
     except Exception as error:
@@ -167,12 +138,12 @@ def _named(spec: str, task_type: TaskType) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def from_folder(folder: Path, task_type: TaskType) -> PreTrainedTokenizerBase:
+def from_folder(folder: Path) -> PreTrainedTokenizerBase:
     """Read the tokenizer of a folder, unless megakd wrote it and a file was changed."""
     # Weights are verified when they are loaded.
     check_given(folder, "task.tokenizer", wanted=lambda name: not name.endswith(".safetensors"))
     try:
-        return _read(folder, task_type)
+        return _read(folder)
     except Exception as error:
         # Broken files may raise KeyError, JSONDecodeError or a plain Exception.
         raise DataError(
@@ -192,7 +163,7 @@ def _of_gguf(file: Path) -> PreTrainedTokenizerBase | None:
         return None
 
 
-def _read(folder: Path, task_type: TaskType) -> PreTrainedTokenizerBase:
+def _read(folder: Path) -> PreTrainedTokenizerBase:
     if folder.is_file():
         tokenizer = _of_gguf(folder)
         if tokenizer is None:
@@ -201,49 +172,32 @@ def _read(folder: Path, task_type: TaskType) -> PreTrainedTokenizerBase:
     files = {path.name for path in folder.iterdir()}
     if not files.isdisjoint(CONFIGS):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    if "tokenizer.json" in files:
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        roles = _special_roles(tokenizer, task_type)
-        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles)
     if "vocab.txt" in files:
         return BertTokenizer.from_pretrained(folder, local_files_only=True)
     return GPT2Tokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def _special_roles(tokenizer: Tokenizer, task_type: TaskType) -> dict[str, str]:
-    unused = {"cls_token", "sep_token", "mask_token"} if task_type == "causal_lm" else {"bos_token"}
-    roles = {
-        role: next((name for name in names if tokenizer.token_to_id(name) is not None), None)
-        for role, names in _USUAL_NAMES.items()
-        if role not in unused
-    }
-    return {role: name for role, name in roles.items() if name is not None}
-
-
 def _trained(
     recipe: TokenizerConfig, task_type: TaskType, splits: Splits, cache_dir: Path
 ) -> PreTrainedTokenizerBase:
+    if splits.stream is not None:
+        raise DataError(
+            "task.tokenizer: not set, no model has tokenizer files, and a tokenizer cannot be "
+            "trained on a stream (task.streaming is true); set task.tokenizer to a folder or a Hub "
+            "id"
+        )
     for_encoder = task_type != "causal_lm"
-    key = key_of(
-        {
-            "version": VERSION,
-            "content": splits.content_hash,
-            "rows": rows_key(splits.train),
-            "type": recipe.type,
-            "vocab_size": recipe.vocab_size,
-            "for_encoder": for_encoder,
-        }
-    )
+    rows = rows_key(splits.train)
+    key = key_of(VERSION, rows, recipe.type, recipe.vocab_size, for_encoder)
 
     def build(folder: Path) -> None:
         logger.info("training a %s of %d tokens", recipe.type, recipe.vocab_size)
-        tokenizer = train_tokenizer(
+        train_tokenizer(
             lambda: training_texts(splits),
             kind=recipe.type,
             vocab_size=recipe.vocab_size,
             for_encoder=for_encoder,
-        )
-        tokenizer.save_pretrained(folder)
+        ).save_pretrained(folder)
 
     folder = whole_folder(cache_dir / "tokenizers" / key, build)
     return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)

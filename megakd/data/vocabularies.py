@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import io
-import logging
-import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Literal
 
-import sentencepiece
 from tokenizers import (
-    Regex,
     Tokenizer,
     decoders,
     models,
@@ -24,12 +19,9 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from megakd.errors import DataError
-
-logger = logging.getLogger(__name__)
 # Part of every key: increase this number when the trained tokenizers would differ.
 VERSION = 2
-Kind = Literal["wordpiece", "bpe", "unigram"]
+Kind = Literal["wordpiece", "bpe"]
 UNKNOWN = "[UNK]"
 ENCODER_ROLES = {
     "pad_token": "[PAD]",
@@ -42,12 +34,8 @@ END_OF_TEXT = "<|endoftext|>"
 DECODER_ROLES = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": UNKNOWN}
 # Rarer pairs are accidental; the limit also keeps the vocabulary of a short text small.
 MIN_FREQUENCY = 2
-_WORDS_PER_SENTENCE = 200
-_SENTENCE_BYTES = 4192
-"""SentencePiece's default `max_sentence_length`."""
 LONGEST_WORD = 1000
-"""In characters. Time and memory of the trainers grow with the square of a word's length."""
-_LONG_RUN = re.compile(rf"\S{{{LONGEST_WORD + 1},}}")
+"""In characters."""
 
 
 def train_tokenizer(
@@ -57,12 +45,11 @@ def train_tokenizer(
 
     Args:
         texts: function that returns the training texts; may be called more than once.
-        kind: `wordpiece` is lower-cased like BERT's tokenizer, `bpe` works on bytes like GPT-2's,
-            `unigram` is SentencePiece's (lower-cased for encoders).
+        kind: `wordpiece` is lower-cased like BERT's tokenizer, `bpe` works on bytes like GPT-2's.
         for_encoder: whether the special tokens are [CLS], [SEP], [PAD] and [MASK], with [CLS] and
             [SEP] added to texts; otherwise only <|endoftext|>, which packing appends to documents.
     """
-    train = {"wordpiece": _wordpiece, "bpe": _byte_bpe, "unigram": _unigram}[kind]
+    train = {"wordpiece": _wordpiece, "bpe": _byte_bpe}[kind]
     roles = dict(ENCODER_ROLES if for_encoder else DECODER_ROLES)
     if kind == "bpe" and not for_encoder:
         # Every byte is a token, so that no token is unknown.
@@ -131,93 +118,9 @@ def _byte_bpe(texts: Callable[[], Iterable[str]], size: int, special: list[str])
 def _train_on_pieces(
     tokenizer: Tokenizer, texts: Callable[[], Iterable[str]], trainer: trainers.Trainer
 ) -> None:
+    # Time and memory of the trainers grow with the square of a word's length.
     whole = tokenizer.pre_tokenizer
-    normalizer = tokenizer.normalizer or normalizers.Sequence([])
-
-    def words(run: str) -> list[str]:
-        return [word for word, _ in whole.pre_tokenize_str(normalizer.normalize_str(run))]
-
-    tell_long_words(texts(), words)
     pieces = [whole, pre_tokenizers.FixedLength(LONGEST_WORD)]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(pieces)
     tokenizer.train_from_iterator(texts(), trainer)
     tokenizer.pre_tokenizer = whole
-
-
-def tell_long_words(texts: Iterable[str], words: Callable[[str], Iterable[str]]) -> None:
-    """Log the number of words that are too long for training; `words` splits text into words."""
-    runs = (run for text in texts for run in _LONG_RUN.findall(text))
-    long = [word for run in runs for word in words(run) if len(word) > LONGEST_WORD]
-    if long:
-        logger.warning(
-            "the training text has %d word(s) of more than %d characters, the longest of %d "
-            "(%s…): the tokenizer is trained on pieces of %d characters of such words",
-            *(len(long), LONGEST_WORD, max(map(len, long)), long[0][:20], LONGEST_WORD),
-        )
-
-
-def _unigram(texts: Callable[[], Iterable[str]], size: int, special: list[str]) -> Tokenizer:
-    # With SentencePiece: results of `tokenizers` depend on the order of threads.
-    steps = [normalizers.NFKC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
-    if "[CLS]" in special:
-        steps.append(normalizers.Lowercase())
-    normalizer = normalizers.Sequence(steps)
-    tell_long_words(texts(), lambda run: normalizer.normalize_str(run).split(" "))
-    pieces = _unigram_pieces(sentences(texts(), normalizer), size - len(special))
-    vocabulary = [(token, 0.0) for token in special] + pieces
-    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=special.index(UNKNOWN)))
-    tokenizer.normalizer = normalizer
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
-    return tokenizer
-
-
-def sentences(texts: Iterable[str], normalizer: normalizers.Normalizer) -> Iterator[str]:
-    """Yield sentences short enough for SentencePiece, which silently drops long sentences."""
-    for text in texts:
-        words = normalizer.normalize_str(text).split(" ")
-        for start in range(0, len(words), _WORDS_PER_SENTENCE):
-            sentence = " ".join(words[start : start + _WORDS_PER_SENTENCE])
-            if len(sentence.encode()) <= _SENTENCE_BYTES:
-                yield sentence
-            else:
-                yield from _cut(words[start : start + _WORDS_PER_SENTENCE])
-
-
-def _cut(words: Iterable[str]) -> Iterator[str]:
-    held: list[str] = []
-    for word in words:
-        for start in range(0, max(1, len(word)), LONGEST_WORD):
-            piece = word[start : start + LONGEST_WORD]
-            if held and len(" ".join([*held, piece]).encode()) > _SENTENCE_BYTES:
-                yield " ".join(held)
-                held = []
-            held.append(piece)
-    yield " ".join(held)
-
-
-def _unigram_pieces(sentences: Iterator[str], size: int) -> list[tuple[str, float]]:
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=sentences,
-            model_writer=model,
-            model_type="unigram",
-            vocab_size=size + 1,
-            hard_vocab_limit=False,
-            normalization_rule_name="identity",
-            unk_id=0,
-            bos_id=-1,
-            eos_id=-1,
-            # The result depends on the number of threads.
-            num_threads=1,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        raise DataError(
-            f"a unigram tokenizer of {size} pieces cannot be trained on the training text: "
-            f"{error}; change task.tokenizer.vocab_size, or set task.tokenizer.type to wordpiece "
-            "or bpe"
-        ) from error
-    trained = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    return [(trained.IdToPiece(i), trained.GetScore(i)) for i in range(1, len(trained))][:size]

@@ -12,13 +12,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from megakd.config.models import KeptLayers, StudentConfig, TeacherConfig
 from megakd.config.run import RunConfig
 from megakd.config.task import TaskConfig
 from megakd.contract.batch import LogitWarp
-from megakd.contract.options import StudentVocabulary
 from megakd.contract.results import Metric
 from megakd.contract.tasks import ONE_LABEL_METRICS, STUDENT
 from megakd.contract.terms import looks_inside
@@ -29,7 +29,6 @@ from megakd.data.tokenizers import VocabularyPair, has_tokenizer_files, load_tok
 from megakd.engine.collectives import gather, main_first, node_name
 from megakd.errors import ConfigError, DataError, MegakdError, TeacherError
 from megakd.inputs.run_data import (
-    MethodRows,
     cache_folder,
     encoded_rows,
     method_rows,
@@ -104,7 +103,7 @@ class RunInputs(UnencodedInputs):
     config: RunConfig
     encoded: Encoded
     teacher_encoded: Encoded | None = None
-    method_rows: MethodRows | None = None
+    method_rows: Dataset | None = None
 
     def of(self, role: str) -> RunInputs:
         """Return the inputs with the tokenizer of a role, and with the data for this tokenizer."""
@@ -121,11 +120,16 @@ def prepare(config: RunConfig) -> RunInputs:
     and before any model's weights are loaded.
     """
     unencoded = unencoded_inputs(config)
-    config = with_packing(config, unencoded.splits, unencoded.sources)
-    config = with_row_length(config, unencoded.splits, unencoded.tokenizer, unencoded.sources)
+    splits, teacher, metrics = unencoded.splits, unencoded.teacher_tokenizer, unencoded.metrics
+    config = with_packing(config, splits, unencoded.sources)
+    config = with_row_length(config, splits, unencoded.tokenizer, unencoded.sources)
     check_run(config, unencoded)
-    _say_positive_label(unencoded.metrics)
-    splits, teacher = unencoded.splits, unencoded.teacher_tokenizer
+    about_one = [name for name in metrics.names if name in ONE_LABEL_METRICS]
+    if about_one and metrics.label_names:
+        logger.info(
+            "%s: computed for the label %s (eval.positive_label)",
+            *(", ".join(about_one), metrics.label_names[metrics.positive]),
+        )
     trains = any(spec.finetune for spec in config.teacher_specs.values())
     inputs = RunInputs(
         **vars(unencoded),
@@ -143,15 +147,6 @@ def prepare(config: RunConfig) -> RunInputs:
     return inputs
 
 
-def _say_positive_label(metrics: TaskMetrics) -> None:
-    about_one = [name for name in metrics.names if name in ONE_LABEL_METRICS]
-    if about_one and metrics.label_names:
-        logger.info(
-            "%s: computed for the label %s (eval.positive_label)",
-            *(", ".join(about_one), metrics.label_names[metrics.positive]),
-        )
-
-
 def unencoded_inputs(config: RunConfig) -> UnencodedInputs:
     """Return the models, data and tokenizer of a run; a collective."""
     task, cache = config.task, cache_folder()
@@ -167,7 +162,7 @@ def unencoded_inputs(config: RunConfig) -> UnencodedInputs:
     # The loss per token does not compare models of different vocabularies.
     official = splits.metrics if vocabulary is None else ("nats_per_character",)
     metrics = task_metrics(config.eval, task.type, official, splits.label_names)
-    problems += _strangers(config, sources, splits.label_names)
+    problems += _other_labels(config, sources, splits.label_names)
     # A student with a vocabulary of its own does not read the tokenizer of the other models.
     sharing = {r: s for r, s in sources.items() if vocabulary is None or r != STUDENT}
     folders = [s.folder for s in sharing.values() if s.folder]
@@ -182,7 +177,16 @@ def unencoded_inputs(config: RunConfig) -> UnencodedInputs:
     check_chat_models(task, splits.train, tokenizer, sources)
     student, teacher = tokenizer, None
     if vocabulary is not None:
-        student, teacher = _student_tokenizer(config, vocabulary, splits, tokenizer), tokenizer
+        teacher = tokenizer
+        student = main_first(
+            lambda: config.method.student_tokenizer(splits, tokenizer, cache_dir=cache)
+        )
+        logger.info(
+            "student's vocabulary: a %s of %d pieces trained on the training text; %.1f %% of the "
+            "pieces are in the teacher's vocabulary of %d too",
+            *(vocabulary.type, len(student)),
+            *(100 * VocabularyPair(student, teacher).overlap, len(teacher)),
+        )
     return UnencodedInputs(
         splits=splits,
         metrics=metrics,
@@ -195,6 +199,27 @@ def unencoded_inputs(config: RunConfig) -> UnencodedInputs:
     )
 
 
+def _check_same_data(splits: Splits) -> None:
+    (first, content), *others = gather((node_name(), splits.content_hash))
+    for number, (node, here) in enumerate(others, start=1):
+        if here != content:
+            raise DataError(
+                f"rank {number} on {node} reads other data than rank 0 on {first}: the files have "
+                "other contents or are not all there; copy the same files to every node"
+            )
+
+
+def _other_labels(
+    config: RunConfig, sources: Mapping[str, ModelSource], labels: Sequence[str]
+) -> Iterator[str]:
+    for name, spec in config.teacher_specs.items():
+        if spec.finetune is None and name in sources and sources[name].folder is not None:
+            try:
+                label_order(sources[name].config, labels, where=sources[name].where)
+            except MegakdError as error:
+                yield str(error)
+
+
 def _with_tokens(
     source: ModelSource, tokenizer: PreTrainedTokenizerBase, task: TaskConfig
 ) -> ModelSource:
@@ -205,33 +230,6 @@ def _with_tokens(
         # A padding token has no gradient, and a decoder learns where texts end.
         sized.config.pad_token_id = None
     return sized
-
-
-def _check_same_data(splits: Splits) -> None:
-    (first, content), *others = gather((node_name(), splits.whole_hash))
-    for number, (node, here) in enumerate(others, start=1):
-        if here != content:
-            raise DataError(
-                f"rank {number} on {node} reads other data than rank 0 on {first}: the files have "
-                "other contents or are not all there; copy the same files to every node"
-            )
-
-
-def _student_tokenizer(
-    config: RunConfig,
-    vocabulary: StudentVocabulary,
-    splits: Splits,
-    teacher: PreTrainedTokenizerBase,
-) -> PreTrainedTokenizerBase:
-    made = main_first(
-        lambda: config.method.student_tokenizer(splits, teacher, cache_dir=cache_folder())
-    )
-    logger.info(
-        "student's vocabulary: a %s of %d pieces trained on the training text; %.1f %% of the "
-        "pieces are in the teacher's vocabulary of %d too",
-        *(vocabulary.type, len(made), 100 * VocabularyPair(made, teacher).overlap, len(teacher)),
-    )
-    return made
 
 
 def vocabulary_report(config: RunConfig, inputs: UnencodedInputs) -> dict[str, Any]:
@@ -247,47 +245,29 @@ def vocabulary_report(config: RunConfig, inputs: UnencodedInputs) -> dict[str, A
     }
 
 
-def _strangers(
-    config: RunConfig, sources: Mapping[str, ModelSource], labels: Sequence[str]
-) -> Iterator[str]:
-    for name, spec in config.teacher_specs.items():
-        if spec.finetune is None and name in sources and sources[name].folder is not None:
-            try:
-                label_order(sources[name].config, labels, where=sources[name].where)
-            except MegakdError as error:
-                yield str(error)
-
-
 def check_run(config: RunConfig, inputs: UnencodedInputs) -> None:
     """Run all checks of models and losses that are possible before any weights are loaded."""
-    for name, spec in config.teacher_specs.items():
-        key = config.key_of(name)
-        if spec.finetune is None and inputs.sources[name].folder is None:
+    sources, task, teachers = inputs.sources, config.task, config.teacher_specs
+    for role, source in sources.items():
+        finetune = teachers[role].finetune if role in teachers else None
+        if role in teachers and finetune is None and source.folder is None:
+            key = config.key_of(role)
             logger.warning(
                 "%s.model has random weights and %s.finetune is not set: the student would learn "
                 "from an untrained teacher",
                 *(key, key),
             )
-    for role, source in inputs.sources.items():
         check_model(
             source,
-            task=config.task,
+            task=task,
             label_names=inputs.splits.label_names,
             tokenizer_size=rows_for(inputs.tokenizer_of(role)),
-            need_head=role in config.teacher_specs and not config.teacher_specs[role].finetune,
+            need_head=role in teachers and not finetune,
         )
-    _check_checkpointing(config, inputs.sources)
-    if config.student.lora is not None:
-        check_adapters(inputs.sources[STUDENT], config.task, config.student.lora)
-    _check_losses(config, inputs)
-    check_caches(config, inputs.sources[STUDENT])
-
-
-def _check_checkpointing(config: RunConfig, sources: Mapping[str, ModelSource]) -> None:
-    owners = {f"{config.key_of(role)}.": source for role, source in sources.items()}
     for where, train in config.trainings.items():
-        source = next((s for key, s in owners.items() if where.startswith(key)), sources[STUDENT])
-        model_class = class_for(source.config, config.task.type)
+        keys = {f"{config.key_of(role)}.": source for role, source in sources.items()}
+        source = next((s for key, s in keys.items() if where.startswith(key)), sources[STUDENT])
+        model_class = class_for(source.config, task.type)
         has_it = getattr(model_class, "supports_gradient_checkpointing", True)
         if train.gradient_checkpointing and not has_it:
             raise ConfigError(
@@ -295,27 +275,28 @@ def _check_checkpointing(config: RunConfig, sources: Mapping[str, ModelSource]) 
                 f"{source.config.model_type} model; remove the key, and lower "
                 f"{where}.per_device_train_batch_size if memory is short"
             )
+    if config.student.lora is not None:
+        check_adapters(sources[STUDENT], task, config.student.lora)
+    _check_losses(config, inputs)
+    check_caches(config, sources[STUDENT])
 
 
 def _check_losses(config: RunConfig, inputs: UnencodedInputs) -> None:
-    terms, task = config.objective or (), config.task.type
-    shapes = {
-        role: shape_of(source, task, inputs.classes) for role, source in inputs.sources.items()
-    }
+    terms, sources = config.objective or (), inputs.sources
+    shapes = {r: shape_of(s, config.task.type, inputs.classes) for r, s in sources.items()}
     teachers = {name: shapes[name] for name in config.teacher_specs}
     compared = [term.loss for term in terms if looks_inside(term)]
     if compared and len(set(teachers.values())) > 1:
-        shapes = ", ".join(f"{name} {s.layers} x {s.width}" for name, s in teachers.items())
+        sizes = ", ".join(f"{name} {s.layers} x {s.width}" for name, s in teachers.items())
         raise ConfigError(
             f"objective: {', '.join(compared)} compares layers, and the teachers differ in number "
-            f"of layers, width or heads (layers x width: {shapes}); use soft targets, which "
+            f"of layers, width or heads (layers x width: {sizes}); use soft targets, which "
             "support such teachers"
         )
     for role in (STUDENT, *teachers) if compared else ():
-        source = inputs.sources[role]
-        source.architecture.check_layers()
+        sources[role].architecture.check_layers()
         if not {*compared}.isdisjoint(("attention_mse", "relation_kl")):
-            source.architecture.check_attentions(source.config)
+            sources[role].architecture.check_attentions(sources[role].config)
     with_class_weights(terms, inputs.splits)
     for teacher in teachers.values() or (None,):
         check_terms(terms, shapes[STUDENT], teacher)
@@ -330,34 +311,24 @@ def check_caches(config: RunConfig, student: ModelSource) -> None:
     ]
     warp = student.architecture.warp
     if cached and config.task.type == "causal_lm" and warp != LogitWarp():
-        named = student.config.to_dict().items()
-        changes = (warp.softcap, warp.scale, 1 / warp.scale)
-        values = [f"{key}: {value}" for key, value in named if "logit" in key and value in changes]
-        change = ", ".join(values) or f"{warp}"
         raise ConfigError(
             f"{cached[0]}: the {student.config.model_type} student changes its logits after "
-            f"the output matrix ({change}), which the loss on cached probabilities does not "
+            f"the output matrix ({warp}), which the loss on cached probabilities does not "
             "support; remove the key, or use a student of another family"
         )
 
 
 def _resolved(config: RunConfig) -> tuple[dict[str, ModelSource], list[str]]:
-    # Rank 0 downloads before the other ranks read; all ranks return the same.
-    sources: dict[str, ModelSource] = {}
-    wrong: dict[str, str] = {}
+    # Rank 0 downloads before the other ranks read; an error of one rank is raised on all.
+    sources, problems = dict[str, ModelSource](), list[str]()
     for role, spec in config.loaded_models.items():
         try:
             sources[role] = main_first(functools.partial(resolve, spec, config, role))
         except MegakdError as error:
             if role not in config.teacher_specs or not config.teachers:
                 raise
-            wrong[role] = str(error)
-    # A folder may be missing on one node only.
-    everywhere = {role: reason for share in gather(wrong) for role, reason in share.items()}
-    if not everywhere:
-        return with_student(config, sources), []
-    resolved = {role: source for role, source in sources.items() if role not in everywhere}
-    return resolved, list(everywhere.values())
+            problems.append(str(error))
+    return sources if problems else with_student(config, sources), problems
 
 
 def with_student(config: RunConfig, sources: dict[str, ModelSource]) -> dict[str, ModelSource]:

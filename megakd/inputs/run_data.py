@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import NamedTuple, TypeVar
+from itertools import accumulate, takewhile
+from typing import TypeVar, cast
 
 import numpy as np
 from datasets import Dataset
@@ -15,36 +15,25 @@ from transformers import PreTrainedTokenizerBase
 
 from megakd.config.run import RunConfig
 from megakd.config.task import MOST_TOKENS, TaskConfig
-from megakd.data.arrow import PLACE, BadRows, cache_folder, longest_of
-from megakd.data.chat.conversations import CONVERSATION, Conversation, is_chat
-from megakd.data.chat.tokens import ChatEncoder
-from megakd.data.encoding import Encoded, encode_splits, encoded_key, mixed
-from megakd.data.special_tokens import special_tokens
+from megakd.data.arrow import cache_folder, longest_of
+from megakd.data.chat.conversations import is_chat
+from megakd.data.encoding import Encoded, encode_rows, encode_splits, mixed
+from megakd.data.loader import lengths_of_rows, prompt_lengths
 from megakd.data.splits import Splits, load_splits
-from megakd.data.token_tables import documents_of
 from megakd.data.tokenizers import VocabularyPair
 from megakd.engine.collectives import main_first, on_main, once_per_node
 from megakd.errors import ConfigError
 from megakd.models.architectures import context_length
 from megakd.models.packing import check_varlen, packing_at
 from megakd.models.source import ModelSource
-from megakd.storage.folders import whole_folder
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 PARTS = {"p50": 0.5, "p95": 0.95, "p99": 0.99, "longest": 1.0}
 LEAST_PACKED = 1024
 """Short documents need no short rows: rows are packed, and short rows would cut many of them."""
-MOST_ROWS, MOST_MEASURED, ROWS_AT_ONCE = 10_000, 5_000_000, 100
-"""Rows and tokens that are measured at most, so that the cost does not grow with the data."""
-FILE = "lengths.npy"
-
-
-class MethodRows(NamedTuple):
-    """Training rows that a method makes, and their key."""
-
-    rows: Dataset
-    key: str
+MOST_ROWS, MOST_CHARACTERS = 10_000, 20_000_000
+"""Rows and characters that are measured at most, so that the cost does not grow with the data."""
 
 
 def splits_of(config: RunConfig) -> Splits:
@@ -85,15 +74,10 @@ def once(config: RunConfig, action: Callable[[], T]) -> T:
     return once_per_node(action, place=str(cache_folder()))
 
 
-def method_rows(
-    config: RunConfig, splits: Splits, pair: VocabularyPair | None
-) -> MethodRows | None:
+def method_rows(config: RunConfig, splits: Splits, pair: VocabularyPair | None) -> Dataset | None:
     """Return the training rows that the method makes, if any; a collective."""
-    if pair is None:
-        return None
     cache = cache_folder()
-    made = once(config, lambda: config.method.rows(config, splits, pair, cache_dir=cache))
-    return None if made is None else MethodRows(*made)
+    return pair and once(config, lambda: config.method.rows(config, splits, pair, cache_dir=cache))
 
 
 def with_packing(
@@ -154,11 +138,11 @@ def with_row_length(
     # mlm splits texts into windows; the lines of conversations tell their lengths.
     if task.type == "mlm" or (task.max_length is not None and is_chat(rows)):
         return config
-    tokens, prompts = once(config, lambda: _lengths(rows, tokenizer, task)).T
+    tokens, prompts, read = once(config, lambda: _lengths(rows, tokenizer, task))
     parts = {name: longest_of(tokens, part) for name, part in PARTS.items()}
     told = ", ".join(f"{name} {length:,}" for name, length in parts.items()) + " tokens"
-    if len(tokens) < len(rows):
-        told += f" ({len(tokens):,} of {len(rows):,} rows)"
+    if read < len(rows):
+        told += f" ({read:,} of {len(rows):,} rows)"
     if task.max_length is None:
         # Documents of a mixture are not measured.
         is_single = is_chat(rows) or config.train.packing is False
@@ -196,37 +180,19 @@ def _chosen_length(
 
 def _lengths(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: TaskConfig
-) -> NDArray[np.int32]:
-    # [n, 2]: tokens of whole rows, and of the prompts in them.
+) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
+    # [n] tokens of whole rows, [n] of the prompts in them, and the number of rows that were read.
     sample = rows.select(np.random.default_rng(0).permutation(len(rows))[:MOST_ROWS])
-    whole = replace(task, max_length=MOST_TOKENS, truncation="keep_start", bad_rows="drop")
-
-    def build(folder: Path) -> None:
-        made: list[tuple[int, int]] = []
-        for start in range(0, len(sample), ROWS_AT_ONCE):
-            part = sample.select(range(start, min(start + ROWS_AT_ONCE, len(sample))))
-            made += _measured(part, tokenizer, whole)
-            if sum(tokens for tokens, _ in made) > MOST_MEASURED:
-                break
-        np.save(folder / FILE, np.array(made, dtype=np.int32).reshape(-1, 2))
-
-    key = encoded_key({"rows": sample}, tokenizer, whole, content_hash="")
-    return np.load(whole_folder(cache_folder() / "lengths" / key, build) / FILE)
-
-
-def _measured(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: TaskConfig
-) -> Iterator[tuple[int, int]]:
-    if is_chat(rows):
-        encoder = ChatEncoder(tokenizer, task, bad=BadRows("drop", named=0))
-        conversations = list(map(Conversation.from_json, rows[CONVERSATION]))
-        for made, counts in encoder(conversations, rows[PLACE]):
-            yield from ((n, row.prompt_length) for n in counts.lengths for row in made)
-    elif task.type == "causal_lm":
-        yield from ((len(document), 0) for document in documents_of(rows, tokenizer))
-    else:
-        texts = [list(rows[name]) for name in ("text", "text_pair") if name in rows.column_names]
-        pairs = texts[1] if len(texts) > 1 else None
-        reader = special_tokens(tokenizer).reader
-        encoded = reader(texts[0], pairs, truncation=False, verbose=False)
-        yield from ((len(ids), 0) for ids in encoded["input_ids"])
+    sizes = accumulate(map(len, cast("Iterable[str]", sample["text"])))
+    count = 1 + sum(1 for _ in takewhile(lambda size: size < MOST_CHARACTERS, sizes))
+    sample = sample.select(range(min(count, len(sample))))
+    whole = replace(task, max_length=MOST_TOKENS, truncation="keep_start")
+    made, _ = encode_rows(
+        sample, tokenizer, whole, name="a sample", cache_dir=cache_folder(), packed=False
+    )
+    tokens = lengths_of_rows(made)
+    if not is_chat(rows):
+        return tokens, np.zeros_like(tokens), len(sample)
+    prompts = prompt_lengths(made)
+    # Documents beside conversations are cut anywhere.
+    return tokens[prompts > 0], prompts[prompts > 0], len(sample)

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -20,30 +18,12 @@ from megakd.config.task import TaskConfig
 from megakd.contract.tasks import STUDENT
 from megakd.data.chat.conversations import is_chat
 from megakd.data.chat.counts import SETS, ChatCounts, learned
-from megakd.data.chat.tokens import PROMPT_LENGTH
 from megakd.data.tokenizers import LOOKED_FOR, from_folder, has_tokenizer_files, rows_for
 from megakd.errors import ConfigError, DataError, TeacherError
 from megakd.models.fitting import listed
 from megakd.models.source import ModelSource
 
 logger = logging.getLogger(__name__)
-ACCEPT = "set task.end_tokens: accept to train nevertheless"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChatFacts:
-    """Chat template, end tokens and vocabulary in the files of a model.
-
-    end: the tokenizer's end token; None: none.
-    ends: the tokens that end a generated text, of the tokenizer and of generation_config.json.
-    size: number of embeddings; without weights, the rows that the tokenizer needs.
-    """
-
-    where: str
-    template: object
-    end: str | None
-    ends: frozenset[str]
-    size: int
 
 
 def check_chat_models(
@@ -58,43 +38,60 @@ def check_chat_models(
     uses the run's. `task.end_tokens` can accept a teacher whose end token does not end the
     student's texts.
     """
-    if not is_chat(rows) and PROMPT_LENGTH not in rows.column_names:
+    if not is_chat(rows):
         return
-    student = _chat_facts(sources[STUDENT], task) or _facts(STUDENT, tokenizer, sources[STUDENT])
-    problems: list[str] = []
-    for role, source in sources.items():
-        teacher = None if role == STUDENT else _chat_facts(source, task)
-        if teacher is not None:
-            for line in differences(teacher, student):
-                logger.warning("%s", line)
-            if teacher.end is not None and teacher.end not in student.ends:
-                problems.append(
-                    f"{teacher.where} ends its answers with {teacher.end}, and the texts of "
-                    f"{student.where} end with {_listed(student.ends)}: a student that learns from "
-                    "this teacher would not stop; use a student with the teacher's end token in "
-                    "its generation_config.json or tokenizer_config.json"
-                )
-    if problems and task.end_tokens == "check":
-        raise ConfigError("\n".join(f"{problem}; {ACCEPT}" for problem in problems))
-    for problem in problems:
-        logger.warning("%s (accepted by task.end_tokens)", problem)
+    tokenizers = {
+        role: from_folder(source.folder)
+        for role, source in sources.items()
+        if source.folder is not None and has_tokenizer_files(source.folder)
+    }
+    student, problems = sources[STUDENT], list[str]()
+    of_student = tokenizers.pop(STUDENT, tokenizer)
+    template, size = of_student.chat_template, _embeddings(student, of_student)
+    ends = _tokens(_end_ids(of_student, student), of_student)
+    for role, mine in tokenizers.items():
+        source = sources[role]
+        both = f"{source.where} and {student.where}"
+        if mine.chat_template != template:
+            how = "the texts differ" if mine.chat_template and template else "one has none"
+            logger.warning(
+                "chat templates of %s: %s; both models read the conversations as the tokenizer of "
+                "the run writes them, and task.tokenizer and task.chat_template choose another",
+                *(both, how),
+            )
+        others = _tokens(_end_ids(mine, source), mine)
+        if others != ends:
+            logger.warning(
+                "end tokens of %s: %s and %s; the student learns the end token of the chat "
+                "template, so that this token should be in the student's generation_config.json",
+                *(both, others, ends),
+            )
+        if _embeddings(source, mine) != size:
+            logger.warning(
+                "vocabularies of %s: %d and %d embeddings; soft targets compare the tokens that "
+                "both have",
+                *(both, _embeddings(source, mine), size),
+            )
+        if mine.eos_token is not None and mine.eos_token not in ends.split(", "):
+            problems.append(
+                f"{source.where} ends its answers with {mine.eos_token}, and the texts of "
+                f"{student.where} end with {ends}: a student that learns from this teacher would "
+                "not stop; use a student with the teacher's end token in its "
+                "generation_config.json or tokenizer_config.json"
+            )
+    if problems:
+        _refuse_ends(task, "\n".join(problems))
 
 
-def _chat_facts(source: ModelSource, task: TaskConfig) -> ChatFacts | None:
-    if source.folder is None or not has_tokenizer_files(source.folder):
-        return None
-    return _facts(source.where, from_folder(source.folder, task.type), source)
+def _refuse_ends(task: TaskConfig, problem: str) -> None:
+    if task.end_tokens == "check":
+        raise ConfigError(f"{problem}; set task.end_tokens: accept to train nevertheless")
+    logger.warning("%s (accepted by task.end_tokens)", problem)
 
 
-def _facts(where: str, tokenizer: PreTrainedTokenizerBase, source: ModelSource) -> ChatFacts:
-    embeddings = None if source.wants_vocabulary else getattr(source.config, "vocab_size", None)
-    return ChatFacts(
-        where=where,
-        template=tokenizer.chat_template,
-        end=cast("str | None", tokenizer.eos_token),
-        ends=frozenset(_tokens(_end_ids(tokenizer, source), tokenizer)),
-        size=embeddings or rows_for(tokenizer),
-    )
+def _embeddings(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> int:
+    size = None if source.wants_vocabulary else getattr(source.config, "vocab_size", None)
+    return size or rows_for(tokenizer)
 
 
 def _end_ids(tokenizer: PreTrainedTokenizerBase, source: ModelSource) -> set[int]:
@@ -103,34 +100,8 @@ def _end_ids(tokenizer: PreTrainedTokenizerBase, source: ModelSource) -> set[int
     return {*listed_ends(tokenizer), *listed_ends(generation_config_of(source))}
 
 
-def _tokens(ids: set[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    return [str(tokenizer.convert_ids_to_tokens(number)) for number in sorted(ids)]
-
-
-def differences(teacher: ChatFacts, student: ChatFacts) -> Iterator[str]:
-    """Yield a line for every difference between two models, with the choice to make."""
-    both = f"{teacher.where} and {student.where}"
-    if teacher.template != student.template:
-        lacking = [facts.where for facts in (teacher, student) if not facts.template]
-        how = f"{' and '.join(lacking)} has none" if lacking else "the texts differ"
-        yield (
-            f"chat templates of {both}: {how}; both models read the conversations as the tokenizer "
-            "of the run writes them, and task.tokenizer and task.chat_template choose another"
-        )
-    if teacher.ends != student.ends:
-        yield (
-            f"end tokens of {both}: {_listed(teacher.ends)} and {_listed(student.ends)}; the "
-            "student learns the end token of the chat template, so that this token should be in "
-            "the student's generation_config.json"
-        )
-    if teacher.size != student.size:
-        yield (
-            f"vocabularies of {both}: {teacher.size} and {student.size} embeddings; soft targets "
-            "compare the tokens that both have"
-        )
-
-
-def _listed(tokens: frozenset[str]) -> str:
+def _tokens(ids: set[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    tokens = (str(tokenizer.convert_ids_to_tokens(number)) for number in ids)
     return ", ".join(sorted(tokens)) or "no token"
 
 
@@ -140,52 +111,35 @@ def check_answers(
     tokenizer: PreTrainedTokenizerBase,
     student: ModelSource,
 ) -> None:
-    """Check that held-out conversations have answers, and how the learned answers end."""
-    by_split: dict[str, list[ChatCounts]] = {}
+    """Check that held-out conversations have answers, and that an end token ends learned ones."""
+    by_split: dict[str, int] = {}
     for name, tally in (counts or {}).items():
         split = name if name.startswith(f"{SETS}/") else name.split("/")[0]
-        by_split.setdefault(split, []).append(tally)
-    for split, parts in by_split.items():
-        if split != "train" and not any(tally.targets for tally in parts):
+        by_split[split] = by_split.get(split, 0) + tally.targets
+    for split, targets in by_split.items():
+        if split != "train" and not targets:
             name = split.removeprefix(f"{SETS}/")
             key = f"task.{split}_files" if name == split else f"task.evaluation_sets.{name}"
             raise DataError(
                 f"the rows of {split} are prompts without an answer, so that no model can be "
                 f"scored; set {key} to rows with a prompt and a completion"
             )
-    _check_ends(task, learned(counts), _end_ids(tokenizer, student), tokenizer)
-
-
-def _check_ends(
-    task: TaskConfig,
-    trained: list[ChatCounts],
-    looked_for: set[int],
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:
-    if not any(tally.targets for tally in trained):
-        return
-    if any(tally.special.get(number) for tally in trained for number in looked_for):
-        return
+    trained, ends = learned(counts), _end_ids(tokenizer, student)
     special = {number for tally in trained for number in tally.special}
-    counting = ", ".join(_tokens(special, tokenizer)) or "none"
-    if looked_for:
+    if any(tally.targets for tally in trained) and not special & ends:
         problem = (
-            f"no answer of the training rows ends with {', '.join(_tokens(looked_for, tokenizer))} "
-            "(eos_token of the tokenizer, and eos_token_id in the student's "
-            f"generation_config.json); the special tokens that count are {counting}; use a "
-            "tokenizer whose eos_token ends the answers of the chat template, or raise "
-            "task.max_length if all answers are cut"
+            f"no answer of the training rows ends with {_tokens(ends, tokenizer)} (eos_token of "
+            "the tokenizer, and eos_token_id in the student's generation_config.json)"
+            if ends
+            else "the tokenizer has no eos_token, and the student no eos_token_id in its "
+            "generation_config.json, so that no token ends the student's texts"
         )
-    else:
-        problem = (
-            "no token ends the student's texts: the tokenizer has no eos_token (null in "
-            "tokenizer_config.json), and the student has no eos_token_id in "
-            "generation_config.json; set one of the two to the token that ends the answers (the "
-            f"special tokens that count are {counting})"
+        _refuse_ends(
+            task,
+            f"{problem}; the special tokens that count are {_tokens(special, tokenizer)}; set "
+            "eos_token or eos_token_id to the one that ends the answers of the chat template, or "
+            "raise task.max_length if all answers are cut",
         )
-    if task.end_tokens == "check":
-        raise ConfigError(f"{problem}; {ACCEPT}")
-    logger.warning("%s (accepted by task.end_tokens)", problem)
 
 
 def check_vocabularies(
@@ -204,10 +158,8 @@ def without_tokenizer(task: TaskConfig, sources: Iterable[ModelSource]) -> Itera
     The embeddings of such a model mean nothing with a tokenizer that is trained on the run's text,
     or with another model's tokenizer. A tokenizer that `task.tokenizer` names is accepted.
     """
-    if isinstance(task.tokenizer, str):
-        return
-    for source, folder in _pretrained(sources):
-        if not has_tokenizer_files(folder):
+    for folder, source in _pretrained(sources).items():
+        if not isinstance(task.tokenizer, str) and not has_tokenizer_files(folder):
             yield (
                 f"{source.where}: {source.name} has weights and no tokenizer files ({LOOKED_FOR}), "
                 "and its embeddings fit only the tokenizer of its training; set task.tokenizer to "
@@ -223,18 +175,29 @@ def other_vocabularies(
     Another tokenizer that `task.tokenizer` names is accepted, with a line in the log.
     """
     sources, vocabulary = list(sources), tokenizer.get_vocab()
-    yield from _without_rows(vocabulary, sources)
-    models = {folder: source for source, folder in _pretrained(sources)}
-    tables = {f: from_folder(f, task.type).get_vocab() for f in models if has_tokenizer_files(f)}
-    for folder, ids in tables.items():
-        source = models[folder]
+    token, last = max(vocabulary.items(), key=lambda item: item[1])
+    for source in sources:
+        rows = source.config.vocab_size
+        if last >= rows and not source.wants_vocabulary:
+            cure = f"remove {token}" if source.folder else f"raise {source.where}.config.vocab_size"
+            yield (
+                f"{source.where}: the token {token} of the tokenizer has the number {last}, and "
+                f"the embedding of the model has {rows} rows; set task.tokenizer to a tokenizer "
+                f"with smaller numbers, or {cure}"
+            )
+    for folder, source in _pretrained(sources).items():
+        if not has_tokenizer_files(folder):
+            continue
+        ids = from_folder(folder).get_vocab()
         other = sum(vocabulary.get(token) != number for token, number in ids.items())
         if ids != vocabulary and not isinstance(task.tokenizer, str):
+            apart = sorted(ids.items() ^ vocabulary.items(), key=lambda pair: pair[1])
+            named = listed([f"{token} ({number})" for token, number in apart], 4)
             yield (
                 f"{source.where} {source.name} has a tokenizer of {len(ids)} tokens, and the "
-                f"run has another tokenizer, of {len(vocabulary)} tokens"
-                f"{_told_apart(ids, vocabulary, source.where)}; soft targets need one vocabulary: "
-                f"{_common_tokenizer(tables, sources)}"
+                f"run has another tokenizer, of {len(vocabulary)} tokens (only one of them has "
+                f"{named}); soft targets need one vocabulary: choose models with the same "
+                "tokenizer, or set task.tokenizer to one that fits the embeddings of all models"
             )
         elif other:
             logger.warning(
@@ -244,44 +207,9 @@ def other_vocabularies(
             )
 
 
-def _told_apart(ids: Mapping[str, int], others: Mapping[str, int], where: str) -> str:
-    """Return the tokens and numbers of a model's tokenizer and the run's that differ, if few."""
-    sides = {where: ids.items() - others.items(), "the run": others.items() - ids.items()}
-    if max(map(len, sides.values())) > max(16, len(ids) // 100):
-        return ""
-    told = []
-    for who, pairs in sides.items():
-        tokens = [f"{token} ({number})" for number, token in sorted((n, t) for t, n in pairs)]
-        told += [f"only {who} has {listed(tokens, 3)}"] if tokens else []
-    return f" ({'; '.join(told)})"
-
-
-def _common_tokenizer(tables: Mapping[Path, Mapping[str, int]], sources: list[ModelSource]) -> str:
-    rows = min(source.config.vocab_size for source in sources if not source.wants_vocabulary)
-    fitting = [str(folder) for folder, ids in tables.items() if max(ids.values()) < rows]
-    pairs = {pair for ids in tables.values() for pair in ids.items()}
-    tokens, numbers = map(set, zip(*pairs, strict=True))
-    if fitting and len(tokens) == len(numbers) == len(pairs):
-        return f"set task.tokenizer to {' or '.join(fitting)}, which fits the embeddings of all"
-    return "choose models with the same tokenizer, or set task.tokenizer if the models share one"
-
-
-def _without_rows(vocabulary: Mapping[str, int], sources: Iterable[ModelSource]) -> Iterator[str]:
-    token, number = max(vocabulary.items(), key=lambda item: item[1])
+def _pretrained(sources: Iterable[ModelSource]) -> dict[Path, ModelSource]:
+    folders: dict[Path, ModelSource] = {}
     for source in sources:
-        rows = source.config.vocab_size
-        if number >= rows and not source.wants_vocabulary:
-            cure = f"remove {token}" if source.folder else f"raise {source.where}.config.vocab_size"
-            yield (
-                f"{source.where}: the token {token} of the tokenizer has the number {number}, and "
-                f"the embedding of the model has {rows} rows; set task.tokenizer to a tokenizer "
-                f"with smaller numbers, or {cure}"
-            )
-
-
-def _pretrained(sources: Iterable[ModelSource]) -> Iterator[tuple[ModelSource, Path]]:
-    seen: set[Path] = set()
-    for source in sources:
-        if source.folder is not None and source.folder not in seen:
-            seen.add(source.folder)
-            yield source, source.folder
+        if source.folder is not None:
+            folders.setdefault(source.folder, source)
+    return folders

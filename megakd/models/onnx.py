@@ -119,7 +119,7 @@ def _input_names(model: PreTrainedModel, folder: Path) -> tuple[str, ...]:
     known = signature(model.forward).parameters
     named = ()
     if has_tokenizer_files(folder):  # its token_type_ids tell the texts of a pair apart
-        named = from_folder(folder, "classification").model_input_names
+        named = from_folder(folder).model_input_names
     if not has_token_types(model.config):
         known = known.keys() - {"token_type_ids"}
     return (*_INPUTS, *(name for name in named if name not in _INPUTS and name in known))

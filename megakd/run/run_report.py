@@ -102,7 +102,7 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
         **environment(
             ranks=ranks.world_size,
             device=ranks.device,
-            corpus_content_hash=prepared.splits.whole_hash,
+            corpus_content_hash=prepared.splits.content_hash,
         ),
     }
     if ranks.is_main:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import PreTrainedModel
 
 from megakd.config.deepspeed import frozen_on, load_ds_config
@@ -38,7 +39,6 @@ from megakd.inputs.precision import (
     scoring_dtype,
     training_dtype,
 )
-from megakd.inputs.run_data import MethodRows
 from megakd.losses.bundle import StudentBundle, build_bundle
 from megakd.losses.objective import StageLosses, learners_of, stage_losses, with_class_weights
 from megakd.models.fitting import label_order
@@ -93,7 +93,7 @@ class Assembly:
         return self if prepared is self.prepared else replace(self, prepared=prepared)
 
     @property
-    def method_rows(self) -> MethodRows:
+    def method_rows(self) -> Dataset:
         if self.prepared.method_rows is None:
             raise TypeError("a stage reads rows of its method, and the method makes no rows")
         return self.prepared.method_rows

@@ -102,7 +102,7 @@ def test_a_split_that_was_cut_off_is_said_to_be_one(one_rank, whole_run, tmp_pat
     [
         ("gone.jsonl", None, "--data: {} does not exist"),
         ("x.jsonl", '{"text": "a", "label": "neutral"}\n', "label 'neutral' is not one of the 2"),
-        ("x.jsonl", '{"text": "a"}\n', "column 'label' does not exist"),
+        ("x.jsonl", '{"text": "a"}\n', "column 'label' (task.label_column) does not exist"),
     ],
 )
 def test_a_file_that_cannot_be_scored_is_refused_before_a_model_is_loaded(

@@ -141,18 +141,6 @@ def test_a_json_list_of_texts_is_a_list_of_documents(load, tmp_path):
     assert splits.metrics == ("perplexity",)
 
 
-@pytest.mark.parametrize(("train", "held"), [("train", "val"), ("Train", "Validation")])
-def test_a_json_object_of_splits_is_read_by_their_names(load, tmp_path, train, held):
-    path = tmp_path / "data_full.json"
-    tree = {train: [["a", "x"], ["b", "y"]], held: [["c", "y"]], "oos_val": [["d", "z"]]}
-    path.write_text(json.dumps(tree))
-
-    splits = load(path)
-
-    assert splits.label_names == ("x", "y")
-    assert everything(splits) == {("a", 0), ("b", 1), ("c", 1)}
-
-
 def test_two_text_columns_make_one_document_of_a_language_model(load, write_rows, tmp_path):
     rows = [("why?", "so"), ("who?", "me"), (" ", "")]
     path = write_rows(tmp_path / "train.jsonl", rows, header=("q", "a"))
@@ -432,11 +420,6 @@ CASES: list[tuple[Any, ...]] = [
         {"x.json": '[["a", 0], {"text": "b", "text": "c", "label": 1}]'},
         r"x\.json is not JSON: the key 'text' occurs",
     ),
-    ({"x.json": '{"train": [], "train": [["a", 0]]}'}, r"the key 'train' occurs"),
-    (
-        {"x.json": '{"train": [["a", 0], ["b", 1]], "val": [["c", 0]], "dev": [["d", 1]]}'},
-        r"x\.json: 'val' and 'dev' are names of the same split",
-    ),
     *(
         ({f"x.{kind}": content}, rf"{place} is not JSON: the key 'role' occurs", LANGUAGE)
         for kind, content, place in (
@@ -444,19 +427,17 @@ CASES: list[tuple[Any, ...]] = [
             ("json", '[{"text": "a", "from": {"at": {"role": 1, "role": 2}}}]', r"x\.json"),
         )
     ),
-    (
-        {"x.json": '{"train": [["a", 0], ["b", 1]], "dev": {"text": "c"}}'},
-        r"x\.json \(dev\) is not a list of rows \(got \{'text': 'c'\}\)",
-    ),
-    ({"x.json": "{}"}, r"x\.json is neither a JSON list of rows nor", LANGUAGE),
-    ({"x.json": '{"val": [["a", 0]]}'}, r"x\.json holds validation and no list named 'train'"),
+    ({"x.json": '{"train": [["a", 0]]}'}, r"x\.json is not a JSON list of rows; .*each split"),
     ({"x.json": "[[1, 2, 3]]"}, r"row 1 must be a text, an object or \[text, label\]", LANGUAGE),
     ({"x.parquet": "PAR1"}, r"x\.parquet is not a readable parquet file", LANGUAGE),
     # Columns
     ({"x.csv": "text,text\na,b\n"}, r"x\.csv: column 'text' occurs more than once"),
     ({"x.csv": "body,label\na,0\n"}, r"column 'text' does not exist; the columns are body, label;"),
     ({"x.jsonl": '{"question": "a"}'}, r"are question; .*prompts .*task\.prompt_column", LANGUAGE),
-    ({"x.csv": "text,topic\na,0\n"}, r"column 'label' does not exist; .* are text, topic; set tas"),
+    (
+        {"x.csv": "text,topic\na,0\n"},
+        r"column 'label' .* does not exist; .* are text, topic",
+    ),
     ({"train.csv": GOOD, "dev.csv": "text\na\n"}, r"dev\.csv: column 'label' .* does not exist"),
     # Labels
     *(

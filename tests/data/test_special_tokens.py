@@ -11,14 +11,12 @@ from datasets import Dataset
 from encoded_chats import ADD, IGNORE, chat, encoded, task
 from hypothesis import given
 from hypothesis import strategies as st
-from slow_tokenizer import Words
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from megakd.data.special_tokens import SpecialTokens, special_tokens
-from megakd.data.token_tables import documents_of, tables_of_texts
+from megakd.data.token_tables import tables_of_texts
 from megakd.data.vocabularies import encoder_template, train_tokenizer
-from megakd.inputs.run_data import _measured
 
 CORPUS = ("the cat sees the dog", "[MASK] of a king </s> and [SEP]")
 
@@ -134,7 +132,7 @@ SAID = "hold strings of special tokens"
 
 
 @pytest.mark.parametrize("kind", ["causal_lm", "mlm", "classification"])
-def test_documents_and_columns_are_read_as_text_and_measured_so(kind):
+def test_documents_and_columns_are_read_as_text(kind):
     tokenizer = chat_tokenizer("llama3") if kind == "causal_lm" else wordpiece()
     text = "a cat <|eot_id|> [MASK] [SEP]"
     rows = {"text": [text, "the dog"], "text_pair": [text, text], "label": [0, 1]}
@@ -149,24 +147,17 @@ def test_documents_and_columns_are_read_as_text_and_measured_so(kind):
     assert ids.count(tokenizer.eos_token_id or tokenizer.sep_token_id) == ends
     assert not ids.count(tokenizer.mask_token_id)
     if kind == "causal_lm":
-        assert tokenizer.decode(next(documents_of(data, tokenizer))[:-1]) == text
-    if kind == "classification":
-        assert sum(n for n, _ in _measured(data, tokenizer, settings)) == len(ids)
+        assert tokenizer.decode(ids).startswith(text)
 
 
-@pytest.mark.parametrize(
-    ("tokenizer", "end"),
-    [(wordpiece(), "which are read as text"), (Words(), "reads [PAD] as special tokens")],
-    ids=["fast", "slow"],
-)
-def test_one_line_counts_the_rows_and_the_tokens_by_name(tokenizer, end, caplog):
+def test_one_line_counts_the_rows_and_the_tokens_by_name(caplog):
     texts = ["a [PAD] b [PAD]", "[UNK] a", *["a b"] * 3, "a"]
     pairs = ["a"] * 5 + ["b [PAD]"]
-    special = special_tokens(tokenizer)
+    special = special_tokens(wordpiece())
     with caplog.at_level(logging.WARNING):
         special.say(Dataset.from_dict({"text": texts, "text_pair": pairs}), name="test")
         special.say(Dataset.from_dict({"text": texts[2:]}), name="clean")
 
     [line] = caplog.messages
     assert line.startswith(f"test: 3 of 6 rows {SAID} ([PAD] 3 times, [UNK] 1 times), ")
-    assert end in line
+    assert "which are read as text" in line

@@ -118,10 +118,8 @@ def seen(steps: Any) -> list[Any]:
 def expected(scene: Scene, tmp_path: Path, texts: Sequence[str]) -> Counter[tuple[int, ...]]:
     """The rows that the same texts have without streaming."""
     rows = Dataset.from_dict({"text": list(texts)})
-    made, _ = encode_rows(
-        {"train": rows}, scene.rows.tokenizer, scene.task, content_hash="x", cache_dir=tmp_path
-    )
-    return Counter(map(tuple, made["train"]["input_ids"]))
+    made, _ = encode_rows(rows, scene.rows.tokenizer, scene.task, name="train", cache_dir=tmp_path)
+    return Counter(map(tuple, made["input_ids"]))
 
 
 def test_an_epoch_has_every_window_once_as_without_streaming(scene, tmp_path):

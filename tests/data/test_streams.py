@@ -77,7 +77,7 @@ def test_the_training_texts_are_not_copied_to_the_cache(tmp_path, jsonl):
     files = {"train_files": jsonl("train", ["unmistakable"] * 1000)}
     files["validation_files"] = jsonl("held", ["held"])
     cache = tmp_path / "cache"
-    tokenizer = from_folder(save_tokenizer(tmp_path / "t", ["held"], kind="wordpiece"), "mlm")
+    tokenizer = from_folder(save_tokenizer(tmp_path / "t", ["held"], kind="wordpiece"))
     given = TaskConfig(type="mlm", streaming=True, **files)
 
     splits = load_splits(given, seed=1, cache_dir=cache)

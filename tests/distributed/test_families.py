@@ -129,7 +129,7 @@ LAYERS = [
     {"loss": "hidden_mse", "layer_mapping": ["1:2", "2:3"]},
 ]
 RELATIONS = {"loss": "relation_kl", "layer_mapping": ["2:3"], "relation_heads": 2}
-TOKENIZERS = {"causal_lm": "bpe", "mlm": "wordpiece", "classification": "unigram"}
+TOKENIZERS = {"causal_lm": "bpe", "mlm": "wordpiece", "classification": "wordpiece"}
 
 
 @pytest.fixture

@@ -21,12 +21,12 @@ from transformers import PreTrainedTokenizerBase
 
 from megakd.config.task import TaskConfig
 from megakd.contract.batch import IGNORE, Batch
-from megakd.data import encoding
 from megakd.data.collation import Collator
 from megakd.data.masking import task_masking
 from megakd.data.tokenizers import VocabularyPair
 from megakd.data.vocabularies import train_tokenizer
 from megakd.errors import DataError
+from megakd.methods.mixed_vocabulary import mixed_text
 from megakd.methods.mixed_vocabulary.mixed_text import MixedText, encode_mixed, word_windows
 from megakd.methods.mixed_vocabulary.shared_words import ALWAYS_STUDENT, ALWAYS_TEACHER, FREE
 
@@ -281,7 +281,7 @@ RAW_TEXTS = st.lists(st.text("abcdefghxyж ,\u0301\n", max_size=80), min_size=1,
 
 def encoded(texts: list[str], given_pair: VocabularyPair, folder: Path, **keys: Any) -> Any:
     rows = Dataset.from_dict({"text": texts})
-    return encode_mixed(rows, given_pair, task(**keys), content_hash="same", cache_dir=folder)[0]
+    return encode_mixed(rows, given_pair, task(**keys), cache_dir=folder)
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -436,19 +436,19 @@ def test_whatever_changes_the_rows_changes_the_key_and_equal_rows_are_read(
 ):
     other = trained(COMMON, 40)
 
-    def rows_and_key(text="bad", pair=pair, content="a", **keys: Any) -> tuple[Any, str]:
+    def rows_and_key(text="bad", pair=pair, **keys: Any) -> tuple[Any, str]:
         rows = Dataset.from_dict({"text": [text]})
-        return encode_mixed(rows, pair, task(**keys), content_hash=content, cache_dir=tmp_path)
+        made = encode_mixed(rows, pair, task(**keys), cache_dir=tmp_path)
+        return made, made.cache_files[0]["filename"]
 
     first, key = rows_and_key()
     others = [
         rows_and_key("bed"),
-        rows_and_key(content="b"),
         rows_and_key(pair=pair._replace(student=other)),
         rows_and_key(pair=pair._replace(teacher=other)),
         rows_and_key(max_length=17),
     ]
-    monkeypatch.setattr(encoding, "write_tables", None)
+    monkeypatch.setattr(mixed_text, "write_tables", None)
 
     assert len({key, *(another for _, another in others)}) == 1 + len(others)
     assert rows_and_key()[0].to_dict() == first.to_dict()

@@ -37,7 +37,7 @@ ROLES = {f"{role}_token": f"[{role.upper()}]" for role in ("pad", "unk", "cls", 
 
 def _load(folder, size=100, texts=SENTENCES):
     rows = Dataset.from_dict({"text": list(texts) * 5})
-    splits: Any = SimpleNamespace(train=rows, content_hash="content", stream=None)
+    splits: Any = SimpleNamespace(train=rows, stream=None)
     return load_student_tokenizer(StudentVocabulary(size=size), splits, cache_dir=folder)
 
 

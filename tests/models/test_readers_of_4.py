@@ -110,7 +110,7 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> str:
 def tokenizers() -> dict[str, PreTrainedTokenizerBase]:
     made: dict[str, PreTrainedTokenizerBase] = {"chat": chat_tokenizer("chatml")}
     made["marked"] = chat_tokenizer("llama3")
-    kinds: list[Kind] = ["wordpiece", "bpe", "unigram"]
+    kinds: list[Kind] = ["wordpiece", "bpe"]
     for kind in kinds:
         for encodes in (True, False):
             text = [*TEXTS, "the student reads letters"] * 20

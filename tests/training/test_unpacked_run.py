@@ -49,7 +49,7 @@ def test_texts_share_rows_only_if_all_models_keep_them_apart(tmp_path, caplog):
     assert caplog.text.count("train.packing: false (auto): every row has one text") == 1
     assert "because student.model (lfm2) would not compute" in caplog.text
     asked = prepared(tmp_path, llama(1), train={"packing": False})
-    assert asked.encoded.content_hash != exact.encoded.content_hash
+    assert asked.encoded.train.cache_files != exact.encoded.train.cache_files
 
 
 @pytest.mark.parametrize("train", [{"packing": True}, {"tokens_per_rank": 64}])

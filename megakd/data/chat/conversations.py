@@ -130,86 +130,69 @@ def chat_columns(table: Table, task: TaskConfig) -> ChatColumns | None:
     """
     if task.type != "causal_lm" or task.text_columns is not None:
         return None
+    has = set(table.columns).__contains__
     named = ChatColumns(task.messages_column, task.prompt_column, task.completion_column)
     if any(named):
-        _require_named(table, named)
-        is_pair = named.prompt and not named.completion and COMPLETION in table.columns
-        named = named._replace(completion=COMPLETION) if is_pair else named
+        for key, column in zip(named._fields, named[:3], strict=False):
+            if column is not None:
+                require(table, column, f"task.{key}_column")
+        if named.prompt and not named.completion and has(COMPLETION):
+            named = named._replace(completion=COMPLETION)
         return named._replace(as_messages=task.as_messages)
-    for column in MESSAGES_DEFAULTS:
-        if column in table.columns:
-            return ChatColumns(messages=column)
+    if messages := next(filter(has, MESSAGES_DEFAULTS), None):
+        return ChatColumns(messages=messages)
+    pairs = PAIRS if task.as_messages else PAIRS[:1]
+    pair = next((pair for pair in pairs if all(map(has, pair))), None)
+    if pair is not None:
+        addition = INPUT if task.as_messages and pair[0] == "instruction" and has(INPUT) else None
+        return ChatColumns(None, *pair, addition=addition, as_messages=task.as_messages)
     if task.as_messages:
-        return _of_texts(table)
-    if PROMPT in table.columns and COMPLETION in table.columns:
-        return ChatColumns(prompt=PROMPT, completion=COMPLETION)
-    has_text = any(column in table.columns for column in TEXT_DEFAULTS)
-    return None if has_text or PROMPT not in table.columns else ChatColumns(prompt=PROMPT)
-
-
-def _of_texts(table: Table) -> ChatColumns:
-    for prompt, completion in PAIRS:
-        if prompt in table.columns and completion in table.columns:
-            has_input = prompt == "instruction" and INPUT in table.columns
-            addition = INPUT if has_input else None
-            return ChatColumns(
-                prompt=prompt, completion=completion, addition=addition, as_messages=True
-            )
-    pairs = ", ".join(" and ".join(pair) for pair in PAIRS)
-    raise DataError(
-        f"{table.name}: task.as_messages needs the columns {pairs}, and the columns are "
-        f"{', '.join(table.columns)}; set task.prompt_column and task.completion_column"
-    )
-
-
-def _require_named(table: Table, named: ChatColumns) -> None:
-    for kind, column in zip(named._fields, named[:3], strict=False):
-        if column is not None:
-            require(table, column, f"task.{kind}_column")
+        raise DataError(
+            f"{table.name}: task.as_messages needs the columns "
+            f"{', '.join(map(' and '.join, PAIRS))}, and the columns are "
+            f"{', '.join(table.columns)}; set task.prompt_column and task.completion_column"
+        )
+    return ChatColumns(prompt=PROMPT) if has(PROMPT) and not any(map(has, TEXT_DEFAULTS)) else None
 
 
 def conversation_of(name: str, columns: ChatColumns, record: Record) -> Conversation:
     """Return the conversation of a row."""
     if columns.text:
         return Conversation(completion=document_of(name, columns.text, record))
-    if columns.messages is None:
-        return _of_prompt(name, columns, record)
-    where = f"{name}, {record.place}: column {columns.messages!r}"
-    messages = messages_of(_present(record, columns.messages, where), where=where)
-    return _chat(name, record, messages, first=0)
-
-
-def _of_prompt(name: str, columns: ChatColumns, record: Record) -> Conversation:
-    prompt, completion = cast("str", columns.prompt), columns.completion
-    where = f"{name}, {record.place}: column"
-    shown = {
-        c: _present(record, c, f"{where} {c!r}") for c in (prompt, completion) if c is not None
-    }
-    lists = [column for column, value in shown.items() if _is_message_list(value)]
-    if not lists:
-        texts = [text_of(name, column, record) for column in shown]
-        if columns.as_messages:
-            if columns.addition is not None and record.values.get(columns.addition):
-                texts[0] += f"\n\n{text_of(name, columns.addition, record)}"
-            roles = zip(("user", ASSISTANT), texts, strict=False)
-            turns = [{"role": role, "content": text} for role, text in roles]
-            return _chat(name, record, turns, first=1)
-        return Conversation(prompt=texts[0], completion=None if completion is None else texts[1])
-    if len(lists) < len(shown):
-        raise DataError(
-            f"{where} {lists[0]!r} is a list of messages and the other of {prompt!r} and "
-            f"{completion!r} is not; write both as texts, or both as lists of messages"
-        )
-    asked, *answers = (messages_of(v, where=f"{where} {c!r}") for c, v in shown.items())
-    if not answers:
-        return _chat(name, record, asked, first=len(asked))
-    return _chat(name, record, asked + answers[0], first=len(asked))
-
-
-def _chat(name: str, record: Record, messages: list[Message], *, first: int) -> Conversation:
-    # Messages after the last answer are left out, because no token after them counts.
     where = f"{name}, {record.place}"
-    options = {
+    named = [c for c in (columns.messages, columns.prompt, columns.completion) if c is not None]
+    for column in named:
+        if record.values.get(column) is None:
+            raise DataError(f"{where}: column {column!r} is missing")
+    if columns.messages is not None:
+        column = columns.messages
+        messages = messages_of(record.values[column], where=f"{where}: column {column!r}")
+        return _chat(where, record, messages, first=0)
+    lists = [column for column in named if _is_message_list(record.values[column])]
+    if not lists:
+        prompt, *completion = (text_of(name, column, record) for column in named)
+        if not columns.as_messages:
+            return Conversation(prompt=prompt, completion=completion[0] if completion else None)
+        if columns.addition is not None and record.values.get(columns.addition):
+            prompt += f"\n\n{text_of(name, columns.addition, record)}"
+        roles = zip(("user", ASSISTANT), (prompt, *completion), strict=False)
+        turns = [{"role": role, "content": text} for role, text in roles]
+        return _chat(where, record, turns, first=1)
+    if len(lists) < len(named):
+        raise DataError(
+            f"{where}: column {lists[0]!r} is a list of messages and the other of "
+            f"{' and '.join(map(repr, named))} is not; write both as texts, or both as lists of "
+            "messages"
+        )
+    asked, *answers = (
+        messages_of(record.values[column], where=f"{where}: column {column!r}") for column in named
+    )
+    return _chat(where, record, asked + (answers[0] if answers else []), first=len(asked))
+
+
+def _chat(where: str, record: Record, messages: list[Message], *, first: int) -> Conversation:
+    # Messages after the last answer are left out, because no token after them counts.
+    options: dict[str, Any] = {
         "tools": _value(record, TOOLS, list, where),
         "options": _present_keys(_value(record, OPTIONS, dict, where) or {}),
     }
@@ -218,25 +201,18 @@ def _chat(name: str, record: Record, messages: list[Message], *, first: int) -> 
     answers = [n for n in range(first, len(messages)) if messages[n]["role"] == ASSISTANT]
     # OpenAI's fine-tuning format marks answers that are not learned with weight 0.
     counted = [n for n in answers if messages[n].get("weight", 1) != 0]
-    if answers and not counted:
+    if counted:
+        return Conversation(messages=messages[: counted[-1] + 1], counted=counted, **options)
+    if answers:
         raise DataError(
             f"{where}: all {len(answers)} messages of role {ASSISTANT!r} have weight 0, so that "
             "nothing of the row is learned; remove the row, or give one of them weight 1"
         )
-    if not counted:
-        roles = ", ".join(message["role"] for message in messages[first:])
-        raise DataError(
-            f"{where}: no message of role {ASSISTANT!r} to learn from (roles: {roles}); remove the "
-            f"row, or give rows without an answer in a column {PROMPT!r} (task.prompt_column)"
-        )
-    return Conversation(messages=messages[: counted[-1] + 1], counted=counted, **options)
-
-
-def _present(record: Record, column: str, where: str) -> object:
-    value = record.values.get(column)
-    if value is None:
-        raise DataError(f"{where} is missing")
-    return value
+    roles = ", ".join(message["role"] for message in messages[first:])
+    raise DataError(
+        f"{where}: no message of role {ASSISTANT!r} to learn from (roles: {roles}); remove the "
+        f"row, or give rows without an answer in a column {PROMPT!r} (task.prompt_column)"
+    )
 
 
 def _value(record: Record, column: str, kind: type, where: str) -> Any:
@@ -245,8 +221,8 @@ def _value(record: Record, column: str, kind: type, where: str) -> Any:
         return None
     parsed = from_json(value)
     if not isinstance(parsed, kind):
-        wanted = {list: "a list", dict: "an object"}[kind]
-        raise DataError(f"{where}: column {column!r} is not {wanted}: {value!r:.80}")
+        shape = "an object" if kind is dict else "a list"
+        raise DataError(f"{where}: column {column!r} is not {shape}: {value!r:.80}")
     _require_json(parsed, f"{where}: column {column!r}")
     return parsed
 
@@ -260,7 +236,7 @@ def messages_of(value: object, *, where: str) -> list[Message]:
             f"(got {value!r:.80})"
         )
     return [
-        _message(message, where=f"{where}, message {number}")
+        _message(message, f"{where}, message {number}")
         for number, message in enumerate(cast("list[object]", listed), start=1)
     ]
 
@@ -310,19 +286,33 @@ def _present_keys(value: object) -> dict[str, Any]:
     return {k: v for k, v in cast("Mapping[str, Any]", value).items() if v is not None}
 
 
-def _message(value: object, *, where: str) -> Message:
+def _message(value: object, where: str) -> Message:
     if not _looks_like_message(value):
         raise DataError(
             f"{where} must be an object with role and content, or with from and value "
             f"(got {value!r:.80})"
         )
-    message: Message = _present_keys(value)
-    made = _from_openai(message, where) if "role" in message else _from_sharegpt(message, where)
+    message = _present_keys(value)
+    if "role" not in message:
+        message = _from_sharegpt(message, where)
+    calls = message.get("tool_calls")
+    if calls is None and "content" not in message:
+        raise DataError(f"{where}: the message of role {message['role']!r} has no content")
+    if calls is not None and not isinstance(calls, list):
+        raise DataError(f"{where}: tool_calls is not a list: {calls!r:.80}")
+    content = message.get("content", "")
+    if isinstance(content, list):
+        content = "\n".join(_text_of_part(part, where) for part in cast("list[Any]", content))
+    message["content"] = content
+    if calls is not None:
+        message["tool_calls"] = [_tool_call(call, where) for call in cast("list[Any]", calls)]
+    if not calls:
+        message.pop("tool_calls", None)
     for key in ("role", "content"):
-        if not isinstance(made[key], str):
-            raise DataError(f"{where}: {key} is not text: {made[key]!r:.80}")
-    _require_json(made, f"{where}: the message")
-    return made
+        if not isinstance(message[key], str):
+            raise DataError(f"{where}: {key} is not text: {message[key]!r:.80}")
+    _require_json(message, f"{where}: the message")
+    return message
 
 
 def _require_json(value: object, what: str) -> None:
@@ -332,47 +322,24 @@ def _require_json(value: object, what: str) -> None:
         raise DataError(f"{what} cannot be written as UTF-8 JSON: {error}") from error
 
 
-def _from_openai(message: Message, where: str) -> Message:
-    made: Message = {**message, "content": _content(message.get("content", ""), where)}
-    if "tool_calls" in message:
-        calls = message["tool_calls"]
-        if not isinstance(calls, list):
-            raise DataError(f"{where}: tool_calls is not a list: {calls!r:.80}")
-        made["tool_calls"] = [_tool_call(call, where) for call in cast("list[object]", calls)]
-        if not made["tool_calls"]:
-            del made["tool_calls"]
-    elif "content" not in message:
-        raise DataError(f"{where}: the message of role {message['role']!r} has no content")
-    return made
+def _text_of_part(part: Any, where: str) -> str:
+    typed: Mapping[str, Any] = part if isinstance(part, Mapping) else {"text": part}
+    text = typed.get("text")
+    if not isinstance(text, str) or typed.get("type") not in ("text", None):
+        raise DataError(
+            f"{where}: a part of the content is not text ({part!r:.80}); only text is supported"
+        )
+    return text
 
 
-def _content(value: object, where: str) -> object:
-    if not isinstance(value, list):
-        return value
-    texts: list[str] = []
-    for part in cast("list[Any]", value):
-        is_typed = isinstance(part, Mapping)
-        kind, text = (part.get("type"), part.get("text")) if is_typed else (None, part)
-        if not isinstance(text, str) or kind not in ("text", None):
-            raise DataError(
-                f"{where}: a part of the content is not text ({part!r:.80}); only text is supported"
-            )
-        texts.append(text)
-    return "\n".join(texts)
-
-
-def _tool_call(value: object, where: str) -> Message:
-    if not isinstance(value, Mapping):
-        raise DataError(f"{where}: a tool call is not an object: {value!r:.80}")
-    call: Message = _present_keys(value)
+def _tool_call(value: Any, where: str) -> Message:
+    call = _present_keys(value) if isinstance(value, Mapping) else {}
     function = call.get("function", call)
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise DataError(f"{where}: a tool call has no name of a function: {value!r:.80}")
-    present = _present_keys(function)
-    named = {**present, "arguments": present.get("arguments", {})}
-    if function is call:
-        return {"type": "function", "function": named}
-    return {"type": "function", **call, "function": named}
+    named = {"arguments": {}} | _present_keys(function)
+    more = {} if function is call else call
+    return {"type": "function", **more, "function": named}
 
 
 def _from_sharegpt(message: Message, where: str) -> Message:
@@ -380,10 +347,9 @@ def _from_sharegpt(message: Message, where: str) -> Message:
     role = SHAREGPT_ROLES.get(sender) if isinstance(sender, str) else None
     if role is None:
         raise DataError(f"{where}: from is {sender!r}; supported: {', '.join(SHAREGPT_ROLES)}")
-    made: Message = {"weight": message["weight"]} if "weight" in message else {}
+    weight = {"weight": message["weight"]} if "weight" in message else {}
     if sender != "function_call":
-        return {**made, "role": role, "content": text}
-    calls = from_json(text)
-    listed = cast("list[object]", calls) if isinstance(calls, list) else [calls]
-    made |= {"role": role, "content": ""}
-    return {**made, "tool_calls": [_tool_call(call, where) for call in listed]}
+        return {**weight, "role": role, "content": text}
+    parsed = from_json(text)
+    calls = cast("list[object]", parsed) if isinstance(parsed, list) else [parsed]
+    return {**weight, "role": role, "content": "", "tool_calls": calls}

@@ -24,8 +24,6 @@ SETS = "sets"
 BY_TEMPLATE = {
     "lost_reasoning": "lose the reasoning of their answers in the chat template; use a template "
     "that keeps it, or set task.reasoning: strip to say that this is intended",
-    "lost_tools": "lose tools of the column 'tools' in the chat template; set task.chat_template "
-    "to a template that writes tools, or remove the column",
     "empty_reasoning": "get empty reasoning in their answers from the chat template, so that the "
     "student learns not to reason; if the template knows enable_thinking, "
     "task.chat_template_kwargs: {enable_thinking: false} moves it into the prompt; else set "
@@ -47,8 +45,7 @@ class ChatCounts:
     too_long, long_prompt, nothing_counts, bad: rows that were left out because of
         `task.truncation: drop`, because their prompt fills max_length, because no token of their
         answer counts, and because they cannot be encoded (`task.bad_rows: drop`).
-    lost_reasoning, lost_tools: rows in which the chat template leaves out the reasoning of an
-        answer, or a tool of the column `tools`.
+    lost_reasoning: rows in which the chat template leaves out the reasoning of an answer.
     empty_reasoning: rows in which the chat template writes reasoning without words into an answer.
     without_template: prompts and answers as texts, although the tokenizer has a chat template.
     special: by the number of a special token, how many of the tokens that count it is.
@@ -67,7 +64,6 @@ class ChatCounts:
     nothing_counts: int = 0
     prompts: int = 0
     lost_reasoning: int = 0
-    lost_tools: int = 0
     empty_reasoning: int = 0
     without_template: int = 0
     bad: int = 0

@@ -7,9 +7,10 @@ or else from renderings of the conversation up to each answer.
 
 from __future__ import annotations
 
+import copy
 import datetime
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import accumulate, pairwise, zip_longest
@@ -51,18 +52,13 @@ class Rendered(NamedTuple):
     answers: the parts that count, as (first character, character after the last).
     prompts: the numbers of characters that a generator continues, for each answer that counts or
         for a row that is a prompt.
-    lost_reasoning: whether the template has left out the reasoning of an answer.
-    lost_tools: whether the template has left out the name of a tool of the row.
-    empty_reasoning: whether an answer that counts has reasoning without words, which its message
-        does not have.
+    noticed: what the template has done to the row, among the keys of `counts.BY_TEMPLATE`.
     """
 
     text: str
     answers: list[tuple[int, int]]
     prompts: list[int]
-    lost_reasoning: bool = False
-    lost_tools: bool = False
-    empty_reasoning: bool = False
+    noticed: tuple[str, ...] = ()
 
 
 class ChatTemplate:
@@ -114,11 +110,8 @@ class ChatTemplate:
         view.require_calls()
         if conversation.is_prompt:
             text = view.up_to(len(messages), prompted=True)
-            lost_tools = _loses_tools(conversation, text)
-            return self._as_read(Rendered(text, [], [len(text)], lost_tools=lost_tools))
-        counted = (
-            conversation.counted[-1:] if self.task.train_on == "last" else conversation.counted
-        )
+            return self._as_read(Rendered(text, [], [len(text)]))
+        counted = conversation.counted[-1 if self.task.train_on == "last" else 0 :]
         has_marks = MARKS.search(self.source(conversation.tools)) is not None
         whole = view.by_marks(counted) if has_marks else view.by_prefixes(counted)
         ends: list[tuple[int, int]] = []
@@ -128,19 +121,16 @@ class ChatTemplate:
             ends.append((begin, begin + len(stripped) if stripped.endswith(self.special) else end))
         shown = "".join(whole.text[begin:end] for begin, end in ends)
         contents = "".join(messages[number]["content"] or "" for number in counted)
-        whole = whole._replace(
-            answers=ends,
-            lost_reasoning=any(_reasoning(messages[number]) not in shown for number in counted),
-            lost_tools=_loses_tools(conversation, whole.text),
+        empty = [] if EMPTY_REASONING.search(contents) else EMPTY_REASONING.finditer(whole.text)
+        noticed = {
+            "lost_reasoning": any(_reasoning(messages[n]) not in shown for n in counted),
             # Its first mark may be in the prompt.
-            empty_reasoning=not EMPTY_REASONING.search(contents)
-            and any(
-                begin < empty.end() <= end
-                for empty in EMPTY_REASONING.finditer(whole.text)
-                for begin, end in ends
+            "empty_reasoning": any(
+                begin < match.end() <= end for match in empty for begin, end in ends
             ),
-        )
-        return self._as_read(whole)
+        }
+        keys = tuple(key for key, is_true in noticed.items() if is_true)
+        return self._as_read(whole._replace(answers=ends, noticed=keys))
 
     def _as_read(self, whole: Rendered) -> Rendered:
         # Special tokens of the template become marks, and hidden ones of the messages text again.
@@ -216,23 +206,17 @@ class _View(NamedTuple):
         Its name may also be in a list of tools or in other messages, so that every call gets a name
         of its own, which has to be in the text.
         """
-        names: dict[str, str] = {}
-        messages: list[Message] = []
-        for message in self.messages:
-            calls: list[Message] = []
-            for call in message.get("tool_calls", ()):
-                name = f"{call['function']['name']}_call_{len(names)}"
-                names[name] = call["function"]["name"]
-                calls.append({**call, "function": {**call["function"], "name": name}})
-            messages.append({**message, "tool_calls": calls} if calls else message)
-        if not names:
-            return
-        is_prompt = self.conversation.is_prompt
-        text = self._replace(messages=messages).up_to(len(messages), prompted=is_prompt)
-        for name, original in names.items():
-            if name not in text:
+        messages = copy.deepcopy(self.messages)
+        calls = [call["function"] for m in messages for call in m.get("tool_calls", ())]
+        names = [call["name"] for call in calls]
+        for number, call in enumerate(calls):
+            call["name"] += f"_call_{number}"
+        whole = self._replace(messages=messages)
+        text = whole.up_to(len(messages), prompted=self.conversation.is_prompt) if calls else ""
+        for call, name in zip(calls, names, strict=True):
+            if call["name"] not in text:
                 raise DataError(
-                    f"{self.where}: the chat template leaves out a call of the tool {original!r}; "
+                    f"{self.where}: the chat template leaves out a call of the tool {name!r}; "
                     "set task.chat_template to a template that writes tool_calls, or remove the row"
                 )
 
@@ -297,12 +281,20 @@ class _View(NamedTuple):
         shown = self.template.texts.shown
         alone, whole = (shown(t[same:])[:SHOWN_CHARACTERS] for t in (prefix, text))
         answer = count + 1 if prompted else count
+        is_last = count >= self.conversation.counted[-1]
         raise DataError(
             f"{self.where}: the chat template renders the beginning of the conversation up to "
             f"answer {answer} differently when the rest follows: after "
             f"{shown(text[:same])[-SHOWN_CHARACTERS:]!r} it writes {alone!r} alone and "
             f"{whole!r} in the whole conversation, so that a model would not learn the "
-            f"text that it generates; {_remedy(self.conversation, count)}"
+            "text that it generates; "
+            + (
+                "check task.chat_template_kwargs and task.reasoning (enable_thinking: false "
+                "contradicts answers with reasoning), or set task.chat_template"
+                if is_last
+                else "set task.train_on: last to learn only the last answer of each conversation, "
+                "or set task.chat_template to a template that does not rewrite earlier answers"
+            )
         )
 
 
@@ -311,29 +303,6 @@ def _same(one: str, other: str) -> int:
     if other.startswith(one):
         return len(one)
     return next(n for n, (a, b) in enumerate(zip_longest(one, other)) if a != b)
-
-
-def _loses_tools(conversation: Conversation, text: str) -> bool:
-    # The templates of Gemma 2 and ChatML take no tools. OpenAI's form of a tool is an object with
-    # the key `function`, whose value has the name; a tool may also be this value alone.
-    for tool in conversation.tools or ():
-        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
-        name = function.get("name") if isinstance(function, Mapping) else None
-        if isinstance(name, str) and name not in text:
-            return True
-    return False
-
-
-def _remedy(conversation: Conversation, count: int) -> str:
-    if count < conversation.counted[-1]:
-        return (
-            "set task.train_on: last to learn only the last answer of each conversation, or set "
-            "task.chat_template to a template that does not rewrite earlier answers"
-        )
-    return (
-        "check task.chat_template_kwargs and task.reasoning (enable_thinking: false contradicts "
-        "answers with reasoning), or set task.chat_template to another template"
-    )
 
 
 def without_reasoning(text: str) -> str:

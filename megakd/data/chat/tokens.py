@@ -31,14 +31,9 @@ from megakd.data.token_tables import document_ends, numbers_of, plain_encoding
 from megakd.errors import DataError
 from megakd.process.workers import in_processes, processes_for
 
-# Part of the key of encoded rows: increase this number when the encoded rows would differ.
-VERSION = 5
-ROWS_AT_ONCE = 500
+ROWS_AT_ONCE = 100
 ROWS_OF_A_PROCESS = 2000
 """A process encodes at least this many conversations, about a second of work."""
-ENCODED_AT_ONCE = 32
-"""Conversations that are encoded together. Without special tokens in the text, the beginnings up to
-each answer are encoded too, which takes much memory for long conversations with many answers."""
 PROMPT_LENGTH = "prompt_length"
 REFUSED = Rendered("", [], [0])
 
@@ -68,13 +63,12 @@ def tables_of_conversations(
     rows: Dataset,
     encoder: ChatEncoder,
     *,
-    name: str,
     counts: CountsByName,
     beside_training: bool = False,
 ) -> Iterator[pa.Table]:
     """Yield tables of encoded conversations, and no table if no row is left.
 
-    `counts` gets the numbers of the rows, under `name`, while the tables are read.
+    `counts` gets the numbers of the rows by their source, "" without, while the tables are read.
     """
     kept = (CONVERSATION, PLACE, SOURCE, ROUTE)
     needed = rows.select_columns([column for column in kept if column in rows.column_names])
@@ -86,15 +80,15 @@ def tables_of_conversations(
         if processes > 1:  # this process is one of many, and a forked one must not use threads
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
         batch = needed.select(range(start, min(start + ROWS_AT_ONCE, len(rows))))
-        return _part(batch.with_format("arrow")[:], encoder, name)
+        return _part(batch.with_format("arrow")[:], encoder)
 
     bad = encoder.bad
     for table, numbers, errors in in_processes(part, starts, processes):
         for error in errors:
             with bad:
                 raise DataError(error)
-        for tally, added in numbers.items():
-            counts.setdefault(tally, ChatCounts()).add(added)
+        for source, tally in numbers.items():
+            counts.setdefault(source, ChatCounts()).add(tally)
         if table is not None:
             yield table
     bad.finish()
@@ -104,20 +98,20 @@ _EncodedPart = tuple["pa.Table | None", "CountsByName", Sequence[str]]
 """Table, numbers of the rows, and errors of the rows that cannot be encoded."""
 
 
-def _part(batch: pa.Table, encoder: ChatEncoder, name: str) -> _EncodedPart:
+def _part(batch: pa.Table, encoder: ChatEncoder) -> _EncodedPart:
     columns: dict[str, list[str]] = {
         column: batch.column(column).to_pylist() for column in batch.column_names
     }
-    names = [f"{name}/{source}" for source in columns.get(SOURCE, ())] or [name] * len(batch)
+    nothing = [""] * len(batch)
     conversations = list(map(Conversation.from_json, columns[CONVERSATION]))
-    teachers = columns.get(ROUTE, [""] * len(batch))
     made: list[ChatRow] = []
     routes: list[str] = []
     counts: CountsByName = {}
     encoder.bad = bad = BadRows(named=len(batch) + 1)  # keeps all errors, for the parent process
     encoded = encoder(conversations, columns[PLACE])
-    for tally, teacher, (rows, numbers) in zip(names, teachers, encoded, strict=True):
-        counts.setdefault(tally, ChatCounts()).add(numbers)
+    named = columns.get(SOURCE, nothing), columns.get(ROUTE, nothing)
+    for source, teacher, (rows, numbers) in zip(*named, encoded, strict=True):
+        counts.setdefault(source, ChatCounts()).add(numbers)
         made += rows
         routes += [teacher] * len(rows)
     if not made:
@@ -148,9 +142,6 @@ class ChatEncoder:
         self._template: ChatTemplate | None = None
         self._ends = document_ends(tokenizer)
         added = cast("Any", tokenizer).get_added_vocab().values()
-        # A text is split at these tokens, and its parts are encoded one by one.
-        known = tokenizer.added_tokens_decoder.items()
-        self._separate = {n for n, t in known if not t.normalized and not t.single_word}
         self._special = np.array(sorted({*tokenizer.all_special_ids, *added}), dtype=np.int32)
 
     def __call__(
@@ -158,14 +149,11 @@ class ChatEncoder:
     ) -> Iterator[tuple[list[ChatRow], ChatCounts]]:
         """Yield the rows of each conversation, and their numbers; errors name its place."""
         rendered = [self._rendered(c, p) for c, p in zip(conversations, places, strict=True)]
-        encoded = (
-            tokens
-            for start in range(0, len(rendered), ENCODED_AT_ONCE)
-            for tokens in self._encoded(
-                rendered[start : start + ENCODED_AT_ONCE], places[start : start + ENCODED_AT_ONCE]
-            )
-        )
-        for conversation, text, tokens in zip(conversations, rendered, encoded, strict=True):
+        pieces = self._pieces([text.text for text in rendered])
+        for conversation, text, whole, place in zip(
+            conversations, rendered, pieces, places, strict=True
+        ):
+            tokens = self._encoded(text, whole, place)
             if text is REFUSED or tokens is None:
                 yield [], ChatCounts(rows=1, bad=1)
                 continue
@@ -187,44 +175,19 @@ class ChatEncoder:
         text = prompt + answer
         return Rendered(text, [(len(prompt), len(text))], [len(prompt)])
 
-    def _encoded(
-        self, rendered: Sequence[Rendered], places: Sequence[str]
-    ) -> Iterator[Tokens | None]:
-        whole = self._pieces([text.text for text in rendered])
-        # Up to a separate token, the text before a start has the same tokens as the whole text.
-        cuts = [
-            [
-                (self._separate_before(pieces, s), s)
-                for s in sorted({*t.prompts, *(a[0] for a in t.answers)})
-            ]
-            for t, pieces in zip(rendered, whole, strict=True)
-        ]
-        ends = [
-            text.text[pieces.offsets[first] if first else 0 : start]
-            for text, pieces, cut in zip(rendered, whole, cuts, strict=True)
-            for first, start in cut
-        ]
-        encoded = iter(plain_encoding(ends, self._tokenizer)["input_ids"])
-        for text, pieces, cut, place in zip(rendered, whole, cuts, places, strict=True):
-            tails = [(first, start, next(encoded)) for first, start in cut]
-            tokens = None
-            if all(pieces.ids[first : first + len(ids)] == ids for first, _, ids in tails):
-                tokens = _marked(text, pieces, {s: first + len(ids) for first, s, ids in tails})
-            else:
-                with self.bad:
-                    tokens = _marked(text, *self._cut(text, [s for _, s in cut], pieces, place))
-            yield tokens
+    def _encoded(self, text: Rendered, whole: _Pieces, place: str) -> Tokens | None:
+        starts = sorted({*text.prompts, *(begin for begin, _ in text.answers)})
+        lengths = {start: bisect_left(whole.begins, start) for start in starts}
+        if all(start == (whole.ends[n - 1] if n else 0) for start, n in lengths.items()):
+            return _marked(text, whole, lengths)
+        with self.bad:
+            return _marked(text, *self._cut(text, starts, whole, place))
+        return None
 
-    def _separate_before(self, pieces: _Pieces, start: int) -> int:
-        last = bisect_left(pieces.offsets, start) - 1
-        return next((n for n in range(last, 0, -1) if pieces.ids[n] in self._separate), 0)
-
-    def _pieces(self, texts: Sequence[str]) -> list[_Pieces]:
+    def _pieces(self, texts: Sequence[str]) -> Iterator[_Pieces]:
         made = plain_encoding(texts, self._tokenizer, with_offsets=True)
-        return [
-            _Pieces(ids, [begin for begin, _ in offsets])
-            for ids, offsets in zip(made["input_ids"], made["offset_mapping"], strict=True)
-        ]
+        for ids, offsets in zip(made["input_ids"], made["offset_mapping"], strict=True):
+            yield _Pieces(ids, [begin for begin, _ in offsets], [end for _, end in offsets])
 
     def _cut(
         self, text: Rendered, starts: Sequence[int], whole: _Pieces, place: str
@@ -232,16 +195,15 @@ class ChatEncoder:
         # A tokenizer may join the end of a prompt and the beginning of an answer, such as two line
         # breaks, in one token. A generator continues the tokens of the prompt alone.
         edges = [0, *(start for start in starts if start), len(text.text)]
+        joined, lengths = _Pieces([], [], []), dict[int, int]()
         parts = self._pieces([text.text[a:b] for a, b in pairwise(edges)])
-        ids: list[int] = []
-        offsets: list[int] = []
-        lengths = {0: 0}
         for edge, part in zip(edges, parts, strict=False):
-            lengths[edge] = len(ids)
-            ids += part.ids
-            offsets += [edge + begin for begin in part.offsets]
-        lengths[edges[-1]] = len(ids)
-        if self._text(ids) != self._text(whole.ids):
+            lengths[edge] = len(joined.ids)
+            joined.ids.extend(part.ids)
+            joined.begins.extend(edge + begin for begin in part.begins)
+        lengths[edges[-1]] = len(joined.ids)
+        if self._text(joined.ids) != self._text(whole.ids):
+            ids = joined.ids
             cut = (s for s in starts if whole.ids[: lengths[s]] != ids[: lengths[s]])
             start = next(cut, starts[-1])
             shown = special_tokens(self._tokenizer).shown
@@ -251,7 +213,7 @@ class ChatEncoder:
                 f"the tokenizer joins {near[0]!r} with {near[1]!r}; begin the answer without white "
                 "space, or end the prompt without"
             )
-        return _Pieces(ids, offsets), lengths
+        return joined, lengths
 
     def _text(self, ids: list[int]) -> str:
         return cast("str", self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
@@ -266,13 +228,12 @@ class ChatEncoder:
     def _rows(
         self, conversation: Conversation, tokens: Tokens, text: Rendered
     ) -> tuple[list[ChatRow], ChatCounts]:
+        noticed: dict[str, Any] = dict.fromkeys(text.noticed, 1)
         made = ChatCounts(
             rows=1,
             prompts=int(conversation.is_prompt),
             without_template=int(bool(conversation.prompt and self._tokenizer.chat_template)),
-            lost_reasoning=int(text.lost_reasoning),
-            lost_tools=int(text.lost_tools),
-            empty_reasoning=int(text.empty_reasoning),
+            **noticed,
         )
         if conversation.messages is None and not conversation.prompt:
             rows = list(_document_rows(tokens, self._task.row_length))
@@ -314,8 +275,11 @@ class ChatEncoder:
 
 
 class _Pieces(NamedTuple):
+    """Tokens of a text, and their first characters and those after the last."""
+
     ids: list[int]
-    offsets: list[int]
+    begins: list[int]
+    ends: list[int]
 
 
 def _marked(text: Rendered, pieces: _Pieces, lengths: dict[int, int]) -> Tokens:
@@ -323,7 +287,7 @@ def _marked(text: Rendered, pieces: _Pieces, lengths: dict[int, int]) -> Tokens:
     counts = np.zeros(len(pieces.ids), dtype=np.bool_)
     for begin, end in text.answers:
         is_whole = end == len(text.text)
-        last = len(pieces.ids) if is_whole else bisect_left(pieces.offsets, end)
+        last = len(pieces.ids) if is_whole else bisect_left(pieces.begins, end)
         counts[lengths[begin] : last] = True
     return Tokens(np.array(pieces.ids, dtype=np.int32), counts, [lengths[s] for s in text.prompts])
 

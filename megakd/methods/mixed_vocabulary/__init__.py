@@ -124,9 +124,7 @@ class MixedVocabularyConfig(OneTeacherOptions):
     def rows(self, config: Any, splits: Any, pair: Any, *, cache_dir: Path) -> Any:
         from megakd.methods.mixed_vocabulary.mixed_text import encode_mixed
 
-        return encode_mixed(
-            splits.train, pair, config.task, content_hash=splits.content_hash, cache_dir=cache_dir
-        )
+        return encode_mixed(splits.train, pair, config.task, cache_dir=cache_dir)
 
     def reads_rows(self, stage: Any) -> bool:
         """Return whether a stage reads windows of whole words, as every stage of the student does.

@@ -28,9 +28,16 @@ from typing_extensions import override
 
 from megakd.config.task import TaskConfig
 from megakd.contract.batch import Batch, BatchSource
-from megakd.data.arrow import TEXTS_AT_ONCE, arrow_batches, key_of, rows_key
+from megakd.data.arrow import (
+    TEXTS_AT_ONCE,
+    arrow_batches,
+    key_of,
+    read_rows,
+    rows_key,
+    write_tables,
+)
 from megakd.data.collation import Collator, Columns, columns_of
-from megakd.data.encoding import cached_tables, no_tokens, tokenizer_content
+from megakd.data.encoding import no_tokens, tokenizer_content
 from megakd.data.masking import row_keys, task_masking, uniform
 from megakd.data.token_tables import (
     check_room_for_text,
@@ -45,6 +52,7 @@ from megakd.methods.mixed_vocabulary.shared_words import (
     SharedWords,
     WordCutter,
 )
+from megakd.storage.folders import whole_folder
 from megakd.training.stage_batches import StageExtra, StageParts, row_batches
 
 if TYPE_CHECKING:
@@ -189,15 +197,13 @@ def _in_rows(
 
 
 def encode_mixed(
-    rows: Dataset, pair: VocabularyPair, task: TaskConfig, *, content_hash: str, cache_dir: Path
-) -> tuple[Dataset, str]:
+    rows: Dataset, pair: VocabularyPair, task: TaskConfig, *, cache_dir: Path
+) -> Dataset:
     """Encode training texts in both vocabularies, or reuse the result of an earlier call.
 
     A row is a window of whole words of one text. Every mix of the vocabularies fits in
-    `task.max_length`. Words that alone do not fit in a row are left out with a warning.
-
-    Returns:
-        The encoded rows, memory-mapped, and the key, which contains the content of the tokenizers.
+    `task.max_length`. Words that alone do not fit in a row are left out with a warning. The encoded
+    rows are memory-mapped.
     """
     for role, tokenizer in zip(pair._fields, pair, strict=True):
         check_room_for_text(rows, tokenizer, task)
@@ -206,7 +212,6 @@ def encode_mixed(
     key = key_of(
         {
             "mixed version": VERSION,
-            "content": content_hash,
             "rows": rows_key(rows),
             "student": tokenizer_content(pair.student),
             "teacher": tokenizer_content(pair.teacher),
@@ -216,13 +221,14 @@ def encode_mixed(
     student, teacher = map(_Frame.of, pair)
     room = task.row_length - max(student.size, teacher.size)
     shape = _RowShape(room, student)
-    made = cached_tables(
-        {"train": tables_of_lists(_rows(rows, cutter, shape), _COLUMNS)},
-        key,
-        cache_dir=cache_dir,
-        empty=lambda name: no_tokens(rows, task, split=name, counts={}),
-    )
-    return made["train"], key
+
+    def build(folder: Path) -> None:
+        tables = tables_of_lists(_rows(rows, cutter, shape), _COLUMNS)
+        if not write_tables(folder / "train.arrow", tables):
+            raise no_tokens(rows, task, split="train")
+
+    folder = whole_folder(cache_dir / "encoded" / key, build)
+    return read_rows(folder / "train.arrow")
 
 
 class _RowShape(NamedTuple):
@@ -307,7 +313,7 @@ class BothVocabularies(StageExtra):
     def source(self) -> BatchSource:
         stage, assembly = self._parts.stage, self._parts.assembly
         pair, task = assembly.prepared.pair, assembly.config.task
-        encoded = self._parts.of_model.prepared.encoded._replace(train=assembly.method_rows.rows)
+        encoded = self._parts.of_model.prepared.encoded._replace(train=assembly.method_rows)
         others = {
             role: MixedText(pair, task, probability=probability)
             for role, probability in stage.mixed.items()

@@ -37,7 +37,6 @@ def load_student_tokenizer(
     key = key_of(
         {
             "version": (VERSION, TRAINER_VERSION),
-            "content": splits.content_hash,
             "rows": rows_key(splits.train),
             "type": vocabulary.type,
             "student_size": vocabulary.size,
@@ -48,7 +47,7 @@ def load_student_tokenizer(
         _trained(vocabulary.size, lambda: training_texts(splits)).save_pretrained(folder)
 
     folder = whole_folder(cache_dir / "tokenizers" / key, build)
-    return from_folder(folder, "classification")
+    return from_folder(folder)
 
 
 def _trained(size: int, texts: Texts) -> PreTrainedTokenizerBase:
