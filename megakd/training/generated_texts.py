@@ -18,7 +18,7 @@ from megakd.rollouts.batches import RolloutSource, StepRows
 from megakd.rollouts.prompts import prompts_of
 from megakd.rollouts.store import LocalGenerator, RolloutStore, text_tokens
 from megakd.rollouts.text_evaluation import TextEvaluation
-from megakd.servers.connect import server_generator
+from megakd.servers.texts import server_generator
 from megakd.teachers.frozen import FrozenTeacher
 from megakd.training.assembly import Assembly
 from megakd.training.checkpoint import steps_in
