@@ -28,7 +28,7 @@ from megakd.data.masking import row_keys, uniform
 from megakd.errors import TeacherError
 from megakd.models.source import ModelSource, ReadyTeacher
 from megakd.storage.fingerprint import Fingerprint, files_identity, flatten
-from megakd.teachers.cached import Answers, CachedTeacher, Layout, build_cache
+from megakd.teachers.cached import Answers, CachedTeacher, build_cache
 from megakd.teachers.frozen import FrozenTeacher
 from megakd.training.assembly import Assembly
 
@@ -54,15 +54,15 @@ def fill_cache(assembly: Assembly, ready: ReadyTeacher, folder: Path) -> None:
         MegakdError: the teacher cannot be used, or the folder holds other answers.
     """
     task, encoded = assembly.config.task, assembly.prepared.encoded
-    bytes_per_row = 4 * max(1, len(assembly.prepared.splits.label_names))  # logits in fp32
+    row_bytes = 4 * max(1, len(assembly.prepared.splits.label_names))  # logits in fp32
     if task.type == "causal_lm":
-        bytes_per_row = task.row_length * bytes_per_token(ready.spec)
+        row_bytes = task.row_length * bytes_per_token(ready.spec)
     build_cache(
         folder,
         _facts(assembly, ready),
         encoded.train,
         ranks=assembly.ranks,
-        layout=Layout(bytes_per_row, encoded.tokens_per_row),
+        row_bytes=row_bytes,
         asking=lambda: _asking(assembly, ready),
     )
 
