@@ -27,8 +27,7 @@ from lib.launching import ROOT
 from lib.options import command_of, parser_of
 from lib.tables import machine
 from megakd.contract.completions import Sampling, TextTokens
-from megakd.models.generation import complete
-from megakd.rollouts.store import end_tokens_of
+from megakd.models.generation import complete, end_tokens_of
 from megakd.servers.vllm import Requirements, ServedModel, VllmServer
 
 TOP_K, SCALE = 64, 1.02

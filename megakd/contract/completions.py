@@ -53,13 +53,15 @@ class Rollout(NamedTuple):
     """One generated text, as it is written before the student learns from it.
 
     row: number of the training row whose prompt was continued.
+    completion, finished: as in `Completion`.
     version: number of updates of the student that generated the text.
-    seed: seed of the completion's random numbers.
+    seed: seed of the text.
     """
 
     row: int
     prompt: tuple[int, ...]
-    completion: Completion
+    completion: tuple[int, ...]
+    finished: bool
     version: int
     seed: int
 
@@ -70,15 +72,9 @@ class Generator(Protocol):
     def generate(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling
     ) -> list[Completion]:
-        """Continue this rank's prompts, in order; there may be none.
+        """Continue this rank's prompts, each with a seed, in order; there may be none.
 
-        A completion depends on the weights, the prompt, its seed and `sampling`, but not on the
-        other prompts of the call or on the rank.
-
-        Args:
-            prompts: token numbers of each prompt.
-            seeds: a seed for each prompt.
-            sampling: how the prompts are continued.
+        The completions follow from the weights and the arguments.
         """
         ...
 

@@ -25,10 +25,10 @@ from megakd.engine.sharding import full_shape, is_first_rank
 from megakd.errors import ServerError
 from megakd.inputs.inputs import RunInputs
 from megakd.models.cutting import content_of
+from megakd.models.generation import text_tokens
 from megakd.models.lora import adapter_files
 from megakd.models.model_folder import ModelContent, fill_serving_folder
 from megakd.rollouts.prompts import Prompts, prompts_of
-from megakd.rollouts.store import text_tokens
 from megakd.servers.http import FIRST_PATIENCE_S, PATIENCE_S, RunningCalls
 from megakd.servers.vllm import Requirements, VllmServer
 from megakd.storage import atomic
