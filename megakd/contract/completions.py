@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol
 
 TOKENS_PER_TEXT, TRUNCATED = "rollout/tokens_per_text", "rollout/truncated"
 """Logged means over the texts of the steps since the last log: length, and share without an end."""
@@ -67,21 +67,7 @@ class Rollout(NamedTuple):
 
 
 class Generator(Protocol):
-    """A model that continues prompts; every call is a collective of all ranks."""
-
-    def generate(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling
-    ) -> list[Completion]:
-        """Continue this rank's prompts, each with a seed, in order; there may be none.
-
-        The completions follow from the weights and the arguments.
-        """
-        ...
-
-
-@runtime_checkable
-class RemoteGenerator(Generator, Protocol):
-    """A generator outside the ranks of the run, which works while the student learns.
+    """A model that continues prompts: an engine of the run, or servers while the student learns.
 
     The caller takes all requested texts before the next `update`, so that the weights do not change
     under a text.
@@ -94,8 +80,9 @@ class RemoteGenerator(Generator, Protocol):
     def begin(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling
     ) -> Callable[[], list[Completion]]:
-        """Ask for the texts of `generate`, and return at once; no collective.
+        """Ask for a text for each prompt of this rank, with its seed; no collective.
 
-        The returned function waits for the texts, in the order of the prompts; a collective.
+        There may be no prompts. The returned function waits for the texts, or generates them, in
+        the order of the prompts; a collective.
         """
         ...

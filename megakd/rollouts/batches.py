@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from collections.abc import Generator as Iteration
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 
@@ -18,7 +17,6 @@ from megakd.contract.completions import (
     TOKENS_PER_TEXT,
     TRUNCATED,
     Generator,
-    RemoteGenerator,
     Rollout,
 )
 from megakd.data.collation import Collator
@@ -122,15 +120,14 @@ class RolloutSource(BatchSource):
             if learns_from_texts(self.config, at, seed=self.seed)
             for row in self.continued(at)
         ]
-        rank, world, generator = self.layout.shape.rank, self.layout.shape.world, self.generator
+        if not every:  # all of the steps use the data
+            return lambda: None
+        rank, world = self.layout.shape.rank, self.layout.shape.world
         mine = every[rank::world]
         prompts = [self.prompts.prompt(row) for _, row in mine]
         seeds = [text_seed(self.seed, step, row) for step, row in mine]
-        texts = partial(generator.generate, prompts, seeds, self.config.how)
-        if isinstance(generator, RemoteGenerator) and every:
-            with doing(f"sending the weights of step {version} to the servers"):
-                generator.update(version)
-            texts = generator.begin(prompts, seeds, self.config.how)
+        self.generator.update(version)
+        texts = self.generator.begin(prompts, seeds, self.config.how)
 
         def write() -> None:
             began = time.perf_counter()

@@ -76,11 +76,14 @@ class JsonServer:
         therefore arrive twice, and must have the same effect twice.
         """
         method = "GET" if tree is None else "POST"
-        where, began, lost, pause = f"{method} {self.url}{path}", time.monotonic(), math.inf, 0.05
+        where, pause = f"{method} {self.url}{path}", _FIRST_PAUSE_S
+        began, lost = time.monotonic(), math.inf
         while True:
             left = max(self._limit - (time.monotonic() - began), 0.001)
+            # A host that drops packets must not take the time of an answer.
+            timeout = httpx2.Timeout(left, connect=min(left, self._patience + 5))
             try:
-                answer = self._client.request(method, self.url + path, json=tree, timeout=left)
+                answer = self._client.request(method, self.url + path, json=tree, timeout=timeout)
                 if answer.status_code not in BUSY:
                     return Reply(answer.status_code, answer.text, where)
                 reason = f"it is busy: {answer.status_code}: {answer.text[:_SHOWN]}"

@@ -20,7 +20,7 @@ from torch import nn
 from megakd.config.rollout import RolloutConfig, RolloutServerConfig, TeacherServerConfig
 from megakd.contract.completions import Completion, Sampling
 from megakd.contract.tasks import STUDENT
-from megakd.engine.collectives import agree, on_main, together
+from megakd.engine.collectives import agree, doing, on_main, together
 from megakd.engine.sharding import full_shape, is_first_rank
 from megakd.errors import ServerError
 from megakd.inputs.inputs import RunInputs
@@ -240,7 +240,7 @@ def _bytes_of(model: nn.Module) -> int:
 
 
 class ServerGenerator:
-    """A `RemoteGenerator` whose texts come from the replicas of an inference server.
+    """A `Generator` whose texts come from the replicas of an inference server.
 
     Each prompt is a request of its own. The prompts of a rank go to all replicas in turn, and rank
     r begins with replica r.
@@ -268,23 +268,18 @@ class ServerGenerator:
     def update(self, version: int) -> None:
         """Push the weights that the student has now, once per version; a collective."""
         if self._push is not None and version != self._version:
-            changes = self._push.push(version)
+            with doing(f"sending the weights of step {version} to the servers"):
+                changes = self._push.push(version)
             self._models = [model._replace(**changes) for model in self._models]
             self._version = version
 
     def begin(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling
     ) -> Callable[[], list[Completion]]:
-        """Ask for the continuations of this rank's prompts; see `RemoteGenerator`."""
+        """Ask for the continuations of this rank's prompts; see `Generator`."""
         calls = []
         for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
             replica = (self._rank + number) % len(self._servers)
             ask = partial(self._servers[replica].complete, model=self._models[replica])
             calls.append(partial(ask, tuple(prompt), seed, sampling, self._requirements))
         return partial(together, RunningCalls(calls, at_once=self._at_once).results)
-
-    def generate(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling
-    ) -> list[Completion]:
-        """Continue this rank's prompts with the weights of the last update; a collective."""
-        return self.begin(prompts, seeds, sampling)()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -38,7 +38,15 @@ class LocalGenerator:
         self._engine = engine
         self._complete = partial(complete, tokens=tokens, rows_at_once=rows_at_once)
 
-    def generate(
+    def update(self, version: int) -> None:
+        """Do nothing: the engine has the weights."""
+
+    def begin(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling
+    ) -> Callable[[], list[Completion]]:
+        return partial(self._generate, prompts, seeds, sampling)
+
+    def _generate(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling
     ) -> list[Completion]:
         if isinstance(self._engine, FrozenTeacher):

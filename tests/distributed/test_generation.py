@@ -24,7 +24,7 @@ ENDS = frozenset(range(20, 120))  # so many that completions end at different po
 
 def generated(engine: Any, prompts: list, numbers: Any, sampling: Sampling = SAMPLING) -> list:
     generator = LocalGenerator(engine, tokens=TextTokens(ENDS), rows_at_once=2)
-    return generator.generate(prompts, [*numbers], sampling)
+    return generator.begin(prompts, [*numbers], sampling)()
 
 
 def joined(engine: Any, sampling: Sampling = SAMPLING) -> list:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megakd.config.rollout import RolloutConfig, RolloutServerConfig
-from megakd.contract.completions import Completion, RemoteGenerator, Rollout
+from megakd.contract.completions import Completion, Rollout
 from megakd.data.loader import RowOrder
 from megakd.data.step_layout import StepLayout, StepShape
 from megakd.rollouts import batches as rollout_source
@@ -60,9 +60,6 @@ class Remote:
 
         return completions
 
-    def generate(self, prompts: Any, seeds: Any, sampling: Any) -> list[Completion]:
-        raise AssertionError((prompts, seeds, sampling))
-
 
 def step_rows() -> dict[str, Any]:
     def at(step: int) -> Any:
@@ -92,10 +89,12 @@ def source(
 class Local:
     """A generator whose texts name their prompt and seed."""
 
-    def generate(self, prompts: Any, seeds: Any, sampling: Any) -> list[Completion]:
+    def update(self, version: int) -> None: ...
+
+    def begin(self, prompts: Any, seeds: Any, sampling: Any) -> Any:
         del sampling
-        pairs = zip(prompts, seeds, strict=True)
-        return [Completion((*prompt, seed % 97), finished=True) for prompt, seed in pairs]
+        pairs = list(zip(prompts, seeds, strict=True))
+        return lambda: [Completion((*prompt, seed % 97), finished=True) for prompt, seed in pairs]
 
 
 def test_the_store_holds_what_a_resumed_run_reads_and_no_more(
@@ -159,7 +158,6 @@ def test_no_text_is_too_old_and_no_written_text_is_asked_for_again(
     )
     with TemporaryDirectory() as place:
         folder, first, second = Path(place), Remote(), Remote()
-        assert isinstance(first, RemoteGenerator)
         learn(source(config, first, folder), first, 0, killed)
         written = {p: p.read_text() for p in folder.glob("*.jsonl")}
 

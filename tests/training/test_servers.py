@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 from megakd.config.rollout import RolloutConfig, RolloutServerConfig, SamplingConfig
-from megakd.contract.completions import Completion, RemoteGenerator, Sampling
+from megakd.contract.completions import Completion, Sampling
 from megakd.contract.tasks import STUDENT
 from megakd.errors import ServerError
 from megakd.servers.texts import ServerGenerator, check_servers, replicas_of
@@ -121,9 +121,8 @@ def prompts_of(stub: Stub) -> list[list[int]]:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_prompts_go_to_all_replicas_in_turn_and_answers_keep_their_order(pair, rank):
     made = generator_of(pair, rank=rank)
-    assert isinstance(made, RemoteGenerator)
 
-    answer = made.generate(PROMPTS, range(5), SAMPLING)
+    answer = made.begin(PROMPTS, range(5), SAMPLING)()
 
     assert answer == [Completion((p + 3, p + 6, p + 9), finished=False) for (p,) in PROMPTS]
     first, other = pair[rank], pair[1 - rank]
@@ -131,18 +130,18 @@ def test_prompts_go_to_all_replicas_in_turn_and_answers_keep_their_order(pair, r
     assert prompts_of(other) == PROMPTS[1::2]
     other.spoil = lambda path, tree: {"choices": []} if path == "/v1/completions" else tree
     with pytest.raises(ServerError, match=other.url):
-        made.generate(PROMPTS, range(5), SAMPLING)
+        made.begin(PROMPTS, range(5), SAMPLING)()
 
 
 def test_each_text_gets_its_own_seed_and_few_requests_run_at_once(pair):
     pair[0].delay_s = 0.05
 
-    generator_of(pair[:1], at_once=2).generate(PROMPTS, [10, 20, 30, 40, 50], SAMPLING)
+    generator_of(pair[:1], at_once=2).begin(PROMPTS, [10, 20, 30, 40, 50], SAMPLING)()
 
     seeds = sorted(rule["seed"] for rule in requests_of(pair[0]))
     assert seeds == [10, 20, 30, 40, 50]
     assert pair[0].most_at_once <= 2
-    assert generator_of(pair[1:]).generate([], [], SAMPLING) == []
+    assert generator_of(pair[1:]).begin([], [], SAMPLING)() == []
     assert prompts_of(pair[1]) == []
 
 
@@ -164,6 +163,6 @@ def test_an_answer_with_other_weights_than_the_pushed_is_refused():
         made = generator_of([stub], push=pushed)
         made.update(4)
         with pytest.raises(ServerError, match="with the weights default, and run-4 were pushed"):
-            made.generate(PROMPTS, range(5), SAMPLING)
+            made.begin(PROMPTS, range(5), SAMPLING)()
         stub.weights = "run-4"
-        assert len(made.generate(PROMPTS, range(5), SAMPLING)) == 5
+        assert len(made.begin(PROMPTS, range(5), SAMPLING)()) == 5
