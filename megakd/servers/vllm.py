@@ -231,7 +231,9 @@ class VllmServer(JsonServer):
             tokens[place, : len(entry)] = list(entry)
             logprobs[place, : len(entry)] = [about["logprob"] for about in entry.values()]
         order = np.lexsort((tokens, -logprobs))[:, :count]
-        best = BestTokens(*(np.take_along_axis(part, order, 1) for part in (tokens, logprobs)))
+        best = BestTokens(
+            np.take_along_axis(tokens, order, 1), np.take_along_axis(logprobs, order, 1)
+        )
         # The sum of the probabilities of a position has room for rounding in 16 bits.
         sums = np.exp(best.logprobs).sum(axis=1)
         if not (np.isfinite(best.logprobs).all() and (sums < 1.01).all()):
