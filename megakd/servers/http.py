@@ -66,7 +66,8 @@ class JsonServer:
     def __init__(self, url: str, *, time_limit_s: float, patience_s: float = PATIENCE_S) -> None:
         self.url = url
         self._limit, self._patience = time_limit_s, min(patience_s, time_limit_s)
-        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
+        # A connection per request: servers close those that idle between two steps.
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=0)
         self._client = httpx2.Client(trust_env=False, limits=limits)
 
     def ask(self, path: str, tree: Any = None) -> Reply:

@@ -260,6 +260,8 @@ def serving(*stubs: Stub) -> Iterator[list[str]]:
 
 def _server(stub: Stub) -> ThreadingHTTPServer:
     class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"  # connections stay open, as vLLM's do
+
         def do_GET(self) -> None:
             self._reply(None)
 
