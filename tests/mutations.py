@@ -112,15 +112,15 @@ MUTATIONS = (
     ),
     Mutation(
         "megakd/models/generation.py",
-        "_signed((position + 1) * _GOLDEN)",
-        "_signed(_GOLDEN)",
-        "tests/models",
+        "torch.manual_seed(seeds[rows[0]])",
+        "torch.manual_seed(0)",
+        "tests/models/test_generation.py",
     ),
     Mutation(
         "megakd/models/generation.py",
-        "return uniform.neg_().log1p_().neg_().log_().neg_()",
-        "return uniform.neg_().log1p_().neg_().log_()",
-        "tests/models",
+        "sampling.top_k or 0",
+        "0",
+        "tests/models/test_generation.py",
     ),
     Mutation(
         "megakd/training/stage_evaluation.py",

@@ -27,10 +27,8 @@ from lib.launching import ROOT
 from lib.options import command_of, parser_of
 from lib.tables import machine
 from megakd.contract.completions import Sampling, TextTokens
-from megakd.models.generation import complete
-from megakd.rollouts.store import end_tokens_of
-from megakd.servers.http import JsonServer
-from megakd.servers.vllm import TextRequest, VllmServer, VllmWeightServer
+from megakd.models.generation import complete, end_tokens_of
+from megakd.servers.vllm import Requirements, ServedModel, VllmServer
 
 TOP_K, SCALE = 64, 1.02
 GREEDY = Sampling(16, temperature=0.0)
@@ -56,9 +54,11 @@ class Case:
         return [text.ids for text in texts]
 
     def served_texts(self, server: VllmServer) -> list[tuple[int, ...]]:
-        padding = range(self.known, self.model.config.vocab_size)
-        rules = GREEDY, str(self.folder), tuple(sorted(self.ends)), padding
-        return [server.complete(TextRequest(p, 0, *rules)).ids for p in self.prompts]
+        name, padding = str(self.folder), range(self.known, self.model.config.vocab_size)
+        rules = Requirements(name, 0, self.known, tuple(sorted(self.ends)), padding)
+        # 0.32 states no version of the weights.
+        by = ServedModel(name)
+        return [server.complete(p, 0, GREEDY, rules, model=by).ids for p in self.prompts]
 
     @torch.no_grad()
     def logprobs(self, text: Sequence[int]) -> torch.Tensor:
@@ -67,11 +67,10 @@ class Case:
 
 
 def served_numbers(case: Case, url: str, pushed: Path) -> Iterator[tuple[str, str]]:
-    server = VllmWeightServer(JsonServer(url, time_limit_s=600))
-    asked = VllmServer(JsonServer(url, time_limit_s=600))  # 0.32 states no version of the weights
+    server = VllmServer(url, time_limit_s=600)
     first = case.own_texts()
-    yield "greedy texts", equal(case.served_texts(asked), first)
-    worst = max(difference(case, asked, prompt) for prompt in case.prompts)
+    yield "greedy texts", equal(case.served_texts(server), first)
+    worst = max(difference(case, server, prompt) for prompt in case.prompts)
     yield f"log-probabilities of the {TOP_K} best tokens", f"differ by at most {worst:.1e}"
     last = list(case.model.model.layers)[-1]
     scale(last, SCALE)
@@ -81,10 +80,10 @@ def served_numbers(case: Case, url: str, pushed: Path) -> Iterator[tuple[str, st
     taken, changed = time.monotonic() - began, case.own_texts()
     others = sum(one != other for one, other in zip(changed, first, strict=True))
     yield "texts that other weights change", f"{others} of {len(changed)}"
-    yield "greedy texts after a push", f"{equal(case.served_texts(asked), changed)}, {taken:.1f} s"
+    yield "greedy texts after a push", f"{equal(case.served_texts(server), changed)}, {taken:.1f} s"
     scale(last, 1 / SCALE)
     server.load_weights(case.folder, "run-s1-2")
-    yield "greedy texts after a push of the first weights", equal(case.served_texts(asked), first)
+    yield "greedy texts after a push of the first weights", equal(case.served_texts(server), first)
 
 
 def scale(module: Any, factor: float) -> None:

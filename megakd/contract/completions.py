@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol
 
 TOKENS_PER_TEXT, TRUNCATED = "rollout/tokens_per_text", "rollout/truncated"
 """Logged means over the texts of the steps since the last log: length, and share without an end."""
@@ -53,39 +53,21 @@ class Rollout(NamedTuple):
     """One generated text, as it is written before the student learns from it.
 
     row: number of the training row whose prompt was continued.
+    completion, finished: as in `Completion`.
     version: number of updates of the student that generated the text.
-    seed: seed of the completion's random numbers.
+    seed: seed of the text.
     """
 
     row: int
     prompt: tuple[int, ...]
-    completion: Completion
+    completion: tuple[int, ...]
+    finished: bool
     version: int
     seed: int
 
 
 class Generator(Protocol):
-    """A model that continues prompts; every call is a collective of all ranks."""
-
-    def generate(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling
-    ) -> list[Completion]:
-        """Continue this rank's prompts, in order; there may be none.
-
-        A completion depends on the weights, the prompt, its seed and `sampling`, but not on the
-        other prompts of the call or on the rank.
-
-        Args:
-            prompts: token numbers of each prompt.
-            seeds: a seed for each prompt.
-            sampling: how the prompts are continued.
-        """
-        ...
-
-
-@runtime_checkable
-class RemoteGenerator(Generator, Protocol):
-    """A generator outside the ranks of the run, which works while the student learns.
+    """A model that continues prompts: an engine of the run, or servers while the student learns.
 
     The caller takes all requested texts before the next `update`, so that the weights do not change
     under a text.
@@ -98,8 +80,9 @@ class RemoteGenerator(Generator, Protocol):
     def begin(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling
     ) -> Callable[[], list[Completion]]:
-        """Ask for the texts of `generate`, and return at once; no collective.
+        """Ask for a text for each prompt of this rank, with its seed; no collective.
 
-        The returned function waits for the texts, in the order of the prompts; a collective.
+        There may be no prompts. The returned function waits for the texts, or generates them, in
+        the order of the prompts; a collective.
         """
         ...

@@ -29,7 +29,7 @@ def columns_of(texts: Sequence[Rollout]) -> dict[str, list[Any]]:
     """Return texts as columns of training rows whose completions are the targets."""
     columns: dict[str, list[Any]] = {"input_ids": [], "labels": []}
     for text in texts:
-        ids = np.array(text.prompt + text.completion.ids, dtype=np.int32)
+        ids = np.array(text.prompt + text.completion, dtype=np.int32)
         labels = np.full(len(ids), IGNORE, dtype=np.int32)
         first = len(text.prompt) - 1  # the position that predicts the first generated token
         labels[first:-1] = ids[first + 1 :]

@@ -72,7 +72,7 @@ class TextEvaluation:
         mine = self._rows[rank::world]
         prompts = [self._prompts.prompt(row) for row in mine]
         # The row is the seed: evaluations of one run differ only in the student.
-        completions = self._generator.generate(prompts, mine, self._config.how)
+        completions = self._generator.begin(prompts, mine, self._config.how)()
         parts = gather(list(map(self._text, mine, prompts, completions)))
         return [parts[number % world][number // world] for number in range(len(self._rows))]
 

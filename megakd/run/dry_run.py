@@ -24,7 +24,7 @@ from megakd.planning.plan import cluster_of, gigabytes, page, plan_run, process_
 from megakd.reports.report_file import installed_versions
 from megakd.run.main import check_machines, checked_inputs, started
 from megakd.run.teacher_pool import TeacherPool
-from megakd.servers.connect import run_name
+from megakd.servers.texts import run_name
 from megakd.training.assembly import Assembly
 from megakd.training.probe import StageProbe
 from megakd.training.progress import Reporter

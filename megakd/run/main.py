@@ -135,7 +135,7 @@ def checked_inputs(config: RunConfig) -> RunInputs:
     """Return the inputs of a run, whose servers answer; a collective."""
     prepared = prepare(config)
     if config.rollout is not None:
-        from megakd.servers.connect import check_servers
+        from megakd.servers.texts import check_servers
 
         check_servers(prepared)
     if any(spec.server for spec in config.teacher_specs.values()):

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,10 +19,9 @@ from megakd.engine.collectives import on_main, together
 from megakd.engine.distributed import Ranks
 from megakd.errors import ServerError
 from megakd.inputs.inputs import RunInputs
-from megakd.servers.agreement import TIMES, Wanted, served_models
-from megakd.servers.connect import model_names, replicas_of
 from megakd.servers.http import FIRST_PATIENCE_S, RunningCalls
-from megakd.servers.vllm import BestTokens, VllmServer
+from megakd.servers.texts import replicas_of
+from megakd.servers.vllm import BestTokens, Requirements, VllmServer
 
 AT_ONCE = 64
 """Requests of a rank that run at the same time."""
@@ -35,14 +33,6 @@ REPEATED = 0.05
 16-bit weights and other batches move log-probabilities of likely tokens by about 0.01; another
 model, template or precision of 8 bits moves them by far more.
 """
-
-
-class Document(NamedTuple):
-    """A document of a micro-batch that is a request, and the place of its first token."""
-
-    row: int
-    first: int
-    ids: tuple[int, ...]
 
 
 class ServedTeacher:
@@ -69,15 +59,21 @@ class ServedTeacher:
 
     def answers(self, batches: Sequence[Batch]) -> Iterator[Knowledge]:
         """Yield the outputs for every micro-batch of a step, which are asked for together."""
-        texts = [_documents(batch) for batch in batches]
-        every = [document.ids for documents in texts for document in documents]
+        documents = [(batch, *place) for batch in batches for place in _documents(batch)]
         calls = [
             partial(self._ask, (self._ranks.rank + number) % len(self._servers), ids)
-            for number, ids in enumerate(every)
+            for number, (_, _, _, ids) in enumerate(documents)
         ]
-        answers = iter(together(RunningCalls(calls, at_once=AT_ONCE).results))
-        for batch, documents in zip(batches, texts, strict=True):
-            yield self._knowledge(batch, [(document, next(answers)) for document in documents])
+        answers = together(RunningCalls(calls, at_once=AT_ONCE).results)
+        for batch in batches:
+            size = (*batch.valid.shape, self._top_k)
+            ids, logprobs = torch.full(size, -1, dtype=torch.int32), torch.zeros(size)  # [B, T, k]
+            for (of, row, first, _), best in zip(documents, answers, strict=True):
+                if of is batch:
+                    here = slice(first, first + len(best.ids))
+                    ids[row, here], logprobs[row, here] = map(torch.from_numpy, best)
+            device = self._ranks.device
+            yield Knowledge(kept=TopK(ids.to(device), logprobs.to(device)))
 
     def _ask(self, replica: int, ids: tuple[int, ...]) -> BestTokens:
         server = self._servers[replica]
@@ -90,15 +86,6 @@ class ServedTeacher:
             )
         return best
 
-    def _knowledge(self, batch: Batch, answers: Sequence[tuple[Document, BestTokens]]) -> Knowledge:
-        size = (*batch.valid.shape, self._top_k)
-        ids, logprobs = torch.full(size, -1, dtype=torch.int32), torch.zeros(size)  # [B, T, k]
-        for (row, first, _), best in answers:
-            here = slice(first, first + len(best.ids))
-            ids[row, here], logprobs[row, here] = map(torch.from_numpy, best)
-        device = self._ranks.device
-        return Knowledge(kept=TopK(ids.to(device), logprobs.to(device)))
-
     def prefetch(self) -> None: ...  # the texts of the next step are not known
 
     def evict(self) -> None: ...
@@ -106,78 +93,74 @@ class ServedTeacher:
     def destroy(self) -> None: ...
 
 
-def _documents(batch: Batch) -> list[Document]:
-    # The documents with a prediction. A document that is cut by the end of its row predicts the
-    # first token of the next row, which is the label of its last position. This token is added,
-    # because servers answer up to the token before the last.
+def _documents(batch: Batch) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+    """Yield row, first place and tokens of each document that has a prediction.
+
+    A document that is cut by the end of its row predicts the first token of the next row, which is
+    the label of its last position. This token is added, because servers answer up to the token
+    before the last.
+    """
     ids, labels = batch.inputs["input_ids"].tolist(), batch.labels.tolist()
-    documents = []
-    for row, first, stop in _document_spans(batch):
-        after = [token for token in labels[row][stop - 1 : stop] if token != IGNORE]
-        text = (*ids[row][first:stop], *after)
-        if len(text) > 1:
-            documents.append(Document(row, first, text))
-    return documents
-
-
-def _document_spans(batch: Batch) -> Iterator[tuple[int, int, int]]:
-    # Positions restart at 0 with every document.
     positions = batch.inputs["position_ids"].tolist()
-    for row, there in enumerate(batch.valid.tolist()):
-        here = [place for place, is_valid in enumerate(there) if is_valid]
-        starts = [place for place in here if positions[row][place] == 0 or place == here[0]]
-        for first, stop in pairwise([*starts, *(place + 1 for place in here[-1:])]):
-            yield row, first, stop
+    for row, valid in enumerate(batch.valid.tolist()):
+        places = [place for place, is_valid in enumerate(valid) if is_valid]
+        # Positions restart at 0 with every document.
+        starts = [p for p in places if positions[row][p] == 0 or p == places[0]]
+        for first, stop in pairwise([*starts, *(place + 1 for place in places[-1:])]):
+            after = [token for token in labels[row][stop - 1 : stop] if token != IGNORE]
+            text = (*ids[row][first:stop], *after)
+            if len(text) > 1:
+                yield row, first, text
 
 
 def check_teacher_servers(inputs: RunInputs) -> None:
     """Check the servers of all teachers before any model loads; a collective."""
+
+    def check(server: TeacherServerConfig, requirements: Requirements) -> None:
+        rows = inputs.encoded.train[:CHECKED_ROWS]["input_ids"]
+        texts = [tuple(map(int, ids)) for ids in rows if len(ids) > 1]
+        servers = replicas_of(server, patience_s=FIRST_PATIENCE_S)
+        check_scores(servers, texts, requirements, server.top_k)
+
     for name, spec in inputs.config.teacher_specs.items():
         if spec.server is not None:
-            on_main(partial(_check, inputs, name, spec.server))
+            on_main(partial(check, spec.server, _requirements(inputs, name)))
 
 
 def served_teacher(inputs: RunInputs, name: str, ranks: Ranks) -> ServedTeacher:
     """Return a teacher that its servers answer for; a collective."""
-    server, wanted = inputs.config.teacher_specs[name].server, _wanted(inputs, name)
+    server, requirements = inputs.config.teacher_specs[name].server, _requirements(inputs, name)
     if server is None:
         raise TypeError(f"{name} is not served")
     servers = replicas_of(server)
     return ServedTeacher(
         servers,
-        model_names(servers, wanted),
+        on_main(lambda: [one.model(requirements).name for one in servers]),
         top_k=server.top_k,
-        vocabulary=wanted.vocabulary,
+        vocabulary=requirements.vocabulary,
         ranks=ranks,
     )
 
 
-def _check(inputs: RunInputs, name: str, server: TeacherServerConfig) -> None:
-    rows = inputs.encoded.train[:CHECKED_ROWS]["input_ids"]
-    texts = [tuple(map(int, ids)) for ids in rows if len(ids) > 1]
-    servers = replicas_of(server, patience_s=FIRST_PATIENCE_S)
-    models = [model.name for model in served_models(servers, _wanted(inputs, name))]
-    check_scores(servers, models, texts, server.top_k)
-
-
 def check_scores(
     servers: Sequence[VllmServer],
-    models: Sequence[str],
     texts: Sequence[tuple[int, ...]],
+    requirements: Requirements,
     top_k: int,
 ) -> None:
-    """Compare the answers of all replicas to some texts, each asked `TIMES` times."""
-    first = [servers[0].top_k(text, top_k, models[0]) for text in texts]
-    for server, model in zip(servers, models, strict=True):
-        for _ in range(TIMES if server is not servers[0] else TIMES - 1):
-            again = [server.top_k(text, top_k, model) for text in texts]
-            gap = _mean([difference(a, b) for a, b in zip(first, again, strict=True)])
-            if gap > REPEATED:
-                raise ServerError(
-                    f"teacher.server: {servers[0].url} and {server.url} differ by {gap:.3f} in "
-                    f"the mean log-probability of the best tokens of {len(texts)} texts, and at "
-                    f"most {REPEATED} is expected; check that all replicas serve the same weights"
-                )
+    """Check each replica's model, and compare the replicas' answers to some texts."""
+    first: list[BestTokens] = []
+    for server in servers:
+        name = server.model(requirements).name
+        answers = [server.top_k(text, top_k, name) for text in texts]
+        first = first or answers
+        gap = sum(map(difference, first, answers)) / max(len(texts), 1)
+        if gap > REPEATED:
+            raise ServerError(
+                f"teacher.server: {servers[0].url} and {server.url} differ by {gap:.3f} in the "
+                f"mean log-probability of the best tokens of {len(texts)} texts, and at most "
+                f"{REPEATED} is expected; check that all replicas serve the same weights"
+            )
 
 
 def difference(one: BestTokens, other: BestTokens) -> float:
@@ -185,24 +168,17 @@ def difference(one: BestTokens, other: BestTokens) -> float:
 
     A token that `other` lacks has at most the smallest log-probability of `other`.
     """
-    known = [dict(zip(*at, strict=True)) for at in zip(*map(np.ndarray.tolist, other), strict=True)]
-    others = [
-        [logprobs.get(token, min(logprobs.values())) for token in ids]
-        for ids, logprobs in zip(one.ids.tolist(), known, strict=True)
-    ]
-    return float(np.abs(one.logprobs - np.array(others)).mean())
+    is_same = one.ids[:, :, None] == other.ids[:, None, :]  # [T, k, k]
+    shared = np.where(is_same, other.logprobs[:, None, :], -np.inf).max(2)  # [T, k]
+    least = other.logprobs.min(1, keepdims=True)
+    return float(np.abs(one.logprobs - np.maximum(shared, least)).mean())
 
 
-def _mean(values: Sequence[float]) -> float:
-    return float(sum(values)) / max(len(values), 1)
-
-
-def _wanted(inputs: RunInputs, name: str) -> Wanted:
+def _requirements(inputs: RunInputs, name: str) -> Requirements:
     config = inputs.config
-    return Wanted(
+    return Requirements(
         name=config.teacher_specs[name].served_model or "",
         # The first token of the next row, and the token that vLLM generates after a text.
         longest=config.task.row_length + 2,
         vocabulary=min(inputs.sources[role].config.vocab_size for role in (name, STUDENT)),
-        end_tokens=(),
     )

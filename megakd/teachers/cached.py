@@ -1,10 +1,10 @@
-"""Caches of a teacher's answers to all training rows, computed once and read from disk.
+"""A teacher's answers on disk: a folder per range of rows, and a list of what they depend on.
 
-A cache is a folder. `cache.json` holds the fingerprint of the answers and lists the shards with
-their checksums. A shard is a folder of numpy files, written whole or not at all. For classifiers
-and regressors a shard holds logits in fp32. For language models a shard holds the k most likely
-ids of every position with their log-probabilities; the loss derives the remaining probability. Or
-a shard holds the ids of random draws with their counts.
+`cache.json` holds the fingerprint of the answers. A shard is a finished folder of numpy files,
+named by its first row, written whole or not at all. For classifiers and regressors a shard holds
+logits in fp32. For language models a shard holds the k most likely ids of every position with their
+log-probabilities; the loss derives the remaining probability. Or a shard holds the ids of random
+draws with their counts.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from __future__ import annotations
 import bisect
 import json
 import logging
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,47 +30,19 @@ from megakd.contract.stage import Teacher
 from megakd.engine.collectives import gather, on_main, together
 from megakd.engine.distributed import Ranks
 from megakd.errors import TeacherError
-from megakd.storage import atomic
 from megakd.storage.fingerprint import Fingerprint, differences
-from megakd.storage.folders import (
-    Entries,
-    damage_of,
-    entries_of,
-    files_of,
-    read_signed,
-    write_signed,
-)
+from megakd.storage.folders import damage, entries, read_signed, sealed_folder, write_signed
 
 if TYPE_CHECKING:
     from megakd.teachers.frozen import FrozenTeacher
 
 logger = logging.getLogger(__name__)
 MANIFEST = "cache.json"
-VERSION = 2
+VERSION = 3
 SHARD_ROWS = 4096
 SHARD_BYTES = 256 << 20
 Answers = Mapping[str, Tensor]
 """Answers to some rows: `logits` [B, C]; `ids` and `logprobs` [B, T, k]; or `ids` and `counts`."""
-
-
-class AnswerShard(NamedTuple):
-    """A range of consecutive rows: the first row, the number of rows, and the files' checksums."""
-
-    name: str
-    start: int
-    rows: int
-    files: Entries
-
-
-class Layout(NamedTuple):
-    """Size of the answer to one row: bytes, and the mean number of tokens."""
-
-    row_bytes: int
-    tokens_per_row: float
-
-    def rows_per_shard(self) -> int:
-        """Return the rows per shard: few, so that a killed process loses little work."""
-        return max(1, min(SHARD_ROWS, SHARD_BYTES // self.row_bytes))
 
 
 def build_cache(
@@ -79,79 +51,78 @@ def build_cache(
     rows: Dataset,
     *,
     ranks: Ranks,
-    layout: Layout,
+    row_bytes: int,
     asking: Callable[[], AbstractContextManager[Callable[[Dataset, int], Answers]]],
 ) -> None:
     """Write the answers to all rows that no undamaged shard holds; a collective.
 
     Args:
+        row_bytes: size of the answer to one row.
         asking: context manager that loads the teacher and returns a function from rows and the
             number of the first row to answers; entered only if answers are missing. The answers
             are the same on every rank.
     """
-    shards = on_main(
-        lambda: _read_manifest(folder, facts)[0] if (folder / MANIFEST).is_file() else []
-    )
-    shards = _whole_shards(folder, shards, ranks)
+
+    def begin() -> None:
+        if not (folder / MANIFEST).is_file():
+            for shard in _shards_in(folder):  # nobody knows whose answers they hold
+                shutil.rmtree(shard)
+            record = {"version": VERSION, "rows": len(rows), "facts": facts}
+            write_signed(folder / MANIFEST, record)
+        _read_manifest(folder, facts)
+
+    on_main(begin)
+    for shard, reason in _damaged(folder, ranks).items():
+        logger.warning("%s is damaged (%s): its rows are computed again", shard, reason)
+        on_main(partial(shutil.rmtree, shard))
+    sizes = on_main(lambda: {int(shard.name): _rows_in(shard) for shard in _shards_in(folder)})
+    # Few rows, so that a killed process loses little work.
+    step = max(1, min(SHARD_ROWS, SHARD_BYTES // row_bytes))
     logger.info(
-        "%s: %d rows of %d bytes (%.1f bytes per token), %.1f MB in %d shards; %d rows are "
-        "already cached",
-        *(folder, len(rows), layout.row_bytes, layout.row_bytes / max(layout.tokens_per_row, 1)),
-        *(len(rows) * layout.row_bytes / 1e6, -(-len(rows) // layout.rows_per_shard())),
-        sum(shard.rows for shard in shards),
+        "%s: %d rows of %d bytes, %.1f MB in %d shards; %d rows are already cached",
+        *(folder, len(rows), row_bytes, len(rows) * row_bytes / 1e6, -(-len(rows) // step)),
+        sum(sizes.values()),
     )
-    missing = list(_missing(shards, len(rows), layout.rows_per_shard()))
+    first, missing = 0, []
+    for start, size in [*sorted(sizes.items()), (len(rows), 0)]:
+        missing += [range(n, min(n + step, start)) for n in range(first, start, step)]
+        first = start + size
     if not missing:
         return
     with asking() as answer:
         for numbers in missing:
             part = answer(rows.select(numbers), numbers.start)
-            shards.append(on_main(partial(_write, folder, numbers.start, part)))
-            on_main(lambda: _record(folder, facts, shards, total=len(rows)))
-            done = sum(shard.rows for shard in shards)
-            logger.info("%s: %d of %d rows", folder, done, len(rows))
+            on_main(partial(_write, folder / f"{numbers.start:010d}", part))
+            logger.info("%s: the rows up to %d of %d", folder, numbers.stop, len(rows))
 
 
-def _whole_shards(folder: Path, shards: Sequence[AnswerShard], ranks: Ranks) -> list[AnswerShard]:
-    mine = shards[ranks.rank :: ranks.world_size]
-    reasons = together(lambda: {s.name: damage_of(folder / s.name, s.files) for s in mine})
-    reason_of = {name: reason for share in gather(reasons) for name, reason in share.items()}
-    for name, reason in reason_of.items():
-        if reason:
-            logger.warning("%s is damaged (%s): its rows are computed again", folder / name, reason)
-    return [shard for shard in shards if not reason_of[shard.name]]
+def _shards_in(folder: Path) -> list[Path]:
+    return sorted(folder.glob("[0-9]" * 10))
 
 
-def _missing(shards: Sequence[AnswerShard], total: int, step: int) -> Iterator[range]:
-    first = 0
-    ends = [(s.start, s.start + s.rows) for s in sorted(shards, key=attrgetter("start"))]
-    for start, stop in [*ends, (total, total)]:
-        for number in range(first, start, step):
-            yield range(number, min(number + step, start))
-        first = stop
+def _rows_in(shard: Path) -> int:
+    return len(np.load(next(shard.glob("*.npy")), mmap_mode="r"))
 
 
-def _write(folder: Path, start: int, part: Answers) -> AnswerShard:
-    name = f"{start:010d}"
-    with atomic.replaced_folder(folder / name) as made:
+def _damaged(folder: Path, ranks: Ranks) -> dict[Path, str]:
+    """Return the shards that are not whole with the reason, of which each rank reads a part."""
+    mine = on_main(lambda: _shards_in(folder))[ranks.rank :: ranks.world_size]
+    reasons = gather(together(lambda: [(shard, damage(shard)) for shard in mine]))
+    return {shard: reason for part in reasons for shard, reason in part if reason is not None}
+
+
+def _write(shard: Path, part: Answers) -> None:
+    with sealed_folder(shard) as temporary:
         for key, tensor in part.items():
-            np.save(made / f"{key}.npy", tensor.numpy())
-    count = len(next(iter(part.values())))
-    return AnswerShard(name, start, count, entries_of(folder / name, files_of(folder / name)))
+            np.save(temporary / f"{key}.npy", tensor.numpy())
 
 
-def _record(folder: Path, facts: Fingerprint, shards: Sequence[AnswerShard], *, total: int) -> None:
-    listed = [shard._asdict() for shard in sorted(shards, key=attrgetter("start"))]
-    tree = {"version": VERSION, "rows": total, "facts": facts, "shards": listed}
-    write_signed(folder / MANIFEST, tree)
-
-
-def _read_manifest(folder: Path, facts: Fingerprint) -> tuple[list[AnswerShard], int]:
+def _read_manifest(folder: Path, facts: Fingerprint) -> int:
+    """Return the number of rows of a cache, after checking that it is for the same inputs."""
     path = folder / MANIFEST
     try:
         tree = read_signed(path)
-        shards = [AnswerShard(**shard) for shard in tree["shards"]]
-        there, rows, version = tree["facts"], int(tree["rows"]), tree["version"]
+        stored, rows, version = tree["facts"], int(tree["rows"]), tree["version"]
     except FileNotFoundError as error:
         raise TeacherError(
             f"{path} does not exist; create the cache first: launch/cache_teacher.py --config F"
@@ -162,14 +133,14 @@ def _read_manifest(folder: Path, facts: Fingerprint) -> tuple[list[AnswerShard],
             "cache again: launch/cache_teacher.py --config F"
         ) from error
     here = json.loads(json.dumps(facts))
-    differing = differences({"version": version, **there}, {"version": VERSION, **here})
+    differing = differences({"version": version, **stored}, {"version": VERSION, **here})
     if differing:
         raise TeacherError(
             f"{folder} holds the cache of another teacher, other data or another setting "
             f"({differing}); set the teacher's cache to another folder, or remove this folder and "
             "create the cache again"
         )
-    return shards, rows
+    return rows
 
 
 class CachedTeacher(Teacher):
@@ -181,21 +152,28 @@ class CachedTeacher(Teacher):
     model: FrozenTeacher | None = None
 
     def __init__(self, folder: Path, facts: Fingerprint, ranks: Ranks) -> None:
-        shards, rows = on_main(lambda: _read_manifest(folder, facts))
-        held = sum(shard.rows for shard in shards)
-        if held != rows:
+        rows = on_main(lambda: _read_manifest(folder, facts))
+        for shard, reason in _damaged(folder, ranks).items():
             raise TeacherError(
-                f"{folder} holds {held} of {rows} rows; complete the cache: "
+                f"{shard} is damaged: {reason}; launch/cache_teacher.py --config F computes its "
+                "rows again"
+            )
+        shards = on_main(lambda: _shards_in(folder))
+        self._device = ranks.device
+        self._starts = [int(shard.name) for shard in shards]
+        self._shards: list[dict[str, Any]] = [
+            {
+                Path(file).stem: np.load(shard / file, mmap_mode="r")
+                for file in sorted(entries(shard))
+            }
+            for shard in shards
+        ]
+        cached = sum(len(next(iter(shard.values()))) for shard in self._shards)
+        if cached != rows:
+            raise TeacherError(
+                f"{folder} holds {cached} of {rows} rows; complete the cache: "
                 "launch/cache_teacher.py --config F"
             )
-        mine = shards[ranks.rank :: ranks.world_size]
-        together(lambda: _verify(folder, mine))
-        self._device = ranks.device
-        self._starts = [shard.start for shard in shards]
-        self._shards: list[dict[str, Any]] = [
-            {Path(file).stem: np.load(folder / s.name / file, mmap_mode="r") for file in s.files}
-            for s in shards
-        ]
 
     @override
     def __call__(self, batch: Batch) -> Knowledge:
@@ -240,13 +218,3 @@ class CachedTeacher(Teacher):
         self._shards.clear()
         if self.model is not None:
             self.model.destroy()
-
-
-def _verify(folder: Path, shards: Sequence[AnswerShard]) -> None:
-    for shard in shards:
-        damage = damage_of(folder / shard.name, shard.files)
-        if damage is not None:
-            raise TeacherError(
-                f"{folder / shard.name} is damaged: {damage}; launch/cache_teacher.py --config F "
-                "computes its rows again"
-            )

@@ -28,7 +28,7 @@ from megakd.data.masking import row_keys, uniform
 from megakd.errors import TeacherError
 from megakd.models.source import ModelSource, ReadyTeacher
 from megakd.storage.fingerprint import Fingerprint, files_identity, flatten
-from megakd.teachers.cached import Answers, CachedTeacher, Layout, build_cache
+from megakd.teachers.cached import Answers, CachedTeacher, build_cache
 from megakd.teachers.frozen import FrozenTeacher
 from megakd.training.assembly import Assembly
 
@@ -53,39 +53,33 @@ def fill_cache(assembly: Assembly, ready: ReadyTeacher, folder: Path) -> None:
     Raises:
         MegakdError: the teacher cannot be used, or the folder holds other answers.
     """
-    task, encoded = assembly.config.task, assembly.prepared.encoded
-    bytes_per_row = 4 * max(1, len(assembly.prepared.splits.label_names))  # logits in fp32
-    if task.type == "causal_lm":
-        bytes_per_row = task.row_length * bytes_per_token(ready.spec)
+    task, spec, scorer = assembly.config.task, ready.spec, assembly.scorer()
+    has_texts, labels = task.type == "causal_lm", assembly.prepared.splits.label_names
+
+    def answers(model: FrozenTeacher, rows: Dataset, first: int) -> Answers:
+        if not has_texts:
+            return {"logits": scorer.outputs(model.predict, rows).float()}
+        ask = partial(ask_tokens, model, spec=spec, length=task.row_length)
+        return whole_answers(scorer.answers(ask, rows, first=first), first=first)
+
+    @contextmanager
+    def asking() -> Iterator[Callable[[Dataset, int], Answers]]:
+        dtype = assembly.teacher_dtype(ready)
+        with assembly.loaded(ready.source, spec.deepspeed, dtype) as model:
+            yield partial(answers, model)
+
     build_cache(
         folder,
         _facts(assembly, ready),
-        encoded.train,
+        assembly.prepared.encoded.train,
         ranks=assembly.ranks,
-        layout=Layout(bytes_per_row, encoded.tokens_per_row),
-        asking=lambda: _asking(assembly, ready),
+        row_bytes=task.row_length * bytes_per_token(spec) if has_texts else 4 * max(1, len(labels)),
+        asking=asking,
     )
 
 
-@contextmanager
-def _asking(assembly: Assembly, ready: ReadyTeacher) -> Iterator[Callable[[Dataset, int], Answers]]:
-    dtype = assembly.teacher_dtype(ready)
-    with assembly.loaded(ready.source, ready.spec.deepspeed, dtype) as model:
-        yield partial(_answers, assembly, model, ready)
-
-
-def _answers(
-    assembly: Assembly, model: FrozenTeacher, ready: ReadyTeacher, rows: Dataset, first: int
-) -> Answers:
-    task, scorer = assembly.config.task, assembly.scorer()
-    if task.type != "causal_lm":
-        return {"logits": scorer.outputs(model.predict, rows).float()}
-    ask = partial(ask_tokens, model, spec=ready.spec, length=task.row_length)
-    return whole_answers(scorer.answers(ask, rows, first=first), first=first)
-
-
 def _facts(assembly: Assembly, ready: ReadyTeacher) -> Fingerprint:
-    task, prepared = assembly.config.task, assembly.prepared
+    task, prepared, spec = assembly.config.task, assembly.prepared, ready.spec
     facts: dict[str, Any] = {
         "task": task.type,
         "labels": list(prepared.splits.label_names),
@@ -95,8 +89,10 @@ def _facts(assembly: Assembly, ready: ReadyTeacher) -> Fingerprint:
         "teacher": model_identity(ready.source, seed=assembly.config.seed),
         "dtype": assembly.teacher_dtype(ready),
     }
-    if task.type == "causal_lm":
-        facts |= kept_facts(ready.spec)
+    if task.type == "causal_lm" and spec.cache_draws is None:
+        facts["top_k"] = spec.cache_top_k
+    elif task.type == "causal_lm":
+        facts |= {"draws": spec.cache_draws, "draws_seed": spec.cache_seed}
     return flatten(facts)
 
 
@@ -113,13 +109,6 @@ def model_identity(source: ModelSource, *, seed: int) -> Mapping[str, Any]:
     if source.folder is None:
         identity["seed"] = seed
     return identity
-
-
-def kept_facts(spec: TeacherConfig) -> dict[str, int]:
-    """Return what the kept part of an answer depends on, besides the answer itself."""
-    if spec.cache_draws is None:
-        return {"top_k": spec.cache_top_k}
-    return {"draws": spec.cache_draws, "draws_seed": spec.cache_seed}
 
 
 def bytes_per_token(spec: TeacherConfig) -> int:
@@ -142,7 +131,13 @@ def ask_tokens(
         ids, logprobs = model.top_k(batch, spec.cache_top_k)
         broken, kept = logprobs.isnan().any(-1), {"logprobs": logprobs.half()}
     else:
-        ids, counts = model.draw(batch, _numbers(batch, spec.cache_draws, spec.cache_seed))
+        if batch.rows is None:
+            raise TypeError("draws depend on the numbers of the rows, and this batch has none")
+        (size, width), rows = batch.valid.shape, batch.rows.clamp(min=0).numpy()
+        keys = row_keys(spec.cache_seed, 0, rows, size=size, domain=_DRAWS)[:, None]
+        places = np.arange(1, width * spec.cache_draws + 1, dtype=np.uint64)
+        numbers = torch.from_numpy(uniform(keys, places)).view(size, width, spec.cache_draws)
+        ids, counts = model.draw(batch, numbers.to(batch.valid.device))
         broken, kept = (ids < 0).all(-1), {"counts": counts}
     beyond = (0, 0, 0, length - ids.shape[1])
     padded = {name: functional.pad(values, beyond) for name, values in kept.items()}
@@ -164,13 +159,3 @@ def whole_answers(answers: Mapping[str, Tensor], *, first: int) -> dict[str, Ten
             f"({len(rows)} rows of this shard); set the teacher's dtype to bf16 or fp32"
         )
     return whole
-
-
-def _numbers(batch: Batch, draws: int, seed: int) -> Tensor:
-    if batch.rows is None:
-        raise TypeError("draws depend on the numbers of the rows, and this batch has none")
-    size, length = batch.valid.shape
-    rows = batch.rows.clamp(min=0).numpy()
-    keys = row_keys(seed, 0, rows, size=size, domain=_DRAWS)[:, None]
-    numbers = uniform(keys, np.arange(1, length * draws + 1, dtype=np.uint64))
-    return torch.from_numpy(numbers).view(size, length, draws).to(batch.valid.device)

@@ -16,19 +16,18 @@ from transformers import AutoModelForCausalLM
 from megakd.engine import distributed
 from megakd.errors import MegakdError
 from megakd.models.cutting import content_of
-from megakd.servers.connect import AdapterPush, FullPush
-from megakd.servers.http import JsonServer
-from megakd.servers.vllm import VllmServer, VllmWeightServer
+from megakd.servers.texts import AdapterPush, FullPush
+from megakd.servers.vllm import VllmServer
 from megakd.training.stage_folder import consume, write_stage_folder
 
 
 def full(config_path: str, overrides: list[str], folder: str, urls: list[str]) -> str | None:
     """Two updates of the student with a push after each, then the export; the pushed version."""
-    servers = [VllmWeightServer(JsonServer(url, time_limit_s=60)) for url in urls]
+    servers = [VllmServer(url, time_limit_s=60) for url in urls]
     with started(config_path, overrides) as (run, _):
         student = run.student.student
         push = FullPush(student, servers, Path(folder) / "run" / "run-s1")
-        with patch("megakd.servers.connect.SHARD_BYTES", 3000):
+        with patch("megakd.servers.texts.SHARD_BYTES", 3000):
             for version in (1, 2):
                 run.trainer.train_step(run.source.step(version - 1))
                 pushed = push.push(version)
@@ -37,18 +36,18 @@ def full(config_path: str, overrides: list[str], folder: str, urls: list[str]) -
             write_stage_folder(Path(folder) / "export", models, extra={})
         else:
             consume(models, None)
-    return pushed.weights
+    return pushed["weights"]
 
 
 def refused(config_path: str, overrides: list[str], folder: str, urls: list[str]) -> list[str]:
     """The messages of a folder without room and of a server that loads nothing; then a step."""
-    servers = [VllmWeightServer(JsonServer(url, time_limit_s=60)) for url in urls]
+    servers = [VllmServer(url, time_limit_s=60) for url in urls]
     answers = []
     with started(config_path, overrides) as (run, _):
         push = FullPush(run.student.student, servers, Path(folder) / "run" / "run-s1")
         for needed in (10**18, 1):
             try:
-                with patch("megakd.servers.connect._bytes_of", lambda _, needed=needed: needed):
+                with patch("megakd.servers.texts._bytes_of", lambda _, needed=needed: needed):
                     push.push(1)
             except MegakdError as error:
                 answers.append(str(error))
@@ -58,13 +57,13 @@ def refused(config_path: str, overrides: list[str], folder: str, urls: list[str]
 
 def adapters(config_path: str, overrides: list[str], folder: str, urls: list[str]) -> list[str]:
     """Three updates with a push after each; the names of the pushed adapters."""
-    servers = [VllmServer(JsonServer(url, time_limit_s=60)) for url in urls]
+    servers = [VllmServer(url, time_limit_s=60) for url in urls]
     names = []
     with started(config_path, overrides) as (run, _):
         push = AdapterPush(run.student.student, servers, Path(folder) / "run" / "run-s1", keep=2)
         for version in (1, 2, 3):
             run.trainer.train_step(run.source.step(version - 1))
-            names.append(push.push(version).adapter or "")
+            names.append(push.push(version)["name"])
     return names
 
 

@@ -24,10 +24,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config,
 from megakd.contract.completions import Completion, Sampling, TextTokens
 from megakd.errors import ServerError
 from megakd.models.generation import complete
-from megakd.servers.agreement import Wanted, check_sampling, checked_completion, served_models
-from megakd.servers.http import JsonServer
 from megakd.servers.teachers import REPEATED
-from megakd.servers.vllm import TextRequest, VllmServer, VllmWeightServer
+from megakd.servers.texts import check_texts
+from megakd.servers.vllm import Requirements, ServedModel, VllmServer
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif("MEGAKD_VLLM" not in os.environ, reason=HOW)]
 END, FURTHER_END, KNOWN, VOCABULARY = 2, 0, 290, 320
@@ -90,24 +89,22 @@ def url(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) ->
         yield url
 
 
-def http(url: str) -> JsonServer:
-    return JsonServer(url, time_limit_s=300, patience_s=5)
+def connected(url: str) -> VllmServer:
+    return VllmServer(url, time_limit_s=300, patience_s=5)
 
 
-def wanted_of(folder: Path) -> Wanted:
+def requirements_of(folder: Path) -> Requirements:
     ends = (FURTHER_END, END)
-    return Wanted(str(folder), 128, KNOWN, ends, padding=range(KNOWN, VOCABULARY))
+    return Requirements(str(folder), 128, KNOWN, ends, padding=range(KNOWN, VOCABULARY))
 
 
 def served(url: str, folder: Path, sampling: Sampling, seed: int = 0) -> list[Completion]:
-    wanted, actual = wanted_of(folder), []
-    for number, prompt in enumerate(PROMPTS):
-        request = TextRequest(
-            prompt, seed + number, sampling, str(folder), wanted.end_tokens, wanted.padding
-        )
-        text = VllmServer(http(url)).complete(request)
-        actual.append(checked_completion(text, request, vocabulary=KNOWN, url=url))
-    return actual
+    server, rest = connected(url), (sampling, requirements_of(folder))
+    model = ServedModel(str(folder))
+    return [
+        server.complete(prompt, seed + number, *rest, model=model)
+        for number, prompt in enumerate(PROMPTS)
+    ]
 
 
 def greedy_of(folder: Path) -> list[Completion]:
@@ -127,17 +124,16 @@ def test_texts_are_those_of_the_model_and_end_at_all_its_end_tokens(url, folders
 
 
 def test_sampling_that_vllm_refuses_is_found(url, folders):
-    server, wanted = VllmServer(http(url)), wanted_of(folders[0])
-    models = served_models([server], wanted)
-    check_sampling([server], models, PROMPTS[0], wanted, Sampling(16, temperature=2.0))
+    servers, requirements = [connected(url)], requirements_of(folders[0])
+    check_texts(servers, PROMPTS, requirements, Sampling(16, temperature=2.0))
 
     with pytest.raises(ServerError, match=r"temperature.* got 3\.0"):
-        check_sampling([server], models, PROMPTS[0], wanted, Sampling(16, temperature=3.0))
+        check_texts(servers, PROMPTS, requirements, Sampling(16, temperature=3.0))
 
 
 def test_the_best_tokens_are_those_of_the_model(url, folders):
     text = tuple(range(40, 60))
-    best = VllmServer(http(url)).top_k(text, 64, str(folders[0]))
+    best = connected(url).top_k(text, 64, str(folders[0]))
     gaps = []
     for folder in folders[:2]:
         model = Qwen2ForCausalLM.from_pretrained(folder).eval()
@@ -151,11 +147,12 @@ def test_the_best_tokens_are_those_of_the_model(url, folders):
 
 def test_a_server_takes_other_weights_and_forgets_its_prefixes(url, folders):
     """The version in answers is a matter of vLLM 0.33, which the CPU backend is older than."""
-    server = VllmWeightServer(http(url))
+    server = connected(url)
     try:
         server.load_weights(folders[1], "run-s1-1")
         assert served(url, folders[0], GREEDY) == greedy_of(folders[1])
-        assert [model.weights for model in server.describe()] == ["run-s1-1"]
+        model = server.model(requirements_of(folders[0])._replace(takes_weights=True))
+        assert model.weights == "run-s1-1"
     finally:
         server.load_weights(folders[0], "default")
     assert served(url, folders[0], GREEDY) == greedy_of(folders[0])
@@ -181,7 +178,7 @@ def test_adapters_of_every_start_are_new_to_the_server(url, folders, command, te
     finish(command, config, out, world=1)
 
     assert texts_of(out) == texts_of(wanted)
-    assert len(VllmServer(http(url)).adapters()) == 1
+    assert len(connected(url).adapters()) == 1
 
 
 def test_adapters_are_loaded_and_unloaded_twice_without_an_error(url, folders, tmp_path):
@@ -190,7 +187,7 @@ def test_adapters_are_loaded_and_unloaded_twice_without_an_error(url, folders, t
     model = Qwen2ForCausalLM.from_pretrained(folders[0])
     with warnings.catch_warnings(action="ignore"):  # peft calls what transformers renames
         get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path)
-    server = VllmServer(http(url))
+    server = connected(url)
     before = server.adapters()
 
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""Generated texts: the same texts and weights on any ranks, and after any kill."""
+"""Generated texts: greedily the same on any ranks, and the same after any kill."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from tiny_runs import merged, write_jsonl
 from whole_run import read, records
 
 STEPS = 6
+GREEDY = {"sampling": {"temperature": 0}}
 WORDS = ("the", "cat", "dog", "sat", "on", "a", "mat", "and", "ran", "to", "big", "red", "house")
 
 
@@ -101,21 +102,21 @@ def assert_close(actual: Path, wanted: Path) -> None:
 @pytest.fixture(scope="module")
 def one_rank(command, texts, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("one")
-    return finish(command, write_config(folder, texts, zero=0), folder / "out", world=1)
+    config = write_config(folder, texts, zero=0, rollout=GREEDY)
+    return finish(command, config, folder / "out", world=1)
 
 
 @pytest.mark.parametrize(
     ("zero", "world"), [pytest.param(1, 2, marks=pytest.mark.slow), (2, 3), (3, 2)]
 )
-def test_texts_and_weights_do_not_depend_on_ranks_or_sharding(
+def test_greedy_texts_and_weights_do_not_depend_on_ranks_or_sharding(
     command, texts, one_rank, tmp_path, zero, world
 ):
     # All ranks together learn from 12 rows per step, packed by a budget instead of padded.
     keys = {"per_device_train_batch_size": 12 // world, "tokens_per_rank": 40}
 
-    out = finish(
-        command, write_config(tmp_path, texts, zero=zero, train=keys), tmp_path / "out", world=world
-    )
+    config = write_config(tmp_path, texts, zero=zero, train=keys, rollout=GREEDY)
+    out = finish(command, config, tmp_path / "out", world=world)
 
     assert_close(out, one_rank)
 
@@ -151,7 +152,8 @@ def test_a_run_killed_before_it_learns_from_a_text_ends_as_if_it_had_never_been(
 
 
 def test_a_student_on_policy_goes_on_with_other_ranks(goes_on, texts, tmp_path):
-    config = write_config(tmp_path, texts, zero=3, train={"per_device_train_batch_size": 6})
+    train = {"per_device_train_batch_size": 6}
+    config = write_config(tmp_path, texts, zero=3, rollout=GREEDY, train=train)
 
     assert_close(*goes_on(config, "student/step-3"))
 
@@ -213,7 +215,7 @@ def test_a_student_learns_school_mathematics_from_its_own_answers_on_two_ranks(
     last = next(one for one in reversed(records(out, "student")) if "eval/match" in one)
     assert 0 < last["eval/soft_target_kl"] < 10
     assert 1 <= last["eval/text_tokens"] <= 12
-    assert all(text.startswith('{"format":1') for text in texts_of(out).values())
+    assert all(text.startswith('{"rollouts":8}') for text in texts_of(out).values())
 
 
 TEXTS = 5

@@ -1,10 +1,9 @@
-"""Completions: what they depend on, where they end, and that rows which end leave the batch."""
+"""Completions: their tokens, where they end, and that rows which end leave the batch."""
 
 from __future__ import annotations
 
 import copy
 import json
-import math
 import random
 from contextlib import contextmanager
 from functools import cache
@@ -35,16 +34,13 @@ from megakd.errors import DataError, ModelError
 from megakd.models import generation
 from megakd.models.elastic import Elastic
 from megakd.models.generation import (
-    GumbelNoise,
-    _gumbel,
     check_prompt_lengths,
     complete,
     context_length,
     generation_file,
-    sampling_processors,
+    text_tokens,
 )
 from megakd.models.packed_attention import VARLEN, register_packed_attention
-from megakd.rollouts.store import text_tokens
 
 PROMPTS = [[5, 6, 7], [8], [1, 2, 3, 4, 5, 6, 1], [9, 9, 9], [60, 50, 40, 30]]
 SEEDS = [11, 12, 13, 2**63 + 1, -14]
@@ -276,16 +272,15 @@ def with_ends(model, prompts, ends, sampling, *, rows_at_once=64, pad=1):
     return complete(model, prompts, seeds, sampling, tokens=tokens, rows_at_once=rows_at_once)
 
 
-def without_batch(model, prompts, ends, sampling):
-    """The texts from whole forwards of single rows, without `generate` and without a cache."""
+def without_batch(model, prompts, ends, limit):
+    """The greedy texts from whole forwards of single rows, without `generate` and a cache."""
     collected = []
-    for row, prompt in enumerate(prompts):
-        process = sampling_processors(sampling, [7 * row - 3], len(prompt), torch.device("cpu"))
+    for prompt in prompts:
         ids = torch.tensor([prompt])
-        while ids.shape[1] < len(prompt) + sampling.max_new_tokens:
+        while ids.shape[1] < len(prompt) + limit:
             with torch.no_grad():
                 scores = model(ids, use_cache=False).logits[:, -1].float()
-            ids = torch.cat([ids, process(ids, scores).argmax(-1, keepdim=True)], 1)
+            ids = torch.cat([ids, scores.argmax(-1, keepdim=True)], 1)
             if int(ids[0, -1]) in ends:
                 break
         collected.append(tuple(ids[0, len(prompt) :].tolist()))
@@ -314,29 +309,25 @@ KINDS = ["llama", "mistral", "gpt2", "cut_llama", "elastic", "mamba2", "bamba"]
     prompts=st.lists(st.lists(st.integers(0, 59), min_size=1, max_size=9), min_size=1, max_size=9),
     ends=st.frozensets(st.integers(0, 59), max_size=30),
     limit=st.integers(1, 12),
-    temperature=st.sampled_from([0.0, 1.0, 3.0]),
     rows_at_once=st.integers(1, 9),
     share=st.sampled_from([0.01, 0.125, 0.5, 1.0]),
-    top_k=st.sampled_from([None, 5]),
 )
-def test_texts_are_those_of_single_rows(
-    kind, prompts, ends, limit, temperature, rows_at_once, share, top_k
-):
-    model, sampling = model_of(kind), Sampling(limit, temperature, top_k=top_k)
+def test_greedy_texts_are_those_of_single_rows(kind, prompts, ends, limit, rows_at_once, share):
+    model, sampling = model_of(kind), Sampling(limit, temperature=0.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generation, "SHARE_TO_LEAVE", share)
         result = with_ends(model, prompts, ends, sampling, rows_at_once=rows_at_once)
 
-    assert [text.ids for text in result] == without_batch(model, prompts, ends, sampling)
+    assert [text.ids for text in result] == without_batch(model, prompts, ends, limit)
     assert [text.finished for text in result] == [text.ids[-1] in ends for text in result]
 
 
 @CASE
 @given(ends=st.frozensets(st.integers(0, 59), max_size=30), pad=st.integers(0, 59))
 def test_the_padding_may_be_a_token_of_the_texts_or_an_end(ends, pad):
-    model, sampling = model_of("llama"), Sampling(10)
+    model, sampling = model_of("llama"), Sampling(10, temperature=0.0)
     result = with_ends(model, SIXTEEN, ends, sampling, pad=pad)
-    assert [text.ids for text in result] == without_batch(model, SIXTEEN, ends, sampling)
+    assert [text.ids for text in result] == without_batch(model, SIXTEEN, ends, 10)
 
 
 @CASE
@@ -387,87 +378,37 @@ def test_rows_that_all_reach_the_limit_are_one_call_of_generate(monkeypatch):
     assert len(calls) == 1
 
 
-LOGITS = torch.tensor([2.0, 0.5, -1.0, 1.0, 0.0, -0.5, 1.5, -3.0])
-CPU = torch.device("cpu")
-DRAWS = 20_000
-GOLDEN = 0x9E3779B97F4A7C15
-
-
-def sampled(seeds, position: int = 0, sampling: Sampling | None = None) -> np.ndarray:
-    """The tokens of rows that all have the same logits, one row per seed."""
-    processors = sampling_processors(sampling or Sampling(1), list(seeds), 3, CPU)
-    ids = torch.zeros(len(seeds), 3 + position, dtype=torch.long)
-    return processors(ids, LOGITS.repeat(len(seeds), 1)).argmax(-1).numpy()
-
-
-def mixed(state: int) -> int:
-    """SplitMix64's output function, with Python's integers."""
-    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
-    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) % 2**64
-    return state ^ (state >> 31)
-
-
-@given(
-    seed=st.integers(-(2**63), 2**64 - 1), position=st.integers(0, 2**20), token=st.integers(0, 7)
-)
-def test_the_noise_is_made_of_splitmix64_of_seed_position_and_token(seed, position, token):
-    key = mixed((mixed((seed + GOLDEN) % 2**64) + (position + 1) * GOLDEN) % 2**64)
-    uniform = ((mixed((key + (token + 1) * GOLDEN) % 2**64) >> 12) + 0.5) * 2.0**-52
-    expected = -math.log(-math.log1p(-uniform))
-    ids = torch.zeros(1, 1).expand(1, 2 + position)
-
-    noise = GumbelNoise([seed], 2, CPU)(ids, torch.zeros(1, 8))
-
-    assert noise[0, token].item() == pytest.approx(expected, rel=1e-4, abs=1e-4)
-
-
-def test_the_noise_is_finite_for_all_bits():
-    bits = torch.tensor([0, 1, -1, -2, 2**63 - 1, -(2**63)])
-    noise = _gumbel(bits)
-    assert noise.isfinite().all()
-    assert noise.max() > 30
-
-
-@pytest.mark.parametrize(
-    ("first", "second"),
-    [((0, 0), (0, 1)), ((0, 1), (1, 0)), ((0, 0), (2**32, 0))],
-    ids=["next position", "next seed, position before", "seed with other high bits"],
-)
-def test_tokens_of_two_positions_or_seeds_are_independent(first, second):
-    pairs = [
-        sampled(range(offset, offset + DRAWS), position) for offset, position in (first, second)
-    ]
-    table = np.zeros((len(LOGITS), len(LOGITS)))
-    np.add.at(table, tuple(pairs), 1)
-    seen = table[table.sum(1) > 100][:, table.sum(0) > 100]
-
-    assert stats.chi2_contingency(seen).pvalue > 1e-3
+ROWS = 6000
 
 
 @pytest.mark.parametrize(
     ("sampling", "kept"),
     [
-        (Sampling(1), 8),
-        (Sampling(1, temperature=2.0), 8),
+        (Sampling(1), VOCABULARY),
+        (Sampling(1, temperature=0.5), VOCABULARY),
         (Sampling(1, top_k=3), 3),
-        (Sampling(1, top_p=0.8), 4),
-        # The temperature comes first: then the most likely token alone has the probability.
-        (Sampling(1, temperature=0.1, top_p=0.9), 1),
+        (Sampling(1, temperature=2.0, top_k=1), 1),
+        (Sampling(1, top_p=0.001), 1),
     ],
     ids=str,
 )
-def test_tokens_over_seeds_follow_the_softmax_over_those_that_are_kept(sampling, kept):
-    probabilities = (LOGITS / sampling.temperature).double().softmax(-1).numpy()
+def test_sampled_tokens_follow_the_softmax_over_those_that_are_kept(sampling, kept):
+    model, prompt = family_model("llama"), [5, 6, 7]
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt])).logits[0, -1].double()
+    probabilities = (logits / sampling.temperature).softmax(-1).numpy()
     best, rest = np.split(np.argsort(-probabilities), [kept])
 
-    counts = np.bincount(sampled(range(DRAWS), sampling=sampling), minlength=len(LOGITS))
+    result = texts(
+        model, sampling, prompts=[prompt] * ROWS, seeds=range(3, ROWS + 3), rows_at_once=ROWS // 2
+    )
 
+    counts = np.bincount([token for (token,) in result], minlength=VOCABULARY)
     assert counts[rest].sum() == 0
-    expected = DRAWS * probabilities[best] / probabilities[best].sum()
+    expected = ROWS * probabilities[best] / probabilities[best].sum()
     assert kept == 1 or stats.chisquare(counts[best], expected).pvalue > 1e-3
 
 
-def test_a_seed_gives_the_same_tokens_in_every_row():
-    alone = sampled([7])
-    among_others = sampled([3, 7, 2**63 + 5, -1, 7])
-    assert among_others[1] == among_others[4] == alone[0]
+def test_texts_follow_from_their_seeds():
+    model, others = family_model("llama"), [seed + 1 for seed in SEEDS]
+    assert texts(model) == texts(model) != texts(model, seeds=others)

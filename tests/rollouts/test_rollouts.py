@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megakd.config.rollout import RolloutConfig
 from megakd.contract.batch import IGNORE
-from megakd.contract.completions import Completion, Rollout
+from megakd.contract.completions import Rollout
 from megakd.errors import DataError
 from megakd.rollouts.batches import learns_from_texts, text_seed
 from megakd.rollouts.prompts import Prompts, columns_of
@@ -25,8 +25,8 @@ _tokens = st.lists(st.integers(0, 1000), min_size=1, max_size=6)
 def test_every_generated_token_is_a_target_exactly_once(
     prompt: list[int], completion: list[int]
 ) -> None:
-    text = Rollout(0, tuple(prompt), Completion(tuple(completion), finished=True), 0, 0)
-    empty = text._replace(completion=Completion((), finished=False))
+    text = Rollout(0, tuple(prompt), tuple(completion), finished=True, version=0, seed=0)
+    empty = text._replace(completion=(), finished=False)
 
     columns = columns_of([text, empty])
 
@@ -114,11 +114,12 @@ _rollouts = st.builds(
     Rollout,
     row=st.integers(0, 2**40),
     prompt=_ids,
-    completion=st.builds(Completion, ids=_ids, finished=st.booleans()),
+    completion=_ids,
+    finished=st.booleans(),
     version=st.integers(0, 10**6),
     seed=st.integers(0, 2**63 - 1),
 )
-_TEXT = Rollout(3, (1, 2), Completion((5, 6), finished=True), version=7, seed=9)
+_TEXT = Rollout(3, (1, 2), (5, 6), finished=True, version=7, seed=9)
 
 
 @given(texts=st.lists(_rollouts, max_size=4))

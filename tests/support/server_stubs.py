@@ -49,12 +49,13 @@ class Stub:
     paused: whether the server answers requests for texts with 503.
     cached: the texts that the server gives from its cache of prefixes.
     ends: the end tokens in the folder of the model.
+    owner: the program, as the server states it.
     spoil: function from the path and the answer to the answer that is sent.
     """
 
     def __init__(self, *, name: str = "tiny", model: Any = None) -> None:
         self.name, self.model = name, model or Counting()
-        self.version, self.context = "0.33.0", 64
+        self.owner, self.context = "vllm", 64
         self.path, self.weights = f"/models/{name}", "default"
         self.loaded: dict[str, str] = {}
         self.busy, self.busy_status, self.delay_s = 0, 503, 0.0
@@ -101,7 +102,7 @@ class Stub:
 
 
 def _models(stub: Stub, _: Tree) -> tuple[int, Tree]:
-    card = {"object": "model", "created": 1763800000, "owned_by": "vllm", "parent": None}
+    card = {"object": "model", "created": 1763800000, "owned_by": stub.owner, "parent": None}
     served = card | {"id": stub.name, "root": stub.path, "max_model_len": stub.context}
     adapters = [
         card | {"id": name, "root": path, "parent": stub.name, "max_model_len": None}
@@ -120,7 +121,7 @@ def _completion(stub: Stub, body: Tree) -> tuple[int, Tree]:
     if body["temperature"] > 2:
         message = f"temperature must be in [0, 2], got {body['temperature']}."
         return 400, {"error": {"message": message, "type": "BadRequestError", "code": 400}}
-    ends = body["stop_token_ids"] + ([] if body.get("ignore_eos") else stub.ends)
+    ends = body.get("stop_token_ids", []) + ([] if body.get("ignore_eos") else stub.ends)
     rules = {"most": body["max_tokens"], "ends": ends, "seed": body["seed"]}
     rules |= {"temperature": body["temperature"], "adapter": stub.loaded.get(body["model"])}
     weights = stub.weights
@@ -193,7 +194,7 @@ def _unload_adapter(stub: Stub, body: Tree) -> tuple[int, Tree]:
 
 ROUTES = {
     "/v1/models": _models,
-    "/version": lambda stub, _: (200, {"version": stub.version}),
+    "/version": lambda *_: (200, {"version": "0.33.0"}),
     "/v1/completions": _completion,
     "/v1/load_lora_adapter": _load_adapter,
     "/v1/unload_lora_adapter": _unload_adapter,
@@ -259,6 +260,8 @@ def serving(*stubs: Stub) -> Iterator[list[str]]:
 
 def _server(stub: Stub) -> ThreadingHTTPServer:
     class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"  # connections stay open, as vLLM's do
+
         def do_GET(self) -> None:
             self._reply(None)
 

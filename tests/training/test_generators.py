@@ -6,7 +6,7 @@ import pytest
 from transformers import GenerationConfig, LlamaConfig, PretrainedConfig
 
 from megakd.errors import DataError
-from megakd.rollouts.store import end_tokens_of
+from megakd.models.generation import end_tokens_of
 
 
 class Tokenizer:

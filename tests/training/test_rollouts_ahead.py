@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megakd.config.rollout import RolloutConfig, RolloutServerConfig
-from megakd.contract.completions import Completion, RemoteGenerator, Rollout
+from megakd.contract.completions import Completion, Rollout
 from megakd.data.loader import RowOrder
 from megakd.data.step_layout import StepLayout, StepShape
 from megakd.rollouts import batches as rollout_source
-from megakd.rollouts.batches import RolloutSource, StepRows
+from megakd.rollouts.batches import RolloutSource
 from megakd.rollouts.store import RolloutStore
 from megakd.training.generated_texts import oldest
 
@@ -60,11 +60,8 @@ class Remote:
 
         return completions
 
-    def generate(self, prompts: Any, seeds: Any, sampling: Any) -> list[Completion]:
-        raise AssertionError((prompts, seeds, sampling))
 
-
-def step_rows() -> StepRows:
+def step_rows() -> dict[str, Any]:
     def at(step: int) -> Any:
         return np.arange(ROWS) + ROWS * step
 
@@ -72,15 +69,16 @@ def step_rows() -> StepRows:
     at.steps_per_epoch = 100  # type: ignore[attr-defined]
     data = SimpleNamespace(step=lambda _: (), step_rows=at)
     layout = SimpleNamespace(shape=SimpleNamespace(rank=0, world=1, rows_per_step=ROWS))
-    return StepRows(prompts, at, data, None, layout)  # type: ignore[arg-type]
+    return {"prompts": prompts, "continued": at, "data": data, "layout": layout}
 
 
 def source(
-    config: RolloutConfig, generator: Any, folder: Path, rows: StepRows | None = None
+    config: RolloutConfig, generator: Any, folder: Path, rows: dict[str, Any] | None = None
 ) -> RolloutSource:
     return RolloutSource(
-        rows or step_rows(),
-        config,
+        **(rows or step_rows()),
+        config=config,
+        collate=None,  # type: ignore[arg-type]
         generator=generator,
         store=RolloutStore(folder),
         seed=3,
@@ -91,10 +89,12 @@ def source(
 class Local:
     """A generator whose texts name their prompt and seed."""
 
-    def generate(self, prompts: Any, seeds: Any, sampling: Any) -> list[Completion]:
+    def update(self, version: int) -> None: ...
+
+    def begin(self, prompts: Any, seeds: Any, sampling: Any) -> Any:
         del sampling
-        pairs = zip(prompts, seeds, strict=True)
-        return [Completion((*prompt, seed % 97), finished=True) for prompt, seed in pairs]
+        pairs = list(zip(prompts, seeds, strict=True))
+        return lambda: [Completion((*prompt, seed % 97), finished=True) for prompt, seed in pairs]
 
 
 def test_the_store_holds_what_a_resumed_run_reads_and_no_more(
@@ -158,7 +158,6 @@ def test_no_text_is_too_old_and_no_written_text_is_asked_for_again(
     )
     with TemporaryDirectory() as place:
         folder, first, second = Path(place), Remote(), Remote()
-        assert isinstance(first, RemoteGenerator)
         learn(source(config, first, folder), first, 0, killed)
         written = {p: p.read_text() for p in folder.glob("*.jsonl")}
 
@@ -170,7 +169,7 @@ def test_no_text_is_too_old_and_no_written_text_is_asked_for_again(
             for text in store.read(step) if store.has(step) else []:
                 assert step >= from_step
                 assert 0 <= step - text.version <= staleness
-                assert text.completion.ids == (10 + text.version, *text.prompt)
+                assert text.completion == (10 + text.version, *text.prompt)
                 assert ROWS * step <= text.row < ROWS * (step + 1)
         for generator in (first, second):
             assert len(set(generator.seeds)) == len(generator.seeds)
@@ -211,7 +210,7 @@ def test_steps_of_the_data_have_rows_with_answers_and_texts_continue_prompts_tha
     loader: Any = SimpleNamespace(
         step=lambda step: drawn.extend((int(row), False) for row in data(step)), step_rows=data
     )
-    rows = StepRows(prompts, texts, loader, None, StepLayout(shape))  # type: ignore[arg-type]
+    rows = {"prompts": prompts, "continued": texts, "data": loader, "layout": StepLayout(shape)}
     made = source(RolloutConfig(max_new_tokens=4, mix=0.6), Local(), tmp_path, rows)
 
     for _ in made.iterate(0, 40):
@@ -223,8 +222,8 @@ def test_steps_of_the_data_have_rows_with_answers_and_texts_continue_prompts_tha
 
 
 def test_the_log_has_means_over_the_texts_since_the_last_log(tmp_path: Path) -> None:
-    finished = Rollout(0, (9,), Completion((1, 2, 3), finished=True), version=4, seed=0)
-    cut = finished._replace(completion=Completion((1, 1, 1), finished=False), version=5)
+    finished = Rollout(0, (9,), (1, 2, 3), finished=True, version=4, seed=0)
+    cut = finished._replace(completion=(1, 1, 1), finished=False, version=5)
     RolloutStore(tmp_path).write(6, [finished, cut] * 2)
     made = source(RolloutConfig(max_new_tokens=4), Local(), tmp_path)
     assert made.scalars() == {}

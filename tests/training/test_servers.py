@@ -14,11 +14,11 @@ from tokenizers import Tokenizer, models
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 from megakd.config.rollout import RolloutConfig, RolloutServerConfig, SamplingConfig
-from megakd.contract.completions import Completion, RemoteGenerator, Sampling
+from megakd.contract.completions import Completion, Sampling
 from megakd.contract.tasks import STUDENT
 from megakd.errors import ServerError
-from megakd.servers.agreement import Wanted
-from megakd.servers.connect import Pushed, ServerGenerator, check_servers, replicas_of
+from megakd.servers.texts import ServerGenerator, check_servers, replicas_of
+from megakd.servers.vllm import Requirements
 
 WORDS, FURTHER_END = 38, 37
 
@@ -69,16 +69,16 @@ def test_texts_end_at_the_tokens_of_the_generation_config(stub: Stub, tmp_path: 
     check(stub, tmp_path, ends=[END, FURTHER_END])
 
     rules = requests_of(stub)
-    assert [set(rule["stop_token_ids"]) for rule in rules] == [{END, FURTHER_END}] * 3
-    assert [rule["temperature"] for rule in rules] == [0.0, 0.0, 1.0]
+    assert [set(rule["stop_token_ids"]) for rule in rules] == [{END, FURTHER_END}] * 2
+    assert [rule["temperature"] for rule in rules] == [1.0, 0.0]
     # vLLM would add the end tokens of its folder.
-    assert [rule["ignore_eos"] for rule in rules] == [True] * 3
+    assert [rule["ignore_eos"] for rule in rules] == [True] * 2
 
 
 def test_tokens_that_no_tokenizer_knows_are_never_generated(stub: Stub, tmp_path: Path):
     check(stub, tmp_path, ends=[END])
 
-    assert [rule["logit_bias"] for rule in requests_of(stub)] == [{"38": -100.0, "39": -100.0}] * 3
+    assert [rule["logit_bias"] for rule in requests_of(stub)] == [{"38": -100.0, "39": -100.0}] * 2
     stub.spoil = lambda _, tree: spoiled(tree, WORDS)
     with pytest.raises(ServerError, match="token 38, and the student and its tokenizer have 38"):
         check(stub, tmp_path, ends=[END])
@@ -92,7 +92,7 @@ def spoiled(tree: Any, token: int) -> Any:
 
 def test_sampling_that_a_server_refuses_is_found(tmp_path: Path):
     stub = Stub()
-    with serving(stub), pytest.raises(ServerError, match=r"^rollout\.sampling: .*got 3\.0"):
+    with serving(stub), pytest.raises(ServerError, match=r"^rollout\.server: .*got 3\.0"):
         check(stub, tmp_path, ends=[END], temperature=3.0)
 
 
@@ -107,9 +107,8 @@ def generator_of(
     config = RolloutServerConfig(url=urls, push="none", time_limit=30)
     return ServerGenerator(
         replicas_of(config),
-        models=[stub.name for stub in stubs],
+        Requirements("tiny", 64, VOCABULARY, (END,)),
         push=push,
-        wanted=Wanted("tiny", 64, VOCABULARY, (END,)),
         place=(rank, at_once),
     )
 
@@ -122,34 +121,33 @@ def prompts_of(stub: Stub) -> list[list[int]]:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_prompts_go_to_all_replicas_in_turn_and_answers_keep_their_order(pair, rank):
     made = generator_of(pair, rank=rank)
-    assert isinstance(made, RemoteGenerator)
 
-    answer = made.generate(PROMPTS, range(5), SAMPLING)
+    answer = made.begin(PROMPTS, range(5), SAMPLING)()
 
     assert answer == [Completion((p + 3, p + 6, p + 9), finished=False) for (p,) in PROMPTS]
     first, other = pair[rank], pair[1 - rank]
     assert prompts_of(first) == PROMPTS[::2]
     assert prompts_of(other) == PROMPTS[1::2]
-    other.spoil = lambda *_: {"choices": []}
+    other.spoil = lambda path, tree: {"choices": []} if path == "/v1/completions" else tree
     with pytest.raises(ServerError, match=other.url):
-        made.generate(PROMPTS, range(5), SAMPLING)
+        made.begin(PROMPTS, range(5), SAMPLING)()
 
 
 def test_each_text_gets_its_own_seed_and_few_requests_run_at_once(pair):
     pair[0].delay_s = 0.05
 
-    generator_of(pair[:1], at_once=2).generate(PROMPTS, [10, 20, 30, 40, 50], SAMPLING)
+    generator_of(pair[:1], at_once=2).begin(PROMPTS, [10, 20, 30, 40, 50], SAMPLING)()
 
     seeds = sorted(rule["seed"] for rule in requests_of(pair[0]))
     assert seeds == [10, 20, 30, 40, 50]
     assert pair[0].most_at_once <= 2
-    assert generator_of(pair[1:]).generate([], [], SAMPLING) == []
+    assert generator_of(pair[1:]).begin([], [], SAMPLING)() == []
     assert prompts_of(pair[1]) == []
 
 
 def test_a_version_is_pushed_once(pair):
     pushed: list[int] = []
-    push = SimpleNamespace(push=lambda version: pushed.append(version) or Pushed())
+    push = SimpleNamespace(push=lambda version: pushed.append(version) or {})
     made = generator_of(pair, push=push)
 
     for version in (0, 0, 1, 1, 2):
@@ -161,10 +159,10 @@ def test_a_version_is_pushed_once(pair):
 def test_an_answer_with_other_weights_than_the_pushed_is_refused():
     stub = Stub()
     with serving(stub):
-        pushed = SimpleNamespace(push=lambda _: Pushed(weights="run-4"))
+        pushed = SimpleNamespace(push=lambda _: {"weights": "run-4"})
         made = generator_of([stub], push=pushed)
         made.update(4)
         with pytest.raises(ServerError, match="with the weights default, and run-4 were pushed"):
-            made.generate(PROMPTS, range(5), SAMPLING)
+            made.begin(PROMPTS, range(5), SAMPLING)()
         stub.weights = "run-4"
-        assert len(made.generate(PROMPTS, range(5), SAMPLING)) == 5
+        assert len(made.begin(PROMPTS, range(5), SAMPLING)()) == 5

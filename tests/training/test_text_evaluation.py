@@ -33,9 +33,12 @@ class Echo:
     def __init__(self) -> None:
         self.asked: list[tuple[list[tuple[int, ...]], list[int], Sampling]] = []
 
-    def generate(self, prompts: Any, seeds: Any, sampling: Sampling) -> list[Completion]:
+    def update(self, version: int) -> None: ...
+
+    def begin(self, prompts: Any, seeds: Any, sampling: Sampling) -> Any:
         self.asked.append((list(prompts), list(seeds), sampling))
-        return [Completion((*p, 0), finished=number % 2 == 0) for number, p in enumerate(prompts)]
+        pairs = list(enumerate(prompts))
+        return lambda: [Completion((*p, 0), finished=number % 2 == 0) for number, p in pairs]
 
 
 @pytest.fixture

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any
 from uuid import uuid4
 
 from torch import nn
@@ -22,28 +20,21 @@ from torch import nn
 from megakd.config.rollout import RolloutConfig, RolloutServerConfig, TeacherServerConfig
 from megakd.contract.completions import Completion, Sampling
 from megakd.contract.tasks import STUDENT
-from megakd.engine.collectives import agree, on_main, together
+from megakd.engine.collectives import agree, doing, on_main, together
 from megakd.engine.sharding import full_shape, is_first_rank
 from megakd.errors import ServerError
 from megakd.inputs.inputs import RunInputs
 from megakd.models.cutting import content_of
+from megakd.models.generation import text_tokens
 from megakd.models.lora import adapter_files
 from megakd.models.model_folder import ModelContent, fill_serving_folder
 from megakd.rollouts.prompts import Prompts, prompts_of
-from megakd.rollouts.store import text_tokens
-from megakd.servers.agreement import (
-    Wanted,
-    check_agreement,
-    check_sampling,
-    checked_completion,
-    served_models,
-)
-from megakd.servers.http import FIRST_PATIENCE_S, PATIENCE_S, JsonServer, RunningCalls
-from megakd.servers.vllm import TextRequest, VllmServer, VllmWeightServer
+from megakd.servers.http import FIRST_PATIENCE_S, PATIENCE_S, RunningCalls
+from megakd.servers.vllm import Requirements, VllmServer
 from megakd.storage import atomic
 
-PROBES = 4
-"""Prompts by whose greedy texts the replicas are compared."""
+PROBES, PROBE_TOKENS = 4, 16
+"""Prompts by whose greedy texts the replicas are compared, and the tokens of these texts."""
 SHARD_BYTES = 256_000_000
 """Largest size of a shard; rank 0 holds one shard and one parameter at a time."""
 
@@ -52,14 +43,8 @@ def replicas_of(
     config: RolloutServerConfig | TeacherServerConfig, *, patience_s: float = PATIENCE_S
 ) -> list[VllmServer]:
     """Return the replicas of a section `server` in its order; nothing is asked yet."""
-    takes_weights = isinstance(config, RolloutServerConfig) and config.push == "full"
-    kind, limit = VllmWeightServer if takes_weights else VllmServer, config.time_limit
-    return [kind(JsonServer(u, time_limit_s=limit, patience_s=patience_s)) for u in config.url]
-
-
-def model_names(servers: Sequence[VllmServer], wanted: Wanted) -> list[str]:
-    """Return the name of the model at each replica; a collective."""
-    return on_main(lambda: [model.name for model in served_models(servers, wanted)])
+    limit = config.time_limit
+    return [VllmServer(url, time_limit_s=limit, patience_s=patience_s) for url in config.url]
 
 
 def check_servers(inputs: RunInputs) -> None:
@@ -68,41 +53,62 @@ def check_servers(inputs: RunInputs) -> None:
     if rollouts is None or rollouts.server is None:
         return
     server = rollouts.server
-    prompts, wanted = _asked(inputs, rollouts)
-    probes = tuple(map(prompts.prompt, prompts.continued[:PROBES]))
+    prompts, requirements = _asked(inputs, rollouts)
+    probes = [prompts.prompt(row) for row in prompts.continued[:PROBES]]
 
     def check() -> None:
         if server.folder is not None:
-            _check_folder(server.folder / run_name(inputs.config.output_dir))
+            folder = server.folder / run_name(inputs.config.output_dir)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                atomic.write_text(folder / "probe", "")
+                (folder / "probe").unlink()
+            except OSError as error:
+                raise ServerError(
+                    f"rollout.server.folder: {folder} cannot be written ({error.strerror}); name "
+                    "a folder that rank 0 and all servers see"
+                ) from error
         servers = replicas_of(server, patience_s=FIRST_PATIENCE_S)
-        models = served_models(servers, wanted)
-        with _errors_of("rollout.server"):
-            check_agreement(servers, models, probes, wanted)
-        with _errors_of("rollout.sampling"):
-            check_sampling(servers, models, probes[0], wanted, rollouts.how)
+        try:
+            check_texts(servers, probes, requirements, rollouts.how)
+        except ServerError as error:
+            raise ServerError(f"rollout.server: {error}") from error
 
     on_main(check)
 
 
-def _check_folder(folder: Path) -> None:
-    probe = folder / f"megakd-probe-{time.time_ns()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ServerError(
-            f"rollout.server.folder: {folder} cannot be written ({error.strerror}); name a folder "
-            "that rank 0 and all servers see"
-        ) from error
+def check_texts(
+    servers: Sequence[VllmServer],
+    prompts: Sequence[tuple[int, ...]],
+    requirements: Requirements,
+    sampling: Sampling,
+) -> None:
+    """Check each replica's model and one text by `sampling`, and compare their greedy texts.
 
-
-@contextmanager
-def _errors_of(key: str) -> Iterator[None]:
-    try:
-        yield
-    except ServerError as error:
-        raise ServerError(f"{key}: {error}") from error
+    Replicas that state different weights are not compared with each other, and paused replicas are
+    not asked: some have weights that an interrupted run has pushed, and all get new weights before
+    the first text.
+    """
+    greedy = Sampling(PROBE_TOKENS, temperature=0.0)
+    first: dict[tuple[str | None, int], tuple[str, tuple[int, ...]]] = {}
+    for server in servers:
+        model = server.model(requirements)
+        if model.paused:
+            continue
+        for number, prompt in enumerate([prompts[0], *prompts]):
+            most = min(PROBE_TOKENS, requirements.longest - len(prompt))
+            rules = (greedy if number else sampling)._replace(max_new_tokens=most)
+            ids = server.complete(prompt, 0, rules, requirements, model=model).ids
+            if number == 0:  # sampled texts may differ
+                continue
+            other, text = first.setdefault((model.weights, number), (server.url, ids))
+            if text != ids:
+                raise ServerError(
+                    f"{other} and {server.url} disagree: their greedy texts for a prompt of "
+                    f"{len(prompt)} tokens, beginning with {list(prompt[:8])}, are {list(text)} "
+                    f"and {list(ids)}; check that all replicas serve the same weights in the same "
+                    "precision"
+                )
 
 
 def server_generator(inputs: RunInputs, model: nn.Module, *, rank: int) -> ServerGenerator:
@@ -110,9 +116,9 @@ def server_generator(inputs: RunInputs, model: nn.Module, *, rank: int) -> Serve
     rollouts = inputs.config.rollout
     if rollouts is None or rollouts.server is None:
         raise TypeError("the run has no rollout.server")
-    server, (_, wanted) = rollouts.server, _asked(inputs, rollouts)
+    server, (_, requirements) = rollouts.server, _asked(inputs, rollouts)
     servers = replicas_of(server)
-    models, push = model_names(servers, wanted), None
+    push: FullPush | AdapterPush | None = None
     if server.folder is not None:
         # A folder for this start alone. vLLM keeps cached prefixes by the name and the path of
         # adapters, also of unloaded ones: other weights under a used name or path would continue
@@ -120,36 +126,27 @@ def server_generator(inputs: RunInputs, model: nn.Module, *, rank: int) -> Serve
         run = run_name(inputs.config.output_dir)
         folder = server.folder.resolve() / run / f"{run}-{agree(uuid4().hex[:8])}"
         if server.push == "full":
-            push = FullPush(model, cast("Sequence[VllmWeightServer]", servers), folder)
+            push = FullPush(model, servers, folder)
         else:
             push = AdapterPush(model, servers, folder, keep=rollouts.max_staleness + 1)
     place = (rank, rollouts.rows_per_call)
-    return ServerGenerator(servers, models=models, push=push, wanted=wanted, place=place)
+    return ServerGenerator(servers, requirements, push=push, place=place)
 
 
-def _asked(inputs: RunInputs, rollouts: RolloutConfig) -> tuple[Prompts, Wanted]:
+def _asked(inputs: RunInputs, rollouts: RolloutConfig) -> tuple[Prompts, Requirements]:
     prompts = prompts_of(inputs.encoded.train, rollouts, inputs.config, inputs.sources[STUDENT])
     tokens = text_tokens(inputs.tokenizer, inputs.sources)
     served = inputs.sources[rollouts.by]
     known = tokens.known or served.config.vocab_size
-    return prompts, Wanted(
+    return prompts, Requirements(
         name=inputs.config.served_model or "",
         longest=int(prompts.lengths[prompts.continued].max()) + rollouts.max_new_tokens,
         vocabulary=known,
         end_tokens=tuple(sorted(tokens.end)),
         padding=range(known, served.config.vocab_size),
+        takes_weights=rollouts.server is not None and rollouts.server.push == "full",
+        tokenizer=inputs.tokenizer,
     )
-
-
-class Pushed(NamedTuple):
-    """Names of pushed weights on the servers.
-
-    adapter: the name of the adapters in requests; None: the model itself has the weights.
-    weights: the version that answers state; None: answers state no version.
-    """
-
-    adapter: str | None = None
-    weights: str | None = None
 
 
 def run_name(output_dir: Path) -> str:
@@ -161,17 +158,20 @@ def run_name(output_dir: Path) -> str:
 class FullPush:
     """Pushes the whole model by a model folder; adapters are merged into the weights."""
 
-    def __init__(self, model: nn.Module, servers: Sequence[VllmWeightServer], folder: Path) -> None:
+    def __init__(self, model: nn.Module, servers: Sequence[VllmServer], folder: Path) -> None:
         self._model, self._servers, self._folder = model, servers, folder
 
-    def push(self, version: int) -> Pushed:
-        """Give all servers the weights that the student has now; a collective."""
+    def push(self, version: int) -> dict[str, Any]:
+        """Give all servers the weights that the student has now; a collective.
+
+        Returns what changes in the `ServedModel` of later requests.
+        """
         target = self._folder / f"version-{version}"
         name = f"{self._folder.name}-{version}"
         learned = content_of(self._model, None)
         together(lambda: self._write(target, learned))
         on_main(lambda: _each(self._servers, lambda server: server.load_weights(target, name)))
-        return Pushed(weights=name)
+        return {"weights": name}
 
     def _write(self, target: Path, learned: ModelContent) -> None:
         # Every rank iterates over the state, which contains collectives.
@@ -203,11 +203,12 @@ class AdapterPush:
         self._keep = keep
         self._loaded: list[str] | None = None  # None: adapters of a killed run may be loaded
 
-    def push(self, version: int) -> Pushed:
+    def push(self, version: int) -> dict[str, Any]:
+        """Give all servers the adapters that the student has now, see `FullPush`; a collective."""
         files = adapter_files(self._model)
         name = f"{self._folder.name}-{version}"
         on_main(lambda: self._load(name, files))
-        return Pushed(adapter=name)
+        return {"name": name}
 
     def _load(self, name: str, files: dict[str, Any]) -> None:
         if self._loaded is None:
@@ -230,7 +231,7 @@ class AdapterPush:
                 server.unload_adapter(name)
 
 
-def _each(servers: Sequence[Any], action: Callable[[Any], None]) -> None:
+def _each(servers: Sequence[VllmServer], action: Callable[[VllmServer], None]) -> None:
     RunningCalls([partial(action, one) for one in servers], at_once=len(servers)).results()
 
 
@@ -239,13 +240,12 @@ def _bytes_of(model: nn.Module) -> int:
 
 
 class ServerGenerator:
-    """A `RemoteGenerator` whose texts come from the replicas of an inference server.
+    """A `Generator` whose texts come from the replicas of an inference server.
 
     Each prompt is a request of its own. The prompts of a rank go to all replicas in turn, and rank
     r begins with replica r.
 
     Args:
-        models: the name of the model at each replica.
         push: how the replicas get the weights of the student; None: they keep their weights.
         place: rank of this process, and the number of requests that it makes at the same time.
     """
@@ -253,51 +253,33 @@ class ServerGenerator:
     def __init__(
         self,
         servers: Sequence[VllmServer],
+        requirements: Requirements,
         *,
-        models: Sequence[str],
         push: FullPush | AdapterPush | None,
-        wanted: Wanted,
         place: tuple[int, int],
     ) -> None:
-        self._servers, self._models, self._push = servers, models, push
-        self._wanted = wanted
+        self._servers, self._requirements, self._push = servers, requirements, push
+        # The weights of the start are not those of a version.
+        models = on_main(lambda: [server.model(requirements) for server in servers])
+        self._models = [model._replace(weights=None) for model in models]
         self._rank, self._at_once = place
         self._version: int | None = None
-        self._pushed = Pushed()
 
     def update(self, version: int) -> None:
         """Push the weights that the student has now, once per version; a collective."""
         if self._push is not None and version != self._version:
-            self._pushed = self._push.push(version)
+            with doing(f"sending the weights of step {version} to the servers"):
+                changes = self._push.push(version)
+            self._models = [model._replace(**changes) for model in self._models]
             self._version = version
 
     def begin(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling
     ) -> Callable[[], list[Completion]]:
-        """Ask for the continuations of this rank's prompts; see `RemoteGenerator`."""
+        """Ask for the continuations of this rank's prompts; see `Generator`."""
         calls = []
         for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
             replica = (self._rank + number) % len(self._servers)
-            model = self._pushed.adapter or self._models[replica]
-            ends = (self._wanted.end_tokens, self._wanted.padding)
-            request = TextRequest(tuple(prompt), seed, sampling, model, *ends)
-            server, weights = self._servers[replica], self._pushed.weights
-            calls.append(partial(self._complete, server, request, weights))
+            ask = partial(self._servers[replica].complete, model=self._models[replica])
+            calls.append(partial(ask, tuple(prompt), seed, sampling, self._requirements))
         return partial(together, RunningCalls(calls, at_once=self._at_once).results)
-
-    def generate(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling
-    ) -> list[Completion]:
-        """Continue this rank's prompts with the weights of the last update; a collective."""
-        return self.begin(prompts, seeds, sampling)()
-
-    def _complete(
-        self, server: VllmServer, request: TextRequest, weights: str | None
-    ) -> Completion:
-        text = server.complete(request)
-        if weights is not None and text.weights not in {None, weights}:
-            raise ServerError(
-                f"{server.url}: the text was generated with the weights {text.weights}, and "
-                f"{weights} were pushed; the server was restarted, or another run uses it"
-            )
-        return checked_completion(text, request, vocabulary=self._wanted.vocabulary, url=server.url)
