@@ -55,7 +55,11 @@ class Architecture:
     backbone, head: attribute paths on the model with a head.
     renewed: modules that belong to the task in addition to the head; a checkpoint may lack them.
     layers, width, attention_heads: keys of the config.
-    blocks: path on the backbone of the list of layers.
+    blocks: path on the backbone of the list of layers; of one module that runs for each layer, if
+        it `repeats`; or of a list with a part of each layer. None: layers are not found.
+    parts: paths of the lists with the other parts of each layer (XLM), likewise.
+    repeats: all layers are one module (ALBERT).
+    reads_states: each layer is a module that gives the hidden states of the tokens.
     embeddings: path on the backbone of the module that makes the first hidden states of tokens.
     attention: module paths of an attention, relative to its layer.
     feed_forward: module paths of a feed-forward, relative to its layer.
@@ -93,6 +97,9 @@ class Architecture:
     width: str = "hidden_size"
     attention_heads: str = "num_attention_heads"
     blocks: str | None = "encoder.layer"
+    parts: tuple[str, ...] = ()
+    repeats: bool = False
+    reads_states: bool = True
     embeddings: str = "embeddings"
     attention: AttentionPaths = ATTENTION_OF_BERT
     feed_forward: FeedForwardPaths = FEED_FORWARD_OF_BERT
@@ -157,17 +164,16 @@ class Architecture:
         return model.get_submodule(self.output)
 
     def check_layers(self) -> None:
-        """Raise if the layers of the model cannot be read."""
-        if self.blocks is None:
+        """Raise if the hidden states of the layers cannot be read."""
+        if not self.reads_states:
             raise ModelError(
                 f"a {self.model_type} model has no list of layers that each give the hidden states "
-                "of its tokens: losses of layers (hidden_mse, relation_kl …) cannot read it, and "
-                "none of its layers can be left out; soft_target_kl and hard_cross_entropy can"
+                "of its tokens: losses of layers (hidden_mse, relation_kl …) cannot read it; "
+                "soft_target_kl and hard_cross_entropy can"
             )
 
     def block_of(self, model: nn.Module, layer: int) -> nn.Module:
         """Return a layer; layers are counted from 1."""
-        self.check_layers()
         return self.backbone_of(model).get_submodule(f"{self.blocks}.{layer - 1}")
 
     def check_attentions(self, config: PretrainedConfig) -> None:

@@ -173,6 +173,8 @@ def _states_taken(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Tenso
     states are after the norm that follows the layers. For the hooks see `AttentionNotes`.
     """
     architecture, states = architecture_of(model.config), dict[int, Tensor]()
+    if layers:
+        architecture.check_layers()
 
     def note_input(_: nn.Module, inputs: Sequence[Any], named: dict[str, Any]) -> None:
         states[0] = inputs[0] if inputs else named["hidden_states"]

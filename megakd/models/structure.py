@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -131,7 +132,8 @@ def find_architecture(config: PretrainedConfig, task: TaskType) -> Architecture:
             f"the forward of a {kind} model for {task} failed without values, so that its output "
             f"matrix and layers are not known: {one_line(error)}"
         ) from error
-    layers, key = _layers_in(model)
+    lists, key = _layers_in(model)
+    layers = next(iter(lists), None)
     try:
         embeddings = _path_in(model, model.get_input_embeddings())
     except NotImplementedError:  # CANINE hashes characters
@@ -153,8 +155,8 @@ def find_architecture(config: PretrainedConfig, task: TaskType) -> Architecture:
         if name != top and next(part.parameters(), None) is not None
     ]
     poolers = [f"{top}.{n}" for n, _ in model.get_submodule(top).named_children() if n == "pooler"]
-    if layers is not None and not _reads_states(seen, inner, f"{layers}.0"):
-        layers = None
+    repeated = None if lists else _repeated_in(model, seen, inner)
+    blocks, *parts = (path.removeprefix(f"{inner}.") for path in lists or [repeated or ""])
     entry = _entry_of(kind, task, (embeddings or "").removeprefix(f"{inner}."))
     architecture = replace(
         entry,
@@ -162,7 +164,12 @@ def find_architecture(config: PretrainedConfig, task: TaskType) -> Architecture:
         backbone=inner,
         head=outside[-1] if outside else top,
         renewed=(*outside[:-1], *poolers),
-        blocks=None if layers is None else layers.removeprefix(f"{inner}."),
+        blocks=blocks or None,
+        parts=tuple(parts),
+        repeats=repeated is not None,
+        # Some models add positions for their layers alone, as to a multiple of a window.
+        reads_states=len(lists) == 1
+        and seen.shapes.get(f"{layers}.0", ())[:2] == seen.shapes[inner][:2],
         experts=_experts_in(model),
     )
     if task not in LANGUAGE_TASKS:
@@ -182,6 +189,7 @@ class Seen(NamedTuple):
 
     states: by the path of a module, the hidden states that it returned as `last_hidden_state`.
     shapes: by the path of a module, the shape of its output, or of the first one.
+    calls: by the path of a module, how often it ran.
     inputs, products: of the output matrix of a language model, and `PROBE` in place of its outputs.
     bias: path and values of the only weight that may be added to the products.
     logits: what the model made of the products; of a classifier, its logits.
@@ -189,6 +197,7 @@ class Seen(NamedTuple):
 
     states: dict[str, Tensor]
     shapes: dict[str, torch.Size]
+    calls: Counter[str]
     inputs: list[Tensor]
     products: list[Tensor]
     logits: Tensor
@@ -200,6 +209,7 @@ def _run(model: PreTrainedModel, task: TaskType) -> Seen:
     bias = None if head is None else _added_later(model, head)
     states: dict[str, Tensor] = {}
     shapes: dict[str, torch.Size] = {}
+    calls: Counter[str] = Counter()
     products: list[Tensor] = []
 
     def product(hidden: Tensor) -> Tensor:
@@ -209,7 +219,8 @@ def _run(model: PreTrainedModel, task: TaskType) -> Seen:
         return products[-1]
 
     def note(path: str, output: Any) -> None:
-        first = output[0] if type(output) is tuple else output
+        calls[path] += 1
+        first = output[0] if type(output) in (tuple, list) and output else output
         last = getattr(output, "last_hidden_state", first)
         if isinstance(last, Tensor):
             shapes[path] = last.shape
@@ -227,7 +238,7 @@ def _run(model: PreTrainedModel, task: TaskType) -> Seen:
         with Valueless(), every, torch.no_grad(), VALUELESS:
             ids = torch.ones((1, LENGTH), dtype=torch.long)
             logits: Tensor = model(input_ids=ids, **no_cache(model)).logits
-    return Seen(states, shapes, inputs, products, logits, bias)
+    return Seen(states, shapes, calls, inputs, products, logits, bias)
 
 
 def _added_later(model: PreTrainedModel, head: nn.Module) -> tuple[str, Tensor] | None:
@@ -255,14 +266,15 @@ def _path_in(model: nn.Module, part: nn.Module | None) -> str | None:
     return next((name for name, module in model.named_modules() if module is part), None)
 
 
-def _layers_in(model: PreTrainedModel) -> tuple[str | None, str | None]:
+def _layers_in(model: PreTrainedModel) -> tuple[list[str], str | None]:
     """Return the path of the list with as many layers as the config says, and the key of the count.
 
     Of several lists, the layers have the class whose outputs transformers records as hidden states.
-    There is no list of layers where two stacks of layers run, or where lists hold parts of layers.
+    Several lists beside each other have the parts of the layers. There is no list of layers where
+    two stacks of layers run.
     """
     if getattr(model.config, "is_encoder_decoder", False):
-        return None, None
+        return [], None
     for key in LAYER_COUNTS:
         count = getattr(model.config, key, None)
         lists = {
@@ -276,18 +288,30 @@ def _layers_in(model: PreTrainedModel) -> tuple[str | None, str | None]:
             of_class = getattr(declared, "target_class", declared)
             for name, layers in lists.items():
                 if of_class is not None and all(isinstance(layer, of_class) for layer in layers):
-                    return name, key
+                    return [name], key
         first = next(iter(lists), None)
         if first is not None:
             owner = first.rpartition(".")[0]
-            is_part = any(n != first and n.rpartition(".")[0] == owner for n in lists)
-            return (None, None) if is_part else (first, key)
-    return None, None
+            return [name for name in lists if name.rpartition(".")[0] == owner], key
+    return [], None
 
 
-def _reads_states(seen: Seen, backbone: str, layer: str) -> bool:
-    # Some models add positions for their layers alone, as to a multiple of a window.
-    return seen.shapes.get(layer, ())[:2] == seen.shapes[backbone][:2]
+def _repeated_in(model: PreTrainedModel, seen: Seen, backbone: str) -> str | None:
+    """Return the outermost module that makes hidden states once for each layer of the config."""
+    count = getattr(model.config, LAYER_COUNTS[0], None)
+    if not isinstance(count, int) or count < 2:
+        return None
+    return next(
+        (
+            path
+            for path, part in model.named_modules()
+            if seen.calls[path] == count
+            and seen.shapes.get(path) == seen.shapes[backbone]
+            and path.startswith(f"{backbone}.")
+            and any(isinstance(child, nn.Linear) for child in part.modules())
+        ),
+        None,
+    )
 
 
 def _experts_in(model: PreTrainedModel) -> str | None:

@@ -66,8 +66,8 @@ def units_of(config: PretrainedConfig, architecture: Architecture) -> FoundUnits
 
 def find_units(config: Any, architecture: Architecture, task: TaskType) -> FoundUnits:
     """Return the units that a small copy of a model can lose without another change."""
-    if architecture.blocks is None:
-        no_list = Cuttable((), uncut="its layers are not found")
+    if architecture.blocks is None or architecture.repeats or architecture.parts:
+        no_list = Cuttable((), uncut=_without_list(architecture))
         return FoundUnits(no_list, no_list, "")
     narrow = narrow_maps(config)
     if narrow is not None:
@@ -94,6 +94,12 @@ def find_units(config: Any, architecture: Architecture, task: TaskType) -> Found
         units = units if uncut is None else (None,) * len(units)
         cuttable[kind] = Cuttable(units, keys, head_width, is_narrow, uncut)
     return FoundUnits(cuttable["heads"], cuttable["neurons"], blocks)
+
+
+def _without_list(architecture: Architecture) -> str:
+    if architecture.repeats:
+        return "all its layers share their weights"
+    return "its lists have parts of layers" if architecture.parts else "its layers are not found"
 
 
 def _with_fewer(found: FoundUnits, narrow: Mapping[str, Any]) -> FoundUnits:
