@@ -315,7 +315,7 @@ def _check_losses(config: RunConfig, inputs: UnencodedInputs) -> None:
         source = inputs.sources[role]
         source.architecture.check_layers()
         if not {*compared}.isdisjoint(("attention_mse", "relation_kl")):
-            source.architecture.check_attentions(source.config)
+            source.architecture.check_attentions()
     with_class_weights(terms, inputs.splits)
     for teacher in teachers.values() or (None,):
         check_terms(terms, shapes[STUDENT], teacher)

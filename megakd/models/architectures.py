@@ -6,9 +6,9 @@ Only the table `FAMILIES` states how families differ, and only in facts that are
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 from transformers import (
@@ -34,7 +34,8 @@ QUERIES_PER_KEY, SCORE_WIDTH = "queries_per_key", "score_width"
 HEAD_COLUMNS = "head_columns"
 NARROW = "narrow"
 """Key of a cut model of any other family, see `narrow_class`."""
-RotaryForm = Literal["halves", "half_width"]
+SCORE_CAP = "attn_logit_softcapping"
+"""Key of a cap on attention scores, which fused attentions lack."""
 
 
 ATTENTION_OF_BERT = AttentionPaths(
@@ -67,21 +68,13 @@ class Architecture:
     more_feed_forwards: feed-forwards outside the layers, likewise.
     more_blocks: layers of a second stream of hidden states of the same width, likewise.
     neurons: key of the config.
-    rotary: path on the backbone of the module that makes the rotary cosines and sines.
     shares_bias: all layers share a position bias with one column per head.
     cuts_inside_heads: the columns of a head can be cut one by one; rotary positions pair columns,
         so that such families lose whole heads.
-    score_softcap: config key of a cap on attention scores, which fused attentions lack.
     has_sinks: attentions have a learned score besides the keys, which fused attentions lack.
-    masks_documents: the masks of the backbone separate packed documents.
-    rotary_form: the rotary module gives a cosine for each column of the `halves` of a head, or
-        (`half_width`) for each pair of columns.
-    norms_by_head: norms of queries and keys run on [B, heads, T, width], not on
-        [B, T, heads, width].
+    shows_attention: each layer calls an attention of transformers with queries, keys and values.
     experts: path on the model of a block that routes tokens to experts; None: a dense model.
-    uncut: reason why heads, neurons and width of the family cannot be cut; None: they can.
-    finds_units: the heads and neurons of the family are looked for in spite of its entry.
-    find_units: looks for them, also in a model without an entry in the table.
+    is_listed: the table states the heads and neurons of the family; else they are looked for.
     output: path of the output matrix of a language model.
     bias: path of a weight outside the head that the model adds to the product with this matrix.
     warp: what becomes of this sum.
@@ -107,18 +100,12 @@ class Architecture:
     more_feed_forwards: tuple[FeedForwardPaths, ...] = ()
     more_blocks: tuple[str, ...] = ()
     neurons: str = "intermediate_size"
-    rotary: str | None = None
     shares_bias: bool = False
     cuts_inside_heads: bool = False
-    score_softcap: str | None = None
     has_sinks: bool = False
-    masks_documents: bool = True
-    rotary_form: RotaryForm = "halves"
-    norms_by_head: bool = False
+    shows_attention: bool = True
     experts: str | None = None
-    uncut: str | None = None
-    finds_units: bool = False
-    find_units: Callable[[PretrainedConfig, Architecture], FoundUnits] | None = None
+    is_listed: bool = True
     output: str | None = None
     bias: str | None = None
     warp: LogitWarp = IDENTITY
@@ -146,8 +133,8 @@ class Architecture:
         """Return the part of a model's attention that sdpa and varlen lack; None: no part."""
         if self.has_sinks:
             return "attention sinks"
-        cap = None if self.score_softcap is None else getattr(config, self.score_softcap)
-        return None if cap is None else f"a cap on attention scores ({self.score_softcap}: {cap})"
+        cap = stated(config, SCORE_CAP)
+        return None if cap is None else f"a cap on attention scores ({SCORE_CAP}: {cap})"
 
     def score_width(self, config: PretrainedConfig) -> int:
         """Return the width whose root divides attention scores; a cut head may be narrower."""
@@ -176,40 +163,20 @@ class Architecture:
         """Return a layer; layers are counted from 1."""
         return self.backbone_of(model).get_submodule(f"{self.blocks}.{layer - 1}")
 
-    def check_attentions(self, config: PretrainedConfig) -> None:
+    def check_attentions(self) -> None:
         """Raise if queries, keys and values of the layers cannot be read."""
-        if not self.is_listed:
+        if not self.shows_attention:
             raise ModelError(
-                f"attention_mse and relation_kl do not know the attentions of a {self.model_type} "
-                "model; use hidden_mse"
+                f"attention_mse and relation_kl cannot read the attentions of a {self.model_type} "
+                "model: not each layer calls one of transformers' attentions with queries, keys "
+                "and values; use hidden_mse"
             )
-        if getattr(config, "qk_layernorm", False) and self.attention.norms is None:
-            raise ModelError(
-                "attention_mse and relation_kl do not support a model with qk_layernorm: true; use "
-                "hidden_mse"
-            )
-
-    def vectors_of(self, model: nn.Module, layer: int) -> tuple[nn.Module, ...]:
-        """Return the modules that produce queries, keys and values of a layer, counted from 1."""
-        self.check_attentions(model.config)  # type: ignore[arg-type]
-        block = self.block_of(model, layer)
-        return tuple(block.get_submodule(path) for path in self.attention.vectors)
 
     def found_units(self, config: PretrainedConfig) -> FoundUnits:
         """Return what can be cut of a model that the table does not have."""
-        if self.find_units is None:
-            raise TypeError(f"the table states the units of {self.model_type}")
-        return self.find_units(config, self)
+        from megakd.models.units import units_of  # which reads this file
 
-    @property
-    def is_found(self) -> bool:
-        """True for a model whose heads and neurons are looked for."""
-        return self.find_units is not None
-
-    @property
-    def is_listed(self) -> bool:
-        """True for a model with an entry in the table."""
-        return self.finds_units or not self.is_found
+        return units_of(config, self)
 
     def attentions(self, config: PretrainedConfig) -> tuple[AttentionPaths | None, ...]:
         """Return the attentions of all layers; None: a layer has none whose heads can be cut."""
@@ -237,12 +204,13 @@ class Architecture:
         return (layers, self.more_blocks) if self.more_blocks else (layers,)
 
     def _blocks(self, config: PretrainedConfig) -> list[str]:
-        path = f"{self.backbone}.{self.blocks}"
-        return [f"{path}.{number}" for number in range(self.number_of_layers(config))]
+        numbers = [""] if self.repeats else [f".{n}" for n in range(self.number_of_layers(config))]
+        lists = [f"{self.backbone}.{path}" for path in (self.blocks, *self.parts)]
+        return [f"{path}{number}" for number in numbers for path in lists]
 
     def rows_of_heads(self, config: PretrainedConfig) -> int:
         """Return the number of rows by which a key-value group makes keys."""
-        if not self.is_found:
+        if self.is_listed:
             return self.heads(config).width
         layers = self.found_units(config).heads.layers
         return max((units.width for units in layers if units is not None), default=1)
@@ -252,7 +220,7 @@ class Architecture:
 
         The modules between these maps do not take fewer units.
         """
-        if not self.is_found:
+        if self.is_listed:
             return set()
         heads, neurons, _ = self.found_units(config)
         kinds: tuple[Kind, Kind] = ("heads", "neurons")
@@ -260,8 +228,8 @@ class Architecture:
 
     def why_uncut(self, config: PretrainedConfig) -> str | None:
         """Return the reason why no units can be cut; None: some can."""
-        if not self.is_found:
-            return self.uncut
+        if self.is_listed:
+            return None
         heads, neurons, _ = self.found_units(config)
         if heads.uncut is None or neurons.uncut is None:
             return None
@@ -280,7 +248,7 @@ class Architecture:
                 f"a {config.model_type} model cannot be cut in width, heads or neurons: "
                 f"{reason}; use student.layers to keep some of its layers, or another family"
             )
-        if self.is_found:
+        if not self.is_listed:
             heads, neurons = (
                 tuple(0 if units is None else units.total for units in cuttable.layers)
                 for cuttable in self.found_units(config)[:2]
@@ -300,10 +268,6 @@ class Architecture:
         """Return the units; `head_width` is set if columns of heads can be cut one by one."""
         width = self.heads(config).width if self.cuts_inside_heads else None
         return self.units(config)._replace(head_width=width)
-
-    def rotary_of(self, model: nn.Module) -> nn.Module | None:
-        """Return the module that makes rotary cosines and sines; None if the family has none."""
-        return None if self.rotary is None else self.backbone_of(model).get_submodule(self.rotary)
 
     def of_the_task(self, name: str) -> bool:
         """Return true if a parameter belongs to the task and not to the backbone."""
@@ -329,7 +293,6 @@ CLASS_ENDINGS: Mapping[str, TaskType] = {
 ATTENTION_OF_LLAMA = AttentionPaths(
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.o_proj", "self_attn"
 )
-HEAD_NORMS = ATTENTION_OF_LLAMA._replace(norms=("self_attn.q_norm", "self_attn.k_norm"))
 ROUTES_TOKENS = "a router chooses the experts of each token"
 
 
@@ -371,43 +334,15 @@ def _decoder(model_type: str) -> Architecture:
         embeddings="embed_tokens",
         attention=ATTENTION_OF_LLAMA,
         feed_forward=FeedForwardPaths(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
-        rotary="rotary_emb",
     )
 
 
 DECODERS = (
-    _decoder("llama"),
-    _decoder("mistral"),
-    _decoder("qwen2"),
-    replace(_decoder("qwen3"), attention=HEAD_NORMS),
-    replace(_decoder("gemma2"), score_softcap="attn_logit_softcapping"),
-    replace(_decoder("gemma3_text"), attention=HEAD_NORMS, norms_by_head=True),
+    *map(_decoder, ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "granite")),
     replace(
         _decoder("phi"),
         attention=ATTENTION_OF_LLAMA._replace(output="self_attn.dense"),
         feed_forward=FeedForwardPaths(("mlp.fc1",), "mlp.fc2"),
-    ),
-    replace(
-        _decoder("phi3"),
-        attention=ATTENTION_OF_LLAMA._replace(projections=("self_attn.qkv_proj",) * 3),
-        feed_forward=FeedForwardPaths(("mlp.gate_up_proj",), "mlp.down_proj"),
-        finds_units=True,  # fused maps, which a config of the family narrows
-    ),
-    _decoder("granite"),
-    replace(
-        _decoder("gpt_oss"),
-        has_sinks=True,
-        masks_documents=False,
-        rotary_form="half_width",
-        experts="model.layers.0.mlp",
-        uncut=ROUTES_TOKENS,
-    ),
-    replace(
-        _decoder("qwen3_moe"),
-        attention=HEAD_NORMS,
-        neurons="moe_intermediate_size",
-        experts="model.layers.0.mlp",
-        uncut=ROUTES_TOKENS,
     ),
     replace(
         _decoder("gpt2"),
@@ -417,7 +352,6 @@ DECODERS = (
         ),
         feed_forward=FeedForwardPaths(("mlp.c_fc",), "mlp.c_proj"),
         neurons="n_inner",
-        rotary=None,
     ),
 )
 
@@ -461,7 +395,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     **{
         f"cut_{name}": replace(entry, model_type=f"cut_{name}")
         for name, entry in FAMILIES.items()
-        if not (entry.shares_bias or entry.uncut or entry.finds_units)
+        if not entry.shares_bias
     },
 }
 

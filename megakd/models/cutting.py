@@ -75,7 +75,7 @@ def cut_config(
         view = view._replace(head_width=None)
     check_view(view, architecture.prunable(config))
     view = view._replace(width=whole.width if view.width is None else view.width)
-    if architecture.is_found:
+    if not architecture.is_listed:
         return copy.deepcopy(config) if view == whole else _config_found(config, view)
     if architecture.shares_bias:
         return _with_columns(config, view, order)
@@ -96,7 +96,7 @@ def rescaled(
     that of the model before the cut.
     """
     architecture = architecture_of(config)
-    if architecture.is_found:  # loses whole heads
+    if not architecture.is_listed:  # loses whole heads
         yield from state
         return
     factor = (_head_width(config, view) / architecture.score_width(config)) ** 0.5
@@ -293,7 +293,7 @@ def _stock_config(config: PretrainedConfig, view: View) -> PretrainedConfig | No
     changes[architecture.neurons] = view.neurons[0]
     if hasattr(config, "num_key_value_heads"):
         changes["num_key_value_heads"] = view.heads[0]
-    if architecture.rotary is not None:
+    if hasattr(config, "rope_parameters"):
         changes["head_dim"] = heads.width
     try:
         cut = _changed(config, config.model_type.removeprefix(CUT), changes)

@@ -62,7 +62,7 @@ def _stored_with_layers(
     source: ModelSource, numbers: Sequence[int]
 ) -> Iterator[tuple[str, StoredTensor]]:
     stored, architecture = source.stored, source.architecture
-    if architecture.is_found and stored:
+    if not architecture.is_listed and stored:
         # A file may have other names than the model, which transformers changes while it loads.
         with torch.device("meta"), sharded_construction(None, torch.float32):
             whole = new_model(source.config, _task(source.config))
@@ -117,36 +117,42 @@ def _difference(
     task, left = _task(config), {*range(1, architecture.number_of_layers(config) + 1)} - {*numbers}
     whole = copy_that_runs(config, task, tokens=TOKENS)
     if whole is None:
-        return (
-            None if not architecture.is_found else "no small copy of it runs, which would show it"
-        )
+        return None if architecture.is_listed else "no small copy of it runs, which would show it"
     try:
         with left_out(whole, *left):
             expected = logits_of(whole, TOKENS)
-        fewer = config_with_layers(whole.config, architecture, sorted(numbers))
-        with TemporaryDirectory() as folder:  # a file may say less than the config in memory
-            fewer.save_pretrained(folder)
-            fewer = type(fewer).from_pretrained(folder)
-        try:
-            smaller = new_model(fewer, task, dtype=torch.float32).eval()
-        except ArithmeticError as error:  # RWKV divides by the number of the other layers
-            return f"its class cannot be built with {len(numbers)} of them ({one_line(error)})"
-        rename = renumbering(architecture, sorted(numbers))
-        named = ((rename(name), value) for name, value in whole.state_dict().items())
-        state = {name: value for name, value in named if name is not None}
-        shapes = {name: value.shape for name, value in smaller.state_dict().items()}
-        for name, value in state.items():
-            if value.shape != shapes.get(name, value.shape):
-                return f"the size of {name}, a weight outside of the layers, follows their number"
-        lacking, unused = smaller.load_state_dict(state, strict=False)
-        if lacking or unused:
-            return f"its weights are others (such as {[*lacking, *unused][0]})"
-        actual = logits_of(smaller, TOKENS)
+        actual = logits_of(_with_rest(whole, architecture, sorted(numbers)), TOKENS)
     except Exception as error:  # noqa: BLE001 - any model may fail in its own way
         return one_line(error)[:200]
     if not (actual - expected).abs().max() <= 1e-5 * expected.abs().max():
         return "its outputs are not those of the whole model with the other layers passed by"
     return None
+
+
+def _with_rest(whole: nn.Module, architecture: Architecture, numbers: Sequence[int]) -> nn.Module:
+    """Return the model of some layers as its class builds it from a file, with their weights."""
+    fewer = config_with_layers(whole.config, architecture, numbers)  # type: ignore[arg-type]
+    with TemporaryDirectory() as folder:  # a file may say less than the config in memory
+        fewer.save_pretrained(folder)
+        fewer = type(fewer).from_pretrained(folder)
+    try:
+        smaller = new_model(fewer, _task(fewer), dtype=torch.float32).eval()
+    except ArithmeticError as error:  # RWKV divides by the number of the other layers
+        raise ModelError(
+            f"its class cannot be built with {len(numbers)} of them ({one_line(error)})"
+        ) from error
+    rename, shapes = renumbering(architecture, numbers), smaller.state_dict()
+    named = ((rename(name), value) for name, value in whole.state_dict().items())
+    state = {name: value for name, value in named if name is not None}
+    for name, value in state.items():
+        if name in shapes and value.shape != shapes[name].shape:
+            raise ModelError(
+                f"the size of {name}, a weight outside of the layers, follows their number"
+            )
+    lacking, unused = smaller.load_state_dict(state, strict=False)
+    if lacking or unused:
+        raise ModelError(f"its weights are others (such as {[*lacking, *unused][0]})")
+    return smaller
 
 
 def _numbers(

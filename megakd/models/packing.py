@@ -23,7 +23,7 @@ from megakd.contract.batch import Batch, Documents
 from megakd.contract.tasks import TaskType
 from megakd.data.collation import documents_of
 from megakd.errors import ModelError
-from megakd.models.architectures import ARCHITECTURES, content_key
+from megakd.models.architectures import content_key
 from megakd.models.packed_attention import VARLEN, register_packed_attention
 from megakd.models.small_copy import copy_that_runs, logits_of
 from megakd.models.source import ModelSource
@@ -52,9 +52,8 @@ def packing_of(config: PretrainedConfig, attention: str | None) -> Packing:
     Raises:
         ModelError: the model does not even compute a padded text as it computes it alone.
     """
-    if config.model_type in ARCHITECTURES and architecture_of(config).is_listed:
-        is_apart = _takes_boundaries(attention) or architecture_of(config).masks_documents
-        return "positions" if is_apart else "masks_by_type"
+    if architecture_of(config).is_listed:
+        return "positions"
     known = _BY_CONFIG.get((id(config), attention))
     if known is not None and known[0]() is config:
         return known[1]

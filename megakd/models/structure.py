@@ -11,15 +11,16 @@ from __future__ import annotations
 import math
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental import _config as conditions
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from megakd.contract.batch import LogitWarp
 from megakd.contract.tasks import LANGUAGE_TASKS, TaskType
@@ -32,7 +33,6 @@ from megakd.models.architectures import (
     class_name,
     content_key,
 )
-from megakd.models.units import units_of
 from megakd.models.valueless import VALUELESS, Valueless, no_cache, without_values
 
 LENGTH = 8
@@ -65,6 +65,38 @@ def input_of(head: nn.Module, answer: Any = None) -> Iterator[list[Tensor]]:
     finally:
         del head.forward
         vars(head).update(before)
+
+
+Vectors = tuple[Tensor, Tensor, Tensor, float | None]
+"""Queries [B, heads, T, width], keys and values of an attention, and the factor of its scores."""
+
+
+@contextmanager
+def attentions_seen(note: Callable[[nn.Module, Vectors], None]) -> Iterator[None]:
+    """Let `note` have the module and the vectors of each attention in a forward in the body.
+
+    transformers asks one table for the function of every attention, eager too, whatever the
+    vectors went through before, such as norms and rotary positions.
+    """
+    table: Any = ALL_ATTENTION_FUNCTIONS
+    look_up = table.get_interface
+
+    def watched(name: str, default: Callable[..., Any]) -> Callable[..., Any]:
+        attention = look_up(name, default)
+
+        def attend(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *more: Any, **options: Any
+        ) -> Any:
+            note(module, (query, key, value, options.get("scaling")))
+            return attention(module, query, key, value, *more, **options)
+
+        return attend
+
+    table.get_interface = watched
+    try:
+        yield
+    finally:
+        del table.get_interface
 
 
 @contextmanager
@@ -170,6 +202,9 @@ def find_architecture(config: PretrainedConfig, task: TaskType) -> Architecture:
         # Some models add positions for their layers alone, as to a multiple of a window.
         reads_states=len(lists) == 1
         and seen.shapes.get(f"{layers}.0", ())[:2] == seen.shapes[inner][:2],
+        has_sinks=any(name.endswith(".sinks") for name, _ in model.named_parameters()),
+        # A layer of the table that has lost its heads has no attention.
+        shows_attention=entry.is_listed or _shows_attention(model, seen, lists),
         experts=_experts_in(model),
     )
     if task not in LANGUAGE_TASKS:
@@ -180,65 +215,69 @@ def find_architecture(config: PretrainedConfig, task: TaskType) -> Architecture:
 def _entry_of(kind: str, task: TaskType, embeddings: str) -> Architecture:
     entry = ARCHITECTURES.get(kind)
     if entry is not None and task in entry.tasks:
-        return replace(entry, find_units=units_of) if entry.finds_units else entry
-    return Architecture(model_type=kind, tasks=(task,), embeddings=embeddings, find_units=units_of)
+        return entry
+    return Architecture(model_type=kind, tasks=(task,), embeddings=embeddings, is_listed=False)
 
 
-class Seen(NamedTuple):
-    """What a forward without values has shown.
+@dataclass
+class Seen:
+    """What a forward without values shows.
 
+    bias: path and values of the only weight that may be added to the products.
     states: by the path of a module, the hidden states that it returned as `last_hidden_state`.
     shapes: by the path of a module, the shape of its output, or of the first one.
     calls: by the path of a module, how often it ran.
+    attentions: shapes of the vectors of attentions, by the path of the module that calls them.
     inputs, products: of the output matrix of a language model, and `PROBE` in place of its outputs.
-    bias: path and values of the only weight that may be added to the products.
-    logits: what the model made of the products; of a classifier, its logits.
+    logits: what the model makes of the products; of a classifier, its logits.
     """
 
-    states: dict[str, Tensor]
-    shapes: dict[str, torch.Size]
-    calls: Counter[str]
-    inputs: list[Tensor]
-    products: list[Tensor]
-    logits: Tensor
     bias: tuple[str, Tensor] | None
+    states: dict[str, Tensor] = field(default_factory=dict)
+    shapes: dict[str, torch.Size] = field(default_factory=dict)
+    calls: Counter[str] = field(default_factory=Counter)
+    attentions: dict[str, list[torch.Size]] = field(default_factory=dict)
+    inputs: list[Tensor] = field(default_factory=list)
+    products: list[Tensor] = field(default_factory=list)
+    logits: Tensor = PROBE
+
+    def note(self, path: str, output: Any) -> None:
+        """Note a call of a module."""
+        self.calls[path] += 1
+        first = output[0] if type(output) in (tuple, list) and output else output
+        last = getattr(output, "last_hidden_state", first)
+        if isinstance(last, Tensor):
+            self.shapes[path] = last.shape
+            if last is not output:
+                self.states[path] = last
 
 
 def _run(model: PreTrainedModel, task: TaskType) -> Seen:
     head = model.get_output_embeddings() if task in LANGUAGE_TASKS else None
-    bias = None if head is None else _added_later(model, head)
-    states: dict[str, Tensor] = {}
-    shapes: dict[str, torch.Size] = {}
-    calls: Counter[str] = Counter()
-    products: list[Tensor] = []
+    seen = Seen(None if head is None else _added_later(model, head))
+    paths = {part: path for path, part in model.named_modules() if path}
 
     def product(hidden: Tensor) -> Tensor:
         shape = (*hidden.shape[:-1], cast("Any", head).weight.shape[0])
         repeated = PROBE.repeat(-(-math.prod(shape) // len(PROBE)))
-        products.append(repeated[: math.prod(shape)].reshape(shape))
-        return products[-1]
+        seen.products.append(repeated[: math.prod(shape)].reshape(shape))
+        return seen.products[-1]
 
-    def note(path: str, output: Any) -> None:
-        calls[path] += 1
-        first = output[0] if type(output) in (tuple, list) and output else output
-        last = getattr(output, "last_hidden_state", first)
-        if isinstance(last, Tensor):
-            shapes[path] = last.shape
-            if last is not output:
-                states[path] = last
+    def note_vectors(part: nn.Module, vectors: Vectors) -> None:
+        seen.attentions[paths[part]] = [one.shape for one in vectors[:3]]
 
     with ExitStack() as hooks:
-        for path, part in model.named_modules():
-            if path:
-                hook = part.register_forward_hook(lambda *called, path=path: note(path, called[2]))
-                hooks.callback(hook.remove)
-        inputs = [] if head is None else hooks.enter_context(input_of(head, product))
+        for part, path in paths.items():
+            hook = part.register_forward_hook(lambda *called, path=path: seen.note(path, called[2]))
+            hooks.callback(hook.remove)
+        hooks.enter_context(attentions_seen(note_vectors))
+        seen.inputs = [] if head is None else hooks.enter_context(input_of(head, product))
         # A condition chooses every element.
         every = cast("Any", conditions).patch(meta_nonzero_assume_all_nonzero=True)
         with Valueless(), every, torch.no_grad(), VALUELESS:
             ids = torch.ones((1, LENGTH), dtype=torch.long)
-            logits: Tensor = model(input_ids=ids, **no_cache(model)).logits
-    return Seen(states, shapes, calls, inputs, products, logits, bias)
+            seen.logits = model(input_ids=ids, **no_cache(model)).logits
+    return seen
 
 
 def _added_later(model: PreTrainedModel, head: nn.Module) -> tuple[str, Tensor] | None:
@@ -312,6 +351,21 @@ def _repeated_in(model: PreTrainedModel, seen: Seen, backbone: str) -> str | Non
         ),
         None,
     )
+
+
+def _shows_attention(model: PreTrainedModel, seen: Seen, lists: Sequence[str]) -> bool:
+    """Return whether each layer calls an attention whose vectors have heads of one width."""
+
+    def shows(layer: str) -> bool:
+        called = (s for path, s in seen.attentions.items() if path.startswith(f"{layer}."))
+        return any(
+            queries[1] % keys[1] == 0 and queries[2:] == keys[2:] == values[2:]
+            for queries, keys, values in called
+            if len(queries) == 4 and keys[:2] == values[:2]
+        )
+
+    layers = len(cast("Any", model.get_submodule(lists[0]))) if len(lists) == 1 else 0
+    return layers > 0 and all(shows(f"{lists[0]}.{number}") for number in range(layers))
 
 
 def _experts_in(model: PreTrainedModel) -> str | None:

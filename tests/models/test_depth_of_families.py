@@ -35,14 +35,17 @@ DECODERS = """apertus arcee bloom cohere cohere2 exaone4 falcon gemma glm glm4 g
 granite helium hunyuan_v1_dense jais2 lfm2 llama4_text mamba ministral3 mixtral nanochat nemotron
 minicpm3 nemotron_h olmo2 olmo3 olmo_hybrid olmoe openai-gpt opt phi3 qwen3_5_text seed_oss smollm3
 stablelm starcoder2 xlm xlstm"""
-ENCODERS = """albert camembert deberta-v2 ernie eurobert flaubert longformer modernbert mpnet nomic_bert
-xlm xlm-roberta"""
+ENCODERS = """albert camembert deberta-v2 ernie eurobert flaubert longformer modernbert mpnet
+nomic_bert xlm xlm-roberta"""
 COUNTS = "its outputs are not those of the whole model"
 REFUSED: dict[str, tuple[TaskType, str]] = {
     "diffllama": ("causal_lm", COUNTS),
     "zaya": ("causal_lm", COUNTS),
     "esmc": ("mlm", COUNTS),
-    "esm": ("mlm", "the size of esm.contact_head.regression.weight, a weight outside of the layers"),
+    "esm": (
+        "mlm",
+        "the size of esm.contact_head.regression.weight, a weight outside of the layers",
+    ),
     "hrm_text": ("causal_lm", "the layers of a hrm_text model are not found"),
 }
 

@@ -19,11 +19,7 @@ from megakd.models.own_models import register_own_models
 from megakd.models.structure import architecture_of
 
 register_own_models()
-FAMILIES = [
-    family
-    for family, entry in ARCHITECTURES.items()
-    if not family.startswith("cut_") and not (entry.uncut or entry.finds_units)
-]
+FAMILIES = [family for family, entry in ARCHITECTURES.items() if not family.startswith("cut_")]
 # Query heads that share a key head; caps and windows so small that they change the outputs.
 GEMMA = {"head_dim": 10, "query_pre_attn_scalar": 9, "sliding_window": 5}
 DECODERS = {
