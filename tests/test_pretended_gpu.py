@@ -143,7 +143,7 @@ OF_SCORES = ("hard_mse", "soft_target_mse")
 def model(family: str, layers: int = LAYERS, width: int = WIDTH) -> dict[str, Any]:
     """The config of a tiny model."""
     entry = FAMILIES.get(family, FAMILIES["llama"])
-    sizes = {entry.layers: layers, entry.width: width, entry.attention_heads: HEADS}
+    sizes = {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": HEADS}
     keys = {"model_type": family, "vocab_size": VOCABULARY, **sizes, entry.neurons: 32}
     return {"config": {**keys, **OWN_KEYS[family]}}
 

@@ -6,9 +6,11 @@ Only the table `FAMILIES` states how families differ, and only in facts that are
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+import re
+import weakref
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from torch import nn
 from transformers import (
@@ -22,10 +24,11 @@ from megakd.contract.batch import LogitWarp
 from megakd.contract.tasks import TaskType
 from megakd.contract.views import Heads, Kind, View
 from megakd.errors import ModelError
-from megakd.models.modeling.modeling_cut import narrow_class
+from megakd.models.modeling import modeling_cut
 from megakd.models.paths import AttentionPaths, FeedForwardPaths
 from megakd.models.proposed_units import FoundUnits
 
+T = TypeVar("T")
 IDENTITY = LogitWarp()
 # Config keys of a cut model, whose layers differ in shape.
 HEAD_COUNTS, NEURON_COUNTS, HEAD_WIDTH = "head_counts", "neuron_counts", "head_width"
@@ -34,28 +37,20 @@ QUERIES_PER_KEY, SCORE_WIDTH = "queries_per_key", "score_width"
 HEAD_COLUMNS = "head_columns"
 NARROW = "narrow"
 """Key of a cut model of any other family, see `narrow_class`."""
+CUT_CONFIG = re.compile(r"Cut\w+Config")
 SCORE_CAP = "attn_logit_softcapping"
 """Key of a cap on attention scores, which fused attentions lack."""
-
-
-ATTENTION_OF_BERT = AttentionPaths(
-    ("attention.self.query", "attention.self.key", "attention.self.value"),
-    "attention.output.dense",
-    "attention.self",
-)
-FEED_FORWARD_OF_BERT = FeedForwardPaths(("intermediate.dense",), "output.dense")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
     """Locations of the parts of a model.
 
-    An entry of the table lacks what `models.structure` finds: backbone, head, renewed, blocks,
-    output, bias, warp and reads_head_input.
+    An entry of the table lacks what `models.structure` finds, such as the backbone and the head.
 
     backbone, head: attribute paths on the model with a head.
     renewed: modules that belong to the task in addition to the head; a checkpoint may lack them.
-    layers, width, attention_heads: keys of the config.
+    layers: key of the config.
     blocks: path on the backbone of the list of layers; of one module that runs for each layer, if
         it `repeats`; or of a list with a part of each layer. None: layers are not found.
     parts: paths of the lists with the other parts of each layer (XLM), likewise.
@@ -87,15 +82,13 @@ class Architecture:
     head: str = ""
     renewed: tuple[str, ...] = ()
     layers: str = "num_hidden_layers"
-    width: str = "hidden_size"
-    attention_heads: str = "num_attention_heads"
-    blocks: str | None = "encoder.layer"
+    blocks: str | None = None
     parts: tuple[str, ...] = ()
     repeats: bool = False
     reads_states: bool = True
     embeddings: str = "embeddings"
-    attention: AttentionPaths = ATTENTION_OF_BERT
-    feed_forward: FeedForwardPaths = FEED_FORWARD_OF_BERT
+    attention: AttentionPaths | None = None
+    feed_forward: FeedForwardPaths | None = None
     more_attentions: tuple[AttentionPaths, ...] = ()
     more_feed_forwards: tuple[FeedForwardPaths, ...] = ()
     more_blocks: tuple[str, ...] = ()
@@ -118,12 +111,12 @@ class Architecture:
 
     def hidden_width(self, config: PretrainedConfig) -> int:
         """Return the width D of the hidden states."""
-        return getattr(config, self.width)
+        return config.hidden_size
 
     def heads(self, config: PretrainedConfig) -> Heads:
         """Return the numbers of query heads and key heads, and the width of a head."""
         # A recurrent model has no heads.
-        queries = stated(config, self.attention_heads) or 1
+        queries = stated(config, "num_attention_heads") or 1
         keys = stated(config, "num_key_value_heads") or queries
         width = stated(config, HEAD_WIDTH) or stated(config, "head_dim")
         width = width or self.hidden_width(config) // queries
@@ -174,20 +167,20 @@ class Architecture:
 
     def found_units(self, config: PretrainedConfig) -> FoundUnits:
         """Return what can be cut of a model that the table does not have."""
-        from megakd.models.units import units_of  # which reads this file
+        from megakd.models.units import UNITS  # which reads this file
 
-        return units_of(config, self)
+        return UNITS.of(config, self.tasks[0])
 
     def attentions(self, config: PretrainedConfig) -> tuple[AttentionPaths | None, ...]:
         """Return the attentions of all layers; None: a layer has none whose heads can be cut."""
-        if not self.is_listed:
+        if self.attention is None:
             return self.found_units(config).attentions
         layers = tuple(self.attention.under(block) for block in self._blocks(config))
         return layers + self.more_attentions
 
     def feed_forwards(self, config: PretrainedConfig) -> tuple[FeedForwardPaths | None, ...]:
         """Return the feed-forwards of all layers, likewise."""
-        if not self.is_listed:
+        if self.feed_forward is None:
             return self.found_units(config).feed_forwards
         layers = [self.feed_forward.under(block) for block in self._blocks(config)]
         is_gated = bool(getattr(config, "is_gated_act", False))
@@ -290,16 +283,7 @@ CLASS_ENDINGS: Mapping[str, TaskType] = {
     "LMHeadModel": "causal_lm",
 }
 
-ATTENTION_OF_LLAMA = AttentionPaths(
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.o_proj", "self_attn"
-)
 ROUTES_TOKENS = "a router chooses the experts of each token"
-
-
-def _encoder(model_type: str) -> Architecture:
-    return Architecture(
-        model_type=model_type, tasks=(*SEQUENCE_TASKS, "mlm"), cuts_inside_heads=True
-    )
 
 
 def _attention_of_t5(module: str) -> AttentionPaths:
@@ -327,54 +311,28 @@ def _t5(model_type: str) -> Architecture:
     )
 
 
-def _decoder(model_type: str) -> Architecture:
+def _cuttable(config: Any) -> Architecture:
+    """Return the entry of a family with cut models, whose config says where the units are."""
+    parts, model_type = config.parts, config.model_type.removeprefix("cut_")
+    keys = [f"{parts.core}.{name}" for name in parts.keys or (parts.queries,) * 2]
+    is_encoder = model_type in ENCODERS
     return Architecture(
         model_type=model_type,
-        tasks=("causal_lm",),
-        embeddings="embed_tokens",
-        attention=ATTENTION_OF_LLAMA,
-        feed_forward=FeedForwardPaths(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
+        tasks=(*SEQUENCE_TASKS, "mlm") if is_encoder else ("causal_lm",),
+        attention=AttentionPaths(
+            (f"{parts.core}.{parts.queries}", keys[0], keys[1]), parts.output, parts.core
+        ),
+        feed_forward=FeedForwardPaths(parts.inputs, parts.down),
+        neurons=parts.neurons,
+        cuts_inside_heads=is_encoder,
     )
 
 
-DECODERS = (
-    *map(_decoder, ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "granite")),
-    replace(
-        _decoder("phi"),
-        attention=ATTENTION_OF_LLAMA._replace(output="self_attn.dense"),
-        feed_forward=FeedForwardPaths(("mlp.fc1",), "mlp.fc2"),
-    ),
-    replace(
-        _decoder("gpt2"),
-        embeddings="wte",
-        attention=AttentionPaths(
-            ("attn.c_attn", "attn.c_attn", "attn.c_attn"), "attn.c_proj", "attn"
-        ),
-        feed_forward=FeedForwardPaths(("mlp.c_fc",), "mlp.c_proj"),
-        neurons="n_inner",
-    ),
-)
-
+ENCODERS = ("bert", "roberta", "distilbert", "electra")
 FAMILIES: Mapping[str, Architecture] = {
     entry.model_type: entry
     for entry in (
-        _encoder("bert"),
-        _encoder("roberta"),
-        replace(
-            _encoder("distilbert"),
-            layers="n_layers",
-            width="dim",
-            attention_heads="n_heads",
-            attention=AttentionPaths(
-                ("attention.q_lin", "attention.k_lin", "attention.v_lin"),
-                "attention.out_lin",
-                "attention",
-            ),
-            feed_forward=FeedForwardPaths(("ffn.lin1",), "ffn.lin2"),
-            neurons="hidden_dim",
-        ),
-        _encoder("electra"),
-        *DECODERS,
+        *(_cuttable(one) for name, one in vars(modeling_cut).items() if CUT_CONFIG.fullmatch(name)),
         _t5("t5_encoder"),
         replace(
             _t5("enct5"),
@@ -409,7 +367,9 @@ def class_for(config: PretrainedConfig, task: TaskType) -> type | None:
     """Return transformers' class for a task, or megakd's; None: there is none."""
     classes = AUTO_CLASSES[task]._model_mapping  # noqa: SLF001  (nothing public has it)
     stock = classes.get(type(config), None)
-    return stock if stock is None or narrow_maps(config) is None else narrow_class(stock)
+    return (
+        stock if stock is None or narrow_maps(config) is None else modeling_cut.narrow_class(stock)
+    )
 
 
 def class_name(config: PretrainedConfig, task: TaskType) -> str | None:
@@ -418,10 +378,36 @@ def class_name(config: PretrainedConfig, task: TaskType) -> str | None:
     return None if model_class is None else model_class.__name__
 
 
-def content_key(config: PretrainedConfig, *facts: object, without: Collection[str]) -> str:
-    """Return a text that is equal for facts and configs that differ in the keys `without` alone."""
-    content = {key: value for key, value in config.to_dict().items() if key not in without}
-    return json.dumps([*facts, content], sort_keys=True, default=str)
+class Known(Generic[T]):
+    """Answers about configs, each found once for configs that differ in the keys `without` alone.
+
+    Args:
+        find: finds the answer for a config and facts.
+    """
+
+    def __init__(self, find: Callable[..., T], *, without: Collection[str]) -> None:
+        self._find, self._without = find, without
+        self._by_content: dict[str, T] = {}
+        self._by_config: dict[Any, tuple[weakref.ref[PretrainedConfig], T]] = {}
+
+    def of(self, config: PretrainedConfig, *facts: Any) -> T:
+        """Return the answer; only a config that was not seen yet is written out and compared."""
+        key = (id(config), *facts)
+        known = self._by_config.get(key)
+        if known is None or known[0]() is not config:
+            content = self._content(config, *facts)
+            if content not in self._by_content:
+                self._by_content[content] = self._find(config, *facts)
+            known = self._by_config[key] = weakref.ref(config), self._by_content[content]
+        return known[1]
+
+    def note(self, answer: T, config: PretrainedConfig, *facts: Any) -> None:
+        """Take an answer as that for a config and facts."""
+        self._by_content[self._content(config, *facts)] = answer
+
+    def _content(self, config: PretrainedConfig, *facts: Any) -> str:
+        values = {key: v for key, v in config.to_dict().items() if key not in self._without}
+        return json.dumps([*facts, values], sort_keys=True, default=str)
 
 
 def architecture_named(model_type: str) -> Architecture:

@@ -18,7 +18,7 @@ from megakd.contract.tasks import TaskType
 from megakd.contract.views import View, evenly_spaced, most_important
 from megakd.engine.sharding import full_shape, sharded_construction
 from megakd.errors import ModelError, one_line
-from megakd.models.architectures import Architecture, content_key
+from megakd.models.architectures import Architecture, Known
 from megakd.models.config_of_layers import config_with_layers
 from megakd.models.fitting import as_in_model
 from megakd.models.small_copy import TOKENS, copy_that_runs, logits_of
@@ -94,27 +94,21 @@ def check_depth(source: ModelSource, numbers: Sequence[int], *, where: str) -> N
         )
     if [*numbers] == [*range(1, architecture.number_of_layers(config) + 1)]:
         return
-    key = content_key(config, _task(config), [*numbers], without=UNRELATED)
-    if key not in _DIFFERENCES:
-        _DIFFERENCES[key] = _difference(config, architecture, numbers)
-    if _DIFFERENCES[key] is not None:
+    difference = _DIFFERENCES.of(config, _task(config), *numbers)
+    if difference is not None:
         raise ModelError(
             f"{where}: a {config.model_type} model cannot keep the layers "
-            f"{', '.join(map(str, numbers))} alone: {_DIFFERENCES[key]}; keep other "
+            f"{', '.join(map(str, numbers))} alone: {difference}; keep other "
             "layers, such as the first ones, or give a student with its own config; the model can "
             "teach as it is"
         )
 
 
-_DIFFERENCES: dict[str, str | None] = {}
-
-
 @torch.no_grad()
-def _difference(
-    config: PretrainedConfig, architecture: Architecture, numbers: Sequence[int]
-) -> str | None:
+def _difference(config: PretrainedConfig, task: TaskType, *numbers: int) -> str | None:
     # How the smaller model differs from what the larger one is without its other layers.
-    task, left = _task(config), {*range(1, architecture.number_of_layers(config) + 1)} - {*numbers}
+    architecture = architecture_of(config)
+    left = {*range(1, architecture.number_of_layers(config) + 1)} - {*numbers}
     whole = copy_that_runs(config, task, tokens=TOKENS)
     if whole is None:
         return None if architecture.is_listed else "no small copy of it runs, which would show it"
@@ -127,6 +121,9 @@ def _difference(
     if not (actual - expected).abs().max() <= 1e-5 * expected.abs().max():
         return "its outputs are not those of the whole model with the other layers passed by"
     return None
+
+
+_DIFFERENCES = Known(_difference, without=UNRELATED)
 
 
 def _with_rest(whole: nn.Module, architecture: Architecture, numbers: Sequence[int]) -> nn.Module:

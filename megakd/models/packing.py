@@ -9,7 +9,6 @@ of any other model decides.
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -23,7 +22,7 @@ from megakd.contract.batch import Batch, Documents
 from megakd.contract.tasks import TaskType
 from megakd.data.collation import documents_of
 from megakd.errors import ModelError
-from megakd.models.architectures import content_key
+from megakd.models.architectures import Known
 from megakd.models.packed_attention import VARLEN, register_packed_attention
 from megakd.models.small_copy import copy_that_runs, logits_of
 from megakd.models.source import ModelSource
@@ -38,10 +37,6 @@ DOCUMENTS = (9, 12)
 LARGEST_DIFFERENCE = 1e-5
 """Of logits, as a part of the largest; where documents mix it is above 1e-3."""
 Inputs = Callable[[], dict[str, Any]]
-# Keys of a config that do not change how its model mixes tokens.
-_UNRELATED = ("vocab_size", "dtype", "_name_or_path", "architectures", "use_cache")
-_BY_CONTENT: dict[str, Packing] = {}
-_BY_CONFIG: dict[tuple[int, str | None], tuple[weakref.ref[PretrainedConfig], Packing]] = {}
 
 
 def packing_of(config: PretrainedConfig, attention: str | None) -> Packing:
@@ -54,14 +49,7 @@ def packing_of(config: PretrainedConfig, attention: str | None) -> Packing:
     """
     if architecture_of(config).is_listed:
         return "positions"
-    known = _BY_CONFIG.get((id(config), attention))
-    if known is not None and known[0]() is config:
-        return known[1]
-    key = content_key(config, attention, without=_UNRELATED)
-    if key not in _BY_CONTENT:
-        _BY_CONTENT[key] = _packing_tried(config, attention)
-    _BY_CONFIG[id(config), attention] = weakref.ref(config), _BY_CONTENT[key]
-    return _BY_CONTENT[key]
+    return _PACKINGS.of(config, attention)
 
 
 def packing_at(where: str, config: PretrainedConfig, attention: str | None) -> Packing:
@@ -105,8 +93,14 @@ def _packing_tried(config: PretrainedConfig, attention: str | None) -> Packing:
         )
     if attention is None:  # the loaded model names the attention that transformers has chosen
         chosen = model.config._attn_implementation  # noqa: SLF001
-        _BY_CONTENT[content_key(config, chosen, without=_UNRELATED)] = result
+        _PACKINGS.note(result, config, chosen)
     return result
+
+
+# Without keys of a config that do not change how its model mixes tokens.
+_PACKINGS = Known(
+    _packing_tried, without=("vocab_size", "dtype", "_name_or_path", "architectures", "use_cache")
+)
 
 
 def _with_boundaries(model: PreTrainedModel) -> dict[str, Any]:

@@ -9,7 +9,6 @@ returns, and what becomes of its output, for which the matrix is replaced by kno
 from __future__ import annotations
 
 import math
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -30,8 +29,8 @@ from megakd.models.architectures import (
     AUTO_CLASSES,
     CLASS_ENDINGS,
     Architecture,
+    Known,
     class_name,
-    content_key,
 )
 from megakd.models.valueless import VALUELESS, Valueless, no_cache, without_values
 
@@ -121,28 +120,6 @@ def only_rows(backbone: nn.Module, rows: Tensor | None) -> Iterator[None]:
         hook.remove()
 
 
-# Keys of a config without which the parts of its model are where they are.
-UNRELATED = ("id2label", "label2id", "vocab_size", "dtype", "_name_or_path", "architectures")
-_BY_CONTENT: dict[str, Architecture] = {}
-_BY_CONFIG: dict[tuple[int, TaskType], tuple[weakref.ref[PretrainedConfig], Architecture]] = {}
-
-
-def architecture_found(config: PretrainedConfig, task: TaskType) -> Architecture:
-    """Return where the parts of a model for a task are, which is looked for once per config.
-
-    Raises:
-        ModelError: see `find_architecture`.
-    """
-    known = _BY_CONFIG.get((id(config), task))
-    if known is not None and known[0]() is config:
-        return known[1]
-    key = content_key(config, task, without=UNRELATED)
-    if key not in _BY_CONTENT:
-        _BY_CONTENT[key] = find_architecture(config, task)
-    _BY_CONFIG[id(config), task] = weakref.ref(config), _BY_CONTENT[key]
-    return _BY_CONTENT[key]
-
-
 def find_architecture(config: PretrainedConfig, task: TaskType) -> Architecture:
     """Return where the parts of a model for a task are.
 
@@ -150,20 +127,7 @@ def find_architecture(config: PretrainedConfig, task: TaskType) -> Architecture:
         ModelError: a part is not found, or the logits are no function of the output matrix that
             the losses know.
     """
-    kind = config.model_type
-    try:
-        model = without_values(config, task)
-    except Exception as error:  # the code of any model may fail in its own way
-        raise ModelError(
-            f"a {kind} model for {task} cannot be built from this config: {one_line(error)}"
-        ) from error
-    try:
-        seen = _run(model, task)
-    except Exception as error:
-        raise ModelError(
-            f"the forward of a {kind} model for {task} failed without values, so that its output "
-            f"matrix and layers are not known: {one_line(error)}"
-        ) from error
+    kind, (model, seen) = config.model_type, _seen_in(config, task)
     lists, key = _layers_in(model)
     layers = next(iter(lists), None)
     try:
@@ -172,8 +136,8 @@ def find_architecture(config: PretrainedConfig, task: TaskType) -> Architecture:
         embeddings = None
     # The outermost module around the layers that runs: some heads call the decoder in a base model.
     backbone = _path_in(model, model.base_model)
-    around = [(layers or "")[:end] for end, sign in enumerate(layers or "") if sign == "."]
-    inner = next((path for path in (backbone, *around) if path and path in seen.states), None)
+    owners = [(layers or "")[:end] for end, sign in enumerate(layers or "") if sign == "."]
+    inner = next((path for path in (backbone, *owners) if path and path in seen.states), None)
     if inner is None or (embeddings is None and task in LANGUAGE_TASKS):
         raise ModelError(
             f"a {kind} model for {task} has no module whose forward gives last_hidden_state "
@@ -189,11 +153,16 @@ def find_architecture(config: PretrainedConfig, task: TaskType) -> Architecture:
     poolers = [f"{top}.{n}" for n, _ in model.get_submodule(top).named_children() if n == "pooler"]
     repeated = None if lists else _repeated_in(model, seen, inner)
     blocks, *parts = (path.removeprefix(f"{inner}.") for path in lists or [repeated or ""])
-    entry = _entry_of(kind, task, (embeddings or "").removeprefix(f"{inner}."))
+    # The module around the embeddings of tokens adds those of positions too.
+    around = (embeddings or "").removeprefix(f"{inner}.").partition(".")[0]
+    entry = ARCHITECTURES.get(kind)
+    if entry is None or task not in entry.tasks:
+        entry = Architecture(model_type=kind, tasks=(task,), is_listed=False)
     architecture = replace(
         entry,
         layers=entry.layers if key in (None, "num_hidden_layers") else key,
         backbone=inner,
+        embeddings=around,
         head=outside[-1] if outside else top,
         renewed=(*outside[:-1], *poolers),
         blocks=blocks or None,
@@ -212,11 +181,21 @@ def find_architecture(config: PretrainedConfig, task: TaskType) -> Architecture:
     return _with_head(architecture, model, seen)
 
 
-def _entry_of(kind: str, task: TaskType, embeddings: str) -> Architecture:
-    entry = ARCHITECTURES.get(kind)
-    if entry is not None and task in entry.tasks:
-        return entry
-    return Architecture(model_type=kind, tasks=(task,), embeddings=embeddings, is_listed=False)
+def _seen_in(config: PretrainedConfig, task: TaskType) -> tuple[PreTrainedModel, Seen]:
+    kind = config.model_type
+    try:
+        model = without_values(config, task)
+    except Exception as error:  # the code of any model may fail in its own way
+        raise ModelError(
+            f"a {kind} model for {task} cannot be built from this config: {one_line(error)}"
+        ) from error
+    try:
+        return model, _run(model, task)
+    except Exception as error:
+        raise ModelError(
+            f"the forward of a {kind} model for {task} failed without values, so that its output "
+            f"matrix and layers are not known: {one_line(error)}"
+        ) from error
 
 
 @dataclass
@@ -448,7 +427,12 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
     entry = ARCHITECTURES.get(config.model_type)
     if entry is not None and entry.backbone:
         return entry
-    return architecture_found(config, task_of(config) or _usual_task(config))
+    return ARCHITECTURES_FOUND.of(config, task_of(config) or _usual_task(config))
+
+
+# Keys of a config without which the parts of its model are where they are.
+UNRELATED = ("id2label", "label2id", "vocab_size", "dtype", "_name_or_path", "architectures")
+ARCHITECTURES_FOUND = Known(find_architecture, without=UNRELATED)
 
 
 def task_of(config: PretrainedConfig) -> TaskType | None:

@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 
 from megakd.contract.tasks import TaskType
 from megakd.contract.views import Kind
-from megakd.models.architectures import ROUTES_TOKENS, Architecture, content_key, narrow_maps
+from megakd.models.architectures import ROUTES_TOKENS, Architecture, Known, narrow_maps
 from megakd.models.config_of_layers import config_with_layers
 from megakd.models.proposed_units import (
     PROPOSALS,
@@ -28,15 +28,11 @@ from megakd.models.proposed_units import (
     are_of_maps,
 )
 from megakd.models.small_copy import first_copy
+from megakd.models.structure import ARCHITECTURES_FOUND
 from megakd.models.units_copy import SmallCopy, signature_of, stay
 from megakd.models.valueless import without_values
 
 KINDS: tuple[Kind, Kind] = ("heads", "neurons")
-
-
-_BY_CONTENT: dict[str, FoundUnits] = {}
-_OF_COPIES: dict[str, dict[Kind, Decision]] = {}
-_UNRELATED = ("id2label", "label2id", "dtype", "_name_or_path", "architectures", "pad_token_id")
 
 
 class Decision(NamedTuple):
@@ -53,15 +49,6 @@ class Decision(NamedTuple):
     head_width: str | None = None
     is_narrow: bool = False
     uncut: str | None = None
-
-
-def units_of(config: PretrainedConfig, architecture: Architecture) -> FoundUnits:
-    """Return the units of a model that was found, which are looked for once per config."""
-    (task,) = architecture.tasks
-    key = content_key(config, task, without=_UNRELATED)
-    if key not in _BY_CONTENT:
-        _BY_CONTENT[key] = find_units(config, architecture, task)
-    return _BY_CONTENT[key]
 
 
 def find_units(config: Any, architecture: Architecture, task: TaskType) -> FoundUnits:
@@ -94,6 +81,13 @@ def find_units(config: Any, architecture: Architecture, task: TaskType) -> Found
         units = units if uncut is None else (None,) * len(units)
         cuttable[kind] = Cuttable(units, keys, head_width, is_narrow, uncut)
     return FoundUnits(cuttable["heads"], cuttable["neurons"], blocks)
+
+
+UNITS = Known(
+    lambda config, task: find_units(config, ARCHITECTURES_FOUND.of(config, task), task),
+    without=("id2label", "label2id", "dtype", "_name_or_path", "architectures", "pad_token_id"),
+)
+"""By config and task, the units of a model outside of the table."""
 
 
 def _without_list(architecture: Architecture) -> str:
@@ -177,17 +171,21 @@ def _decided(
 ) -> dict[Kind, Decision]:
     (task,) = architecture.tasks
 
-    def decided(small: PretrainedConfig) -> dict[Kind, Decision]:
-        key = content_key(small, task, without=())
-        if key not in _OF_COPIES:
-            copied = SmallCopy(small, task, blocks, count)
-            _OF_COPIES[key] = {kind: decide(copied, kind) for kind in KINDS}
-        return _OF_COPIES[key]
-
     fewer = config_with_layers(config, architecture, range(1, count + 1))
-    decisions, failed = first_copy(fewer, task, decided)
+    facts = task, blocks, count
+    decisions, failed = first_copy(fewer, task, lambda small: _OF_COPIES.of(small, *facts))
     reason = f"no small copy of it runs, which decides ({failed})"
     return decisions or dict.fromkeys(KINDS, Decision({}, {}, uncut=reason))
+
+
+def _decided_by_copy(
+    small: PretrainedConfig, task: TaskType, blocks: str, count: int
+) -> dict[Kind, Decision]:
+    copied = SmallCopy(small, task, blocks, count)
+    return {kind: decide(copied, kind) for kind in KINDS}
+
+
+_OF_COPIES = Known(_decided_by_copy, without=())
 
 
 def decide(copied: SmallCopy, kind: Kind) -> Decision:
