@@ -36,7 +36,7 @@ QUERIES_PER_KEY, SCORE_WIDTH = "queries_per_key", "score_width"
 # Also of a model whose sorted heads have columns in a shared bias.
 HEAD_COLUMNS = "head_columns"
 NARROW = "narrow"
-"""Key of a cut model of any other family, see `narrow_class`."""
+"""Key of a cut model of any other family, see `narrow_class`; its type has this word before it."""
 CUT_CONFIG = re.compile(r"Cut\w+Config")
 SCORE_CAP = "attn_logit_softcapping"
 """Key of a cap on attention scores, which fused attentions lack."""

@@ -249,11 +249,13 @@ def _write_config(folder: Path, model: ModelContent, dtype: torch.dtype) -> None
             auto.__name__: f"{file.stem}.{narrow_class(stock).__name__}"
             for auto in (AutoModel, *AUTO_CLASSES.values())
             if isinstance(stock := auto._model_mapping.get(type(config), None), type)  # noqa: SLF001
-        }
+        } | {"AutoConfig": f"{file.stem}.{narrow_class(type(config)).__name__}"}
     else:  # of the folder that the config was read from, whose files of code are not copied
         vars(config).pop("auto_map", None)
     # save_pretrained refuses the generation keys that older configs on the Hub carry.
     keys = json.loads(config.to_json_string())
+    if narrow_maps(config) is not None:
+        keys["model_type"] = narrow_class(type(config)).model_type
     write_json(folder / CONFIG, {**keys, **rotary_keys_of_4(keys)})
     register_own_models()
     decoder = class_name(config, "causal_lm")

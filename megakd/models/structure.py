@@ -95,7 +95,7 @@ def attentions_seen(note: Callable[[nn.Module, Vectors], None]) -> Iterator[None
     try:
         yield
     finally:
-        del table.get_interface
+        vars(table).pop("get_interface", None)
 
 
 @contextmanager
