@@ -69,7 +69,7 @@ class Architecture:
     has_sinks: attentions have a learned score besides the keys, which fused attentions lack.
     shows_attention: each layer calls an attention of transformers with queries, keys and values.
     experts: path on the model of a block that routes tokens to experts; None: a dense model.
-    is_listed: the table states the heads and neurons of the family; else they are looked for.
+    find_units: looks for heads and neurons; None: the table states them.
     output: path of the output matrix of a language model.
     bias: path of a weight outside the head that the model adds to the product with this matrix.
     warp: what becomes of this sum.
@@ -98,7 +98,7 @@ class Architecture:
     has_sinks: bool = False
     shows_attention: bool = True
     experts: str | None = None
-    is_listed: bool = True
+    find_units: Callable[[PretrainedConfig, Architecture], FoundUnits] | None = None
     output: str | None = None
     bias: str | None = None
     warp: LogitWarp = IDENTITY
@@ -167,9 +167,14 @@ class Architecture:
 
     def found_units(self, config: PretrainedConfig) -> FoundUnits:
         """Return what can be cut of a model that the table does not have."""
-        from megakd.models.units import UNITS  # which reads this file
+        if self.find_units is None:
+            raise TypeError(f"the table states the units of {self.model_type}")
+        return self.find_units(config, self)
 
-        return UNITS.of(config, self.tasks[0])
+    @property
+    def is_listed(self) -> bool:
+        """True for a model whose heads and neurons the table states."""
+        return self.find_units is None
 
     def attentions(self, config: PretrainedConfig) -> tuple[AttentionPaths | None, ...]:
         """Return the attentions of all layers; None: a layer has none whose heads can be cut."""

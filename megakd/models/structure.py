@@ -32,6 +32,7 @@ from megakd.models.architectures import (
     Known,
     class_name,
 )
+from megakd.models.units import units_of
 from megakd.models.valueless import VALUELESS, Valueless, no_cache, without_values
 
 LENGTH = 8
@@ -157,7 +158,7 @@ def find_architecture(config: PretrainedConfig, task: TaskType) -> Architecture:
     around = (embeddings or "").removeprefix(f"{inner}.").partition(".")[0]
     entry = ARCHITECTURES.get(kind)
     if entry is None or task not in entry.tasks:
-        entry = Architecture(model_type=kind, tasks=(task,), is_listed=False)
+        entry = Architecture(model_type=kind, tasks=(task,), find_units=units_of)
     architecture = replace(
         entry,
         layers=entry.layers if key in (None, "num_hidden_layers") else key,
@@ -427,12 +428,12 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
     entry = ARCHITECTURES.get(config.model_type)
     if entry is not None and entry.backbone:
         return entry
-    return ARCHITECTURES_FOUND.of(config, task_of(config) or _usual_task(config))
+    return _FOUND.of(config, task_of(config) or _usual_task(config))
 
 
 # Keys of a config without which the parts of its model are where they are.
 UNRELATED = ("id2label", "label2id", "vocab_size", "dtype", "_name_or_path", "architectures")
-ARCHITECTURES_FOUND = Known(find_architecture, without=UNRELATED)
+_FOUND = Known(find_architecture, without=UNRELATED)
 
 
 def task_of(config: PretrainedConfig) -> TaskType | None:

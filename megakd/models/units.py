@@ -28,7 +28,6 @@ from megakd.models.proposed_units import (
     are_of_maps,
 )
 from megakd.models.small_copy import first_copy
-from megakd.models.structure import ARCHITECTURES_FOUND
 from megakd.models.units_copy import SmallCopy, signature_of, stay
 from megakd.models.valueless import without_values
 
@@ -83,11 +82,15 @@ def find_units(config: Any, architecture: Architecture, task: TaskType) -> Found
     return FoundUnits(cuttable["heads"], cuttable["neurons"], blocks)
 
 
-UNITS = Known(
-    lambda config, task: find_units(config, ARCHITECTURES_FOUND.of(config, task), task),
+_FOUND = Known(
+    find_units,
     without=("id2label", "label2id", "dtype", "_name_or_path", "architectures", "pad_token_id"),
 )
-"""By config and task, the units of a model outside of the table."""
+
+
+def units_of(config: PretrainedConfig, architecture: Architecture) -> FoundUnits:
+    """Return the units of a model outside of the table."""
+    return _FOUND.of(config, architecture, architecture.tasks[0])
 
 
 def _without_list(architecture: Architecture) -> str:

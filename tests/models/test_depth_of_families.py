@@ -27,6 +27,7 @@ from megakd.models.loading import load_model, resolve_model
 from megakd.models.model_folder import write_model_folder
 from megakd.models.small_copy import logits_of
 from megakd.models.source import ModelSource
+from megakd.models.structure import architecture_of
 
 LAYERS, STAY = 4, (1, 4)
 TOKENS = 5 + torch.arange(48).reshape(2, 24) * 11 % 500
@@ -84,7 +85,8 @@ def passed_by(folder: Path, task: TaskType) -> Tensor:
     """The logits of the whole model, whose inner layers are passed by."""
     whole = opened(folder, task)
     with ExitStack() as without:
-        for layer in {*range(1, LAYERS + 1)} - {*STAY}:
+        count = architecture_of(whole.config).number_of_layers(whole.config)
+        for layer in {*range(1, count + 1)} - {*STAY}:
             without.enter_context(left_out(whole, layer))
         return logits_of(whole, TOKENS)
 
