@@ -249,11 +249,13 @@ class AttentionNotes:
             queries = zeros.repeat(1, 1, heads.queries // heads.keys)
             return AttentionVectors(queries, zeros, zeros, heads.width)
         *vectors, scale = self._vectors[layer]
-        width = vectors[0].shape[-1]
-        parts = [part.transpose(1, 2).flatten(2) for part in vectors]
+        width: int = vectors[0].shape[-1]
+        parts: tuple[Tensor, ...] = tuple(part.transpose(1, 2).flatten(2) for part in vectors)
         if is_sharded(block) and block.training and getattr(block, "gradient_checkpointing", False):
             parts = BackThroughLayer.apply(output, *parts)
-        return AttentionVectors(*parts, width, width**-0.5 if scale is None else float(scale))
+        queries, keys, values = parts
+        scale = width**-0.5 if scale is None else float(scale)
+        return AttentionVectors(queries, keys, values, width, scale)
 
 
 class BackThroughLayer(torch.autograd.Function):

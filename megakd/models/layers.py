@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from megakd.contract.tasks import TaskType
 from megakd.contract.views import View, evenly_spaced, most_important
@@ -126,9 +126,11 @@ def _difference(config: PretrainedConfig, task: TaskType, *numbers: int) -> str 
 _DIFFERENCES = Known(_difference, without=UNRELATED)
 
 
-def _with_rest(whole: nn.Module, architecture: Architecture, numbers: Sequence[int]) -> nn.Module:
+def _with_rest(
+    whole: PreTrainedModel, architecture: Architecture, numbers: Sequence[int]
+) -> PreTrainedModel:
     """Return the model of some layers as its class builds it from a file, with their weights."""
-    fewer = config_with_layers(whole.config, architecture, numbers)  # type: ignore[arg-type]
+    fewer = config_with_layers(whole.config, architecture, numbers)
     with TemporaryDirectory() as folder:  # a file may say less than the config in memory
         fewer.save_pretrained(folder)
         fewer = type(fewer).from_pretrained(folder)

@@ -157,7 +157,8 @@ def narrow_class(stock: type[Any]) -> type[Any]:
 
     The config has a type of its own, so that transformers asks for `trust_remote_code`.
     """
-    name, members = f"Narrow{stock.__name__}", {"__module__": __name__}
+    name = f"Narrow{stock.__name__}"
+    members: dict[str, Any] = {"__module__": __name__}
     if issubclass(stock, hf.PreTrainedConfig):
         return type(name, (stock,), {**members, "model_type": f"narrow_{stock.model_type}"})
     members["config_class"] = narrow_class(stock.config_class)
