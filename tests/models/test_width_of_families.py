@@ -119,12 +119,11 @@ def test_structure_shows_what_the_table_says(model_type):
     entry = find_architecture(config, "causal_lm")  # with the table's facts on units
     units = find_units(config, entry, "causal_lm")
 
-    attentions = [paths._replace(norms=None) for paths in entry.attentions(config)]
+    attentions = [*entry.attentions(config)]
     assert [*units.attentions] == attentions
     assert [*units.feed_forwards] == [*entry.feed_forwards(config)]
     assert [u.total for u in units.heads.layers] == [*entry.units(config).heads]
     assert [u.total for u in units.neurons.layers] == [*entry.units(config).neurons]
-    assert entry.uncut is None
     assert units.heads.is_narrow
     assert units.neurons.is_narrow
 
