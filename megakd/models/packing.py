@@ -210,13 +210,13 @@ def set_attention(
     """
     register_packed_attention()
     config, wanted = model.config, source.attn_implementation
-    check_varlen(config, source)
     lacking = architecture_of(config).lacking_in_fused_attention(config)
     if lacking is not None and wanted in (VARLEN, "sdpa"):
         raise ModelError(
             f"{source.where.removesuffix('.model')}.attn_implementation: the {config.model_type} "
             f"model has {lacking}, which {wanted} does not support; use eager, or remove the key"
         )
+    check_varlen(config, source)
     name = attention_name(model, source, task, device)
     if name == VARLEN and device.type == "cuda" and not _has_kernel(model):
         raise ModelError(
