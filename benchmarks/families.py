@@ -199,7 +199,7 @@ def is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
 def units(source: ModelSource, kind: Kind) -> str:
     """Return how a model without some units of a kind is written; the reason is an error."""
     architecture = source.architecture
-    if architecture.is_found:
+    if not architecture.is_listed:
         heads, neurons, _ = architecture.found_units(source.config)
         cuttable = heads if kind == "heads" else neurons
         if cuttable.uncut is not None:

@@ -296,7 +296,7 @@ def _check_losses(config: RunConfig, inputs: UnencodedInputs) -> None:
     for role in (STUDENT, *teachers) if compared else ():
         sources[role].architecture.check_layers()
         if not {*compared}.isdisjoint(("attention_mse", "relation_kl")):
-            sources[role].architecture.check_attentions(sources[role].config)
+            sources[role].architecture.check_attentions()
     with_class_weights(terms, inputs.splits)
     for teacher in teachers.values() or (None,):
         check_terms(terms, shapes[STUDENT], teacher)

@@ -6,9 +6,11 @@ Only the table `FAMILIES` states how families differ, and only in facts that are
 from __future__ import annotations
 
 import json
+import re
+import weakref
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Generic, TypeVar
 
 from torch import nn
 from transformers import (
@@ -22,10 +24,11 @@ from megakd.contract.batch import LogitWarp
 from megakd.contract.tasks import TaskType
 from megakd.contract.views import Heads, Kind, View
 from megakd.errors import ModelError
-from megakd.models.modeling.modeling_cut import narrow_class
+from megakd.models.modeling import modeling_cut
 from megakd.models.paths import AttentionPaths, FeedForwardPaths
 from megakd.models.proposed_units import FoundUnits
 
+T = TypeVar("T")
 IDENTITY = LogitWarp()
 # Config keys of a cut model, whose layers differ in shape.
 HEAD_COUNTS, NEURON_COUNTS, HEAD_WIDTH = "head_counts", "neuron_counts", "head_width"
@@ -33,29 +36,26 @@ QUERIES_PER_KEY, SCORE_WIDTH = "queries_per_key", "score_width"
 # Also of a model whose sorted heads have columns in a shared bias.
 HEAD_COLUMNS = "head_columns"
 NARROW = "narrow"
-"""Key of a cut model of any other family, see `narrow_class`."""
-RotaryForm = Literal["halves", "half_width"]
-
-
-ATTENTION_OF_BERT = AttentionPaths(
-    ("attention.self.query", "attention.self.key", "attention.self.value"),
-    "attention.output.dense",
-    "attention.self",
-)
-FEED_FORWARD_OF_BERT = FeedForwardPaths(("intermediate.dense",), "output.dense")
+"""Key of a cut model of any other family, see `narrow_class`; its type has this word before it."""
+CUT_CONFIG = re.compile(r"Cut\w+Config")
+SCORE_CAP = "attn_logit_softcapping"
+"""Key of a cap on attention scores, which fused attentions lack."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
     """Locations of the parts of a model.
 
-    An entry of the table lacks what `models.structure` finds: backbone, head, renewed, blocks,
-    output, bias, warp and reads_head_input.
+    An entry of the table lacks what `models.structure` finds, such as the backbone and the head.
 
     backbone, head: attribute paths on the model with a head.
     renewed: modules that belong to the task in addition to the head; a checkpoint may lack them.
-    layers, width, attention_heads: keys of the config.
-    blocks: path on the backbone of the list of layers.
+    layers: key of the config.
+    blocks: path on the backbone of the list of layers; of one module that runs for each layer, if
+        it `repeats`; or of a list with a part of each layer. None: layers are not found.
+    parts: paths of the lists with the other parts of each layer (XLM), likewise.
+    repeats: all layers are one module (ALBERT).
+    reads_states: each layer is a module that gives the hidden states of the tokens.
     embeddings: path on the backbone of the module that makes the first hidden states of tokens.
     attention: module paths of an attention, relative to its layer.
     feed_forward: module paths of a feed-forward, relative to its layer.
@@ -63,21 +63,13 @@ class Architecture:
     more_feed_forwards: feed-forwards outside the layers, likewise.
     more_blocks: layers of a second stream of hidden states of the same width, likewise.
     neurons: key of the config.
-    rotary: path on the backbone of the module that makes the rotary cosines and sines.
     shares_bias: all layers share a position bias with one column per head.
     cuts_inside_heads: the columns of a head can be cut one by one; rotary positions pair columns,
         so that such families lose whole heads.
-    score_softcap: config key of a cap on attention scores, which fused attentions lack.
     has_sinks: attentions have a learned score besides the keys, which fused attentions lack.
-    masks_documents: the masks of the backbone separate packed documents.
-    rotary_form: the rotary module gives a cosine for each column of the `halves` of a head, or
-        (`half_width`) for each pair of columns.
-    norms_by_head: norms of queries and keys run on [B, heads, T, width], not on
-        [B, T, heads, width].
+    shows_attention: each layer calls an attention of transformers with queries, keys and values.
     experts: path on the model of a block that routes tokens to experts; None: a dense model.
-    uncut: reason why heads, neurons and width of the family cannot be cut; None: they can.
-    finds_units: the heads and neurons of the family are looked for in spite of its entry.
-    find_units: looks for them, also in a model without an entry in the table.
+    find_units: looks for heads and neurons; None: the table states them.
     output: path of the output matrix of a language model.
     bias: path of a weight outside the head that the model adds to the product with this matrix.
     warp: what becomes of this sum.
@@ -90,27 +82,22 @@ class Architecture:
     head: str = ""
     renewed: tuple[str, ...] = ()
     layers: str = "num_hidden_layers"
-    width: str = "hidden_size"
-    attention_heads: str = "num_attention_heads"
-    blocks: str | None = "encoder.layer"
+    blocks: str | None = None
+    parts: tuple[str, ...] = ()
+    repeats: bool = False
+    reads_states: bool = True
     embeddings: str = "embeddings"
-    attention: AttentionPaths = ATTENTION_OF_BERT
-    feed_forward: FeedForwardPaths = FEED_FORWARD_OF_BERT
+    attention: AttentionPaths | None = None
+    feed_forward: FeedForwardPaths | None = None
     more_attentions: tuple[AttentionPaths, ...] = ()
     more_feed_forwards: tuple[FeedForwardPaths, ...] = ()
     more_blocks: tuple[str, ...] = ()
     neurons: str = "intermediate_size"
-    rotary: str | None = None
     shares_bias: bool = False
     cuts_inside_heads: bool = False
-    score_softcap: str | None = None
     has_sinks: bool = False
-    masks_documents: bool = True
-    rotary_form: RotaryForm = "halves"
-    norms_by_head: bool = False
+    shows_attention: bool = True
     experts: str | None = None
-    uncut: str | None = None
-    finds_units: bool = False
     find_units: Callable[[PretrainedConfig, Architecture], FoundUnits] | None = None
     output: str | None = None
     bias: str | None = None
@@ -124,12 +111,12 @@ class Architecture:
 
     def hidden_width(self, config: PretrainedConfig) -> int:
         """Return the width D of the hidden states."""
-        return getattr(config, self.width)
+        return config.hidden_size
 
     def heads(self, config: PretrainedConfig) -> Heads:
         """Return the numbers of query heads and key heads, and the width of a head."""
         # A recurrent model has no heads.
-        queries = stated(config, self.attention_heads) or 1
+        queries = stated(config, "num_attention_heads") or 1
         keys = stated(config, "num_key_value_heads") or queries
         width = stated(config, HEAD_WIDTH) or stated(config, "head_dim")
         width = width or self.hidden_width(config) // queries
@@ -139,8 +126,8 @@ class Architecture:
         """Return the part of a model's attention that sdpa and varlen lack; None: no part."""
         if self.has_sinks:
             return "attention sinks"
-        cap = None if self.score_softcap is None else getattr(config, self.score_softcap)
-        return None if cap is None else f"a cap on attention scores ({self.score_softcap}: {cap})"
+        cap = stated(config, SCORE_CAP)
+        return None if cap is None else f"a cap on attention scores ({SCORE_CAP}: {cap})"
 
     def score_width(self, config: PretrainedConfig) -> int:
         """Return the width whose root divides attention scores; a cut head may be narrower."""
@@ -157,37 +144,26 @@ class Architecture:
         return model.get_submodule(self.output)
 
     def check_layers(self) -> None:
-        """Raise if the layers of the model cannot be read."""
-        if self.blocks is None:
+        """Raise if the hidden states of the layers cannot be read."""
+        if not self.reads_states:
             raise ModelError(
                 f"a {self.model_type} model has no list of layers that each give the hidden states "
-                "of its tokens: losses of layers (hidden_mse, relation_kl …) cannot read it, and "
-                "none of its layers can be left out; soft_target_kl and hard_cross_entropy can"
+                "of its tokens: losses of layers (hidden_mse, relation_kl …) cannot read it; "
+                "soft_target_kl and hard_cross_entropy can"
             )
 
     def block_of(self, model: nn.Module, layer: int) -> nn.Module:
         """Return a layer; layers are counted from 1."""
-        self.check_layers()
         return self.backbone_of(model).get_submodule(f"{self.blocks}.{layer - 1}")
 
-    def check_attentions(self, config: PretrainedConfig) -> None:
+    def check_attentions(self) -> None:
         """Raise if queries, keys and values of the layers cannot be read."""
-        if not self.is_listed:
+        if not self.shows_attention:
             raise ModelError(
-                f"attention_mse and relation_kl do not know the attentions of a {self.model_type} "
-                "model; use hidden_mse"
+                f"attention_mse and relation_kl cannot read the attentions of a {self.model_type} "
+                "model: not each layer calls one of transformers' attentions with queries, keys "
+                "and values; use hidden_mse"
             )
-        if getattr(config, "qk_layernorm", False) and self.attention.norms is None:
-            raise ModelError(
-                "attention_mse and relation_kl do not support a model with qk_layernorm: true; use "
-                "hidden_mse"
-            )
-
-    def vectors_of(self, model: nn.Module, layer: int) -> tuple[nn.Module, ...]:
-        """Return the modules that produce queries, keys and values of a layer, counted from 1."""
-        self.check_attentions(model.config)  # type: ignore[arg-type]
-        block = self.block_of(model, layer)
-        return tuple(block.get_submodule(path) for path in self.attention.vectors)
 
     def found_units(self, config: PretrainedConfig) -> FoundUnits:
         """Return what can be cut of a model that the table does not have."""
@@ -196,25 +172,20 @@ class Architecture:
         return self.find_units(config, self)
 
     @property
-    def is_found(self) -> bool:
-        """True for a model whose heads and neurons are looked for."""
-        return self.find_units is not None
-
-    @property
     def is_listed(self) -> bool:
-        """True for a model with an entry in the table."""
-        return self.finds_units or not self.is_found
+        """True for a model whose heads and neurons the table states."""
+        return self.find_units is None
 
     def attentions(self, config: PretrainedConfig) -> tuple[AttentionPaths | None, ...]:
         """Return the attentions of all layers; None: a layer has none whose heads can be cut."""
-        if not self.is_listed:
+        if self.attention is None:
             return self.found_units(config).attentions
         layers = tuple(self.attention.under(block) for block in self._blocks(config))
         return layers + self.more_attentions
 
     def feed_forwards(self, config: PretrainedConfig) -> tuple[FeedForwardPaths | None, ...]:
         """Return the feed-forwards of all layers, likewise."""
-        if not self.is_listed:
+        if self.feed_forward is None:
             return self.found_units(config).feed_forwards
         layers = [self.feed_forward.under(block) for block in self._blocks(config)]
         is_gated = bool(getattr(config, "is_gated_act", False))
@@ -231,12 +202,13 @@ class Architecture:
         return (layers, self.more_blocks) if self.more_blocks else (layers,)
 
     def _blocks(self, config: PretrainedConfig) -> list[str]:
-        path = f"{self.backbone}.{self.blocks}"
-        return [f"{path}.{number}" for number in range(self.number_of_layers(config))]
+        numbers = [""] if self.repeats else [f".{n}" for n in range(self.number_of_layers(config))]
+        lists = [f"{self.backbone}.{path}" for path in (self.blocks, *self.parts)]
+        return [f"{path}{number}" for number in numbers for path in lists]
 
     def rows_of_heads(self, config: PretrainedConfig) -> int:
         """Return the number of rows by which a key-value group makes keys."""
-        if not self.is_found:
+        if self.is_listed:
             return self.heads(config).width
         layers = self.found_units(config).heads.layers
         return max((units.width for units in layers if units is not None), default=1)
@@ -246,7 +218,7 @@ class Architecture:
 
         The modules between these maps do not take fewer units.
         """
-        if not self.is_found:
+        if self.is_listed:
             return set()
         heads, neurons, _ = self.found_units(config)
         kinds: tuple[Kind, Kind] = ("heads", "neurons")
@@ -254,8 +226,8 @@ class Architecture:
 
     def why_uncut(self, config: PretrainedConfig) -> str | None:
         """Return the reason why no units can be cut; None: some can."""
-        if not self.is_found:
-            return self.uncut
+        if self.is_listed:
+            return None
         heads, neurons, _ = self.found_units(config)
         if heads.uncut is None or neurons.uncut is None:
             return None
@@ -274,7 +246,7 @@ class Architecture:
                 f"a {config.model_type} model cannot be cut in width, heads or neurons: "
                 f"{reason}; use student.layers to keep some of its layers, or another family"
             )
-        if self.is_found:
+        if not self.is_listed:
             heads, neurons = (
                 tuple(0 if units is None else units.total for units in cuttable.layers)
                 for cuttable in self.found_units(config)[:2]
@@ -294,10 +266,6 @@ class Architecture:
         """Return the units; `head_width` is set if columns of heads can be cut one by one."""
         width = self.heads(config).width if self.cuts_inside_heads else None
         return self.units(config)._replace(head_width=width)
-
-    def rotary_of(self, model: nn.Module) -> nn.Module | None:
-        """Return the module that makes rotary cosines and sines; None if the family has none."""
-        return None if self.rotary is None else self.backbone_of(model).get_submodule(self.rotary)
 
     def of_the_task(self, name: str) -> bool:
         """Return true if a parameter belongs to the task and not to the backbone."""
@@ -320,17 +288,7 @@ CLASS_ENDINGS: Mapping[str, TaskType] = {
     "LMHeadModel": "causal_lm",
 }
 
-ATTENTION_OF_LLAMA = AttentionPaths(
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.o_proj", "self_attn"
-)
-HEAD_NORMS = ATTENTION_OF_LLAMA._replace(norms=("self_attn.q_norm", "self_attn.k_norm"))
 ROUTES_TOKENS = "a router chooses the experts of each token"
-
-
-def _encoder(model_type: str) -> Architecture:
-    return Architecture(
-        model_type=model_type, tasks=(*SEQUENCE_TASKS, "mlm"), cuts_inside_heads=True
-    )
 
 
 def _attention_of_t5(module: str) -> AttentionPaths:
@@ -358,83 +316,28 @@ def _t5(model_type: str) -> Architecture:
     )
 
 
-def _decoder(model_type: str) -> Architecture:
+def _cuttable(config: Any) -> Architecture:
+    """Return the entry of a family with cut models, whose config says where the units are."""
+    parts, model_type = config.parts, config.model_type.removeprefix("cut_")
+    keys = [f"{parts.core}.{name}" for name in parts.keys or (parts.queries,) * 2]
+    is_encoder = model_type in ENCODERS
     return Architecture(
         model_type=model_type,
-        tasks=("causal_lm",),
-        embeddings="embed_tokens",
-        attention=ATTENTION_OF_LLAMA,
-        feed_forward=FeedForwardPaths(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
-        rotary="rotary_emb",
+        tasks=(*SEQUENCE_TASKS, "mlm") if is_encoder else ("causal_lm",),
+        attention=AttentionPaths(
+            (f"{parts.core}.{parts.queries}", keys[0], keys[1]), parts.output, parts.core
+        ),
+        feed_forward=FeedForwardPaths(parts.inputs, parts.down),
+        neurons=parts.neurons,
+        cuts_inside_heads=is_encoder,
     )
 
 
-DECODERS = (
-    _decoder("llama"),
-    _decoder("mistral"),
-    _decoder("qwen2"),
-    replace(_decoder("qwen3"), attention=HEAD_NORMS),
-    replace(_decoder("gemma2"), score_softcap="attn_logit_softcapping"),
-    replace(_decoder("gemma3_text"), attention=HEAD_NORMS, norms_by_head=True),
-    replace(
-        _decoder("phi"),
-        attention=ATTENTION_OF_LLAMA._replace(output="self_attn.dense"),
-        feed_forward=FeedForwardPaths(("mlp.fc1",), "mlp.fc2"),
-    ),
-    replace(
-        _decoder("phi3"),
-        attention=ATTENTION_OF_LLAMA._replace(projections=("self_attn.qkv_proj",) * 3),
-        feed_forward=FeedForwardPaths(("mlp.gate_up_proj",), "mlp.down_proj"),
-        finds_units=True,  # fused maps, which a config of the family narrows
-    ),
-    _decoder("granite"),
-    replace(
-        _decoder("gpt_oss"),
-        has_sinks=True,
-        masks_documents=False,
-        rotary_form="half_width",
-        experts="model.layers.0.mlp",
-        uncut=ROUTES_TOKENS,
-    ),
-    replace(
-        _decoder("qwen3_moe"),
-        attention=HEAD_NORMS,
-        neurons="moe_intermediate_size",
-        experts="model.layers.0.mlp",
-        uncut=ROUTES_TOKENS,
-    ),
-    replace(
-        _decoder("gpt2"),
-        embeddings="wte",
-        attention=AttentionPaths(
-            ("attn.c_attn", "attn.c_attn", "attn.c_attn"), "attn.c_proj", "attn"
-        ),
-        feed_forward=FeedForwardPaths(("mlp.c_fc",), "mlp.c_proj"),
-        neurons="n_inner",
-        rotary=None,
-    ),
-)
-
+ENCODERS = ("bert", "roberta", "distilbert", "electra")
 FAMILIES: Mapping[str, Architecture] = {
     entry.model_type: entry
     for entry in (
-        _encoder("bert"),
-        _encoder("roberta"),
-        replace(
-            _encoder("distilbert"),
-            layers="n_layers",
-            width="dim",
-            attention_heads="n_heads",
-            attention=AttentionPaths(
-                ("attention.q_lin", "attention.k_lin", "attention.v_lin"),
-                "attention.out_lin",
-                "attention",
-            ),
-            feed_forward=FeedForwardPaths(("ffn.lin1",), "ffn.lin2"),
-            neurons="hidden_dim",
-        ),
-        _encoder("electra"),
-        *DECODERS,
+        *(_cuttable(one) for name, one in vars(modeling_cut).items() if CUT_CONFIG.fullmatch(name)),
         _t5("t5_encoder"),
         replace(
             _t5("enct5"),
@@ -455,7 +358,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     **{
         f"cut_{name}": replace(entry, model_type=f"cut_{name}")
         for name, entry in FAMILIES.items()
-        if not (entry.shares_bias or entry.uncut or entry.finds_units)
+        if not entry.shares_bias
     },
 }
 
@@ -469,7 +372,9 @@ def class_for(config: PretrainedConfig, task: TaskType) -> type | None:
     """Return transformers' class for a task, or megakd's; None: there is none."""
     classes = AUTO_CLASSES[task]._model_mapping  # noqa: SLF001  (nothing public has it)
     stock = classes.get(type(config), None)
-    return stock if stock is None or narrow_maps(config) is None else narrow_class(stock)
+    return (
+        stock if stock is None or narrow_maps(config) is None else modeling_cut.narrow_class(stock)
+    )
 
 
 def class_name(config: PretrainedConfig, task: TaskType) -> str | None:
@@ -478,10 +383,36 @@ def class_name(config: PretrainedConfig, task: TaskType) -> str | None:
     return None if model_class is None else model_class.__name__
 
 
-def content_key(config: PretrainedConfig, *facts: object, without: Collection[str]) -> str:
-    """Return a text that is equal for facts and configs that differ in the keys `without` alone."""
-    content = {key: value for key, value in config.to_dict().items() if key not in without}
-    return json.dumps([*facts, content], sort_keys=True, default=str)
+class Known(Generic[T]):
+    """Answers about configs, each found once for configs that differ in the keys `without` alone.
+
+    Args:
+        find: finds the answer for a config and facts.
+    """
+
+    def __init__(self, find: Callable[..., T], *, without: Collection[str]) -> None:
+        self._find, self._without = find, without
+        self._by_content: dict[str, T] = {}
+        self._by_config: dict[Any, tuple[weakref.ref[PretrainedConfig], T]] = {}
+
+    def of(self, config: PretrainedConfig, *facts: Any) -> T:
+        """Return the answer; only a config that was not seen yet is written out and compared."""
+        key = (id(config), *facts)
+        known = self._by_config.get(key)
+        if known is None or known[0]() is not config:
+            content = self._content(config, *facts)
+            if content not in self._by_content:
+                self._by_content[content] = self._find(config, *facts)
+            known = self._by_config[key] = weakref.ref(config), self._by_content[content]
+        return known[1]
+
+    def note(self, answer: T, config: PretrainedConfig, *facts: Any) -> None:
+        """Take an answer as that for a config and facts."""
+        self._by_content[self._content(config, *facts)] = answer
+
+    def _content(self, config: PretrainedConfig, *facts: Any) -> str:
+        values = {key: v for key, v in config.to_dict().items() if key not in self._without}
+        return json.dumps([*facts, values], sort_keys=True, default=str)
 
 
 def architecture_named(model_type: str) -> Architecture:

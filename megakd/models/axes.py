@@ -44,7 +44,7 @@ def weight_axes(model: PreTrainedModel) -> Mapping[str, Axes]:
     architecture = architecture_of(model.config)
     if architecture.why_uncut(model.config) is not None:
         return {}
-    if architecture.is_found:
+    if not architecture.is_listed:
         return dict(_of_found(model, architecture))
     table = dict(_of_layers(model, architecture))
     width = architecture.hidden_width(model.config)

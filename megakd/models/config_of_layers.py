@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,11 +13,13 @@ from transformers import PretrainedConfig
 from megakd.errors import ModelError, one_line
 from megakd.models.architectures import HEAD_COLUMNS, HEAD_COUNTS, NEURON_COUNTS, Architecture
 
-_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "num_blocks")
 _COUNTS_OF_DECODERS = ("decoder_layers", "encoder_layers")
 """Config keys of the number of layers; those of a decoder of an encoder-decoder come in pairs."""
 _AND_MORE = (HEAD_COUNTS, NEURON_COUNTS, HEAD_COLUMNS)
 """Config keys that list a value per layer, followed by values for parts outside the layers."""
+_OVER_ROOT = ("scale_depth",)
+"""Config keys of a factor that the root of the number of layers divides (MiniCPM)."""
 _FIRST = ("first_k_dense_replace", "num_dense_layers")
 """Config keys of the number of first layers that differ from the others."""
 _NUMBERS = re.compile(r"layer|block|idx|index|indices")
@@ -66,6 +69,8 @@ def _cut_values(
         name = str(key)
         if name in (*_COUNTS, *_COUNTS_OF_DECODERS) and value == count:
             values[key] = len(places)
+        elif name in _OVER_ROOT and value is not None:
+            values[key] = value * math.sqrt(len(places) / count)
         elif name in _FIRST and isinstance(value, int):
             values[key] = sum(number < value for number in places)
         elif isinstance(value, list | tuple) and not _NOT_OF_LAYERS.search(name):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import CONFIG_MAPPING
@@ -29,10 +28,10 @@ from megakd.models.architectures import (
     architecture_named,
     narrow_maps,
 )
-from megakd.models.axes import check_view, cut_part, lengths, output_modules, weight_axes
-from megakd.models.fitting import Match, label_order, plan_loading, set_labels, valueless_model
+from megakd.models.axes import check_view, cut_part, output_modules, weight_axes
+from megakd.models.fitting import label_order, plan_loading, set_labels, valueless_model
 from megakd.models.generation import generation_file
-from megakd.models.layers import check_depth, naming, renumbered, without_layers
+from megakd.models.layers import check_depth, renumbered, without_layers
 from megakd.models.lora import adapter_config, merged_state
 from megakd.models.model_folder import Extra, ModelContent, write_model_folder
 from megakd.models.own_models import OWN_MODELS
@@ -75,7 +74,7 @@ def cut_config(
         view = view._replace(head_width=None)
     check_view(view, architecture.prunable(config))
     view = view._replace(width=whole.width if view.width is None else view.width)
-    if architecture.is_found:
+    if not architecture.is_listed:
         return copy.deepcopy(config) if view == whole else _config_found(config, view)
     if architecture.shares_bias:
         return _with_columns(config, view, order)
@@ -96,7 +95,7 @@ def rescaled(
     that of the model before the cut.
     """
     architecture = architecture_of(config)
-    if architecture.is_found:  # loses whole heads
+    if not architecture.is_listed:  # loses whole heads
         yield from state
         return
     factor = (_head_width(config, view) / architecture.score_width(config)) ** 0.5
@@ -191,37 +190,18 @@ def reshape_folder(  # noqa: PLR0913  (each is another fact about the model)
         set_labels(whole, label_names)
     if view is not None and view.layers is not None:
         check_depth(source, view.layers, where=source.where)
-    units = dataclasses.replace(source, config=whole).whole
-    view = units if view is None else view
-    _check_order(order, units)
+    view = dataclasses.replace(source, config=whole).whole if view is None else view
     config = cut_config(whole, view, order)
-    uncut, cut = (valueless_model(source, task, one) for one in (whole, config))
-    axes = weight_axes(uncut)
-    _check_shapes(match, axes, view, cut, naming(whole, view))
-    reader = WeightReader(source.where)
+    uncut, reader = valueless_model(source, task, whole), WeightReader(source.where)
     state = ((name, reader.read(stored)) for name, stored in match.in_disk_order())
     if labels is not None:
         outputs, rows = output_modules(uncut, source.architecture), list(labels)
         state = ((n, t[rows] if n.rpartition(".")[0] in outputs else t) for n, t in state)
-    state = rescaled(cut_state(state, axes, view, order), whole, view)
+    state = rescaled(cut_state(state, weight_axes(uncut), view, order), whole, view)
     settings = generation_file(source, tokenizer) if task.type == "causal_lm" else {}
     state, extra = renumbered(state, whole, view), {**settings, **(extra or {})}
-    content = ModelContent(config, state, tokenizer, type(cut).__name__, extra)
+    content = ModelContent(config, state, tokenizer, cut_class_name(uncut, config), extra)
     write_model_folder(folder, content)
-
-
-def _check_order(order: UnitOrder | None, units: View) -> None:
-    if order is None:
-        return
-    width = [] if order.width is None else [order.width]
-    listed = [*order.heads, *order.neurons, *width]
-    counts = [*units.heads, *units.neurons, *([units.width or 0] if width else [])]
-    wanted = [tuple(range(count)) for count in counts]
-    if [tuple(sorted(numbers)) for numbers in listed] != wanted:
-        raise ModelError(
-            "an order must list every unit of the model once: the model has"
-            f" {counts} units in its parts, the order lists {[len(part) for part in listed]}"
-        )
 
 
 def _with_columns(config: PretrainedConfig, view: View, order: UnitOrder | None) -> Any:
@@ -239,7 +219,7 @@ def _with_columns(config: PretrainedConfig, view: View, order: UnitOrder | None)
         cut.head_counts, cut.neuron_counts = list(view.heads), list(view.neurons)
         setattr(cut, architecture.neurons, max(view.neurons) or 1)  # not the value of the teacher
         cut.head_width = architecture.heads(config).width
-        setattr(cut, architecture.width, view.width)
+        cut.hidden_size = view.width
     return cut
 
 
@@ -289,18 +269,18 @@ def _stock_config(config: PretrainedConfig, view: View) -> PretrainedConfig | No
     architecture = architecture_of(config)
     heads = architecture.heads(config)
     changes = _widths(config, view)
-    changes[architecture.attention_heads] = view.heads[0] * (heads.queries // heads.keys)
+    changes["num_attention_heads"] = view.heads[0] * (heads.queries // heads.keys)
     changes[architecture.neurons] = view.neurons[0]
     if hasattr(config, "num_key_value_heads"):
         changes["num_key_value_heads"] = view.heads[0]
-    if architecture.rotary is not None:
+    if hasattr(config, "rope_parameters"):
         changes["head_dim"] = heads.width
     try:
         cut = _changed(config, config.model_type.removeprefix(CUT), changes)
     except (StrictDataclassError, ValueError):
         return None  # Llama's config, for example, requires heads that divide the width
     stock = architecture_named(cut.model_type)
-    fits = cut.hidden_size % getattr(cut, stock.attention_heads) == 0 or "head_dim" in changes
+    fits = cut.hidden_size % cut.num_attention_heads == 0 or "head_dim" in changes
     return cut if fits and stock.heads(cut).width == _head_width(config, view) else None
 
 
@@ -323,10 +303,9 @@ def _own_config(config: PretrainedConfig, view: View, *, learns: bool) -> Pretra
 
 
 def _widths(config: PretrainedConfig, view: View) -> dict[str, Any]:
-    key = architecture_of(config).width
-    changes: dict[str, Any] = {key: view.width}
+    changes: dict[str, Any] = {"hidden_size": view.width}
     # ELECTRA's embeddings may have another width, which does not change.
-    embeddings, before = getattr(config, "embedding_size", None), getattr(config, key)
+    embeddings, before = getattr(config, "embedding_size", None), config.hidden_size
     if embeddings == before:
         changes["embedding_size"] = view.width
     elif embeddings is not None and embeddings == view.width:
@@ -346,25 +325,3 @@ def _changed(
     kept = {key: value for key, value in config.to_dict().items() if key not in SHAPE_KEYS}
     own_names = {made.attribute_map.get(key, key): value for key, value in changes.items()}
     return made.from_dict({**kept, **own_names})
-
-
-def _check_shapes(
-    match: Match,
-    axes: Mapping[str, Axes],
-    view: View,
-    cut: PreTrainedModel,
-    rename: Callable[[str], str | None],
-) -> None:
-    wanted = cut.state_dict()
-    for before, stored in match.stored.items():
-        shape, name = torch.Size(stored.shape), rename(before)
-        if name is None:
-            continue
-        if before in axes:
-            shape = torch.Size(lengths(shape, axes[before], view))
-        if name not in wanted or wanted[name].shape != shape:
-            expected = list(wanted[name].shape) if name in wanted else None
-            raise RuntimeError(
-                f"the cut weight {name} has the shape {list(shape)}, and the cut model expects "
-                f"{expected}: the family's entry in ARCHITECTURES does not agree with its class"
-            )

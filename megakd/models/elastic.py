@@ -126,7 +126,7 @@ class Elastic:
             core = model.get_submodule(paths.core)
             needs_heads = not getattr(core, "handles_no_heads", False)
             needing |= set(paths.projections) if needs_heads else set()
-            if architecture.is_found:
+            if not architecture.is_listed:
                 continue
             heads = tuple(a for a in table[f"{paths.projections[0]}.weight"] if a is not None)
             axes = {"heads": tuple(axis for axis in heads if axis.kind == "heads")}

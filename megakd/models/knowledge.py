@@ -17,11 +17,17 @@ import megakd_kernels
 from megakd.contract.batch import IGNORE, AttentionVectors, Batch, Knowledge, Predictions
 from megakd.contract.tasks import Kernels
 from megakd.engine.sharding import gathered, is_sharded
-from megakd.models.architectures import Architecture, RotaryForm, counts_padding, has_token_types
+from megakd.models.architectures import Architecture, counts_padding, has_token_types
 from megakd.models.elastic_modules import weights_in_view
 from megakd.models.packing import inputs_of_documents
 from megakd.models.second_vocabulary import SecondHead, second_vocabulary
-from megakd.models.structure import architecture_of, input_of, only_rows
+from megakd.models.structure import (
+    Vectors,
+    architecture_of,
+    attentions_seen,
+    input_of,
+    only_rows,
+)
 from megakd.models.valueless import no_cache
 
 if TYPE_CHECKING:
@@ -170,9 +176,11 @@ def _states_taken(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Tenso
     """Yield the hidden states [B, T, D] of these layers, which a forward in the body records.
 
     The states are those of transformers: 0 is the input of the first layer, and the last layer's
-    states are after the norm that follows the layers. For the hooks see `AttentionNotes`.
+    states are after the norm that follows the layers.
     """
     architecture, states = architecture_of(model.config), dict[int, Tensor]()
+    if layers:
+        architecture.check_layers()
 
     def note_input(_: nn.Module, inputs: Sequence[Any], named: dict[str, Any]) -> None:
         states[0] = inputs[0] if inputs else named["hidden_states"]
@@ -195,94 +203,59 @@ def _states_taken(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Tenso
 
 
 class AttentionNotes:
-    """Recorder of the attention vectors of one forward.
+    """Recorder of the attention vectors of one forward, as the attention of each layer gets them.
 
-    In every implementation (eager, sdpa, flash), the inputs of the attention come from modules:
-    projections, or norms after the projections (Qwen3). Hooks on these modules record the vectors.
-    The hooks exist for one forward only. They run after the hooks of DeepSpeed, whose outputs carry
-    the operation that gathers a sharded weight again in the backward, and they are removed before
-    gradient checkpointing repeats the forward. They compute nothing, because a repeated forward
-    must save the same tensors as the first forward.
+    Nothing is computed, because gradient checkpointing repeats the forward, without the recorder,
+    and a repeated forward must save the same tensors as the first one.
     """
 
     def __init__(self, model: PreTrainedModel, layers: Sequence[int]) -> None:
-        self._architecture = architecture_of(model.config)
-        self._config = model.config
-        self._sources = {i: self._architecture.vectors_of(model, i) for i in layers}
-        self._blocks = {i: self._architecture.block_of(model, i) for i in layers}
-        attentions = self._architecture.attentions(model.config)
-        paths = {i: attentions[i - 1] for i in layers}
-        self._cores = {i: model.get_submodule(path.core) for i, path in paths.items() if path}
-        self._rotary = self._architecture.rotary_of(model) if layers else None
-        self._seen: dict[object, Any] = {}
+        self._architecture, self._config = architecture_of(model.config), model.config
+        if layers:
+            self._architecture.check_attentions()
+        self._blocks = {layer: self._architecture.block_of(model, layer) for layer in layers}
+        self._layers = {id(m): n for n, block in self._blocks.items() for m in block.modules()}
+        self._vectors: dict[int, Vectors] = {}
+        self._outputs: dict[int, Tensor] = {}
 
     @contextmanager
     def taking(self) -> Iterator[None]:
-        modules = list(dict.fromkeys(m for parts in self._sources.values() for m in parts))
-        for block in self._blocks.values():
-            # See `BackThroughLayer`.
-            is_repeated = getattr(block, "gradient_checkpointing", False) and block.training
-            if is_repeated and is_sharded(block):
-                modules.append(block)
-        if self._rotary is not None:
-            modules.append(self._rotary)
-        with ExitStack() as hooks:
-            for module in modules:
-                hooks.callback(module.register_forward_hook(self._note).remove)
-            yield
+        def note(module: nn.Module, vectors: Vectors) -> None:
+            if id(module) in self._layers:
+                self._vectors.setdefault(self._layers[id(module)], vectors)
 
-    def _note(self, module: nn.Module, inputs: Sequence[Any], output: Any) -> None:
-        # A rotary module may run once for each type of layers, which its last input names.
-        kind = inputs[-1] if inputs and isinstance(inputs[-1], str) else None
-        self._seen[module if kind is None else (module, kind)] = output
+        def note_output(layer: int, _: nn.Module, inputs: object, output: Any) -> None:
+            self._outputs[layer] = output if isinstance(output, Tensor) else output[0]
+
+        with ExitStack() as hooks:
+            for layer, block in self._blocks.items():
+                hook = block.register_forward_hook(partial(note_output, layer))
+                hooks.callback(hook.remove)
+            if self._blocks:
+                hooks.enter_context(attentions_seen(note))
+            yield
 
     def vectors(self) -> tuple[AttentionVectors | None, ...]:
         """Return the vectors by layer, 0 being the embedding; None for a layer not requested."""
         count = self._architecture.number_of_layers(self._config)
-        return tuple(self._of_layer(layer) for layer in range(count + 1))
+        layers = range(count + 1)
+        return tuple(self._of_layer(n) if n in self._blocks else None for n in layers)
 
-    def _of_layer(self, layer: int) -> AttentionVectors | None:
-        if layer not in self._sources:
-            return None
-        # One module may produce all three, concatenated.
-        seen = [self._seen[module] for module in dict.fromkeys(self._sources[layer])]
-        if self._blocks[layer] in self._seen:
-            output = self._seen[self._blocks[layer]]
-            output = output if isinstance(output, Tensor) else output[0]
-            seen = list(BackThroughLayer.apply(output, *seen))
-        heads = self._architecture.heads(self._config)
-        shared = heads.queries // heads.keys
-        parts: Sequence[Tensor] = seen
-        if self._architecture.attention.is_fused:
-            unit = seen[0].shape[-1] // (shared + 2)
-            parts = seen[0].split((shared * unit, unit, unit), dim=-1)
-        if self._architecture.norms_by_head:
-            # An attention without heads norms [B, T, 0, width], see `modeling_cut`.
-            normed = (part.transpose(1, 2) if part.shape[2] else part for part in parts[:2])
-            parts = [*normed, parts[2]]
-        core = self._cores[layer]
-        # An attention that runs as a cut of itself has narrower heads than its config says.
-        width = getattr(core, "attention_head_size", heads.width)
-        queries = _side_by_side(parts[0], width * shared)
-        keys, values = (_side_by_side(part, width) for part in parts[1:])
-        if self._rotary is not None:
-            # The cosines and sines of a layer may be those of its type.
-            kinds = getattr(self._config, "layer_types", None)
-            of_kind = (self._rotary, kinds[layer - 1] if kinds else None)
-            turns = self._seen[of_kind if of_kind in self._seen else self._rotary]
-            form = self._architecture.rotary_form
-            queries, keys = (turned(part, turns, width, form) for part in (queries, keys))
-        scale = getattr(core, "scaling", width**-0.5)
-        return AttentionVectors(queries, keys, values, width, float(scale))
-
-
-def _side_by_side(vectors: Tensor, unit: int) -> Tensor:
-    """Return [B, T, heads * width]; without heads, return `unit` zeros per token.
-
-    Zeros relate all tokens equally, which is correct for an attention without heads.
-    """
-    flat = vectors.flatten(2)  # norms of single heads add a dimension for the heads
-    return flat if flat.shape[-1] else nn.functional.pad(flat, (0, unit))
+    def _of_layer(self, layer: int) -> AttentionVectors:
+        output, block = self._outputs[layer], self._blocks[layer]
+        if layer not in self._vectors:  # a layer without heads: zeros relate all tokens equally
+            heads = self._architecture.heads(self._config)
+            zeros = output.new_zeros(*output.shape[:2], heads.width)
+            queries = zeros.repeat(1, 1, heads.queries // heads.keys)
+            return AttentionVectors(queries, zeros, zeros, heads.width)
+        *vectors, scale = self._vectors[layer]
+        width: int = vectors[0].shape[-1]
+        parts: tuple[Tensor, ...] = tuple(part.transpose(1, 2).flatten(2) for part in vectors)
+        if is_sharded(block) and block.training and getattr(block, "gradient_checkpointing", False):
+            parts = BackThroughLayer.apply(output, *parts)
+        queries, keys, values = parts
+        scale = width**-0.5 if scale is None else float(scale)
+        return AttentionVectors(queries, keys, values, width, scale)
 
 
 class BackThroughLayer(torch.autograd.Function):
@@ -305,24 +278,3 @@ class BackThroughLayer(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return zeros for the output, and the gradients of the vectors unchanged."""
         return torch.zeros(ctx.shape, dtype=ctx.dtype, device=ctx.device), *gradients
-
-
-def turned(
-    vectors: Tensor, turns: tuple[Tensor, Tensor], width: int, form: RotaryForm = "halves"
-) -> Tensor:
-    """Rotate heads by their positions (Su et al. 2021).
-
-    Args:
-        vectors: [B, T, heads * width].
-        turns: cosines and sines, [1 or B, T, turned columns] each, or a half for `half_width`. The
-            columns of a head after the turned columns do not change.
-        form: the pairs of columns, see `Architecture.rotary_form`.
-    """
-    cosines, sines = (turn[:, :, None] for turn in turns)  # [B, T, 1, turned columns]
-    if form == "half_width":
-        cosines, sines = (torch.cat((turn, turn), dim=-1) for turn in (cosines, sines))
-    heads = vectors.unflatten(-1, (-1, width))  # [B, T, heads, width]
-    moving, rest = heads.tensor_split((cosines.shape[-1],), dim=-1)
-    first, second = moving.chunk(2, dim=-1)
-    swapped = torch.cat((-second, first), dim=-1)
-    return torch.cat((moving * cosines + swapped * sines, rest), dim=-1).flatten(2)

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from megakd.contract.tasks import TaskType
 from megakd.contract.views import View, evenly_spaced, most_important
-from megakd.engine.sharding import sharded_construction
+from megakd.engine.sharding import full_shape, sharded_construction
 from megakd.errors import ModelError, one_line
-from megakd.models.architectures import Architecture, content_key
+from megakd.models.architectures import Architecture, Known
 from megakd.models.config_of_layers import config_with_layers
 from megakd.models.fitting import as_in_model
 from megakd.models.small_copy import TOKENS, copy_that_runs, logits_of
@@ -61,7 +62,7 @@ def _stored_with_layers(
     source: ModelSource, numbers: Sequence[int]
 ) -> Iterator[tuple[str, StoredTensor]]:
     stored, architecture = source.stored, source.architecture
-    if architecture.is_found and stored:
+    if not architecture.is_listed and stored:
         # A file may have other names than the model, which transformers changes while it loads.
         with torch.device("meta"), sharded_construction(None, torch.float32):
             whole = new_model(source.config, _task(source.config))
@@ -93,54 +94,64 @@ def check_depth(source: ModelSource, numbers: Sequence[int], *, where: str) -> N
         )
     if [*numbers] == [*range(1, architecture.number_of_layers(config) + 1)]:
         return
-    key = content_key(config, _task(config), [*numbers], without=UNRELATED)
-    if key not in _DIFFERENCES:
-        _DIFFERENCES[key] = _difference(config, architecture, numbers)
-    if _DIFFERENCES[key] is not None:
+    difference = _DIFFERENCES.of(config, _task(config), *numbers)
+    if difference is not None:
         raise ModelError(
             f"{where}: a {config.model_type} model cannot keep the layers "
-            f"{', '.join(map(str, numbers))} alone: {_DIFFERENCES[key]}; keep other "
+            f"{', '.join(map(str, numbers))} alone: {difference}; keep other "
             "layers, such as the first ones, or give a student with its own config; the model can "
             "teach as it is"
         )
 
 
-_DIFFERENCES: dict[str, str | None] = {}
-
-
 @torch.no_grad()
-def _difference(
-    config: PretrainedConfig, architecture: Architecture, numbers: Sequence[int]
-) -> str | None:
+def _difference(config: PretrainedConfig, task: TaskType, *numbers: int) -> str | None:
     # How the smaller model differs from what the larger one is without its other layers.
-    task, left = _task(config), {*range(1, architecture.number_of_layers(config) + 1)} - {*numbers}
+    architecture = architecture_of(config)
+    left = {*range(1, architecture.number_of_layers(config) + 1)} - {*numbers}
     whole = copy_that_runs(config, task, tokens=TOKENS)
     if whole is None:
-        return (
-            None if not architecture.is_found else "no small copy of it runs, which would show it"
-        )
+        return None if architecture.is_listed else "no small copy of it runs, which would show it"
     try:
-        for number in left:
-            block = architecture.block_of(whole, number)
-            block.register_forward_hook(passed_by, with_kwargs=True)
-        expected = logits_of(whole, TOKENS)
-        fewer = config_with_layers(whole.config, architecture, sorted(numbers))
-        with TemporaryDirectory() as folder:  # a file may say less than the config in memory
-            fewer.save_pretrained(folder)
-            fewer = type(fewer).from_pretrained(folder)
-        smaller = new_model(fewer, task, dtype=torch.float32).eval()
-        rename = renumbering(architecture, sorted(numbers))
-        named = ((rename(name), value) for name, value in whole.state_dict().items())
-        state = {name: value for name, value in named if name is not None}
-        lacking, unused = smaller.load_state_dict(state, strict=False)
-        if lacking or unused:
-            return f"its weights are others (such as {[*lacking, *unused][0]})"
-        actual = logits_of(smaller, TOKENS)
+        with left_out(whole, *left):
+            expected = logits_of(whole, TOKENS)
+        actual = logits_of(_with_rest(whole, architecture, sorted(numbers)), TOKENS)
     except Exception as error:  # noqa: BLE001 - any model may fail in its own way
         return one_line(error)[:200]
     if not (actual - expected).abs().max() <= 1e-5 * expected.abs().max():
         return "its outputs are not those of the whole model with the other layers passed by"
     return None
+
+
+_DIFFERENCES = Known(_difference, without=UNRELATED)
+
+
+def _with_rest(
+    whole: PreTrainedModel, architecture: Architecture, numbers: Sequence[int]
+) -> PreTrainedModel:
+    """Return the model of some layers as its class builds it from a file, with their weights."""
+    fewer = config_with_layers(whole.config, architecture, numbers)
+    with TemporaryDirectory() as folder:  # a file may say less than the config in memory
+        fewer.save_pretrained(folder)
+        fewer = type(fewer).from_pretrained(folder)
+    try:
+        smaller = new_model(fewer, _task(fewer), dtype=torch.float32).eval()
+    except ArithmeticError as error:  # RWKV divides by the number of the other layers
+        raise ModelError(
+            f"its class cannot be built with {len(numbers)} of them ({one_line(error)})"
+        ) from error
+    rename, shapes = renumbering(architecture, numbers), smaller.state_dict()
+    named = ((rename(name), value) for name, value in whole.state_dict().items())
+    state = {name: value for name, value in named if name is not None}
+    for name, value in state.items():
+        if name in shapes and value.shape != shapes[name].shape:
+            raise ModelError(
+                f"the size of {name}, a weight outside of the layers, follows their number"
+            )
+    lacking, unused = smaller.load_state_dict(state, strict=False)
+    if lacking or unused:
+        raise ModelError(f"its weights are others (such as {[*lacking, *unused][0]})")
+    return smaller
 
 
 def _numbers(
@@ -161,18 +172,44 @@ def _numbers(
 
 
 @contextmanager
-def left_out(model: nn.Module, layer: int) -> Iterator[None]:
-    """Run a model without one layer, counted from 1, inside the context.
+def left_out(model: nn.Module, *layers: int) -> Iterator[None]:
+    """Let hidden states pass by layers inside the context; layers are counted from 1.
 
-    The layer still computes, so that ZeRO 3 sees the same modules in the same order.
+    The layers still compute, so that ZeRO 3 sees the same modules in the same order.
     """
     config: PretrainedConfig = model.config  # type: ignore[assignment]
-    block = architecture_of(config).block_of(model, layer)
-    hook = block.register_forward_hook(passed_by, with_kwargs=True)
-    try:
+    architecture = architecture_of(config)
+    count, backbone = architecture.number_of_layers(config), architecture.backbone_of(model)
+    runs = itertools.count()
+
+    def pass_some(*called: Any) -> Any:
+        return passed_by(*called) if next(runs) % count + 1 in layers else None
+
+    hooks: list[tuple[nn.Module, Callable[..., Any]]] = []
+    if architecture.repeats:
+        hooks.append((backbone.get_submodule(architecture.blocks or ""), pass_some))
+    else:
+        hooks += [(architecture.block_of(model, layer), passed_by) for layer in layers]
+        for path, layer in itertools.product(architecture.parts, layers):
+            hooks.append((backbone.get_submodule(f"{path}.{layer - 1}"), passed_by))
+        if architecture.parts:
+            # Norms pass hidden states on; what other parts make is added to hidden states.
+            hooks = [(p, hook if is_norm(p) else _added_nothing) for p, hook in hooks]
+    with ExitStack() as active:
+        for part, hook in hooks:
+            active.callback(part.register_forward_hook(hook, with_kwargs=True).remove)
         yield
-    finally:
-        hook.remove()
+
+
+def is_norm(part: nn.Module) -> bool:
+    """Return whether all weights of a module are vectors; the classes of norms differ by family."""
+    return all(len(full_shape(weight)) == 1 for weight in part.parameters())
+
+
+def _added_nothing(_: nn.Module, inputs: object, named: object, output: Any) -> Any:
+    if isinstance(output, Tensor):
+        return torch.zeros_like(output)
+    return (torch.zeros_like(output[0]), *output[1:])
 
 
 def passed_by(_: nn.Module, given: Sequence[Any], named: dict[str, Any], output: Any) -> Any:
@@ -207,8 +244,11 @@ def renumbering(architecture: Architecture, numbers: Sequence[int]) -> Callable[
     returns None for a weight of a layer that is left out.
     """
     blocks = architecture.blocks or ""  # `check_depth` refuses a model without a list
+    if architecture.repeats:
+        return lambda name: name
+    lists = "|".join(map(re.escape, (blocks, *architecture.parts)))
     # A checkpoint of the bare backbone omits the name of the backbone.
-    path = rf"((?:{re.escape(architecture.backbone)}\.)?{re.escape(blocks)}\.)(\d+)\."
+    path = rf"((?:{re.escape(architecture.backbone)}\.)?(?:{lists})\.)(\d+)\."
     places = {number - 1: place for place, number in enumerate(numbers)}
 
     def renumber(name: str) -> str | None:

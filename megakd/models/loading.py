@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from transformers import CONFIG_MAPPING, AutoConfig
+from transformers import CONFIG_MAPPING
 
 from megakd.config.models import ScratchModel
 from megakd.config.task import TaskConfig
@@ -38,6 +38,7 @@ from megakd.engine.sharding import (
 from megakd.errors import ModelError, one_line, suggestion
 from megakd.models.architectures import (
     HEAD_COUNTS,
+    NARROW,
     Architecture,
     class_name,
     counts_padding,
@@ -46,7 +47,7 @@ from megakd.models.architectures import (
 from megakd.models.fitting import Match, build_empty, listed, plan_loading
 from megakd.models.initial_values import initialize_parameters
 from megakd.models.modeling.modeling_t5 import EncT5Config, T5EncoderConfig
-from megakd.models.own_models import CONFIG_ERRORS, class_of, register_own_models
+from megakd.models.own_models import CONFIG_ERRORS, class_of, config_in, register_own_models
 from megakd.models.quantized import (
     check_quantized,
     gguf_config,
@@ -138,7 +139,7 @@ def resolve_model(
     keys = _read_config(folder, where, trust_remote_code=trust_remote_code, hint=hint)
     model_type = _built_as(keys["model_type"], architecture, where)
     options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-    make = partial(AutoConfig.from_pretrained, folder, **options)
+    make = partial(config_in, folder, **options)
     if task.type == "causal_lm":
         make = partial(_text_part, make, keys)
     config = _checked_config(make, f"{where}: {folder / CONFIG}")
@@ -261,7 +262,7 @@ def config_of_folder(folder: Path, where: str) -> PretrainedConfig:
         remedy = f"; give {final}" if (final / file.name).is_file() else ""
         raise ModelError(f"{where}: {file} does not exist{remedy}")
     try:
-        return _with_named_outputs(AutoConfig.from_pretrained(folder))
+        return _with_named_outputs(config_in(folder))
     except CONFIG_ERRORS as error:
         raise ModelError(f"{where}: {file} cannot be read: {one_line(error)}") from error
 
@@ -498,7 +499,8 @@ def _read_config(folder: Path, where: str, *, trust_remote_code: bool, hint: str
         raise ModelError(
             f"{where}: {file}: model_type must be a text, such as bert (got {model_type!r})"
         )
-    if "auto_map" in keys and model_type not in CONFIG_MAPPING and not trust_remote_code:
+    runs_code = "auto_map" in keys and model_type not in CONFIG_MAPPING and NARROW not in keys
+    if runs_code and not trust_remote_code:
         raise ModelError(
             f"{where}: {folder} is a {model_type!r} model, which runs its own code; set "
             f"{where.partition('.')[0]}.trust_remote_code: true if you trust that code"

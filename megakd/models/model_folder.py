@@ -34,7 +34,6 @@ from megakd.models.modeling import modeling_cut
 from megakd.models.modeling.modeling_cut import narrow_class
 from megakd.models.own_models import OWN_MODELS, register_own_models
 from megakd.models.weights import (
-    DTYPES,
     SAFETENSORS,
     SAFETENSORS_INDEX,
     StoredTensor,
@@ -52,16 +51,11 @@ if TYPE_CHECKING:
 CONFIG = "config.json"
 WEIGHT_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 """Names of the files of `write_weights`."""
-SHARD_BYTES = 5_000_000_000
-BUFFER_BYTES = 256 << 20
-"""Tensors that wait in memory before they are written."""
-HEADER_BYTES, ENTRY_BYTES = 1 << 20, 150
-"""Room for the header of a file that is written tensor by tensor, and at most for a tensor beside
-its name."""
+SHARD_BYTES = 1_000_000_000
+"""Size of a file of weights, which is in memory until it is written."""
 _ROTARY_KEYS_OF_4 = ("rope_theta", "partial_rotary_factor")
 """Keys of `rope_parameters` that transformers 4 looks for in the config itself."""
 _WHOLE = "original_max_position_embeddings"
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Extra = Mapping[str, str | bytes | Callable[[], str | bytes]]
 
 
@@ -85,7 +79,7 @@ def write_model_folder(folder: Path, model: ModelContent) -> None:
 
     If transformers lacks the class of the model, the file of the class is written beside the
     weights, so that plain transformers loads the folder with `trust_remote_code=True`. The folder
-    is replaced as a whole after everything is written and synced. At most 256 MB and one tensor are
+    is replaced as a whole after everything is written and synced. At most one file of weights is
     held at a time. The state is consumed even if writing fails, because it may contain collectives.
     """
     try:
@@ -122,81 +116,35 @@ def fill_serving_folder(
 def write_weights(
     folder: Path, state: Iterable[tuple[str, Tensor]], *, shard_bytes: int | None = None
 ) -> torch.dtype:
-    """Stream tensors into model.safetensors, or into shards of up to 5 GB with an index.
+    """Stream tensors into model.safetensors, or into shards of up to 1 GB with an index.
 
-    Tied weights, which are two names of one memory, are written once. At most 256 MB and one tensor
-    are held at a time, and a single tensor may exceed `shard_bytes`.
+    Tied weights, which are two names of one memory, are written once. A shard is in memory until
+    it is written; a single tensor may exceed `shard_bytes`.
 
     Returns:
         The dtype of most floating-point weights.
     """
-    files: list[_WeightFile] = []
+    shards: list[dict[str, int]] = []
+    waiting: dict[str, Tensor] = {}
+    numbers: Counter[torch.dtype] = Counter()
+
+    def write() -> None:
+        # The final name contains the number of shards, which is not known yet.
+        save_file(waiting, folder / f"{len(shards)}.part", metadata={"format": "pt"})
+        shards.append({name: tensor.nbytes for name, tensor in waiting.items()})
+        waiting.clear()
+
     for name, tensor in _without_second_names(state):
-        if not files or not files[-1].has_room(name, tensor, shard_bytes or SHARD_BYTES):
-            if files:
-                files[-1].close()
-            # The final name contains the number of shards, which is not known yet.
-            files.append(_WeightFile(folder / f"{len(files)}.part"))
-        files[-1].add(name, tensor)
-    if not files:
+        size = sum(one.nbytes for one in waiting.values()) + tensor.nbytes
+        if waiting and size > (shard_bytes or SHARD_BYTES):
+            write()
+        waiting[name] = tensor
+        numbers[tensor.dtype] += tensor.numel() if tensor.is_floating_point() else 0
+    if not waiting:
         raise ValueError(f"the model to be written to {folder} has no tensors")
-    files[-1].close()
-    _name_shards(folder, [file.sizes for file in files])
-    return sum((file.dtypes for file in files), Counter[torch.dtype]()).most_common(1)[0][0]
-
-
-class _WeightFile:
-    """A safetensors file that is written tensor by tensor, behind room for its header.
-
-    If all tensors fit into the buffer, they are written at the end, with a header of their size.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._entries = path, dict[str, dict[str, Any]]()
-        self._waiting: dict[str, Tensor] = {}
-        self._end = self._written = self._header_bytes = 0
-        self.sizes: dict[str, int] = {}
-        self.dtypes: Counter[torch.dtype] = Counter()
-
-    def has_room(self, name: str, tensor: Tensor, limit: int) -> bool:
-        """Return whether the tensor fits, and begins where a tensor of its dtype may begin."""
-        is_aligned = not self._written or self._end % tensor.element_size() == 0
-        fits = self._end + tensor.nbytes <= limit and is_aligned
-        return fits and self._header_bytes + len(name) + ENTRY_BYTES <= HEADER_BYTES
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        self._waiting[name] = tensor
-        self._end += tensor.nbytes
-        self._header_bytes += len(name) + ENTRY_BYTES
-        self.sizes[name] = tensor.nbytes
-        self.dtypes[tensor.dtype] += tensor.numel() if tensor.is_floating_point() else 0
-        if self._end - self._written > BUFFER_BYTES:
-            self._write_waiting()
-
-    def _write_waiting(self) -> None:
-        waiting = list(self._waiting.items())
-        if not self._written:  # wider elements first, so that each begins at a multiple of its size
-            waiting.sort(key=lambda item: -item[1].element_size())
-        with self._path.open("r+b" if self._written else "wb") as file:
-            file.seek(8 + HEADER_BYTES + self._written)
-            for name, tensor in waiting:
-                place = [self._written, self._written + tensor.nbytes]
-                dtype, shape = _DTYPE_NAMES[tensor.dtype], list(tensor.shape)
-                self._entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": place}
-                file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-                self._written = place[1]
-        self._waiting.clear()
-
-    def close(self) -> None:
-        if not self._written:
-            save_file(self._waiting, self._path, metadata={"format": "pt"})
-            self._waiting.clear()
-            return
-        self._write_waiting()
-        header = json.dumps({"__metadata__": {"format": "pt"}, **self._entries}).encode()
-        with self._path.open("r+b") as file:
-            # The format allows spaces after the header.
-            file.write(HEADER_BYTES.to_bytes(8, "little") + header.ljust(HEADER_BYTES))
+    write()
+    _name_shards(folder, shards)
+    return numbers.most_common(1)[0][0]
 
 
 def weight_bytes(folder: Path, dtype: torch.dtype | None = None) -> int:
@@ -301,11 +249,13 @@ def _write_config(folder: Path, model: ModelContent, dtype: torch.dtype) -> None
             auto.__name__: f"{file.stem}.{narrow_class(stock).__name__}"
             for auto in (AutoModel, *AUTO_CLASSES.values())
             if isinstance(stock := auto._model_mapping.get(type(config), None), type)  # noqa: SLF001
-        }
+        } | {"AutoConfig": f"{file.stem}.{narrow_class(type(config)).__name__}"}
     else:  # of the folder that the config was read from, whose files of code are not copied
         vars(config).pop("auto_map", None)
     # save_pretrained refuses the generation keys that older configs on the Hub carry.
     keys = json.loads(config.to_json_string())
+    if narrow_maps(config) is not None:
+        keys["model_type"] = narrow_class(type(config)).model_type
     write_json(folder / CONFIG, {**keys, **rotary_keys_of_4(keys)})
     register_own_models()
     decoder = class_name(config, "causal_lm")

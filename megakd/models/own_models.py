@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig
 
 from megakd.errors import ModelError
+from megakd.models.architectures import NARROW
 from megakd.models.modeling import modeling_cut
 from megakd.models.modeling.modeling_t5 import (
     EncT5ForSequenceClassification,
@@ -86,6 +88,19 @@ def register_own_models() -> None:
         AutoConfig.register(model_type, model.config)
         for auto, cls in model.models.items():
             getattr(transformers, auto).register(model.config, cls)
+
+
+def config_in(folder: Path, **options: Any) -> PretrainedConfig:
+    """Return the config of a model's folder; that of a narrow model is its stock config.
+
+    Args:
+        options: of `AutoConfig.from_pretrained`.
+    """
+    keys = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if NARROW not in keys:
+        return AutoConfig.from_pretrained(folder, **options)
+    stock = keys["model_type"].removeprefix(f"{NARROW}_")
+    return CONFIG_MAPPING[stock].from_dict({**keys, "model_type": stock})
 
 
 def own_class(name: str) -> type[PreTrainedModel] | None:

@@ -9,7 +9,6 @@ of any other model decides.
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -23,7 +22,7 @@ from megakd.contract.batch import Batch, Documents
 from megakd.contract.tasks import TaskType
 from megakd.data.collation import documents_of
 from megakd.errors import ModelError
-from megakd.models.architectures import ARCHITECTURES, content_key
+from megakd.models.architectures import Known
 from megakd.models.packed_attention import VARLEN, register_packed_attention
 from megakd.models.small_copy import copy_that_runs, logits_of
 from megakd.models.source import ModelSource
@@ -38,10 +37,6 @@ DOCUMENTS = (9, 12)
 LARGEST_DIFFERENCE = 1e-5
 """Of logits, as a part of the largest; where documents mix it is above 1e-3."""
 Inputs = Callable[[], dict[str, Any]]
-# Keys of a config that do not change how its model mixes tokens.
-_UNRELATED = ("vocab_size", "dtype", "_name_or_path", "architectures", "use_cache")
-_BY_CONTENT: dict[str, Packing] = {}
-_BY_CONFIG: dict[tuple[int, str | None], tuple[weakref.ref[PretrainedConfig], Packing]] = {}
 
 
 def packing_of(config: PretrainedConfig, attention: str | None) -> Packing:
@@ -52,17 +47,9 @@ def packing_of(config: PretrainedConfig, attention: str | None) -> Packing:
     Raises:
         ModelError: the model does not even compute a padded text as it computes it alone.
     """
-    if config.model_type in ARCHITECTURES and architecture_of(config).is_listed:
-        is_apart = _takes_boundaries(attention) or architecture_of(config).masks_documents
-        return "positions" if is_apart else "masks_by_type"
-    known = _BY_CONFIG.get((id(config), attention))
-    if known is not None and known[0]() is config:
-        return known[1]
-    key = content_key(config, attention, without=_UNRELATED)
-    if key not in _BY_CONTENT:
-        _BY_CONTENT[key] = _packing_tried(config, attention)
-    _BY_CONFIG[id(config), attention] = weakref.ref(config), _BY_CONTENT[key]
-    return _BY_CONTENT[key]
+    if architecture_of(config).is_listed:
+        return "positions"
+    return _PACKINGS.of(config, attention)
 
 
 def packing_at(where: str, config: PretrainedConfig, attention: str | None) -> Packing:
@@ -106,8 +93,14 @@ def _packing_tried(config: PretrainedConfig, attention: str | None) -> Packing:
         )
     if attention is None:  # the loaded model names the attention that transformers has chosen
         chosen = model.config._attn_implementation  # noqa: SLF001
-        _BY_CONTENT[content_key(config, chosen, without=_UNRELATED)] = result
+        _PACKINGS.note(result, config, chosen)
     return result
+
+
+# Without keys of a config that do not change how its model mixes tokens.
+_PACKINGS = Known(
+    _packing_tried, without=("vocab_size", "dtype", "_name_or_path", "architectures", "use_cache")
+)
 
 
 def _with_boundaries(model: PreTrainedModel) -> dict[str, Any]:
@@ -217,13 +210,13 @@ def set_attention(
     """
     register_packed_attention()
     config, wanted = model.config, source.attn_implementation
-    check_varlen(config, source)
     lacking = architecture_of(config).lacking_in_fused_attention(config)
     if lacking is not None and wanted in (VARLEN, "sdpa"):
         raise ModelError(
             f"{source.where.removesuffix('.model')}.attn_implementation: the {config.model_type} "
             f"model has {lacking}, which {wanted} does not support; use eager, or remove the key"
         )
+    check_varlen(config, source)
     name = attention_name(model, source, task, device)
     if name == VARLEN and device.type == "cuda" and not _has_kernel(model):
         raise ModelError(

@@ -11,13 +11,11 @@ class AttentionPaths(NamedTuple):
     projections: paths of queries, keys and values; equal paths if one module makes all three.
     output: the module that takes the concatenated heads.
     core: the module that splits vectors into heads and mixes them; it fails without heads.
-    norms: norms of queries and of keys after the projections, per head; None: no norms.
     """
 
     projections: tuple[str, str, str]
     output: str
     core: str
-    norms: tuple[str, str] | None = None
 
     @property
     def is_fused(self) -> bool:
@@ -28,18 +26,11 @@ class AttentionPaths(NamedTuple):
     def makers(self) -> tuple[str, ...]:
         return (*self.projections, self.output)
 
-    @property
-    def vectors(self) -> tuple[str, str, str]:
-        """Paths of the modules that produce the queries, keys and values for the core."""
-        queries, keys = self.norms or self.projections[:2]
-        return queries, keys, self.projections[2]
-
     def under(self, module: str) -> AttentionPaths:
         """Return the same paths, relative to the owner of `module`."""
         queries, keys, values = (f"{module}.{path}" for path in self.projections)
-        norms = self.norms and (f"{module}.{self.norms[0]}", f"{module}.{self.norms[1]}")
         return AttentionPaths(
-            (queries, keys, values), f"{module}.{self.output}", f"{module}.{self.core}", norms
+            (queries, keys, values), f"{module}.{self.output}", f"{module}.{self.core}"
         )
 
 

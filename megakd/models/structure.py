@@ -9,16 +9,17 @@ returns, and what becomes of its output, for which the matrix is replaced by kno
 from __future__ import annotations
 
 import math
-import weakref
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental import _config as conditions
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from megakd.contract.batch import LogitWarp
 from megakd.contract.tasks import LANGUAGE_TASKS, TaskType
@@ -28,8 +29,8 @@ from megakd.models.architectures import (
     AUTO_CLASSES,
     CLASS_ENDINGS,
     Architecture,
+    Known,
     class_name,
-    content_key,
 )
 from megakd.models.units import units_of
 from megakd.models.valueless import VALUELESS, Valueless, no_cache, without_values
@@ -66,6 +67,38 @@ def input_of(head: nn.Module, answer: Any = None) -> Iterator[list[Tensor]]:
         vars(head).update(before)
 
 
+Vectors = tuple[Tensor, Tensor, Tensor, float | None]
+"""Queries [B, heads, T, width], keys and values of an attention, and the factor of its scores."""
+
+
+@contextmanager
+def attentions_seen(note: Callable[[nn.Module, Vectors], None]) -> Iterator[None]:
+    """Let `note` have the module and the vectors of each attention in a forward in the body.
+
+    transformers asks one table for the function of every attention, eager too, whatever the
+    vectors went through before, such as norms and rotary positions.
+    """
+    table: Any = ALL_ATTENTION_FUNCTIONS
+    look_up = table.get_interface
+
+    def watched(name: str, default: Callable[..., Any]) -> Callable[..., Any]:
+        attention = look_up(name, default)
+
+        def attend(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *more: Any, **options: Any
+        ) -> Any:
+            note(module, (query, key, value, options.get("scaling")))
+            return attention(module, query, key, value, *more, **options)
+
+        return attend
+
+    table.get_interface = watched
+    try:
+        yield
+    finally:
+        vars(table).pop("get_interface", None)
+
+
 @contextmanager
 def only_rows(backbone: nn.Module, rows: Tensor | None) -> Iterator[None]:
     """Let the modules that follow a backbone compute some positions alone, as [1, N, D].
@@ -88,28 +121,6 @@ def only_rows(backbone: nn.Module, rows: Tensor | None) -> Iterator[None]:
         hook.remove()
 
 
-# Keys of a config without which the parts of its model are where they are.
-UNRELATED = ("id2label", "label2id", "vocab_size", "dtype", "_name_or_path", "architectures")
-_BY_CONTENT: dict[str, Architecture] = {}
-_BY_CONFIG: dict[tuple[int, TaskType], tuple[weakref.ref[PretrainedConfig], Architecture]] = {}
-
-
-def architecture_found(config: PretrainedConfig, task: TaskType) -> Architecture:
-    """Return where the parts of a model for a task are, which is looked for once per config.
-
-    Raises:
-        ModelError: see `find_architecture`.
-    """
-    known = _BY_CONFIG.get((id(config), task))
-    if known is not None and known[0]() is config:
-        return known[1]
-    key = content_key(config, task, without=UNRELATED)
-    if key not in _BY_CONTENT:
-        _BY_CONTENT[key] = find_architecture(config, task)
-    _BY_CONFIG[id(config), task] = weakref.ref(config), _BY_CONTENT[key]
-    return _BY_CONTENT[key]
-
-
 def find_architecture(config: PretrainedConfig, task: TaskType) -> Architecture:
     """Return where the parts of a model for a task are.
 
@@ -117,29 +128,17 @@ def find_architecture(config: PretrainedConfig, task: TaskType) -> Architecture:
         ModelError: a part is not found, or the logits are no function of the output matrix that
             the losses know.
     """
-    kind = config.model_type
-    try:
-        model = without_values(config, task)
-    except Exception as error:  # the code of any model may fail in its own way
-        raise ModelError(
-            f"a {kind} model for {task} cannot be built from this config: {one_line(error)}"
-        ) from error
-    try:
-        seen = _run(model, task)
-    except Exception as error:
-        raise ModelError(
-            f"the forward of a {kind} model for {task} failed without values, so that its output "
-            f"matrix and layers are not known: {one_line(error)}"
-        ) from error
-    layers, key = _layers_in(model)
+    kind, (model, seen) = config.model_type, _seen_in(config, task)
+    lists, key = _layers_in(model)
+    layers = next(iter(lists), None)
     try:
         embeddings = _path_in(model, model.get_input_embeddings())
     except NotImplementedError:  # CANINE hashes characters
         embeddings = None
     # The outermost module around the layers that runs: some heads call the decoder in a base model.
     backbone = _path_in(model, model.base_model)
-    around = [(layers or "")[:end] for end, sign in enumerate(layers or "") if sign == "."]
-    inner = next((path for path in (backbone, *around) if path and path in seen.states), None)
+    owners = [(layers or "")[:end] for end, sign in enumerate(layers or "") if sign == "."]
+    inner = next((path for path in (backbone, *owners) if path and path in seen.states), None)
     if inner is None or (embeddings is None and task in LANGUAGE_TASKS):
         raise ModelError(
             f"a {kind} model for {task} has no module whose forward gives last_hidden_state "
@@ -153,16 +152,29 @@ def find_architecture(config: PretrainedConfig, task: TaskType) -> Architecture:
         if name != top and next(part.parameters(), None) is not None
     ]
     poolers = [f"{top}.{n}" for n, _ in model.get_submodule(top).named_children() if n == "pooler"]
-    if layers is not None and not _reads_states(seen, inner, f"{layers}.0"):
-        layers = None
-    entry = _entry_of(kind, task, (embeddings or "").removeprefix(f"{inner}."))
+    repeated = None if lists else _repeated_in(model, seen, inner)
+    blocks, *parts = (path.removeprefix(f"{inner}.") for path in lists or [repeated or ""])
+    # The module around the embeddings of tokens adds those of positions too.
+    around = (embeddings or "").removeprefix(f"{inner}.").partition(".")[0]
+    entry = ARCHITECTURES.get(kind)
+    if entry is None or task not in entry.tasks:
+        entry = Architecture(model_type=kind, tasks=(task,), find_units=units_of)
     architecture = replace(
         entry,
         layers=entry.layers if key in (None, "num_hidden_layers") else key,
         backbone=inner,
+        embeddings=around,
         head=outside[-1] if outside else top,
         renewed=(*outside[:-1], *poolers),
-        blocks=None if layers is None else layers.removeprefix(f"{inner}."),
+        blocks=blocks or None,
+        parts=tuple(parts),
+        repeats=repeated is not None,
+        # Some models add positions for their layers alone, as to a multiple of a window.
+        reads_states=len(lists) == 1
+        and seen.shapes.get(f"{layers}.0", ())[:2] == seen.shapes[inner][:2],
+        has_sinks=any(name.endswith(".sinks") for name, _ in model.named_parameters()),
+        # A layer of the table that has lost its heads has no attention.
+        shows_attention=entry.is_listed or _shows_attention(model, seen, lists),
         experts=_experts_in(model),
     )
     if task not in LANGUAGE_TASKS:
@@ -170,64 +182,82 @@ def find_architecture(config: PretrainedConfig, task: TaskType) -> Architecture:
     return _with_head(architecture, model, seen)
 
 
-def _entry_of(kind: str, task: TaskType, embeddings: str) -> Architecture:
-    entry = ARCHITECTURES.get(kind)
-    if entry is not None and task in entry.tasks:
-        return replace(entry, find_units=units_of) if entry.finds_units else entry
-    return Architecture(model_type=kind, tasks=(task,), embeddings=embeddings, find_units=units_of)
+def _seen_in(config: PretrainedConfig, task: TaskType) -> tuple[PreTrainedModel, Seen]:
+    kind = config.model_type
+    try:
+        model = without_values(config, task)
+    except Exception as error:  # the code of any model may fail in its own way
+        raise ModelError(
+            f"a {kind} model for {task} cannot be built from this config: {one_line(error)}"
+        ) from error
+    try:
+        return model, _run(model, task)
+    except Exception as error:
+        raise ModelError(
+            f"the forward of a {kind} model for {task} failed without values, so that its output "
+            f"matrix and layers are not known: {one_line(error)}"
+        ) from error
 
 
-class Seen(NamedTuple):
-    """What a forward without values has shown.
+@dataclass
+class Seen:
+    """What a forward without values shows.
 
+    bias: path and values of the only weight that may be added to the products.
     states: by the path of a module, the hidden states that it returned as `last_hidden_state`.
     shapes: by the path of a module, the shape of its output, or of the first one.
+    calls: by the path of a module, how often it ran.
+    attentions: shapes of the vectors of attentions, by the path of the module that calls them.
     inputs, products: of the output matrix of a language model, and `PROBE` in place of its outputs.
-    bias: path and values of the only weight that may be added to the products.
-    logits: what the model made of the products; of a classifier, its logits.
+    logits: what the model makes of the products; of a classifier, its logits.
     """
 
-    states: dict[str, Tensor]
-    shapes: dict[str, torch.Size]
-    inputs: list[Tensor]
-    products: list[Tensor]
-    logits: Tensor
     bias: tuple[str, Tensor] | None
+    states: dict[str, Tensor] = field(default_factory=dict)
+    shapes: dict[str, torch.Size] = field(default_factory=dict)
+    calls: Counter[str] = field(default_factory=Counter)
+    attentions: dict[str, list[torch.Size]] = field(default_factory=dict)
+    inputs: list[Tensor] = field(default_factory=list)
+    products: list[Tensor] = field(default_factory=list)
+    logits: Tensor = PROBE
+
+    def note(self, path: str, output: Any) -> None:
+        """Note a call of a module."""
+        self.calls[path] += 1
+        first = output[0] if type(output) in (tuple, list) and output else output
+        last = getattr(output, "last_hidden_state", first)
+        if isinstance(last, Tensor):
+            self.shapes[path] = last.shape
+            if last is not output:
+                self.states[path] = last
 
 
 def _run(model: PreTrainedModel, task: TaskType) -> Seen:
     head = model.get_output_embeddings() if task in LANGUAGE_TASKS else None
-    bias = None if head is None else _added_later(model, head)
-    states: dict[str, Tensor] = {}
-    shapes: dict[str, torch.Size] = {}
-    products: list[Tensor] = []
+    seen = Seen(None if head is None else _added_later(model, head))
+    paths = {part: path for path, part in model.named_modules() if path}
 
     def product(hidden: Tensor) -> Tensor:
         shape = (*hidden.shape[:-1], cast("Any", head).weight.shape[0])
         repeated = PROBE.repeat(-(-math.prod(shape) // len(PROBE)))
-        products.append(repeated[: math.prod(shape)].reshape(shape))
-        return products[-1]
+        seen.products.append(repeated[: math.prod(shape)].reshape(shape))
+        return seen.products[-1]
 
-    def note(path: str, output: Any) -> None:
-        first = output[0] if type(output) is tuple else output
-        last = getattr(output, "last_hidden_state", first)
-        if isinstance(last, Tensor):
-            shapes[path] = last.shape
-            if last is not output:
-                states[path] = last
+    def note_vectors(part: nn.Module, vectors: Vectors) -> None:
+        seen.attentions[paths[part]] = [one.shape for one in vectors[:3]]
 
     with ExitStack() as hooks:
-        for path, part in model.named_modules():
-            if path:
-                hook = part.register_forward_hook(lambda *called, path=path: note(path, called[2]))
-                hooks.callback(hook.remove)
-        inputs = [] if head is None else hooks.enter_context(input_of(head, product))
+        for part, path in paths.items():
+            hook = part.register_forward_hook(lambda *called, path=path: seen.note(path, called[2]))
+            hooks.callback(hook.remove)
+        hooks.enter_context(attentions_seen(note_vectors))
+        seen.inputs = [] if head is None else hooks.enter_context(input_of(head, product))
         # A condition chooses every element.
         every = cast("Any", conditions).patch(meta_nonzero_assume_all_nonzero=True)
         with Valueless(), every, torch.no_grad(), VALUELESS:
             ids = torch.ones((1, LENGTH), dtype=torch.long)
-            logits: Tensor = model(input_ids=ids, **no_cache(model)).logits
-    return Seen(states, shapes, inputs, products, logits, bias)
+            seen.logits = model(input_ids=ids, **no_cache(model)).logits
+    return seen
 
 
 def _added_later(model: PreTrainedModel, head: nn.Module) -> tuple[str, Tensor] | None:
@@ -255,14 +285,15 @@ def _path_in(model: nn.Module, part: nn.Module | None) -> str | None:
     return next((name for name, module in model.named_modules() if module is part), None)
 
 
-def _layers_in(model: PreTrainedModel) -> tuple[str | None, str | None]:
+def _layers_in(model: PreTrainedModel) -> tuple[list[str], str | None]:
     """Return the path of the list with as many layers as the config says, and the key of the count.
 
     Of several lists, the layers have the class whose outputs transformers records as hidden states.
-    There is no list of layers where two stacks of layers run, or where lists hold parts of layers.
+    Several lists beside each other have the parts of the layers. There is no list of layers where
+    two stacks of layers run.
     """
     if getattr(model.config, "is_encoder_decoder", False):
-        return None, None
+        return [], None
     for key in LAYER_COUNTS:
         count = getattr(model.config, key, None)
         lists = {
@@ -276,18 +307,45 @@ def _layers_in(model: PreTrainedModel) -> tuple[str | None, str | None]:
             of_class = getattr(declared, "target_class", declared)
             for name, layers in lists.items():
                 if of_class is not None and all(isinstance(layer, of_class) for layer in layers):
-                    return name, key
+                    return [name], key
         first = next(iter(lists), None)
         if first is not None:
             owner = first.rpartition(".")[0]
-            is_part = any(n != first and n.rpartition(".")[0] == owner for n in lists)
-            return (None, None) if is_part else (first, key)
-    return None, None
+            return [name for name in lists if name.rpartition(".")[0] == owner], key
+    return [], None
 
 
-def _reads_states(seen: Seen, backbone: str, layer: str) -> bool:
-    # Some models add positions for their layers alone, as to a multiple of a window.
-    return seen.shapes.get(layer, ())[:2] == seen.shapes[backbone][:2]
+def _repeated_in(model: PreTrainedModel, seen: Seen, backbone: str) -> str | None:
+    """Return the outermost module that makes hidden states once for each layer of the config."""
+    count = getattr(model.config, LAYER_COUNTS[0], None)
+    if not isinstance(count, int) or count < 2:
+        return None
+    return next(
+        (
+            path
+            for path, part in model.named_modules()
+            if seen.calls[path] == count
+            and seen.shapes.get(path) == seen.shapes[backbone]
+            and path.startswith(f"{backbone}.")
+            and any(isinstance(child, nn.Linear) for child in part.modules())
+        ),
+        None,
+    )
+
+
+def _shows_attention(model: PreTrainedModel, seen: Seen, lists: Sequence[str]) -> bool:
+    """Return whether each layer calls an attention whose vectors have heads of one width."""
+
+    def shows(layer: str) -> bool:
+        called = (s for path, s in seen.attentions.items() if path.startswith(f"{layer}."))
+        return any(
+            queries[1] % keys[1] == 0 and queries[2:] == keys[2:] == values[2:]
+            for queries, keys, values in called
+            if len(queries) == 4 and keys[:2] == values[:2]
+        )
+
+    layers = len(cast("Any", model.get_submodule(lists[0]))) if len(lists) == 1 else 0
+    return layers > 0 and all(shows(f"{lists[0]}.{number}") for number in range(layers))
 
 
 def _experts_in(model: PreTrainedModel) -> str | None:
@@ -370,7 +428,12 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
     entry = ARCHITECTURES.get(config.model_type)
     if entry is not None and entry.backbone:
         return entry
-    return architecture_found(config, task_of(config) or _usual_task(config))
+    return _FOUND.of(config, task_of(config) or _usual_task(config))
+
+
+# Keys of a config without which the parts of its model are where they are.
+UNRELATED = ("id2label", "label2id", "vocab_size", "dtype", "_name_or_path", "architectures")
+_FOUND = Known(find_architecture, without=UNRELATED)
 
 
 def task_of(config: PretrainedConfig) -> TaskType | None:

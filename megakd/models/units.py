@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 
 from megakd.contract.tasks import TaskType
 from megakd.contract.views import Kind
-from megakd.models.architectures import ROUTES_TOKENS, Architecture, content_key, narrow_maps
+from megakd.models.architectures import ROUTES_TOKENS, Architecture, Known, narrow_maps
 from megakd.models.config_of_layers import config_with_layers
 from megakd.models.proposed_units import (
     PROPOSALS,
@@ -32,11 +32,6 @@ from megakd.models.units_copy import SmallCopy, signature_of, stay
 from megakd.models.valueless import without_values
 
 KINDS: tuple[Kind, Kind] = ("heads", "neurons")
-
-
-_BY_CONTENT: dict[str, FoundUnits] = {}
-_OF_COPIES: dict[str, dict[Kind, Decision]] = {}
-_UNRELATED = ("id2label", "label2id", "dtype", "_name_or_path", "architectures", "pad_token_id")
 
 
 class Decision(NamedTuple):
@@ -55,19 +50,10 @@ class Decision(NamedTuple):
     uncut: str | None = None
 
 
-def units_of(config: PretrainedConfig, architecture: Architecture) -> FoundUnits:
-    """Return the units of a model that was found, which are looked for once per config."""
-    (task,) = architecture.tasks
-    key = content_key(config, task, without=_UNRELATED)
-    if key not in _BY_CONTENT:
-        _BY_CONTENT[key] = find_units(config, architecture, task)
-    return _BY_CONTENT[key]
-
-
 def find_units(config: Any, architecture: Architecture, task: TaskType) -> FoundUnits:
     """Return the units that a small copy of a model can lose without another change."""
-    if architecture.blocks is None:
-        no_list = Cuttable((), uncut="its layers are not found")
+    if architecture.blocks is None or architecture.repeats or architecture.parts:
+        no_list = Cuttable((), uncut=_without_list(architecture))
         return FoundUnits(no_list, no_list, "")
     narrow = narrow_maps(config)
     if narrow is not None:
@@ -94,6 +80,23 @@ def find_units(config: Any, architecture: Architecture, task: TaskType) -> Found
         units = units if uncut is None else (None,) * len(units)
         cuttable[kind] = Cuttable(units, keys, head_width, is_narrow, uncut)
     return FoundUnits(cuttable["heads"], cuttable["neurons"], blocks)
+
+
+_FOUND = Known(
+    find_units,
+    without=("id2label", "label2id", "dtype", "_name_or_path", "architectures", "pad_token_id"),
+)
+
+
+def units_of(config: PretrainedConfig, architecture: Architecture) -> FoundUnits:
+    """Return the units of a model outside of the table."""
+    return _FOUND.of(config, architecture, architecture.tasks[0])
+
+
+def _without_list(architecture: Architecture) -> str:
+    if architecture.repeats:
+        return "all its layers share their weights"
+    return "its lists have parts of layers" if architecture.parts else "its layers are not found"
 
 
 def _with_fewer(found: FoundUnits, narrow: Mapping[str, Any]) -> FoundUnits:
@@ -171,17 +174,21 @@ def _decided(
 ) -> dict[Kind, Decision]:
     (task,) = architecture.tasks
 
-    def decided(small: PretrainedConfig) -> dict[Kind, Decision]:
-        key = content_key(small, task, without=())
-        if key not in _OF_COPIES:
-            copied = SmallCopy(small, task, blocks, count)
-            _OF_COPIES[key] = {kind: decide(copied, kind) for kind in KINDS}
-        return _OF_COPIES[key]
-
     fewer = config_with_layers(config, architecture, range(1, count + 1))
-    decisions, failed = first_copy(fewer, task, decided)
+    facts = task, blocks, count
+    decisions, failed = first_copy(fewer, task, lambda small: _OF_COPIES.of(small, *facts))
     reason = f"no small copy of it runs, which decides ({failed})"
     return decisions or dict.fromkeys(KINDS, Decision({}, {}, uncut=reason))
+
+
+def _decided_by_copy(
+    small: PretrainedConfig, task: TaskType, blocks: str, count: int
+) -> dict[Kind, Decision]:
+    copied = SmallCopy(small, task, blocks, count)
+    return {kind: decide(copied, kind) for kind in KINDS}
+
+
+_OF_COPIES = Known(_decided_by_copy, without=())
 
 
 def decide(copied: SmallCopy, kind: Kind) -> Decision:

@@ -21,7 +21,7 @@ from megakd.errors import ConfigError
 from megakd.inputs.precision import TORCH_DTYPE, training_dtype
 from megakd.inputs.step_size import largest_step
 from megakd.models.architectures import stated
-from megakd.models.model_folder import BUFFER_BYTES
+from megakd.models.model_folder import SHARD_BYTES
 from megakd.models.quantized import bytes_per_weight, check_whole
 from megakd.planning.memory import FP32, PARTS, PLACES, Engine, Holding, Ledger, Part, Share, blocks
 from megakd.planning.phases import Phase, PlanningLab, planned_sources
@@ -236,10 +236,10 @@ class PhasePlan(Ledger):
         self._step(stage, learner, frozen)
         self._generate(stage, {STUDENT: learner, **frozen})
         largest = learner.largest * learner.itemsize
-        written = min(learner.numel * learner.itemsize, BUFFER_BYTES + largest)
+        written = min(learner.numel * learner.itemsize, SHARD_BYTES + largest)
         self.look("writing the model", learner.held("weights", written, "host"))
         if stage.goes_on:  # rank 0 gathers the training state for the next window
-            state = min(learner.numel * FP32 * (1 + MOMENTS[train.optim]), BUFFER_BYTES)
+            state = min(learner.numel * FP32 * (1 + MOMENTS[train.optim]), SHARD_BYTES)
             state += learner.largest * FP32
             state /= learner.itemsize
             self.look("writing the state", learner.like("activations", state, run.sizes, "host"))

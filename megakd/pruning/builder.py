@@ -74,7 +74,7 @@ class SortedTeacher:
         with_heads: Collection[int] = (),
     ) -> View:
         """Return the prefix of every layer that remains at a sparsity; see `contract.lab`."""
-        if self.source.architecture.is_found:  # no class of a layer without heads
+        if not self.source.architecture.is_listed:  # no class of a layer without heads
             with_heads = [number for number, one in enumerate(self.scores.heads) if one]
         return view_at(
             self.scores.scaled(),
@@ -277,7 +277,7 @@ def shape_of_cut(source: ModelSource, view: View, task: TaskType) -> ModelSource
     """Return a model as it will be after a cut to a view, without weights."""
     config = cut_config(source.config, view)
     architecture = source.architecture
-    if not architecture.is_found:
+    if architecture.is_listed:
         architecture = for_task(config, task)
     return dataclasses.replace(
         source, config=config, architecture=architecture, folder=None, stored={}
@@ -303,8 +303,9 @@ def counts_in_view(weights: Weights, source: ModelSource, view: View) -> Paramet
         if rename(name) is not None
     ]
     counts = parameter_counts(shapes)
-    if not architecture.is_found:
+    if architecture.is_listed:
         return counts
-    layers = f"{architecture.backbone}.{architecture.blocks}."
+    lists = (architecture.blocks, *architecture.parts)
+    layers = tuple(f"{architecture.backbone}.{path}." for path in lists)
     inside = sum(math.prod(shape) for name, shape in shapes if name.startswith(layers))
     return counts._replace(encoder_parameters=inside)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,8 +41,9 @@ def score_words(splits: Splits, metrics: TaskMetrics) -> Mapping[str, float]:
         return {}
     # As good as `LogisticRegression(C=10)` on banking77 and SST-2, and ten times faster there.
     passes, count = min(100, max(10, 100_000 // len(labels))), len(labels)
-    model = SGDClassifier(
-        loss="log_loss", alpha=0.1 / count, max_iter=passes, tol=None, random_state=0
+    options: Any = {"tol": None}  # as many passes, whatever the loss
+    model: Any = SGDClassifier(
+        loss="log_loss", alpha=0.1 / count, max_iter=passes, random_state=0, **options
     )
     model.fit(learned, labels)
     held_out, truth = _labelled(splits.held_out)

@@ -23,7 +23,10 @@ from megakd.models.own_models import register_own_models
 from megakd.models.source import ModelSource
 
 register_own_models()
-DECODERS = tuple(name for name, entry in FAMILIES.items() if "causal_lm" in entry.tasks)
+DECODERS = (
+    *(name for name, entry in FAMILIES.items() if "causal_lm" in entry.tasks),
+    *("phi3", "gpt_oss", "qwen3_moe"),  # outside of the table
+)
 TINY = {
     "hidden_size": 16,
     "num_hidden_layers": 2,

@@ -21,14 +21,11 @@ from megakd.models.axes import (
 from megakd.models.cutting import cut_config
 from megakd.models.structure import architecture_of, for_task
 
-CUTTABLE = {
-    name: entry for name, entry in FAMILIES.items() if not (entry.uncut or entry.finds_units)
-}
 MASKED = [name for name, entry in FAMILIES.items() if "mlm" in entry.tasks]
 WITH_TASKS = [
     *(
         (name, "causal_lm" if "causal_lm" in e.tasks else "classification")
-        for name, e in CUTTABLE.items()
+        for name, e in FAMILIES.items()
     ),
     *((name, "mlm") for name in MASKED),
 ]
@@ -159,7 +156,7 @@ def test_the_map_says_where_the_parts_of_a_model_are(tiny, model_type):
     assert all(architecture.of_the_task(name) for name in rest)
 
 
-@pytest.mark.parametrize("model_type", CUTTABLE)
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_the_map_lists_the_modules_of_every_attention_and_feed_forward(tiny, model_type):
     model = tiny.load(tiny.scratch(model_type), tiny.task_for(model_type), need_head=False)
     architecture = architecture_of(model.config)

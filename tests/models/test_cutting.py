@@ -30,7 +30,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megakd.config.models import ScratchModel
 from megakd.contract.views import View
 from megakd.errors import ModelError
-from megakd.models import cutting
 from megakd.models.cutting import cut_class_name, cut_config
 from megakd.models.elastic import Elastic
 from megakd.models.loading import resolve_model
@@ -334,14 +333,6 @@ def test_a_view_lies_within_the_model(tmp_path, source, view, message):
     assert not (tmp_path / "cut").exists()
 
 
-def test_an_order_has_every_unit_once(tmp_path, source):
-    order = order_of(build("bert"))
-    twice = order._replace(heads=((0, 0, 1, 2, 3, 4), *order.heads[1:]))
-    for wrong in (twice, order._replace(neurons=order.neurons[1:])):
-        with pytest.raises(ModelError, match="an order must list every unit of the model once"):
-            reshaped(source, tmp_path / "cut", order=wrong)
-
-
 def test_a_model_without_weights_has_nothing_to_cut(tmp_path):
     spec = ScratchModel(config={"model_type": "bert"})
     scratch = resolve_model(spec, task(), where="teacher.model")
@@ -370,13 +361,6 @@ def test_a_file_that_is_cut_short_meanwhile_leaves_what_was_there(tmp_path, sour
 
     assert (tmp_path / "cut" / "model.safetensors").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "whole"]
-
-
-def test_a_table_that_disagrees_with_the_class_is_refused(tmp_path, source, monkeypatch):
-    monkeypatch.setattr(cutting, "weight_axes", lambda model: {})
-    with pytest.raises(RuntimeError, match="does not agree with its class"):
-        reshaped(source, tmp_path / "cut", view=View((2, 2, 2), (8, 8, 8)))
-    assert not (tmp_path / "cut").exists()
 
 
 def test_the_class_of_a_cut_of_a_cut_model_has_the_same_head():

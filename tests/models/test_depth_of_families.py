@@ -27,24 +27,27 @@ from megakd.models.loading import load_model, resolve_model
 from megakd.models.model_folder import write_model_folder
 from megakd.models.small_copy import logits_of
 from megakd.models.source import ModelSource
+from megakd.models.structure import architecture_of
 
 LAYERS, STAY = 4, (1, 4)
 TOKENS = 5 + torch.arange(48).reshape(2, 24) * 11 % 500
 KEY = "student.layers"
 DECODERS = """apertus arcee bloom cohere cohere2 exaone4 falcon gemma glm glm4 gpt_bigcode gpt_neox
 granite helium hunyuan_v1_dense jais2 lfm2 llama4_text mamba ministral3 mixtral nanochat nemotron
-nemotron_h olmo2 olmo3 olmo_hybrid olmoe opt phi3 qwen3_5_text seed_oss smollm3 stablelm
-starcoder2"""
-ENCODERS = "camembert deberta-v2 ernie eurobert modernbert mpnet nomic_bert xlm-roberta"
+minicpm3 nemotron_h olmo2 olmo3 olmo_hybrid olmoe openai-gpt opt phi3 qwen3_5_text seed_oss smollm3
+stablelm starcoder2 xlm xlstm"""
+ENCODERS = """albert camembert deberta-v2 ernie eurobert flaubert longformer modernbert mpnet
+nomic_bert xlm xlm-roberta"""
 COUNTS = "its outputs are not those of the whole model"
 REFUSED: dict[str, tuple[TaskType, str]] = {
     "diffllama": ("causal_lm", COUNTS),
     "zaya": ("causal_lm", COUNTS),
     "esmc": ("mlm", COUNTS),
-    "xlm": ("causal_lm", "the layers of a xlm model are not found"),
-    "flaubert": ("mlm", "the layers of a flaubert model are not found"),
+    "esm": (
+        "mlm",
+        "the size of esm.contact_head.regression.weight, a weight outside of the layers",
+    ),
     "hrm_text": ("causal_lm", "the layers of a hrm_text model are not found"),
-    "albert": ("mlm", "the layers of a albert model are not found, so that none can be left out"),
 }
 
 
@@ -82,7 +85,8 @@ def passed_by(folder: Path, task: TaskType) -> Tensor:
     """The logits of the whole model, whose inner layers are passed by."""
     whole = opened(folder, task)
     with ExitStack() as without:
-        for layer in {*range(1, LAYERS + 1)} - {*STAY}:
+        count = architecture_of(whole.config).number_of_layers(whole.config)
+        for layer in {*range(1, count + 1)} - {*STAY}:
             without.enter_context(left_out(whole, layer))
         return logits_of(whole, TOKENS)
 
@@ -126,6 +130,13 @@ def test_layers_that_would_not_compute_the_same_are_refused(tmp_path, model_type
     assert written(model_type, task, tmp_path)
     with pytest.raises(ModelError, match=rf"^student.layers: .*{reason}"):
         cut(tmp_path, task)
+
+
+def test_a_number_of_layers_that_the_class_cannot_have_is_refused_in_words(tmp_path):
+    config = CONFIG_MAPPING["rwkv"](vocab_size=512, hidden_size=64, num_hidden_layers=2)
+    build(config, "causal_lm").save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="the layers 1 alone: its class cannot be built with 1 of"):
+        with_layers(source(tmp_path, "causal_lm"), (1,), where=KEY)
 
 
 SPECIAL: dict[str, dict[str, Any]] = {

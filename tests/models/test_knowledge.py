@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 
 import pytest
+import tiny_families
 import torch
 from safetensors.torch import load_file
 from tiny_cuts import FAMILIES as TINY_CUTS
@@ -201,7 +202,7 @@ def computed(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", [*FAMILIES, "phi3", "gpt_oss", "qwen3_moe"])
 def test_noted_vectors_are_what_the_attention_of_a_layer_gets(tiny, computed, model_type):
     model = tiny.load(tiny.save(model_type), tiny.task_for(model_type))
     if model.config._attn_implementation == "eager":  # which cannot be watched
@@ -259,9 +260,17 @@ def test_nothing_stays_on_the_model_when_its_forward_is_over(tiny, fails):
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_norms_that_the_table_does_not_list_are_refused(tiny):
+def test_vectors_after_norms_of_single_heads_are_read(tiny, computed):
     model = tiny.load(tiny.save("phi", qk_layernorm=True), tiny.task("causal_lm"))
-    with pytest.raises(ModelError, match="do not support a model with qk_layernorm: true"):
+    vectors, _ = noted(model, (1,), **inputs_of(model, tiny.input_ids))
+    queries = vectors[1].queries.unflatten(-1, (-1, 8)).transpose(1, 2)
+    torch.testing.assert_close(queries, computed[0][0])
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "mamba"])
+def test_attentions_outside_of_those_of_transformers_are_refused(model_type):
+    model = tiny_families.build(tiny_families.small_config(model_type, "causal_lm"), "causal_lm")
+    with pytest.raises(ModelError, match=r"cannot read the attentions of a .* use hidden_mse"):
         AttentionNotes(model, (1,))
 
 

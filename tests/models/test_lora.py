@@ -35,6 +35,7 @@ from megakd.models.model_folder import ModelContent, write_model_folder
 from megakd.models.structure import architecture_of
 
 DECODERS = [name for name, entry in FAMILIES.items() if "causal_lm" in entry.tasks]
+DECODERS += ["phi3", "gpt_oss", "qwen3_moe"]
 # peft 0.21.2 reads a property that transformers 5.23 renames.
 OF_PEFT = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 

@@ -33,7 +33,7 @@ head_widths = st.sampled_from([4, 12, 16, 64])
 
 
 def ranked(result):
-    architecture = SimpleNamespace(is_found=False, rows_of_heads=lambda _: 8)
+    architecture = SimpleNamespace(is_listed=True, rows_of_heads=lambda _: 8)
     source: Any = SimpleNamespace(architecture=architecture, config=None)
     return SortedTeacher(source=source, scores=result)
 

@@ -65,7 +65,7 @@ SETTINGS = [
     (
         "student.model.config={model_type: mpnet, hidden_size: 16, num_attention_heads: 2,"
         " num_hidden_layers: 2, intermediate_size: 16}; objective=[{loss: relation_kl}]",
-        "attention_mse and relation_kl do not know the attentions of a mpnet model",
+        "attention_mse and relation_kl cannot read the attentions of a mpnet model",
         "use hidden_mse",
     ),
     (

@@ -19,11 +19,7 @@ from megakd.models.own_models import register_own_models
 from megakd.models.structure import architecture_of
 
 register_own_models()
-FAMILIES = [
-    family
-    for family, entry in ARCHITECTURES.items()
-    if not family.startswith("cut_") and not (entry.uncut or entry.finds_units)
-]
+FAMILIES = [family for family, entry in ARCHITECTURES.items() if not family.startswith("cut_")]
 # Query heads that share a key head; caps and windows so small that they change the outputs.
 GEMMA = {"head_dim": 10, "query_pre_attn_scalar": 9, "sliding_window": 5}
 DECODERS = {
@@ -48,12 +44,12 @@ TOKENS = torch.arange(2, 26).reshape(2, 12)
 def family_model(family: str, task: str | None = None, *, seed: int = 3, **changes):
     """Three layers of three units each, every parameter random, in fp64 and eval mode."""
     entry = ARCHITECTURES[family]
-    keys = {entry.layers: LAYERS, entry.width: WIDTH, entry.neurons: NEURONS}
-    keys |= {entry.attention_heads: HEADS, "vocab_size": VOCABULARY}
+    keys = {"num_hidden_layers": LAYERS, "hidden_size": WIDTH, entry.neurons: NEURONS}
+    keys |= {"num_attention_heads": HEADS, "vocab_size": VOCABULARY}
     keys |= {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
     stock = family.removeprefix("cut_")
     if stock in DECODERS:
-        keys |= {entry.attention_heads: 2 * HEADS, "num_key_value_heads": HEADS}
+        keys |= {"num_attention_heads": 2 * HEADS, "num_key_value_heads": HEADS}
         keys |= DECODERS[stock]
     if family in ("t5_encoder", "enct5"):
         keys |= {"d_kv": 5}

@@ -42,7 +42,8 @@ AUTO = {
 def _sized(family: str, **keys: Any) -> dict[str, Any]:
     """Three layers; heads as wide as no other number, so that no dimension is mistaken."""
     entry = ARCHITECTURES[family]
-    sizes = {entry.layers: 3, entry.width: 24, entry.attention_heads: 6, entry.neurons: 20}
+    sizes = {"num_hidden_layers": 3, "hidden_size": 24, "num_attention_heads": 6}
+    sizes[entry.neurons] = 20
     return {**sizes, "vocab_size": VOCABULARY, **keys}
 
 

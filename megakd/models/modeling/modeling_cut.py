@@ -153,8 +153,16 @@ class _Narrow:
 
 @cache
 def narrow_class(stock: type[Any]) -> type[Any]:
-    """Return the narrow form of a class of transformers."""
-    return type(f"Narrow{stock.__name__}", (_Narrow, stock), {"__module__": __name__})
+    """Return the narrow form of a class of transformers, of a model or of its config.
+
+    The config has a type of its own, so that transformers asks for `trust_remote_code`.
+    """
+    name = f"Narrow{stock.__name__}"
+    members: dict[str, Any] = {"__module__": __name__}
+    if issubclass(stock, hf.PreTrainedConfig):
+        return type(name, (stock,), {**members, "model_type": f"narrow_{stock.model_type}"})
+    members["config_class"] = narrow_class(stock.config_class)
+    return type(name, (_Narrow, stock), members)
 
 
 def __getattr__(name: str) -> type[Any]:
