@@ -47,6 +47,7 @@ class MethodRecord:
 
     candidates: what the method compared; all are scored in the same evaluation.
     asked: the size that the student was cut to: `what` (parameters, flops, speedup) and `value`.
+    layers: the layers of the teacher that the student is made of; None: all, or none.
     pool: how often each of several teachers taught: `distribution`, and rows of `teachers`.
     pruning: the student of a method that prunes during training, at each evaluation.
     dev_scores: by name, the scores by which teachers were ranked.
@@ -55,6 +56,7 @@ class MethodRecord:
     candidates: list[Row] = field(default_factory=list)
     assistants: list[Assistant] = field(default_factory=list)
     asked: Row | None = None
+    layers: tuple[int, ...] | None = None
     pool: Row | None = None
     pruning: list[Row] = field(default_factory=list)
     dev_scores: dict[str, float] = field(default_factory=dict)

@@ -125,7 +125,7 @@ def run(config: ShrinkConfig, lab: Lab) -> StageResult:
         # The layers may differ in size: now those that stay are known.
         shape = shape_of(config, lab, start, scores)
     view = shape.view(scores, start.whole)
-    lab.record.asked = _asked(config)
+    lab.record.asked, lab.record.layers = _asked(config), view.layers
     return lab.train(repair(lab, STUDENT, teacher, lab.pruning.cut(start, view, "cut")))
 
 

@@ -135,3 +135,27 @@ class ReadyTeacher(NamedTuple):
             self.spec.cache == AUTO and measures_losses
         )
         return self.spec.server is None and not is_cached
+
+
+def parts_of(cut: ModelSource, whole: ModelSource, layers: tuple[int, ...] | None) -> str:
+    """Return what a cut model keeps, as `layers 1, 3 of 6 · 12 heads · 256 of 1536 neurons`.
+
+    layers: the numbers of its layers in the whole model; None: they are not known.
+    """
+    numbers = ", ".join(map(str, layers)) if layers and len(layers) == cut.depth else ""
+    depth = f"layers {numbers}" if numbers else f"{cut.depth}"
+    parts = [f"{depth} of {whole.depth}{'' if numbers else ' layers'}"]
+    if cut.width != whole.width:
+        parts.append(f"{cut.width} of {whole.width} columns")
+    heads = "key-value heads" if whole.heads.keys < whole.heads.queries else "heads"
+    mine, every = cut.whole, whole.whole
+    for name, left, before in (
+        (heads, mine.heads, every.heads),
+        ("neurons", mine.neurons, every.neurons),
+    ):
+        if not left or not any(before):
+            continue
+        least, most, total = min(left), max(left), max(before)
+        some = f"{least}" if least == most else f"{least} to {most}"
+        parts.append(f"{total} {name}" if least == total else f"{some} of {total} {name}")
+    return " · ".join(parts)

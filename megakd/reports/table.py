@@ -204,6 +204,9 @@ def notes(report: Report) -> list[str]:
     get, lines = report.get, list[str]()
     if lower := [name for name in shown_metrics(report) if lower_is_better(name)]:
         lines.append(f"{', '.join(lower)}: lower is better")
+    if parts := get(f"{STUDENT}.parts"):
+        weights = cell("parameters", get(f"{STUDENT}.parameters"))
+        lines.append(f"student: {parts} of its teacher · {weights} weights")
     if "asked.what" in report:
         form = {
             "parameters": "{:,.0f} weights",

@@ -17,6 +17,7 @@ from megakd.contract.batch import ROUTE, teacher_number
 from megakd.contract.lab import Pruning
 from megakd.contract.results import Assistant, Metric
 from megakd.contract.stage import Stage, StageResult
+from megakd.contract.tasks import STUDENT
 from megakd.data.arrow import column_of
 from megakd.data.loader import rows_with_targets
 from megakd.engine.collectives import doing, main_first, on_main
@@ -25,7 +26,7 @@ from megakd.errors import CheckpointError
 from megakd.inputs.inputs import RunInputs
 from megakd.inputs.precision import saved_dtype
 from megakd.models.loading import resolve_model
-from megakd.models.source import ModelSource
+from megakd.models.source import ModelSource, parts_of
 from megakd.reports.derived_warnings import rising_teachers
 from megakd.reports.report_file import read_history
 from megakd.run.teacher_pool import Measured, TeacherPool, measure
@@ -91,6 +92,9 @@ class RunLab(LabBase):
         if result is not None:
             logger.info("%s: already finished, taken from %s", stage.name, folder)
         else:
+            if stage.name == STUDENT and stage.start and self.config.start_role != STUDENT:
+                whole = self._teachers[self.config.start_role].source
+                logger.info("%s: %s", STUDENT, parts_of(stage.start, whole, self.record.layers))
             result = self._run(stage, folder)
         self.results.append(result)
         return result

@@ -27,6 +27,7 @@ from megakd.models.loading import load_finished
 from megakd.models.lora import adapter_parameters
 from megakd.models.model_folder import weight_bytes
 from megakd.models.onnx import MODEL, write_onnx
+from megakd.models.source import parts_of
 from megakd.process.phases import phase, seconds
 from megakd.reports.derived_warnings import derived_warnings
 from megakd.reports.report_file import GRAPH, environment, read_history
@@ -56,20 +57,18 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
     forget_models()
     reference = max(teachers, key=lambda n: measured[n].report["parameters"], default=None)
     theirs = measured[reference].predicted if reference else []
-    numbers: dict[str, Any] = {}
+    numbers: dict[str, Any] = _parts(lab, student.folder)
+    numbers |= {f"{TFIDF}.{name}": value for name, value in words.items()}
     for name, one in measured.items():
         numbers |= _entries(name, one, folders.get(name), theirs, stored_as=stored_as.get(name))
-    numbers |= {f"{TFIDF}.{name}": value for name, value in words.items()}
     if graph_bytes is not None:
-        numbers |= _entries(GRAPH, measured[STUDENT], None, theirs) | {
-            f"{GRAPH}.bytes": graph_bytes
-        }
+        numbers |= _entries(GRAPH, measured[STUDENT], None, theirs)
+        numbers |= {f"{GRAPH}.bytes": graph_bytes}
     with phase("latency"), doing("measuring latency"):
         numbers |= on_main(lambda: _latency(lab, student.folder, reference))
     if reference is not None:  # in a pool, `teacher` is the largest
         mine = [key for key in numbers if key.startswith(f"{reference}.")]
         numbers |= {f"{TEACHER}{key.removeprefix(reference)}": numbers[key] for key in mine}
-    sets = prepared.splits.evaluation_sets.items()
     report: Report = {
         "method": config.method.name,
         "task": config.task.data_name,
@@ -87,7 +86,7 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
         **{f"{one.name}.sparsity": one.sparsity for one in record.assistants},
         "evaluation_sets": [
             {"set": of_set, "model": name, "rows": row_count(rows), **one.sets[of_set]}
-            for of_set, rows in sets
+            for of_set, rows in prepared.splits.evaluation_sets.items()
             for name, one in measured.items()
         ],
         "candidates": record.candidates,
@@ -122,6 +121,13 @@ def _samples(
     theirs = (measured[reference].answers if reference else None) or [None] * len(mine)
     rows = zip(prompts.shown, theirs, mine, strict=True)
     return [{"prompt": prompt, "teacher": a, "student": b} for prompt, a, b in rows]
+
+
+def _parts(lab: RunLab, folder: Path) -> dict[str, str]:
+    ready = lab.assembly.teachers.get(lab.config.start_role)
+    if ready is None:  # the student is not made of a teacher
+        return {}
+    return {f"{STUDENT}.parts": parts_of(lab.source(folder), ready.source, lab.record.layers)}
 
 
 def _words(lab: RunLab) -> Mapping[str, float]:

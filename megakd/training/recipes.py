@@ -125,7 +125,9 @@ class LabBase(Lab):
         if role == STUDENT or self.config.student.layers is None:
             return None
         scores = self.pruning.layer_scores(self.teacher(role)) if self.config.ranks_layers else None
-        return as_student(self._teachers[self.teacher(role)].source, self.config, scores)
+        start = as_student(self._teachers[self.teacher(role)].source, self.config, scores)
+        self.record.layers = start.layers
+        return start
 
     def given(self, role: str) -> ModelSource:
         return self._sources[role]

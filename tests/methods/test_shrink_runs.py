@@ -82,6 +82,14 @@ def test_the_student_opens_as_a_stock_model_of_the_wanted_size(shrunk):
     assert size == report["student.parameters"]
     assert size == pytest.approx(24_000, rel=0.03)
     assert (report["asked.what"], report["asked.value"]) == ("parameters", 24_000)
+    layers, heads, neurons = report["student.parts"].split(" · ")
+    kept = re.fullmatch(r"layers ([\d, ]+) of 4", layers)
+    assert kept
+    assert len(kept[1].split(", ")) == model.config.num_hidden_layers
+    groups = model.config.num_key_value_heads
+    assert heads == ("2 key-value heads" if groups == 2 else f"{groups} of 2 key-value heads")
+    size = model.config.intermediate_size
+    assert neurons == ("64 neurons" if size == 64 else f"{size} of 64 neurons")
 
 
 def test_a_student_generates_with_the_settings_of_its_teacher(one_rank, shrunk, tmp_path):

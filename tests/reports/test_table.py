@@ -56,6 +56,13 @@ def test_of_a_teacher_that_has_learnt_too_little_no_share_is_kept() -> None:
     assert "above" in cells(table, "student ")
 
 
+def test_what_was_cut_stands_below_the_table() -> None:
+    parts = "layers 4, 5, 6 of 6 · 12 heads · 256 of 1536 neurons"
+    table = result_table(report_of(student__parts=parts))
+
+    assert f"student: {parts} of its teacher · 2.09M weights" in table.splitlines()
+
+
 def test_of_a_perplexity_the_factor_is_told_and_nothing_is_kept() -> None:
     table = result_table(language_report())
 
