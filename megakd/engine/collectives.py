@@ -220,6 +220,7 @@ def _object_group() -> dist.ProcessGroup:
 
 logger = logging.getLogger(__name__)
 _running: list[str] = []
+_telling: list[str] = []
 _TOLD_EVERY_S = 60.0
 
 
@@ -248,6 +249,17 @@ def told(items: Iterable[T], *, total: int, each: int = 1, unit: str = "rows") -
         total: units of all items; `each`: units of an item.
     """
     what = _running[-1] if _running else "working"
+    if _telling:  # parts of what is told already
+        yield from items
+        return
+    _telling.append(what)
+    try:
+        yield from _told(items, what, total=total, each=each, unit=unit)
+    finally:
+        _telling.pop()
+
+
+def _told(items: Iterable[T], what: str, *, total: int, each: int, unit: str) -> Iterator[T]:
     if dist.get_rank() == 0 and sys.stderr.isatty():
         from tqdm import tqdm
 

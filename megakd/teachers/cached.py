@@ -27,7 +27,7 @@ from typing_extensions import override
 
 from megakd.contract.batch import Batch, Draws, Knowledge, TopK
 from megakd.contract.stage import Teacher
-from megakd.engine.collectives import gather, on_main, together
+from megakd.engine.collectives import doing, gather, on_main, together, told
 from megakd.engine.distributed import Ranks
 from megakd.errors import TeacherError
 from megakd.storage.fingerprint import Fingerprint, differences
@@ -89,11 +89,11 @@ def build_cache(
         first = start + size
     if not missing:
         return
-    with asking() as answer:
-        for numbers in missing:
+    count = sum(map(len, missing))
+    with asking() as answer, doing("asking the teacher about the training rows"):
+        for numbers in told(missing, total=count, each=step):
             part = answer(rows.select(numbers), numbers.start)
             on_main(partial(_write, folder / f"{numbers.start:010d}", part))
-            logger.info("%s: the rows up to %d of %d", folder, numbers.stop, len(rows))
 
 
 def _shards_in(folder: Path) -> list[Path]:
