@@ -23,10 +23,11 @@ from megakd.contract.results import Metric
 from megakd.contract.tasks import ONE_LABEL_METRICS, STUDENT
 from megakd.contract.terms import looks_inside
 from megakd.data.encoding import Encoded
+from megakd.data.reading_report import read_line, read_warnings
 from megakd.data.rows import check_row_teachers
 from megakd.data.splits import Splits
 from megakd.data.tokenizers import VocabularyPair, has_tokenizer_files, load_tokenizer, rows_for
-from megakd.engine.collectives import gather, main_first, node_name
+from megakd.engine.collectives import gather, main_first, node_name, on_main
 from megakd.errors import ConfigError, DataError, MegakdError, TeacherError
 from megakd.inputs.run_data import (
     cache_folder,
@@ -121,6 +122,10 @@ def prepare(config: RunConfig) -> RunInputs:
     """
     unencoded = unencoded_inputs(config)
     splits, teacher, metrics = unencoded.splits, unencoded.teacher_tokenizer, unencoded.metrics
+    logger.info("%s", read_line(splits))
+    rows = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
+    for message in on_main(lambda: [*read_warnings(splits, step_rows=rows)]):
+        logger.warning("warning: %s", message)
     config = with_packing(config, splits, unencoded.sources)
     config = with_row_length(config, splits, unencoded.tokenizer, unencoded.sources)
     check_run(config, unencoded)

@@ -37,7 +37,10 @@ def result_table(report: Report, *, final: Path | None = None) -> str:
     """Return the report as aligned plain text, for the end of a run."""
     below = tables(report, most_labels=FEW_LABELS)
     blocks = [
-        [f"{report['method']} on {report['task']}, scored on {report['evaluated_on']}"],
+        [
+            f"{report['method']} on {report['task']}, scored on {report['evaluated_on']}",
+            *([report["data"]] if "data" in report else []),
+        ],
         [*aligned_rows(model_rows(report)), *notes(report)],
         *([title, *aligned_rows(rows)] for title, rows in below.items()),
         [*_time_lines(report), *([f"the student is in {final}"] if final else [])],

@@ -17,6 +17,7 @@ from megakd.contract.stage import StageResult
 from megakd.contract.tasks import STUDENT, TEACHER, TFIDF
 from megakd.data.choosing import is_labelled
 from megakd.data.loader import lengths_of_rows
+from megakd.data.reading_report import read_line
 from megakd.engine.collectives import doing, on_main
 from megakd.engine.memory import forget_models, free_memory_bytes
 from megakd.errors import ModelError
@@ -72,6 +73,7 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
     report: Report = {
         "method": config.method.name,
         "task": config.task.data_name,
+        "data": read_line(prepared.splits),
         "metric_name": prepared.metric.name,
         "metrics": [*measured[STUDENT].report["metrics"]],
         "evaluated_on": "test" if prepared.encoded.test is not None else "validation",
