@@ -104,7 +104,7 @@ def test_overrides_win_over_the_file_and_later_ones_over_earlier(run_file):
         ("task.type=clasification", '(got "clasification"); did you mean "classification"?'),
         ("task.text_columns=a", 'task.text_columns: must be a list (got "a"); write [a]'),
         ("task.text_columns=[a, b, c]", "task.text_columns: must have at most 2 items, not 3"),
-        ("task.tokenizer={type: wordpice}", "task.tokenizer.type: must be 'wordpiece', 'bpe' or"),
+        ("task.tokenizer={type: wordpice}", "task.tokenizer.type: must be 'wordpiece' or 'bpe'"),
         (
             "task={type: classification}",
             "task.dataset: missing; set it, task.train_files or",

@@ -17,7 +17,6 @@ TEXT = "the unbelievable cats, it isn't naïve"
 WORDS = {
     "wordpiece": "the|unbelievable|cats|,|it|isn|'|t|naïve",
     "bpe": "the|unbelievable|cats|,|it|isn|'t|naïve",
-    "unigram": "the|unbelievable|cats,|it|isn't|naïve",
 }
 
 

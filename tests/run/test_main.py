@@ -32,7 +32,7 @@ from megakd.run import run_report
 def test_a_run_ends_with_its_table_and_no_stray_warning(whole_run, out):
     assert whole_run.outcome.out.splitlines()[0].endswith("scored on validation")
     assert f"the student is in {out / 'final'}" in whole_run.outcome.out
-    assert [line.split()[0] for line in whole_run.outcome.out.splitlines()[3:6]] == [
+    assert [line.split()[0] for line in whole_run.outcome.out.splitlines()[4:7]] == [
         "teacher",
         "student",
         "alone",
@@ -100,6 +100,7 @@ def test_any_folder_is_scored_by_evaluate(one_rank, whole_run, out, config):
     assert first == f"{whole_run.reviews}, validation: 26 rows"
     assert [row.split() for row in rows] == [
         ["accuracy", f"{metrics['accuracy']:.4f}"],
+        ["f1_macro", f"{metrics['f1_macro']:.4f}"],
         ["loss", f"{metrics['loss']:.4f}"],
     ]
 

@@ -123,6 +123,4 @@ def test_a_tokenizer_without_a_mask_token_is_refused(bench):
 
     outcome = bench.start(bench.tree({"type": "mlm"}, teacher={"model": str(folder)}))
 
-    assert_refused(
-        outcome, bench, f"the tokenizer in {folder} has no mask token, which mlm puts in"
-    )
+    assert_refused(outcome, bench, f"the tokenizer in {folder} has no mask token, which mlm needs")

@@ -261,7 +261,7 @@ def test_the_official_metrics_rank_evaluations_unless_one_is_chosen():
     assert chosen(("a", "b"), official=both).main.name == "mean_accuracy_f1"
     result = chosen(("a", "b"), official=both, metric="loss")
     assert (result.main.name, result.main.higher_is_better) == ("loss", False)
-    assert result.names == (*both, "loss")
+    assert result.names == (*both, "loss", "f1_macro")
 
 
 @pytest.mark.parametrize(

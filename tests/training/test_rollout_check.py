@@ -25,7 +25,8 @@ ROWS = Dataset.from_dict({"input_ids": [[1] * 6, [1] * 20], "prompt_length": [4,
 
 def config_of(max_length: int = 64, **keys: Any) -> Any:
     method = SimpleNamespace(name="single", cuts_student=False)
-    given = {"rollout": None, "eval": SimpleNamespace(generation=None), "baselines": ()} | keys
+    given = {"rollout": None, "eval": SimpleNamespace(generation=None)} | keys
+    given |= {"trained_baselines": given.pop("baselines", ())}
     task = SimpleNamespace(row_length=max_length)
     return SimpleNamespace(task=task, method=method, teacher_specs={}, **given)
 
