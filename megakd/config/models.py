@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from megakd.config.paths import Folder, Place
@@ -88,6 +88,10 @@ class PooledTeacher(TeacherConfig):
     """Name of the teacher in logs, in the report and in the folders of the run."""
 
 
+def _all_linear(value: object) -> object:
+    return None if value in ("all-linear", ["all-linear"]) else value
+
+
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class LoraConfig:
     """Low-rank adapters that learn in place of the student's own weights.
@@ -102,8 +106,11 @@ class LoraConfig:
     """Factor of the adapters' outputs, divided by `r`; None: 2 r."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout of the adapters' inputs."""
-    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    """Names of the adapted linear layers, such as q_proj; None: all of attention and MLP."""
+    target_modules: Annotated[
+        Annotated[tuple[str, ...], Field(min_length=1)] | None, BeforeValidator(_all_linear)
+    ] = None
+    """Names of the adapted linear layers, such as q_proj; None: all of attention and MLP, which
+    peft calls all-linear."""
 
     @property
     def scale(self) -> float:

@@ -90,6 +90,8 @@ REMOVED: Mapping[str, str] = {
     "eval.latency": "its keys are gone: models are timed at 1 and 32 texts (a decoder at 1)",
     "method.allocation: global_raw": "; gone: use global;",
     "method.candidates": "gone; shrink keeps the fewest layers, remove the key",
+    "method.name: gkd": "; GKD is method.name=single with a section rollout, see "
+    "launch/examples/gkd.yaml;",
     "method.name: mt_bert": "; gone: use mean_of_teachers;",
     "method.name: takd": "; gone: train each teacher as a student, and give it as the teacher;",
     "method.on_policy_steps": "gone; train.max_steps counts all steps, and rollout.from_step those "
@@ -106,6 +108,8 @@ REMOVED: Mapping[str, str] = {
     "task.data_dir": "gone; name GLUE's files in task.train_files and task.validation_files, with "
     "task.text_columns and task.label_column",
     "task.encoded": "gone; `megakd encode` fills the cache that a run reads, remove the key",
+    "train.torch_compile": "has no counterpart: the losses are fused kernels (train.kernels), and "
+    "layers are not compiled; remove the key",
     "teacher.allow_pickle": "gone; convert the weights to safetensors, and remove the key",
     "teacher.label_order": "gone; write the data's labels into id2label of the model's config.json",
     "teacher.micro_batches_per_call": "gone; joins_micro_batches is true (all of a step) or false",

@@ -21,7 +21,8 @@ def _address(text: str) -> str:
     is_sent = given is not None and text.isascii() and ".." not in given[1]
     if given is None or not is_sent or int((given[2] or ":0")[1:]) > 65535:
         raise ValueError(f"must be of the form http://host:port (got {text!r})")
-    return text.rstrip("/")
+    # The base of other clients ends in the version of the API.
+    return text.rstrip("/").removesuffix("/v1")
 
 
 Urls = Annotated[

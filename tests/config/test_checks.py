@@ -216,6 +216,12 @@ TRAIN = [
         "teacher.finetune.packing=false",
         'packing = false: unknown key; did you mean "train.packing"?',
     ),
+    (
+        "train.torch_compile=true",
+        "has no counterpart: the losses are fused kernels (train.kernels)",
+    ),
+    ("method.name=gkd", "GKD is method.name=single with a section rollout"),
+    ("train.fsdp=full_shard", 'did you mean "student.deepspeed"?'),
     ("train.packing=false", "train.packing: supported only for causal_lm, and task.type is cl"),
     ("train.activation_offload=true", "train.activation_offload: has no effect without train"),
     ("train.early_stopping_patience=2", "train.early_stopping_patience: has no effect without e"),

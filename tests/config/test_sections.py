@@ -23,6 +23,25 @@ def loaded(run_file: Path, *overrides: str) -> RunConfig:
     return load_config(run_file, (*TEXT, *overrides))
 
 
+@pytest.mark.parametrize(
+    ("override", "read"),
+    [
+        ("log.report_to=[none]", lambda config: config.log.report_to == ()),
+        (
+            "student.lora={target_modules: all-linear}",
+            lambda config: config.student.lora.target_modules is None,
+        ),
+        (
+            "rollout={max_new_tokens: 8, server: {url: ['http://a:8000/v1'], push: none}}",
+            lambda config: config.rollout.server.url == ("http://a:8000",),
+        ),
+    ],
+    ids=["no tracker", "all layers", "an address with the version"],
+)
+def test_values_that_other_programs_read_mean_the_same(run_file, override, read):
+    assert read(loaded(run_file, override))
+
+
 def test_a_mixture_replaces_the_data_set(run_file):
     mixture = "task.mixture={a: {files: a.jsonl, weight: 1}, b: {files: [b.jsonl], weight: 0.5}}"
 
