@@ -143,7 +143,7 @@ def parts_of(cut: ModelSource, whole: ModelSource, layers: tuple[int, ...] | Non
     layers: the numbers of its layers in the whole model; None: they are not known.
     """
     numbers = ", ".join(map(str, layers)) if layers and len(layers) == cut.depth else ""
-    depth = f"layers {numbers}" if numbers else f"{cut.depth}"
+    depth = f"layer{'s' * (cut.depth > 1)} {numbers}" if numbers else f"{cut.depth}"
     parts = [f"{depth} of {whole.depth}{'' if numbers else ' layers'}"]
     if cut.width != whole.width:
         parts.append(f"{cut.width} of {whole.width} columns")
