@@ -128,6 +128,10 @@ def test_only_rank_0_writes_and_the_first_rank_of_a_node_its_errors(
             "  student.model: /nowhere/student does not exist\n",
         ),
         (["shrink", "./nowhere", "--data=run.yaml", "--flops=1%"], "teacher.model: nowhere does"),
+        (
+            ["shrink", "encoder", "--data=run.yaml", "--flops=1%", "seed=x"],
+            'override "seed=x": seed',
+        ),
         (["evaluate", "run.yaml"], "runs/x/final does not exist; train first, or give --model"),
         (["evaluate", "run.yaml", "--model=.", "--data=no.csv"], "--data: no.csv does not exist\n"),
         (["export", "run.yaml", "--to=copy"], "runs/x holds no finished run to export; finish"),
@@ -136,6 +140,8 @@ def test_only_rank_0_writes_and_the_first_rank_of_a_node_its_errors(
 )
 def test_what_is_missing_is_named_before_torch_is_loaded(tmp_path, words, message) -> None:
     (tmp_path / "run.yaml").write_text(RUN.replace("model: teacher", "model: ./nowhere/teacher"))
+    (tmp_path / "encoder").mkdir()
+    (tmp_path / "encoder" / "config.json").write_text('{"architectures": ["BertModel"]}')
     program = (
         "import sys; from megakd.cli import main; code = main(sys.argv[1:]); "
         "sys.exit(9 if 'torch' in sys.modules else code)"

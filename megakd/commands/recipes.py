@@ -111,12 +111,17 @@ def _keys_of(model: str) -> Mapping[str, Any]:
     return keys if isinstance(keys, dict) else {}
 
 
+# Types whose class without a head, as in many checkpoints of sentence encoders, is an encoder.
+_ENCODERS = """
+    albert bert bigbird camembert canine convbert data2vectext deberta debertav2 distilbert electra
+    ernie esm eurobert flaubert fnet funnel ibert longformer luke megatronbert mobilebert modernbert
+    mpnet mra mt5 new nomicbert nystromformer rembert roberta robertaprelayernorm rocbert roformer
+    squeezebert t5 t5encoder xlm xlmroberta xlmrobertaxl xlnet xmod yoso
+"""
+
+
 def _is_encoder(name: str, keys: Mapping[str, Any]) -> bool:
     if "For" in name or "LMHead" in name:
         return not name.endswith(("ForCausalLM", "LMHeadModel"))
-    if not keys:
-        return False
-    from megakd.models.architectures import FAMILIES
-
-    family = FAMILIES.get(keys.get("model_type", ""))
-    return family is None or "causal_lm" not in family.tasks
+    kind = str(keys.get("model_type") or name.removesuffix("Model"))
+    return re.sub(r"[-_]", "", kind).lower() in _ENCODERS.split()

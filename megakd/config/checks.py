@@ -72,6 +72,7 @@ _ONLY = (
     ("task", f"{_CHATS} mixture", "causal_lm"),
     ("teachers", "cache_draws server", "causal_lm"),
     ("train", "packing", "causal_lm"),
+    ("trainings", "class_weights", "classification"),
     ("trainings", "tokens_per_rank", "causal_lm"),
 )
 # Section, keys, the key that excludes them (of the same section after a dot), and why.

@@ -53,6 +53,9 @@ class TrainConfig:
     warmup_ratio: Fraction = 0.0
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """In optimizer steps; overrides warmup_ratio if above 0."""
+    class_weights: Literal["balanced"] | None = None
+    """Weigh every label by the inverse of its share of the rows, in the loss on labels; a
+    `hard_cross_entropy` of the objective may set weights of its own (classification)."""
     weight_decay: Weight = 0.0
     optim: Literal["adamw", "sgd"] = "adamw"
     """sgd keeps no optimizer state, for models whose AdamW moments do not fit into memory."""

@@ -33,8 +33,7 @@ def _of_labels(report: Report) -> Iterator[str]:
         if missed:
             yield (
                 f"{name}: no row is recognised of {_listed(missed)}; look for wrong labels, give "
-                "the labels more training rows, or set class_weights of hard_cross_entropy to "
-                "balanced"
+                "the labels more training rows, or set train.class_weights=balanced"
             )
 
 

@@ -51,8 +51,15 @@ def completed(stage: Stage, config: RunConfig, *, ranks: int = 1, device: str = 
         is_measured = device == "cpu" and not stage.views
         if training_dtype(train, device) == "fp32" or (is_measured and not is_split):
             deepspeed = "zero0"
+    objective = tuple(
+        dataclasses.replace(term, class_weights=train.class_weights)
+        if isinstance(term, HardCrossEntropy) and term.class_weights is None
+        else term
+        for term in stage.objective
+    )
     return dataclasses.replace(
         stage,
+        objective=objective,
         train=train,
         deepspeed=deepspeed,
         # A stage with views has several learners, and no losses of its own.

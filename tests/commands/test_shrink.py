@@ -115,7 +115,13 @@ def test_a_masked_language_model_is_neither_fine_tuned_nor_asked_once(started):
         # Without the name of a head the family tells a decoder.
         ({**NARROW, "model_type": "llama"}, (), 3e-4),
         ({**NARROW, "model_type": "llama", "architectures": ["LlamaModel"]}, (), 3e-4),
+        ({**NARROW, "model_type": "qwen3_5", "architectures": ["Qwen3_5Model"]}, (), 3e-4),
         ({**NARROW, "model_type": "new"}, ("task.type=causal_lm",), 3e-4),
+        (
+            {**NARROW, "model_type": "xlm-roberta", "architectures": ["XLMRobertaModel"]},
+            (),
+            3.333e-4,
+        ),
         ({**NARROW, "model_type": "bert"}, (), 3.333e-4),
     ],
 )

@@ -12,6 +12,7 @@ from megakd.config.run import RunConfig
 from megakd.config.task import TaskConfig
 from megakd.config.train import FinetuneOverrides, TrainConfig, inherit
 from megakd.contract.stage import Stage
+from megakd.contract.terms import HardCrossEntropy, SoftTargetKl
 from megakd.contract.views import View
 from megakd.methods.skdbert import SkdbertConfig
 from megakd.training.recipes import completed
@@ -110,3 +111,17 @@ def test_views_in_16_bits_keep_zero_2():
     stage = Stage(name="any", objective=(), views={"half": View((1,), (1,))})
 
     assert completed(stage, config, ranks=1, device="cpu").deepspeed == "auto"
+
+
+def test_labels_are_weighed_in_every_training_that_learns_them_unless_a_term_says_otherwise():
+    config = replace(two_teachers(), train=TrainConfig(class_weights="balanced"))
+    hard = HardCrossEntropy(loss="hard_cross_entropy")
+    chosen = replace(hard, class_weights={"a": 1.0})
+    soft = SoftTargetKl(loss="soft_target_kl")
+
+    for role in ("student", "small"):
+        stage = Stage(name="x", learners={role: 1.0}, objective=(hard, soft))
+        weighed, other = completed(stage, config).objective
+        assert (weighed.class_weights, other) == ("balanced", soft)
+    kept = completed(Stage(name="x", objective=(chosen,)), config).objective
+    assert kept == (chosen,)
