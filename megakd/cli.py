@@ -16,7 +16,18 @@ from types import ModuleType
 
 from packaging.version import Version
 
-from megakd.commands import cache, encode, evaluate, export, methods, plan, report, shrink, train
+from megakd.commands import (
+    answer,
+    cache,
+    encode,
+    evaluate,
+    export,
+    methods,
+    plan,
+    report,
+    shrink,
+    train,
+)
 from megakd.commands.arguments import Parser, say
 from megakd.errors import ConfigError, MegakdError, PeerLostError, suggestion
 from megakd.process.signals import Stopped, watched
@@ -38,7 +49,7 @@ _LEAST_TORCH = "2.11"
 # A command is a module that is named like it, with its options, its code, and a line on it.
 _COMMANDS: Mapping[str, ModuleType] = {
     module.__name__.rpartition(".")[2]: module
-    for module in (train, plan, cache, encode, evaluate, shrink, export, report, methods)
+    for module in (train, plan, cache, encode, answer, evaluate, shrink, export, report, methods)
 }
 
 

@@ -15,7 +15,8 @@ from megakd.contract.tasks import STUDENT
 from megakd.contract.terms import EACH_ONCE, STRICT, Count, Fraction, Positive
 
 
-def _address(text: str) -> str:
+def address(text: str) -> str:
+    """Return the address of a server without the version of its API; ValueError if it is none."""
     given = re.fullmatch(r"https?://([^/\s:\[\]]+|\[[\da-fA-F:.]+\])(:\d+)?(/[^\s?#]*)?", text)
     # http.client sends neither a host such as a..b nor letters beyond ASCII.
     is_sent = given is not None and text.isascii() and ".." not in given[1]
@@ -26,7 +27,7 @@ def _address(text: str) -> str:
 
 
 Urls = Annotated[
-    tuple[Annotated[str, AfterValidator(_address)], ...], Field(min_length=1), EACH_ONCE
+    tuple[Annotated[str, AfterValidator(address)], ...], Field(min_length=1), EACH_ONCE
 ]
 
 

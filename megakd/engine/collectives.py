@@ -260,7 +260,8 @@ def told(items: Iterable[T], *, total: int, each: int = 1, unit: str = "rows") -
 
 
 def _told(items: Iterable[T], what: str, *, total: int, each: int, unit: str) -> Iterator[T]:
-    if dist.get_rank() == 0 and sys.stderr.isatty():
+    is_main = not dist.is_initialized() or dist.get_rank() == 0
+    if is_main and sys.stderr.isatty():
         from tqdm import tqdm
 
         with tqdm(total=total, desc=what, unit=f" {unit}", leave=False, delay=3) as bar:

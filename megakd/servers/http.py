@@ -59,16 +59,25 @@ class JsonServer:
 
     Args:
         time_limit_s: seconds for the answer to one request, including all retries.
+        key: of an API that asks for one.
         patience_s: seconds in which a server that gives no whole answer is asked again: the name is
             not resolved, or the connection is refused or lost, also in the middle of an answer.
     """
 
-    def __init__(self, url: str, *, time_limit_s: float, patience_s: float = PATIENCE_S) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        time_limit_s: float,
+        patience_s: float = PATIENCE_S,
+        key: str | None = None,
+    ) -> None:
         self.url = url
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         self._limit, self._patience = time_limit_s, min(patience_s, time_limit_s)
         # A connection per request: servers close those that idle between two steps.
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=0)
-        self._client = httpx2.Client(trust_env=False, limits=limits)
+        self._client = httpx2.Client(trust_env=False, limits=limits, headers=headers)
 
     def ask(self, path: str, tree: Any = None) -> Reply:
         """Return the answer to GET, or to POST with a JSON body, whatever its status.

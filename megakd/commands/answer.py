@@ -1,0 +1,233 @@
+"""Write a teacher's answers to prompts, from which a student of any tokenizer learns."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megakd.commands.arguments import Parser, say
+from megakd.errors import ConfigError, DataError, ModelError, ServerError
+from megakd.process.terminal import in_home, print_aside
+from megakd.storage.atomic import write_text
+
+Messages = list[dict[str, Any]]
+Answers = Callable[[Sequence[Messages]], list[tuple[str, str]]]
+"""Conversations -> the text of each answer and why it ended: `stop` or `length`."""
+AT_ONCE = 8
+"""Requests to a server at a time."""
+_REASONS = {True: "stop", False: "length"}
+_TEXTS = ("prompt", "question", "instruction")
+
+
+def add_options(parser: Parser) -> None:
+    """Add the teacher, the prompts, the file of the answers and the sampling."""
+    parser.add_argument("model", metavar="TEACHER", help="a folder, a Hub id, or a name at --url")
+    parser.add_argument(
+        "--data",
+        metavar="F",
+        type=in_home,
+        required=True,
+        help="jsonl with messages (without their last answer), prompt, question or instruction",
+    )
+    parser.add_argument("--to", metavar="F", type=in_home, required=True, help="jsonl of answers")
+    parser.add_argument(
+        "--url",
+        metavar="U",
+        help="an API like OpenAI's, such as http://localhost:8000; its key is in OPENAI_API_KEY",
+    )
+    parser.add_argument("--max_new_tokens", type=int, default=512, metavar="N")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="default: 0, the likeliest text"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="S")
+    parser.add_argument(
+        "--rows_at_once", type=int, default=16, metavar="B", help="rows that are continued together"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Answer the prompts that have no answer yet, and print what is in the file."""
+    if min(arguments.max_new_tokens, arguments.rows_at_once) < 1 or arguments.temperature < 0:
+        raise ConfigError(
+            "--max_new_tokens and --rows_at_once must be at least 1, --temperature at least 0"
+        )
+    prompts = read_prompts(arguments.data)
+    sampling = {k: getattr(arguments, k) for k in ("max_new_tokens", "temperature", "seed")}
+    sampling = {"model": arguments.model, **sampling}
+    size = arguments.rows_at_once
+    reasons = answered(arguments.to, prompts, sampling)
+    if len(reasons) < len(prompts):  # a block that was cut is drawn again as a whole
+        reasons = reasons[: len(reasons) - len(reasons) % size]
+        cut_to(arguments.to, len(reasons))
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("megakd").setLevel(logging.INFO)
+    with print_aside():
+        if len(reasons) < len(prompts):
+            from megakd.engine.collectives import doing, told
+
+            ask = _server(arguments) if arguments.url else _local(arguments)
+            starts = range(len(reasons), len(prompts), size)
+            with doing("answering"), arguments.to.open("a", encoding="utf-8") as file:
+                for first in told(starts, total=len(prompts) - len(reasons), each=size):
+                    block = prompts[first : first + size]
+                    for prompt, (text, reason) in zip(block, ask(block), strict=True):
+                        messages = [*prompt, {"role": "assistant", "content": text}]
+                        row = {"messages": messages, "finish_reason": reason, "sampling": sampling}
+                        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                        reasons.append(reason)
+                    file.flush()
+                    os.fsync(file.fileno())
+    cut = reasons.count("length")
+    say(f"{arguments.to}: {len(reasons)} answers, of which {cut} reached --max_new_tokens")
+
+
+def read_prompts(path: Path) -> list[Messages]:
+    """Return the conversations of a jsonl file up to the last message of the user.
+
+    Raises:
+        DataError: a line is no conversation and no prompt.
+    """
+    if not path.is_file():
+        raise DataError(f"--data: {path} does not exist")
+    return [_prompt(row, f"{path}, line {number}") for number, row in _rows(path)]
+
+
+def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{path}, line {number} is not JSON ({error})") from error
+            if not isinstance(row, dict):
+                raise DataError(f"{path}, line {number} is no row: {line.strip()[:60]}")
+            yield number, row
+
+
+def _prompt(row: Mapping[str, Any], where: str) -> Messages:
+    messages = row.get("messages")
+    if messages is None:
+        key = next((key for key in _TEXTS if isinstance(row.get(key), str)), None)
+        if key is None:
+            raise DataError(
+                f"{where} is no conversation: a row has messages, {', '.join(_TEXTS)}; it has "
+                f"{', '.join(row) or 'no column'}"
+            )
+        text = "\n\n".join(filter(None, (row[key], row.get("input"))))
+        return [{"role": "user", "content": text}]
+    if not isinstance(messages, list) or not all(
+        isinstance(one, dict) and {"role", "content"} <= one.keys() for one in messages
+    ):
+        raise DataError(f"{where}: messages must be a list of rows with role and content")
+    asked = [n for n, one in enumerate(messages) if one["role"] in ("user", "tool")]
+    if not asked:
+        raise DataError(f"{where}: messages have no turn of the user to answer")
+    return messages[: asked[-1] + 1]
+
+
+def answered(path: Path, prompts: Sequence[Messages], sampling: Mapping[str, Any]) -> list[str]:
+    """Return why each answer of an earlier start ended; a line that a kill has cut is removed.
+
+    Raises:
+        DataError: the file holds answers to other prompts, or of other settings.
+    """
+    if not path.exists():
+        return []
+    cut_to(path, None)
+    reasons: list[str] = []
+    for number, row in _rows(path):
+        is_ours = number <= len(prompts) and row.get("messages", [])[:-1] == prompts[number - 1]
+        if not is_ours or row.get("sampling") != sampling:
+            other = f"settings ({row.get('sampling')})" if is_ours else "prompts"
+            raise DataError(f"{path}, line {number} is of other {other}; give another --to")
+        reasons.append(row["finish_reason"])
+    return reasons
+
+
+def cut_to(path: Path, count: int | None) -> None:
+    """Leave the first lines of a file; None: all that are whole."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        whole = [line for line in lines[:count] if line.endswith("\n")]
+        if whole != lines:
+            write_text(path, "".join(whole))
+
+
+def _local(arguments: argparse.Namespace) -> Answers:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from megakd.contract.completions import Sampling, TextTokens
+    from megakd.models.generation import complete, end_tokens_of
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(arguments.model)
+        model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto")
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"{arguments.model} is no causal language model: {reason}") from error
+    if tokenizer.chat_template is None:
+        raise ModelError(
+            f"{arguments.model} has no chat template, which says where an answer begins"
+        )
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    ends = end_tokens_of(tokenizer, model.config, model.generation_config)
+    tokens = TextTokens(ends, tokenizer.pad_token_id or 0, len(tokenizer))
+    sampling = Sampling(arguments.max_new_tokens, arguments.temperature)
+    encode = partial(
+        tokenizer.apply_chat_template, add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+
+    def answers(block: Sequence[Messages]) -> list[tuple[str, str]]:
+        prompts = [encode(messages) for messages in block]
+        # A seed by the prompts, so that a start that goes on draws as one that was never stopped.
+        seeds = [arguments.seed + sum(prompt) for prompt in prompts]
+        texts = complete(
+            model, prompts, seeds, sampling, tokens=tokens, rows_at_once=arguments.rows_at_once
+        )
+        return [
+            (tokenizer.decode(one.ids, skip_special_tokens=True), _REASONS[one.finished])
+            for one in texts
+        ]
+
+    return answers
+
+
+def _server(arguments: argparse.Namespace) -> Answers:
+    from pydantic import BaseModel
+
+    from megakd.config.rollout import address
+    from megakd.servers.http import JsonServer, RunningCalls
+
+    class Message(BaseModel):
+        content: str
+
+    class Choice(BaseModel):
+        message: Message
+        finish_reason: str
+
+    class Answer(BaseModel):
+        choices: list[Choice]
+
+    server = JsonServer(
+        address(arguments.url), time_limit_s=600.0, key=os.environ.get("OPENAI_API_KEY")
+    )
+
+    def ask(messages: Messages) -> tuple[str, str]:
+        body = {"model": arguments.model, "messages": messages, "seed": arguments.seed}
+        body |= {"max_tokens": arguments.max_new_tokens, "temperature": arguments.temperature}
+        reply = server.ask("/v1/chat/completions", body).read(Answer)
+        if not reply.choices:
+            raise ServerError(f"{arguments.url}: an answer has no choices")
+        return reply.choices[0].message.content, reply.choices[0].finish_reason
+
+    def answers(block: Sequence[Messages]) -> list[tuple[str, str]]:
+        return RunningCalls([partial(ask, one) for one in block], at_once=AT_ONCE).results()
+
+    return answers
