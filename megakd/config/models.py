@@ -89,7 +89,10 @@ class PooledTeacher(TeacherConfig):
 
 
 def _all_linear(value: object) -> object:
-    return None if value in ("all-linear", ["all-linear"]) else value
+    if value in ("all-linear", ["all-linear"]):
+        return None
+    # Strict validation takes the list of a file only where it reads it itself.
+    return tuple(value) if isinstance(value, list) else value
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
