@@ -290,7 +290,7 @@ def test_a_torch_below_the_supported_one_is_refused(run_file, monkeypatch, capsy
 def test_the_commands_are_listed(words, code, capsys):
     assert cli.main(words) == code
     usage = capsys.readouterr().out.splitlines()[0]
-    commands = "train,plan,cache,encode,evaluate,shrink,export,report,methods"
+    commands = "train,plan,cache,encode,answer,evaluate,shrink,export,report,methods"
     assert usage == f"usage: megakd {{{commands}}} ..."
 
 
