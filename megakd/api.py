@@ -178,7 +178,7 @@ def shrink(
 
     sizes = {name: str(value) for name, value in size.items()}
     out = None if output_dir is None else Path(output_dir)
-    tree = shrink_tree(str(model), size=sizes, data="", words=overrides, output_dir=out)
+    tree = shrink_tree(str(model), size=sizes, data=None, words=overrides, output_dir=out)
     return train(_with_rows(tree, data), overrides)
 
 
@@ -206,7 +206,7 @@ def distil(
 
     out = None if output_dir is None else Path(output_dir)
     model = student if isinstance(student, Mapping) else str(student)
-    tree = distil_tree(str(teacher), model, data="", words=overrides, output_dir=out)
+    tree = distil_tree(str(teacher), model, words=overrides, output_dir=out)
     return train(_with_rows(tree, data), overrides)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megakd.commands.arguments import Parser, say
-from megakd.errors import ConfigError, DataError, ModelError, ServerError
+from megakd.errors import ConfigError, DataError, ModelError, ServerError, first_line
 from megakd.process.terminal import in_home, print_aside
 from megakd.storage.atomic import write_text
 
@@ -170,8 +170,9 @@ def _local(arguments: argparse.Namespace) -> Answers:
         tokenizer: Any = AutoTokenizer.from_pretrained(arguments.model)
         model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto")
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"{arguments.model} is no causal language model: {reason}") from error
+        raise ModelError(
+            f"{arguments.model} is no causal language model: {first_line(error)}"
+        ) from error
     if tokenizer.chat_template is None:
         raise ModelError(
             f"{arguments.model} has no chat template, which says where an answer begins"

@@ -46,17 +46,15 @@ def distil_tree(
     teacher: str,
     student: str | Mapping[str, Any],
     *,
-    data: str,
     words: Sequence[str] = (),
     output_dir: Path | None = None,
 ) -> dict[str, Any]:
-    """Return the sections of a run in which a student learns from a teacher, as `shrink_tree`.
+    """Return the sections of a run in which a student learns from a teacher, without its data.
 
     Args:
         student: a folder or a Hub id, or a mapping for `student.model`, such as `{"config": …}`.
     """
     tree = _recipe(_keys_of(teacher), words)
-    tree["task"]["dataset"] = data
     tree["teacher"] = {"model": teacher, **tree.get("teacher", {})}
     tree["student"] = {**tree["student"], "model": student}
     name = Path(student).name if isinstance(student, str) else "student"

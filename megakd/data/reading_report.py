@@ -12,11 +12,11 @@ from datasets.fingerprint import generate_fingerprint
 from megakd.data.arrow import column_of, remembered
 from megakd.data.choosing import is_labelled, prompt_keys
 from megakd.data.splits import Splits
+from megakd.errors import listed
 
 SEPARATORS = (",", ";", "|")
 NO_LABEL = frozenset(("n/a", "na", "none", "null", "nan", "nil", "-", "?", "unknown", "undefined"))
 """Words that may stand for a missing label, in lower case."""
-MOST_NAMED = 5
 
 
 def read_line(splits: Splits) -> str:
@@ -46,6 +46,8 @@ def read_warnings(splits: Splits, *, step_rows: int) -> Iterator[str]:
             "which has these alone; lower train.per_device_train_batch_size"
         )
     train, held_out = splits.train, splits.held_out
+    if len(train) == 0 or (splits.is_cut and splits.test is None):
+        return  # a cut leaves no text and no prompt on both sides
 
     def count() -> int:
         return int(np.isin(prompt_keys(held_out), prompt_keys(train)).sum())
@@ -64,10 +66,10 @@ def _of_labels(names: Sequence[str], counts: Sequence[int]) -> Iterator[str]:
     for name in names:
         alike[" ".join(name.casefold().replace("_", " ").split())].append(name)
     for same in (same for same in alike.values() if len(same) > 1):
-        yield f"the classes {_listed(same, rows)} differ only in case or spaces; is this one class?"
+        yield f"the classes {_shown(same, rows)} differ only in case or spaces; is this one class?"
     missing = [name for name in names if name.strip().casefold() in NO_LABEL]
     if missing:
-        yield f"the class {_listed(missing, rows)}: if it stands for no label, empty its cells"
+        yield f"the class {_shown(missing, rows)}: if it stands for no label, empty its cells"
     joined = [
         name
         for name in names
@@ -76,20 +78,19 @@ def _of_labels(names: Sequence[str], counts: Sequence[int]) -> Iterator[str]:
     ]
     if joined:
         yield (
-            f"{len(joined)} classes are several others in one cell: {_listed(joined, rows)}; "
+            f"{len(joined)} classes are several others in one cell: {_shown(joined, rows)}; "
             "a row has one class here, so each combination is learned as a class of its own"
         )
     single = [name for name in names if rows[name] == 1]
     if single:
         yield (
-            f"{len(single)} classes have one training row: {_listed(single, rows)}; give them more "
+            f"{len(single)} classes have one training row: {_shown(single, rows)}; give them more "
             "rows, or join them"
         )
 
 
-def _listed(names: Sequence[str], rows: dict[str, int]) -> str:
-    shown = ", ".join(f'"{name}" ({rows[name]:,} rows)' for name in names[:MOST_NAMED])
-    return shown + (f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else "")
+def _shown(names: Sequence[str], rows: dict[str, int]) -> str:
+    return listed([f'"{name}" ({rows[name]:,} rows)' for name in names])
 
 
 def _counts(rows: Dataset, classes: int) -> list[int]:

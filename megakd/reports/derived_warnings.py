@@ -8,6 +8,7 @@ from typing import Any
 
 from megakd.contract.results import Report, lower_is_better
 from megakd.contract.tasks import STUDENT, TEACHER, TFIDF
+from megakd.errors import listed
 from megakd.reports.report_file import curves_of
 from megakd.reports.table import is_number, score
 
@@ -32,7 +33,7 @@ def _of_labels(report: Report) -> Iterator[str]:
         ]
         if missed:
             yield (
-                f"{name}: no row is recognised of {_listed(missed)}; look for wrong labels, give "
+                f"{name}: no row is recognised of {listed(missed)}; look for wrong labels, give "
                 "the labels more training rows, or set train.class_weights=balanced"
             )
 
@@ -103,7 +104,7 @@ def _chance(report: Report) -> Iterator[str]:
     ]
     if lost:
         yield (
-            f"candidates no better than chance ({chance:.1%}): {_listed(lost)}; they have learnt "
+            f"candidates no better than chance ({chance:.1%}): {listed(lost)}; they have learnt "
             "nothing in the trial, so the choice among them is noise: train the trial longer, "
             "raise its learning rate, or offer smaller sparsities"
         )
@@ -114,7 +115,3 @@ def _gain(metric: str, one: object, other: object) -> float:
     if not (is_number(one) and is_number(other)):
         return 0.0
     return other - one if lower_is_better(metric) else one - other
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
