@@ -15,6 +15,7 @@ from megakd.commands.arguments import Parser, say
 from megakd.errors import ConfigError, DataError, ModelError, ServerError, first_line
 from megakd.process.terminal import in_home, print_aside
 from megakd.storage.atomic import write_text
+from megakd.storage.folders import check_given
 
 Messages = list[dict[str, Any]]
 Answers = Callable[[Sequence[Messages]], list[tuple[str, str]]]
@@ -166,6 +167,8 @@ def _local(arguments: argparse.Namespace) -> Answers:
     from megakd.contract.completions import Sampling, TextTokens
     from megakd.models.generation import complete, end_tokens_of
 
+    if (folder := Path(arguments.model).expanduser()).is_dir():
+        check_given(folder, "TEACHER")
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(arguments.model)
         model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto")
