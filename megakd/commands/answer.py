@@ -6,10 +6,10 @@ import argparse
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megakd.commands.arguments import Parser, say
 from megakd.errors import ConfigError, DataError, ModelError, ServerError, first_line
@@ -17,13 +17,17 @@ from megakd.process.terminal import in_home, print_aside
 from megakd.storage.atomic import write_text
 from megakd.storage.folders import check_given
 
+if TYPE_CHECKING:
+    from megakd.data.arrow import Record
+
 Messages = list[dict[str, Any]]
 Answers = Callable[[Sequence[Messages]], list[tuple[str, str]]]
 """Conversations -> the text of each answer and why it ended: `stop` or `length`."""
 AT_ONCE = 8
 """Requests to a server at a time."""
+CONVERSATIONS = ("messages", "conversations")
+TEXTS = ("prompt", "question", "instruction")
 _REASONS = {True: "stop", False: "length"}
-_TEXTS = ("prompt", "question", "instruction")
 
 
 def add_options(parser: Parser) -> None:
@@ -34,7 +38,7 @@ def add_options(parser: Parser) -> None:
         metavar="F",
         type=in_home,
         required=True,
-        help="jsonl with messages (without their last answer), prompt, question or instruction",
+        help="rows of messages (a last answer is left out), prompt, question or instruction",
     )
     parser.add_argument("--to", metavar="F", type=in_home, required=True, help="jsonl of answers")
     parser.add_argument(
@@ -89,43 +93,38 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def read_prompts(path: Path) -> list[Messages]:
-    """Return the conversations of a jsonl file up to the last message of the user.
+    """Return the conversations of a file up to the last message of the user.
 
     Raises:
-        DataError: a line is no conversation and no prompt.
+        DataError: the file cannot be read, or a row is no conversation and no prompt.
     """
     if not path.is_file():
         raise DataError(f"--data: {path} does not exist")
-    return [_prompt(row, f"{path}, line {number}") for number, row in _rows(path)]
+    from megakd.data.readers import files_table
+
+    table = files_table([path], "--data")
+    column = next((name for name in (*CONVERSATIONS, *TEXTS) if name in table.columns), None)
+    if column is None:
+        raise DataError(
+            f"{path} holds no conversations: a row has {', '.join((*CONVERSATIONS, *TEXTS))}; it "
+            f"has {', '.join(table.columns) or 'no column'}"
+        )
+    return [_prompt(path, column, record) for record in table.records()]
 
 
-def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{path}, line {number} is not JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{path}, line {number} is no row: {line.strip()[:60]}")
-            yield number, row
+def _prompt(path: Path, column: str, record: Record | DataError) -> Messages:
+    from megakd.data.arrow import text_of
+    from megakd.data.chat.conversations import INPUT, messages_of
 
-
-def _prompt(row: Mapping[str, Any], where: str) -> Messages:
-    messages = row.get("messages")
-    if messages is None:
-        key = next((key for key in _TEXTS if isinstance(row.get(key), str)), None)
-        if key is None:
-            raise DataError(
-                f"{where} is no conversation: a row has messages, {', '.join(_TEXTS)}; it has "
-                f"{', '.join(row) or 'no column'}"
-            )
-        text = "\n\n".join(filter(None, (row[key], row.get("input"))))
+    if isinstance(record, DataError):
+        raise record
+    if column in TEXTS:
+        text = text_of(str(path), column, record)
+        if record.values.get(INPUT):
+            text += f"\n\n{text_of(str(path), INPUT, record)}"
         return [{"role": "user", "content": text}]
-    if not isinstance(messages, list) or not all(
-        isinstance(one, dict) and {"role", "content"} <= one.keys() for one in messages
-    ):
-        raise DataError(f"{where}: messages must be a list of rows with role and content")
+    where = f"{path}, {record.place}"
+    messages = messages_of(record.values.get(column), where=f"{where}: column {column!r}")
     asked = [n for n, one in enumerate(messages) if one["role"] in ("user", "tool")]
     if not asked:
         raise DataError(f"{where}: messages have no turn of the user to answer")
@@ -142,7 +141,8 @@ def answered(path: Path, prompts: Sequence[Messages], sampling: Mapping[str, Any
         return []
     cut_to(path, None)
     reasons: list[str] = []
-    for number, row in _rows(path):
+    for number, line in enumerate(_lines(path), 1):
+        row = json.loads(line) if line.startswith('{"messages": [') else {}
         is_ours = number <= len(prompts) and row.get("messages", [])[:-1] == prompts[number - 1]
         if not is_ours or row.get("sampling") != sampling:
             other = f"settings ({row.get('sampling')})" if is_ours else "prompts"
@@ -154,10 +154,16 @@ def answered(path: Path, prompts: Sequence[Messages], sampling: Mapping[str, Any
 def cut_to(path: Path, count: int | None) -> None:
     """Leave the first lines of a file; None: all that are whole."""
     if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = _lines(path)
         whole = [line for line in lines[:count] if line.endswith("\n")]
         if whole != lines:
             write_text(path, "".join(whole))
+
+
+def _lines(path: Path) -> list[str]:
+    # Not str.splitlines, which also cuts at U+2028 within a text.
+    with path.open(encoding="utf-8", newline="\n") as file:
+        return file.readlines()
 
 
 def _local(arguments: argparse.Namespace) -> Answers:

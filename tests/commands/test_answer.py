@@ -28,6 +28,7 @@ TEMPLATE = (
     "{% for m in messages %}{{ m.role }} {{ m.content }} </s> {% endfor %}"
     "{% if add_generation_prompt %}assistant {% endif %}"
 )
+ANSWER = "one\u2028two"  # ends a line for Python, but not for JSON
 QUESTIONS = [{"question": f"what is a {word} model"} for word in ("small", "large", "one")]
 
 
@@ -49,7 +50,7 @@ def teacher(tmp_path: Path) -> Path:
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
 def test_answers_of_weights_are_conversations_that_a_run_reads_and_go_on_after_a_kill(
@@ -113,13 +114,15 @@ def test_an_api_is_asked_with_its_key_and_its_reasons_are_kept(tmp_path, monkeyp
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     prompts, to = write_jsonl(tmp_path / "prompts.jsonl", QUESTIONS), tmp_path / "answers.jsonl"
     asked: list[Any] = []
-    choice = {"message": {"role": "assistant", "content": "one"}, "finish_reason": "length"}
+    choice = {"message": {"role": "assistant", "content": ANSWER}, "finish_reason": "length"}
 
     with api({"choices": [choice]}, asked) as url:
-        code = cli.main(["answer", "gpt", f"--data={prompts}", f"--to={to}", f"--url={url}"])
+        words = ["answer", "gpt", f"--data={prompts}", f"--to={to}", f"--url={url}"]
+        codes = [cli.main(words), cli.main(words)]
 
-    assert code == 0
-    assert [row["messages"][1]["content"] for row in rows_of(to)] == ["one"] * 3
+    assert codes == [0, 0]
+    assert len(asked) == len(QUESTIONS)
+    assert [row["messages"][1]["content"] for row in rows_of(to)] == [ANSWER] * 3
     assert {row["finish_reason"] for row in rows_of(to)} == {"length"}
     assert {(path, key) for path, key, _ in asked} == {("/v1/chat/completions", "Bearer secret")}
     assert {body["model"] for *_, body in asked} == {"gpt"}
@@ -139,8 +142,9 @@ def test_an_api_without_finish_reasons_is_refused(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"text": "a", "label": "b"}, "line 1 is no conversation: a row has messages, prompt"),
-        ({"messages": "hello"}, "line 1: messages must be a list of rows with role and content"),
+        ({"text": "a", "label": "b"}, "holds no conversations: a row has messages, .* text, label"),
+        ({"messages": "hello"}, "line 1: column 'messages' must be a list of messages with role"),
+        ({"question": None}, "line 1: column 'question' is missing"),
         ({"messages": [{"role": "system", "content": "be brief"}]}, "no turn of the user"),
     ],
 )
@@ -149,6 +153,16 @@ def test_rows_that_are_no_prompts_are_refused(tmp_path, row, message):
 
     with pytest.raises(DataError, match=message):
         read_prompts(path)
+
+
+def test_tables_and_sharegpt_are_prompts_too(tmp_path):
+    table = tmp_path / "prompts.csv"
+    table.write_text('instruction,input\nSort.,"b, a"\nGreet.,\n', encoding="utf-8")
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    shared = write_jsonl(tmp_path / "prompts.jsonl", [{"conversations": turns}])
+
+    assert [row[0]["content"] for row in read_prompts(table)] == ["Sort.\n\nb, a", "Greet."]
+    assert read_prompts(shared) == [[{"role": "user", "content": "a"}]]
 
 
 def test_the_last_answer_of_a_conversation_is_left_out(tmp_path):
