@@ -69,6 +69,8 @@ def _to_graph(config: RunConfig, lines: list[str], *, int8: bool) -> Callable[[P
             from megakd.commands.scored_models import int8_graph
 
             lines.extend(int8_graph(config, folder, whole))
+            for path in folder.glob(f"{whole.name}*"):
+                path.unlink()
         for path in folder.glob("*.safetensors*"):
             path.unlink()
 

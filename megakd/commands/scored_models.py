@@ -8,13 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.nn.functional import cross_entropy
-
 from megakd.commands.arguments import scored_model
 from megakd.config.run import RunConfig
 from megakd.config.task import TaskConfig, listed_files
-from megakd.contract.batch import IGNORE, Batch
 from megakd.contract.tasks import STUDENT
 from megakd.data.choosing import VALIDATION_FRACTION
 from megakd.data.files import scored_table
@@ -37,13 +33,13 @@ from megakd.models.fitting import model_label_names
 from megakd.models.loading import resolve_model
 from megakd.models.onnx import MODEL
 from megakd.models.packing import packing_at
-from megakd.models.quantized_graph import Logits, quantize_graph
+from megakd.models.quantized_graph import quantize_graph
 from megakd.models.source import ModelSource
+from megakd.run.graphs import graph_scores
 from megakd.run.main import started
 from megakd.run.run_report import row_count
 from megakd.run.teacher_pool import set_metrics
 from megakd.scoring.metrics import task_metrics
-from megakd.scoring.scorer import few
 from megakd.training.assembly import Assembly
 from megakd.training.recipes import scoring_preset
 
@@ -172,7 +168,7 @@ def _read_by(source: ModelSource, config: RunConfig, splits: Splits) -> RunInput
 
 
 def int8_graph(config: RunConfig, folder: Path, whole: Path) -> list[str]:
-    """Replace the graph `whole` of a model folder by an int8 one; return lines with its scores.
+    """Write the graph `whole` of a model folder as an int8 one; return lines with its scores.
 
     It is scored on the run's held-out rows, or not at all, which a warning says.
     """
@@ -181,32 +177,7 @@ def int8_graph(config: RunConfig, folder: Path, whole: Path) -> list[str]:
         try:
             source = resolve_model(str(folder), config.task, where="--to")
             prepared = _read_by(source, config, splits_of(config))
-            scores = partial(_graph_scores, Assembly(prepared=prepared, ranks=ranks))
+            scores = partial(graph_scores, Assembly(prepared=prepared, ranks=ranks))
         except MegakdError as error:
             logger.warning("the int8 graph is not scored: %s", error)
         return quantize_graph(whole, folder / MODEL, scores)
-
-
-def _graph_scores(assembly: Assembly, logits: Logits) -> torch.Tensor:
-    """Return the scores [2, N] of held-out rows, one by one and in batches; see `Scores`."""
-
-    def score(batch: Batch) -> dict[str, torch.Tensor]:
-        # [B]; without the padding that no service adds. Dummy rows have at least one token.
-        width = max(1, int(batch.valid.sum(1).max()))
-        inputs = {"attention_mask": batch.valid.long(), **batch.inputs}
-        inputs.setdefault("token_type_ids", torch.zeros_like(inputs["input_ids"]))
-        outputs = logits({name: one[:, :width].contiguous() for name, one in inputs.items()})
-        answers, labels = torch.from_numpy(outputs).double(), batch.labels
-        if answers.ndim == 3:
-            labels = labels[:, :width]
-            nats = cross_entropy(answers.mT, labels, ignore_index=IGNORE, reduction="none")
-            return {"": -nats.sum(1) / (labels != IGNORE).sum(1)}
-        if labels.is_floating_point():
-            return {"": -((answers[:, 0] - labels) ** 2)}
-        right = (answers.argmax(1) == labels).double()
-        return {"": right.masked_fill(labels == IGNORE, torch.nan)}
-
-    scorer, task = assembly.scorer(), assembly.config.task.type
-    rows = few(assembly.prepared.encoded.held_out, task, times=4)
-    scorers = [replace(scorer, batch_size=size) for size in (1, scorer.batch_size)]
-    return torch.stack([one.answers(score, rows)[""] for one in scorers])

@@ -42,7 +42,8 @@ class EvalConfig:
     generation: GenerationConfig | None = None
     """Also continue held-out prompts and score the texts."""
     latency: bool = True
-    """Whether all models are timed at the end of the run, at 1 and 32 texts (a decoder: 1)."""
+    """Whether all models are timed at the end of the run, at 1 and 32 texts (a decoder: 1), on a
+    CPU also as ONNX graphs (classifiers)."""
 
 
 def _repository(text: str) -> str:
@@ -71,7 +72,7 @@ class SaveConfig:
     dtype: Literal["auto"] | Dtype = "auto"
     """The dtype of the weights in final/; auto: that in which the teacher is stored."""
     onnx: bool = False
-    """Also write the student as a graph, final/model.onnx, and time the graph."""
+    """Also write the student as a graph, final/model.onnx."""
 
 
 Service = Literal[

@@ -1,9 +1,14 @@
-"""Forwards that are timed: on texts as long as the data's, by torch or by the graph of a model."""
+"""Forwards that are timed: on texts as long as the data's, by torch or by the graph of a model.
+
+On a CPU a time is the CPU time of one thread. The time on the clock is also that of other processes
+of the machine, and that of several threads depends on how many cores these leave.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -25,13 +30,13 @@ LEAST_ROUNDS, MOST_ROUNDS, ENOUGH_MS, MOST_MS = 5, 9, 500.0, 20_000.0
 
 
 class Graph(nn.Module):
-    """The graph of a model, which answers on the CPU in fp32."""
+    """The graph of a model, which answers on one thread of the CPU."""
 
     dtype = torch.float32
 
     def __init__(self, path: Path, model: PreTrainedModel) -> None:
         super().__init__()
-        self.config, self._graph = model.config, OnnxModel(path)
+        self.config, self._graph = model.config, OnnxModel(path, threads=1)
         self.place = nn.Parameter(torch.zeros(1))
 
     def forward(self, **inputs: Tensor) -> object:
@@ -74,14 +79,29 @@ def _call_all(calls: Sequence[Call]) -> None:
 
 def milliseconds(call: Call) -> float:
     """Return the time of a call without gradients, on a GPU until its work is done."""
-    is_cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+    is_cuda = _is_cuda()
     finish = torch.cuda.synchronize if is_cuda else lambda: None
+    clock = time.perf_counter if is_cuda else time.thread_time
     finish()
-    start = time.perf_counter()
+    start = clock()
     with torch.inference_mode():
         call()
     finish()
-    return (time.perf_counter() - start) * 1e3
+    return (clock() - start) * 1e3
+
+
+def _is_cuda() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_initialized()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def by_turns(calls: Sequence[Call]) -> list[list[float]]:
@@ -91,15 +111,16 @@ def by_turns(calls: Sequence[Call]) -> list[list[float]]:
     caches that the previous one filled.
     """
     rounds: list[list[float]] = []
-    while len(rounds) < WARM_UP + MOST_ROUNDS:
-        times = [0.0] * len(calls)
-        for turn in range(len(calls)):
-            index = (turn + len(rounds)) % len(calls)
-            times[index] = milliseconds(calls[index])
-        rounds.append(times)
-        timed, spent = len(rounds) - WARM_UP, sum(map(sum, rounds))
-        if timed > 0 and spent > (MOST_MS if timed < LEAST_ROUNDS else ENOUGH_MS):
-            break
+    with nullcontext() if _is_cuda() else _one_thread():
+        while len(rounds) < WARM_UP + MOST_ROUNDS:
+            times = [0.0] * len(calls)
+            for turn in range(len(calls)):
+                index = (turn + len(rounds)) % len(calls)
+                times[index] = milliseconds(calls[index])
+            rounds.append(times)
+            timed, spent = len(rounds) - WARM_UP, sum(map(sum, rounds))
+            if timed > 0 and spent > (MOST_MS if timed < LEAST_ROUNDS else ENOUGH_MS):
+                break
     return rounds[WARM_UP:]
 
 

@@ -85,13 +85,13 @@ def write_onnx(
 
 
 class OnnxModel:
-    """A graph on the CPU that answers like the model."""
+    """A graph on the CPU that answers like the model, by default on as many threads as torch."""
 
-    def __init__(self, graph: Path) -> None:
+    def __init__(self, graph: Path, threads: int | None = None) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
+        options.intra_op_num_threads = threads or torch.get_num_threads()
         self.session = onnxruntime.InferenceSession(
             str(graph), options, providers=["CPUExecutionProvider"]
         )

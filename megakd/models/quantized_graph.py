@@ -30,19 +30,15 @@ A score is 1 for a right label and 0 for another, or minus a loss; NaN without a
 
 
 def quantize_graph(whole: Path, graph: Path, scores: Scores | None) -> list[str]:
-    """Replace the graph `whole` by an int8 `graph`; return lines with the scores of both.
+    """Write the graph `whole` as an int8 `graph`; return lines with the scores of both.
 
     If they differ by more than two standard errors, the products whose inputs have the largest
     outliers stay in fp32, as few as cure it. If none do, a warning says so.
     """
-    lines: list[str] = []
     if scores is None:
         _quantize(whole, graph, ())
-    else:
-        lines.append(_cured(whole, graph, scores))
-    for path in whole.parent.glob(f"{whole.name}*"):
-        path.unlink()
-    return lines
+        return []
+    return [_cured(whole, graph, scores)]
 
 
 def _cured(whole: Path, graph: Path, scores: Scores) -> str:
@@ -106,6 +102,7 @@ def _by_outliers(whole: Path, scores: Scores) -> list[str]:
         return first
 
     scores(logits)
+    watched.unlink()
     return sorted(numbers, key=lambda node: -outliers[numbers[node]])
 
 

@@ -46,8 +46,7 @@ def latency_report(
     A speed-up is the median of the ratios of the rounds, with its range: of eight or more rounds
     without the lowest and the highest.
     """
-    count = torch.get_num_threads()
-    threads = f" ({count} thread{'' if count == 1 else 's'})" if device.type == "cpu" else ""
+    threads = " (CPU time of one thread)" if device.type == "cpu" else ""
     entries: dict[str, Any] = {
         "batches": [*rounds],
         "latency.tokens": round(statistics.fmean(lengths)),

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 LIBRARIES = ("megakd", "torch", "transformers", "deepspeed", "datasets", "tokenizers", "numpy")
 GRAPH = f"{STUDENT}_onnx"
-"""The student's graph among the models of the report, if the run writes it."""
+"""The student's graph among the models of the report, if it is written."""
 REQUIRED = ("method", "task", "metric_name", "metrics", "models", "student.parameters", "stages")
 """Some keys of every report; reports of earlier versions lack the last ones."""
 

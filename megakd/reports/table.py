@@ -228,6 +228,12 @@ def notes(report: Report) -> list[str]:
             f"{report['latency.dtype']}, on {report['latency.device']}; speed-up: median and range "
             "of the rounds; a range alone is within the noise"
         )
+    alone, name = f"{TEACHER}_int8", report["metric_name"]
+    if report["batches"] and is_number(gain := get(f"{alone}.speedup_batch_1")):
+        lines.append(
+            f"the teacher alone as an int8 graph: {gain:.1f} times as fast at batch 1, "
+            f"{score(name, get(f'{alone}.{name}'))} {name}"
+        )
     if is_number(trained := get(f"{STUDENT}.trained_parameters")):
         whole = short_count(report[f"{STUDENT}.parameters"])
         lines.append(

@@ -95,8 +95,9 @@ def publish(
     # A prolonged run has a report: a kill from here on leaves a run that is not finished.
     (out / REPORT).unlink(missing_ok=True)
     card = _card(config, student, report, command)
-    # The report decides, because `save` may change between two starts of a finished run.
-    _write_model(student, out / FINAL, card, dtype=dtype, has_graph=GRAPH in report["models"])
+    # The report knows whether the model can be expressed as a graph.
+    has_graph = config.save.onnx and GRAPH in report["models"]
+    _write_model(student, out / FINAL, card, dtype=dtype, has_graph=has_graph)
     atomic.write_text(out / CONFIG, dump_config(config))
     published: dict[str, object] = {"student": student.name, "published": asked_of(config)}
     published["dtype"] = str(dtype).removeprefix("torch.")

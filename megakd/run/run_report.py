@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +19,23 @@ from megakd.data.loader import lengths_of_rows
 from megakd.data.reading_report import read_line
 from megakd.engine.collectives import doing, on_main
 from megakd.engine.memory import forget_models, free_memory_bytes
-from megakd.errors import ModelError
 from megakd.inputs.inputs import vocabulary_report
 from megakd.inputs.precision import TORCH_DTYPE, scoring_dtype
 from megakd.models.forwards import Graph, Timed, batches_of
 from megakd.models.loading import load_finished
 from megakd.models.lora import adapter_parameters
 from megakd.models.model_folder import weight_bytes
-from megakd.models.onnx import MODEL, write_onnx
 from megakd.models.source import parts_of
 from megakd.process.phases import phase, seconds
 from megakd.reports.derived_warnings import derived_warnings
-from megakd.reports.report_file import GRAPH, environment, read_history
+from megakd.reports.report_file import environment, read_history
 from megakd.reports.table import OF_STAGE
+from megakd.run.graphs import GRAPHS, graph_path, remove_graphs, write_graphs
 from megakd.run.run_lab import RunLab
 from megakd.run.teacher_pool import Measured
 from megakd.scoring.words import score_words
 
 logger = logging.getLogger(__name__)
-GRAPHS = ".graphs"
-"""Folder below `output_dir` that exists only while the report is made."""
 
 
 def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageResult]) -> Report:
@@ -53,20 +49,19 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
         measured = {name: lab.pool.measured(name) for name in teachers}
         for name, folder in folders.items():
             measured[name] = lab.measure(folder, stored_as.get(name))
-        graph_bytes = _graph_bytes(lab, student.folder) if config.save.onnx else None
+        reference = max(teachers, key=lambda n: measured[n].report["parameters"], default=None)
+        graphs = write_graphs(lab, student.folder, reference, measured)
         words = on_main(lambda: _words(lab)) if config.scores_words else {}
     forget_models()
-    reference = max(teachers, key=lambda n: measured[n].report["parameters"], default=None)
     theirs = measured[reference].predicted if reference else []
     numbers: dict[str, Any] = _parts(lab, student.folder)
     numbers |= {f"{TFIDF}.{name}": value for name, value in words.items()}
     for name, one in measured.items():
         numbers |= _entries(name, one, folders.get(name), theirs, stored_as=stored_as.get(name))
-    if graph_bytes is not None:
-        numbers |= _entries(GRAPH, measured[STUDENT], None, theirs)
-        numbers |= {f"{GRAPH}.bytes": graph_bytes}
+    for row, entries in graphs.items():
+        numbers |= {f"{row}.{key}": value for key, value in entries.items()}
     with phase("latency"), doing("measuring latency"):
-        numbers |= on_main(lambda: _latency(lab, student.folder, reference))
+        numbers |= on_main(lambda: _latency(lab, student.folder, reference, [*graphs]))
     if reference is not None:  # in a pool, `teacher` is the largest
         mine = [key for key in numbers if key.startswith(f"{reference}.")]
         numbers |= {f"{TEACHER}{key.removeprefix(reference)}": numbers[key] for key in mine}
@@ -78,7 +73,8 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
         "metrics": [*measured[STUDENT].report["metrics"]],
         "evaluated_on": "test" if prepared.encoded.test is not None else "validation",
         "models": [
-            *(name for name in (*teachers, *folders, GRAPH) if f"{name}.parameters" in numbers),
+            *(name for name in (*teachers, *folders) if f"{name}.parameters" in numbers),
+            *graphs,
             *([TFIDF] if words else []),
         ],
         "teachers": teachers,
@@ -107,7 +103,7 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
         ),
     }
     if ranks.is_main:
-        shutil.rmtree(config.output_dir / GRAPHS, ignore_errors=True)
+        remove_graphs(config.output_dir)
     history = config.output_dir / "metrics.jsonl"
     report["warnings"] = on_main(lambda: derived_warnings(report, read_history(history)))
     return report
@@ -174,7 +170,9 @@ def _entries(
     return {f"{name}.{key}": value for key, value in entries.items()}
 
 
-def _latency(lab: RunLab, student: Path, reference: str | None) -> dict[str, Any]:
+def _latency(
+    lab: RunLab, student: Path, reference: str | None, graphs: Sequence[str] = ()
+) -> dict[str, Any]:
     config, device = lab.config, lab.assembly.ranks.device
     teacher = lab.pool.folders[reference] if reference else None
     if not config.eval.latency or reference is None or teacher is None:
@@ -192,15 +190,16 @@ def _latency(lab: RunLab, student: Path, reference: str | None) -> dict[str, Any
         return {"batches": []}
     from megakd.reports.latency import latency_report, measure_latencies
 
-    dtype, graph = scoring_dtype(config.train, device.type), config.output_dir / GRAPHS / MODEL
+    dtype = scoring_dtype(config.train, device.type)
     try:
         loaded = {
             name: load_finished(folder, "latency", device=device, dtype=TORCH_DTYPE[dtype])
             for name, folder in folders.items()
         }
         models: dict[str, Timed] = {**loaded}
-        if graph.is_file():
-            models[GRAPH] = Graph(graph, loaded[STUDENT])
+        for row in graphs:
+            model = loaded[STUDENT if GRAPHS[row] == STUDENT else reference]
+            models[row] = Graph(graph_path(config.output_dir, row), model)
         lengths = lengths_of_rows(lab.assembly.prepared.encoded.held_out).tolist()
         rounds = measure_latencies(models, lengths, batches_of(config.task.type))
         return latency_report(rounds, reference, lengths, device=device, dtype=dtype)
@@ -208,22 +207,3 @@ def _latency(lab: RunLab, student: Path, reference: str | None) -> dict[str, Any
         # All stages are finished and the student is valid: a failed timing must not fail the run.
         logger.warning("latency could not be measured: %s", error)
         return {"batches": []}
-
-
-def _graph_bytes(lab: RunLab, student: Path) -> int | None:
-    """Return the size of the student's graph; None if it cannot be written."""
-    folder = lab.config.output_dir / GRAPHS
-
-    def write() -> int:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        write_onnx(student, to=folder / MODEL, stored_as=lab.saved_dtype)
-        # The weights of a large graph are in a file beside it.
-        return sum(path.stat().st_size for path in folder.glob(f"{MODEL}*"))
-
-    try:
-        return on_main(write)
-    except ModelError as error:
-        # All stages are finished and the student is valid without a graph.
-        logger.warning("save.onnx is left out: %s", error)
-        return None

@@ -96,7 +96,7 @@ def cases(data: Path) -> dict[str, Tree]:
             ],
             "baselines": ["alone"],
             "train": {"gradient_accumulation_steps": 2, "lr_scheduler_type": "cosine"},
-            "eval": {"eval_steps": 10, "latency": True},
+            "eval": {"eval_steps": 10, "latency": False},
         },
         "pairs": {
             "task": {

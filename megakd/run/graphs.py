@@ -1,0 +1,148 @@
+"""ONNX graphs of the teacher and the student for the report: written, scored and timed.
+
+An encoder that is trained on a CPU will be served on one, so its report has rows of both models as
+fp32 and as int8 graphs, if onnxruntime is installed.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from megakd.contract.batch import IGNORE
+from megakd.contract.tasks import STUDENT, TEACHER
+from megakd.data.loader import evaluation_batches
+from megakd.engine.collectives import doing, on_main
+from megakd.errors import ConfigError
+from megakd.models.model_folder import weight_bytes
+from megakd.models.onnx import MODEL, MOST_IN_ONE_FILE, OnnxModel, check_packages, write_onnx
+from megakd.models.quantized_graph import Logits, quantize_graph
+from megakd.reports.report_file import GRAPH
+from megakd.run.run_lab import RunLab
+from megakd.run.teacher_pool import Measured
+from megakd.scoring.scorer import few
+from megakd.training.assembly import Assembly
+
+_FOLDER = ".graphs"
+logger = logging.getLogger(__name__)
+GRAPHS = {f"{model}_{form}": model for model in (TEACHER, STUDENT) for form in ("onnx", "int8")}
+"""Rows of the report, and the models whose graphs they are."""
+
+
+def graph_path(output_dir: Path, row: str) -> Path:
+    """Return the path of a graph, which exists only while the report is made."""
+    return output_dir / _FOLDER / row / MODEL
+
+
+def remove_graphs(output_dir: Path) -> None:
+    """Remove the graphs of the report."""
+    shutil.rmtree(output_dir / _FOLDER, ignore_errors=True)
+
+
+def write_graphs(
+    lab: RunLab, student: Path, reference: str | None, measured: Mapping[str, Measured]
+) -> dict[str, dict[str, Any]]:
+    """Write the graphs of the student and the largest teacher, `reference`; a collective.
+
+    Returns:
+        By row: sizes and scores. The logits of an fp32 graph are the model's, so are its scores.
+    """
+    config, is_encoder = lab.config, _is_served_encoder(lab)
+    models = {STUDENT: (lab.assembly, student, measured[STUDENT].report)}
+    teacher = lab.pool.folders[reference] if reference else None
+    if reference and teacher:
+        models[TEACHER] = lab.assembly.of(reference), teacher, measured[reference].report
+    is_small = {n: weight_bytes(folder) <= MOST_IN_ONE_FILE for n, (_, folder, _) in models.items()}
+    rows = [row for row, model in GRAPHS.items() if is_encoder and is_small.get(model)]
+    if config.save.onnx and GRAPH not in rows:
+        rows.append(GRAPH)
+
+    def write() -> dict[str, dict[str, Any]]:
+        remove_graphs(config.output_dir)
+        entries: dict[str, dict[str, Any]] = {}
+        for row in rows:
+            assembly, folder, report = models[GRAPHS[row]]
+            graph, scores = graph_path(config.output_dir, row), report["metrics"]
+            graph.parent.mkdir(parents=True)
+            try:
+                if row.endswith("int8"):
+                    scores = _quantized(assembly, row, graph)
+                else:
+                    stored_as = lab.saved_dtype if row == GRAPH else None
+                    write_onnx(folder, to=graph, stored_as=stored_as)
+            except Exception as error:  # noqa: BLE001 - onnx and its exporter raise any error
+                # All stages are finished, and the student is valid without a graph.
+                logger.warning("the report has no row %s: %s", row, error)
+                continue
+            # The weights of a large graph are in a file beside it.
+            size = sum(path.stat().st_size for path in graph.parent.iterdir())
+            sizes = {key: report[key] for key in ("parameters", "encoder_parameters")}
+            entries[row] = {**sizes, **scores, "bytes": size}
+        return entries
+
+    with doing("writing ONNX graphs"):
+        return on_main(write) if rows else {}
+
+
+def _is_served_encoder(lab: RunLab) -> bool:
+    config, device = lab.config, lab.assembly.ranks.device
+    if config.task.type not in ("classification", "regression") or device.type != "cpu":
+        return False
+    try:
+        check_packages("")
+    except ConfigError:
+        return False
+    return config.eval.latency
+
+
+def graph_scores(assembly: Assembly, logits: Logits) -> Tensor:
+    """Return the scores [2, N] of held-out rows, one by one and in batches; see `Scores`."""
+    rows = few(assembly.prepared.encoded.held_out, assembly.config.task.type, times=4)
+
+    def score(answers: Tensor, labels: Tensor) -> Tensor:  # [B]
+        if answers.ndim == 3:
+            nats = cross_entropy(answers.mT, labels, ignore_index=IGNORE, reduction="none")
+            return -nats.sum(1) / (labels != IGNORE).sum(1)
+        if labels.is_floating_point():
+            return -((answers[:, 0] - labels) ** 2)
+        right = (answers.argmax(1) == labels).double()
+        return right.masked_fill(labels == IGNORE, torch.nan)
+
+    sizes = (1, assembly.scorer().batch_size)
+    outputs = [_outputs(assembly, logits, rows, batch_size=size) for size in sizes]
+    return torch.stack([torch.cat([score(*one) for one in of])[: len(rows)] for of in outputs])
+
+
+def _quantized(assembly: Assembly, row: str, graph: Path) -> dict[str, float]:
+    whole = graph_path(assembly.config.output_dir, row.replace("int8", "onnx"))
+    logger.info("%s: %s", row, *quantize_graph(whole, graph, partial(graph_scores, assembly)))
+    rows, scorer = assembly.prepared.encoded.held_out, assembly.scorer()
+    batches = _outputs(assembly, OnnxModel(graph).logits, rows, batch_size=scorer.batch_size)
+    outputs, labels = zip(*batches, strict=True)
+    return scorer.metrics.of(torch.cat(outputs)[: len(rows)], torch.cat(labels)[: len(rows)])
+
+
+def _outputs(
+    assembly: Assembly, logits: Logits, rows: Dataset, *, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the fp64 outputs of a graph and the labels by batch; dummy rows fill the last one."""
+    scorer = assembly.scorer()
+    for batch in evaluation_batches(
+        rows, scorer.collate, batch_size=batch_size, rank=0, world=1, masking=scorer.masking
+    ):
+        # Without the padding that no service adds. Dummy rows have at least one token.
+        width = max(1, int(batch.valid.sum(1).max()))
+        inputs = {"attention_mask": batch.valid.long(), **batch.inputs}
+        inputs.setdefault("token_type_ids", torch.zeros_like(inputs["input_ids"]))
+        answers = logits({name: one[:, :width].contiguous() for name, one in inputs.items()})
+        labels = batch.labels[:, :width] if answers.ndim == 3 else batch.labels
+        yield torch.from_numpy(answers).double(), labels

@@ -1,0 +1,58 @@
+"""The report's rows of ONNX graphs: what a service on a CPU would run, of teacher and student."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from onnxruntime import InferenceSession
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from whole_run import read
+
+from megakd.models.onnx import MODEL, write_onnx
+from megakd.models.quantized_graph import quantize_graph
+
+GRAPHS = ["teacher_onnx", "teacher_int8", "student_onnx", "student_int8"]
+
+
+def test_an_encoder_that_learns_on_a_cpu_is_reported_as_graphs_too(whole_run):
+    report = read(whole_run.out)
+
+    assert report["models"] == ["teacher", "student", "alone", *GRAPHS, "tfidf"]
+    for row in GRAPHS:
+        model = row.split("_")[0]
+        assert report[f"{row}.parameters"] == report[f"{model}.parameters"]
+        assert min(report[f"{row}.ms_batch_{batch}"] for batch in (1, 32)) > 0
+    for model in ("teacher", "student"):
+        assert report[f"{model}_onnx.accuracy"] == report[f"{model}.accuracy"]
+        assert report[f"{model}_int8.bytes"] < 0.6 * report[f"{model}_onnx.bytes"]
+    assert "the teacher alone as an int8 graph: " in whole_run.outcome.out
+    assert not list(whole_run.out.glob(".graphs*"))
+    assert not (whole_run.out / "final" / MODEL).exists()
+
+
+def test_the_score_of_an_int8_graph_is_that_of_its_answers(whole_run, tmp_path):
+    """The graph is quantised again, and asked as anyone would ask it."""
+    final = whole_run.out / "final"
+    write_onnx(final, to=tmp_path / "whole")
+    quantize_graph(tmp_path / "whole", tmp_path / MODEL, None)
+    lines = (whole_run.reviews / "validation.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    encoded = AutoTokenizer.from_pretrained(final)(
+        [row["text"] for row in rows],
+        padding=True,
+        truncation=True,
+        max_length=16,
+        return_tensors="np",
+    )
+    graph = InferenceSession(tmp_path / MODEL)
+    (logits,) = graph.run(None, {one.name: encoded[one.name] for one in graph.get_inputs()})
+    names = AutoModelForSequenceClassification.from_pretrained(final).config.id2label
+    right = sum(
+        names[n] == row["label"] for n, row in zip(logits.argmax(1).tolist(), rows, strict=True)
+    )
+
+    # The scales of a graph depend on the texts of a batch.
+    assert read(whole_run.out)["student_int8.accuracy"] == pytest.approx(
+        right / len(rows), abs=0.05
+    )
