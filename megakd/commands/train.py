@@ -28,12 +28,12 @@ def add_options(parser: Parser) -> None:
         "--dry_run",
         "--dry-run",
         action="store_true",
-        help="take two steps on real rows, print their memory beside the plan, and stop",
+        help="take three steps of every stage, print their time and memory beside the plan, and stop",
     )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Train and print the result table, or print the config, or the memory of two steps."""
+    """Train and print the result table, or print the config, or what three steps take."""
     config = config_of(arguments)
     if arguments.print_config:
         say(dump_config(config))

@@ -1,4 +1,4 @@
-"""Two real steps of a run, whose weights are thrown away, beside its plan."""
+"""Real steps of every stage of a run, whose weights are thrown away, beside its plan."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ import time
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from megakd.config.models import TeacherConfig
 from megakd.config.run import RunConfig
 from megakd.contract.stage import Stage
-from megakd.contract.tasks import AUTO, STUDENT
+from megakd.contract.tasks import AUTO
 from megakd.engine.collectives import gather, node_name, on_main
 from megakd.engine.distributed import Ranks
 from megakd.engine.memory import device_name, forget_models, peak_memory_bytes, reset_peak_memory
 from megakd.inputs.inputs import RunInputs
 from megakd.planning.phases import PlanningLab, check_method
 from megakd.planning.plan import cluster_of, gigabytes, page, plan_run, process_bytes
+from megakd.process.terminal import aligned_rows
 from megakd.reports.report_file import installed_versions
+from megakd.reports.table import duration
 from megakd.run.main import check_machines, checked_inputs, started
 from megakd.run.teacher_pool import TeacherPool
 from megakd.servers.texts import run_name
@@ -30,7 +33,7 @@ from megakd.training.probe import StageProbe
 from megakd.training.progress import Reporter
 from megakd.training.stage_run import StageRun
 
-STEPS = 2
+STEPS = 3
 
 
 class DryLab(PlanningLab):
@@ -48,12 +51,14 @@ class DryLab(PlanningLab):
         folder = self.config.output_dir / "checkpoints" / stage
         return StageProbe(scorer=self.assembly.scorer(), rows=rows, folder=folder)
 
-    def take_steps(self, stage: Stage, reporter: Reporter) -> float:
-        """Take steps of a stage on real rows, and return the seconds of the last; a collective.
+    def take_steps(self, stage: Stage, reporter: Reporter) -> Timed:
+        """Take steps of a stage on real rows, and return what they take; a collective.
 
         Models that the run would make before start from the shape that they have then.
         """
-        pool, seconds, bases = TeacherPool(self.assembly), 0.0, self.config.base_teachers
+        forget_models()
+        reset_peak_memory(self.assembly.ranks.device)
+        pool, seconds, bases = TeacherPool(self.assembly), list[float](), self.config.base_teachers
         teachers = {name: pool.open(name, stage) for name in stage.teachers if name not in bases}
         run = StageRun(stage, self.assembly, teachers=teachers, reporter=reporter)
         stage.strategy.begin(run.student, run.first_step)
@@ -61,15 +66,26 @@ class DryLab(PlanningLab):
             for batches in itertools.islice(every, STEPS):
                 began = time.monotonic()
                 run.trainer.train_step(batches)
-                seconds = time.monotonic() - began
-        return seconds
+                seconds.append(time.monotonic() - began)
+        peak = max(gather(peak_memory_bytes(self.assembly.ranks.device)))
+        for teacher in teachers.values():
+            teacher.destroy()
+        # The first step fills caches, and compiles.
+        return Timed(run.steps - run.first_step, min(seconds[1:] or seconds), peak)
+
+
+class Timed(NamedTuple):
+    """Number of steps of a stage, seconds of one, and the highest peak of a rank in bytes."""
+
+    steps: int
+    seconds: float
+    peak: int
 
 
 def dry_run(config: RunConfig) -> str:
-    """Return the plan of a run, and what two steps of it take; a collective.
+    """Return the plan of a run, and what some steps of each stage take; a collective.
 
-    The steps are those of the first stage that trains the student. Nothing is written to the
-    folder of the run, and the answers of a teacher are not cached.
+    Nothing is written to the folder of the run, and the answers of a teacher are not cached.
     """
 
     def asked(spec: TeacherConfig) -> TeacherConfig:
@@ -98,24 +114,26 @@ def _dry_run(config: RunConfig, ranks: Ranks) -> str:
     check_method(prepared, ranks)
     lab, process = DryLab(prepared, ranks), process_bytes(has_data=True)
     stages = [phase.stage for phase in lab.play() if phase.stage is not None]
-    stage = next((one for one in stages if STUDENT in one.learners), stages[0])
-    forget_models()
-    reset_peak_memory(device)
     with closing(Reporter(config.output_dir, is_main=False)) as reporter:
-        seconds = lab.take_steps(stage, reporter)
-    measured = max(gather(peak_memory_bytes(device)))
+        timed = {stage.name: lab.take_steps(stage, reporter) for stage in stages}
     nodes = len(set(gather(node_name())))
     machines = {"ranks": ranks.world_size, "nodes": nodes, "device": device.type}
 
     def beside() -> str:
         plan = plan_run(prepared.config, cluster_of(machines), process=process)
-        planned = next(one.peak for one in plan.phases if one.name == stage.name)
+        planned = {one.name: gigabytes(one.peak.total) for one in plan.phases}
+        rows = [["stage", "steps", "s/step", "time", "peak GB", "planned GB"]]
+        for name, one in timed.items():
+            spent = duration(one.steps * one.seconds)
+            cells = [f"{one.steps:,}", f"{one.seconds:.3g}", spent, gigabytes(one.peak)]
+            rows.append([name, *cells, planned[name]])
         versions = " ".join(f"{name} {number}" for name, number in installed_versions().items())
+        table = "\n".join(aligned_rows(rows))
+        whole = duration(sum(one.steps * one.seconds for one in timed.values()))
         return (
             f"{page(plan)}\n\npython {platform.python_version()} {versions}\n"
-            f"{device_name(device)}: {STEPS} steps of {stage.name}, the last in {seconds:.3g} s, "
-            f"peak memory {gigabytes(measured)} GB per rank; {gigabytes(planned.total)} GB are "
-            f"planned ({planned.when})"
+            f"{device_name(device)}, {STEPS} steps of each stage:\n{table}\n"
+            f"Training takes about {whole}, beside evaluations, scoring and other passes."
         )
 
     return on_main(beside)
