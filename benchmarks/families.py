@@ -94,11 +94,15 @@ def table(task: str, types: list[str]) -> Iterator[str]:
         f"transformers {version('transformers')}."
     )
     yield ""
-    columns = ["Family", "Reads", "Logits", "Layers", "Neurons", "Heads"]
+    columns = ["Reads", "Logits", "Layers", "Neurons", "Heads"]
     columns += ["Packed rows"] * (task == "causal_lm")
-    yield f"| {' | '.join(columns)} |"
-    yield "|---" * len(columns) + "|"
-    yield from (line_of(row, len(columns)) for row in rows)
+    yield f"| {' | '.join(columns)} | Families |"
+    yield "|---" * (len(columns) + 1) + "|"
+    alike: dict[str, list[str]] = {}
+    for row in rows:
+        alike.setdefault(cells_of(row, len(columns)), []).append(f"`{row.family}`")
+    for cells, names in sorted(alike.items(), key=lambda item: -len(item[1])):
+        yield f"{cells} {', '.join(names)} |"
     yield ""
     yield "Why not:"
     yield ""
@@ -112,9 +116,9 @@ def table(task: str, types: list[str]) -> Iterator[str]:
         yield f"* Not tried, because no small model of them can be built: {names}."
 
 
-def line_of(row: Row, columns: int) -> str:
-    """Return the line of a row in a table of some columns."""
-    return f"| {' | '.join([f'`{row.family}`', *row[1:columns]])} |"
+def cells_of(row: Row, columns: int) -> str:
+    """Return the cells of a row in a table, in which families with the same cells are one row."""
+    return f"| {' | '.join(row[1 : columns + 1])} |"
 
 
 def row_of(family: str, config: Any, task: str) -> Row | None:
