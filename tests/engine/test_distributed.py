@@ -1,3 +1,7 @@
+"""Ranks: how they find each other, what they share, and what their log and errors say."""
+
+import io
+import logging
 import os
 import re
 import socket
@@ -8,8 +12,8 @@ from datetime import timedelta
 import psutil
 import pytest
 
-from megakd.engine import distributed
-from megakd.engine.collectives import backend_for, node_name, reports_lost_peer
+from megakd.engine import collectives, distributed
+from megakd.engine.collectives import backend_for, doing, node_name, reports_lost_peer, told
 from megakd.engine.distributed import remove_dead_locks
 from megakd.errors import CollectiveTimeoutError, ConfigError, MegakdError, PeerLostError
 
@@ -144,21 +148,17 @@ def test_nodes_that_gloo_cannot_connect_are_one_line_that_names_the_interface(
     assert "\n" not in str(raised.value)
 
 
-STEP = {"SLURM_STEP_TASKS_PER_NODE": "4(x2),3"}
-ONE = {"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_NODEID": "0", "LOCAL_SIZE": "2"}
+TASKS = {"SLURM_STEP_TASKS_PER_NODE": "4(x2),3"}
+NODES = {
+    "first node": (TASKS | {"SLURM_NODEID": "0"}, 4),
+    "repeated": (TASKS | {"SLURM_NODEID": "1"}, 4),
+    "last": (TASKS | {"SLURM_NODEID": "2"}, 3),
+    "a number of the launcher wins": (TASKS | {"SLURM_NODEID": "0", "LOCAL_SIZE": "2"}, 2),
+    "an older Slurm": ({"SLURM_NTASKS_PER_NODE": "2"}, 2),
+}
 
 
-@pytest.mark.parametrize(
-    ("variables", "ranks"),
-    [
-        (STEP | {"SLURM_NODEID": "0"}, 4),
-        (STEP | {"SLURM_NODEID": "1"}, 4),
-        (STEP | {"SLURM_NODEID": "2"}, 3),
-        (ONE, 2),
-        ({"SLURM_NTASKS_PER_NODE": "2"}, 2),
-    ],
-    ids=["first node", "repeated", "last", "a number of the launcher wins", "an older Slurm"],
-)
+@pytest.mark.parametrize(("variables", "ranks"), NODES.values(), ids=NODES)
 def test_a_step_of_srun_gives_the_ranks_of_each_node(monkeypatch, variables, ranks):
     slurm_step(monkeypatch, **variables)
 
@@ -181,23 +181,16 @@ def threads(monkeypatch):
     return collected
 
 
-@pytest.mark.parametrize(
-    ("variables", "set_to"),
-    [
-        ({}, [2]),
-        ({"SLURM_CPUS_PER_TASK": "6"}, [6]),
-        ({"SLURM_CPUS_PER_TASK": "8", "TORCHELASTIC_RUN_ID": "none"}, [2]),
-        ({"OMP_NUM_THREADS": "1"}, []),
-        ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "none"}, [2]),
-    ],
-    ids=[
-        "shared by the ranks",
-        "of the task of srun",
-        "of torchrun in a task",
-        "of the user",
-        "of torchrun",
-    ],
-)
+CORES = {
+    "shared by the ranks": ({}, [2]),
+    "of the task of srun": ({"SLURM_CPUS_PER_TASK": "6"}, [6]),
+    "of torchrun in a task": ({"SLURM_CPUS_PER_TASK": "8", "TORCHELASTIC_RUN_ID": "none"}, [2]),
+    "of the user": ({"OMP_NUM_THREADS": "1"}, []),
+    "of torchrun": ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "none"}, [2]),
+}
+
+
+@pytest.mark.parametrize(("variables", "set_to"), CORES.values(), ids=CORES)
 def test_ranks_share_the_cores_unless_a_number_of_threads_is_set(
     threads, monkeypatch, variables, set_to
 ):
@@ -284,3 +277,50 @@ def test_a_lock_that_is_younger_than_this_process_stays(lock, tmp_path):
 
     assert remove_dead_locks(tmp_path) == []
     assert lock.exists()
+
+
+# The activity of a run: a line of the log each, and a name for an error of a collective.
+
+
+def test_an_activity_is_one_line_of_the_log_and_what_is_part_of_it_none(caplog):
+    caplog.set_level(logging.INFO, logger="megakd")
+
+    with doing("training stage student"), doing("saving step 5 of stage student"):
+        pass
+    with pytest.raises(ValueError, match="row"), doing("reading the data"):
+        raise ValueError("row")
+    with doing("measuring latency"):
+        pass
+
+    assert [record.getMessage() for record in caplog.records] == [
+        "training stage student",
+        "reading the data",
+        "measuring latency",
+    ]
+
+
+def test_an_error_of_a_collective_carries_the_innermost_activity_first():
+    with pytest.raises(RuntimeError) as error, doing("training"), doing("saving step 5"):
+        raise RuntimeError("timed out")
+
+    assert error.value.__notes__ == ["saving step 5", "training"]
+
+
+def test_a_long_activity_says_every_minute_how_far_it_is(caplog, monkeypatch):
+    caplog.set_level(logging.INFO, logger="megakd")
+    minutes = iter(range(100))
+    monkeypatch.setattr(collectives.time, "monotonic", lambda: 60.5 * next(minutes))
+    monkeypatch.setattr(collectives.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(collectives.sys, "stderr", io.StringIO())
+
+    with doing("scoring teacher"):
+        # What is part of it tells nothing of its own.
+        for _ in told(range(3), total=2500, each=1000):
+            assert [*told(range(2), total=2)] == [0, 1]
+
+    assert [record.getMessage() for record in caplog.records] == [
+        "scoring teacher",
+        "scoring teacher, 1,000 of 2,500 rows",
+        "scoring teacher, 2,000 of 2,500 rows",
+        "scoring teacher, 2,500 of 2,500 rows",
+    ]

@@ -20,7 +20,7 @@ from torch import nn
 
 from megakd.config.train import TrainConfig
 from megakd.engine import optimizer_state, student
-from megakd.engine.initialize import RATE, _offloads_optimizer, _optimizer, _parameter_groups
+from megakd.engine.initialize import _optimizer, _parameter_groups
 from megakd.engine.optimizer_state import OptimizerState, StoredParts, file_of
 from megakd.engine.student import StudentEngine
 from megakd.errors import CheckpointError
@@ -41,20 +41,6 @@ def test_adamw_learns_unless_sgd_is_asked_for_and_matrices_alone_decay(train, ki
     assert {group.get("momentum", 0) for group in optimizer.param_groups} == {0}
     decay = {p.dim(): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     assert decay == {2: 0.1, 1: 0.0}
-
-
-def test_a_part_of_the_model_has_a_learning_rate_of_its_own():
-    model = nn.ModuleDict({"slow": nn.Linear(3, 2), "fast": nn.Linear(3, 2)})
-
-    groups = _parameter_groups(model, 0.1, {"slow.": 0.25})
-
-    one = {id(p): (g[RATE], g["weight_decay"]) for g in groups for p in g["params"]}
-    assert {name: one[id(p)] for name, p in model.named_parameters()} == {
-        "slow.weight": (0.25, 0.1),
-        "slow.bias": (0.25, 0.0),
-        "fast.weight": (1.0, 0.1),
-        "fast.bias": (1.0, 0.0),
-    }
 
 
 def test_an_optimizer_in_bf16_does_not_print_the_memory(capsys):
@@ -78,15 +64,6 @@ def test_projections_from_the_identity_and_second_vocabularies_do_not_decay():
     result = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
     decaying = [name for name, p in model.named_parameters() if result[id(p)]]
     assert decaying == ["learned.0.weight"]
-
-
-def test_an_optimizer_is_offloaded_if_it_has_a_target():
-    targets = (None, {}, {"device": "none"}, {"device": "cpu"})
-    given = [{"zero_optimization": {"offload_optimizer": target}} for target in targets]
-
-    offloaded = [_offloads_optimizer(ds) for ds in (*given, {"zero_optimization": None}, {})]
-
-    assert offloaded == [False, False, False, True, False, False]
 
 
 def test_an_engine_starts_without_torchs_inductor_and_leaves_the_compiler_alone(tmp_path):

@@ -20,13 +20,10 @@ from megakd.contract.views import Cut
 from megakd.engine import sharding
 from megakd.engine.sharding import (
     Prefetch,
-    gathered,
     gathered_state,
     is_away,
     is_sharded,
-    sharded_construction,
     whole_model,
-    writes_here,
 )
 from megakd.models.elastic import Elastic
 
@@ -41,25 +38,6 @@ def test_plain_models_are_read_out_with_ties_once_and_copied():
     name, parameter = next(iter(model.named_parameters()))
     assert torch.equal(state[name], parameter)
     assert state[name].data_ptr() != parameter.data_ptr()
-
-
-@pytest.mark.parametrize("modify", [False, True])
-def test_opening_plain_parameters_does_nothing(modify):
-    parameter = torch.nn.Parameter(torch.zeros(2))
-
-    with gathered([parameter], modify=modify), torch.no_grad():
-        parameter.add_(1.0)
-
-    assert torch.equal(parameter, torch.ones(2))
-    assert writes_here(parameter)
-
-
-@pytest.mark.parametrize("ds", [None, {}, {"zero_optimization": {"stage": 2}}])
-def test_modules_built_for_other_stages_are_plain(ds):
-    with sharded_construction(ds, torch.float32):
-        module = torch.nn.Linear(2, 2)
-
-    assert not is_sharded(module)
 
 
 # The copy of a module with whole weights, without ranks; tests/distributed shards its models.
@@ -127,18 +105,6 @@ def test_a_copy_has_no_hooks_and_what_refers_to_a_module_refers_to_its_copy():
     assert called
 
 
-@pytest.mark.parametrize("limit", [1, 10, 25, 10**6])
-def test_groups_hold_every_parameter_once_and_few_elements(limit, monkeypatch):
-    monkeypatch.setattr(sharding, "GROUP_ELEMENTS", limit)
-    parameters = [torch.empty(size) for size in (5, 30, 10, 10, 5, 1, 20)]
-
-    groups = [*sharding._groups(parameters)]
-
-    assert [id(p) for group in groups for p in group] == [id(p) for p in parameters]
-    assert all(len(g) == 1 or sum(len(p) for p in g) <= limit for g in groups)
-    assert limit < 10**6 or len(groups) == 1
-
-
 # Shards that wait in the host's memory are on the device when they are asked for.
 
 
@@ -197,3 +163,32 @@ def test_shards_are_away_only_in_the_memory_of_the_host_beside_another_device(mo
     elsewhere = SimpleNamespace(device_name=lambda: "cuda")
     monkeypatch.setattr(sharding, "get_accelerator", lambda: elsewhere)
     assert is_away(module["a"].ds_tensor)
+
+
+# Weights that are not finite, whole and in shards; runs with such are in tests/run.
+
+
+@pytest.mark.parametrize(
+    ("bad", "dtype"), [(torch.nan, torch.bfloat16), (-torch.inf, torch.float32)]
+)
+def test_one_bad_number_is_found_whatever_the_dtype(bad, dtype, monkeypatch):
+    monkeypatch.setattr(sharding, "gather", lambda value: [value])
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)).to(dtype)
+
+    assert sharding.names_of_bad_weights(model) == []
+    with torch.no_grad():
+        model[1].weight[1, 2] = bad
+    assert sharding.names_of_bad_weights(model) == ["1.weight"]
+
+
+def test_the_padding_of_a_shard_does_not_count(monkeypatch):
+    shard = torch.tensor([1.0, 2.0, torch.nan])
+    shard.status = type("Status", (), {"name": "AVAILABLE"})
+    parameter = torch.nn.Parameter(torch.empty(0))
+    parameter.ds_tensor, parameter.ds_numel, parameter.ds_process_group = shard, 5, None
+    monkeypatch.setattr(sharding, "is_zero_param", lambda _: True)
+
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda _: 1)
+    assert sharding._own_part(parameter).tolist() == [1.0, 2.0]
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda _: 2)
+    assert sharding._own_part(parameter).tolist() == []
