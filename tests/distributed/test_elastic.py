@@ -1,4 +1,4 @@
-"""Several views in one backward train on two ranks as on one."""
+"""Several views in one backward, and cut models, train on two ranks as on one."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ from elastic_views import (
     without_dropout,
 )
 from equal_runs import difference
+from slow_cases import slow
+from tiny_cuts import VOCABULARY, build, cut, loaded, saved, source_of, task_of, view_of
+from tiny_cuts import task as task_config
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -28,6 +31,7 @@ from megakd.contract.views import View
 from megakd.engine import distributed
 from megakd.engine.sharding import gathered_state
 from megakd.models.elastic import Elastic
+from megakd.models.loading import load_model
 
 STEPS, RATE = 2, 0.5
 VIEWS = (WITHOUT, NARROW, NOTHING, EVERYTHING)
@@ -125,20 +129,16 @@ def _count_invalidations(engine) -> list[int]:
     return collected
 
 
+SHARES, LATE, RECOMPUTES = {"shares": True}, {"late": True}, {"recomputes": True}
+CASES = [(1, "bert", None, LATE), (3, "llama", None, SHARES)]
+SLOW = [(0, "bert", None, SHARES), (2, "bert", None, SHARES | RECOMPUTES)]
+SLOW += [(3, "bert", None, SHARES | LATE), (3, "bert", None, RECOMPUTES), (3, "bert", "mlm", {})]
+SLOW += [(3, "gpt2", None, SHARES), (3, "enct5", None, SHARES)]
+
+
 @pytest.mark.parametrize(
     ("stage", "family", "task", "options"),
-    [
-        (0, "bert", None, {"shares": True}),
-        (1, "bert", None, {"late": True}),
-        (2, "bert", None, {"shares": True, "recomputes": True}),
-        (3, "bert", None, {"shares": True, "late": True}),
-        (3, "bert", None, {"recomputes": True}),
-        (3, "bert", "mlm", {}),
-        (3, "llama", None, {"shares": True}),
-        pytest.param(3, "gpt2", None, {"shares": True}, marks=pytest.mark.slow),
-        pytest.param(3, "enct5", None, {"shares": True}, marks=pytest.mark.slow),
-    ],
-    ids=str,
+    [*CASES, *slow(*SLOW)],
 )
 def test_two_ranks_train_all_views_as_one_does(workers, stage, family, task, options):
     """A view in one process is compared with dense models in tests/models."""
@@ -152,3 +152,49 @@ def test_two_ranks_train_all_views_as_one_does(workers, stage, family, task, opt
     if stage == 3:
         assert result["seen"] > 0
         assert result["held"] == 0
+
+
+def train_cut(folder: str, kind: str, stage: int) -> dict:
+    model = load_model(
+        source_of(folder, kind),
+        task=task_config(kind),
+        label_names=("no", "yes", "perhaps") if kind == "classification" else (),
+        tokenizer_size=VOCABULARY,
+        ds={"zero_optimization": {"stage": stage}},
+        dtype=torch.float32,
+        seed=1,
+        need_head=True,
+    )
+    model.eval()  # no dropout
+    engine = sgd_engine(model, RATE, stage)
+    tokens = GLOBAL.chunk(distributed.ranks().world_size)[distributed.ranks().rank]
+    for _ in range(STEPS):
+        logits = engine(input_ids=tokens).logits
+        scale = torch.linspace(-1, 1, logits[0].numel()).view(logits[0].shape)
+        engine.backward((logits * scale).mean())
+        engine.step()
+    weights = dict(gathered_state(engine.module))
+    engine.destroy()
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("stage", "family"),
+    [
+        (3, "gpt2"),  # parameters without elements could not be gathered
+        *slow((2, "bert"), (3, "qwen3"), (3, "enct5")),
+    ],
+)
+def test_two_ranks_train_a_cut_model_as_one_does(workers, tmp_path, stage, family):
+    kind, model = task_of(family), build(family)
+    folder = saved(cut(model, kind, view_of(model, "empty")), tmp_path / "cut")
+
+    actual, expected = (
+        workers(ranks).run("test_elastic.train_cut", str(folder), kind, zero)[0]
+        for ranks, zero in ((2, stage), (1, 0))
+    )
+
+    before = loaded(folder, kind).state_dict()
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+    trained = {name: value for name, value in actual.items() if value.numel()}
+    assert difference(trained, {name: before[name] for name in trained}) > 1e-3
