@@ -7,7 +7,6 @@ import functools
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,26 +32,6 @@ ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ROOT / "launch" / "train.py"
 # A start takes seconds; many times that on a busy machine.
 TIMEOUT_S = 240
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port")
-RUNNER = ("-m", "deepspeed.launcher.runner", "--quiet")
-ACCELERATE = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-              "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-              "--main_process_port")  # fmt: skip
-DEEPSPEED = (*RUNNER, "--num_gpus", "2", "--master_port")
-
-
-def start(words: Sequence[str], variables: Mapping[str, object]) -> subprocess.Popen[str]:
-    """A process of its own, with the machine's environment and no launcher's but `variables`."""
-    launchers = ("SLURM_", "LOCAL_", "MASTER_", "RANK", "WORLD_SIZE")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(launchers)}
-    kept["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    return subprocess.Popen(
-        [sys.executable, *words],
-        env=kept | {name: str(value) for name, value in variables.items()},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
 
 
 class Group:

@@ -2,32 +2,46 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import functools
 import json
+import os
 import random
 import re
 import socket
 import subprocess
-from collections.abc import Callable, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
-from conftest import (
-    ACCELERATE,
-    DEEPSPEED,
-    RUNNER,
-    TIMEOUT_S,
-    TORCHRUN,
-    TRAIN,
-    free_port,
-    ranks_of,
-    start,
-)
+from conftest import ROOT, TIMEOUT_S, TRAIN, free_port, ranks_of
+from slow_cases import slow
 from tiny_runs import bert, review_task, run_in, save_tokenizer, write_jsonl
 
 STEPS = 2
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port")
+RUNNER = ("-m", "deepspeed.launcher.runner", "--quiet")
+ACCELERATE = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+              "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+              "--main_process_port")  # fmt: skip
+DEEPSPEED = (*RUNNER, "--num_gpus", "2", "--master_port")
+
+
+def start(words: Sequence[str], variables: Mapping[str, object]) -> subprocess.Popen[str]:
+    """A process of its own, with the machine's environment and no launcher's but `variables`."""
+    launchers = ("SLURM_", "LOCAL_", "MASTER_", "RANK", "WORLD_SIZE")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(launchers)}
+    kept["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    return subprocess.Popen(
+        [sys.executable, *words],
+        env=kept | {name: str(value) for name, value in variables.items()},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -90,10 +104,10 @@ def weights(out: Path) -> bytes:
 @pytest.mark.parametrize(
     "launcher",
     [
-        pytest.param(DEEPSPEED, id="deepspeed", marks=pytest.mark.slow),
-        pytest.param(TORCHRUN, id="torchrun"),
-        pytest.param(ACCELERATE, id="accelerate", marks=pytest.mark.slow),
+        TORCHRUN,
+        *(pytest.param(launcher, marks=pytest.mark.slow) for launcher in (DEEPSPEED, ACCELERATE)),
     ],
+    ids=["torchrun", "deepspeed", "accelerate"],
 )
 def test_a_launcher_of_two_ranks_trains_as_two_ranks_by_hand(config, by_hand, tmp_path, launcher):
     out = tmp_path / "out"
@@ -120,6 +134,7 @@ def job_of_a_free_port() -> int:
             return job
 
 
+@pytest.mark.slow
 def test_processes_that_srun_starts_find_each_other(config, launch, by_hand, tmp_path):
     out, job = tmp_path / "out", job_of_a_free_port()
 
@@ -129,7 +144,7 @@ def test_processes_that_srun_starts_find_each_other(config, launch, by_hand, tmp
     assert weights(out) == weights(by_hand("zero3"))
 
 
-@pytest.mark.parametrize("variables", [{}, slurm(0, 1)], ids=["python", "srun"])
+@pytest.mark.parametrize("variables", [{}, *slow(slurm(0, 1))], ids=["python", "srun"])
 def test_one_process_needs_no_launcher(config, launch, by_hand, tmp_path, variables):
     out = tmp_path / "out"
 
@@ -159,7 +174,7 @@ def test_a_row_that_one_rank_alone_cannot_read_is_named_by_that_rank(launch, tmp
     assert f"{tmp_path / 'b.jsonl'}, line 61 is not JSON" in group.text
 
 
-@pytest.mark.parametrize("worlds", [(2, 3), (3, 2)])
+@pytest.mark.parametrize("worlds", [(2, 3), pytest.param((3, 2), marks=pytest.mark.slow)])
 def test_nodes_that_were_started_for_different_numbers_of_ranks_end_and_say_so(
     config, launch, tmp_path, worlds
 ):
@@ -188,15 +203,6 @@ def hostfile(folder: Path) -> list[list[str]]:
     return [[*words, "--node_rank", str(node), *meeting] for node in range(2)]
 
 
-def launched(folder: Path) -> list[list[str]]:
-    """The commands that DeepSpeed's runner starts on the nodes, without the runner's seconds."""
-    del folder
-    nodes = base64.urlsafe_b64encode(b'{"node-a": [0], "node-b": [0]}').decode()
-    words = ["-u", "-m", "deepspeed.launcher.launch", f"--world_info={nodes}", "--quiet"]
-    meeting = ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
-    return [[*words, *meeting, f"--node_rank={node}"] for node in range(2)]
-
-
 def rendezvous(folder: Path) -> list[list[str]]:
     del folder
     words = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
@@ -212,13 +218,10 @@ def losses(out: Path) -> dict[tuple[str, int], float]:
 
 
 # On one node the teacher is always sharded over all ranks.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "stage", "teacher"),
-    [
-        (launched, "zero3", "teacher_zero3_node"),
-        pytest.param(hostfile, "zero2", "teacher_zero3", marks=pytest.mark.slow),
-        pytest.param(rendezvous, "zero3", "teacher_zero3_node", marks=pytest.mark.slow),
-    ],
+    [(hostfile, "zero2", "teacher_zero3"), (rendezvous, "zero3", "teacher_zero3_node")],
 )
 def test_two_nodes_give_the_losses_of_one(config, by_hand, tmp_path, launcher, stage, teacher):
     out, caches = tmp_path / "out", [tmp_path / f"cache-{node}" for node in range(2)]
@@ -236,6 +239,7 @@ def test_two_nodes_give_the_losses_of_one(config, by_hand, tmp_path, launcher, s
     assert {stage for stage, _ in losses(out)} == {"teacher-finetune", "student"}
 
 
+@pytest.mark.slow
 def test_a_dry_run_takes_steps_on_both_ranks_beside_the_plan(config, launch, tmp_path):
     words = ("--config", str(config), "--dry_run", f"output_dir={tmp_path / 'out'}")
 
@@ -246,3 +250,94 @@ def test_a_dry_run_takes_steps_on_both_ranks_beside_the_plan(config, launch, tmp
     assert "Training takes about " in group.text
     assert "single: 2 ranks (CPU" in group.text
     assert list(tmp_path.iterdir()) == []
+
+
+# Runs that are stopped, or whose rank dies.
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory) -> Path:
+    """A run of many steps."""
+    folder = tmp_path_factory.mktemp("stops")
+    return run_in(
+        folder,
+        review_task(folder),
+        student={"deepspeed": "zero2"},
+        train={"max_steps": 120},
+        save={"save_steps": 20},
+        log={"logging_steps": 1},
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(command, stopped, tmp_path_factory) -> bytes:
+    """The weights of the run, which nothing has stopped."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    command("--config", str(stopped), f"output_dir={out}", code=0)
+    return weights(out)
+
+
+@pytest.fixture
+def begin(stopped, tmp_path) -> Iterator[Callable]:
+    """Start a launcher of two ranks; all processes below it end with the test."""
+    launchers: list[psutil.Process] = []
+
+    def run(*launcher: str):
+        words = train(stopped, tmp_path / "out")
+        process = start((*launcher, str(free_port()), *words), {})
+        launchers.append(psutil.Process(process.pid))
+        return process
+
+    yield run
+    for launcher in launchers:
+        with contextlib.suppress(psutil.Error):
+            for process in (*launcher.children(recursive=True), launcher):
+                process.kill()
+
+
+def wait_for_step(out: Path, step: int) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    metrics = out / "metrics.jsonl"
+    while not metrics.exists() or f'"step": {step},' not in metrics.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [DEEPSPEED, TORCHRUN], ids=["deepspeed", "torchrun"])
+def test_a_run_that_is_stopped_saves_on_all_ranks_and_goes_on(
+    begin, command, stopped, whole, tmp_path, launcher
+):
+    out, process = tmp_path / "out", begin(*launcher)
+    wait_for_step(out, 3)
+
+    # Of DeepSpeed, the process of the node below the runner.
+    told = psutil.Process(process.pid)
+    (told.children()[0] if launcher == DEEPSPEED else told).terminate()
+    output = process.communicate(timeout=TIMEOUT_S)[0]
+
+    assert output.count("megakd: stopped by SIGTERM, student saved at step ") == 1, output
+    assert process.returncode != 0
+    assert not (out / "lock.json").exists()
+    ended = command(*train(stopped, out)[1:], code=0)
+    assert "student: resumed at step" in ended.text
+    assert weights(out) == whole
+
+
+@pytest.mark.slow
+def test_torchrun_brings_a_run_back_whose_rank_dies_twice(begin, whole, tmp_path):
+    process = begin(*TORCHRUN[:-1], "--max-restarts", "2", TORCHRUN[-1])
+
+    for rank, step in ((1, 30), (0, 60)):
+        wait_for_step(tmp_path / "out", step)
+        (killed,) = (
+            below
+            for below in psutil.Process(process.pid).children(recursive=True)
+            if str(TRAIN) in below.cmdline() and below.environ().get("RANK") == str(rank)
+        )
+        killed.kill()
+    output = process.communicate(timeout=TIMEOUT_S)[0]
+
+    assert process.returncode == 0, output
+    assert output.count("student: resumed at step") == 2, output
+    assert weights(tmp_path / "out") == whole
