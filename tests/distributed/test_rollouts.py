@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,8 @@ import tiny_runs
 import torch
 from equal_runs import difference
 from safetensors.torch import load_file
-from tiny_runs import merged, write_jsonl
+from slow_cases import slow
+from tiny_runs import merged
 from whole_run import read, records
 
 STEPS = 6
@@ -106,9 +106,7 @@ def one_rank(command, texts, tmp_path_factory) -> Path:
     return finish(command, config, folder / "out", world=1)
 
 
-@pytest.mark.parametrize(
-    ("zero", "world"), [pytest.param(1, 2, marks=pytest.mark.slow), (2, 3), (3, 2)]
-)
+@pytest.mark.parametrize(("zero", "world"), [(3, 2), *slow((1, 2), (2, 3))])
 def test_greedy_texts_and_weights_do_not_depend_on_ranks_or_sharding(
     command, texts, one_rank, tmp_path, zero, world
 ):
@@ -121,11 +119,8 @@ def test_greedy_texts_and_weights_do_not_depend_on_ranks_or_sharding(
     assert_close(out, one_rank)
 
 
-@pytest.mark.parametrize(
-    "train",
-    [{}, pytest.param({"tokens_per_rank": 60}, marks=pytest.mark.slow)],
-    ids=["padded", "packed"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("train", [{}, {"tokens_per_rank": 60}], ids=["padded", "packed"])
 def test_a_run_killed_before_it_learns_from_a_text_ends_as_if_it_had_never_been(
     command, launch, texts, tmp_path, train
 ):
@@ -151,6 +146,7 @@ def test_a_run_killed_before_it_learns_from_a_text_ends_as_if_it_had_never_been(
     assert difference(weights(out), weights(wanted)) == 0
 
 
+@pytest.mark.slow
 def test_a_student_on_policy_goes_on_with_other_ranks(goes_on, texts, tmp_path):
     train = {"per_device_train_batch_size": 6}
     config = write_config(tmp_path, texts, zero=3, rollout=GREEDY, train=train)
@@ -158,23 +154,7 @@ def test_a_student_on_policy_goes_on_with_other_ranks(goes_on, texts, tmp_path):
     assert_close(*goes_on(config, "student/step-3"))
 
 
-def test_a_lost_text_is_generated_again(command, texts, tmp_path):
-    sections = {"train": {"max_steps": 2}, "rollout": {"mix": 1.0}}
-    config = write_config(tmp_path, texts, zero=0, **sections)
-    out = finish(command, config, tmp_path / "out", world=1)
-    wanted, before = texts_of(out), weights(out)
-    for folder in ("checkpoints", "stages", "final"):
-        (out / folder).rename(tmp_path / folder)
-    for name in ("report.json", "report.html", "metrics.jsonl", "run.json"):
-        (out / name).unlink(missing_ok=True)
-    (out / "rollouts" / "student" / "step-00000001.jsonl").unlink()
-
-    finish(command, config, out, world=1)
-
-    assert texts_of(out) == wanted
-    assert difference(weights(out), before) == 0
-
-
+@pytest.mark.slow
 def test_a_student_learns_from_the_texts_of_its_teacher(command, texts, tmp_path):
     """The texts do not depend on what the student has learned, and may be labels."""
     keys = {"mix": 1.0, "by": "teacher"}
@@ -188,80 +168,35 @@ def test_a_student_learns_from_the_texts_of_its_teacher(command, texts, tmp_path
     assert difference(weights(second), weights(first)) > 0
 
 
-@pytest.mark.slow
-def test_a_student_learns_school_mathematics_from_its_own_answers_on_two_ranks(
-    command, shared_data, tmp_path
-):
-    """Questions and answers of GSM8K, both models at ZeRO 3, packed rows, texts in evaluations."""
-    lines = (shared_data / "gsm8k" / "train.jsonl").read_text().splitlines()
-    rows = [
-        {"prompt": row["question"] + "\n", "completion": row["answer"]}
-        for row in map(json.loads, lines[:300])
-    ]
-    task = {
-        "train_files": str(write_jsonl(tmp_path / "train.jsonl", rows[:280])),
-        "validation_files": str(write_jsonl(tmp_path / "validation.jsonl", rows[280:])),
-        "tokenizer": {"type": "bpe", "vocab_size": 1000},
-        "max_length": 384,
-    }
-    rollout = {"max_new_tokens": 12, "prompt_tokens": None}
-    train = {"per_device_train_batch_size": 4, "max_steps": 3, "tokens_per_rank": 1024}
-    generation = {"max_new_tokens": 12, "rows": 4, "match": "exact", "answer": "#### (.+)"}
-    sections = {"task": task, "eval": {"losses": True, "generation": generation}}
-    config = write_config(tmp_path, tmp_path, zero=3, rollout=rollout, train=train, **sections)
-
-    out = finish(command, config, tmp_path / "out")
-
-    last = next(one for one in reversed(records(out, "student")) if "eval/match" in one)
-    assert 0 < last["eval/soft_target_kl"] < 10
-    assert 1 <= last["eval/text_tokens"] <= 12
-    assert all(text.startswith('{"rollouts":8}') for text in texts_of(out).values())
-
-
 TEXTS = 5
 """In an evaluation."""
 
 
-def evaluated(command, folder: Path, texts: Path, *, zero: int, world: int) -> Path:
-    """A run whose only evaluation continues prompts."""
-    generation = {"max_new_tokens": 6, "rows": TEXTS, "prompt_tokens": 4, "match": "exact"}
-    path = write_config(
-        folder,
-        texts,
-        zero=zero,
-        train={"per_device_train_batch_size": 12 // world, "max_steps": 2},
-        objective=[{"loss": "soft_target_kl"}],
-        rollout=None,
-        eval={"eval_steps": 2, "keep_best": False, "generation": generation},
-    )
-    return finish(command, path, folder / "out", world=world)
-
-
-@pytest.fixture(scope="module")
-def scored(command, texts, tmp_path_factory) -> Path:
-    """The folder of a run on one rank."""
-    return evaluated(command, tmp_path_factory.mktemp("scored"), texts, zero=0, world=1)
-
-
-def test_the_report_has_the_scores_of_the_texts(scored):
-    (record,) = [one for one in records(scored, "student") if "eval/text_tokens" in one]
-    report = read(scored)
-
-    (stage,) = report["stages"]
-    for name in ("match", "text_tokens", "text_truncated"):
-        assert stage[name] == record[f"eval/{name}"]
-    assert report["warnings"] == []
-
-
-@pytest.mark.parametrize(("zero", "world"), [pytest.param(2, 3, marks=pytest.mark.slow), (3, 2)])
-def test_texts_of_an_evaluation_do_not_depend_on_ranks_or_sharding(
-    command, texts, scored, tmp_path, zero, world
+@pytest.mark.slow
+def test_texts_of_an_evaluation_are_reported_and_depend_on_neither_ranks_nor_sharding(
+    command, texts, tmp_path
 ):
-    out = evaluated(command, tmp_path, texts, zero=zero, world=world)
+    def lines(zero: int, world: int) -> list[str]:
+        generation = {"max_new_tokens": 6, "rows": TEXTS, "prompt_tokens": 4, "match": "exact"}
+        folder = tmp_path / str(world)
+        path = write_config(
+            folder,
+            texts,
+            zero=zero,
+            train={"per_device_train_batch_size": 12 // world, "max_steps": 2},
+            objective=[{"loss": "soft_target_kl"}],
+            rollout=None,
+            eval={"eval_steps": 2, "keep_best": False, "generation": generation},
+        )
+        out = finish(command, path, folder / "out", world=world)
+        (record,) = [one for one in records(out, "student") if "eval/text_tokens" in one]
+        (stage,) = read(out)["stages"]
+        for name in ("match", "text_tokens", "text_truncated"):
+            assert stage[name] == record[f"eval/{name}"]
+        assert read(out)["warnings"] == []
+        return (out / "texts/student/step-00000002.jsonl").read_text().splitlines()
 
-    one, other = (
-        (folder / "texts" / "student" / "step-00000002.jsonl").read_text()
-        for folder in (scored, out)
-    )
-    assert one.splitlines() == other.splitlines()
-    assert len(one.splitlines()) == TEXTS
+    alone = lines(0, 1)
+
+    assert len(alone) == TEXTS
+    assert lines(2, 3) == lines(3, 2) == alone
