@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import reference
+import tiny_runs
 import torch
 from tiny_runs import (
     NO_DROPOUT,
     run_in,
     save_tokenizer,
     shape_of,
+    text_task,
     write_jsonl,
     write_reviews,
     write_text,
@@ -178,8 +180,7 @@ def write_pair(
     """Write a run that distils into two layers, in a folder that is made for it."""
     folder.mkdir()
     if language:
-        task = {"type": "causal_lm", "dataset": str(write_text(folder / "text.txt"))}
-        task["tokenizer"] = {"type": "bpe", "vocab_size": 320}
+        task = text_task(folder)
     else:
         reviews = write_reviews(folder / "reviews", train=RAGGED, validation=9)
         task = {"type": "classification", "dataset": str(reviews)}
@@ -199,8 +200,16 @@ def write_pair(
     return str(config)
 
 
+def in_parts(most):
+    """ZeRO 3 that has so many elements at once, as it has few of billions of weights."""
+    limits = ("max_live_parameters", "max_reuse_distance", "prefetch_bucket_size")
+    both = ZERO3["zero_optimization"] | {f"stage3_{name}": most for name in limits}
+    return {"zero_optimization": both}
+
+
 def zero(stage):
-    return ZERO3 if stage == 3 else {"zero_optimization": {"stage": stage}}
+    # 1500: below the sizes of the models here.
+    return in_parts(1500) if stage == 3 else {"zero_optimization": {"stage": stage}}
 
 
 def config_tree(folder, student, terms, stages=(0, 0)):
@@ -211,31 +220,28 @@ def config_tree(folder, student, terms, stages=(0, 0)):
     """
     task, teacher, _ = kind_of(student)
     student_stage, teacher_stage = stages
-    return {
-        "task": {
+    return tiny_runs.config_tree(
+        Path("unused"),
+        {
             "type": task,
             "dataset": str(folder / "data"),
-            "max_length": 16,
             "tokenizer": str(folder / ("bpe" if task == "causal_lm" else "wordpiece")),
         },
-        "teacher": {"model": str(folder / teacher), "deepspeed": zero(teacher_stage)},
-        "student": {"model": str(folder / student), "deepspeed": zero(student_stage)},
-        "method": {"name": "single"},
-        "objective": [
+        teacher={"model": str(folder / teacher), "deepspeed": zero(teacher_stage)},
+        student={"model": str(folder / student), "deepspeed": zero(student_stage)},
+        method={"name": "single"},
+        objective=[
             {"loss": name, "weight": weight, **OPTIONS.get(name, {})}
             for name, weight in terms.items()
         ],
-        "train": {
+        train={
             "per_device_train_batch_size": 3,
             "gradient_accumulation_steps": 2,
             "max_steps": SETTINGS["total_steps"],
-            "learning_rate": SETTINGS["learning_rate"],
-            "adam_epsilon": SETTINGS["adam_epsilon"],
-            "max_grad_norm": SETTINGS["max_grad_norm"],
             "weight_decay": 0.01,
+            **{name: SETTINGS[name] for name in ("learning_rate", "adam_epsilon", "max_grad_norm")},
         },
-        "eval": {"latency": False},
-    }
+    )
 
 
 def cut_of(cut) -> dict:

@@ -10,7 +10,7 @@ import os
 import traceback
 from multiprocessing.connection import Connection
 
-from forked_ranks import FORKS, leave_modules_alone, settle_in, without_fsync
+from forked_ranks import FORKS, leave_modules_alone, settle_in, without_fsync, without_pictures
 from torch.nn import functional
 
 from megakd.engine import distributed
@@ -68,6 +68,7 @@ def _serve(
 ) -> None:
     settle_in(variables)
     without_fsync()
+    without_pictures()
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_SIZE": world}
     os.environ.update({key: str(value) for key, value in place.items()})
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})

@@ -51,15 +51,16 @@ class Pair:
         result = [p for model in self.models.values() for p in model.parameters()]
         return [*result, *self.second.values(), *self.projections.values()]  # type: ignore[list-item]
 
-    def weights(self, prefixes: dict[str, str]) -> dict[str, Tensor]:
+    def weights(self) -> dict[str, Tensor]:
         """All weights of the models, as `folder_weights` of the test names them."""
+        prefixes = {"student": "", "teacher": "teacher/"}
         result = {
             f"{prefixes[role]}{name}": weight.detach()
             for role, model in self.models.items()
             for name, weight in model.named_parameters()
         }
-        prefix = f"{prefixes['teacher']}second_vocabulary/"
-        return result | {f"{prefix}{name}": weight.detach() for name, weight in self.second.items()}
+        second = {f"teacher/second_vocabulary/{n}": w.detach() for n, w in self.second.items()}
+        return result | second
 
     def student_loss(self, batch: Any) -> tuple[Tensor, int]:
         out = self.models["student"](**batch.inputs).logits

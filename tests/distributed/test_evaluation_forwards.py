@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from cases import lab_of
 from equal_runs import ZERO3, write_llama
+from slow_cases import slow
 from tiny_runs import run_in
 
 from megakd.contract.results import WHOLE, Metric, MetricJudge
@@ -106,7 +107,7 @@ def config_of(folder: Path, out: Path, *, zero: int) -> Path:
     )
 
 
-@pytest.mark.parametrize(("ranks", "zero"), [(1, 2), (2, 2), (2, 3)])
+@pytest.mark.parametrize(("ranks", "zero"), [(2, 3), *slow((1, 2), (2, 2))])
 def test_a_trial_asks_the_teacher_once_and_runs_each_candidate_once(
     workers, folder, tmp_path, ranks, zero
 ):
@@ -121,7 +122,7 @@ def test_a_trial_asks_the_teacher_once_and_runs_each_candidate_once(
             assert scores == pytest.approx(one["apart"][view], rel=1e-6), view
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [*slow(1), 2])
 def test_losses_on_held_out_rows_take_no_second_forward(workers, folder, tmp_path, ranks):
     config = config_of(folder, tmp_path, zero=2)
 

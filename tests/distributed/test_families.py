@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from equal_runs import ZERO3, difference, zero
+from slow_cases import slow
 from tiny_runs import NO_DROPOUT, llama, run_in, write_jsonl
 from torch import Tensor, nn
 
@@ -71,8 +72,6 @@ FAMILIES = {
     "t5_encoder": T5,
     "enct5": {**T5, "feed_forward_proj": "gated-gelu"},
 }
-QUICK = ("gemma2", "phi3", "gpt2", "enct5")
-SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES if family not in QUICK]
 EXPERTS = {"num_experts_per_tok": 2, "initializer_range": 0.5}
 TEACHERS = {
     "qwen3_moe": {"num_experts": 8, "moe_intermediate_size": 16},
@@ -85,6 +84,7 @@ ENCODER = {
     "max_position_embeddings": 64,
 }
 ENCODERS = ("modernbert", "deberta-v2", "mpnet")
+# Families outside the table; their losses have no relations.
 FOUND = {
     "olmo2": {},
     "smollm3": {},
@@ -97,15 +97,10 @@ FOUND = {
     "deberta-v2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], **NO_DROPOUT},
     "mpnet": NO_DROPOUT,
 }
-# Of teacher and student; a frozen model has no gradients to shard.
-FOUND_STAGES = [(3, 0), (0, 1), (3, 2), (3, 3)]
-QUICK_FOUND = [(family, (3, 3)) for family in ("cohere2", "gpt_neox", "modernbert")]
-SLOW_FOUND = [
-    pytest.param(family, stages, marks=pytest.mark.slow)
-    for family in FOUND
-    for stages in FOUND_STAGES
-    if (family, stages) not in QUICK_FOUND
-]
+
+
+def quick_of(families, *quick):
+    return [*quick, *slow(*(family for family in families if family not in quick))]
 
 
 @pytest.fixture(scope="module")
@@ -122,107 +117,89 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
+LOGITS = [{"loss": "soft_target_kl", "temperature": 2.0}, {"loss": "hard_cross_entropy"}]
 LAYERS = [
-    {"loss": "soft_target_kl", "temperature": 2.0},
-    {"loss": "hard_cross_entropy"},
     {"loss": "hidden_mse", "layer_mapping": ["1:2", "2:3"]},
+    {"loss": "relation_kl", "layer_mapping": ["2:3"], "relation_heads": 2},
 ]
-RELATIONS = {"loss": "relation_kl", "layer_mapping": ["2:3"], "relation_heads": 2}
 TOKENIZERS = {"causal_lm": "bpe", "mlm": "wordpiece", "classification": "wordpiece"}
 
 
 @pytest.fixture
-def train(workers, data, tmp_path):
-    def run(teacher, student, task, *, ranks, stages, objective, steps):
-        of_teacher, stage = stages
-        path = run_in(
-            tmp_path / str(ranks),
-            {
-                "type": task,
-                "dataset": str(data),
-                "tokenizer": {"type": TOKENIZERS[task], "vocab_size": 300},
-            },
-            teacher={"model": teacher, "deepspeed": zero(of_teacher)},
-            student={"model": student, "deepspeed": zero(stage)},
-            method={"name": "single"},
-            objective=objective,
-            train={
-                "per_device_train_batch_size": 6 // ranks,
-                "max_steps": 100,
-                "learning_rate": 0.05,
-                "adam_epsilon": 0.01,
-                "gradient_checkpointing": stage == 3 and "mpnet" not in str(student),
-            },
-        )
-        return workers(ranks).run("train", str(path), [], steps, timeout_s=TIMEOUT_S)[0]
+def whole_and_sharded(workers, data, tmp_path):
+    """Train on one rank, and sharded on two; both begin with equal weights."""
 
-    return run
-
-
-@pytest.fixture
-def whole_and_sharded(train):
-    def both(teacher, student, *, is_language):
-        task = "causal_lm" if is_language else "classification"
+    def both(teacher, student, task, *, objective, steps=STEPS):
+        results = []
+        tokenizer = {"type": TOKENIZERS[task], "vocab_size": 300}
         for ranks, stage in ((1, 0), (2, 3)):
-            yield train(
-                teacher,
-                student,
-                task,
-                ranks=ranks,
-                stages=(stage, stage),
-                objective=[*LAYERS, RELATIONS],
-                steps=STEPS,
+            path = run_in(
+                tmp_path / str(ranks),
+                {"type": task, "dataset": str(data), "tokenizer": tokenizer},
+                teacher={"model": teacher, "deepspeed": zero(stage)},
+                student={"model": student, "deepspeed": zero(stage)},
+                method={"name": "single"},
+                objective=objective,
+                train={
+                    "per_device_train_batch_size": 6 // ranks,
+                    "max_steps": 100,
+                    "learning_rate": 0.05,
+                    "adam_epsilon": 0.01,
+                    "gradient_checkpointing": stage == 3 and "mpnet" not in str(student),
+                },
             )
+            results += workers(ranks).run("train", str(path), [], steps, timeout_s=TIMEOUT_S)[:1]
+        whole, sharded = results
+        assert difference(sharded["initial"], whole["initial"]) == 0
+        return whole, sharded
 
     return both
 
 
 def assert_same(whole, sharded):
-    assert difference(sharded["initial"], whole["initial"]) == 0
     for step in range(STEPS):
         assert sharded["losses"][step] == pytest.approx(whole["losses"][step], rel=1e-4)
     torch.testing.assert_close(sharded["final"], whole["final"], rtol=1e-5, atol=1e-5)
+    assert sharded["scores"] == pytest.approx(whole["scores"], rel=1e-4)
 
 
-@pytest.mark.parametrize("family", [*QUICK, *SLOW])
+def models_of(family, keys, *layers):
+    """Teacher and student: models of so many layers."""
+    keys = {**keys, "model_type": family}
+    return [{"config": {**keys, "num_hidden_layers": n, "hidden_size": 8 * n}} for n in layers]
+
+
+@pytest.mark.parametrize("family", quick_of(FAMILIES, "phi3"))
 def test_a_family_trains_sharded_as_it_does_whole(whole_and_sharded, family):
-    keys = {**FAMILIES[family], "model_type": family}
-    teacher, student = (
-        {"config": {**keys, "num_hidden_layers": n, "hidden_size": 8 * n}} for n in (3, 2)
-    )
-    is_language = family not in ("t5_encoder", "enct5")
+    task = "classification" if family in ("t5_encoder", "enct5") else "causal_lm"
 
-    whole, sharded = whole_and_sharded(teacher, student, is_language=is_language)
+    models = models_of(family, FAMILIES[family], 3, 2)
+    whole, sharded = whole_and_sharded(*models, task, objective=[*LOGITS, *LAYERS])
 
     assert_same(whole, sharded)
     moved = [n for n, v in whole["initial"].items() if (whole["final"][n] != v).any()]
     assert len(moved) > 0.9 * len(whole["initial"])
 
 
-@pytest.mark.parametrize("family", TEACHERS)
+@pytest.mark.parametrize("family", quick_of(TEACHERS, "gpt_oss"))
 def test_a_teacher_with_experts_teaches_sharded_as_it_does_whole(whole_and_sharded, family):
     """The tokens of the ranks choose different experts."""
-    sizes = {"num_hidden_layers": 3, "hidden_size": 24, "intermediate_size": 16}
-    keys = {"model_type": family, **DECODER, **sizes, **EXPERTS, **TEACHERS[family]}
+    keys = {**DECODER, "intermediate_size": 16, **EXPERTS, **TEACHERS[family]}
+    teacher, *_ = models_of(family, keys, 3)
+    objective = [*LOGITS, *LAYERS]
 
-    assert_same(*whole_and_sharded({"config": keys}, llama(2), is_language=True))
+    assert_same(*whole_and_sharded(teacher, llama(2), "causal_lm", objective=objective))
 
 
-@pytest.mark.parametrize(("family", "stages"), [*QUICK_FOUND, *SLOW_FOUND])
-def test_a_family_outside_the_table_has_the_losses_of_one_process(train, family, stages):
+@pytest.mark.parametrize("family", quick_of(FOUND, "modernbert"))
+def test_a_family_outside_the_table_has_the_losses_of_one_process(whole_and_sharded, family):
     task = "mlm" if family in ENCODERS else "causal_lm"
     usual = DECODER if task == "causal_lm" and family != "gpt_neox" else ENCODER
-    keys = {**usual, **FOUND[family], "model_type": family}
-    teacher, student = (
-        {"config": {**keys, "num_hidden_layers": n, "hidden_size": 8 * n}} for n in (4, 2)
-    )
-    objective = [*LAYERS[:2], {**LAYERS[2], "layer_mapping": ["1:2", "2:4"]}]
-    facts = {"objective": objective, "steps": 3}
+    objective = [*LOGITS, {"loss": "hidden_mse", "layer_mapping": ["1:2", "2:4"]}]
 
-    whole = train(teacher, student, task, ranks=1, stages=(0, 0), **facts)
-    sharded = train(teacher, student, task, ranks=2, stages=stages, **facts)
+    models = models_of(family, {**usual, **FOUND[family]}, 4, 2)
+    whole, sharded = whole_and_sharded(*models, task, objective=objective, steps=3)
 
-    assert difference(sharded["initial"], whole["initial"]) == 0
     for ours, theirs in zip(sharded["losses"], whole["losses"], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-6)
 

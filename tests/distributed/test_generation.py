@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import started
 from equal_runs import difference
+from slow_cases import slow
 
 from megakd.contract.completions import Sampling, TextTokens
 from megakd.engine import collectives, distributed
@@ -39,15 +40,26 @@ def joined(engine: Any, sampling: Sampling = SAMPLING) -> list:
 
 
 def completions(config_path: str, overrides: list[str]) -> dict:
-    """The completions of the student before training, of one prompt, of none, and the teacher's."""
+    """The completions of the student before training, of one prompt, of none, and the teacher's.
+
+    forwards: those of this rank for the one prompt.
+    """
     prompts = PROMPTS[:1] if distributed.ranks().is_main else []
+    forwards, real = [], generation.continued
+
+    def counting(model: Any, *arguments: Any) -> Any:
+        model.register_forward_pre_hook(lambda *_: forwards.append(1))
+        return real(model, *arguments)
+
     with started(config_path, overrides) as (run, teacher):
-        return {
+        texts = {
             "student": joined(run.student, GREEDY),
             "teacher": joined(teacher, GREEDY),
-            "one": generated(run.student, prompts, range(len(prompts)), GREEDY),
             "none": generated(run.student, [], []),
         }
+        with patch.object(generation, "continued", counting):
+            texts["one"] = generated(run.student, prompts, range(len(prompts)), GREEDY)
+        return {**texts, "forwards": len(forwards)}
 
 
 def training(config_path: str, overrides: list[str], *, generates: bool) -> dict:
@@ -84,24 +96,6 @@ def copy_facts(config_path: str, overrides: list[str]) -> dict:
 
 def gathered_elements(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def calls(config_path: str, overrides: list[str]) -> list[int]:
-    """The numbers of forwards of the ranks, of which only rank 0 has a prompt."""
-    counted = [0]
-    real = generation.continued
-
-    def counting(model: Any, *arguments: Any) -> Any:
-        model.register_forward_pre_hook(lambda *_: counted.__setitem__(0, counted[0] + 1))
-        return real(model, *arguments)
-
-    prompts = PROMPTS[:1] if distributed.ranks().is_main else []
-    with (
-        started(config_path, overrides) as (run, _),
-        patch.object(generation, "continued", counting),
-    ):
-        generated(run.student, prompts, [1] * len(prompts), Sampling(5, temperature=0))
-    return collectives.gather(counted[0])
 
 
 def refused(config_path: str, overrides: list[str]) -> str:
@@ -142,9 +136,11 @@ def alone(workers, config_of):
     return workers(1).run("test_generation.completions", config_of(0, 0), [])[0]
 
 
-@pytest.mark.parametrize(
-    ("world", "stage", "teacher_stage"), [(2, 0, 0), (2, 2, 3), (1, 3, 3), (3, 3, 0)]
-)
+# (ranks, ZeRO stages of student and teacher)
+SLOW = [(2, 0, 0), (2, 2, 3), (1, 3, 3), (3, 3, 0)]
+
+
+@pytest.mark.parametrize(("world", "stage", "teacher_stage"), [(2, 3, 3), *slow(*SLOW)])
 def test_completions_are_the_same_at_every_stage_and_on_any_number_of_ranks(
     workers, config_of, alone, world, stage, teacher_stage
 ):
@@ -155,13 +151,15 @@ def test_completions_are_the_same_at_every_stage_and_on_any_number_of_ranks(
     assert result[0]["one"] == alone["one"]
     assert all(rank["one"] == [] for rank in result[1:])
     assert all(rank["none"] == [] for rank in result)
+    # A rank without prompts does not run the model.
+    assert [rank["forwards"] > 0 for rank in result] == [True, *[False] * (world - 1)]
     # They end at different positions, and the teacher continues otherwise.
     assert len({len(ids) for ids, _ in alone["student"]}) > 1
     assert any(finished for _, finished in alone["student"])
     assert alone["student"] != alone["teacher"]
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [*slow(0, 2), 3])
 def test_training_goes_on_as_if_nothing_had_been_generated(workers, config_of, stage):
     config = config_of(stage, 3 if stage == 3 else 0)
 
@@ -174,7 +172,7 @@ def test_training_goes_on_as_if_nothing_had_been_generated(workers, config_of, s
     assert result[0]["said"] == result[1]["said"]
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [*slow("fp32"), "bf16"])
 def test_a_sharded_model_is_gathered_group_by_group_into_a_copy_that_is_freed(
     workers, write_run, dtype
 ):
@@ -190,13 +188,6 @@ def test_a_sharded_model_is_gathered_group_by_group_into_a_copy_that_is_freed(
         assert rank["left"] == 0
     for rank in result:
         assert difference(rank["whole"], result[0]["state"]) == 0
-
-
-def test_a_rank_without_prompts_does_not_run_the_model(workers, config_of):
-    counted = workers(2).run("test_generation.calls", config_of(3, 0), [])[0]
-
-    assert counted[0] > 0
-    assert counted[1] == 0
 
 
 def test_a_prompt_that_cannot_be_continued_fails_on_all_ranks_alike(workers, config_of):

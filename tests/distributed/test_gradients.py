@@ -14,6 +14,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from equal_runs import difference
+from slow_cases import slow
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -139,10 +140,9 @@ STEPS = [WHOLE, ["ab", "ab"], WHOLE, ["ab", "abc"], WHOLE, ["abc", "ab"], WHOLE]
 STEPS += [["abc"], ["ab"], ["c"], ["abc"]]
 SHARDED = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 OFFLOADED = {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}
-PRESETS = ["zero0", "zero1", "zero2", "zero3", SHARDED]
 # The first use of DeepSpeed's CPU Adam compiles it, which takes a minute.
-SLOW = [OFFLOADED, "zero2_offload", "zero3_offload"]
-ALL = [*PRESETS, *(pytest.param(preset, marks=pytest.mark.slow) for preset in SLOW)]
+SLOW = ["zero1", "zero2", "zero3", OFFLOADED, "zero2_offload", "zero3_offload"]
+PRESETS = ["zero0", SHARDED, *slow(*SLOW)]
 
 
 def plain(steps, skipped=()) -> dict:
@@ -174,7 +174,7 @@ def learn(workers):
     return learned
 
 
-@pytest.mark.parametrize("preset", ALL, ids=str)
+@pytest.mark.parametrize("preset", PRESETS, ids=str)
 def test_a_weight_that_is_missed_gets_no_gradient_of_another_step(learn, preset):
     actual = learn(preset, "fp32", STEPS)
 
@@ -205,7 +205,7 @@ def assert_moved_alike(actual, expected) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-@pytest.mark.parametrize("preset", ALL, ids=str)
+@pytest.mark.parametrize("preset", PRESETS, ids=str)
 def test_updates_in_16_bits_are_as_large_as_in_32(learn, preset, dtype):
     """The first, whose bias Adam corrects most, and one of two backwards."""
     steps = [["abc"], ["abc"], ["abc", "abc"], ["ab"]]
@@ -217,7 +217,7 @@ def test_updates_in_16_bits_are_as_large_as_in_32(learn, preset, dtype):
     assert actual["norms"] == pytest.approx(expected["norms"], rel=0.02)
 
 
-@pytest.mark.parametrize("preset", ALL, ids=str)
+@pytest.mark.parametrize("preset", PRESETS, ids=str)
 def test_only_the_step_that_overflows_is_skipped(learn, preset):
     steps = [["abc", "abc"]] * 4
 
@@ -227,7 +227,7 @@ def test_only_the_step_that_overflows_is_skipped(learn, preset):
     assert result["norms"][1] == float("inf")
 
 
-@pytest.mark.parametrize("preset", ["zero1", "zero3"])
+@pytest.mark.parametrize("preset", [*slow("zero1"), "zero3"])
 def test_gradients_that_overflow_at_every_scale_end_with_a_remedy(learn, preset):
     """DeepSpeed gives up at ZeRO 1 to 3; at ZeRO 0 the meter does."""
     with pytest.raises(Exception, match=r"fp16 cannot hold it .* use train\.bf16 or fp32"):
@@ -239,7 +239,7 @@ def test_deepspeeds_linear_computes_the_steps_at_zero_3_and_nothing_else(learn, 
     assert learn(preset, "fp32", [["abc"]])["linear"] == [is_used, False]
 
 
-@pytest.mark.parametrize(("preset", "other"), [("zero2", "zero3"), ("zero0", "zero1")])
+@pytest.mark.parametrize(("preset", "other"), [*slow(("zero2", "zero3")), ("zero0", "zero1")])
 def test_the_scale_of_fp16_goes_on_at_another_stage_with_other_ranks(
     learn, tmp_path, preset, other
 ):
@@ -254,7 +254,7 @@ def test_the_scale_of_fp16_goes_on_at_another_stage_with_other_ranks(
     assert last["train/skipped_steps"] == 1
 
 
-@pytest.mark.parametrize("preset", ALL, ids=str)
+@pytest.mark.parametrize("preset", PRESETS, ids=str)
 def test_a_gradient_that_is_not_finite_shows_in_the_norm_of_its_step(learn, preset):
     result = learn(preset, "fp32", [["abc", "abc"]] * 2, {1: float("inf")})
 

@@ -11,18 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import elements, lab_of, local
-from equal_runs import inputs_of, rows
-from tiny_runs import (
-    SENTENCES,
-    bert,
-    llama,
-    run_in,
-    save_tokenizer,
-    shape_of,
-    write_jsonl,
-    write_scored_pairs,
-    write_text,
-)
+from equal_runs import bert, in_parts, inputs_of
+from slow_cases import slow
+from tiny_runs import pairs_task
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import (
     AutoModelForCausalLM,
@@ -98,80 +89,44 @@ def watching():
         yield facts
 
 
-CLASSES = ("bad", "good", "other")
-HEADS, GROUPS = 4, 2
+# The student of a config of `equal_runs`; its teacher is measured.
+STUDENTS = {"mlm": "masked-tied", "causal_lm": "llama-tied"}
 AUTO = {
     "classification": AutoModelForSequenceClassification,
     "regression": AutoModelForSequenceClassification,
     "mlm": AutoModelForMaskedLM,
     "causal_lm": AutoModelForCausalLM,
 }
-SIZES = {"vocab_size": 320, "num_attention_heads": HEADS}
-BERT = bert(3, 32, **SIZES)
 # The classes are not numbered as in the data.
-NAMES = dict(enumerate(reversed(CLASSES)))
-CONFIGS = {
-    "classification": shape_of(BERT, id2label=NAMES, label2id={v: k for k, v in NAMES.items()}),
-    "regression": shape_of(BERT, num_labels=1),
-    "mlm": shape_of(BERT),
-    "causal_lm": shape_of(llama(3, 32, **SIZES, num_key_value_heads=GROUPS)),
-}
+NAMES = dict(enumerate("210"))
 # DeepSpeed would keep weights as small as these whole, and between forward and backward.
-ZERO3 = {
-    "stage": 3,
-    "memory_efficient_linear": False,
-    "stage3_param_persistence_threshold": 0,
-    "stage3_max_live_parameters": 0,
-    "stage3_max_reuse_distance": 0,
-    "stage3_prefetch_bucket_size": 0,
-}
+ZERO3 = {**in_parts(0)["zero_optimization"], "memory_efficient_linear": False}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def config_of(write_run, tmp_path_factory):
+    """A task and a ZeRO stage of the teacher -> a config."""
     folder = tmp_path_factory.mktemp("importance")
-    for split, count in {"train": 20, "validation": 13}.items():
-        named = (
-            {**row, "label": None if row["label"] is None else CLASSES[row["label"]]}
-            for row in rows(count, seed=count)
-        )
-        write_jsonl(folder / "classification" / f"{split}.jsonl", named)
-        for language in ("causal_lm", "mlm"):
-            (folder / language).mkdir(exist_ok=True)
-            write_text(folder / language / f"{split}.txt", documents=count)
-    write_scored_pairs(folder / "regression", train=20, validation=13)
-    texts = [*SENTENCES, *(row["text"] for row in rows(20, seed=20))]
-    for kind in ("bpe", "wordpiece"):
-        save_tokenizer(folder / kind, texts, kind=kind)
+    classes = bert(4, 32, id2label=NAMES, label2id={v: k for k, v in NAMES.items()})
+    teachers = {"classification": classes, "regression": bert(4, 32, num_labels=1)}
     torch.manual_seed(0)
-    for task, config in CONFIGS.items():
+    for task, config in teachers.items():
         model = AUTO[task].from_config(config)
         for parameter in model.parameters():  # larger than usual: no gradient is nearly zero
             parameter.data.mul_(4 if parameter.dim() > 1 else 1)
-        model.save_pretrained(folder / f"{task}-teacher")
-    return folder
+        model.save_pretrained(folder / task)
+    regression = {"task": pairs_task(folder), "objective": [{"loss": "hard_mse"}]}
 
-
-@pytest.fixture(scope="module")
-def config_of(folder, tmp_path_factory):
-    configs = tmp_path_factory.mktemp("configs")
-
+    @functools.cache
     def written(task, stage):
-        tokenizer = str(folder / ("bpe" if task == "causal_lm" else "wordpiece"))
-        zero = ZERO3 if stage == 3 else {"stage": stage}
-        keys = {"type": task, "dataset": str(folder / task), "tokenizer": tokenizer}
-        if task == "regression":
-            keys |= {"text_columns": ["first", "second"], "label_column": "similarity"}
-        teacher = str(folder / f"{task}-teacher")
-        config = run_in(
-            configs / f"{task}-{stage}",
-            keys,
-            teacher={"model": teacher, "deepspeed": {"zero_optimization": zero}},
-            method={"name": "single"},
-            # More than a rank's share of a batch.
-            train={"per_device_train_batch_size": 8},
-        )
-        return str(config)
+        teacher = {"deepspeed": {"zero_optimization": ZERO3 if stage == 3 else {"stage": stage}}}
+        if task in teachers:
+            teacher["model"] = str(folder / task)
+        # More rows than a rank's share of a batch.
+        train = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+        own = regression if task == "regression" else {}
+        name = STUDENTS.get(task, "bert-student")
+        return write_run(name, {"hard_cross_entropy": 1.0}, teacher=teacher, train=train, **own)
 
     return written
 
@@ -208,16 +163,17 @@ def outputs(model):
     """Per layer, what takes the heads and how many there are, then what takes the neurons."""
     if hasattr(model, "bert"):
         for layer in model.bert.encoder.layer:
-            yield layer.attention.output.dense, HEADS
+            yield layer.attention.output.dense, model.config.num_attention_heads
             yield layer.output.dense, layer.output.dense.in_features
         return
     for layer in model.model.layers:
-        yield layer.self_attn.o_proj, GROUPS
+        yield layer.self_attn.o_proj, model.config.num_key_value_heads
         yield layer.mlp.down_proj, layer.mlp.down_proj.in_features
 
 
 def plain_loss(model, batch):
-    logits = model(**batch.inputs).logits
+    packed = {"use_cache": False} if "position_ids" in batch.inputs else {}
+    logits = model(**batch.inputs, **packed).logits
     if batch.labels.is_floating_point():
         labelled = ~batch.labels.isnan()
         return F.mse_loss(logits[labelled, 0], batch.labels[labelled])
@@ -233,13 +189,12 @@ def assert_close(actual, expected) -> None:
 
 
 # (task, ranks, ZeRO stage); 13 rows in batches of 6: the last one leaves ranks with nothing.
-TASKS = ("classification", "regression", "mlm", "causal_lm")
-CASES = [("classification", 2, 0), *((task, 2, 3) for task in TASKS)]
-OTHERS = [("classification", 1, 3), ("causal_lm", 3, 3)]
-CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS]
+CASES = [("classification", 2, 3), ("causal_lm", 2, 3)]
+SLOW = [("classification", 2, 0), ("regression", 2, 3), ("mlm", 2, 3)]
+SLOW += [("classification", 1, 3), ("causal_lm", 3, 3)]
 
 
-@pytest.mark.parametrize(("task", "ranks", "stage"), CASES)
+@pytest.mark.parametrize(("task", "ranks", "stage"), [*CASES, *slow(*SLOW)])
 def test_importance_is_that_of_one_plain_process(workers, config_of, plain, task, ranks, stage):
     result = workers(ranks).run("test_importance.measured", config_of(task, stage), [])
 

@@ -12,6 +12,7 @@ from cases import started, summed
 from conftest import as_it_was
 from equal_runs import CLASSIFICATION, LANGUAGE, ZERO3, difference
 from safetensors.torch import load_file
+from slow_cases import slow
 
 from megakd.engine.sharding import gathered_state
 from megakd.storage.folders import write_files
@@ -25,7 +26,7 @@ STAGES = [{"zero_optimization": {"stage": stage}} for stage in range(3)] + [ZERO
 ROUTES = {
     "2-1-4-2": [(2, STAGES[2], 0), (1, STAGES[0], 3), (4, STAGES[3], 0), (2, STAGES[1], 3)],
     "4-2-1-4": [(4, STAGES[1], 0), (2, STAGES[3], 3), (1, STAGES[3], 0), (4, STAGES[0], 0)],
-    # For what four ranks would show no better: a checkpoint has whole values, whoever wrote it.
+    # Nearly what four ranks show: a checkpoint has whole values, whoever wrote it.
     "2-1-2-2": [(2, STAGES[2], 0), (1, STAGES[0], 3), (2, STAGES[3], 0), (2, STAGES[1], 3)],
     "offload": [(1, STAGES[2], 0), (2, ZERO2_OFFLOADED, 0), (2, ZERO3_OFFLOADED, 0),
                 (1, STAGES[0], 0)],
@@ -93,15 +94,14 @@ def unbroken(travel) -> dict[str, Any]:
 
 
 # The first use of DeepSpeed's CPU Adam compiles it, which takes a minute.
-@pytest.mark.parametrize(
-    "route", ["2-1-4-2", "4-2-1-4", pytest.param("offload", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("route", ["2-1-2-2", *slow("2-1-4-2", "4-2-1-4", "offload")])
 def test_a_student_that_changes_ranks_and_stages_learns_as_one_that_does_not(
     travel, unbroken, route
 ):
     assert_same(travel(ROUTES[route], "bert-student", CLASSIFICATION), unbroken)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sections",
     [{"train": {"optim": "sgd"}}, {"student": {"lora": {"r": 4, "alpha": 6.0}}}],
@@ -113,13 +113,13 @@ def test_other_optimizers_and_adapters_travel_too(travel, sections):
     assert_same(travel(ROUTES["2-1-2-2"], "llama-tied", LANGUAGE, **sections), unbroken)
 
 
-@pytest.mark.parametrize(("bf16", "most"), [(False, 2), (True, 4)], ids=["fp32", "bf16"])
-def test_what_other_ranks_read_is_what_was_written_to_the_last_bit(travel, bf16, most):
+@pytest.mark.parametrize("bf16", [*slow((False,)), True], ids=["fp32", "bf16"])
+def test_what_other_ranks_read_is_what_was_written_to_the_last_bit(travel, bf16):
     """The fp32 weights and moments of a student in bf16 too."""
     train = {"train": {"bf16": bf16}}
 
     written = travel([(2, STAGES[2], 0)], "bert-student", CLASSIFICATION, places=[0, 2], **train)
-    route = [(2, STAGES[2], 0), (most, STAGES[3], 0), (1, STAGES[0], 0), (2, STAGES[1], 3)]
+    route = [(2, STAGES[2], 0), (2, STAGES[3], 0), (1, STAGES[0], 0), (2, STAGES[1], 3)]
     read = travel(route, "bert-student", CLASSIFICATION, places=[0, 2, 2, 2, 2], **train)
 
     for key in ("values", "weights"):
@@ -133,7 +133,8 @@ MINIDISC = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("world", "zero"), [(1, 0), pytest.param(4, 3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "zero"), [(1, 0), (4, 3)])
 def test_a_trial_of_minidisc_goes_on_with_other_ranks(goes_on, write_run, world, zero):
     terms = {"soft_target_kl": 0.5, "hard_cross_entropy": 0.5}
     sections = {"student": {"model": "from_teacher"}, "train": {"max_steps": 4}}
@@ -149,8 +150,8 @@ def test_a_trial_of_minidisc_goes_on_with_other_ranks(goes_on, write_run, world,
 
 
 def test_another_number_of_rows_is_refused_with_what_keeps_them(command, write_run, tmp_path):
-    kept = {"save_steps": 1, "save_total_limit": None}
-    config = write_run("bert-student", {"soft_target_kl": 1.0}, save=kept, train={"max_steps": 2})
+    sections = {"save": {"save_steps": 1}, "train": {"max_steps": 2}}
+    config = write_run("bert-student", {"soft_target_kl": 1.0}, **sections)
     command("--config", config, world=1, code=0)
     as_it_was(Path(f"{config}-out"), "student/step-1", tmp_path / "out")
 

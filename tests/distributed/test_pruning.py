@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -12,6 +14,7 @@ import pytest
 import torch
 from cases import joined_shards, lab_of
 from equal_runs import difference, write_random, zero
+from slow_cases import slow
 from tiny_runs import NO_DROPOUT, bert, llama, run_in, shape_of, write_text
 from transformers import PreTrainedModel
 from whole_run import records, weights
@@ -121,15 +124,14 @@ def pruned(workers):
     return lambda path, ranks=2: workers(ranks).run("test_pruning.prune", str(path), [])
 
 
+SLOW = [("bert", 0), ("bert", 2), ("bert", 3), ("llama", 1)]
 TWO_RANKS = {"per_device_train_batch_size": 6}
 
 
 @pytest.fixture(scope="module")
-def alone(pruned, config_of) -> dict:
+def alone(pruned, config_of) -> Callable[[str], dict]:
     """By model: one rank at ZeRO 0 that never cuts, with the batch of two ranks."""
-    return {
-        name: pruned(config_of(name, 0, {"cuts": 0}, TWO_RANKS), 1)[0] for name in ("bert", "llama")
-    }
+    return functools.cache(lambda name: pruned(config_of(name, 0, {"cuts": 0}, TWO_RANKS), 1)[0])
 
 
 def assert_same(result: dict, reference: dict, *, tolerance=1e-5) -> None:
@@ -137,23 +139,22 @@ def assert_same(result: dict, reference: dict, *, tolerance=1e-5) -> None:
     torch.testing.assert_close(result["state"], reference["state"], atol=tolerance, rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("name", "stage"), [("bert", 0), ("bert", 2), ("bert", 3), ("llama", 1), ("llama", 3)]
-)
+@pytest.mark.parametrize(("name", "stage"), [("llama", 3), *slow(*SLOW)])
 def test_two_ranks_with_cuts_end_as_one_rank_that_only_masks_and_leave_no_engine_in_memory(
     pruned, config_of, alone, name, stage
 ):
     both = pruned(config_of(name, stage))
 
     assert both[0]["stages"] == ["pruning-1", "pruning-2", "student"]
-    assert_same(both[0], alone[name])
+    assert_same(both[0], alone(name))
     assert [n["kept"] for n in both[0]["notes"]] == [n["kept"] for n in both[1]["notes"]]
-    first, reference = both[0]["notes"][0], alone[name]["notes"][0]
+    first, reference = both[0]["notes"][0], alone(name)["notes"][0]
     torch.testing.assert_close(first["scores"], reference["scores"], rtol=1e-5, atol=1e-9)
     assert first["kept"] == reference["kept"]
     assert [rank["alive"] for rank in both] == [0, 0]
 
 
+@pytest.mark.slow
 def test_a_rank_that_holds_the_output_matrix_alone_takes_part_in_a_cut(pruned, config_of):
     three_ranks = {"per_device_train_batch_size": 9}
     reference = pruned(config_of("headed", 0, {"cuts": 0}, three_ranks), 1)[0]
@@ -164,6 +165,7 @@ def test_a_rank_that_holds_the_output_matrix_alone_takes_part_in_a_cut(pruned, c
     assert_same(three[0], reference)
 
 
+@pytest.mark.slow
 def test_scores_are_the_sums_of_whole_matrices(pruned, config_of):
     result = pruned(config_of("bert", 3))[0]
 
@@ -194,7 +196,7 @@ def reference_scores(sensitivities: dict) -> torch.Tensor:
 
 # (model, ZeRO stage, bf16, largest difference): dropout draws the same after a cut, and a student
 # in bf16 keeps its fp32 weights.
-CUTS = [("dropout", 3, False, 1e-5), ("bert", 2, True, 2e-2)]
+CUTS = [("bert", 2, True, 2e-2), *slow(("dropout", 3, False, 1e-5))]
 
 
 @pytest.mark.parametrize(("name", "stage", "bf16", "tolerance"), CUTS)
@@ -215,6 +217,7 @@ DISTILLATION = [
 ]
 
 
+@pytest.mark.slow
 def test_at_step_0_no_term_separates_the_student_from_its_teacher(pruned, config_of):
     sections = {"objective": DISTILLATION, "log": {"logging_steps": 1}, "train": {"max_steps": 2}}
     config = config_of("bert", 3, {"cuts": 0, "pruning_end": 2}, **sections)
@@ -227,7 +230,8 @@ def test_at_step_0_no_term_separates_the_student_from_its_teacher(pruned, config
     assert [first[f"train/{term['loss']}"] for term in DISTILLATION] == [0.0] * 4
 
 
-@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
 def test_a_run_killed_within_a_window_ends_with_the_same_weights(command, launch, config_of, stage):
     whole = config_of("dropout", stage)
     killed = config_of("dropout", stage, save={"save_steps": 1}, log={"logging_steps": 1})
@@ -245,7 +249,8 @@ def test_a_run_killed_within_a_window_ends_with_the_same_weights(command, launch
     assert difference(*(weights(out / "final") for out in outs)) == 0
 
 
-@pytest.mark.parametrize(("world", "zero"), [(1, 0), pytest.param(4, 3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "zero"), [(1, 0), (4, 3)])
 def test_a_window_goes_on_with_other_ranks(goes_on, config_of, world, zero):
     outs = goes_on(config_of("bert", 2), "pruning-2/step-5", world=world, zero=zero)
 

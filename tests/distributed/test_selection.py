@@ -7,6 +7,7 @@ from unittest.mock import patch
 import pytest
 from cases import lab_of
 from equal_runs import difference
+from slow_cases import slow
 from tiny_runs import NO_DROPOUT, bert, review_task, run_in
 from whole_run import weights
 
@@ -100,7 +101,9 @@ LEFT_OUT = (
 )
 
 
-@pytest.mark.parametrize(("settings", "stage"), [(SOFT, 2), (HARD, 1), (OFF, 3), (LEFT_OUT, 3)])
+@pytest.mark.parametrize(
+    ("settings", "stage"), [(LEFT_OUT, 3), *slow((SOFT, 2), (HARD, 1), (OFF, 3))]
+)
 def test_two_ranks_choose_and_learn_as_one_does(learn, settings, stage):
     how = "learn_noisily" if settings == OFF else "selected"
 
@@ -115,7 +118,8 @@ def test_two_ranks_choose_and_learn_as_one_does(learn, settings, stage):
     assert difference(first["weights"], alone["weights"]) <= tolerance
 
 
-@pytest.mark.parametrize(("world", "zero"), [(1, 0), pytest.param(4, 3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "zero"), [(1, 0), (4, 3)])
 def test_an_episode_goes_on_with_other_ranks(goes_on, config, world, zero):
     """The next episode begins from the student that the first ranks remembered."""
     saved, words = f"student/step-{STEPS - 1}", ("student.deepspeed=zero2", *SOFT)
@@ -125,6 +129,7 @@ def test_an_episode_goes_on_with_other_ranks(goes_on, config, world, zero):
     assert difference(*(weights(out / "final") for out in outs)) < 1e-5
 
 
+@pytest.mark.slow
 def test_ranks_whose_processors_differ_take_the_action_of_the_first(learn):
     settings = ("student.deepspeed=zero2", *SOFT)
 
@@ -134,6 +139,7 @@ def test_ranks_whose_processors_differ_take_the_action_of_the_first(learn):
     assert len({*map(tuple, first["actions"])}) > 1
 
 
+@pytest.mark.slow
 def test_one_choice_serves_all_micro_batches_and_the_loss_is_measured_once_per_phase(learn):
     once, twice = learn(2)[0], learn(2, "train.gradient_accumulation_steps=2")[0]
 

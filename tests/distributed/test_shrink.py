@@ -11,6 +11,7 @@ import pytest
 import torch
 from cases import lab_of
 from equal_runs import ZERO3, write_llama
+from slow_cases import slow
 from tiny_runs import NO_DROPOUT, bert, review_task, run_in
 from whole_run import weights
 
@@ -90,16 +91,7 @@ def assert_same(rank: dict, alone: dict) -> None:
     torch.testing.assert_close(rank["state"], alone["state"], atol=1e-4, rtol=1e-3)
 
 
-# The engine alone knows the stage, so that a quick run has one of the two kinds at each.
-@pytest.mark.parametrize(
-    ("sizes", "zero"),
-    [
-        pytest.param([], 2, id="narrower layers-2", marks=pytest.mark.slow),
-        pytest.param([], 3, id="narrower layers-3"),
-        pytest.param(WHOLE, 2, id="whole layers-2"),
-        pytest.param(WHOLE, 3, id="whole layers-3", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize(("sizes", "zero"), [([], 3), *slow(([], 2), (WHOLE, 2), (WHOLE, 3))])
 def test_two_ranks_choose_and_train_what_one_rank_does(
     workers, folder, alone, tmp_path, zero, sizes
 ):
@@ -122,7 +114,9 @@ def keeping_two(folder: Path, *, rows: int, student: Any, teacher: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("student", "teacher"), [("zero1", "teacher_zero0"), (ZERO3, "teacher_zero3")], ids=["1", "3"]
+    ("student", "teacher"),
+    [*slow(("zero1", "teacher_zero0")), (ZERO3, "teacher_zero3")],
+    ids=["1", "3"],
 )
 def test_two_ranks_keep_the_layers_of_an_encoder_that_one_rank_keeps(
     workers, tmp_path, student, teacher

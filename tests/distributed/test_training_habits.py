@@ -10,6 +10,7 @@ import cases
 import pytest
 import torch
 from equal_runs import CLASSIFICATION, CUTS, STEPS, cut_of
+from slow_cases import slow
 from unit_counts import counts_of, numbers
 from whole_run import read
 
@@ -92,16 +93,17 @@ def whole(by_source):
     return by_source(PAIR, 0, (1, 12, 1))
 
 
-@pytest.mark.parametrize(
-    ("zero", "cut"), [(0, (2, 1, 6)), (2, (2, 1, 6)), (3, (2, 1, 6)), (3, (2, 6, 1))]
-)
+SLOW = [(0, (2, 1, 6)), (2, (2, 1, 6)), (3, (2, 6, 1))]
+
+
+@pytest.mark.parametrize(("zero", "cut"), [(3, (2, 1, 6)), *slow(*SLOW)])
 def test_the_pair_of_distillm_2_learns_the_same_in_any_cut(by_source, whole, zero, cut):
     on_data, on_rollouts = ([step[name] > 0 for step in whole["losses"][:3]] for name in NAMES[1:])
     assert (on_data, on_rollouts) == ([False, True, False], [True, False, True])
     assert_same(by_source(PAIR, zero, cut), whole)
 
 
-@pytest.mark.parametrize("zero", [0, 3])
+@pytest.mark.parametrize("zero", [*slow(0), 3])
 def test_a_step_of_data_is_zero_for_terms_on_rollouts_and_the_run_continues(by_source, zero):
     result = by_source(ON_ROLLOUTS, zero, (2, 1, 6))
 
@@ -126,7 +128,9 @@ def trained(distil):
     return train
 
 
-@pytest.mark.parametrize("term", [HARD, OVER_ROWS], ids=["weights and smoothing", "all rows"])
+@pytest.mark.parametrize(
+    "term", [*slow(HARD), OVER_ROWS], ids=["weights and smoothing", "all rows"]
+)
 def test_options_of_the_loss_on_labels_weigh_alike_in_every_cut(trained, term):
     whole, *others = (trained(cut, term) for cut in (CUTS[0], CUTS[3], CUTS[5]))
 
@@ -136,6 +140,7 @@ def test_options_of_the_loss_on_labels_weigh_alike_in_every_cut(trained, term):
     assert plain["losses"][0] != pytest.approx(whole["losses"][0], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_all_ranks_stop_early_at_the_same_step(command, write_run):
     # The first evaluation sets the score, and no later one can be so much better.
     stopping = {"early_stopping_patience": 2, "early_stopping_threshold": 1e9, "max_steps": 8}
