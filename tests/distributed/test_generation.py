@@ -77,21 +77,18 @@ def training(config_path: str, overrides: list[str], *, generates: bool) -> dict
         return {"weights": dict(gathered_state(run.student.bundle)), "said": answers}
 
 
-def copy_facts(config_path: str, overrides: list[str]) -> dict:
+def copied(config_path: str, overrides: list[str]) -> tuple[set, dict, dict]:
+    """The dtypes of a whole copy of the sharded student, its weights, and those of the student."""
     with started(config_path, overrides) as (run, _):
         student = run.student.student
-        before = gathered_elements(student)
+        assert gathered_elements(student) == 0
         with patch("megakd.engine.sharding.GROUP_ELEMENTS", 1000), whole_model(student) as whole:
-            facts = {
-                "sharded": (is_sharded(student), is_sharded(whole)),
-                "gathered": (before, gathered_elements(student)),
-                "dtypes": {parameter.dtype for parameter in whole.parameters()},
-                "tied": whole.get_input_embeddings().weight is whole.get_output_embeddings().weight,
-                "whole": {name: p.detach().clone() for name, p in whole.named_parameters()},
-            }
-        facts["left"] = gathered_elements(whole)
-        facts["state"] = dict(gathered_state(student))
-    return facts
+            assert (is_sharded(student), is_sharded(whole)) == (True, False)
+            assert gathered_elements(student) == 0
+            assert whole.get_input_embeddings().weight is whole.get_output_embeddings().weight
+            weights = {name: p.detach().clone() for name, p in whole.named_parameters()}
+        assert gathered_elements(whole) == 0
+        return {p.dtype for p in weights.values()}, weights, dict(gathered_state(student))
 
 
 def gathered_elements(module: torch.nn.Module) -> int:
@@ -178,16 +175,11 @@ def test_a_sharded_model_is_gathered_group_by_group_into_a_copy_that_is_freed(
 ):
     config = write_run("llama-tied", WEIGHTS, (3, 0), train={"bf16": dtype == "bf16"})
 
-    result = workers(2).run("test_generation.copy_facts", config, [])
+    result = workers(2).run("test_generation.copied", config, [])
 
-    for rank in result:
-        assert rank["sharded"] == (True, False)
-        assert rank["gathered"] == (0, 0)
-        assert rank["dtypes"] == {torch.bfloat16 if dtype == "bf16" else torch.float32}
-        assert rank["tied"]
-        assert rank["left"] == 0
-    for rank in result:
-        assert difference(rank["whole"], result[0]["state"]) == 0
+    for dtypes, weights, _ in result:
+        assert dtypes == {torch.bfloat16 if dtype == "bf16" else torch.float32}
+        assert difference(weights, result[0][-1]) == 0
 
 
 def test_a_prompt_that_cannot_be_continued_fails_on_all_ranks_alike(workers, config_of):

@@ -18,7 +18,6 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import ROOT, TIMEOUT_S, TRAIN, free_port, ranks_of
-from slow_cases import slow
 from tiny_runs import bert, review_task, run_in, save_tokenizer, write_jsonl
 
 STEPS = 2
@@ -144,7 +143,8 @@ def test_processes_that_srun_starts_find_each_other(config, launch, by_hand, tmp
     assert weights(out) == weights(by_hand("zero3"))
 
 
-@pytest.mark.parametrize("variables", [{}, *slow(slurm(0, 1))], ids=["python", "srun"])
+@pytest.mark.slow
+@pytest.mark.parametrize("variables", [{}, slurm(0, 1)], ids=["python", "srun"])
 def test_one_process_needs_no_launcher(config, launch, by_hand, tmp_path, variables):
     out = tmp_path / "out"
 
@@ -330,7 +330,7 @@ def test_torchrun_brings_a_run_back_whose_rank_dies_twice(begin, whole, tmp_path
 
     for rank, step in ((1, 30), (0, 60)):
         wait_for_step(tmp_path / "out", step)
-        (killed,) = (
+        killed = next(
             below
             for below in psutil.Process(process.pid).children(recursive=True)
             if str(TRAIN) in below.cmdline() and below.environ().get("RANK") == str(rank)
