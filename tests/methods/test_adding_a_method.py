@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-PARTS = ("megakd", "kernels", "launch", "ds_configs", "tests/support", "tests/conftest.py")
+PARTS = ("megakd", "kernels", "launch", "ds_configs")
+SUPPORT = ("tests/support", "tests/conftest.py", "tests/slow_tests.txt")
 METHOD, TEST = "megakd/methods/born_again.py", "tests/methods/test_born_again.py"
 CONFIG = ["--config", "launch/examples/born_again.yaml", "--print-config"]
 SHOWN = "from megakd.cli import main, train_main\n"
@@ -22,7 +23,7 @@ SHOWN += f"main(['methods', 'born_again'])\ntrain_main({CONFIG})"
 def followed(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the code with the page's files in it."""
     copy = tmp_path_factory.mktemp("contributor")
-    for part in (*PARTS, "pyproject.toml"):
+    for part in (*PARTS, *SUPPORT, "pyproject.toml"):
         source, target = repository / part, copy / part
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.is_dir():
