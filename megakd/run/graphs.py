@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
@@ -27,10 +27,12 @@ from megakd.models.model_folder import weight_bytes
 from megakd.models.onnx import MODEL, MOST_IN_ONE_FILE, OnnxModel, check_packages, write_onnx
 from megakd.models.quantized_graph import Logits, quantize_graph
 from megakd.reports.report_file import GRAPH
-from megakd.run.run_lab import RunLab
-from megakd.run.teacher_pool import Measured
 from megakd.scoring.scorer import few
 from megakd.training.assembly import Assembly
+
+if TYPE_CHECKING:
+    from megakd.run.run_lab import RunLab
+    from megakd.run.teacher_pool import Measured
 
 _FOLDER = ".graphs"
 logger = logging.getLogger(__name__)
