@@ -85,7 +85,7 @@ def test_the_presets_are_those_that_are_documented():
     assert preset_names() == sorted(PRESETS)
 
 
-def test_presets_of_an_installed_package_are_found_inside_it(tmp_path, monkeypatch):
+def test_the_presets_of_an_installed_package_are_found_inside_it(tmp_path, monkeypatch):
     (tmp_path / "megakd" / "ds_configs").mkdir(parents=True)
     (tmp_path / "megakd" / "ds_configs" / "mine.json").write_text("{}")
     monkeypatch.setattr(ds_config, "__file__", str(tmp_path / "megakd" / "config" / "deepspeed.py"))
@@ -117,10 +117,7 @@ def test_a_path_that_does_not_exist_is_named(spec):
     [
         (b'{"a": 1,}', "mine.json is not JSON in UTF-8: "),
         (b'{"zero_optimization": {"stage": 1, "stage": 2}}', "a key occurs twice in a mapping"),
-        (
-            b'{"a": "\xff"}',
-            "is not JSON in UTF-8: 'utf-8' codec can't decode byte 0xff",
-        ),
+        (b'{"a": "\xff"}', "is not JSON in UTF-8: 'utf-8' codec can't decode byte 0xff"),
         (b"[]", "mine.json must be a mapping (got [])"),
     ],
     ids=["broken", "twice", "latin-1", "list"],
@@ -183,10 +180,7 @@ def test_knobs_left_to_the_trainer_are_left_out():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        (
-            {"zero_optimization.stage": 2},
-            'unknown key "zero_optimization.stage"; did you mean "zero',
-        ),
+        ({"zero_optimization.stage": 2}, 'unknown key "zero_optimization.stage"; did you mean "ze'),
         (zero(**{"offload_param.x": 1}), "zero_optimization.offload_param.x: Extra inputs are no"),
         ({"zero_optimisation": {}}, 'unknown key "zero_optimisation"; did you mean "zero_optimiz'),
         ({"gradient_cliping": 1}, 'unknown key "gradient_cliping"; did you mean "gradient_clipp'),
@@ -201,10 +195,7 @@ def test_knobs_left_to_the_trainer_are_left_out():
             "stage3_param_persistance_threshold: Extra inputs are not permitted (got 0); did you "
             'mean "stage3_param_persistence_threshold"?',
         ),
-        (
-            zero(stage=3, sub_group_size="4"),
-            "sub_group_size must be a number, a mapping, true or fal",
-        ),
+        (zero(stage=3, sub_group_size="4"), "sub_group_size must be a number, a mapping, true or"),
         (zero(qqq=0), "zero_optimization.qqq: Extra inputs are not permitted (got 0)"),
         (zero(stage=2, offload_param={"device": "cpu"}), "needs ZeRO stage 3 or above, and the s"),
         (zero(offload_optimizer={"device": "cpu"}), "ZeRO stage 1 or above, and the stage is 0"),
@@ -217,14 +208,8 @@ def test_knobs_left_to_the_trainer_are_left_out():
         (zero(stage=2, load_from_fp32_weights=False), "load_from_fp32_weights cannot be false"),
         (zero(stage=1, overlap_comm=True), "true can give wrong gradients at ZeRO stage 1"),
         ({"checkpoint": {"load_universal": True}}, 'unknown key "checkpoint"; known: megak'),
-        (
-            zero(stage=3, offload_param={"devise": "cpu"}),
-            "zero_optimization.offload_param.devise: Extra inputs are not permitted ",
-        ),
-        (
-            zero(stage=3, offload_param="cpu"),
-            'offload_param must be a mapping (got "cpu")',
-        ),
+        (zero(stage=3, offload_param={"devise": "cpu"}), "param.devise: Extra inputs are not perm"),
+        (zero(stage=3, offload_param="cpu"), 'offload_param must be a mapping (got "cpu")'),
         ({"megakd": True}, "megakd must be a mapping (got true)"),
         ({"megakd": {"shard_in_node": True}}, "megakd has the one key shard_within_node, true or"),
         ({"stage": 3}, 'unknown key "stage"; known: megakd zero_optimization activation_checkpoi'),

@@ -26,7 +26,6 @@ def loaded(run_file: Path, *overrides: str) -> RunConfig:
 @pytest.mark.parametrize(
     ("override", "read"),
     [
-        ("log.report_to=[none]", lambda config: config.log.report_to == ()),
         (
             "student.lora={target_modules: all-linear}",
             lambda config: config.student.lora.target_modules is None,
@@ -36,7 +35,7 @@ def loaded(run_file: Path, *overrides: str) -> RunConfig:
             lambda config: config.rollout.server.url == ("http://a:8000",),
         ),
     ],
-    ids=["no tracker", "all layers", "an address with the version"],
+    ids=["all layers", "an address with the version"],
 )
 def test_values_that_other_programs_read_mean_the_same(run_file, override, read):
     assert read(loaded(run_file, override))
@@ -133,22 +132,16 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_every_folder_of_the_config_may_begin_with_the_home_folder(run_file, home):
-    overrides = [
-        "output_dir=~/runs/x",
-        "teacher.cache=~/answers",
-    ]
-
-    config = load_config(run_file, overrides)
+    config = load_config(run_file, ["output_dir=~/runs/x", "teacher.cache=~/answers"])
 
     assert config.output_dir == home / "runs/x"
     assert config.teacher.cache == home / "answers"
 
 
 def test_the_home_folder_of_nobody_is_refused(run_file):
-    key = "output_dir"
-    text = message_of(run_file, f"{key}=~nosuchuser/x")
+    text = message_of(run_file, "output_dir=~nosuchuser/x")
 
-    assert f"{key}: ~nosuchuser is the home folder of a user that does not exist" in text
+    assert "output_dir: ~nosuchuser is the home folder of a user that does not exist" in text
     assert "'~nosuchuser/x'" in text
 
 
@@ -164,18 +157,18 @@ PATHS = [
     f"{ROWS}; task.dataset=null; task.mixture.a={{files: ['HERE'], weight: 1}}",
     "teacher.model=HERE",
     "student.model=${SCRATCH}/a",
+    "student.deepspeed=HERE",
     "teacher.finetune=null; teacher.cache=HERE",
 ]
 
 
 @pytest.mark.parametrize("overrides", PATHS)
 def test_a_variable_in_any_path_is_put_in_where_it_is_set(run_file, home, monkeypatch, overrides):
-    (home / "a").write_text("{{ messages }}")
+    (home / "a").write_text('{"zero_optimization": {"stage": 0}}')  # a chat template too
     monkeypatch.setenv("SCRATCH", str(home))
+    overrides = overrides.replace("HERE", "$SCRATCH/a").split("; ")
 
-    written = dump_config(
-        load_config(run_file, overrides.replace("HERE", "$SCRATCH/a").split("; "))
-    )
+    written = dump_config(load_config(run_file, overrides))
 
     assert f"{home}/a" in written
     assert "SCRATCH" not in written
@@ -195,15 +188,6 @@ def test_paths_with_a_variable_that_is_not_set_are_refused_with_their_keys(
     for path in paths:
         key = path.partition("=")[0]
         assert re.search(rf"{key}\S*: the variable SCRATCH is not set \(got '", message)
-
-
-def test_a_deepspeed_file_may_be_named_by_a_variable(run_file, home, monkeypatch):
-    monkeypatch.setenv("SCRATCH", str(home))
-    (home / "mine.json").write_text('{"zero_optimization": {"stage": 0}}')
-
-    config = loaded(run_file, "student.deepspeed=$SCRATCH/mine.json")
-
-    assert config.student.deepspeed == f"{home}/mine.json"
 
 
 def test_a_dollar_sign_that_names_no_variable_of_a_path_stays(run_file, home, monkeypatch):

@@ -41,39 +41,15 @@ def test_quotes_after_a_blank_are_no_part_of_a_field(load, tmp_path, content, te
             for name, content in (("x.csv", "text,label\na,b\n"), ("x.jsonl", LINES))
             for encoding in ("utf-16-le", "utf-16-be", "utf-32-le")
         ),
-        (
-            "x.csv",
-            b"text,label\ra,b\rc,d\r",
-            r"line 1: lines end with CR \(\\r\) alone; save the f",
-        ),
+        ("x.csv", b"text,label\ra,b\rc,d\r", r"line 1: lines end with CR \(\\r\) alone; save the"),
         ("x.tsv", b"text\tlabel\ra\tb\rc\td", r"line 1: lines end with CR \(\\r\) alone; save the"),
         ("x.jsonl", LINES.replace("\n", "\r").encode(), r"line 1: lines end with CR \(\\r\) alone"),
-        (
-            "x.csv",
-            b"\xef\xbb\xbfsep=;\r\ntext;label\r\na;b\r\n",
-            "line 1: sep= is a line for Excel",
-        ),
-        (
-            "x.csv",
-            b'"sep=,"\ntext,label\na,b\n',
-            "line 1: sep= is a line for Excel alone; remove it",
-        ),
+        ("x.csv", b"\xef\xbb\xbfsep=;\r\ntext;label\r\na;b\r\n", "line 1: sep= is a line for Exce"),
+        ("x.csv", b'"sep=,"\ntext,label\na,b\n', "line 1: sep= is a line for Excel alone; remove"),
         ("x.tsv", b"SEP=\t\ntext\tlabel\na\tb\n", "line 1: sep= is a line for Excel alone; remove"),
-        (
-            "x.jsonl",
-            LIST.encode(),
-            r"line 1 is not a JSON object: .*; .* list of rows is named \.json",
-        ),
-        (
-            "x.ndjson",
-            json.dumps(json.loads(LIST), indent=1).encode(),
-            r"list of rows is named \.json",
-        ),
-        (
-            "x.json",
-            LINES.encode(),
-            r"x\.json is not JSON: Extra data: .*each line is named \.jsonl",
-        ),
+        ("x.jsonl", LIST.encode(), r"line 1 is not a JSON object: .* rows is named \.json"),
+        ("x.ndjson", json.dumps(json.loads(LIST), indent=1).encode(), r"list of rows is named \.j"),
+        ("x.json", LINES.encode(), r"is not JSON: Extra data: .*each line is named \.jsonl"),
         ("x.txt", LINES.encode(), r"x\.txt, line 1: a row of JSON; name a file .* \.jsonl"),
     ],
 )

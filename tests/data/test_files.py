@@ -407,19 +407,12 @@ CASES: list[tuple[Any, ...]] = [
     ({"x.jsonl": "7\n"}, r"x\.jsonl, line 1 is not a JSON object", LANGUAGE),
     ({"x.jsonl": '{"text": 7}\n'}, r"line 1: column 'text' is not text: 7", LANGUAGE),
     ({"x.jsonl": '{"text": "a"}\n{"b": 1}\n'}, r"line 2: column 'text' is missing", LANGUAGE),
-    (
-        {"x.jsonl": '{"text": "a \\ud800"}\n{"text": "b"}\n'},
-        r"x\.jsonl, line 1: column 'text' is not UTF-8",
-        LANGUAGE,
-    ),
+    ({"x.jsonl": '{"text": "a \\ud800"}\n{"text": "b"}\n'}, r"line 1: .* is not UTF-8", LANGUAGE),
     (
         {"x.jsonl": '{"text": "a", "label": 0}\n{"text": "b", "label": 1, "label": 0}\n'},
         r"x\.jsonl, line 2 is not JSON: the key 'label' occurs more than once",
     ),
-    (
-        {"x.json": '[["a", 0], {"text": "b", "text": "c", "label": 1}]'},
-        r"x\.json is not JSON: the key 'text' occurs",
-    ),
+    ({"x.json": '[["a", 0], {"text": "b", "text": "c", "label": 1}]'}, r"is not JSON: the key 'te"),
     *(
         ({f"x.{kind}": content}, rf"{place} is not JSON: the key 'role' occurs", LANGUAGE)
         for kind, content, place in (
@@ -434,10 +427,7 @@ CASES: list[tuple[Any, ...]] = [
     ({"x.csv": "text,text\na,b\n"}, r"x\.csv: column 'text' occurs more than once"),
     ({"x.csv": "body,label\na,0\n"}, r"column 'text' does not exist; the columns are body, label;"),
     ({"x.jsonl": '{"question": "a"}'}, r"are question; .*prompts .*task\.prompt_column", LANGUAGE),
-    (
-        {"x.csv": "text,topic\na,0\n"},
-        r"column 'label' .* does not exist; .* are text, topic",
-    ),
+    ({"x.csv": "text,topic\na,0\n"}, r"column 'label' .* does not exist; .* are text, topic"),
     ({"train.csv": GOOD, "dev.csv": "text\na\n"}, r"dev\.csv: column 'label' .* does not exist"),
     # Labels
     *(
@@ -470,16 +460,12 @@ CASES: list[tuple[Any, ...]] = [
     ({"train.csv": GOOD, "dev.csv": "text,label\na,\n"}, r"the validation split of .* has no labe"),
     # Keys
     ({"x.csv": GOOD}, r"column 'topic' \(task\.label_column\) does not", {"label_column": "topic"}),
-    (
-        {"train.csv": GOOD, "dev.csv": GOOD},
-        r"task\.labelled_examples: 4, .* has 3 labelled rows",
-        {"labelled_examples": 4},
-    ),
+    ({"train.csv": GOOD, "dev.csv": GOOD}, r"4, .* has 3 labelled rows", {"labelled_examples": 4}),
     ({"x.csv": GOOD}, r"task\.dataset_config: 'en' is for a data set of", {"dataset_config": "en"}),
     # Data sets of the Hub; tests/conftest.py sets HF_HUB_OFFLINE
     (
         {},
-        r"the Hub cannot be reached to load the data set someone/somedata \(en\), .* glue/<task>",
+        r"Hub cannot be reached .*\(en\)",
         {"dataset": "someone/somedata", "dataset_config": "en"},
     ),
     ({}, r"the data set what is this\?", {"dataset": "what is this?"}),

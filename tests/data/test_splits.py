@@ -169,10 +169,7 @@ def test_a_hub_data_set_is_read_with_its_class_names(load, hub):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (
-            ["train_sft", "test_sft"],
-            r"somedata has no split named 'train'; .* train_sft, test_sft: .* {train: train_sft}",
-        ),
+        (["train_sft", "test_sft"], r"no split named 'train'; .* test_sft: .* {train: train_sft}"),
         (["train", "validation", "dev"], r"somedata: 'validation' and 'dev' are names of the same"),
     ],
     ids=["no training split", "two names"],
@@ -383,16 +380,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         r"task\.evaluation_sets\.hard: .*gone\.jsonl does not exist",
     ),
     ({"evaluation_sets": {"p": "pairs.jsonl"}}, r"task\.evaluation_sets\.p: .* holds pairs of tex"),
-    (
-        {"evaluation_sets": {"c": ("hard.jsonl", "c.jsonl")}},
-        r"evaluation_sets\.c, c\.jsonl line 1: label 'c' is not one of the 2 classes",
-    ),
+    ({"evaluation_sets": {"c": ("hard.jsonl", "c.jsonl")}}, r"line 1: label 'c' is not one of the"),
     ({"evaluation_sets": {"n": "none.jsonl"}}, r"none\.jsonl has no labelled rows to score"),
     # Classes
-    (
-        {"train_files": ("classes.parquet", "other.parquet")},
-        r"other\.parquet row 2: label 'other' is not one of the 2 classes .* \(neg, pos\)",
-    ),
+    ({"train_files": ("classes.parquet", "other.parquet")}, r"'other' is not one .* \(neg, pos\)"),
     (
         {"train_files": "digits.parquet", "validation_files": "numbers.csv"},
         r"numbers\.csv, line 2: label '0' is not one of the 3 classes .* \(1, 2, 3\)",
