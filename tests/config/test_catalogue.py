@@ -33,9 +33,9 @@ def test_methods_and_losses_are_listed_with_what_they_are_their_options_and_defa
 def test_one_method_or_loss_is_listed_alone(words, first, absent, capsys):
     assert cli.main(["methods", *words]) == 0
 
-    shown = capsys.readouterr().out
-    assert shown.startswith(f"{first}\n")
-    assert absent not in shown
+    out = capsys.readouterr().out
+    assert out.startswith(f"{first}\n")
+    assert absent not in out
 
 
 @pytest.mark.parametrize(

@@ -24,16 +24,10 @@ from megakd.engine.distributed import check_zero
 from megakd.errors import ConfigError
 
 PRESETS = {
-    "zero0": 0,
+    **dict.fromkeys(("zero0", "teacher_zero0"), 0),
     "zero1": 1,
-    "auto": 2,
-    "zero2": 2,
-    "zero2_offload": 2,
-    "zero3": 3,
-    "zero3_offload": 3,
-    "teacher_zero0": 0,
-    "teacher_zero3": 3,
-    "teacher_zero3_node": 3,
+    **dict.fromkeys(("auto", "zero2", "zero2_offload"), 2),
+    **dict.fromkeys(("zero3", "zero3_offload", "teacher_zero3", "teacher_zero3_node"), 3),
     "teacher_zero3_offload": 3,
 }
 OFFLOADED = {
@@ -120,7 +114,6 @@ def test_a_path_that_does_not_exist_is_named(spec):
         (b'{"a": "\xff"}', "is not JSON in UTF-8: 'utf-8' codec can't decode byte 0xff"),
         (b"[]", "mine.json must be a mapping (got [])"),
     ],
-    ids=["broken", "twice", "latin-1", "list"],
 )
 def test_a_file_that_is_no_json_object_is_refused(tmp_path, content, message):
     path = tmp_path / "mine.json"
@@ -232,7 +225,6 @@ def test_what_deepspeed_would_ignore_or_refuse_later_is_refused(spec, message):
         zero(stage=2, reduce_bucket_size=5e8),
         zero(stage=2, overlap_comm=True),
     ],
-    ids=["offload to nowhere", "a number with an exponent", "overlap"],
 )
 def test_what_deepspeed_reads_is_left_as_it_is(spec):
     assert load_ds_config(spec, where=WHERE) == spec
@@ -247,8 +239,8 @@ def test_a_training_engine_gets_what_the_run_config_owns(clipping, dtype):
     merged = merged_ds_config(load_ds_config("zero2", where=WHERE), train, dtype=dtype)
 
     assert merged.pop("zero_optimization")["stage"] == 2
-    assert merged.pop("steps_per_print") >= 10**9
     assert merged == {
+        "steps_per_print": 10**9,
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": clipping,
@@ -277,16 +269,10 @@ def test_a_frozen_engine_has_no_optimizer_and_no_clipping(dtype):
 
 @pytest.mark.parametrize(
     ("preset", "ranks", "stage"),
-    [
-        ("teacher_zero3", 1, 0),
-        ("teacher_zero3", 2, 3),
-        ("teacher_zero3_node", 1, 0),
-        ("teacher_zero3_offload", 1, 3),
-        ("teacher_zero0", 1, 0),
-    ],
+    [("zero3", 1, 0), ("zero3", 2, 3), ("zero3_node", 1, 0), ("zero3_offload", 1, 3)],
 )
 def test_zero_3_is_for_frozen_models_on_several_ranks_or_on_the_host(preset, ranks, stage):
-    ds = frozen_on(ranks, load_ds_config(preset, where="teacher.deepspeed"))
+    ds = frozen_on(ranks, load_ds_config(f"teacher_{preset}", where=TEACHER))
 
     assert zero_stage(ds) == stage
     assert zero_stage(frozen_ds_config(ds, dtype="bf16", micro_batch=1)) == stage

@@ -11,39 +11,19 @@ from transformers import get_scheduler
 from megakd.config.train import ScheduleName, TrainConfig, learning_rate_schedule, warmup_steps
 from megakd.errors import ConfigError
 
-SCHEDULES = get_args(ScheduleName)
-
+# Without options, with them, and with the one that replaces the number of all steps.
 OPTIONS = [
     ("linear", {}),
-    ("cosine", {}),
-    ("cosine", {"num_cycles": 1.5}),
-    ("constant_with_warmup", {}),
-    ("polynomial", {}),
     ("polynomial", {"power": 2.0, "lr_end": 0.01}),
-    ("cosine_with_restarts", {}),
-    ("cosine_with_restarts", {"num_cycles": 3}),
-    ("inverse_sqrt", {}),
-    ("inverse_sqrt", {"timescale": 5}),
-    ("cosine_with_min_lr", {"min_lr": 0.1}),
     ("cosine_with_min_lr", {"min_lr_rate": 0.2, "num_cycles": 1.0}),
-    ("warmup_stable_decay", {"num_decay_steps": 7}),
+    ("warmup_stable_decay", {"num_decay_steps": 7, "decay_type": "1-sqrt"}),
     ("warmup_stable_decay", {"num_decay_steps": 4, "num_stable_steps": 3, "min_lr_ratio": 0.1}),
-    *(
-        ("warmup_stable_decay", {"num_decay_steps": 7, "decay_type": shape, "warmup_type": shape})
-        for shape in ("linear", "cosine", "1-sqrt")
-    ),
 ]
 
 
 def rates_of_transformers(name, total, warm, options):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
-    theirs = get_scheduler(
-        name,
-        optimizer,
-        num_warmup_steps=warm,
-        num_training_steps=total,
-        scheduler_specific_kwargs=options,
-    )
+    theirs = get_scheduler(name, optimizer, warm, total, scheduler_specific_kwargs=options)
     for _ in range(total):
         yield optimizer.param_groups[0]["lr"]
         optimizer.step()
@@ -64,19 +44,13 @@ def test_every_step_has_the_rate_that_transformers_gives_it(name, options, warm)
     assert [ours(step) for step in range(20)] == pytest.approx(expected, abs=1e-12)
 
 
-def test_every_schedule_is_compared_with_that_of_transformers():
-    assert {name for name, _ in OPTIONS} | {"constant"} == set(SCHEDULES)
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", get_args(ScheduleName))
 def test_a_stage_of_one_step_has_a_rate(name):
     options = {"cosine_with_min_lr": {"min_lr_rate": 0.1}}
     options["warmup_stable_decay"] = {"num_decay_steps": 1}
     train = TrainConfig(lr_scheduler_type=name, lr_scheduler_kwargs=options.get(name))
 
-    rate = learning_rate_schedule(train, 1)
-
-    assert rate(0) == train.learning_rate
+    assert learning_rate_schedule(train, 1)(0) == train.learning_rate
 
 
 @pytest.mark.parametrize(

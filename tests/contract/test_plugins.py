@@ -32,36 +32,35 @@ from pydantic.dataclasses import dataclass
 from megakd.contract.options import MethodOptions
 from megakd.contract.terms import STRICT, PluginTerm
 
-@dataclass(config=STRICT, frozen=True, kw_only=True)
+strict = dataclass(config=STRICT, frozen=True, kw_only=True)
+
+@strict
 class Good(PluginTerm):
     unit = "examples"
     def total(self, student, teacher, batch):
         return student.logits.sum()
 
-@dataclass(config=STRICT, frozen=True, kw_only=True)
+@strict
 class NoUnit(PluginTerm):
-    def total(self, student, teacher, batch):
-        return student.logits.sum()
+    total = Good.total
 
-@dataclass(config=STRICT, frozen=True, kw_only=True)
+@strict
 class NoTotal(PluginTerm):
     unit = "examples"
 
 class Plain(PluginTerm):
-    unit = "examples"
-    def total(self, student, teacher, batch):
-        return student.logits.sum()
+    unit, total = "examples", Good.total
 
-@dataclass(config=STRICT, frozen=True, kw_only=True)
+@strict
 class Vector(Good):
     def total(self, student, teacher, batch):
         return student.logits
 
-@dataclass(config=STRICT, frozen=True, kw_only=True)
+@strict
 class Inside(Good):
     reads_hidden_states = True
 
-@dataclass(config=STRICT, frozen=True, kw_only=True)
+@strict
 class NoRun(MethodOptions):
     pass
 """
@@ -101,16 +100,14 @@ def test_the_run_config_of_the_page_is_valid_and_survives_being_written(page, tm
     again = tmp_path / "again.yaml"
     again.write_text(dump_config(config), encoding="utf-8")
     assert load_config(again) == config
-    assert config_tree(config)["objective"][1] == {
-        "loss": "my_losses:Huber",
-        "weight": 0.5,
-        "delta": 0.5,
-        "reduction": "mean",
-    }
+    options = {"weight": 0.5, "delta": 0.5, "reduction": "mean"}
+    assert config_tree(config)["objective"][1] == {"loss": "my_losses:Huber", **options}
 
 
 HUBER, WARM_UP = {"loss": "my_losses:Huber"}, {"name": "my_method:WarmUp"}
 CACHED = {"model": "teacher", "cache": "answers"}
+INSIDE = {"loss": "broken_plugins:Inside"}
+TEXTS, ALONE = {"type": "causal_lm", "dataset": "texts"}, {"name": "finetune"}
 # Sections of the run config, and the message.
 REFUSED = [
     ({"objective": [HUBER | {"detla": 2}]}, '[0].detla = 2: unknown key; did you mean "delta"?'),
@@ -133,19 +130,10 @@ REFUSED = [
     ({"eval": {"metric": "my_metrics:worst_labl"}}, "did you mean my_metrics:worst_label?"),
     ({"eval": {"metrics": ["json:loads"]}}, '[0]: "json:loads" is not a function(outputs'),
     ({"eval": {"metric": "no_such_module:x"}}, "module no_such_module cannot be imported"),
-    (
-        {"objective": [HUBER], "task": {"type": "causal_lm", "dataset": "texts"}},
-        "supports only task.type classification, regression, not causal_lm",
-    ),
-    (
-        {"objective": [HUBER], "method": {"name": "finetune"}, "teacher": None},
-        "my_losses:Huber compares with a teacher, and the run has none",
-    ),
+    ({"objective": [HUBER], "task": TEXTS}, "only task.type classification, regression, not causa"),
+    ({"objective": [HUBER], "method": ALONE, "teacher": None}, "Huber compares with a teacher, an"),
     ({"method": WARM_UP, "teacher": None}, "WarmUp needs one; set teacher.model"),
-    (
-        {"objective": [{"loss": "broken_plugins:Inside"}], "teacher": CACHED},
-        "Inside needs more than outputs, which teacher.cache holds",
-    ),
+    ({"objective": [INSIDE], "teacher": CACHED}, "Inside needs more than outputs, which teacher.c"),
 ]
 
 
@@ -213,7 +201,7 @@ def test_its_sum_is_weighed_and_counted_like_any_other_and_ignores_empty_rows():
 
 
 def test_a_plugin_gets_hidden_states_of_both_models_and_is_named_without_a_single_number():
-    inside = config_of({**CONFIG, "objective": [{"loss": "broken_plugins:Inside"}]}).objective
+    inside = config_of({**CONFIG, "objective": [INSIDE]}).objective
     shapes = Shape(1, 4, 2), Shape(2, 8, 2)
     made = build_objective(inside, "classification", *shapes)
     assert made.needs.hidden_layers == (0, 1)

@@ -1,4 +1,4 @@
-"""Divisors of a step: units counted by name and by source of the text, and terms of a source."""
+"""Divisors of a step, units by name and by source of the text, and passes that share a backward."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 from unit_counts import counts_of, numbers
 
+from megakd.config.schema import variants
 from megakd.contract.batch import (
     IGNORE,
     Batch,
@@ -19,16 +20,19 @@ from megakd.contract.batch import (
     on_source,
     source_counters,
 )
-from megakd.contract.stage import Pass
+from megakd.contract.results import lower_is_better
+from megakd.contract.stage import Pass, backward_groups
 from megakd.contract.terms import (
     HardCrossEntropy,
     HiddenMse,
     PluginTerm,
     SoftTargetKl,
+    TermConfig,
     source_of,
     term_name,
 )
 from megakd.contract.views import Shape
+from megakd.errors import MegakdError
 from megakd.losses.bundle import StudentBundle, unit_scales
 from megakd.losses.objective import Objective, build_objective
 from megakd.losses.targets import ClassTargets, Evaluated, TermGroup
@@ -82,26 +86,22 @@ class Words(TermGroup):
         return Evaluated(total * weight, {"word_length": total.detach()})
 
 
-class Reader(torch.nn.Module):
-    """A model of one weight: the logits of row i are i times the weight."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.tensor(2.0))
-
-
 ROWS, WORDS = torch.arange(1.0, 5.0), torch.tensor([3, 0, 1, 2])
 
 
 def step(cuts: list[slice], monkeypatch: pytest.MonkeyPatch) -> tuple[float, float, float]:
-    """Return loss, gradient and reported term of one step that is cut into micro-batches."""
+    """Return loss, gradient and reported term of one step that is cut into micro-batches.
 
-    def read(model: Reader, batch: Batch, needs: object) -> Knowledge:
-        return Knowledge(logits=(batch.inputs["numbers"] * model.weight)[:, None].repeat(1, 3))
+    The model has one weight: the logits of row i are i times the weight.
+    """
+
+    def read(model: torch.nn.ParameterList, batch: Batch, needs: object) -> Knowledge:
+        return Knowledge(logits=(batch.inputs["numbers"] * model[0])[:, None].repeat(1, 3))
 
     monkeypatch.setattr("megakd.losses.bundle.read_knowledge", read)
     objective = Objective([ClassTargets((), CE), Words()], {CE.loss: 0.5, "word_length": 1.0})
-    bundle = StudentBundle({"student": Reader()}, objective, world_size=1)
+    model = torch.nn.ParameterList([torch.tensor(2.0)])
+    bundle = StudentBundle({"student": model}, objective, world_size=1)
     labels, valid = torch.tensor([0, 1, IGNORE, 2]), torch.ones(4, 1, dtype=torch.bool)
     batches = [
         Batch({"numbers": ROWS[rows], "words": WORDS[rows]}, labels[rows], valid[rows])
@@ -112,7 +112,7 @@ def step(cuts: list[slice], monkeypatch: pytest.MonkeyPatch) -> tuple[float, flo
     total = torch.stack([loss.total for loss in losses]).sum()
     total.backward()
     reported = sum(loss.parts["word_length"].item() for loss in losses)
-    return total.item(), bundle.student.weight.grad.item(), reported
+    return total.item(), bundle.student[0].grad.item(), reported
 
 
 def test_a_group_may_divide_by_a_unit_of_its_own_however_the_step_is_cut(monkeypatch):
@@ -188,3 +188,20 @@ def test_a_limited_term_has_its_source_in_its_name(term, name):
     assert term_name(term) == name
     assert on_source(term.loss, source_of(term)) == name
     assert "/" not in name  # which separates a view from the name
+
+
+@pytest.mark.parametrize(("size", "lengths"), [(None, [3]), (1, [1, 1, 1]), (2, [2, 1]), (5, [3])])
+def test_passes_share_a_backward_up_to_the_size_and_a_step_without_one_is_refused(size, lengths):
+    plan = [Pass(teacher=name) for name in "abc"]
+
+    groups = backward_groups(plan, size)
+
+    assert [len(group) for group in groups] == lengths
+    assert [one for group in groups for one in group] == plan
+    with pytest.raises(MegakdError, match=r"passes\(\) returned 0 passes .* return a Pass"):
+        backward_groups([], size)
+
+
+def test_lower_is_better_for_losses_and_higher_for_scores():
+    assert all(map(lower_is_better, variants(TermConfig, "loss")))
+    assert not any(map(lower_is_better, ("accuracy", "top1_agreement", "matthews_correlation")))

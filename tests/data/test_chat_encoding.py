@@ -59,9 +59,7 @@ FRAME = len("user\n\nassistant\n") + 3
 
 def test_tokens_targets_truncated_and_dropped_rows_are_counted_and_told(tmp_path, caplog):
     rows = chats(("Hi", "abc"), ("Hi", "x" * 60), ("y" * 60, "abc"))
-    data = Data(
-        tmp_path, [*rows, {"messages": [*asked("Hi"), {"role": "assistant", "content": ""}]}]
-    )
+    data = Data(tmp_path, [*rows, *chats(("Hi", ""))])
 
     caplog.set_level(logging.INFO)
     counts = data.counts()
@@ -107,7 +105,6 @@ def test_answers_end_with_the_last_token_of_a_conversation_and_not_with_others_t
         ({"validation": ChatCounts(kept=4, ends={5: 4}), "sets/a": ChatCounts(ends={6: 9})}, {5}),
         (None, set()),
     ],
-    ids=["a rare token", "a mixture", "prompts and cut rows", "a stream", "documents"],
 )
 def test_learned_answers_end_with_the_tokens_that_end_a_tenth_of_them(counts, ends):
     assert learned_ends(counts) == ends
@@ -115,7 +112,6 @@ def test_learned_answers_end_with_the_tokens_that_end_a_tenth_of_them(counts, en
 
 @pytest.mark.parametrize(("more", "answer"), [(0, "Hello"), (1, "See you")])
 def test_a_prompt_that_fills_the_row_is_not_the_prompt_of_the_row(tmp_path, more, answer):
-    """At least the first token of the answer must be in the row."""
     messages = asked("Hi", "Hello", "Bye", "See you")
     data = Data(tmp_path, [{"messages": messages}])
     [prompts, before] = (
@@ -127,16 +123,12 @@ def test_a_prompt_that_fills_the_row_is_not_the_prompt_of_the_row(tmp_path, more
     row = data.encoded().train[0]
 
     assert row["prompt_length"] == len(prompts if answer == "Hello" else before)
-
-
-def test_a_split_without_a_row_to_learn_from_is_refused_with_the_reasons(tmp_path):
+    long = chats(("y" * 60, "a"), ("z" * 60, "b"))
     with pytest.raises(DataError, match=r"is 64\): the prompt of 2 fills task\.max_length"):
-        Data(tmp_path, chats(("y" * 60, "a"), ("z" * 60, "b"))).encoded()
+        Data(tmp_path / "long", long).encoded()
 
 
-def test_a_second_start_shows_the_same_numbers_and_row_without_encoding(
-    tmp_path, caplog, monkeypatch
-):
+def test_a_second_start_tells_the_same_without_encoding(tmp_path, caplog, monkeypatch):
     data = Data(tmp_path, chats(("Hi", "abc"), ("Hi", "x" * 60)))
     caplog.set_level(logging.INFO)
 
@@ -157,21 +149,18 @@ def test_the_template_and_every_setting_of_the_rendering_change_the_key(tmp_path
     settings: list[dict[str, Any]] = [
         {},
         {"chat_template_kwargs": {"enable_thinking": False}},
-        {"reasoning": "strip"},
-        {"train_on": "last"},
-        {"truncation": "drop"},
+        *({"reasoning": "strip"}, {"train_on": "last"}, {"truncation": "drop"}),
         {"family": "qwen3"},
     ]
 
-    made = [Data(tmp_path, chats(("Hi", "abc")), **keys).encoded() for keys in settings]
+    trains = [Data(tmp_path, chats(("Hi", "abc")), **keys).encoded().train for keys in settings]
 
-    folders = {part.train.cache_files[0]["filename"] for part in made}
-    assert len(folders) == len(settings)
-    assert made[0].train[0]["input_ids"] != made[-1].train[0]["input_ids"]
+    assert len({rows.cache_files[0]["filename"] for rows in trains}) == len(settings)
+    assert trains[0][0]["input_ids"] != trains[-1][0]["input_ids"]
 
 
-def test_a_template_in_a_file_replaces_the_tokenizers(tmp_path):
-    data = Data(tmp_path, chats(("Hi", "abc")))
+def test_a_template_in_a_file_replaces_the_tokenizers_and_texts_train_a_tokenizer(tmp_path):
+    data = Data(tmp_path, chats(("Hi", "abc"), ("Bye", "def")))
     data.tokenizer.save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "own.jinja").write_text(template_of("qwen3"), encoding="utf-8-sig")
     names = {"tokenizer": str(tmp_path / "tokenizer"), "chat_template": str(tmp_path / "own.jinja")}
@@ -180,6 +169,7 @@ def test_a_template_in_a_file_replaces_the_tokenizers(tmp_path):
     tokenizer = load_tokenizer(task, data.splits, model_folders=[], cache_dir=tmp_path / "cache")
 
     assert tokenizer.chat_template == template_of("qwen3")
+    assert list(training_texts(data.splits)) == ["Hi\nabc", "Bye\ndef"]
 
 
 def test_one_process_encodes_conversations_beside_training_and_several_before(
@@ -202,12 +192,6 @@ def test_one_process_encodes_conversations_beside_training_and_several_before(
     tables = tokens.tables_of_conversations(rows, encoder, counts={}, beside_training=True)
     assert sum(map(len, tables)) == len(rows)
     assert used == [1]
-
-
-def test_the_texts_of_conversations_train_a_tokenizer(tmp_path):
-    data = Data(tmp_path, chats(("Hi", "abc"), ("Bye", "def")))
-
-    assert list(training_texts(data.splits)) == ["Hi\nabc", "Bye\ndef"]
 
 
 HEADER = "{{- '<|im_start|>assistant\\n"
@@ -287,7 +271,6 @@ def test_several_processes_encode_and_refuse_the_same_rows_as_one(tmp_path, monk
 
 def test_texts_beside_a_chat_template_are_counted_for_a_warning(tmp_path):
     rows = [{"prompt": "Hi", "completion": "Hello"}, {"prompt": "", "completion": "a document"}]
+
     assert Data(tmp_path, rows).counts().without_template == 1
-    (tmp_path / "messages").mkdir()
-    rows = [{"prompt": "Hi", "completion": "Hello"}]
-    assert Data(tmp_path / "messages", rows, as_messages=True).counts().without_template == 0
+    assert Data(tmp_path, rows[:1], as_messages=True).counts().without_template == 0

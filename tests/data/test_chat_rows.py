@@ -23,7 +23,6 @@ from megakd.data.rows import RowKind, is_blank
 from megakd.errors import DataError
 
 HELLO = asked("Hi", "Hello")
-CALL = {"name": "add", "arguments": {"a": 2, "b": 2}}
 
 
 @pytest.fixture
@@ -76,37 +75,39 @@ def test_all_shapes_of_a_conversation_give_the_same_row(tmp_path, row, keys):
     assert result.text == "Hi\nHello"
 
 
-def test_a_prompt_has_no_answer_to_learn_and_plain_text_stays_text(tmp_path):
-    turns = asked("Hi", "Hello", "Bye")
-    assert first_of(tmp_path, {"prompt": turns}) == Conversation(messages=turns)
-    row = {"question": "2 + 2 =", "answer": " [4]"}
-    keys = {"prompt_column": "question", "completion_column": "answer"}
+ASKED, TURNS = {"prompt_column": "question"}, asked("Hi", "Hello", "Bye")
+SUM = {"question": "2 + 2 =", "answer": " [4]"}
 
-    assert first_of(tmp_path, row, **keys) == Conversation(prompt="2 + 2 =", completion=" [4]")
-    assert first_of(tmp_path, row, prompt_column="question") == Conversation(prompt="2 + 2 =")
-    usual = {"question": "Hi", "completion": "Hello"}
-    assert first_of(tmp_path, usual, prompt_column="question").completion == "Hello"
+
+@pytest.mark.parametrize(
+    ("row", "keys", "expected"),
+    [
+        ({"prompt": TURNS}, {}, {"messages": TURNS}),
+        (SUM, ASKED | {"completion_column": "answer"}, {"prompt": "2 + 2 =", "completion": " [4]"}),
+        (SUM, ASKED, {"prompt": "2 + 2 ="}),
+        ({"question": "Hi", "completion": "A"}, ASKED, {"prompt": "Hi", "completion": "A"}),
+    ],
+)
+def test_a_prompt_has_no_answer_to_learn_and_plain_text_stays_text(tmp_path, row, keys, expected):
+    assert first_of(tmp_path, row, **keys) == Conversation(**expected)
 
 
 def test_a_table_with_text_and_a_prompt_is_read_as_text(load):
     assert not is_chat(load([{"text": f"a {n}", "prompt": "b"} for n in range(9)]).train)
 
 
-@pytest.mark.parametrize("arguments", [CALL["arguments"], json.dumps(CALL["arguments"])])
+@pytest.mark.parametrize("arguments", [{"a": 2, "b": 2}, '{"a": 2, "b": 2}'])
 def test_tool_calls_keep_their_arguments_as_they_are(tmp_path, arguments):
-    call = {"id": "1", "type": "function", "function": {**CALL, "arguments": arguments}}
+    function = {"name": "add", "arguments": arguments}
+    call = {"id": "1", "type": "function", "function": function}
     openai = [*asked("2 + 2?"), {"role": "assistant", "tool_calls": [call]}]
-    sharegpt = [
-        {"from": "human", "value": "2 + 2?"},
-        {"from": "function_call", "value": json.dumps({**CALL, "arguments": arguments})},
-    ]
+    calling = {"from": "function_call", "value": json.dumps(function)}
+    sharegpt = [{"from": "human", "value": "2 + 2?"}, calling]
 
-    result = [first_of(tmp_path, {"messages": rows}).messages for rows in (openai, sharegpt)]
-
-    for messages in result:
-        assert messages
-        assert messages[1]["tool_calls"][0]["function"] == {**CALL, "arguments": arguments}
-        assert messages[1]["content"] == ""
+    for rows in (openai, sharegpt):
+        _, answer = first_of(tmp_path, {"messages": rows}).messages
+        assert answer["tool_calls"][0]["function"] == function
+        assert answer["content"] == ""
 
 
 def calling_rows(**more: Any) -> list[dict[str, Any]]:
@@ -196,6 +197,7 @@ def test_an_answer_with_weight_0_does_not_count(tmp_path):
     assert first_of(tmp_path, {"messages": shared}).counted == [3]
 
 
+AS_MESSAGES = {"as_messages": True}
 # The row, words of the message, and keys of the task.
 REFUSED: list[tuple[Any, ...]] = [
     ({"messages": asked("Hi")}, ("line 1", "'assistant'", "roles: user", "task.prompt_column")),
@@ -218,6 +220,7 @@ REFUSED: list[tuple[Any, ...]] = [
     ({"prompt": "Hi", "completion": None}, ("'completion'", "missing")),
     ({"messages": HELLO}, ("task.messages_column", "'chat'"), {"messages_column": "chat"}),
     ({"instruction": "Hi", "output": "Hello"}, ("set task.text_columns",)),
+    ({"text": "a"}, ("as_messages needs the columns prompt and completion, que",), AS_MESSAGES),
 ]
 
 
@@ -276,26 +279,19 @@ def test_prompts_with_one_answer_are_held_out_by_their_whole_text(load):
     assert {*splits.validation["text"]} == expected
 
 
+NAMED = {"prompt_column": "ask", "completion_column": "say"}
+
+
 @pytest.mark.parametrize(
-    ("row", "asked_for", "answer"),
+    ("row", "keys", "turns"),
     [
-        ({"prompt": "Hi", "completion": "Hello"}, "Hi", "Hello"),
-        ({"question": "Why?", "answer": "So"}, "Why?", "So"),
-        ({"instruction": "Add", "input": "1, 2", "output": "3"}, "Add\n\n1, 2", "3"),
-        ({"instruction": "Greet", "input": "", "output": "Hi"}, "Greet", "Hi"),
-        ({"instruction": "Greet", "output": "Hi"}, "Greet", "Hi"),
+        ({"prompt": "Hi", "completion": "Hello"}, {}, ("Hi", "Hello")),
+        ({"question": "Why?", "answer": "So"}, {}, ("Why?", "So")),
+        ({"instruction": "Add", "input": "1, 2", "output": "3"}, {}, ("Add\n\n1, 2", "3")),
+        ({"instruction": "Greet", "input": "", "output": "Hi"}, {}, ("Greet", "Hi")),
+        ({"instruction": "Greet", "output": "Hi"}, {}, ("Greet", "Hi")),
+        ({"ask": "Hi", "say": "Hello", "text": "not this"}, NAMED, ("Hi", "Hello")),
     ],
 )
-def test_texts_become_messages_where_the_task_asks_for_it(tmp_path, row, asked_for, answer):
-    assert first_of(tmp_path, row, as_messages=True).messages == asked(asked_for, answer)
-
-
-def test_columns_of_other_names_become_messages(tmp_path):
-    row = {"ask": "Hi", "say": "Hello", "text": "not this"}
-    keys = {"prompt_column": "ask", "completion_column": "say"}
-    assert first_of(tmp_path, row, as_messages=True, **keys).messages == HELLO
-
-
-def test_rows_without_a_pair_of_texts_cannot_become_messages(tmp_path):
-    with pytest.raises(DataError, match="as_messages needs the columns prompt and completion, que"):
-        first_of(tmp_path, {"text": "a"}, as_messages=True)
+def test_texts_become_messages_where_the_task_asks_for_it(tmp_path, row, keys, turns):
+    assert first_of(tmp_path, row, as_messages=True, **keys).messages == asked(*turns)

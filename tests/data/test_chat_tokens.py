@@ -69,14 +69,6 @@ TEXTS = st.text(CHARACTERS, min_size=1, max_size=12).filter(lambda text: bool(te
 CONVERSATIONS = st.lists(TEXTS, min_size=2, max_size=6).filter(lambda texts: len(texts) % 2 == 0)
 
 
-@given(CONVERSATIONS)
-@settings(max_examples=20)
-def test_a_template_with_marks_gives_the_rows_of_the_prefixes(texts):
-    one, other = (encoded(chat_tokenizer(f), chat(asked(*texts))) for f in ("chatml", "marks"))
-
-    assert plain(one) == plain(other)
-
-
 @given(CONVERSATIONS, st.sampled_from(sorted(TURNS)))
 @settings(max_examples=40)
 def test_a_prompt_is_what_a_generator_continues(texts, family):
@@ -100,25 +92,21 @@ NO_THINKING = {"enable_thinking": False}
 
 
 @pytest.mark.parametrize(
-    ("of_row", "of_task", "is_learned"),
-    [
-        ({}, {}, True),
-        ({"options": NO_THINKING}, {}, False),
-        ({}, {"chat_template_kwargs": NO_THINKING}, False),
-    ],
+    ("of_row", "of_task"),
+    [({}, {}), ({"options": NO_THINKING}, {}), ({}, {"chat_template_kwargs": NO_THINKING})],
     ids=["default", "by row", "by task"],
 )
-def test_the_empty_thinking_of_qwen3_is_learned_unless_the_prompt_has_it(
-    of_row, of_task, is_learned
-):
+def test_the_empty_thinking_of_qwen3_is_learned_unless_the_prompt_has_it(of_row, of_task):
     tokenizer = chat_tokenizer("qwen3")
 
     row = encoded(tokenizer, chat(asked("Hi", "Hello"), **of_row), **of_task)
 
     prompt, answer = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "Hello<|im_end|>"
-    thinking = "<think>\n\n</think>\n\n"
-    parts = (prompt, thinking + answer) if is_learned else (prompt + thinking, answer)
-    assert_row(row, tokenizer, (parts[0], False), (parts[1], True), ("\n", False))
+    if of_row or of_task:
+        prompt += "<think>\n\n</think>\n\n"
+    else:
+        answer = f"<think>\n\n</think>\n\n{answer}"
+    assert_row(row, tokenizer, (prompt, False), (answer, True), ("\n", False))
 
 
 def test_tools_and_reasoning_of_an_answer_count():
@@ -198,10 +186,8 @@ REFUSED = {
         {"chat_template_kwargs": NO_THINKING},
     ),
     # The answer would be learned, or read, as an empty answer.
-    **{
-        f"call, {family}, {train_on}": (family, ROUND, LOST, {"train_on": train_on})
-        for family, train_on in (("chatml", "last"), ("marks", "all"))
-    },
+    "call of a prompt": ("chatml", ROUND, LOST, {"train_on": "last"}),
+    "call that counts": ("marks", ROUND, LOST, {"train_on": "all"}),
     # A template names the tools beside its marks, or writes the first call of a message alone.
     "tools": (
         "marks",
@@ -230,11 +216,9 @@ def test_what_a_template_cannot_write_is_refused_with_the_row(family, messages, 
     options = {name: value for name, value in keys.items() if name != "template"}
     with pytest.raises(DataError, match=rf"(?s)row 1.*({reason})"):
         encoded(tokenizer, chat(messages, tools=[ADD]), **options)
-
-
-def test_a_prompt_whose_calls_are_left_out_is_refused_too():
+    prompt = chat([*asked("2 + 2?"), CALLING, RESULT], counted=[])
     with pytest.raises(DataError, match=LOST):
-        encoded(chat_tokenizer("chatml"), chat([*asked("2 + 2?"), CALLING, RESULT], counted=[]))
+        encoded(chat_tokenizer("chatml"), prompt)
 
 
 # What the generation prompt writes, and how the first answers end: twins with and without marks.
@@ -318,11 +302,9 @@ def test_no_token_reaches_over_the_end_of_the_prompt(prompt, completion):
 def test_a_tokenizer_that_cannot_cut_the_text_at_the_answer_is_refused_with_the_row():
     """Metaspace puts a space before every part, so that the parts are another text."""
     pieces = [("<unk>", 0.0), ("▁unhappy", -1.0), ("▁un", -2.0), ("▁happy", -2.0), ("</s>", -3.0)]
-    made = Tokenizer(models.Unigram(pieces, unk_id=0))
-    made.pre_tokenizer = pre_tokenizers.Metaspace()
-    made.decoder = decoders.Metaspace()
-    special = {"eos_token": "</s>"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, **special)
+    backend = Tokenizer(models.Unigram(pieces, unk_id=0))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")  # noqa: S106
 
     row = encoded(tokenizer, Conversation(prompt="un", completion=" happy"))
     with pytest.raises(DataError, match=r"row 1.*joins 'un' with 'happy'"):
@@ -332,17 +314,16 @@ def test_a_tokenizer_that_cannot_cut_the_text_at_the_answer_is_refused_with_the_
     assert row.labels.tolist() == [3, 4, IGNORE]
 
 
-def test_a_prompt_alone_has_no_labels():
+@pytest.mark.parametrize("turns", [{"prompt": "2 + 2"}, {"messages": asked("2 + 2")}])
+def test_a_prompt_alone_has_no_labels(turns):
     tokenizer = chat_tokenizer("chatml")
-    rows = [
-        encoded(tokenizer, Conversation(prompt="2 + 2 =")),
-        encoded(tokenizer, Conversation(messages=asked("2 + 2 ="))),
-    ]
 
-    for row in rows:
-        assert row.prompt_length == len(row.input_ids)
-        assert (row.labels == IGNORE).all()
-    assert tokenizer.decode(rows[1].input_ids.tolist()).endswith("<|im_start|>assistant\n")
+    row = encoded(tokenizer, Conversation(**turns))
+
+    assert row.prompt_length == len(row.input_ids)
+    assert (row.labels == IGNORE).all()
+    end = "2 + 2" if "prompt" in turns else "<|im_start|>assistant\n"
+    assert tokenizer.decode(row.input_ids.tolist()).endswith(end)
 
 
 def test_a_line_break_that_ends_an_answer_without_an_end_token_counts():
@@ -376,59 +357,51 @@ def llama(role: str, content: str) -> str:
     return f"<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>"
 
 
-def test_gemma_3_writes_the_system_message_into_the_first_question():
-    tokenizer = chat_tokenizer("gemma3")
-
-    row = encoded(tokenizer, chat(asked("Hi", "Hello", system="Be kind")))
-
-    prompt = "<bos><start_of_turn>user\nBe kind\n\nHi<end_of_turn>\n<start_of_turn>model\n"
-    assert_row(row, tokenizer, (prompt, False), ("Hello<end_of_turn>", True), ("\n", False))
+def turns_of_llama(system: str) -> list[str]:
+    first = "<|begin_of_text|>" + llama("system", DATES + system) + llama("user", "Hi")
+    answer = "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    return [first + answer, "Hello<|eot_id|>", llama("user", "Bye") + answer, "See you<|eot_id|>"]
 
 
-@pytest.mark.parametrize("system", [None, "Be kind"])
-def test_llama_writes_a_system_message_with_a_date_that_is_always_the_same(system):
-    tokenizer = chat_tokenizer("llama32")
+def turns_of_phi(line: str) -> list[str]:
+    """The template writes its last token after the whole text, and not after each answer."""
+    first = f"<|system|>{line}Be kind<|end|>{line}<|user|>{line}Hi<|end|>{line}<|assistant|>{line}"
+    second = f"{line}<|user|>{line}Bye<|end|>{line}<|assistant|>{line}"
+    return [first, "Hello<|end|>", second, f"See you<|end|>{line}<|endoftext|>"]
+
+
+GEMMA_3 = (
+    "<bos><start_of_turn>user\nBe kind\n\nHi<end_of_turn>\n<start_of_turn>model\n",
+    "Hello<end_of_turn>",
+    "\n<start_of_turn>user\nBye<end_of_turn>\n<start_of_turn>model\n",
+    "See you<end_of_turn>",
+)
+
+
+@pytest.mark.parametrize(
+    ("family", "system", "turns", "after"),
+    [
+        ("gemma3", "Be kind", GEMMA_3, "\n"),  # into the first question
+        # with a date that is always the same
+        ("llama32", None, turns_of_llama(""), ""),
+        ("llama32", "Be kind", turns_of_llama("Be kind"), ""),
+        ("phi3", "Be kind", turns_of_phi("\n"), ""),
+        ("phi4_mini", "Be kind", turns_of_phi(""), ""),
+    ],
+)
+def test_a_family_writes_a_system_message_and_the_end_in_its_own_way(family, system, turns, after):
+    tokenizer = chat_tokenizer(family)
     messages = asked("Hi", "Hello", "Bye", "See you", system=system)
 
     row = encoded(tokenizer, chat(messages))
 
-    answer = "<|start_header_id|>assistant<|end_header_id|>\n\n"
-    begun = "<|begin_of_text|>" + llama("system", DATES + (system or "")) + llama("user", "Hi")
-    assert_row(
-        row,
-        tokenizer,
-        (begun + answer, False),
-        ("Hello<|eot_id|>", True),
-        (llama("user", "Bye") + answer, False),
-        ("See you<|eot_id|>", True),
-    )
-    alone = tokenizer.apply_chat_template(
-        messages[:-1], add_generation_prompt=True, date_string="26 Jul 2024"
-    )
-    assert row.input_ids[: row.prompt_length].tolist() == alone["input_ids"]
-
-
-@pytest.mark.parametrize(("family", "line"), [("phi3", "\n"), ("phi4_mini", "")])
-def test_every_answer_of_phi_counts_and_the_text_is_that_of_transformers(family, line):
-    """The template writes its last token after the whole text, and not after each answer."""
-    tokenizer = chat_tokenizer(family)
-    messages = asked("Hi", "Hello", "Bye", "See you", system="Be kind")
-
-    row = encoded(tokenizer, chat(messages))
-
-    def turn(role: str, content: str) -> str:
-        return f"<|{role}|>{line}{content}<|end|>{line}"
-
-    prompt = f"<|assistant|>{line}"
-    assert_row(
-        row,
-        tokenizer,
-        (turn("system", "Be kind") + turn("user", "Hi") + prompt, False),
-        ("Hello<|end|>", True),
-        (line + turn("user", "Bye") + prompt, False),
-        (f"See you<|end|>{line}<|endoftext|>", True),
-    )
-    assert row.input_ids.tolist() == tokenizer.apply_chat_template(messages)["input_ids"]
+    parts = [(turn, bool(number % 2)) for number, turn in enumerate(turns)]
+    assert_row(row, tokenizer, *parts, *([(after, False)] if after else []))
+    options = {"date_string": "26 Jul 2024"} if family == "llama32" else {}
+    whole = tokenizer.apply_chat_template(messages, **options)
+    assert row.input_ids.tolist() == whole["input_ids"]
+    prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, **options)
+    assert row.input_ids[: row.prompt_length].tolist() == prompt["input_ids"]
 
 
 @pytest.mark.parametrize(

@@ -53,21 +53,17 @@ def taught(seed: int) -> Knowledge:
 
 def losses(student: StudentBundle, *plan: Pass) -> Losses:
     batch = Batch({"numbers": INPUTS}, LABELS, VALID)
-    result = student(batch, {"a": taught(1), "b": taught(2)}, plan, count_units([batch]))
-    assert isinstance(result, Losses)
-    return result
+    return student(batch, {"a": taught(1), "b": taught(2)}, plan, count_units([batch]))
 
 
 def gradient(student: StudentBundle, *plan: Pass) -> Tensor:
     student.zero_grad()
     losses(student, *plan).total.backward()
-    weight = student.student.get_parameter("linear.weight")
-    assert weight.grad is not None
-    return weight.grad
+    return student.student.get_parameter("linear.weight").grad
 
 
-def test_the_reported_loss_is_the_weighted_sum_of_the_reported_terms():
-    actual = losses(bundle(), Pass(teacher="a"))
+def test_the_loss_is_the_weighted_sum_of_the_terms_and_the_world_size_is_in_the_gradient_alone():
+    actual, of_two = (losses(bundle(world_size=n), Pass(teacher="a")) for n in (1, 2))
 
     parts = {name: value.item() for name, value in actual.parts.items()}
     expected = 0.25 * parts["hard_cross_entropy"] + 0.75 * parts["soft_target_kl"]
@@ -75,15 +71,8 @@ def test_the_reported_loss_is_the_weighted_sum_of_the_reported_terms():
     assert actual.total.item() == pytest.approx(expected)
     assert set(parts) == {"loss", "hard_cross_entropy", "soft_target_kl", "top1_agreement"}
     assert not any(value.requires_grad for value in actual.parts.values())
-
-
-def test_the_world_size_is_in_the_gradient_that_will_be_averaged_and_not_in_the_report():
-    alone, of_two = bundle(), bundle(world_size=2)
-
-    result = [losses(student, Pass(teacher="a")) for student in (alone, of_two)]
-
-    assert result[1].total.item() == pytest.approx(2 * result[0].total.item())
-    torch.testing.assert_close(result[1].parts, result[0].parts)
+    assert of_two.total.item() == pytest.approx(2 * actual.total.item())
+    torch.testing.assert_close(of_two.parts, actual.parts)
 
 
 OFF = {"hard_cross_entropy": 0.0, "soft_target_kl": 0.0}
@@ -152,13 +141,10 @@ def test_a_pass_may_ask_for_factors_when_both_models_have_spoken():
         asked.append((reading.student.logits.shape, reading.taught.logits.shape))
         return {"soft_target_kl": 0.0, "hard_cross_entropy": 0.5}
 
-    student = bundle()
+    result = losses(bundle(), Pass(teacher="a", weigh=weigh))
 
-    result = losses(student, Pass(teacher="a", weigh=weigh))
-
-    assert result.total.item() == pytest.approx(
-        0.5 * 0.25 * result.parts["hard_cross_entropy"].item()
-    )
+    expected = 0.5 * 0.25 * result.parts["hard_cross_entropy"].item()
+    assert result.total.item() == pytest.approx(expected)
     assert len(asked) == 1
     assert "soft_target_kl" not in result.parts
 
@@ -198,15 +184,14 @@ def test_projections_belong_to_the_bundle_and_not_to_the_student():
 
 def test_without_a_plan_a_classifier_gives_its_outputs_in_fp32():
     student = bundle().to(torch.bfloat16)
-    given = Batch({"numbers": INPUTS.bfloat16()}, LABELS, VALID)
+    numbers = INPUTS.bfloat16()
 
-    result = student(given)
+    result = student(Batch({"numbers": numbers}, LABELS, VALID))
 
     assert isinstance(result, Predictions)
     assert result.sums is None
-    assert result.outputs is not None
     assert result.outputs.dtype == torch.float32
-    torch.testing.assert_close(result.outputs, student.student(**given.inputs).logits.float())
+    torch.testing.assert_close(result.outputs, student.student(numbers=numbers).logits.float())
 
 
 IDS = torch.tensor([[5, 6, 7], [8, 9, 3]])
@@ -216,17 +201,19 @@ TEXTS = Batch({"input_ids": IDS}, IDS, torch.ones(2, 3).bool())
 def tiny_llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
     sizes = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
-    config = LlamaConfig(num_hidden_layers=1, **sizes)
-    return LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes)).eval()
+
+
+def language_bundle(model: LlamaForCausalLM, **views: View) -> StudentBundle:
+    objective = build_objective((CE,), "causal_lm", Shape(1, 8, 20), None)
+    return StudentBundle({"student": model}, objective, world_size=1, views=views)
 
 
 def test_a_pass_without_any_term_gives_a_language_model_gradients_of_zero():
-    model, given = tiny_llama(), TEXTS
-    objective = build_objective((CE,), "causal_lm", Shape(1, 8, 20), None)
-    student = StudentBundle({"student": model}, objective, world_size=1)
+    model = tiny_llama()
 
     plan = [Pass(weights={"hard_cross_entropy": 0.0})]
-    result = student(given, None, plan, count_units([given]))
+    result = language_bundle(model)(TEXTS, None, plan, count_units([TEXTS]))
     result.total.backward()
 
     assert result.total.item() == 0
@@ -236,15 +223,14 @@ def test_a_pass_without_any_term_gives_a_language_model_gradients_of_zero():
 
 
 def test_views_of_one_width_form_one_gradient_of_the_head(kernel_calls):
-    model, given = tiny_llama(), TEXTS
+    model = tiny_llama()
     views = {"wide": View((2,), (8,)), "slim": View((1,), (4,)), "narrow": View((1,), (4,), 4)}
     scales = {"wide": 0.5, "slim": 0.2, "narrow": 0.3}
-    objective = build_objective((CE,), "causal_lm", Shape(1, 8, 20), None)
-    student = StudentBundle({"student": model}, objective, world_size=1, views=views)
+    student = language_bundle(model, **views)
 
     def of(*names: str) -> tuple[Losses, list[Tensor]]:
         plan = [Pass(view=name, scale=scales[name]) for name in names]
-        result = student(given, None, plan, count_units([given]))
+        result = student(TEXTS, None, plan, count_units([TEXTS]))
         student.zero_grad()
         result.total.backward()
         return result, [p.grad.clone() for p in model.parameters()]

@@ -53,8 +53,8 @@ def answer_of(hidden: torch.Tensor, head: torch.Tensor) -> Knowledge:
 
 @pytest.mark.parametrize(("count", "divisor"), [("labels", 2), ("rows", 4)])
 def test_the_loss_on_labels_is_divided_by_the_labelled_rows_or_by_all_rows(count, divisor):
-    term, shape = replace(CE, count=count), Shape(2, 4, 2)
-    objective = build_objective((term,), "classification", shape, None)
+    term = replace(CE, count=count)
+    objective = build_objective((term,), "classification", Shape(2, 4, 2), None)
     labels = torch.tensor([0, IGNORE, 1, IGNORE])
     batch = Batch({}, labels, torch.ones(4, 1, dtype=torch.bool))
     logits = torch.tensor([[1 / 4, 3 / 4], [1 / 8, 7 / 8]]).log().repeat_interleave(2, 0)
@@ -129,34 +129,23 @@ def reading(objective: Objective, **weights: float) -> LossInputs:
     return LossInputs(student, teacher, batch, objective.weights | weights, units)
 
 
-def test_language_model_terms_of_one_temperature_are_one_call(calls):
-    objective = language_model(CE, KL, REVERSE, JSD, SKEW, SKEW_REVERSE, TVD)
-
-    total, sums = objective([reading(objective)])[0]
-
-    assert len(calls) == len(objective.groups) == 1
-    expected = sum(sums[name] / 2 for name in objective.weights)
-    assert total.item() == pytest.approx(float(expected), rel=1e-6)
-
-
 @pytest.mark.parametrize(
-    "other",
+    ("terms", "options"),
     [
-        term_of("soft_target_reverse_kl", temperature=3.0),
-        term_of("soft_target_reverse_kl", t_squared=False),
-        term_of("soft_target_skew_reverse_kl", skew=0.3),
+        ((CE, KL, REVERSE, JSD, SKEW, SKEW_REVERSE, TVD), [(1.0, 0.1)]),
+        ((CE, SKEW, replace(REVERSE, temperature=3.0)), [(1.0, 0.1), (3.0, 0.1)]),
+        ((CE, SKEW, replace(REVERSE, t_squared=False)), [(1.0, 0.1), (1.0, 0.1)]),
+        ((CE, SKEW, replace(SKEW_REVERSE, skew=0.3)), [(1.0, 0.1), (1.0, 0.3)]),
     ],
-    ids=["another temperature", "another scale", "another skew"],
+    ids=["alike", "another temperature", "another scale", "another skew"],
 )
-def test_terms_that_need_calls_of_their_own_get_them_and_the_hard_term_is_in_one(calls, other):
-    objective = language_model(CE, SKEW, other)
+def test_terms_of_a_language_model_share_a_call_or_get_their_own(calls, terms, options):
+    objective = language_model(*terms)
 
     total, sums = objective([reading(objective)])[0]
 
-    assert [options["temperature"] for _, options in calls] == [1.0, other.temperature]
-    assert [options["skew"] for _, options in calls] == [0.1, getattr(other, "skew", 0.1)]
-    alone_terms = [language_model(term) for term in (CE, SKEW, other)]
-    apart = [alone([reading(alone)])[0] for alone in alone_terms]
+    assert [(call["temperature"], call["skew"]) for _, call in calls] == options
+    apart = [alone([reading(alone)])[0] for alone in map(language_model, terms)]
     assert total.item() == pytest.approx(sum(alone.total.item() for alone in apart), rel=1e-6)
     for alone in apart:
         assert all(sums[name].item() == pytest.approx(v.item()) for name, v in alone.sums.items())
@@ -176,50 +165,36 @@ def several(objective: Objective, scales: Sequence[float]) -> list[LossInputs]:
     ]
 
 
-def test_views_of_one_head_are_scored_in_one_call_and_told_apart(calls):
+@pytest.mark.parametrize(
+    ("change", "count"),
+    [
+        ({}, 1),
+        ({"teacher": answer_of(torch.randn(1, 3, 3), torch.randn(5, 3))}, 2),
+        ({"weights": {"hard_cross_entropy": 0.2, "soft_target_kl": 1.0, TVD.loss: 1.0}}, 2),
+        ({"scale": 0.0}, 2),
+    ],
+    ids=["alike", "teacher", "weights", "scale"],
+)
+def test_views_of_one_head_are_scored_in_one_call_unless_of_another_kind(calls, change, count):
     objective = language_model(CE, KL, TVD)
     readings = several(objective, [0.5, 0.3, 0.2])
+    readings[1] = replace(readings[1], **change)
     leaves = [one.student.hidden for one in readings]
 
     together = objective(readings)
+
+    assert len(calls) == count
     total = torch.stack([one.total for one in together]).sum()
     gradients = torch.autograd.grad(total, leaves)
-
-    assert len(calls) == 1
     for one, actual, leaf, gradient in zip(readings, together, leaves, gradients, strict=True):
         (alone,) = objective([replace(one, scale=1.0)])
         (expected,) = torch.autograd.grad(alone.total * one.scale, leaf)
         torch.testing.assert_close(gradient, expected)
-        assert actual.sums.keys() == alone.sums.keys()
+        assert one.scale == 0 or actual.sums.keys() == alone.sums.keys()
         for name, value in alone.sums.items():
             torch.testing.assert_close(actual.sums[name].float(), value.float())
     alone_totals = [objective([one])[0].total for one in readings]
     torch.testing.assert_close(total, torch.stack(alone_totals).sum())
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"teacher": answer_of(torch.randn(1, 3, 3), torch.randn(5, 3))},
-        {"weights": {"hard_cross_entropy": 0.2, "soft_target_kl": 1.0}},
-        {"scale": 0.0},
-    ],
-    ids=lambda change: next(iter(change)),
-)
-def test_a_reading_of_another_kind_has_a_call_of_its_own(calls, change):
-    objective = language_model(CE, KL)
-    readings = several(objective, [0.5, 0.5, 0.5])
-    readings[1] = replace(readings[1], **change)
-
-    together = objective(readings)
-
-    assert len(calls) == 2
-    apart = [objective([one])[0] for one in readings]
-    totals = [torch.stack([one.total for one in each]).sum() for each in (together, apart)]
-    torch.testing.assert_close(*totals)
-    for each, alone in zip(together, apart, strict=True):
-        for name, value in alone.sums.items():
-            torch.testing.assert_close(each.sums[name].float(), value.float())
 
 
 @pytest.mark.parametrize("task", ["classification", "causal_lm"])
@@ -305,11 +280,11 @@ def test_attention_that_was_not_read_is_an_error_that_names_the_layer():
         sum_of(group, Knowledge(attention=(None, None)), vectors(torch.zeros(1, 2, 1)), whole(2))
 
 
-def states(*, seed: int) -> tuple[Tensor, ...]:
-    """The states of two layers, [B, T, D]."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randn(2, 3, 4, 5, generator=generator, dtype=torch.float64)
-    return tuple(state.requires_grad_() for state in drawn)
+@pytest.fixture
+def flows() -> list[tuple[Tensor, ...]]:
+    """The states of two layers of student and teacher, [B, T, D]."""
+    drawn = torch.randn(2, 2, 3, 4, 5, generator=torch.Generator().manual_seed(0)).double()
+    return [tuple(state.requires_grad_() for state in of_model) for of_model in drawn]
 
 
 def flow_error(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], **options: Any) -> Tensor:
@@ -319,32 +294,28 @@ def flow_error(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], **optio
     return result
 
 
-def test_a_text_said_twice_flows_as_it_does_once():
-    student, teacher = states(seed=0), states(seed=1)
-    twice = [tuple(torch.cat([state] * 2, 1) for state in flow) for flow in (student, teacher)]
+def test_a_text_said_twice_flows_as_it_does_once(flows):
+    twice = [tuple(torch.cat([state] * 2, 1) for state in flow) for flow in flows]
 
-    torch.testing.assert_close(flow_error(*twice), flow_error(student, teacher))
+    torch.testing.assert_close(flow_error(*twice), flow_error(*flows))
 
 
 @pytest.mark.parametrize("elements", [1, 50, 60])
-def test_flow_matrices_of_a_few_rows_at_a_time_give_the_same(monkeypatch, elements):
-    student, teacher = states(seed=0), states(seed=1)
-    whole = flow_error(student, teacher)
-    wanted = torch.autograd.grad(whole, student)
-
+def test_flow_matrices_of_a_few_rows_at_a_time_give_the_same(monkeypatch, flows, elements):
+    whole = flow_error(*flows)
     monkeypatch.setattr(layer_terms, "MATRIX_ELEMENTS", elements)
-    actual = flow_error(student, teacher)
+    actual = flow_error(*flows)
 
     torch.testing.assert_close(actual, whole)
-    torch.testing.assert_close(torch.autograd.grad(actual, student), wanted)
+    slopes = [torch.autograd.grad(error, flows[0]) for error in (actual, whole)]
+    torch.testing.assert_close(*slopes)
 
 
-def test_a_second_derivative_is_refused_and_the_reference_has_it():
-    student, teacher = states(seed=0), states(seed=1)
-    result = flow_error(student, teacher)
-    reference = flow_error(student, teacher, kernels="reference")
+def test_a_second_derivative_is_refused_and_the_reference_has_it(flows):
+    (first, second), _ = flows
+    reference = flow_error(*flows, kernels="reference")
 
     with pytest.raises(RuntimeError, match="do not support second derivatives"):
-        torch.autograd.grad(result, student[0], create_graph=True)
-    (slope,) = torch.autograd.grad(reference, student[0], create_graph=True)
-    assert torch.autograd.grad(slope.sum(), student[1])[0].any()
+        torch.autograd.grad(flow_error(*flows), first, create_graph=True)
+    (slope,) = torch.autograd.grad(reference, first, create_graph=True)
+    assert torch.autograd.grad(slope.sum(), second)[0].any()

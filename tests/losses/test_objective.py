@@ -25,15 +25,9 @@ EMBEDDING = term_of("embedding_mse")
 ATTENTION = term_of("attention_mse")
 RELATION = term_of("relation_kl")
 FLOWS = term_of("relation_fsp")
-COMPARING = (
-    KL,
-    REVERSE,
-    JSD,
-    term_of("soft_target_skew_kl"),
-    term_of("soft_target_skew_reverse_kl"),
-    term_of("soft_target_tvd"),
-    *(SOFT_MSE, HIDDEN_MSE, HIDDEN_COSINE, EMBEDDING, ATTENTION, RELATION),
-)
+SOFT = map(term_of, ("soft_target_skew_kl", "soft_target_skew_reverse_kl", "soft_target_tvd"))
+INNER = (HIDDEN_MSE, HIDDEN_COSINE, EMBEDDING, ATTENTION, RELATION, FLOWS)
+COMPARING = (KL, REVERSE, JSD, *SOFT, SOFT_MSE, *INNER)
 STUDENT, TEACHER = Shape(2, 4, 3, Heads(2, 2, 2)), Shape(12, 6, 3, Heads(2, 2, 3))
 
 
@@ -52,14 +46,10 @@ def test_layers_are_mapped_as_the_config_says(mapping, student, teacher, pairs):
     term = replace(HIDDEN_MSE, layer_mapping=mapping)
 
     assert layer_pairs(term, Shape(student, 4, 3), Shape(teacher, 4, 3)) == pairs
-
-
-def test_attention_is_never_mapped_to_the_embedding_output():
+    # Attention is never mapped to the embedding output.
     term = term_of("attention_mse", layer_mapping="uniform")
-
-    pairs = layer_pairs(term, Shape(4, 4, 3), Shape(2, 4, 3))
-
-    assert pairs == ((1, 1), (2, 1), (3, 2), (4, 2))
+    of_fewer = layer_pairs(term, Shape(4, 4, 3), Shape(2, 4, 3))
+    assert of_fewer == ((1, 1), (2, 1), (3, 2), (4, 2))
 
 
 @pytest.mark.parametrize("term", COMPARING, ids=lambda term: term.loss)
@@ -70,42 +60,22 @@ def test_a_term_that_compares_is_refused_without_a_teacher(term):
         build_objective((term,), task, STUDENT, None)
 
 
+AGREEING = (KL.loss, REVERSE.loss, JSD.loss, "top1_agreement")
+
+
 @pytest.mark.parametrize(
     ("task", "terms", "units"),
     [
         ("classification", (CE,), {"hard_cross_entropy": "targets"}),
-        (
-            "classification",
-            (KL, REVERSE, JSD),
-            dict.fromkeys(
-                ("soft_target_kl", "soft_target_reverse_kl", "soft_target_jsd", "top1_agreement"),
-                "examples",
-            ),
-        ),
+        ("classification", (KL, REVERSE, JSD), dict.fromkeys(AGREEING, "examples")),
         ("regression", (term_of("hard_mse"),), {"hard_mse": "targets"}),
         ("regression", (SOFT_MSE,), {"soft_target_mse": "examples"}),
-        (
-            "causal_lm",
-            (CE, KL, JSD),
-            dict.fromkeys(
-                ("hard_cross_entropy", "soft_target_kl", "soft_target_jsd", "top1_agreement"),
-                "targets",
-            ),
-        ),
-        (
-            "causal_lm",
-            (HIDDEN_MSE, HIDDEN_COSINE),
-            {"hidden_mse": "tokens", "hidden_cosine": "tokens"},
-        ),
+        ("causal_lm", (KL, REVERSE, JSD, CE), dict.fromkeys((*AGREEING, CE.loss), "targets")),
+        ("causal_lm", INNER[:2], {"hidden_mse": "tokens", "hidden_cosine": "tokens"}),
         ("causal_lm", (replace(HIDDEN_MSE, positions="first"),), {"hidden_mse": "examples"}),
-        (
-            "regression",
-            (EMBEDDING, ATTENTION, RELATION, FLOWS),
-            dict.fromkeys(("embedding_mse", "attention_mse", "relation_kl"), "tokens")
-            | {"relation_fsp": "examples"},
-        ),
+        ("regression", INNER[2:5], dict.fromkeys([term.loss for term in INNER[2:5]], "tokens")),
+        ("regression", (FLOWS,), {"relation_fsp": "examples"}),
     ],
-    ids=["hard", "soft", "score", "soft score", "language model", "hidden", "first", "inner"],
 )
 def test_every_term_is_counted_in_its_unit(task, terms, units):
     assert build_objective(terms, task, STUDENT, TEACHER).units == units
@@ -121,7 +91,6 @@ def test_every_term_is_counted_in_its_unit(task, terms, units):
         ((RELATION,), Needs((), (2,)), Needs((), (12,))),
         ((ATTENTION, RELATION), Needs((), (1, 2)), Needs((), (6, 12))),
     ],
-    ids=["outputs", "hidden", "embedding", "flows", "relations", "attention and relations"],
 )
 def test_a_model_is_asked_for_what_the_terms_read_and_nothing_else(terms, student, teacher):
     assert build_objective(terms, "classification", STUDENT, TEACHER).needs == student

@@ -1,7 +1,4 @@
-"""Terms that are limited to rollouts or to data, and soft targets of cached draws.
-
-What they sum over and what divides the sums.
-"""
+"""Terms of rollouts or of data, and soft targets of cached draws: their sums and divisors."""
 
 from __future__ import annotations
 
@@ -24,15 +21,8 @@ KL = term_of("soft_target_kl", temperature=2.0)
 KL_AT_1 = term_of("soft_target_kl")
 SKEW = term_of("soft_target_skew_kl", skew=0.2)
 SKEW_REVERSE = term_of("soft_target_skew_reverse_kl", skew=0.2)
-TERMS: tuple[Any, ...] = (
-    CE,
-    KL,
-    term_of("soft_target_reverse_kl"),
-    term_of("soft_target_jsd", beta=0.3),
-    SKEW,
-    SKEW_REVERSE,
-    term_of("soft_target_tvd"),
-)
+OTHERS = (term_of("soft_target_jsd", beta=0.3), term_of("soft_target_tvd"))
+TERMS = (CE, KL, term_of("soft_target_reverse_kl"), SKEW, SKEW_REVERSE, *OTHERS)
 # DistiLLM-2: skew KL on texts of the teacher, skew reverse KL on texts of the student.
 PAIR = (replace(SKEW, on="data"), replace(SKEW_REVERSE, on="rollouts", weight=0.5))
 SOURCES = ("rollouts", "data")
@@ -55,11 +45,6 @@ def draws_of(shares: torch.Tensor) -> Draws:
     return Draws(ids.masked_fill(best == 0, -1).int(), best.log())
 
 
-def assert_same(actual: Any, wanted: Any, **tolerance: float) -> None:
-    torch.testing.assert_close(actual.total, wanted.total, **tolerance)
-    torch.testing.assert_close(actual.gradients, wanted.gradients, **tolerance)
-
-
 @every_source
 @every_term
 def test_texts_of_the_other_source_give_a_term_zero_with_gradients_of_zero(term, source):
@@ -78,9 +63,10 @@ def test_texts_of_the_other_source_give_a_term_zero_with_gradients_of_zero(term,
 def test_a_term_on_the_source_of_the_texts_is_the_term(term, source):
     texts = Texts(rollouts=source == "rollouts")
 
-    limited = result(texts, (replace(term, on=source),))
+    limited, whole = result(texts, (replace(term, on=source),)), result(texts, (term,))
 
-    assert_same(limited, result(texts, (term,)), rtol=0, atol=0)
+    torch.testing.assert_close(limited.total, whole.total, rtol=0, atol=0)
+    torch.testing.assert_close(limited.gradients, whole.gradients, rtol=0, atol=0)
 
 
 def test_products_run_over_one_row_of_the_other_source(kernel_calls):
@@ -137,36 +123,27 @@ def test_readings_of_a_model_with_two_vocabularies_together_equal_each_by_itself
     second = Targets(positions, texts.labels.flatten()[positions])
     batch, head = texts.batch().extended(second=second), head_of(texts.head)
     learned = Knowledge(hidden=texts.hidden.flatten(0, 1)[positions], head=head)
-    reading = LossInputs(
-        student=Knowledge(hidden=texts.hidden, head=head, second=learned),
-        teacher=None,
-        batch=batch,
-        weights=objective.weights,
-        per_unit=unit_scales(texts.counts(objective), 1).weights,
-    )
+    student = Knowledge(hidden=texts.hidden, head=head, second=learned)
+    one = reading(texts, objective, student=student, teacher=None, batch=batch)
 
-    together, (alone,) = objective([reading, reading]), objective([reading])
+    together, (alone,) = objective([one, one]), objective([one])
 
-    for one in together:
-        torch.testing.assert_close([one.total, one.sums], [alone.total, alone.sums])
+    for each in together:
+        torch.testing.assert_close([each.total, each.sums], [alone.total, alone.sums])
 
 
 def test_the_same_loss_on_both_sources_has_two_weights_and_two_values():
     texts = Texts()
     terms = (replace(KL, on="data"), replace(KL, on="rollouts", weight=0.5), replace(CE, on="data"))
-    weights = {
-        "soft_target_kl_on_data": 1.0,
-        "soft_target_kl_on_rollouts": 0.5,
-        "hard_cross_entropy_on_data": 1.0,
-    }
+    names = ("soft_target_kl_on_data", "soft_target_kl_on_rollouts", "hard_cross_entropy_on_data")
 
     actual = result(texts, terms)
 
+    of_data, of_texts, hard = (actual.sums[name] for name in names)
     count = int((texts.labels != IGNORE).sum())
-    data = (actual.sums[name] / count for name in weights if name.endswith("_on_data"))
-    assert actual.total.item() == pytest.approx(float(sum(data)))
-    assert actual.sums["soft_target_kl_on_rollouts"] == 0
-    assert objective_of(terms).weights == weights
+    assert actual.total.item() == pytest.approx(float(of_data + hard) / count)
+    assert of_texts == 0
+    assert objective_of(terms).weights == dict(zip(names, (1.0, 0.5, 1.0), strict=True))
 
 
 @every_source
@@ -184,11 +161,11 @@ def test_a_limited_term_and_its_agreement_are_counted_in_targets_of_the_source(s
 
 def test_a_pass_may_leave_out_a_term_of_one_source():
     texts, objective = Texts(), objective_of(PAIR)
-    off = dict.fromkeys(("soft_target_skew_reverse_kl_on_rollouts",), 0.0)
+    off = {"soft_target_skew_reverse_kl_on_rollouts": 0.0}
     weights = objective.weights | off
-    given = reading(texts, objective, weights=weights, left_out=frozenset(off))
 
-    ((total, sums),) = objective([given])
+    one = reading(texts, objective, weights=weights, left_out=frozenset(off))
+    ((total, sums),) = objective([one])
 
     assert {*sums} == {"soft_target_skew_kl_on_data", "top1_agreement_on_data"}
     torch.testing.assert_close(total, result(texts, PAIR[:1]).total)

@@ -37,18 +37,11 @@ def config_of(folder: Path, task: str, model: Any) -> RunConfig:
     return load_config(write_config(folder / "run.yaml", tree))
 
 
-@pytest.mark.parametrize(
-    ("task", "model", "outputs"),
-    [
-        ("classification", bert, 3),
-        ("regression", bert, 1),
-        ("mlm", bert, 64),
-        ("causal_lm", llama, 64),
-    ],
-)
-def test_a_model_has_the_outputs_of_its_task(
-    tmp_path: Path, task: Any, model: Any, outputs: int
-) -> None:
+OUTPUTS = [("classification", bert, 3), ("regression", bert, 1), ("mlm", bert, 64)]
+
+
+@pytest.mark.parametrize(("task", "model", "outputs"), [*OUTPUTS, ("causal_lm", llama, 64)])
+def test_a_model_has_the_outputs_of_its_task(tmp_path, task, model, outputs):
     source = planned_sources(config_of(tmp_path, task, model))[STUDENT]
 
     assert shape_of(source, task, classes=3).vocabulary == outputs
@@ -78,23 +71,17 @@ def distilled(*objective: Any, reads_states: bool = False) -> Stage:
         (distilled(KL, term_of("hidden_mse")), (1, 2), (2, 3)),
     ],
 )
-def test_hidden_states_are_read_for_losses_and_for_a_strategy(
-    tmp_path: Path, stage: Stage, student: tuple[int, ...], teacher: tuple[int, ...]
-) -> None:
+def test_hidden_states_are_read_for_losses_and_for_a_strategy(tmp_path, stage, student, teacher):
     sources = planned_sources(config_of(tmp_path, "classification", bert))
-    losses = stage_losses(
-        stage,
-        "classification",
-        learners={STUDENT: sources[STUDENT]},
-        teachers=[sources[TEACHER]],
-        classes=2,
-    )
+    models = {"learners": {STUDENT: sources[STUDENT]}, "teachers": [sources[TEACHER]]}
+
+    losses = stage_losses(stage, "classification", **models, classes=2)
 
     assert losses.teacher_needs() == Needs(hidden_layers=teacher)
     assert losses.objective().needs == Needs(hidden_layers=student)
 
 
-def test_a_plan_holds_the_hidden_states_that_a_strategy_reads(tmp_path: Path) -> None:
+def test_a_plan_holds_the_hidden_states_that_a_strategy_reads(tmp_path):
     config = config_of(tmp_path, "classification", bert)
     sources = planned_sources(config)
     teacher = ReadyTeacher(sources[TEACHER], config.teacher_specs[TEACHER])
