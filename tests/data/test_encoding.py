@@ -21,11 +21,7 @@ from packed import unpack
 from slow_tokenizer import Words
 from tiny_runs import write_jsonl
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from megakd.config.task import MixtureSource, TaskConfig
 from megakd.data import encoding, token_tables
@@ -40,13 +36,7 @@ from megakd.data.encoding import (
     tokenizer_content,
 )
 from megakd.data.splits import Splits, load_splits
-from megakd.data.token_tables import (
-    PackedRow,
-    document_ends,
-    pack,
-    single_documents,
-    windows,
-)
+from megakd.data.token_tables import PackedRow, document_ends, pack, single_documents, windows
 from megakd.errors import DataError
 
 SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}

@@ -228,10 +228,7 @@ def test_a_wordpiece_of_varied_text_keeps_to_its_size(load):
 # "Hello world" as published.
 @pytest.mark.parametrize(
     ("name", "size", "ids"),
-    [
-        ("bert-base-uncased", 30522, [101, 7592, 2088, 102]),
-        ("gpt2", 50257, [15496, 995]),
-    ],
+    [("bert-base-uncased", 30522, [101, 7592, 2088, 102]), ("gpt2", 50257, [15496, 995])],
 )
 def test_published_vocabularies_are_read(load, shared_data, name, size, ids):
     published = shared_data / "tokenizers" / name

@@ -31,10 +31,7 @@ def test_an_example_is_a_valid_run_config_with_known_presets(path: Path) -> None
 def test_the_quickstart_compares_with_the_labels_alone_for_as_many_steps():
     config = load_config(EXAMPLES / "quickstart.yaml")
 
-    assert (config.method.name, config.baselines) == (
-        "shrink",
-        ("tfidf", "alone"),
-    )
+    assert (config.method.name, config.baselines) == ("shrink", ("tfidf", "alone"))
     assert config.eval.metric == "f1_macro"
     assert config.trainings["alone"].max_steps == config.trainings["train"].max_steps
 
