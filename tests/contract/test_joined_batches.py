@@ -7,8 +7,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
 from megakd.config.task import TaskConfig
@@ -82,24 +80,6 @@ def test_masked_texts_are_answered_together_as_one_by_one(predicted):
     batches = [texts(sizes, chosen) for sizes, chosen in zip(lengths, targets, strict=True)]
 
     assert_answered_as_one_by_one(model, batches)
-
-
-@given(st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=5), min_size=1, max_size=4))
-def test_documents_and_targets_name_the_same_tokens(groups):
-    batches = [packed(lengths) for lengths in groups]
-    chosen = [batch.valid.flatten().nonzero()[::3, 0] for batch in batches]
-    batches = [b._replace(targets=some) for b, some in zip(batches, chosen, strict=True)]
-
-    whole = joined(batches)
-
-    ids = torch.cat([b.inputs["input_ids"].flatten()[b.targets] for b in batches])
-    assert torch.equal(whole.inputs["input_ids"].flatten()[whole.targets], ids)
-    starts, longest = whole.documents
-    positions = whole.inputs["position_ids"].flatten()
-    assert torch.equal(starts[:-1].long(), (positions == 0).nonzero()[:, 0])
-    assert starts[-1] == positions.numel()
-    assert longest >= int(starts.diff().max())
-    assert not whole.valid.sum() - sum(int(batch.valid.sum()) for batch in batches)
 
 
 def test_logits_and_vectors_are_cut_by_rows_and_length():

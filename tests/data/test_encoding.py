@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +19,7 @@ from hypothesis import strategies as st
 from packed import unpack
 from slow_tokenizer import Words
 from tiny_runs import write_jsonl
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from megakd.config.task import MixtureSource, TaskConfig
@@ -36,11 +35,13 @@ from megakd.data.encoding import (
     tokenizer_content,
 )
 from megakd.data.splits import Splits, load_splits
-from megakd.data.token_tables import PackedRow, document_ends, pack, single_documents, windows
+from megakd.data.token_tables import PackedRow, pack, single_documents
+from megakd.data.vocabularies import encoder_template
 from megakd.errors import DataError
 
 SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-WORDS = [*SPECIAL.values(), *"abcdefghijklmnopqrstuvwxyz"]
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+WORDS = [*SPECIAL.values(), *LETTERS]
 MARKER = "<|endoftext|>"
 
 
@@ -54,26 +55,20 @@ def _splits(train: Dataset, validation: Any, test: Any = None) -> Splits:
 
 
 def _bert(words=WORDS, **keys) -> PreTrainedTokenizerFast:
-    made = Tokenizer(
-        models.WordPiece({w: i for i, w in enumerate(words)}, unk_token=SPECIAL["unk_token"])
-    )
-    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    made.post_processor = processors.TemplateProcessing(
-        single="[CLS]:0 $A:0 [SEP]:0",
-        pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
-    )
+    vocabulary = {word: number for number, word in enumerate(words)}
+    backend = Tokenizer(models.WordPiece(vocabulary, unk_token=SPECIAL["unk_token"]))
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.post_processor = encoder_template(backend, cls="[CLS]", sep="[SEP]")
     names = ["input_ids", "token_type_ids", "attention_mask"]
     roles = SPECIAL | keys
-    return PreTrainedTokenizerFast(tokenizer_object=made, model_input_names=names, **roles)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, model_input_names=names, **roles)
 
 
 def _gpt() -> PreTrainedTokenizerFast:
-    vocabulary = {MARKER: 0} | {w: i + 1 for i, w in enumerate("abcdefghijklmnopqrstuvwxyz")}
-    made = Tokenizer(models.BPE(vocabulary, []))
-    made.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
-    made.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token=MARKER, pad_token=MARKER)
+    vocabulary = {MARKER: 0} | {word: n for n, word in enumerate(LETTERS, start=1)}
+    backend = Tokenizer(models.BPE(vocabulary, []))
+    backend.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=MARKER, pad_token=MARKER)
 
 
 def _task(kind="classification", **keys) -> TaskConfig:
@@ -88,8 +83,7 @@ def _pairs() -> Splits:
 
 
 def _texts(count=30) -> Splits:
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    texts = [" ".join(letters[: 1 + n % 9]) for n in range(count)]
+    texts = [" ".join(LETTERS[: 1 + n % 9]) for n in range(count)]
     rows = Dataset.from_dict({"text": texts, "label": [n % 3 for n in range(count)]})
     return _splits(rows, rows.select(range(5)))
 
@@ -131,41 +125,34 @@ def test_pairs_get_token_types_and_single_texts_do_not(encode):
     assert "token_type_ids" not in encode(_pairs(), bare).train.column_names
 
 
-def test_documents_come_back_with_the_end_marker(encode):
-    encoded = encode(_documents(), _gpt(), "causal_lm")
+@pytest.mark.parametrize("begin", [[], [0]], ids=["an end", "a begin and an end"])
+def test_documents_come_back_with_what_the_tokenizer_puts_around_them(encode, begin):
+    tokenizer = _gpt()
+    if begin:
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{MARKER} $A", special_tokens=[(MARKER, 0)]
+        )
+
+    encoded = encode(_documents(), tokenizer, "causal_lm")
+
     rows = encoded.train.with_format("numpy")
-
     packed = [PackedRow(r["input_ids"], r["position_ids"], r["labels"]) for r in rows]
-
-    assert list(unpack(packed)) == [[1, 2, 3, 0], [4, 0], [*range(5, 15), 0], [15, 16, 0]]
+    documents = [[1, 2, 3], [4], [*range(5, 15)], [15, 16]]
+    assert list(unpack(packed)) == [[*begin, *ids, 0] for ids in documents]
     assert encoded.train.column_names == ["input_ids", "position_ids", "labels"]
-    assert encoded.tokens_per_row == pytest.approx(20 / 3)
-
-
-def test_what_the_tokenizer_puts_around_a_text_is_kept_around_a_document():
-    plain = document_ends(_gpt())
-    framed = document_ends(_bert())
-    begins = _gpt()
-    begins.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{MARKER} $A", special_tokens=[(MARKER, 0)]
-    )
-
-    assert (plain, framed, document_ends(begins)) == (([], [0]), ([2], [3]), ([0], [0]))
+    assert encoded.tokens_per_row == pytest.approx((20 + 4 * len(begin)) / 3)
 
 
 def test_whatever_changes_the_rows_changes_the_key_and_equal_rows_are_read(encode, monkeypatch):
     # Other labels, and a column that differs in one text.
-    other_labels = _texts().train.map(lambda _: {"label": 1})
     texts = _texts(1000).train["text"][:]
     many = [texts, *([*texts[:at], "b", *texts[at + 1 :]] for at in (1, 998))]
-    other_texts = (Dataset.from_dict({"text": some, "label": [0] * 1000}) for some in many)
+    others = [Dataset.from_dict({"text": some, "label": [0] * 1000}) for some in many]
+    others.append(_texts().train.map(lambda _: {"label": 1}))
     changes = (
-        {"tokenizer": _bert([*WORDS, "##b"])},
-        {"max_length": 7},
-        {"kind": "regression"},
+        *({"tokenizer": _bert([*WORDS, "##b"])}, {"max_length": 7}, {"kind": "regression"}),
         {"splits": _texts(29)},
-        {"splits": _texts()._replace(train=other_labels)},
-        *({"splits": _texts()._replace(train=rows)} for rows in other_texts),
+        *({"splits": _texts()._replace(train=rows)} for rows in others),
     )
     first = encode(_texts())
     keys = {key_of_rows(encode(**{"splits": _texts(), **change})) for change in changes}
@@ -178,19 +165,10 @@ def test_whatever_changes_the_rows_changes_the_key_and_equal_rows_are_read(encod
     assert [file["filename"] for file in again.train.cache_files]
 
 
-def test_calling_a_tokenizer_does_not_change_its_content():
-    tokenizer = _bert()
-    before = tokenizer_content(tokenizer)
-
-    tokenizer(["a", "b c d"], truncation=True, max_length=3, padding=True)
-
-    assert tokenizer_content(tokenizer) == before
-
-
 @pytest.mark.parametrize("file", ["rows.arrow", "checksums.json"])
 def test_a_damaged_cache_is_built_again(encode, tmp_path, file):
     first = encode(_texts())
-    wanted = first.train.to_dict()
+    rows = first.train.to_dict()
     damaged = tmp_path / "encoded" / key_of_rows(first) / file
     content = damaged.read_bytes()
     damaged.unlink()  # a file in its place: the mapped file itself must stay as it is
@@ -198,20 +176,7 @@ def test_a_damaged_cache_is_built_again(encode, tmp_path, file):
 
     again = encode(_texts())
 
-    assert again.train.to_dict() == wanted
-    assert key_of_rows(again) == key_of_rows(first)
-
-
-def test_a_build_that_fails_leaves_nothing(encode, tmp_path, monkeypatch):
-    def broken(path, tables):
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(encoding, "write_tables", broken)
-
-    with pytest.raises(DataError, match=r"cannot write prepared data to .*No space left on device"):
-        encode(_texts())
-    assert list((tmp_path / "encoded").iterdir()) == []
+    assert (again.train.to_dict(), key_of_rows(again)) == (rows, key_of_rows(first))
 
 
 def test_a_split_without_tokens_is_an_error(encode):
@@ -270,20 +235,14 @@ def test_every_form_of_rows_gives_the_same_batch(encode):
     assert batches[0].inputs["token_type_ids"].tolist()[2] == [0] * 8
 
 
-def test_scores_stay_fractions_and_dummies_have_none():
-    collator = Collator(_bert(), _task("regression"))
+def test_scores_stay_fractions_and_labels_of_texts_end_where_the_text_ends():
+    score = {"input_ids": [4], "label": 2.5}
+    text = {"input_ids": [5, 6, 7], "position_ids": [0, 1, 2], "labels": [6, 7, -100]}
 
-    labels = collator([{"input_ids": [4], "label": 2.5}], dummy_rows=1).labels
+    labels = Collator(_bert(), _task("regression"))([score], dummy_rows=1).labels
+    batch = Collator(_gpt(), _task("causal_lm", max_length=20))([text], dummy_rows=1)
 
-    assert labels.dtype == torch.float32
-    assert labels[0] == 2.5
-    assert labels[1].isnan()
-
-
-def test_labels_and_validity_end_where_the_text_ends():
-    row = {"input_ids": [5, 6, 7], "position_ids": [0, 1, 2], "labels": [6, 7, -100]}
-    batch = Collator(_gpt(), _task("causal_lm", max_length=20))([row], dummy_rows=1)
-
+    torch.testing.assert_close(labels, torch.tensor([2.5, math.nan]), equal_nan=True)
     assert set(batch.inputs) == {"input_ids", "position_ids"}
     assert batch.labels.tolist() == [[6, 7, *[-100] * 6], [-100] * 8]
     assert batch.valid.tolist() == [[True] * 3 + [False] * 5, [False] * 8]
@@ -308,14 +267,17 @@ def test_every_setting_of_a_tokenizer_changes_the_key(encode):
         assert tokenizer_content(plain) != tokenizer_content(other)
 
 
-def test_the_key_of_a_tokenizer_without_a_backend_does_not_depend_on_its_folder(tmp_path):
-    Words(lower=True).save_pretrained(tmp_path / "one")
-    shutil.copytree(tmp_path / "one", tmp_path / "two")
+def test_neither_a_folder_nor_a_call_changes_the_key_of_a_tokenizer(tmp_path):
+    for name in ("one", "two"):
+        Words(lower=True).save_pretrained(tmp_path / name)
+    tokenizer = _bert()
+    before = tokenizer_content(tokenizer)
 
-    keys = {tokenizer_content(Words.from_pretrained(tmp_path / name)) for name in ("one", "two")}
+    tokenizer(["a", "b c d"], truncation=True, max_length=3, padding=True)
 
-    assert len(keys) == 1
-    assert tokenizer_content(Words.from_pretrained(tmp_path / "one")) in keys
+    assert tokenizer_content(tokenizer) == before
+    one, two = (Words.from_pretrained(tmp_path / name) for name in ("one", "two"))
+    assert tokenizer_content(one) == tokenizer_content(two)
 
 
 def test_whatever_a_model_reads_is_in_the_key_of_the_tokens_and_labels_are_not():
@@ -381,7 +343,7 @@ def test_a_call_of_the_tokenizer_gets_few_long_texts(monkeypatch):
     assert sizes == [1, 3, 1]
 
 
-def _llama(attention: str = "sdpa") -> LlamaForCausalLM:
+def _llama(attention: str) -> LlamaForCausalLM:
     torch.manual_seed(0)
     sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "attn_implementation": attention}
@@ -405,12 +367,10 @@ LENGTHS = [(19, 9), (16, 16), (1, 1, 1, 4), (5,), (16, 2, 2, 12, 9, 1)]
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-@pytest.mark.parametrize(
-    ("attention", "mode"), [("sdpa", "eval"), ("eager", "train with checkpointing")]
-)
-def test_a_packed_document_gets_the_logits_it_has_alone(lengths, attention, mode):
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_packed_document_gets_the_logits_it_has_alone(lengths, attention):
     model = _llama(attention)
-    if mode != "eval":
+    if attention == "eager":
         model.train()
         model.activation_checkpointing_enable()
     rows = _rows([np.random.default_rng(n).integers(0, 64, n).tolist() for n in lengths])
@@ -424,30 +384,6 @@ def test_a_packed_document_gets_the_logits_it_has_alone(lengths, attention, mode
         for start, end in pairwise(starts):
             alone = model(input_ids=torch.tensor([row["input_ids"][start:end]])).logits[0]
             torch.testing.assert_close(logits[start:end], alone, atol=1e-5, rtol=1e-5)
-
-
-def test_with_a_cache_documents_see_each_other_so_models_must_be_called_without():
-    """Fails when transformers learns to look: then the warning in `token_tables` can go."""
-    model = _llama()
-    batch = PACKING(_rows([[5, 6, 7], [8, 9]]))
-
-    with torch.no_grad():
-        right = model(**batch.inputs, use_cache=False).logits
-        wrong = model(**batch.inputs, use_cache=True).logits
-
-    assert not torch.allclose(right[batch.valid], wrong[batch.valid], atol=1e-3)
-
-
-@given(st.lists(st.integers(), max_size=200), st.integers(1, 50))
-@settings(max_examples=40)
-def test_windows_lose_nothing_and_are_few_full_and_alike(ids, room):
-    cut = [*windows(ids, room)]
-
-    assert [token for window in cut for token in window] == ids
-    assert len(cut) == -(-len(ids) // room)
-    lengths = {len(window) for window in cut}
-    assert max(lengths, default=0) - min(lengths, default=0) <= 1
-    assert all(1 <= length <= room for length in lengths)
 
 
 def test_a_text_for_mlm_is_cut_into_framed_windows_of_its_own(encode):
@@ -539,9 +475,8 @@ def test_the_rows_of_an_epoch_depend_on_the_seed_and_the_weights_alone(tmp_path)
 
     assert first.train["input_ids"][:] == again.train["input_ids"][:]
     assert first.train["input_ids"][:] != other.train["input_ids"][:]
-    assert (
-        first.train["input_ids"][:] != encoded_of(tmp_path, chat=1, pairs=9).train["input_ids"][:]
-    )
+    weighed = encoded_of(tmp_path, chat=1, pairs=9)
+    assert first.train["input_ids"][:] != weighed.train["input_ids"][:]
 
 
 def test_a_source_whose_rows_are_all_left_out_is_refused(tmp_path):

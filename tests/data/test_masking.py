@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import numpy as np
 import pytest
 import torch
@@ -27,8 +29,9 @@ SMALL = st.integers(1, 3)
 
 def tokenizer() -> PreTrainedTokenizerFast:
     words = [*SPECIAL, *(f"w{n}" for n in range(SIZE - len(SPECIAL)))]
-    made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token=SPECIAL[UNK]))
-    return PreTrainedTokenizerFast(tokenizer_object=made, **ROLES)
+    numbers = {word: number for number, word in enumerate(words)}
+    backend = Tokenizer(models.WordLevel(numbers, unk_token=SPECIAL[UNK]))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **ROLES)
 
 
 def task(kind="mlm", **keys) -> TaskConfig:
@@ -42,16 +45,13 @@ def masking(**keys) -> Masking:
 def encoded(count: int) -> Dataset:
     """Rows of all lengths, as the tokenizer frames them, an unknown token in each tenth."""
     rng = np.random.default_rng(1)
-    rows = []
-    for number in range(count):
-        ids = rng.integers(5, SIZE, size=rng.integers(1, 40)).tolist()
-        rows.append([CLS, *([UNK] if number % 10 == 0 else []), *ids, SEP])
+    texts = [rng.integers(5, SIZE, size=rng.integers(1, 40)).tolist() for _ in range(count)]
+    rows = [[CLS, *[UNK] * (n % 10 == 0), *ids, SEP] for n, ids in enumerate(texts)]
     return Dataset.from_dict({"input_ids": rows})
 
 
 def collated(rows: list[list[int]], *, dummy_rows: int = 0) -> Batch:
-    given_rows = [{"input_ids": row} for row in rows]
-    return Collator(tokenizer(), task())(given_rows, dummy_rows=dummy_rows)
+    return Collator(tokenizer(), task())([{"input_ids": r} for r in rows], dummy_rows=dummy_rows)
 
 
 def ids_of(batch: Batch) -> torch.Tensor:
@@ -148,11 +148,9 @@ def test_the_cut_into_ranks_and_micro_batches_changes_no_mask(
 ):
     rows = encoded(23)
     whole = loader(rows, StepShape(per_device * accumulation * world, 1)).step(index)
-    dealt = [
-        batch
-        for rank in range(world)
-        for batch in loader(rows, StepShape(per_device, accumulation, rank, world)).step(index)
-    ]
+    shapes = (StepShape(per_device, accumulation, rank, world) for rank in range(world))
+
+    dealt = [batch for shape in shapes for batch in loader(rows, shape).step(index)]
 
     assert shown(dealt) == shown(whole)
 
@@ -178,13 +176,9 @@ def test_an_evaluation_has_the_same_masks_every_time_on_any_ranks():
     rows, collate = encoded(11), Collator(tokenizer(), task())
 
     def seen(world: int, size: int) -> list:
-        return shown(
-            batch
-            for rank in range(world)
-            for batch in evaluation_batches(
-                rows, collate, batch_size=size, rank=rank, world=world, masking=masking()
-            )
-        )
+        options = {"batch_size": size, "world": world, "masking": masking()}
+        ranks = (evaluation_batches(rows, collate, rank=n, **options) for n in range(world))
+        return shown(chain.from_iterable(ranks))
 
     assert seen(1, 11) == seen(1, 3) == seen(2, 2) == seen(3, 4)
     assert any(labels.count(IGNORE) < len(labels) for _, labels in seen(1, 11))

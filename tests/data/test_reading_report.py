@@ -1,7 +1,8 @@
-"""What was read, and labels and rows that are silently something else."""
+"""What was read, rows without a label, and labels and rows that are silently something else."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import pytest
@@ -36,10 +37,6 @@ def test_the_line_has_rows_labels_classes_and_splits():
     assert line == "train 9 rows, 7 labelled, 2 classes of 3 to 4 rows; validation 1"
 
 
-def test_rows_as_they_should_be_have_no_warning():
-    assert warnings_of(splits(PLAIN), rows=6) == []
-
-
 @pytest.mark.parametrize(
     ("more", "text"),
     [
@@ -56,17 +53,65 @@ def test_a_label_that_is_silently_something_else_is_told_with_its_rows(more, tex
     assert text in message
 
 
-def test_a_class_with_a_comma_in_its_name_is_none_of_several():
-    assert warnings_of(splits({**PLAIN, "x": "red, hot", "y": "red, hot"})) == []
+@pytest.mark.parametrize("more", [{}, {"x": "red, hot", "y": "red, hot"}])
+def test_rows_as_they_should_be_have_no_warning(more):
+    assert warnings_of(splits({**PLAIN, **more}), rows=6) == []
 
 
-def test_training_rows_that_are_held_out_too_are_counted():
-    (message,) = warnings_of(splits(PLAIN, {"play 1": "play", "new": "stop"}))
+@pytest.mark.parametrize(
+    ("held_out", "rows", "text"),
+    [
+        ({"play 1": "play", "new": "stop"}, 6, "1 of the 2 held-out rows are training rows too"),
+        (None, 32, "the 6 training rows are fewer than the 32 of a step"),
+    ],
+)
+def test_held_out_rows_of_training_and_fewer_rows_than_a_step_are_told(held_out, rows, text):
+    (message,) = warnings_of(splits(PLAIN, held_out), rows=rows)
 
-    assert message.startswith("1 of the 2 held-out rows are training rows too")
+    assert text in message
 
 
-def test_fewer_rows_than_a_step_are_told():
-    (message,) = warnings_of(splits(PLAIN), rows=32)
+@pytest.mark.parametrize(
+    ("kind", "labels", "line", "level"),
+    [
+        ("csv", ["b", "nan", "a", "NaN"], "2 of 4 rows have no label (1 say 'nan', 1 sa", "W"),
+        ("csv", ["1", "", "0", "-100"], "train.csv: 2 of 4 rows have no label", "INFO"),
+        ("jsonl", ["a", None, "b", "a"], "train.jsonl: 1 of 4 rows have no label", "INFO"),
+        ("jsonl", [0.5, math.nan, -100, 1], "train.jsonl: 1 of 4 rows have no label", "INFO"),
+        ("csv", ["0.5", "NaN", "-100", ""], "2 of 4 rows have no label (1 say 'NaN', wh", "WARN"),
+        ("csv", ["NA", "null", "None", "b"], None, ""),
+    ],
+)
+def test_rows_without_a_label_are_counted_in_one_line(
+    load, write_rows, tmp_path, caplog, kind, labels, line, level
+):
+    """Also where the rows were written by an earlier run."""
+    write_rows(tmp_path / f"train.{kind}", list(zip("abcd", labels, strict=True)))
+    write_rows(tmp_path / "dev.csv", [("a", labels[0])])
+    task = {"type": "regression"} if labels[0] in (0.5, "0.5") else {}
 
-    assert "the 6 training rows are fewer than the 32 of a step" in message
+    for _ in range(2):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            load(tmp_path, **task)
+
+        counted = [record for record in caplog.records if "no label" in record.getMessage()]
+        assert len(counted) == (line is not None)
+        for record in counted:
+            assert line in record.getMessage()
+            assert record.levelname.startswith(level)
+
+
+def test_every_split_and_evaluation_set_counts_its_rows_without_a_label(
+    load, write_rows, tmp_path, caplog
+):
+    names = ("train", "validation", "test", "hard")
+    for count, name in enumerate(names, start=1):
+        rows = [("a", "yes"), ("b", "no"), *((f"{n}", "nan") for n in range(count))]
+        write_rows(tmp_path / f"{name}.csv", rows)
+
+    load(tmp_path, evaluation_sets={"hard": str(tmp_path / "hard.csv")})
+
+    for count, name in enumerate(names, start=1):
+        line = f"{name}.csv: {count} of {count + 2} rows have no label ({count} say 'nan'"
+        assert caplog.text.count(line) == 1

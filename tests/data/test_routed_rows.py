@@ -24,14 +24,10 @@ NAMES = ("math", "code")
 MATH, CODE = map(teacher_number, NAMES)
 
 
-def texts(count: int = 30) -> list[dict[str, Any]]:
+def texts() -> list[dict[str, Any]]:
+    words = [f"{SENTENCES[n % 4]} {n} " * (1 + n % 3) for n in range(30)]
     return [
-        {
-            "text": f"{SENTENCES[n % 4]} {n} " * (1 + n % 3),
-            "expert": NAMES[n % 3 == 0],
-            "label": n % 2,
-        }
-        for n in range(count)
+        {"text": text, "expert": NAMES[n % 3 == 0], "label": n % 2} for n, text in enumerate(words)
     ]
 
 
@@ -49,11 +45,10 @@ def splits_of(folder: Path, rows: list[dict[str, Any]] | None = None, **keys: An
     return load_splits(TaskConfig(**{**files, **keys}), seed=0, cache_dir=folder / "cache")
 
 
-def encoded(folder: Path, tokenizer: Any, rows: list[dict[str, Any]] | None = None, **keys: Any):
+def encoded(folder: Path, tokenizer: Any, rows: Any = None, **keys: Any) -> Encoded:
     splits = splits_of(folder, rows, **keys)
     task = TaskConfig(**{"dataset": "none", "max_length": 16, **keys})
-    made: Encoded = encode_splits(splits, tokenizer, task, cache_dir=folder / "cache")
-    return made, task
+    return encode_splits(splits, tokenizer, task, cache_dir=folder / "cache")
 
 
 def test_only_training_rows_have_teachers(tmp_path):
@@ -75,67 +70,55 @@ def test_a_name_of_a_teacher_that_no_file_can_hold_is_a_bad_row(tmp_path):
     assert len(splits_of(tmp_path, rows, type="mlm", bad_rows="drop").train) == 30
 
 
-def test_every_packed_row_has_the_documents_of_one_teacher(tmp_path, tokenizer):
-    made, _ = encoded(tmp_path, tokenizer, type="causal_lm")
+@pytest.mark.parametrize("task", ["causal_lm", "mlm"])
+def test_every_packed_row_and_every_window_has_texts_of_one_teacher(tmp_path, tokenizer, task):
+    train = encoded(tmp_path, tokenizer, type=task).train
+    assert {*train[ROUTE]} == {MATH, CODE}
 
     for number, name in ((MATH, "math"), (CODE, "code")):
-        routed = [row for row in made.train if row[ROUTE] == number]
-        parts = [PackedRow(*(np.array(row[key]) for key in PackedRow._fields)) for row in routed]
-        result = [tokenizer.decode(ids, skip_special_tokens=True) for ids in unpack(parts)]
-        plain = [tokenizer(row["text"])["input_ids"] for row in texts() if row["expert"] == name]
-        assert result == [tokenizer.decode(ids, skip_special_tokens=True) for ids in plain]
-    assert {row[ROUTE] for row in made.train} == {MATH, CODE}
-
-
-def test_windows_of_a_text_have_the_teacher_of_the_text(tmp_path, tokenizer):
-    made, _ = encoded(tmp_path, tokenizer, type="mlm")
-    assert len(made.train) > len(texts())
-
-    for number, name in ((MATH, "math"), (CODE, "code")):
-        windows = [row["input_ids"] for row in made.train if row[ROUTE] == number]
-        plain = [tokenizer(row["text"])["input_ids"] for row in texts() if row["expert"] == name]
-        assert sum(len(ids) - 2 for ids in windows) == sum(len(ids) - 2 for ids in plain)
+        rows = [row for row in train if row[ROUTE] == number]
+        if task == "causal_lm":
+            columns = ([np.array(row[key]) for key in PackedRow._fields] for row in rows)
+            parts = unpack(PackedRow(*values) for values in columns)
+        else:
+            parts = (row["input_ids"] for row in rows)
+        actual = " ".join(tokenizer.decode(ids, skip_special_tokens=True) for ids in parts)
+        assert actual.split() == [
+            word for row in texts() if row["expert"] == name for word in row["text"].lower().split()
+        ]
 
 
 def test_another_teacher_of_a_row_is_another_data_set(tmp_path, tokenizer):
     rows = texts()
     changed = [*rows[:-1], {**rows[-1], "expert": "code"}]
 
-    made = [
-        encoded(tmp_path / name, tokenizer, given, type="classification")[0]
-        for name, given in {"a": rows, "b": changed}.items()
-    ]
+    one, other = (
+        encoded(tmp_path / name, tokenizer, of_name, type="classification").train
+        for name, of_name in {"a": rows, "b": changed}.items()
+    )
 
-    files = [part.train.cache_files[0]["filename"] for part in made]
+    files = [part.cache_files[0]["filename"] for part in (one, other)]
     assert len({Path(file).parent.name for file in files}) == 2
-    assert made[0].train["label"] == made[1].train["label"]
-    assert made[0].train[ROUTE][:-1] == made[1].train[ROUTE][:-1]
-
-
-def encoded_pairs(folder: Path, tokenizer: Any, count: int) -> tuple[Encoded, TaskConfig]:
-    """Prompts and answers of both teachers by turns."""
-    rows = [
-        {"prompt": f"say {n}", "completion": f" {SENTENCES[n % 4]}", "expert": NAMES[n % 2]}
-        for n in range(count)
-    ]
-    held = str(write_jsonl(folder / "more.jsonl", rows[:2]))
-    return encoded(folder, tokenizer, rows, type="causal_lm", validation_files=held)
+    assert one["label"] == other["label"]
+    assert one[ROUTE][:-1] == other[ROUTE][:-1]
 
 
 def test_a_prompt_keeps_its_teacher(tmp_path, tokenizer):
-    made, _ = encoded_pairs(tmp_path, tokenizer, 4)
+    rows = [{"prompt": "say", "completion": " it", "expert": NAMES[n % 2]} for n in range(4)]
+    held = str(write_jsonl(tmp_path / "more.jsonl", rows[:2]))
+    encoding = encoded(tmp_path, tokenizer, rows, type="causal_lm", validation_files=held)
 
-    prompts = Prompts(made.train, prompt_tokens=None, most=64)
+    prompts = Prompts(encoding.train, prompt_tokens=None, most=64)
 
     assert prompts.routes.tolist() == [MATH, CODE, MATH, CODE]
-    assert Prompts(made.validation, prompt_tokens=None, most=64).routes is None
+    assert Prompts(encoding.validation, prompt_tokens=None, most=64).routes is None
 
 
 def test_a_column_that_one_source_lacks_is_named(tmp_path):
     row = {"prompt": "a", "completion": "b"}
     parts = {
-        name: MixtureSource(files=str(write_jsonl(tmp_path / f"{name}.jsonl", [given])), weight=1.0)
-        for name, given in {"named": row | {"expert": "math"}, "bare": row}.items()
+        name: MixtureSource(files=str(write_jsonl(tmp_path / f"{name}.jsonl", [one])), weight=1.0)
+        for name, one in {"named": row | {"expert": "math"}, "bare": row}.items()
     }
     task = TaskConfig(type="causal_lm", mixture=parts, teacher_column="expert")
 

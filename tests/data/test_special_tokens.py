@@ -9,7 +9,7 @@ import pytest
 from chat_tokenizers import asked, chat_tokenizer
 from datasets import Dataset
 from encoded_chats import ADD, IGNORE, chat, encoded, task
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -51,6 +51,7 @@ TOKENIZERS = {
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_a_string_of_a_special_token_is_text_and_its_mark_is_the_token(name, data):
     tokenizer = TOKENIZERS[name]()
@@ -138,9 +139,8 @@ def test_documents_and_columns_are_read_as_text(kind):
     rows = {"text": [text, "the dog"], "text_pair": [text, text], "label": [0, 1]}
     columns = [*rows][: 3 if kind == "classification" else 1]
     data = Dataset.from_dict({name: rows[name] for name in columns})
-    settings = task(type=kind, max_length=512)
 
-    tables = [*tables_of_texts(data, tokenizer, settings)]
+    tables = [*tables_of_texts(data, tokenizer, task(type=kind, max_length=512))]
 
     ids = [i for table in tables for row in table.column("input_ids").to_pylist() for i in row]
     ends = {"causal_lm": 2, "mlm": 2, "classification": 4}[kind]  # a text of a pair has one too

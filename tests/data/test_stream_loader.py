@@ -7,9 +7,11 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from datasets import Dataset
@@ -36,12 +38,9 @@ WORDS = [f"w{number}" for number in range(60)]
 @pytest.fixture(scope="module")
 def tokenizers() -> dict[str, Any]:
     """One token per word, for each task."""
-    return {
-        task: train_tokenizer(
-            lambda: [" ".join(WORDS)] * 2, kind=kind, vocab_size=600, for_encoder=e
-        )
-        for task, kind, e in (("mlm", "wordpiece", True), ("causal_lm", "bpe", False))
-    }
+    train = partial(train_tokenizer, lambda: [" ".join(WORDS)] * 2, vocab_size=600)
+    mlm, causal_lm = train(kind="wordpiece", for_encoder=True), train(kind="bpe", for_encoder=False)
+    return {"mlm": mlm, "causal_lm": causal_lm}
 
 
 def texts_of(count: int) -> list[str]:
@@ -87,12 +86,6 @@ class Scene:
 @pytest.fixture
 def scene(tmp_path, tokenizers) -> Scene:
     return Scene(write_files(tmp_path, texts_of(40), 3), tokenizers["mlm"])
-
-
-@pytest.fixture
-def small(tmp_path, tokenizers) -> Scene:
-    """A stream of four texts in one file."""
-    return Scene(write_files(tmp_path / "small", texts_of(4), 1), tokenizers["mlm"])
 
 
 def truth(batches: Sequence[Batch]) -> list[tuple[int, ...]]:
@@ -215,13 +208,10 @@ def test_a_consumer_that_stops_early_leaves_no_thread_and_the_position_of_its_st
 def masked(scene: Scene, shapes: Sequence[StepShape], steps: int) -> dict[Any, set[Any]]:
     """Labels by tokens of all rows of some steps."""
     actual: dict[Any, set[Any]] = {}
-    for shape in shapes:
-        for batches in scene.loader(shape).iterate(0, steps):
-            for batch in batches:
-                for row, labels, real in zip(
-                    truth([batch]), batch.labels, batch.valid, strict=True
-                ):
-                    actual.setdefault(row, set()).add(tuple(labels[real].tolist()))
+    iterated = (batches for s in shapes for batches in scene.loader(s).iterate(0, steps))
+    for batch in chain.from_iterable(iterated):
+        for row, labels, real in zip(truth([batch]), batch.labels, batch.valid, strict=True):
+            actual.setdefault(row, set()).add(tuple(labels[real].tolist()))
     return actual
 
 
@@ -276,7 +266,10 @@ def rows_of(batches: Sequence[Batch]) -> list[list[int]]:
     ]
 
 
-def test_every_epoch_masks_the_rows_anew_and_the_log_says_that_it_starts(small, tmp_path, caplog):
+def test_every_epoch_masks_the_rows_anew_and_the_log_says_that_it_starts(
+    tokenizers, tmp_path, caplog
+):
+    small = Scene(write_files(tmp_path / "small", texts_of(4), 1), tokenizers["mlm"])
     rows = sum(expected(small, tmp_path / "cache", texts_of(4)).values())
     labels: dict[Any, set[Any]] = {}
 
@@ -302,13 +295,9 @@ def test_a_rank_without_texts_is_told_how_many_ranks_there_are(tmp_path, tokeniz
     [(None, None, "mine: max_steps is missing"), (3, 64, "mine: tokens_per_rank is set")],
 )
 def test_a_stage_of_a_method_that_cannot_read_a_stream_is_refused(max_steps, tokens, message):
-    parts: Any = SimpleNamespace(
-        stage=SimpleNamespace(name="mine", train=SimpleNamespace(max_steps=max_steps)),
-        layout=SimpleNamespace(tokens_per_rank=tokens),
-        assembly=SimpleNamespace(config=SimpleNamespace(seed=1)),
-        of_model=SimpleNamespace(scorer=lambda _: SimpleNamespace(collate=None, masking=None)),
-    )
-    encoded: Any = SimpleNamespace(stream=object())
+    parts = MagicMock()
+    parts.stage.name, parts.stage.train.max_steps = "mine", max_steps
+    parts.layout.tokens_per_rank = tokens
 
     with pytest.raises(ConfigError, match=message):
-        row_batches(parts, encoded)
+        row_batches(parts, MagicMock())

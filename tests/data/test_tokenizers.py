@@ -117,11 +117,10 @@ def test_without_any_tokenizer_one_is_trained_to_fit_the_task(load, folder, task
 
 
 def test_the_first_model_that_has_a_tokenizer_gives_it(load, folder, tmp_path):
-    teacher, student = tmp_path / "teacher", tmp_path / "student"
-    load(recipe("wordpiece", 320)).save_pretrained(teacher)
-    load(recipe("bpe", 310)).save_pretrained(student)
+    for name, kind in {"teacher": "wordpiece", "student": "bpe"}.items():
+        load(recipe(kind, 320)).save_pretrained(tmp_path / name)
 
-    tokenizer = load(folders=[folder, teacher, student])
+    tokenizer = load(folders=[folder, tmp_path / "teacher", tmp_path / "student"])
 
     assert type(tokenizer.backend_tokenizer.model).__name__ == "WordPiece"
 
@@ -134,7 +133,6 @@ def test_the_first_model_that_has_a_tokenizer_gives_it(load, folder, tmp_path):
         (RobertaConfig(), "classification", "bpe"),
         (LlamaConfig(), "causal_lm", "bpe"),
     ],
-    ids=lambda value: value if isinstance(value, str) else value.model_type,
 )
 def test_a_trained_tokenizer_beside_a_model_loads_with_transformers_alone(
     load, folder, config, task, kind
@@ -151,16 +149,9 @@ def test_a_trained_tokenizer_beside_a_model_loads_with_transformers_alone(
     assert loaded.special_tokens_map == tokenizer.special_tokens_map
 
 
-def test_a_tokenizer_json_that_declares_no_special_tokens_is_refused(load, folder):
-    load(recipe("wordpiece")).backend_tokenizer.save(str(folder / "tokenizer.json"))
-
-    with pytest.raises(DataError, match=r"must hold tokenizer\.json .* with its tokenizer_config"):
-        load(folder)
-
-
 def test_a_bare_bert_vocabulary_is_read(load, folder):
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "teacher", "##s"]
-    (folder / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
+    words = "[PAD] [UNK] [CLS] [SEP] [MASK] the teacher ##s"
+    (folder / "vocab.txt").write_text("\n".join(words.split()), encoding="utf-8")
 
     assert load(folder)("The teachers")["input_ids"] == [2, 5, 6, 7, 3]
 
@@ -175,16 +166,22 @@ def test_a_bare_gpt2_vocabulary_is_read(load, folder):
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, None)
 
 
-def test_a_tokenizer_without_a_mask_token_is_refused_for_mlm_alone(load, folder):
+@pytest.mark.parametrize(
+    ("role", "task", "other"),
+    [("mask", "mlm", "classification"), ("pad", "classification", "causal_lm")],
+)
+def test_a_tokenizer_without_a_token_is_refused_for_a_task_that_needs_it(
+    load, folder, role, task, other
+):
     load(recipe("wordpiece")).save_pretrained(folder)
     settings = folder / "tokenizer_config.json"
-    kept = {k: v for k, v in json.loads(settings.read_text()).items() if k != "mask_token"}
-    settings.write_text(json.dumps(kept))
+    tokens = {k: v for k, v in json.loads(settings.read_text()).items() if k != f"{role}_token"}
+    settings.write_text(json.dumps(tokens))
 
-    assert load(folder).mask_token is None
+    assert getattr(load(folder, other), f"{role}_token") is None
     for spec, folders in ((folder, ()), (None, [folder])):
-        with pytest.raises(DataError, match=r"bare.* has no mask token, which mlm needs"):
-            load(spec, "mlm", folders=folders)
+        with pytest.raises(DataError, match=rf"bare.* has no {role} token, which {task} needs"):
+            load(spec, task, folders=folders)
 
 
 @pytest.mark.parametrize(
@@ -257,24 +254,21 @@ def test_a_very_long_word_is_trained_on_in_pieces(kind, monkeypatch):
 
 def write_sentencepiece(path, **options):
     """Train a SentencePiece model, and return it as SentencePiece reads it."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(SENTENCES * 20),
-        model_writer=model,
-        vocab_size=60,
-        hard_vocab_limit=False,
-        num_threads=1,
-        minloglevel=2,
-        **options,
-    )
+    model, sizes = io.BytesIO(), {"vocab_size": 60, "hard_vocab_limit": False, "num_threads": 1}
+    texts = {"sentence_iterator": iter(SENTENCES * 20), "minloglevel": 2}
+    sentencepiece.SentencePieceTrainer.train(model_writer=model, **texts, **sizes, **options)
     path.write_bytes(model.getvalue())
     return sentencepiece.SentencePieceProcessor(model_file=str(path))
 
 
-def test_a_sentencepiece_model_without_its_config_is_refused(load, folder):
+def test_a_tokenizer_json_or_a_sentencepiece_model_without_its_config_is_refused(load, folder):
     write_sentencepiece(folder / "tokenizer.model")
-
     with pytest.raises(DataError, match=r"must hold tokenizer\.json .* or config\.json"):
+        load(folder)
+
+    (folder / "tokenizer.model").unlink()
+    load(recipe("wordpiece")).backend_tokenizer.save(str(folder / "tokenizer.json"))
+    with pytest.raises(DataError, match=r"must hold tokenizer\.json .* with its tokenizer_config"):
         load(folder)
 
 
@@ -292,11 +286,3 @@ def test_a_sentencepiece_model_of_t5_ends_every_text(load, folder, tmp_path):
     assert len(tokenizer) == len(reference) + 100
     tokenizer.save_pretrained(tmp_path / "again")
     assert from_folder(tmp_path / "again")("reads")["input_ids"] == [*two, 1]
-
-
-def test_an_encoder_needs_a_pad_token_and_a_decoder_does_not(load, folder):
-    load(recipe("bpe", 300), "causal_lm").save_pretrained(folder)
-
-    with pytest.raises(DataError, match="has no pad token, which classification needs"):
-        load(folder)
-    assert load(folder, "causal_lm").pad_token is None

@@ -18,8 +18,8 @@ ENDS = {
 
 @pytest.mark.parametrize("end", [2, 138])
 def test_a_slurm_job_is_requeued_if_it_was_stopped_at_its_time_limit_alone(
-    repository: Path, tmp_path: Path, end: int
-) -> None:
+    repository, tmp_path, end
+):
     programs = {"srun": f"exit {end}", "scontrol": f'echo "$@" >> {tmp_path}/asked'}
     for name, lines in programs.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{lines}\n")

@@ -9,12 +9,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 ROOT = Path(__file__).parents[2]
 pydocs = SimpleNamespace(**runpy.run_path(str(ROOT / "launch" / "pydocs.py")))
-WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
 
 
 def write_packages(root: Path, counts: dict[str, int]) -> Path:
@@ -22,12 +19,12 @@ def write_packages(root: Path, counts: dict[str, int]) -> Path:
         # The package's name is masked, so the noise word keeps the texts of packages apart.
         name = f"{package} {package[::-1]}"
         functions = (
-            f'def f{n}():\n    """Return the {WORDS[n % 8]} of {name} thing {n}.\n\n'
+            f'def f{n}():\n    """Return the alpha of {name} thing {n}.\n\n'
             '    The thing is a long one that is said in many words."""\n'
             for n in range(count)
         )
-        source = f'"""Things of {name} about {WORDS[len(name) % 8]}."""\n' + "".join(functions)
         (root / package).mkdir(parents=True)
+        source = "".join([f'"""Things of {name}."""\n', *functions])
         (root / package / "__init__.py").write_text(source)
     return root
 
@@ -55,17 +52,12 @@ class A:
         """Method."""
         def c():
             \'\'\'Inner.\'\'\'
-if True:
+try:
     async def d():
         """Conditional."""
-else:
-    def e():
-        x = """No docstring."""
-try:
-    pass
 except ValueError:
-    def f():
-        """In a handler."""
+    def e(): x = """No docstring."""
+    def f(): """In a handler."""
 '''
     (tmp_path / "m.py").write_text(source)
 
@@ -118,19 +110,14 @@ def test_names_of_packages_are_masked(text, expected):
     assert masked(text) == expected
 
 
-@settings(max_examples=40)
-@given(
-    st.sampled_from([*pydocs.PACKAGES, *pydocs.ALIASES]),
-    st.sampled_from([str.upper, str.title, str]),
-    st.sampled_from(["", " ", ".", "_", "`", "(", "-"]),
-    st.sampled_from(["", " ", ".fft", "_x", "`", ")", "'s", ":"]),
-)
-def test_no_name_survives_in_any_surrounding(name, case, before, after):
-    text = masked(f"the{before or ' '}{case(name)}{after or ' '} here")
+@pytest.mark.parametrize("name", [*pydocs.PACKAGES, *pydocs.ALIASES])
+def test_no_name_survives_in_any_surrounding(name):
+    written = (name, name.upper(), f"`{name.title()}`", f"_{name}.fft", f"({name}'s)", f"-{name}:")
+    text = masked(" ".join(written))
 
     words = re.split(r"[\W_]+", text.lower())
     assert not {*pydocs.PACKAGES, name.lower()} & set(words)
-    assert "package" in words
+    assert words.count("package") == len(written)
 
 
 def test_a_text_of_two_packages_belongs_to_none():

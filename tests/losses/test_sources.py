@@ -159,18 +159,6 @@ def test_a_limited_term_and_its_agreement_are_counted_in_targets_of_the_source(s
     assert UNITS[source] in objective.counters
 
 
-def test_a_pass_may_leave_out_a_term_of_one_source():
-    texts, objective = Texts(), objective_of(PAIR)
-    off = {"soft_target_skew_reverse_kl_on_rollouts": 0.0}
-    weights = objective.weights | off
-
-    one = reading(texts, objective, weights=weights, left_out=frozenset(off))
-    ((total, sums),) = objective([one])
-
-    assert {*sums} == {"soft_target_skew_kl_on_data", "top1_agreement_on_data"}
-    torch.testing.assert_close(total, result(texts, PAIR[:1]).total)
-
-
 def test_the_loss_is_the_divergence_from_the_shares_of_the_draws():
     texts, shares = Texts(), drawn_shares()
     counted = texts.labels != IGNORE
