@@ -124,6 +124,7 @@ ADAPTERS = [
     ("teacher.model=student_base; student.lora=null", "without its adapters, and needs student.lo"),
     ("teacher.model=student_base; task={type: classification, dataset: a}", "and task.type mlm or"),
 ]
+LABEL_OPTIONS = {"label_smoothing": 0.1, "count": "rows", "class_weights": "balanced"}
 OBJECTIVE = [
     *(
         (
@@ -132,6 +133,10 @@ OBJECTIVE = [
         )
         for loss in ("soft_target_kl", "hidden_cosine", "soft_target_tvd", "embedding_mse")
     ),
+    ("objective.0.class_weights=even", "objective[0].class_weights: must be"),
+    ("objective.0.class_weights={a: -1}", "class_weights.a: must be greater than or"),
+    ("objective.0.class_weights={a: 0, b: 0}", "every weight is 0; set at least one weight above"),
+    ("objective.0.label_smoothing=1", "objective[0].label_smoothing: must be less than 1"),
     ("objective.1={loss: hard_mse}", "objective[1].loss: hard_mse supports only task.type regress"),
     (f"{TEXT}; objective.0.loss=soft_target_mse", "soft_target_mse supports only task.type regres"),
     (f"task={{type: regression, dataset: glue/stsb}}; {KL}", "soft_target_kl supports only task.t"),
@@ -154,7 +159,7 @@ OBJECTIVE = [
             f"{TEXT}; objective=[{{loss: hard_cross_entropy, {name}: {value}}}]",
             f"objective[0].{name}: supported only for classification, and task.type is causal_lm",
         )
-        for name, value in (("label_smoothing", "0.1"), ("count", "rows"))
+        for name, value in LABEL_OPTIONS.items()
     ),
 ]
 TRAIN = [

@@ -43,6 +43,9 @@ def within(value: Any, stage: int = 3) -> dict[str, Any]:
     return {"megakd": {"shard_within_node": value}, **zero(stage=stage)}
 
 
+NOWHERE = {"device": "none"}
+
+
 def zero(**section: Any) -> dict[str, Any]:
     return {"zero_optimization": section}
 
@@ -60,6 +63,7 @@ def training(ds: Any, *, dtype: Any = "fp32") -> dict[str, Any]:
 
 @pytest.mark.parametrize(("name", "stage"), PRESETS.items())
 def test_deepspeed_accepts_a_preset_with_the_stage_and_the_offload_of_its_name(name, stage):
+    assert preset_names() == sorted(PRESETS)
     config = pytest.importorskip("deepspeed.runtime.zero.config")
     ds = load_ds_config(name, where=TEACHER if name == NODE else WHERE)
 
@@ -73,10 +77,6 @@ def test_deepspeed_accepts_a_preset_with_the_stage_and_the_offload_of_its_name(n
     refused = pytest.raises(ConfigError, match=rf"^{TEACHER}: {name}.json: ZeRO stage {stage} ")
     with nullcontext() if stage in (0, 3) else refused:
         load_ds_config(name, where=TEACHER)
-
-
-def test_the_presets_are_those_that_are_documented():
-    assert preset_names() == sorted(PRESETS)
 
 
 def test_the_presets_of_an_installed_package_are_found_inside_it(tmp_path, monkeypatch):
@@ -101,14 +101,10 @@ def test_a_path_and_an_inline_mapping_mean_the_same_and_the_mapping_is_left_as_i
     assert inline == zero(stage=3, offload_param={"device": "cpu"})
 
 
-@pytest.mark.parametrize("spec", ["mine.json", "~/nowhere.json"])
-def test_a_path_that_does_not_exist_is_named(spec):
-    assert message_of(spec) == f"student.deepspeed: the DeepSpeed config {spec} does not exist"
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        (None, "mine.json does not exist"),
         (b'{"a": 1,}', "mine.json is not JSON in UTF-8: "),
         (b'{"zero_optimization": {"stage": 1, "stage": 2}}', "a key occurs twice in a mapping"),
         (b'{"a": "\xff"}', "is not JSON in UTF-8: 'utf-8' codec can't decode byte 0xff"),
@@ -117,7 +113,8 @@ def test_a_path_that_does_not_exist_is_named(spec):
 )
 def test_a_file_that_is_no_json_object_is_refused(tmp_path, content, message):
     path = tmp_path / "mine.json"
-    path.write_bytes(content)
+    if content is not None:
+        path.write_bytes(content)
 
     assert message in message_of(str(path))
 
@@ -149,21 +146,17 @@ def test_a_knob_of_the_run_config_is_refused_naming_its_owner(key, value, owner,
 
 def test_the_file_and_the_nested_key_that_set_a_knob_are_named(tmp_path):
     path = tmp_path / "mine.json"
-    path.write_text('{"gradient_clipping": 0.5}')
+    path.write_text('{"data_types": {"param_dtype": "bf16"}}')
 
-    assert message_of(str(path)).startswith('student.deepspeed: mine.json sets "gradient_clipping"')
-    nested = message_of({"data_types": {"param_dtype": "bf16"}})
-    assert 'sets "data_types.param_dtype", which megakd takes from train.bf16' in nested
+    knob = 'mine.json sets "data_types.param_dtype", which megakd takes from train.bf16'
+    assert message_of(str(path)).startswith(f"student.deepspeed: {knob}")
 
 
 def test_knobs_left_to_the_trainer_are_left_out():
     offload = {"device": "cpu", "pin_memory": "auto", "buffer_count": "auto"}
-    spec = {
-        "train_micro_batch_size_per_gpu": "auto",
-        "bf16": {"enabled": "auto"},
-        "optimizer": {"params": {"lr": "auto", "betas": "auto"}},
-        **zero(stage=3, reduce_bucket_size="auto", offload_optimizer=offload),
-    }
+    spec = zero(stage=3, reduce_bucket_size="auto", offload_optimizer=offload)
+    spec |= {"train_micro_batch_size_per_gpu": "auto", "bf16": {"enabled": "auto"}}
+    spec["optimizer"] = {"params": {"lr": "auto", "betas": "auto"}}
 
     loaded = load_ds_config(spec, where=WHERE)
 
@@ -183,11 +176,7 @@ def test_knobs_left_to_the_trainer_are_left_out():
         ({"data_types": None}, "data_types must be a mapping (got null)"),
         (zero(stage=4), "stage must be 0, 1, 2 or 3 (got 4)"),
         (zero(stage="3"), 'stage must be 0, 1, 2 or 3 (got "3")'),
-        (
-            zero(stage3_param_persistance_threshold=0),
-            "stage3_param_persistance_threshold: Extra inputs are not permitted (got 0); did you "
-            'mean "stage3_param_persistence_threshold"?',
-        ),
+        (zero(sub_grup_size=0), 'Extra inputs are not permitted (got 0); did you mean "sub_group'),
         (zero(stage=3, sub_group_size="4"), "sub_group_size must be a number, a mapping, true or"),
         (zero(qqq=0), "zero_optimization.qqq: Extra inputs are not permitted (got 0)"),
         (zero(stage=2, offload_param={"device": "cpu"}), "needs ZeRO stage 3 or above, and the s"),
@@ -218,15 +207,9 @@ def test_what_deepspeed_would_ignore_or_refuse_later_is_refused(spec, message):
     assert message in text
 
 
-@pytest.mark.parametrize(
-    "spec",
-    [
-        zero(stage=0, offload_param={"device": "none"}),
-        zero(stage=2, reduce_bucket_size=5e8),
-        zero(stage=2, overlap_comm=True),
-    ],
-)
-def test_what_deepspeed_reads_is_left_as_it_is(spec):
+def test_what_deepspeed_reads_is_left_as_it_is():
+    spec = zero(stage=2, reduce_bucket_size=5e8, overlap_comm=True, offload_param=NOWHERE)
+
     assert load_ds_config(spec, where=WHERE) == spec
 
 
@@ -259,12 +242,9 @@ def test_a_frozen_engine_has_no_optimizer_and_no_clipping(dtype):
     assert "offload_optimizer" not in zero
     assert zero["offload_param"]["device"] == "cpu"
     assert math.isclose(frozen.pop("gradient_clipping"), 0)
-    assert frozen == {
-        "steps_per_print": 10**9,
-        "train_micro_batch_size_per_gpu": 2,
-        "gradient_accumulation_steps": 1,
-        **({} if dtype == "fp32" else {dtype: {"enabled": True}}),
-    }
+    sizes = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 1}
+    precision = {} if dtype == "fp32" else {dtype: {"enabled": True}}
+    assert frozen == {"steps_per_print": 10**9, **sizes, **precision}
 
 
 @pytest.mark.parametrize(
@@ -283,19 +263,15 @@ def test_zero_3_is_for_frozen_models_on_several_ranks_or_on_the_host(preset, ran
     [(0, "bf16", None), (1, "bf16", None), (2, "bf16", "fp32"), (3, "fp16", "fp32")]
     + [(stage, "fp32", None) for stage in range(4)],
 )
-def test_16_bit_gradients_add_up_in_fp32_where_deepspeed_can(stage, dtype, accumulates):
+def test_16_bit_gradients_add_up_in_fp32_where_deepspeed_can_unless_told_otherwise(
+    stage, dtype, accumulates
+):
     merged = training(zero(stage=stage), dtype=dtype)
 
     assert merged.get("data_types", {}).get("grad_accum_dtype") == accumulates
     assert merged.keys() & {"bf16", "fp16"} == {dtype} - {"fp32"}
-
-
-def test_a_file_may_set_the_dtype_of_gradients_and_how_often_a_line_is_printed():
     mine = {"data_types": {"grad_accum_dtype": "bf16"}, "steps_per_print": 5}
-
-    merged = training({**zero(stage=2), **mine}, dtype="bf16")
-
-    assert {key: merged[key] for key in mine} == mine
+    assert training(zero(stage=stage) | mine, dtype=dtype).items() >= mine.items()
 
 
 @pytest.mark.parametrize("value", [None, 1.5, -1, math.inf])
@@ -309,18 +285,15 @@ def test_a_size_that_is_not_a_whole_number_is_refused_with_its_key_and_value(val
         assert f"(got {json.dumps(value)})" in message
 
 
-def test_deepspeed_gets_no_key_of_megakd():
-    ds = load_ds_config(NODE, where=TEACHER)
-    unused = load_ds_config(within(value=False), where="student.deepspeed")
-
-    assert "megakd" not in frozen_ds_config(ds, dtype="bf16", micro_batch=1)
-    assert "megakd" not in training(unused)
-
-
-@pytest.mark.parametrize("where", ["student.deepspeed", "teacher.finetune.deepspeed"])
+@pytest.mark.parametrize("where", [WHERE, "teacher.finetune.deepspeed"])
 def test_a_model_that_learns_cannot_be_sharded_within_nodes(run_file, where):
+    ds = load_ds_config(NODE, where=TEACHER)
+    unused = load_ds_config(within(value=False), where=WHERE)
     message = f"{where}: {NODE}.json: megakd.shard_within_node works only for a frozen model"
 
     with pytest.raises(ConfigError, match=message):
         load_config(run_file, [f"{where}={NODE}"])
     assert load_config(run_file, [f"teacher.deepspeed={NODE}"])
+    # DeepSpeed gets no key of megakd.
+    assert "megakd" not in frozen_ds_config(ds, dtype="bf16", micro_batch=1)
+    assert "megakd" not in training(unused)

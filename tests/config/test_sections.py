@@ -16,29 +16,19 @@ from megakd.inputs.run_data import cache_folder
 from megakd.process.terminal import in_home
 
 TEXT = ("task={type: causal_lm, dataset: rows.jsonl}", "objective=[{loss: soft_target_kl}]")
-SERVER = "url: ['http://a:8000/']"
 
 
 def loaded(run_file: Path, *overrides: str) -> RunConfig:
     return load_config(run_file, (*TEXT, *overrides))
 
 
-@pytest.mark.parametrize(
-    ("override", "read"),
-    [
-        (
-            "student.lora={target_modules: all-linear}",
-            lambda config: config.student.lora.target_modules is None,
-        ),
-        (
-            "rollout={max_new_tokens: 8, server: {url: ['http://a:8000/v1'], push: none}}",
-            lambda config: config.rollout.server.url == ("http://a:8000",),
-        ),
-    ],
-    ids=["all layers", "an address with the version"],
-)
-def test_values_that_other_programs_read_mean_the_same(run_file, override, read):
-    assert read(loaded(run_file, override))
+def test_values_that_other_programs_read_mean_the_same(run_file):
+    address = "rollout={max_new_tokens: 8, server: {url: ['http://a:8000/v1'], push: none}}"
+
+    config = loaded(run_file, "student.lora={target_modules: all-linear}", address)
+
+    assert config.student.lora.target_modules is None
+    assert config.rollout.server.url == ("http://a:8000",)
 
 
 def test_a_mixture_replaces_the_data_set(run_file):
@@ -76,9 +66,8 @@ def test_models_are_scored_on_as_many_rows_as_fit_into_the_budget(run_file, over
 def test_the_shortest_rollout_generates_all_rows_from_the_student_as_it_is(run_file):
     rollout = loaded(run_file, "rollout={max_new_tokens: 8}").rollout
 
-    assert rollout.mix == 1
+    assert (rollout.mix, rollout.max_staleness) == (1, 0)
     assert rollout.how == Sampling(8, temperature=1.0, top_p=1.0, top_k=None)
-    assert rollout.max_staleness == 0
 
 
 @pytest.mark.parametrize("is_served", [False, True])
@@ -99,17 +88,19 @@ def test_no_text_is_staler_than_allowed_and_every_step_is_in_its_own_block(stale
 
 
 @pytest.mark.parametrize(
-    ("section", "model"),
+    ("who", "server", "model"),
     [
-        (f"server: {{{SERVER}, push: full, folder: w}}", "student"),
-        (f"server: {{{SERVER}, push: full, folder: w, model: m}}", "m"),
-        (f"by: teacher, server: {{{SERVER}, push: none}}", "teacher"),
+        ("", "push: full, folder: w", "student"),
+        ("", "push: full, folder: w, model: m", "m"),
+        ("by: teacher, ", "push: none", "teacher"),
     ],
 )
 def test_the_served_model_is_the_one_that_generates_unless_it_has_another_name(
-    run_file, section, model
+    run_file, who, server, model
 ):
-    config = loaded(run_file, f"rollout={{max_new_tokens: 4, {section}}}")
+    section = f"{{max_new_tokens: 4, {who}server: {{url: ['http://a:8000/'], {server}}}}}"
+
+    config = loaded(run_file, f"rollout={section}")
 
     assert config.served_model == model
     assert config.rollout.server.url == ("http://a:8000",)
@@ -121,8 +112,7 @@ def test_a_served_teacher_answers_with_64_tokens_of_its_own_model(run_file, more
 
     teacher = loaded(run_file, f"teacher={{model: big, server: {server}}}").teacher
 
-    assert teacher.server.top_k == 64
-    assert teacher.served_model == model
+    assert (teacher.server.top_k, teacher.served_model) == (64, model)
 
 
 @pytest.fixture(autouse=True)
@@ -131,16 +121,11 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_every_folder_of_the_config_may_begin_with_the_home_folder(run_file, home):
+def test_every_folder_of_the_config_may_begin_with_the_home_folder_of_somebody(run_file, home):
     config = load_config(run_file, ["output_dir=~/runs/x", "teacher.cache=~/answers"])
 
-    assert config.output_dir == home / "runs/x"
-    assert config.teacher.cache == home / "answers"
-
-
-def test_the_home_folder_of_nobody_is_refused(run_file):
+    assert (config.output_dir, config.teacher.cache) == (home / "runs/x", home / "answers")
     text = message_of(run_file, "output_dir=~nosuchuser/x")
-
     assert "output_dir: ~nosuchuser is the home folder of a user that does not exist" in text
     assert "'~nosuchuser/x'" in text
 
@@ -236,9 +221,5 @@ def test_the_home_folder_is_put_in_where_a_path_begins_with_it(text, path, monke
 )
 def test_values_are_reported_to_one_tracker_several_or_none(run_file, value, trackers):
     assert load_config(run_file, [f"log.report_to={value}"]).log.report_to == trackers
-
-
-def test_what_a_message_about_trackers_names_is_accepted(run_file):
-    for value in ("all", "[none, wandb]"):
-        message = message_of(run_file, f"log.report_to={value}")
-        assert "must be 'tensorboard', 'wandb', 'mlflow', " in message
+    message = message_of(run_file, "log.report_to=[none, wandb]")
+    assert "must be 'tensorboard', 'wandb', 'mlflow', " in message

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from chat_tokenizers import asked, chat_tokenizer, template_of
@@ -88,12 +89,12 @@ def test_tokens_targets_truncated_and_dropped_rows_are_counted_and_told(tmp_path
 
 
 def test_answers_end_with_the_last_token_of_a_conversation_and_not_with_others_that_count(tmp_path):
-    rows = [{"messages": asked("Hi", "abc") + asked("More", "def")}] * 3
-    data = Data(tmp_path, rows, family="phi3")
+    data = Data(tmp_path, chats(("Hi", "abc", "More", "def")), family="phi3")
     end, of_turns = data.tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|end|>"])
 
-    assert data.counts().special == {end: 3, of_turns: 6}
-    assert data.counts().ends == {end: 3}
+    counts = data.counts()
+
+    assert (counts.special, counts.ends) == ({end: 1, of_turns: 2}, {end: 1})
 
 
 @pytest.mark.parametrize(
@@ -110,19 +111,17 @@ def test_learned_answers_end_with_the_tokens_that_end_a_tenth_of_them(counts, en
     assert learned_ends(counts) == ends
 
 
-@pytest.mark.parametrize(("more", "answer"), [(0, "Hello"), (1, "See you")])
-def test_a_prompt_that_fills_the_row_is_not_the_prompt_of_the_row(tmp_path, more, answer):
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_prompt_that_fills_the_row_is_not_the_prompt_of_the_row(tmp_path, more):
     messages = asked("Hi", "Hello", "Bye", "See you")
     data = Data(tmp_path, [{"messages": messages}])
-    [prompts, before] = (
+    prompts = [
         data.tokenizer.apply_chat_template(messages[:n], add_generation_prompt=True)["input_ids"]
         for n in (1, 3)
-    )
-    data.task = dataclasses.replace(data.task, max_length=len(before) + more)
+    ]
+    data.task = dataclasses.replace(data.task, max_length=len(prompts[1]) + more)
 
-    row = data.encoded().train[0]
-
-    assert row["prompt_length"] == len(prompts if answer == "Hello" else before)
+    assert data.encoded().train[0]["prompt_length"] == len(prompts[more])
     long = chats(("y" * 60, "a"), ("z" * 60, "b"))
     with pytest.raises(DataError, match=r"is 64\): the prompt of 2 fills task\.max_length"):
         Data(tmp_path / "long", long).encoded()
@@ -130,17 +129,15 @@ def test_a_prompt_that_fills_the_row_is_not_the_prompt_of_the_row(tmp_path, more
 
 def test_a_second_start_tells_the_same_without_encoding(tmp_path, caplog, monkeypatch):
     data = Data(tmp_path, chats(("Hi", "abc"), ("Hi", "x" * 60)))
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="megakd.data.chat.counts")
 
-    def reported() -> list[str]:
-        caplog.clear()
-        data.encoded()
-        return [r.getMessage() for r in caplog.records if r.name == "megakd.data.chat.counts"]
-
-    first = reported()
+    data.encoded()
+    first = [*caplog.messages]
+    caplog.clear()
     monkeypatch.setattr(encoding, "tables_of_conversations", None)
+    data.encoded()
 
-    assert reported() == first
+    assert caplog.messages == first
     assert first[0].startswith("train: 2 conversations")
     assert any("[[abc<|im_end|>]]" in line for line in first)
 
@@ -175,23 +172,19 @@ def test_a_template_in_a_file_replaces_the_tokenizers_and_texts_train_a_tokenize
 def test_one_process_encodes_conversations_beside_training_and_several_before(
     tmp_path, monkeypatch
 ):
-    used: list[int] = []
-    in_processes = tokens.in_processes
-    monkeypatch.setattr(tokens, "in_processes", lambda *a: used.append(a[-1]) or in_processes(*a))
+    used = Mock(side_effect=tokens.in_processes)
+    monkeypatch.setattr(tokens, "in_processes", used)
     monkeypatch.setattr(tokens, "processes_for", lambda count, each: min(3, count // each) or 1)
     monkeypatch.setattr(tokens, "ROWS_OF_A_PROCESS", 2)
-    monkeypatch.setattr(tokens, "ROWS_AT_ONCE", 1)
     data = Data(tmp_path, chats(*((f"Question {n}", "x" * 5 * n) for n in range(11))))
 
     data.encoded()
-
-    assert used == [3, 1]  # the training rows, and the one of the validation split
-    used.clear()
-    encoder = ChatEncoder(data.tokenizer, data.task, bad=BadRows())
-    rows = data.splits.train
+    encoder, rows = ChatEncoder(data.tokenizer, data.task, bad=BadRows()), data.splits.train
     tables = tokens.tables_of_conversations(rows, encoder, counts={}, beside_training=True)
+
     assert sum(map(len, tables)) == len(rows)
-    assert used == [1]
+    # The training rows, the one of the validation split, and those beside training.
+    assert [call.args[-1] for call in used.call_args_list] == [3, 1, 1]
 
 
 HEADER = "{{- '<|im_start|>assistant\\n"
@@ -252,21 +245,19 @@ def test_bad_rows_are_left_out_on_request_and_counted_at_every_start(tmp_path, c
 
 
 def test_several_processes_encode_and_refuse_the_same_rows_as_one(tmp_path, monkeypatch):
-    def made(processes: int, **keys: Any) -> tuple[Any, Any]:
+    def read(processes: int) -> tuple[Any, Any, str]:
         monkeypatch.setattr(tokens, "processes_for", lambda *_, **__: processes)
         refused = [{"messages": asked("Hi", f"{n}", system="no place")} for n in range(9)]
         rows = [*chats(*(("Hi", "abc" * n) for n in range(1, 9))), *refused]
-        data = Data(tmp_path / str(processes), rows, family="gemma", **keys)
-        return data.encoded().train.to_list(), data.counts()
+        folder = tmp_path / str(processes)
+        with pytest.raises(DataError, match="9 rows that cannot be used") as caught:
+            Data(folder, rows, family="gemma").encoded()
+        data = Data(folder, rows, family="gemma", bad_rows="drop")
+        error = str(caught.value).replace(str(folder), "")
+        return data.encoded().train.to_list(), data.counts(), error
 
     monkeypatch.setattr(tokens, "ROWS_AT_ONCE", 3)
-    assert made(1, bad_rows="drop") == made(3, bad_rows="drop")
-    errors: list[str] = []
-    for processes in (1, 3):
-        with pytest.raises(DataError, match="9 rows that cannot be used") as caught:
-            made(processes)
-        errors.append(str(caught.value).replace(str(tmp_path / str(processes)), ""))
-    assert errors[0] == errors[1]
+    assert read(1) == read(3)
 
 
 def test_texts_beside_a_chat_template_are_counted_for_a_warning(tmp_path):

@@ -30,8 +30,8 @@ def load(load, tmp_path):
     """Load the splits of rows."""
 
     def of_rows(rows=(), **keys):
-        path = str(write_jsonl(tmp_path / "rows.jsonl", rows))
-        return load(type="causal_lm", **({"train_files": path} if rows else {}), **keys)
+        files = {"train_files": str(write_jsonl(tmp_path / "rows.jsonl", rows))} if rows else {}
+        return load(type="causal_lm", **files, **keys)
 
     return of_rows
 
@@ -115,26 +115,24 @@ def calling_rows(**more: Any) -> list[dict[str, Any]]:
     rows = []
     for n in range(9):
         key = f"key{n % 2}"
-        function = {"name": "f", "arguments": {"until": None, key: n}}
-        call = {"type": "function", "function": function, "id": None}
-        answer = {"role": "assistant", "content": None, "tool_calls": [call], "name": None}
+        called = {"name": "f", "arguments": {"until": None, key: n}}
+        calls = [{"type": "function", "function": called, "id": None}]
+        answer = {"role": "assistant", "content": None, "tool_calls": calls, "name": None}
         tool = {"name": "f", "parameters": {key: {"type": "integer", key: n}}, **more}
-        tools = [{"type": "function", "function": tool}]
-        messages = [*asked(f"Question {n}"), answer]
-        rows.append({"messages": messages, "tools": tools, "chat_template_kwargs": {key: n}})
+        row = {"messages": [*asked(f"Question {n}"), answer], "chat_template_kwargs": {key: n}}
+        rows.append(row | {"tools": [{"type": "function", "function": tool}]})
     return rows
 
 
 @pytest.mark.parametrize("kind", ["objects", "texts", "json columns"])
 def test_null_is_a_value_in_arguments_and_tools(tmp_path, kind):
     given, path = calling_rows(default=None), tmp_path / "rows.jsonl"
-    if kind == "objects":
-        write_jsonl(path, given)
-    elif kind == "texts":
-        write_jsonl(path, [{name: json.dumps(v) for name, v in row.items()} for row in given])
-    else:
+    if kind == "json columns":
         path = tmp_path / "rows.parquet"
         Dataset.from_list(given, on_mixed_types="use_json").to_parquet(path)
+    else:
+        write = json.dumps if kind == "texts" else lambda value: value
+        write_jsonl(path, [{name: write(v) for name, v in row.items()} for row in given])
 
     for n, row in enumerate(read(path)):
         assert row.messages
@@ -148,41 +146,41 @@ def test_null_is_a_value_in_arguments_and_tools(tmp_path, kind):
 
 
 @pytest.fixture
-def parquet(hub_folder) -> Path:
-    """A file, not yet written, that is the only data set of the Hub too."""
-    return hub_folder / "train-00000-of-00001.parquet"
+def all_rows(load, hub_folder):
+    """The conversations of a file, of the only data set of the Hub, or of a stream of one."""
 
+    def read(source: str, table: pa.Table) -> list[str]:
+        parquet = hub_folder / "train-00000-of-00001.parquet"
+        pq.write_table(table, parquet)
+        is_stream = source.endswith("stream")
+        keys = {"dataset": "user/chats"} if "hub" in source else {"train_files": str(parquet)}
+        splits = load(**keys, **({"streaming": True, "max_eval_examples": 1} if is_stream else {}))
+        streamed = [row[CONVERSATION] for row in splits.stream.read()] if is_stream else []
+        return [*splits.train[CONVERSATION], *splits.validation[CONVERSATION], *streamed]
 
-def all_rows(load: Any, parquet: Path, source: str) -> list[str]:
-    """The conversations of the file, of the Hub, or of a stream of one of them."""
-    is_hub, is_stream = source.startswith("hub"), source.endswith("stream")
-    keys = {"dataset": "user/chats"} if is_hub else {"train_files": str(parquet)}
-    splits = load(**keys, **({"streaming": True, "max_eval_examples": 1} if is_stream else {}))
-    streamed = [row[CONVERSATION] for row in splits.stream.read()] if is_stream else []
-    return [*splits.train["conversation"], *splits.validation["conversation"], *streamed]
+    return read
 
 
 @pytest.mark.parametrize("source", ["file", "hub", "hub stream"])
-def test_keys_that_a_typed_column_adds_are_left_out(load, parquet, source):
+def test_keys_that_a_typed_column_adds_are_left_out(all_rows, source):
     messages = [asked(f"Question {n}", "Hello") for n in range(3)]
     for n, conversation in enumerate(messages):
         conversation[1]["tool_calls"] = [{"name": "f", "arguments": {f"key{n}": n}}]
-    pq.write_table(pa.table({"messages": messages}), parquet)
 
-    rows = map(Conversation.from_json, all_rows(load, parquet, source))
+    rows = map(Conversation.from_json, all_rows(source, pa.table({"messages": messages})))
 
-    calls = [(row.messages or [])[1]["tool_calls"][0] for row in rows]
+    calls = [row.messages[1]["tool_calls"][0] for row in rows]
     arguments = sorted(str(call["function"]["arguments"]) for call in calls)
     assert arguments == [f"{{'key{n}': {n}}}" for n in range(3)]
 
 
 @pytest.mark.parametrize("source", ["file stream", "hub"])
-def test_json_columns_of_datasets_give_the_rows_of_jsonl(load, tmp_path, parquet, source):
-    given = Dataset.from_list(calling_rows(), on_mixed_types="use_json")
-    assert given.features["messages"] == List(Json())
-    given.to_parquet(parquet)
+def test_json_columns_of_datasets_give_the_rows_of_jsonl(all_rows, tmp_path, source):
+    columns = Dataset.from_list(calling_rows(), on_mixed_types="use_json")
+    assert columns.features["messages"] == List(Json())
+    columns.to_parquet(tmp_path / "columns.parquet")
 
-    actual = all_rows(load, parquet, source)
+    actual = all_rows(source, pq.read_table(tmp_path / "columns.parquet"))
 
     expected = read(write_jsonl(tmp_path / "rows.jsonl", calling_rows()))
     assert sorted(actual) == sorted(row.to_json() for row in expected)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,19 +21,21 @@ from megakd.planning.tracing import PhaseTraces
 from megakd.training.recipes import completed
 
 KL = term_of("soft_target_kl")
-TASK = {"dataset": "anything", "max_length": 16}
+LENGTH, ROWS, WIDTH = 16, 2, 32
 
 
-def config_of(folder: Path, task: str, model: Any) -> RunConfig:
+@pytest.fixture
+def config(tmp_path) -> RunConfig:
+    """Three layers teach two."""
     tree = {
-        "output_dir": str(folder / "out"),
-        "task": {**TASK, "type": task},
-        "teacher": {"model": model(3, width=32, vocab_size=64)},
-        "student": {"model": model(2, width=16, vocab_size=64)},
+        "output_dir": str(tmp_path / "out"),
+        "task": {"type": "classification", "dataset": "anything", "max_length": LENGTH},
+        "teacher": {"model": bert(3, width=WIDTH, vocab_size=64)},
+        "student": {"model": bert(2, width=16, vocab_size=64)},
         "method": {"name": "single"},
-        "train": {"per_device_train_batch_size": 2},
+        "train": {"per_device_train_batch_size": ROWS},
     }
-    return load_config(write_config(folder / "run.yaml", tree))
+    return load_config(write_config(tmp_path / "run.yaml", tree))
 
 
 class Reading(Constant):
@@ -43,26 +44,22 @@ class Reading(Constant):
     reads_states = True
 
 
-def distilled(*objective: Any, reads_states: bool = False) -> Stage:
-    return Stage(
-        name="student",
-        teachers=(TEACHER,),
-        objective=objective,
-        strategy=(Reading if reads_states else Constant)((Pass(teacher=TEACHER),)),
-    )
+def distilled(*objective: Any, strategy: Any = Constant) -> Stage:
+    plan = strategy((Pass(teacher=TEACHER),))
+    return Stage(name="student", teachers=(TEACHER,), objective=objective, strategy=plan)
 
 
 @pytest.mark.parametrize(
     ("stage", "student", "teacher"),
     [
         (distilled(KL), (), ()),
-        (distilled(KL, reads_states=True), (2,), (3,)),
-        (distilled(term_of("embedding_mse"), reads_states=True), (0, 2), (0, 3)),
+        (distilled(KL, strategy=Reading), (2,), (3,)),
+        (distilled(term_of("embedding_mse"), strategy=Reading), (0, 2), (0, 3)),
         (distilled(KL, term_of("hidden_mse")), (1, 2), (2, 3)),
     ],
 )
-def test_hidden_states_are_read_for_losses_and_for_a_strategy(tmp_path, stage, student, teacher):
-    sources = planned_sources(config_of(tmp_path, "classification", bert))
+def test_hidden_states_are_read_for_losses_and_for_a_strategy(config, stage, student, teacher):
+    sources = planned_sources(config)
     models = {"learners": {STUDENT: sources[STUDENT]}, "teachers": [sources[TEACHER]]}
 
     losses = stage_losses(stage, "classification", **models, classes=2)
@@ -71,21 +68,15 @@ def test_hidden_states_are_read_for_losses_and_for_a_strategy(tmp_path, stage, s
     assert losses.objective().needs == Needs(hidden_layers=student)
 
 
-def test_a_plan_holds_the_hidden_states_that_a_strategy_reads(tmp_path):
-    config = config_of(tmp_path, "classification", bert)
+def test_a_plan_holds_the_hidden_states_that_a_strategy_reads(config):
     sources = planned_sources(config)
-    teacher = ReadyTeacher(sources[TEACHER], config.teacher_specs[TEACHER])
+    learners = {STUDENT: sources[STUDENT]}
+    teachers = {TEACHER: ReadyTeacher(sources[TEACHER], config.teacher_specs[TEACHER])}
 
-    def answers(*, reads_states: bool) -> int:
-        stage = distilled(*soft_terms("classification"), reads_states=reads_states)
-        phase = Phase(
-            name=stage.name,
-            learners={STUDENT: sources[STUDENT]},
-            stage=completed(stage, config),
-            teachers={TEACHER: teacher},
-        )
+    def answers(strategy: Any) -> int:
+        stage = completed(distilled(*soft_terms("classification"), strategy=strategy), config)
+        phase = Phase(name="student", learners=learners, stage=stage, teachers=teachers)
         return PhaseTraces(phase, config, "cpu").answers
 
-    last_layer, rows, width = 1, 2, 32
-    more = answers(reads_states=True) - answers(reads_states=False)
-    assert more == last_layer * rows * TASK["max_length"] * width * 4
+    of_last_layer = ROWS * LENGTH * WIDTH * 4
+    assert answers(Reading) - answers(Constant) == of_last_layer
