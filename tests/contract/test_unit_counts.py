@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from unit_counts import counts_of, numbers
+from unit_counts import numbers
 
 from megakd.config.schema import variants
 from megakd.contract.batch import (
@@ -33,7 +33,7 @@ from megakd.contract.terms import (
 )
 from megakd.contract.views import Shape
 from megakd.errors import MegakdError
-from megakd.losses.bundle import StudentBundle, unit_scales
+from megakd.losses.bundle import StudentBundle
 from megakd.losses.objective import Objective, build_objective
 from megakd.losses.targets import ClassTargets, Evaluated, TermGroup
 
@@ -63,13 +63,6 @@ def test_units_are_rows_labels_and_positions_and_add_up_over_micro_batches(batch
 
     assert numbers(counts) == units
     assert all(count.dtype == torch.int64 for count in counts.values())
-
-
-def test_a_unit_weighs_the_world_size_over_its_global_count_which_is_at_least_one():
-    weights = unit_scales(counts_of(4, 0, 32), 2).weights
-
-    expected = {"examples": 0.5, "targets": 2.0, "tokens": 0.0625}
-    assert {unit: weight.item() for unit, weight in weights.items()} == expected
 
 
 class Words(TermGroup):

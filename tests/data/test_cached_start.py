@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,6 @@ import numpy as np
 import pytest
 from chat_tokenizers import asked, chat_tokenizer
 from datasets import Dataset, DatasetDict
-from other_process import said_elsewhere
 from tiny_runs import SENTENCES, write_jsonl
 from transformers import PreTrainedTokenizerFast
 
@@ -150,6 +151,12 @@ def write(folder: Path, names: tuple[str, ...]) -> Path:
 
 def test_keys_order_corpus_and_trained_tokenizers_do_not_depend_on_the_process(tmp_path):
     here = write(tmp_path / "here", ("other", "sympy", "torch"))
-    there = write(tmp_path / "moved" / "there", ("torch", "sympy", "other"))
+    moved = write(tmp_path / "moved" / "there", ("torch", "sympy", "other"))
+    code = f"import test_cached_start as t; print(t.facts_of(t.Path({str(moved)!r})))"
+    path = ":".join([str(Path(__file__).parent), *sys.path])
+    variables = {"PYTHONHASHSEED": "1", "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
 
-    assert said_elsewhere(__file__, "facts_of", there) == facts_of(here)
+    command = [sys.executable, "-c", code]
+    elsewhere = subprocess.run(command, check=True, capture_output=True, text=True, env=variables)
+
+    assert elsewhere.stdout.strip() == facts_of(here)

@@ -17,29 +17,15 @@ from megakd.data.chat.conversations import Conversation
 from megakd.data.chat.tokens import ChatEncoder
 from megakd.errors import DataError
 
-# The beginning of a turn, its end and what follows, the name of who answers, and the first token.
-CHATML = ("<|im_start|>{}\n", "<|im_end|>", "\n", "assistant", "")
-GEMMA = ("<start_of_turn>{}\n", "<end_of_turn>", "\n", "model", "<bos>")
+# How a family asks, what ends an answer, and what follows it.
+CHATML = ("<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>", "\n")
+GEMMA = ("<start_of_turn>user\n{}<end_of_turn>\n<start_of_turn>model\n", "<end_of_turn>", "\n")
 HEADER = "<|start_header_id|>{}<|end_header_id|>\n\n"
-TURNS = {
-    **dict.fromkeys(("qwen3", "chatml", "marks"), CHATML),
-    "llama3": (HEADER, "<|eot_id|>", "", "assistant", "<|begin_of_text|>"),
-    **dict.fromkeys(("gemma", "gemma3"), GEMMA),
-}
-
-
-def parts_of(family: str, *contents: str) -> list[tuple[str, bool]]:
-    """The conversation as the family writes it, by hand."""
-    header, end, after, name, bos = TURNS[family]
-    parts: list[tuple[str, bool]] = []
-    text = bos
-    for number, content in enumerate(contents):
-        if number % 2:
-            parts += [(text + header.format(name), False), (content + end, True)]
-            text = after
-        else:
-            text += header.format("user") + content + end + after
-    return [*parts, (text, False)] if text else parts
+LLAMA = (f"{HEADER.format('user')}{{}}<|eot_id|>{HEADER.format('assistant')}", "<|eot_id|>", "")
+PHI_3 = ("<|user|>\n{}<|end|>\n<|assistant|>\n", "<|end|>", "\n")
+PHI_4 = ("<|user|>{}<|end|><|assistant|>", "<|end|>", "")
+DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+LLAMA_SYSTEM = f"<|begin_of_text|>{HEADER.format('system')}{DATES}"
 
 
 def plain(row):
@@ -51,17 +37,40 @@ def learned(tokenizer, row):
     return tokenizer.decode(row.labels[row.labels != IGNORE].tolist())
 
 
-@pytest.mark.parametrize("family", ["chatml", "marks", "llama3", "gemma", "gemma3"])
-def test_every_answer_and_its_end_token_count_and_nothing_else(family):
+@pytest.mark.parametrize(
+    ("family", "system", "beginning", "first", "turn"),
+    [
+        ("chatml", None, "", "Hi", CHATML),
+        ("marks", None, "", "Hi", CHATML),
+        ("gemma", None, "<bos>", "Hi", GEMMA),
+        ("gemma3", "Be kind", "<bos>", "Be kind\n\nHi", GEMMA),
+        ("llama3", None, "<|begin_of_text|>", "Hi", LLAMA),
+        # with a date that is always the same
+        ("llama32", None, f"{LLAMA_SYSTEM}<|eot_id|>", "Hi", LLAMA),
+        ("llama32", "Be kind", f"{LLAMA_SYSTEM}Be kind<|eot_id|>", "Hi", LLAMA),
+        ("phi3", "Be kind", "<|system|>\nBe kind<|end|>\n", "Hi", PHI_3),
+        ("phi4_mini", "Be kind", "<|system|>Be kind<|end|>", "Hi", PHI_4),
+    ],
+)
+def test_every_answer_and_its_end_count_and_nothing_else(family, system, beginning, first, turn):
     tokenizer = chat_tokenizer(family, merges=family != "llama3")
-    contents = ("What is 2 + 2?", "It is 4.", "And 3 + 3?", "6")
+    messages = asked("Hi", "Hello", "Bye", "See you", system=system)
+    prompt, end, after = turn
 
-    row = encoded(tokenizer, chat(asked(*contents)))
+    row = encoded(tokenizer, chat(messages))
 
-    assert_row(row, tokenizer, *parts_of(family, *contents))
+    last, tail = f"See you{end}", [(after, False)] if after else []
+    if family.startswith("phi"):  # its last token is after the whole text, not after each answer
+        last, tail = f"{last}{after}<|endoftext|>", []
+    prompts = [(beginning + prompt.format(first), False), (after + prompt.format("Bye"), False)]
+    parts = [prompts[0], (f"Hello{end}", True), prompts[1], (last, True), *tail]
+    assert_row(row, tokenizer, *parts)
+    options = {"date_string": "26 Jul 2024"} if family == "llama32" else {}
+    whole = tokenizer.apply_chat_template(messages, **options)
+    assert row.input_ids.tolist() == whole["input_ids"]
     assert int(row.labels[row.labels != IGNORE][-1]) == tokenizer.eos_token_id
-    last = encoded(tokenizer, chat(asked(*contents), counted=[3]))
-    assert learned(tokenizer, last) == contents[-1] + FAMILIES[family].end
+    alone = encoded(tokenizer, chat(messages, counted=[len(messages) - 1]))
+    assert learned(tokenizer, alone) == last
 
 
 CHARACTERS = st.characters(codec="utf-8", exclude_characters="<", exclude_categories=["Cs"])
@@ -69,7 +78,7 @@ TEXTS = st.text(CHARACTERS, min_size=1, max_size=12).filter(lambda text: bool(te
 CONVERSATIONS = st.lists(TEXTS, min_size=2, max_size=6).filter(lambda texts: len(texts) % 2 == 0)
 
 
-@given(CONVERSATIONS, st.sampled_from(sorted(TURNS)))
+@given(CONVERSATIONS, st.sampled_from(["chatml", "marks", "qwen3", "llama3", "gemma", "gemma3"]))
 @settings(max_examples=40)
 def test_a_prompt_is_what_a_generator_continues(texts, family):
     """The first tokens of the row are the tokens of the prompt alone, and the answer follows."""
@@ -347,61 +356,6 @@ def test_a_document_loses_no_target():
     assert tokenizer.decode(targets.tolist()) == "bcdefgh<|im_end|>"
     assert [row.prompt_length for row in rows] == [0] * len(rows)
     assert counts.targets == len(targets)
-
-
-DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
-
-
-def llama(role: str, content: str) -> str:
-    """A message as Llama 3 writes it."""
-    return f"<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>"
-
-
-def turns_of_llama(system: str) -> list[str]:
-    first = "<|begin_of_text|>" + llama("system", DATES + system) + llama("user", "Hi")
-    answer = "<|start_header_id|>assistant<|end_header_id|>\n\n"
-    return [first + answer, "Hello<|eot_id|>", llama("user", "Bye") + answer, "See you<|eot_id|>"]
-
-
-def turns_of_phi(line: str) -> list[str]:
-    """The template writes its last token after the whole text, and not after each answer."""
-    first = f"<|system|>{line}Be kind<|end|>{line}<|user|>{line}Hi<|end|>{line}<|assistant|>{line}"
-    second = f"{line}<|user|>{line}Bye<|end|>{line}<|assistant|>{line}"
-    return [first, "Hello<|end|>", second, f"See you<|end|>{line}<|endoftext|>"]
-
-
-GEMMA_3 = (
-    "<bos><start_of_turn>user\nBe kind\n\nHi<end_of_turn>\n<start_of_turn>model\n",
-    "Hello<end_of_turn>",
-    "\n<start_of_turn>user\nBye<end_of_turn>\n<start_of_turn>model\n",
-    "See you<end_of_turn>",
-)
-
-
-@pytest.mark.parametrize(
-    ("family", "system", "turns", "after"),
-    [
-        ("gemma3", "Be kind", GEMMA_3, "\n"),  # into the first question
-        # with a date that is always the same
-        ("llama32", None, turns_of_llama(""), ""),
-        ("llama32", "Be kind", turns_of_llama("Be kind"), ""),
-        ("phi3", "Be kind", turns_of_phi("\n"), ""),
-        ("phi4_mini", "Be kind", turns_of_phi(""), ""),
-    ],
-)
-def test_a_family_writes_a_system_message_and_the_end_in_its_own_way(family, system, turns, after):
-    tokenizer = chat_tokenizer(family)
-    messages = asked("Hi", "Hello", "Bye", "See you", system=system)
-
-    row = encoded(tokenizer, chat(messages))
-
-    parts = [(turn, bool(number % 2)) for number, turn in enumerate(turns)]
-    assert_row(row, tokenizer, *parts, *([(after, False)] if after else []))
-    options = {"date_string": "26 Jul 2024"} if family == "llama32" else {}
-    whole = tokenizer.apply_chat_template(messages, **options)
-    assert row.input_ids.tolist() == whole["input_ids"]
-    prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, **options)
-    assert row.input_ids[: row.prompt_length].tolist() == prompt["input_ids"]
 
 
 @pytest.mark.parametrize(

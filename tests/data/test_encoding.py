@@ -31,7 +31,6 @@ from megakd.data.encoding import (
     encode_splits,
     labelled_only,
     mixed,
-    rows_of_sources,
     tokenizer_content,
 )
 from megakd.data.splits import Splits, load_splits
@@ -433,19 +432,6 @@ def encoded_of(folder: Path, *, seed: int = 0, **weights: float) -> Encoded:
     splits = load_splits(given, seed=seed, cache_dir=cache)
     encoded = encode_splits(splits, TOKENIZER, given, cache_dir=cache)
     return mixed(encoded, given.mixture or {}, seed=seed)
-
-
-@settings(max_examples=40)
-@given(st.lists(st.tuples(st.integers(1, 500), st.floats(0.01, 10)), min_size=1, max_size=5))
-def test_an_epoch_has_the_shares_of_the_weights_and_every_row(sources):
-    sizes, weights = (np.array(column) for column in zip(*sources, strict=True))
-
-    counts = rows_of_sources(sizes, weights)
-
-    assert (counts >= sizes).all()
-    assert (counts == sizes).any()
-    exact = weights * (sizes / weights).max()
-    assert (np.abs(counts - exact) <= 0.5 + 1e-6).all()
 
 
 def test_rows_are_mixed_by_weight_as_they_are_encoded(tmp_path):

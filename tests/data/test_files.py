@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -17,6 +18,7 @@ from megakd.data.readers import pieces, records_of
 from megakd.errors import ConfigError, DataError
 
 ROWS = [("one fine day", 0), ("two, she said", 1), ("three", 0), ("vier für alle", 1)]
+QUESTIONS = {"why?\nso", "who?\nme"}
 
 
 def everything(splits):
@@ -25,6 +27,14 @@ def everything(splits):
 
 def texts_of(splits):
     return [*splits.train["text"], *splits.validation["text"]]
+
+
+def write_files(folder: Path, files: dict[str, str | bytes]) -> Path:
+    """Write contents by name, and return the only file or the folder of several."""
+    folder.mkdir(exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder / next(iter(files)) if len(files) == 1 else folder
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "json", "parquet"])
@@ -116,41 +126,29 @@ def test_pairs_are_found_by_their_usual_names(load, write_rows, tmp_path, caplog
     assert "1 row(s) with an empty text, the first is line 3" in caplog.text
 
 
-def test_a_json_list_of_texts_is_a_list_of_documents(load, tmp_path):
-    (tmp_path / "stories.json").write_text('["one day", "once upon a time", "the end"]')
+@pytest.mark.parametrize(
+    ("files", "keys", "texts"),
+    [
+        # a list of texts
+        ({"x.json": '["one day", "the end"]'}, {}, {"one day", "the end"}),
+        # two columns
+        ({"x.csv": "q,a\nwhy?,so\nwho?,me\n ,\n"}, {"text_columns": ("q", "a")}, QUESTIONS),
+        # a folder of texts, and a file that is hidden
+        ({"b.txt": "b.\n\nB.\n", "a.txt": "a.\n", "._a.txt": "\x00"}, {}, {"a.", "b.", "B."}),
+    ],
+)
+def test_documents_of_a_language_model(load, tmp_path, files, keys, texts):
+    splits = load(write_files(tmp_path / "data", files), type="causal_lm", **keys)
 
-    splits = load(tmp_path / "stories.json", type="causal_lm")
-
+    assert {*texts_of(splits)} == texts
     assert splits.train.column_names == ["text"]
-    assert len(texts_of(splits)) == 3
     assert splits.metrics == ("perplexity",)
 
 
-def test_two_text_columns_make_one_document_of_a_language_model(load, write_rows, tmp_path):
-    rows = [("why?", "so"), ("who?", "me"), (" ", "")]
-    path = write_rows(tmp_path / "train.jsonl", rows, header=("q", "a"))
-
-    splits = load(path, type="causal_lm", text_columns=("q", "a"))
-
-    assert {*texts_of(splits)} == {"why?\nso", "who?\nme"}
-
-
-def test_a_folder_of_texts_is_many_documents(load, tmp_path):
-    for name in ("b", "a", "c"):
-        (tmp_path / f"{name}.txt").write_text(f"{name} begins.\n\n{name} ends.\n")
-    (tmp_path / "._a.txt").write_bytes(b"\x00\x05\xb0")  # hidden: no document
-
-    splits = load(tmp_path, type="causal_lm")
-
-    expected = [f"{n} {verb}." for n in "abc" for verb in ("begins", "ends")]
-    assert sorted(texts_of(splits)) == expected
-
-
 def test_a_text_with_its_own_validation_file_keeps_long_pieces(load, tmp_path):
-    (tmp_path / "train.txt").write_text("A paragraph.\n\n" * 50)
-    (tmp_path / "validation.txt").write_text("Another.\n\n" * 50)
+    texts = {"train.txt": "A paragraph.\n\n" * 50, "validation.txt": "Another.\n\n" * 50}
 
-    splits = load(tmp_path, type="causal_lm")
+    splits = load(write_files(tmp_path, texts), type="causal_lm")
 
     assert (len(splits.train), len(splits.validation)) == (1, 1)
 
@@ -218,27 +216,21 @@ def test_real_files_are_read(load, shared_data):
     assert 0.03 < len(books.validation) / len(books.train) < 0.08
 
 
-def test_files_that_get_the_ending_of_another_format_are_read_again(load, tmp_path):
-    def texts(ending):
-        paths = sorted(map(str, tmp_path.glob(f"*.{ending}")))
-        return {*texts_of(load(type="mlm", train_files=tuple(paths)))}
+def test_a_file_that_gets_the_ending_of_another_format_is_read_again(load, tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('text\n"a 1"\na 2\n')
 
-    for name in "ab":
-        (tmp_path / f"{name}.csv").write_text(f'text\n"{name} 1"\n{name} 2\n')
-
-    assert texts("csv") == {"a 1", "a 2", "b 1", "b 2"}
-    for name in "ab":
-        (tmp_path / f"{name}.csv").rename(tmp_path / f"{name}.tsv")
-    assert texts("tsv") == {'"a 1"', "a 2", '"b 1"', "b 2"}
+    assert {*texts_of(load(path, type="mlm"))} == {"a 1", "a 2"}
+    path = path.rename(tmp_path / "a.tsv")
+    assert {*texts_of(load(path, type="mlm"))} == {'"a 1"', "a 2"}
 
 
 @pytest.mark.parametrize("kind", ["classification", "regression"])
 def test_test_rows_without_a_column_of_labels_are_not_scored(load, tmp_path, kind):
-    for split in ("train", "dev"):  # as pandas writes them: the column of the index has no name
-        (tmp_path / f"{split}.csv").write_text(",text,label\n0,a,0\n1,b,1\n2,c,1\n")
-    (tmp_path / "test.csv").write_text(",text\n0,d\n1,e\n")
+    rows = ",text,label\n0,a,0\n1,b,1\n2,c,1\n"  # pandas gives the column of its index no name
+    files = {"train.csv": rows, "dev.csv": rows, "test.csv": ",text\n0,d\n1,e\n"}
 
-    assert load(tmp_path, type=kind).test is None
+    assert load(write_files(tmp_path, files), type=kind).test is None
 
 
 LATER = {"huggingface": '{"info": {"features": {"text": {"_type": "KindOfALaterVersion"}}}}'}
@@ -338,10 +330,7 @@ def test_bad_rows_of_texts_with_labels_are_named_together_or_left_out(
     ],
 )
 def test_quotes_after_a_blank_are_no_part_of_a_field(load, tmp_path, content, texts):
-    for name in ("train", "dev"):
-        (tmp_path / f"{name}.csv").write_text(content, newline="")
-
-    splits = load(tmp_path)
+    splits = load(write_files(tmp_path, {"train.csv": content, "dev.csv": content}))
 
     assert splits.label_names == ("no", "yes")
     assert {*splits.train["text"]} == texts
@@ -372,10 +361,9 @@ def test_compressed_files_are_read_as_their_contents(load, write_rows, tmp_path,
 
 
 def test_one_row_without_a_line_end_and_crlf_are_read(load, tmp_path):
-    (tmp_path / "train.csv").write_bytes(b"text,label\r\na\rb,x\r\nc,y".replace(b"a\rb", b'"a\rb"'))
-    (tmp_path / "dev.json").write_text('[{"text": "sep=;", "label": "x"}]\r')
+    files = {"train.csv": 'text,label\r\n"a\rb",x\r\nc,y', "dev.json": '[["sep=;", "x"]]\r'}
 
-    assert [*load(tmp_path).train["text"]] == ["a\rb", "c"]
+    assert [*load(write_files(tmp_path, files)).train["text"]] == ["a\rb", "c"]
 
 
 @pytest.mark.parametrize("pattern", ["runs[1]/*.csv", "runs[1]/**/*.csv", "./runs[1]/[ab].csv"])
@@ -383,10 +371,7 @@ def test_a_pattern_below_a_folder_whose_name_looks_like_one_finds_its_files(
     tmp_path, monkeypatch, pattern
 ):
     monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "runs[1]"
-    folder.mkdir()
-    for name in ("b.csv", "a.csv"):
-        (folder / name).touch()
+    folder = write_files(tmp_path / "runs[1]", {"b.csv": "", "a.csv": ""})
     expected = [folder / "a.csv", folder / "b.csv"]
 
     relative = matching_files(pattern, "task.train_files")
@@ -521,11 +506,7 @@ CASES: list[tuple[Any, ...]] = [
     ids=[c[1][:40] for c in CASES],
 )
 def test_data_that_cannot_be_used_is_refused_with_the_reason(load, tmp_path, files, message, keys):
-    folder = tmp_path / "data"
-    folder.mkdir()
-    for name, content in files.items():
-        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    dataset = folder / next(iter(files)) if len(files) == 1 else folder
+    dataset = write_files(tmp_path / "data", files)
 
     with pytest.raises((ConfigError, DataError), match=message):
         load(**{"dataset": dataset, **keys})

@@ -238,20 +238,16 @@ def test_a_packed_step_holds_the_texts_of_the_padded_step(lengths, ranks, arrow)
         assert batch.documents.longest == max(sizes)
 
 
-def test_rows_that_are_packed_documents_keep_their_own_restarts():
+def test_positions_restart_at_documents_and_at_padding():
     rows = [row._asdict() for row in pack([[1, 2, 3], [4, 5], [6] * 9], 8)]
 
     batch = packed_row(COLLATE(rows), most=16)
+    padded = COLLATE(conversations([2, 3]), dummy_rows=1)
 
     assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1, 2, *range(6), 0, 1]]
     assert batch.documents.starts.diff().tolist() == [3, 2, 3, 6, 2]
     assert batch.labels[0, 7] == 6  # the next token is in the next row
-
-
-def test_positions_restart_at_padding():
-    batch = COLLATE(conversations([2, 3]), dummy_rows=1)
-
-    assert batch.inputs["position_ids"][1].tolist() == [0, 1, 2, 0, 1, 2, 3, 4]
+    assert padded.inputs["position_ids"][1].tolist() == [0, 1, 2, 0, 1, 2, 3, 4]
 
 
 def test_rows_of_like_lengths_share_a_micro_batch_and_steps_keep_their_rows():

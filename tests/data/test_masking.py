@@ -66,7 +66,7 @@ def many() -> tuple[Batch, Batch]:
     return plain, masking()(plain, np.arange(1000), seed=1, draw=0)
 
 
-def test_labels_are_what_stood_under_the_masks_and_nothing_is_shifted(many):
+def test_labels_are_what_stood_under_the_masks_and_the_rest_stays_as_it_is(many):
     plain, masked = many
     chosen = masked.labels != IGNORE
 

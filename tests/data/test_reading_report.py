@@ -107,8 +107,7 @@ def test_every_split_and_evaluation_set_counts_its_rows_without_a_label(
 ):
     names = ("train", "validation", "test", "hard")
     for count, name in enumerate(names, start=1):
-        rows = [("a", "yes"), ("b", "no"), *((f"{n}", "nan") for n in range(count))]
-        write_rows(tmp_path / f"{name}.csv", rows)
+        write_rows(tmp_path / f"{name}.csv", [("a", "yes"), ("b", "no"), *[("c", "nan")] * count])
 
     load(tmp_path, evaluation_sets={"hard": str(tmp_path / "hard.csv")})
 

@@ -18,7 +18,6 @@ from megakd.data.chat.conversations import CONVERSATION, Conversation
 from megakd.data.encoding import encode_splits
 from megakd.data.files import local_rows
 from megakd.data.readers import sample_of
-from megakd.data.splits import load_splits
 from megakd.data.tokenizers import from_folder, load_tokenizer
 from megakd.errors import ConfigError, DataError
 
@@ -73,14 +72,13 @@ def test_validation_and_test_files_are_read_and_training_files_are_streamed(load
     assert splits.metrics == ("perplexity",)
 
 
-def test_the_training_texts_are_not_copied_to_the_cache(tmp_path, jsonl):
+def test_the_training_texts_are_not_copied_to_the_cache(tmp_path, load, jsonl):
     cache, train = tmp_path / "cache", jsonl("train", ["unmistakable"] * 1000)
     files = {"train_files": train, "validation_files": jsonl("held", ["held"])}
     tokenizer = from_folder(save_tokenizer(tmp_path / "t", ["held"], kind="wordpiece"))
     task = TaskConfig(type="mlm", streaming=True, **files)
 
-    splits = load_splits(task, seed=1, cache_dir=cache)
-    encoded = encode_splits(splits, tokenizer, task, cache_dir=cache)
+    encoded = encode_splits(load(**files), tokenizer, task, cache_dir=cache)
 
     contents = [path.read_bytes() for path in cache.rglob("*") if path.is_file()]
     assert sum(map(len, contents)) < 10_000
@@ -92,32 +90,29 @@ def test_the_training_texts_are_not_copied_to_the_cache(tmp_path, jsonl):
 
 
 def test_without_validation_texts_the_first_texts_are_held_out(load, jsonl):
-    splits = load(dataset=jsonl("a", ["a", " ", "b", "a", "c", "d"]), max_eval_examples=2)
+    path, two = jsonl("a", ["a", " ", "b", "a", "c", "d"]), jsonl("two", ["a", "b"])
+
+    splits = load(dataset=path, max_eval_examples=2)
 
     assert splits.validation["text"][:] == ["a", "b"]
     assert streamed(splits) == ["c", "d"]  # not the second "a" either
+    with pytest.raises(ConfigError, match=r"task.streaming: .*a.jsonl has no validation split, .*"):
+        load(dataset=path)
+    with pytest.raises(DataError, match=r"two.jsonl has no text to train on, beside 2 held-out te"):
+        load(dataset=two, max_eval_examples=3)
 
 
 def test_held_out_texts_of_a_large_file_that_were_edited_are_read_anew(load, jsonl):
     """The digest of the file is of its size, its beginning and its end."""
     texts = [f"{n:05} {'x' * 500}" for n in range(600)]
     before = load(dataset=jsonl("a", texts), max_eval_examples=200)
-    texts[150] = texts[150].replace("x", "y")
 
+    texts[150] = texts[150].replace("x", "y")
     after = load(dataset=jsonl("a", texts), max_eval_examples=200)
 
     assert after.validation["text"][150] == texts[150]
     assert texts[150] not in streamed(after)
     assert after.content_hash != before.content_hash
-
-
-def test_without_validation_texts_and_without_a_number_the_run_is_refused(load, jsonl):
-    path = jsonl("a", ["a", "b"])
-
-    with pytest.raises(ConfigError, match=r"task.streaming: .*a.jsonl has no validation split, .*"):
-        load(dataset=path)
-    with pytest.raises(DataError, match=r"a.jsonl has no text to train on, beside 2 held-out te"):
-        load(dataset=path, max_eval_examples=3)
 
 
 def test_the_content_hash_names_the_files_the_columns_and_the_held_out_texts(load, jsonl):
@@ -190,49 +185,42 @@ def test_a_share_of_the_hub_resumes_where_it_was(load, hub):
     assert first + rest == list(WORDS[1::2])
 
 
+TWO = ("text", "answer")
+CHAT = {"type": "causal_lm"}
+
+
 @pytest.mark.parametrize(
-    ("columns", "bad", "is_cut"),
+    ("keys", "bad", "is_cut"),
     [
-        (None, ['{"other": "x"}', '{"text": null}', "no JSON", "[1]"], False),
-        (("text", "answer"), ['{"text": "x"}', '{"text": "x", "answer": null}', "no JSON"], True),
+        ({}, [{"other": "x"}, {"text": None}, [1]], False),
+        ({"text_columns": TWO}, [{"text": "x"}, {"text": "x", "answer": None}], True),
+        (CHAT, [{"messages": asked("no answer")}], False),
     ],
+    ids=["texts", "two columns", "conversations"],
 )
-def test_bad_documents_of_a_stream_are_named_or_left_out(
-    load, jsonl, tmp_path, caplog, is_cut, columns, bad
+def test_bad_rows_of_a_stream_are_named_or_left_out(
+    load, jsonl, tmp_path, caplog, keys, bad, is_cut
 ):
-    good = [json.dumps({"text": word, "answer": word}) for word in "abcd"]
-    train, held = tmp_path / "train.jsonl", jsonl("held", [{"text": "v", "answer": "v"}])
+    rows = [{"text": word, "answer": word} for word in "abcd"]
+    rows = [{"messages": asked(word, word)} for word in "abcd"] if keys is CHAT else rows
+    good, bad = [*map(json.dumps, rows)], [*map(json.dumps, bad), "no JSON"]
+    train, held = tmp_path / "train.jsonl", jsonl("held", rows[:1])
     files = {"train_files": str(train), "validation_files": None if is_cut else held}
-    keys = {**files, "max_eval_examples": 1, "text_columns": columns}
+    load = partial(load, **{"max_eval_examples": 1, **files, **keys})
     for line in bad:
         train.write_text("\n".join([*good[:2], line, *good[2:]]), encoding="utf-8")
         with pytest.raises(DataError, match=r"train\.jsonl, line 3"):
-            streamed(load(**keys))
+            streamed(load())
 
     train.write_text("\n".join([bad[-1], *good[:2], *bad, *good[2:]]), encoding="utf-8")
     with pytest.raises(DataError, match=r"train\.jsonl, line 1"):
-        load(**keys)
+        streamed(load())
     caplog.clear()
-    texts = streamed(load(**keys, bad_rows="drop"))
+    texts = streamed(load(bad_rows="drop"))
 
-    assert texts == [f"{word}\n{word}" if columns else word for word in "abcd"[is_cut:]]
+    assert texts == [f"{word}\n{word}" if keys else word for word in "abcd"[is_cut:]]
     for number in (1, *range(4, 4 + len(bad))):
         assert f"a row is left out (task.bad_rows: drop): {train}, line {number}" in caplog.text
-
-
-@pytest.mark.parametrize("bad", ["no JSON", json.dumps({"messages": asked("no answer")})])
-def test_a_bad_conversation_of_a_stream_is_named_or_left_out(load, jsonl, tmp_path, caplog, bad):
-    good = [{"messages": asked("Hi", answer)} for answer in "ab"]
-    train = tmp_path / "train.jsonl"
-    train.write_text("\n".join([json.dumps(good[0]), bad, json.dumps(good[1])]))
-    files = {"train_files": str(train), "validation_files": jsonl("held", good)}
-    load = partial(load, type="causal_lm", **files)
-
-    with pytest.raises(DataError, match="line 2"):
-        streamed(load())
-
-    assert len(streamed(load(bad_rows="drop"))) == 2
-    assert "a row is left out (task.bad_rows: drop): " in caplog.text
 
 
 TEXTS = ["one, two", 'say "three"', "four", "  ", "five\nsix"]

@@ -80,17 +80,13 @@ def test_a_trained_decoder_tokenizer_ends_texts_and_frames_nothing(load, kind):
     assert tokenizer.eos_token_id not in ids
 
 
-def test_byte_level_bpe_loses_nothing(load):
+def test_byte_level_bpe_loses_nothing_and_pairs_are_trained_on_too(load):
     tokenizer = load(recipe("bpe"), "causal_lm")
+    of_pairs = load(recipe("wordpiece"), texts=["aaa"] * 2, text_pair=["zyx zyx"] * 10)
     text = "  Ünïcode \n\t and “quotes” 漢字 🙂 "
 
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-
-
-def test_what_texts_are_paired_with_is_trained_on_too(load):
-    tokenizer = load(recipe("wordpiece"), texts=["aaa"] * 2, text_pair=["zyx zyx"] * 10)
-
-    assert tokenizer.tokenize("zyx") == ["zyx"]
+    assert of_pairs.tokenize("zyx") == ["zyx"]
 
 
 def test_a_trained_tokenizer_is_reused_and_trained_again_when_damaged(load, tmp_path, monkeypatch):
@@ -149,21 +145,26 @@ def test_a_trained_tokenizer_beside_a_model_loads_with_transformers_alone(
     assert loaded.special_tokens_map == tokenizer.special_tokens_map
 
 
-def test_a_bare_bert_vocabulary_is_read(load, folder):
-    words = "[PAD] [UNK] [CLS] [SEP] [MASK] the teacher ##s"
-    (folder / "vocab.txt").write_text("\n".join(words.split()), encoding="utf-8")
-
-    assert load(folder)("The teachers")["input_ids"] == [2, 5, 6, 7, 3]
+BERT = {"vocab.txt": "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nthe\nteacher\n##s"}
+GPT_2 = {"vocab.json": '{"<|endoftext|>": 0, "a": 1, "b": 2, "ab": 3}', "merges.txt": "#\na b\n"}
 
 
-def test_a_bare_gpt2_vocabulary_is_read(load, folder):
-    (folder / "vocab.json").write_text(json.dumps({"<|endoftext|>": 0, "a": 1, "b": 2, "ab": 3}))
-    (folder / "merges.txt").write_text("#version: 0.2\na b\n", encoding="utf-8")
+@pytest.mark.parametrize(
+    ("files", "task", "text", "ids", "roles"),
+    [
+        (BERT, "classification", "The teachers", [2, 5, 6, 7, 3], (None, 0)),
+        (GPT_2, "causal_lm", "abb", [3, 2], (0, None)),
+    ],
+    ids=["bert", "gpt2"],
+)
+def test_a_bare_vocabulary_is_read(load, folder, files, task, text, ids, roles):
+    for name, content in files.items():
+        (folder / name).write_text(content, encoding="utf-8")
 
-    tokenizer = load(folder, "causal_lm")
+    tokenizer = load(folder, task)
 
-    assert tokenizer("abb")["input_ids"] == [3, 2]
-    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, None)
+    assert tokenizer(text)["input_ids"] == ids
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == roles
 
 
 @pytest.mark.parametrize(

@@ -61,12 +61,12 @@ def encoder(shape: BertConfig) -> nn.Module:
         return BertModel(shape, add_pooling_layer=False)
 
 
-def student_of(path: Path, **changes: int) -> BertConfig:
+def student_of(path: Path) -> BertConfig:
     config = load_config(path)
-    shape = dict(config.student.model.config)  # type: ignore[union-attr]
+    shape = dict(config.student.model.config)
     assert shape.pop("model_type") == "bert"
-    size = config.method.own_vocabulary.size  # type: ignore[union-attr]
-    return BertConfig(**{"vocab_size": size, **shape, **changes})
+    size = config.method.own_vocabulary.size
+    return BertConfig(**{"vocab_size": size, **shape})
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -77,7 +77,7 @@ def test_table_and_comment_have_the_counted_weights_and_the_sizes_of_the_files(p
     teacher = count(encoder(BertConfig()))  # bert-base-uncased
     BertForMaskedLM(shape).save_pretrained(tmp_path)
 
-    (line,) = re.findall(rf"^\| `{path.stem}` \|(.*)\|$", PAGE, re.MULTILINE)
+    (line,) = re.findall(rf"^\| `{path.stem}` .*?\|(.*)\|$", PAGE, re.MULTILINE)
     cells = [cell.strip() for cell in line.split("|")]
     assert cells == [
         f"{weights:,}",

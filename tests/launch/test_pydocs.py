@@ -75,31 +75,23 @@ def test_files_that_are_no_python_are_left_out(tmp_path):
     assert texts_of(tmp_path) == ["Café.", "An \\d old escape.", "Half  a pair."]
 
 
-def test_tests_vendored_copies_and_megakd_itself_are_left_out(tmp_path):
-    for name in ("a", "a/tests", "a/_vendor/b", "megakd", "a/__pycache__"):
-        (tmp_path / name).mkdir(parents=True)
-        (tmp_path / name / "m.py").write_text('"""A text."""')
-    (tmp_path / "a" / "gone.py").symlink_to(tmp_path / "nowhere.py")
+def test_a_package_is_read_where_python_finds_it_without_tests_and_vendored_copies(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    left_out = ("torch/tests/m.py", "torch/_vendor/b/m.py", "megakd/m.py", "torch/__pycache__/m.py")
+    read = (one / "torch" / "m.py", two / "numpy.py")
+    for path in (*read, two / "torch" / "m.py", *map(one.joinpath, left_out)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text('"""A text."""')
+    (one / "torch" / "gone.py").symlink_to(tmp_path / "nowhere.py")
 
-    assert pydocs.source_files([tmp_path]) == [("a", tmp_path / "a" / "m.py")]
+    sources = pydocs.source_files([one, two])
 
-
-def test_a_package_in_two_places_is_read_where_python_would_find_it(tmp_path):
-    for place in ("one", "two"):
-        (tmp_path / place / "torch").mkdir(parents=True)
-        (tmp_path / place / "torch" / "m.py").write_text(f'"""From {place}."""')
-    (tmp_path / "two" / "numpy.py").write_text('"""Only here."""')
-
-    assert pydocs.source_files([tmp_path / "one", tmp_path / "two"]) == [
-        ("torch", tmp_path / "one" / "torch" / "m.py"),
-        ("numpy", tmp_path / "two" / "numpy.py"),
-    ]
+    assert sources == [*zip(("torch", "numpy"), read, strict=True)]
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("A pandas.Series of Pandas", "A package.Series of package"),
         ("is_scipy_available and numpy_dtype", "is_package_available and package_dtype"),
         ("NumPy's np.array", "package's package.array"),
         ("scikit-learn or Scikit learn", "package or package"),

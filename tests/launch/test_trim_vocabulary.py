@@ -135,7 +135,8 @@ def test_a_cut_that_would_move_the_positions_of_a_model_is_refused(tmp_path):
 
 
 UNSPELLED = models.WordPiece({"[UNK]": 0, "a": 1, "ab": 2}, unk_token="[UNK]")  # noqa: S106
-WITH_SUFFIX = models.BPE({"a": 0, "b</w>": 1}, [], end_of_word_suffix="</w>")
+SUFFIX = {"end_of_word_suffix": "</w>", "unk_token": "a"}
+WITH_SUFFIX = models.BPE({"a": 0, "b</w>": 1}, [], **SUFFIX)
 
 
 @pytest.mark.parametrize(

@@ -38,12 +38,8 @@ from megakd.losses.layer_terms import (
 from megakd.losses.objective import Objective, build_objective
 
 CE = term_of("hard_cross_entropy")
-KL = term_of("soft_target_kl")
-REVERSE = term_of("soft_target_reverse_kl")
-JSD = term_of("soft_target_jsd")
-SKEW = term_of("soft_target_skew_kl")
-SKEW_REVERSE = term_of("soft_target_skew_reverse_kl")
-TVD = term_of("soft_target_tvd")
+SOFT = ("kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd")
+KL, REVERSE, JSD, SKEW, SKEW_REVERSE, TVD = (term_of(f"soft_target_{name}") for name in SOFT)
 ONE_EACH = unit_scales(counts_of(1, 1, 1), 1).weights
 
 

@@ -15,19 +15,14 @@ from megakd.losses.objective import build_objective, check_terms, relation_heads
 from megakd.models.knowledge import Needs
 
 CE = term_of("hard_cross_entropy")
-KL = term_of("soft_target_kl")
-REVERSE = term_of("soft_target_reverse_kl")
-JSD = term_of("soft_target_jsd")
-SOFT_MSE = term_of("soft_target_mse")
-HIDDEN_MSE = term_of("hidden_mse")
-HIDDEN_COSINE = term_of("hidden_cosine")
-EMBEDDING = term_of("embedding_mse")
-ATTENTION = term_of("attention_mse")
-RELATION = term_of("relation_kl")
-FLOWS = term_of("relation_fsp")
-SOFT = map(term_of, ("soft_target_skew_kl", "soft_target_skew_reverse_kl", "soft_target_tvd"))
+SOFT = ("kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "mse")
+KL, REVERSE, JSD, *OTHERS, SOFT_MSE = (term_of(f"soft_target_{name}") for name in SOFT)
+HIDDEN_MSE, HIDDEN_COSINE, EMBEDDING = map(
+    term_of, ("hidden_mse", "hidden_cosine", "embedding_mse")
+)
+ATTENTION, RELATION, FLOWS = map(term_of, ("attention_mse", "relation_kl", "relation_fsp"))
 INNER = (HIDDEN_MSE, HIDDEN_COSINE, EMBEDDING, ATTENTION, RELATION, FLOWS)
-COMPARING = (KL, REVERSE, JSD, *SOFT, SOFT_MSE, *INNER)
+COMPARING = (KL, REVERSE, JSD, *OTHERS, SOFT_MSE, *INNER)
 STUDENT, TEACHER = Shape(2, 4, 3, Heads(2, 2, 2)), Shape(12, 6, 3, Heads(2, 2, 3))
 
 
@@ -47,9 +42,8 @@ def test_layers_are_mapped_as_the_config_says(mapping, student, teacher, pairs):
 
     assert layer_pairs(term, Shape(student, 4, 3), Shape(teacher, 4, 3)) == pairs
     # Attention is never mapped to the embedding output.
-    term = term_of("attention_mse", layer_mapping="uniform")
-    of_fewer = layer_pairs(term, Shape(4, 4, 3), Shape(2, 4, 3))
-    assert of_fewer == ((1, 1), (2, 1), (3, 2), (4, 2))
+    of_fewer = replace(ATTENTION, layer_mapping="uniform"), Shape(4, 4, 3), Shape(2, 4, 3)
+    assert layer_pairs(*of_fewer) == ((1, 1), (2, 1), (3, 2), (4, 2))
 
 
 @pytest.mark.parametrize("term", COMPARING, ids=lambda term: term.loss)
