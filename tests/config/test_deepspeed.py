@@ -215,9 +215,8 @@ def test_what_deepspeed_reads_is_left_as_it_is():
 
 @pytest.mark.parametrize(("clipping", "dtype"), [(0.0, "bf16"), (0.5, "fp16")])
 def test_a_training_engine_gets_what_the_run_config_owns(clipping, dtype):
-    train = TrainConfig(
-        per_device_train_batch_size=4, gradient_accumulation_steps=7, max_grad_norm=clipping
-    )
+    sizes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 7}
+    train = TrainConfig(max_grad_norm=clipping, **sizes)
 
     merged = merged_ds_config(load_ds_config("zero2", where=WHERE), train, dtype=dtype)
 
@@ -263,9 +262,7 @@ def test_zero_3_is_for_frozen_models_on_several_ranks_or_on_the_host(preset, ran
     [(0, "bf16", None), (1, "bf16", None), (2, "bf16", "fp32"), (3, "fp16", "fp32")]
     + [(stage, "fp32", None) for stage in range(4)],
 )
-def test_16_bit_gradients_add_up_in_fp32_where_deepspeed_can_unless_told_otherwise(
-    stage, dtype, accumulates
-):
+def test_16_bit_gradients_add_up_in_fp32_unless_told_otherwise(stage, dtype, accumulates):
     merged = training(zero(stage=stage), dtype=dtype)
 
     assert merged.get("data_types", {}).get("grad_accum_dtype") == accumulates

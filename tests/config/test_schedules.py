@@ -34,9 +34,8 @@ def rates_of_transformers(name, total, warm, options):
 @pytest.mark.parametrize("warm", [0, 6])
 @pytest.mark.parametrize(("name", "options"), OPTIONS)
 def test_every_step_has_the_rate_that_transformers_gives_it(name, options, warm):
-    train = TrainConfig(
-        learning_rate=0.3, lr_scheduler_type=name, lr_scheduler_kwargs=options, warmup_steps=warm
-    )
+    schedule = {"lr_scheduler_type": name, "lr_scheduler_kwargs": options, "warmup_steps": warm}
+    train = TrainConfig(learning_rate=0.3, **schedule)
 
     ours = learning_rate_schedule(train, 20)
 

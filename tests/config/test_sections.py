@@ -95,9 +95,7 @@ def test_no_text_is_staler_than_allowed_and_every_step_is_in_its_own_block(stale
         ("by: teacher, ", "push: none", "teacher"),
     ],
 )
-def test_the_served_model_is_the_one_that_generates_unless_it_has_another_name(
-    run_file, who, server, model
-):
+def test_the_served_model_is_the_one_that_generates_or_is_named(run_file, who, server, model):
     section = f"{{max_new_tokens: 4, {who}server: {{url: ['http://a:8000/'], {server}}}}}"
 
     config = loaded(run_file, f"rollout={section}")
@@ -160,9 +158,7 @@ def test_a_variable_in_any_path_is_put_in_where_it_is_set(run_file, home, monkey
 
 
 @pytest.mark.parametrize("value", [None, ""])
-def test_paths_with_a_variable_that_is_not_set_are_refused_with_their_keys(
-    run_file, monkeypatch, value
-):
+def test_paths_with_a_variable_that_is_not_set_are_refused(run_file, monkeypatch, value):
     monkeypatch.delenv("SCRATCH", raising=False)
     if value is not None:
         monkeypatch.setenv("SCRATCH", value)
@@ -180,12 +176,10 @@ def test_a_dollar_sign_that_names_no_variable_of_a_path_stays(run_file, home, mo
     monkeypatch.delenv("USD", raising=False)
     (home / "in$USD.csv").touch()
 
-    config = loaded(
-        run_file, "task.dataset=in$USD.csv", "task.label_column=$USD", "output_dir=for$5"
-    )
+    config = loaded(run_file, "task.dataset=in$USD.csv", "task.label_column=$USD", "output_dir=a$5")
 
     assert (config.task.dataset, config.task.label_column) == ("in$USD.csv", "$USD")
-    assert config.output_dir == Path("for$5")
+    assert config.output_dir == Path("a$5")
     assert in_home("in$USD.csv") == Path("in$USD.csv")
 
 
@@ -193,9 +187,7 @@ def test_a_dollar_sign_that_names_no_variable_of_a_path_stays(run_file, home, mo
     ("value", "folder"),
     [("", ".cache/megakd"), ("$HOME/fast", "fast"), ("~", "."), ("~/fast/cache", "fast/cache")],
 )
-def test_an_empty_cache_variable_is_the_default_and_a_home_folder_is_expanded(
-    home, monkeypatch, value, folder
-):
+def test_the_cache_variable_may_be_empty_or_name_the_home_folder(home, monkeypatch, value, folder):
     monkeypatch.setenv("MEGAKD_CACHE", value)
 
     assert cache_folder() == home / folder

@@ -162,9 +162,7 @@ def test_a_metric_of_a_package_ranks_evaluations_as_it_says(monkeypatch):
 
 
 @pytest.mark.parametrize("returned", [np.zeros(2), "a text", None])
-def test_a_metric_that_returns_no_number_is_refused_before_anything_is_trained(
-    monkeypatch, returned
-):
+def test_a_metric_that_returns_no_number_is_refused_before_training(monkeypatch, returned):
     import my_metrics
 
     function = lambda outputs, labels: returned  # noqa: E731
@@ -210,9 +208,8 @@ def test_a_plugin_gets_hidden_states_of_both_models_and_is_named_without_a_singl
     group = PluginLoss(config.objective[0], layers=1)
     batch = Batch({}, torch.zeros(1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool))
     answer = Knowledge(logits=torch.zeros(1, 2))
-    reading = LossInputs(
-        answer, answer, batch, {group.term.loss: 1.0}, {"examples": torch.tensor(1.0)}
-    )
+    units = {"examples": torch.tensor(1.0)}
+    reading = LossInputs(answer, answer, batch, {group.term.loss: 1.0}, units)
 
     with pytest.raises(ConfigError, match=r"broken_plugins:Vector returned shape \(1, 2\); total"):
         group(reading)

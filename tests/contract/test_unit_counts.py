@@ -96,10 +96,8 @@ def step(cuts: list[slice], monkeypatch: pytest.MonkeyPatch) -> tuple[float, flo
     model = torch.nn.ParameterList([torch.tensor(2.0)])
     bundle = StudentBundle({"student": model}, objective, world_size=1)
     labels, valid = torch.tensor([0, 1, IGNORE, 2]), torch.ones(4, 1, dtype=torch.bool)
-    batches = [
-        Batch({"numbers": ROWS[rows], "words": WORDS[rows]}, labels[rows], valid[rows])
-        for rows in cuts
-    ]
+    inputs = ({"numbers": ROWS[rows], "words": WORDS[rows]} for rows in cuts)
+    batches = [Batch(x, labels[rows], valid[rows]) for x, rows in zip(inputs, cuts, strict=True)]
     counts = count_units(batches, objective.counters)
     losses = [bundle(batch, {}, (Pass(),), counts) for batch in batches]
     total = torch.stack([loss.total for loss in losses]).sum()

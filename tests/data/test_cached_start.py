@@ -58,9 +58,7 @@ def start(folder: Path, **keys: Any) -> tuple[list[str], str]:
 
 
 @pytest.mark.parametrize(("kind", "rows"), [("classification", TEXTS), ("causal_lm", CHATS)])
-def test_a_second_start_reads_no_row_unless_what_is_remembered_is_damaged(
-    tmp_path, counts, kind, rows
-):
+def test_a_second_start_reads_no_row_unless_its_memory_is_damaged(tmp_path, counts, kind, rows):
     path = str(write_jsonl(tmp_path / "rows.jsonl", rows))
     first = start(tmp_path, type=kind, dataset=path)
     assert counts["parse_json"] >= 2 * len(rows)

@@ -27,9 +27,7 @@ from megakd.errors import DataError
 class Data:
     """Conversations on disk and how a run reads them."""
 
-    def __init__(
-        self, folder: Path, rows: list[dict[str, Any]], *, family: str = "chatml", **keys: Any
-    ) -> None:
+    def __init__(self, folder: Path, rows: list[Any], *, family: str = "chatml", **keys: Any):
         self.folder = folder
         self.tokenizer = chat_tokenizer(family, merges=False)
         names = {
@@ -169,9 +167,7 @@ def test_a_template_in_a_file_replaces_the_tokenizers_and_texts_train_a_tokenize
     assert list(training_texts(data.splits)) == ["Hi\nabc", "Bye\ndef"]
 
 
-def test_one_process_encodes_conversations_beside_training_and_several_before(
-    tmp_path, monkeypatch
-):
+def test_one_process_encodes_chats_beside_training_and_several_before(tmp_path, monkeypatch):
     used = Mock(side_effect=tokens.in_processes)
     monkeypatch.setattr(tokens, "in_processes", used)
     monkeypatch.setattr(tokens, "processes_for", lambda count, each: min(3, count // each) or 1)

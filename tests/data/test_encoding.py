@@ -26,13 +26,7 @@ from megakd.config.task import MixtureSource, TaskConfig
 from megakd.data import encoding, token_tables
 from megakd.data.chat.counts import ChatCounts
 from megakd.data.collation import Collator
-from megakd.data.encoding import (
-    Encoded,
-    encode_splits,
-    labelled_only,
-    mixed,
-    tokenizer_content,
-)
+from megakd.data.encoding import Encoded, encode_splits, labelled_only, mixed, tokenizer_content
 from megakd.data.splits import Splits, load_splits
 from megakd.data.token_tables import PackedRow, pack, single_documents
 from megakd.data.vocabularies import encoder_template
@@ -107,11 +101,8 @@ def test_pairs_get_token_types_and_single_texts_do_not(encode):
     pairs = encode(_pairs())
     texts = encode(_texts())
 
-    assert pairs.train[0] == {
-        "input_ids": [2, 4, 5, 3, 27, 3],
-        "token_type_ids": [0, 0, 0, 0, 1, 1],
-        "label": 0,
-    }
+    tokens = {"input_ids": [2, 4, 5, 3, 27, 3], "token_type_ids": [0, 0, 0, 0, 1, 1]}
+    assert pairs.train[0] == tokens | {"label": 0}
     assert texts.train.column_names == ["input_ids", "label"]
     assert pairs.train["label"][:] == [0, -100, 1]
     assert len(pairs.test) == 2
@@ -353,10 +344,8 @@ PACKING = Collator(_gpt(), _task("causal_lm", max_length=16))
 
 
 def _rows(documents: list[list[int]]) -> list[dict[str, list[int]]]:
-    return [
-        {name: values.tolist() for name, values in row._asdict().items()}
-        for row in pack(documents, 16)
-    ]
+    rows = pack(documents, 16)
+    return [{name: values.tolist() for name, values in row._asdict().items()} for row in rows]
 
 
 # 19 + 9 tokens in rows of 16: a document that goes on in the next row, and a padded tail;

@@ -60,9 +60,8 @@ def test_an_epoch_has_every_row_once_and_the_same_rows_a_step_however_it_is_deal
     count, per_device, accumulation, world, epoch
 ):
     whole = _loader(count, StepShape(per_device * accumulation * world, 1))
-    dealt = [
-        _loader(count, StepShape(per_device, accumulation, rank, world)) for rank in range(world)
-    ]
+    shapes = (StepShape(per_device, accumulation, rank, world) for rank in range(world))
+    dealt = [_loader(count, shape) for shape in shapes]
     steps = whole.steps_per_epoch
     assert {loader.steps_per_epoch for loader in dealt} == {steps}
     size = min(per_device, math.ceil(count / (accumulation * world)))
@@ -173,16 +172,13 @@ def test_a_batch_of_all_ranks_has_the_same_rows_however_it_is_dealt(count, batch
             collected.setdefault(index, []).extend(_numbers(micro_batches))
 
     rows = [sorted(collected[index]) for index in sorted(collected)]
-    assert rows == [
-        list(range(start, min(start + batch_size, count))) for start in range(0, count, batch_size)
-    ]
+    starts = range(0, count, batch_size)
+    assert rows == [list(range(start, min(start + batch_size, count))) for start in starts]
 
 
 LONGEST, TOKENS = 10, 21
-COLLATE = Collator(
-    SimpleNamespace(pad_token_id=7),
-    TaskConfig(type="causal_lm", dataset="none", max_length=LONGEST),
-)
+TASK = TaskConfig(type="causal_lm", dataset="none", max_length=LONGEST)
+COLLATE = Collator(SimpleNamespace(pad_token_id=7), TASK)
 LENGTHS = st.lists(st.integers(1, LONGEST), min_size=1, max_size=9)
 
 
@@ -190,11 +186,8 @@ def conversations(lengths: list[int]) -> dict[str, list]:
     """Columns of rows without positions; tokens are different everywhere."""
     ends = np.cumsum([0, *lengths])
     ids = [list(range(100 + first, 100 + end)) for first, end in pairwise(ends)]
-    return {
-        "input_ids": ids,
-        "labels": [[*row[1:], IGNORE] for row in ids],
-        "prompt_length": [1] * len(ids),
-    }
+    labels = [[*row[1:], IGNORE] for row in ids]
+    return {"input_ids": ids, "labels": labels, "prompt_length": [1] * len(ids)}
 
 
 def texts_of(batches) -> Counter:

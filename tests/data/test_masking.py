@@ -143,9 +143,7 @@ def shown(batches) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
 
 @given(per_device=SMALL, accumulation=SMALL, world=SMALL, index=st.integers(0, 9))
 @settings(max_examples=15)
-def test_the_cut_into_ranks_and_micro_batches_changes_no_mask(
-    per_device, accumulation, world, index
-):
+def test_ranks_and_micro_batches_change_no_mask(per_device, accumulation, world, index):
     rows = encoded(23)
     whole = loader(rows, StepShape(per_device * accumulation * world, 1)).step(index)
     shapes = (StepShape(per_device, accumulation, rank, world) for rank in range(world))

@@ -102,9 +102,7 @@ def test_rows_without_a_label_are_counted_in_one_line(
             assert record.levelname.startswith(level)
 
 
-def test_every_split_and_evaluation_set_counts_its_rows_without_a_label(
-    load, write_rows, tmp_path, caplog
-):
+def test_every_split_and_set_counts_its_rows_without_a_label(load, write_rows, tmp_path, caplog):
     names = ("train", "validation", "test", "hard")
     for count, name in enumerate(names, start=1):
         write_rows(tmp_path / f"{name}.csv", [("a", "yes"), ("b", "no"), *[("c", "nan")] * count])

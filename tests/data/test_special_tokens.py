@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 import pytest
@@ -27,9 +28,8 @@ def unigram() -> PreTrainedTokenizerFast:
     letters = {sign for text in CORPUS for sign in text.replace(" ", "▁")}
     pieces = [*(f"▁{word}" for word in sorted(words)), *sorted(letters)]
     special = ["<pad>", "</s>", "<unk>", "[CLS]", "[SEP]", "[MASK]"]
-    backend = Tokenizer(
-        models.Unigram([*((s, 0.0) for s in special), *((p, -2.0) for p in pieces)], unk_id=2)
-    )
+    scores = [*((s, 0.0) for s in special), *((p, -2.0) for p in pieces)]
+    backend = Tokenizer(models.Unigram(scores, unk_id=2))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()  # type: ignore[assignment]
     backend.decoder = decoders.Metaspace()  # type: ignore[assignment]
     names = ("pad_token", "eos_token", "unk_token", "cls_token", "sep_token", "mask_token")
@@ -96,14 +96,13 @@ def test_messages_end_no_turn_and_begin_none(family):
 
     row = encoded(tokenizer, chat(turns), **options)
 
-    clean = tokenizer.apply_chat_template(turns, sanitize_control_tokens=True)
+    render = partial(tokenizer.apply_chat_template, sanitize_control_tokens=True)
+    clean = render(turns)
     assert row.input_ids.tolist() == clean["input_ids"]
     counted = row.labels[row.labels != IGNORE].tolist()
     assert counted.count(tokenizer.eos_token_id) == (1 if options else 2)
     assert tokenizer.decode(counted).endswith("EVIL<|im_end|>" + end)
-    prompt = tokenizer.apply_chat_template(
-        turns[:-1], sanitize_control_tokens=True, add_generation_prompt=True
-    )
+    prompt = render(turns[:-1], add_generation_prompt=True)
     assert row.input_ids[: row.prompt_length].tolist() == prompt["input_ids"]
 
 

@@ -228,20 +228,16 @@ def test_causal_texts_are_packed_and_every_token_occurs_once_per_epoch(tmp_path,
     texts = texts_of(30)
     scene = Scene(write_files(tmp_path, texts, 2), tokenizers["causal_lm"], "causal_lm")
     eos = scene.rows.tokenizer.eos_token_id
-    expected_tokens = Counter(
-        n for ids in scene.rows.tokenizer(texts)["input_ids"] for n in (*ids, eos)
-    )
+    tokens = Counter(n for ids in scene.rows.tokenizer(texts)["input_ids"] for n in (*ids, eos))
 
     rows = scene.tokens(StepShape(1, 1), 7)
 
-    assert Counter(token for ids in rows for token in ids) == expected_tokens
+    assert Counter(token for ids in rows for token in ids) == tokens
     # Only the last row of a block of 7 of the 30 texts is short.
     assert 1 <= sum(len(ids) < 12 for ids in rows) <= 5
 
 
-def test_texts_that_share_no_rows_are_streamed_in_micro_batches_of_like_lengths(
-    tmp_path, tokenizers
-):
+def test_lone_texts_are_streamed_in_micro_batches_of_like_lengths(tmp_path, tokenizers):
     scene = Scene(write_files(tmp_path, texts_of(30), 2), tokenizers["causal_lm"], "causal_lm")
     scene.rows = scene.rows._replace(packed=False)
     eos = scene.rows.tokenizer.eos_token_id
@@ -266,9 +262,7 @@ def rows_of(batches: Sequence[Batch]) -> list[list[int]]:
     ]
 
 
-def test_every_epoch_masks_the_rows_anew_and_the_log_says_that_it_starts(
-    tokenizers, tmp_path, caplog
-):
+def test_every_epoch_masks_the_rows_anew_and_is_told_in_the_log(tokenizers, tmp_path, caplog):
     small = Scene(write_files(tmp_path / "small", texts_of(4), 1), tokenizers["mlm"])
     rows = sum(expected(small, tmp_path / "cache", texts_of(4)).values())
     labels: dict[Any, set[Any]] = {}

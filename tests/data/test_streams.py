@@ -198,7 +198,7 @@ CHAT = {"type": "causal_lm"}
     ],
     ids=["texts", "two columns", "conversations"],
 )
-def test_bad_rows_of_a_stream_are_named_or_left_out(
+def test_bad_rows_of_a_stream_are_named_or_dropped(
     load, jsonl, tmp_path, caplog, keys, bad, is_cut
 ):
     rows = [{"text": word, "answer": word} for word in "abcd"]
@@ -227,9 +227,7 @@ TEXTS = ["one, two", 'say "three"', "four", "  ", "five\nsix"]
 
 
 @pytest.mark.parametrize("ending", ["ndjson", "csv", "tsv", "parquet", "txt"])
-def test_a_stream_has_the_texts_of_the_files_as_without_streaming(
-    tmp_path, write_rows, jsonl, stream, ending
-):
+def test_a_stream_has_the_texts_of_its_files(tmp_path, write_rows, jsonl, stream, ending):
     paths = [tmp_path / f"{n}.{ending}" for n in range(2)]
     for number, path in enumerate(paths):
         texts = TEXTS[number:3] if ending == "tsv" else TEXTS[number:]
@@ -244,9 +242,7 @@ def test_a_stream_has_the_texts_of_the_files_as_without_streaming(
     assert texts_of(stream(*paths))  # a second time
 
 
-def test_columns_of_conversations_may_begin_with_any_row_of_any_format(
-    tmp_path, write_rows, jsonl, stream
-):
+def test_columns_of_conversations_may_begin_with_any_row(tmp_path, write_rows, jsonl, stream):
     chat = asked("Hi", "Hello", system="Be kind")
     tools, options = [{"type": "function", "function": {"name": "add"}}], {"effort": "low"}
     rows = [{"messages": chat}] * 3 + [
@@ -276,9 +272,7 @@ def test_columns_of_conversations_may_begin_with_any_row_of_any_format(
     ("first", "column", "value"),
     [({"prompt": "a"}, "completion", "c"), ({"text": "a"}, "messages", asked("Hi", "Hello"))],
 )
-def test_rows_that_would_be_read_otherwise_are_refused_not_cut(
-    tmp_path, jsonl, stream, first, column, value
-):
+def test_rows_of_another_kind_are_refused_not_cut(tmp_path, jsonl, stream, first, column, value):
     later = first | {column: value}
     one, other = jsonl("a", [first, first, later]), jsonl("b", [later])
     pq.write_table(pa.Table.from_pylist([later]), tmp_path / "c.parquet")

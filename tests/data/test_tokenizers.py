@@ -130,9 +130,7 @@ def test_the_first_model_that_has_a_tokenizer_gives_it(load, folder, tmp_path):
         (LlamaConfig(), "causal_lm", "bpe"),
     ],
 )
-def test_a_trained_tokenizer_beside_a_model_loads_with_transformers_alone(
-    load, folder, config, task, kind
-):
+def test_a_tokenizer_beside_a_model_loads_with_transformers(load, folder, config, task, kind):
     tokenizer = load(recipe(kind), task)
     tokenizer.save_pretrained(folder)
     config.save_pretrained(folder)
@@ -171,9 +169,7 @@ def test_a_bare_vocabulary_is_read(load, folder, files, task, text, ids, roles):
     ("role", "task", "other"),
     [("mask", "mlm", "classification"), ("pad", "classification", "causal_lm")],
 )
-def test_a_tokenizer_without_a_token_is_refused_for_a_task_that_needs_it(
-    load, folder, role, task, other
-):
+def test_a_tokenizer_that_lacks_a_token_of_the_task_is_refused(load, folder, role, task, other):
     load(recipe("wordpiece")).save_pretrained(folder)
     settings = folder / "tokenizer_config.json"
     tokens = {k: v for k, v in json.loads(settings.read_text()).items() if k != f"{role}_token"}
@@ -245,9 +241,8 @@ def test_a_very_long_word_is_trained_on_in_pieces(kind, monkeypatch):
     monkeypatch.setattr(vocabularies, "LONGEST_WORD", 6)
     texts = [*["a dog runs", "the cat eats"] * 20, *["abcdefghijklmnop" * 20] * 3]
 
-    tokenizer = vocabularies.train_tokenizer(
-        lambda: texts, kind=kind, vocab_size=400, for_encoder=True
-    )
+    options = {"kind": kind, "vocab_size": 400, "for_encoder": True}
+    tokenizer = vocabularies.train_tokenizer(lambda: texts, **options)
 
     learned = {token.strip("#Ġ▁") for token in tokenizer.get_vocab() if token[0] not in "[<"}
     assert 4 <= max(map(len, learned)) <= 6

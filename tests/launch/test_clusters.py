@@ -17,9 +17,7 @@ ENDS = {
 
 
 @pytest.mark.parametrize("end", [2, 138])
-def test_a_slurm_job_is_requeued_if_it_was_stopped_at_its_time_limit_alone(
-    repository, tmp_path, end
-):
+def test_a_slurm_job_is_requeued_if_its_time_limit_stopped_it(repository, tmp_path, end):
     programs = {"srun": f"exit {end}", "scontrol": f'echo "$@" >> {tmp_path}/asked'}
     for name, lines in programs.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{lines}\n")
@@ -40,11 +38,9 @@ def test_a_pod_says_whether_it_is_worth_starting_again(repository, tmp_path, end
     script.write_text(f"import os, sys, time\nrank = int(os.environ['RANK'])\n{ENDS[end]}\n")
     words = ["launch/pod.py", "--standalone", "--nproc_per_node", "2", str(script)]
 
-    ended = subprocess.run(
-        [sys.executable, *words], cwd=repository, capture_output=True, check=False
-    )
+    run = subprocess.run([sys.executable, *words], cwd=repository, capture_output=True, check=False)
 
-    assert ended.returncode == code, ended.stderr
+    assert run.returncode == code, run.stderr
 
 
 def test_pods_are_started_again_unless_something_has_to_be_changed(repository: Path) -> None:

@@ -61,9 +61,7 @@ def outputs(case: str, folder: Path, texts: list[str]) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("tied", [True, False])
-def test_texts_of_the_task_have_the_same_outputs_and_all_others_no_new_unknown_token(
-    tmp_path, case, tied
-):
+def test_task_texts_have_the_same_outputs_and_others_no_new_unknown_token(tmp_path, case, tied):
     folder, to = folder_of(case, tmp_path / "whole", tie_word_embeddings=tied), tmp_path / "small"
     before, whole = outputs(case, folder, [*SENTENCES]), AutoTokenizer.from_pretrained(folder)
 

@@ -52,17 +52,17 @@ class Host:
 
 
 @contextmanager
-def two_hosts(folder: Path, *, own_name_is_loopback: bool) -> Iterator[list[Host]]:
+def two_hosts(folder: Path, *, loopback_names: bool) -> Iterator[list[Host]]:
     """Two hosts that reach each other by name over `eth0`; skips where they cannot be made.
 
-    With `own_name_is_loopback`, a host's own name has the address 127.0.1.1, as on Debian.
+    With `loopback_names`, a host's own name has the address 127.0.1.1, as on Debian.
     """
     if os.geteuid() != 0 or not all(map(shutil.which, PROGRAMS)):
         pytest.skip(f"needs root and the programs {', '.join(PROGRAMS)}, for network namespaces")
     with ExitStack() as stack:
         hosts = []
         for name in ADDRESSES:
-            loopback = {name: "127.0.1.1"} if own_name_is_loopback else {}
+            loopback = {name: "127.0.1.1"} if loopback_names else {}
             known = {"localhost": "127.0.0.1", **ADDRESSES, **loopback}
             file = folder / f"hosts-of-{name}"
             file.write_text("".join(f"{address} {host}\n" for host, address in known.items()))
@@ -137,14 +137,14 @@ def lines(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("launcher", "own_name_is_loopback", "variables"),
+    ("launcher", "loopback_names", "variables"),
     [(torchrun, False, {}), (deepspeed, True, INTERFACE)],
     ids=["torchrun, by name", "deepspeed, by interface"],
 )
 def test_a_run_over_two_hosts_ends_with_its_report(
-    train, tmp_path, launcher, own_name_is_loopback, variables
+    train, tmp_path, launcher, loopback_names, variables
 ):
-    with two_hosts(tmp_path, own_name_is_loopback=own_name_is_loopback) as hosts:
+    with two_hosts(tmp_path, loopback_names=loopback_names) as hosts:
         outcome = train(hosts, launcher, **variables)
 
     assert [code for code, _ in outcome] == [0, 0], outcome
@@ -153,7 +153,7 @@ def test_a_run_over_two_hosts_ends_with_its_report(
 
 
 def test_hosts_whose_own_names_do_not_connect_them_both_end_and_say_what_to_set(train, tmp_path):
-    with two_hosts(tmp_path, own_name_is_loopback=True) as hosts:
+    with two_hosts(tmp_path, loopback_names=True) as hosts:
         outcome = train(hosts, deepspeed)
 
     assert all(code != 0 for code, _ in outcome)
@@ -165,7 +165,7 @@ def test_hosts_whose_own_names_do_not_connect_them_both_end_and_say_what_to_set(
 
 def test_hosts_that_do_not_share_output_dir_end_at_the_start(train, tmp_path):
     (tmp_path / "out").mkdir()
-    with two_hosts(tmp_path, own_name_is_loopback=False) as hosts:
+    with two_hosts(tmp_path, loopback_names=False) as hosts:
         hosts[1].run("mount", "-t", "tmpfs", "none", str(tmp_path / "out"))
         outcome = train(hosts, torchrun)
 

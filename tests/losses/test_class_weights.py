@@ -66,9 +66,8 @@ def test_stages_without_generated_texts_learn_a_term_of_texts_on_the_data(tmp_pa
 def path(tmp_path):
     """The config of a run with class weights and smoothed labels."""
     term = {"loss": "hard_cross_entropy", "weight": 0.3, "class_weights": "balanced"}
-    tree = config_tree(
-        tmp_path / "out", review_task(tmp_path), objective=[term | {"label_smoothing": 0.1}]
-    )
+    objective = [term | {"label_smoothing": 0.1}]
+    tree = config_tree(tmp_path / "out", review_task(tmp_path), objective=objective)
     return write_config(tmp_path / "run.yaml", tree)
 
 

@@ -28,13 +28,7 @@ from megakd.contract.terms import TermConfig
 from megakd.contract.views import Shape
 from megakd.losses import layer_terms
 from megakd.losses.bundle import unit_scales
-from megakd.losses.layer_terms import (
-    AttentionMatrices,
-    HiddenStates,
-    Relations,
-    flow_errors,
-    visible_keys,
-)
+from megakd.losses.layer_terms import AttentionMatrices, HiddenStates, Relations
 from megakd.losses.objective import Objective, build_objective
 
 CE = term_of("hard_cross_entropy")
@@ -263,7 +257,7 @@ def test_the_first_position_is_the_first_that_counts_wherever_padding_is():
 def test_a_causal_query_sees_the_keys_before_it_in_its_own_document(positions, seen):
     batch = whole(4, position_ids=torch.tensor([positions]))
 
-    result = visible_keys(batch, causal=True)[0].int().tolist()
+    result = layer_terms.visible_keys(batch, causal=True)[0].int().tolist()
 
     assert ["".join(map(str, row)) for row in result] == seen
 
@@ -286,7 +280,7 @@ def flows() -> list[tuple[Tensor, ...]]:
 def flow_error(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], **options: Any) -> Tensor:
     """The error of the flow through two layers, all positions of which count."""
     valid = torch.ones(student[0].shape[:2], dtype=torch.bool)
-    (result,) = flow_errors(student, teacher, valid=valid, **options)
+    (result,) = layer_terms.flow_errors(student, teacher, valid=valid, **options)
     return result
 
 

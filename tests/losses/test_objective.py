@@ -17,9 +17,8 @@ from megakd.models.knowledge import Needs
 CE = term_of("hard_cross_entropy")
 SOFT = ("kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "mse")
 KL, REVERSE, JSD, *OTHERS, SOFT_MSE = (term_of(f"soft_target_{name}") for name in SOFT)
-HIDDEN_MSE, HIDDEN_COSINE, EMBEDDING = map(
-    term_of, ("hidden_mse", "hidden_cosine", "embedding_mse")
-)
+STATES = ("hidden_mse", "hidden_cosine", "embedding_mse")
+HIDDEN_MSE, HIDDEN_COSINE, EMBEDDING = map(term_of, STATES)
 ATTENTION, RELATION, FLOWS = map(term_of, ("attention_mse", "relation_kl", "relation_fsp"))
 INNER = (HIDDEN_MSE, HIDDEN_COSINE, EMBEDDING, ATTENTION, RELATION, FLOWS)
 COMPARING = (KL, REVERSE, JSD, *OTHERS, SOFT_MSE, *INNER)

@@ -48,13 +48,11 @@ FIRST_MSE = term_of("hidden_mse", **OF_FIRST)
 FIRST_COSINE = term_of("hidden_cosine", **OF_FIRST)
 EMBEDDING = term_of("embedding_mse")
 FLOWS = term_of("relation_fsp", layer_mapping=("0:0", "1:2", "2:4"))
-LAYERS_WRITTEN: Any = {"layer_mapping": ("1:2", "2:4")}
-SCORES = term_of("attention_mse", **LAYERS_WRITTEN)
-PROBABILITIES = term_of("attention_mse", fit="probabilities", **LAYERS_WRITTEN)
-RELATIONS = term_of("relation_kl", **LAYERS_WRITTEN)
-OTHER_HEADS = term_of(
-    "relation_kl", relations=("query_key", "value"), relation_heads=4, **LAYERS_WRITTEN
-)
+WRITTEN: Any = {"layer_mapping": ("1:2", "2:4")}
+SCORES = term_of("attention_mse", **WRITTEN)
+PROBABILITIES = term_of("attention_mse", fit="probabilities", **WRITTEN)
+RELATIONS = term_of("relation_kl", **WRITTEN)
+OTHER_HEADS = term_of("relation_kl", relations=("query_key", "value"), relation_heads=4, **WRITTEN)
 OF_CLASSES = (CE, KL, KL_AT_2, KL_AT_2_PLAIN, REVERSE, JSD, SKEW, SKEW_REVERSE, TVD)
 STATES = (HIDDEN_MSE, HIDDEN_COSINE, FIRST_MSE, FIRST_COSINE, EMBEDDING)
 ATTENTION = (SCORES, PROBABILITIES, RELATIONS, OTHER_HEADS)
@@ -117,9 +115,7 @@ def class_values(scene: Scene, leaves: dict, teacher: dict) -> torch.Tensor:
     return scale * divergence(scene.term, p, q).sum(-1)
 
 
-def label_values(
-    term: HardCrossEntropy, surprise: torch.Tensor, labels: torch.Tensor
-) -> torch.Tensor:
+def label_values(term: Any, surprise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """One value per labelled row, from the target distribution and the weight of each class."""
     target = torch.nn.functional.one_hot(labels, surprise.shape[1]).double()
     target = (1 - term.label_smoothing) * target + term.label_smoothing / surprise.shape[1]
