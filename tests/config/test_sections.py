@@ -203,13 +203,12 @@ def test_the_home_folder_is_put_in_where_a_path_begins_with_it(text, path, monke
     assert in_home(text) == Path(path)
 
 
+NO_TRACKER = [(names, ()) for names in ("none", "None", "[none]", "[]", "null")]
+
+
 @pytest.mark.parametrize(
     ("value", "trackers"),
-    [
-        *((names, ()) for names in ("none", "None", "[none]", "[]", "null")),
-        ("wandb", ("wandb",)),
-        ("[wandb, mlflow]", ("wandb", "mlflow")),
-    ],
+    [*NO_TRACKER, ("wandb", ("wandb",)), ("[wandb, mlflow]", ("wandb", "mlflow"))],
 )
 def test_values_are_reported_to_one_tracker_several_or_none(run_file, value, trackers):
     assert load_config(run_file, [f"log.report_to={value}"]).log.report_to == trackers

@@ -13,6 +13,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tiny_runs import write_jsonl
 
 from megakd.config.task import TaskConfig
 from megakd.data.splits import Splits, load_splits
@@ -72,35 +73,19 @@ def write_rows() -> Callable[..., Path]:
 
     def write(path: Path, rows: list[tuple], header: tuple[str, ...] = ("text", "label")) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        WRITERS[path.suffix](path, [header, *rows])
+        named = [dict(zip(header, row, strict=True)) for row in rows]
+        if path.suffix == ".parquet":
+            pq.write_table(pa.Table.from_pylist(named), path)
+        elif path.suffix == ".json":
+            path.write_text(json.dumps(named), encoding="utf-8")
+        elif path.suffix in {".jsonl", ".ndjson"}:
+            write_jsonl(path, named)
+        elif path.suffix == ".tsv":
+            lines = ("\t".join(map(str, row)) for row in (header, *rows))
+            path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        else:
+            with path.open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows([header, *rows])
         return path
 
     return write
-
-
-def _csv(path: Path, rows: list[tuple]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(rows)
-
-
-def _tsv(path: Path, rows: list[tuple]) -> None:
-    path.write_text("".join("\t".join(map(str, row)) + "\n" for row in rows), encoding="utf-8")
-
-
-def _named(rows: list[tuple]) -> list[dict[str, Any]]:
-    header, *values = rows
-    return [dict(zip(header, row, strict=True)) for row in values]
-
-
-def _jsonl(path: Path, rows: list[tuple]) -> None:
-    path.write_text("\n".join(map(json.dumps, _named(rows))), encoding="utf-8")
-
-
-WRITERS: dict[str, Callable[[Path, list[tuple]], object]] = {
-    ".csv": _csv,
-    ".tsv": _tsv,
-    ".jsonl": _jsonl,
-    ".ndjson": _jsonl,
-    ".json": lambda path, rows: path.write_text(json.dumps(_named(rows)), encoding="utf-8"),
-    ".parquet": lambda path, rows: pq.write_table(pa.Table.from_pylist(_named(rows)), path),
-}

@@ -74,7 +74,10 @@ def test_a_second_start_reads_no_row_unless_its_memory_is_damaged(tmp_path, coun
 
 def test_a_second_start_on_a_data_set_of_the_hub_reads_no_row(tmp_path, counts, monkeypatch):
     Dataset.from_list(TEXTS).save_to_disk(tmp_path / "hub")
-    load = lambda *_, **__: DatasetDict(train=Dataset.load_from_disk(tmp_path / "hub"))  # noqa: E731
+
+    def load(*_: Any, **__: Any) -> DatasetDict:
+        return DatasetDict(train=Dataset.load_from_disk(tmp_path / "hub"))
+
     monkeypatch.setattr("datasets.load_dataset", load)
     keys = {"type": "classification", "dataset": "user/texts"}
     first = start(tmp_path, **keys)

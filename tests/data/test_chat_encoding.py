@@ -30,11 +30,10 @@ class Data:
     def __init__(self, folder: Path, rows: list[Any], *, family: str = "chatml", **keys: Any):
         self.folder = folder
         self.tokenizer = chat_tokenizer(family, merges=False)
-        names = {
-            "train_files": str(write_jsonl(folder / "train.jsonl", rows)),
-            "validation_files": str(write_jsonl(folder / "held.jsonl", chats(("Hi", "Hello")))),
-        }
-        self.task = TaskConfig(**{"type": "causal_lm", "max_length": 64, **names, **keys})
+        train = str(write_jsonl(folder / "train.jsonl", rows))
+        held = str(write_jsonl(folder / "held.jsonl", chats(("Hi", "Hello"))))
+        usual = {"type": "causal_lm", "max_length": 64, "train_files": train}
+        self.task = TaskConfig(**{**usual, "validation_files": held, **keys})
 
     @property
     def splits(self) -> Splits:

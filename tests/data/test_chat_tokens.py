@@ -141,22 +141,17 @@ def test_tools_and_reasoning_of_an_answer_count():
     assert "# Tools" in beginning
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [
-        {"content": "<think>\nHm.\n</think>\n\nHello"},
-        {"content": "Hm.\n</think>\n\nHello"},
-        {"content": "Hello", "reasoning_content": "Hm."},
-    ],
-)
-def test_reasoning_is_stripped_on_request(answer):
+@pytest.mark.parametrize("begin", ["<think>\nHm.\n</think>\n\n", "Hm.\n</think>\n\n", None])
+def test_reasoning_is_stripped_on_request(begin):
     tokenizer = chat_tokenizer("qwen3")
-    messages = [*asked("Hi"), {"role": "assistant", **answer}]
+    messages = asked("Hi", f"{begin or ''}Hello")
+    if begin is None:
+        messages[1]["reasoning_content"] = "Hm."
 
-    kept = encoded(tokenizer, chat(messages))
+    whole = encoded(tokenizer, chat(messages))
     stripped = encoded(tokenizer, chat(messages), reasoning="strip")
 
-    assert "Hm." in tokenizer.decode(kept.input_ids.tolist())
+    assert "Hm." in tokenizer.decode(whole.input_ids.tolist())
     assert plain(stripped) == plain(encoded(tokenizer, chat(asked("Hi", "Hello"))))
 
 
@@ -269,12 +264,9 @@ def test_every_answer_counts_from_the_end_of_its_prompt_up_to_its_end(name, has_
     row = encoded(tokenizer, chat(asked(*contents)))
 
     user = "<|im_start|>user\n{}" + (end if after == "" else "<|im_end|>\n") + header
-    parts = [
-        (user.format(contents[0]), False),
-        (contents[1] + end, True),
-        (after + user.format(contents[2]), False),
-        (contents[3] + last, True),
-    ]
+    prompts = [user.format(contents[0]), after + user.format(contents[2])]
+    answers = [contents[1] + end, contents[3] + last]
+    parts = [(prompts[0], False), (answers[0], True), (prompts[1], False), (answers[1], True)]
     assert_row(row, tokenizer, *parts, *([(after, False)] if after else []))
     prompt = tokenizer.apply_chat_template(asked(*contents[:3]), add_generation_prompt=True)
     assert row.input_ids[: row.prompt_length].tolist() == prompt["input_ids"]

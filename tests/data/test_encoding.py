@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -317,20 +318,15 @@ def test_a_row_that_is_not_packed_is_a_window_of_one_document(documents, length)
 
 
 def test_a_call_of_the_tokenizer_gets_few_long_texts(monkeypatch):
-    sizes: list[int] = []
-    encode = token_tables.plain_encoding
+    encode = Mock(side_effect=token_tables.plain_encoding)
     monkeypatch.setattr(token_tables, "CHARACTERS_AT_ONCE", 100)
-    monkeypatch.setattr(
-        token_tables,
-        "plain_encoding",
-        lambda texts, *a: sizes.append(len(texts)) or encode(texts, *a),
-    )
+    monkeypatch.setattr(token_tables, "plain_encoding", encode)
     rows = Dataset.from_dict({"text": ["a " * 60, "a", "a " * 20, "a " * 60, "a"]})
 
     tables = token_tables.tables_of_texts(rows, _gpt(), _task("causal_lm", max_length=16))
 
     assert sum(row.count(1) for table in tables for row in table["input_ids"].to_pylist()) == 142
-    assert sizes == [1, 3, 1]
+    assert [len(call.args[0]) for call in encode.call_args_list] == [1, 3, 1]
 
 
 def _llama(attention: str) -> LlamaForCausalLM:
@@ -382,14 +378,8 @@ def test_a_text_for_mlm_is_cut_into_framed_windows_of_its_own(encode):
 
     assert encoded.train.column_names == ["input_ids"]
     # 10 letters where 4 have room: three windows, as even as can be.
-    assert rows == [
-        [2, 4, 5, 6, 3],
-        [2, 7, 3],
-        [2, 8, 9, 10, 3],
-        [2, 11, 12, 13, 3],
-        [2, 14, 15, 16, 17, 3],
-        [2, 18, 19, 3],
-    ]
+    texts = ([4, 5, 6], [7], [8, 9, 10], [11, 12, 13], [14, 15, 16, 17], [18, 19])
+    assert rows == [[2, *text, 3] for text in texts]
     assert encoded.tokens_per_row == pytest.approx(28 / 6)
 
 

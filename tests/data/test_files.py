@@ -490,11 +490,7 @@ CASES: list[tuple[Any, ...]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("files", "message", "keys"),
-    [(*case, {})[:3] for case in CASES],
-    ids=[c[1][:40] for c in CASES],
-)
+@pytest.mark.parametrize(("files", "message", "keys"), [(*case, {})[:3] for case in CASES])
 def test_data_that_cannot_be_used_is_refused_with_the_reason(load, tmp_path, files, message, keys):
     dataset = write_files(tmp_path / "data", files)
 

@@ -144,10 +144,8 @@ def test_iterating_gives_the_steps_of_chosen_rows_in_order_or_the_error_of_a_ste
 @settings(max_examples=30)
 def test_all_ranks_together_meet_every_row_once_in_as_many_batches_each(count, batch_size, world):
     rows = _numbered(count)
-    ranks = [
-        list(evaluation_batches(rows, _collate, batch_size=batch_size, rank=rank, world=world))
-        for rank in range(world)
-    ]
+    options = {"batch_size": batch_size, "world": world}
+    ranks = [[*evaluation_batches(rows, _collate, rank=n, **options)] for n in range(world)]
 
     met = [number for batches in ranks for number in _numbers(batches)]
 
@@ -204,11 +202,8 @@ def texts_of(batches) -> Counter:
 
 def steps(rows, ranks: int, budget: int | None) -> list:
     """The micro-batches of all ranks."""
-    return [
-        batch
-        for rank in range(ranks)
-        for batch in collate_step(rows, StepLayout(StepShape(9, 1, rank, ranks), budget), COLLATE)
-    ]
+    layouts = [StepLayout(StepShape(9, 1, rank, ranks), budget) for rank in range(ranks)]
+    return [batch for layout in layouts for batch in collate_step(rows, layout, COLLATE)]
 
 
 @given(lengths=LENGTHS, ranks=st.integers(1, 3), arrow=st.booleans())
@@ -271,15 +266,10 @@ BUDGETED = st.lists(st.integers(0, BUDGET), max_size=40).map(lambda n: np.array(
 RANKS = st.integers(1, 3)
 
 
-def micro_batches(lengths, ranks: int, budget: int = BUDGET) -> list[list[list[int]]]:
+def micro_batches(lengths, ranks: int, budget: int | None = BUDGET) -> list[list[list[int]]]:
     """By rank, the rows of every micro-batch."""
-    return [
-        [
-            part.rows.tolist()
-            for part in StepLayout(StepShape(2, 3, rank, ranks), budget).micro_batches(lengths)
-        ]
-        for rank in range(ranks)
-    ]
+    layouts = (StepLayout(StepShape(2, 3, rank, ranks), budget) for rank in range(ranks))
+    return [[part.rows.tolist() for part in one.micro_batches(lengths)] for one in layouts]
 
 
 def loads(lengths, parts: list[list[int]]) -> list[int]:
@@ -339,12 +329,7 @@ def test_a_row_above_the_budget_is_refused_with_both_numbers():
 
 
 def test_without_a_budget_rows_are_dealt_by_number():
-    dealt = [
-        [part.rows.tolist() for part in layout.micro_batches(np.full(7, 900))]
-        for layout in (StepLayout(StepShape(2, 2, rank, 2)) for rank in range(2))
-    ]
-
-    assert dealt == [[[0, 4], [2, 6]], [[1, 5], [3]]]
+    assert micro_batches(np.full(7, 900), 2, None) == [[[0, 6], [2], [4]], [[1], [3], [5]]]
 
 
 TEACHERS = ("math", "code", "chat")
@@ -359,10 +344,8 @@ TEACHERS = ("math", "code", "chat")
 def test_a_micro_batch_has_rows_of_one_teacher_the_same_on_all_ranks(named, ranks, budget):
     routes, lengths = np.array([*map(teacher_number, named)]), np.arange(len(named)) % 9 + 1
 
-    dealt = [
-        StepLayout(StepShape(3, 2, rank, ranks), budget, TEACHERS).micro_batches(lengths, routes)
-        for rank in range(ranks)
-    ]
+    shapes = (StepShape(3, 2, rank, ranks) for rank in range(ranks))
+    dealt = [StepLayout(s, budget, TEACHERS).micro_batches(lengths, routes) for s in shapes]
 
     names = [[part.teacher for part in parts] for parts in dealt]
     assert names == [names[0]] * ranks

@@ -97,15 +97,13 @@ def truth(batches: Sequence[Batch]) -> list[tuple[int, ...]]:
     return collected
 
 
+def plain(batch: Batch) -> dict[str, Any]:
+    return {n: v.tolist() for n, v in {**batch.inputs, "labels": batch.labels}.items()}
+
+
 def seen(steps: Any) -> list[Any]:
     """Everything of every batch, as plain values."""
-    return [
-        [
-            ({name: value.tolist() for name, value in batch.inputs.items()}, batch.labels.tolist())
-            for batch in batches
-        ]
-        for batches in steps
-    ]
+    return [[*map(plain, batches)] for batches in steps]
 
 
 def expected(scene: Scene, tmp_path: Path, texts: Sequence[str]) -> Counter[tuple[int, ...]]:

@@ -79,12 +79,9 @@ def test_table_and_comment_have_the_counted_weights_and_the_sizes_of_the_files(p
 
     (line,) = re.findall(rf"^\| `{path.stem}` .*?\|(.*)\|$", PAGE, re.MULTILINE)
     cells = [cell.strip() for cell in line.split("|")]
-    assert cells == [
-        f"{weights:,}",
-        f"{weights * 4 / 1e6:.2f}",
-        f"{(tmp_path / 'model.safetensors').stat().st_size / 1e6:.2f}",
-        f"{teacher / weights:.1f}",
-    ]
+    sizes = [weights * 4, (tmp_path / "model.safetensors").stat().st_size]
+    megabytes = [f"{size / 1e6:.2f}" for size in sizes]
+    assert cells == [f"{weights:,}", *megabytes, f"{teacher / weights:.1f}"]
     assert cells[1] == MEGABYTES.get(path.stem, cells[1])
     assert f"{cells[1]} MB in fp32" in comment
     assert f"{cells[-1]} times fewer" in comment

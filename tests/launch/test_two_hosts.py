@@ -70,16 +70,12 @@ def two_hosts(folder: Path, *, loopback_names: bool) -> Iterator[list[Host]]:
             stack.callback(hosts[-1].stop)
         if any(host.answer != "up" for host in hosts):
             pytest.skip(f"needs network namespaces: {hosts[0].answer}")
-        _connect(*hosts)
+        cable = ("type", "veth", "peer", "name", "eth0", "netns", str(hosts[1].shell.pid))
+        hosts[0].run("ip", "link", "add", "eth0", *cable)
+        for host in hosts:
+            host.run("ip", "address", "add", f"{ADDRESSES[host.name]}/24", "dev", "eth0")
+            host.run("ip", "link", "set", "eth0", "up")
         yield hosts
-
-
-def _connect(one: Host, other: Host) -> None:
-    cable = ("type", "veth", "peer", "name", "eth0", "netns", str(other.shell.pid))
-    one.run("ip", "link", "add", "eth0", *cable)
-    for host in (one, other):
-        host.run("ip", "address", "add", f"{ADDRESSES[host.name]}/24", "dev", "eth0")
-        host.run("ip", "link", "set", "eth0", "up")
 
 
 PORT = "29533"  # of a network of its own
@@ -96,9 +92,8 @@ def config(tmp_path_factory) -> Path:
     return run_in(folder, review_task(folder), teacher=teacher, **sections)
 
 
-def torchrun(folder: Path, node: int) -> list[str]:
+def torchrun(_: Path, __: int) -> list[str]:
     """Start the launcher on each host; they meet by the name of the first."""
-    del folder, node
     words = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
     return [*words, "--rdzv_backend", "c10d", "--rdzv_endpoint", f"node-a:{PORT}"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +13,11 @@ import megakd_kernels
 Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
 
 
+def noted(calls: Calls, kernel: Callable[..., Any], *tensors: Any, **options: Any) -> Any:
+    calls.append((tensors, options))
+    return kernel(*tensors, **options)
+
+
 @pytest.fixture
 def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Calls]:
     """Notes tensors and options of every call of the named kernels from now on."""
@@ -19,13 +25,8 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Calls]:
     def noting(*names: str) -> Calls:
         calls: Calls = []
         for name in names:
-            real = getattr(megakd_kernels, name)
-
-            def noted(*tensors: Any, real: Any = real, **options: Any) -> Any:
-                calls.append((tensors, options))
-                return real(*tensors, **options)
-
-            monkeypatch.setattr(megakd_kernels, name, noted)
+            kernel = partial(noted, calls, getattr(megakd_kernels, name))
+            monkeypatch.setattr(megakd_kernels, name, kernel)
         return calls
 
     return noting

@@ -145,14 +145,9 @@ def several(objective: Objective, scales: Sequence[float]) -> list[LossInputs]:
     """Return the outputs of several views of one head for one batch."""
     first = reading(objective)
     heads = first.student.head
-    return [
-        replace(
-            first,
-            student=Knowledge(hidden=torch.randn(1, 3, 3, requires_grad=True), head=heads),
-            scale=scale,
-        )
-        for scale in scales
-    ]
+    states = torch.randn(len(scales), 1, 3, 3).unbind()
+    students = [Knowledge(hidden=one.requires_grad_(), head=heads) for one in states]
+    return [replace(first, student=s, scale=x) for s, x in zip(students, scales, strict=True)]
 
 
 @pytest.mark.parametrize(

@@ -130,22 +130,18 @@ def test_relations_have_the_teachers_heads_unless_told_otherwise():
     assert heads_of(Heads(12, 4, 8), Heads(12, 3, 16), relations=("query",)) == 12
 
 
+QUERIES = {"relations": ("query_key",)}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {},
-            r"relation_heads 12 \(null: the teacher's attention heads\) does not divide the "
-            r"student's key vectors, which are 32 wide; .* all of the vectors: 1, 2, 4, 8, 16$",
-        ),
-        (
-            {"relation_heads": 7, "relations": ("query_key",)},
-            r"relation_heads 7 does not divide the student's query vectors, which are 96 wide; "
-            r".* all of the vectors: 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 96$",
-        ),
+        # the grouped keys of the student
+        ({}, r"12 \(null: the teacher's .*\) does not .* key vectors, .* 32 .* 1, 2, 4, 8, 16$"),
+        # only what is compared
+        (QUERIES | {"relation_heads": 7}, r"7 does not .* query vectors, .* 96 .* 32, 48, 96$"),
     ],
-    ids=["grouped keys of the student", "only what is compared"],
 )
 def test_relation_heads_that_do_not_divide_are_refused_with_those_that_would(options, message):
-    with pytest.raises(TeacherError, match=message):
+    with pytest.raises(TeacherError, match=f"relation_heads {message}"):
         heads_of(Heads(12, 4, 8), Heads(12, 3, 16), **options)

@@ -100,36 +100,30 @@ def reading(texts: Texts, objective: Objective, **changes: Any) -> LossInputs:
     return replace(usual, **changes)
 
 
-@pytest.mark.parametrize("is_cached", [False, True], ids=["answered", "draws"])
-def test_readings_of_several_views_together_equal_each_by_itself(is_cached):
-    texts, objective = Texts(), objective_of((KL_AT_1,) if is_cached else PAIR)
-    given = {"teacher": Knowledge(kept=draws_of(drawn_shares()))} if is_cached else {}
-    first, second = (reading(texts, objective, scale=scale, **given) for scale in (0.5, 0.25))
-    third = Knowledge(hidden=texts.hidden * 0.3, head=head_of(texts.head))
-    readings = [first, replace(second, student=third)]
+@pytest.mark.parametrize(
+    ("terms", "kind"), [(PAIR, "answered"), ((KL_AT_1,), "draws"), ((CE,), "two vocabularies")]
+)
+def test_readings_together_equal_each_by_itself(terms, kind):
+    texts, objective = Texts(), objective_of(terms)
+    head, one = head_of(texts.head), reading(texts, objective, scale=0.5)
+    other = Knowledge(hidden=texts.hidden * 0.3, head=head)
+    if kind == "draws":
+        one = replace(one, teacher=Knowledge(kept=draws_of(drawn_shares())))
+    elif kind == "two vocabularies":
+        positions = (texts.labels != IGNORE).flatten().nonzero()[::2, 0]
+        second = Targets(positions, texts.labels.flatten()[positions])
+        of_second = Knowledge(hidden=texts.hidden.flatten(0, 1)[positions], head=head)
+        other = Knowledge(hidden=texts.hidden, head=head, second=of_second)
+        one = replace(one, teacher=None, batch=texts.batch().extended(second=second), student=other)
+    readings = [one, replace(one, student=other, scale=0.25)]
 
     together = objective(readings)
     alone = [objective([reading])[0] for reading in readings]
 
-    totals = [torch.stack([one.total for one in actual]).sum() for actual in (together, alone)]
+    totals = [torch.stack([each.total for each in both]).sum() for both in (together, alone)]
     torch.testing.assert_close(*totals)
     for actual, wanted in zip(together, alone, strict=True):
         torch.testing.assert_close(actual.sums, wanted.sums)
-
-
-def test_readings_of_a_model_with_two_vocabularies_together_equal_each_by_itself():
-    texts, objective = Texts(), objective_of((CE,))
-    positions = (texts.labels != IGNORE).flatten().nonzero()[::2, 0]
-    second = Targets(positions, texts.labels.flatten()[positions])
-    batch, head = texts.batch().extended(second=second), head_of(texts.head)
-    learned = Knowledge(hidden=texts.hidden.flatten(0, 1)[positions], head=head)
-    student = Knowledge(hidden=texts.hidden, head=head, second=learned)
-    one = reading(texts, objective, student=student, teacher=None, batch=batch)
-
-    together, (alone,) = objective([one, one]), objective([one])
-
-    for each in together:
-        torch.testing.assert_close([each.total, each.sums], [alone.total, alone.sums])
 
 
 def test_the_same_loss_on_both_sources_has_two_weights_and_two_values():
