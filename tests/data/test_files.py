@@ -296,7 +296,7 @@ def test_empty_texts_are_counted_at_every_start_and_no_documents(
 def test_bad_rows_of_texts_are_named_together_or_left_out(load, write_rows, tmp_path, caplog):
     path, held = (write_rows(tmp_path / f"{name}.jsonl", ROWS) for name in ("x", "held"))
     bad = ['{"text": 7, "label": 0}', '{"text": ', '{"text": "a", "label": 0.5}']
-    path.write_text("\n".join([path.read_text(), *bad]) + "\n")
+    path.write_text(path.read_text() + "\n".join(bad) + "\n")
     keys = {"train_files": str(path), "validation_files": str(held)}
 
     with pytest.raises(DataError, match="3 rows that cannot be used") as caught:

@@ -109,7 +109,7 @@ def test_only_a_few_steps_are_fetched_ahead_in_a_thread_that_ends_with_the_consu
     before, loader = set(threading.enumerate()), _loader(100, StepShape(1, 1), collate=slow)
     steps, began = loader.iterate(0, 90), time.perf_counter()
     next(steps)
-    assert 0.02 < loader.waited_s <= time.perf_counter() - began
+    assert 0 < loader.waited_s <= time.perf_counter() - began
     time.sleep(0.1)
     steps.close()
 
