@@ -11,11 +11,11 @@ from typing import Any
 from megakd.commands.arguments import scored_model
 from megakd.config.run import RunConfig
 from megakd.config.task import TaskConfig, listed_files
-from megakd.contract.tasks import STUDENT
+from megakd.contract.tasks import STUDENT, THRESHOLD
 from megakd.data.choosing import VALIDATION_FRACTION
 from megakd.data.files import scored_table
 from megakd.data.labels import Classes
-from megakd.data.rows import DEFAULT_METRICS, scored_rows
+from megakd.data.rows import default_metrics, scored_rows
 from megakd.data.splits import Splits
 from megakd.data.tokenizers import from_folder, has_tokenizer_files, load_tokenizer
 from megakd.engine.collectives import main_first
@@ -25,11 +25,12 @@ from megakd.inputs.run_data import (
     cache_folder,
     encoded_rows,
     splits_of,
+    with_multi_label,
     with_packing,
     with_row_length,
 )
 from megakd.inputs.tokenizer_checks import check_vocabularies, without_tokenizer
-from megakd.models.fitting import model_label_names
+from megakd.models.fitting import MULTI_LABEL, model_label_names
 from megakd.models.loading import resolve_model
 from megakd.models.onnx import MODEL
 from megakd.models.packing import packing_at
@@ -77,7 +78,8 @@ def evaluate_model(
         assembly = Assembly(prepared=prepared, ranks=ranks)
         preset = scoring_preset(config.student.deepspeed)
         with assembly.loaded(source, preset, assembly.scoring_dtype()) as loaded:
-            metrics = assembly.scorer().score(loaded.predict, prepared.encoded.held_out)
+            scorer = assembly.scorer_of(loaded)
+            metrics = scorer.score(loaded.predict, prepared.encoded.held_out)
             of_sets = set_metrics(assembly, loaded)
     files, splits = config.task.evaluation_sets, prepared.splits
     return {
@@ -118,7 +120,9 @@ def _held_out(config: RunConfig, source: ModelSource) -> tuple[RunInputs, str]:
 
 def _rows_of(config: RunConfig, source: ModelSource, data: str) -> tuple[Splits, str]:
     """Return the rows of a file, pattern or folder, and the name of their split; a collective."""
-    task = config.task
+    task, problem = config.task, source.config.problem_type
+    if task.type == "classification" and problem is not None:  # else the data decide
+        task = replace(task, multi_label=problem == MULTI_LABEL)
 
     def load() -> tuple[Splits, str]:
         table, split = scored_table(data)
@@ -129,7 +133,8 @@ def _rows_of(config: RunConfig, source: ModelSource, data: str) -> tuple[Splits,
         as_chat = task.mixture is not None  # whose documents are not packed
         rows = scored_rows(table, task, classes, cache_dir=cache_folder(), as_chat=as_chat)
         names = classes.names if classes else ()
-        return Splits(rows, rows, None, names, DEFAULT_METRICS[task.type], table.digest), split
+        metrics = default_metrics(task.type, rows)
+        return Splits(rows, rows, None, names, metrics, table.digest), split
 
     return main_first(load)
 
@@ -155,12 +160,19 @@ def _read_by(source: ModelSource, config: RunConfig, splits: Splits) -> RunInput
         lambda: load_tokenizer(task, splits, model_folders=folders, cache_dir=cache_folder())
     )
     check_vocabularies(task, tokenizer, [source])
-    config = with_packing(replace(config, task=task), splits, {STUDENT: source})
+    config = with_multi_label(replace(config, task=task), splits)
+    config = with_packing(config, splits, {STUDENT: source})
     config = with_row_length(config, splits, tokenizer, {STUDENT: source})
+    is_set = splits.multi_label
+    metrics = task_metrics(
+        config.eval, task.type, splits.metrics, splits.label_names, multi_label=is_set
+    )
+    if is_set:  # these rows choose none
+        metrics = replace(metrics, threshold=getattr(source.config, THRESHOLD, 0.5))
     return RunInputs(
         config=config,
         splits=splits,
-        metrics=task_metrics(config.eval, task.type, splits.metrics, splits.label_names),
+        metrics=metrics,
         tokenizer=tokenizer,
         sources={},
         encoded=encoded_rows(config, splits, tokenizer, with_train=False),

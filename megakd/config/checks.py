@@ -48,8 +48,8 @@ from megakd.process.terminal import in_home
 def config_problems(config: RunConfig) -> list[str]:
     """Return the problems of a config that no data or model can solve, one line per problem."""
     sections = (
-        *(_tables, _features, _teachers, _student, _deepspeed, _objective, _task, _stream),
-        *(_teachers_of_rows, _trainings, _metrics, _rollout),
+        *(_tables, _features, _teachers, _student, _deepspeed, _objective, _task, _labels),
+        *(_stream, _teachers_of_rows, _trainings, _metrics, _rollout),
     )
     return [problem for section in sections for problem in section(config)]
 
@@ -66,6 +66,7 @@ _ONLY = (
     ("eval", "positive_label", "classification"),
     ("objective", "class_weights label_smoothing count", "classification"),
     ("objective", "on", "causal_lm"),
+    ("task", "label_separator labels multi_label", "classification"),
     ("task", "labelled_examples", "classification regression"),
     ("task", "mlm_probability", "mlm"),
     ("task", "streaming", "mlm causal_lm"),
@@ -311,6 +312,25 @@ def _task(config: RunConfig) -> Iterator[str]:
         yield "task.prompt_column: missing, and task.completion_column is set; set the key too"
     if task.chat_template and not in_home(task.chat_template).is_file():
         yield f"task.chat_template: the file {task.chat_template} does not exist; give one"
+
+
+def _labels(config: RunConfig) -> Iterator[str]:
+    task, separator = config.task, config.task.label_separator
+    joined = [name for name in task.labels or () if separator is not None and separator in name]
+    if joined:
+        yield (
+            f"task.label_separator: {separator!r} is part of the label {joined[0]!r} in "
+            "task.labels; use another separator, or write the labels of a row as a list"
+        )
+    if separator is not None and task.multi_label is False:
+        yield "task.multi_label: false, and task.label_separator is set; remove one of the two"
+    if not isinstance(task.label_column, tuple):
+        return
+    if task.type != "classification":
+        yield f"task.label_column: several columns are labels of a classifier, not of {task.type}"
+    for key in ("label_separator", "labels", "multi_label"):
+        if getattr(task, key) not in (None, True):
+            yield f"task.{key}: each column of task.label_column is a label; remove the key"
 
 
 def _stream(config: RunConfig) -> Iterator[str]:

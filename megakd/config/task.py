@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from megakd.config.paths import Place
 from megakd.contract.tasks import TaskType
-from megakd.contract.terms import STRICT, Count
+from megakd.contract.terms import EACH_ONCE, STRICT, Count
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -94,7 +94,17 @@ class TaskConfig:
     """The splits of the Hub data set to use, or parts of them: `{train: "train_sft[:20000]",
     validation: test_sft}`. None: those that are named `train`, `validation` and `test`."""
     text_columns: Annotated[tuple[str, ...], Field(min_length=1, max_length=2)] | None = None
-    label_column: str | None = None
+    label_column: str | Annotated[tuple[str, ...], Field(min_length=2)] | None = None
+    """Column with the label of a row, or with a list of labels; several columns of 0 and 1 are a
+    label each (classification)."""
+    label_separator: Annotated[str, Field(min_length=1)] | None = None
+    """Text between the labels of a row with several, such as a comma. Only for classification."""
+    labels: Annotated[tuple[str, ...], Field(min_length=2), EACH_ONCE] | None = None
+    """Names of all labels, in the order of the model's outputs. None: those of the data. Only for
+    classification."""
+    multi_label: bool | None = None
+    """Whether a row has any number of labels. None: if its labels are lists, joined by
+    `label_separator`, or several columns. Only for classification."""
     teacher_column: str | None = None
     """Column with the name of the teacher that a training row learns from. Only for method
     routed."""

@@ -75,8 +75,9 @@ class Batch(NamedTuple):
     """One micro-batch of one rank, aligned so that no loss has to shift labels or logits.
 
     inputs: arguments of the model's forward (`input_ids` [B, T], `attention_mask`, …).
-    labels: [B] class numbers, [B] scores (float, NaN = no label) or [B, T] tokens: the next
-        tokens, already shifted, or the masked tokens; -100 = no label.
+    labels: [B] class numbers, [B] scores (float, NaN = no label), [B, C] 1 for each label of a row
+        and else 0 (float, NaN = labels unknown), or [B, T] tokens: the next tokens, already
+        shifted, or the masked tokens; -100 = no label.
     valid: [B, T] bool, False at padding and in dummy rows, which only keep the ranks in step.
     rows: [B] int64 numbers of the training rows, on the CPU; -1 for dummy rows; None if rows are
         not numbered.
@@ -102,6 +103,11 @@ class Batch(NamedTuple):
         """Return the rows encoded for the model of a role; None: as they are."""
         others = self.extras.others
         return others.get(role, self) if others and role else self
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether a row has any number of labels, 0 or 1 by class."""
+        return self.labels.dim() == 2 and self.labels.is_floating_point()
 
     @property
     def target_labels(self) -> Tensor:
@@ -384,7 +390,7 @@ def second_targets(batch: Batch) -> Batch | None:
 
 
 def _targets(batch: Batch) -> Tensor:
-    labels = batch.labels
+    labels = batch.labels[:, 0] if batch.multi_label else batch.labels
     count = (~labels.isnan() if labels.is_floating_point() else labels != IGNORE).sum()
     second = batch.extras.second
     return count if second is None else count + (second.labels != IGNORE).sum()

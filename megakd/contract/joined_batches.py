@@ -31,7 +31,9 @@ def joined(batches: Sequence[Batch]) -> Batch:
 
 def _longer(name: str, values: Tensor, length: int) -> Tensor:
     # [B, length]; padding is a document of its own, and no target.
-    more = length - values.shape[1] if values.dim() > 1 else 0
+    # Labels by class are no positions.
+    is_text = values.dim() > 1 and not values.is_floating_point()
+    more = length - values.shape[1] if is_text else 0
     if more == 0:
         return values
     if name == "position_ids":

@@ -25,15 +25,30 @@ LANGUAGE_TASKS: tuple[TaskType, ...] = ("mlm", "causal_lm")
 """Tasks whose labels are tokens of the text itself."""
 ONE_LABEL_METRICS = ("f1", "precision", "recall")
 """Metrics of one label against all others."""
+SET_METRICS = (
+    "f1_micro",
+    "f1_macro",
+    "exact_match",
+    "precision_macro",
+    "recall_macro",
+    "f1_weighted",
+    "loss",
+)
+"""Metrics of rows with any number of labels; the first three are always computed."""
+THRESHOLD = "threshold"
+"""The probability from which a row has a label: a value of an evaluation, and a key of the config
+of a model."""
 METRICS: dict[TaskType, tuple[str, ...]] = {
     "classification": (
         "accuracy",
         *ONE_LABEL_METRICS,
         "f1_macro",
+        "f1_micro",
         "precision_macro",
         "recall_macro",
         "f1_weighted",
         "matthews_correlation",
+        "exact_match",
         "loss",
     ),
     "regression": ("pearson", "spearman", "loss"),

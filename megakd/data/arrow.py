@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, Features
+from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import generate_fingerprint
 from numpy.typing import NDArray
 
@@ -110,6 +110,15 @@ def arrow_batches(rows: Dataset, size: int) -> Iterator[pa.Table]:
 def column_of(rows: Dataset, name: str) -> NDArray:
     """Return [N] the values of a column in all rows."""
     return np.asarray(rows.select_columns(name).with_format("numpy")[:][name])
+
+
+def with_column(rows: Dataset, name: str, values: NDArray) -> Dataset:
+    """Return rows with a column of numbers [N], or of equally many [N, C] in every row."""
+    kind = Value(str(values.dtype))
+    if values.ndim == 1:
+        return rows.add_column(name, values, feature=kind)
+    of_all: Any = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
+    return rows.add_column(name, of_all, feature=List(kind, length=values.shape[1]))
 
 
 def rows_key(rows: Dataset) -> str:

@@ -10,7 +10,13 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from megakd.contract.batch import IGNORE
-from megakd.data.arrow import TEXTS_AT_ONCE, arrow_batches, column_of, remembered_of_rows
+from megakd.data.arrow import (
+    TEXTS_AT_ONCE,
+    arrow_batches,
+    column_of,
+    remembered_of_rows,
+    with_column,
+)
 from megakd.data.chat.conversations import CONVERSATION, Conversation
 from megakd.errors import DataError
 
@@ -49,6 +55,7 @@ def is_labelled(rows: Dataset) -> NDArray[np.bool_]:
     if "label" not in rows.column_names:
         return np.ones(len(rows), dtype=np.bool_)
     labels = column_of(rows, "label")
+    labels = labels[:, 0] if labels.ndim == 2 else labels  # 0 or 1 for every class
     return ~np.isnan(labels) if labels.dtype.kind == "f" else labels != IGNORE
 
 
@@ -112,4 +119,6 @@ def keep_labels(rows: Dataset, count: int | None, *, seed: int, name: str) -> Da
     labels = column_of(rows, "label")
     fewer = np.full_like(labels, np.nan if labels.dtype.kind == "f" else IGNORE)
     fewer[kept] = labels[kept]
+    if fewer.ndim == 2:  # the column holds int8, NumPy's format int64
+        return with_column(rows.remove_columns("label"), "label", fewer.astype(np.int8))
     return rows.remove_columns("label").add_column("label", fewer, feature=rows.features["label"])

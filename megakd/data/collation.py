@@ -22,7 +22,9 @@ _FILL = {"labels": IGNORE, "token_type_ids": 0}
 _PADDED = ("input_ids", "position_ids", *_FILL)
 """Columns with a value per token; rows may have further columns for other models."""
 Columns = dict[str, "tuple[NDArray, NDArray]"]
-"""Column name -> (values of all rows concatenated, number of values per row)."""
+"""Column name -> (values of all rows concatenated, number of values per row).
+
+The values of a column with equally many in every row are [rows, number]."""
 _NOTHING = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
 
 
@@ -73,6 +75,9 @@ class Collator:
         inputs |= {name: torch.from_numpy(values) for name, values in padded.items()}
         if self._type == "mlm":  # no token is masked yet
             labels = np.full(valid.shape, IGNORE, dtype=np.int64)
+        elif given.ndim == 2:  # several labels: 0 or 1 by class
+            labels = np.full((len(valid), given.shape[1]), np.nan, np.float32)
+            labels[: len(given)] = np.where(given == IGNORE, np.nan, given)
         else:
             missing = (np.nan, np.float32) if self._type == "regression" else (IGNORE, np.int64)
             labels = np.full(len(valid), *missing)
@@ -125,6 +130,9 @@ def columns_of(rows: object) -> Columns:
 
 def _from_arrow(column: pa.ChunkedArray) -> tuple[NDArray, NDArray]:
     array = column.combine_chunks()
+    if pa.types.is_fixed_size_list(array.type):
+        width = array.type.list_size
+        return array.flatten().to_numpy().reshape(-1, width), np.full(len(array), width)
     if pa.types.is_list(array.type):
         return array.flatten().to_numpy(), array.value_lengths().to_numpy()
     return array.to_numpy(zero_copy_only=False), np.ones(len(array), dtype=np.int64)

@@ -50,6 +50,7 @@ def _rows(data: Any) -> Iterator[Mapping[str, Any]]:
     if hasattr(data, "to_dict") and hasattr(data, "iloc"):  # a data frame of pandas
         data = data.to_dict("records")
     features = getattr(data, "features", None) or {}
+    features = {name: getattr(one, "feature", one) for name, one in features.items()}
     named = {name: one for name, one in features.items() if hasattr(one, "int2str")}
     if not isinstance(data, Iterable) or isinstance(data, Mapping):
         raise DataError(

@@ -14,11 +14,12 @@ from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
-from datasets import Dataset, Value
+import pyarrow.compute as pc
+from datasets import Dataset, List
 from numpy.typing import NDArray
 
 from megakd.contract.batch import IGNORE
-from megakd.data.arrow import PLACE, BadRows, Record, text_of
+from megakd.data.arrow import PLACE, BadRows, Record, text_of, with_column
 from megakd.errors import DataError
 
 INTEGER = re.compile(r"[+-]?\d+(\.0*)?")
@@ -99,6 +100,11 @@ def class_word(name: str, column: str, record: Record) -> str | None:
         return None
     if isinstance(value, int):
         return str(value)
+    if isinstance(value, list):
+        raise DataError(
+            f"{name}, {record.place}: column {column!r} holds a list, and other rows have one "
+            "label outside a list; write a list in every row"
+        )
     raise DataError(
         f"{name}, {record.place}: label {value!r} in column {column!r} is not a class; a "
         "class is a whole number or a word (scores need task.type: regression)"
@@ -135,11 +141,11 @@ def find_classes(rows: Dataset, column: str, names: Sequence[str], *, name: str)
     if names:
         unlabelled = frozenset({NO_CLASS, IGNORE})
         return Classes(tuple(names), numbered=True, unlabelled=unlabelled)
-    words, codes = _words(rows)
+    words, codes, rows_of = _words(rows)
     if not words:
         raise DataError(
             f"{name}: column {column!r} has no label in any row; add labels to the training "
-            "rows, or set task.label_column to another column"
+            "rows, name the labels in task.labels, or set task.label_column to another column"
         )
 
     padded = any(map(PADDED.match, words))  # 007 is a name
@@ -152,7 +158,8 @@ def find_classes(rows: Dataset, column: str, names: Sequence[str], *, name: str)
             "least 2 classes"
         )
     # Codes are numbered by their first rows; -1, if a row has no label, comes before them.
-    first = dict(zip(words, np.unique(codes, return_index=True)[1][-len(words) :], strict=True))
+    earliest = rows_of[np.unique(codes, return_index=True)[1][-len(words) :]]
+    first = dict(zip(words, earliest, strict=True))
     if others and numbers:
         pair = next(word for word in words if integers[word] is not None), others[0]
         shown = " and ".join(f"{word!r} ({rows[int(first[word])][PLACE]})" for word in pair)
@@ -174,8 +181,11 @@ def find_classes(rows: Dataset, column: str, names: Sequence[str], *, name: str)
 
 
 def with_numbers(rows: Dataset, classes: Classes, *, bad: BadRows) -> Dataset:
-    """Return rows with class numbers as labels, and -100 without a label."""
-    words, codes = _words(rows)
+    """Return rows with class numbers as labels, and -100 without a label.
+
+    A list of labels becomes a 0 or 1 for every class, see `label_sets.as_sets`.
+    """
+    words, codes, rows_of = _words(rows)
     numbers = np.full(len(words) + 1, IGNORE, np.int64)  # the last one: rows without a label
     errors: dict[int, DataError] = {}
     for code, word in enumerate(words):
@@ -183,20 +193,48 @@ def with_numbers(rows: Dataset, classes: Classes, *, bad: BadRows) -> Dataset:
             numbers[code] = classes.number(word)
         except DataError as error:
             errors[code] = error
-    if errors:
-        is_wrong = np.isin(codes, list(errors))
-        for row in np.flatnonzero(is_wrong).tolist():
-            with bad:
-                raise DataError(f"{rows[row][PLACE]}: {errors[int(codes[row])]}")
-        bad.finish()
-        rows, codes = rows.select(np.flatnonzero(~is_wrong)), codes[~is_wrong]
-    return rows.remove_columns("label").add_column("label", numbers[codes], feature=Value("int64"))
+    is_wrong = np.isin(codes, list(errors))
+    # The first wrong label of a row is named.
+    wrong = dict(zip(rows_of[is_wrong][::-1].tolist(), codes[is_wrong][::-1].tolist(), strict=True))
+    for row in sorted(wrong):
+        with bad:
+            raise DataError(f"{rows[row][PLACE]}: {errors[wrong[row]]}")
+    bad.finish()
+    labels: NDArray = numbers[codes]
+    if isinstance(rows.features["label"], List):
+        known = cast("Any", rows.data.column("label")).is_valid().to_numpy()
+        labels = as_sets(rows_of, labels, known, len(classes.names))
+    if wrong:
+        right = np.setdiff1d(np.arange(len(rows)), list(wrong))
+        rows, labels = rows.select(right), labels[right]
+    return with_column(rows.remove_columns("label"), "label", labels)
 
 
-def _words(rows: Dataset) -> tuple[list[str], NDArray[np.int64]]:
-    # The different labels, in the order of their first rows, and [N] the label of each row, or -1.
-    column = cast("Any", rows.data.column("label")).combine_chunks().dictionary_encode()
-    return column.dictionary.to_pylist(), column.indices.fill_null(-1).to_numpy()
+def _words(rows: Dataset) -> tuple[list[str], NDArray[np.int64], NDArray[np.int64]]:
+    # The different labels, in the order of their first rows; the label of each row, or -1, or each
+    # label of the rows, if they are lists; and the row of each of these.
+    column = cast("Any", rows.data.column("label")).combine_chunks()
+    rows_of = np.arange(len(rows))
+    if isinstance(rows.features["label"], List):
+        rows_of = cast("Any", pc).list_parent_indices(column).to_numpy()
+        column = column.flatten()
+    coded = column.dictionary_encode()
+    return coded.dictionary.to_pylist(), coded.indices.fill_null(-1).to_numpy(), rows_of
+
+
+def as_sets(rows_of: NDArray, numbers: NDArray, known: NDArray, classes: int) -> NDArray[np.int8]:
+    """Return [N, C] 1 for each label of a row, else 0; -100 in all classes where none is known.
+
+    Args:
+        rows_of: [M] the row of each label.
+        numbers: [M] its class.
+        known: [N] bool.
+        classes: C.
+    """
+    sets = np.zeros((len(known), classes), np.int8)
+    sets[rows_of, numbers] = 1
+    sets[~known] = IGNORE
+    return sets
 
 
 def _integer(word: str) -> int | None:

@@ -212,7 +212,8 @@ def _evaluated(
 
 
 def _taken(table: Dataset, rows: NDArray[np.int64]) -> object:
-    return table[rows] if len(rows) else {}
+    # No rows of several labels still tell the number of classes.
+    return table[rows] if len(rows) or "label" in table.column_names else {}
 
 
 def awaited(future: Future[T], source: BatchSource) -> T:

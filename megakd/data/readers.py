@@ -368,10 +368,11 @@ def _is_plain(feature: object) -> bool:
 
 
 def class_names_of(features: Mapping[str, object]) -> dict[str, tuple[str, ...]]:
-    """Return the class names by column, for columns with class names."""
+    """Return the class names by column, for columns of classes or of lists of classes."""
+    columns = {n: f.feature if isinstance(f, List) else f for n, f in features.items()}
     return {
         name: tuple(feature.names)
-        for name, feature in features.items()
+        for name, feature in columns.items()
         if isinstance(feature, ClassLabel) and feature.names
     }
 

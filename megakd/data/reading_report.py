@@ -29,6 +29,8 @@ def read_line(splits: Splits) -> str:
         counts = _counts(splits.train, len(splits.label_names))
         if counts:
             parts[0] += f", {len(counts)} classes of {min(counts):,} to {max(counts):,} rows"
+        if counts and splits.multi_label:
+            parts[0] += f", {sum(counts) / max(1, labelled):.2f} labels a row"
     for name, rows in (("validation", splits.validation), ("test", splits.test)):
         if rows is not None:
             parts.append(f"{name} {len(rows):,}")
@@ -79,7 +81,8 @@ def _of_labels(names: Sequence[str], counts: Sequence[int]) -> Iterator[str]:
     if joined:
         yield (
             f"{len(joined)} classes are several others in one cell: {_shown(joined, rows)}; "
-            "a row has one class here, so each combination is learned as a class of its own"
+            "a row has one class here, so each combination is learned as a class of its own; set "
+            "task.label_separator to give a row several labels"
         )
     single = [name for name in names if rows[name] == 1]
     if single:
@@ -97,4 +100,6 @@ def _counts(rows: Dataset, classes: int) -> list[int]:
     if not classes or "label" not in rows.column_names:
         return []
     labels = column_of(rows, "label")
+    if labels.ndim == 2:
+        return (labels == 1).sum(axis=0).tolist()
     return np.bincount(labels[labels >= 0], minlength=classes).tolist()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple, cast
 
 import numpy as np
-from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets
+from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
 from megakd.config.task import TaskConfig
@@ -50,6 +50,7 @@ from megakd.data.chat.conversations import (
     is_chat,
 )
 from megakd.data.choosing import is_labelled, text_hash
+from megakd.data.label_sets import LabelForm, label_form, label_words
 from megakd.data.labels import Classes, class_word, find_classes, score, with_numbers
 from megakd.errors import DataError, suggestion
 from megakd.storage.folders import whole_folder
@@ -66,6 +67,11 @@ DEFAULT_METRICS: Mapping[str, tuple[str, ...]] = {
     "mlm": ("perplexity",),
     "causal_lm": ("perplexity",),
 }
+
+
+def default_metrics(task: TaskType, rows: Dataset) -> tuple[str, ...]:
+    """Return the official metrics of data that name none; rows may have several labels."""
+    return ("f1_micro",) if isinstance(rows.features.get("label"), List) else DEFAULT_METRICS[task]
 
 
 PAIR_DEFAULTS = (
@@ -99,11 +105,13 @@ class RowKind:
 
     fields: the columns of a conversation; or of a text or a pair with its label, or of a document.
     teacher: where the teachers of training rows come from; None if the rows name none.
+    form: how the labels of a row with any number of them are written; None: a row has one label.
     """
 
     type: TaskType
     fields: ChatColumns | Fields
     teacher: RowTeacher | None = None
+    form: LabelForm | None = None
 
     @staticmethod
     def of(task: TaskConfig, table: Table, *, as_chat: bool = False) -> RowKind:
@@ -114,7 +122,10 @@ class RowKind:
         if fields is None:
             text = _text_columns(table, task)
             fields = ChatColumns(text=text) if as_chat else Fields(text, _label_column(table, task))
-        return RowKind(task.type, fields)
+        kind = RowKind(task.type, fields)
+        return (
+            kind if kind.label is None else replace(kind, form=label_form(table, kind.label, task))
+        )
 
     def of_split(self, table: Table, split: SplitName) -> RowKind:
         """Return the kind of another split of texts; a test split may be without labels."""
@@ -123,7 +134,8 @@ class RowKind:
         kind, label = replace(self, teacher=None), self.label
         if label is None or (split == "test" and label not in table.columns):
             return replace(kind, fields=Fields(self.fields.text, None))
-        require(table, label, "task.label_column")
+        for column in (self.form and self.form.columns) or (label,):
+            require(table, column, "task.label_column")
         return kind
 
     def taught(self, table: Table, column: str | None, name: str | None = None) -> RowKind:
@@ -142,6 +154,11 @@ class RowKind:
         """True for conversations whose answers no column can hold."""
         fields = self.fields
         return isinstance(fields, ChatColumns) and not any(fields._replace(prompt=None)[:4])
+
+    @property
+    def key_parts(self) -> tuple[object, ...]:
+        """What the labels and teachers of the rows depend on, beside the file."""
+        return (self.fields, self.teacher, *filter(None, [self.form]))
 
     @property
     def label(self) -> str | None:
@@ -171,9 +188,11 @@ class RowKind:
             names.append(ROUTE)
         if self.type == "classification" or self.teacher is not None:
             names.append(PLACE)
-        columns = {name: Value("string") for name in names}
+        columns: dict[str, Value | List] = {name: Value("string") for name in names}
         if self.keeps_blank:
             columns["label"] = Value("string" if self.type == "classification" else "float32")
+        if self.form is not None:
+            columns["label"] = List(Value("string"))
         return Features(columns)
 
     def row(self, name: str, record: Record) -> dict[str, object]:
@@ -187,7 +206,9 @@ class RowKind:
         else:
             texts = [text_of(name, column, record) for column in self.fields.text]
             row |= zip(("text", "text_pair"), texts, strict=False)
-            if self.type == "classification":
+            if self.label is not None and self.form is not None:
+                row["label"] = label_words(name, self.label, record, self.form)
+            elif self.type == "classification":
                 row["label"] = self.label and class_word(name, self.label, record)
             else:
                 row["label"] = math.nan if self.label is None else score(name, self.label, record)
@@ -228,7 +249,12 @@ def _text_columns(table: Table, task: TaskConfig) -> tuple[str, ...]:
 def _label_column(table: Table, task: TaskConfig) -> str | None:
     if task.type in LANGUAGE_TASKS:
         return None
-    usual = LABEL_DEFAULTS[task.type] if task.label_column is None else (task.label_column,)
+    named = task.label_column
+    if isinstance(named, tuple):
+        for column in named:
+            require(table, column, "task.label_column")
+        return named[0]
+    usual = LABEL_DEFAULTS[task.type] if named is None else (named,)
     label = next((column for column in usual if column in table.columns), usual[0])
     require(table, label, "task.label_column")
     return label
@@ -316,17 +342,19 @@ def rows_of_tables(
     classes, first = None, order[0]
     label = kinds[first].label
     if label is not None and task.type == "classification":
-        names = tables[first].class_names.get(label, ())
+        form = kinds[first].form
+        declared = (form and form.columns) or tables[first].class_names.get(label, ())
+        names = task.labels or declared
         classes = find_classes(rows[first], label, names, name=tables[first].name)
         rows = {split: numbered(rows[split], classes, task, kinds[split]) for split in rows}
     train = [rows.pop(key) for key in order if key.startswith("train")]
     whole = train[0] if len(train) == 1 else concatenate_datasets(train)
-    digests = [(key, tables[key].digest, kinds[key].fields, kinds[key].teacher) for key in order]
+    digests = [(key, tables[key].digest, *kinds[key].key_parts) for key in order]
     return Corpus(
         name=name,
         splits={"train": whole, **rows},
         classes=classes,
-        metrics=metrics or DEFAULT_METRICS[task.type],
+        metrics=metrics or default_metrics(task.type, whole),
         source_hash=key_of(VERSION, task.type, classes and classes.names, digests),
     )
 
@@ -344,7 +372,7 @@ def rows_of(
 
     The source of a mixture gives them a column `source`.
     """
-    read = (kind.type, kind.is_chat, kind.fields)
+    read = (kind.type, kind.is_chat, kind.fields, *filter(None, [kind.form]))
     # Messages name the file.
     where = (Path(table.name).name, source, kind.teacher)
     key = key_of(VERSION, table.digest, read, where, task.bad_rows)

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from datasets import Dataset
+from datasets import Dataset, List
 
 from megakd.config.paths import looks_like_path
 from megakd.config.task import TaskConfig
@@ -31,7 +31,8 @@ class Splits(NamedTuple):
     """The rows of a run.
 
     train, validation, test: columns `text`, `text_pair` (pairs only) and `label`. The label is an
-        int64 class number or a float32 score, and -100 or NaN for a row without a label. mlm and
+        int64 class number or a float32 score, and -100 or NaN for a row without a label; or int8
+        numbers by class, 1 for each label of the row, else 0, or all -100. mlm and
         causal_lm have no column `label`, and conversations have those of `chat.conversations`.
         test is None unless its rows carry labels.
     label_names: class names in the order of their numbers; empty without classes.
@@ -50,6 +51,11 @@ class Splits(NamedTuple):
     evaluation_sets: Mapping[str, Dataset] = MappingProxyType({})
     is_cut: bool = False
     stream: TextStream | None = None
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether a row has any number of labels."""
+        return isinstance(self.train.features.get("label"), List)
 
     @property
     def held_out(self) -> Dataset:

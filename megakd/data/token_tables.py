@@ -91,7 +91,9 @@ def _text_tables(
             return_attention_mask=False,
         )
         made = {name: pa.array(encoded[name], type=_IDS) for name in columns}
-        made["label"] = batch.column("label").combine_chunks().cast(label_type)
+        labels = batch.column("label").combine_chunks()
+        is_set = pa.types.is_fixed_size_list(labels.type)  # several labels: 0 or 1 by class
+        made["label"] = labels if is_set else labels.cast(label_type)
         if ROUTE in batch.column_names:
             made[ROUTE] = numbers_of(batch.column(ROUTE).to_pylist())
         yield pa.table(made)

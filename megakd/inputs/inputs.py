@@ -21,7 +21,7 @@ from megakd.config.task import TaskConfig
 from megakd.contract.batch import LogitWarp
 from megakd.contract.results import Metric
 from megakd.contract.tasks import ONE_LABEL_METRICS, STUDENT
-from megakd.contract.terms import looks_inside
+from megakd.contract.terms import HardCrossEntropy, looks_inside
 from megakd.data.encoding import Encoded
 from megakd.data.reading_report import read_line, read_warnings
 from megakd.data.rows import check_row_teachers
@@ -34,6 +34,7 @@ from megakd.inputs.run_data import (
     encoded_rows,
     method_rows,
     splits_of,
+    with_multi_label,
     with_packing,
     with_row_length,
 )
@@ -126,6 +127,7 @@ def prepare(config: RunConfig) -> RunInputs:
     rows = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
     for message in on_main(lambda: [*read_warnings(splits, step_rows=rows)]):
         logger.warning("warning: %s", message)
+    config = with_multi_label(config, splits)
     config = with_packing(config, splits, unencoded.sources)
     config = with_row_length(config, splits, unencoded.tokenizer, unencoded.sources)
     check_run(config, unencoded)
@@ -166,7 +168,9 @@ def unencoded_inputs(config: RunConfig) -> UnencodedInputs:
     vocabulary = config.method.own_vocabulary
     # The loss per token does not compare models of different vocabularies.
     official = splits.metrics if vocabulary is None else ("nats_per_character",)
-    metrics = task_metrics(config.eval, task.type, official, splits.label_names)
+    metrics = task_metrics(
+        config.eval, task.type, official, splits.label_names, multi_label=splits.multi_label
+    )
     problems += _other_labels(config, sources, splits.label_names)
     # A student with a vocabulary of its own does not read the tokenizer of the other models.
     sharing = {r: s for r, s in sources.items() if vocabulary is None or r != STUDENT}
@@ -302,9 +306,24 @@ def _check_losses(config: RunConfig, inputs: UnencodedInputs) -> None:
         sources[role].architecture.check_layers()
         if not {*compared}.isdisjoint(("attention_mse", "relation_kl")):
             sources[role].architecture.check_attentions()
+    if inputs.splits.multi_label:
+        _refuse_weights(config)
     with_class_weights(terms, inputs.splits)
     for teacher in teachers.values() or (None,):
         check_terms(terms, shapes[STUDENT], teacher)
+
+
+def _refuse_weights(config: RunConfig) -> None:
+    given = {f"{where}.class_weights": one.class_weights for where, one in config.trainings.items()}
+    for index, term in enumerate(config.objective or ()):
+        if isinstance(term, HardCrossEntropy):
+            given[f"objective[{index}].class_weights"] = term.class_weights
+            given[f"objective[{index}].label_smoothing"] = term.label_smoothing or None
+    for key in (key for key, value in given.items() if value is not None):
+        raise ConfigError(
+            f"{key}: weighs or smooths the one label of a row, and a row of these data has any "
+            "number; remove the key"
+        )
 
 
 def check_caches(config: RunConfig, student: ModelSource) -> None:

@@ -80,6 +80,13 @@ def method_rows(config: RunConfig, splits: Splits, pair: VocabularyPair | None) 
     return pair and once(config, lambda: config.method.rows(config, splits, pair, cache_dir=cache))
 
 
+def with_multi_label(config: RunConfig, splits: Splits) -> RunConfig:
+    """Return the config with `task.multi_label` as the data have it."""
+    if config.task.type != "classification":
+        return config
+    return replace(config, task=replace(config.task, multi_label=splits.multi_label))
+
+
 def with_packing(
     config: RunConfig, splits: Splits, sources: Mapping[str, ModelSource]
 ) -> RunConfig:

@@ -353,6 +353,11 @@ class ClassTargets(TermGroup):
 
     soft: divergences, summed over all rows, labelled or not.
     hard: the cross-entropy, summed over the rows that carry a label, if the group has it.
+
+    Where a row has any number of labels, each class is a choice between yes and no, whose logits
+    are the output and 0: the softmax of the two is the sigmoid of the output. A term is the mean
+    over the C classes of a row: the cross-entropy is that of `BCEWithLogitsLoss`, and a divergence
+    is that of Bernoulli distributions, at a temperature those of the divided outputs.
     """
 
     def __init__(self, soft: tuple[SoftTarget, ...], hard: HardCrossEntropy | None) -> None:
@@ -368,15 +373,23 @@ class ClassTargets(TermGroup):
         soft = [term for term in self.soft if term.loss not in reading.left_out]
         has_labels = self.hard is not None and _HARD not in reading.left_out
         per_unit, batch = reading.per_unit, reading.batch
+        student, taught = _logits(reading.student), _logits(reading.taught) if soft else None
+        labels, valid, classes = batch.labels, batch.valid.any(dim=1), 1
+        if batch.multi_label:
+            classes = labels.shape[1]
+            student, taught = _yes_or_no(student), None if taught is None else _yes_or_no(taught)
+            valid = valid[:, None].expand_as(labels)
+            labels = (1.0 - labels).nan_to_num(nan=IGNORE).long()  # yes is the first of the two
+            per_unit = {unit: one / classes for unit, one in per_unit.items()}
         out = megakd_kernels.kd_loss_from_logits(
-            _logits(reading.student),
-            _logits(reading.taught) if soft else None,
-            batch.labels if has_labels else None,
+            student,
+            taught,
+            labels if has_labels else None,
             **divergence_options(soft, reading.weights),
             kd_weight=per_unit["examples"],
             ce_weight=reading.weights[_HARD] * per_unit[self.units[_HARD]] if has_labels else 0.0,
             ignore_index=IGNORE,
-            valid=batch.valid.any(dim=1) if soft else None,
+            valid=valid if soft else None,
             impl=reading.kernels,
         )
         sums = {term.loss: out.divergence_sums[index] for index, term in enumerate(soft)}
@@ -384,7 +397,14 @@ class ClassTargets(TermGroup):
             sums[AGREEMENT] = out.agreement
         if has_labels:
             sums[_HARD] = out.ce_sum
+        if classes > 1:
+            sums = {name: value / classes for name, value in sums.items()}
         return Evaluated(out.loss, sums)
+
+
+def _yes_or_no(logits: Tensor) -> Tensor:
+    """Return [B, C, 2] logits of yes and no for the outputs [B, C] of sigmoids."""
+    return torch.stack([logits, torch.zeros_like(logits)], dim=-1)
 
 
 class WeightedClasses(TermGroup):

@@ -187,7 +187,7 @@ def reshape_folder(  # noqa: PLR0913  (each is another fact about the model)
     )
     labels = label_order(whole, label_names, where=source.where)
     if labels is not None:
-        set_labels(whole, label_names)
+        set_labels(whole, label_names, multi_label=bool(task.multi_label))
     if view is not None and view.layers is not None:
         check_depth(source, view.layers, where=source.where)
     view = dataclasses.replace(source, config=whole).whole if view is None else view

@@ -33,6 +33,8 @@ from megakd.models.weights import Conversion, StoredTensor, WeightReader
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+MULTI_LABEL = "multi_label_classification"
+"""`problem_type` of a model whose outputs are a probability each, by a sigmoid."""
 _PROBLEMS = {"classification": "single_label_classification", "regression": "regression"}
 TEXT_PARTS = ("language_model.", "text_model.")
 LEGACY_ENDINGS = {".gamma": ".weight", ".beta": ".bias"}
@@ -77,7 +79,7 @@ def plan_loading(
     if not need_head:
         config.problem_type = None  # of a classifier that a language model starts from
     if is_classifier and (source.folder is None or not need_head):
-        set_labels(config, label_names)
+        set_labels(config, label_names, multi_label=bool(task.multi_label))
     empty = valueless_model(source, task, config)
     leave_out = () if keeps_head else (source.architecture.head,)
     match = match_names(empty, source.stored, leave_out=leave_out)
@@ -133,6 +135,13 @@ def _check_head(
             "missing); set teacher.finetune or give a folder that was fine-tuned for the task"
         )
     wanted, stated = _PROBLEMS.get(task.type), source.config.problem_type
+    if task.multi_label and stated not in (None, MULTI_LABEL):
+        raise ModelError(
+            f"{source.where}: {source.folder} has problem_type {stated} in config.json, and a row "
+            f"of these data has any number of labels, which needs {MULTI_LABEL}; set "
+            "teacher.finetune or give a model that was fine-tuned for it"
+        )
+    wanted = None if task.multi_label else wanted
     if wanted is not None and stated not in (None, wanted):
         raise ModelError(
             f"{source.where}: {source.folder} has problem_type {stated} in config.json, and "
@@ -320,12 +329,15 @@ def model_label_names(model_config: PretrainedConfig) -> tuple[str, ...]:
     return tuple(str(name) for _, name in sorted((model_config.id2label or {}).items()))
 
 
-def set_labels(model_config: PretrainedConfig, label_names: Sequence[str]) -> None:
+def set_labels(
+    model_config: PretrainedConfig, label_names: Sequence[str], *, multi_label: bool = False
+) -> None:
     """Write the data's labels into a config; no labels mean one score (regression)."""
     names = tuple(label_names) or ("LABEL_0",)
     model_config.id2label = dict(enumerate(names))
     model_config.label2id = {name: number for number, name in enumerate(names)}
-    model_config.problem_type = "single_label_classification" if label_names else "regression"
+    kind = MULTI_LABEL if multi_label else "single_label_classification"
+    model_config.problem_type = kind if label_names else "regression"
 
 
 def _columns(names: Sequence[str], label_names: Sequence[str]) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from megakd.contract.results import Report, lower_is_better
-from megakd.contract.tasks import STUDENT, TEACHER, TFIDF
+from megakd.contract.tasks import STUDENT, TEACHER, TFIDF, THRESHOLD
 from megakd.errors import listed
 from megakd.reports.report_file import curves_of
 from megakd.reports.table import is_number, score
@@ -32,10 +32,10 @@ def _of_labels(report: Report) -> Iterator[str]:
             if one["rows"] >= LEAST_ROWS and one["recall"] == 0
         ]
         if missed:
-            yield (
-                f"{name}: no row is recognised of {listed(missed)}; look for wrong labels, give "
-                "the labels more training rows, or set train.class_weights=balanced"
-            )
+            cure = "give the labels more training rows, or set train.class_weights=balanced"
+            if f"{name}.{THRESHOLD}" in report:
+                cure = "train longer, or give the labels more training rows"
+            yield f"{name}: no row is recognised of {listed(missed)}; look for wrong labels, {cure}"
 
 
 def _of_scores(report: Report) -> Iterator[str]:

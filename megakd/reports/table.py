@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from megakd.contract.results import Report, lower_is_better
-from megakd.contract.tasks import STUDENT, TEACHER, TEXT_METRIC, is_text_metric
+from megakd.contract.tasks import STUDENT, TEACHER, TEXT_METRIC, THRESHOLD, is_text_metric
 from megakd.process.terminal import aligned_rows
 
 Rows = list[list[str]]
@@ -222,6 +222,10 @@ def notes(report: Report) -> list[str]:
     errors = {name: get(f"{name}.calibration_error") for name in (STUDENT, TEACHER)}
     if known := [f"{name} {value:.1%}" for name, value in errors.items() if is_number(value)]:
         lines.append(f"expected calibration error: {', '.join(known)}")
+    thresholds = {name: get(f"{name}.{THRESHOLD}") for name in (STUDENT, TEACHER)}
+    if known := [f"{name} {value:g}" for name, value in thresholds.items() if is_number(value)]:
+        chosen = "a row has a label from this probability on, chosen on the validation rows"
+        lines.append(f"{THRESHOLD}: {', '.join(known)}; {chosen}")
     if report["batches"]:
         lines.append(
             f"ms: median of one forward, texts of {report['latency.tokens']} tokens on average, "

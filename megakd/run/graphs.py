@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from megakd.contract.batch import IGNORE
-from megakd.contract.tasks import STUDENT, TEACHER
+from megakd.contract.tasks import STUDENT, TEACHER, THRESHOLD
 from megakd.data.loader import evaluation_batches
 from megakd.engine.collectives import doing, on_main
 from megakd.errors import ConfigError
@@ -77,7 +78,7 @@ def write_graphs(
             graph.parent.mkdir(parents=True)
             try:
                 if row.endswith("int8"):
-                    scores = _quantized(assembly, row, graph)
+                    scores = _quantized(assembly, row, graph, scores.get(THRESHOLD))
                 else:
                     stored_as = lab.saved_dtype if row == GRAPH else None
                     write_onnx(folder, to=graph, stored_as=stored_as)
@@ -109,11 +110,15 @@ def _is_served_encoder(lab: RunLab) -> bool:
 def graph_scores(assembly: Assembly, logits: Logits) -> Tensor:
     """Return the scores [2, N] of held-out rows, one by one and in batches; see `Scores`."""
     rows = few(assembly.prepared.encoded.held_out, assembly.config.task.type, times=4)
+    threshold = assembly.scorer().metrics.threshold or 0.5
 
     def score(answers: Tensor, labels: Tensor) -> Tensor:  # [B]
         if answers.ndim == 3:
             nats = cross_entropy(answers.mT, labels, ignore_index=IGNORE, reduction="none")
             return -nats.sum(1) / (labels != IGNORE).sum(1)
+        if labels.dim() == 2:  # any number of labels
+            right = ((answers.sigmoid() >= threshold) == (labels == 1)).all(1).double()
+            return right.masked_fill(labels[:, 0].isnan(), torch.nan)
         if labels.is_floating_point():
             return -((answers[:, 0] - labels) ** 2)
         right = (answers.argmax(1) == labels).double()
@@ -124,13 +129,15 @@ def graph_scores(assembly: Assembly, logits: Logits) -> Tensor:
     return torch.stack([torch.cat([score(*one) for one in of])[: len(rows)] for of in outputs])
 
 
-def _quantized(assembly: Assembly, row: str, graph: Path) -> dict[str, float]:
+def _quantized(
+    assembly: Assembly, row: str, graph: Path, threshold: float | None
+) -> dict[str, float]:
     whole = graph_path(assembly.config.output_dir, row.replace("int8", "onnx"))
     logger.info("%s: %s", row, *quantize_graph(whole, graph, partial(graph_scores, assembly)))
     rows, scorer = assembly.prepared.encoded.held_out, assembly.scorer()
     batches = _outputs(assembly, OnnxModel(graph).logits, rows, batch_size=scorer.batch_size)
     outputs, labels = zip(*batches, strict=True)
-    return scorer.metrics.of(torch.cat(outputs)[: len(rows)], torch.cat(labels)[: len(rows)])
+    return replace(scorer.metrics, threshold=threshold).of(torch.cat(outputs)[: len(rows)], torch.cat(labels)[: len(rows)])
 
 
 def _outputs(

@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from megakd.contract.results import Report
 from megakd.contract.stage import StageResult
-from megakd.contract.tasks import STUDENT, TEACHER, TFIDF
+from megakd.contract.tasks import STUDENT, TEACHER, TFIDF, THRESHOLD
 from megakd.data.choosing import is_labelled
 from megakd.data.loader import lengths_of_rows
 from megakd.data.reading_report import read_line
@@ -70,7 +70,7 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
         "task": config.task.data_name,
         "data": read_line(prepared.splits),
         "metric_name": prepared.metric.name,
-        "metrics": [*measured[STUDENT].report["metrics"]],
+        "metrics": [n for n in measured[STUDENT].report["metrics"] if n != THRESHOLD],
         "evaluated_on": "test" if prepared.encoded.test is not None else "validation",
         "models": [
             *(name for name in (*teachers, *folders) if f"{name}.parameters" in numbers),

@@ -199,7 +199,7 @@ class TeacherPool:
 
 def measure(assembly: Assembly, model: FrozenTeacher, prompts: Prompts | None) -> Measured:
     """Return what the report says of a loaded model; a collective."""
-    scored = assembly.scorer().scored(model.predict, assembly.prepared.encoded.held_out)
+    scored = assembly.scorer_of(model).scored(model.predict, assembly.prepared.encoded.held_out)
     counts = parameter_counts(named_shapes(model.model))
     report: Row = {
         "parameters": counts.parameters,
@@ -214,4 +214,5 @@ def measure(assembly: Assembly, model: FrozenTeacher, prompts: Prompts | None) -
 def set_metrics(assembly: Assembly, loaded: FrozenTeacher) -> dict[str, dict[str, float]]:
     """Return the metrics of a loaded model, with its tokenizer in `own`, by set; a collective."""
     sets = assembly.prepared.encoded.evaluation_sets
-    return {name: assembly.scorer().score(loaded.predict, rows) for name, rows in sets.items()}
+    scorer = assembly.scorer_of(loaded) if sets else assembly.scorer()
+    return {name: scorer.score(loaded.predict, rows) for name, rows in sets.items()}

@@ -25,9 +25,17 @@ from megakd.contract.batch import IGNORE
 from megakd.contract.plugins import is_metric, metric_of
 from megakd.contract.results import WHOLE, Metric, Row, lower_is_better
 from megakd.contract.stage import Scores
-from megakd.contract.tasks import LANGUAGE_TASKS, METRICS, ONE_LABEL_METRICS, TaskType
+from megakd.contract.tasks import (
+    LANGUAGE_TASKS,
+    METRICS,
+    ONE_LABEL_METRICS,
+    SET_METRICS,
+    THRESHOLD,
+    TaskType,
+)
 from megakd.contract.views import Cut
 from megakd.errors import ConfigError, DataError, MegakdError, TrainingError, one_line, suggestion
+from megakd.scoring.label_sets import best_threshold, decided, score_of, set_report
 
 logger = logging.getLogger(__name__)
 LOSS = "loss"
@@ -41,24 +49,37 @@ class TaskMetrics:
 
     names: metric names in the order of the report; the loss on labels is always computed too.
     positive: the class that f1, precision and recall are about.
+    threshold: the probability from which a row with any number of labels has a label; None: the
+        best of the rows that are scored, which are then validation rows.
     """
 
     names: tuple[str, ...]
     main: Metric
     label_names: tuple[str, ...] = ()
     positive: int = 1
+    threshold: float | None = None
 
     def of(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
         """Return one value per name, the number that ranks evaluations, and the mean loss.
 
         `outputs` are [N, C] logits, or [N, 1] or [N] scores; `labels` are [N] class numbers (-100 =
-        none) or scores (NaN = none).
+        none) or scores (NaN = none), or [N, C] 0 or 1 (NaN = none).
         """
         predicted, truth = _scored_rows(outputs, labels)
-        values = {name: self._value(name, predicted, truth) for name in self.names if name != LOSS}
+        names, values = [name for name in self.names if name != LOSS], dict[str, float]()
+        if truth.ndim == 2:
+            threshold, guessed = self._decided(predicted, truth)
+            values = {n: score_of(n, guessed, truth) for n in names if n in SET_METRICS}
+            values[THRESHOLD] = threshold
+        values |= {n: self._value(n, predicted, truth) for n in names if n not in values}
         total, count = summed_loss(outputs, labels).tolist()
         values[LOSS] = total / count
         return values | {self.main.name: self.main.of(values)}
+
+    def _decided(self, predicted: Numbers, truth: Numbers) -> tuple[float, NDArray[np.bool_]]:
+        threshold = self.threshold
+        threshold = best_threshold(predicted, truth) if threshold is None else threshold
+        return threshold, decided(predicted, threshold)
 
     def _value(self, name: str, predicted: Numbers, truth: Numbers) -> float:
         if name not in ONE_LABEL_METRICS:
@@ -72,10 +93,21 @@ class TaskMetrics:
         return float(_sklearn(f"{name}_score")(is_so, guessed, zero_division=0))
 
     def of_classes(self, outputs: Tensor, labels: Tensor) -> Row:
-        """Return scores by class, confusions and calibration; empty without classes."""
+        """Return scores by class, and of one label confusions and calibration; or nothing."""
         if not self.label_names:
             return {}
-        return classifier_report(*_scored_rows(outputs, labels), self.label_names)
+        predicted, truth = _scored_rows(outputs, labels)
+        if truth.ndim == 2:
+            return set_report(self._decided(predicted, truth)[1], truth, self.label_names)
+        return classifier_report(predicted, truth, self.label_names)
+
+    def answers(self, outputs: Tensor, labels: Tensor) -> list[int]:
+        """Return the class that is predicted for each row, or a number for its set of labels."""
+        if labels.dim() == 1:
+            return outputs.argmax(dim=1).tolist()
+        threshold, _ = self._decided(*_scored_rows(outputs, labels))
+        sets = np.packbits(decided(outputs.double().numpy(), threshold), axis=1)
+        return [int.from_bytes(row.tobytes()) for row in sets]
 
 
 def _of_plugin(name: str, predicted: Numbers, truth: Numbers) -> float:
@@ -90,32 +122,45 @@ def _of_plugin(name: str, predicted: Numbers, truth: Numbers) -> float:
         ) from error
 
 
-def _try_plugins(metrics: TaskMetrics, task: TaskType) -> None:
+def _try_plugins(metrics: TaskMetrics, task: TaskType, *, multi_label: bool) -> None:
     # On random outputs, before anything is trained.
     classes = len(metrics.label_names)
     random = np.random.default_rng(0)
     truth = random.random(32) if task == "regression" else np.arange(32.0) % max(classes, 2)
+    if multi_label:
+        truth = np.eye(classes)[truth.astype(np.int64)]
     shape = (32,) if task == "regression" else (32, max(classes, 2))
     for name in filter(is_metric, metrics.names):
         _of_plugin(name, random.random(shape), truth)
 
 
 def task_metrics(
-    config: EvalConfig, task: TaskType, official: Sequence[str], label_names: Sequence[str] = ()
+    config: EvalConfig,
+    task: TaskType,
+    official: Sequence[str],
+    label_names: Sequence[str] = (),
+    *,
+    multi_label: bool = False,
 ) -> TaskMetrics:
     """Return the metrics of a run: the official metrics of its data, and those in the config."""
     chosen = () if config.metric is None else (config.metric,)
     names = METRICS[task] if task in LANGUAGE_TASKS else (*official, *chosen, *config.metrics)
     if task == "classification":  # accuracy alone hides classes that are never recognised
-        names = (*names, "f1_macro")
+        names = (*names, *(SET_METRICS[:3] if multi_label else ("f1_macro",)))
     names = tuple(dict.fromkeys(names))
+    for name in names if multi_label else ():
+        if name not in SET_METRICS and not is_metric(name):
+            raise ConfigError(
+                f"eval.metric: {name} is about rows with one label, and a row of these data has "
+                f"any number; use one of {', '.join(SET_METRICS)}"
+            )
     made = TaskMetrics(
         names=names,
         main=headline(chosen or official),
         label_names=tuple(label_names),
         positive=_positive(config.positive_label, names, label_names),
     )
-    _try_plugins(made, task)
+    _try_plugins(made, task, multi_label=multi_label)
     return made
 
 
@@ -144,8 +189,10 @@ def _positive(label: str | None, names: Sequence[str], label_names: Sequence[str
 
 
 def _scored_rows(outputs: Tensor, labels: Tensor) -> tuple[Numbers, Numbers]:
-    truth = labels.detach().cpu().double().numpy().reshape(-1)
+    truth = labels.detach().cpu().double().numpy()
+    truth = truth if truth.ndim == 2 else truth.reshape(-1)
     has_label = np.isfinite(truth) if labels.is_floating_point() else truth != IGNORE
+    has_label = has_label[:, 0] if has_label.ndim == 2 else has_label
     predicted = outputs.detach().cpu().double().numpy().reshape(len(truth), -1)
     if not has_label.any():
         raise DataError(
@@ -166,6 +213,12 @@ def _classes(predicted: Numbers) -> Numbers:
 
 def summed_loss(outputs: Tensor, labels: Tensor) -> Tensor:
     """Return [2] fp64: the summed loss of the labelled rows, and their number."""
+    if labels.dim() == 2:  # the mean over the classes of a row
+        known = ~labels[:, 0].isnan()
+        missed = functional.binary_cross_entropy_with_logits(
+            outputs.double()[known], labels.double()[known], reduction="none"
+        )
+        return torch.stack([missed.mean(dim=1).sum(), known.sum().double()])
     if labels.is_floating_point():
         error = (outputs.double().reshape(len(labels), -1)[:, 0] - labels.double()).square()
         return torch.stack([error.nansum(), (~error.isnan()).sum().double()])
@@ -226,8 +279,9 @@ _METRICS: Mapping[str, Callable[[Numbers, Numbers], float]] = {
     **{
         name: partial(_over_labels, name)
         for name in METRICS["classification"]
-        if name.endswith(("_macro", "_weighted"))
+        if name.endswith(("_macro", "_micro", "_weighted"))
     },
+    "exact_match": lambda predicted, truth: (_classes(predicted) == truth).mean(),
 }
 
 

@@ -42,7 +42,7 @@ def few(rows: Dataset, task: TaskType, *, times: int = 1) -> Dataset:
 class Scored(NamedTuple):
     """The metrics of a model; for a classifier, also its scores by class.
 
-    predicted: the class that a classifier predicts for each row, in the order of the rows.
+    predicted: what a classifier predicts for each row, see `TaskMetrics.answers`, in order.
     """
 
     metrics: dict[str, float]
@@ -172,7 +172,7 @@ class Scorer:
         def measure() -> Scored:
             guessed, truth = _in_order(outputs, count), _in_order(labels, count)
             of_classes = self.metrics.of_classes(guessed, truth)
-            classes = guessed.argmax(dim=1).tolist() if of_classes else []
+            classes = self.metrics.answers(guessed, truth) if of_classes else []
             return Scored(self.metrics.of(guessed, truth), of_classes, classes)
 
         return on_main(measure)

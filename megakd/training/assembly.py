@@ -19,7 +19,7 @@ from megakd.config.models import StudentConfig
 from megakd.config.run import RunConfig
 from megakd.config.train import TrainConfig
 from megakd.contract.stage import Stage, StageResult
-from megakd.contract.tasks import STUDENT, Dtype
+from megakd.contract.tasks import STUDENT, THRESHOLD, Dtype
 from megakd.data.collation import Collator
 from megakd.data.encoding import tokens_key
 from megakd.data.masking import task_masking
@@ -247,6 +247,19 @@ class Assembly:
             masking=task_masking(self.prepared.tokenizer, self.config.task),
             characters=self._characters,
         )
+
+    def scorer_of(self, model: FrozenTeacher) -> Scorer:
+        """Return a scorer with the threshold of a model whose rows have any number of labels.
+
+        It is that of the model's config, or the best on the validation rows; a collective.
+        """
+        scorer, splits = self.scorer(), self.prepared.splits
+        if not splits.multi_label or scorer.metrics.threshold is not None:
+            return scorer
+        threshold = getattr(model.model.config, THRESHOLD, None)
+        if threshold is None and splits.test is not None:
+            threshold = scorer.score(model.predict, self.prepared.encoded.validation)[THRESHOLD]
+        return replace(scorer, metrics=replace(scorer.metrics, threshold=threshold))
 
     @cached_property
     def _characters(self) -> torch.Tensor | None:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from megakd.contract.batch import BatchSource
 from megakd.contract.stage import Stage
+from megakd.contract.tasks import THRESHOLD
 from megakd.contract.views import Cut
 from megakd.data.chat.counts import learned_ends
 from megakd.engine.collectives import on_main, together
@@ -68,6 +69,8 @@ class StageModel(NamedTuple):
         view = stage.views.get(evaluation.view or "")
         cut = evaluation.cut or (None if view is None else Cut(None, view))
         of_role = self.assembly.prepared.tokenizer_of
+        if THRESHOLD in evaluation.metrics:
+            first.config.threshold = evaluation.metrics[THRESHOLD]
         models = {role: content_of(first, of_role(role), cut=cut, learns=goes_on)}
         for name, model in zip(stage.beside, beside, strict=True):
             models[name] = content_of(model, of_role(name))
