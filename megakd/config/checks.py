@@ -66,7 +66,7 @@ _ONLY = (
     ("eval", "positive_label", "classification"),
     ("objective", "class_weights label_smoothing count", "classification"),
     ("objective", "on", "causal_lm"),
-    ("task", "label_separator labels multi_label", "classification"),
+    ("task", "label_separator labels multi_label soft_labels", "classification"),
     ("task", "labelled_examples", "classification regression"),
     ("task", "mlm_probability", "mlm"),
     ("task", "streaming", "mlm causal_lm"),
@@ -84,6 +84,9 @@ _CONFLICTS = (
     ("task", "prompt_column completion_column", ".messages_column", "which holds both"),
     ("task", "mixture", ".train_files", "which is one source"),
     ("task", "mixture", ".streaming", "because rows of a source are counted before training"),
+    ("task", "soft_labels", "teacher", "which answers too"),
+    ("task", "soft_labels", "teachers", "which answer too"),
+    ("task", "soft_labels", "eval.losses", "because held-out rows have none"),
     ("teachers", "cache", "rollout", "whose texts are not the rows that it answers"),
     ("teachers", "cache", "task.streaming", "whose rows have no numbers to find answers by"),
     ("teachers", "cache", "train.tokens_per_rank", "which packs several rows into one"),
@@ -159,6 +162,7 @@ def _features(config: RunConfig) -> Iterator[str]:
     features = {
         "learns_from_rollouts": {**servers, "rollout": config.rollout},
         "learns_adapters": {"student.lora": config.student.lora},
+        "reads_soft_labels": {"task.soft_labels": config.task.soft_labels},
         "routes_rows": {"task.teacher_column": config.task.teacher_column, **of_rows},
     }
     for flag, keys in features.items():
@@ -169,7 +173,7 @@ def _features(config: RunConfig) -> Iterator[str]:
 
 def _teachers(config: RunConfig) -> Iterator[str]:
     method, specs = config.method, config.teacher_specs
-    if method.needs_teacher and not specs:
+    if method.needs_teacher and not specs and config.task.soft_labels is None:
         yield f"teacher: missing, and method {method.name} needs one; set teacher.model"
     if config.teacher is not None and config.teachers:
         yield "teachers: teacher is set too; move it into the list, and set teacher=null"
@@ -324,6 +328,15 @@ def _labels(config: RunConfig) -> Iterator[str]:
         )
     if separator is not None and task.multi_label is False:
         yield "task.multi_label: false, and task.label_separator is set; remove one of the two"
+    if task.soft_labels is not None:
+        for index, term in enumerate(config.objective or ()):
+            if looks_inside(term):
+                yield (
+                    f"objective[{index}].loss: {term.loss} looks into a teacher, of which "
+                    "task.soft_labels has the answers alone; remove the term"
+                )
+        if config.student.model == FROM_TEACHER and not config.teacher_specs:
+            yield "student.model: from_teacher, and the run has no teacher; name a model"
     if not isinstance(task.label_column, tuple):
         return
     if task.type != "classification":

@@ -105,6 +105,9 @@ class TaskConfig:
     multi_label: bool | None = None
     """Whether a row has any number of labels. None: if its labels are lists, joined by
     `label_separator`, or several columns. Only for classification."""
+    soft_labels: str | None = None
+    """Column of the training rows with the answers of a teacher of one's own: the probabilities of
+    the labels as a list in their order, or by label. Only for classification, without `teacher`."""
     teacher_column: str | None = None
     """Column with the name of the teacher that a training row learns from. Only for method
     routed."""

@@ -27,6 +27,8 @@ Counts = Mapping[Unit, "Tensor"]
 IGNORE = -100
 MOST_DRAWS = 255
 """Most draws of a position in a cache, which keeps the count of a token in a byte."""
+SOFT = "soft_label"
+"""Column with the probabilities of the labels: a text of JSON, in encoded rows float32 by class."""
 ROUTE = "route"
 """Column with the teacher of a row: its name in rows of text, its number in encoded rows."""
 
@@ -63,12 +65,14 @@ class Extras(NamedTuple):
     is_rollout: whether a model has generated the texts during the run, the same on all ranks.
     teacher: the teacher that all rows name, and that alone teaches them; None if the rows name no
         teachers.
+    soft: [B, C] fp32 the probabilities of the labels that the rows themselves hold.
     """
 
     others: Mapping[str, Batch] | None = None
     second: Targets | None = None
     is_rollout: bool = False
     teacher: str | None = None
+    soft: Tensor | None = None
 
 
 class Batch(NamedTuple):

@@ -41,6 +41,7 @@ class MethodOptions:
     learns_from_rollouts: whether the student can train on texts that it generates.
     learns_adapters: whether the student can train low-rank adapters of its weights: no stage cuts
         the student, and no loss compares its weights.
+    reads_soft_labels: whether a column of the training rows can be the teacher.
     routes_rows: whether every training row names the teacher that it learns from.
     """
 
@@ -48,6 +49,7 @@ class MethodOptions:
     cuts_student: ClassVar[bool] = False
     learns_from_rollouts: ClassVar[bool] = False
     learns_adapters: ClassVar[bool] = False
+    reads_soft_labels: ClassVar[bool] = False
     routes_rows: ClassVar[bool] = False
     name: str
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from megakd.contract.tasks import STUDENT
+from megakd.contract.tasks import SOFT_LABELS, STUDENT
 from megakd.errors import MegakdError
 
 if TYPE_CHECKING:
@@ -282,6 +282,11 @@ class Stage:
     def role(self) -> str:
         """The role of the first learner, whose model is the stage's result."""
         return next(iter(self.learners))
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The teachers that are models."""
+        return tuple(name for name in self.teachers if name != SOFT_LABELS)
 
     @property
     def beside(self) -> tuple[str, ...]:

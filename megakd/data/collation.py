@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from megakd.config.task import TaskConfig
-from megakd.contract.batch import IGNORE, Batch, Documents
+from megakd.contract.batch import IGNORE, SOFT, Batch, Documents
 
 LENGTH_MULTIPLE = 8
 _FILL = {"labels": IGNORE, "token_type_ids": 0}
@@ -65,7 +65,12 @@ class Collator:
                 padded[name][valid] = values
         if self._type == "causal_lm":
             return _language_batch(padded, valid, lengths)
-        return self._text_batch(padded, columns.get("label", _NOTHING)[0], valid)
+        batch = self._text_batch(padded, columns.get("label", _NOTHING)[0], valid)
+        if SOFT not in columns:
+            return batch
+        soft = np.zeros((len(valid), columns[SOFT][0].shape[1]), np.float32)
+        soft[: len(columns[SOFT][0])] = columns[SOFT][0]
+        return batch.extended(soft=torch.from_numpy(soft))
 
     def _text_batch(self, padded: Mapping[str, NDArray], given: NDArray, valid: NDArray) -> Batch:
         # A dummy row attends to its first position, to avoid NaN.

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from megakd.config.task import MixtureSource, TaskConfig
+from megakd.contract.batch import SOFT
 from megakd.data.arrow import BadRows, arrow_batches, key_of, read_rows, rows_key, write_tables
 from megakd.data.chat.conversations import is_chat
 from megakd.data.chat.counts import SETS, ChatCounts, CountsByName, say_chat
@@ -178,7 +179,7 @@ def no_tokens(
 
 def tokens_key(rows: Dataset) -> str:
     """Return a sha256 of the model inputs, without labels, in all rows of a split, in order."""
-    names = sorted(set(rows.column_names) - {"label", "labels"})
+    names = sorted(set(rows.column_names) - {"label", "labels", SOFT})
     digest = hashlib.sha256()
     for table in arrow_batches(rows.select_columns(names), ROWS_AT_ONCE):
         for name, (values, lengths) in sorted(columns_of(table).items()):

@@ -1,15 +1,21 @@
-"""Labels of rows with any number of them: how they are written, read strictly."""
+"""Labels of rows with any number of them, and soft labels: how they are written, read strictly."""
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
+import numpy as np
+from datasets import Dataset, List
+
 from megakd.config.task import TaskConfig
-from megakd.contract.batch import IGNORE
-from megakd.data.arrow import Record, Table
+from megakd.contract.batch import IGNORE, SOFT
+from megakd.data.arrow import PLACE, BadRows, Record, Table, with_column
 from megakd.data.labels import class_word
-from megakd.errors import DataError
+from megakd.data.readers import parse_json
+from megakd.errors import DataError, listed
 
 YES, NO = frozenset(("1", "1.0", "true")), frozenset(("0", "0.0", "false"))
 
@@ -81,3 +87,65 @@ def _of_columns(name: str, record: Record, columns: tuple[str, ...]) -> list[str
             f"{cells[wrong]!r}); a row whose labels are unknown has all of these cells empty"
         )
     return [column for column, word in words.items() if word in YES]
+
+
+ROUNDING = 0.01
+"""By how much probabilities of one label may miss the sum of 1, as rounded numbers do."""
+
+
+def soft_text(name: str, column: str, record: Record) -> str:
+    """Return the probabilities of a row as JSON."""
+    value = record.values.get(column)
+    if value is None or value == "":
+        raise DataError(
+            f"{name}, {record.place}: column {column!r} (task.soft_labels) is empty, and every "
+            "training row needs the answers of the teacher; fill it, or remove the row"
+        )
+    return value if isinstance(value, str) else json.dumps(value, default=float)
+
+
+def with_soft_labels(rows: Dataset, names: Sequence[str], *, bad: BadRows) -> Dataset:
+    """Return rows with their probabilities as float32 by class; those of one label sum to 1."""
+    adds_up = not isinstance(rows.features["label"], List)
+    soft, right = np.zeros((len(rows), len(names)), np.float32), list[int]()
+    for number, (place, text) in enumerate(zip(rows[PLACE], rows[SOFT], strict=True)):
+        with bad:
+            soft[number] = _probabilities(place, text, names, adds_up=adds_up)
+            right.append(number)
+    bad.finish()
+    if adds_up:
+        soft[right] /= soft[right].sum(axis=1, keepdims=True)
+    whole = rows if len(right) == len(rows) else rows.select(right)
+    return with_column(whole.remove_columns(SOFT), SOFT, soft[right])
+
+
+def _probabilities(place: str, text: str, names: Sequence[str], *, adds_up: bool) -> list[float]:
+    where = f"{place}: soft labels (task.soft_labels)"
+    value = parse_json(text, where)
+    if isinstance(value, dict):
+        by_name = cast("dict[str, object]", value)
+        wrong = sorted({*by_name} ^ {*names})
+        if wrong:
+            which = "lack" if wrong[0] in names else "name"
+            known = listed(list(names))
+            raise DataError(f"{where} {which} {wrong[0]!r}; give one number for each of {known}")
+        value = [by_name[name] for name in names]
+    if not isinstance(value, list) or len(value) != len(names):
+        count = f"{len(value)} numbers" if isinstance(value, list) else repr(value)
+        raise DataError(
+            f"{where} are {count}, and there are {len(names)} labels ({listed(list(names))}); give "
+            "a number for each, in this order or by name"
+        )
+    for name, one in zip(names, value, strict=True):
+        is_number = isinstance(one, int | float) and not isinstance(one, bool)
+        if not (is_number and 0 <= one <= 1):
+            raise DataError(
+                f"{where}: {name!r} has {one!r}, which is no probability from 0 to 1; apply a "
+                f"{'softmax' if adds_up else 'sigmoid'} to logits"
+            )
+    if adds_up and abs(sum(value) - 1) > ROUNDING:
+        raise DataError(
+            f"{where} sum to {sum(value):.3g}, and a row has one label; normalise them to a sum "
+            "of 1, or write the labels as lists if a row may have several"
+        )
+    return value

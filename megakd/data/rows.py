@@ -20,7 +20,7 @@ from datasets import Dataset, Features, IterableDataset, List, Value, concatenat
 from transformers import PreTrainedTokenizerBase
 
 from megakd.config.task import TaskConfig
-from megakd.contract.batch import ROUTE
+from megakd.contract.batch import ROUTE, SOFT
 from megakd.contract.tasks import LANGUAGE_TASKS, TaskType
 from megakd.data.arrow import (
     PLACE,
@@ -50,7 +50,13 @@ from megakd.data.chat.conversations import (
     is_chat,
 )
 from megakd.data.choosing import is_labelled, text_hash
-from megakd.data.label_sets import LabelForm, label_form, label_words
+from megakd.data.label_sets import (
+    LabelForm,
+    label_form,
+    label_words,
+    soft_text,
+    with_soft_labels,
+)
 from megakd.data.labels import Classes, class_word, find_classes, score, with_numbers
 from megakd.errors import DataError, suggestion
 from megakd.storage.folders import whole_folder
@@ -106,12 +112,14 @@ class RowKind:
     fields: the columns of a conversation; or of a text or a pair with its label, or of a document.
     teacher: where the teachers of training rows come from; None if the rows name none.
     form: how the labels of a row with any number of them are written; None: a row has one label.
+    soft: the column with the probabilities of the labels of training rows, if there is one.
     """
 
     type: TaskType
     fields: ChatColumns | Fields
     teacher: RowTeacher | None = None
     form: LabelForm | None = None
+    soft: str | None = None
 
     @staticmethod
     def of(task: TaskConfig, table: Table, *, as_chat: bool = False) -> RowKind:
@@ -131,7 +139,7 @@ class RowKind:
         """Return the kind of another split of texts; a test split may be without labels."""
         for column in self.fields.text:
             require(table, column, "task.text_columns")
-        kind, label = replace(self, teacher=None), self.label
+        kind, label = replace(self, teacher=None, soft=None), self.label
         if label is None or (split == "test" and label not in table.columns):
             return replace(kind, fields=Fields(self.fields.text, None))
         for column in (self.form and self.form.columns) or (label,):
@@ -158,7 +166,7 @@ class RowKind:
     @property
     def key_parts(self) -> tuple[object, ...]:
         """What the labels and teachers of the rows depend on, beside the file."""
-        return (self.fields, self.teacher, *filter(None, [self.form]))
+        return (self.fields, self.teacher, *filter(None, [self.form, self.soft]))
 
     @property
     def label(self) -> str | None:
@@ -186,6 +194,8 @@ class RowKind:
             names.append("text_pair")
         if self.teacher is not None:
             names.append(ROUTE)
+        if self.soft is not None:
+            names.append(SOFT)
         if self.type == "classification" or self.teacher is not None:
             names.append(PLACE)
         columns: dict[str, Value | List] = {name: Value("string") for name in names}
@@ -212,6 +222,8 @@ class RowKind:
                 row["label"] = self.label and class_word(name, self.label, record)
             else:
                 row["label"] = math.nan if self.label is None else score(name, self.label, record)
+        if self.soft is not None:
+            row[SOFT] = soft_text(name, self.soft, record)
         if self.teacher is not None:
             column, teacher = self.teacher
             value = teacher or record.values.get(column or "")
@@ -333,6 +345,9 @@ def rows_of_tables(
         if split == "train":  # only training rows have teachers
             teacher = (task.mixture or {})[source].teacher if source else None
             kind = RowKind.of(task, table, as_chat=as_chat)
+            if task.soft_labels is not None:
+                require(table, task.soft_labels, "task.soft_labels")
+            kind = replace(kind, soft=task.soft_labels)
             kinds[key] = kind.taught(table, task.teacher_column, teacher)
         elif as_chat:
             kinds[key] = RowKind.of(task, table, as_chat=True)
@@ -362,6 +377,8 @@ def rows_of_tables(
 def numbered(rows: Dataset, classes: Classes, task: TaskConfig, kind: RowKind) -> Dataset:
     """Return rows with class numbers as labels."""
     rows = with_numbers(rows, classes, bad=BadRows(task.bad_rows))
+    if kind.soft is not None:
+        rows = with_soft_labels(rows, classes.names, bad=BadRows(task.bad_rows))
     return rows if kind.teacher is not None else rows.remove_columns(PLACE)
 
 
@@ -372,7 +389,7 @@ def rows_of(
 
     The source of a mixture gives them a column `source`.
     """
-    read = (kind.type, kind.is_chat, kind.fields, *filter(None, [kind.form]))
+    read = (kind.type, kind.is_chat, kind.fields, *filter(None, [kind.form, kind.soft]))
     # Messages name the file.
     where = (Path(table.name).name, source, kind.teacher)
     key = key_of(VERSION, table.digest, read, where, task.bad_rows)
@@ -477,7 +494,9 @@ def scored_rows(
 
 def without_teachers(rows: Dataset) -> Dataset:
     """Return rows without the columns of their teachers, such as held-out rows."""
-    gone = {ROUTE} if is_chat(rows) else {ROUTE, PLACE}  # conversations have places of their own
+    gone = (
+        {ROUTE, SOFT} if is_chat(rows) else {ROUTE, SOFT, PLACE}
+    )  # conversations have places of their own
     return rows.remove_columns([name for name in rows.column_names if name in gone])
 
 

@@ -22,6 +22,7 @@ from megakd.contract.batch import LogitWarp
 from megakd.contract.results import Metric
 from megakd.contract.tasks import ONE_LABEL_METRICS, STUDENT
 from megakd.contract.terms import HardCrossEntropy, looks_inside
+from megakd.contract.views import Shape
 from megakd.data.encoding import Encoded
 from megakd.data.reading_report import read_line, read_warnings
 from megakd.data.rows import check_row_teachers
@@ -309,7 +310,8 @@ def _check_losses(config: RunConfig, inputs: UnencodedInputs) -> None:
     if inputs.splits.multi_label:
         _refuse_weights(config)
     with_class_weights(terms, inputs.splits)
-    for teacher in teachers.values() or (None,):
+    soft = None if config.task.soft_labels is None else Shape(0, 0, inputs.classes)
+    for teacher in teachers.values() or (soft,):
         check_terms(terms, shapes[STUDENT], teacher)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from megakd.contract.batch import COUNTERS, Knowledge, LossInputs, Unit, UnitCounter
 from megakd.contract.stage import Stage
-from megakd.contract.tasks import LANGUAGE_TASKS, TaskType
+from megakd.contract.tasks import LANGUAGE_TASKS, SOFT_LABELS, TaskType
 from megakd.contract.terms import (
     ATTENTION_TERMS,
     INTERMEDIATE_TERMS,
@@ -308,6 +308,8 @@ def stage_losses(
     student, *beside = (shape_of(source, task, classes) for source in learners.values())
     frozen = (shape_of(source, task, classes) for source in teachers)
     teacher = next(iter((*frozen, *beside)), None)
+    if SOFT_LABELS in stage.teachers:
+        teacher = Shape(0, 0, classes)
     families = tuple(source.config.model_type for source in learners.values())
     return StageLosses(stage=stage, task=task, student=student, teacher=teacher, families=families)
 

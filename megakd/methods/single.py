@@ -9,6 +9,7 @@ from pydantic.dataclasses import dataclass
 from megakd.contract.lab import Lab
 from megakd.contract.options import OneTeacherOptions
 from megakd.contract.stage import Constant, Pass, Stage, StageResult
+from megakd.contract.tasks import SOFT_LABELS
 from megakd.contract.terms import STRICT
 
 
@@ -18,12 +19,14 @@ class SingleConfig(OneTeacherOptions):
 
     learns_from_rollouts: ClassVar[bool] = True
     learns_adapters: ClassVar[bool] = True
+    reads_soft_labels: ClassVar[bool] = True
     name: Literal["single"]
 
 
 def run(config: SingleConfig, lab: Lab) -> StageResult:
     """Distil on all rows; by default with half hard, half soft targets, on generated texts soft."""
-    teacher = lab.teacher(config.teacher)
+    is_given = lab.config.task.soft_labels is not None
+    teacher = SOFT_LABELS if is_given else lab.teacher(config.teacher)
     default = (*lab.hard_terms(0.5), *lab.soft_terms(0.5))
     if lab.config.rollout is not None:
         default = lab.soft_terms()

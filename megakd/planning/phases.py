@@ -261,7 +261,7 @@ class PlanningLab(LabBase, Shapes):
         """Record a stage; return a result with the widest view and 0.5 for every metric."""
         stage = self._completed(stage, ranks=self.world, device=self._device)
         learners = learning_models(stage, self._sources, self._teachers, self.config.student)
-        teachers = {name: self._teachers[name] for name in stage.teachers}
+        teachers = {name: self._teachers[name] for name in stage.models}
         for name, ready in teachers.items():
             if ready.spec.cache == AUTO:  # the pass that fills the cache, before it is read first
                 per_rows = self.config.eval_rows() * self.world

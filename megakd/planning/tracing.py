@@ -28,7 +28,7 @@ from megakd.config.run import RunConfig
 from megakd.contract.batch import Batch, Documents, Knowledge, Targets, Unit
 from megakd.contract.joined_batches import joined, split
 from megakd.contract.stage import Stage, backward_groups, teacher_names
-from megakd.contract.tasks import Dtype
+from megakd.contract.tasks import SOFT_LABELS, Dtype
 from megakd.contract.terms import source_of
 from megakd.data.masking import DEFAULT_PROBABILITY
 from megakd.inputs.precision import TORCH_DTYPE, frozen_dtype, training_dtype
@@ -357,6 +357,9 @@ class PhaseTraces:
         self.teachers, answers = self._asked(needs, batch, self.per_call)
         # Of the first of the micro-batches of a call.
         knowledge = {name: next(split(answer, [batch])) for name, answer in answers.items()}
+        if SOFT_LABELS in stage.teachers:
+            of_rows = torch.empty(len(batch.valid), classes, device=batch.valid.device)
+            knowledge[SOFT_LABELS] = Knowledge(logits=of_rows)
         sizes = {name: _answer_bytes(answer) for name, answer in answers.items()}
         plans = [teacher_names(strategy.passes(number)) for number in range(_STEPS)]
         if config.method.routes_rows:  # a micro-batch has rows of one teacher

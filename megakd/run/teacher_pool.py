@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from megakd.contract.results import Row
-from megakd.contract.tasks import AUTO
+from megakd.contract.tasks import AUTO, SOFT_LABELS
 from megakd.engine.collectives import doing
 from megakd.engine.memory import forget_models, left_out_of_peak, reset_peak_memory
 from megakd.inputs.step_size import joins_micro_batches
@@ -25,6 +25,7 @@ from megakd.process.phases import phase
 from megakd.reports.samples import held_out_prompts
 from megakd.teachers.cached import CachedTeacher
 from megakd.teachers.frozen import FrozenTeacher
+from megakd.teachers.soft_labels import SoftLabels
 
 if TYPE_CHECKING:
     from megakd.contract.stage import Stage
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from megakd.servers.teachers import ServedTeacher
     from megakd.training.assembly import Assembly
 
-    Opened = FrozenTeacher | CachedTeacher | ServedTeacher
+    Opened = FrozenTeacher | CachedTeacher | ServedTeacher | SoftLabels
 
 
 class Measured(NamedTuple):
@@ -83,6 +84,8 @@ class TeacherPool:
                 teacher.destroy()
 
     def _asked(self, name: str, stage: Stage) -> Opened:
+        if name == SOFT_LABELS:
+            return SoftLabels()
         if name in self._open:
             _, teacher = self._open[name]
             self._ask(teacher, name, stage, self.assembly.losses(stage).teacher_needs())
@@ -96,6 +99,8 @@ class TeacherPool:
 
     def open(self, name: str, stage: Stage) -> Opened:
         """Return a teacher that gives the outputs that the losses of a stage read; a collective."""
+        if name == SOFT_LABELS:
+            return SoftLabels()
         ready = self.assembly.teachers[name]
         losses = self.assembly.losses(stage)
         losses.check_outputs(self._config.key_of(name), ready)

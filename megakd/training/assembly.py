@@ -136,7 +136,7 @@ class Assembly:
             replace(stage, objective=terms),
             self.config.task.type,
             learners=self.learners(stage),
-            teachers=[self.teachers[name].source for name in stage.teachers],
+            teachers=[self.teachers[name].source for name in stage.models],
             classes=self.prepared.classes,
         )
 
