@@ -1,0 +1,191 @@
+"""Rows with any number of labels, and the answers of a teacher of one's own, as they are read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, Features, List, Value
+from tiny_runs import config_tree, write_jsonl
+
+from megakd.config.file import config_of
+from megakd.data.choosing import is_labelled
+from megakd.data.in_memory import file_of_rows
+from megakd.data.reading_report import read_line
+from megakd.data.splits import Splits, load_splits
+from megakd.errors import MegakdError
+
+NAMES = ("anger", "joy", "love")
+SETS: dict[str, list[str] | None] = {
+    "a": ["joy"],
+    "b": ["love", "anger"],
+    "c": [],
+    "d": None,
+    "e": ["joy", "love", "joy"],
+}
+HOT = [[0, 1, 0], [1, 0, 1], [0, 0, 0], [-100] * 3, [0, 1, 1]]
+LISTS = [{"text": text, "labels": labels} for text, labels in SETS.items()]
+HELD = [{"text": "held", "labels": ["joy"]}]
+
+
+def splits_of(folder: Path, train: Any, held: Any = HELD, **keys: Any) -> Splits:
+    """The rows of two files, jsonl or, if they are texts, csv."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in (("train", train), ("validation", held)):
+        if isinstance(rows, str):
+            (folder / f"{name}.csv").write_text(rows, encoding="utf-8")
+        else:
+            write_jsonl(folder / f"{name}.jsonl", rows)
+    task = {"type": "classification", "dataset": str(folder), **keys}
+    method = {"name": "single" if "soft_labels" in keys else "finetune"}
+    config = config_of(config_tree(folder / "out", task, method=method))
+    return load_splits(config.task, seed=0, cache_dir=folder / "cache")
+
+
+def labels_of(splits: Splits) -> list[list[int]]:
+    return np.asarray(splits.train["label"]).tolist()
+
+
+def test_lists_of_words_become_a_number_for_every_class(tmp_path):
+    splits = splits_of(tmp_path, LISTS)
+
+    assert splits.multi_label
+    assert (splits.label_names, labels_of(splits)) == (NAMES, HOT)
+    assert is_labelled(splits.train).tolist() == [True, True, True, False, True]
+    assert splits.metrics == ("f1_micro",)
+
+
+def test_words_in_one_cell_are_joined_by_a_separator(tmp_path):
+    cells = {"a": "joy", "b": '"love, anger"', "c": "", "d": "-100", "e": '"joy,love,"'}
+    table = "text,label\n" + "".join(f"{text},{cell}\n" for text, cell in cells.items())
+
+    splits = splits_of(tmp_path, table, "text,label\nheld,joy\n", label_separator=",")
+
+    assert (splits.label_names, labels_of(splits)) == (NAMES, HOT)
+
+
+def test_several_columns_are_a_label_each_in_their_order(tmp_path):
+    rows = ["a,0,1,0", "b,1,0,1", "c,0,0,0", "d,,,", "e,false,1.0,TRUE"]
+    head = "text,anger,joy,love\n"
+
+    splits = splits_of(
+        tmp_path, head + "\n".join(rows), f"{head}held,0,1,0\n", label_column=list(NAMES)
+    )
+
+    assert (splits.label_names, labels_of(splits)) == (NAMES, HOT)
+
+
+def test_named_labels_set_the_order(tmp_path):
+    splits = splits_of(tmp_path, LISTS, labels=["love", "joy", "anger", "fear"])
+
+    assert splits.label_names == ("love", "joy", "anger", "fear")
+    assert labels_of(splits)[1] == [1, 0, 1, 0]
+
+
+def test_lists_of_classes_keep_the_names_that_a_file_stores(tmp_path):
+    kind = Features({"text": Value("string"), "labels": List(ClassLabel(names=["x", *NAMES]))})
+    data = {"text": ["a", "b"], "labels": [[3, 1], []]}
+    rows = Dataset.from_dict(data, features=kind)
+    for name in ("train", "validation"):
+        rows.to_parquet(tmp_path / f"{name}.parquet")
+    task = {"type": "classification", "dataset": str(tmp_path)}
+    config = config_of(config_tree(tmp_path / "out", task))
+
+    splits = load_splits(config.task, seed=0, cache_dir=tmp_path / "cache")
+
+    assert splits.label_names == ("x", *NAMES)
+    assert labels_of(splits) == [[0, 1, 0, 1], [0] * 4]
+    (written, _) = Path(file_of_rows(rows, tmp_path / "rows")).read_text().splitlines()
+    assert json.loads(written)["labels"] == ["love", "anger"]
+
+
+def test_rows_are_held_out_and_lose_labels_as_any_rows_do(tmp_path):
+    rows = [{"text": f"text {n}", "labels": list(NAMES[: n % 4])} for n in range(200)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    task = {"type": "classification", "dataset": str(path), "labelled_examples": 50}
+    config = config_of(config_tree(tmp_path / "out", task))
+
+    splits = load_splits(config.task, seed=0, cache_dir=tmp_path / "cache")
+
+    assert 2 <= len(splits.validation) <= 20
+    assert is_labelled(splits.train).sum() == 50
+    assert splits.multi_label
+
+
+def test_the_line_has_the_labels_of_a_row(tmp_path):
+    line = read_line(splits_of(tmp_path, LISTS))
+
+    assert line == (
+        "train 5 rows, 4 labelled, 3 classes of 1 to 2 rows, 1.25 labels a row; validation 1"
+    )
+
+
+SOFT = [{"text": "a", "label": "joy"}, {"text": "b", "label": "love"}]
+
+
+@pytest.mark.parametrize(
+    "values", [([0.25, 0.75], [0.995, 0.0]), ({"love": 0.75, "joy": 0.25}, "[0.995, 0]")]
+)
+def test_probabilities_are_read_by_place_or_by_name_and_sum_to_one(tmp_path, values):
+    train = [{**row, "p": value} for row, value in zip(SOFT, values, strict=True)]
+
+    splits = splits_of(tmp_path, train, SOFT, soft_labels="p")
+
+    assert np.allclose(splits.train["soft_label"], [[0.25, 0.75], [1.0, 0.0]])
+    assert splits.validation.column_names == ["text", "label"]
+
+
+def test_probabilities_of_several_labels_need_no_sum(tmp_path):
+    train = [{**row, "p": {"anger": 0.9, "joy": 0.8, "love": 0}} for row in LISTS]
+
+    splits = splits_of(tmp_path, train, soft_labels="p")
+
+    assert np.allclose(splits.train["soft_label"], [[0.9, 0.8, 0.0]] * 5)
+
+
+def soft(*values: Any, lists: bool = False) -> list[dict[str, Any]]:
+    rows = LISTS if lists else SOFT
+    return [{**row, "p": value} for row, value in zip(rows, values, strict=False)]
+
+
+@pytest.mark.parametrize(
+    ("train", "keys", "text"),
+    [
+        ([*LISTS, {"text": "f", "labels": "joy"}], {}, "'joy' in column 'labels' stands beside"),
+        ([*SOFT, {"text": "f", "label": ["joy"]}], {}, "train.jsonl, line 3: column 'label' holds"),
+        ([*LISTS, {"text": "f", "labels": [""]}], {}, "has an empty label; remove it"),
+        (LISTS, {"label_separator": ","}, "holds a list, and task.label_separator is for labels"),
+        (LISTS, {"labels": ["joy", "love"]}, "'anger' is not one of the 2 classes of this data"),
+        (LISTS, {"label_column": ["labels", "text"]}, "column 'labels' (task.label_column) must"),
+        (LISTS, {"label_column": ["labels", "x"]}, "column 'x' (task.label_column) does not exist"),
+        (LISTS, {"multi_label": False}, "holds a list, and other rows have one"),
+        (
+            LISTS,
+            {"label_separator": "/", "labels": ["joy/love", "anger"]},
+            "task.label_separator: '/' is part of the label 'joy/love' in task.labels; use another",
+        ),
+        (LISTS, {"soft_labels": "q"}, "column 'q' (task.soft_labels) does not exist"),
+        (soft([0.5, 0.4], [1, 0]), {}, "line 1: soft labels (task.soft_labels) sum to 0.9, and"),
+        (soft([1, 0], [0.2, 0.3, 0.5]), {}, "line 2: soft labels (task.soft_labels) are 3 numbers"),
+        (soft([1, 0], None), {}, "line 2: column 'p' (task.soft_labels) is empty, and every"),
+        (soft([1, 0], [1.5, -0.5]), {}, "'joy' has 1.5, which is no probability from 0 to 1; appl"),
+        (soft({"joy": 1}, [1, 0]), {}, "line 1: soft labels (task.soft_labels) lack 'love'; give"),
+        (soft({"joy": 1, "fun": 0}, [1, 0]), {}, "(task.soft_labels) name 'fun'; give one number"),
+        (
+            soft([0, 2.0, 0], [0, 1, 1], lists=True),
+            {},
+            "'joy' has 2.0, which is no probability from 0 to 1",
+        ),
+    ],
+    ids=lambda value: value[:40] if isinstance(value, str) else "",
+)
+def test_labels_that_cannot_be_meant_are_told_with_their_row(tmp_path, train, keys, text):
+    of_soft = {"soft_labels": "p"} if "p" in train[0] else {}
+    with pytest.raises(MegakdError) as error:
+        splits_of(tmp_path, train, SOFT if "label" in train[0] else HELD, **of_soft, **keys)
+
+    assert text in str(error.value)
+    assert "\n" not in str(error.value).replace("\n  ", "")
