@@ -163,10 +163,8 @@ def _read_by(source: ModelSource, config: RunConfig, splits: Splits) -> RunInput
     config = with_multi_label(replace(config, task=task), splits)
     config = with_packing(config, splits, {STUDENT: source})
     config = with_row_length(config, splits, tokenizer, {STUDENT: source})
-    is_set = splits.multi_label
-    metrics = task_metrics(
-        config.eval, task.type, splits.metrics, splits.label_names, multi_label=is_set
-    )
+    names, is_set = splits.label_names, splits.multi_label
+    metrics = task_metrics(config.eval, task.type, splits.metrics, names, multi_label=is_set)
     if is_set:  # these rows choose none
         metrics = replace(metrics, threshold=getattr(source.config, THRESHOLD, 0.5))
     return RunInputs(
@@ -189,7 +187,8 @@ def int8_graph(config: RunConfig, folder: Path, whole: Path) -> list[str]:
         try:
             source = resolve_model(str(folder), config.task, where="--to")
             prepared = _read_by(source, config, splits_of(config))
-            scores = partial(graph_scores, Assembly(prepared=prepared, ranks=ranks))
+            assembly = Assembly(prepared=prepared, ranks=ranks)
+            scores = partial(graph_scores, assembly, prepared.metrics.threshold)
         except MegakdError as error:
             logger.warning("the int8 graph is not scored: %s", error)
         return quantize_graph(whole, folder / MODEL, scores)

@@ -28,7 +28,7 @@ def add_options(parser: Parser) -> None:
         "--dry_run",
         "--dry-run",
         action="store_true",
-        help="take three steps of every stage, print their time and memory beside the plan, and stop",
+        help="take three steps of every stage, print time and memory beside the plan, and stop",
     )
 
 

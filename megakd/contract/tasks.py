@@ -27,15 +27,7 @@ LANGUAGE_TASKS: tuple[TaskType, ...] = ("mlm", "causal_lm")
 """Tasks whose labels are tokens of the text itself."""
 ONE_LABEL_METRICS = ("f1", "precision", "recall")
 """Metrics of one label against all others."""
-SET_METRICS = (
-    "f1_micro",
-    "f1_macro",
-    "exact_match",
-    "precision_macro",
-    "recall_macro",
-    "f1_weighted",
-    "loss",
-)
+SET_METRICS = ("f1_micro", "f1_macro", "exact_match", "precision_macro", "recall_macro", "loss")
 """Metrics of rows with any number of labels; the first three are always computed."""
 THRESHOLD = "threshold"
 """The probability from which a row has a label: a value of an evaluation, and a key of the config

@@ -49,21 +49,17 @@ def label_words(name: str, column: str, record: Record, form: LabelForm) -> list
     if form.columns:
         return _of_columns(name, record, form.columns)
     value = record.values.get(column)
-    if form.separator is not None and isinstance(value, str) and value.strip() != str(IGNORE):
-        value = [part for part in map(str.strip, value.split(form.separator)) if part]
-    elif form.separator is not None and isinstance(value, list):
-        raise DataError(
-            f"{name}, {record.place}: column {column!r} holds a list, and task.label_separator "
-            "is for labels in one text; remove the key, or write all labels as texts"
-        )
     if value is None or value in (IGNORE, str(IGNORE)):
         return None
     if isinstance(value, float) and math.isnan(value):
         return None
-    if not isinstance(value, list):
+    if form.separator is not None and isinstance(value, str):
+        value = [part for part in map(str.strip, value.split(form.separator)) if part]
+    elif form.separator is not None or not isinstance(value, list):
         raise DataError(
-            f"{name}, {record.place}: label {value!r} in column {column!r} stands beside lists of "
-            "labels; write a list in every row, or set task.label_separator and write texts"
+            f"{name}, {record.place}: label {value!r} in column {column!r} stands beside "
+            f"{'lists' if form.separator is None else 'texts'} of labels; write all labels as "
+            "lists, or all as texts, joined by task.label_separator"
         )
     cells = (Record(record.place, {column: one}) for one in cast("list[object]", value))
     words = [class_word(name, column, cell) for cell in cells]
@@ -124,12 +120,8 @@ def _probabilities(place: str, text: str, names: Sequence[str], *, adds_up: bool
     value = parse_json(text, where)
     if isinstance(value, dict):
         by_name = cast("dict[str, object]", value)
-        wrong = sorted({*by_name} ^ {*names})
-        if wrong:
-            which = "lack" if wrong[0] in names else "name"
-            known = listed(list(names))
-            raise DataError(f"{where} {which} {wrong[0]!r}; give one number for each of {known}")
-        value = [by_name[name] for name in names]
+        value = [by_name.pop(name, None) for name in names]
+        value += by_name.values()  # of other labels
     if not isinstance(value, list) or len(value) != len(names):
         count = f"{len(value)} numbers" if isinstance(value, list) else repr(value)
         raise DataError(

@@ -100,14 +100,12 @@ def class_word(name: str, column: str, record: Record) -> str | None:
         return None
     if isinstance(value, int):
         return str(value)
+    hint = "scores need task.type: regression"
     if isinstance(value, list):
-        raise DataError(
-            f"{name}, {record.place}: column {column!r} holds a list, and other rows have one "
-            "label outside a list; write a list in every row"
-        )
+        hint = "where a row has several, every row has a list"
     raise DataError(
         f"{name}, {record.place}: label {value!r} in column {column!r} is not a class; a "
-        "class is a whole number or a word (scores need task.type: regression)"
+        f"class is a whole number or a word ({hint})"
     )
 
 
@@ -183,7 +181,7 @@ def find_classes(rows: Dataset, column: str, names: Sequence[str], *, name: str)
 def with_numbers(rows: Dataset, classes: Classes, *, bad: BadRows) -> Dataset:
     """Return rows with class numbers as labels, and -100 without a label.
 
-    A list of labels becomes a 0 or 1 for every class, see `label_sets.as_sets`.
+    A list of labels becomes a 0 or 1 for every class, or all -100 without a list.
     """
     words, codes, rows_of = _words(rows)
     numbers = np.full(len(words) + 1, IGNORE, np.int64)  # the last one: rows without a label
@@ -202,8 +200,9 @@ def with_numbers(rows: Dataset, classes: Classes, *, bad: BadRows) -> Dataset:
     bad.finish()
     labels: NDArray = numbers[codes]
     if isinstance(rows.features["label"], List):
-        known = cast("Any", rows.data.column("label")).is_valid().to_numpy()
-        labels = as_sets(rows_of, labels, known, len(classes.names))
+        labels = np.zeros((len(rows), len(classes.names)), np.int8)
+        labels[rows_of, numbers[codes]] = 1
+        labels[cast("Any", rows.data.column("label")).is_null().to_numpy()] = IGNORE
     if wrong:
         right = np.setdiff1d(np.arange(len(rows)), list(wrong))
         rows, labels = rows.select(right), labels[right]
@@ -220,21 +219,6 @@ def _words(rows: Dataset) -> tuple[list[str], NDArray[np.int64], NDArray[np.int6
         column = column.flatten()
     coded = column.dictionary_encode()
     return coded.dictionary.to_pylist(), coded.indices.fill_null(-1).to_numpy(), rows_of
-
-
-def as_sets(rows_of: NDArray, numbers: NDArray, known: NDArray, classes: int) -> NDArray[np.int8]:
-    """Return [N, C] 1 for each label of a row, else 0; -100 in all classes where none is known.
-
-    Args:
-        rows_of: [M] the row of each label.
-        numbers: [M] its class.
-        known: [N] bool.
-        classes: C.
-    """
-    sets = np.zeros((len(known), classes), np.int8)
-    sets[rows_of, numbers] = 1
-    sets[~known] = IGNORE
-    return sets
 
 
 def _integer(word: str) -> int | None:

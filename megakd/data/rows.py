@@ -50,13 +50,7 @@ from megakd.data.chat.conversations import (
     is_chat,
 )
 from megakd.data.choosing import is_labelled, text_hash
-from megakd.data.label_sets import (
-    LabelForm,
-    label_form,
-    label_words,
-    soft_text,
-    with_soft_labels,
-)
+from megakd.data.label_sets import LabelForm, label_form, label_words, soft_text, with_soft_labels
 from megakd.data.labels import Classes, class_word, find_classes, score, with_numbers
 from megakd.errors import DataError, suggestion
 from megakd.storage.folders import whole_folder
@@ -146,12 +140,15 @@ class RowKind:
             require(table, column, "task.label_column")
         return kind
 
-    def taught(self, table: Table, column: str | None, name: str | None = None) -> RowKind:
-        """Return the kind with teachers from a column, or with the teacher `name`, if any."""
+    def taught(self, table: Table, task: TaskConfig, name: str | None = None) -> RowKind:
+        """Return the kind with teachers or answers from columns, or the teacher `name`, if any."""
+        column = task.teacher_column
+        if task.soft_labels is not None:
+            require(table, task.soft_labels, "task.soft_labels")
         if name is None and column is not None:
             require(table, column, "task.teacher_column")
         teacher = RowTeacher(column if name is None else None, name)
-        return replace(self, teacher=teacher) if any(teacher) else self
+        return replace(self, teacher=teacher if any(teacher) else None, soft=task.soft_labels)
 
     @property
     def is_chat(self) -> bool:
@@ -162,11 +159,6 @@ class RowKind:
         """True for conversations whose answers no column can hold."""
         fields = self.fields
         return isinstance(fields, ChatColumns) and not any(fields._replace(prompt=None)[:4])
-
-    @property
-    def key_parts(self) -> tuple[object, ...]:
-        """What the labels and teachers of the rows depend on, beside the file."""
-        return (self.fields, self.teacher, *filter(None, [self.form, self.soft]))
 
     @property
     def label(self) -> str | None:
@@ -345,10 +337,7 @@ def rows_of_tables(
         if split == "train":  # only training rows have teachers
             teacher = (task.mixture or {})[source].teacher if source else None
             kind = RowKind.of(task, table, as_chat=as_chat)
-            if task.soft_labels is not None:
-                require(table, task.soft_labels, "task.soft_labels")
-            kind = replace(kind, soft=task.soft_labels)
-            kinds[key] = kind.taught(table, task.teacher_column, teacher)
+            kinds[key] = kind.taught(table, task, teacher)
         elif as_chat:
             kinds[key] = RowKind.of(task, table, as_chat=True)
         else:
@@ -357,14 +346,16 @@ def rows_of_tables(
     classes, first = None, order[0]
     label = kinds[first].label
     if label is not None and task.type == "classification":
-        form = kinds[first].form
-        declared = (form and form.columns) or tables[first].class_names.get(label, ())
-        names = task.labels or declared
+        form, declared = kinds[first].form, tables[first].class_names.get(label, ())
+        names = task.labels or (form and form.columns) or declared
         classes = find_classes(rows[first], label, names, name=tables[first].name)
         rows = {split: numbered(rows[split], classes, task, kinds[split]) for split in rows}
     train = [rows.pop(key) for key in order if key.startswith("train")]
     whole = train[0] if len(train) == 1 else concatenate_datasets(train)
-    digests = [(key, tables[key].digest, *kinds[key].key_parts) for key in order]
+    digests = [
+        (key, tables[key].digest, one.fields, one.teacher, *filter(None, [one.form, one.soft]))
+        for key, one in kinds.items()
+    ]
     return Corpus(
         name=name,
         splits={"train": whole, **rows},

@@ -135,13 +135,7 @@ def _check_head(
             "missing); set teacher.finetune or give a folder that was fine-tuned for the task"
         )
     wanted, stated = _PROBLEMS.get(task.type), source.config.problem_type
-    if task.multi_label and stated not in (None, MULTI_LABEL):
-        raise ModelError(
-            f"{source.where}: {source.folder} has problem_type {stated} in config.json, and a row "
-            f"of these data has any number of labels, which needs {MULTI_LABEL}; set "
-            "teacher.finetune or give a model that was fine-tuned for it"
-        )
-    wanted = None if task.multi_label else wanted
+    wanted = MULTI_LABEL if task.multi_label else wanted
     if wanted is not None and stated not in (None, wanted):
         raise ModelError(
             f"{source.where}: {source.folder} has problem_type {stated} in config.json, and "

@@ -107,17 +107,19 @@ def _is_served_encoder(lab: RunLab) -> bool:
     return config.eval.latency
 
 
-def graph_scores(assembly: Assembly, logits: Logits) -> Tensor:
-    """Return the scores [2, N] of held-out rows, one by one and in batches; see `Scores`."""
+def graph_scores(assembly: Assembly, threshold: float | None, logits: Logits) -> Tensor:
+    """Return the scores [2, N] of held-out rows, one by one and in batches; see `Scores`.
+
+    `threshold`: see `TaskMetrics`.
+    """
     rows = few(assembly.prepared.encoded.held_out, assembly.config.task.type, times=4)
-    threshold = assembly.scorer().metrics.threshold or 0.5
 
     def score(answers: Tensor, labels: Tensor) -> Tensor:  # [B]
         if answers.ndim == 3:
             nats = cross_entropy(answers.mT, labels, ignore_index=IGNORE, reduction="none")
             return -nats.sum(1) / (labels != IGNORE).sum(1)
         if labels.dim() == 2:  # any number of labels
-            right = ((answers.sigmoid() >= threshold) == (labels == 1)).all(1).double()
+            right = ((answers.sigmoid() >= (threshold or 0.5)) == (labels == 1)).all(1).double()
             return right.masked_fill(labels[:, 0].isnan(), torch.nan)
         if labels.is_floating_point():
             return -((answers[:, 0] - labels) ** 2)
@@ -133,11 +135,13 @@ def _quantized(
     assembly: Assembly, row: str, graph: Path, threshold: float | None
 ) -> dict[str, float]:
     whole = graph_path(assembly.config.output_dir, row.replace("int8", "onnx"))
-    logger.info("%s: %s", row, *quantize_graph(whole, graph, partial(graph_scores, assembly)))
+    scores = partial(graph_scores, assembly, threshold)
+    logger.info("%s: %s", row, *quantize_graph(whole, graph, scores))
     rows, scorer = assembly.prepared.encoded.held_out, assembly.scorer()
     batches = _outputs(assembly, OnnxModel(graph).logits, rows, batch_size=scorer.batch_size)
     outputs, labels = zip(*batches, strict=True)
-    return replace(scorer.metrics, threshold=threshold).of(torch.cat(outputs)[: len(rows)], torch.cat(labels)[: len(rows)])
+    metrics = replace(scorer.metrics, threshold=threshold)
+    return metrics.of(torch.cat(outputs)[: len(rows)], torch.cat(labels)[: len(rows)])
 
 
 def _outputs(

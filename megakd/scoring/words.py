@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from numpy.typing import NDArray
 
 from megakd.contract.tasks import TFIDF, THRESHOLD
 from megakd.data.choosing import is_labelled
@@ -22,8 +22,6 @@ logger = logging.getLogger(__name__)
 MOST_ROWS, MOST_TERMS, MOST_CHARACTERS = 20_000, 50_000, 1_000
 """Rows that are learned at most, of more rows evenly spaced ones; words and pairs of words; and the
 characters that are read of a text. The baseline takes seconds."""
-SURE = 9.0
-"""Log-odds of a label that all training rows have, or its negative of one that none has."""
 
 
 def score_words(splits: Splits, metrics: TaskMetrics) -> Mapping[str, float]:
@@ -31,9 +29,9 @@ def score_words(splits: Splits, metrics: TaskMetrics) -> Mapping[str, float]:
 
     Empty if the training rows have labels of fewer than two classes, or no words.
     """
-    from sklearn.base import clone
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import SGDClassifier
+    from sklearn.multiclass import OneVsRestClassifier
 
     began = time.perf_counter()
     texts, labels = _labelled(splits.train, most=MOST_ROWS)
@@ -51,16 +49,10 @@ def score_words(splits: Splits, metrics: TaskMetrics) -> Mapping[str, float]:
         loss="log_loss", alpha=0.1 / count, max_iter=passes, random_state=0, **options
     )
     if splits.multi_label:
-        # One class against all others; one that all rows have, or none, needs no words.
-        columns = np.array(labels).T
-        models = [clone(model).fit(learned, c) if 0 < c.mean() < 1 else c[0] for c in columns]
-
-        def logits(texts: list[str]) -> NDArray:
-            seen, sure = words.transform(texts), np.full(len(texts), SURE)
-            of = [sure * (2 * m - 1) if m in (0, 1) else m.decision_function(seen) for m in models]
-            return np.stack(of, axis=1)
-
-        return _score_sets(splits, metrics, logits)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a label that all rows have, or none
+            model = OneVsRestClassifier(model).fit(learned, np.array(labels))
+        return _score_sets(splits, metrics, words, model)
     model.fit(learned, labels)
     held_out, truth = _labelled(splits.held_out)
     shares = np.zeros((len(held_out), len(splits.label_names)))  # a class without a row gets none
@@ -70,15 +62,15 @@ def score_words(splits: Splits, metrics: TaskMetrics) -> Mapping[str, float]:
 
 
 def _score_sets(
-    splits: Splits, metrics: TaskMetrics, logits: Callable[[list[str]], NDArray]
+    splits: Splits, metrics: TaskMetrics, words: Any, model: Any
 ) -> Mapping[str, float]:
-    def scored(rows: Dataset) -> Mapping[str, float]:
+    def scored(rows: Dataset, metrics: TaskMetrics) -> Mapping[str, float]:
         texts, truth = _labelled(rows)
-        return metrics.of(torch.from_numpy(logits(texts)), torch.tensor(truth).double())
+        shares = torch.from_numpy(model.predict_proba(words.transform(texts)))
+        return metrics.of(shares.double().logit(1e-6), torch.tensor(truth).double())
 
-    threshold = scored(splits.validation)[THRESHOLD]
-    metrics = replace(metrics, threshold=threshold)
-    return scored(splits.held_out)
+    threshold = scored(splits.validation, metrics)[THRESHOLD]
+    return scored(splits.held_out, replace(metrics, threshold=threshold))
 
 
 def _labelled(rows: Dataset, *, most: int | None = None) -> tuple[list[str], list[Any]]:

@@ -154,14 +154,26 @@ def soft(*values: Any, lists: bool = False) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("train", "keys", "text"),
     [
-        ([*LISTS, {"text": "f", "labels": "joy"}], {}, "'joy' in column 'labels' stands beside"),
-        ([*SOFT, {"text": "f", "label": ["joy"]}], {}, "train.jsonl, line 3: column 'label' holds"),
+        (
+            [*LISTS, {"text": "f", "labels": "joy"}],
+            {},
+            "'joy' in column 'labels' stands beside lists of labels",
+        ),
+        (
+            [*SOFT, {"text": "f", "label": ["joy"]}],
+            {},
+            "line 3: label ['joy'] in column 'label' is not a class",
+        ),
         ([*LISTS, {"text": "f", "labels": [""]}], {}, "has an empty label; remove it"),
-        (LISTS, {"label_separator": ","}, "holds a list, and task.label_separator is for labels"),
+        (
+            LISTS,
+            {"label_separator": ","},
+            "stands beside texts of labels; write all labels as lists, or all",
+        ),
         (LISTS, {"labels": ["joy", "love"]}, "'anger' is not one of the 2 classes of this data"),
         (LISTS, {"label_column": ["labels", "text"]}, "column 'labels' (task.label_column) must"),
         (LISTS, {"label_column": ["labels", "x"]}, "column 'x' (task.label_column) does not exist"),
-        (LISTS, {"multi_label": False}, "holds a list, and other rows have one"),
+        (LISTS, {"multi_label": False}, "(where a row has several, every row has a list)"),
         (
             LISTS,
             {"label_separator": "/", "labels": ["joy/love", "anger"]},
@@ -172,8 +184,12 @@ def soft(*values: Any, lists: bool = False) -> list[dict[str, Any]]:
         (soft([1, 0], [0.2, 0.3, 0.5]), {}, "line 2: soft labels (task.soft_labels) are 3 numbers"),
         (soft([1, 0], None), {}, "line 2: column 'p' (task.soft_labels) is empty, and every"),
         (soft([1, 0], [1.5, -0.5]), {}, "'joy' has 1.5, which is no probability from 0 to 1; appl"),
-        (soft({"joy": 1}, [1, 0]), {}, "line 1: soft labels (task.soft_labels) lack 'love'; give"),
-        (soft({"joy": 1, "fun": 0}, [1, 0]), {}, "(task.soft_labels) name 'fun'; give one number"),
+        (soft({"joy": 1}, [1, 0]), {}, "line 1: soft labels (task.soft_labels): 'love' has None"),
+        (
+            soft({"joy": 1, "fun": 0}, [1, 0]),
+            {},
+            "(task.soft_labels) are 3 numbers, and there are 2 labels (joy, love)",
+        ),
         (
             soft([0, 2.0, 0], [0, 1, 1], lists=True),
             {},

@@ -202,7 +202,7 @@ def test_answers_that_are_sure_teach_as_labels_do(one_rank, tmp_path):
             "objective[0].label_smoothing: weighs or smooths the one label of a row",
         ),
         ({"eval": {"metric": "accuracy"}}, "accuracy is about rows with one label, and a row"),
-        ({"task": {"multi_label": False}}, "holds a list, and other rows have one label outside"),
+        ({"task": {"multi_label": False}}, "(where a row has several, every row has a list)"),
         (
             {"task": {"soft_labels": "text"}},
             "task.soft_labels: not supported by method finetune; remove it, or use single",
