@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from datasets import Dataset, List
@@ -117,9 +117,9 @@ def with_soft_labels(rows: Dataset, names: Sequence[str], *, bad: BadRows) -> Da
 
 def _probabilities(place: str, text: str, names: Sequence[str], *, adds_up: bool) -> list[float]:
     where = f"{place}: soft labels (task.soft_labels)"
-    value = parse_json(text, where)
+    value: Any = parse_json(text, where)
     if isinstance(value, dict):
-        by_name = cast("dict[str, object]", value)
+        by_name = cast("dict[str, Any]", value)
         value = [by_name.pop(name, None) for name in names]
         value += by_name.values()  # of other labels
     if not isinstance(value, list) or len(value) != len(names):

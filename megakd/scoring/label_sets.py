@@ -6,6 +6,7 @@ Shapes: N rows, C classes. `predicted` are logits [N, C], `truth` is [N, C] 0 or
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,9 +51,10 @@ def score_of(name: str, guessed: NDArray, truth: Numbers) -> float:
 
 def set_report(guessed: NDArray, truth: Numbers, label_names: Sequence[str]) -> Row:
     """Return the scores by class."""
-    from sklearn.metrics import precision_recall_fscore_support
+    from sklearn import metrics
 
-    parts = precision_recall_fscore_support(truth, guessed, average=None, zero_division=0)
+    scores: Any = metrics.precision_recall_fscore_support
+    parts = scores(truth, guessed, average=None, zero_division=0)
     columns = (np.asarray(part).tolist() for part in parts)
     return {
         "per_class": [
