@@ -1,4 +1,4 @@
-"""Documents in one row: which models compute them as alone, and rows of one document each."""
+"""Documents in one row: which models compute them as alone, and the attentions that do."""
 
 from __future__ import annotations
 
@@ -11,63 +11,74 @@ import numpy as np
 import pytest
 import tiny_families
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megakd.config.task import TaskConfig
-from megakd.contract.batch import Batch
+from megakd.contract.batch import IGNORE, Batch
 from megakd.data.collation import Collator, documents_of
+from megakd.data.step_layout import packed_row
 from megakd.data.token_tables import pack, single_documents
 from megakd.errors import ModelError
 from megakd.models.knowledge import Needs, read_knowledge
-from megakd.models.packed_attention import VARLEN
+from megakd.models.packed_attention import VARLEN, attend
 from megakd.models.packing import Packing, packing_of, set_attention
 from megakd.models.structure import for_task
 
 TYPES = sorted(tiny_families.TYPES["causal_lm"])
-# Recurrent and convolving layers, some of them between attentions.
-MIXING = ("mamba", "lfm2", "lfm3", "qwen3_5_text", "falcon_h1", "jamba", "granitemoehybrid")
-DOCUMENTS = (21, 9, 14)
+# By what keeps documents apart; those that are "apart" are recurrent, convolve, or do it beside
+# attentions. The slow test has all types.
+PACKINGS: dict[Packing, str] = {
+    "positions": "llama mistral gpt2 gemma2 gemma3_text phi3 granite mixtral smollm3 olmo3",
+    "mask": "biogpt",
+    "masks_by_type": "gpt_oss",
+    "apart": "mamba lfm2 jamba",
+}
+# How far tokens see, so that it matters in these rows; a small lfm2 has attentions alone, and a row
+# of a Mamba costs as much as a chunk.
+SHORT = {"sliding_window": 5}
+KEYS = {
+    "mistral": SHORT,
+    "gemma2": SHORT,
+    "gemma3_text": SHORT,
+    "phi3": SHORT,
+    "gpt_oss": SHORT,
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+}
+EAGER = ("gemma2", "gpt_oss")
+"""Attentions that neither sdpa nor varlen compute."""
+DOCUMENTS = (21, 9, 1, 14)
 LENGTH = 24
-NAMES = """
-apertus arcee bamba biogpt bloom cohere cohere2 ernie4_5 exaone4 falcon_h1 falcon_mamba gemma glm
-glm4 gpt_bigcode gpt_neox granitemoehybrid helium hunyuan_v1_dense jamba xglm lfm2 lfm3
-llama4_text mamba ministral mixtral mpt nemotron olmo olmo2 olmo3 opt phimoe qwen3_5_text
-recurrent_gemma seed_oss smollm3 stablelm starcoder2
-"""
-FORTY = NAMES.split()
 
 
-class Tokens:
-    pad_token_id = 0
+def collator(length: int = LENGTH) -> Collator:
+    task = TaskConfig(type="causal_lm", dataset="d", max_length=length)
+    return Collator(SimpleNamespace(pad_token_id=0), task)  # type: ignore[arg-type]
+
+
+def batch_of(*, packed: bool = True) -> Batch:
+    """A padded batch of documents in rows, with a dummy row at the end."""
+    generator = np.random.default_rng(0)
+    documents = [generator.integers(5, 300, size=count) for count in DOCUMENTS]
+    rows = (pack if packed else single_documents)(documents, LENGTH)
+    return collator()([row._asdict() for row in rows], dummy_rows=1)
 
 
 def config_of(model_type: str):
     config = tiny_families.small_config(model_type, "causal_lm")
-    if model_type == "lfm2":  # a small one has attentions alone
-        config.layer_types = ["conv", "full_attention"]
-    if getattr(config, "mamba_chunk_size", None):  # a row costs as much as a chunk
+    for key, value in KEYS.get(model_type, {}).items():
+        setattr(config, key, value)
+    if getattr(config, "mamba_chunk_size", None):
         config.mamba_chunk_size = 8
     return config
 
 
-def model_of(model_type: str, attention: str | None = None):
+def model_of(model_type: str):
     model = tiny_families.build(config_of(model_type), "causal_lm")
     for_task(model.config, "causal_lm")
-    if attention is not None:
-        model.set_attn_implementation(attention)
+    if model_type in EAGER:
+        model.set_attn_implementation("eager")
     return model
-
-
-def batch_of(documents, *, packed: bool, length: int = LENGTH) -> Batch:
-    """A padded batch of rows, with a dummy row at the end."""
-    task = TaskConfig(type="causal_lm", dataset="unused", max_length=length)
-    rows = (pack if packed else single_documents)(documents, length)
-    collate = Collator(Tokens(), task)  # type: ignore[arg-type]
-    return collate([row._asdict() for row in rows], dummy_rows=1)
-
-
-def documents(seed: int = 0) -> list[np.ndarray]:
-    generator = np.random.default_rng(seed)
-    return [generator.integers(5, 500, size=count) for count in DOCUMENTS]
 
 
 def logits(model, batch: Batch) -> torch.Tensor:
@@ -98,37 +109,17 @@ def decided(model_type: str) -> tuple[Packing, float]:
     """How documents are kept apart, and how far logits are from those of documents alone."""
     model = model_of(model_type)
     packing = packing_of(model.config, model.config._attn_implementation)
-    return packing, largest_difference(model, batch_of(documents(), packed=packing != "apart"))
-
-
-@pytest.mark.parametrize("model_type", MIXING)
-def test_a_padded_row_of_a_recurrent_model_gets_the_logits_that_it_has_alone(model_type):
-    model = model_of(model_type)
-
-    assert packing_of(model.config, None) == "apart"
-    assert largest_difference(model, batch_of(documents(), packed=False)) < 2e-5
+    return packing, largest_difference(model, batch_of(packed=packing != "apart"))
 
 
 @pytest.mark.parametrize(
     ("model_type", "packing"),
-    [
-        ("smollm3", "positions"),
-        ("olmo3", "positions"),
-        ("biogpt", "mask"),
-        ("gpt_oss", "masks_by_type"),
-    ],
+    [(name, packing) for packing, names in PACKINGS.items() for name in names.split()],
 )
-def test_a_packed_row_of_an_attention_gets_the_logits_of_its_documents_alone(model_type, packing):
-    model = model_of(model_type, "eager" if model_type == "gpt_oss" else None)
+def test_documents_share_a_row_only_if_that_changes_no_logits(model_type, packing):
+    actual, difference = decided(model_type)
 
-    assert packing_of(model.config, model.config._attn_implementation) == packing
-    assert largest_difference(model, batch_of(documents(), packed=True)) < 2e-5
-
-
-@pytest.mark.parametrize("model_type", FORTY)
-def test_forty_families_are_packed_only_if_that_changes_no_logits(model_type):
-    _, difference = decided(model_type)
-
+    assert actual == packing
     assert difference < 2e-5
 
 
@@ -152,11 +143,166 @@ def test_all_families_are_packed_only_if_that_changes_no_logits(capsys):
     assert counts["positions"] >= 70
 
 
-def test_an_attention_by_boundaries_is_refused_where_the_model_has_another():
-    model = model_of("lfm2")
-    source = SimpleNamespace(attn_implementation=VARLEN, where="student.model")
+# Attention document by document, by their boundaries, and the choice of an attention.
 
-    with pytest.raises(
-        ModelError, match=r"student\.attn_implementation: varlen does not compute the"
-    ):
-        set_attention(model, source, "causal_lm", torch.device("cpu"))  # type: ignore[arg-type]
+
+FAMILIES = {
+    **{name: {} for name in ("llama", "gpt2", "gemma3_text", "phi", "qwen3_moe")},
+    "mistral": {"sliding_window": 3},
+    "gemma2": {"attn_logit_softcapping": None},
+}
+
+
+def tiny_model(tiny, family, dtype=torch.float32, **keys):
+    folder = tiny.save(family, **{**FAMILIES.get(family, {}), **keys})
+    return tiny.load(folder, tiny.task("causal_lm")).to(dtype).eval()
+
+
+def attend_with(model, name, device="cpu"):
+    source = SimpleNamespace(attn_implementation=name, where="student.model")
+    set_attention(model, source, "causal_lm", torch.device(device))  # type: ignore[arg-type]
+
+
+def hidden_and_gradient(model, batch, name):
+    model.set_attn_implementation(name)
+    model.zero_grad()
+    hidden = read_knowledge(model, batch, Needs()).hidden
+    (hidden.float() * batch.valid[..., None]).square().sum().backward()
+    gradients = {n: p.grad.float() for n, p in model.named_parameters() if p.grad is not None}
+    scaled = {name: gradient / gradient.abs().max() for name, gradient in gradients.items()}
+    return hidden.detach()[batch.valid].float(), scaled
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "close", "gradient"),
+    [
+        *((name, torch.float32, 1e-5, 3e-5) for name in FAMILIES),
+        *((name, torch.bfloat16, 5e-2, 2e-1) for name in ("llama", "gemma3_text")),
+    ],
+)
+def test_documents_one_by_one_equal_masked_rows(tiny, family, dtype, close, gradient):
+    model, batch = tiny_model(tiny, family, dtype), batch_of()
+    attend_with(model, VARLEN)
+
+    ours, our_gradients = hidden_and_gradient(model, batch, VARLEN)
+    masked = "eager" if family == "gemma2" else "sdpa"
+    theirs, their_gradients = hidden_and_gradient(model, batch, masked)
+
+    torch.testing.assert_close(ours, theirs, rtol=close, atol=close)
+    torch.testing.assert_close(our_gradients, their_gradients, rtol=0, atol=gradient)
+
+
+def test_no_mask_is_built(tiny):
+    model, masks = tiny_model(tiny, "llama"), []
+    attend_with(model, VARLEN)
+    model.model.layers[0].self_attn.register_forward_pre_hook(
+        lambda _, __, named: masks.append(named.get("attention_mask")), with_kwargs=True
+    )
+
+    read_knowledge(model, batch_of(), Needs())
+
+    assert masks == [None]
+
+
+@settings(max_examples=25)
+@given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=8), length=st.integers(2, 12))
+def test_the_collator_states_where_documents_begin(lengths, length):
+    rows = list(pack((np.arange(n) + 2 for n in lengths), length))
+    batch = collator(length)([row._asdict() for row in rows])
+    starts, longest = batch.documents
+
+    positions = batch.inputs["position_ids"].flatten()
+    assert starts.dtype == torch.int32
+    assert (starts[0], starts[-1]) == (0, positions.numel())
+    parts = [positions[a:b] for a, b in pairwise(starts.tolist())]
+    assert all(torch.equal(part, torch.arange(len(part))) for part in parts)
+    assert longest == max(map(len, parts))
+    width = batch.valid.shape[1]
+    assert all(a // width == (b - 1) // width for a, b in pairwise(starts.tolist()))
+
+
+def test_without_boundaries_every_row_is_a_document():
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 8)
+
+    actual, _ = attend(None, query, key, value, None, scaling=0.3)
+
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=0.3, enable_gqa=True
+    )
+    torch.testing.assert_close(actual, expected.transpose(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "keys", "device", "chosen"),
+    [
+        ("llama", torch.bfloat16, {}, "cuda", VARLEN),
+        ("llama", torch.float32, {}, "cuda", "sdpa"),
+        ("llama", torch.bfloat16, {"attention_dropout": 0.1}, "cuda", "sdpa"),
+        ("llama", torch.bfloat16, {"head_dim": 12}, "cuda", "sdpa"),
+        ("llama", torch.bfloat16, {}, "cpu", "sdpa"),
+        # What only eager attention can compute.
+        ("gemma2", torch.bfloat16, {"attn_logit_softcapping": 0.5}, "cuda", "eager"),
+        ("gpt_oss", torch.bfloat16, {}, "cuda", "eager"),
+    ],
+    ids=["gpu", "fp32", "dropout", "width", "cpu", "cap", "sinks"],
+)
+def test_packed_rows_use_it_on_a_gpu_whose_kernel_supports_the_model(
+    tiny, family, dtype, keys, device, chosen
+):
+    model = tiny_model(tiny, family, dtype, **keys)
+    attend_with(model, None, device)
+    assert model.config._attn_implementation == chosen
+
+
+CAP = r"gemma2 model has a cap on attention scores \(attn_logit_softcapping: 0.5\)"
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "device", "message"),
+    [
+        ("llama", VARLEN, "cuda", r"^student.attn_implementation: varlen needs bf16"),
+        *(
+            (family, name, "cpu", f"{part}, which {name} does not support; use eager")
+            for family, part in (("gemma2", CAP), ("gpt_oss", "gpt_oss model has attention sinks"))
+            for name in ("sdpa", VARLEN)
+        ),
+        ("lfm2", VARLEN, "cpu", r"student\.attn_implementation: varlen does not compute the"),
+    ],
+)
+def test_an_attention_that_leaves_out_a_part_of_the_model_is_refused(
+    tiny, family, name, device, message
+):
+    keys = {"attn_logit_softcapping": 0.5} if family == "gemma2" else {}
+    model = model_of(family) if family == "lfm2" else tiny_model(tiny, family, **keys)
+
+    with pytest.raises(ModelError, match=message):
+        attend_with(model, name, device)
+
+
+def test_a_saved_model_opens_with_the_attention_of_transformers(tiny, tmp_path):
+    model = tiny_model(tiny, "llama")
+    attend_with(model, VARLEN)
+    model.save_pretrained(tmp_path)
+    assert "varlen" not in (tmp_path / "config.json").read_text()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "phi", "gpt_oss"])
+def test_texts_of_a_row_longer_than_the_models_positions_are_read_as_alone(tiny, family):
+    """A token budget packs such rows."""
+    positions = "n_positions" if family == "gpt2" else "max_position_embeddings"
+    folder = tiny.save(family, **{positions: 32})
+    model, collate = tiny.load(folder, tiny.task("causal_lm", max_length=32)), collator(32)
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(2, 300, size=length).tolist() for length in (30, 7, 24, 1, 11, 32)]
+    rows = [{"input_ids": ids, "labels": [*ids[1:], IGNORE]} for ids in texts]
+
+    def hidden(batch):
+        with torch.no_grad():
+            return read_knowledge(model, batch, Needs()).hidden[batch.valid]
+
+    together = packed_row(collate(rows), most=128)
+
+    assert together.valid.shape == (1, 112)
+    alone = torch.cat([hidden(collate([row])) for row in rows])
+    torch.testing.assert_close(hidden(together), alone, rtol=1e-4, atol=1e-4)
