@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 import tiny_families
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from megakd.config.task import TaskConfig
 from megakd.contract.batch import IGNORE, Batch
@@ -202,23 +200,6 @@ def test_no_mask_is_built(tiny):
     read_knowledge(model, batch_of(), Needs())
 
     assert masks == [None]
-
-
-@settings(max_examples=25)
-@given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=8), length=st.integers(2, 12))
-def test_the_collator_states_where_documents_begin(lengths, length):
-    rows = list(pack((np.arange(n) + 2 for n in lengths), length))
-    batch = collator(length)([row._asdict() for row in rows])
-    starts, longest = batch.documents
-
-    positions = batch.inputs["position_ids"].flatten()
-    assert starts.dtype == torch.int32
-    assert (starts[0], starts[-1]) == (0, positions.numel())
-    parts = [positions[a:b] for a, b in pairwise(starts.tolist())]
-    assert all(torch.equal(part, torch.arange(len(part))) for part in parts)
-    assert longest == max(map(len, parts))
-    width = batch.valid.shape[1]
-    assert all(a // width == (b - 1) // width for a, b in pairwise(starts.tolist()))
 
 
 def test_without_boundaries_every_row_is_a_document():
