@@ -39,15 +39,18 @@ from megakd.storage.folders import CHECKSUMS, copy_finished, damage, seal
 
 
 @pytest.mark.parametrize(
-    ("model", "auto"),
+    ("family", "keys", "auto", "left_out"),
     [
-        (build("bert"), AutoModelForSequenceClassification),
-        (build("llama"), AutoModelForCausalLM),
-        (build("llama", tie_word_embeddings=True), AutoModelForCausalLM),
+        ("bert", {}, AutoModelForSequenceClassification, set()),
+        ("llama", {}, AutoModelForCausalLM, set()),
+        ("llama", {"tie_word_embeddings": True}, AutoModelForCausalLM, {"lm_head.weight"}),
     ],
     ids=["bert", "llama", "tied llama"],
 )
-def test_stock_transformers_gives_identical_logits(model, auto, tmp_path: Path) -> None:
+def test_stock_transformers_gives_identical_logits(
+    family, keys, auto, left_out, tmp_path: Path
+) -> None:
+    model = build(family, **keys)
     written(model, tmp_path / "final")
 
     loaded, info = auto.from_pretrained(tmp_path / "final", output_loading_info=True)
@@ -55,9 +58,8 @@ def test_stock_transformers_gives_identical_logits(model, auto, tmp_path: Path) 
     assert torch.equal(logits(loaded.eval()), logits(model))
     assert not any(info.values()), info
     assert loaded.config.architectures == [type(model).__name__]
-    is_tied = getattr(model.config, "tie_word_embeddings", False) and auto is AutoModelForCausalLM
     stored = load_file(tmp_path / "final" / "model.safetensors")
-    assert stored.keys() == model.state_dict().keys() - ({"lm_head.weight"} if is_tied else set())
+    assert stored.keys() == model.state_dict().keys() - left_out
 
 
 def test_shards_load_and_the_index_is_complete(tmp_path: Path, monkeypatch) -> None:
@@ -74,16 +76,6 @@ def test_shards_load_and_the_index_is_complete(tmp_path: Path, monkeypatch) -> N
     assert set(index["weight_map"]) == set(model.state_dict())
     assert index["metadata"]["total_size"] == 4 * model.num_parameters()
     assert f"model-00001-of-{len(files):05d}.safetensors" in files
-
-
-def test_views_of_larger_memory_and_transposed_weights_are_written_as_they_read(
-    tmp_path: Path,
-) -> None:
-    base = torch.arange(12.0).reshape(3, 4)
-    write_weights(tmp_path, [("row", base[1]), ("turned", base.T), ("again", base[1])])
-    stored = load_file(tmp_path / "model.safetensors")
-    assert torch.equal(stored["row"], base[1])
-    assert torch.equal(stored["turned"], base.T)
 
 
 def test_no_more_tensors_are_alive_than_a_shard_holds(tmp_path: Path, monkeypatch) -> None:
@@ -116,7 +108,7 @@ def test_tensors_of_every_dtype_and_shape_are_read_as_they_were(
     tmp_path: Path, monkeypatch, shard: int
 ) -> None:
     monkeypatch.setattr(export, "SHARD_BYTES", shard)
-    table = torch.randn(7, 3)
+    table, base = torch.randn(7, 3), torch.arange(12.0).reshape(3, 4)
     state = [
         ("table", table),
         ("narrow", torch.randn(3).bfloat16()),
@@ -124,6 +116,8 @@ def test_tensors_of_every_dtype_and_shape_are_read_as_they_were(
         ("scalar", torch.tensor(2.5)),
         ("nothing", torch.empty(0, 4)),
         ("counts", torch.arange(3)),
+        ("row", base[1]),  # of a larger memory
+        ("turned", base.T),
         ("head", table),  # tied
     ]
 
@@ -138,41 +132,38 @@ def test_tensors_of_every_dtype_and_shape_are_read_as_they_were(
         assert torch.equal(result[name], tensor)
 
 
-def test_a_model_without_tensors_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="has no tensors"):
-        write_weights(tmp_path, [])
-
-
-def test_the_config_has_the_dtype_of_the_weights_and_the_given_one_is_unchanged(
+def test_the_config_states_the_dtype_of_the_weights_and_no_code_and_the_runs_own_is_unchanged(
     tmp_path: Path,
 ) -> None:
     model = build("bert")
+    model.config.auto_map = {"AutoConfig": "configuration_bert.BertConfig"}  # which BERT lacks
     before = model.config.to_dict()
 
     state = [(name, value.bfloat16()) for name, value in model.state_dict().items()]
     written(model, tmp_path / "final", state=state)
 
-    config = AutoConfig.from_pretrained(tmp_path / "final")
+    config = AutoConfig.from_pretrained(tmp_path / "final", trust_remote_code=True)
     assert config.dtype == torch.bfloat16
     assert config.id2label == {0: "no", 1: "yes", 2: "perhaps"}
     assert model.config.to_dict() == before
 
 
 def test_the_tokenizer_forgets_the_length_of_its_last_call(tmp_path: Path) -> None:
-    model, called = build("bert"), tokenizer()
+    called = tokenizer()
     called(["w3", "w4"], truncation=True, max_length=2, padding=True)
 
-    for name, one in (("called", called), ("fresh", tokenizer())):
-        written(model, tmp_path / name, tokenizer=one)
+    folders = [
+        written(build("bert"), tmp_path / name, tokenizer=one)
+        for name, one in (("called", called), ("fresh", tokenizer()))
+    ]
 
-    files = [(tmp_path / name / "tokenizer.json").read_bytes() for name in ("called", "fresh")]
-    assert files[0] == files[1]
+    called_file, fresh = ((folder / "tokenizer.json").read_bytes() for folder in folders)
+    assert called_file == fresh
 
 
 @pytest.mark.parametrize(
     ("family", "given", "length"),
     [
-        ("bert", None, 32),
         ("roberta", None, 30),  # two of its positions are of the padding
         ("gpt2", 4096, 32),
         ("llama", 16, 16),
@@ -213,35 +204,22 @@ def test_an_exported_tokenizer_has_neither_settings_of_this_machine_nor_a_pad_to
     assert (settings.eos_token_id, settings.pad_token_id) == (1, None)
 
 
-def test_a_model_of_transformers_does_not_name_a_file_of_code_that_it_lacks(tmp_path: Path) -> None:
-    model = build("bert")
-    model.config.auto_map = {"AutoConfig": "configuration_bert.BertConfig"}
-
-    written(model, tmp_path / "final")
-
-    AutoConfig.from_pretrained(tmp_path / "final", trust_remote_code=True)
-    assert model.config.auto_map
-
-
 @pytest.mark.parametrize("ends", [None, [9, 2]], ids=["of the tokenizer", "several"])
 def test_generation_ends_with_the_tokenizers_end_or_the_models_own(tmp_path: Path, ends) -> None:
-    model = build("llama")
+    model, ending = build("llama"), tokenizer()
     model.config.eos_token_id = ends or model.config.eos_token_id
-    ending = tokenizer()
     ending.eos_token = "w2"  # noqa: S105  (no password)
 
     written(model, tmp_path / "final", tokenizer=ending)
+    classifier = written(build("bert"), tmp_path / "classifier")
 
     generation = GenerationConfig.from_pretrained(tmp_path / "final")
-    assert generation.eos_token_id == (ends or 2)
-    assert generation.pad_token_id == 1
-    written(build("bert"), tmp_path / "classifier")
-    assert not (tmp_path / "classifier" / "generation_config.json").exists()
+    assert (generation.eos_token_id, generation.pad_token_id) == (ends or 2, 1)
+    assert not (classifier / "generation_config.json").exists()
 
 
 def test_the_folder_is_replaced_whole(tmp_path: Path) -> None:
-    written(build("bert"), tmp_path / "final")
-    (tmp_path / "final" / "stale.bin").write_text("old")
+    (written(build("bert"), tmp_path / "final") / "stale.bin").write_text("old")
 
     written(build("bert"), tmp_path / "final", extra={"README.md": "# card\n"})
 
@@ -253,12 +231,11 @@ def test_the_folder_is_replaced_whole(tmp_path: Path) -> None:
 def test_a_failure_keeps_the_old_folder_and_takes_the_state_to_its_end(
     tmp_path: Path, monkeypatch
 ) -> None:
-    written(build("bert"), tmp_path / "final")
-    old = (tmp_path / "final" / "model.safetensors").read_bytes()
-    taken = []
+    model, taken = build("bert"), []
+    old = (written(model, tmp_path / "final") / "model.safetensors").read_bytes()
 
     def state() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in build("bert").state_dict().items():
+        for name, tensor in model.state_dict().items():
             taken.append(name)
             yield name, tensor + 1
 
@@ -268,28 +245,18 @@ def test_a_failure_keeps_the_old_folder_and_takes_the_state_to_its_end(
     monkeypatch.setattr(export, "SHARD_BYTES", 500)
     monkeypatch.setattr(export, "save_file", full)
     with pytest.raises(MegakdError, match=r"no space left while writing .*final.*nothing was"):
-        written(build("bert"), tmp_path / "final", state=state())
+        written(model, tmp_path / "final", state=state())
 
     assert (tmp_path / "final" / "model.safetensors").read_bytes() == old
-    assert taken == list(build("bert").state_dict())
+    assert taken == list(model.state_dict())
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
 
 
-@pytest.mark.parametrize(
-    ("spec", "is_id"),
-    [
-        ("bert-base-uncased", True),
-        ("meta-llama/Llama-3.1-8B", True),
-        ("./bert", False),
-        ("a/b/c", False),
-        ("/models/bert", False),
-        ("runs/final", False),  # a folder that looks like one
-    ],
-)
-def test_a_hub_id_is_told_from_a_path(tmp_path: Path, monkeypatch, spec: str, *, is_id) -> None:
-    (tmp_path / "runs" / "final").mkdir(parents=True)
+def test_a_hub_id_is_told_from_a_path(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "runs" / "final").mkdir(parents=True)  # a folder that looks like an id
     monkeypatch.chdir(tmp_path)
-    assert (hub_id(spec) is not None) is is_id
+    specs = ["bert-base-uncased", "meta-llama/Llama-3.1-8B", "./bert", "a/b/c", "/models/bert"]
+    assert [spec for spec in [*specs, "runs/final"] if hub_id(spec) is not None] == specs[:2]
 
 
 FILES = {"bert": "modeling_cut.py", "llama": "modeling_cut.py", "enct5": "modeling_t5.py"}
@@ -332,6 +299,9 @@ def test_the_file_of_the_class_lies_beside_the_weights_and_megakd_never_runs_it(
     assert config["architectures"] == [type(model).__name__]
     assert f"{FILES[family][:-3]}.{type(model).__name__}" in config["auto_map"].values()
     assert brings_code(folder)
+    copy_finished(folder, tmp_path / "copy", changes={"README.md": "card"}, remedy="")
+    assert (tmp_path / "copy" / FILES[family]).read_text() == text
+    assert brings_code(tmp_path / "copy")
 
     (folder / FILES[family]).write_text("raise SystemExit('this must not run')\n")
     (folder / CHECKSUMS).unlink()
@@ -354,13 +324,6 @@ def test_a_stock_model_brings_no_code(first, tmp_path):
     assert "auto_map" not in json.loads((folder / "config.json").read_text())
     assert list(folder.glob("*.py")) == []
     assert not brings_code(folder)
-
-
-def test_a_copy_of_the_folder_keeps_the_code(tmp_path):
-    folder = written(smaller("bert"), tmp_path / "stage")
-    copy_finished(folder, tmp_path / "final", changes={"README.md": "card"}, remedy="")
-    assert (tmp_path / "final" / "modeling_cut.py").is_file()
-    assert brings_code(tmp_path / "final")
 
 
 def test_plain_transformers_loads_the_folders(tmp_path):
@@ -392,8 +355,7 @@ def test_plain_transformers_loads_the_folders(tmp_path):
 
 def test_the_export_of_a_folder_that_an_older_version_wrote_brings_todays_code(tmp_path):
     """An older file ignores the cache of a transformers that gives it another name."""
-    stage = tmp_path / "stages" / "student"
-    written(smaller("llama"), stage)
+    stage = written(smaller("llama"), tmp_path / "stages" / "student")
     (stage / "result.json").write_text("{}")
     (stage / "modeling_cut.py").write_text("# of an older version")
     (stage / CHECKSUMS).unlink()

@@ -1,10 +1,12 @@
-"""Completions: their tokens, where they end, and that rows which end leave the batch."""
+"""Completions, where they end, and rows that leave the batch; likely tokens and draws of tokens."""
 
 from __future__ import annotations
 
 import copy
 import json
+import math
 import random
+from collections import Counter
 from contextlib import contextmanager
 from functools import cache
 from types import SimpleNamespace
@@ -12,8 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_cuts
 import torch
-from elastic_views import NARROW, UNEVEN, VOCABULARY, WITHOUT, cut, family_model, masked
+from elastic_views import VOCABULARY, WITHOUT, family_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -22,12 +25,12 @@ from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
-    Gemma2Config,
     GenerationConfig,
     LlamaConfig,
     PreTrainedTokenizerFast,
 )
 
+from megakd.contract.batch import MOST_DRAWS, Batch
 from megakd.contract.completions import Sampling, TextTokens
 from megakd.contract.views import Cut
 from megakd.errors import DataError, ModelError
@@ -37,7 +40,11 @@ from megakd.models.generation import (
     check_prompt_lengths,
     complete,
     context_length,
+    count_draws,
+    draw,
+    drawn,
     generation_file,
+    most_likely,
     text_tokens,
 )
 from megakd.models.packed_attention import VARLEN, register_packed_attention
@@ -75,17 +82,14 @@ def test_tokens_that_the_tokenizer_does_not_have_are_never_generated(sampling):
 def test_prompts_without_tokens_or_room_are_refused(prompts, message):
     model = family_model("gpt2", n_positions=16)
 
+    assert context_length(CONFIG_MAPPING["bloom"]()) is None  # which takes prompts of any length
+    check_prompt_lengths([10**9], 10, None)
     assert completed(model, prompts=[], seeds=[]) == []
     assert len(texts(model, prompts=[[3] * 8], seeds=[0])[0]) == 8
     with pytest.raises(DataError, match=message):
         completed(model, prompts=prompts, seeds=[0, 0])
     with pytest.raises(ModelError, match="DistilBertForSequenceClassification cannot generate"):
         completed(family_model("distilbert"))
-
-
-def test_a_model_without_a_limit_takes_prompts_of_any_length():
-    assert context_length(CONFIG_MAPPING["bloom"]()) is None
-    check_prompt_lengths([10**9], 10, None)
 
 
 def test_the_models_own_generation_config_changes_nothing_and_is_kept():
@@ -122,9 +126,15 @@ def test_training_goes_on_as_if_nothing_had_been_generated():
     assert np.array_equal(np.random.get_state()[1], states[2])  # noqa: NPY002
 
 
-def test_a_model_with_the_attention_of_packed_rows_keeps_it_also_after_a_failure(monkeypatch):
+@pytest.mark.parametrize(
+    ("family", "keys"),
+    [("llama", {}), ("gemma2", {"attn_logit_softcapping": None})],  # which has no sdpa by default
+)
+def test_a_model_with_the_attention_of_packed_rows_keeps_it_also_after_a_failure(
+    monkeypatch, family, keys
+):
     register_packed_attention()
-    model = family_model("llama")
+    model = family_model(family, **keys)
     expected = texts(model)
     model.train().set_attn_implementation(VARLEN)
     given = model.generation_config
@@ -137,42 +147,6 @@ def test_a_model_with_the_attention_of_packed_rows_keeps_it_also_after_a_failure
     assert model.generation_config is given
     assert model.config._attn_implementation == VARLEN
     assert all(part.training for part in model.modules())
-
-
-def test_a_family_that_transformers_runs_without_sdpa_generates_between_packed_rows():
-    register_packed_attention()
-    config = Gemma2Config(
-        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=8, attn_logit_softcapping=None,
-    )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config)
-    expected = texts(model)
-
-    model.set_attn_implementation(VARLEN)
-
-    assert texts(model) == expected
-
-
-@pytest.mark.parametrize(
-    ("family", "view", "dense"),
-    [
-        ("llama", UNEVEN, masked),
-        ("qwen3", WITHOUT, masked),
-        ("gpt2", WITHOUT, masked),
-        ("gpt2", NARROW, cut),
-    ],
-    ids=["uneven", "without", "gpt2", "narrow"],
-)
-def test_an_elastic_model_generates_as_the_model_that_it_runs_as(family, view, dense):
-    model = family_model(family, tie_word_embeddings=False)
-    whole, expected = texts(model), texts(dense(model, view))
-    elastic = Elastic(model)
-
-    elastic.keep(Cut(None, view))
-    assert texts(model) == expected != whole
-
-    elastic.keep(None)
-    assert texts(model) == whole
 
 
 def test_a_number_that_a_tokenizer_skips_leaves_its_last_token_known():
@@ -189,46 +163,36 @@ def test_a_number_that_a_tokenizer_skips_leaves_its_last_token_known():
 
 
 @pytest.mark.parametrize(
-    ("listed", "kept"),
-    [([9, 2], [9, 2]), ([9], [2, 9]), ([9, 40], [2, 9]), (7, [2])],
-    ids=["has it", "added token", "ordinary token", "only an ordinary token"],
+    ("listed", "of_tokenizer", "answers_end", "kept"),
+    [
+        ([9, 2], 2, (), [9, 2]),
+        ([9], 2, (), [2, 9]),
+        ([9, 40], 2, (), [2, 9]),  # 40 is an ordinary token
+        (7, 2, (), [2]),
+        # Learned answers end with a token of their own.
+        (2, 2, (5,), [2, 5]),
+        ([2, 9], 2, (5,), [2, 5, 9]),
+        (5, 5, (5,), 5),
+        (None, 2, (5,), [2, 5]),  # a student from scratch has no file
+    ],
 )
-def test_a_generation_config_keeps_its_end_tokens_beside_that_of_the_tokenizer(
-    tmp_path, listed, kept
-):
-    tokenizer = SimpleNamespace(
-        eos_token_id=2, bos_token_id=None, pad_token_id=0, added_tokens_decoder={2: "", 9: ""}
-    )
-    (tmp_path / "generation_config.json").write_text(
-        json.dumps({"eos_token_id": listed, "temperature": 0.6, "do_sample": True})
-    )
-    source: Any = SimpleNamespace(folder=tmp_path, where="student.model")
-
-    (text,) = generation_file(source, tokenizer).values()
-
-    settings = GenerationConfig.from_dict(json.loads(text))
-    assert settings.eos_token_id == kept
-    assert (settings.temperature, settings.pad_token_id) == (0.6, 0)
-
-
-@pytest.mark.parametrize(
-    ("stated", "listed"), [(2, [2, 5]), ([2, 7], [2, 5, 7]), (5, 5), (None, [2, 5])]
-)
-def test_a_generation_config_lists_the_tokens_that_learned_answers_end_with(
-    tmp_path, stated, listed
+def test_a_generation_config_keeps_its_end_tokens_beside_those_of_the_tokenizer_and_the_answers(
+    tmp_path, listed, of_tokenizer, answers_end, kept
 ):
     tokenizer: Any = SimpleNamespace(
-        eos_token_id=2 if stated != 5 else 5, bos_token_id=None, pad_token_id=None,
-        added_tokens_decoder={2: "", 5: "", 7: ""},
+        eos_token_id=of_tokenizer, bos_token_id=None, pad_token_id=0,
+        added_tokens_decoder={2: "", 5: "", 9: ""},
     )  # fmt: skip
-    folder = None if stated is None else tmp_path  # a student from scratch has no file
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": stated}))
+    stored = {"eos_token_id": listed, "temperature": 0.6, "do_sample": True}
+    (tmp_path / "generation_config.json").write_text(json.dumps(stored))
+    folder = None if listed is None else tmp_path
     source: Any = SimpleNamespace(folder=folder, where="student.model", config=LlamaConfig())
 
-    (text,) = generation_file(source, tokenizer, frozenset({5})).values()
+    (text,) = generation_file(source, tokenizer, frozenset(answers_end)).values()
 
     settings = GenerationConfig.from_dict(json.loads(text))
-    assert (settings.eos_token_id, settings.pad_token_id) == (listed, None)
+    assert (settings.eos_token_id, settings.pad_token_id) == (kept, 0)
+    assert settings.temperature == (GenerationConfig().temperature if listed is None else 0.6)
 
 
 CUT = {"head_counts": [0, 2, 3], "neuron_counts": [7, 0, 33], "head_width": 8}
@@ -237,7 +201,7 @@ HYBRID = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_s
 HYBRID |= {"num_attention_heads": 2, "num_key_value_heads": 1, "attn_layer_indices": [1]}
 HYBRID |= {"intermediate_size": 32}
 SIXTEEN = [[5 + row, 6, 7][: 1 + row % 3] for row in range(16)]
-CASE = settings(max_examples=4, deadline=None, suppress_health_check=[*HealthCheck])
+CASE = settings(max_examples=3, deadline=None, suppress_health_check=[*HealthCheck])
 
 
 @cache
@@ -311,23 +275,18 @@ KINDS = ["llama", "mistral", "gpt2", "cut_llama", "elastic", "mamba2", "bamba"]
     limit=st.integers(1, 12),
     rows_at_once=st.integers(1, 9),
     share=st.sampled_from([0.01, 0.125, 0.5, 1.0]),
+    pad=st.integers(0, 59),  # a token of the texts, or an end
 )
-def test_greedy_texts_are_those_of_single_rows(kind, prompts, ends, limit, rows_at_once, share):
+def test_greedy_texts_are_those_of_single_rows(
+    kind, prompts, ends, limit, rows_at_once, share, pad
+):
     model, sampling = model_of(kind), Sampling(limit, temperature=0.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generation, "SHARE_TO_LEAVE", share)
-        result = with_ends(model, prompts, ends, sampling, rows_at_once=rows_at_once)
+        result = with_ends(model, prompts, ends, sampling, rows_at_once=rows_at_once, pad=pad)
 
     assert [text.ids for text in result] == without_batch(model, prompts, ends, limit)
     assert [text.finished for text in result] == [text.ids[-1] in ends for text in result]
-
-
-@CASE
-@given(ends=st.frozensets(st.integers(0, 59), max_size=30), pad=st.integers(0, 59))
-def test_the_padding_may_be_a_token_of_the_texts_or_an_end(ends, pad):
-    model, sampling = model_of("llama"), Sampling(10, temperature=0.0)
-    result = with_ends(model, SIXTEEN, ends, sampling, pad=pad)
-    assert [text.ids for text in result] == without_batch(model, SIXTEEN, ends, 10)
 
 
 @CASE
@@ -346,15 +305,7 @@ def test_few_rows_that_have_ended_are_computed(ends, count):
         assert rows - running < generation.SHARE_TO_LEAVE * rows
 
 
-def test_rows_that_end_at_different_tokens_are_counted_together():
-    enough = generation.EnoughHaveEnded(torch.tensor([7]), rows=16)
-    one, another = torch.zeros(2, 16, 1, dtype=torch.long).unbind()
-    one[3], another[5] = 7, 7
-    assert enough(one, None).tolist() == [False] * 16
-    assert enough(another, None).tolist() == [True] * 16
-
-
-@pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2", "cut_llama", "elastic", "bamba"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "cut_llama", "bamba"])
 def test_rows_that_go_on_are_not_read_again(kind):
     model = model_of(kind)
 
@@ -412,3 +363,86 @@ def test_sampled_tokens_follow_the_softmax_over_those_that_are_kept(sampling, ke
 def test_texts_follow_from_their_seeds():
     model, others = family_model("llama"), [seed + 1 for seed in SEEDS]
     assert texts(model) == texts(model) != texts(model, seeds=others)
+
+
+# The most likely next tokens, and draws of the next token.
+
+
+ALMOST_ONE = 1 - 2.0**-53
+
+
+def random_numbers(*shape: int) -> torch.Tensor:
+    return torch.rand(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def test_the_mean_share_of_a_token_is_its_probability():
+    logits, tries, draws = torch.tensor([3.0, 1.0, 2.5, -2.0, 0.0, 1.0]), 40_000, 3
+    p = logits.double().softmax(-1)
+
+    answer = count_draws(draw(logits.expand(tries, -1), random_numbers(tries, draws)))
+
+    slots = answer.ids.long().clamp(min=0)
+    shares = torch.zeros(tries, 6).scatter_add_(1, slots, answer.counts / draws)
+    error = (p * (1 - p) / (draws * tries)).sqrt()
+    assert ((shares.double().mean(0) - p).abs() <= 4 * error).all()
+
+
+def test_every_token_of_a_large_vocabulary_has_its_part_of_the_numbers():
+    """Sums in fp32 would draw some tokens twice and leave others out."""
+    vocabulary = 100_003
+    numbers = (torch.arange(vocabulary, dtype=torch.float64) + 0.5) / vocabulary
+    answer = draw(torch.zeros(1, vocabulary), numbers[None])
+    assert torch.equal(answer[0], torch.arange(vocabulary))
+
+
+def test_a_token_without_probability_is_never_drawn():
+    nothing = -math.inf
+    logits = torch.tensor([[nothing, 0.0, nothing, 1.0, nothing], [nothing] * 4 + [0.0]])
+    numbers = torch.tensor([0.0, ALMOST_ONE], dtype=torch.float64).expand(2, 2)
+    assert draw(logits, numbers).tolist() == [[1, 3], [4, 4]]
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_logits_that_are_not_finite_give_no_token(wrong):
+    logits = torch.tensor([[0.0, wrong, 1.0], [0.0, 0.0, 0.0]])
+    answer = count_draws(draw(logits, torch.full((2, 4), 0.5, dtype=torch.float64)))
+    assert answer.ids.tolist() == [[-1, -1, -1, -1], [1, -1, -1, -1]]
+    assert answer.counts.tolist() == [[0, 0, 0, 0], [4, 0, 0, 0]]
+
+
+tokens = st.lists(st.sampled_from([0, 1, 5, 7, 1 << 18]), min_size=1, max_size=6)
+
+
+@given(st.lists(tokens, min_size=1, max_size=4), st.integers(1, 3))
+def test_counts_are_how_often_each_token_was_drawn(rows, length):
+    draws = [(row * 6)[: 2 * length] for row in rows]
+
+    answer = count_draws(torch.tensor(draws))
+
+    for drawn_ids, ids, counts in zip(
+        draws, answer.ids.tolist(), answer.counts.tolist(), strict=True
+    ):
+        kept = {token: count for token, count in zip(ids, counts, strict=True) if token >= 0}
+        assert kept == Counter(drawn_ids)
+        assert sum(counts) == len(drawn_ids)
+        assert [*kept] == sorted(kept)
+    assert count_draws(torch.full((1, MOST_DRAWS), 3)).counts[0, 0] == MOST_DRAWS
+
+
+@pytest.mark.parametrize("at_once", [1, tiny_cuts.VOCABULARY * 4, 1 << 24])
+def test_blocks_of_positions_change_neither_tokens_nor_draws(monkeypatch, at_once):
+    model, numbers = tiny_cuts.build("llama"), random_numbers(3, 5, 6)
+    ids = torch.randint(20, (3, 5), generator=torch.Generator().manual_seed(0))
+    batch = Batch({"input_ids": ids}, ids, torch.ones(3, 5, dtype=torch.bool))
+    monkeypatch.setitem(generation.LOGITS_AT_ONCE, "cpu", at_once)
+    logits = model(**batch.inputs).logits.detach()
+    expected = count_draws(draw(logits.flatten(0, 1), numbers.flatten(0, 1)))
+    best = logits.log_softmax(-1).topk(4)
+
+    with torch.no_grad():
+        answer, kept = drawn(model, batch, numbers), most_likely(model, batch, 4)
+
+    assert torch.equal(answer.ids, expected.ids.view(3, 5, 6))
+    assert torch.equal(answer.counts, expected.counts.view(3, 5, 6))
+    assert torch.equal(kept.ids, best.indices.int())
+    torch.testing.assert_close(kept.logprobs, best.values)

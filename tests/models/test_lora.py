@@ -7,8 +7,6 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from peft import PeftModel
 from transformers import (
     AutoModel,
@@ -24,7 +22,6 @@ from megakd.models.architectures import FAMILIES
 from megakd.models.knowledge import Needs, read_knowledge
 from megakd.models.lora import (
     ADAPTER,
-    adapter_config,
     adapter_parameters,
     add_adapters,
     base_model,
@@ -83,7 +80,9 @@ def test_adapters_are_refused_where_they_would_leave_a_random_head_frozen(tiny):
         check_adapters(mlm, tiny.task("mlm"), LoraConfig())
 
 
-@pytest.mark.parametrize("model_type", list(FAMILIES))
+@pytest.mark.parametrize(
+    "model_type", ["bert", "distilbert", "electra", "enct5", "llama", "phi", "gpt2"]
+)
 def test_new_adapters_change_no_output_and_only_they_learn_in_attention_and_mlp(tiny, model_type):
     plain, model = adapted(tiny, model_type)
     ids, mask = tiny.input_ids, torch.ones_like(tiny.input_ids)
@@ -100,7 +99,6 @@ def test_new_adapters_change_no_output_and_only_they_learn_in_attention_and_mlp(
     paths = {name.partition(".lora_A")[0] for name in learned(model) if ".lora_A" in name}
     units = [*entry.attentions(plain.config), *entry.feed_forwards(plain.config)]
     wanted = {path for unit in units for path in unit.makers}
-    # The experts of a mixture are stacked in one tensor, which is no linear layer.
     assert paths == wanted & {path for path, _ in plain.named_modules()}
     assert not any(path.startswith((entry.head, *entry.renewed)) for path in paths)
 
@@ -111,7 +109,7 @@ def test_new_adapters_change_no_output_and_only_they_learn_in_attention_and_mlp(
     [
         *(
             (name, "causal_lm", AutoModelForCausalLM, set())
-            for name in ("llama", "qwen3", "gpt2", "phi3", "gemma2", "gpt_oss")
+            for name in ("llama", "some of llama", "gpt2", "phi3", "gpt_oss")
         ),
         ("bert", "mlm", AutoModelForMaskedLM, set()),
         ("bert", "classification", AutoModelForSequenceClassification, {"classifier", "bert"}),
@@ -121,7 +119,10 @@ def test_the_merged_folder_and_the_adapter_on_its_base_give_the_outputs_of_train
     tiny, tmp_path, model_type, kind, auto, heads
 ):
     lora = LoraConfig(r=3, alpha=5.0)
-    _, model = adapted(tiny, model_type, task=tiny.task(kind), lora=lora, auto=auto)
+    if model_type == "some of llama":
+        lora = LoraConfig(r=2, target_modules=("q_proj", "down_proj"))
+    family = model_type.split()[-1]
+    _, model = adapted(tiny, family, task=tiny.task(kind), lora=lora, auto=auto)
     set_adapters(model)
 
     folder = export(model, tmp_path / "out")
@@ -202,37 +203,11 @@ def test_the_base_answers_without_adapters_dropout_or_gradient_and_leaves_nothin
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-@settings(
-    max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
-)
-@given(
-    targets=st.lists(st.sampled_from(TARGETS), min_size=1, unique=True),
-    rank=st.integers(1, 6),
-    alpha=st.none() | st.floats(0.5, 8),
-)
-def test_any_choice_of_targets_rank_and_alpha_is_merged_as_it_was_trained(
-    tiny, targets, rank, alpha
-):
-    lora = LoraConfig(r=rank, alpha=alpha, target_modules=tuple(targets))
-    _, model = adapted(tiny, "llama", lora=lora)
-    set_adapters(model)
-
-    state, _ = merged_state(model)
-
-    plain = tiny.load(tiny.folder, tiny.task("causal_lm"))
-    assert {name.split(".lora_")[0].split(".")[-1] for name in learned(model)} == set(targets)
-    assert plain.load_state_dict(dict(state), strict=False).unexpected_keys == []
-    with torch.no_grad():
-        logits, expected = (m(tiny.input_ids).logits for m in (plain, model))
-    assert torch.allclose(logits, expected, rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize(
     ("model_type", "wanted", "exported"),
     [
         ("llama", None, TARGETS),
         ("bert", None, ["query", "key", "value", "output.dense", "intermediate.dense"]),
-        ("bert", ("dense",), ["output.dense", "intermediate.dense"]),
         ("llama", ("0.self_attn.q_proj",), ["0.self_attn.q_proj"]),
     ],
 )
@@ -247,34 +222,18 @@ def test_the_adapter_names_its_targets_as_short_as_they_are_unique(
     names = actual["target_modules"]
     assert {n.split(".")[-1] for n in names} == {n.split(".")[-1] for n in exported}
     assert len(names) == len(exported) or model_type == "bert"
-    assert actual["base_model_name_or_path"] == str(tiny.folder)
-    assert actual["inference_mode"] is True
-    assert (actual["r"], actual["lora_alpha"]) == (2, 4.0)
+    keys = ("base_model_name_or_path", "inference_mode", "r", "lora_alpha")
+    assert [actual[key] for key in keys] == [str(tiny.folder), True, 2, 4.0]
 
 
-@pytest.mark.parametrize(
-    ("target", "message"),
-    [
-        ("lm_head", r'"lm_head" is not a linear layer of attention or MLP.*not in embeddings'),
-        ("embed_tokens", r'"embed_tokens" is not a linear layer'),
-        ("input_layernorm", r'"input_layernorm" is not a linear layer'),
-    ],
-)
-def test_targets_that_cannot_be_adapted_are_refused_before_anything_is_loaded(
-    tiny, target, message
-):
+def test_targets_that_cannot_be_adapted_are_refused_before_anything_is_loaded(tiny):
     task = tiny.task("causal_lm")
     source = tiny.resolve(tiny.save("llama"), task)
     for file in tiny.folder.glob("*.safetensors"):
         file.unlink()  # nothing is read
 
-    with pytest.raises(ConfigError, match=message):
-        check_adapters(source, task, LoraConfig(target_modules=("q_proj", target)))
-
-
-def test_a_plain_model_has_no_adapters(tiny, tmp_path):
-    model = tiny.load(tiny.save("llama"), tiny.task("causal_lm"))
-    assert adapter_config(model) is None
-    assert adapter_parameters(tiny.folder) is None
-    with pytest.raises(TypeError, match="no adapters"):
-        merged_state(model)
+    for target in ("lm_head", "embed_tokens", "input_layernorm"):
+        lora = LoraConfig(target_modules=("q_proj", target))
+        message = rf'"{target}" is not a linear layer of attention or MLP.*not in embeddings'
+        with pytest.raises(ConfigError, match=message):
+            check_adapters(source, task, lora)

@@ -29,28 +29,19 @@ def stored(tiny):
     return folder
 
 
-def test_a_quantized_model_is_a_frozen_teacher_or_refused(tiny, stored):
-    source = tiny.resolve(stored, tiny.task("causal_lm"))
+def test_a_quantized_model_is_a_frozen_teacher_or_refused(tiny, stored, monkeypatch):
+    def check(ds=None, *, is_frozen=True):
+        check_quantized(tiny.resolve(stored, tiny.task("causal_lm")), ds, is_frozen=is_frozen)
 
-    check_quantized(source, None, is_frozen=True)
+    check()
     with pytest.raises(ModelError, match=r"is quantized \(fp8\), and its weights cannot"):
-        check_quantized(source, None, is_frozen=False)
-
-
-def test_zero_3_is_refused_saying_what_to_use(tiny, stored):
-    source = tiny.resolve(stored, tiny.task("causal_lm"))
-
+        check(is_frozen=False)
     with pytest.raises(ModelError, match=r"teacher\.deepspeed to a .* as teacher_zero0"):
-        check_quantized(source, ZERO_3, is_frozen=True)
-
-
-def test_a_missing_package_is_named(tiny, stored, monkeypatch):
+        check(ZERO_3)
     tiny.rewrite_config(quantization_config={"quant_method": "gptq", "bits": 4})
     monkeypatch.setattr(quantized, "find_spec", lambda _: None)
-    source = tiny.resolve(stored, tiny.task("causal_lm"))
-
     with pytest.raises(ModelError, match=r"\(gptq\), for which .* the package gptqmodel; install"):
-        check_quantized(source, None, is_frozen=True)
+        check()
 
 
 def test_weights_of_eight_bits_give_the_logits_of_transformers(tiny):
@@ -86,20 +77,14 @@ def test_weights_of_eight_bits_give_the_logits_of_transformers(tiny):
 
 
 PARTS = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "model.layers.": "blk.",
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
+    "self_attn.": "attn_",
+    "o_proj": "output",
+    "_proj": "",
+    "mlp.": "ffn_",
     "lm_head": "output",
 }
+PARTS |= {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+PARTS |= {"model.layers.": "blk.", "model.embed_tokens": "token_embd", "model.norm": "output_norm"}
 """Names in transformers and in llama.cpp."""
 
 
@@ -197,17 +182,13 @@ def test_what_a_gguf_file_cannot_be_is_one_line(tiny, gguf_folder):
     assert "cannot read" in refused_gguf(tiny, gguf_folder / "other.gguf", "causal_lm")
 
 
-def test_without_its_package_a_gguf_file_names_it(tiny, tmp_path, monkeypatch):
-    (tmp_path / "model-q4.gguf").touch()
+def test_a_gguf_file_without_its_package_or_its_other_part_is_refused(tiny, tmp_path, monkeypatch):
+    one = tmp_path / "model-00001-of-00002.gguf"
+    one.touch()
+    message = "join the parts with llama-gguf-split"
+    assert message in refused_gguf(tiny, tmp_path, "causal_lm")
+
+    one.rename(tmp_path / "model-q4.gguf")
     monkeypatch.setattr(quantized, "find_spec", lambda _: None)
-
-    assert "is a GGUF file, for which transformers needs the package gguf; install" in refused_gguf(
-        tiny, tmp_path, "causal_lm"
-    )
-
-
-def test_a_part_of_a_gguf_model_is_refused(tiny, tmp_path):
-    for number in (1, 2):
-        (tmp_path / f"model-0000{number}-of-00002.gguf").touch()
-
-    assert "join the parts with llama-gguf-split" in refused_gguf(tiny, tmp_path, "causal_lm")
+    message = "is a GGUF file, for which transformers needs the package gguf; install"
+    assert message in refused_gguf(tiny, tmp_path, "causal_lm")
