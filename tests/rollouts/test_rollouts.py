@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import Dataset
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megakd.config.rollout import RolloutConfig
@@ -38,21 +38,27 @@ def test_every_generated_token_is_a_target_exactly_once(
     assert unlearned.tolist() == [IGNORE] * len(prompt)
 
 
+def prompts_of(
+    *ids: list[int], lengths: list[int] | None = None, tokens: int | None = None, most: int = 9
+) -> Prompts:
+    """Prompts of rows that state their lengths, or of plain text, of which `tokens` are prompts."""
+    columns = {} if lengths is None else {"prompt_length": lengths}
+    rows = Dataset.from_dict({"input_ids": list(ids), **columns})
+    return Prompts(rows, prompt_tokens=tokens, most=most)
+
+
 def test_a_row_is_continued_if_its_prompt_fits_and_learned_from_if_more_follows() -> None:
     answered, prompt, document, long = [1, 2, 3], [4, 5], [6, 7, 8], [*range(9)]
-    ids = [answered, prompt, document, long]
-    rows = Dataset.from_dict({"input_ids": ids, "prompt_length": [2, 2, 0, 5]})
 
-    prompts = Prompts(rows, prompt_tokens=None, most=4)
+    prompts = prompts_of(answered, prompt, document, long, lengths=[2, 2, 0, 5], most=4)
 
     assert prompts.continued.tolist() == [0, 1]
     assert prompts.answers == 3
+    assert [prompts.prompt(row) for row in range(2)] == [(1, 2), (4, 5)]
 
 
 def test_a_beginning_of_plain_text_is_no_longer_than_its_row() -> None:
-    rows = Dataset.from_dict({"input_ids": [[1, 2, 3], [4]], "labels": [[2, 3, 4], [-100]]})
-
-    prompts = Prompts(rows, prompt_tokens=2, most=9)
+    prompts = prompts_of([1, 2, 3], [4], tokens=2)
 
     assert prompts.lengths.tolist() == [2, 1]
     assert prompts.answers == 2
@@ -60,26 +66,20 @@ def test_a_beginning_of_plain_text_is_no_longer_than_its_row() -> None:
 
 def test_a_prompt_has_the_length_that_its_row_states_also_in_a_selection() -> None:
     rows = Dataset.from_dict({"input_ids": [[1, 2], [3]], "prompt_length": [2, 1]})
-    prompts, selected = (
-        Prompts(one, prompt_tokens=None, most=9) for one in (rows, rows.select([1]))
-    )
 
-    assert [prompts.prompt(row) for row in range(2)] == [(1, 2), (3,)]
-    assert selected.prompt(0) == (3,)
+    assert Prompts(rows.select([1]), prompt_tokens=None, most=9).prompt(0) == (3,)
 
 
 @pytest.mark.parametrize(
-    ("columns", "prompt_tokens", "message"),
+    ("lengths", "tokens", "message"),
     [
-        ({}, None, r"set rollout\.prompt_tokens"),
-        ({"prompt_length": [1]}, 1, r"rollout\.prompt_tokens: 1 applies to plain text"),
+        (None, None, r"set rollout\.prompt_tokens"),
+        ([1], 1, r"rollout\.prompt_tokens: 1 applies to plain text"),
     ],
 )
-def test_a_length_is_given_for_rows_without_prompts_alone(columns, prompt_tokens, message) -> None:
-    rows = Dataset.from_dict({"input_ids": [[1, 2]], "labels": [[2, -100]], **columns})
-
+def test_a_length_is_given_for_rows_without_prompts_alone(lengths, tokens, message) -> None:
     with pytest.raises(DataError, match=message):
-        Prompts(rows, prompt_tokens=prompt_tokens, most=9)
+        prompts_of([1, 2], lengths=lengths, tokens=tokens)
 
 
 def _drawn(steps: int, seed: int = 0, **given: object) -> list[bool]:
@@ -92,13 +92,10 @@ def test_the_share_of_texts_in_many_steps_is_that_of_the_config(mix: float) -> N
     assert np.mean(_drawn(3000, mix=mix)) == pytest.approx(mix, abs=0.03 * (0 < mix < 1))
 
 
-def test_a_step_is_drawn_by_its_number_and_the_seed_alone() -> None:
+def test_a_step_is_drawn_by_its_number_and_the_seed_and_uses_the_data_before_the_section() -> None:
     first, again, other = (_drawn(64, seed, mix=0.5) for seed in (3, 3, 4))
 
     assert first == again != other
-
-
-def test_steps_before_the_section_use_the_data() -> None:
     assert _drawn(5, from_step=3) == [False] * 3 + [True] * 2
 
 
@@ -122,25 +119,21 @@ _rollouts = st.builds(
 _TEXT = Rollout(3, (1, 2), (5, 6), finished=True, version=7, seed=9)
 
 
+@settings(max_examples=20)
 @given(texts=st.lists(_rollouts, max_size=4))
-def test_texts_are_read_as_they_were_written(
+def test_texts_are_read_as_they_were_written_until_they_are_cleared(
     tmp_path_factory: pytest.TempPathFactory, texts: list[Rollout]
 ) -> None:
-    store = RolloutStore(tmp_path_factory.mktemp("store"))
+    store = RolloutStore(tmp_path_factory.mktemp("store") / "student")
+    store.clear()
 
     store.write(12, texts)
 
     assert store.has(12)
     assert not store.has(11)
     assert store.read(12) == texts
-
-
-def test_texts_that_are_cleared_are_gone(tmp_path: Path) -> None:
-    store = RolloutStore(tmp_path / "student")
     store.clear()
-    store.write(0, [_TEXT])
-    store.clear()
-    assert not store.has(0)
+    assert not store.has(12)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ class Version(BaseModel):
     version: str
 
 
+TEXTS = "/v1/completions"
 BODY = {"model": "tiny", "prompt": [4, 7], "max_tokens": 3, "seed": 0, "temperature": 0.0}
 BODY |= {"stop_token_ids": [1]}
 
@@ -104,19 +105,19 @@ def test_a_server_or_a_name_that_comes_up_during_the_patience_is_waited_for(
     assert version == Version(version="0.33.0")
 
 
-def test_a_busy_server_is_asked_again(stub: Stub):
+def test_a_busy_server_is_asked_again_and_given_up_within_the_limit(stub: Stub):
     for status in (429, 502, 503, 504):
         stub.busy, stub.busy_status = 1, status
-        assert JsonServer(stub.url, time_limit_s=60).ask("/v1/completions", BODY).status == 200
+        assert JsonServer(stub.url, time_limit_s=60).ask(TEXTS, BODY).status == 200
+    assert len(stub.of(TEXTS)) == 8
 
-    assert len(stub.of("/v1/completions")) == 8
+    stub.busy, stub.busy_status = 10**6, 503
+    with pytest.raises(ServerError, match=r"it is busy: 503: .*loading"):
+        JsonServer(stub.url, time_limit_s=0.5).ask(TEXTS, BODY)
+    assert len(stub.of(TEXTS)) < 28  # pauses become longer
 
 
-def test_an_answer_that_breaks_off_is_asked_for_again_and_named_in_the_end():
-    with speaking([WHOLE[:-5], WHOLE]) as url:
-        assert JsonServer(url, time_limit_s=30).ask("/version").read(Version) == Version(
-            version="0.33.0"
-        )
+def test_an_answer_that_breaks_off_is_named_in_the_end():
     with (
         speaking([WHOLE[:-5]]) as url,
         pytest.raises(ServerError, match="without sending complete message body"),
@@ -124,37 +125,28 @@ def test_an_answer_that_breaks_off_is_asked_for_again_and_named_in_the_end():
         JsonServer(url, time_limit_s=30, patience_s=0.2).ask("/version")
 
 
-def test_the_patience_begins_where_a_connection_is_lost():
+def test_an_answer_that_breaks_off_is_asked_for_again_with_patience_from_then_on():
     """The first answer takes longer than the patience, and breaks off."""
     with speaking([WHOLE[:-5], WHOLE], byte_s=0.02) as url:
         server = JsonServer(url, time_limit_s=30, patience_s=0.2)
         assert server.ask("/version").read(Version) == Version(version="0.33.0")
 
 
-def test_a_server_that_stays_busy_is_given_up_within_the_limit(stub: Stub):
-    stub.busy = 10**6
-
-    with pytest.raises(ServerError, match=r"it is busy: 503: .*loading"):
-        JsonServer(stub.url, time_limit_s=0.5).ask("/v1/completions", BODY)
-
-    assert len(stub.of("/v1/completions")) < 20  # pauses become longer
-
-
 def test_a_slow_answer_is_waited_for_up_to_the_limit(stub: Stub):
     stub.delay_s = 0.3
 
-    assert JsonServer(stub.url, time_limit_s=60).ask("/v1/completions", BODY).status == 200
+    assert JsonServer(stub.url, time_limit_s=60).ask(TEXTS, BODY).status == 200
     stub.delay_s = 2
     with pytest.raises(ServerError, match=r"no answer within 0\.2 s \(time_limit\)"):
-        JsonServer(stub.url, time_limit_s=0.2).ask("/v1/completions", BODY)
+        JsonServer(stub.url, time_limit_s=0.2).ask(TEXTS, BODY)
 
 
 def test_a_refusal_of_the_server_is_shown_and_not_tried_again(stub: Stub):
-    reply = JsonServer(stub.url, time_limit_s=60).ask("/v1/completions", BODY | {"model": "big"})
+    reply = JsonServer(stub.url, time_limit_s=60).ask(TEXTS, BODY | {"model": "big"})
 
     with pytest.raises(ServerError, match=r"/v1/completions answered 404: .*does not exist"):
         reply.check()
-    assert len(stub.of("/v1/completions")) == 1
+    assert len(stub.of(TEXTS)) == 1
 
 
 @pytest.mark.parametrize(
@@ -176,21 +168,10 @@ def test_an_answer_that_is_not_understood_is_shown_in_part(stub: Stub, path, ans
 
 
 def test_results_have_the_order_of_the_calls_of_which_some_run_at_once():
-    barrier, lock, state = threading.Barrier(3, timeout=60), threading.Lock(), [0, 0]
+    barrier = threading.Barrier(3, timeout=60)  # passes only when three calls run
+    calls = [lambda n=n: (barrier.wait(), n)[1] for n in range(9)]
 
-    def call(number: int) -> int:
-        with lock:
-            state[0] += 1
-            state[1] = max(state)
-        barrier.wait()  # passes only when three calls run
-        with lock:
-            state[0] -= 1
-        return number
-
-    running = RunningCalls([lambda n=n: call(n) for n in range(9)], at_once=3)
-
-    assert running.results() == [*range(9)]
-    assert state == [0, 3]
+    assert RunningCalls(calls, at_once=3).results() == [*range(9)]
     assert RunningCalls([], at_once=4).results() == []
 
 

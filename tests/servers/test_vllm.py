@@ -1,4 +1,4 @@
-"""vLLM servers: what is asked, what is understood and refused, and how they get other weights."""
+"""vLLM servers: texts and probabilities that are asked for, refused answers, and other weights."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from server_stubs import END, VOCABULARY, Counting, Stub, serving
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -15,8 +16,9 @@ from transformers import PreTrainedTokenizerFast
 
 from megakd.contract.completions import Completion, Sampling
 from megakd.errors import ServerError
+from megakd.servers.teachers import check_scores, difference
 from megakd.servers.texts import check_texts
-from megakd.servers.vllm import Requirements, ServedModel, VllmServer
+from megakd.servers.vllm import BestTokens, Requirements, ServedModel, VllmServer
 
 REQUIREMENTS = Requirements("tiny", 20, VOCABULARY, (END,))
 TINY, SAMPLING = ServedModel("tiny"), Sampling(8, temperature=0.5)
@@ -47,9 +49,12 @@ def stub() -> Iterator[Stub]:
 
 
 def spoil_texts(stub: Stub, **keys: Any) -> None:
+    """Change the text of every answer; `choices` takes the place of all texts."""
+
     def change(path: str, tree: Any) -> Any:
         if path == TEXTS:
-            tree["choices"][0] |= keys
+            choices = [{**tree["choices"][0], **keys}]
+            tree["choices"] = keys.get("choices", choices)
         return tree
 
     stub.spoil = change
@@ -87,20 +92,14 @@ def test_all_sampling_rules_are_stated(stub: Stub):
         ({"token_ids": None}, "no token_ids.* newer version of vLLM"),
         ({"prompt_token_ids": None}, "no token_ids.* newer version of vLLM"),
         ({"prompt_token_ids": [5, 31]}, "about another prompt than the one of 2 tokens"),
+        ({"choices": []}, "/v1/completions: the answer cannot be read"),
+        ({"choices": [None]}, "/v1/completions: the answer cannot be read"),
     ],
 )
 def test_an_answer_of_other_tokens_than_asked_for_is_refused(stub: Stub, keys: Any, message: str):
     spoil_texts(stub, **keys)
 
     with pytest.raises(ServerError, match=message):
-        completion(stub)
-
-
-@pytest.mark.parametrize("choices", [[], [None]])
-def test_an_answer_without_one_text_is_refused(stub: Stub, choices: list[None]):
-    stub.spoil = lambda _, tree: tree | {"choices": choices}
-
-    with pytest.raises(ServerError, match="/v1/completions: the answer cannot be read"):
         completion(stub)
 
 
@@ -186,14 +185,13 @@ class Deviating(Counting):
 
 def test_replicas_that_disagree_are_refused_with_prompt_and_texts(pair):
     pair[1].model = Deviating()
+    texts = "3 tokens, beginning with [6, 7, 8], are [11, 14, 17, 20 … and [11, 14, 0, 20"
 
     with pytest.raises(ServerError) as caught:
         checked(*pair)
 
-    message = str(caught.value)
-    assert f"{pair[0].url} and {pair[1].url} disagree" in message
-    assert "3 tokens, beginning with [6, 7, 8], are [11, 14, 17, 20" in message
-    assert "and [11, 14, 0, 20" in message
+    for part in (f"{pair[0].url} and {pair[1].url} disagree", *texts.split(" … ")):
+        assert part in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -205,8 +203,7 @@ def test_replicas_that_disagree_are_refused_with_prompt_and_texts(pair):
     ids=["model", "context"],
 )
 def test_a_replica_that_does_not_fit_is_refused(pair, changes, message):
-    for name, value in changes.items():
-        setattr(pair[1], name, value)
+    vars(pair[1]).update(changes)
 
     with pytest.raises(ServerError, match=message):
         checked(*pair)
@@ -307,13 +304,11 @@ def test_a_folder_that_the_server_does_not_read_is_named_with_replica_and_versio
     with pytest.raises(ServerError) as caught:
         server.load_weights(tmp_path / "gone", "run-4")
 
-    message = str(caught.value)
     refused = f"{loading.url}/collective_rpc answered 500 and did not load run-4 from {tmp_path}"
     for part in (refused, "Call to collective_rpc method failed", "the server is paused now"):
-        assert part in message
+        assert part in str(caught.value)
     # The weights may be incomplete: no text may come from them.
-    assert loading.paused
-    assert loading.weights == "default"
+    assert (loading.paused, loading.weights) == (True, "default")
 
     server.load_weights(folder_of(tmp_path), "run-4")
     assert ids_of(loading, NEW) == (35, 2)
@@ -358,3 +353,80 @@ def test_replicas_are_compared_only_if_they_state_the_same_weights(loading):
         other.weights = "default"
         with pytest.raises(ServerError, match="disagree"):
             checked(loading, other, requirements=PUSHED)
+
+
+# Probabilities.
+
+
+TEXT = (5, 8, 30, 2)
+
+
+def test_the_best_tokens_of_every_position_come_in_order(stub: Stub):
+    answer = connected(stub).top_k(TEXT, 4, "tiny")
+
+    expected = Counting().scores(list(TEXT))
+    assert len(answer.ids) == len(TEXT) - 1
+    for ids, logprobs, values in zip(answer.ids, answer.logprobs, expected[:-1], strict=True):
+        order = sorted(range(VOCABULARY), key=lambda token: -values[token])
+        assert ids.tolist() == order[:4]
+        assert logprobs == pytest.approx([values[token] for token in order[:4]])
+    # The text's own token, which vLLM adds to every position, may be unlikely.
+    raw = stub.answer(TEXTS, {"model": "tiny", "prompt": [5, 39], "prompt_logprobs": 2})
+    assert "39" in raw[1]["choices"][0]["prompt_logprobs"][1]
+    assert 39 not in connected(stub).top_k((5, 39), 2, "tiny").ids
+    # A limit of the server names its flag.
+    stub.most_logprobs = 20
+    with pytest.raises(ServerError, match=r"greater than max allowed.* --max-logprobs 64"):
+        connected(stub).top_k(TEXT, 64, "tiny")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda places, _: places.pop(), "not about the text that was sent"),
+        (lambda places, _: places[2].popitem(), "1 tokens came back .* of 2"),
+        (lambda _, choice: choice.update(prompt_token_ids=[1]), "not about the text that was sent"),
+        (lambda places, _: places.__setitem__(2, None), "not about the text that was sent"),
+        (lambda places, _: places[2].update({"-5": {"logprob": -1.0}}), "than or equal to 0"),
+        (lambda places, _: places[1]["8"].update(logprob=0.5), "no log-probabilities of one soft"),
+    ],
+)
+def test_an_answer_about_something_else_is_refused(stub: Stub, change: Any, message: str):
+    def spoiled(_: str, tree: Any) -> Any:
+        (choice,) = tree["choices"]
+        change(choice["prompt_logprobs"], choice)
+        return tree
+
+    stub.spoil = spoiled
+
+    with pytest.raises(ServerError, match=message):
+        connected(stub).top_k((5, 8, 11, 14), 2, "tiny")
+
+
+class Other(Counting):
+    """A model of other probabilities: the same order, less certain."""
+
+    shift = 0.02
+
+    def scores(self, prompt: list[int]) -> list[list[float]]:
+        return [[value - self.shift for value in values] for values in super().scores(prompt)]
+
+
+def test_replicas_may_differ_by_rounding_alone(pair):
+    stub, other = pair
+    other.model = Other()
+    servers, needs = [connected(one) for one in pair], Requirements("tiny", 20, VOCABULARY)
+    check_scores(servers, [TEXT], needs, 4)
+    other.model.shift = 0.3
+    with pytest.raises(ServerError, match=r"differ by 0\.300 .* at most 0\.05") as caught:
+        check_scores(servers, [TEXT], needs, 4)
+    assert stub.url in str(caught.value)
+    assert other.url in str(caught.value)
+
+
+def test_a_token_that_the_other_answer_lacks_counts_as_unlikely():
+    one = BestTokens(np.array([[1, 2]], np.int32), np.array([[-0.1, -3.0]], np.float32))
+    other = BestTokens(np.array([[1, 3]], np.int32), np.array([[-0.1, -2.5]], np.float32))
+
+    assert difference(one, one) == 0
+    assert difference(one, other) == pytest.approx(0.25)

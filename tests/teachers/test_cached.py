@@ -1,4 +1,4 @@
-"""Answers that are kept on disk: whole, resumed, checked, and refused where they are to others."""
+"""Answers of frozen teachers: in the order of the data, and kept on disk whole and checked."""
 
 from __future__ import annotations
 
@@ -6,18 +6,23 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from checkpoint_store import flip
 from datasets import Dataset
+from torch import Tensor, nn
 
-from megakd.contract.batch import Batch, Draws
+from megakd.contract.batch import Batch, Draws, Knowledge, Predictions
 from megakd.engine import distributed
 from megakd.engine.distributed import Ranks
 from megakd.errors import TeacherError
+from megakd.models.knowledge import Needs
 from megakd.teachers import cached
 from megakd.teachers.cached import CachedTeacher, build_cache
+from megakd.teachers.frozen import FrozenModel
 
 ONE_RANK = Ranks(0, 1, 0, torch.device("cpu"))
 ROWS, CLASSES, PER_SHARD = 23, 3, 5
@@ -134,22 +139,9 @@ def test_a_start_that_was_killed_is_gone_on_with_and_no_row_is_asked_twice(tmp_p
 def test_answers_to_something_else_are_refused_naming_what_differs(kept, rows):
     other = {**FACTS, "data": "others"}
 
-    with pytest.raises(TeacherError, match="data: 'these' there, 'others' here"):
-        read(kept, other)
-    with pytest.raises(TeacherError, match="data: 'these' there, 'others' here"):
-        build(kept, rows, Teacher(), facts=other)
-
-
-@pytest.mark.parametrize("damage", ["byte", "gone"])
-def test_a_damaged_shard_is_named(kept, damage):
-    file = kept / "0000000005" / "logits.npy"
-    if damage == "gone":
-        file.unlink()
-    else:
-        flip(file)
-
-    with pytest.raises(TeacherError, match=r"0000000005 is damaged: .*logits\.npy"):
-        read(kept)
+    for action in (lambda: read(kept, other), lambda: build(kept, rows, Teacher(), facts=other)):
+        with pytest.raises(TeacherError, match="data: 'these' there, 'others' here"):
+            action()
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", "edited"])
@@ -170,10 +162,12 @@ def test_a_folder_without_its_list_is_refused_with_what_to_remove(kept, rows, co
 
 
 @pytest.mark.parametrize("name", ["0000000005", "0000000020"])
-def test_a_damaged_shard_is_asked_again_and_no_other_row(kept, rows, name, caplog):
+def test_a_damaged_shard_is_named_and_asked_again_and_no_other_row(kept, rows, name, caplog):
     file, again = kept / name / "logits.npy", Teacher()
     whole = file.read_bytes()
     flip(file)
+    with pytest.raises(TeacherError, match=rf"{name} is damaged: .*logits\.npy"):
+        read(kept)
 
     build(kept, rows, again)
 
@@ -182,3 +176,33 @@ def test_a_damaged_shard_is_asked_again_and_no_other_row(kept, rows, name, caplo
     assert file.read_bytes() == whole
     answer = read(kept)(batch(list(range(ROWS)))).logits
     assert answer[:, 0].tolist() == list(range(ROWS))
+    file.unlink()
+    with pytest.raises(TeacherError, match=rf"{name} is damaged: .*logits\.npy"):
+        read(kept)
+
+
+class Echo(nn.Module):
+    """Says the logits it is given."""
+
+    config = SimpleNamespace(type_vocab_size=2)
+
+    def forward(self, logits: Tensor, **_: Any) -> Any:
+        return SimpleNamespace(logits=logits)
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [(None, [[1, 2, 3], [6, 5, 4]]), ((2, 0, 1), [[3, 1, 2], [4, 6, 5]])],
+    ids=["same order", "another order"],
+)
+def test_a_teachers_classes_are_put_into_the_order_of_the_data(order, expected):
+    module = FrozenModel(Echo(), needs=Needs(), label_order=order)
+    logits = torch.tensor([[1.0, 2.0, 3.0], [6.0, 5.0, 4.0]])
+    batch = Batch({"logits": logits}, torch.tensor([0, 1]), torch.ones(2, 1, dtype=torch.bool))
+
+    taught, scored = module(batch), module(batch, scoring=True)
+
+    assert isinstance(taught, Knowledge)
+    assert isinstance(scored, Predictions)
+    assert taught.logits.tolist() == scored.outputs.tolist() == expected
+    assert module.state_dict() == {}
