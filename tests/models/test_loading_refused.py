@@ -1,6 +1,9 @@
 """A model that cannot be used gets an error with its name, before anything large is read."""
 
 import re
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -47,61 +50,56 @@ def whole_numbers(tiny):
     tiny.rewrite(lambda tensors: {**tensors, name: tensors[name].mul(100).to(torch.int8)})
 
 
-NOTHING = without("no weight has this name")
-NO_LABELS = {"label_names": ()}
+def says(**keys):
+    """The change of a folder whose config says something else."""
+    return lambda tiny: tiny.rewrite_config(**keys)
+
+
+class Unfit(NamedTuple):
+    """A saved model, what is changed in its folder, and what a run of a task says of it."""
+
+    model_type: str
+    keys: dict[str, Any]
+    kind: str
+    message: str
+    change: Callable[[Any], None] = lambda _: None
+    facts: Mapping[str, Any] = MappingProxyType({})
+
+
 NO_HEAD = "has no head for mlm ( … set teacher.finetune or give a folder that was fine-tuned for"
+TWO = {"label_names": ("a", "b")}
+COUNTS = "the model has 3 labels (LABEL_0, LABEL_1, LABEL_2) and the data 2 (a, b)"
+LACKS = "lacks 16 weights of a bert model (bert.encoder.layer.1.attention.self.query"
+INT8 = "model.safetensors holds bert.encoder.layer.0.output.dense.weight as int8 … give the model "
+INT8 += "in fp32, bf16 or fp16"
+SHAPES = "weight of shape [300, 16] … config.json requires [301, 16]"
+TOKENS = "the tokenizer has 301 tokens, and the embedding of the model has 300"
+BARE, CLASSIFIER = {"auto": AutoModel}, {"auto": AutoModelForSequenceClassification}
 UNFIT = [
-    # (model, how it is saved, the task, what is changed, facts of the run, parts of the message)
-    (
-        *("bert", {"num_labels": 3}, "classification", NOTHING, {"label_names": ("a", "b")}),
-        "the model has 3 labels (LABEL_0, LABEL_1, LABEL_2) and the data 2 (a, b)",
-    ),
-    (
-        *("bert", {"num_labels": 3}, "regression", NOTHING, {}),
-        "has 3 outputs and regression needs 1",
-    ),
+    Unfit("bert", {"num_labels": 3}, "classification", COUNTS, facts=TWO),
+    Unfit("bert", {"num_labels": 3}, "regression", "has 3 outputs and regression needs 1"),
     # Before the head is looked at.
-    (
-        *("bert", {"auto": AutoModel}, "classification", NOTHING, {"tokenizer_size": 301}),
-        "the tokenizer has 301 tokens, and the embedding of the model has 300",
-    ),
-    ("bert", {"auto": AutoModel}, "mlm", NOTHING, {}, NO_HEAD),
-    *(
-        (name, {"auto": AutoModelForSequenceClassification}, "mlm", NOTHING, {}, NO_HEAD)
-        for name in MASKED
-    ),
-    (
-        *("bert", NAMED, "classification", without("layer.1."), {}),
-        "lacks 16 weights of a bert model (bert.encoder.layer.1.attention.self.query",
-    ),
-    (
-        *("bert", NAMED, "classification", whole_numbers, {}),
-        "model.safetensors holds bert.encoder.layer.0.output.dense.weight as int8 … give the "
-        "model in fp32, bf16 or fp16",
-    ),
-    (
-        *("llama", {}, "causal_lm", lambda tiny: tiny.rewrite_config(vocab_size=301), NO_LABELS),
-        "weight of shape [300, 16] … config.json requires [301, 16]",
-    ),
-    (
-        *("roberta", NAMED, "classification"),
-        *(lambda tiny: tiny.rewrite_config(pad_token_id=None), {"need_head": False}),
-        f"config.json: {NO_PADDING}",
+    Unfit("bert", BARE, "classification", TOKENS, facts={"tokenizer_size": 301}),
+    Unfit("bert", BARE, "mlm", NO_HEAD),
+    *(Unfit(name, CLASSIFIER, "mlm", NO_HEAD) for name in MASKED),
+    Unfit("bert", NAMED, "classification", LACKS, without("layer.1.")),
+    Unfit("bert", NAMED, "classification", INT8, whole_numbers),
+    Unfit("llama", {}, "causal_lm", SHAPES, says(vocab_size=301), {"label_names": ()}),
+    Unfit(
+        "roberta", NAMED, "classification", f"config.json: {NO_PADDING}", says(pad_token_id=None)
     ),
 ]
 
 
-@pytest.mark.parametrize(("model_type", "keys", "kind", "change", "facts", "message"), UNFIT)
-def test_a_teacher_that_does_not_fit_the_run_or_its_own_config_is_refused(
-    tiny, model_type, keys, kind, change, facts, message
-):
-    folder = tiny.save(model_type, **keys)
-    change(tiny)
+@pytest.mark.parametrize("unfit", UNFIT, ids=lambda unfit: f"{unfit.model_type} {unfit.kind}")
+def test_a_teacher_that_does_not_fit_the_run_or_its_own_config_is_refused(tiny, unfit):
+    folder = tiny.save(unfit.model_type, **unfit.keys)
+    unfit.change(tiny)
 
-    text = refusal(tiny, folder, tiny.task(kind), **{"label_names": NAMES, **facts})
+    text = refusal(tiny, folder, tiny.task(unfit.kind), **{"label_names": NAMES, **unfit.facts})
 
     assert text.startswith("teacher.model: ")
-    for part in message.split(" … "):
+    for part in unfit.message.split(" … "):
         assert part in text
     assert text.count("layer.1.") <= 3  # of many weights, three are named
 
@@ -129,7 +127,7 @@ def test_a_teacher_whose_outputs_answer_another_question_is_refused(tiny, kind, 
 @pytest.mark.parametrize(("model_type", "need_head"), [("llama", False), ("gpt2", True)])
 def test_a_decoder_without_its_untied_head_is_refused_with_the_cures(tiny, model_type, need_head):
     folder = tiny.save(model_type, tie_word_embeddings=False)
-    tiny.rewrite(lambda tensors: {n: t for n, t in tensors.items() if "lm_head" not in n})
+    without("lm_head")(tiny)
     text = refusal(tiny, folder, tiny.task("causal_lm"), need_head=need_head)
     assert f"teacher.model: {folder} lacks lm_head.weight, and config.json does not tie" in text
     assert "set tie_word_embeddings: true in config.json if the model ties them, or give" in text
