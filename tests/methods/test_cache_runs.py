@@ -3,68 +3,117 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cache_bench import VOCABULARY, Bench, furthest
-from tiny_runs import NO_DROPOUT, bert, write_config
-from whole_run import finish, records
+from benches import Bench, furthest
+from tiny_runs import NO_DROPOUT, bert, llama, review_task, text_task, write_config
+from whole_run import finish, records, weights
 
 from megakd.run.holder import written_once
 
+VOCABULARY = 320
+# Large weights: a teacher that says the same of every row would hide a wrong row.
+BIG = {"width": 24, "initializer_range": 0.5}
+SHARED: dict[str, Any] = {"method": {"name": "single"}, "objective": [{"loss": "soft_target_kl"}]}
+SHARED |= {"train": {"max_steps": 10, "adam_epsilon": 0.01}}
+
+
+class CacheBench(Bench):
+    """Runs that differ in where the answers come from."""
+
+    def config(self, out: str, method: Any = None, *, cache: str = "", **sections: Any) -> Path:
+        teacher = sections.pop("teacher", {}) | (
+            {"cache": str(self.folder / cache)} if cache else {}
+        )
+        return super().config(out, method, teacher=teacher, **sections)
+
+    def cache(self, config: Path) -> str:
+        return self.one_rank.megakd("cache", config, code=0).err
+
+    def weights(self, config: Path) -> dict[str, torch.Tensor]:
+        finish(self.one_rank, config)
+        return weights(self.folder / config.stem / "final")
+
 
 @pytest.fixture(scope="module")
-def classes(one_rank, tmp_path_factory) -> Bench:
-    return Bench(one_rank, tmp_path_factory.mktemp("classes"), language=False)
+def classes(one_rank, tmp_path_factory) -> CacheBench:
+    folder = tmp_path_factory.mktemp("classes")
+    roles = {"teacher": {"model": bert(2, **BIG, **NO_DROPOUT)}}
+    roles |= {"student": {"model": bert(1, **NO_DROPOUT)}}
+    return CacheBench(one_rank, folder, review_task(folder), **SHARED, **roles)
 
 
 @pytest.fixture(scope="module")
-def language(one_rank, tmp_path_factory) -> Bench:
-    return Bench(one_rank, tmp_path_factory.mktemp("language"), language=True)
+def language(one_rank, tmp_path_factory) -> CacheBench:
+    folder = tmp_path_factory.mktemp("language")
+    roles = {"teacher": {"model": llama(2, **BIG)}, "student": {"model": llama(1)}}
+    return CacheBench(one_rank, folder, text_task(folder), **SHARED, **roles)
 
 
-def test_a_classifier_learns_from_its_cache_what_it_learns_from_the_teacher(classes):
-    online = classes.weights(classes.config("online"))
-    config = classes.config("offline", cache="answers")
+# More steps than an epoch has, so that rows are read again.
+LONG = {"train": {"max_steps": 20}}
+
+
+@pytest.fixture(scope="module")
+def online(classes) -> dict[str, torch.Tensor]:
+    """What a classifier learns from its teacher."""
+    return classes.weights(classes.config("online", **LONG))
+
+
+def test_a_classifier_learns_from_its_cache_what_it_learns_from_the_teacher(classes, online):
+    config = classes.config("offline", cache="answers", **LONG)
     classes.cache(config)
 
     assert furthest(classes.weights(config), online) <= 1e-5
 
 
 @pytest.mark.parametrize("losses", [False, True])
-def test_a_run_that_keeps_the_answers_learns_what_it_learns_from_the_teacher(classes, losses):
-    # More steps than an epoch has, so that rows are read again; held-out losses ask the teacher.
-    both = {"train": {"max_steps": 20}, "eval": {"losses": losses}}
-    online = classes.weights(classes.config(f"asked-{losses}", **both))
-    kept = {"teacher": {"cache": "auto"}, **both}
+def test_a_run_that_keeps_the_answers_learns_what_it_learns_from_the_teacher(
+    classes, online, losses
+):
+    """Held-out losses, which ask the teacher, decide nothing."""
+    out = f"kept-{losses}"
+    config = classes.config(out, teacher={"cache": "auto"}, eval={"losses": losses}, **LONG)
 
-    assert furthest(classes.weights(classes.config(f"kept-{losses}", **kept)), online) <= 1e-5
+    assert furthest(classes.weights(config), online) <= 1e-5
 
-    assert (classes.folder / f"kept-{losses}" / "stages" / "teacher-answers").is_dir()
+    assert (classes.folder / out / "stages" / "teacher-answers").is_dir()
 
 
 def test_texts_are_evaluated_where_answers_are_kept(language):
     generation = {"max_new_tokens": 4, "prompt_tokens": 4}
     kept = {"cache": "auto", "cache_top_k": 8}
-    config = language.config("texts", teacher=kept, eval={"generation": generation})
+    sections = {"eval": {"generation": generation}, "train": {"max_steps": 2}}
 
-    language.weights(config)
+    language.weights(language.config("texts", teacher=kept, **sections))
 
     keys = {key for r in records(language.folder / "texts", "student") for key in r}
     assert "eval/text_tokens" in keys, keys
 
 
-def test_a_cache_of_the_whole_vocabulary_teaches_what_the_teacher_does(language):
-    online = language.weights(language.config("online"))
+@pytest.fixture(scope="module")
+def taught(language) -> dict[str, torch.Tensor]:
+    """What a language model learns from its teacher."""
+    return language.weights(language.config("online"))
+
+
+@pytest.fixture(scope="module")
+def initial(language) -> dict[str, torch.Tensor]:
+    return language.weights(language.config("initial", train={"learning_rate": 0.0}))
+
+
+def test_a_cache_of_the_whole_vocabulary_teaches_what_the_teacher_does(language, taught):
     config = language.config("offline", cache="all", teacher={"cache_top_k": VOCABULARY})
     language.cache(config)
 
     # Logarithms are kept in fp16.
-    assert furthest(language.weights(config), online) <= 2e-3
+    assert furthest(language.weights(config), taught) <= 2e-3
 
 
-def test_of_a_large_vocabulary_the_largest_are_kept_and_the_rest_is_one_more(language):
+def test_of_a_large_vocabulary_the_largest_are_kept_and_the_rest_is_one_more(language, initial):
     config = language.config("some", cache="some-answers", teacher={"cache_top_k": 8})
 
     outcome = language.cache(config)
@@ -72,7 +121,6 @@ def test_of_a_large_vocabulary_the_largest_are_kept_and_the_rest_is_one_more(lan
 
     assert "of 768 bytes" in outcome  # 16 positions of 8 ids of 4 bytes and logarithms of 2
     assert all(torch.isfinite(weight).all() for weight in weights.values())
-    initial = language.weights(language.config("initial", train={"learning_rate": 0.0}))
     assert furthest(weights, initial) > 1e-3
 
 
@@ -103,12 +151,6 @@ def test_a_cache_serves_other_seeds_and_other_choices_of_labels_and_held_out_row
     again = classes.config("again", cache="kept-answers", task=fewer, teacher=stored, seed=9)
 
     finish(classes.one_rank, again)
-
-
-def test_a_config_without_a_cache_has_nothing_to_make(classes):
-    outcome = classes.one_rank.megakd("cache", classes.config("online-again"), code=2)
-
-    assert "no teacher has a cache: set teacher.cache" in outcome.err
 
 
 def test_every_teacher_of_a_pool_has_its_own_cache(classes):
@@ -183,34 +225,33 @@ def test_what_a_cache_cannot_tell_or_count_is_refused(request, message):
     assert not outcome.loaded
 
 
-def test_a_student_learns_from_draws_and_comes_nearer_to_the_teachers_with_more(language):
-    online = language.weights(language.config("online"))
-    initial = language.weights(language.config("initial", train={"learning_rate": 0.0}))
+def test_a_student_learns_from_draws_and_comes_nearer_to_the_teachers_with_more(
+    language, taught, initial
+):
     collected = []
     for draws in (1, 255):
         config = language.config(f"of-{draws}", cache=f"of-{draws}", teacher={"cache_draws": draws})
-        outcome = language.cache(config)
-        assert (
-            f"rows of {16 * draws * 5} bytes" in outcome
-        )  # 16 positions, ids of 4 bytes and counts
+        # Of 16 positions, ids of 4 bytes and counts.
+        assert f"rows of {16 * draws * 5} bytes" in language.cache(config)
         collected.append(language.weights(config))
 
     assert all(torch.isfinite(weight).all() for weight in collected[1].values())
-    few, many = (furthest(weights, online) for weights in collected)
-    assert many < furthest(initial, online) / 2
+    few, many = (furthest(weights, taught) for weights in collected)
+    assert many < furthest(initial, taught) / 2
     assert many < few / 2
 
 
 def test_a_cache_that_another_command_fills_is_left_to_it(language):
-    with written_once(language.folder / "shared"):
-        refused = language.one_rank.megakd(
-            "cache", language.config("second", cache="shared"), code=2
-        )
+    folder, config = language.folder / "shared", language.config("second", cache="shared")
+    with written_once(folder):
+        refused = language.one_rank.megakd("cache", config, code=2)
 
-    assert f"{language.folder / 'shared'} is in use by another run" in refused.err
-    assert not (language.folder / "shared").exists()
-    language.cache(language.config("second", cache="shared"))
-    assert not (language.folder / "shared" / "lock.json").exists()
+    assert f"{folder} is in use by another run" in refused.err
+    assert not folder.exists()
+    language.cache(config)
+    assert not (folder / "lock.json").exists()
+    nothing = language.one_rank.megakd("cache", language.config("online"), code=2)
+    assert "no teacher has a cache: set teacher.cache" in nothing.err
 
 
 def test_a_cache_of_the_other_kind_is_refused_naming_both(language):

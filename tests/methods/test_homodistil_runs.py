@@ -39,12 +39,6 @@ def pruning(folder: Path, kind: str = "mlm", **sections: Any) -> Path:
     )
 
 
-def assert_same(out: Path, whole: Path) -> None:
-    assert same_weights(out / "final", whole / "final")
-    rows, reference = read(out)["pruning"], read(whole)["pruning"]
-    assert [r["teacher_kl"] for r in rows] == [r["teacher_kl"] for r in reference]
-
-
 @pytest.fixture(scope="module")
 def pruned(one_rank, tmp_path_factory) -> Path:
     """The folder of a run, whose windows and report load the teacher once."""
@@ -56,13 +50,12 @@ def pruned(one_rank, tmp_path_factory) -> Path:
     return folder / "out"
 
 
-def test_the_student_has_the_target_width_in_every_matrix(pruned):
-    config = json.loads((pruned / "final" / "config.json").read_text())
+def test_the_student_is_a_stock_model_with_the_target_width_in_every_matrix(pruned):
+    model = AutoModelForMaskedLM.from_pretrained(pruned / "final")
 
     # 3 heads of 4 columns are 12: the stock class can say the shape.
-    sizes = config["model_type"], config["hidden_size"], config["intermediate_size"]
+    sizes = model.config.model_type, model.config.hidden_size, model.config.intermediate_size
     assert sizes == ("bert", 12, 24)
-    model = AutoModelForMaskedLM.from_pretrained(pruned / "final")
     assert model.bert.encoder.layer[0].attention.self.query.weight.shape == (12, 12)
 
 
@@ -94,18 +87,23 @@ def test_a_model_in_flight_loads_with_plain_transformers_and_is_exported_without
     one_rank, pruned, tmp_path
 ):
     stage, model = pruned / "stages" / "pruning-1", tmp_path / "model"
+    export = ("export", pruned.parent / "run.yaml", "--stage", "pruning-1", "--to", model)
+    one_rank.megakd(*export, code=0)
+
     config = json.loads((stage / "config.json").read_text())
-
-    one_rank.megakd(
-        "export", pruned.parent / "run.yaml", "--stage", "pruning-1", "--to", model, code=0
-    )
-
-    assert config["model_type"] == "cut_bert"
-    assert config["score_width"] == 8
+    assert (config["model_type"], config["score_width"]) == ("cut_bert", 8)
     assert (stage / "training_state").is_dir()
     assert not (model / "training_state").exists()
     for folder in (stage, model):
         AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True)
+
+
+def assert_same(out: Path, whole: Path) -> None:
+    assert same_weights(out / "final", whole / "final")
+    divergences, expected = (
+        [r["teacher_kl"] for r in read(run)["pruning"]] for run in (out, whole)
+    )
+    assert divergences == expected
 
 
 def test_a_run_stopped_in_every_window_ends_with_the_same_weights(one_rank, pruned, tmp_path):
@@ -121,20 +119,21 @@ def test_a_run_stopped_in_every_window_ends_with_the_same_weights(one_rank, prun
 def test_a_run_stopped_between_windows_goes_on_unless_its_training_state_is_damaged(
     one_rank, pruned, tmp_path
 ):
-    config = pruning(tmp_path, eval=EVERY_STEP)
-    one_rank.train("--config", config, stop_at=("pruning-2", 3))
-    shutil.rmtree(tmp_path / "out" / "checkpoints" / "pruning-2")
-    state = tmp_path / "out" / "stages" / "pruning-1" / "training_state" / "model.safetensors"
+    out, config = Path(shutil.copytree(pruned, tmp_path / "out")), pruned.parent / "run.yaml"
+    (out / "report.json").unlink()
+    for later in ("stages/pruning-2", "stages/student", "final", "checkpoints"):
+        shutil.rmtree(out / later, ignore_errors=True)
+    state = out / "stages" / "pruning-1" / "training_state" / "model.safetensors"
     whole = state.read_bytes()
     state.write_bytes(whole[:-7])
 
-    outcome = one_rank.train("--config", config, code=2)
+    outcome = one_rank.train("--config", config, f"output_dir={out}", code=2)
 
     assert "training_state/model.safetensors" in outcome.err
     assert "remove" in outcome.err
     state.write_bytes(whole)
-    finish(one_rank, config)
-    assert_same(tmp_path / "out", pruned)
+    finish(one_rank, config, f"output_dir={out}")
+    assert_same(out, pruned)
 
 
 def test_a_decoder_is_pruned_to_a_stock_model(one_rank, tmp_path):
@@ -158,15 +157,14 @@ def test_best_evaluations_and_early_stopping_count_only_after_the_end_of_pruning
 
     finish(one_rank, config)
 
-    (best,) = (tmp_path / "out/checkpoints/student/best").iterdir()
+    out = tmp_path / "out"
+    (best,) = (out / "checkpoints/student/best").iterdir()
     assert int(best.name.removeprefix("step-")) >= METHOD["pruning_end"]
-    assert not (tmp_path / "out/checkpoints/pruning-1/best").exists()
-    final = json.loads((tmp_path / "out" / "final" / "config.json").read_text())
-    assert final["hidden_size"] == 12
-    # The random baseline has the shape of the student.
-    assert {*read(tmp_path / "out")["baselines"]} == {"alone", "random"}
+    assert not (out / "checkpoints/pruning-1/best").exists()
+    assert json.loads((out / "final" / "config.json").read_text())["hidden_size"] == 12
+    assert {*read(out)["baselines"]} == {"alone", "random"}
     student, random = (
-        {name: weight.shape for name, weight in weights(tmp_path / "out/stages" / stage).items()}
+        {name: weight.shape for name, weight in weights(out / "stages" / stage).items()}
         for stage in ("student", "random")
     )
     assert student == random
@@ -193,17 +191,18 @@ def test_a_one_shot_run_jumps_further_from_its_teacher(one_rank, tmp_path):
 
 @pytest.mark.parametrize(
     ("message", "sections"),
-    {
-        "24 is not possible for a teacher of width 24; use a ": {"method": {"target_width": 24}},
-        "method.target_sparsity: 0.001": {
-            "method": {"target_width": None, "target_sparsity": 0.001}
-        },
-        "the student loses heads (from 2 to 1 key-value groups": {
-            "kind": "causal_lm",
-            "objective": [{"loss": "attention_mse"}],
-        },
-        "num_train_epochs 0.1 over the": {"train": {"max_steps": None, "num_train_epochs": 0.1}},
-    }.items(),
+    [
+        ("24 is not possible for a teacher of width 24; use", {"method": {"target_width": 24}}),
+        (
+            "method.target_sparsity: 0.001",
+            {"method": {"target_width": None, "target_sparsity": 0.001}},
+        ),
+        (
+            "the student loses heads (from 2 to 1 key-value groups",
+            {"kind": "causal_lm", "objective": [{"loss": "attention_mse"}]},
+        ),
+        ("num_train_epochs 0.1 over", {"train": {"max_steps": None, "num_train_epochs": 0.1}}),
+    ],
 )
 def test_settings_that_cannot_work_are_refused_before_training(
     one_rank, tmp_path, message, sections

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoint_store import flip
 from mixed_runs import mixed, plain, words
 from safetensors.torch import load_file
 from tiny_runs import NO_DROPOUT, bert, write_jsonl
 from transformers import AutoModelForMaskedLM, AutoTokenizer
-from whole_run import finish, read
+from whole_run import finish, read, same_weights
+
+from megakd.errors import CheckpointError, ModelError
+from megakd.storage.folders import check_given, open_finished
 
 
 def same_models(one: Path, other: Path) -> bool:
@@ -24,7 +29,7 @@ def same_models(one: Path, other: Path) -> bool:
 
 
 ELECTRA = bert(2, 12, model_type="electra", embedding_size=8)
-EVALUATED: dict[str, Any] = {"eval": {"eval_steps": 3, "keep_best": False}}
+EVALUATED: dict[str, Any] = {"eval": {"eval_steps": 3, "keep_best": True}}
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +69,19 @@ def test_the_stage_keeps_the_teacher_with_its_tokenizer_and_both_vocabularies(tr
     assert teacher.config.vocab_size == len(AutoTokenizer.from_pretrained(folder)) > 100
     second = load_file(folder / "second_vocabulary.safetensors")
     assert second["table.weight"].shape == (100, 16)
+    # The best evaluation has every model that learns.
+    (best,) = (trained / "checkpoints" / "student" / "best").glob("step-*/teacher")
+    assert same_weights(best, folder)
+
+
+def test_damage_of_a_model_that_learned_beside_another_is_found(trained, tmp_path):
+    stage = Path(shutil.copytree(trained / "stages" / "student", tmp_path / "student"))
+    flip(stage / "teacher" / "model.safetensors")
+
+    with pytest.raises(CheckpointError, match=r"checksum of teacher/model\.safetensors differs"):
+        open_finished(stage, remedy="")
+    with pytest.raises(ModelError, match=r"checksum of model\.safetensors differs"):
+        check_given(stage / "teacher", "teacher.model")
 
 
 def test_the_report_compares_models_by_nats_per_character(one_rank, trained):
@@ -178,14 +196,15 @@ def test_a_student_without_a_teacher_reads_the_rows_of_the_others(one_rank, tmp_
 
 @pytest.mark.parametrize(
     ("message", "sections"),
-    {
-        "the teacher has 2 layers and the student 1": {"student": {"model": bert(1, 8)}},
-        "of type bert and the student of type electra": {"student": {"model": ELECTRA}},
-        "vocabulary.size is 5000": {"method": {"student_vocabulary": {"size": 5000}}},
-        "method.student_vocabulary: the two vocabularies cut the text into different words": {
-            "task": {"tokenizer": {"type": "bpe", "vocab_size": 300}}
-        },
-    }.items(),
+    [
+        ("the teacher has 2 layers and the student 1", {"student": {"model": bert(1, 8)}}),
+        ("of type bert and the student of type electra", {"student": {"model": ELECTRA}}),
+        ("vocabulary.size is 5000", {"method": {"student_vocabulary": {"size": 5000}}}),
+        (
+            "method.student_vocabulary: the two vocabularies cut the text into different words",
+            {"task": {"tokenizer": {"type": "bpe", "vocab_size": 300}}},
+        ),
+    ],
 )
 def test_what_cannot_work_is_refused_before_any_training(one_rank, tmp_path, message, sections):
     outcome = one_rank.train("--config", mixed(tmp_path, **sections), code=2)

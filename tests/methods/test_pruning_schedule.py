@@ -119,15 +119,8 @@ def test_a_run_has_one_window_without_cuts_and_plans_those_of_a_long_run_at_once
 @pytest.mark.parametrize(
     ("view", "options", "goal"),
     [
-        *(
-            (BERT_BASE, {"width": width}, View((12,) * 12, (neurons,) * 12, width, columns))
-            for width, columns, neurons in (
-                (576, 48, 2304),
-                (256, 21, 1024),
-                (240, 20, 960),
-                (224, 19, 896),
-            )
-        ),
+        (BERT_BASE, {"width": 576}, View((12,) * 12, (2304,) * 12, 576, 48)),
+        (BERT_BASE, {"width": 224}, View((12,) * 12, (896,) * 12, 224, 19)),
         (BERT_BASE, {"sparsity": 0.75}, View((12,) * 12, (768,) * 12, 192, 16)),
         # Decoders lose whole heads and keep multiples of 64, at any sparsity at least one of each.
         (LLAMA, {"sparsity": 0.5}, View((4,) * 4, (896,) * 4, 256)),

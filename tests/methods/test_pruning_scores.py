@@ -55,18 +55,6 @@ def student_of(model):
     return SimpleNamespace(makers=unit_makers(model), units=architecture.prunable(model.config))
 
 
-def test_every_axis_of_every_layer_has_a_group():
-    groups = group_sizes(**vars(student_of(BERT)))
-    decoder = group_sizes(**vars(student_of(build("llama", "causal_lm"))))
-
-    assert groups[Group("width", 0, None)] == 24
-    assert groups[Group("heads", 2, "queries")] == groups[Group("heads", 2, "values")] == 24
-    assert groups[Group("neurons", 1, None)] == 20
-    assert len(groups) == 1 + 3 * 3
-    assert decoder[Group("heads", 0, None)] == 3  # key-value groups
-    assert all(group.columns is None for group in decoder)
-
-
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 999), width=st.integers(1, 24), columns=st.integers(1, 4))
 def test_a_selection_keeps_the_best_units_of_every_group(seed, width, columns):

@@ -55,11 +55,9 @@ def load(folder: Path, name: str, changes: str) -> RunConfig:
 
 
 WEIGHTS = "method.distribution=weights"
-REVERSE_KL = "objective=[{loss: soft_target_reverse_kl}]"
 NONE = "objective=[{loss: hard_cross_entropy, weight: 0.0}, {loss: soft_target_kl}]"
 STREAM = "task.type=mlm; task.dataset=t.jsonl; task.tokenizer=t; task.streaming=true; "
 STREAM += "train.max_steps=5"
-ROLLOUT = "rollout={max_new_tokens: 4, from_step: 3}"
 MANY = "teachers=[{name: small, model: small}, {name: large, model: large}]; teacher=null"
 # By method: changes of its config, separated by semicolons, and a part of the message.
 REFUSED = {

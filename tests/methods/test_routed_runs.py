@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-from routed_bench import EXPERTS, STEPS, RoutedBench, furthest, rows, taught_by
-from tiny_runs import NO_DROPOUT, bert, write_jsonl
+from benches import Bench, furthest_students, taught_by
+from routed_bench import EXPERTS, rows
+from tiny_runs import NO_DROPOUT, bert, review_task, write_jsonl
 from whole_run import finish, forgotten, read
 
+STEPS = 6
 STUDENT = {"model": bert(1, **NO_DROPOUT)}
 INNER = [{"loss": "soft_target_kl"}, {"loss": "hard_cross_entropy"}, {"loss": "hidden_mse"}]
 
 
 @pytest.fixture(scope="module")
-def bench(one_rank, tmp_path_factory) -> RoutedBench:
-    return RoutedBench(one_rank, tmp_path_factory.mktemp("routed"))
+def bench(one_rank, tmp_path_factory) -> Bench:
+    """Two classifiers that know different things, and runs that learn from them."""
+    folder = tmp_path_factory.mktemp("routed")
+    task = review_task(folder)
+    write_jsonl(folder / "reviews" / "train.jsonl", rows())
+    train = {"per_device_train_batch_size": 8, "max_steps": STEPS}
+    result = Bench(one_rank, folder, task, method={"name": "routed"}, train=train)
+    for seed, name in enumerate(EXPERTS):
+        result.make(name, bert(2), steps=8, seed=seed)
+    result.task = {**task, "teacher_column": "expert"}
+    result.shared["teachers"] = result.teachers(*EXPERTS)
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +63,9 @@ def test_two_names_of_one_teacher_teach_as_this_teacher_alone_however_a_step_is_
     twice = bench.run("twice", teachers=bench.teachers("math", "code:math"), **settings)
 
     other, parts = bench.run("other", **settings), bench.run("parts", train=steps, **settings)
-    assert furthest(twice, alone) < 2e-6
-    assert furthest(other, alone) > 1e-4
-    assert furthest(parts, other) < 2e-6
+    assert furthest_students(twice, alone) < 2e-6
+    assert furthest_students(other, alone) > 1e-4
+    assert furthest_students(parts, other) < 2e-6
 
 
 def test_a_run_that_was_stopped_ends_with_the_same_weights(bench, routed, tmp_path):
@@ -61,44 +74,44 @@ def test_a_run_that_was_stopped_ends_with_the_same_weights(bench, routed, tmp_pa
     outcome = finish(bench.one_rank, bench.folder / "routed.yaml", f"output_dir={killed}")
 
     assert "student: resumed at step 2" in outcome.err
-    assert furthest(killed, routed) == 0
+    assert furthest_students(killed, routed) == 0
     assert read(killed)["pool"] == read(routed)["pool"]
 
 
-TEXT = {"type": "causal_lm", "dataset": None, "teacher_column": None}
-
-
-MATH, CODE = ({"name": name, "model": bert(1)} for name in ("math", "code"))
 NOBODY = {"mixture": {"sums": {"files": "a", "weight": 1, "teacher": "maths"}}}
+NOBODY |= {"type": "causal_lm", "dataset": None, "teacher_column": None}
+
+
+def experts(**layers: int) -> list[dict[str, Any]]:
+    return [{"name": name, "model": bert(count), "dtype": "fp32"} for name, count in layers.items()]
 
 
 @pytest.mark.parametrize(
-    ("sections", "fragments"),
+    ("sections", "message"),
     [
         (
             {"task": {"teacher_column": "domain"}},
-            ("column 'domain' (task.teacher_column) does not exist", "text, label, expert"),
+            "column 'domain' (task.teacher_column) does not exist … text, label, expert",
         ),
         (
-            {"teachers": [{**MATH, "name": n, "dtype": "fp32"} for n in ("math", "code", "chat")]},
-            ("no training row names chat", "the rows name math, code"),
+            {"teachers": experts(math=1, code=1, chat=1)},
+            "no training row names chat … the rows name math, code",
         ),
         (
-            {"teachers": [MATH, {**CODE, "model": bert(2)}], "objective": [{"loss": "hidden_mse"}]},
-            ("hidden_mse compares layers", "math 1 x 16, code 2 x 16"),
+            {"teachers": experts(math=1, code=2), "objective": [{"loss": "hidden_mse"}]},
+            "hidden_mse compares layers … math 1 x 16, code 2 x 16",
         ),
         (
-            {"task": {**TEXT, **NOBODY}},
-            ('task.mixture.sums.teacher: there is no teacher "maths"; did you mean "math"?',),
+            {"task": NOBODY},
+            'task.mixture.sums.teacher: there is no teacher "maths"; did you mean "math"?',
         ),
     ],
     ids=["no such column", "an idle teacher", "layers of unlike teachers", "a source of nobody"],
 )
-def test_routes_that_cannot_work_are_refused_before_anything_is_loaded(bench, sections, fragments):
+def test_routes_that_cannot_work_are_refused_before_anything_is_loaded(bench, sections, message):
     outcome = bench.refused(**sections)
 
-    for fragment in fragments:
-        assert fragment in outcome.err
+    assert all(fragment in outcome.err for fragment in message.split(" … "))
 
 
 @pytest.mark.parametrize(
@@ -109,11 +122,10 @@ def test_routes_that_cannot_work_are_refused_before_anything_is_loaded(bench, se
     ],
 )
 def test_a_row_with_a_bad_name_is_refused_with_its_file_and_place(bench, tmp_path, value, message):
-    bad = [*rows(12), {**rows(1)[0], "expert": value}]
-    write_jsonl(tmp_path / "data" / "train.jsonl", bad)
-    write_jsonl(tmp_path / "data" / "validation.jsonl", rows(4))
+    write_jsonl(tmp_path / "train.jsonl", [*rows(12), {**rows(1)[0], "expert": value}])
+    write_jsonl(tmp_path / "validation.jsonl", rows(4))
 
-    outcome = bench.refused(task={"dataset": str(tmp_path / "data")})
+    outcome = bench.refused(task={"dataset": str(tmp_path)})
 
     for fragment in (message, "train.jsonl", "line 13"):
         assert fragment in outcome.err
@@ -125,4 +137,4 @@ def test_held_out_rows_need_no_teacher(bench, tmp_path):
     write_jsonl(tmp_path / "data" / "validation.jsonl", held)
     more = {"evaluation_sets": {"more": str(write_jsonl(tmp_path / "scored.jsonl", held))}}
 
-    bench.run("held-out", task={"dataset": str(tmp_path / "data"), **more})
+    bench.run("held-out", task={"dataset": str(tmp_path / "data"), **more}, train={"max_steps": 1})

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from one_rank import OneRank
-from routed_bench import RoutedBench, furthest, taught_by
+from benches import Bench, furthest_students, taught_by
 from served_models import Transformer
 from server_stubs import Stub, serving
 from tiny_runs import SENTENCES, llama, write_jsonl
@@ -32,55 +31,29 @@ def rows() -> list[dict[str, Any]]:
     return [one(number) for number in range(30)]
 
 
-class Bench(RoutedBench):
-    """Two small decoders that were trained on different rows, and runs of a student."""
-
-    def __init__(self, one_rank: OneRank, folder: Path) -> None:
-        self.one_rank, self.folder = one_rank, folder
-        self.data = write_jsonl(folder / "rows.jsonl", rows())
-        self.task: dict[str, Any] = {
-            "type": "causal_lm",
-            "dataset": None,
-            "teacher_column": None,
-            "train_files": str(self.data),
-            "validation_files": str(write_jsonl(folder / "held.jsonl", rows()[:6])),
-            "tokenizer": str(folder / "sums" / "final"),
-            "max_length": 24,
-        }
-        for number, name in enumerate(EXPERTS):
-            taught = [row for row in rows() if row["expert"] == name]
-            write_jsonl(folder / f"{name}.jsonl", taught)
-            self.run(
-                name,
-                task={"tokenizer": {"type": "bpe", "vocab_size": 300}} if number == 0 else {},
-                teachers=[],
-                student={"model": llama(2, initializer_range=0.3)},
-                method={"name": "finetune"},
-                objective=[{"loss": "hard_cross_entropy"}],
-                seed=number,
-            )
-
-    def config(self, out: str, *, task: dict[str, Any] | None = None, **sections: Any) -> Path:
-        # Adam would turn rounding of tiny gradients into whole steps.
-        train = {"per_device_train_batch_size": 6, "max_steps": 5, "adam_epsilon": 0.01}
-        given = {"teachers": self.teachers(*EXPERTS), "objective": SOFT, **sections}
-        given["train"] = train | sections.get("train", {})
-        return super().config(out, task=self.task | (task or {}), **given)
-
-
 @pytest.fixture(scope="module")
 def bench(one_rank, tmp_path_factory) -> Bench:
-    return Bench(one_rank, tmp_path_factory.mktemp("routed-texts"))
+    """Two small decoders that were trained on different rows, and runs of a student."""
+    folder = tmp_path_factory.mktemp("routed-texts")
+    task = {"type": "causal_lm", "train_files": str(write_jsonl(folder / "rows.jsonl", rows()))}
+    task |= {"validation_files": str(write_jsonl(folder / "held.jsonl", rows()[:6]))}
+    task |= {"tokenizer": {"type": "bpe", "vocab_size": 300}, "max_length": 24}
+    # Adam would turn rounding of tiny gradients into whole steps.
+    train = {"per_device_train_batch_size": 6, "max_steps": 5, "adam_epsilon": 0.01}
+    result = Bench(one_rank, folder, task, train=train)
+    for seed, name in enumerate(EXPERTS):
+        write_jsonl(folder / f"{name}.jsonl", [row for row in rows() if row["expert"] == name])
+        student = {"model": llama(2, initializer_range=0.3)}
+        result.run(name, {"name": "finetune"}, student=student, seed=seed)
+        result.task = {**task, "tokenizer": str(folder / "sums" / "final")}
+    teachers = result.teachers(*EXPERTS)
+    result.shared |= {"teachers": teachers, "objective": SOFT, "method": {"name": "routed"}}
+    return result
 
 
 COLUMN = {"teacher_column": "expert"}
 PACKED = {"train": {"tokens_per_rank": 40}}
-CASES = [
-    pytest.param({}, id="padded"),
-    pytest.param(PACKED, id="tokens"),
-    pytest.param(ROLLOUT, id="rollouts", marks=pytest.mark.slow),
-    pytest.param({**ROLLOUT, **PACKED}, id="packed-rollouts"),
-]
+CASES = {"padded": {}, "tokens": PACKED, "rollouts": ROLLOUT, "both": {**ROLLOUT, **PACKED}}
 
 
 @pytest.fixture(scope="module")
@@ -91,38 +64,29 @@ def routed(bench) -> Path:
     return bench.run("routed", task=COLUMN, eval=evaluated)
 
 
-@pytest.mark.parametrize("sections", CASES)
-def test_two_names_of_one_teacher_teach_as_this_teacher_alone(bench, routed, request, sections):
-    case = request.node.callspec.id
+@pytest.mark.parametrize("case", CASES)
+def test_two_names_of_one_teacher_teach_as_this_teacher_alone(bench, routed, case):
     method = {"name": "single", "teacher": "talk"}
-    alone = bench.run(f"alone-{case}", teachers=bench.teachers("talk"), method=method, **sections)
+    one, two = bench.teachers("talk"), bench.teachers("sums:talk", "talk")
 
-    twice = bench.run(
-        f"twice-{case}", task=COLUMN, teachers=bench.teachers("sums:talk", "talk"), **sections
-    )
+    alone = bench.run(f"alone-{case}", teachers=one, method=method, **CASES[case])
+    twice = bench.run(f"twice-{case}", task=COLUMN, teachers=two, **CASES[case])
 
-    assert furthest(twice, alone) < 2e-6
+    assert furthest_students(twice, alone) < 2e-6
     if case == "padded":
-        assert furthest(routed, alone) > 1e-4
-
-
-def test_texts_are_counted_and_compared(routed):
-    metrics = read(routed)["stages"][0]
-
-    assert {"text_tokens", "text_truncated", "match"} <= metrics.keys()
+        assert furthest_students(routed, alone) > 1e-4
 
 
 def test_the_student_without_its_adapters_may_be_one_of_the_teachers(bench):
     sums, talk = bench.teachers(*EXPERTS)
     student = {"model": sums["model"], "lora": {"r": 2}}
-    base = {**sums, "model": "student_base"}
 
     given, other = (
-        bench.run(out, task=COLUMN, teachers=[teacher, talk], student=student)
-        for out, teacher in {"lora": sums, "base": base}.items()
+        bench.run(out, task=COLUMN, teachers=[{**sums, "model": model}, talk], student=student)
+        for out, model in {"lora": sums["model"], "base": "student_base"}.items()
     )
 
-    assert furthest(other, given) < 2e-6
+    assert furthest_students(other, given) < 2e-6
 
 
 def sources(bench: Bench, **teachers: str | None) -> dict[str, Any]:
@@ -141,7 +105,7 @@ def test_a_source_of_a_mixture_names_its_teacher_once(bench):
 
     counts = {name: entry["rows"] for name, entry in taught_by(given).items()}
     assert counts == {"sums": 20, "talk": 10}
-    assert furthest(given, mixed) == 0
+    assert furthest_students(given, mixed) == 0
 
 
 def test_served_teachers_are_asked_about_their_own_rows_alone(bench, routed):
@@ -156,9 +120,10 @@ def test_served_teachers_are_asked_about_their_own_rows_alone(bench, routed):
         ]
         out = bench.run("served", task=COLUMN, teachers=teachers)
 
-    assert furthest(out, routed) < 2e-5
+    assert furthest_students(out, routed) < 2e-5
     asked = {name: len(stub.of("/v1/completions")) for name, stub in stubs.items()}
     # One epoch: 20 rows name sums and 10 name talk; both servers get the same requests as a check.
     assert asked["sums"] - asked["talk"] == 10
     assert asked["talk"] < 30
     assert read(out)["pool.distribution"] == "routed"
+    assert {"text_tokens", "text_truncated", "match"} <= read(routed)["stages"][0].keys()

@@ -17,13 +17,11 @@ from megakd.methods.knowledge_selection import selecting as choosing_module
 from megakd.methods.knowledge_selection.selecting import (
     LearningToSelect,
     RandomWeights,
-    Running,
     Selecting,
     Selector,
     SelectorShape,
     Transition,
 )
-from megakd.training.checkpoint import check_plain
 from megakd.training.probe import StageProbe
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -162,18 +160,6 @@ def test_a_phase_is_worth_the_fall_of_the_loss_and_what_is_new_about_it(losses, 
     assert [phase.fall + phase.exploration for phase in heard.phases] == pytest.approx(worth)
 
 
-def test_phases_hold_their_own_steps_and_what_came_next():
-    strategy, heard = learning([5.0, 4.0, 3.0, 2.0], steps=5, phase_steps=2)
-
-    taken(strategy, 5)
-
-    assert [len(phase.summaries) for phase in heard.phases] == [2, 2, 1]  # the last is cut short
-    first, second, last = heard.phases
-    for phase, after in ((first, second), (second, last)):
-        assert torch.equal(phase.following, after.summaries[0])
-    assert last.following is None
-
-
 def test_what_is_tried_stays_the_same_within_a_phase_and_is_drawn_from_the_seed(monkeypatch):
     monkeypatch.setattr(choosing_module, "NOISE", 0.1)
 
@@ -203,14 +189,6 @@ def test_asking_about_the_next_step_in_the_middle_of_a_step_changes_nothing():
 
     assert [first, second] == taken_with(ahead=False)
     assert first == second
-
-
-def test_a_phase_is_stored_as_plain_values_and_read_back():
-    before = Running(logged=[0.5], counts={(1.0, 0.0): 2}, loss=3.0)
-
-    check_plain(before.state_dict())
-
-    assert repr(Running.of(before.state_dict())) == repr(before)
 
 
 def test_random_hard_weights_are_0_or_1_and_use_a_kind_at_every_step():

@@ -8,22 +8,27 @@ from typing import Any
 
 import pytest
 import torch
+from benches import Bench, furthest
 from checkpoint_store import flip
 from one_rank import Outcome
-from teacher_bench import STEPS, TeacherBench
-from tiny_runs import NO_DROPOUT, bert, llama, write_text
+from tiny_runs import NO_DROPOUT, bert, llama, review_task, text_task
 from whole_run import finish, finish_in, forgotten, read, records, same_weights, weights
 
-EPISODES, PHASE = 2, 3
+STEPS, EPISODES, PHASE = 8, 2, 3
 KINDS = ("hard_cross_entropy", "soft_target_kl", "hidden_mse", "relation_fsp")
+KL = [{"loss": "soft_target_kl"}]
 PLAIN = {"name": "knowledge_selection"}
 LEARNED = {**PLAIN, "episodes": EPISODES, "phase_steps": PHASE}
 
 
 @pytest.fixture(scope="module")
-def bench(one_rank, tmp_path_factory) -> TeacherBench:
+def bench(one_rank, tmp_path_factory) -> Bench:
     folder = tmp_path_factory.mktemp("selection")
-    return TeacherBench(one_rank, folder, bert(4), student={"model": bert(2)})
+    train = {"per_device_train_batch_size": 8, "max_steps": STEPS}
+    task, student = review_task(folder), {"model": bert(2)}
+    result = Bench(one_rank, folder, task, student=student, train=train)
+    result.shared["teacher"] = {"model": str(result.make("teacher", bert(4), steps=30))}
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +66,12 @@ def test_a_run_that_goes_on_chooses_what_it_would_have_chosen(bench, soft, tmp_p
     for stage in ("selector", "student"):
         assert same(killed, soft, stage)
     again, chosen = (
-        [{k: v for k, v in record.items() if k.startswith("select/")} for record in logged]
-        for logged in (records(killed, "selector"), records(soft, "selector"))
+        [{k: v for k, v in r.items() if k.startswith("select/")} for r in records(out, "selector")]
+        for out in (killed, soft)
     )
     assert again == chosen
-    selector = "stages/selector/selector.safetensors"
-    assert (killed / selector).read_bytes() == (soft / selector).read_bytes()
+    ours, theirs = (out / "stages/selector/selector.safetensors" for out in (killed, soft))
+    assert ours.read_bytes() == theirs.read_bytes()
 
 
 def test_episodes_that_are_left_need_the_whole_initial_student(bench, soft, tmp_path):
@@ -104,50 +109,42 @@ def test_held_out_losses_decide_nothing_and_have_all_kinds(bench, method):
     assert all(record[f"eval/{kind}"] > 0 for record in evaluated for kind in KINDS)
 
 
-def test_a_saved_selector_gives_the_same_student_without_stage_1(bench, soft):
-    again = bench.run("again", {**PLAIN, "selector": str(soft / "stages" / "selector")})
+def test_a_saved_selector_gives_the_same_student_and_fits_no_other_widths_or_kinds(bench, soft):
+    method = {**PLAIN, "selector": str(soft / "stages" / "selector")}
+
+    again = bench.run("again", method)
 
     assert same(again, soft)
     assert [stage["name"] for stage in read(again)["stages"]] == ["student"]
-
-
-def test_a_selector_of_other_widths_or_kinds_is_refused(bench, soft):
-    method = {**PLAIN, "selector": str(soft / "stages" / "selector")}
-    wide = bench.config("wide", method, student={"model": bert(1, width=24)})
-    few = bench.config("few", method, objective=[{"loss": "soft_target_kl"}])
-
-    outcome = [bench.one_rank.train("--config", path) for path in (wide, few)]
-
-    assert [one.code for one in outcome] == [2, 2]
-    assert "is for a student of width 16" in outcome[0].err
-    assert "this run has the widths 24 and 16" in outcome[0].err
-    assert "this run has the widths 16 and 16 and soft_target_kl" in outcome[1].err
+    for other, message in (
+        ({"student": {"model": bert(1, width=24)}}, "this run has the widths 24 and 16"),
+        ({"objective": KL}, "this run has the widths 16 and 16 and soft_target_kl"),
+    ):
+        refused = bench.one_rank.train("--config", bench.config("other", method, **other), code=2)
+        assert "is for a student of width 16" in refused.err
+        assert message in refused.err
 
 
 def test_every_episode_begins_with_the_same_student_and_ends_with_its_score(bench):
     """A hard action of one kind always uses it: both episodes are the same training."""
-    method = {**LEARNED, "action": "hard", "episodes": 2}
-
-    # An epoch is an episode, and the order of the rows makes no difference to a whole batch.
-    whole = {"per_device_train_batch_size": 64, "max_steps": 5}
-
     out = bench.run(
         "episodes",
-        method,
-        objective=[{"loss": "soft_target_kl"}],
-        train=whole,
+        {**LEARNED, "action": "hard"},
+        objective=KL,
+        # An epoch is an episode, and the order of the rows makes no difference to a whole batch.
+        train={"per_device_train_batch_size": 64, "max_steps": 5},
         student={"model": bert(2, **NO_DROPOUT)},
         eval={"eval_steps": 5, "losses": True},
     )
 
-    scored = [r["eval/soft_target_kl"] for r in records(out, "selector") if "eval/loss" in r]
-    _, first, second = scored
+    (_, first, second), (*_, final) = (
+        [r["eval/soft_target_kl"] for r in records(out, stage) if "eval/loss" in r]
+        for stage in ("selector", "student")
+    )
     assert first == pytest.approx(second, abs=1e-5)
-    final = [r["eval/soft_target_kl"] for r in records(out, "student") if "eval/loss" in r][-1]
     assert first == pytest.approx(final, abs=1e-5)
-
-    both = weights(out / "stages" / "selector"), weights(out / "stages" / "student")
-    assert max((both[0][n] - both[1][n]).abs().max().item() for n in both[0]) <= 1e-5
+    both = (weights(out / "stages" / stage) for stage in ("selector", "student"))
+    assert furthest(*both) <= 1e-5
 
 
 def test_all_kinds_learn_at_every_step_without_a_selector(bench):
@@ -165,12 +162,17 @@ def test_a_labelled_row_weighs_as_a_row_of_the_soft_targets_where_others_lack_la
     per_row = [per_label[0] | {"count": "rows"}, *per_label[1:]]
     method, few = {**PLAIN, "policy": "all"}, "task.labelled_examples=12"
 
-    default = bench.run("default", method, few)
+    default, rows, labels = (
+        bench.run(out, method, few, train={"max_steps": 3}, **objective)
+        for out, objective in {
+            "default": {},
+            "per-row": {"objective": per_row},
+            "per-label": {"objective": per_label},
+        }.items()
+    )
 
-    per_row_run = bench.run("per-row", method, few, objective=per_row)
-    assert same_weights(default / "final", per_row_run / "final")
-    per_label_run = bench.run("per-label", method, few, objective=per_label)
-    assert not same_weights(default / "final", per_label_run / "final")
+    assert same(rows, default)
+    assert not same(labels, default)
 
 
 def test_random_weights_are_drawn_anew_at_every_step(bench):
@@ -178,23 +180,21 @@ def test_random_weights_are_drawn_anew_at_every_step(bench):
     out = bench.run("random", method, log={"logging_steps": 1})
 
     logged = [r for r in records(out, "student") if "train/loss" in r]
-    assert all(f"train/{kind}" in record for record in logged for kind in KINDS)
     parts = torch.tensor([[record[f"train/{kind}"] for kind in KINDS] for record in logged])
     losses = torch.tensor([record["train/loss"] for record in logged])
     assert (losses < parts.sum(1)).all()
     # No weights that stay the same give all these losses.
-    same_weights = torch.linalg.lstsq(parts, losses[:, None]).solution
-    assert torch.dist(parts @ same_weights, losses[:, None]) > 0.01 * losses.norm()
+    constant = torch.linalg.lstsq(parts, losses[:, None]).solution
+    assert torch.dist(parts @ constant, losses[:, None]) > 0.01 * losses.norm()
 
 
 def test_kinds_of_a_language_model_are_weighed_too(one_rank, tmp_path):
     kinds = ("hard_cross_entropy", "soft_target_kl")
-    text = {"type": "causal_lm", "dataset": str(write_text(tmp_path / "text.txt"))}
 
     finish_in(
         one_rank,
         tmp_path,
-        {**text, "tokenizer": {"type": "bpe", "vocab_size": 320}},
+        text_task(tmp_path),
         teacher={"model": llama(2, initializer_range=0.2)},
         method={**LEARNED, "episode_steps": 4, "phase_steps": 2, "action": "hard"},
         objective=[{"loss": kind} for kind in kinds],

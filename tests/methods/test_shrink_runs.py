@@ -12,17 +12,14 @@ import pytest
 from tiny_runs import (
     bert,
     llama,
+    pairs_task,
     review_task,
     run_in,
+    text_task,
     write_jsonl,
-    write_scored_pairs,
     write_text,
 )
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    GenerationConfig,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
 from whole_run import finish, finish_in, read, records, same_weights, weights
 
 REPAIR, STEPS = 3, 5
@@ -77,19 +74,17 @@ def test_the_student_opens_as_a_stock_model_of_the_wanted_size(shrunk):
 
     model = AutoModelForCausalLM.from_pretrained(shrunk / "final")
 
-    size = sum(weight.numel() for weight in model.parameters())
     assert type(model).__name__ == "LlamaForCausalLM"
-    assert size == report["student.parameters"]
-    assert size == pytest.approx(24_000, rel=0.03)
+    size = sum(weight.numel() for weight in model.parameters())
+    assert size == report["student.parameters"] == pytest.approx(24_000, rel=0.03)
     assert (report["asked.what"], report["asked.value"]) == ("parameters", 24_000)
     layers, heads, neurons = report["student.parts"].split(" · ")
     kept = re.fullmatch(r"layers? ([\d, ]+) of 4", layers)
     assert kept
     assert len(kept[1].split(", ")) == model.config.num_hidden_layers
-    groups = model.config.num_key_value_heads
+    groups, width = model.config.num_key_value_heads, model.config.intermediate_size
     assert heads == ("2 key-value heads" if groups == 2 else f"{groups} of 2 key-value heads")
-    size = model.config.intermediate_size
-    assert neurons == ("64 neurons" if size == 64 else f"{size} of 64 neurons")
+    assert neurons == ("64 neurons" if width == 64 else f"{width} of 64 neurons")
 
 
 def test_a_student_generates_with_the_settings_of_its_teacher(one_rank, shrunk, tmp_path):
@@ -111,25 +106,19 @@ def test_a_student_generates_with_the_settings_of_its_teacher(one_rank, shrunk, 
 
 
 def test_repair_and_generated_texts_are_one_stage_with_one_schedule(shrunk):
-    logged = [r for r in records(shrunk, "student") if "train/loss" in r]
-    by_step = {r["step"]: r for r in logged}
+    by_step = {r["step"]: r for r in records(shrunk, "student") if "train/loss" in r}
 
-    (stage,) = [s for s in read(shrunk)["stages"] if s["name"] == "student"]
-    assert stage["steps"] == STEPS
+    steps = {stage["name"]: stage["steps"] for stage in read(shrunk)["stages"]}
+    assert steps["student"] == STEPS
     rates = [by_step[step]["train/learning_rate"] for step in sorted(by_step)]
     assert rates == sorted(rates, reverse=True)
     texts = [step for step, r in by_step.items() if any("rollout" in key for key in r)]
-    assert texts
     assert min(texts) > REPAIR
-
-
-def test_the_random_baseline_has_the_shape_and_the_steps_of_the_student(shrunk):
-    steps = {stage["name"]: stage["steps"] for stage in read(shrunk)["stages"]}
+    # The random baseline has the shape and the steps of the student.
     student, random = (
         {name: weight.shape for name, weight in weights(shrunk / "stages" / stage).items()}
         for stage in ("student", "random")
     )
-
     assert student == random
     assert steps["random"] == steps["student"]
 
@@ -194,43 +183,29 @@ def test_the_fewest_layers_of_a_classifier_are_cut_out_and_repaired(
 
 @pytest.mark.parametrize("kind", ["regression", "mlm"])
 def test_other_tasks_of_encoders_are_shrunk_as_classifiers_are(one_rank, tmp_path, kind):
-    texts = {
-        "regression": lambda: {
-            "dataset": str(write_scored_pairs(tmp_path / "pairs")),
-            "text_columns": ["first", "second"],
-            "label_column": "similarity",
-        },
-        "mlm": lambda: {
-            "dataset": str(write_text(tmp_path / "text.txt")),
-            "tokenizer": {"type": "wordpiece", "vocab_size": 300},
-        },
-    }
+    task = pairs_task(tmp_path) if kind == "regression" else text_task(tmp_path, "mlm")
     teacher = {"model": ENCODER, "finetune": {"max_steps": 8}}
     teacher |= {"cache": "auto"} if kind == "regression" else {}
     method = {"name": "shrink", "flops": "45%", "round_to": 4}
-    task = {"type": kind, **texts[kind]()}
 
     finish_in(one_rank, tmp_path, task, teacher=teacher, student=STUDENT, method=method)
 
     report = read(tmp_path / "out")
-    parts = {one: report[f"{one}.encoder_parameters"] for one in ("student", "teacher")}
-    assert parts["student"] == pytest.approx(0.45 * parts["teacher"], rel=0.05)
+    parts = [report[f"{one}.encoder_parameters"] for one in ("student", "teacher")]
+    assert parts[0] == pytest.approx(0.45 * parts[1], rel=0.05)
 
 
-@pytest.mark.parametrize(
-    ("method", "message"),
-    [
-        ({"flops": "0.1%"}, r"no model with 0\.1% of the layers' operations .*the nearest"),
+def test_a_budget_that_cannot_be_met_is_refused_before_anything_is_loaded(one_rank, tmp_path):
+    no_model = r"no model with 0\.1% of the layers' operations .*the nearest"
+    for budget, message in (
+        ({"flops": "0.1%"}, no_model),
         ({"parameters": "1B"}, "give a smaller size"),
-    ],
-)
-def test_a_budget_that_cannot_be_met_is_refused_before_anything_is_loaded(
-    one_rank, tmp_path, method, message
-):
-    outcome = one_rank.train("--config", shrinking_encoder(tmp_path, **method), code=2)
+    ):
+        config = shrinking_encoder(tmp_path / "".join(budget), **budget)
+        outcome = one_rank.train("--config", config, code=2)
 
-    assert re.search(message, outcome.err)
-    assert outcome.loaded == ()
+        assert re.search(message, outcome.err)
+        assert outcome.loaded == ()
 
 
 def test_a_speed_up_is_timed_before_the_teacher_learns(one_rank, tmp_path):
@@ -250,7 +225,9 @@ def test_weights_are_counted_with_the_head_that_the_labels_of_the_data_need(one_
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     config = shrinking_encoder(tmp_path, parameters="28K")
 
-    finish(one_rank, config, f"task.dataset={path}", "teacher.finetune.max_steps=1")
+    few = ("teacher.finetune.max_steps=1", "train.max_steps=1")
+
+    finish(one_rank, config, f"task.dataset={path}", *few)
 
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "final")
     assert model.config.num_labels == 60

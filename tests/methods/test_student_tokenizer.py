@@ -1,9 +1,10 @@
-"""Vocabularies of students: exact sizes, and what is refused."""
+"""Vocabularies of students: exact sizes, refusals, and words as their tokenizers cut them."""
 
 from __future__ import annotations
 
 import random
 import re
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,14 +12,15 @@ import pytest
 from datasets import Dataset
 from pydantic import ValidationError
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from megakd.contract.options import StudentVocabulary
 from megakd.data.encoding import tokenizer_content
 from megakd.data.tokenizers import VocabularyPair
-from megakd.data.vocabularies import encoder_template
+from megakd.data.vocabularies import encoder_template, train_tokenizer
 from megakd.errors import DataError
 from megakd.methods.mixed_vocabulary import tokenizer as student_tokenizer
+from megakd.methods.mixed_vocabulary.shared_words import WordCutter
 from megakd.methods.mixed_vocabulary.tokenizer import check_special_tokens, load_student_tokenizer
 
 FIRST = "The teacher writes a letter; the student, naïve, reads 42 (short) letters!"
@@ -127,3 +129,35 @@ WORDS = [*ROLES.values(), "a"]
 def test_special_tokens_that_are_missing_or_in_wrong_places_are_refused(tokenizer, message):
     with pytest.raises(DataError, match=message):
         check_special_tokens(tokenizer, "student")
+
+
+TEXT = "the unbelievable cats, it isn't naïve"
+CUTS = {
+    "wordpiece": "the|unbelievable|cats|,|it|isn|'|t|naïve",
+    "bpe": "the|unbelievable|cats|,|it|isn|'t|naïve",
+}
+
+
+@cache
+def trained(kind: Any) -> PreTrainedTokenizerFast:
+    letters = [*TEXT, "abcdefghijklmnopqrstuvwxyz", "able cat the it is"] * 3
+    return train_tokenizer(lambda: letters, kind=kind, vocab_size=300, for_encoder=True)
+
+
+def words_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
+    (words,) = WordCutter(VocabularyPair(tokenizer, tokenizer))([text])
+    return [words.word(number).strip() for number in range(len(words.fixed))]
+
+
+@pytest.mark.parametrize("kind", list(CUTS))
+def test_a_word_is_what_the_tokenizer_cuts_off_before_it_looks_for_pieces(kind):
+    assert "|".join(words_of(trained(kind), TEXT)) == CUTS[kind]
+
+
+def test_pieces_of_a_tokenizer_without_words_are_cut_at_white_space():
+    made = Tokenizer(models.BPE({c: n for n, c in enumerate("▁abcd")}, []))
+    made.normalizer = normalizers.Replace(" ", "▁")
+
+    result = words_of(PreTrainedTokenizerFast(tokenizer_object=made), "ab cad d")
+
+    assert result == ["ab", "cad", "d"]

@@ -1,15 +1,24 @@
-"""The trade-off of score and size, who wins it, and which candidates learn."""
+"""The trade-off of score and size, who wins it, the objective of candidates, and its heads."""
 
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
+from transformers import BertConfig, LlamaConfig, PretrainedConfig
 
 from megakd.contract.tasks import METRICS
-from megakd.errors import ConfigError, TrainingError
-from megakd.methods.assistants import choose, tradeoff
-from megakd.methods.minidisc import Sandwich, TradeoffJudge
+from megakd.contract.terms import RelationKl, SoftTargetKl
+from megakd.errors import ConfigError, TeacherError, TrainingError
+from megakd.methods.assistants import check_reach, choose, objective_of, tradeoff, views_of
+from megakd.methods.direct import DirectConfig
+from megakd.methods.maxidisc import MaxiDiscConfig
+from megakd.methods.minidisc import MiniDiscConfig, TradeoffJudge
+from megakd.models.source import ModelSource
+from megakd.models.structure import architecture_of
+from megakd.pruning.allocation import UnitScores
+from megakd.pruning.builder import SortedTeacher, unscored
 from megakd.scoring.metrics import headline, metric_named
 
 LAMBDA = 0.2
@@ -76,36 +85,24 @@ def test_a_score_that_is_no_fraction_is_refused_with_a_metric_that_is(score, err
 ACCURACY = headline(["accuracy"])
 
 
-def judged(scores: dict[float, float], *, tradeoff: float = 0.2, target: float = 0.9):
-    judge = TradeoffJudge(ACCURACY, tuple(scores), tradeoff, target)
-    return judge({f"sparsity-{s:g}": {"accuracy": value} for s, value in scores.items()}, 0)
-
-
-def test_all_candidates_learn_in_every_step_and_the_loss_is_their_mean():
-    plan = Sandwich("teacher", ("sparsity-0.5", "sparsity-0.7", "sparsity-0.9")).passes(7)
-
-    assert [planned.view for planned in plan] == ["sparsity-0.5", "sparsity-0.7", "sparsity-0.9"]
-    assert {planned.teacher for planned in plan} == {"teacher"}
-    assert [planned.scale for planned in plan] == pytest.approx([1 / 3] * 3)
-
-
 @pytest.mark.parametrize(
-    ("scores", "options", "chosen", "worth", "kept_apart"),
+    ("scores", "chosen", "worth", "target"),
     [
-        ({0.5: 0.80, 0.7: 0.79, 0.9: 0.60}, {}, 0.7, 0.79 + 0.2 * 0.7, {"sparsity-0.9": 0.60}),
-        ({0.5: 0.5, 0.9: 0.8, 0.95: 0.82}, {}, 0.9, 0.82 + 0.2 * 0.95, {"sparsity-0.9": 0.8}),
-        ({0.5: 0.80, 0.9: 0.60}, {"tradeoff": 0.0}, 0.5, 0.80, {"sparsity-0.9": 0.60}),
+        ({0.5: 0.80, 0.7: 0.79, 0.9: 0.60}, 0.7, 0.79 + LAMBDA * 0.7, 0.60),
+        # Beyond the target.
+        ({0.5: 0.5, 0.9: 0.8, 0.95: 0.82}, 0.9, 0.82 + LAMBDA * 0.95, 0.8),
     ],
-    ids=["best", "beyond the target", "no weight on size"],
 )
 def test_the_best_tradeoff_is_chosen_and_the_target_has_its_own_score(
-    scores, options, chosen, worth, kept_apart
+    scores, chosen, worth, target
 ):
-    verdict = judged(scores, **options)
+    judge = TradeoffJudge(ACCURACY, tuple(scores), LAMBDA, 0.9)
+
+    verdict = judge({f"sparsity-{s:g}": {"accuracy": value} for s, value in scores.items()}, 0)
 
     assert verdict.view == f"sparsity-{chosen:g}"
     assert verdict.score == pytest.approx(worth)
-    assert verdict.of_views == kept_apart
+    assert verdict.of_views == {"sparsity-0.9": target}
 
 
 def test_one_metric_of_which_more_is_better_is_weighed():
@@ -125,3 +122,103 @@ def test_one_metric_of_which_more_is_better_is_weighed():
     assert named("perplexity", loss, METRICS["causal_lm"], weighed=False) == loss
     with pytest.raises(ConfigError, match=r"recall cannot be computed .* perplexity, .*accuracy"):
         named("recall", loss, METRICS["causal_lm"], weighed=False)
+
+
+# What candidates learn from.
+
+
+PLAIN = DirectConfig(name="direct")
+BASE = {"num_hidden_layers": 4, "hidden_size": 768, "num_attention_heads": 12}
+SOFT = SoftTargetKl(loss="soft_target_kl")
+
+
+def relations(**options) -> RelationKl:
+    return RelationKl(loss="relation_kl", **options)
+
+
+def lab(config: PretrainedConfig, objective=None):
+    """As much of a lab as the choice of losses and views needs."""
+    source = ModelSource(
+        name="teacher",
+        where="teacher.model",
+        config=config,
+        architecture=architecture_of(config),
+        folder=None,
+        stored={},
+    )
+    return SimpleNamespace(
+        config=SimpleNamespace(objective=objective),
+        given=lambda role: source,
+        pruning=SimpleNamespace(unscored=lambda: unscored(source)),
+        soft_terms=lambda weight: (SoftTargetKl(loss="soft_target_kl", weight=weight),),
+        metric=lambda name: name,
+    )
+
+
+def test_hidden_states_of_one_width_are_compared_and_relations_have_the_teachers_heads():
+    alone = objective_of(lab(BertConfig(**BASE)))
+    teacher = lab(BertConfig(**BASE), (SOFT, relations(), relations(relation_heads=4)))
+
+    assert [term.loss for term in alone] == ["hidden_mse", "soft_target_kl"]
+    assert objective_of(teacher) == (
+        SOFT,
+        relations(relation_heads=12),
+        relations(relation_heads=4),
+    )
+
+
+@pytest.mark.parametrize(
+    ("term", "fits"),
+    [
+        (relations(), False),  # 12 of 64
+        (relations(relation_heads=64), True),
+        (relations(relation_heads=128), False),
+        (relations(relation_heads=128, relations=("query",)), True),  # two heads share keys
+        (relations(relation_heads=128, relations=("query_key",)), True),
+        (relations(relation_heads=128, relations=("query", "value")), False),
+    ],
+)
+def test_every_number_of_heads_must_fall_into_the_parts_of_the_relations(term, fits):
+    teacher = lab(LlamaConfig(**BASE, num_key_value_heads=6, head_dim=64), (term,))
+
+    if fits:
+        check_reach(PLAIN, teacher)
+        return
+    with pytest.raises(ConfigError, match=r"does not divide 64, .* 1, 2, 4, 8, 16, 32, 64$"):
+        check_reach(PLAIN, teacher)
+
+
+SPARSE = {"target_sparsity": 0.5, "sparsities": (0.5, 0.95), "allocation": "uniform"}
+
+
+@pytest.mark.parametrize("method", [DirectConfig, MaxiDiscConfig])
+def test_a_sparsity_that_is_never_cut_at_is_not_checked(method):
+    few_heads = lab(BertConfig(**{**BASE, "num_attention_heads": 4}))
+
+    check_reach(method(name=method.__name__.removesuffix("Config").lower(), **SPARSE), few_heads)
+    with pytest.raises(TeacherError, match=r"would keep 0 \(at sparsity"):
+        check_reach(MiniDiscConfig(name="minidisc", **SPARSE), few_heads)
+
+
+def test_a_metric_is_asked_for_only_where_something_is_weighed():
+    teacher, asked = lab(BertConfig(**BASE)), list[str | None]()
+    teacher.metric = asked.append
+
+    check_reach(PLAIN, teacher)
+    check_reach(MaxiDiscConfig(name="maxidisc", metric="f1"), teacher)
+
+    assert asked == ["f1"]
+
+
+def test_a_layer_whose_relations_are_compared_keeps_a_head():
+    teacher = lab(BertConfig(**BASE), (relations(relation_heads=4, layer_mapping=("2:4",)), SOFT))
+    heads = tuple((float(layer != 3),) * 12 for layer in range(4))
+    neurons = tuple((float(layer != 3),) * 3072 for layer in range(4))
+    scores = UnitScores(heads, neurons)
+    ranked = SortedTeacher(source=teacher.pruning.unscored().source, scores=scores)
+
+    view = views_of(PLAIN, teacher, ranked, [0.9])["sparsity-0.9"]
+
+    assert view.heads[3] == 1
+    assert view.heads[1] > 0
+    assert view.neurons[3] == 0

@@ -1,10 +1,12 @@
-"""Students that start as some layers of their teacher: by importance, spacing, or a list."""
+"""One teacher: the default loss terms, and students that start as some of its layers."""
 
 from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +15,9 @@ from tiny_runs import llama, run_in, write_text
 from whole_run import finish, weights
 
 from megakd.config.file import load_config
+from megakd.config.rollout import RolloutConfig
+from megakd.contract.terms import hard_terms, soft_terms
+from megakd.methods import single
 
 
 def starting_as(folder: Path, layers: Any, **sections: Any) -> Path:
@@ -76,3 +81,27 @@ def test_a_teacher_that_is_not_loaded_is_not_measured_unless_asked(tmp_path, kep
 
     assert not load_config(config).ranks_layers
     assert load_config(config, ["student.layers={keep: 2, by: importance}"]).ranks_layers
+
+
+@pytest.mark.parametrize(
+    ("rollout", "terms"),
+    [
+        (None, {"hard_cross_entropy": 0.5, "soft_target_kl": 0.5}),
+        ({}, {"soft_target_kl": 1.0}),
+        ({"mix": 0.2}, {"soft_target_kl": 1.0}),
+    ],
+    ids=["data", "texts", "texts and data"],
+)
+def test_single_learns_generated_texts_with_soft_targets_alone(rollout, terms):
+    texts = None if rollout is None else RolloutConfig(max_new_tokens=4, **rollout)
+    lab: Any = SimpleNamespace(
+        config=SimpleNamespace(objective=None, rollout=texts),
+        teacher=lambda name: "teacher",
+        train=lambda stage: stage,
+        hard_terms=partial(hard_terms, "causal_lm"),
+        soft_terms=partial(soft_terms, "causal_lm"),
+    )
+
+    stage: Any = single.run(single.SingleConfig(name="single"), lab)
+
+    assert {term.loss: term.weight for term in stage.objective} == terms
