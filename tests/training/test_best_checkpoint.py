@@ -38,23 +38,19 @@ def step_of(best: Any) -> int | None:
     return None if returned is None else int((returned.folder / "weights").read_text()[5:])
 
 
-def test_the_best_evaluation_stays_and_a_tie_keeps_the_earlier(tmp_path):
-    best = evaluated(best_of(tmp_path), {3: 0.5, 6: 0.7, 9: 0.7, 12: 0.6})
+def test_the_best_stays_a_tie_keeps_the_earlier_and_what_is_no_number_never_wins(tmp_path):
+    assert best_of(tmp_path).returned() is None
+    scores = {3: math.nan, 6: 0.7, 9: 0.7, 12: 0.6, 15: math.nan}
+
+    best = evaluated(best_of(tmp_path), scores)
 
     assert (step_of(best), stored(tmp_path)) == (6, ["step-6"])
     assert best.returned().evaluation.metrics == {"accuracy": 0.7}
 
 
-def test_a_score_that_is_no_number_never_wins(tmp_path):
-    assert best_of(tmp_path).returned() is None
-    assert step_of(evaluated(best_of(tmp_path), {3: math.nan, 6: 0.1, 9: math.nan})) == 6
-
-
 @pytest.mark.parametrize("score", [0.7, math.inf, -math.inf])
 def test_a_run_that_goes_on_has_its_best(tmp_path, score):
-    state = evaluated(best_of(tmp_path), {3: score}).state_dict()
-    best = best_of(tmp_path)
-
+    best, state = best_of(tmp_path), evaluated(best_of(tmp_path), {3: score}).state_dict()
     best.load_state_dict(state)
 
     assert step_of(evaluated(best, {6: score})) == 3
@@ -110,31 +106,22 @@ def test_a_failed_write_keeps_the_old_best(tmp_path):
     assert (step_of(best), stored(tmp_path)) == (3, ["step-3"])
 
 
-def judged(bests: Any, evaluations: Mapping[int, tuple[float, float, str]]) -> None:
-    """By step: the evaluation's score, the target's, and the view that is chosen."""
-    for step, (score, target, view) in evaluations.items():
-        scores = {"wide": {"accuracy": score}, "target": {"accuracy": target}}
-        bests.consider(step, scores, Verdict(score, view, {"target": target}))
-
-
 @pytest.mark.parametrize(
     ("evaluations", "view", "compared", "step"),
     [
         # A target is given as it was at its own best evaluation.
-        (
-            {3: (0.7, 0.9, "wide"), 6: (0.8, 0.6, "target"), 9: (0.5, 0.9, "target")},
-            *("target", 0.6, 3),
-        ),
+        (((0.7, 0.9, "wide"), (0.8, 0.6, "target"), (0.5, 0.9, "target")), "target", 0.6, 3),
         # Another view is given as it was when it was chosen.
-        ({3: (0.7, 0.9, "target"), 6: (0.8, 0.6, "wide")}, *("wide", 0.8, 6)),
+        (((0.7, 0.9, "target"), (0.8, 0.6, "wide")), "wide", 0.8, 6),
     ],
-    ids=["target", "another view"],
 )
 def test_a_stage_gives_the_best_of_the_view_that_is_chosen(
     tmp_path, evaluations, view, compared, step
 ):
     bests = best_of(tmp_path, "wide", "target")
-    judged(bests, evaluations)
+    for number, (score, target, chosen) in enumerate(evaluations, 1):
+        scores = {"wide": {"accuracy": score}, "target": {"accuracy": target}}
+        bests.consider(3 * number, scores, Verdict(score, chosen, {"target": target}))
 
     returned = bests.returned()
 

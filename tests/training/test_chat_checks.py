@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
-from typing import Any
 
 import pytest
 from chat_runs import END, OTHER, config_of, model
@@ -22,28 +20,32 @@ def both(tmp_path) -> list[Path]:
     return [Path(model(tmp_path / role)) for role in ("teacher", "student")]
 
 
+def test_every_difference_of_models_that_read_conversations_is_one_line(tmp_path, caplog):
+    """A student that also ends with the teacher's token is fine, and documents have no turns."""
+    model(tmp_path / "teacher", family="qwen3", rows=352)
+    model(tmp_path / "student", end=OTHER, ends=[END, OTHER])
+    config = config_of(tmp_path)
+
+    prepare(config)
+
+    differences = ("template", "task.chat_template"), ("end tokens", OTHER), ("352 and 340", "soft")
+    for line, words in zip(compared(caplog), differences, strict=True):
+        assert all(word in line for word in ("teacher.model and student.model", *words))
+    caplog.clear()
+    write_jsonl(tmp_path / "rows.jsonl", [{"text": f"text {n} and more"} for n in range(30)])
+    prepare(config)
+    assert compared(caplog) == []
+
+
+def compared(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.name.endswith("tokenizer_checks")]
+
+
 @pytest.mark.usefixtures("both")
 def test_models_that_agree_are_silent(tmp_path, caplog):
     prepare(config_of(tmp_path))
 
-    assert not [r for r in caplog.records if "tokenizer_checks" in r.name]
-
-
-def test_every_difference_is_one_line_with_the_choice(tmp_path, caplog):
-    model(tmp_path / "teacher", family="qwen3", rows=352)
-    model(tmp_path / "student", ends=[END, OTHER])
-    caplog.set_level(logging.WARNING)
-
-    prepare(config_of(tmp_path))
-
-    wanted = (
-        ("template", "task.chat_template"),
-        ("end tokens", OTHER),
-        ("352 and 340", "soft targets"),
-    )
-    lines = [r.getMessage() for r in caplog.records if r.name.endswith("tokenizer_checks")]
-    for line, words in zip(lines, wanted, strict=True):
-        assert all(word in line for word in ("teacher.model and student.model", *words))
+    assert compared(caplog) == []
 
 
 @pytest.mark.parametrize(
@@ -70,13 +72,6 @@ def test_an_end_token_that_the_student_lacks_is_refused_unless_accepted(
     assert accepted in caplog.text
 
 
-def test_a_student_that_also_ends_with_the_teachers_token_is_fine(tmp_path):
-    model(tmp_path / "teacher", end=END)
-    model(tmp_path / "student", end=OTHER, ends=[OTHER, END])
-
-    prepare(config_of(tmp_path))
-
-
 def test_a_tokenizer_without_an_end_token_is_named_as_the_cause(tmp_path, both):
     for folder in both:
         settings = folder / "tokenizer_config.json"
@@ -93,9 +88,8 @@ def test_a_tokenizer_without_an_end_token_is_named_as_the_cause(tmp_path, both):
 @pytest.mark.parametrize(
     ("train", "held", "more", "words"),
     [
-        (PROMPT, PROMPT, None, ("training rows", "rollout")),
-        (PROMPT, ANSWERED, None, ("training rows", "task.completion_column")),
-        (ANSWERED, PROMPT, None, ("validation_files",)),
+        (PROMPT, ANSWERED, ANSWERED, ("training rows", "rollout", "task.completion_column")),
+        (ANSWERED, PROMPT, ANSWERED, ("validation_files",)),
         (ANSWERED, ANSWERED, PROMPT, ("evaluation_sets.more",)),
     ],
 )
@@ -103,26 +97,12 @@ def test_a_tokenizer_without_an_end_token_is_named_as_the_cause(tmp_path, both):
 def test_prompts_alone_teach_nothing_without_rollouts_and_cannot_be_scored(
     tmp_path, train, held, more, words
 ):
-    rows = [{**train, "prompt": f"Question {n}"} for n in range(4)]
-    files: dict[str, Any] = {
-        "train_files": str(write_jsonl(tmp_path / "train.jsonl", rows)),
-        "validation_files": str(write_jsonl(tmp_path / "held.jsonl", [held])),
-    }
-    if more:
-        files["evaluation_sets"] = {"more": str(write_jsonl(tmp_path / "more.jsonl", [more]))}
+    rows = {"train": [{**train, "prompt": f"Question {n}"} for n in range(4)]}
+    rows |= {"held": [held], "more": [more]}
+    files = {name: str(write_jsonl(tmp_path / f"{name}.jsonl", rows[name])) for name in rows}
+    sets = {"evaluation_sets": {"more": files["more"]}, "validation_files": files["held"]}
 
     with pytest.raises(DataError) as caught:
-        prepare(config_of(tmp_path, dataset=None, **files))
+        prepare(config_of(tmp_path, dataset=None, train_files=files["train"], **sets))
 
     assert all(word in str(caught.value) for word in words)
-
-
-def test_documents_are_not_compared(tmp_path, caplog):
-    model(tmp_path / "teacher", family="qwen3")
-    model(tmp_path / "student", ends=[END, OTHER])
-    config = config_of(tmp_path)
-    write_jsonl(tmp_path / "rows.jsonl", [{"text": f"text {n} and more"} for n in range(30)])
-
-    prepare(config)
-
-    assert not [r for r in caplog.records if "tokenizer_checks" in r.name]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import random
 import shutil
 from collections import deque
@@ -60,9 +59,9 @@ def test_state_and_random_numbers_come_back_after_the_shards_are_read(store):
 
 def test_tensors_of_a_gpu_are_read_to_the_device_of_the_rank(store, monkeypatch):
     """The file may be read on a node where the rank has another GPU."""
+    values = {"average": torch.ones(3)}
     with monkeypatch.context() as patched:
         patched.setattr(torch.serialization, "location_tag", lambda storage: "cuda:3")
-        values = {"average": torch.ones(3)}
         folder = save(store, 4, values=values)
 
     store.load(folder, read_nothing, states_of(values))
@@ -104,26 +103,28 @@ def test_a_stage_may_get_longer_if_nothing_was_made_from_it(tmp_path, now, may_g
     saved = save(checkpoints(tmp_path, length={"max_steps": 8}), 8)
     store = checkpoints(tmp_path, length={"max_steps": now}, may_grow=may_grow)
 
-    if not goes_on:
+    if goes_on:
+        assert store.to_resume(resume=True) == saved
+        assert store.load(saved, read_nothing, states_of({"step": None})) == (1, now != 8)
+    else:
         with pytest.raises(CheckpointError, match=f"max_steps: 8 there, {now} here"):
             store.to_resume(resume=True)
-        return
-    assert store.to_resume(resume=True) == saved
-    values: dict[str, Any] = {"step": None}
-    assert store.load(saved, read_nothing, states_of(values)) == (1, now != 8)
 
 
-def test_a_finished_stage_leaves_what_a_longer_one_reads(tmp_path):
-    for keep, may_grow, left in ((2, True, ["step-8"]), (None, False, ["step-4", "step-8"])):
-        store = checkpoints(tmp_path / str(keep), keep=keep, may_grow=may_grow, stays=True)
-        save(store, 4, 8)
-        store.finish()
-        assert names(store) == left
-    for others in ({"stays": True}, {"may_grow": True}):
-        store = checkpoints(tmp_path / "others", **others)
-        save(store, 4, 8)
-        store.finish()
-        assert not store.folder.exists()
+@pytest.mark.parametrize(
+    ("keys", "left"),
+    [
+        ({"keep": 2, "may_grow": True, "stays": True}, ["step-8"]),
+        ({"keep": None, "stays": True}, ["step-4", "step-8"]),
+        ({"stays": True}, []),
+        ({"may_grow": True}, []),
+    ],
+)
+def test_a_finished_stage_leaves_what_a_longer_one_reads(tmp_path, keys, left):
+    store = checkpoints(tmp_path, **keys)
+    save(store, 4, 8)
+    store.finish()
+    assert (names(store) if store.folder.exists() else []) == left
 
 
 def test_a_checkpoint_of_another_stage_is_refused(store, tmp_path):
@@ -168,19 +169,6 @@ def test_the_manifest_names_what_was_written_even_if_a_listing_does_not_show_it(
     assert entries(newest).keys() == set(FILES)
 
 
-def test_no_bit_of_a_manifest_can_change_unseen(store):
-    newest = save(store, 4, 8)
-    path = newest / CHECKSUMS
-    content = path.read_bytes()
-
-    for place in range(0, len(content), 7):
-        changed = bytearray(content)
-        changed[place] ^= 1
-        path.write_bytes(changed)
-        damaged = store.damage(newest) is not None
-        assert damaged or json.loads(changed) == json.loads(content)
-
-
 def test_a_stage_that_may_not_resume_refuses_to_write_over_its_checkpoints(store):
     newest = save(store, 8)
 
@@ -189,26 +177,19 @@ def test_a_stage_that_may_not_resume_refuses_to_write_over_its_checkpoints(store
         store.to_resume(resume=False)
 
 
-def test_other_ranks_read_a_checkpoint_and_keep_their_own_random_numbers(tmp_path):
-    folder = save(checkpoints(tmp_path), 4)
+def test_other_ranks_read_a_checkpoint_and_keep_their_own_random_numbers_but_no_stream(tmp_path):
+    values: dict[str, Any] = {"step": 4, "batches": {"step": 4, "places": [{}]}}
+    folder = save(checkpoints(tmp_path), 4, values=values)
     third = Ranks(rank=2, world_size=4, local_rank=2, device=torch.device("cpu"))
     seed_everything(5, rank=2)
-    before = random_state()
-    values: dict[str, Any] = {"step": None, "window": None}
+    before, read = random_state(), dict.fromkeys(values)
 
-    states = states_of(values)
-    writers = checkpoints(tmp_path, ranks=third).load(folder, read_nothing, states)
+    writers = checkpoints(tmp_path, ranks=third).load(folder, read_nothing, states_of(read))
 
-    assert (writers, values) == ((1, False), {"step": 4, "window": 40})
+    assert (writers, read) == ((1, False), values)
     assert torch.equal(random_state()["torch"], before["torch"])
-
-
-def test_a_stream_goes_on_only_on_as_many_ranks(tmp_path):
-    folder = save(checkpoints(tmp_path), 4, values={"batches": {"step": 4, "places": [{}]}})
-    three = Ranks(rank=0, world_size=3, local_rank=0, device=torch.device("cpu"))
-
     with pytest.raises(CheckpointError, match="a stream that 1 ranks have read, and this run has"):
-        check_stream(folder, three)
+        check_stream(folder, third)
     check_stream(folder, ALONE)
 
 
@@ -232,11 +213,9 @@ class Counted(NamedTuple):
 
 
 @pytest.mark.parametrize(
-    "value",
-    [np.float64(1.0), {"inner": [Counted(3)]}, {Counted(3): 1}, deque([1])],
-    ids=["numpy number", "nested", "name", "deque"],
+    "value", [np.float64(1.0), {"inner": [Counted(3)]}, {Counted(3): 1}, deque([1])], ids=repr
 )
-def test_an_object_of_a_class_is_refused_before_it_gets_into_a_checkpoint(tmp_path, value):
+def test_an_object_of_a_class_is_refused_before_it_gets_into_a_checkpoint(value):
     with pytest.raises(TypeError, match="plain values"):
         check_plain({"strategy": value})
 

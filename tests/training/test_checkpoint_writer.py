@@ -79,6 +79,7 @@ def test_a_checkpoint_has_the_values_of_its_step_and_no_name_while_it_is_written
     training.step()
 
     assert (training.writer.is_pending, training.writer.is_writing) == (True, True)
+    assert names(store) == ["step-1.partial"]
     assert store.to_resume(resume=True) is None
     held.released.set()
     training.writer.publish()
@@ -103,39 +104,18 @@ def test_the_next_save_and_the_last_one_wait_for_the_one_that_is_being_written(s
     assert names(store) == ["step-2", "step-3"]
 
 
-def test_a_run_that_is_killed_while_it_writes_goes_on_from_the_checkpoint_before(store, held):
-    killed = Training(store)
-    held.released.set()
-    killed.save(1, is_last=True)
-    held.released.clear()
-    killed.step()
-    killed.save(2)
-
-    assert store.to_resume(resume=True) == store.folder / "step-1"
-    assert names(store) == ["step-1", "step-2.partial"]
-    held.released.set()
-    killed.writer.close()
-    again = Training(store)
-    again.step()
-    again.save(3, is_last=True)
-    assert names(store) == ["step-1", "step-3"]
-
-
 @pytest.mark.parametrize(
     ("number", "remedy"), [(errno.ENOSPC, "free some space and start"), (errno.EACCES, "start")]
 )
 def test_a_failure_in_the_thread_is_told_when_the_checkpoint_would_get_its_name(
     store, held, number, remedy
 ):
-    training = Training(store)
-    held.error = OSError(number, os.strerror(number))
+    training, reason = Training(store), os.strerror(number)
+    held.error = OSError(number, reason)
     training.save(8)
     held.released.set()
 
-    message = (
-        rf"checkpoint of step 8 could not be written .*{os.strerror(number)}; nothing else was "
-        f"changed, there is no earlier one; {remedy} the same"
-    )
+    message = rf"of step 8 could not be .*{reason}; .*, there is no earlier one; {remedy} the same"
     with pytest.raises(CheckpointError, match=message):
         training.writer.publish()
 
@@ -216,6 +196,35 @@ def full_disk(*_: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
+def fails_for_lack_of_space(store: Checkpoints) -> None:
+    with pytest.raises(
+        CheckpointError,
+        match=rf"^the checkpoint of step 8 could not be written to {store.folder}: "
+        r"(No space left on device|File too large); nothing else was changed, the last good "
+        rf"checkpoint is {store.folder}/step-4; free some space and start the same command again$",
+    ):
+        save(store, 8)
+
+
+FULL = shutil._ntuple_diskusage(10, 9, 1)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "fails"),
+    [
+        (checkpoint.shutil, "disk_usage", lambda _: FULL),
+        (checkpoint, "write_files", full_disk),
+        (os, "fsync", full_disk),
+        (Path, "rename", full_disk),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_disk_that_is_full_or_fills_up_destroys_nothing(kept, monkeypatch, owner, name, fails):
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, fails)
+        fails_for_lack_of_space(kept)
+
+
 @pytest.fixture
 def kept(tmp_path) -> Iterator[Checkpoints]:
     """A folder with the checkpoint of step 4, which is still there after a save that fails."""
@@ -226,46 +235,12 @@ def kept(tmp_path) -> Iterator[Checkpoints]:
     assert store.to_resume(resume=True) == store.folder / "step-4"
 
 
-def refuses_for_lack_of_space(store: Checkpoints) -> Any:
-    return pytest.raises(
-        CheckpointError,
-        match=rf"^the checkpoint of step 8 could not be written to {store.folder}: "
-        r"(No space left on device|File too large); nothing else was changed, the last good "
-        rf"checkpoint is {store.folder}/step-4; free some space and start the same command again$",
-    )
-
-
-def test_a_disk_that_is_full_or_fills_up_under_the_engine_destroys_nothing(kept, monkeypatch):
-    with monkeypatch.context() as patch, refuses_for_lack_of_space(kept):
-        patch.setattr(checkpoint, "write_files", full_disk)
-        save(kept, 8)
-    usage = shutil._ntuple_diskusage(10, 9, 1)  # pyright: ignore[reportAttributeAccessIssue]
-    with monkeypatch.context() as patch, refuses_for_lack_of_space(kept):
-        patch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage)
-        save(kept, 8)
-
-
-@pytest.mark.parametrize("owner", [os, checkpoint.Path])
-def test_a_disk_that_fills_up_at_the_end_of_a_save_destroys_nothing(kept, monkeypatch, owner):
-    with monkeypatch.context() as patch, refuses_for_lack_of_space(kept):
-        patch.setattr(owner, "fsync" if owner is os else "rename", full_disk)
-        save(kept, 8)
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """The system's own refusal to write: EFBIG, as a full quota would be."""
+def test_torch_that_cannot_write_gives_the_systems_own_reason(kept, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))  # EFBIG, as a full quota would be
     try:
-        yield
+        fails_for_lack_of_space(kept)
+        with pytest.raises(OSError, match="File too large"):
+            write_tensors(tmp_path / "x.pt", {"weight": torch.zeros(1000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_torch_that_cannot_write_gives_the_systems_own_reason(kept, tmp_path):
-    with largest_file(3000), refuses_for_lack_of_space(kept):
-        save(kept, 8)
-
-    with largest_file(3000), pytest.raises(OSError, match="File too large"):
-        write_tensors(tmp_path / "x.pt", {"weight": torch.zeros(1000)})

@@ -16,35 +16,30 @@ EVALUATED_EVERY, PATIENCE, PLANNED = 2, 2, 10
 STOPPED = EVALUATED_EVERY * (1 + PATIENCE)
 
 
-def stops_at(scores, *, patience, threshold=0.0):
-    stopping = EarlyStopping(patience=patience, threshold=threshold)
-    for number, score in enumerate(scores, start=1):
-        stopping.consider(score)
-        if stopping.stopped:
-            return number
-    return None
-
-
 @pytest.mark.parametrize(
-    ("scores", "patience", "end"),
+    ("scores", "patience", "threshold", "end"),
     [
-        ([0.5, 0.6, 0.6, 0.6], 2, 4),  # a tie is no better score
-        ([0.5, 0.4, 0.6, 0.5, 0.5], 2, 5),  # a better score starts the count again
-        ([0.5, 0.4, 0.6, 0.5, 0.7], 2, None),
-        ([0.5, math.nan, math.nan], 2, 3),
-        ([math.nan, 0.5, 0.6], 2, None),
-        ([0.5, 0.4], 1, 2),
-        ([-3.0, -2.0, -2.5], 1, 3),
-        ([0.5] * 9, None, None),
+        ([0.5, 0.6, 0.6, 0.6], 2, 0, 4),  # a tie is no better score
+        ([0.5, 0.4, 0.6, 0.5, 0.5], 2, 0, 5),  # a better score starts the count again
+        ([0.5, 0.4, 0.6, 0.5, 0.7], 2, 0, None),
+        ([0.5, math.nan, math.nan], 2, 0, 3),
+        ([math.nan, 0.5, 0.6], 2, 0, None),
+        ([-3.0, -2.0, -2.5], 1, 0, 3),
+        ([0.5] * 9, None, 0, None),
+        # Small improvements do not count, and raise the best score all the same.
+        ([0.50, 0.54, 0.58, 0.62], 3, 0.05, 4),
+        ([0.50, 0.56, 0.62, 0.68], 3, 0.05, None),
     ],
 )
-def test_so_many_evaluations_in_a_row_without_a_better_score_end_a_stage(scores, patience, end):
-    assert stops_at(scores, patience=patience) == end
-
-
-def test_small_improvements_do_not_count_and_raise_the_best_score_all_the_same():
-    assert stops_at([0.50, 0.54, 0.58, 0.62], patience=3, threshold=0.05) == 4
-    assert stops_at([0.50, 0.56, 0.62, 0.68], patience=3, threshold=0.05) is None
+def test_so_many_evaluations_in_a_row_without_a_better_score_end_a_stage(
+    scores, patience, threshold, end
+):
+    stopping, stopped_at = EarlyStopping(patience=patience, threshold=threshold), None
+    for number, score in enumerate(scores, start=1):
+        stopping.consider(score)
+        if stopping.stopped and stopped_at is None:
+            stopped_at = number
+    assert stopped_at == end
 
 
 def test_a_stage_that_had_stopped_and_gets_more_steps_counts_again():
@@ -79,8 +74,7 @@ def test_a_stage_that_stops_early_reports_the_steps_it_took_and_logs_the_last_of
     out = stopped.parent / "out"
 
     assert read(out)["stages"][0]["steps"] == STOPPED
-    logged = {r["step"] for r in records(out, "student") if "train/loss" in r}
-    assert logged == {4, STOPPED}
+    assert {r["step"] for r in records(out, "student") if "train/loss" in r} == {4, STOPPED}
     assert (out / "checkpoints" / "student" / f"step-{STOPPED}").is_dir()
 
 

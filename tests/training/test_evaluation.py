@@ -1,10 +1,12 @@
-"""Metrics against hand values and scikit-learn, and their run."""
+"""Metrics against hand values and scikit-learn, their run, and the baseline of words."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,16 +15,18 @@ import torch
 from datasets import Dataset
 from sklearn import metrics as theirs
 from source_scene import Texts, objective_of
-from tiny_runs import review_task
+from tiny_runs import bert, review_task, write_config
 from torch import Tensor
 from whole_run import finish_in, read, records
 
+from megakd.config.file import config_of
 from megakd.config.run import EvalConfig
 from megakd.contract.batch import IGNORE, Batch, Predictions
 from megakd.contract.results import WHOLE, MetricJudge
 from megakd.contract.stage import Pass, Verdict
 from megakd.contract.tasks import METRICS
 from megakd.contract.terms import HardCrossEntropy
+from megakd.data.splits import load_splits
 from megakd.engine.distributed import Ranks
 from megakd.errors import ConfigError, DataError, TrainingError
 from megakd.scoring.metrics import (
@@ -33,6 +37,7 @@ from megakd.scoring.metrics import (
     task_metrics,
 )
 from megakd.scoring.scorer import Scorer, few
+from megakd.scoring.words import score_words
 from megakd.storage.atomic import json_text
 from megakd.training.stage_evaluation import HeldOutLosses
 
@@ -58,33 +63,25 @@ def logits_of(classes: list[int], count: int = 2) -> Tensor:
     return torch.nn.functional.one_hot(torch.tensor(classes), count).float()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("names", "outputs", "labels", "wanted"),
+    ("outputs", "labels", "wanted"),
     [
         # 2 true positives, 1 false positive, 1 false negative: F1 = 4 / 6.
-        (
-            ("accuracy", "f1"),
-            [1, 1, 0, 0, 1],
-            [1, 0, 1, 0, 1],
-            {"accuracy": 3 / 5, "f1": 2 / 3, "mean_accuracy_f1": (3 / 5 + 2 / 3) / 2},
-        ),
+        ([1, 1, 0, 0, 1], [1, 0, 1, 0, 1], (3 / 5, 2 / 3, 1 / 6)),
         # (2·2 - 1·1) / sqrt(3·3·3·3) = 1/3
-        (
-            ("matthews_correlation",),
-            [1, 1, 0, 0, 1, 0],
-            [1, 1, 0, 0, 0, 1],
-            {"matthews_correlation": 1 / 3},
-        ),
-        (("accuracy",), [1, 1, 0], [1, -100, 0], {"accuracy": 1.0}),
-        (("f1",), [1], [1], {"f1": 1.0}),
+        ([1, 1, 0, 0, 1, 0], [1, 1, 0, 0, 0, 1], (2 / 3, 2 / 3, 1 / 3)),
+        ([1, 1, 0], [1, -100, 0], (1.0, 1.0, 1.0)),  # a row without a class
+        ([1], [1], (1.0, 1.0, 0.0)),
     ],
-    ids=["two metrics", "matthews", "row without a class", "one row"],
 )
-def test_metrics_of_classes_are_the_hand_values(names, outputs, labels, wanted) -> None:
-    answer = logits_of(outputs)
+def test_metrics_of_classes_are_the_hand_values(outputs, labels, wanted, dtype):
+    names = ("accuracy", "f1", "matthews_correlation")
 
-    assert metrics_of(names, answer, torch.tensor(labels)) == pytest.approx(wanted)
-    assert metrics_of(names, answer.bfloat16(), torch.tensor(labels)) == pytest.approx(wanted)
+    result = metrics_of(names, logits_of(outputs).to(dtype), torch.tensor(labels))
+
+    assert [result[name] for name in names] == pytest.approx(wanted)
+    assert result["mean_accuracy_f1_matthews_correlation"] == pytest.approx(sum(wanted) / 3)
 
 
 @pytest.mark.parametrize(
@@ -97,30 +94,28 @@ def test_metrics_of_classes_are_the_hand_values(names, outputs, labels, wanted) 
         ("spearman", [-90.0, 1.0, 2.0], [-100.0, 1.0, 2.0], 1.0),  # -100 is a score
     ],
 )
-def test_correlations_are_the_hand_values(name, scores, labels, wanted) -> None:
+def test_correlations_are_the_hand_values(name, scores, labels, wanted):
     values = metrics_of((name,), torch.tensor(scores)[:, None], torch.tensor(labels))
 
     assert values[name] == pytest.approx(wanted)
 
 
+ALIKE, RISING = torch.full((3,), 2.0), torch.arange(3.0)
+ONE_CLASS = logits_of([0, 0, 0])
+
+
 @pytest.mark.parametrize(
     ("names", "outputs", "labels", "what"),
     [
-        *(
-            ((name,), torch.tensor(scores), torch.tensor(labels), f" because all {what} are")
-            for name in ("pearson", "spearman")
-            for scores, labels, what in (
-                ([2.0, 2.0, 2.0], [1.0, 2.0, 3.0], "predictions"),
-                ([1.0, 2.0, 3.0], [4.0, 4.0, 4.0], "labels"),
-                ([1.0], [1.0], "predictions"),
-            )
-        ),
+        (("pearson",), ALIKE, RISING, " because all predictions are"),
+        (("spearman",), RISING, ALIKE, " because all labels are"),
+        (("spearman",), RISING[:1], RISING[:1], " because all predictions are"),
         # One predicted class, and no positive label.
-        (("matthews_correlation", "f1"), logits_of([0, 0, 0]), torch.tensor([1, 0, 1]), ""),
-        (("f1",), logits_of([0, 0]), torch.tensor([0, 0]), ""),
+        (("matthews_correlation", "f1"), ONE_CLASS, torch.tensor([1, 0, 1]), ""),
+        (("f1",), ONE_CLASS, torch.tensor([0, 0, 0]), ""),
     ],
 )
-def test_an_undefined_metric_is_0_and_said(names, outputs, labels, what, caplog) -> None:
+def test_an_undefined_metric_is_0_and_said(names, outputs, labels, what, caplog):
     with caplog.at_level(logging.INFO):
         values = metrics_of(names, outputs, labels)
 
@@ -128,7 +123,7 @@ def test_an_undefined_metric_is_0_and_said(names, outputs, labels, what, caplog)
     assert f"{names[0]} is undefined{what}" in caplog.text
 
 
-def test_what_cannot_be_scored_is_an_error() -> None:
+def test_what_cannot_be_scored_is_an_error():
     with pytest.raises(DataError, match="none of the 2 held-out rows has a label"):
         metrics_of(("accuracy",), logits_of([0, 1]), torch.tensor([-100, -100]))
     with pytest.raises(TrainingError, match="not finite for 3 of 3 held-out rows"):
@@ -137,39 +132,35 @@ def test_what_cannot_be_scored_is_an_error() -> None:
         language_model_metrics(torch.zeros(3, dtype=torch.float64))
 
 
-@pytest.mark.parametrize(
-    ("sums", "perplexity"), [([20.0, 3.0, 10.0], math.exp(2)), ([1e6, 3.0, 10.0], math.inf)]
-)
-def test_perplexity_is_the_exponential_of_nats_per_target(sums, perplexity) -> None:
-    values = language_model_metrics(torch.tensor(sums, dtype=torch.float64))
+@pytest.mark.parametrize(("nats", "perplexity"), [(20.0, math.exp(2)), (1e6, math.inf)])
+def test_perplexity_is_the_exponential_of_nats_per_target(nats, perplexity):
+    values = language_model_metrics(torch.tensor([nats, 3.0, 10.0], dtype=torch.float64))
 
-    wanted = {"perplexity": perplexity, "loss": sums[0] / 10, "accuracy": 0.3}
+    wanted = {"perplexity": perplexity, "loss": nats / 10, "accuracy": 0.3}
     assert values == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize(("metric", "score"), [("accuracy", 0.6), ("perplexity", -0.6)])
-def test_a_judge_says_that_more_is_better_whatever_the_metric(metric, score) -> None:
+def test_a_judge_says_that_more_is_better_whatever_the_metric(metric, score):
     judge = MetricJudge(headline((metric,)), "narrow")
+    assert judge({"wide": {metric: 9.0}, "narrow": {metric: 0.6}}, 0) == Verdict(score, "narrow")
+
+
+def test_several_official_metrics_rank_by_their_mean():
     both = headline(("pearson", "spearman"))
-
-    verdict = judge({"wide": {metric: 9.0}, "narrow": {metric: 0.6}}, 0)
-
-    assert verdict == Verdict(score, "narrow")
     assert both.name == "mean_pearson_spearman"
     assert both.of({"pearson": 0.8, "spearman": 0.6, "loss": 9.0}) == pytest.approx(0.7)
 
 
-def test_an_evaluation_is_read_as_it_was_recorded() -> None:
-    scores = {"wide": {"accuracy": 0.5}, "narrow": {"accuracy": 0.25}}
-    evaluation, endless = Evaluation(scores, "narrow"), Evaluation({WHOLE: {"x": math.inf}}, WHOLE)
+def test_an_evaluation_is_read_as_it_was_recorded():
+    scores = {"wide": {"accuracy": 0.5, "x": 1.0}, "narrow": {"accuracy": 0.25, "x": math.inf}}
+    evaluation = Evaluation(scores, "narrow")
 
-    read, nothing = (
-        Evaluation.read(json.loads(json_text(one.record()))) for one in (evaluation, endless)
-    )
+    read = Evaluation.read(json.loads(json_text(evaluation.record())))
 
-    assert read == evaluation
-    assert evaluation.metrics == {"accuracy": 0.25}
-    assert math.isnan(nothing.metrics["x"])
+    assert read.scores["wide"] == scores["wide"]
+    assert (read.view, read.metrics["accuracy"]) == ("narrow", 0.25)
+    assert math.isnan(read.metrics["x"])
 
 
 LABELS = ("bad", "fine", "good")
@@ -183,20 +174,17 @@ def chosen(labels=LABELS, task="classification", official=("accuracy",), **keys)
     return task_metrics(EvalConfig(**keys), task, official, labels)
 
 
-@pytest.mark.parametrize("name", ["f1_macro", "precision_macro", "recall_macro", "f1_weighted"])
-def test_a_mean_over_labels_is_that_of_scikit_learn(name):
-    kind, average = name.split("_")
+def test_every_metric_that_a_config_may_name_is_that_of_scikit_learn():
+    names, binary = METRICS["classification"], (TRUTH[KNOWN] == 2, PREDICTED[KNOWN] == 2)
 
-    values = chosen(metric=name).of(OUTPUTS, TRUTH)
+    values = chosen(metrics=names, positive_label="good").of(OUTPUTS, TRUTH)
 
-    of = getattr(theirs, f"{kind}_score")
-    assert values[name] == pytest.approx(of(TRUTH[KNOWN], PREDICTED[KNOWN], average=average))
-    assert values["accuracy"] == pytest.approx(6 / 9)  # the official one stays
-
-
-def test_every_metric_that_a_config_may_name_can_be_computed():
-    names = METRICS["classification"]
-    assert set(chosen(metrics=names, positive_label="bad").of(OUTPUTS, TRUTH)) == set(names)
+    assert set(values) == set(names)
+    for name in {*names} - {"accuracy", "matthews_correlation", "loss"}:
+        kind, _, average = name.partition("_")
+        truth, predicted = (TRUTH[KNOWN], PREDICTED[KNOWN]) if average else binary
+        of = getattr(theirs, f"{kind}_score")
+        assert values[name] == pytest.approx(of(truth, predicted, average=average or "binary"))
     names = METRICS["regression"]
     values = chosen((), "regression", ("pearson",), metrics=names).of(
         torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([1.0, 2.0, 2.0])
@@ -205,16 +193,10 @@ def test_every_metric_that_a_config_may_name_can_be_computed():
     assert values["loss"] == pytest.approx(4 / 3)
 
 
-def test_f1_precision_and_recall_are_about_the_label_that_is_named():
-    names, outputs, truth = ("precision", "recall", "f1"), torch.eye(2)[[0, 0, 1]], [0, 1, 1]
-
-    values = chosen(metrics=names, positive_label="good").of(OUTPUTS, TRUTH)
-
-    # Three of four are found, and three of four that are said are right.
-    assert [values[name] for name in names] == [0.75, 0.75, 0.75]
-    for keys, recall in (({}, 0.5), ({"positive_label": "no"}, 1.0)):  # the second of two labels
-        two = chosen(("no", "yes"), metric="recall", **keys).of(outputs, torch.tensor(truth))
-        assert two["recall"] == recall
+@pytest.mark.parametrize(("keys", "recall"), [({}, 0.5), ({"positive_label": "no"}, 1.0)])
+def test_of_two_labels_the_second_is_the_positive_one_unless_another_is_named(keys, recall):
+    outputs, truth = torch.eye(2)[[0, 0, 1]], torch.tensor([0, 1, 1])
+    assert chosen(("no", "yes"), metric="recall", **keys).of(outputs, truth)["recall"] == recall
 
 
 def test_every_label_has_the_precision_and_recall_of_its_counts_also_if_the_label_is_absent():
@@ -234,9 +216,9 @@ def test_every_label_has_the_precision_and_recall_of_its_counts_also_if_the_labe
 
 
 def test_very_many_labels_are_counted_without_a_table_of_their_pairs():
-    predicted = logits_of([70_000, 3], 100_000)
+    names, predicted = tuple(map(str, range(100_000))), logits_of([70_000, 3], 100_000)
 
-    actual = chosen(tuple(map(str, range(100_000)))).of_classes(predicted, torch.tensor([3, 3]))
+    actual = chosen(names).of_classes(predicted, torch.tensor([3, 3]))
 
     assert actual["confusion"]["3"] == {"3": 1, "70000": 1}
     assert actual["per_class"][3]["recall"] == 0.5
@@ -267,17 +249,13 @@ def test_the_official_metrics_rank_evaluations_unless_one_is_chosen():
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"metric": "f1"}, "f1 needs one of the 3 labels; set the key to one of bad, fine, good, "),
-        (
-            {"metrics": ("recall",)},
-            "eval.positive_label: missing, and recall needs one .* use recall_macro",
-        ),
+        ({"metric": "f1"}, "missing, .* f1 needs one of the 3 labels; .* bad, fine, good, .* f1_m"),
         ({"metric": "f1", "positive_label": "goood"}, 'no label "goood"; did you mean "good"'),
         ({"positive_label": "good"}, "no metric of this run uses a positive label; remove the key"),
     ],
 )
 def test_a_positive_label_that_is_missing_wrong_or_idle_is_refused(keys, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=rf"eval\.positive_label: .*{message}"):
         chosen(**keys)
 
 
@@ -347,7 +325,7 @@ TERMS = tuple(HardCrossEntropy(loss="hard_cross_entropy", on=on) for on in (None
 def losses(batches: list[Any], value: float) -> Any:
     """Losses of a model that has the same value at every target."""
     objective = objective_of(TERMS)
-    bundle = SimpleNamespace(objective=objective, counters=objective.counters)
+    bundle: Any = SimpleNamespace(objective=objective, counters=objective.counters)
 
     def measure(batch: Any, knowledge: object, plan: object, scored: tuple) -> Any:
         counted = {unit: count(batch) for unit, count in objective.counters.items()}
@@ -355,8 +333,8 @@ def losses(batches: list[Any], value: float) -> Any:
         return SimpleNamespace(parts=parts, predictions=dict.fromkeys(scored))
 
     student = SimpleNamespace(measure=measure)
-    trainer = SimpleNamespace(student=student, ask_teachers=lambda plan, batch: {})
-    result = HeldOutLosses(trainer, bundle, (Pass(),), (WHOLE,))  # type: ignore[arg-type]
+    trainer: Any = SimpleNamespace(student=student, ask_teachers=lambda plan, batch: {})
+    result = HeldOutLosses(trainer, bundle, (Pass(),), (WHOLE,))
     for batch in batches:
         result.add(batch)
     return result.means()[WHOLE]
@@ -370,3 +348,64 @@ def test_a_term_on_rollouts_has_no_value_on_texts_of_the_data():
 
     assert both == pytest.approx({"hard_cross_entropy": 0.5, "hard_cross_entropy_on_rollouts": 0.5})
     assert data == pytest.approx({"hard_cross_entropy": 0.5})
+
+
+# The baseline of every classifier: the words of its texts.
+
+
+def words_tree(folder: Path, **sections: Any) -> dict[str, Any]:
+    task = {"type": "classification", "dataset": str(folder), "max_length": 32}
+    models = {"student": {"model": bert(1)}, "method": {"name": "finetune"}}
+    return {"output_dir": str(folder / "out"), "task": task, **models, **sections}
+
+
+def write_texts(folder: Path, train: list[tuple[str, str]], test: list[tuple[str, str]]):
+    for name, rows in (("train", train), ("validation", test), ("test", test)):
+        table = "".join(f"{text},{label}\n" for text, label in rows)
+        (folder / f"{name}.csv").write_text(f"text,label\n{table}")
+
+
+def words_of(folder: Path) -> dict[str, float]:
+    config = config_of(words_tree(folder))
+    splits = load_splits(config.task, seed=0, cache_dir=folder / "cache")
+    metrics = task_metrics(config.eval, "classification", splits.metrics, splits.label_names)
+    return dict(score_words(splits, metrics))
+
+
+NAMED = [(f"the {word} number {n}", word) for n in range(8) for word in ("sun", "moon")]
+
+
+def test_words_are_learned_from_labelled_rows_and_a_class_without_one_is_never_guessed(tmp_path):
+    write_texts(tmp_path, [*NAMED, ("a text about the sun", "")], NAMED)
+
+    scores = words_of(tmp_path)
+
+    assert (scores["accuracy"], scores["f1_macro"]) == (1.0, 1.0)
+    assert 0 < scores["loss"] < 0.7
+    other = [*NAMED[:6], ("the star number 1", "star"), ("the star number 2", "star")]
+    write_texts(tmp_path, [*NAMED, ("the star", "star")], other)
+    assert words_of(tmp_path)["accuracy"] >= 6 / 8
+
+
+def test_where_nothing_can_be_learned_from_words_there_is_no_baseline(tmp_path):
+    write_texts(tmp_path, [("?!", "sun"), ("!", "moon")] * 4, NAMED[:2])
+
+    assert words_of(tmp_path) == {}
+
+
+@pytest.mark.parametrize(("baselines", "listed"), [(None, ["tfidf"]), (["alone"], ["alone"])])
+def test_a_classifiers_table_has_the_words_unless_other_baselines_are_listed(
+    one_rank, tmp_path, baselines, listed
+):
+    write_texts(tmp_path, NAMED, NAMED)
+    short = {"max_steps": 2, "per_device_train_batch_size": 4}
+    run = words_tree(tmp_path, train=short, eval={"latency": False}, baselines=baselines)
+
+    outcome = one_rank.train("--config", write_config(tmp_path / "run.yaml", run), code=0)
+
+    report = read(tmp_path / "out")
+    assert report["baselines"] == listed
+    assert report["models"] == ["student", *listed]
+    assert bool(re.search(r"^tfidf +- +- +- .*100\.0%", outcome.out, re.MULTILINE)) is (
+        "tfidf" in listed
+    )

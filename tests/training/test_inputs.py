@@ -43,12 +43,11 @@ def model_folder(folder: Path, words: tuple[str, ...] = WORDS, **changes: Any) -
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    folder = tmp_path / "data"
-    folder.mkdir()
     rows = "\n".join(["text\tlabel", *["good film\tgood", "bad film\tbad"] * 4]) + "\n"
+    (tmp_path / "data").mkdir()
     for split in ("train", "validation"):
-        (folder / f"{split}.tsv").write_text(rows)
-    return folder
+        (tmp_path / "data" / f"{split}.tsv").write_text(rows)
+    return tmp_path / "data"
 
 
 def config_of(data: Path, *, teacher: str, student: Any, tokenizer: str | None = None) -> RunConfig:
@@ -95,11 +94,8 @@ def test_a_run_is_prepared_without_loading_any_weights(data, teacher, monkeypatc
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((*WORDS, "more", "words"), r"student\.model .*has a tokenizer of 10 tokens, .* 8 "),
-        (
-            (*WORDS[:-1], "movie"),
-            r"only one of them has (film|movie) \(7\), (film|movie) \(7\)\)",
-        ),
+        ((*WORDS, "<pad>"), r"9 tokens, .* 8 tokens \(only one of them has <pad> \(8\)"),
+        ((*WORDS[:-1], "movie"), r"only one of them has (film|movie) \(7\), (film|movie) \(7\)\)"),
     ],
     ids=["more words", "other words"],
 )
@@ -108,83 +104,61 @@ def test_models_with_different_vocabularies_are_refused_unless_a_tokenizer_is_ch
 ):
     student = model_folder(tmp_path / "student", words)
 
-    with pytest.raises(TeacherError, match=message):
+    with pytest.raises(TeacherError, match=rf"student\.model .*{message}.* set task\.tokenizer to"):
         prepare(config_of(data, teacher=teacher, student=student))
 
-    prepared = prepare(config_of(data, teacher=teacher, student=student, tokenizer=student))
-    assert len(prepared.tokenizer) == len(words)
-
-
-def test_models_of_one_vocabulary_and_different_embedding_sizes_are_fine(data, teacher, tmp_path):
-    student = model_folder(tmp_path / "student", vocab_size=64, num_hidden_layers=1)
-
-    assert len(prepare(config_of(data, teacher=teacher, student=student)).tokenizer) == len(WORDS)
-
-
-def with_a_gap(folder: str, number: int) -> str:
-    file = Path(folder) / "tokenizer.json"
-    tree = json.loads(file.read_text())
-    tree["model"]["vocab"]["far"] = number
-    file.write_text(json.dumps(tree))
-    return folder
+    for chosen, size in ((student, len(words)), (teacher, len(WORDS))):
+        prepared = prepare(config_of(data, teacher=teacher, student=student, tokenizer=chosen))
+        assert len(prepared.tokenizer) == size
 
 
 @pytest.mark.parametrize(
     ("role", "rows", "cure"),
     [
-        ("teacher", {"teacher": 40}, "remove far"),
-        ("student", {"student": 40}, r"raise student\.model\.config\.vocab_size"),
+        ("teacher", (40, 41), "remove far"),
+        ("student", (41, 40), r"raise student\.model\.config\.vocab_size"),
+        ("", (64, None), ""),
     ],
 )
-def test_a_token_without_a_row_is_refused_by_name(data, tmp_path, role, rows, cure):
-    teacher = with_a_gap(model_folder(tmp_path / "t", vocab_size=rows.get("teacher", 41)), 40)
-    student = ScratchModel(config={**scratch().config, "vocab_size": rows.get("student", 41)})
-
+def test_every_number_of_a_token_has_a_row(data, tmp_path, role, rows, cure):
+    """Models of one vocabulary may have embeddings of different sizes."""
+    teacher = model_folder(tmp_path / "t", vocab_size=rows[0])
+    file = Path(teacher) / "tokenizer.json"
+    tree = json.loads(file.read_text())
+    tree["model"]["vocab"]["far"] = 40  # far behind the last word
+    file.write_text(json.dumps(tree))
+    own = {"vocab_size": rows[1]} if rows[1] else {}
+    config = config_of(
+        data, teacher=teacher, student=ScratchModel(config={**scratch().config, **own})
+    )
+    if not role:
+        assert prepare(config).sources["student"].config.vocab_size == 41
+        return
     message = rf"^{role}\.model: the token far .* number 40, .* 40 rows; .*, or {cure}$"
-    with pytest.raises(TeacherError, match=message):
-        prepare(config_of(data, teacher=teacher, student=student))
-
-
-def test_a_new_model_has_a_row_for_the_largest_number_of_a_token(data, tmp_path):
-    teacher = with_a_gap(model_folder(tmp_path / "teacher", vocab_size=64), 40)
-    prepared = prepare(config_of(data, teacher=teacher, student=scratch()))
-    assert (len(prepared.tokenizer), prepared.sources["student"].config.vocab_size) == (9, 41)
-
-
-def without_tokenizer(folder: str) -> str:
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (Path(folder) / name).unlink()
-    return folder
-
-
-def test_the_token_that_tells_two_tokenizers_apart_is_named(data, teacher, tmp_path):
-    student = model_folder(tmp_path / "student", (*WORDS, "<pad>"))
-
-    message = r"8 tokens \(only one of them has <pad> \(8\)\); soft .* set task\.tokenizer to one"
-    with pytest.raises(TeacherError, match=message):
-        prepare(config_of(data, teacher=teacher, student=student))
-    assert prepare(config_of(data, teacher=teacher, student=student, tokenizer=teacher))
-
-
-@pytest.mark.parametrize("finetune", [None, FinetuneOverrides()], ids=["given", "finetuned"])
-def test_weights_without_a_tokenizer_are_refused_before_one_is_trained(data, teacher, finetune):
-    config = config_of(data, teacher=without_tokenizer(teacher), student=scratch())
-    config = dataclasses.replace(config, teacher=TeacherConfig(model=teacher, finetune=finetune))
-    (data / "train.tsv").unlink()
-
-    message = r"teacher\.model: .*teacher has weights and no .*set task\.tokenizer to"
     with pytest.raises(TeacherError, match=message):
         prepare(config)
 
 
-def test_weights_without_a_tokenizer_do_not_take_that_of_another_model(data, teacher, tmp_path):
-    student = without_tokenizer(model_folder(tmp_path / "student", num_hidden_layers=1))
+@pytest.mark.parametrize("finetune", [None, FinetuneOverrides()], ids=["given", "finetuned"])
+def test_weights_without_a_tokenizer_are_refused_before_rows_are_read_unless_one_is_chosen(
+    data, teacher, tmp_path, finetune
+):
+    """They take neither a tokenizer that is trained on the rows nor that of another model."""
+    for file in Path(teacher).glob("tokenizer*"):
+        file.unlink()
+    spec = TeacherConfig(model=teacher, finetune=finetune)
+    other = model_folder(tmp_path / "student", num_hidden_layers=1, vocab_size=64)
+    message = (
+        r"teacher\.model: .*teacher has weights and no .*set task\.tokenizer to"
+    )
 
-    with pytest.raises(TeacherError, match=r"student\.model: .* no tokenizer files"):
-        prepare(config_of(data, teacher=teacher, student=student))
-
-    prepared = prepare(config_of(data, teacher=teacher, student=student, tokenizer=teacher))
-    assert len(prepared.tokenizer) == len(WORDS)
+    config = config_of(data, teacher=teacher, student=other, tokenizer=other)
+    assert len(prepare(dataclasses.replace(config, teacher=spec)).tokenizer) == len(WORDS)
+    (data / "train.tsv").unlink()
+    for student in (scratch(), other):
+        config = config_of(data, teacher=teacher, student=student)
+        with pytest.raises(TeacherError, match=message):
+            prepare(dataclasses.replace(config, teacher=spec))
 
 
 def test_a_tokenizer_trained_on_the_text_does_not_replace_the_teachers_own(data, tmp_path):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from tiny_runs import NO_DROPOUT, bert, run_in, write_jsonl
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from whole_run import finish, records
 
 from megakd.contract.stage import Pass
 from megakd.contract.views import View
@@ -16,13 +17,8 @@ from megakd.teachers.frozen import FrozenTeacher
 from megakd.training.operations import StepWork, peak_tflops, work_of
 
 LENGTH, ROWS = 16, 4
-LLAMA = {
-    "vocab_size": 50,
-    "hidden_size": 8,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 12,
-}
+SIZES = {"vocab_size": 50, "hidden_size": 8, "intermediate_size": 12}
+LLAMA = {**SIZES, "num_hidden_layers": 2, "num_attention_heads": 2}
 ATTENTION, NEURON, HEAD = 4 * 8 * 8, 3 * 8, 50 * 8
 
 
@@ -32,9 +28,14 @@ def model_of(model_type: str = "llama", **changes: Any) -> Any:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_token_is_multiplied_with_all_matrices_but_the_table_it_reads(tied):
-    result = work_of(model_of(tie_word_embeddings=tied))
+    model = model_of(tie_word_embeddings=tied)
+    weights, columns = 2 * (ATTENTION + 12 * NEURON) + HEAD, 2 * 8
 
-    assert result == (2 * (ATTENTION + 12 * NEURON) + HEAD, 2 * 8)
+    assert work_of(model) == (weights, columns)
+    # A step is three forwards, and two of weights that are frozen.
+    assert work_of(model, learns=True) == (3 * weights, 3 * columns)
+    model.model.layers[0].mlp.requires_grad_(requires_grad=False)
+    assert work_of(model, learns=True) == (3 * weights - 12 * NEURON, 3 * columns)
 
 
 def test_a_view_is_as_small_as_its_cut_and_a_token_meets_a_few_experts():
@@ -49,39 +50,18 @@ def test_a_view_is_as_small_as_its_cut_and_a_token_meets_a_few_experts():
     assert routed == 2 * (ATTENTION + router + 2 * 12 * NEURON) + HEAD
 
 
-def test_a_step_is_three_forwards_and_two_of_weights_that_are_frozen():
-    model = model_of()
-    (weights, columns), half = work_of(model), 12 * NEURON
-
-    whole = work_of(model, learns=True)
-    model.model.layers[0].mlp.requires_grad_(requires_grad=False)
-
-    assert whole == (3 * weights, 3 * columns)
-    assert work_of(model, learns=True) == (3 * weights - half, 3 * columns)
-
-
 def test_every_view_is_a_forward_of_the_student_and_rows_of_a_teacher_are_its_own():
-    student, teacher = model_of(), model_of(num_hidden_layers=1)
-    bundle = SimpleNamespace(
-        by_role={"student": student},
-        role="student",
-        student=student,
-        views={"half": View((1, 1), (6, 6))},
-    )
+    student, teacher, view = model_of(), model_of(num_hidden_layers=1), View((1, 1), (6, 6))
+    roles = {"by_role": {"student": student}, "role": "student", "student": student}
+    bundle = SimpleNamespace(**roles, views={"half": view})
     frozen = FrozenTeacher.__new__(FrozenTeacher)
     frozen._engine = SimpleNamespace(module=SimpleNamespace(model=teacher))
     teachers = {"a": frozen, "b": frozen, "cached": object()}
     trainer: Any = SimpleNamespace(student=SimpleNamespace(bundle=bundle), teachers=teachers)
-    counts = {"tokens": 12, "examples": 4, "targets": 12}
     # 12 tokens, each of which attends to the 3 of its row.
-    whole, half, other = (
-        12 * (2 * weights + 4 * columns * 3)
-        for weights, columns in (
-            work_of(student),
-            work_of(student, bundle.views["half"]),
-            work_of(teacher),
-        )
-    )
+    counts = {"tokens": 12, "examples": 4, "targets": 12}
+    work = (work_of(student), work_of(student, view), work_of(teacher))
+    whole, half, other = (12 * (2 * weights + 4 * columns * 3) for weights, columns in work)
 
     def of(*plan: Pass, divides_rows: bool = False) -> tuple[float, float]:
         return StepWork(trainer, divides_rows=divides_rows).of(plan, counts)
@@ -95,29 +75,20 @@ def test_every_view_is_a_forward_of_the_student_and_rows_of_a_teacher_are_its_ow
     assert both == (3 * whole, pytest.approx(other))
 
 
-@pytest.mark.parametrize(
-    ("device", "peak"),
-    [
-        ("NVIDIA H100 80GB HBM3", 989.0),
-        ("NVIDIA H100 PCIe", 756.0),
-        ("NVIDIA A100-SXM4-80GB", 312.0),
-        ("NVIDIA L40S", 362.0),
-        ("NVIDIA L4", 121.0),
-        ("Intel(R) Xeon(R) Processor", None),
-    ],
-)
-def test_the_peak_of_a_device_is_known_by_its_name(device, peak):
-    assert peak_tflops(device) == peak
+def test_the_peak_of_a_device_is_known_by_its_name():
+    peaks = {"NVIDIA H100 80GB HBM3": 989.0, "NVIDIA H100 PCIe": 756.0, "NVIDIA L40S": 362.0}
+    peaks |= {"NVIDIA A100-SXM4-80GB": 312.0, "NVIDIA L4": 121.0, "Intel(R) Xeon(R)": None}
+    assert {device: peak_tflops(device) for device in peaks} == peaks
 
 
 def test_the_rates_of_a_log_are_those_of_the_plan(tmp_path, one_rank):
     words = " ".join(["good"] * (LENGTH - 2))
     rows = [{"text": words, "label": name} for name in ("a", "b")] * 20
-    for split in ("train", "validation"):
-        write_jsonl(tmp_path / f"data/{split}.jsonl", rows)
+    data = write_jsonl(tmp_path / "data/train.jsonl", rows).parent
+    write_jsonl(data / "validation.jsonl", rows)
     config = run_in(
         tmp_path,
-        {"type": "classification", "dataset": str(tmp_path / "data"), "max_length": LENGTH},
+        {"type": "classification", "dataset": str(data), "max_length": LENGTH},
         teacher={"model": bert(3, 32, **NO_DROPOUT)},
         student={"model": bert(2, **NO_DROPOUT)},
         method={"name": "single"},
@@ -126,10 +97,9 @@ def test_the_rates_of_a_log_are_those_of_the_plan(tmp_path, one_rank):
         log={"logging_steps": 1},
     )
 
-    assert one_rank.train("--config", config).code == 0
+    finish(one_rank, config)
 
-    logs = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
-    logs = [log for log in logs if log["stage"] == "student" and "train/loss" in log]
+    logs = [log for log in records(tmp_path / "out", "student") if "train/loss" in log]
     plan = json.loads(one_rank.megakd("plan", config, "--json").out)
     planned = next(p["flops_per_step"] for p in plan["phases"] if p["flops_per_step"])
     # Torch does not count attention on a CPU; a student's step has three forwards.

@@ -1,4 +1,4 @@
-"""Evaluation on generated texts: metrics, and compared answers."""
+"""Evaluation on generated texts: metrics, compared answers, and end tokens."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from typing import Any, cast
 import pytest
 from checkpoint_store import ALONE
 from datasets import Dataset
+from transformers import GenerationConfig as HuggingFaceGeneration
+from transformers import LlamaConfig
 
 from megakd.config.rollout import GenerationConfig, SamplingConfig
 from megakd.contract.batch import IGNORE
 from megakd.contract.completions import Completion, Sampling
+from megakd.errors import DataError
+from megakd.models.generation import end_tokens_of
 from megakd.rollouts import text_evaluation
 from megakd.rollouts.prompts import Prompts
 from megakd.rollouts.text_evaluation import TextEvaluation, answer_of, is_match
@@ -133,7 +137,6 @@ GSM8K = r"#### (.+)"
     ("text", "pattern", "answer"),
     [
         (" 12 \n", None, "12"),
-        ("2 + 2 = 4\n#### 4", GSM8K, "4"),
         ("#### 3\nno, #### 4 \n", GSM8K, "4"),
         ("the answer is 4", GSM8K, None),
     ],
@@ -143,9 +146,49 @@ def test_the_last_match_of_a_text_is_its_answer(text, pattern, answer):
 
 
 @pytest.mark.parametrize(
-    ("text", "same"), [("so\n#### 72", True), ("so\n#### 73", False), ("72", False)]
+    ("text", "other", "pattern", "same"),
+    [
+        ("so\n#### 72", "Natalia sold 48.\n#### 72", GSM8K, True),
+        ("so\n#### 73", "Natalia sold 48.\n#### 72", GSM8K, False),
+        ("72", "72", GSM8K, False),
+        ("72 ", "72", None, True),
+    ],
 )
-def test_texts_are_compared_by_their_answers_and_match_nothing_without_one(text, same):
-    assert is_match(text, "Natalia sold 48.\n#### 72", GSM8K) == same
-    assert not is_match("72", "72", GSM8K)
-    assert is_match("72 ", "72", None)
+def test_texts_are_compared_by_their_answers_and_match_nothing_without_one(
+    text, other, pattern, same
+):
+    assert is_match(text, other, pattern) == same
+
+
+class Tokens:
+    """Knows its end token and the tokens that were added to its vocabulary."""
+
+    def __init__(self, eos_token_id: int | None, *added: int) -> None:
+        self.eos_token_id = eos_token_id
+        self.added_tokens_decoder = dict.fromkeys(added)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "in_config", "in_generation", "expected"),
+    [
+        (Tokens(0), 0, None, {0}),
+        (Tokens(9), [7, 8, 9], None, {7, 8, 9}),
+        (Tokens(9), 9, [9, 5], {5, 9}),
+        (Tokens(None), 3, [4], {3, 4}),
+        # Qwen3-Base: the tokenizer ends with <|im_end|>, and the model with <|endoftext|>. A token
+        # that was added to the vocabulary ends texts.
+        (Tokens(7, 5, 6, 7), 5, 5, {5, 7}),
+        (Tokens(7, 6, 7), 5, 5, {7}),
+        (Tokens(7), 2, None, {7}),  # the default of Llama
+    ],
+)
+def test_texts_end_at_the_tokens_of_the_tokenizer_and_of_the_configs(
+    tokenizer, in_config, in_generation, expected
+):
+    generation = in_generation and HuggingFaceGeneration(eos_token_id=in_generation)
+    assert end_tokens_of(tokenizer, LlamaConfig(eos_token_id=in_config), generation) == expected
+
+
+def test_a_tokenizer_and_configs_without_an_end_token_are_refused():
+    with pytest.raises(DataError, match="no eos_token"):
+        end_tokens_of(Tokens(None), LlamaConfig(eos_token_id=None), HuggingFaceGeneration())
