@@ -21,7 +21,7 @@ from tiny_runs import (
     save_tokenizer,
     write_reviews,
 )
-from whole_run import WholeRun, finish_in
+from whole_run import WholeRun, finish, finish_in, metrics_of, read
 
 from megakd.config.file import config_of, load_config
 from megakd.inputs.inputs import unencoded_inputs
@@ -64,13 +64,6 @@ def finished(one_rank: OneRank, original: Path, tmp_path: Path) -> Iterator[Fini
     shutil.move(backup, original)
 
 
-def remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-
-
 def flip(path: Path) -> None:
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -93,29 +86,26 @@ def reword(path: Path) -> None:
 
 
 REPORT, STAGE, STUDENT = "out/report.json", "out/stages/student", "out/final"
+TEACHER = f"teacher/{WEIGHTS}"
 OTHER = "holds a run of another config"
-# What happens to files of the run, and parts of the message; {} is the folder of the run.
 DAMAGE: dict[str, tuple[dict[str, Callable[[Path], object]], tuple[str, ...]]] = {
     "other rows": ({"reviews/train.jsonl": reword}, (OTHER, "file task.dataset reviews/train.js")),
     "another evaluation set": ({"more/validation.jsonl": reword}, (OTHER, "validation.jsonl")),
-    "another teacher": (
-        {f"teacher/{WEIGHTS}": cut},
-        (OTHER, f"file teacher.model teacher/{WEIGHTS}"),
-    ),
+    "another teacher": ({TEACHER: cut}, (OTHER, f"file teacher.model {TEACHER}")),
     "weights of the student": (
         {f"{STUDENT}/{WEIGHTS}": flip},
         (f"{{}}/{STUDENT} is damaged: the checksum of {WEIGHTS} differs", f"remove {{}}/{STUDENT}"),
     ),
     "a file of the student": (
-        {f"{STUDENT}/tokenizer.json": remove},
+        {f"{STUDENT}/tokenizer.json": Path.unlink},
         (f"{{}}/{STUDENT} is damaged: tokenizer.json is missing", f"remove {{}}/{STUDENT}"),
     ),
     "no student and a damaged stage": (
-        {STUDENT: remove, f"{STAGE}/{WEIGHTS}": flip},
+        {STUDENT: shutil.rmtree, f"{STAGE}/{WEIGHTS}": flip},
         (f"{{}}/{STAGE} is damaged", f"remove {{}}/{STAGE} and {{}}/{REPORT}"),
     ),
     "another result of a stage": (
-        {REPORT: remove, f"{STAGE}/result.json": edit},
+        {REPORT: Path.unlink, f"{STAGE}/result.json": edit},
         (f"{{}}/{STAGE} is damaged: ", "result.json", f"remove {{}}/{STAGE}"),
     ),
     "a damaged report": ({REPORT: truncate}, (f"{{}}/{REPORT}", f"remove {{}}/{REPORT}")),
@@ -132,14 +122,11 @@ def test_a_run_whose_files_have_changed_is_refused_saying_what_to_do(finished, c
     assert_told(outcome, *(part.replace("{}", str(finished.folder)) for part in fragments))
 
 
-def test_the_table_is_printed_if_the_teacher_is_gone(finished):
-    shutil.rmtree(finished.folder / "teacher")
-    assert finished.again().code == 0
-
-
-def test_a_removed_student_is_copied_again_from_its_stage(finished):
+def test_a_removed_student_is_copied_again_from_its_stage_also_if_the_teacher_is_gone(finished):
     final = finished.out / "final"
     before = (final / WEIGHTS).read_bytes()
+    shutil.rmtree(finished.folder / "teacher")
+    assert finished.again().code == 0
     shutil.rmtree(final)
 
     outcome = finished.again()
@@ -155,16 +142,16 @@ def test_a_report_and_a_stage_that_were_removed_are_made_again_and_files_of_the_
     before = (final / WEIGHTS).read_bytes()
     (out / "report.json").unlink()
     shutil.rmtree(out / "stages" / "student")
-    (final / "notes.txt").write_text("mine")
-    (final / "README.md").write_text("my card")
+    users = {"notes.txt": "mine", "README.md": "my card"}
+    for name, text in users.items():
+        (final / name).write_text(text)
 
     outcome = finished.again()
 
     assert outcome.code == 0, outcome.err
     aside = out / "final.unused-1"
     assert f"{final} has files of yours: README.md, notes.txt; it is now {aside}" in outcome.err
-    assert (aside / "notes.txt").read_text() == "mine"
-    assert (aside / "README.md").read_text() == "my card"
+    assert {name: (aside / name).read_text() for name in users} == users
     assert (final / WEIGHTS).read_bytes() == before
 
 
@@ -187,14 +174,15 @@ def test_a_decoder_from_scratch_learns_the_end_and_pads_with_no_other_token(tmp_
 
 
 def test_a_damaged_student_is_neither_scored_nor_exported(finished, tmp_path):
-    flip(finished.out / "final" / WEIGHTS)
-    flip(finished.out / "stages" / "student" / WEIGHTS)
+    final, stage = finished.out / "final", finished.out / "stages" / "student"
+    flip(final / WEIGHTS)
+    flip(stage / WEIGHTS)
 
     scored = finished.one_rank.megakd("evaluate", finished.config)
     exported = finished.one_rank.megakd("export", finished.config, "--to", tmp_path / "x")
 
-    assert_told(scored, f"{finished.out / 'final'} is damaged: the checksum of {WEIGHTS} differs")
-    assert_told(exported, f"{finished.out / 'stages' / 'student'} is damaged")
+    assert_told(scored, f"{final} is damaged: the checksum of {WEIGHTS} differs")
+    assert_told(exported, f"{stage} is damaged")
     assert not (tmp_path / "x").exists()
 
 
@@ -226,26 +214,21 @@ def test_the_student_is_stored_as_its_teacher_is_and_scored_as_it_is_stored(
     one_rank, whole_run, tmp_path
 ):
     teacher = shutil.copytree(whole_run.teacher, tmp_path / "teacher")
-    save_file(
-        {name: weight.bfloat16() for name, weight in load_file(teacher / WEIGHTS).items()},
-        teacher / WEIGHTS,
-        metadata={"format": "pt"},
-    )
-    (teacher / "checksums.json").unlink(missing_ok=True)
+    weights = {name: weight.bfloat16() for name, weight in load_file(teacher / WEIGHTS).items()}
+    save_file(weights, teacher / WEIGHTS, metadata={"format": "pt"})
+    (teacher / "checksums.json").unlink()
     spec = {"model": str(teacher)}
-    finish_in(one_rank, tmp_path, review_task(tmp_path), teacher=spec, method={"name": "single"})
+    finish_in(one_rank, tmp_path, whole_run.task, teacher=spec, method={"name": "single"})
     out, config = tmp_path / "out", tmp_path / "run.yaml"
-    report = json.loads((out / "report.json").read_text())
     scored = json.loads(one_rank.megakd("evaluate", config, "--json", code=0).out)
 
-    assert scored["metrics"] == {name: report[f"student.{name}"] for name in report["metrics"]}
+    assert scored["metrics"] == metrics_of(read(out))
     assert stored_types(out / "final") == {torch.bfloat16}
     assert json.loads((out / "final/config.json").read_text())["dtype"] == "bfloat16"
     assert stored_types(out / "stages/student") == {torch.float32}
     size = (out / "final" / WEIGHTS).stat().st_size
-    assert abs(report["student.bytes"] - size) < size / 20
+    assert abs(read(out)["student.bytes"] - size) < size / 20
 
-    again = one_rank.train("--config", config, "save.dtype=fp32")
+    finish(one_rank, config, "save.dtype=fp32")
 
-    assert again.code == 0, again.err
     assert stored_types(out / "final") == {torch.float32}

@@ -72,12 +72,6 @@ def test_of_two_starts_one_alone_takes_over_a_dead_lock(tmp_path, monkeypatch):
             pass
 
 
-def test_a_later_process_with_the_number_of_a_dead_one_does_not_hold_its_folder(tmp_path):
-    leave_lock(tmp_path, os.getpid(), start="before")
-
-    check_free(tmp_path)
-
-
 def test_a_pod_that_is_started_again_takes_over_from_the_one_before(tmp_path, monkeypatch):
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     leave_lock(tmp_path, 17, start="before")
@@ -108,17 +102,6 @@ def test_half_a_lock_is_refused_with_the_file_to_remove(tmp_path):
 
     with pytest.raises(InUseError, match=f"an unknown host.* remove {tmp_path / LOCK}"):
         check_free(tmp_path)
-
-
-def test_a_run_in_a_folder_that_is_held_is_refused_and_changes_nothing_there(
-    one_rank, whole_run, tmp_path
-):
-    with written_once(tmp_path):
-        outcome = one_rank.train("--config", whole_run.config, f"output_dir={tmp_path}", code=2)
-
-        refused = f"megakd: error: {tmp_path} is in use by another run: process {os.getpid()} on "
-        assert refused in outcome.err
-        assert [path.name for path in tmp_path.iterdir()] == [LOCK]
 
 
 def test_a_folder_that_another_export_is_writing_is_left_to_it(one_rank, whole_run, tmp_path):

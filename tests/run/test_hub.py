@@ -38,15 +38,14 @@ def api(monkeypatch):
     return made
 
 
-def test_the_token_is_checked_before_a_run_starts(api):
+def test_the_token_is_checked_before_a_run_starts(api, monkeypatch):
     main.check_hub(PRIVATE)
     assert api.calls == [("whoami", {})]
     api.failing = ("whoami",)
     with pytest.raises(ConfigError, match=r"save.push_to_hub: me/student .*hf auth login"):
         main.check_hub(PRIVATE)
-
-
-def test_a_real_client_without_network_is_refused_in_one_line(monkeypatch):
+    # The real client, without network.
+    monkeypatch.undo()
     monkeypatch.setenv("HF_TOKEN", "none")
     with pytest.raises(ConfigError, match=r"save\.push_to_hub: .*the check failed"):
         main.check_hub(PRIVATE)
@@ -74,33 +73,27 @@ def test_a_failed_upload_is_one_line_with_the_command_that_repeats_it(api, tmp_p
     )
 
 
-@pytest.fixture
-def happened(api, monkeypatch):
-    """Run nothing but the start, the end and the main."""
-    order = []
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_run_uploads_when_no_other_rank_waits_for_it(api, monkeypatch, tmp_path, finished):
+    happened: list[str] = []
 
     @contextmanager
     def noting(word, value=None):
         yield value
-        order.append(word)
+        happened.append(word)
 
-    def uploading(*_):
-        order.append("uploaded")
-        return "uploaded"
-
-    monkeypatch.setattr(main, "started", lambda _: noting("left the group", ALONE))
-    monkeypatch.setattr(main, "held", lambda _: noting("released the folder"))
-    monkeypatch.setattr(main, "on_main", lambda work: work())
-    monkeypatch.setattr(main, "run_facts", lambda *_: {})
-    monkeypatch.setattr(main, "check_output_folder", lambda _: None)
-    monkeypatch.setattr(main, "_run", lambda *_: "table")
-    monkeypatch.setattr(main, "push_to_hub", uploading)
-    return order
-
-
-@pytest.mark.parametrize("finished", [False, True])
-def test_a_run_uploads_when_no_other_rank_waits_for_it(happened, monkeypatch, tmp_path, finished):
-    monkeypatch.setattr(main, "finished_table", lambda *_: "table" if finished else None)
+    parts = {
+        "started": lambda _: noting("left the group", ALONE),
+        "held": lambda _: noting("released the folder"),
+        "on_main": lambda work: work(),
+        "run_facts": lambda *_: {},
+        "check_output_folder": lambda _: None,
+        "_run": lambda *_: "table",
+        "finished_table": lambda *_: "table" if finished else None,
+        "push_to_hub": lambda *_: happened.append("uploaded") or "uploaded",
+    }
+    for name, part in parts.items():
+        monkeypatch.setattr(main, name, part)
     config: Any = SimpleNamespace(save=PRIVATE, output_dir=tmp_path)
 
     outcome = main.run(config, command="train")

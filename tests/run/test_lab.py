@@ -21,6 +21,7 @@ from lab_scene import (
     save_teacher,
     stage_of,
 )
+from transformers import BertConfig
 
 from megakd.config.models import ScratchModel, TeacherConfig
 from megakd.config.run import EvalConfig
@@ -29,7 +30,9 @@ from megakd.contract.stage import Stage
 from megakd.data.chat.tokens import PROMPT_LENGTH
 from megakd.errors import TeacherError
 from megakd.inputs.inputs import check_run
-from megakd.training.recipes import completed, scoring_preset
+from megakd.storage.fingerprint import flatten
+from megakd.training.answer_cache import model_identity
+from megakd.training.recipes import completed
 
 
 @pytest.fixture(autouse=True)
@@ -132,9 +135,36 @@ def test_a_teacher_of_random_weights_that_is_not_trained_is_warned_about(tmp_pat
     assert "teacher.model has random weights" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("trained", "scored"),
-    [("zero0", "teacher_zero0"), ("zero2", "teacher_zero0"), ("zero3", "teacher_zero3")],
-)
-def test_a_student_is_scored_sharded_only_if_it_was_trained_so(trained, scored):
-    assert scoring_preset(trained) == scored
+# A measurement is made once, and never taken for one of another model or condition.
+
+
+@pytest.mark.usefixtures("teacher")
+def test_a_measurement_is_made_once_and_kept_for_the_next_start_unless_it_fails(
+    tmp_path, monkeypatch
+):
+    measured = list[str]()
+    labs = [lab_of(config_of(tmp_path)) for _ in range(2)]
+    for lab in labs:
+        monkeypatch.setattr(lab.pool, "score", lambda n: measured.append(n) or {"accuracy": 0.75})
+        lab.teacher()
+
+    def fails() -> dict[str, float]:
+        raise ValueError("no rows")
+
+    with pytest.raises(ValueError, match="no rows"):
+        labs[0].assembly.measured_once("teacher-scored", fails)
+    assert not (tmp_path / "run" / "stages").exists()
+    scores = [lab.dev_score("teacher") for lab in (labs[0], *labs)]
+    assert (scores, measured) == ([0.75] * 3, ["teacher"])
+
+
+def test_another_version_of_transformers_is_the_same_model(monkeypatch):
+    def identity() -> dict[str, Any]:
+        config = BertConfig(num_hidden_layers=3)
+        source: Any = SimpleNamespace(config=config, files=[], layers=None, folder=None)
+        return flatten(model_identity(source, seed=1))
+
+    before = identity()
+    monkeypatch.setattr("transformers.configuration_utils.__version__", "99.0.0")
+
+    assert identity() == before

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import os
 
 import pytest
+from forked_ranks import start_rank
 
 # As NCCL's while another rank waits in a collective: leaving the group waits for ever.
 SCRIPT = """
@@ -50,12 +50,12 @@ def call():
     ],
     ids=["command", "python"],
 )
-def test_a_failed_rank_ends_without_waiting_for_the_others(how, error, code, told):
-    script = SCRIPT.format(error=error, how=how)
+def test_a_failed_rank_ends_without_waiting_for_the_others(tmp_path, how, error, code, told):
+    program, log = tmp_path / "rank.py", tmp_path / "log"
+    program.write_text(SCRIPT.format(error=error, how=how))
 
-    ended = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=240, check=False
-    )
+    rank = start_rank([str(program)], variables=os.environ, log=log)
+    rank.join(timeout=240)
 
-    assert ended.returncode == code
-    assert told in ended.stderr
+    assert rank.exitcode == code
+    assert told in log.read_text()

@@ -16,9 +16,9 @@ def start(bench) -> Callable[..., Outcome]:
     """Start a run that saves at every step: `start(output folder, settings of training)`."""
 
     def run(out: str, train: dict[str, Any], **sections: Any) -> Outcome:
-        constant = {"lr_scheduler_type": "constant", "max_steps": None}
+        constant = {"lr_scheduler_type": "constant", "max_steps": None, **train}
         save = {"save_steps": 1, "save_total_limit": 2, "keep": True, **(sections.pop("save", {}))}
-        tree = bench.tree(train={**constant, **train}, save=save, **sections)
+        tree = bench.tree(train=constant, save=save, **sections)
         return bench.start(tree, f"output_dir={bench.folder / out}")
 
     return run
@@ -53,24 +53,15 @@ def test_a_finished_run_whose_checkpoints_were_removed_gets_no_more_steps(start,
     assert "train it again with save.keep=true" in outcome.err
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"max_steps": 2}, "max_steps: 3 there, 2 here"),
-        ({"max_steps": 4, "learning_rate": 0.5}, "train.learning_rate"),
-    ],
-)
-def test_fewer_steps_or_another_change_are_refused_and_change_nothing(
-    start, bench, changes, message
-):
+def test_fewer_steps_are_refused_and_change_nothing(start, bench):
     start("out", {"max_steps": 3})
     student = bench.folder / "out" / "final" / "model.safetensors"
     before = student.read_bytes()
 
-    outcome = start("out", changes)
+    outcome = start("out", {"max_steps": 2})
 
     assert outcome.code == 2
-    assert message in outcome.err
+    assert "max_steps: 3 there, 2 here" in outcome.err
     assert student.read_bytes() == before
 
 

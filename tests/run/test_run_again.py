@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -16,40 +17,37 @@ def test_a_finished_run_started_again_prints_its_table_and_loads_nothing(
     one_rank, whole_run, out, config
 ):
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
-
     free = (
         *("save.save_steps=3", "log.logging_steps=7", "eval.per_device_eval_batch_size=3"),
         *("train.kernels=reference", "student.deepspeed={zero_optimization: {stage: 2}}"),
     )
+
     again = finish(one_rank, config, *free)
 
-    assert (
-        again.out.splitlines() == whole_run.outcome.out.splitlines()[-len(again.out.splitlines()) :]
-    )
+    assert whole_run.outcome.out.endswith(again.out)
+    assert again.out.count("\n") > 5
     assert again.loaded == ()
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
 
 
 @pytest.mark.parametrize(
-    ("overrides", "fragments"),
+    ("overrides", "message"),
     [
         (
             ["train.resume_from_checkpoint=false"],
-            ["holds a run and train.resume_from_checkpoint is false"],
+            r"holds a run and train\.resume_from_checkpoint is false",
         ),
         (
             ["train.learning_rate=0.5", "seed=7"],
-            [
-                *("holds a run of another config", "train.learning_rate: 0.01 there, 0.5"),
-                *("seed: 42 there, 7 here", "may start from its models, such as"),
-            ],
+            "holds a run of another config .*seed: 42 there, 7 here.*"
+            r"train\.learning_rate: 0\.01 there, 0\.5.*may start from its models, such as",
         ),
     ],
     ids=["not resumed", "another config"],
 )
-def test_a_finished_folder_is_not_overwritten(one_rank, out, config, overrides, fragments):
+def test_a_finished_folder_is_not_overwritten(one_rank, out, config, overrides, message):
     outcome = one_rank.train("--config", config, *overrides, code=2)
-    assert all(text in outcome.err for text in [str(out), *fragments])
+    assert re.search(f"{out} {message}", outcome.err, re.DOTALL)
     assert "weight_decay" not in outcome.err
     assert outcome.loaded == ()
 
@@ -85,37 +83,27 @@ def test_a_killed_run_goes_on_with_its_finished_stages(one_rank, out, config, un
     assert same_weights(unfinished / "final", out / "final")
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("teacher.finetune.learning_rate=0.5", "learning_rate: 0.003 there, 0.5 here"),
-        ("student.model.config.hidden_size=8", "student.model.config.hidden_size: "),
-        ("baselines=[]", "baselines"),
-    ],
-)
-def test_a_killed_run_does_not_go_on_with_another_config(
-    one_rank, config, unfinished, override, message
-):
+def test_a_killed_run_does_not_go_on_with_another_config(one_rank, config, unfinished):
+    override = "teacher.finetune.learning_rate=0.5"
     outcome = one_rank.train("--config", config, f"output_dir={unfinished}", override, code=2)
 
     assert f"{unfinished} holds a run of another config (" in outcome.err
-    assert message in outcome.err
+    assert "learning_rate: 0.003 there, 0.5 here" in outcome.err
     assert outcome.loaded == ()
 
 
 def test_a_stage_is_exported_once(one_rank, out, config, tmp_path):
-    target = tmp_path / "deep" / "teacher"
+    target, words = tmp_path / "deep" / "teacher", ("export", config, "--stage", "teacher-finetune")
 
-    outcome = one_rank.megakd("export", config, "--stage", "teacher-finetune", "--to", target)
+    outcome = one_rank.megakd(*words, "--to", target, code=0)
 
-    assert (outcome.code, outcome.out.strip()) == (0, str(target)), outcome.err
-    weights = "model.safetensors"
-    stage = out / "stages" / "teacher-finetune"
+    assert outcome.out.strip() == str(target)
+    weights, stage = "model.safetensors", out / "stages" / "teacher-finetune"
     assert (target / weights).read_bytes() == (stage / weights).read_bytes()
     assert not (target / "result.json").exists()
     assert (target / "checksums.json").is_file()
     AutoTokenizer.from_pretrained(target)
-    again = one_rank.megakd("export", config, "--stage", "teacher-finetune", "--to", target, code=2)
+    again = one_rank.megakd(*words, "--to", target, code=2)
     assert f"{target} already exists" in again.err
 
     one_rank.megakd("export", config, "--to", tmp_path / "student", code=0)
@@ -127,27 +115,23 @@ def test_a_stage_is_exported_once(one_rank, out, config, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("name", "message"),
     [
-        ((), "give --stage NAME; finished stages: teacher-finetune"),
-        (
-            ("--stage", "teacher-finetun"),
-            'has no stage "teacher-finetun"; did you mean "teacher-finetune"? finished stages: tea',
-        ),
-        (("--stage", "assistant"), "has not finished; finished stages: teacher-finetune"),
-        # It gives only scores.
-        (("--stage", "teacher-scored"), "gives no model; finished stages: teacher-finetune\n"),
+        (None, "give --stage NAME;"),
+        ("teacher-finetun", 'has no stage "teacher-finetun"; did you mean "teacher-finetune"?'),
+        ("assistant", "has not finished;"),
+        ("teacher-scored", "gives no model;"),  # only scores
     ],
 )
 def test_a_stage_without_a_model_is_not_exported(
-    one_rank, config, unfinished, tmp_path, words, message
+    one_rank, config, unfinished, tmp_path, name, message
 ):
     (unfinished / "stages" / "assistant").mkdir()
     write_finished(unfinished / "stages" / "teacher-scored", {"result.json": "{}"})
+    words = ["--to", tmp_path / "x", *(("--stage", name) if name else ())]
 
-    to = ("--to", tmp_path / "x")
-    outcome = one_rank.megakd("export", config, f"output_dir={unfinished}", *words, *to, code=2)
+    outcome = one_rank.megakd("export", config, f"output_dir={unfinished}", *words, code=2)
 
-    assert message in outcome.err
-    assert all(word in outcome.err for word in words[1:])
+    assert f"{message} finished stages: teacher-finetune\n" in outcome.err
+    assert (name or "") in outcome.err
     assert not (tmp_path / "x").exists()

@@ -14,7 +14,9 @@ from megakd.config.file import config_of
 from megakd.engine.distributed import Ranks
 from megakd.errors import CheckpointError
 from megakd.run.run_identity import RUN, asked_of, begin_run, check_identity, run_facts
+from megakd.storage.atomic import write_json
 from megakd.storage.fingerprint import differences
+from megakd.training.checkpoint import FORMAT
 
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, 0, CPU)
@@ -40,19 +42,18 @@ def facts(tmp_path):
 ROWS = "train.per_device_train_batch_size"
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("output_dir=elsewhere", "log.logging_steps=1", "save.save_steps=1", "save.onnx=true"),
-        ("eval.per_device_eval_batch_size=3", "train.kernels=reference", "eval.eval_steps=2"),
-        ("student.deepspeed=zero3", "train.resume_from_checkpoint=false", "eval.latency=false"),
-        ("train.max_steps=99", "train.num_train_epochs=7"),  # its last stages may get longer
-        (f"{ROWS}=2", "train.gradient_accumulation_steps=2"),
-    ],
+FREE = (
+    *("output_dir=elsewhere", "log.logging_steps=1", "save.save_steps=1", "save.onnx=true"),
+    *("eval.per_device_eval_batch_size=3", "train.kernels=reference", "eval.eval_steps=2"),
+    *("student.deepspeed=zero3", "train.resume_from_checkpoint=false", "eval.latency=false"),
+    *("train.max_steps=99", "train.num_train_epochs=7"),  # its last stages may get longer
+    *(f"{ROWS}=2", "train.gradient_accumulation_steps=2"),
 )
-def test_what_no_result_depends_on_is_no_part_of_a_run(facts, words):
+
+
+def test_what_no_result_depends_on_is_no_part_of_a_run(facts):
     split = [f"{ROWS}=4", "train.gradient_accumulation_steps=1", "eval.keep_best=false"]
-    assert differences(facts(*split), facts(*split, *words)) == ""
+    assert differences(facts(*split), facts(*split, *FREE)) == ""
 
 
 def test_ranks_that_share_the_rows_of_a_step_are_the_same_run_and_others_are_told(facts, tmp_path):
@@ -64,19 +65,16 @@ def test_ranks_that_share_the_rows_of_a_step_are_the_same_run_and_others_are_tol
         check_identity(tmp_path, facts(f"{ROWS}=3"))
 
 
-@pytest.mark.parametrize(
-    ("words", "field"),
-    [
-        (["seed=7"], "seed: 42 there, 7 here"),
-        (["train.learning_rate=1.0"], "train.learning_rate"),
-        (["train.bf16=true"], "on this device train: 'fp32' there, 'bf16' here"),
-        (["eval.eval_steps=2", "eval.keep_best=true"], "eval.eval_steps: None there, 2 here"),
-        (["baselines=[alone]"], "baselines"),
-        (["task.max_length=8"], "task.max_length"),
-    ],
-)
-def test_what_a_result_depends_on_is_named_with_both_values(facts, words, field):
-    assert field in differences(facts(), facts(*words))
+def test_what_a_result_depends_on_is_named_with_both_values(facts):
+    changes = {
+        "train.learning_rate=1.0": "train.learning_rate: 0.01 there, 1.0 here",
+        "train.bf16=true": "on this device train: 'fp32' there, 'bf16' here",
+        "eval.eval_steps=2": "eval.eval_steps: None there, 2 here",  # the best one is kept
+        "baselines=[alone]": "baselines",
+        "task.max_length=8": "task.max_length: 16 there, 8 here",
+    }
+    told = {change: differences(facts(), facts(change)) for change in changes}
+    assert [change for change, field in changes.items() if field not in told[change]] == []
 
 
 def test_a_file_of_the_data_or_of_a_model_that_changes_is_named_with_size_and_time(facts, tmp_path):
@@ -121,36 +119,35 @@ def test_a_finished_run_needs_no_files_and_no_device_of_its_own(facts, tmp_path)
         check_identity(tmp_path, facts())
 
 
-@pytest.mark.parametrize("place", ["url: [http://other:1]", "time_limit: 9", "model: other"])
+@pytest.mark.parametrize("place", ["url=[http://other:1]", "time_limit=9", "model=other"])
 def test_servers_may_be_elsewhere_and_not_others(tmp_path, place):
-    def of(changed: str) -> dict[str, Any]:
-        server = {"url": ["http://node:1"], "push": "none", "model": "student"}
-        task = {"type": "causal_lm", "dataset": "texts", "tokenizer": "gpt2"}
-        rollout = {"max_new_tokens": 4, "prompt_tokens": 2, "server": server}
-        models = {"teacher": {"model": "t"}, "method": {"name": "single"}, "rollout": rollout}
-        key, _, value = changed.partition(": ")
-        words = [f"rollout.server.{key}={value}"] if changed else []
-        return run_facts(config_of(config_tree(tmp_path, task, **models), words), ALONE)
+    server = {"url": ["http://node:1"], "push": "none", "model": "student"}
+    task = {"type": "causal_lm", "dataset": "texts", "tokenizer": "gpt2"}
+    rollout = {"max_new_tokens": 4, "prompt_tokens": 2, "server": server}
+    models = {"teacher": {"model": "t"}, "method": {"name": "single"}, "rollout": rollout}
+    tree = config_tree(tmp_path, task, **models)
+    words = [f"rollout.server.{place}"]
 
-    assert bool(differences(of(""), of(place))) == place.startswith("model")
+    here, there = (run_facts(config_of(tree, some), ALONE) for some in ((), words))
+
+    assert bool(differences(here, there)) == place.startswith("model")
 
 
 def write(out: Path, facts: dict[str, Any]) -> None:
-    from megakd.storage.atomic import write_json
-    from megakd.training.checkpoint import FORMAT
-
     write_json(out / RUN, {"format": FORMAT, "facts": facts})
     (out / "stages" / "teacher-finetune").mkdir(parents=True, exist_ok=True)
 
 
 def test_a_start_that_was_refused_before_its_first_result_binds_no_other(facts, tmp_path):
     write(tmp_path, facts())
+    with pytest.raises(CheckpointError, match="seed: 42 there, 7 here"):
+        check_identity(tmp_path, facts("seed=7"))
     (tmp_path / "stages" / "teacher-finetune").rmdir()
 
     check_identity(tmp_path, facts("seed=7"))
 
 
-def test_a_run_is_written_once_and_one_of_another_version_is_refused_in_one_line(tmp_path):
+def test_a_run_is_written_once_and_one_of_another_version_is_refused(tmp_path):
     models = {"teacher": {"model": bert(1)}, "method": {"name": "single"}}
     out = tmp_path / "out"
     config = config_of(config_tree(out, review_task(tmp_path), **models))
@@ -160,14 +157,12 @@ def test_a_run_is_written_once_and_one_of_another_version_is_refused_in_one_line
     assert (out / RUN).read_text() == text
     assert asked_of(config)["train.max_steps"] == config.train.max_steps
 
-    (out / RUN).write_text(text[:40])
-    with pytest.raises(CheckpointError, match=r"run\.json is damaged"):
-        begin_run(config, ALONE)
-    for content in ('{"inputs": {}, "format": 5}', None):
-        if content is None:
-            (out / RUN).unlink()
-            (out / "checkpoints" / "student" / "step-3").mkdir(parents=True)
-        else:
-            (out / RUN).write_text(content)
-        with pytest.raises(CheckpointError, match="holds a run of another version of megakd"):
+    other = "holds a run of another version of megakd"
+    for content, message in ((text[:40], r"run\.json is damaged"), ('{"format": 5}', other)):
+        (out / RUN).write_text(content)
+        with pytest.raises(CheckpointError, match=message):
             begin_run(config, ALONE)
+    (out / RUN).unlink()
+    (out / "checkpoints" / "student" / "step-3").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=other):
+        begin_run(config, ALONE)

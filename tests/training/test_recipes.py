@@ -1,52 +1,45 @@
-"""Settings that a stage inherits from the run's sections."""
+"""Settings that a stage inherits from the run's sections, and its dtypes."""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from megakd.config.models import PooledTeacher, StudentConfig
+from megakd.config.file import load_config
+from megakd.config.models import PooledTeacher, StudentConfig, TeacherConfig
 from megakd.config.run import RunConfig
 from megakd.config.task import TaskConfig
 from megakd.config.train import FinetuneOverrides, TrainConfig, inherit
 from megakd.contract.stage import Stage
 from megakd.contract.terms import HardCrossEntropy, SoftTargetKl
 from megakd.contract.views import View
+from megakd.inputs import precision
+from megakd.inputs.precision import frozen_dtype, say_precision, scoring_dtype, training_dtype
 from megakd.methods.skdbert import SkdbertConfig
-from megakd.training.recipes import completed
+from megakd.training.recipes import completed, scoring_preset
 
-
-def test_finetune_takes_the_keys_of_train_that_it_does_not_set():
-    train = TrainConfig(per_device_train_batch_size=3, learning_rate=1.0, bf16=True, max_steps=9)
-
-    result = inherit(train, FinetuneOverrides(learning_rate=2.0, bf16=False, deepspeed="zero3"))
-
-    assert (result.per_device_train_batch_size, result.max_steps) == (3, 9)
-    assert (result.learning_rate, result.bf16) == (2.0, False)
-
-
-LENGTH, WARM_UP = ("max_steps", "num_train_epochs"), ("warmup_steps", "warmup_ratio")
+WARM = {"warmup_steps": 9, "warmup_ratio": 0.5}
 
 
 @pytest.mark.parametrize(
-    ("keys", "train", "overrides", "decides"),
+    ("train", "overrides", "decides"),
     [
-        (LENGTH, {"max_steps": 9}, {"num_train_epochs": 2.0}, (None, 2.0)),
-        # max_steps wins in a section
-        (LENGTH, {"num_train_epochs": 5.0}, {"max_steps": 7}, (7, 5.0)),
-        (LENGTH, {"max_steps": 9}, {"max_steps": 7}, (7, 3.0)),
-        (LENGTH, {"max_steps": 9}, {"max_steps": 7, "num_train_epochs": 2.0}, (7, 2.0)),
-        (WARM_UP, dict(zip(WARM_UP, (9, 0.5), strict=True)), {"warmup_ratio": 0.1}, (0, 0.1)),
-        (WARM_UP, dict(zip(WARM_UP, (9, 0.5), strict=True)), {"warmup_steps": 3}, (3, 0.5)),
-        (WARM_UP, dict(zip(WARM_UP, (9, 0.5), strict=True)), {}, (9, 0.5)),
+        ({"max_steps": 9}, {"num_train_epochs": 2.0}, {"max_steps": None, "num_train_epochs": 2.0}),
+        # max_steps wins in a section.
+        ({"num_train_epochs": 5.0}, {"max_steps": 7}, {"max_steps": 7, "num_train_epochs": 5.0}),
+        (WARM, {"warmup_ratio": 0.1}, {"warmup_steps": 0, "warmup_ratio": 0.1}),
+        (WARM, {"warmup_steps": 3}, {"warmup_steps": 3, "warmup_ratio": 0.5}),
+        (WARM, {}, WARM),
     ],
 )
-def test_steps_and_shares_of_a_run_displace_each_other(keys, train, overrides, decides):
+def test_steps_and_shares_of_a_run_displace_each_other(train, overrides, decides):
     result = inherit(TrainConfig(**train), FinetuneOverrides(**overrides))
 
-    assert tuple(getattr(result, key) for key in keys) == decides
+    assert {key: getattr(result, key) for key in decides} == decides
 
 
 def two_teachers() -> RunConfig:
@@ -125,3 +118,65 @@ def test_labels_are_weighed_in_every_training_that_learns_them_unless_a_term_say
         assert (weighed.class_weights, other) == ("balanced", soft)
     kept = completed(Stage(name="x", objective=(chosen,)), config).objective
     assert kept == (chosen,)
+
+
+@pytest.mark.parametrize(
+    ("keys", "on_cpu", "on_gpu"),
+    [
+        ({}, "fp32", "bf16"),
+        ({"bf16": True}, "bf16", "bf16"),
+        ({"bf16": False}, "fp32", "fp32"),
+        ({"fp16": True}, "fp16", "fp16"),
+    ],
+)
+def test_a_gpu_trains_and_scores_in_bf16_unless_the_config_says_otherwise(keys, on_cpu, on_gpu):
+    train = TrainConfig(**keys)
+
+    assert (training_dtype(train, "cpu"), training_dtype(train, "cuda")) == (on_cpu, on_gpu)
+    assert (scoring_dtype(train, "cpu"), scoring_dtype(train, "cuda")) == ("fp32", on_gpu)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stored", "on_cpu", "on_gpu"),
+    [
+        (None, torch.float32, "fp32", "bf16"),
+        (None, None, "fp32", "bf16"),
+        (None, torch.float16, "fp32", "fp16"),
+        ("fp32", torch.bfloat16, "fp32", "fp32"),
+        ("bf16", torch.float32, "bf16", "bf16"),
+    ],
+)
+def test_a_teacher_runs_in_16_bits_on_a_gpu_unless_the_config_says_otherwise(
+    dtype, stored, on_cpu, on_gpu
+):
+    spec = TeacherConfig(model="x", dtype=dtype)
+
+    assert frozen_dtype(spec, stored, "cpu") == on_cpu
+    assert frozen_dtype(spec, stored, "cuda") == on_gpu
+
+
+def test_a_gpu_without_bf16_stays_at_fp32_by_default(monkeypatch):
+    monkeypatch.setattr(precision.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(precision.torch.cuda, "is_bf16_supported", lambda **_: False)
+
+    assert training_dtype(TrainConfig(), "cuda") == "fp32"
+    assert frozen_dtype(TeacherConfig(model="x"), torch.float32, "cuda") == "fp32"
+
+
+def test_the_log_says_what_a_gpu_chooses(run_file, caplog):
+    caplog.set_level(logging.INFO, logger="megakd")
+    config = load_config(run_file)
+
+    say_precision(config, "cpu")
+    assert not caplog.messages
+    say_precision(config, "cuda")
+
+    assert caplog.messages == [
+        "precision on cuda: training in bf16 (train.bf16, train.fp16), teacher in 16 bits as "
+        "stored, or bf16 (teacher.dtype)"
+    ]
+
+
+@pytest.mark.parametrize(("trained", "scored"), [("zero0", "0"), ("zero2", "0"), ("zero3", "3")])
+def test_a_student_is_scored_sharded_only_if_it_was_trained_so(trained, scored):
+    assert scoring_preset(trained) == f"teacher_zero{scored}"

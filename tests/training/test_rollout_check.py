@@ -67,16 +67,19 @@ def test_a_run_says_how_many_rows_are_left_out(key: str, caplog: pytest.LogCaptu
 
 @pytest.mark.parametrize("key", SECTIONS)
 @pytest.mark.parametrize(
-    ("room", "limit"), [((19, 64), "task.max_length"), ((64, 19), "the context of student.model")]
+    ("room", "limit", "remedy"),
+    [
+        ((19, 64), "task.max_length", "raise task.max_length"),
+        ((64, 19), "the context of student.model", "shorten the prompts"),
+    ],
 )
-def test_a_run_in_which_no_prompt_fits_is_refused(key, room, limit):
+def test_a_run_in_which_no_prompt_fits_is_refused(key, room, limit, remedy):
     with pytest.raises(ConfigError) as caught:
         prompts_of(ROWS, SECTIONS[key], config_of(room[0]), student(room[1]), key=key)
 
     message = str(caught.value)
     assert message.startswith(f"{key}.max_new_tokens: 16 leaves 3 tokens of {limit} (19)")
     assert "none of the 2 prompts in 2 rows is that short (the shortest has 4)" in message
-    remedy = "raise task.max_length" if room[0] == 19 else "shorten the prompts"
     assert message.endswith(f"set {key}.max_new_tokens to at most 15, or {remedy}")
 
 
@@ -87,21 +90,15 @@ def test_documents_alone_are_no_prompts() -> None:
         prompts_of(rows, SECTIONS["rollout"], config_of(), student())
 
 
-@pytest.mark.parametrize(
-    ("keys", "named"),
-    [
-        ({"mix": 0.8}, r"^rollout\.mix \(0\.8\): "),
-        ({"from_step": 10}, r"^rollout\.from_step \(10\): "),
-        ({}, None),
-    ],
-)
-def test_steps_of_the_data_need_rows_with_an_answer(keys: Any, named: str | None) -> None:
-    prompts = ROWS.select([1])
+@pytest.mark.parametrize(("key", "value"), [("mix", 0.8), ("from_step", 10), ("", None)])
+def test_steps_of_the_data_need_rows_with_an_answer(key, value):
+    prompts, keys = ROWS.select([1]), {key: value} if key else {}
     rollout = RolloutConfig(max_new_tokens=16, **keys)
 
     check(ROWS, rollout=rollout)
-    if named is None:
+    if not key:
         check(prompts, rollout=rollout)
         return
-    with pytest.raises(ConfigError, match=named + ".* all training rows are prompts without"):
+    message = rf"^rollout\.{key} \({value}\): .* all training rows are prompts without"
+    with pytest.raises(ConfigError, match=message):
         check(prompts, rollout=rollout)

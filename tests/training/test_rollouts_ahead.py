@@ -97,17 +97,14 @@ class Local:
         return lambda: [Completion((*prompt, seed % 97), finished=True) for prompt, seed in pairs]
 
 
-def test_the_store_holds_what_a_resumed_run_reads_and_no_more(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_store_holds_what_a_resumed_run_reads_and_no_more(tmp_path, monkeypatch):
     """A checkpoint every 10 steps, of which two stay; the run is killed and resumed from the older.
 
     Files of other names stay.
     """
     learned: dict[int, Any] = {}
-    (tmp_path / "step-00000001 (copy).jsonl").touch()
-
     collated: list[list[list[int]]] = []
+    (tmp_path / "step-00000001 (copy).jsonl").touch()
 
     def collate(columns: Any, *_: Any, **__: Any) -> tuple[()]:
         collated.append([ids.tolist() for ids in columns["input_ids"]])
@@ -125,13 +122,11 @@ def test_the_store_holds_what_a_resumed_run_reads_and_no_more(
                 for old in range(step + 1 - 20, 0, -10):
                     shutil.rmtree(tmp_path / f"step-{old}", ignore_errors=True)
 
-    run(0, 85)
-    run(70, 110)
+    run(0, 45)
+    run(30, 70)
 
-    names = [f"step-{step:08d}.jsonl" for step in range(90, 110)]
-    assert sorted(path.name for path in tmp_path.glob("*.jsonl")) == [
-        "step-00000001 (copy).jsonl", *names,
-    ]  # fmt: skip
+    names = ["step-00000001 (copy).jsonl", *(f"step-{step:08d}.jsonl" for step in range(50, 70))]
+    assert sorted(path.name for path in tmp_path.glob("*.jsonl")) == names
 
 
 def learn(made: RolloutSource, generator: Remote, start: int, stop: int) -> None:
@@ -141,21 +136,10 @@ def learn(made: RolloutSource, generator: Remote, start: int, stop: int) -> None
 
 
 @settings(max_examples=20)
-@given(
-    staleness=st.integers(0, 3),
-    from_step=st.integers(0, 4),
-    killed=st.integers(1, 9),
-)
-def test_no_text_is_too_old_and_no_written_text_is_asked_for_again(
-    staleness: int, from_step: int, killed: int
-) -> None:
-    config = RolloutConfig(
-        max_new_tokens=4,
-        max_staleness=staleness,
-        from_step=from_step,
-        mix=0.6,
-        server=SERVER,
-    )
+@given(staleness=st.integers(0, 3), from_step=st.integers(0, 4), killed=st.integers(1, 9))
+def test_no_text_is_too_old_and_no_written_text_is_asked_for_again(staleness, from_step, killed):
+    ages = {"max_staleness": staleness, "from_step": from_step, "mix": 0.6}
+    config = RolloutConfig(max_new_tokens=4, server=SERVER, **ages)
     with TemporaryDirectory() as place:
         folder, first, second = Path(place), Remote(), Remote()
         learn(source(config, first, folder), first, 0, killed)

@@ -79,20 +79,19 @@ def test_tokens_that_no_tokenizer_knows_are_never_generated(stub: Stub, tmp_path
     check(stub, tmp_path, ends=[END])
 
     assert [rule["logit_bias"] for rule in requests_of(stub)] == [{"38": -100.0, "39": -100.0}] * 2
-    stub.spoil = lambda _, tree: spoiled(tree, WORDS)
+
+    def spoiled(_: str, tree: Any) -> Any:
+        for choice in tree.get("choices", []):
+            choice["token_ids"] = [WORDS]
+        return tree
+
+    stub.spoil = spoiled
     with pytest.raises(ServerError, match="token 38, and the student and its tokenizer have 38"):
         check(stub, tmp_path, ends=[END])
 
 
-def spoiled(tree: Any, token: int) -> Any:
-    for choice in tree.get("choices", []):
-        choice["token_ids"] = [token]
-    return tree
-
-
-def test_sampling_that_a_server_refuses_is_found(tmp_path: Path):
-    stub = Stub()
-    with serving(stub), pytest.raises(ServerError, match=r"^rollout\.server: .*got 3\.0"):
+def test_sampling_that_a_server_refuses_is_found(stub: Stub, tmp_path: Path):
+    with pytest.raises(ServerError, match=r"^rollout\.server: .*got 3\.0"):
         check(stub, tmp_path, ends=[END], temperature=3.0)
 
 
@@ -145,24 +144,16 @@ def test_each_text_gets_its_own_seed_and_few_requests_run_at_once(pair):
     assert prompts_of(pair[1]) == []
 
 
-def test_a_version_is_pushed_once(pair):
+def test_a_version_is_pushed_once_and_an_answer_with_other_weights_is_refused(pair):
     pushed: list[int] = []
-    push = SimpleNamespace(push=lambda version: pushed.append(version) or {})
-    made = generator_of(pair, push=push)
+    push = SimpleNamespace(push=lambda n: pushed.append(n) or {"weights": f"run-{n}"})
+    made = generator_of(pair[:1], push=push)
 
-    for version in (0, 0, 1, 1, 2):
+    for version in (0, 0, 3, 3, 4):
         made.update(version)
 
-    assert pushed == [0, 1, 2]
-
-
-def test_an_answer_with_other_weights_than_the_pushed_is_refused():
-    stub = Stub()
-    with serving(stub):
-        pushed = SimpleNamespace(push=lambda _: {"weights": "run-4"})
-        made = generator_of([stub], push=pushed)
-        made.update(4)
-        with pytest.raises(ServerError, match="with the weights default, and run-4 were pushed"):
-            made.begin(PROMPTS, range(5), SAMPLING)()
-        stub.weights = "run-4"
-        assert len(made.begin(PROMPTS, range(5), SAMPLING)()) == 5
+    assert pushed == [0, 3, 4]
+    with pytest.raises(ServerError, match="with the weights default, and run-4 were pushed"):
+        made.begin(PROMPTS, range(5), SAMPLING)()
+    pair[0].weights = "run-4"
+    assert len(made.begin(PROMPTS, range(5), SAMPLING)()) == 5

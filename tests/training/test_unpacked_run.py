@@ -1,4 +1,4 @@
-"""Runs of models that do not keep the texts of a row apart: every row has one text."""
+"""Whole runs on rows of several texts, and of models that need one text in a row."""
 
 from __future__ import annotations
 
@@ -60,40 +60,58 @@ def test_packing_is_refused_where_a_model_mixes_the_texts_of_a_row(tmp_path, tra
         prepared(tmp_path, lfm2(2), train=train)
 
 
-def test_a_recurrent_student_learns_and_is_scored_on_single_texts_and_a_run_goes_on(
-    one_rank, tmp_path
-):
-    """A killed run goes on with other micro-batches; perplexity is that of each text alone."""
-    task = text_task(tmp_path, max_length=24)
-    train = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "max_steps": 8}
-    finish_in(
-        one_rank,
-        tmp_path,
-        task,
-        teacher={"model": lfm2(3, width=24), "finetune": {"max_steps": 6}},
-        student={"model": lfm2(2)},
-        method={"name": "single"},
-        objective=[
-            {"loss": "soft_target_kl", "weight": 0.5},
-            {"loss": "hard_cross_entropy", "weight": 0.5},
-        ],
-        eval={"eval_steps": 4, "keep_best": False},
-        save={"save_steps": 4},
-        train=train,
-    )
-    whole = tmp_path / "out"
-    out = forgotten(whole, tmp_path / "killed", stage="student", after=4)
-    changed = ("train.per_device_train_batch_size=4", "train.gradient_accumulation_steps=2")
+HALVES = [{"loss": name, "weight": 0.5} for name in ("soft_target_kl", "hard_cross_entropy")]
 
-    outcome = finish(one_rank, tmp_path / "run.yaml", f"output_dir={out}", *changed)
+
+def assert_goes_on(one_rank, folder, *changes: str, **sections) -> None:
+    """A run that is killed after step 4 learns the same with changed micro-batches."""
+    sections |= {"method": {"name": "single"}, "save": {"save_steps": 4}}
+    finish_in(one_rank, folder, text_task(folder), **sections)
+    out = forgotten(folder / "out", folder / "killed", stage="student", after=4)
+
+    outcome = finish(one_rank, folder / "run.yaml", f"output_dir={out}", *changes)
 
     assert "student: resumed at step 4" in outcome.err
     losses, expected = (
         [r["train/loss"] for r in records(one, "student") if "train/loss" in r]
-        for one in (out, whole)
+        for one in (out, folder / "out")
     )
     assert losses == pytest.approx(expected, rel=1e-4)
-    assert read(whole)["student.perplexity"] == pytest.approx(perplexity(tmp_path), rel=1e-4)
+
+
+def test_a_recurrent_student_learns_and_is_scored_on_single_texts_and_a_run_goes_on(
+    one_rank, tmp_path
+):
+    """Perplexity is that of each text alone."""
+    rows = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    assert_goes_on(
+        one_rank,
+        tmp_path,
+        *("train.per_device_train_batch_size=4", "train.gradient_accumulation_steps=2"),
+        teacher={"model": lfm2(2), "finetune": {"max_steps": 2}},
+        student={"model": lfm2(2)},
+        objective=HALVES,
+        eval={"eval_steps": 4, "keep_best": False},
+        train={**rows, "max_steps": 6},
+    )
+
+    expected = perplexity(tmp_path)
+    assert read(tmp_path / "out")["student.perplexity"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_run_that_was_killed_may_go_on_with_another_budget(one_rank, tmp_path):
+    """Steps of 8 rows of 16 tokens; the last step of every epoch has fewer rows."""
+    train = {"per_device_train_batch_size": 8, "max_steps": 12, "gradient_checkpointing": True}
+    assert_goes_on(
+        one_rank,
+        tmp_path,
+        "train.tokens_per_rank=32",
+        teacher={"model": llama(2, width=24), "finetune": {"max_steps": 20}},
+        student={"model": llama(1), "deepspeed": "zero3"},
+        objective=[*HALVES, {"loss": "hidden_mse", "weight": 0.1, "layer_mapping": ["1:2"]}],
+        eval={"eval_steps": 4},
+        train={**train, "tokens_per_rank": 56},
+    )
 
 
 def perplexity(folder) -> float:
