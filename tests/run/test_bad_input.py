@@ -73,11 +73,7 @@ SETTINGS = [
         "relation_kl.relation_heads 3 does not divide",
         "all of the vectors: 1, 2, 4, 8, 16",
     ),
-    (
-        "objective=[{loss: relation_fsp}]",
-        "relation_fsp needs two mapped layers",
-        '["0:0", "1:2"]',
-    ),
+    ("objective=[{loss: relation_fsp}]", "relation_fsp needs two mapped layers", '["0:0", "1:2"]'),
     # A method refuses before its teacher is trained.
     (
         "method={name: knowledge_selection, episodes: 1}",

@@ -12,15 +12,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from lab_scene import (
-    SIZE,
-    config_of,
-    lab_of,
-    prepared_of,
-    pretend_one_rank,
-    save_teacher,
-    stage_of,
-)
+from lab_scene import SIZE, config_of, lab_of, prepared_of, pretend_one_rank, save_teacher, stage_of
 from transformers import BertConfig
 
 from megakd.config.models import ScratchModel, TeacherConfig
@@ -28,7 +20,6 @@ from megakd.config.run import EvalConfig
 from megakd.config.train import FinetuneOverrides, TrainConfig
 from megakd.contract.stage import Stage
 from megakd.data.chat.tokens import PROMPT_LENGTH
-from megakd.errors import TeacherError
 from megakd.inputs.inputs import check_run
 from megakd.storage.fingerprint import flatten
 from megakd.training.answer_cache import model_identity
@@ -101,31 +92,6 @@ def test_a_model_that_becomes_a_teacher_does_not_answer_from_the_cache_of_anothe
     made: Any = SimpleNamespace(name="student", folder=teacher)
     name = lab.as_teacher(made)
     assert lab._teachers[name].spec == dataclasses.replace(spec, cache=None)
-
-
-@pytest.mark.usefixtures("teacher")
-def test_a_teacher_that_cannot_be_loaded_leaves_no_engine_of_others_and_the_first_is_measured(
-    tmp_path, monkeypatch
-):
-    """A stage measures only a teacher that is alone in memory."""
-    lab = lab_of(config_of(tmp_path))
-    lab.teacher()
-    names = ("teacher", "second", "third")
-    lab._teachers |= dict.fromkeys(names, lab._teachers["teacher"])
-    measured, destroyed = list[str](), list[str]()
-
-    def opened(name: str, stage: Any) -> Any:
-        if name == "third":
-            raise TeacherError("third cannot be loaded")
-        return SimpleNamespace(destroy=lambda: destroyed.append(name))
-
-    monkeypatch.setattr(lab.pool, "open", opened)
-    monkeypatch.setattr(lab.pool, "_measure_opened", lambda name, _: measured.append(name))
-
-    with pytest.raises(TeacherError, match="third cannot be loaded"):
-        lab.train(stage_of(teachers=names))
-    assert measured == ["teacher"]
-    assert sorted(destroyed) == ["second", "teacher"]
 
 
 def test_a_teacher_of_random_weights_that_is_not_trained_is_warned_about(tmp_path, caplog):

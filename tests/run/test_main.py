@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from datasets import Dataset
 from lab_scene import config_of, lab_of, pretend_one_rank, save_teacher
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_runs import bert
 from transformers import AutoModelForSequenceClassification
 from whole_run import (
     EPOCHS,
@@ -18,6 +21,7 @@ from whole_run import (
     ROWS_PER_STEP,
     STEPS,
     accuracy_by_hand,
+    finish,
     metrics_of,
     of_model,
     read,
@@ -29,15 +33,16 @@ from megakd.engine.optimizer_state import StoredParts
 from megakd.run import run_report
 
 
-def test_a_run_ends_with_its_table_and_no_stray_warning(whole_run, out):
-    assert whole_run.outcome.out.splitlines()[0].endswith("scored on validation")
-    assert f"the student is in {out / 'final'}" in whole_run.outcome.out
-    assert [line.split()[0] for line in whole_run.outcome.out.splitlines()[4:7]] == [
-        "teacher",
-        "student",
-        "alone",
-    ]
+def test_a_run_ends_with_its_table_its_card_and_no_stray_warning(whole_run, out, config):
+    lines = whole_run.outcome.out.splitlines()
+    assert lines[0].endswith("scored on validation")
+    assert f"the student is in {out / 'final'}" in lines
+    assert [line.split()[0] for line in lines[4:7]] == ["teacher", "student", "alone"]
     assert re.search(r"\bwarn|Warning", whole_run.outcome.err + whole_run.outcome.out) is None
+    card = (out / "final" / "README.md").read_text()
+    assert f"by distilling `{whole_run.teacher.name}`" in card
+    assert f"{read(out)['student.accuracy']:.1%}" in card
+    assert f"launch/train.py --config {config}" in card
 
 
 def test_the_report_has_times_of_both_models_and_of_all_that_the_run_did(out):
@@ -59,14 +64,22 @@ def test_the_report_has_times_of_both_models_and_of_all_that_the_run_did(out):
         assert stage["peak_memory_bytes"] > 10**8
 
 
-def test_sizes_in_the_report_are_those_of_the_exported_model(out):
-    student = of_model(read(out), "student")
-    model = AutoModelForSequenceClassification.from_pretrained(out / "final")
+def test_the_exported_student_has_its_own_weights_alone_and_the_sizes_of_the_report(out):
+    student, final = of_model(read(out), "student"), out / "final"
+    model = AutoModelForSequenceClassification.from_pretrained(final)
     encoder = sum(p.numel() for p in model.bert.encoder.parameters())
 
     assert student["parameters"] == sum(p.numel() for p in model.parameters())
     assert student["encoder_parameters"] == encoder
-    assert student["bytes"] == (out / "final" / "model.safetensors").stat().st_size
+    assert student["bytes"] == (final / "model.safetensors").stat().st_size
+    assert set(load_file(final / "model.safetensors")) == set(model.state_dict())
+    files = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert {path.name for path in final.iterdir()} == files | {"checksums.json", "README.md"}
+    # Projections are trained and kept with the checkpoint, and nothing of the teacher.
+    names = StoredParts(out / "checkpoints" / "student" / f"step-{STEPS}").names["weight"]
+    (beside,) = (name for name in names if not name.startswith("learners."))
+    assert beside.startswith("objective.")
+    assert {n.removeprefix("learners.0.") for n in names} - {beside} == set(model.state_dict())
 
 
 def test_unlabelled_rows_are_learned_from_by_distilling_alone(out):
@@ -92,52 +105,14 @@ def test_the_student_scores_the_same_with_plain_transformers_and_in_the_report(
 
 
 def test_any_folder_is_scored_by_evaluate(one_rank, whole_run, out, config):
-    outcome = one_rank.megakd("evaluate", config, "--model", out / "stages" / "teacher-finetune")
+    folder = out / "stages" / "teacher-finetune"
+    outcome = one_rank.megakd("evaluate", config, "--model", folder, code=0)
 
-    assert outcome.code == 0, outcome.err
     metrics = metrics_of(read(out), "teacher")
     first, *rows = outcome.out.splitlines()
     assert first == f"{whole_run.reviews}, validation: 26 rows"
-    assert [row.split() for row in rows] == [
-        ["accuracy", f"{metrics['accuracy']:.4f}"],
-        ["f1_macro", f"{metrics['f1_macro']:.4f}"],
-        ["loss", f"{metrics['loss']:.4f}"],
-    ]
-
-
-def test_the_exported_student_has_its_own_weights_alone(out):
-    names = set(load_file(out / "final" / "model.safetensors"))
-    model = AutoModelForSequenceClassification.from_pretrained(out / "final")
-
-    assert names == set(model.state_dict())
-    assert {path.name for path in (out / "final").iterdir()} == {
-        "config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "checksums.json",
-        "README.md",
-    }
-
-
-def test_projections_are_trained_and_kept_with_the_checkpoint_and_nothing_of_the_teacher(out):
-    names = StoredParts(out / "checkpoints" / "student" / f"step-{STEPS}").names["weight"]
-
-    beside = [name for name in names if not name.startswith("learners.")]
-    assert len(beside) == 1
-    assert beside[0].startswith("objective.")
-    student = AutoModelForSequenceClassification.from_pretrained(out / "final")
-    assert {n.removeprefix("learners.0.") for n in names} - set(beside) == set(student.state_dict())
-
-
-def test_the_model_card_says_where_the_student_comes_from(out, config, whole_run):
-    card = (out / "final" / "README.md").read_text()
-    for text in (
-        f"by distilling `{whole_run.teacher.name}`",
-        f"{read(out)['student.accuracy']:.1%}",
-        f"launch/train.py --config {config}",
-    ):
-        assert text in card
+    names = ("accuracy", "f1_macro", "loss")
+    assert [row.split() for row in rows] == [[name, f"{metrics[name]:.4f}"] for name in names]
 
 
 def test_every_term_apart_and_the_runs_health_are_logged(out):
@@ -160,18 +135,15 @@ def test_every_term_apart_and_the_runs_health_are_logged(out):
 
 
 def test_tensorboard_holds_what_the_log_holds(out):
-    stage = "student"
-    events = EventAccumulator(str(out / "tensorboard" / stage)).Reload()
+    events = EventAccumulator(str(out / "tensorboard" / "student")).Reload()
 
-    there = {
-        tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]
-    }
-
-    for tag, points in there.items():
-        wanted = [(r["step"], r[tag]) for r in records(out, stage) if tag in r]
-        assert [step for step, _ in points] == [step for step, _ in wanted]
-        assert [v for _, v in points] == pytest.approx([v for _, v in wanted], rel=1e-5)
-    assert {"train/loss", "train/gradient_norm", "eval/accuracy"} <= set(there)
+    assert {"train/loss", "train/gradient_norm", "eval/accuracy"} <= set(events.Tags()["scalars"])
+    for tag in events.Tags()["scalars"]:
+        expected = [r for r in records(out, "student") if tag in r]
+        points = events.Scalars(tag)
+        assert [point.step for point in points] == [r["step"] for r in expected]
+        values = [r[tag] for r in expected]
+        assert [point.value for point in points] == pytest.approx(values, rel=1e-5)
 
 
 def test_the_resolved_config_is_written_as_it_is_printed(one_rank, out, config):
@@ -196,3 +168,49 @@ def test_a_model_whose_code_cannot_be_timed_does_not_fail_a_run(
 
     assert run_report._latency(lab, tmp_path / "teacher", "teacher") == {"batches": []}
     assert f"latency could not be measured: {error}" in caplog.text
+
+
+# Scores of a teacher: measured where it is loaded anyway, and the same then.
+
+
+def test_a_teacher_is_loaded_once_for_teaching_and_for_the_report(
+    one_rank, whole_run, out, tmp_path
+):
+    """Or for the report alone, where a kill before it leaves all stages finished."""
+    ended = Path(shutil.copytree(out, tmp_path / "ended"))
+    (ended / "report.json").unlink()
+    shutil.rmtree(ended / "final")
+
+    outcome = finish(one_rank, whole_run.config, f"output_dir={ended}")
+
+    for answer, folder in ((whole_run.outcome, out), (outcome, ended)):
+        assert answer.loaded.count(str(folder / "stages/teacher-finetune")) == 1
+    assert metrics_of(read(ended), "teacher") == metrics_of(read(out), "teacher")
+
+
+def test_the_report_has_the_agreement_with_the_teacher(whole_run, out):
+    teacher, student = (of_model(read(out), name) for name in ("teacher", "student"))
+
+    # On rows where one of them alone is right, they do not agree.
+    right = [
+        sum(one["rows"] for one in model["confusion"] if one["label"] == one["predicted"]) / 26
+        for model in (teacher, student)
+    ]
+    assert abs(sum(right) - 1) <= student["agreement"] <= 1 - abs(right[0] - right[1])
+    note = f"student and teacher agree on {student['agreement']:.1%} of the rows"
+    assert note in whole_run.outcome.out
+
+
+def test_a_teacher_that_learns_too_briefly_is_told_before_the_student_is_trained(bench):
+    finetune = {"max_steps": 40, "learning_rate": 0.01, "lr_scheduler_type": "constant"}
+    tree = bench.tree(
+        teacher={"model": bert(2), "finetune": finetune},
+        eval={"eval_steps": 20, "metric": "loss", "latency": False},
+    )
+
+    log = bench.start(tree, f"output_dir={bench.folder / 'out'}").err
+
+    warning = log.index("warning: teacher-finetune still rises: ")
+    assert warning < log.index("training stage student")
+    (again,) = [w for w in read(bench.folder / "out")["warnings"] if "still rises" in w]
+    assert f"warning: {again}\n" in log

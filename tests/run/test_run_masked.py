@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from spoiling import assert_refused
-from tiny_runs import bert, text_task
-from transformers import AutoModelForMaskedLM, AutoTokenizer
-from whole_run import finish, finish_in, forgotten, metrics_of, read, records
+from tiny_runs import bert, text_task, write_reviews
+from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
+from whole_run import finish, finish_in, metrics_of, read, records
 
 from megakd.config.file import load_config
 from megakd.contract.batch import IGNORE
@@ -40,29 +40,21 @@ def masked_run(one_rank, tmp_path_factory) -> Path:
             {"loss": "hidden_mse", "weight": 0.1, "layer_mapping": ["1:2"]},
         ],
         eval={"eval_steps": 4, "latency": True},
-        save={"save_steps": 5},
         train={"max_steps": 12, "gradient_accumulation_steps": 2},
     )
     return folder
 
 
 def test_the_final_model_scores_the_same_with_plain_transformers(masked_run, tmp_path):
-    final = masked_run / "out" / "final"
-    model = AutoModelForMaskedLM.from_pretrained(final).eval()
+    final, task = masked_run / "out" / "final", load_config(masked_run / "run.yaml").task
+    model = AutoModelForMaskedLM.from_pretrained(final)
     tokenizer = AutoTokenizer.from_pretrained(final)
-    task = load_config(masked_run / "run.yaml").task
     splits = load_splits(task, seed=42, cache_dir=tmp_path)
     rows = encode_splits(splits, tokenizer, task, cache_dir=tmp_path).validation
+    one_rank = {"rank": 0, "world": 1, "masking": task_masking(tokenizer, task)}
 
     nats, right, targets = 0.0, 0, 0
-    for batch in evaluation_batches(
-        rows,
-        Collator(tokenizer, task),
-        batch_size=3,
-        rank=0,
-        world=1,
-        masking=task_masking(tokenizer, task),
-    ):
+    for batch in evaluation_batches(rows, Collator(tokenizer, task), batch_size=3, **one_rank):
         hidden = batch.labels != IGNORE
         with torch.no_grad():
             logits = model(**batch.inputs).logits[hidden].double()
@@ -105,16 +97,6 @@ def test_it_is_evaluated_to_the_same_numbers_whatever_the_batch(one_rank, masked
     assert metrics == pytest.approx(metrics_of(read(masked_run / "out")))
 
 
-def test_a_run_that_was_killed_sees_the_masks_and_ends_with_the_weights_it_would_have(
-    one_rank, masked_run, tmp_path
-):
-    out = forgotten(masked_run / "out", tmp_path / "killed", stage="student", after=10)
-    outcome = finish(one_rank, masked_run / "run.yaml", f"output_dir={out}")
-    assert "student: resumed at step 10" in outcome.err
-    weights = "final/model.safetensors"
-    assert (out / weights).read_bytes() == (masked_run / "out" / weights).read_bytes()
-
-
 def test_a_tokenizer_without_a_mask_token_is_refused(bench):
     folder = bench.copied()
     settings = json.loads((folder / "tokenizer_config.json").read_text())
@@ -124,3 +106,38 @@ def test_a_tokenizer_without_a_mask_token_is_refused(bench):
     outcome = bench.start(bench.tree({"type": "mlm"}, teacher={"model": str(folder)}))
 
     assert_refused(outcome, bench, f"the tokenizer in {folder} has no mask token, which mlm needs")
+
+
+# The config that such a run leaves for the tasks.
+
+
+@pytest.fixture(scope="module")
+def pretrained(one_rank, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pretrained")
+    method = {"name": "homodistil", "target_width": 10, "pruning_end": 3, "cuts": 1}
+    models = {"teacher": {"model": bert(1, num_attention_heads=4)}}
+    models["student"] = {"model": "from_teacher"}
+    finish_in(one_rank, folder, text_task(folder, "mlm"), method=method, **models)
+    return folder
+
+
+def test_the_pruned_student_is_fine_tuned_on_a_users_task_with_it(one_rank, pretrained, tmp_path):
+    changes = ["train.max_steps=3", "train.per_device_train_batch_size=4"]
+    changes += [f"task.dataset={write_reviews(tmp_path / 'reviews')}"]
+    finish(one_rank, pretrained / "out" / "finetune.yaml", f"output_dir={tmp_path}/out", *changes)
+
+    # 4 heads of 3 columns (10/16 of 4, rounded) are no stock shape of a model of width 10.
+    final = tmp_path / "out" / "final"
+    assert json.loads((final / "config.json").read_text())["model_type"] == "cut_bert"
+    AutoModelForSequenceClassification.from_pretrained(final, trust_remote_code=True)
+
+
+def test_a_users_changes_to_the_config_are_kept(one_rank, pretrained, whole_run):
+    path = pretrained / "out" / "finetune.yaml"
+    path.write_text(path.read_text() + "# mine\n")
+    (pretrained / "out" / "report.json").unlink()
+
+    finish(one_rank, pretrained / "run.yaml")
+
+    assert path.read_text().endswith("# mine\n")
+    assert not list(whole_run.out.glob("finetune.yaml"))  # other tasks leave no such config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -88,22 +89,16 @@ def test_answers_that_are_not_finite_are_refused_naming_the_row(spec):
         whole_answers(asked([100, 101, 102], spec, broken=broken), first=100)
 
 
-SIZES = {
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-}
-SERVER = {"url": ["http://a:1"]}
+SIZES = {"hidden_size": 16, "num_hidden_layers": 1}
+SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 1}
 
 
-def checked(tmp_path, family, *, cache="answers", server=None, **keys):
+def checked(tmp_path, family, teacher, **keys):
     """Checks a run whose teacher is cached or served and whose student is of a family."""
-    model = {"model": "served", "server": server} if server else {"model": llama(2)}
     path = run_in(
         tmp_path,
         {"type": "causal_lm", "dataset": "texts"},
-        teacher={**model, **({"cache": str(tmp_path / cache)} if cache else {})},
+        teacher={"model": llama(2), **teacher},
         method={"name": "single"},
         objective=[{"loss": "soft_target_kl"}],
     )
@@ -124,11 +119,9 @@ def checked(tmp_path, family, *, cache="answers", server=None, **keys):
     ],
 )
 def test_a_student_with_a_cap_or_a_factor_is_refused(tmp_path, family, keys, message):
-    if message is None:
-        checked(tmp_path, family, **keys)
-        return
-    with pytest.raises(ConfigError, match=f"^teacher.cache: the {message}"):
-        checked(tmp_path, family, **keys)
-    checked(tmp_path, family, cache=None, **keys)
-    with pytest.raises(ConfigError, match=f"^teacher.server: the {message}"):
-        checked(tmp_path, family, cache=None, server=SERVER, **keys)
+    served = {"model": "served", "server": {"url": ["http://a:1"]}}
+    for kind, teacher in (("cache", {"cache": "answers"}), ("server", served)):
+        refused = pytest.raises(ConfigError, match=f"^teacher.{kind}: the {message}")
+        with refused if message else nullcontext():
+            checked(tmp_path, family, teacher, **keys)
+    checked(tmp_path, family, {}, **keys)

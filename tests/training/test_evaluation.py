@@ -15,19 +15,17 @@ import torch
 from datasets import Dataset
 from sklearn import metrics as theirs
 from source_scene import Texts, objective_of
-from tiny_runs import bert, review_task, write_config
+from tiny_runs import config_tree, review_task, write_config
 from torch import Tensor
-from whole_run import finish_in, read, records
+from whole_run import finish, finish_in, read, records
 
 from megakd.config.file import config_of
 from megakd.config.run import EvalConfig
-from megakd.contract.batch import IGNORE, Batch, Predictions
 from megakd.contract.results import WHOLE, MetricJudge
 from megakd.contract.stage import Pass, Verdict
 from megakd.contract.tasks import METRICS
 from megakd.contract.terms import HardCrossEntropy
 from megakd.data.splits import load_splits
-from megakd.engine.distributed import Ranks
 from megakd.errors import ConfigError, DataError, TrainingError
 from megakd.scoring.metrics import (
     Evaluation,
@@ -36,7 +34,7 @@ from megakd.scoring.metrics import (
     language_model_metrics,
     task_metrics,
 )
-from megakd.scoring.scorer import Scorer, few
+from megakd.scoring.scorer import few
 from megakd.scoring.words import score_words
 from megakd.storage.atomic import json_text
 from megakd.training.stage_evaluation import HeldOutLosses
@@ -281,44 +279,6 @@ def test_a_run_keeps_the_best_evaluation_by_the_chosen_metric_and_shows_the_scor
     assert ">Confusions<" in page
 
 
-ONE_RANK = Ranks(0, 1, 0, torch.device("cpu"))
-
-
-def collate(rows: Any, *, dummy_rows: int = 0) -> Batch:
-    """One token per row: its number, which the fake models answer from."""
-    names = ("number", "label")
-    numbers, labels = (rows[name].to_pylist() if len(rows) else [] for name in names)
-    ids = torch.tensor([*numbers, *[0] * dummy_rows])[:, None]
-    valid = torch.tensor([*[True] * len(numbers), *[False] * dummy_rows])[:, None]
-    return Batch({"input_ids": ids}, torch.tensor([*labels, *[IGNORE] * dummy_rows]), valid)
-
-
-def scorer(names: tuple[str, ...], batch_size: int) -> Scorer:
-    metrics = TaskMetrics(names=names, main=headline(names), label_names=("even", "odd"))
-    return Scorer(metrics=metrics, collate=collate, batch_size=batch_size, ranks=ONE_RANK)  # type: ignore[arg-type]
-
-
-def odd_or_even(batch: Batch) -> Predictions:
-    """Says class number % 2; of a dummy row nothing that could be scored."""
-    answer = torch.nn.functional.one_hot(batch.inputs["input_ids"][:, 0] % 2, 2).float()
-    return Predictions(outputs=answer.masked_fill(~batch.valid, math.nan), sums=None)
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 8])
-@pytest.mark.parametrize(
-    ("labels", "accuracy"), [([1, 0, 1, 1, 1], 0.8), ([1, IGNORE, 0, IGNORE, 1], 2 / 3)]
-)
-def test_metrics_are_of_the_labelled_rows_whatever_the_batch_size(batch_size, labels, accuracy):
-    rows = Dataset.from_dict({"number": [1, 2, 3, 4, 5], "label": labels})
-    one = scorer(("accuracy",), batch_size)
-
-    result = one.score(odd_or_even, rows)
-
-    assert result["accuracy"] == pytest.approx(accuracy)
-    # The loss beside the metrics is that of a pass of its own.
-    assert result["loss"] == pytest.approx(one.loss(odd_or_even, rows), abs=1e-12)
-
-
 TERMS = tuple(HardCrossEntropy(loss="hard_cross_entropy", on=on) for on in (None, "rollouts"))
 
 
@@ -355,8 +315,7 @@ def test_a_term_on_rollouts_has_no_value_on_texts_of_the_data():
 
 def words_tree(folder: Path, **sections: Any) -> dict[str, Any]:
     task = {"type": "classification", "dataset": str(folder), "max_length": 32}
-    models = {"student": {"model": bert(1)}, "method": {"name": "finetune"}}
-    return {"output_dir": str(folder / "out"), "task": task, **models, **sections}
+    return config_tree(folder / "out", task, **sections)
 
 
 def write_texts(folder: Path, train: list[tuple[str, str]], test: list[tuple[str, str]]):
@@ -385,27 +344,23 @@ def test_words_are_learned_from_labelled_rows_and_a_class_without_one_is_never_g
     other = [*NAMED[:6], ("the star number 1", "star"), ("the star number 2", "star")]
     write_texts(tmp_path, [*NAMED, ("the star", "star")], other)
     assert words_of(tmp_path)["accuracy"] >= 6 / 8
-
-
-def test_where_nothing_can_be_learned_from_words_there_is_no_baseline(tmp_path):
-    write_texts(tmp_path, [("?!", "sun"), ("!", "moon")] * 4, NAMED[:2])
-
+    write_texts(tmp_path, [("?!", "sun"), ("!", "moon")] * 4, NAMED[:2])  # there are no words
     assert words_of(tmp_path) == {}
 
 
-@pytest.mark.parametrize(("baselines", "listed"), [(None, ["tfidf"]), (["alone"], ["alone"])])
+@pytest.mark.parametrize(
+    ("baselines", "listed"), [({}, ["tfidf"]), ({"baselines": ["alone"]}, ["alone"])]
+)
 def test_a_classifiers_table_has_the_words_unless_other_baselines_are_listed(
     one_rank, tmp_path, baselines, listed
 ):
     write_texts(tmp_path, NAMED, NAMED)
-    short = {"max_steps": 2, "per_device_train_batch_size": 4}
-    run = words_tree(tmp_path, train=short, eval={"latency": False}, baselines=baselines)
+    run = words_tree(tmp_path, train={"max_steps": 2}, **baselines)
 
-    outcome = one_rank.train("--config", write_config(tmp_path / "run.yaml", run), code=0)
+    outcome = finish(one_rank, write_config(tmp_path / "run.yaml", run))
 
     report = read(tmp_path / "out")
     assert report["baselines"] == listed
     assert report["models"] == ["student", *listed]
-    assert bool(re.search(r"^tfidf +- +- +- .*100\.0%", outcome.out, re.MULTILINE)) is (
-        "tfidf" in listed
-    )
+    shown = re.search(r"^tfidf +- +- +- .*100\.0%", outcome.out, re.MULTILINE)
+    assert (shown is not None) is ("tfidf" in listed)

@@ -16,10 +16,8 @@ from megakd.config.models import ScratchModel, StudentConfig, TeacherConfig
 from megakd.config.run import RunConfig
 from megakd.config.task import TaskConfig, TokenizerConfig
 from megakd.config.train import FinetuneOverrides
-from megakd.contract.views import Shape
 from megakd.errors import TeacherError
 from megakd.inputs.inputs import prepare
-from megakd.losses.objective import shape_of
 from megakd.methods.single import SingleConfig
 
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film")
@@ -70,25 +68,6 @@ def scratch() -> ScratchModel:
 @pytest.fixture
 def teacher(tmp_path: Path) -> str:
     return model_folder(tmp_path / "teacher")
-
-
-def test_a_run_is_prepared_without_loading_any_weights(data, teacher, monkeypatch):
-    config = config_of(data, teacher=teacher, student=scratch())
-    monkeypatch.setattr("megakd.models.weights.WeightReader", None)
-
-    prepared = prepare(config)
-
-    def shape(role: str) -> Shape:
-        return shape_of(prepared.sources[role], config.task.type, prepared.classes)
-
-    assert list(prepared.sources) == ["teacher", "student"]
-    assert prepared.splits.label_names == ("bad", "good")
-    assert len(prepared.encoded.train) == 8
-    assert prepared.metric.name == "accuracy"
-    assert shape("teacher") == (2, 8, 2, (2, 2, 4))  # layers, width, classes, heads
-    assert shape("student") == (1, 4, 2, (2, 2, 2))
-    student = prepared.sources["student"].config
-    assert (student.vocab_size, student.pad_token_id) == (len(WORDS), 0)
 
 
 @pytest.mark.parametrize(
@@ -148,9 +127,7 @@ def test_weights_without_a_tokenizer_are_refused_before_rows_are_read_unless_one
         file.unlink()
     spec = TeacherConfig(model=teacher, finetune=finetune)
     other = model_folder(tmp_path / "student", num_hidden_layers=1, vocab_size=64)
-    message = (
-        r"teacher\.model: .*teacher has weights and no .*set task\.tokenizer to"
-    )
+    message = r"teacher\.model: .*teacher has weights and no .*set task\.tokenizer to"
 
     config = config_of(data, teacher=teacher, student=other, tokenizer=other)
     assert len(prepare(dataclasses.replace(config, teacher=spec)).tokenizer) == len(WORDS)

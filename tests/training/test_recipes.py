@@ -73,37 +73,35 @@ def test_a_teacher_that_learns_does_as_its_own_finetune_says(role, learns):
     assert stage.train.learning_rate == 0.5
 
 
+BF16 = {"bf16": True}
+
+
 @pytest.mark.parametrize("role", ["student", "small"])
 @pytest.mark.parametrize(
     ("ranks", "device", "changes", "preset"),
     [
         (1, "cpu", {}, "zero0"),
         (2, "cpu", {}, "auto"),
-        (1, "cpu", {"bf16": True}, "zero0"),
-        (1, "cpu", {"bf16": True, "gradient_accumulation_steps": 2}, "auto"),
-        (1, "cpu", {"bf16": True, "tokens_per_rank": 64}, "auto"),
-        (1, "cuda", {"bf16": True}, "auto"),
+        (1, "cpu", BF16, "zero0"),
+        (1, "cpu", {**BF16, "gradient_accumulation_steps": 2}, "auto"),
+        (1, "cpu", {**BF16, "tokens_per_rank": 64}, "auto"),
+        (1, "cuda", BF16, "auto"),
         (1, "cuda", {"bf16": False}, "zero0"),
     ],
 )
 def test_one_rank_shards_nothing_unless_asked_or_to_add_16_bits(
     role, ranks, device, changes, preset
 ):
-    """In 16 bits ZeRO 2 adds up gradients in fp32, and ZeRO 0 does not."""
+    """In 16 bits ZeRO 2 adds up gradients in fp32, and ZeRO 0 does not. Views keep it too."""
     config = two_teachers()
     teacher = PooledTeacher(name="small", model="s", finetune=FinetuneOverrides(max_steps=7))
     student, train = StudentConfig(model="student"), replace(config.train, **changes)
     config = replace(config, teachers=(teacher,), student=student, train=train)
 
     assert stage_of(role, config, ranks=ranks, device=device).deepspeed == preset
-
-
-def test_views_in_16_bits_keep_zero_2():
-    train = replace(two_teachers().train, bf16=True)
-    config = replace(two_teachers(), student=StudentConfig(model="student"), train=train)
-    stage = Stage(name="any", objective=(), views={"half": View((1,), (1,))})
-
-    assert completed(stage, config, ranks=1, device="cpu").deepspeed == "auto"
+    if changes == BF16:
+        stage = Stage(name="any", objective=(), views={"half": View((1,), (1,))})
+        assert completed(stage, config, ranks=ranks, device=device).deepspeed == "auto"
 
 
 def test_labels_are_weighed_in_every_training_that_learns_them_unless_a_term_says_otherwise():

@@ -83,38 +83,33 @@ def test_texts_are_scored_against_the_completions_and_written(rows, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("ids", "labels", "keys", "wanted", "matches", "match"),
+    ("ids", "labels", "keys", "expected"),
     [
         # An answer ends before the next turn, and a prompt alone is not compared.
         (
             [[1, 2, 1, 2, 7, 8], [3, 4, 3, 3, 0, 0], [5, 6]],
             [[-100, 1, 2, -100, 8, -100], [-100, 3, 3, -100, -100, -100], [-100, -100]],
             {},
-            ["ab", "cc", ""],
-            [True, False, None],
-            0.5,
+            {"ab": True, "cc": False, "": None},
         ),
         # A row that may be cut before its answer is not compared.
         (
             [[1, 2, 1, 2], [3, 4, 3, 3, 5]],
             [[-100, 1, 2, -100], [-100, 3, 3, 5, -100]],
             {"row_length": 5},
-            ["ab", "cce"],
-            [True, None],
-            1,
+            {"ab": True, "cce": None},
         ),
     ],
 )
-def test_only_whole_first_answers_are_compared(tmp_path, ids, labels, keys, wanted, matches, match):
+def test_only_whole_first_answers_are_compared(tmp_path, ids, labels, keys, expected):
     columns = {"input_ids": ids, "labels": labels, "prompt_length": [2] * len(ids)}
     made, _ = evaluation(Dataset.from_dict(columns), tmp_path, match="exact", **keys)
 
     scores = made.scores(version=1)
 
-    lines = [*map(json.loads, (tmp_path / "step-00000001.jsonl").read_text().splitlines())]
-    assert [line["wanted"] for line in lines] == wanted
-    assert [line["matches"] for line in lines] == matches
-    assert scores["match"] == match
+    lines = map(json.loads, (tmp_path / "step-00000001.jsonl").read_text().splitlines())
+    assert {line["wanted"]: line["matches"] for line in lines} == expected
+    assert scores["match"] == (0.5 if False in expected.values() else 1)
 
 
 def test_every_evaluation_asks_for_the_same_prompts_with_the_same_seeds(rows, tmp_path):

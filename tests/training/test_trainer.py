@@ -174,19 +174,3 @@ def test_no_operation_of_a_step_makes_the_host_wait_for_the_device(labels, known
 def test_that_check_notices_what_makes_the_host_wait(reads):
     with Waiting(), pytest.raises(AssertionError, match="makes the host wait"):
         reads(torch.ones(()) if reads in (bool, Tensor.item) else torch.ones(2))
-
-
-def test_a_micro_batch_whose_rows_name_a_teacher_is_answered_and_taught_by_this_teacher_alone():
-    told: list[Any] = []
-    plan = (Pass(teacher="math"), Pass(teacher="code"))
-    teachers = {name: Teacher(told, name) for name in ("math", "code")}
-    trainer = trainer_of(told, plans=(plan,), teachers=teachers)
-
-    trainer.train_step([BATCH.extended(teacher=name) for name in ("code", "math", "math")])
-
-    asked = [one for one in told if one[0] in ("asked", "forward_backward")]
-    assert asked == [
-        part
-        for name, is_last in (("code", False), ("math", False), ("math", True))
-        for part in (("asked", name), ("forward_backward", (name,), is_last))
-    ]
