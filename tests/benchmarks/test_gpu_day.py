@@ -132,26 +132,20 @@ def test_every_part_is_a_program_and_every_run_a_valid_config(tmp_path, rehearse
 
 
 def test_failures_of_kernel_tests_are_listed_with_the_first_line_of_the_message(tmp_path):
-    report = tmp_path / "report.xml"
-    report.write_text(JUNIT, encoding="utf-8")
+    (tmp_path / "report.xml").write_text(JUNIT, encoding="utf-8")
 
-    counts = {"passed": 1, "failed": 2, "skipped": 1, "seconds": 2.5}
-    assert kernel_tests.read_junit(report) == (
-        counts,
-        [
-            {"test": "test_a::test_b[1]", "message": "one"},
-            {"test": "test_a::test_c", "message": "broken"},
-        ],
-    )
+    counts, failures = kernel_tests.read_junit(tmp_path / "report.xml")
+
+    assert counts == {"passed": 1, "failed": 2, "skipped": 1, "seconds": 2.5}
+    told = [("test_a::test_b[1]", "one"), ("test_a::test_c", "broken")]
+    assert [(one["test"], one["message"]) for one in failures] == told
 
 
-@pytest.mark.parametrize(
-    ("loss", "dx", "dw", "holds"),
-    [(1e-6, 1e-3, None, True), (1e-3, 1e-3, 1e-3, False), (1e-6, float("nan"), 1e-3, False)],
-)
-def test_an_error_that_is_large_or_no_number_does_not_hold(loss, dx, dw, holds):
-    row = {"triton loss": loss, "triton dx": dx, "triton dw": dw}
-    assert agreement.is_small(row, "bf16") == holds
+def test_an_error_that_is_large_or_no_number_does_not_hold():
+    nan = float("nan")
+    for errors, holds in (((1e-6, None), True), ((1e-3, 1e-3), False), ((1e-6, nan), False)):
+        row = dict(zip(("triton loss", "triton dw"), errors, strict=True)) | {"triton dx": 1e-3}
+        assert agreement.is_small(row, "bf16") == holds
 
 
 def test_weights_of_other_bits_are_found_and_a_checkpoint_being_written_does_not_count(tmp_path):
@@ -169,16 +163,13 @@ def test_weights_of_other_bits_are_found_and_a_checkpoint_being_written_does_not
     assert (runs.newest_step(tmp_path), runs.newest_step(tmp_path / "absent")) == (10, 0)
 
 
-@pytest.mark.parametrize(
-    ("device", "left_mb", "models", "holds"),
-    [("cuda", 0, 0, True), ("cuda", 5, 0, False), ("cuda", 0, 1, False), ("cpu", 500, 0, True)],
-)
-def test_memory_that_is_left_on_a_gpu_or_a_model_that_is_left_is_a_failure(
-    device, left_mb, models, holds
-):
-    row = {"before": 100.0, "after collecting": 167.0, "models left": models}
-    last = {**row, "after collecting": 167.0 + left_mb}
-    assert release.is_released([row, last], torch.device(device)) == holds
+def test_memory_that_is_left_on_a_gpu_or_a_model_that_is_left_is_a_failure():
+    failures = [("cuda", 5, 0), ("cuda", 0, 1)]
+    for device, left_mb, models in (*failures, ("cuda", 0, 0), ("cpu", 500, 0)):
+        row = {"before": 100.0, "after collecting": 167.0, "models left": models}
+        last = {**row, "after collecting": 167.0 + left_mb}
+        holds = release.is_released([row, last], torch.device(device))
+        assert holds == ((device, left_mb, models) not in failures)
 
 
 @pytest.mark.slow

@@ -38,26 +38,20 @@ def test_the_variants_differ_in_the_method_alone(given, load):
 
 
 def test_a_pruned_student_and_a_baseline_of_its_run_have_their_loss_jump_and_seconds():
-    kls = [{"step": n, "teacher_kl": kl} for n, kl in enumerate((0.1, 0.3, 0.2))]
     seconds = {"pruning-1": 3.0, "student": 4.0, "random": 6.0, "alone": 5.0}
+    losses = {"student__loss": 4.5, "teacher__loss": 3.0, "alone__loss": 6.0}
     report = reports.report_of(
         student__parameters=100,
-        student__loss=4.5,
-        teacher__loss=3.0,
-        alone__loss=6.0,
         stages=[{"name": name, "seconds": value} for name, value in seconds.items()],
-        pruning=kls,
+        pruning=[{"step": n, "teacher_kl": kl} for n, kl in enumerate((0.1, 0.3, 0.2))],
+        **losses,
     )
 
     def of(name: str) -> dict:
         return homodistil.numbers({"homodistil-1": report, "late-1": None}, name, 1)
 
-    assert of("homodistil") == {
-        "loss": 4.5,
-        "seconds": 7.0,
-        "parameters": 100,
-        "largest jump": pytest.approx(0.2),
-    }
+    numbers = {"loss": 4.5, "seconds": 7.0, "parameters": 100}
+    assert of("homodistil") == {**numbers, "largest jump": pytest.approx(0.2)}
     assert of("alone") == {"loss": 6.0, "seconds": 5.0}
     assert (of("teacher"), of("late")) == ({"loss": 3.0, "seconds": None}, {})
 

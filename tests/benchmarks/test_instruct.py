@@ -72,9 +72,7 @@ def test_a_model_does_not_diverge_from_itself_and_its_loss_is_that_of_transforme
 
 def test_the_rate_follows_the_clock():
     now = iter((0.0, 0.015, 0.03, 0.515, 1.0, 2.0))
-
     share = share_of(lambda: next(now))
-
     expected = (0.0, 0.5, 0.998, 0.48, 0.0, 0.0)
     assert [share(step) for step in range(6)] == pytest.approx(expected, abs=0.01)
 

@@ -9,12 +9,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from chat_tokenizers import chat_tokenizer
 from tiny_runs import reviews, run_in, text_task, write_config, write_jsonl, write_reviews
 from whole_run import accuracy_by_hand, finish, read, relabelled
 
 from megakd.commands import scored_models
 from megakd.commands.arguments import scored_model
 from megakd.config.file import load_config
+from megakd.data.arrow import cache_folder
 from megakd.errors import MegakdError, ModelError
 from megakd.models import packing
 
@@ -46,38 +48,34 @@ def test_rows_of_one_class_alone_class_numbers_and_other_cases_are_scored(
 ):
     """The classes are the model's: negative is 0, positive is 1."""
     words = [row for row in reviews(20, "x") if row["label"] == "positive"]
-    named = write_jsonl(tmp_path / "named.jsonl", words)
-    loud = write_jsonl(tmp_path / "loud.jsonl", [{**row, "label": "POSITIVE"} for row in words])
-    numbers = write_jsonl(tmp_path / "numbers.jsonl", [{**row, "label": 1} for row in words])
+    metrics = []
+    for label in ("positive", "POSITIVE", 1):
+        path = write_jsonl(tmp_path / f"{label}.jsonl", [{**row, "label": label} for row in words])
+        result = scored(one_rank.megakd("evaluate", whole_run.config, "--data", path, "--json"))
+        metrics.append(result["metrics"])
 
-    result = [
-        scored(one_rank.megakd("evaluate", whole_run.config, "--data", path, "--json"))
-        for path in (named, numbers, loud)
-    ]
-
-    assert result[0]["metrics"] == result[1]["metrics"] == result[2]["metrics"]
-    assert result[0]["metrics"]["accuracy"] == accuracy_by_hand(whole_run.out / "final", named)
+    assert metrics[0] == metrics[1] == metrics[2]
+    by_hand = accuracy_by_hand(whole_run.out / "final", tmp_path / "positive.jsonl")
+    assert metrics[0]["accuracy"] == by_hand
 
 
-@pytest.mark.parametrize("option", ["--data", "--model"])
-def test_an_option_without_a_text_is_refused_and_not_passed_over(one_rank, whole_run, option):
+def test_an_option_without_a_text_is_refused_and_not_passed_over(one_rank, whole_run):
     """As an unset variable of a script would give it."""
-    outcome = one_rank.megakd("evaluate", whole_run.config, option, "", code=2)
-
-    assert f"error: {option}" in outcome.err
+    for option in ("--data", "--model"):
+        outcome = one_rank.megakd("evaluate", whole_run.config, option, "", code=2)
+        assert f"error: {option}" in outcome.err
 
 
 def test_a_folder_with_a_test_file_alone_needs_no_training_rows(
     one_rank, whole_run, mine, tmp_path
 ):
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    shutil.copy(mine, folder / "test.jsonl")
+    (tmp_path / "folder").mkdir()
+    shutil.copy(mine, tmp_path / "folder" / "test.jsonl")
     gone = json.loads(whole_run.config.read_text())
     gone["teacher"]["model"] = str(tmp_path / "nowhere")
     config = write_config(tmp_path / "run.yaml", gone)
 
-    result = scored(one_rank.megakd("evaluate", config, "--data", folder, "--json"))
+    result = scored(one_rank.megakd("evaluate", config, "--data", tmp_path / "folder", "--json"))
 
     assert (result["split"], result["rows"]) == ("test", 40)
     by_hand = accuracy_by_hand(whole_run.out / "final", mine)
@@ -119,9 +117,8 @@ def test_a_file_that_cannot_be_scored_is_refused_before_a_model_is_loaded(
 
 
 def test_a_model_without_a_tokenizer_is_not_scored(one_rank, whole_run, mine, tmp_path):
-    model = Path(shutil.copytree(whole_run.out / "final", tmp_path / "model"))
-    for name in ("tokenizer.json", "tokenizer_config.json", "checksums.json"):
-        (model / name).unlink()
+    without = shutil.ignore_patterns("tokenizer*", "checksums.json")
+    model = shutil.copytree(whole_run.out / "final", tmp_path / "model", ignore=without)
 
     for words in (("--data", mine), ()):
         outcome = one_rank.megakd("evaluate", whole_run.config, "--model", model, *words, code=2)
@@ -129,28 +126,18 @@ def test_a_model_without_a_tokenizer_is_not_scored(one_rank, whole_run, mine, tm
         assert "set task.tokenizer" in outcome.err
 
 
-GENERIC = ("LABEL_0", "LABEL_1")
-
-
-@pytest.mark.parametrize("data", ["mine", "held out"])
-def test_generic_labels_are_not_guessed(one_rank, whole_run, mine, tmp_path, data):
-    words = ("--data", mine) if data == "mine" else ()
-    model = relabelled(whole_run.teacher, tmp_path / "model", (0, 1), GENERIC)
-
-    refused = one_rank.megakd("evaluate", whole_run.config, "--model", model, *words, code=2)
-
-    assert "write the data's labels into id2label of the model's config.json" in refused.err
-
-
-def test_numbers_of_a_models_outputs_need_not_all_occur(one_rank, whole_run, tmp_path):
-    model = relabelled(whole_run.teacher, tmp_path / "model", (0, 1), GENERIC)
+def test_generic_labels_are_not_guessed_and_numbers_of_outputs_need_not_all_occur(
+    one_rank, whole_run, mine, tmp_path
+):
+    model = relabelled(whole_run.teacher, tmp_path / "model", (0, 1), ("LABEL_0", "LABEL_1"))
     hard = write_jsonl(tmp_path / "hard.jsonl", [{"text": "a good film", "label": 1}] * 3)
+    words = ("evaluate", whole_run.config, "--model", model)
 
-    result = one_rank.megakd(
-        *("evaluate", whole_run.config, "--model", model, "--data", hard, "--json")
-    )
-
-    assert scored(result)["metrics"]["accuracy"] in {0.0, 1.0}
+    for data in (("--data", mine), ()):
+        refused = one_rank.megakd(*words, *data, code=2)
+        assert "write the data's labels into id2label of the model's config.json" in refused.err
+    result = scored(one_rank.megakd(*words, "--data", hard, "--json"))
+    assert result["metrics"]["accuracy"] in {0.0, 1.0}
 
 
 def test_a_run_scores_its_evaluation_sets_at_the_end(one_rank, whole_run, mine, tmp_path):
@@ -205,3 +192,32 @@ def test_a_scored_model_is_in_the_home_folder_or_named(tmp_path, monkeypatch):
     assert str(named.value).startswith("--model nosuch: the folder does not exist")
     assert "give --model" not in str(named.value)
     assert scored_model(tmp_path / "runs", "~") == tmp_path
+
+
+# `megakd encode`, which fills the cache that a run reads.
+
+
+@pytest.mark.parametrize("kind", ["classification", "mlm"])
+def test_a_run_reads_what_encode_has_written(one_rank, tmp_path, kind):
+    texts = write_reviews(tmp_path / "texts", train=53)  # a number of rows that no other test has
+    config = run_in(tmp_path, {"type": kind, "dataset": str(texts), "text_columns": ["text"]})
+
+    answer = one_rank.megakd("encode", config, code=0)
+
+    assert "encoding the rows of train" in answer.err
+    assert f"{cache_folder()}: 53 training, 26 validation rows, " in answer.out
+    assert " tokens per row" in answer.out
+    assert not answer.loaded
+    assert "encoding the rows" not in one_rank.train("--config", config, code=0).err
+
+
+def test_of_a_stream_only_the_held_out_rows_are_encoded(one_rank, tmp_path):
+    texts = write_reviews(tmp_path / "texts")
+    chat_tokenizer("chatml").save_pretrained(tmp_path / "tokenizer")
+    task = {"type": "causal_lm", "dataset": str(texts), "text_columns": ["text"]}
+    settings = ("task.streaming=true", "train.max_steps=2", f"task.tokenizer={tmp_path}/tokenizer")
+
+    answer = one_rank.megakd("encode", run_in(tmp_path, task), *settings, code=0)
+
+    assert " validation rows" in answer.out
+    assert "training" not in answer.out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny_families import TYPES, small_config
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
@@ -69,3 +71,37 @@ def test_code_on_a_page_is_valid(page: Path) -> None:
         ast.parse(code)
     for text in blocks(page, "yaml"):
         assert yaml.safe_load(text) is not None
+
+
+FAMILIES = ROOT / "docs" / "families.md"
+
+
+@pytest.fixture(scope="module")
+def families():
+    """The program that prints the page on model families."""
+    path = ROOT / "benchmarks" / "families.py"
+    specification = importlib.util.spec_from_file_location("families_page", path)
+    module = importlib.util.module_from_spec(specification)
+    sys.modules["families_page"] = module  # for its annotations
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("task", "family"), [("causal_lm", "llama"), ("causal_lm", "olmo2"), ("mlm", "modernbert")]
+)
+def test_the_row_of_a_family_is_what_the_command_prints(families, task, family):
+    _, _, table = FAMILIES.read_text(encoding="utf-8").partition(f"## {families.TITLES[task]}")
+    row = families.row_of(family, small_config(family, task, families.LAYERS), task)
+
+    cells = families.cells_of(row, 6 if task == "causal_lm" else 5)
+    lines = table.partition("\n## ")[0].splitlines()
+    assert [line for line in lines if f"`{family}`" in line and line.startswith("| ")] == [
+        line for line in lines if line.startswith(f"{cells} `")
+    ]
+
+
+def test_every_family_of_transformers_is_on_the_page():
+    page = FAMILIES.read_text(encoding="utf-8")
+    tables = page[page.index("\n## Decoders") :]
+    assert [name for names in TYPES.values() for name in names if name not in tables] == []

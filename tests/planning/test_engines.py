@@ -42,16 +42,12 @@ def step(engine: Engine) -> list[Holding]:
     return [engine.resting() + more for more in extra]
 
 
-def test_a_second_bucket_is_counted_where_gradients_are_sent_during_the_backward() -> None:
-    sent = [
-        held(
-            engine({"stage": 2, "reduce_bucket_size": P, "overlap_comm": overlap}).backward(
-                P, adds=False
-            ),
-            "gradients",
-        )
+def test_a_second_bucket_is_counted_where_gradients_are_sent_during_the_backward():
+    alone, beside = (
+        engine({"stage": 2, "reduce_bucket_size": P, "overlap_comm": overlap})
         for overlap in (False, True)
-    ]
+    )
+    sent = [held(one.backward(P, adds=False), "gradients") for one in (alone, beside)]
     assert sent[1] - sent[0] == 4 * P
 
 
@@ -83,14 +79,14 @@ def test_the_norm_is_planned_for_the_rank_with_the_most_of_it_and_of_gradients(s
     assert held(norm, "gradients") == 1000 * itemsize + 900 * 8
 
 
-def test_a_full_bucket_of_zero_2_is_copied_before_it_is_sent() -> None:
+def test_a_full_bucket_of_zero_2_is_copied_before_it_is_sent():
     small = engine({"stage": 2, "reduce_bucket_size": 1000})
     two, three = (held(small.backward(n * 500, adds=False), "gradients") for n in (2, 3))
     assert three - two == 4 * 1000
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_offload_moves_the_optimizer_to_the_host(stage: int) -> None:
+def test_offload_moves_the_optimizer_to_the_host(stage: int):
     here, away = engine({"stage": stage}), engine({"stage": stage, **OFFLOAD})
     assert held(away.resting(), "optimizer") == 0
     assert held(away.resting(), "optimizer", "host") >= 12 * P // RANKS
@@ -123,16 +119,21 @@ def test_gradients_are_whole_below_zero_2_and_in_shards_at_zero_2_also_with_offl
     assert held(backward, "gradients") == expected
 
 
-def test_offload_of_weights_leaves_none_on_the_device() -> None:
+def test_offload_of_weights_leaves_none_on_the_device():
     resting = engine({"stage": 3, "offload_param": {"device": "cpu"}}).resting()
     assert held(resting, "weights") == 0
     assert held(resting, "weights", "host") == 4 * P // RANKS
 
 
-def test_a_frozen_model_has_its_weights_and_nothing_else() -> None:
-    for zero, expected in (({"stage": 0}, 4 * P), ({"stage": 3}, 4 * P // RANKS)):
-        resting = engine(zero, moments=None).resting()
-        assert resting == {Share("student", "weights"): expected}
+@pytest.mark.parametrize(
+    ("stage", "weights", "read"), [(0, P, P + SIZES[-1]), (3, P // RANKS, max(SIZES))]
+)
+def test_a_frozen_model_has_its_weights_alone_and_a_sharded_one_is_read_a_tensor_at_a_time(
+    stage, weights, read
+):
+    frozen = engine({"stage": stage}, moments=None)
+    assert frozen.resting() == {Share("student", "weights"): 4 * weights}
+    assert held(frozen.loading(), "weights", "host") == 4 * read
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -150,51 +151,45 @@ def test_frozen_weights_take_their_bytes_once_at_every_zero_stage(stage, itemsiz
     assert held(both, "weights") - held(alone, "weights") == itemsize * share
 
 
-def test_a_whole_model_is_read_on_the_host_and_a_sharded_one_a_tensor_at_a_time() -> None:
-    whole, shards = (engine({"stage": stage}, moments=None).loading() for stage in (0, 3))
-    assert held(whole, "weights", "host") == 4 * (P + SIZES[-1])
-    assert held(shards, "weights", "host") == 4 * max(SIZES)
-
-
 # Ten weights of 400 bytes.
 ALONE = {"stage": 3, "prefetch_bucket_size": 0, "max_reuse_distance": 0}
 
 
-def gathered(zero: dict[str, Any], *, trains: bool = True, **options: Any) -> tuple[int, ...]:
+def gathered(*, trains: bool, ranks: int, **zero: Any) -> tuple[int, ...]:
     """Return the bytes that are gathered beside activations, and the elements in all."""
     sizes = (100,) * 10
     trace = Trace(sizes, (), sizes, [Point(0, 0, 0)] * (1 + trains))
-    frozen = engine({**ALONE, **zero}, moments=None, sizes=sizes, **options)
+    frozen = engine({**ALONE, **zero}, moments=None, sizes=sizes, ranks=ranks)
     whole, buffers = frozen.gathered(trace)
     held = whole if frozen.is_gathered_early(trace) else whole + buffers
     return held.total(), frozen.fetched(trace)
 
 
+PREFETCHED = {"prefetch_bucket_size": 150}
+
+
 @pytest.mark.parametrize(
-    ("limits", "trains", "expected"),
+    ("limits", "trains", "ranks", "expected"),
     [
         # Without prefetch a weight arrives with its module, in a buffer.
-        ({}, False, (400 + 400, 1000)),
+        ({}, False, RANKS, (400 + 400, 1000)),
         # Weights stay until the backward up to a limit, and are gathered again beyond it.
-        ({}, True, (400 + 400, 2000)),
-        ({"stage3_max_reuse_distance": 800}, True, (1600 + 400, 1600)),
-        ({"max_reuse_distance": 2000}, True, (4000 + 400, 1000)),
+        ({}, True, RANKS, (400 + 400, 2000)),
+        ({"stage3_max_reuse_distance": 800}, True, RANKS, (1600 + 400, 1600)),
+        ({"max_reuse_distance": 2000}, True, RANKS, (4000 + 400, 1000)),
         # Prefetched weights have a limit of their own.
-        ({"prefetch_bucket_size": 150, "max_live_parameters": 300}, True, (1200 + 600, 1700)),
-        ({"prefetch_bucket_size": 150, "max_live_parameters": 300}, False, (1200 + 600, 1000)),
+        ({**PREFETCHED, "max_live_parameters": 300}, True, RANKS, (1200 + 600, 1700)),
+        ({**PREFETCHED, "max_live_parameters": 300}, False, RANKS, (1200 + 600, 1000)),
         # All weights are whole before the activations exist, and no buffer is left.
-        ({"prefetch_bucket_size": 150}, True, (4000, 1000)),
-        ({"prefetch_bucket_size": 150}, False, (4000, 1000)),
+        (PREFETCHED, True, RANKS, (4000, 1000)),
+        (PREFETCHED, False, RANKS, (4000, 1000)),
+        # A single rank gathers only weights that are on the host.
+        ({}, True, 1, (0, 0)),
+        ({"offload_param": {"device": "cpu"}}, False, 1, (800, 1000)),
     ],
 )
-def test_weights_are_gathered_up_to_the_limits_of_zero_3(limits, trains, expected) -> None:
-    assert gathered(limits, trains=trains) == expected
-
-
-def test_a_single_rank_gathers_only_weights_that_are_on_the_host() -> None:
-    away = {"offload_param": {"device": "cpu"}}
-    assert gathered({}, ranks=1) == (0, 0)
-    assert gathered(away, ranks=1, trains=False) == (800, 1000)
+def test_weights_are_gathered_up_to_the_limits_of_zero_3(limits, trains, ranks, expected):
+    assert gathered(trains=trains, ranks=ranks, **limits) == expected
 
 
 WEIGHTS, LIVE = Share("student", "weights"), Share("student", "activations")
@@ -209,24 +204,21 @@ def ledger(device: str, process: int, *times: dict[Share, int]) -> Ledger:
     return ledger
 
 
-def test_the_peak_is_the_highest_sum_at_one_time() -> None:
+def test_the_peak_is_the_highest_sum_at_one_time():
     seen = ledger("cuda", 7, {WEIGHTS: 100, LIVE: 20, SMALL: 30}, {WEIGHTS: 120})
 
     assert seen.peak == (150, "0", {WEIGHTS: 100, LIVE: 50})
     assert seen.most == {WEIGHTS: 120, LIVE: 50}
 
 
-def test_host_and_device_are_apart_on_a_gpu_and_one_on_a_cpu(monkeypatch) -> None:
+@pytest.mark.parametrize(("device", "device_and_host"), [("cuda", (100, 37)), ("cpu", (137, 137))])
+def test_host_and_device_are_apart_on_a_gpu_and_one_on_a_cpu(monkeypatch, device, device_and_host):
     monkeypatch.setattr(memory, "_HEADROOM", 1.0)
-    totals = {}
-    for device in ("cuda", "cpu"):
-        seen = ledger(device, 7, {WEIGHTS: 100, MASTERS: 30})
-        totals[device] = (seen.peak.total, seen.host_peak.total)
-
-    assert totals == {"cuda": (100, 37), "cpu": (137, 137)}
+    seen = ledger(device, 7, {WEIGHTS: 100, MASTERS: 30})
+    assert (seen.peak.total, seen.host_peak.total) == device_and_host
 
 
-def test_a_cpu_keeps_small_blocks_with_holes_and_returns_large_ones(monkeypatch) -> None:
+def test_a_cpu_keeps_small_blocks_with_holes_and_returns_large_ones(monkeypatch):
     monkeypatch.setattr(memory, "_HEADROOM", 1.0)
     # The third time, in memory that stayed with the process.
     seen = ledger("cpu", 0, {SMALL: 50, LIVE: 500}, {}, {SMALL: 50}, {WEIGHTS: 600})

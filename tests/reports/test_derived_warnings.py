@@ -37,11 +37,7 @@ def tried(*metrics: float, name: str = "accuracy") -> dict[str, Any]:
     return {"candidates": [{**one, "metric": metric, "metric_name": name} for one, metric in some]}
 
 
-def evaluated(*values: float, metric: str = "accuracy") -> list[dict[str, Any]]:
-    return [
-        {"stage": "teacher-finetune", "step": 10 * n, f"eval/{metric}": value}
-        for n, value in enumerate(values, 1)
-    ]
+REPEAT = "the baseline alone scores {}% accuracy, the student 70.0%; repeat both"
 
 
 @pytest.mark.parametrize(
@@ -56,14 +52,8 @@ def evaluated(*values: float, metric: str = "accuracy") -> list[dict[str, Any]]:
             "teacher: no row is recognised of l0",
         ),
         (classified() | labels(*[0.0] * 8), " and 3 more; "),
-        (
-            classified() | beside("alone", accuracy=0.72),
-            "the baseline alone scores 72.0% accuracy, the student 70.0%; repeat both",
-        ),
-        (
-            classified() | beside("alone", accuracy=0.75) | labels(*[0.8] * 100),
-            "the baseline alone scores 75.0% accuracy, the student 70.0%; repeat both",
-        ),
+        (classified() | beside("alone", accuracy=0.72), REPEAT.format(72.0)),
+        (classified() | beside("alone", accuracy=0.75) | labels(*[0.8] * 100), REPEAT.format(75.0)),
         (
             language_report() | beside("alone", perplexity=9.0),
             "alone scores 9.000 perplexity, the student 10.000",
@@ -87,11 +77,17 @@ def evaluated(*values: float, metric: str = "accuracy") -> list[dict[str, Any]]:
         ),
     ],
 )
-def test_a_warning_names_its_numbers_and_what_to_do(report, text):
-    (result,) = derived_warnings(report, [])
+def test_a_warning_names_its_numbers_ends_the_table_and_begins_the_page(report, text):
+    (message,) = derived_warnings(report, [])
 
-    assert text in result
-    assert "\n" not in result
+    assert text in message
+    assert "\n" not in message
+    shown = {**report, "warnings": [message]}
+    assert result_table(shown).splitlines()[-1] == f"warning: {message}"
+
+
+def test_a_warning_begins_the_page():
+    assert '<p class="warning">a warning</p>' in html_report(classified(warnings=["a warning"]), [])
 
 
 @pytest.mark.parametrize(
@@ -133,8 +129,10 @@ def test_a_run_as_it_should_be_has_no_warning(report):
 )
 def test_a_teacher_that_still_rises_is_told(values, metric, warned):
     report = classified() if metric == "accuracy" else language_report()
+    steps = enumerate(values, 1)
+    scored = [{"stage": "teacher-finetune", "step": 10 * n, f"eval/{metric}": v} for n, v in steps]
 
-    result = derived_warnings(report, evaluated(*values, metric=metric))
+    result = derived_warnings(report, scored)
 
     assert len(result) == warned
     if metric == "accuracy" and warned:
@@ -150,12 +148,3 @@ def test_of_a_majority_the_accuracy_is_chance_and_other_metrics_are_not():
     assert derived_warnings(report | tried(0.7, name="f1_macro"), []) == []
     # The labels of the test rows say nothing of the validation rows that candidates are scored on.
     assert derived_warnings({**report, "evaluated_on": "test"}, []) == []
-
-
-def test_warnings_end_the_table_and_begin_the_page():
-    report = classified(0.81)
-    report["warnings"] = derived_warnings(report, [])
-
-    (message,) = report["warnings"]
-    assert result_table(report).splitlines()[-1] == f"warning: {message}"
-    assert f'<p class="warning">{message}</p>' in html_report(report, [])

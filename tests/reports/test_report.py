@@ -1,4 +1,4 @@
-"""report.json: the counts in it, and files that are no report."""
+"""report.json and metrics.jsonl: the counts, the curves, and files that are damaged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from reports import chosen_report, language_report
 from megakd.errors import CheckpointError
 from megakd.models.axes import named_shapes, parameter_counts
 from megakd.reports.html import html_report
-from megakd.reports.report_file import read_report, write_report
+from megakd.reports.report_file import curves_of, read_history, read_report, write_report
 from megakd.reports.table import result_table
 
 LLAMA = ("model.layers", "model.norm")
@@ -22,7 +22,6 @@ LLAMA = ("model.layers", "model.norm")
     ("family", "parts", "keys"),
     [
         ("bert", ["bert.encoder"], {}),
-        ("roberta", ["roberta.encoder"], {}),
         ("distilbert", ["distilbert.transformer"], {}),
         ("llama", LLAMA, {}),
         ("llama", LLAMA, {"tie_word_embeddings": True}),
@@ -71,3 +70,30 @@ def test_a_file_that_is_no_report_is_named_with_what_to_do(tmp_path, content, me
         read_report(path)
 
     assert f"remove {path} and start the command of the run again" in str(refused.value)
+
+
+# metrics.jsonl as curves: what is read and what is passed over.
+
+
+def test_numbers_become_curves_by_stage_and_key_as_they_were_last_logged():
+    losses = [(10, 1.0), (20, 9.0), (30, 9.0), (20, 2.0), (30, 3.0), (40, None), (50, math.nan)]
+    losses += [(60, math.inf), (70, -math.inf), (80, 10**400), (90, 4.0)]
+    history = [{"stage": "student", "step": step, "train/loss": loss} for step, loss in losses]
+    history[0]["eval/view/f1"] = 0.1
+    history.append({"stage": "teacher", "step": 5, "train/loss": 3.0})
+    history.append({"stage": "teacher", "step": 10**400, "train/loss": 1.0})
+
+    assert curves_of(history) == {
+        "student": {
+            "train/loss": [(10, 1.0), (20, 2.0), (30, 3.0), (90, 4.0)],
+            "eval/view/f1": [(10, 0.1)],
+        },
+        "teacher": {"train/loss": [(5, 3.0)]},
+    }
+
+
+def test_damaged_and_half_lines_are_passed_over(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"stage": "a"\n[1]\n{"step": 1}\n{"step": 2, "tr')
+    assert list(read_history(path)) == [{"step": 1}]
+    assert list(read_history(tmp_path / "no such file")) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ CLASSES = {"type": "classification", "dataset": "anything", "max_length": 16}
 CAUSAL = {**CLASSES, "type": "causal_lm"}
 PROCESS = 1000
 """Bytes of a rank's process, so that plans of different tests can be compared."""
+_PLANS: dict[str, Plan] = {}
 
 
 def config_of(folder: Path, *overrides: str, **sections: Any) -> RunConfig:
@@ -32,10 +34,13 @@ def config_of(folder: Path, *overrides: str, **sections: Any) -> RunConfig:
     return load_config(write_config(folder / "run.yaml", tree | sections), overrides)
 
 
-def plan_of(config: RunConfig, **cluster: Any) -> Plan:
-    """The plan for two GPUs, unless `cluster` says otherwise."""
+def plan_of(config: RunConfig, process: int = PROCESS, **cluster: Any) -> Plan:
+    """The plan for two GPUs, unless `cluster` says otherwise; equal runs are planned once."""
     place = Cluster(**{"device": "cuda", "ranks": 2, **cluster})
-    return plan_run(config, place, process=PROCESS)
+    key = repr((replace(config, output_dir=Path()), process, place))
+    if key not in _PLANS:
+        _PLANS[key] = plan_run(config, place, process=process)
+    return _PLANS[key]
 
 
 def trained(plan: Plan) -> PhasePlan:

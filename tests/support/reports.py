@@ -39,6 +39,12 @@ def sized(name: str, parameters: int, encoder: int, *, stored: bool = True) -> d
 
 def report_of(**changes: Any) -> Report:
     """A report of two stages and one baseline; `changes` replace keys, with `__` for a dot."""
+    stages = (
+        ("teacher", 200, 78.4, 1960.2, 1_500_000_000, 0.8),
+        ("student", 1200, 3725.0, 12_345.0, 900_000_000, 0.75),
+    )
+    keys = ("name", "steps", "seconds", "tokens_per_second", "peak_memory_bytes", "accuracy")
+    empty = ("assistants", "batches", "evaluation_sets", "candidates", "pool", "pruning", "samples")
     report: Report = {
         "method": "single",
         "task": "glue/mrpc",
@@ -47,7 +53,6 @@ def report_of(**changes: Any) -> Report:
         "evaluated_on": "validation",
         "models": ["teacher", "student", "alone"],
         "teachers": ["teacher"],
-        "assistants": [],
         "baselines": ["alone"],
         **sized("teacher", 22_713_984, 10_645_632, stored=False),
         **entries("teacher", scored(0.8, 0.9, 0.85)),
@@ -55,31 +60,8 @@ def report_of(**changes: Any) -> Report:
         **entries("student", scored(0.75, 0.85, 0.8)),
         **sized("alone", 2_090_000, 99_968),
         **entries("alone", scored(0.7, 0.8, 0.75)),
-        "batches": [],
-        "evaluation_sets": [],
-        "candidates": [],
-        "pool": [],
-        "pruning": [],
-        "samples": [],
-        "warnings": [],
-        "stages": [
-            {
-                "name": "teacher",
-                "steps": 200,
-                "seconds": 78.4,
-                "tokens_per_second": 1960.2,
-                "peak_memory_bytes": 1_500_000_000,
-                "accuracy": 0.8,
-            },
-            {
-                "name": "student",
-                "steps": 1200,
-                "seconds": 3725.0,
-                "tokens_per_second": 12_345.0,
-                "peak_memory_bytes": 900_000_000,
-                "accuracy": 0.75,
-            },
-        ],
+        **{key: [] for key in (*empty, "warnings")},
+        "stages": [dict(zip(keys, stage, strict=True)) for stage in stages],
     }
     return report | {key.replace("__", "."): value for key, value in changes.items()}
 
