@@ -19,7 +19,7 @@ from megakd import cli
 from megakd.config.file import load_config
 from megakd.config.run import RunConfig
 from megakd.errors import MegakdError, ModelError
-from megakd.run.holder import written_once
+from megakd.run.holder import LOCK, written_once
 
 
 class Runs(types.ModuleType):
@@ -94,61 +94,60 @@ def test_overrides_may_stand_on_both_sides_of_an_option(run_file, runs, capsys, 
 
 
 @pytest.mark.parametrize(
-    ("words", "variables"),
+    ("word", "variable"),
     [
-        (["--print-config"], ("RANK", "SLURM_PROCID")),
+        *(("--print-config", variable) for variable in ("RANK", "SLURM_PROCID")),
         # On every node, because another node may lack a file.
-        (["train.lr=1"], ("LOCAL_RANK", "SLURM_LOCALID")),
+        *(("train.lr=1", variable) for variable in ("LOCAL_RANK", "SLURM_LOCALID")),
     ],
-    ids=["print-config", "error"],
 )
 def test_only_rank_0_writes_and_the_first_rank_of_a_node_its_errors(
-    words, variables, run_file, monkeypatch, capfd
+    word, variable, run_file, monkeypatch, capfd
 ):
-    for variable in variables:
-        written = {}
-        for rank in ("0", "1"):
-            with monkeypatch.context() as patch:
-                patch.setenv(variable, rank)
-                cli.train_main(["--config", run_file, *words])
-            written[rank] = "".join(capfd.readouterr())
+    written = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv(variable, rank)
+        cli.train_main(["--config", run_file, word])
+        written.append("".join(capfd.readouterr()))
 
-        assert written["0"]
-        assert not written["1"]
+    assert written[0]
+    assert not written[1]
+
+
+def without(libraries: str, folder: Path, words: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a command in a folder with `run.yaml`; the exit code is 9 if it loads the libraries."""
+    program = (
+        "import sys; from megakd.cli import main; code = main(sys.argv[1:]); "
+        f"sys.exit(9 if {{*'{libraries}'.split()}} & {{*sys.modules}} else code)"
+    )
+    command = [sys.executable, "-c", program, *words]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (
-            ["train", "run.yaml", "task.dataset=rows.csv", "student.model=/nowhere/student"],
+            "train run.yaml task.dataset=rows.csv student.model=/nowhere/student",
             "3 problems\n"
             "  task.dataset: rows.csv does not exist\n"
             "  teacher.model: nowhere/teacher does not exist\n"
             "  student.model: /nowhere/student does not exist\n",
         ),
-        (["shrink", "./nowhere", "--data=run.yaml", "--flops=1%"], "teacher.model: nowhere does"),
-        (
-            ["shrink", "encoder", "--data=run.yaml", "--flops=1%", "seed=x"],
-            'override "seed=x": seed',
-        ),
-        (["evaluate", "run.yaml"], "runs/x/final does not exist; train first, or give --model"),
-        (["evaluate", "run.yaml", "--model=.", "--data=no.csv"], "--data: no.csv does not exist\n"),
-        (["export", "run.yaml", "--to=copy"], "runs/x holds no finished run to export; finish"),
-        (["export", "run.yaml", "--to=copy", "--stage=a"], 'runs/x has no stage "a"; finished'),
+        ("shrink ./nowhere --data=run.yaml --flops=1%", "teacher.model: nowhere does"),
+        ("shrink encoder --data=run.yaml --flops=1% seed=x", 'override "seed=x": seed'),
+        ("evaluate run.yaml", "runs/x/final does not exist; train first, or give --model"),
+        ("evaluate run.yaml --model=. --data=no.csv", "--data: no.csv does not exist\n"),
+        ("export run.yaml --to=copy", "runs/x holds no finished run to export; finish"),
+        ("export run.yaml --to=copy --stage=a", 'runs/x has no stage "a"; finished'),
     ],
 )
-def test_what_is_missing_is_named_before_torch_is_loaded(tmp_path, words, message) -> None:
+def test_what_is_missing_is_named_before_torch_is_loaded(tmp_path, words, message):
     (tmp_path / "run.yaml").write_text(RUN.replace("model: teacher", "model: ./nowhere/teacher"))
     (tmp_path / "encoder").mkdir()
     (tmp_path / "encoder" / "config.json").write_text('{"architectures": ["BertModel"]}')
-    program = (
-        "import sys; from megakd.cli import main; code = main(sys.argv[1:]); "
-        "sys.exit(9 if 'torch' in sys.modules else code)"
-    )
 
-    command = [sys.executable, "-c", program, *words]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    ended = without("torch", tmp_path, words.split())
 
     assert ended.stderr.startswith(f"megakd: error: {message}")
     assert (ended.returncode, ended.stdout) == (2, "")
@@ -157,24 +156,23 @@ def test_what_is_missing_is_named_before_torch_is_loaded(tmp_path, words, messag
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["--help"], 0, ""),
-        (["train", "run.yaml", "train.steps=3"], 2, "unknown key"),
-        (["train", "run.yaml", "task.dataset=rows.csv"], 2, "out is in use by another run"),
+        ("--help", 0, ""),
+        ("train run.yaml train.steps=3", 2, "unknown key"),
+        (
+            "train run.yaml task.dataset=rows.csv",
+            2,
+            f"megakd: error: out is in use by another run: process {os.getpid()} on ",
+        ),
     ],
     ids=["help", "a key that does not exist", "a folder in use"],
 )
-def test_help_and_what_is_refused_load_no_heavy_library(tmp_path, words, code, message) -> None:
-    (tmp_path / "run.yaml").write_text(f"{RUN.replace('runs/x', 'out')}")
+def test_help_and_what_is_refused_load_no_heavy_library(tmp_path, words, code, message):
+    (tmp_path / "run.yaml").write_text(RUN.replace("runs/x", "out"))
     (tmp_path / "rows.csv").touch()
-    heavy = "{'torch', 'deepspeed', 'transformers', 'datasets'}"
-    program = (
-        "import sys; from megakd.cli import main; code = main(sys.argv[1:]); "
-        f"sys.exit(9 if {heavy} & {{*sys.modules}} else code)"
-    )
 
     with written_once(tmp_path / "out"):
-        command = [sys.executable, "-c", program, *words]
-        ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        ended = without("torch deepspeed transformers datasets", tmp_path, words.split())
+        assert [path.name for path in (tmp_path / "out").iterdir()] == [LOCK]
 
     assert message in ended.stderr
     assert ended.returncode == code, ended.stderr
@@ -189,22 +187,19 @@ def test_python_runs_the_package_as_the_command() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "--config is missing; give the run's YAML file: launch/train.py --config F"),
-        (["train.max_steps=1"], "--config is missing"),
-        (["--config"], "argument --config: expected one argument"),
-        (["--config", "nowhere.yaml"], "config file nowhere.yaml cannot be read (No such file"),
-        (
-            ["--learning_rate", "3e-4"],
-            "unknown option --learning_rate; settings are written train.learning_rate=value",
-        ),
-        (["--max-steps=3"], "unknown option --max-steps=3; settings are written train.max_steps="),
-        (["--print_config"], 'unknown option --print_config; did you mean "--print-config"?'),
-        (["--conf", "x"], 'unknown option --conf; did you mean "--config"?'),
-        (["--zzz"], "unknown option --zzz (launch/train.py --help lists the options)"),
+        ("", "--config is missing; give the run's YAML file: launch/train.py --config F"),
+        ("train.max_steps=1", "--config is missing"),
+        ("--config", "argument --config: expected one argument"),
+        ("--config nowhere.yaml", "config file nowhere.yaml cannot be read (No such file"),
+        ("--learning_rate 3e-4", "unknown option --learning_rate; settings are written train.l"),
+        ("--max-steps=3", "unknown option --max-steps=3; settings are written train.max_steps="),
+        ("--print_config", 'unknown option --print_config; did you mean "--print-config"?'),
+        ("--conf x", 'unknown option --conf; did you mean "--config"?'),
+        ("--zzz", "unknown option --zzz (launch/train.py --help lists the options)"),
     ],
 )
 def test_a_wrong_command_line_gets_one_line(words, message, capsys):
-    code = cli.train_main(words)
+    code = cli.train_main(words.split())
 
     error = capsys.readouterr().err
     assert code == 2
@@ -212,19 +207,24 @@ def test_a_wrong_command_line_gets_one_line(words, message, capsys):
     assert error.count("\n") == 1
 
 
-def test_a_failure_of_the_run_is_one_line_without_traceback(run_file, runs, capsys):
-    runs.failure = ModelError("teacher has no head")
+@pytest.mark.parametrize(
+    ("failure", "told"),
+    [
+        (ModelError("teacher has no head"), "teacher has no head\n"),
+        (PermissionError(13, "Permission denied", "/locked/out"), "/locked/out: permission denied"),
+    ],
+)
+def test_a_failure_is_one_line_without_traceback_of_the_rank_that_met_it(
+    run_file, runs, monkeypatch, capsys, failure, told
+):
+    if isinstance(failure, PermissionError):
+        monkeypatch.setenv("RANK", "1")
+    runs.failure = failure
 
     assert cli.train_main(["--config", run_file]) == 2
-    assert capsys.readouterr().err == "megakd: error: teacher has no head\n"
-
-
-def test_a_locked_folder_is_named_by_the_rank_that_met_it(run_file, runs, monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
-    runs.failure = PermissionError(13, "Permission denied", "/locked/out")
-
-    assert cli.train_main(["--config", run_file]) == 2
-    assert capsys.readouterr().err.startswith("megakd: error: /locked/out: permission denied; ")
+    error = capsys.readouterr().err
+    assert error.startswith(f"megakd: error: {told}")
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "export", "report"])
@@ -243,12 +243,10 @@ def test_a_bug_keeps_its_traceback(run_file, monkeypatch, runs):
         cli.train_main(["--config", run_file])
 
 
-@pytest.mark.parametrize("form", ["option", "first word"])
-def test_a_command_takes_the_config_as_option_or_first_word(form, run_file, runs):
-    config = ["--config", run_file] if form == "option" else [run_file]
-
-    assert cli.main(["train", *config, "train.max_steps=3"]) == 0
-    assert runs.asked[0][:2] == ("run", 3)
+def test_a_command_takes_the_config_as_option_or_first_word(run_file, runs):
+    for config in (["--config", run_file], [run_file]):
+        assert cli.main(["train", *config, "train.max_steps=3"]) == 0
+    assert [asked[:2] for asked in runs.asked] == [("run", 3)] * 2
 
 
 def test_another_data_set_that_is_no_file_is_the_runs(run_file: str, runs: Runs) -> None:
@@ -260,17 +258,14 @@ def test_another_data_set_that_is_no_file_is_the_runs(run_file: str, runs: Runs)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["export"], "--to is missing; give the folder"),
-        (["evalute"], 'unknown command "evalute"; did you mean "evaluate"?'),
-        (
-            ["train", "--print-config", "--dry-run"],
-            "--dry-run: not allowed with argument --print-config",
-        ),
+        ("export", "--to is missing; give the folder"),
+        ("evalute", 'unknown command "evalute"; did you mean "evaluate"?'),
+        ("train --print-config --dry-run", "--dry-run: not allowed with argument --print-config"),
     ],
-    ids=["no target", "unknown command", "two answers"],
 )
 def test_a_command_that_cannot_be_is_refused_and_prints_nothing(words, message, run_file, capsys):
-    assert cli.main([words[0], run_file, *words[1:]]) == 2
+    command, *options = words.split()
+    assert cli.main([command, run_file, *options]) == 2
 
     shown = capsys.readouterr()
     assert message in shown.err
@@ -334,14 +329,16 @@ def test_paths_in_the_home_folder_are_found(config, run_file, runs, monkeypatch)
     assert runs.asked == [("export", Path("runs/x"), None, home / "made")] * 2
 
 
-@pytest.mark.parametrize("command", ["evaluate", "export"])
+@pytest.mark.parametrize(
+    ("words", "name", "answer"),
+    [
+        (["evaluate"], "evaluate_model", "reviews, test: 7 rows\n"),
+        (["export", "--to=made"], "export_run", "made\n"),
+    ],
+)
 def test_only_the_answer_of_a_command_reaches_standard_output(
-    command, run_file, runs, capfd, monkeypatch
+    words, name, answer, run_file, runs, capfd, monkeypatch
 ):
-    name, words, answer = {
-        "evaluate": ("evaluate_model", [], "reviews, test: 7 rows\n"),
-        "export": ("export_run", ["--to", "made"], "made\n"),
-    }[command]
     quiet = getattr(runs, name)
 
     def noisy(*facts: Any, **how: Any) -> Any:
@@ -350,7 +347,7 @@ def test_only_the_answer_of_a_command_reaches_standard_output(
 
     monkeypatch.setattr(runs, name, noisy)
 
-    assert cli.main([command, run_file, *words]) == 0
+    assert cli.main([words[0], run_file, *words[1:]]) == 0
 
     shown = capfd.readouterr()
     assert "hello" in shown.err

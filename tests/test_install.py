@@ -37,45 +37,35 @@ def make_install(
 ) -> subprocess.CompletedProcess[str]:
     # A suite that was itself started by make must not hand its settings down.
     environment = {k: v for k, v in os.environ.items() if k not in {"MAKEFLAGS", "MAKELEVEL"}}
-    return subprocess.run(
-        ["make", "install", *settings],
-        cwd=checkout,
-        env=environment | {"LACKS": lacks},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def complaint(checkout: Path, *settings: str, lacks: str = "") -> str:
-    """Return the only line about what is missing; nothing is made."""
-    done = make_install(checkout, *settings, lacks=lacks)
-    assert done.returncode != 0
-    assert not (checkout / ".venv").exists()
-    (line,) = (line for line in done.stderr.splitlines() if line.startswith("missing: "))
-    return line.removeprefix("missing: ")
-
-
-@pytest.mark.parametrize("python", ["no-such-python", "false"], ids=["absent", "too old"])
-def test_an_interpreter_that_cannot_serve_is_named(checkout: Path, python: str) -> None:
-    assert complaint(checkout, f"PYTHON={python}") == (
-        f"python 3.11 to 3.13 (tried: {python}); choose one with make PYTHON=…"
-    )
+    where = {"cwd": checkout, "env": environment | {"LACKS": lacks}}
+    command = ["make", "install", *settings]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **where)
 
 
 @pytest.mark.parametrize(
-    ("lacks", "part"),
-    [("import venv", "the venv module of "), ("Python.h", "the headers of ")],
-    ids=["venv", "headers"],
+    ("settings", "lacks", "told"),
+    [
+        *(
+            (f"PYTHON={python}", "", f"python 3.11 to 3.13 (tried: {python}); choose one with ")
+            for python in ("no-such-python", "false")
+        ),
+        ("PYTHON={}", "import venv", "the venv module of {}"),
+        ("PYTHON={}", "Python.h", "the headers of {}"),
+        (f"PYTHON={sys.executable} CXX=no-such-compiler", "", "no-such-compiler, the C++ compiler"),
+    ],
+    ids=["no Python", "too old a Python", "venv", "headers", "compiler"],
 )
-def test_a_part_of_the_interpreter_that_is_missing_is_named(checkout, python_without, lacks, part):
-    line = complaint(checkout, f"PYTHON={python_without}", lacks=lacks)
-    assert line.startswith(f"{part}{python_without}")
+def test_what_a_machine_lacks_is_one_line_and_nothing_is_made(
+    checkout, python_without, settings, lacks, told
+):
+    words = settings.format(python_without).split()
 
+    done = make_install(checkout, *words, lacks=lacks)
 
-def test_a_missing_compiler_is_named(checkout: Path) -> None:
-    line = complaint(checkout, f"PYTHON={sys.executable}", "CXX=no-such-compiler")
-    assert line.split(" (")[0] == "no-such-compiler, the C++ compiler"
+    assert done.returncode != 0
+    assert not (checkout / ".venv").exists()
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("missing: "))
+    assert line.startswith(f"missing: {told.format(python_without)}")
 
 
 def test_a_finished_environment_is_left_alone(checkout: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from pretend_cuda import CUDA, SYNCS, moved_to_cuda, pretended_cuda
-from tiny_runs import NO_DROPOUT, write_config
+from tiny_runs import NO_DROPOUT, config_tree, write_config
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
@@ -97,18 +97,10 @@ def run_on_gpu(
     return run
 
 
-def tree_of(
-    folder: Path, task: str, teacher: Any, student: Any, method: Any, **sections: Any
-) -> dict[str, Any]:
-    return {
-        "output_dir": str(folder / "out"),
-        "task": {"type": task, "dataset": "anything", "max_length": 16},
-        **({"teacher": {"model": teacher}} if teacher else {}),
-        "student": {"model": student},
-        "method": method,
-        "train": {"per_device_train_batch_size": 4, "max_steps": 8},
-        **sections,
-    }
+def tree_of(folder: Path, task: str, student: Any, method: Any, **sections: Any) -> dict[str, Any]:
+    models = {"student": {"model": student}, "method": method, **sections}
+    data = {"type": task, "dataset": "anything"}
+    return config_tree(folder / "out", data, train={"max_steps": 8}, **models)
 
 
 ENCODERS = ("bert", "roberta", "electra", "distilbert")
@@ -167,28 +159,27 @@ def losses_of(task: str) -> list[dict[str, Any]]:
     ],
 )
 def test_every_family_and_loss_stays_on_the_gpu(run_on_gpu, tmp_path, family, task):
-    ours = "llama" if family in MIXTURES else family
-    teacher, student = model(family, layers=4), model(ours, width=16)
-    method = {"name": "single"}
+    student = model("llama" if family in MIXTURES else family, width=16)
+    teacher, method = {"model": model(family, layers=4)}, {"name": "single"}
+    losses = {"objective": losses_of(task)}
 
-    names = run_on_gpu(tree_of(tmp_path, task, teacher, student, method, objective=losses_of(task)))
-
-    assert "student" in names
+    assert "student" in run_on_gpu(
+        tree_of(tmp_path, task, student, method, teacher=teacher, **losses)
+    )
 
 
 POOL = [{"name": f"of_{layers}", "model": model("bert", layers=layers)} for layers in (4, 3)]
 CUT = {"target_sparsity": 0.5, "sparsities": [0.25, 0.5]}
 OWN = {"name": "mixed_vocabulary", "student_vocabulary": {"size": 200}}
+HOMODISTIL = {"name": "homodistil", "target_width": 16, "cuts": 2, "pruning_end": 6}
 METHODS = {
     "finetune": ("classification", {"name": "finetune"}),
     "direct": ("classification", {"name": "direct", **CUT}),
     "minidisc": ("classification", {"name": "minidisc", **CUT}),
     "maxidisc": ("classification", {"name": "maxidisc", **CUT}),
     "minidisc_lm": ("causal_lm", {"name": "minidisc", **CUT}),
-    "homodistil": ("mlm", {"name": "homodistil", "target_width": 16, "cuts": 2, "pruning_end": 6}),
-    "down": ("mlm", {**OWN, "projections": "down"}),
-    "up": ("mlm", {**OWN, "projections": "up"}),
-    "dual": ("mlm", {**OWN, "projections": "dual"}),
+    "homodistil": ("mlm", HOMODISTIL),
+    **{way: ("mlm", {**OWN, "projections": way}) for way in ("down", "up", "dual")},
     "mean_of_teachers": ("classification", {"name": "mean_of_teachers"}),
 }
 
@@ -197,18 +188,15 @@ METHODS = {
 def test_every_method_stays_on_the_gpu(run_on_gpu, tmp_path, name):
     task, method = METHODS[name]
     family = "llama" if task == "causal_lm" else "bert"
-    cut = name in ("direct", "minidisc", "maxidisc", "minidisc_lm", "homodistil")
-    teacher, student = model(family), "from_teacher" if cut else model(family, width=16)
-    tree = tree_of(tmp_path, task, teacher, student, method)
-    if name == "mean_of_teachers":
-        del tree["teacher"]
-        tree["teachers"] = POOL
-    if name == "finetune":
-        del tree["teacher"]
+    teachers = {"teacher": {"model": model(family)}}
+    if name in ("mean_of_teachers", "finetune"):
+        teachers = {"teachers": POOL} if name == "mean_of_teachers" else {}
+    student = "from_teacher" if "sparsities" in method or name == "homodistil" else None
+    student = student or model(family, width=16)
     if method["name"] == "mixed_vocabulary":
-        del tree["student"]["model"]["config"]["vocab_size"]
+        del student["config"]["vocab_size"]
 
-    assert run_on_gpu(tree)
+    assert run_on_gpu(tree_of(tmp_path, task, student, method, **teachers))
 
 
 @pytest.mark.usefixtures("process_group")

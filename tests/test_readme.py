@@ -37,17 +37,11 @@ def test_it_has_at_most_900_words(readme):
 
 def test_its_first_screen_has_a_command_and_a_number_for_a_classifier_and_for_a_chat_model(readme):
     first = readme[: readme.index("## Install")]
-    shown = (
-        r"\*\*A smaller {}.*?\d.*?```bash\nmegakd shrink (\S+) --(?:speedup|parameters) \S+ --data "
-    )
+    command = r"```bash\nmegakd shrink (\S+) --(?:speedup|parameters) \S+ --data "
 
     assert len(first.split()) < 160
-    assert [
-        bool(re.search(shown.format(of), first, re.DOTALL)) for of in ("classifier", "chat")
-    ] == [
-        True,
-        True,
-    ]
+    for of in ("classifier", "chat"):
+        assert re.search(rf"\*\*A smaller {of}.*?\d.*?{command}", first, re.DOTALL)
 
 
 def test_the_run_config_of_the_first_page_is_valid(pages, tmp_path):
@@ -70,13 +64,11 @@ def test_it_names_every_method(readme):
     assert [n for n in variants(MethodConfig, "name") if f"`{n}`" not in readme] == []
 
 
-def test_the_pages_name_every_loss_and_family(pages):
-    losses = [
-        name for name in variants(TermConfig, "loss") if f"`{name}`" not in pages["losses.md"]
-    ]
-    families = [name for name in FAMILIES if f"`{name}`" not in pages["families.md"]]
-
-    assert (losses, families) == ([], [])
+@pytest.mark.parametrize(
+    ("page", "names"), [("losses.md", variants(TermConfig, "loss")), ("families.md", FAMILIES)]
+)
+def test_the_pages_name_every_loss_and_family(pages, page, names):
+    assert [name for name in names if f"`{name}`" not in pages[page]] == []
 
 
 def test_the_commands_they_list_exist(readme, pages, capsys):
@@ -105,6 +97,5 @@ def test_the_files_it_links_to_exist(repository, page):
 def test_the_result_table_is_a_real_one(readme):
     table = block(readme, "text")
 
-    assert re.search(r"^teacher +[\d.]+M .*%", table, re.MULTILINE)
-    assert re.search(r"^student +[\d.]+M .*%", table, re.MULTILINE)
-    assert re.search(r"^alone +[\d.]+M .*%", table, re.MULTILINE)
+    for model in ("teacher", "student", "alone"):
+        assert re.search(rf"^{model} +[\d.]+M .*%", table, re.MULTILINE)

@@ -110,8 +110,10 @@ def test_the_size_that_was_asked_for_and_what_was_cut_stand_below_the_table(what
 
 
 def test_a_classifier_has_its_scores_by_label():
-    scores = {"precision": 0.9, "f1": 0.79, "rows": 40}
-    classes = [{"label": x, "recall": r, **scores} for x, r in (("late", 0.7), ("lost", 1.0))]
+    classes = [
+        {"label": label, "precision": 0.9, "recall": recall, "f1": 0.79, "rows": 40}
+        for label, recall in (("late", 0.7), ("lost", 1.0))
+    ]
     student: dict[str, Any] = {"agreement": 0.931, "calibration_error": 0.034}
     few, many = (
         result_table(report_of(**entries("student", {**student, "per_class": classes * times})))
