@@ -12,6 +12,8 @@ from megakd.errors import listed
 from megakd.reports.report_file import curves_of
 from megakd.reports.table import is_number, score
 
+LOSS_ERROR = "loss_difference_error"
+"""Of a language model, the standard error of the difference of its loss from the student's."""
 LEAST_ROWS = 5
 """Rows of a label below which no row that is recognised may be chance."""
 NOISE = 0.01
@@ -38,15 +40,29 @@ def _of_labels(report: Report) -> Iterator[str]:
             yield f"{name}: no row is recognised of {listed(missed)}; look for wrong labels, {cure}"
 
 
+def _noise(report: Report, model: str) -> float:
+    """Return two standard errors of the difference of the main metric from the student's."""
+    name = report["metric_name"]
+    mine, theirs = (report.get(f"{one}.{name}") for one in (STUDENT, model))
+    rows = sum(one["rows"] for one in report.get(f"{STUDENT}.per_class", ()))
+    if rows and model == TEACHER:  # only the rows on which both disagree make a difference
+        return 2 * math.sqrt((1 - report.get(f"{STUDENT}.agreement", 0.0)) / rows)
+    if rows:  # of two shares of the rows
+        spread = sum(s * (1 - s) for s in (mine, theirs) if is_number(s) and 0 <= s <= 1)
+        return 2 * math.sqrt(spread / rows)
+    error, loss = report.get(f"{model}.{LOSS_ERROR}", 0.0), report.get(f"{model}.loss")
+    if not error or not is_number(theirs) or not lower_is_better(name):
+        return 0.0
+    # Perplexity is the exponential of the loss, and nats per character are a multiple of it.
+    return 2 * error * (theirs if name == "perplexity" or not loss else theirs / loss)
+
+
 def _of_scores(report: Report) -> Iterator[str]:
     name = report["metric_name"]
     mine, whole = (report.get(f"{model}.{name}") for model in (STUDENT, TEACHER))
-    rows = sum(one["rows"] for one in report.get(f"{STUDENT}.per_class", ()))
     for baseline in report["baselines"]:
         theirs = report.get(f"{baseline}.{name}")
-        # Two standard errors of the difference of two shares of the rows.
-        spread = sum(s * (1 - s) for s in (mine, theirs) if rows and is_number(s) and 0 <= s <= 1)
-        if _gain(name, theirs, mine) > 2 * math.sqrt(spread / max(1, rows)):
+        if _gain(name, theirs, mine) > _noise(report, baseline):
             cure = (
                 "repeat both with another seed, and take the baseline's settings if it is ahead "
                 "again"
@@ -58,10 +74,7 @@ def _of_scores(report: Report) -> Iterator[str]:
                 f"the baseline {baseline} scores {score(name, theirs)} {name}, the student "
                 f"{score(name, mine)}; {cure}"
             )
-    # Two standard errors, at most, of the difference of two classifiers: only the rows on which
-    # both disagree make one.
-    noise = 2 * math.sqrt((1 - report.get(f"{STUDENT}.agreement", 0.0)) / rows) if rows else 0.0
-    if _gain(name, mine, whole) > noise:
+    if _gain(name, mine, whole) > _noise(report, TEACHER):
         yield (
             f"the student is above its teacher ({score(name, mine)} and {score(name, whole)} "
             f"{name}): the teacher has learnt the task too briefly, or the rows are too few to "

@@ -27,7 +27,7 @@ from megakd.models.lora import adapter_parameters
 from megakd.models.model_folder import weight_bytes
 from megakd.models.source import parts_of
 from megakd.process.phases import phase, seconds
-from megakd.reports.derived_warnings import derived_warnings
+from megakd.reports.derived_warnings import LOSS_ERROR, derived_warnings
 from megakd.reports.report_file import environment, read_history
 from megakd.reports.table import OF_STAGE
 from megakd.run.graphs import GRAPHS, graph_path, remove_graphs, write_graphs
@@ -58,6 +58,8 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
     numbers |= {f"{TFIDF}.{name}": value for name, value in words.items()}
     for name, one in measured.items():
         numbers |= _entries(name, one, folders.get(name), theirs, stored_as=stored_as.get(name))
+        if name != STUDENT and (error := _loss_error(one.losses, measured[STUDENT].losses)):
+            numbers[f"{name}.{LOSS_ERROR}"] = error
     for row, entries in graphs.items():
         numbers |= {f"{row}.{key}": value for key, value in entries.items()}
     with phase("latency"), doing("measuring latency"):
@@ -119,6 +121,13 @@ def _samples(
     theirs = (measured[reference].answers if reference else None) or [None] * len(mine)
     rows = zip(prompts.shown, theirs, mine, strict=True)
     return [{"prompt": prompt, "teacher": a, "student": b} for prompt, a, b in rows]
+
+
+def _loss_error(losses: Sequence[float], of_student: Sequence[float]) -> float:
+    """Return the standard error of the mean difference of two models' losses; 0 if unknown."""
+    if len(losses) != len(of_student) or len(losses) < 2:  # another tokenizer, or a single batch
+        return 0.0
+    return float(np.std(np.subtract(losses, of_student), ddof=1)) / len(losses) ** 0.5
 
 
 def _parts(lab: RunLab, folder: Path) -> dict[str, str]:

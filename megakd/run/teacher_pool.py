@@ -40,13 +40,14 @@ class Measured(NamedTuple):
     """Entry of the report on a model: its size and metrics, also those on the named sets.
 
     answers: answers to the prompts; None without prompts, or with another tokenizer.
-    predicted: see `Scored`.
+    predicted, losses: see `Scored`.
     """
 
     report: Row
     sets: Mapping[str, Mapping[str, float]]
     answers: list[str] | None
     predicted: list[int]
+    losses: list[float]
 
 
 class TeacherPool:
@@ -213,7 +214,7 @@ def measure(assembly: Assembly, model: FrozenTeacher, prompts: Prompts | None) -
         **scored.of_classes,
     }
     answers = None if prompts is None else prompts.answers(model)
-    return Measured(report, set_metrics(assembly, model), answers, scored.predicted)
+    return Measured(report, set_metrics(assembly, model), answers, scored.predicted, scored.losses)
 
 
 def set_metrics(assembly: Assembly, loaded: FrozenTeacher) -> dict[str, dict[str, float]]:

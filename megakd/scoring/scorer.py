@@ -43,17 +43,24 @@ class Scored(NamedTuple):
     """The metrics of a model; for a classifier, also its scores by class.
 
     predicted: what a classifier predicts for each row, see `TaskMetrics.answers`, in order.
+    losses: of a language model, the mean cross-entropy of each batch, in the same order for all
+        models.
     """
 
     metrics: dict[str, float]
     of_classes: Row
     predicted: list[int]
+    losses: list[float]
 
 
 class Seen(NamedTuple):
-    """Predictions so far: sums, see `language_model_metrics`, or the outputs of all rows."""
+    """Predictions so far: sums, see `language_model_metrics`, or the outputs of all rows.
+
+    batches: of each micro-batch, the summed loss and the number of targets.
+    """
 
     sums: torch.Tensor
+    batches: list[torch.Tensor]
     outputs: list[torch.Tensor]
     labels: list[torch.Tensor]
 
@@ -62,6 +69,7 @@ class Seen(NamedTuple):
         if predictions.sums is not None:
             self.sums[:3] += predictions.sums.cpu()
             self.sums[3] += characters
+            self.batches.append(predictions.sums[[0, 2]].cpu())
         if predictions.outputs is not None:
             self.outputs.append(predictions.outputs.cpu())
             self.labels.append(batch.labels.cpu())
@@ -99,7 +107,7 @@ class Scorer:
                 labels = batch.labels.cpu()
                 characters = int(self.characters[labels[labels != IGNORE]].sum())
             for name, predictions in predict(batch).items():
-                seen = views.setdefault(name, Seen(torch.zeros(4, dtype=torch.float64), [], []))
+                seen = views.setdefault(name, Seen(torch.zeros(4, dtype=torch.float64), [], [], []))
                 seen.add(predictions, batch, characters)
         return {name: self._measured(seen, len(rows)) for name, seen in views.items()}
 
@@ -165,7 +173,10 @@ class Scorer:
         if not seen.outputs:
             all_reduce_(seen.sums)
             known = seen.sums if self.characters is not None else seen.sums[:3]
-            return Scored(on_main(lambda: language_model_metrics(known)), {}, [])
+            batches = torch.stack([*gather(torch.stack(seen.batches))], dim=1).flatten(0, 1)
+            sums, targets = batches.unbind(1)
+            losses = (sums / targets)[targets > 0].tolist()  # dummy rows have no targets
+            return Scored(on_main(lambda: language_model_metrics(known)), {}, [], losses)
         outputs = gather(torch.stack(seen.outputs))
         labels = gather(torch.stack(seen.labels))
 
@@ -173,7 +184,7 @@ class Scorer:
             guessed, truth = _in_order(outputs, count), _in_order(labels, count)
             of_classes = self.metrics.of_classes(guessed, truth)
             classes = self.metrics.answers(guessed, truth) if of_classes else []
-            return Scored(self.metrics.of(guessed, truth), of_classes, classes)
+            return Scored(self.metrics.of(guessed, truth), of_classes, classes, [])
 
         return on_main(measure)
 

@@ -58,6 +58,14 @@ REPEAT = "the baseline alone scores {}% accuracy, the student 70.0%; repeat both
             language_report() | beside("alone", perplexity=9.0),
             "alone scores 9.000 perplexity, the student 10.000",
         ),
+        (  # two standard errors of the loss are 8 % of a perplexity
+            language_report() | beside("alone", perplexity=9.0, loss_difference_error=0.04),
+            "alone scores 9.000 perplexity, the student 10.000",
+        ),
+        (
+            language_report(teacher__perplexity=11.0, teacher__loss_difference_error=0.04),
+            "the student is above its teacher (10.000 and 11.000 perplexity)",
+        ),
         (
             classified(0.81),
             "the student is above its teacher (81.0% and 80.0% accuracy): the teacher has learnt",
@@ -106,6 +114,8 @@ def test_a_warning_begins_the_page():
         classified() | labels(0.0, 1.0, rows=4),
         classified() | labels(1.0, 1.0) | tried(0.6),
         language_report() | tried(-9.0),
+        language_report() | beside("alone", perplexity=9.0, loss_difference_error=0.06),
+        language_report(teacher__perplexity=11.0, teacher__loss_difference_error=0.06),
         # Divergences from the teacher, and the F1 of a rare label.
         *(classified() | labels(1.0, 1.0) | tried(0.1, name=n) for n in ("soft_target_kl", "f1")),
     ],
