@@ -202,14 +202,11 @@ def is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def units(source: ModelSource, kind: Kind) -> str:
     """Return how a model without some units of a kind is written; the reason is an error."""
-    architecture = source.architecture
-    if not architecture.is_listed:
-        heads, neurons, _ = architecture.found_units(source.config)
-        cuttable = heads if kind == "heads" else neurons
-        if cuttable.uncut is not None:
-            raise ModelError(cuttable.uncut)
-        return "yes" if cuttable.keys else "with its file"
-    return "yes" if any(getattr(architecture.units(source.config), kind)) else NO
+    found = source.architecture.found_units(source.config)
+    cuttable = found.heads if kind == "heads" else found.neurons
+    if cuttable.uncut is not None:
+        raise ModelError(cuttable.uncut)
+    return "yes" if cuttable.keys or source.architecture.shares_bias else "with its file"
 
 
 if __name__ == "__main__":

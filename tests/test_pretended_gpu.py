@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from cut_families import FAMILIES
 from pretend_cuda import CUDA, SYNCS, moved_to_cuda, pretended_cuda
 from tiny_runs import NO_DROPOUT, config_tree, write_config
 from torch import nn
@@ -21,7 +22,6 @@ from megakd.contract.terms import TermConfig
 from megakd.methods.knowledge_selection import KnowledgeSelectionConfig
 from megakd.methods.knowledge_selection.selecting import Selecting, Selector, SelectorShape
 from megakd.models import packed_attention
-from megakd.models.architectures import FAMILIES
 from megakd.models.packing import set_attention
 from megakd.planning import tracing
 from megakd.planning.phases import PlanningLab, planned_sources

@@ -6,13 +6,13 @@ import re
 from pathlib import Path
 
 import pytest
+from cut_families import FAMILIES
 
 from megakd.cli import main, train_main
 from megakd.config.file import load_config
 from megakd.config.schema import variants
 from megakd.contract.terms import TermConfig
 from megakd.methods import MethodConfig
-from megakd.models.architectures import FAMILIES
 
 
 @pytest.fixture(scope="module")

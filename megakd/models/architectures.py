@@ -1,12 +1,11 @@
 """Where the parts of a model are: found by structure, with what structure cannot tell.
 
-Only the table `FAMILIES` states how families differ, and only in facts that are not found.
+Only T5's encoders, which transformers has no class of, are stated here.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import weakref
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
@@ -25,19 +24,16 @@ from megakd.contract.tasks import TaskType
 from megakd.contract.views import Heads, Kind, View
 from megakd.errors import ModelError
 from megakd.models.modeling import modeling_cut
-from megakd.models.paths import AttentionPaths, FeedForwardPaths
-from megakd.models.proposed_units import FoundUnits
+from megakd.models.proposed_units import Cuttable, FoundUnits, Units
 
 T = TypeVar("T")
 IDENTITY = LogitWarp()
-# Config keys of a cut model, whose layers differ in shape.
+# Config keys of a cut T5, whose layers differ in shape, and whose sorted heads have columns in a
+# bias that all layers share.
 HEAD_COUNTS, NEURON_COUNTS, HEAD_WIDTH = "head_counts", "neuron_counts", "head_width"
-QUERIES_PER_KEY, SCORE_WIDTH = "queries_per_key", "score_width"
-# Also of a model whose sorted heads have columns in a shared bias.
 HEAD_COLUMNS = "head_columns"
 NARROW = "narrow"
 """Key of a cut model of any other family, see `narrow_class`; its type has this word before it."""
-CUT_CONFIG = re.compile(r"Cut\w+Config")
 SCORE_CAP = "attn_logit_softcapping"
 """Key of a cap on attention scores, which fused attentions lack."""
 
@@ -45,8 +41,6 @@ SCORE_CAP = "attn_logit_softcapping"
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
     """Locations of the parts of a model.
-
-    An entry of the table lacks what `models.structure` finds, such as the backbone and the head.
 
     backbone, head: attribute paths on the model with a head.
     renewed: modules that belong to the task in addition to the head; a checkpoint may lack them.
@@ -57,19 +51,15 @@ class Architecture:
     repeats: all layers are one module (ALBERT).
     reads_states: each layer is a module that gives the hidden states of the tokens.
     embeddings: path on the backbone of the module that makes the first hidden states of tokens.
-    attention: module paths of an attention, relative to its layer.
-    feed_forward: module paths of a feed-forward, relative to its layer.
-    more_attentions: attentions outside the layers, paths on the model with a head; counted last.
-    more_feed_forwards: feed-forwards outside the layers, likewise.
-    more_blocks: layers of a second stream of hidden states of the same width, likewise.
-    neurons: key of the config.
-    shares_bias: all layers share a position bias with one column per head.
-    cuts_inside_heads: the columns of a head can be cut one by one; rotary positions pair columns,
-        so that such families lose whole heads.
+    more_blocks: layers of a second stream of hidden states of the same width, paths on the model
+        with a head.
+    shares_bias: all layers share a position bias with one column per head, as in T5, whose config
+        states all shapes.
+    loses_width: hidden states can lose columns, see `LOSE_WIDTH`.
     has_sinks: attentions have a learned score besides the keys, which fused attentions lack.
     shows_attention: each layer calls an attention of transformers with queries, keys and values.
     experts: path on the model of a block that routes tokens to experts; None: a dense model.
-    find_units: looks for heads and neurons; None: the table states them.
+    find_units: looks for heads and neurons.
     output: path of the output matrix of a language model.
     bias: path of a weight outside the head that the model adds to the product with this matrix.
     warp: what becomes of this sum.
@@ -77,6 +67,7 @@ class Architecture:
     """
 
     model_type: str
+    find_units: Callable[[PretrainedConfig, Architecture], FoundUnits]
     tasks: tuple[TaskType, ...]
     backbone: str = ""
     head: str = ""
@@ -87,18 +78,12 @@ class Architecture:
     repeats: bool = False
     reads_states: bool = True
     embeddings: str = "embeddings"
-    attention: AttentionPaths | None = None
-    feed_forward: FeedForwardPaths | None = None
-    more_attentions: tuple[AttentionPaths, ...] = ()
-    more_feed_forwards: tuple[FeedForwardPaths, ...] = ()
     more_blocks: tuple[str, ...] = ()
-    neurons: str = "intermediate_size"
     shares_bias: bool = False
-    cuts_inside_heads: bool = False
+    loses_width: bool = False
     has_sinks: bool = False
     shows_attention: bool = True
     experts: str | None = None
-    find_units: Callable[[PretrainedConfig, Architecture], FoundUnits] | None = None
     output: str | None = None
     bias: str | None = None
     warp: LogitWarp = IDENTITY
@@ -118,6 +103,12 @@ class Architecture:
         # A recurrent model has no heads.
         queries = stated(config, "num_attention_heads") or 1
         keys = stated(config, "num_key_value_heads") or queries
+        narrow = narrow_maps(config)
+        if narrow is not None:
+            layers = [units for units in narrow["heads"]["layers"] if units is not None]
+            if layers:
+                most = max(units["total"] for units in layers)
+                return Heads(most * (queries // keys), most, layers[0]["width"])
         width = stated(config, HEAD_WIDTH) or stated(config, "head_dim")
         width = width or self.hidden_width(config) // queries
         return Heads(queries, keys, width)
@@ -131,7 +122,7 @@ class Architecture:
 
     def score_width(self, config: PretrainedConfig) -> int:
         """Return the width whose root divides attention scores; a cut head may be narrower."""
-        return getattr(config, SCORE_WIDTH, None) or self.heads(config).width
+        return (narrow_maps(config) or {}).get("score_width") or self.heads(config).width
 
     def backbone_of(self, model: nn.Module) -> nn.Module:
         """Return the module that produces hidden states."""
@@ -166,35 +157,8 @@ class Architecture:
             )
 
     def found_units(self, config: PretrainedConfig) -> FoundUnits:
-        """Return what can be cut of a model that the table does not have."""
-        if self.find_units is None:
-            raise TypeError(f"the table states the units of {self.model_type}")
+        """Return the heads and neurons that can be cut."""
         return self.find_units(config, self)
-
-    @property
-    def is_listed(self) -> bool:
-        """True for a model whose heads and neurons the table states."""
-        return self.find_units is None
-
-    def attentions(self, config: PretrainedConfig) -> tuple[AttentionPaths | None, ...]:
-        """Return the attentions of all layers; None: a layer has none whose heads can be cut."""
-        if self.attention is None:
-            return self.found_units(config).attentions
-        layers = tuple(self.attention.under(block) for block in self._blocks(config))
-        return layers + self.more_attentions
-
-    def feed_forwards(self, config: PretrainedConfig) -> tuple[FeedForwardPaths | None, ...]:
-        """Return the feed-forwards of all layers, likewise."""
-        if self.feed_forward is None:
-            return self.found_units(config).feed_forwards
-        layers = [self.feed_forward.under(block) for block in self._blocks(config)]
-        is_gated = bool(getattr(config, "is_gated_act", False))
-        return tuple(
-            FeedForwardPaths(
-                paths.gated if is_gated and paths.gated else paths.inputs, paths.output
-            )
-            for paths in (*layers, *self.more_feed_forwards)
-        )
 
     def streams(self, config: PretrainedConfig) -> tuple[tuple[str, ...], ...]:
         """Return the sequences of layers that hidden states pass through, as paths on the model."""
@@ -208,8 +172,6 @@ class Architecture:
 
     def rows_of_heads(self, config: PretrainedConfig) -> int:
         """Return the number of rows by which a key-value group makes keys."""
-        if self.is_listed:
-            return self.heads(config).width
         layers = self.found_units(config).heads.layers
         return max((units.width for units in layers if units is not None), default=1)
 
@@ -218,17 +180,17 @@ class Architecture:
 
         The modules between these maps do not take fewer units.
         """
-        if self.is_listed:
-            return set()
-        heads, neurons, _ = self.found_units(config)
-        kinds: tuple[Kind, Kind] = ("heads", "neurons")
-        return {k for k, c in zip(kinds, (heads, neurons), strict=True) if not c.is_narrow}
+        found = self.found_units(config)
+        filled: dict[Kind, bool] = {
+            "heads": not found.heads.is_narrow,
+            "neurons": not found.neurons.is_narrow,
+        }
+        return {kind for kind, is_filled in filled.items() if is_filled}
 
     def why_uncut(self, config: PretrainedConfig) -> str | None:
         """Return the reason why no units can be cut; None: some can."""
-        if self.is_listed:
-            return None
-        heads, neurons, _ = self.found_units(config)
+        found = self.found_units(config)
+        heads, neurons = found.heads, found.neurons
         if heads.uncut is None or neurons.uncut is None:
             return None
         if heads.uncut == neurons.uncut:
@@ -236,9 +198,9 @@ class Architecture:
         return f"of its heads, {heads.uncut}, and of its neurons, {neurons.uncut}"
 
     def units(self, config: PretrainedConfig) -> View:
-        """Return the numbers of units of a config's model; the config of a cut model lists them.
+        """Return the numbers of units of a config's model; layers have 0 of those that stay.
 
-        A model that was found keeps its width, and its layers have 0 of the units that cannot go.
+        The width is None where hidden states keep all their columns.
         """
         reason = self.why_uncut(config)
         if reason is not None:
@@ -246,25 +208,15 @@ class Architecture:
                 f"a {config.model_type} model cannot be cut in width, heads or neurons: "
                 f"{reason}; use student.layers to keep some of its layers, or another family"
             )
-        if not self.is_listed:
-            heads, neurons = (
-                tuple(0 if units is None else units.total for units in cuttable.layers)
-                for cuttable in self.found_units(config)[:2]
-            )
-            return View(heads, neurons)
-        counts = [getattr(config, key, None) for key in (HEAD_COUNTS, NEURON_COUNTS)]
-        attentions, feed_forwards = len(self.attentions(config)), len(self.feed_forwards(config))
-        # The value may be None in GPT-2's config.
-        whole = getattr(config, self.neurons) or 4 * self.hidden_width(config)
-        return View(
-            heads=tuple(counts[0] or (self.heads(config).keys,) * attentions),
-            neurons=tuple(counts[1] or (whole,) * feed_forwards),
-            width=self.hidden_width(config),
-        )
+        found = self.found_units(config)
+        is_cut = self.loses_width and None is found.heads.uncut is found.neurons.uncut
+        width = self.hidden_width(config) if is_cut else None
+        return View(found.heads.counts, found.neurons.counts, width)
 
     def prunable(self, config: PretrainedConfig) -> View:
         """Return the units; `head_width` is set if columns of heads can be cut one by one."""
-        width = self.heads(config).width if self.cuts_inside_heads else None
+        is_cut = self.loses_width and self.found_units(config).heads.columns
+        width = self.heads(config).width if is_cut else None
         return self.units(config)._replace(head_width=width)
 
     def of_the_task(self, name: str) -> bool:
@@ -291,75 +243,77 @@ CLASS_ENDINGS: Mapping[str, TaskType] = {
 ROUTES_TOKENS = "a router chooses the experts of each token"
 
 
-def _attention_of_t5(module: str) -> AttentionPaths:
-    return AttentionPaths((f"{module}.q", f"{module}.k", f"{module}.v"), f"{module}.o", module)
+LOSE_WIDTH = frozenset(
+    """bert roberta distilbert electra llama mistral qwen2 qwen3 gemma2 gemma3_text phi granite
+    gpt2""".split()  # noqa: SIM905
+)
+"""Types of models whose hidden states can lose columns: no small copy decides this yet."""
 
 
-def _feed_forward_of_t5(module: str) -> FeedForwardPaths:
-    return FeedForwardPaths(
-        (f"{module}.wi",), f"{module}.wo", gated=(f"{module}.wi_0", f"{module}.wi_1")
+def _units_of_t5(config: Any, architecture: Architecture) -> FoundUnits:
+    """Return the units of an encoder of T5, of which its config lists the numbers.
+
+    Its heads have columns of a bias that all layers share, which a small copy would not show.
+    """
+    depth = architecture.number_of_layers(config)
+    is_prompted = bool(architecture.more_blocks)
+    cores = ["layer.0.SelfAttention"] * depth
+    cores += ["layer.0.SelfAttention", "layer.1.EncDecAttention"] if is_prompted else []
+    parts = ["layer.1.DenseReluDense"] * depth
+    parts += ["layer.2.DenseReluDense"] if is_prompted else []
+    inputs = ("wi_0", "wi_1") if config.is_gated_act else ("wi",)
+
+    def layers(cores: list[str], counts: Any, whole: int, width: int, maps: Any) -> Cuttable:
+        *makers, output = maps
+        return Cuttable(
+            tuple(
+                Units(
+                    total,
+                    tuple(f"{core}.{name}" for name in makers),
+                    f"{core}.{output}",
+                    core,
+                    width,
+                    {f"{core}.{name}.weight": (int(name == output), (width,)) for name in maps},
+                    "one",
+                )
+                for core, total in zip(cores, counts or [whole] * len(cores), strict=True)
+            ),
+            is_narrow=True,
+            to_zero=True,
+        )
+
+    width = architecture.heads(config).width
+    more = architecture.more_blocks
+    return FoundUnits(
+        layers(cores, config.head_counts, config.num_heads, width, ("q", "k", "v", "o")),
+        layers(parts, config.neuron_counts, config.d_ff, 1, (*inputs, "wo")),
+        f"{architecture.backbone}.{architecture.blocks}",
+        {"heads": more * 2, "neurons": more},
     )
 
 
 def _t5(model_type: str) -> Architecture:
     return Architecture(
         model_type=model_type,
+        find_units=_units_of_t5,
         tasks=SEQUENCE_TASKS,
         backbone="encoder",
         head="classifier",
         blocks="block",
         embeddings="embed_tokens",
-        attention=_attention_of_t5("layer.0.SelfAttention"),
-        feed_forward=_feed_forward_of_t5("layer.1.DenseReluDense"),
-        neurons="d_ff",
         shares_bias=True,
+        loses_width=True,
     )
 
 
-def _cuttable(config: Any) -> Architecture:
-    """Return the entry of a family with cut models, whose config says where the units are."""
-    parts, model_type = config.parts, config.model_type.removeprefix("cut_")
-    keys = [f"{parts.core}.{name}" for name in parts.keys or (parts.queries,) * 2]
-    is_encoder = model_type in ENCODERS
-    return Architecture(
-        model_type=model_type,
-        tasks=(*SEQUENCE_TASKS, "mlm") if is_encoder else ("causal_lm",),
-        attention=AttentionPaths(
-            (f"{parts.core}.{parts.queries}", keys[0], keys[1]), parts.output, parts.core
-        ),
-        feed_forward=FeedForwardPaths(parts.inputs, parts.down),
-        neurons=parts.neurons,
-        cuts_inside_heads=is_encoder,
-    )
-
-
-ENCODERS = ("bert", "roberta", "distilbert", "electra")
-FAMILIES: Mapping[str, Architecture] = {
-    entry.model_type: entry
-    for entry in (
-        *(_cuttable(one) for name, one in vars(modeling_cut).items() if CUT_CONFIG.fullmatch(name)),
-        _t5("t5_encoder"),
-        replace(
-            _t5("enct5"),
-            # The decoder's only token is the learned prompt.
-            renewed=("decoder.embed_tokens",),
-            more_attentions=(
-                _attention_of_t5("decoder.block.0.layer.0.SelfAttention"),
-                _attention_of_t5("decoder.block.0.layer.1.EncDecAttention"),
-            ),
-            more_feed_forwards=(_feed_forward_of_t5("decoder.block.0.layer.2.DenseReluDense"),),
-            more_blocks=("decoder.block.0",),
-        ),
-    )
-}
-# Cut models use the entry of their family. T5 needs no cut type: its config states all shapes.
-ARCHITECTURES: Mapping[str, Architecture] = {
-    **FAMILIES,
-    **{
-        f"cut_{name}": replace(entry, model_type=f"cut_{name}")
-        for name, entry in FAMILIES.items()
-        if not entry.shares_bias
-    },
+T5_ENCODERS: Mapping[str, Architecture] = {
+    "t5_encoder": _t5("t5_encoder"),
+    "enct5": replace(
+        _t5("enct5"),
+        # The decoder's only token is the learned prompt.
+        renewed=("decoder.embed_tokens",),
+        more_blocks=("decoder.block.0",),
+    ),
 }
 
 
@@ -413,11 +367,6 @@ class Known(Generic[T]):
     def _content(self, config: PretrainedConfig, *facts: Any) -> str:
         values = {key: v for key, v in config.to_dict().items() if key not in self._without}
         return json.dumps([*facts, values], sort_keys=True, default=str)
-
-
-def architecture_named(model_type: str) -> Architecture:
-    """Return the entry of a family of the table."""
-    return ARCHITECTURES[model_type]
 
 
 COUNTING = (

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from megakd.contract.results import ParameterCounts
-from megakd.contract.views import Axes, Axis, Cut, Kind, Maker, View
+from megakd.contract.views import Axes, Axis, Columns, Cut, Kind, Maker, View
 from megakd.engine.sharding import full_shape
 from megakd.errors import ModelError
 from megakd.models.architectures import Architecture
@@ -23,7 +23,7 @@ from megakd.models.structure import architecture_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from megakd.models.proposed_units import Cuttable
+    from megakd.models.proposed_units import Cuttable, FoundUnits, Units
 
 WIDTH = Axis("width")
 OUTSIDE_THE_ENCODER = frozenset(
@@ -44,11 +44,11 @@ def weight_axes(model: PreTrainedModel) -> Mapping[str, Axes]:
     architecture = architecture_of(model.config)
     if architecture.why_uncut(model.config) is not None:
         return {}
-    if not architecture.is_listed:
-        return dict(_of_found(model, architecture))
-    table = dict(_of_layers(model, architecture))
-    width = architecture.hidden_width(model.config)
-    attentions = [f"{paths.core}." for paths in architecture.attentions(model.config) if paths]
+    found, width = architecture.found_units(model.config), architecture.units(model.config).width
+    table = dict(_of_units(model, found, None if width is None else WIDTH))
+    if width is None:
+        return {name: axes for name, axes in table.items() if any(axes)}
+    attentions = [f"{owner}.{units.core}." for _, owner, units in found.of("heads")]
     outputs = output_modules(model, architecture)
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -69,9 +69,12 @@ def unit_makers(model: PreTrainedModel) -> dict[str, Maker]:
     The columns of the hidden states are made by the embeddings and by the outputs of attentions
     and feed-forwards, heads by queries, keys and values, neurons by the inputs of feed-forwards.
     """
-    architecture, table = architecture_of(model.config), weight_axes(model)
-    layers = (*architecture.attentions(model.config), *architecture.feed_forwards(model.config))
-    paths = {path for part in layers if part is not None for path in part.makers}
+    found, table = architecture_of(model.config).found_units(model.config), weight_axes(model)
+    paths = {
+        f"{owner}.{path}"
+        for _, owner, units in (*found.of("heads"), *found.of("neurons"))
+        for path in (*units.makers, units.output)
+    }
     makers: dict[str, Maker] = {}
     for path, module in model.named_modules():
         name, is_embedding = f"{path}.weight", isinstance(module, nn.Embedding)
@@ -100,51 +103,30 @@ def output_modules(model: PreTrainedModel, architecture: Architecture) -> set[st
     return set(last.values())
 
 
-def _of_layers(model: PreTrainedModel, architecture: Architecture) -> Iterator[tuple[str, Axes]]:
-    config = model.config
-    heads = architecture.heads(config)
-    shared = heads.queries // heads.keys
-    matched, summed = ("queries", "values") if architecture.cuts_inside_heads else (None, None)
-    for number, paths in enumerate(filter(None, architecture.attentions(config))):
-        queries = Axis("heads", number, heads.width * shared, columns=matched)
-        keys = Axis("heads", number, heads.width, columns=matched)
-        values = keys._replace(columns=summed)
-        parts = 3 if paths.is_fused else 1
-        for path, axis in zip(paths.projections, (queries, keys, values), strict=True):
-            yield from _linear(model, path, axis._replace(parts=parts), WIDTH)
-        yield from _linear(model, paths.output, WIDTH, queries._replace(columns=summed))
-    for number, paths in enumerate(filter(None, architecture.feed_forwards(config))):
-        neurons = Axis("neurons", number)
-        for path in paths.inputs:
-            yield from _linear(model, path, neurons, WIDTH)
-        yield from _linear(model, paths.output, WIDTH, neurons)
-
-
-def _of_found(model: PreTrainedModel, architecture: Architecture) -> Iterator[tuple[str, Axes]]:
-    found = architecture.found_units(model.config)
+def _of_units(
+    model: PreTrainedModel, found: FoundUnits, width: Axis | None
+) -> Iterator[tuple[str, Axes]]:
     kinds: tuple[tuple[Kind, Cuttable], ...] = ("heads", found.heads), ("neurons", found.neurons)
     for kind, cuttable in kinds:
-        for number, units in enumerate(cuttable.layers):
-            for name, (dimension, blocks) in units.parts.items() if units else ():
-                full = f"{found.blocks}.{number}.{name}"
-                path, _, weight = full.rpartition(".")
+        for number, owner, units in found.of(kind):
+            for name, (dimension, blocks) in units.parts.items():
+                path, _, weight = f"{owner}.{name}".rpartition(".")
                 tensor: Tensor = getattr(model.get_submodule(path), weight)  # empty: a buffer
-                axes: list[Axis | None] = [None] * len(full_shape(tensor))
+                axes: list[Axis | None] = [width] * len(full_shape(tensor))
                 if len({*blocks}) == 1:
-                    axes[dimension] = Axis(kind, number, blocks[0], len(blocks))
+                    columns = _columns(units, name) if cuttable.columns else None
+                    axis = Axis(kind, number, blocks[0], len(blocks), columns)
                 else:
-                    axes[dimension] = Axis(kind, number, sum(blocks), blocks=blocks)
-                yield full, tuple(axes)
+                    axis = Axis(kind, number, sum(blocks), blocks=blocks)
+                axes[dimension] = axis
+                yield f"{owner}.{name}", tuple(axes)
+            if getattr(model.get_submodule(f"{owner}.{units.output}"), "bias", None) is not None:
+                yield f"{owner}.{units.output}.bias", (width,)
 
 
-def _linear(
-    model: PreTrainedModel, path: str, outputs: Axis, inputs: Axis
-) -> Iterator[tuple[str, Axes]]:
-    module = model.get_submodule(path)
-    is_plain = isinstance(module, nn.Linear)  # GPT-2's Conv1D stores the transposed weight
-    yield f"{path}.weight", (outputs, inputs) if is_plain else (inputs, outputs)
-    if getattr(module, "bias", None) is not None:
-        yield f"{path}.bias", (outputs,)
+def _columns(units: Units, name: str) -> Columns:
+    scores = tuple(f"{path}." for path in units.makers[:2])
+    return "queries" if name.startswith(scores) else "values"
 
 
 def cut_part(tensor: Tensor, axes: Axes, cut: Cut) -> Tensor:
@@ -193,7 +175,7 @@ def check_view(view: View, whole: View) -> None:
     if view.width is not None and whole.width is None:
         raise ModelError(
             f"the view keeps a width of {view.width}, and the width of this model cannot be cut: "
-            "only families of the table lose columns of hidden states"
+            "only some families lose columns of hidden states, see docs/families.md"
         )
     if view.width is not None and not 0 < view.width <= (whole.width or 0):
         raise ModelError(

@@ -10,48 +10,28 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import CONFIG_MAPPING
 
 from megakd.config.task import TaskConfig
-from megakd.contract.views import Axes, Cut, UnitOrder, View
+from megakd.contract.views import Axes, Cut, Heads, Kind, UnitOrder, View
 from megakd.data.tokenizers import rows_for
 from megakd.engine.sharding import gathered_state
 from megakd.errors import ModelError, one_line
-from megakd.models.architectures import (
-    HEAD_COLUMNS,
-    HEAD_COUNTS,
-    HEAD_WIDTH,
-    NARROW,
-    NEURON_COUNTS,
-    QUERIES_PER_KEY,
-    SCORE_WIDTH,
-    architecture_named,
-    narrow_maps,
-)
+from megakd.models.architectures import HEAD_COLUMNS, NARROW, Architecture, narrow_maps
 from megakd.models.axes import check_view, cut_part, output_modules, weight_axes
 from megakd.models.fitting import label_order, plan_loading, set_labels, valueless_model
 from megakd.models.generation import generation_file
 from megakd.models.layers import check_depth, renumbered, without_layers
 from megakd.models.lora import adapter_config, merged_state
 from megakd.models.model_folder import Extra, ModelContent, write_model_folder
-from megakd.models.own_models import OWN_MODELS
-from megakd.models.proposed_units import are_of_maps
+from megakd.models.proposed_units import Cuttable, FoundUnits, are_of_maps
 from megakd.models.second_vocabulary import FILE, second_vocabulary, without_second_vocabulary
 from megakd.models.source import ModelSource
 from megakd.models.structure import architecture_of
-from megakd.models.units import with_units
+from megakd.models.units import changed_keys, head_keys
 from megakd.models.weights import WeightReader
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-CUT = "cut_"
-"""Prefix of model types that no stock config can describe; their classes start with `Cut`."""
-# Keys that a config of another shape must not inherit.
-SHAPE_KEYS = (
-    *(HEAD_COUNTS, NEURON_COUNTS, HEAD_WIDTH, QUERIES_PER_KEY, SCORE_WIDTH),
-    *("model_type", "auto_map", "architectures"),
-)
 
 
 def cut_config(
@@ -70,19 +50,17 @@ def cut_config(
         return copy.deepcopy(config)
     architecture = architecture_of(config)
     whole = architecture.units(config)
-    if view.head_width is not None and view.head_width == architecture.heads(config).width:
+    head_width = architecture.heads(config).width
+    if view.head_width == head_width:
         view = view._replace(head_width=None)
     check_view(view, architecture.prunable(config))
     view = view._replace(width=whole.width if view.width is None else view.width)
-    if not architecture.is_listed:
-        return copy.deepcopy(config) if view == whole else _config_found(config, view)
     if architecture.shares_bias:
         return _with_columns(config, view, order)
-    rescales = architecture.score_width(config) != _head_width(config, view)
+    rescales = architecture.score_width(config) != (view.head_width or head_width)
     if view == whole and (learns or not rescales):
         return copy.deepcopy(config)
-    stock = None if learns and rescales else _stock_config(config, view)
-    return stock or _own_config(config, view, learns=learns)
+    return _with_units(config, view, learns=learns and rescales)
 
 
 def rescaled(
@@ -95,31 +73,26 @@ def rescaled(
     that of the model before the cut.
     """
     architecture = architecture_of(config)
-    if not architecture.is_listed:  # loses whole heads
+    width = view.head_width or architecture.heads(config).width
+    factor = (width / architecture.score_width(config)) ** 0.5
+    if factor == 1:
         yield from state
         return
-    factor = (_head_width(config, view) / architecture.score_width(config)) ** 0.5
-    queries = {paths.projections[0] for paths in filter(None, architecture.attentions(config))}
+    of_heads = architecture.found_units(config).of("heads")
+    queries = {f"{owner}.{units.makers[0]}" for _, owner, units in of_heads}
     for name, tensor in state:
-        is_query = factor != 1 and name.rpartition(".")[0] in queries
-        yield name, tensor * factor if is_query else tensor
-
-
-def _head_width(config: PretrainedConfig, view: View) -> int:
-    return view.head_width or architecture_of(config).heads(config).width
+        yield name, tensor * factor if name.rpartition(".")[0] in queries else tensor
 
 
 def cut_class_name(model: PreTrainedModel, config: PretrainedConfig) -> str:
     """Return the name of the class for a config from `cut_config`, with the head of `model`."""
-    stock = type(model).__name__.removeprefix("Cut").removeprefix("Narrow")
-    if narrow_maps(config) is not None:
-        return f"Narrow{stock}"
-    return f"Cut{stock}" if config.model_type.startswith(CUT) else stock
+    stock = type(model).__name__.removeprefix("Narrow")
+    return stock if is_stock(config) else f"Narrow{stock}"
 
 
 def is_stock(config: PretrainedConfig) -> bool:
     """Return whether transformers has the class of a cut model."""
-    return not config.model_type.startswith(CUT) and narrow_maps(config) is None
+    return narrow_maps(config) is None
 
 
 def cut_state(
@@ -217,93 +190,139 @@ def _with_columns(config: PretrainedConfig, view: View, order: UnitOrder | None)
         cut.head_columns = [part[:kept] for part, kept in zip(columns, view.heads, strict=True)]
     if view != whole:
         cut.head_counts, cut.neuron_counts = list(view.heads), list(view.neurons)
-        setattr(cut, architecture.neurons, max(view.neurons) or 1)  # not the value of the teacher
+        cut.d_ff = max(view.neurons) or 1  # not the value of the teacher
         cut.head_width = architecture.heads(config).width
         cut.hidden_size = view.width
     return cut
 
 
-def _config_found(config: PretrainedConfig, view: View) -> PretrainedConfig:
-    """Return the config of a cut model outside of the table: the family's, where it can state it.
+def _with_units(config: PretrainedConfig, view: View, *, learns: bool) -> PretrainedConfig:
+    """Return the config of a cut model: the family's, where it can state the numbers of units.
 
-    Else the config lists the maps that are narrower, for the class that is stored with the model.
+    Else the config lists the units of each layer, for the class that is stored with the model.
+
+    Args:
+        learns: attention scores are still divided by the root of the former width of heads.
     """
-    architecture, cut = architecture_of(config), copy.deepcopy(config)
-    heads, neurons, blocks = architecture.found_units(config)
-    parts = ("heads", heads, view.heads), ("neurons", neurons, view.neurons)
-    for name, cuttable, counts in parts:
-        shares = {
-            (count, units.total)
-            for count, units in zip(counts, cuttable.layers, strict=True)
-            if units is not None
-        }
-        if all(count == whole for count, whole in shares):
+    architecture, narrow = architecture_of(config), narrow_maps(config)
+    found, heads = architecture.found_units(config), architecture.heads(config)
+    cut: Any = copy.deepcopy(config)
+    vars(cut).pop(NARROW, None)
+    is_plain = view.width == architecture.units(config).width and view.head_width is None
+    for key, width in {} if is_plain else _widths(config, view).items():
+        setattr(cut, key, width)
+    is_alone = not is_plain or bool(narrow and narrow["alone"])
+    is_plain, width = is_plain and narrow is None, view.head_width or heads.width
+    listed: dict[Kind, Cuttable] = {
+        "heads": _fewer(found.heads, view.heads, width),
+        "neurons": _fewer(found.neurons, view.neurons, 1),
+    }
+    unstated = set[Kind]()
+    kinds: tuple[tuple[Kind, Cuttable], ...] = ("heads", found.heads), ("neurons", found.neurons)
+    for kind, before in kinds:
+        after, whole = listed[kind], before.stated or max(before.counts, default=0)
+        listed[kind] = after._replace(stated=whole)
+        if not any(before.layers) or (is_plain and before == after):
             continue
-        why = "the layers keep different numbers"
-        if len(shares) == 1 and 0 not in next(iter(shares)):
-            ((count, _),) = shares
-            why = "its config has no key that states the number alone"
-            try:
-                if cuttable.keys:
-                    cut = with_units(cut, cuttable, next(filter(None, cuttable.layers)), count)
-                    continue
-            except (StrictDataclassError, ValueError) as error:
-                why = one_line(error)
-        is_narrow = cuttable.is_narrow and are_of_maps(cuttable.layers)
-        if not is_narrow or (name == "heads" and 0 in {count for count, _ in shares}):
-            raise ModelError(
-                f"a {config.model_type} model cannot keep {counts} {name} in its layers: {why}; "
-                "keep the same number, at least 1, in all layers, such as with "
-                "method.allocation: uniform"
-            )
-        narrow = narrow_maps(cut) or {"blocks": blocks, "layers": [{} for _ in counts]}
-        for maps, units, count in zip(narrow["layers"], cuttable.layers, counts, strict=True):
-            maps.update({} if units is None else units.narrow_maps(count))
-        setattr(cut, NARROW, narrow)
-    return cut
+        keys = () if learns and kind == "heads" else before.keys
+        if kind == "heads" and architecture.loses_width and not (keys or is_plain or learns):
+            # A family that takes the width of heads from that of hidden states may state them now.
+            keys = head_keys(cut)
+        states = _stated if kind == "neurons" or is_plain else _stated_with_width
+        try:
+            cut = states(cut, after._replace(keys=keys), whole, architecture)
+            listed[kind] = after._replace(stated=max(after.counts))
+        except (StrictDataclassError, ValueError) as error:
+            _check_narrow(config, kind, before, after.counts, one_line(error))
+            unstated.add(kind)
+    if not unstated:
+        return cut
+    units = FoundUnits(listed["heads"], listed["neurons"], found.blocks)
+    alone = heads._replace(width=width) if "heads" in unstated and is_alone else None
+    return _listing(cut, units, alone, architecture.score_width(config) if learns else None)
 
 
-def _stock_config(config: PretrainedConfig, view: View) -> PretrainedConfig | None:
-    if any(len({*counts}) != 1 or 0 in counts for counts in (view.heads, view.neurons)):
-        return None
-    architecture = architecture_of(config)
-    heads = architecture.heads(config)
-    changes = _widths(config, view)
-    changes["num_attention_heads"] = view.heads[0] * (heads.queries // heads.keys)
-    changes[architecture.neurons] = view.neurons[0]
-    if hasattr(config, "num_key_value_heads"):
-        changes["num_key_value_heads"] = view.heads[0]
-    if hasattr(config, "rope_parameters"):
-        changes["head_dim"] = heads.width
-    try:
-        cut = _changed(config, config.model_type.removeprefix(CUT), changes)
-    except (StrictDataclassError, ValueError):
-        return None  # Llama's config, for example, requires heads that divide the width
-    stock = architecture_named(cut.model_type)
-    fits = cut.hidden_size % cut.num_attention_heads == 0 or "head_dim" in changes
-    return cut if fits and stock.heads(cut).width == _head_width(config, view) else None
+def _listing(
+    config: Any, units: FoundUnits, alone: Heads | None, score_width: int | None
+) -> PretrainedConfig:
+    """Return the config that lists the units of each layer.
+
+    Args:
+        alone: the heads, if the hidden states are no longer as wide as all of them together.
+    """
+    keys = units.as_keys()
+    if alone is not None:
+        counts = alone.queries // alone.keys, 1
+        keys["alone"] = dict(zip(head_keys(config), counts, strict=False))
+        if hasattr(config, "rope_parameters"):
+            config.head_dim = alone.width  # the rotary embedding is as wide as a head
+    setattr(config, NARROW, {**keys, "score_width": score_width})
+    return config
 
 
-def _own_config(config: PretrainedConfig, view: View, *, learns: bool) -> PretrainedConfig:
-    changes = _widths(config, view)
-    changes[HEAD_COUNTS], changes[NEURON_COUNTS] = list(view.heads), list(view.neurons)
-    architecture = architecture_of(config)
-    heads, width = architecture.heads(config), _head_width(config, view)
-    changes[HEAD_WIDTH], changes[QUERIES_PER_KEY] = width, heads.queries // heads.keys
-    if learns and width != architecture.score_width(config):
-        changes[SCORE_WIDTH] = architecture.score_width(config)
-    name = f"{CUT}{config.model_type.removeprefix(CUT)}"
-    if name not in OWN_MODELS:
-        raise ModelError(
-            f"a {config.model_type} model cannot keep {view.heads} heads and {view.neurons} "
-            "neurons in its layers; keep the same number in all layers, or write its class in "
-            "megakd/models/modeling/modeling_cut.py"
-        )
-    return _changed(config, name, changes)
+def _fewer(cuttable: Cuttable, counts: Sequence[int], width: int) -> Cuttable:
+    pairs = zip(cuttable.layers, counts, strict=True)
+    layers = tuple(units and units.fewer(count, width) for units, count in pairs)
+    return cuttable._replace(layers=layers)
+
+
+def _stated(
+    config: Any, units: Cuttable, whole: int, _: Architecture, **more: int
+) -> PretrainedConfig:
+    """Return the config whose keys, and more, state the units of all layers.
+
+    Args:
+        whole: units of a layer that the keys state before.
+
+    Raises:
+        ValueError: the reason why no keys state them.
+    """
+    known = [one for one in units.layers if one is not None]
+    if len({one.total for one in known}) != 1 or not known[0].total:
+        raise ValueError("the layers keep different numbers")
+    if not units.keys:
+        raise ValueError("its config has no key that states the number alone")
+    changes = changed_keys(config, units.keys, known[0].total, whole)
+    if units.head_width:
+        changes[units.head_width] = known[0].width
+    return type(config).from_dict({**config.to_dict(), **changes, **more})
+
+
+def _stated_with_width(
+    config: Any, units: Cuttable, whole: int, architecture: Architecture
+) -> PretrainedConfig:
+    """Return the config that also states the width of heads: it or that of hidden states differs.
+
+    Raises:
+        ValueError: as `_stated`, or the config states another width.
+    """
+    width = next((one.width for one in units.layers if one is not None), 0)
+    # The rotary embedding is as wide as a head.
+    more = {"head_dim": width} if hasattr(config, "rope_parameters") else {}
+    stated: Any = _stated(config, units, whole, architecture, **more)
+    has_key = getattr(stated, "head_dim", None) is not None
+    is_split = has_key or stated.hidden_size % stated.num_attention_heads == 0
+    if not is_split or architecture.heads(stated).width != width:
+        raise ValueError("its config takes the width of heads from that of the hidden states")
+    return stated
+
+
+def _check_narrow(
+    config: Any, kind: str, before: Cuttable, counts: Sequence[int], why: str
+) -> None:
+    """Raise if the class that is stored with a cut model does not compute its layers."""
+    empty = any(u is not None and not n for u, n in zip(before.layers, counts, strict=True))
+    if before.is_narrow and are_of_maps(before.layers) and (before.to_zero or not empty):
+        return
+    raise ModelError(
+        f"a {config.model_type} model cannot keep {tuple(counts)} {kind} in its layers: {why}; "
+        "keep the same number, at least 1, in all layers, such as with "
+        "method.allocation: uniform"
+    )
 
 
 def _widths(config: PretrainedConfig, view: View) -> dict[str, Any]:
-    changes: dict[str, Any] = {"hidden_size": view.width}
+    changes: dict[str, Any] = {"hidden_size": view.width} if view.width else {}
     # ELECTRA's embeddings may have another width, which does not change.
     embeddings, before = getattr(config, "embedding_size", None), config.hidden_size
     if embeddings == before:
@@ -315,13 +334,3 @@ def _widths(config: PretrainedConfig, view: View) -> dict[str, Any]:
             "embeddings, and their weights would be lost; keep another width"
         )
     return changes
-
-
-def _changed(
-    config: PretrainedConfig, model_type: str, changes: Mapping[str, Any]
-) -> PretrainedConfig:
-    ours = OWN_MODELS.get(model_type)
-    made = CONFIG_MAPPING[model_type] if ours is None else ours.config
-    kept = {key: value for key, value in config.to_dict().items() if key not in SHAPE_KEYS}
-    own_names = {made.attribute_map.get(key, key): value for key, value in changes.items()}
-    return made.from_dict({**kept, **own_names})

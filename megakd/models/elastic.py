@@ -122,18 +122,18 @@ class Elastic:
     ) -> set[str]:
         """Return the paths of projections that must give one head of zeros if a view has none."""
         needing: set[str] = set()
-        for paths in filter(None, architecture.attentions(model.config)):
-            core = model.get_submodule(paths.core)
+        found = architecture.found_units(model.config)
+        for _, owner, units in found.of("heads"):
+            makers = [f"{owner}.{path}" for path in units.makers]
+            core = model.get_submodule(f"{owner}.{units.core}".removesuffix("."))
             needs_heads = not getattr(core, "handles_no_heads", False)
-            needing |= set(paths.projections) if needs_heads else set()
-            if not architecture.is_listed:
-                continue
-            heads = tuple(a for a in table[f"{paths.projections[0]}.weight"] if a is not None)
+            needing |= {*makers} if needs_heads else set()
+            heads = tuple(a for a in table[f"{makers[0]}.weight"] if a is not None)
             axes = {"heads": tuple(axis for axis in heads if axis.kind == "heads")}
             elasticity = Elasticity(self._views, axes, needs_heads=needs_heads)
-            if paths.is_fused:
+            if found.heads.is_narrow and hasattr(core, "split_size"):
                 make_elastic(core, ElasticSplit, elasticity)
-            elif architecture.cuts_inside_heads:
+            elif found.heads.columns:
                 make_elastic(core, ElasticHeads, elasticity)
         return needing
 

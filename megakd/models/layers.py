@@ -62,7 +62,7 @@ def _stored_with_layers(
     source: ModelSource, numbers: Sequence[int]
 ) -> Iterator[tuple[str, StoredTensor]]:
     stored, architecture = source.stored, source.architecture
-    if not architecture.is_listed and stored:
+    if not architecture.shares_bias and stored:
         # A file may have other names than the model, which transformers changes while it loads.
         with torch.device("meta"), sharded_construction(None, torch.float32):
             whole = new_model(source.config, _task(source.config))
@@ -111,7 +111,7 @@ def _difference(config: PretrainedConfig, task: TaskType, *numbers: int) -> str 
     left = {*range(1, architecture.number_of_layers(config) + 1)} - {*numbers}
     whole = copy_that_runs(config, task, tokens=TOKENS)
     if whole is None:
-        return None if architecture.is_listed else "no small copy of it runs, which would show it"
+        return None if architecture.shares_bias else "no small copy of it runs, which would show it"
     try:
         with left_out(whole, *left):
             expected = logits_of(whole, TOKENS)

@@ -42,6 +42,7 @@ from megakd.models.architectures import (
     Architecture,
     class_name,
     counts_padding,
+    narrow_maps,
     stated,
 )
 from megakd.models.fitting import Match, build_empty, listed, plan_loading
@@ -436,7 +437,8 @@ def _checked_config(make: Callable[[], PretrainedConfig], where: str) -> Pretrai
             f"{config.model_type} model counts positions from it; set pad_token_id to the number "
             "of the padding token of the tokenizer"
         )
-    if hasattr(config, HEAD_COUNTS):  # a cut model: a layer may have no heads or neurons left
+    # A layer of a cut model may have no heads or neurons left.
+    if hasattr(config, HEAD_COUNTS) or narrow_maps(config) is not None:
         return config
     for key in SIZES:
         size = vars(config).get(config.attribute_map.get(key, key))

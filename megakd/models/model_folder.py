@@ -30,9 +30,8 @@ from megakd.models.architectures import (
     narrow_maps,
 )
 from megakd.models.generation import generation_of
-from megakd.models.modeling import modeling_cut
 from megakd.models.modeling.modeling_cut import narrow_class
-from megakd.models.own_models import OWN_MODELS, register_own_models
+from megakd.models.own_models import CUT_FILE, OWN_MODELS, register_own_models
 from megakd.models.weights import (
     SAFETENSORS,
     SAFETENSORS_INDEX,
@@ -195,7 +194,7 @@ def write_weights_as(dtype: torch.dtype, source: Path, folder: Path) -> None:
 def file_of_code(config: PretrainedConfig) -> Path | None:
     """Return the file with the class of a model that transformers lacks; None: it has the class."""
     if narrow_maps(config) is not None:
-        return Path(modeling_cut.__file__)
+        return CUT_FILE
     ours = OWN_MODELS.get(config.model_type)
     return None if ours is None else ours.file
 
@@ -254,9 +253,11 @@ def _write_config(folder: Path, model: ModelContent, dtype: torch.dtype) -> None
         vars(config).pop("auto_map", None)
     # save_pretrained refuses the generation keys that older configs on the Hub carry.
     keys = json.loads(config.to_json_string())
-    if narrow_maps(config) is not None:
+    if narrow_maps(config) is None:
+        keys |= rotary_keys_of_4(keys)
+    else:  # transformers 4 has no class of it
         keys["model_type"] = narrow_class(type(config)).model_type
-    write_json(folder / CONFIG, {**keys, **rotary_keys_of_4(keys)})
+    write_json(folder / CONFIG, keys)
     register_own_models()
     decoder = class_name(config, "causal_lm")
     # Code of a folder may have the type of a stock model, and another class of its config.

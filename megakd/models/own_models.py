@@ -59,13 +59,8 @@ AUTO_CLASSES = {
 
 
 def _own_models() -> dict[str, OwnModel]:
-    cut = [
-        cls
-        for name, cls in vars(modeling_cut).items()
-        if name.startswith("Cut") and not name.endswith("Config")
-    ]
     models: dict[Any, dict[str, type[PreTrainedModel]]] = {}  # by class of config
-    for cls in (*cut, T5EncoderForSequenceClassification, EncT5ForSequenceClassification):
+    for cls in (T5EncoderForSequenceClassification, EncT5ForSequenceClassification):
         auto = next(auto for ending, auto in AUTO_CLASSES.items() if cls.__name__.endswith(ending))
         models.setdefault(cls.config_class, {})[auto] = cls
     return {config.model_type: OwnModel(config, classes) for config, classes in models.items()}
@@ -73,11 +68,13 @@ def _own_models() -> dict[str, OwnModel]:
 
 OWN_MODELS: Mapping[str, OwnModel] = _own_models()
 """By model type."""
+CUT_FILE = Path(modeling_cut.__file__)
+"""The file that must be beside the weights of a cut model."""
 
 
 def current_files(names: Iterable[str]) -> dict[str, str]:
     """Return this version's content of the modelling files among the files of a folder."""
-    files = {model.file.name: model.file for model in OWN_MODELS.values()}
+    files = {file.name: file for file in (CUT_FILE, *(one.file for one in OWN_MODELS.values()))}
     return {name: files[name].read_text("utf-8") for name in files.keys() & names}
 
 
@@ -100,7 +97,15 @@ def config_in(folder: Path, **options: Any) -> PretrainedConfig:
     if NARROW not in keys:
         return AutoConfig.from_pretrained(folder, **options)
     stock = keys["model_type"].removeprefix(f"{NARROW}_")
-    return CONFIG_MAPPING[stock].from_dict({**keys, "model_type": stock})
+    if "alone" not in keys[NARROW]:
+        raise ModelError(
+            f"{folder} holds a cut model of an earlier version of megakd, whose config does not "
+            "list its units; open it with that version, or cut the model again"
+        )
+    stock_class = CONFIG_MAPPING[stock]
+    config = modeling_cut.narrow_class(stock_class).from_dict({**keys, "model_type": stock})
+    config.__class__ = stock_class  # whose rules may refuse the width
+    return config
 
 
 def own_class(name: str) -> type[PreTrainedModel] | None:

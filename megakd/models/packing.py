@@ -2,8 +2,8 @@
 
 Most attentions of transformers see from positions that restart where a document begins; some need
 a mask, and others take the boundaries of the documents. Recurrent and convolving layers carry a
-document into the next: a row has one document then. Families of the table are known; a small copy
-of any other model decides.
+document into the next: a row has one document then. A small copy of
+the model decides.
 """
 
 from __future__ import annotations
@@ -42,13 +42,11 @@ Inputs = Callable[[], dict[str, Any]]
 def packing_of(config: PretrainedConfig, attention: str | None) -> Packing:
     """Return how a decoder with an attention keeps documents apart; None: transformers' choice.
 
-    A model outside of the table is tried once per config, on the CPU, alike on every rank.
+    A small copy of the model is tried once per config, on the CPU, alike on every rank.
 
     Raises:
         ModelError: the model does not even compute a padded text as it computes it alone.
     """
-    if architecture_of(config).is_listed:
-        return "positions"
     return _PACKINGS.of(config, attention)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
@@ -10,7 +11,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from megakd.contract.views import Kind
-from megakd.models.paths import AttentionPaths, FeedForwardPaths
 
 Blocks = tuple[int, ...]
 """Rows of one unit in each of the blocks that lie one after the other along a dimension."""
@@ -19,7 +19,7 @@ Parts = Mapping[str, tuple[int, Blocks]]
 
 
 class Units(NamedTuple):
-    """Proposed units of one layer.
+    """Units of one layer: key-value groups of its attention, or neurons of its feed-forward.
 
     total: number of units; heads that share keys are one unit.
     makers: paths on the layer of the maps that make the units.
@@ -37,12 +37,13 @@ class Units(NamedTuple):
     parts: Parts
     form: str
 
-    def narrow_maps(self, count: int) -> dict[str, tuple[int | None, int | None]]:
-        """Return the inputs and outputs of the maps with fewer units; None: those of all units."""
-        rows = {path: count * sum(self.parts[f"{path}.weight"][1]) for path in self.makers}
-        maps: dict[str, tuple[int | None, int | None]] = {p: (None, n) for p, n in rows.items()}
-        maps[self.output] = count * sum(self.parts[f"{self.output}.weight"][1]), None
-        return maps
+    def fewer(self, count: int, width: int) -> Units:
+        """Return the units of a layer that keeps some, whose heads keep some of their columns."""
+        parts = {
+            name: (dimension, tuple(size * width // self.width for size in blocks))
+            for name, (dimension, blocks) in self.parts.items()
+        }
+        return self._replace(total=count, width=width, parts=parts)
 
 
 def are_of_maps(layers: Iterable[Units | None]) -> bool:
@@ -59,46 +60,75 @@ class Cuttable(NamedTuple):
 
     layers: by layer; None: the layer has no such units, or they cannot go.
     keys: of the config, whose numbers shrink with the units; none: no config states fewer.
+    stated: units of a layer that these keys state; None: as many as there are.
     head_width: key of the config that then states the width of heads; None: none has to.
     is_narrow: the modules between the maps take fewer units as they are; else they take zeros.
+    to_zero: a layer of the class that is stored with a model can lose them all.
+    columns: the columns of a head can be cut one by one; rotary positions pair columns.
     uncut: reason why no units can go; None: some can.
     """
 
-    layers: tuple[Units | None, ...]
+    layers: tuple[Units | None, ...] = ()
     keys: tuple[str, ...] = ()
+    stated: int | None = None
     head_width: str | None = None
     is_narrow: bool = False
+    to_zero: bool = False
+    columns: bool = False
     uncut: str | None = None
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        return tuple(0 if units is None else units.total for units in self.layers)
 
 
 class FoundUnits(NamedTuple):
-    """What can be cut out of the layers of a model; `blocks` is the path of their list."""
+    """What can be cut out of a model.
+
+    blocks: path on the model of the list of layers.
+    more: paths of the owners of units outside of the layers, by kind; counted last.
+    """
 
     heads: Cuttable
     neurons: Cuttable
     blocks: str
+    more: Mapping[Kind, tuple[str, ...]] = {}
 
-    @property
-    def attentions(self) -> tuple[AttentionPaths | None, ...]:
-        return tuple(
-            None if units is None else _attention(units).under(f"{self.blocks}.{number}")
-            for number, units in enumerate(self.heads.layers)
+    def of(self, kind: Kind) -> Iterator[tuple[int, str, Units]]:
+        """Yield the number, the path of the owner and the units of each part that has some."""
+        layers, more = (self.heads if kind == "heads" else self.neurons).layers, self.more
+        owners = [f"{self.blocks}.{n}" for n in range(len(layers) - len(more.get(kind, ())))]
+        for number, owner in enumerate((*owners, *more.get(kind, ()))):
+            units = layers[number]
+            if units is not None:
+                yield number, owner, units
+
+    def as_keys(self) -> dict[str, Any]:
+        """Return the units as the value of a config key, for `from_keys`."""
+        kinds = {
+            kind: {**of._asdict(), "layers": [one and one._asdict() for one in of.layers]}
+            for kind, of in (("heads", self.heads), ("neurons", self.neurons))
+        }
+        others = {"blocks": self.blocks, "alone": {}, "score_width": None}
+        return json.loads(json.dumps({**kinds, **others}))
+
+    @classmethod
+    def from_keys(cls, narrow: Mapping[str, Any]) -> FoundUnits:
+        def units(one: Mapping[str, Any]) -> Units:
+            parts = {name: (place, tuple(sizes)) for name, (place, sizes) in one["parts"].items()}
+            return Units(**{**one, "makers": tuple(one["makers"]), "parts": parts})
+
+        heads, neurons = (
+            Cuttable(
+                **{
+                    **narrow[kind],
+                    "layers": tuple(one and units(one) for one in narrow[kind]["layers"]),
+                    "keys": tuple(narrow[kind]["keys"]),
+                }
+            )
+            for kind in ("heads", "neurons")
         )
-
-    @property
-    def feed_forwards(self) -> tuple[FeedForwardPaths | None, ...]:
-        return tuple(
-            None
-            if units is None
-            else FeedForwardPaths(units.makers, units.output).under(f"{self.blocks}.{number}")
-            for number, units in enumerate(self.neurons.layers)
-        )
-
-
-def _attention(units: Units) -> AttentionPaths:
-    first, *_ = makers = units.makers
-    projections = (first, makers[min(1, len(makers) - 1)], makers[-1])
-    return AttentionPaths(projections, units.output, units.core)
+        return cls(heads, neurons, narrow["blocks"])
 
 
 def _named(*names: str) -> re.Pattern[str]:

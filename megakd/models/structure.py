@@ -25,12 +25,14 @@ from megakd.contract.batch import LogitWarp
 from megakd.contract.tasks import LANGUAGE_TASKS, TaskType
 from megakd.errors import ModelError, one_line
 from megakd.models.architectures import (
-    ARCHITECTURES,
     AUTO_CLASSES,
     CLASS_ENDINGS,
+    LOSE_WIDTH,
+    T5_ENCODERS,
     Architecture,
     Known,
     class_name,
+    narrow_maps,
 )
 from megakd.models.units import units_of
 from megakd.models.valueless import VALUELESS, Valueless, no_cache, without_values
@@ -156,12 +158,11 @@ def find_architecture(config: PretrainedConfig, task: TaskType) -> Architecture:
     blocks, *parts = (path.removeprefix(f"{inner}.") for path in lists or [repeated or ""])
     # The module around the embeddings of tokens adds those of positions too.
     around = (embeddings or "").removeprefix(f"{inner}.").partition(".")[0]
-    entry = ARCHITECTURES.get(kind)
-    if entry is None or task not in entry.tasks:
-        entry = Architecture(model_type=kind, tasks=(task,), find_units=units_of)
-    architecture = replace(
-        entry,
-        layers=entry.layers if key in (None, "num_hidden_layers") else key,
+    architecture = Architecture(
+        model_type=kind,
+        tasks=(task,),
+        find_units=units_of,
+        layers=key or LAYER_COUNTS[0],
         backbone=inner,
         embeddings=around,
         head=outside[-1] if outside else top,
@@ -173,8 +174,8 @@ def find_architecture(config: PretrainedConfig, task: TaskType) -> Architecture:
         reads_states=len(lists) == 1
         and seen.shapes.get(f"{layers}.0", ())[:2] == seen.shapes[inner][:2],
         has_sinks=any(name.endswith(".sinks") for name, _ in model.named_parameters()),
-        # A layer of the table that has lost its heads has no attention.
-        shows_attention=entry.is_listed or _shows_attention(model, seen, lists),
+        loses_width=kind in LOSE_WIDTH,
+        shows_attention=_shows_attention(model, seen, lists),
         experts=_experts_in(model),
     )
     if task not in LANGUAGE_TASKS:
@@ -344,8 +345,16 @@ def _shows_attention(model: PreTrainedModel, seen: Seen, lists: Sequence[str]) -
             if len(queries) == 4 and keys[:2] == values[:2]
         )
 
-    layers = len(cast("Any", model.get_submodule(lists[0]))) if len(lists) == 1 else 0
-    return layers > 0 and all(shows(f"{lists[0]}.{number}") for number in range(layers))
+    if len(lists) != 1:
+        return False
+    layers = range(len(cast("Any", model.get_submodule(lists[0]))))
+    narrow = narrow_maps(model.config)
+    heads = [None] * len(layers) if narrow is None else narrow["heads"]["layers"]
+    # A layer that has lost its heads has no attention.
+    return all(
+        shows(f"{lists[0]}.{number}") or (units is not None and not units["total"])
+        for number, units in zip(layers, heads, strict=True)
+    )
 
 
 def _experts_in(model: PreTrainedModel) -> str | None:
@@ -418,16 +427,15 @@ def _nearest(measured: float, exact: Sequence[float]) -> float:
 
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
-    """Return where the parts of a model are, with the facts of its family in the table.
+    """Return where the parts of a model are.
 
     The class that `config.architectures` names is the class of the model.
 
     Raises:
         ModelError: the structure of the model cannot be read.
     """
-    entry = ARCHITECTURES.get(config.model_type)
-    if entry is not None and entry.backbone:
-        return entry
+    if config.model_type in T5_ENCODERS:
+        return T5_ENCODERS[config.model_type]
     return _FOUND.of(config, task_of(config) or _usual_task(config))
 
 

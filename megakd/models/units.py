@@ -1,4 +1,4 @@
-"""Neurons and attention heads of a model without an entry in the table, and whether they can go.
+"""Neurons and attention heads of a model, and whether they can go.
 
 The maps of a layer propose units by their shapes and names. A small copy of the model with random
 weights decides: with its units in another order, and with some of them removed, by a config of the
@@ -7,10 +7,10 @@ family, it must compute what it computed before.
 
 from __future__ import annotations
 
-import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 from transformers import PretrainedConfig
@@ -31,35 +31,33 @@ from megakd.models.small_copy import first_copy
 from megakd.models.units_copy import SmallCopy, signature_of, stay
 from megakd.models.valueless import without_values
 
+T = TypeVar("T")
 KINDS: tuple[Kind, Kind] = ("heads", "neurons")
 
 
 class Decision(NamedTuple):
     """What a small copy has shown of one kind of units.
 
-    forms: readings that hold, by the signature of their layers, see `_signature`.
-    names: names of the weights in these readings.
-    keys, head_width, is_narrow, uncut: see `Cuttable`.
+    forms: units of a layer of the copy whose reading holds, by the signature of the layer.
+    cuttable: what holds for all layers; it has none.
     """
 
-    forms: Mapping[str, str]
-    names: Mapping[str, tuple[str, ...]]
-    keys: tuple[str, ...] = ()
-    head_width: str | None = None
-    is_narrow: bool = False
-    uncut: str | None = None
+    forms: Mapping[str, Units]
+    cuttable: Cuttable
+
+
+def _not(reason: str) -> Decision:
+    return Decision({}, Cuttable(uncut=reason))
 
 
 def find_units(config: Any, architecture: Architecture, task: TaskType) -> FoundUnits:
     """Return the units that a small copy of a model can lose without another change."""
     if architecture.blocks is None or architecture.repeats or architecture.parts:
-        no_list = Cuttable((), uncut=_without_list(architecture))
+        no_list = Cuttable(uncut=_without_list(architecture))
         return FoundUnits(no_list, no_list, "")
     narrow = narrow_maps(config)
     if narrow is not None:
-        whole = copy.deepcopy(config)
-        del whole.narrow
-        return _with_fewer(find_units(whole, architecture, task), narrow)
+        return FoundUnits.from_keys(narrow)
     blocks = f"{architecture.backbone}.{architecture.blocks}"
     layers = _layers(config, task, blocks)
     signatures = [signature_of(layer) for layer in layers]
@@ -67,18 +65,18 @@ def find_units(config: Any, architecture: Architecture, task: TaskType) -> Found
     decisions = _decided(config, architecture, blocks, max(count, min(2, len(layers))))
     cuttable: dict[Kind, Cuttable] = {}
     for kind in KINDS:
-        decision = decisions[kind]
+        forms, decided = decisions[kind]
         pairs = zip(layers, signatures, strict=True)
-        units = tuple(_as_decided(layer, of, config, kind, decision) for layer, of in pairs)
-        keys, head_width, is_narrow, uncut = decision[2:]
+        units = tuple(_as_decided(layer, config, kind, forms.get(of)) for layer, of in pairs)
+        uncut = decided.uncut
         if uncut is None and not any(units):
             uncut = f"its layers have no {kind} by shape and name, unlike those of a small copy"
-        elif keys and not _states_shapes(config, task, blocks, units, decision):
-            keys = ()
-            if not (is_narrow and are_of_maps(units)):
+        elif decided.keys and not _states_shapes(config, task, blocks, units, decided):
+            decided = decided._replace(keys=())
+            if not (decided.is_narrow and are_of_maps(units)):
                 uncut = f"its config does not state fewer {kind}, unlike that of a small copy"
         units = units if uncut is None else (None,) * len(units)
-        cuttable[kind] = Cuttable(units, keys, head_width, is_narrow, uncut)
+        cuttable[kind] = decided._replace(layers=units, uncut=uncut)
     return FoundUnits(cuttable["heads"], cuttable["neurons"], blocks)
 
 
@@ -89,7 +87,7 @@ _FOUND = Known(
 
 
 def units_of(config: PretrainedConfig, architecture: Architecture) -> FoundUnits:
-    """Return the units of a model outside of the table."""
+    """Return the units of a model."""
     return _FOUND.of(config, architecture, architecture.tasks[0])
 
 
@@ -99,26 +97,12 @@ def _without_list(architecture: Architecture) -> str:
     return "its lists have parts of layers" if architecture.parts else "its layers are not found"
 
 
-def _with_fewer(found: FoundUnits, narrow: Mapping[str, Any]) -> FoundUnits:
-    def fewer(units: Units | None, maps: Mapping[str, Sequence[int | None]]) -> Units | None:
-        if units is None or units.output not in maps:
-            return units
-        inputs, _ = maps[units.output]
-        return units._replace(total=(inputs or 0) // sum(units.parts[f"{units.output}.weight"][1]))
-
-    heads, neurons = (
-        of_kind._replace(layers=tuple(map(fewer, of_kind.layers, narrow["layers"])), keys=())
-        for of_kind in (found.heads, found.neurons)
-    )
-    return FoundUnits(heads, neurons, found.blocks)
-
-
 def _layers(config: PretrainedConfig, task: TaskType, blocks: str) -> list[nn.Module]:
     return [*without_values(config, task).get_submodule(blocks)]  # type: ignore[misc]
 
 
 def _states_shapes(
-    config: Any, task: TaskType, blocks: str, layers: Sequence[Units | None], decision: Decision
+    config: Any, task: TaskType, blocks: str, layers: Sequence[Units | None], stated: Cuttable
 ) -> bool:
     """Return whether a config of the model itself states fewer units in all layers."""
     known = [units for units in layers if units is not None]
@@ -126,12 +110,8 @@ def _states_shapes(
         return False
     whole = known[0].total
     kept = next((n for n in range(whole // 2, 0, -1) if whole % n == 0), 1)
-    try:
-        cut = with_units(config, decision, known[0], kept)
-        empty = _layers(cut, task, blocks)
-    except Exception:  # noqa: BLE001 - a family may refuse sizes in its own way
-        return False
-    return all(
+    empty = _tried(lambda: _layers(with_units(config, stated, known[0], kept), task, blocks))
+    return empty is not None and all(
         layer.get_parameter(name).shape[dimension] == kept * sum(blocks)
         for layer, units in zip(empty, layers, strict=True)
         if units is not None
@@ -148,25 +128,23 @@ def _has_experts(layer: nn.Module) -> bool:
     )
 
 
-def _as_decided(
-    layer: nn.Module, signature: str, config: Any, kind: Kind, decision: Decision
-) -> Units | None:
-    form = decision.forms.get(signature)
+def _as_decided(layer: nn.Module, config: Any, kind: Kind, form: Units | None) -> Units | None:
     if form is None:
         return None
-    names = decision.names[signature]
-    form = form.removesuffix(WITH_OTHERS)
-    readings = [
-        units
-        for units in PROPOSALS[kind](layer, config)
-        if units.form == form and (*units.parts,) == names[: len(units.parts)]
-    ]
-    if not readings:
-        return None
-    (units,) = readings
-    shapes = {name: weight.shape for name, weight in layer.named_parameters()}
-    parts = {name: units.parts.get(name, (0, (shapes[name][0] // units.total,))) for name in names}
-    return units._replace(parts=parts, form=decision.forms[signature])
+    names, shapes = [*form.parts], {name: weight.shape for name, weight in layer.named_parameters()}
+    if kind == "neurons":  # as many as the output takes, also of maps that are square here
+        dimension, _ = form.parts[f"{form.output}.weight"]
+        total = shapes[f"{form.output}.weight"][dimension]
+        fits = all(shapes[n][d] == total * sum(sizes) for n, (d, sizes) in form.parts.items())
+        return form._replace(total=total) if fits else None
+    for units in PROPOSALS[kind](layer, config):
+        if (
+            units.form == form.form.removesuffix(WITH_OTHERS)
+            and [*units.parts] == names[: len(units.parts)]
+        ):
+            parts = {n: units.parts.get(n, (0, (shapes[n][0] // units.total,))) for n in names}
+            return units._replace(parts=parts, form=form.form)
+    return None
 
 
 def _decided(
@@ -178,7 +156,7 @@ def _decided(
     facts = task, blocks, count
     decisions, failed = first_copy(fewer, task, lambda small: _OF_COPIES.of(small, *facts))
     reason = f"no small copy of it runs, which decides ({failed})"
-    return decisions or dict.fromkeys(KINDS, Decision({}, {}, uncut=reason))
+    return decisions or dict.fromkeys(KINDS, _not(reason))
 
 
 def _decided_by_copy(
@@ -194,7 +172,7 @@ _OF_COPIES = Known(_decided_by_copy, without=())
 def decide(copied: SmallCopy, kind: Kind) -> Decision:
     """Return which units of a small copy can go, and the config that states it."""
     if kind == "neurons" and any(map(_has_experts, copied.layers)):
-        return Decision({}, {}, uncut=ROUTES_TOKENS)
+        return _not(ROUTES_TOKENS)
     readings: dict[str, dict[int, list[Units]]] = {}
     for number, layer in enumerate(copied.layers):
         proposed = PROPOSALS[kind](layer, copied.config)
@@ -202,20 +180,17 @@ def decide(copied: SmallCopy, kind: Kind) -> Decision:
             readings.setdefault(copied.signatures[number], {})[number] = proposed
     if not readings:
         parts = {"heads": "attention", "neurons": "feed-forward"}[kind]
-        return Decision({}, {}, uncut=f"no layer has the maps of one {parts} by shape and name")
+        return _not(f"no layer has the maps of one {parts} by shape and name")
     holding, failed = _holding(copied, kind, readings)
-    last = Decision({}, {}, uncut=failed)
+    last = Cuttable(uncut=failed)
     choices = [[*holding]] if len(holding) < 2 else [[*holding], *([one] for one in holding)]
     for signatures in choices if holding else ():
         layers = {n: units for one in signatures for n, units in holding[one].items()}
         last = _stated(copied, kind, layers)
         if last.uncut is None:
             forms = {one: next(iter(holding[one].values())) for one in signatures}
-            return last._replace(
-                forms={one: units.form for one, units in forms.items()},
-                names={one: tuple(units.parts) for one, units in forms.items()},
-            )
-    return last
+            return Decision(forms, last)
+    return Decision({}, last)
 
 
 def _holding(
@@ -236,41 +211,66 @@ def _holding(
     return holding, failed
 
 
-def _stated(copied: SmallCopy, kind: Kind, layers: Mapping[int, Units]) -> Decision:
-    shapes = copied.cut_shapes(layers)
-    units, is_narrow = next(iter(layers.values())), copied.is_narrow(layers)
+def _stated(copied: SmallCopy, kind: Kind, layers: Mapping[int, Units]) -> Cuttable:
+    shapes, units = copied.cut_shapes(layers), next(iter(layers.values()))
+    is_narrow = _tried(lambda: copied.is_narrow(layers))
+    of_maps = bool(is_narrow) and are_of_maps(layers.values())
+    is_exact = of_maps and _tried(lambda: copied.is_exact_without_heads(layers))
+    shown = Cuttable(
+        is_narrow=bool(is_narrow),
+        to_zero=of_maps and (kind == "neurons" or bool(is_exact)),
+        columns=of_maps and kind == "heads" and copied.has_columns(layers),
+    )
+
+    def is_stated(keys: Cuttable) -> bool | None:
+        config = with_units(copied.config, keys, units, len(stay(units)))
+        empty = without_values(config, copied.task).state_dict()
+        has_shapes = {name: weight.shape for name, weight in empty.items()} == shapes
+        return copied.is_exact(layers, config) if has_shapes else None
+
     for keys, head_width in candidates(copied.config, kind, units):
-        stated = Decision({}, {}, keys, head_width)
-        try:
-            config = with_units(copied.config, stated, units, len(stay(units)))
-            empty = without_values(config, copied.task).state_dict()
-            if {name: weight.shape for name, weight in empty.items()} != shapes:
-                continue
-            if copied.is_exact(layers, config):
-                return stated._replace(is_narrow=is_narrow)
-        except Exception:  # noqa: BLE001, S112 - a family may refuse sizes in its own way
+        stated = shown._replace(keys=keys, head_width=head_width)
+        holds = _tried(partial(is_stated, stated))
+        if holds:
+            return stated
+        if holds is None:
             continue
-        return Decision(
-            {}, {}, uncut=f"a model of its class without some of its {kind} computes something else"
+        return Cuttable(
+            uncut=f"a model of its class without some of its {kind} computes something else"
         )
-    if is_narrow and are_of_maps(layers.values()):  # for a class that is stored with the model
-        return Decision({}, {}, is_narrow=True)
+    if of_maps:  # for a class that is stored with the model
+        return shown
     more = ", and takes their width from that of the hidden states" if kind == "heads" else ""
-    return Decision({}, {}, uncut=f"no key of its config states fewer {kind} alone{more}")
+    return Cuttable(uncut=f"no key of its config states fewer {kind} alone{more}")
 
 
-def with_units(
-    config: Any, stated: Decision | Cuttable, units: Units, kept: int
-) -> PretrainedConfig:
+def _tried(check: Callable[[], T]) -> T | None:
+    """Return what a check returns; None: the code of the family refuses it in its own way."""
+    try:
+        return check()
+    except Exception:  # noqa: BLE001
+        return None
+
+
+def with_units(config: Any, stated: Cuttable, units: Units, kept: int) -> PretrainedConfig:
     """Return the config of a model that keeps some of the units of each layer.
 
     Raises:
         ValueError: the config cannot state them.
     """
-    changes = changed_keys(config, stated.keys, kept, units.total)
+    changes = changed_keys(config, stated.keys, kept, stated.stated or units.total)
     if stated.head_width is not None:
         changes[stated.head_width] = units.width
     return type(config).from_dict({**config.to_dict(), **changes})
+
+
+def head_keys(config: Any) -> tuple[str, ...]:
+    """Return the keys by which configs of transformers state heads, and those that share keys."""
+    stored, aliases = config.to_dict(), config.attribute_map
+    queries, keys = (
+        aliases.get(key, key) for key in ("num_attention_heads", "num_key_value_heads")
+    )
+    return (queries,) if stored.get(keys) is None else (queries, keys)
 
 
 _SIZES_OF_OTHERS = ("vocab_size", "hidden_size", "max_position_embeddings", "block_multiple_of")
@@ -307,12 +307,9 @@ def candidates(
         yield sized, None
         return
     queries = config.num_attention_heads
-    usual = [aliases.get("num_attention_heads", "num_attention_heads")]
-    keys = aliases.get("num_key_value_heads", "num_key_value_heads")
-    usual += [keys] if stored.get(keys) is not None else []
     sized = tuple(k for k in with_values(queries, units.total) if re.search("head|kv|group", k))
     for head_width in (None, "head_dim"):
-        yield tuple(usual), head_width
+        yield head_keys(config), head_width
         yield sized, head_width
 
 

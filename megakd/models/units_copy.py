@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from megakd.contract.tasks import TaskType
 from megakd.errors import ModelError
-from megakd.models.proposed_units import Blocks, Units
+from megakd.models.architectures import NARROW
+from megakd.models.proposed_units import Blocks, Cuttable, FoundUnits, Units, are_of_maps
 from megakd.models.small_copy import TOKENS, logits_of, new_copy
 
 SAME = 1e-10
@@ -54,6 +58,11 @@ def _outputs(model: PreTrainedModel) -> Tensor:
 
 def _is_same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and bool((one - other).abs().max() <= SAME * other.abs().max())
+
+
+def stay(units: Units) -> range:
+    """Return the units that a small copy keeps: those with odd numbers."""
+    return range(1, units.total, 2)
 
 
 class SmallCopy:
@@ -101,17 +110,23 @@ class SmallCopy:
             return _is_same(_outputs(self.model), self.outputs)
 
     @contextmanager
-    def without(self, layers: Mapping[int, Units]) -> Iterator[Tensor]:
-        """Yield the outputs if the units that `stay` leaves out give nothing to hidden states."""
+    def without(
+        self, layers: Mapping[int, Units], kept: Callable[[Units], range] = stay
+    ) -> Iterator[Tensor]:
+        """Yield the outputs if the units that are not kept give nothing to hidden states."""
         before = {}
         for number, units in layers.items():
             name = f"{units.output}.weight"
             dimension, (size,) = units.parts[name]
+            output = self.layers[number].get_submodule(units.output)
             weight = self.layers[number].get_parameter(name)
             before[weight] = weight.data
-            gone = [row for unit in {*range(units.total)} - {*stay(units)}
+            gone = [row for unit in {*range(units.total)} - {*kept(units)}
                     for row in range(unit * size, (unit + 1) * size)]  # fmt: skip
             weight.data = weight.data.index_fill(dimension, torch.tensor(gone), 0)
+            if not kept(units) and output.bias is not None:  # nothing at all is left
+                before[output.bias] = output.bias.data
+                output.bias.data = torch.zeros_like(output.bias.data)
         try:
             yield _outputs(self.model)
         finally:
@@ -128,11 +143,13 @@ class SmallCopy:
                 shapes[full] = torch.Size(shape)
         return shapes
 
-    def is_exact(self, layers: Mapping[int, Units], config: Any) -> bool:
-        """Return whether the plain class with a config computes the cut model."""
-        with self.without(layers) as expected:
+    def is_exact(
+        self, layers: Mapping[int, Units], config: Any, kept: Callable[[Units], range] = stay
+    ) -> bool:
+        """Return whether the class of a config computes the cut model."""
+        with self.without(layers, kept) as expected:
             pass
-        with self.with_rows(layers, stay):
+        with self.with_rows(layers, kept):
             state = {name: value.clone() for name, value in self.model.state_dict().items()}
         other = _in_double(config, self.task)
         other.load_state_dict(state)
@@ -145,32 +162,69 @@ class SmallCopy:
             _can_be_narrow(layer.get_submodule(name.rpartition(".")[0])) for layer, name in weights
         ):
             return False
+        if are_of_maps(layers.values()):
+            return self._is_exact_as_narrow(layers, stay)
         with self.without(layers) as expected:
             pass
-        try:
-            with self.with_rows(layers, stay):
-                return _is_same(_outputs(self.model), expected)
-        except Exception:  # noqa: BLE001 - code that expects all units may fail in its own way
-            return False
+        with self.with_rows(layers, stay):
+            return _is_same(_outputs(self.model), expected)
+
+    def has_columns(self, layers: Mapping[int, Units]) -> bool:
+        """Return whether another order of the columns inside heads changes nothing."""
+        scores, values = dict[int, Units](), dict[int, Units]()
+        for number, units in layers.items():
+            core, sizes = self.layers[number].get_submodule(units.core), (units.width,)
+            if {of for _, of in units.parts.values()} != {sizes} or len(units.makers) != 3:
+                return False
+            if not hasattr(core, "attention_head_size"):  # by which the vectors are split
+                return False
+            by_column = units._replace(total=units.total * units.width)
+            parts = {name: (dimension, (1,)) for name, (dimension, _) in units.parts.items()}
+            of_scores = tuple(f"{path}." for path in units.makers[:2])
+            of_both = {n: one for n, one in parts.items() if n.startswith(of_scores)}
+            scores[number] = by_column._replace(parts=of_both)
+            others = {n: one for n, one in parts.items() if n not in of_both}
+            values[number] = by_column._replace(parts=others)
+
+        def turned(by: int, columns: Units) -> list[int]:
+            width = columns.width
+            rows = range(columns.total)
+            return [row // width * width + (row % width + by) % width for row in rows]
+
+        with self.with_rows(scores, partial(turned, 1)), self.with_rows(values, partial(turned, 2)):
+            return _is_same(_outputs(self.model), self.outputs)
+
+    def is_exact_without_heads(self, layers: Mapping[int, Units]) -> bool:
+        """Return whether the class that is stored with a model computes a layer without heads."""
+        number = min(layers)
+        return self._is_exact_as_narrow({number: layers[number]}, lambda _: range(0))
+
+    def _is_exact_as_narrow(
+        self, layers: Mapping[int, Units], kept: Callable[[Units], range]
+    ) -> bool:
+        none = (None,) * len(self.layers)
+        fewer = {n: units._replace(total=len(kept(units))) for n, units in layers.items()}
+        units = Cuttable(tuple(fewer.get(number) for number in range(len(none))))
+        of_kind = (units, Cuttable(none))
+        heads, neurons = of_kind if next(iter(layers.values())).width > 1 else of_kind[::-1]
+        config = copy.deepcopy(self.config)
+        setattr(config, NARROW, FoundUnits(heads, neurons, self._blocks).as_keys())
+        return self.is_exact(layers, config, kept=kept)
 
 
 def _can_be_narrow(part: nn.Module) -> bool:
     # What `models.elastic` can lay over: maps, and norms, which have only vectors.
     own = dict(part.named_parameters(recurse=False))
     is_norm = "weight" in own and all(weight.dim() == 1 for weight in own.values())
-    return isinstance(part, nn.Linear) or is_norm
-
-
-def stay(units: Units) -> range:
-    """Return the units that a small copy keeps: those with odd numbers."""
-    return range(1, units.total, 2)
+    return isinstance(part, nn.Linear | Conv1D) or is_norm
 
 
 def taken(
     weight: Tensor, dimension: int, blocks: Blocks, units: Sequence[int], count: int
 ) -> Tensor:
     """Return the rows of some units of a weight, block by block."""
-    return weight.index_select(dimension, torch.tensor(rows_of(units, blocks, count)))
+    rows = torch.tensor(rows_of(units, blocks, count), dtype=torch.long)
+    return weight.index_select(dimension, rows)
 
 
 def rows_of(units: Sequence[int], blocks: Blocks, count: int) -> list[int]:

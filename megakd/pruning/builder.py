@@ -74,14 +74,15 @@ class SortedTeacher:
         with_heads: Collection[int] = (),
     ) -> View:
         """Return the prefix of every layer that remains at a sparsity; see `contract.lab`."""
-        if not self.source.architecture.is_listed:  # no class of a layer without heads
+        architecture, config = self.source.architecture, self.source.config
+        if not architecture.found_units(config).heads.to_zero:
             with_heads = [number for number, one in enumerate(self.scores.heads) if one]
         return view_at(
             self.scores.scaled(),
             sparsity,
             allocation=allocation,
             round_to=round_to,
-            head_width=self.source.architecture.rows_of_heads(self.source.config),
+            head_width=architecture.rows_of_heads(config),
             with_heads=with_heads,
         )
 
@@ -276,11 +277,8 @@ def _random_model(
 def shape_of_cut(source: ModelSource, view: View, task: TaskType) -> ModelSource:
     """Return a model as it will be after a cut to a view, without weights."""
     config = cut_config(source.config, view)
-    architecture = source.architecture
-    if architecture.is_listed:
-        architecture = for_task(config, task)
     return dataclasses.replace(
-        source, config=config, architecture=architecture, folder=None, stored={}
+        source, config=config, architecture=for_task(config, task), folder=None, stored={}
     )
 
 
@@ -303,7 +301,7 @@ def counts_in_view(weights: Weights, source: ModelSource, view: View) -> Paramet
         if rename(name) is not None
     ]
     counts = parameter_counts(shapes)
-    if architecture.is_listed:
+    if architecture.loses_width:
         return counts
     lists = (architecture.blocks, *architecture.parts)
     layers = tuple(f"{architecture.backbone}.{path}." for path in lists)

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from megakd.config.deepspeed import frozen_on, load_ds_config
 from megakd.contract.batch import Batch, LossInputs, count_units
+from megakd.contract.views import Kind
 from megakd.data.loader import global_batches
 from megakd.data.step_layout import StepShape
 from megakd.engine.collectives import agree, all_reduce_, doing
@@ -155,22 +156,22 @@ class Gates:
 
     def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
         architecture, table = architecture_of(model.config), weight_axes(model)
-        units = architecture.units(model.config)
-        attentions = architecture.attentions(model.config)
-        parts = (*attentions, *architecture.feed_forwards(model.config))
-        outputs = [None if paths is None else paths.output for paths in parts]
-        self._attentions, self._feed_forwards = len(attentions), len(units.neurons)
-        # A part without units has no gates, and needs no module.
-        self._modules = [None if path is None else model.get_submodule(path) for path in outputs]
-        counts = [*units.heads, *units.neurons]
-        self.tensors = [torch.ones(count, device=device, requires_grad=True) for count in counts]
-        kinds = ["heads"] * self._attentions + ["neurons"] * len(units.neurons)
-        self._sizes = [
-            next(a.size for a in table[f"{path}.weight"] if a is not None and a.kind == kind)
-            if path is not None
-            else 1
-            for path, kind in zip(outputs, kinds, strict=True)
+        found = architecture.found_units(model.config)
+        self._attentions = len(found.heads.layers)
+        self.tensors = [
+            torch.ones(count, device=device, requires_grad=True)
+            for count in (*found.heads.counts, *found.neurons.counts)
         ]
+        # A part without units has no gates, and needs no module.
+        self._modules: list[nn.Module | None] = [None] * len(self.tensors)
+        self._sizes = [1] * len(self.tensors)
+        firsts: tuple[tuple[Kind, int], ...] = ("heads", 0), ("neurons", self._attentions)
+        for kind, first in firsts:
+            for number, owner, units in found.of(kind):
+                output = f"{owner}.{units.output}"
+                self._modules[first + number] = model.get_submodule(output)
+                axes = (axis for axis in table[f"{output}.weight"] if axis is not None)
+                self._sizes[first + number] = next(a.size for a in axes if a.kind == kind)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -195,7 +196,8 @@ class Gates:
         """
         parts = totals.double().cpu().split([gate.numel() for gate in self.tensors])
         names = [f"heads of attention {number + 1}" for number in range(self._attentions)]
-        names += [f"neurons of feed-forward {n + 1}" for n in range(self._feed_forwards)]
+        others = range(len(self.tensors) - self._attentions)
+        names += [f"neurons of feed-forward {number + 1}" for number in others]
         for name, part in zip(names, parts, strict=True):
             if not part.isfinite().all():
                 raise TeacherError(

@@ -283,4 +283,4 @@ def test_labels_alone_learn_from_the_rows_with_a_label_in_a_cut_of_the_target(on
     assert [one["name"] for one in read(out)["stages"]] == ["specification", "student"]
     # Each of the 4 steps takes all 8 rows that have a label.
     assert max(record["epoch"] for record in records_of(out) if "epoch" in record) == 4.0
-    assert json.loads((out / "final/config.json").read_text())["model_type"] == "cut_bert"
+    assert json.loads((out / "final/config.json").read_text())["model_type"] == "narrow_bert"

@@ -16,7 +16,7 @@ from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from elastic_views import UNEVEN, family_model, logits_of
 from torch import nn
 
-from megakd.contract.views import Cut
+from megakd.contract.views import Cut, View
 from megakd.engine import sharding
 from megakd.engine.sharding import (
     Prefetch,
@@ -56,10 +56,11 @@ def test_a_model_that_is_not_sharded_is_given_itself_in_evaluation_mode():
     assert [part.training for part in model.modules()] == modes
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "cut_llama"])
-def test_a_copy_computes_the_same_with_weights_and_buffers_of_its_own(family):
-    counts = {"head_counts": [2, 0, 3], "neuron_counts": [7, 0, 33], "head_width": 8}
-    model = family_model(family, **counts if family == "cut_llama" else {}).train()
+@pytest.mark.parametrize(
+    ("family", "kept"), [("llama", None), ("gpt2", None), ("llama", View((2, 0, 3), (7, 0, 33)))]
+)
+def test_a_copy_computes_the_same_with_weights_and_buffers_of_its_own(family, kept):
+    model = family_model(family, kept=kept).train()
     expected = logits_of(model.eval())
 
     copied = sharding._unsharded_copy(model)

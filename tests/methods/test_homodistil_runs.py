@@ -91,7 +91,7 @@ def test_a_model_in_flight_loads_with_plain_transformers_and_is_exported_without
     one_rank.megakd(*export, code=0)
 
     config = json.loads((stage / "config.json").read_text())
-    assert (config["model_type"], config["score_width"]) == ("cut_bert", 8)
+    assert (config["model_type"], config["narrow"]["score_width"]) == ("narrow_bert", 8)
     assert (stage / "training_state").is_dir()
     assert not (model / "training_state").exists()
     for folder in (stage, model):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cut_families import FAMILIES
 from safetensors.torch import load_file, save_file
 from transformers import (
     CONFIG_MAPPING,
@@ -17,7 +18,6 @@ from transformers import (
 
 from megakd.config.models import ScratchModel
 from megakd.config.task import TaskConfig
-from megakd.models.architectures import FAMILIES
 from megakd.models.loading import load_model, resolve_model
 from megakd.models.own_models import register_own_models
 from megakd.models.source import ModelSource

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import tiny_cuts
 import torch
+from cut_families import FAMILIES
 from transformers import AutoModelForMaskedLM, ElectraConfig, ElectraForMaskedLM, LlamaConfig
 
 from megakd.contract.views import Axis, Cut, UnitOrder, View
 from megakd.errors import ModelError
-from megakd.models.architectures import AUTO_CLASSES, FAMILIES
+from megakd.models.architectures import AUTO_CLASSES
 from megakd.models.axes import (
     WIDTH,
     cut_part,
@@ -161,17 +162,20 @@ def test_the_map_lists_the_modules_of_every_attention_and_feed_forward(tiny, mod
     model = tiny.load(tiny.scratch(model_type), tiny.task_for(model_type), need_head=False)
     architecture = architecture_of(model.config)
 
-    attentions = architecture.attentions(model.config)
-    feed_forwards = architecture.feed_forwards(model.config)
+    found = architecture.found_units(model.config)
+    attentions, feed_forwards = ([*found.of(kind)] for kind in ("heads", "neurons"))
 
     more = 2 if model_type == "enct5" else 0
     assert (len(attentions), len(feed_forwards)) == (2 + more, 2 + more // 2)
-    listed = [path for a in attentions for path in (*dict.fromkeys(a.projections), a.output)]
-    listed += [path for f in feed_forwards for path in (*f.inputs, f.output)]
+    listed = [
+        f"{owner}.{path}"
+        for _, owner, units in (*attentions, *feed_forwards)
+        for path in (*units.makers, units.output)
+    ]
     assert len({*listed}) == len(listed)
     matrices = {name.rpartition(".")[0] for name, p in model.named_parameters() if p.dim() == 2}
     assert matrices >= {*listed}
-    cores = tuple(f"{paths.core}." for paths in attentions)
+    cores = tuple(f"{owner}.{units.core}." for _, owner, units in attentions)
     assert all("bias" in path for path in matrices - {*listed} if path.startswith(cores))
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import gc
 import random
-import weakref
 
 import pytest
 import torch
@@ -32,18 +30,17 @@ from tiny_cuts import (
     source_of,
     task_of,
     view_of,
+    written,
 )
-from torch import nn
 from transformers import AutoModel
 
 from megakd.contract.views import Cut, UnitOrder, View
 from megakd.errors import ModelError
 from megakd.models.axes import cut_part, weight_axes
-from megakd.models.cutting import cut_config, cut_state, rescaled
+from megakd.models.cutting import cut_config, cut_state, is_stock, rescaled
 from megakd.models.elastic import Elastic
-from megakd.models.modeling.modeling_cut import CutBertConfig, CutLlamaConfig, CutLlamaModel
 from megakd.models.structure import architecture_of
-from megakd.models.valueless import no_cache
+from megakd.models.valueless import new_model, no_cache
 
 LANGUAGE = [*((name, "causal_lm") for name in DECODERS), *((name, "mlm") for name in MASKED)]
 
@@ -79,14 +76,14 @@ def pruned(model, *, seed=0, width=17, neurons=(7, 20, 1), head_width=None, head
 
 
 def cuts_of(model):
-    if architecture_of(model.config).cuts_inside_heads:
+    if architecture_of(model.config).found_units(model.config).heads.columns:
         return pruned(model, head_width=3)
     return pruned(model, heads=tuple(1 + (number % 2) for number in range(3)))
 
 
 def cut_model(model, cut, *, kind, learns=False):
     config = cut_config(model.config, cut.view, cut.order, learns=learns)
-    made = AUTO[kind].from_config(config).eval()
+    made = new_model(config, kind).eval()
     state = cut_state(model.state_dict().items(), weight_axes(model), cut.view, cut.order)
     state = dict(state if learns else rescaled(state, model.config, cut.view))
     made.load_state_dict(state, strict=True)
@@ -183,7 +180,7 @@ def test_heads_that_lose_columns_are_exported_as_stock_bert_with_the_same_scores
 
     stock = cut_model(model, cut, kind="mlm")
 
-    assert stock.config.model_type == "bert"
+    assert is_stock(stock.config)
     assert stock.config.hidden_size == 12
     Elastic(model).keep(cut)
     torch.testing.assert_close(run(model).logits, run(stock).logits, atol=1e-5, rtol=1e-5)
@@ -195,7 +192,8 @@ def test_a_model_that_learns_on_keeps_its_weights_and_states_its_scale():
 
     config = cut_config(model.config, cut.view, cut.order, learns=True)
 
-    assert (config.model_type, config.head_width, config.score_width) == ("cut_bert", 2, 4)
+    assert architecture_of(config).heads(config).width == 2
+    assert architecture_of(config).score_width(config) == config.narrow["score_width"] == 4
     name = "bert.encoder.layer.0.attention.self.query.weight"
     small = cut_model(model, cut, kind="mlm", learns=True)
     assert small.get_parameter(name).flatten()[0] in model.get_parameter(name)
@@ -214,7 +212,7 @@ def test_the_scale_survives_a_second_cut(is_narrowed):
 
     # 6 heads of 3 (or 2) columns make 18 (or 12): the stock class can say the shape once the
     # queries are scaled.
-    assert exported.config.model_type == "bert"
+    assert is_stock(exported.config)
     Elastic(halfway).keep(second)
     torch.testing.assert_close(run(halfway).logits, run(exported).logits, atol=1e-5, rtol=1e-5)
 
@@ -244,13 +242,12 @@ def test_an_order_of_columns_inside_heads_leaves_the_outputs_as_they_were(family
     torch.testing.assert_close(run(other).logits, before, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["cut_bert", "cut_llama"])
-def test_layers_without_heads_or_neurons_run_as_cuts_too(family):
-    kind = "mlm" if family == "cut_bert" else "causal_lm"
-    stock = build(family.removeprefix("cut_"), kind)
+@pytest.mark.parametrize(("family", "kind"), [("bert", "mlm"), ("llama", "causal_lm")])
+def test_layers_without_heads_or_neurons_run_as_cuts_too(family, kind):
+    stock = build(family, kind)
     counts = View((2, 0, 3), (9, 0, 20))
     model = cut_model(stock, Cut(None, counts), kind=kind, learns=True).eval()
-    head_width = 3 if family == "cut_bert" else None
+    head_width = 3 if family == "bert" else None
     cut = pruned(model, neurons=(4, 0, 7), head_width=head_width)
     small = cut_model(model, cut, kind=kind, learns=True)
 
@@ -278,7 +275,6 @@ KINDS = [
     *((family, "mlm", {}) for family in MASKED),
     ("llama", "causal_lm", BIASED),
 ]
-SHAPE = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 6, "vocab_size": 60}
 
 
 @pytest.mark.parametrize(("view", "attention"), [("ragged", "eager"), ("empty", "sdpa")])
@@ -301,18 +297,19 @@ def test_a_saved_model_comes_back_whole_and_bare(family, tmp_path):
     whole = build(family)
     smaller = cut(whole, task_of(family), view_of(whole, "empty"))
 
-    smaller.save_pretrained(tmp_path)
-    again, info = type(smaller).from_pretrained(tmp_path, output_loading_info=True)
+    written(smaller, tmp_path)
+    again, info = AUTO[task_of(family)].from_pretrained(
+        tmp_path, output_loading_info=True, trust_remote_code=True
+    )
 
     assert not any(info.values()), info
-    assert again.config.head_counts == smaller.config.head_counts
+    assert again.config.narrow == smaller.config.narrow
     assert torch.equal(logits(again.eval()), logits(smaller))
     # What has no elements is no parameter, and yet has a name.
     assert all(parameter.numel() for parameter in smaller.parameters())
     assert set(smaller.state_dict()) == set(whole.state_dict())
-    bare = AutoModel.from_config(smaller.config).eval()
-    bare.load_state_dict(smaller.base_model.state_dict(), strict=False)
-    assert type(bare).__name__.startswith("Cut")
+    bare = AutoModel.from_pretrained(tmp_path, trust_remote_code=True).eval()
+    assert type(bare).__name__.startswith("Narrow")
     actual, expected = (model(input_ids=IDS)[0] for model in (bare, smaller.base_model))
     assert torch.equal(actual, expected)
 
@@ -339,7 +336,8 @@ def test_attentions_are_told_of_every_layer(family):
 
     attentions = smaller(input_ids=IDS, output_attentions=True).attentions
 
-    heads = [count * smaller.config.queries_per_key for count in (0, 2, 1)]
+    shared = 2 if "num_key_value_heads" in FAMILIES[family] else 1
+    heads = [count * shared for count in (0, 2, 1)]
     assert [tuple(weights.shape) for weights in attentions] == [(2, n, 4, 4) for n in heads]
 
 
@@ -364,44 +362,6 @@ def gradients(model) -> dict[str, torch.Tensor | None]:
     output = model(input_ids=IDS).logits
     (output * torch.linspace(-1, 1, output.numel()).view(output.shape)).sum().backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
-
-
-def test_layers_are_made_one_by_one_so_that_no_whole_model_is_in_memory(monkeypatch):
-    alive: weakref.WeakSet[nn.Linear] = weakref.WeakSet()
-    most, make = 0, nn.Linear.__init__
-
-    def counting(self, *sizes, **options):
-        nonlocal most
-        make(self, *sizes, **options)
-        alive.add(self)
-        most = max(most, sum(linear.weight.numel() for linear in alive))
-
-    monkeypatch.setattr(nn.Linear, "__init__", counting)
-    gc.collect()
-    config = CutLlamaConfig(
-        **(SHAPE | {"num_hidden_layers": 8, "intermediate_size": 400}),
-        head_counts=[1] * 8,
-        neuron_counts=[4] * 8,
-    )
-    model = CutLlamaModel(config)
-
-    whole = 8 * 3 * 400 * 24
-    kept = sum(weight.numel() for name, weight in model.named_parameters() if "proj" in name)
-    assert kept < whole / 10
-    assert most < kept + whole / 8
-
-
-def test_a_config_without_counts_is_that_of_the_whole_model():
-    config = CutBertConfig(**SHAPE, intermediate_size=20)
-    assert config.head_counts == [6, 6, 6]
-    assert config.neuron_counts == [20, 20, 20]
-    assert config.head_width == 4
-
-
-@pytest.mark.parametrize("counts", [[1, 2], [1, 2, 3, 4], [1, -1, 2]])
-def test_a_config_wants_a_number_for_each_layer(counts):
-    with pytest.raises(ValueError, match="head_counts must be 3 numbers"):
-        CutBertConfig(**SHAPE, head_counts=counts)
 
 
 def test_new_weights_are_drawn_as_those_of_the_stock_model(recwarn):

@@ -30,13 +30,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megakd.config.models import ScratchModel
 from megakd.contract.views import View
 from megakd.errors import ModelError
-from megakd.models.cutting import cut_class_name, cut_config
+from megakd.models.cutting import cut_class_name, cut_config, is_stock
 from megakd.models.elastic import Elastic
 from megakd.models.loading import resolve_model
-from megakd.models.modeling.modeling_cut import CutLlamaConfig
+from megakd.models.own_models import config_in
 from megakd.models.structure import architecture_of
 from megakd.pruning.allocation import UnitScores, view_at
 
+KINDS = ("heads", "neurons")
 FFN = View((6, 6, 6), (8, 8, 8))
 UNIFORM = View((2, 2, 2), (8, 8, 8))
 RAGGED = View((1, 3, 2), (7, 20, 1))
@@ -47,17 +48,17 @@ RAGGED = View((1, 3, 2), (7, 20, 1))
     [
         *((family, FFN, family) for family in ("bert", "roberta", "distilbert", "electra", "gpt2")),
         *((family, UNIFORM, family) for family in ("llama", "mistral", "qwen2", "qwen3")),
-        *((family, UNIFORM, f"cut_{family}") for family in ("bert", "distilbert", "gpt2")),
-        *((family, RAGGED, f"cut_{family}") for family in ("bert", "llama", "qwen3", "gpt2")),
+        *((family, UNIFORM, "narrow") for family in ("bert", "distilbert", "gpt2")),
+        *((family, RAGGED, "narrow") for family in ("bert", "llama", "qwen3", "gpt2")),
         # Two heads are as wide as what is left of the hidden states.
         ("bert", UNIFORM._replace(width=8), "bert"),
-        ("bert", FFN._replace(width=23), "cut_bert"),
+        ("bert", FFN._replace(width=23), "narrow"),
         ("qwen2", UNIFORM._replace(width=9), "qwen2"),
         # Llama's config wants heads that divide the width.
-        ("llama", UNIFORM._replace(width=22), "cut_llama"),
+        ("llama", UNIFORM._replace(width=22), "narrow"),
         ("llama", UNIFORM._replace(width=20), "llama"),
-        ("bert", View((6, 6, 6), (0, 0, 0)), "cut_bert"),
-        ("qwen2", View((0, 0, 0), (8, 8, 8)), "cut_qwen2"),
+        ("bert", View((6, 6, 6), (0, 0, 0)), "narrow"),
+        ("qwen2", View((0, 0, 0), (8, 8, 8)), "narrow"),
     ],
     ids=str,
 )
@@ -66,7 +67,8 @@ def test_a_stock_config_is_used_wherever_it_can_say_the_shape(family, view, expe
 
     config = cut_config(model.config, view)
 
-    assert config.model_type == expected
+    assert config.model_type == family
+    assert is_stock(config) == (expected == family)
     units = architecture_of(config).units(config)
     assert units == view._replace(width=view.width or 24)
     assert architecture_of(config).heads(config).width == (6 if family == "qwen3" else 4)
@@ -113,7 +115,8 @@ def test_cutting_twice_is_cutting_once(family, view):
 
     once = cut(whole, kind, last)
     assert type(twice) is type(once)
-    assert twice.config.to_dict().keys() == once.config.to_dict().keys()
+    more = twice.config.to_dict().keys() ^ once.config.to_dict().keys()
+    assert more <= {"head_dim"}  # the config of even layers states what others leave out
     assert full_view(twice) == full_view(once)
     assert torch.equal(logits(twice), logits(once))
 
@@ -217,7 +220,7 @@ def test_tied_weights_stay_tied_and_others_two(tmp_path, family, kind, tied):
     folder = reshaped(source, tmp_path / "cut", kind, view=RAGGED)
 
     config = json.loads((folder / "config.json").read_text())
-    assert config["architectures"] == [f"Cut{type(model).__name__}"]
+    assert config["architectures"] == [f"Narrow{type(model).__name__}"]
     result = loaded(folder, kind)
     inputs, outputs = result.get_input_embeddings().weight, result.get_output_embeddings().weight
     assert (outputs is inputs) == tied
@@ -245,7 +248,7 @@ def test_the_labels_of_what_is_written_are_in_the_datas_order(tmp_path, family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("view", ["ragged", "empty"])
-def test_the_config_of_uneven_layers_keeps_no_count_of_the_whole_model(family, view, tmp_path):
+def test_the_config_of_uneven_layers_lists_their_units(family, view, tmp_path):
     model = build(family)
     kept = view_of(model, view)
 
@@ -253,31 +256,27 @@ def test_the_config_of_uneven_layers_keeps_no_count_of_the_whole_model(family, v
 
     config.save_pretrained(tmp_path)
     saved_keys = json.loads((tmp_path / "config.json").read_text())
-    assert saved_keys["head_counts"] == list(kept.heads)
-    assert saved_keys["neuron_counts"] == list(kept.neurons)
-    wrong = {"num_attention_heads", "num_key_value_heads", "n_head", "n_heads"}
-    wrong |= {"intermediate_size", "n_inner", "hidden_dim"}
-    assert not wrong & saved_keys.keys()
     if family in T5S:  # `num_heads` counts the columns of the bias that all layers share
         assert saved_keys["d_ff"] == max(kept.neurons)
+        assert saved_keys["head_counts"] == list(kept.heads)
+        assert saved_keys["neuron_counts"] == list(kept.neurons)
         return
-    again = type(config).from_pretrained(tmp_path)
+    listed = [[one["total"] for one in saved_keys["narrow"][k]["layers"]] for k in KINDS]
+    assert listed == [list(kept.heads), list(kept.neurons)]
+    again = config_in(tmp_path)
     heads = architecture_of(again).heads(again)
     shared = 2 if "num_key_value_heads" in FAMILIES[family] else 1
     assert heads[:2] == (max(kept.heads) * shared, max(kept.heads))
     assert architecture_of(again).units(again) == kept._replace(width=24)
 
 
-def test_a_config_of_an_earlier_version_says_its_counts_once_they_are_read(tmp_path):
-    earlier = cut_config(build("llama").config, RAGGED).to_dict()
-    del earlier["queries_per_key"]
-    counts = {"num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 20}
-    (tmp_path / "config.json").write_text(json.dumps(earlier | counts))
+def test_a_cut_model_of_an_earlier_version_is_refused_by_name(tmp_path):
+    config = cut_config(build("llama").config, RAGGED)
+    config.narrow = {"blocks": "model.layers", "layers": [{}, {}, {}]}
+    config.save_pretrained(tmp_path)
 
-    config = CutLlamaConfig.from_pretrained(tmp_path)
-
-    assert config.queries_per_key == 2
-    assert architecture_of(config).units(config) == RAGGED._replace(width=24)
+    with pytest.raises(ModelError, match="a cut model of an earlier version of megakd"):
+        config_in(tmp_path)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gemma3_text", "phi", "granite"])
@@ -366,7 +365,7 @@ def test_a_file_that_is_cut_short_meanwhile_leaves_what_was_there(tmp_path, sour
 def test_the_class_of_a_cut_of_a_cut_model_has_the_same_head():
     model = cut(build("qwen2"), "causal_lm", RAGGED)
     config = cut_config(model.config, View((1, 1, 1), (1, 1, 1)))
-    assert cut_class_name(model, model.config) == "CutQwen2ForCausalLM"
+    assert cut_class_name(model, model.config) == "NarrowQwen2ForCausalLM"
     assert cut_class_name(model, config) == "Qwen2ForCausalLM"
     assert full_view(model) == RAGGED._replace(width=24)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from cut_families import FAMILIES
 from tiny_families import SMALL, TYPES, build, small_config
 from torch import Tensor
 from transformers import CONFIG_MAPPING
@@ -20,7 +21,7 @@ from transformers import CONFIG_MAPPING
 from megakd.config.task import TaskConfig
 from megakd.contract.tasks import TaskType
 from megakd.errors import ModelError
-from megakd.models.architectures import AUTO_CLASSES, FAMILIES
+from megakd.models.architectures import AUTO_CLASSES
 from megakd.models.cutting import content_of
 from megakd.models.layers import config_with_layers, left_out, with_layers
 from megakd.models.loading import load_model, resolve_model

@@ -39,7 +39,7 @@ from megakd.models.elastic import Elastic
 from megakd.models.elastic_modules import Kept, NarrowLinear
 from megakd.models.structure import architecture_of
 
-CUT = {"head_counts": [2, 0, 3], "neuron_counts": [7, 0, 33], "head_width": 8}
+CUT = {"kept": View((2, 0, 3), (7, 0, 33))}
 
 
 def assert_like_the_masked(model, elastic, reference, view) -> None:
@@ -71,7 +71,7 @@ def assert_zero_outside(gradients: dict, model, view: View) -> None:
         *((f, NOTHING, {"attn_implementation": "eager"}) for f in ("bert", "llama", "enct5")),
         ("gpt2", WITHOUT, {"attn_implementation": "eager"}),
         ("t5_encoder", WITHOUT, {"feed_forward_proj": "gated-gelu"}),
-        *((f, View((1, 0, 2), (7, 0, 5)), CUT) for f in ("cut_bert", "cut_llama", "cut_gpt2")),
+        *((f, View((1, 0, 2), (7, 0, 5)), CUT) for f in ("bert", "llama", "gpt2")),
     ],
     ids=str,
 )
@@ -242,8 +242,9 @@ def test_recomputed_activations_are_of_the_view_they_were_computed_for(
     elastic = Elastic(recomputed)
     if not is_enabled_first:
         recomputed.activation_checkpointing_enable({"use_reentrant": use_reentrant})
-    paths = architecture_of(recomputed.config).feed_forwards(recomputed.config)[0]
-    calls = count_calls(recomputed.get_submodule(paths.inputs[0]))
+    found = architecture_of(recomputed.config).found_units(recomputed.config)
+    _, owner, units = next(found.of("neurons"))
+    calls = count_calls(recomputed.get_submodule(f"{owner}.{units.makers[0]}"))
 
     several(recomputed, elastic)
     several(kept, Elastic(kept))

@@ -32,8 +32,8 @@ from megakd.config.task import TaskConfig
 from megakd.data.tokenizers import load_tokenizer
 from megakd.errors import MegakdError
 from megakd.models import model_folder as export
-from megakd.models.model_folder import brings_code, hub_id, write_weights
-from megakd.models.own_models import OWN_MODELS
+from megakd.models.model_folder import brings_code, file_of_code, hub_id, write_weights
+from megakd.models.own_models import CUT_FILE
 from megakd.run.finished_run import export_run
 from megakd.storage.folders import CHECKSUMS, copy_finished, damage, seal
 
@@ -295,7 +295,7 @@ def test_the_file_of_the_class_lies_beside_the_weights_and_megakd_never_runs_it(
 
     config = json.loads((folder / "config.json").read_text())
     text = (folder / FILES[family]).read_text()
-    assert text == OWN_MODELS[model.config.model_type].file.read_text()
+    assert text == file_of_code(model.config).read_text()
     assert config["architectures"] == [type(model).__name__]
     assert f"{FILES[family][:-3]}.{type(model).__name__}" in config["auto_map"].values()
     assert brings_code(folder)
@@ -364,5 +364,5 @@ def test_the_export_of_a_folder_that_an_older_version_wrote_brings_todays_code(t
 
     exported = export_run(config, "student", tmp_path / "exported")
 
-    assert (exported / "modeling_cut.py").read_text() == OWN_MODELS["cut_llama"].file.read_text()
+    assert (exported / "modeling_cut.py").read_text() == CUT_FILE.read_text()
     assert damage(exported) is None

@@ -33,7 +33,7 @@ from transformers import (
 
 from megakd.contract.batch import MOST_DRAWS, Batch
 from megakd.contract.completions import Sampling, TextTokens
-from megakd.contract.views import Cut
+from megakd.contract.views import Cut, View
 from megakd.errors import DataError, ModelError
 from megakd.models import generation
 from megakd.models.elastic import Elastic
@@ -202,7 +202,6 @@ def test_a_generation_config_keeps_its_end_tokens_beside_those_of_the_tokenizer_
     assert settings.temperature == (GenerationConfig().temperature if listed is None else 0.6)
 
 
-CUT = {"head_counts": [0, 2, 3], "neuron_counts": [7, 0, 33], "head_width": 8}
 MAMBA = {"state_size": 4, "num_heads": 4, "head_dim": 8, "n_groups": 1}
 HYBRID = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 4}
 HYBRID |= {"num_attention_heads": 2, "num_key_value_heads": 1, "attn_layer_indices": [1]}
@@ -217,8 +216,8 @@ def model_of(kind: str):
     if kind == "elastic":
         Elastic(model := family_model("llama", tie_word_embeddings=False)).keep(Cut(None, WITHOUT))
         return model
-    if kind == "cut_llama":
-        return family_model(kind, **CUT)
+    if kind == "cut llama":
+        return family_model("llama", kept=View((0, 2, 3), (7, 0, 33)))
     if kind == "mistral":
         return family_model(kind, sliding_window=4)
     if kind in ("mamba2", "bamba"):
@@ -271,7 +270,7 @@ def forwards(model):
         hook.remove()
 
 
-KINDS = ["llama", "mistral", "gpt2", "cut_llama", "elastic", "mamba2", "bamba"]
+KINDS = ["llama", "mistral", "gpt2", "cut llama", "elastic", "mamba2", "bamba"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -312,7 +311,7 @@ def test_few_rows_that_have_ended_are_computed(ends, count):
         assert rows - running < generation.SHARE_TO_LEAVE * rows
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "cut_llama", "bamba"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "cut llama", "bamba"])
 def test_rows_that_go_on_are_not_read_again(kind):
     model = model_of(kind)
 

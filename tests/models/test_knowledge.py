@@ -7,6 +7,7 @@ import weakref
 import pytest
 import tiny_families
 import torch
+from cut_families import FAMILIES
 from safetensors.torch import load_file
 from tiny_cuts import build, cut, task_of, view_of, written
 from torch import nn
@@ -17,7 +18,6 @@ from megakd.contract.batch import IGNORE, Batch
 from megakd.contract.views import View
 from megakd.engine.sharding import gathered_state
 from megakd.errors import ModelError
-from megakd.models.architectures import FAMILIES
 from megakd.models.elastic import Elastic
 from megakd.models.knowledge import (
     AttentionNotes,

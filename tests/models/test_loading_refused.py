@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from cut_families import FAMILIES
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from megakd.config.models import ScratchModel
 from megakd.errors import ModelError
 from megakd.models import loading
-from megakd.models.architectures import FAMILIES
 from megakd.models.loading import check_model, load_finished
 
 MASKED = [name for name, entry in FAMILIES.items() if "mlm" in entry.tasks]

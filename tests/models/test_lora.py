@@ -7,6 +7,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from cut_families import FAMILIES
 from peft import PeftModel
 from transformers import (
     AutoModel,
@@ -18,7 +19,6 @@ from transformers import (
 from megakd.config.models import LoraConfig
 from megakd.contract.batch import Batch
 from megakd.errors import ConfigError
-from megakd.models.architectures import FAMILIES
 from megakd.models.knowledge import Needs, read_knowledge
 from megakd.models.lora import (
     ADAPTER,
@@ -97,8 +97,12 @@ def test_new_adapters_change_no_output_and_only_they_learn_in_attention_and_mlp(
         is_head = model_type not in DECODERS and entry.of_the_task(name)
         assert is_head or "lora_" in name, name
     paths = {name.partition(".lora_A")[0] for name in learned(model) if ".lora_A" in name}
-    units = [*entry.attentions(plain.config), *entry.feed_forwards(plain.config)]
-    wanted = {path for unit in units for path in unit.makers}
+    found = entry.found_units(plain.config)
+    wanted = {
+        f"{owner}.{path}"
+        for _, owner, units in (*found.of("heads"), *found.of("neurons"))
+        for path in (*units.makers, units.output)
+    }
     assert paths == wanted & {path for path, _ in plain.named_modules()}
     assert not any(path.startswith((entry.head, *entry.renewed)) for path in paths)
 

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModel
 from megakd.contract.views import Cut, UnitOrder, View
 from megakd.errors import ModelError
 from megakd.models.architectures import AUTO_CLASSES
-from megakd.models.axes import weight_axes
+from megakd.models.axes import WIDTH, weight_axes
 from megakd.models.cutting import content_of, cut_config
 from megakd.models.elastic import Elastic
 from megakd.models.loading import config_of_folder, load_finished
@@ -58,11 +58,11 @@ def without_units(model, cut):
     """The logits of a model in which the units that a cut leaves out give nothing."""
     architecture, before = architecture_of(model.config), {}
     table = weight_axes(model)
-    parts = (*architecture.attentions(model.config), *architecture.feed_forwards(model.config))
-    for paths in filter(None, parts):
-        weight = model.get_submodule(paths.output).weight
-        axes = table[f"{paths.output}.weight"]
-        (dimension,) = [place for place, axis in enumerate(axes) if axis is not None]
+    found = architecture.found_units(model.config)
+    for _, owner, units in (*found.of("heads"), *found.of("neurons")):
+        weight = model.get_submodule(f"{owner}.{units.output}").weight
+        axes = table[f"{owner}.{units.output}.weight"]
+        (dimension,) = [n for n, axis in enumerate(axes) if axis not in (None, WIDTH)]
         rows = axes[dimension].rows(cut, weight.shape[dimension])
         gone = sorted({*range(weight.shape[dimension])} - {*rows})
         before[weight] = weight.data
@@ -112,23 +112,6 @@ def test_what_cannot_be_cut_is_refused_with_the_reason(model_type):
 
 
 @pytest.mark.parametrize(
-    "model_type", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "granite", "phi"]
-)
-def test_structure_shows_what_the_table_says(model_type):
-    config = tiny_families.small_config(model_type, "causal_lm")
-    entry = find_architecture(config, "causal_lm")  # with the table's facts on units
-    units = find_units(config, entry, "causal_lm")
-
-    attentions = [*entry.attentions(config)]
-    assert [*units.attentions] == attentions
-    assert [*units.feed_forwards] == [*entry.feed_forwards(config)]
-    assert [u.total for u in units.heads.layers] == [*entry.units(config).heads]
-    assert [u.total for u in units.neurons.layers] == [*entry.units(config).neurons]
-    assert units.heads.is_narrow
-    assert units.neurons.is_narrow
-
-
-@pytest.mark.parametrize(
     ("model_type", "fewest"), [("smollm3", 0), ("gpt_neox", 8), ("opt", 8), ("bloom", 8)]
 )
 def test_layers_of_different_sizes_bring_the_file_of_their_class(model_type, fewest, tmp_path):
@@ -155,7 +138,7 @@ def test_layers_of_different_sizes_bring_the_file_of_their_class(model_type, few
 
 
 def test_a_layer_without_heads_and_a_narrower_model_have_no_class():
-    model = model_of("smollm3")
+    model = model_of("phi3")
     whole = architecture_of(model.config).units(model.config)
     with pytest.raises(ModelError, match=r"cannot keep \(0, 2\) heads in its layers: the layers"):
         cut_config(model.config, whole._replace(heads=(0, 2)))
@@ -181,6 +164,4 @@ def test_no_family_differs_silently(task, model_type, tmp_path):
     units = find_units(config, architecture, task)
     if None not in (units.heads.uncut, units.neurons.uncut):
         pytest.skip(f"heads: {units.heads.uncut}; neurons: {units.neurons.uncut}")
-    if architecture_of(config).is_listed:
-        pytest.skip("the table knows it")
     check_cut(tiny_families.build(config, task), task, tmp_path / "cut")

@@ -33,7 +33,8 @@ head_widths = st.sampled_from([4, 12, 16, 64])
 
 
 def ranked(result):
-    architecture = SimpleNamespace(is_listed=True, rows_of_heads=lambda _: 8)
+    found = SimpleNamespace(heads=SimpleNamespace(to_zero=True))
+    architecture = SimpleNamespace(found_units=lambda _: found, rows_of_heads=lambda _: 8)
     source: Any = SimpleNamespace(architecture=architecture, config=None)
     return SortedTeacher(source=source, scores=result)
 

@@ -12,9 +12,9 @@ from torch import nn
 
 from megakd.contract.views import View
 from megakd.errors import TeacherError
-from megakd.models.architectures import AUTO_CLASSES
 from megakd.models.cutting import cut_config
 from megakd.models.structure import architecture_of
+from megakd.models.valueless import new_model
 from megakd.pruning.importance import Gate, Gates
 
 CPU = torch.device("cpu")
@@ -27,15 +27,10 @@ def loss_of(model):
 def by_weights(model) -> list[torch.Tensor]:
     """Per attention and feed-forward: weight times gradient, summed over each unit's columns."""
     loss_of(model).backward()
-    architecture = architecture_of(model.config)
-    units = architecture.units(model.config)
-    parts = [
-        *zip(architecture.attentions(model.config), units.heads, strict=True),
-        *zip(architecture.feed_forwards(model.config), units.neurons, strict=True),
-    ]
+    found = architecture_of(model.config).found_units(model.config)
     collected = []
-    for paths, count in parts:
-        module = model.get_submodule(paths.output)
+    for _, owner, units in (*found.of("heads"), *found.of("neurons")):
+        module, count = model.get_submodule(f"{owner}.{units.output}"), units.total
         products = module.weight.detach() * module.weight.grad
         columns = products.sum(0 if isinstance(module, nn.Linear) else 1)
         collected.append(columns.reshape(count, -1).sum(1))
@@ -84,7 +79,7 @@ def test_gates_change_no_output_and_are_gone_afterwards(family):
 )
 def test_a_cut_model_has_gates_for_what_is_left(family, view):
     config = cut_config(family_model(family).config, view)
-    model = AUTO_CLASSES[architecture_of(config).tasks[0]].from_config(config).eval()
+    model = new_model(config, architecture_of(config).tasks[0]).eval()
     gates = Gates(model, CPU)
 
     with gates.in_place():

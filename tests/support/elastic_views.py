@@ -9,17 +9,19 @@ from __future__ import annotations
 import copy
 
 import torch
+from cut_families import FAMILIES as CUT_FAMILIES
 from torch import nn
 from transformers import CONFIG_MAPPING
 
 from megakd.contract.views import Cut, View
-from megakd.models.architectures import ARCHITECTURES, AUTO_CLASSES
 from megakd.models.axes import cut_part, weight_axes
+from megakd.models.cutting import cut_config
 from megakd.models.own_models import register_own_models
 from megakd.models.structure import architecture_of
+from megakd.models.valueless import new_model
 
 register_own_models()
-FAMILIES = [family for family, entry in ARCHITECTURES.items() if not family.startswith("cut_")]
+FAMILIES = [*CUT_FAMILIES]
 # Query heads that share a key head; caps and windows so small that they change the outputs.
 GEMMA = {"head_dim": 10, "query_pre_attn_scalar": 9, "sliding_window": 5}
 DECODERS = {
@@ -41,20 +43,23 @@ NARROW = View((3, 1, 2), (7, 40, 33), 17)
 TOKENS = torch.arange(2, 26).reshape(2, 12)
 
 
-def family_model(family: str, task: str | None = None, *, seed: int = 3, **changes):
+def family_model(
+    family: str, task: str | None = None, *, seed: int = 3, kept: View | None = None, **changes
+):
     """Three layers of three units each, every parameter random, in fp64 and eval mode."""
-    entry = ARCHITECTURES[family]
+    entry = CUT_FAMILIES[family]
     keys = {"num_hidden_layers": LAYERS, "hidden_size": WIDTH, entry.neurons: NEURONS}
     keys |= {"num_attention_heads": HEADS, "vocab_size": VOCABULARY}
     keys |= {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
-    stock = family.removeprefix("cut_")
-    if stock in DECODERS:
+    if family in DECODERS:
         keys |= {"num_attention_heads": 2 * HEADS, "num_key_value_heads": HEADS}
-        keys |= DECODERS[stock]
+        keys |= DECODERS[family]
     if family in ("t5_encoder", "enct5"):
         keys |= {"d_kv": 5}
     config = CONFIG_MAPPING[family](**{**keys, **changes})
-    model = AUTO_CLASSES[task or entry.tasks[0]].from_config(config).double().eval()
+    if kept is not None:
+        config = cut_config(config, kept)
+    model = new_model(config, task or entry.tasks[0]).double().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -78,13 +83,11 @@ def view_for(model, view: View | None) -> View | None:
 def masked(model, view: View):
     """Return the whole model with the outputs of other heads and neurons set to zero."""
     model = copy.deepcopy(model)
-    architecture = architecture_of(model.config)
-    heads = architecture.heads(model.config)
-    per_unit = heads.width * (heads.queries // heads.keys)
-    for paths, kept in zip(architecture.attentions(model.config), view.heads, strict=True):
-        _mask(model.get_submodule(paths.output), kept * per_unit)
-    for paths, kept in zip(architecture.feed_forwards(model.config), view.neurons, strict=True):
-        _mask(model.get_submodule(paths.output), kept)
+    found = architecture_of(model.config).found_units(model.config)
+    for kind, counts in (("heads", view.heads), ("neurons", view.neurons)):
+        for number, owner, units in found.of(kind):
+            _, (per_unit,) = units.parts[f"{units.output}.weight"]
+            _mask(model.get_submodule(f"{owner}.{units.output}"), counts[number] * per_unit)
     return model
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cut_families import FAMILIES as CUT_FAMILIES
 from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import (
@@ -19,7 +20,6 @@ from transformers import (
 
 from megakd.config.task import TaskConfig
 from megakd.contract.views import UnitOrder, View
-from megakd.models.architectures import ARCHITECTURES
 from megakd.models.axes import weight_axes
 from megakd.models.cutting import cut_config, cut_state, reshape_folder
 from megakd.models.layers import renumbered
@@ -28,6 +28,7 @@ from megakd.models.model_folder import ModelContent, write_model_folder
 from megakd.models.own_models import register_own_models
 from megakd.models.source import ModelSource
 from megakd.models.structure import architecture_of
+from megakd.models.valueless import new_model
 
 register_own_models()
 VOCABULARY = 60
@@ -41,7 +42,7 @@ AUTO = {
 
 def _sized(family: str, **keys: Any) -> dict[str, Any]:
     """Three layers; heads as wide as no other number, so that no dimension is mistaken."""
-    entry = ARCHITECTURES[family]
+    entry = CUT_FAMILIES[family]
     sizes = {"num_hidden_layers": 3, "hidden_size": 24, "num_attention_heads": 6}
     sizes[entry.neurons] = 20
     return {**sizes, "vocab_size": VOCABULARY, **keys}
@@ -76,7 +77,7 @@ KEYS = {
     "enct5": {"d_kv": 4, "feed_forward_proj": "gated-gelu"},
 }
 FAMILIES = {family: _sized(family, **keys) for family, keys in KEYS.items()}
-DECODERS = tuple(name for name in FAMILIES if "causal_lm" in ARCHITECTURES[name].tasks)
+DECODERS = tuple(name for name in FAMILIES if "causal_lm" in CUT_FAMILIES[name].tasks)
 MASKED = ("bert", "roberta", "distilbert", "electra")
 T5S = ("t5_encoder", "enct5")
 CUTTABLE = tuple(name for name in FAMILIES if name not in T5S)
@@ -190,7 +191,7 @@ def order_of(model: PreTrainedModel, *, seed: int = 0) -> UnitOrder:
 
 def cut(model: PreTrainedModel, kind: str, view: View, order: UnitOrder | None = None):
     config = cut_config(model.config, view, order)
-    made = AUTO[kind].from_config(config).eval()
+    made = new_model(config, kind).eval()
     state = cut_state(model.state_dict().items(), weight_axes(model), view, order)
     made.load_state_dict(dict(renumbered(state, model.config, view)), strict=True)
     return made
