@@ -95,7 +95,9 @@ def test_a_teacher_that_is_not_loaded_is_not_measured_unless_asked(tmp_path, kep
 def test_single_learns_generated_texts_with_soft_targets_alone(rollout, terms):
     texts = None if rollout is None else RolloutConfig(max_new_tokens=4, **rollout)
     lab: Any = SimpleNamespace(
-        config=SimpleNamespace(objective=None, rollout=texts),
+        config=SimpleNamespace(
+            objective=None, rollout=texts, task=SimpleNamespace(soft_labels=None)
+        ),
         teacher=lambda name: "teacher",
         train=lambda stage: stage,
         hard_terms=partial(hard_terms, "causal_lm"),

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from cut_families import FAMILIES
 from tiny_families import SMALL, TYPES, build, small_config
 from torch import Tensor
 from transformers import CONFIG_MAPPING
@@ -162,7 +161,9 @@ def test_layers_that_a_config_counts_or_names_in_its_own_way_are_cut(tmp_path, m
 def fewer(model_type: str, layers: tuple[int, ...], **keys: Any) -> Any:
     """The config of some layers of a model with as many layers as the first value is long."""
     config = CONFIG_MAPPING[model_type](**{**SMALL, "num_hidden_layers": LAYERS, **keys})
-    architecture = replace(FAMILIES["llama"], model_type=model_type)
+    architecture = replace(
+        architecture_of(small_config("llama", "causal_lm")), model_type=model_type
+    )
     return config_with_layers(config, architecture, layers)
 
 

@@ -97,10 +97,13 @@ def _resize(layer: nn.Module, name: str, dimension: int, size: int) -> None:
     """Make a map anew whose weight has another size along a dimension, with its bias."""
     path, _, weight = name.rpartition(".")
     stock: Any = layer.get_submodule(path)
-    if weight != "weight" or stock.weight.shape[dimension] == size:
-        return
     is_turned = isinstance(stock, Conv1D)
-    sizes = [*stock.weight.shape]
+    if weight != "weight" or not (is_turned or isinstance(stock, nn.Linear)):
+        return
+    # ZeRO 3 has put the weight aside, which has no shape then.
+    sizes = [stock.nx, stock.nf] if is_turned else [stock.out_features, stock.in_features]
+    if sizes[dimension] == size:
+        return
     sizes[dimension] = size
     inputs, outputs = sizes if is_turned else reversed(sizes)
     if is_turned:
