@@ -62,7 +62,7 @@ quickstart: install
 test: install
 	@$(ACTIVATE)
 	# Two processes, each with ranks of its own: the files go to whoever is free.
-	pytest --numprocesses 2 --dist loadfile $(if $(SLOW),,-m 'not slow')
+	pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(if $(SLOW),,-m 'not slow')
 
 # Before a release: the lowest torch that is supported, a CUDA build of 5 GB, with its Triton.
 test-oldest: $(OLDEST)/installed

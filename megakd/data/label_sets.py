@@ -12,7 +12,7 @@ from datasets import Dataset, List
 
 from megakd.config.task import TaskConfig
 from megakd.contract.batch import IGNORE, SOFT
-from megakd.data.arrow import PLACE, BadRows, Record, Table, with_column
+from megakd.data.arrow import PLACE, BadRows, Record, Table, remembered, with_column
 from megakd.data.labels import class_word
 from megakd.data.readers import parse_json
 from megakd.errors import DataError, listed
@@ -39,9 +39,13 @@ def label_form(table: Table, column: str, task: TaskConfig) -> LabelForm | None:
         return LabelForm(columns=task.label_column)
     if task.label_separator is not None or task.multi_label:
         return LabelForm(task.label_separator)
-    values = (row.values.get(column) for row in table.records() if isinstance(row, Record))
-    first = next((value for value in values if value not in (None, "")), None)
-    return LabelForm() if isinstance(first, list) else None
+
+    def starts_with_list() -> bool:
+        values = (row.values.get(column) for row in table.records() if isinstance(row, Record))
+        return isinstance(next((v for v in values if v not in (None, "")), None), list)
+
+    is_list = remembered(starts_with_list, "label_form", table.digest, column)
+    return LabelForm() if is_list else None
 
 
 def label_words(name: str, column: str, record: Record, form: LabelForm) -> list[str] | None:

@@ -31,7 +31,7 @@ def bench(one_rank, tmp_path_factory) -> Bench:
 
 @pytest.fixture(scope="module")
 def drawn(bench) -> Path:
-    return bench.run("uniform", SKDBERT, save={"save_steps": 5}, eval={"latency": True})
+    return bench.run("uniform", SKDBERT, save={"save_steps": 5})
 
 
 def alone(bench: Bench, out: str, teacher: str, **sections: Any) -> Path:
@@ -64,7 +64,6 @@ def test_every_step_has_one_teacher_and_the_largest_is_what_the_report_compares_
     assert sum(entry["steps"] for entry in taught_by(drawn).values()) == STEPS
     assert [entry["weight"] for entry in taught_by(drawn).values()] == pytest.approx([1 / 3] * 3)
     assert sizes["small"] < sizes["middle"] < sizes["large"] == report["teacher.parameters"]
-    assert all(report[f"{name}.ms_batch_1"] > 0 for name in ("large", "student"))
     page, card = bench.one_rank.page(drawn), (drawn / "final" / "README.md").read_text()
     assert all(name in page and name in card for name in SIZES)
     assert "Who taught" in page

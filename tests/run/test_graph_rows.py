@@ -3,35 +3,58 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 from onnxruntime import InferenceSession
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from whole_run import read
+from whole_run import finish, read
 
 from megakd.models.onnx import MODEL, write_onnx
 from megakd.models.quantized_graph import quantize_graph
+from megakd.reports.table import result_table
 
 GRAPHS = ["teacher_onnx", "teacher_int8", "student_onnx", "student_int8"]
 
 
-def test_an_encoder_that_learns_on_a_cpu_is_reported_as_graphs_too(whole_run):
-    report = read(whole_run.out)
+@pytest.fixture(scope="module")
+def timed(one_rank, whole_run, tmp_path_factory) -> Path:
+    """A finished run, started again with times."""
+    out = Path(shutil.copytree(whole_run.out, tmp_path_factory.mktemp("timed") / "out"))
+    finish(one_rank, whole_run.config, f"output_dir={out}", "eval.latency=true")
+    return out
 
-    assert report["models"] == ["teacher", "student", "alone", *GRAPHS, "tfidf"]
+
+def test_models_are_timed_without_training_if_a_finished_run_is_asked_for_times(timed, whole_run):
+    report, before = read(timed), read(whole_run.out)
+
+    assert (before["batches"], report["batches"]) == ([], [1, 32])
+    assert report["stages"] == before["stages"]
+    for model in ("teacher", "student", *GRAPHS):
+        assert min(report[f"{model}.ms_batch_{batch}"] for batch in (1, 32)) > 0
+    speed = [report[f"student.speedup_batch_1{end}"] for end in ("_low", "", "_high")]
+    assert 0 < speed[0] <= speed[1] <= speed[2]
+    assert report["latency.dtype"] == "fp32"
+    assert report["latency.device"] == "cpu (CPU time of one thread)"
+
+
+def test_an_encoder_that_learns_on_a_cpu_is_reported_as_graphs_too(timed):
+    report = read(timed)
+
+    assert report["models"] == ["teacher", "student", "alone", *GRAPHS]
     for row in GRAPHS:
         model = row.split("_")[0]
         assert report[f"{row}.parameters"] == report[f"{model}.parameters"]
-        assert min(report[f"{row}.ms_batch_{batch}"] for batch in (1, 32)) > 0
     for model in ("teacher", "student"):
         assert report[f"{model}_onnx.accuracy"] == report[f"{model}.accuracy"]
-        assert report[f"{model}_int8.bytes"] < 0.6 * report[f"{model}_onnx.bytes"]
-    assert "the teacher alone as an int8 graph: " in whole_run.outcome.out
-    assert not list(whole_run.out.glob(".graphs*"))
-    assert not (whole_run.out / "final" / MODEL).exists()
+        assert report[f"{model}_int8.bytes"] < report[f"{model}_onnx.bytes"]
+    assert "the teacher alone as an int8 graph: " in result_table(report)
+    assert not list(timed.glob(".graphs*"))
+    assert not (timed / "final" / MODEL).exists()
 
 
-def test_the_score_of_an_int8_graph_is_that_of_its_answers(whole_run, tmp_path):
+def test_the_score_of_an_int8_graph_is_that_of_its_answers(timed, whole_run, tmp_path):
     """The graph is quantised again, and asked as anyone would ask it."""
     final = whole_run.out / "final"
     write_onnx(final, to=tmp_path / "whole")
@@ -53,6 +76,4 @@ def test_the_score_of_an_int8_graph_is_that_of_its_answers(whole_run, tmp_path):
     )
 
     # The scales of a graph depend on the texts of a batch.
-    assert read(whole_run.out)["student_int8.accuracy"] == pytest.approx(
-        right / len(rows), abs=0.05
-    )
+    assert read(timed)["student_int8.accuracy"] == pytest.approx(right / len(rows), abs=0.05)

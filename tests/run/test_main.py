@@ -45,14 +45,9 @@ def test_a_run_ends_with_its_table_its_card_and_no_stray_warning(whole_run, out,
     assert f"launch/train.py --config {config}" in card
 
 
-def test_the_report_has_times_of_both_models_and_of_all_that_the_run_did(out):
+def test_the_report_has_times_of_all_that_the_run_did(out):
     report = read(out)
 
-    for model in ("teacher", "student"):
-        assert all(report[f"{model}.ms_batch_{batch}"] > 0 for batch in (1, 32))
-    speed = [report[f"student.speedup_batch_1{end}"] for end in ("_low", "", "_high")]
-    assert 0 < speed[0] <= speed[1] <= speed[2]
-    assert (report["latency.dtype"], report["batches"]) == ("fp32", [1, 32])
     assert (report["environment.ranks"], report["environment.device"]) == (1, "cpu")
     assert report["environment.corpus_content_hash"]
     # Only some builds have their tag in both versions.

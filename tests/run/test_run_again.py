@@ -52,18 +52,6 @@ def test_a_finished_folder_is_not_overwritten(one_rank, out, config, overrides, 
     assert outcome.loaded == ()
 
 
-def test_models_are_timed_again_without_training_if_the_times_asked_for_change(
-    one_rank, whole_run, tmp_path
-):
-    out = Path(shutil.copytree(whole_run.out, tmp_path / "out"))
-
-    for setting, batches in {"false": [], "true": [1, 32]}.items():
-        finish(one_rank, whole_run.config, f"output_dir={out}", f"eval.latency={setting}")
-
-        assert read(out)["batches"] == batches
-        assert read(out)["stages"] == read(whole_run.out)["stages"]
-
-
 @pytest.fixture
 def unfinished(out, tmp_path) -> Path:
     """The run as a kill before its last stages would have left it, the teacher being done."""

@@ -128,7 +128,7 @@ def test_the_pruned_student_is_fine_tuned_on_a_users_task_with_it(one_rank, pret
 
     # 4 heads of 3 columns (10/16 of 4, rounded) are no stock shape of a model of width 10.
     final = tmp_path / "out" / "final"
-    assert json.loads((final / "config.json").read_text())["model_type"] == "cut_bert"
+    assert json.loads((final / "config.json").read_text())["model_type"] == "narrow_bert"
     AutoModelForSequenceClassification.from_pretrained(final, trust_remote_code=True)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import BertConfig, BertForSequenceClassification
 
 from megakd.config.models import ScratchModel, StudentConfig, TeacherConfig
@@ -74,7 +75,7 @@ def prepared_of(config: RunConfig, content: str = "rows", rows: Any = None) -> R
     tokenizer: Any = Vocabulary({str(number): number for number in range(20)})
     return RunInputs(
         config=config,
-        splits=Splits(nothing, nothing, None, ("no", "yes"), ("accuracy",), content),
+        splits=Splits(Dataset.from_dict({}), nothing, None, ("no", "yes"), ("accuracy",), content),
         metrics=TaskMetrics(names=("accuracy",), main=headline(["accuracy"])),
         encoded=Encoded(rows, rows, None, content, 8.0),
         tokenizer=tokenizer,

@@ -126,7 +126,7 @@ def start_whole_run(one_rank: OneRank, folder: Path) -> WholeRun:
             {"loss": "hidden_mse", "weight": 0.1, "layer_mapping": ["1:2"]},
         ],
         baselines=["alone"],
-        eval={"eval_steps": 6, "latency": True},
+        eval={"eval_steps": 6, "latency": False},
         log={"report_to": ["tensorboard"]},
         save={"save_steps": 16},
         train={"gradient_accumulation_steps": 2, "max_steps": None, "num_train_epochs": EPOCHS},

@@ -178,7 +178,8 @@ def test_every_metric_that_a_config_may_name_is_that_of_scikit_learn():
     values = chosen(metrics=names, positive_label="good").of(OUTPUTS, TRUTH)
 
     assert set(values) == set(names)
-    for name in {*names} - {"accuracy", "matthews_correlation", "loss"}:
+    assert values["exact_match"] == values["accuracy"]  # of one label a row
+    for name in {*names} - {"accuracy", "exact_match", "matthews_correlation", "loss"}:
         kind, _, average = name.partition("_")
         truth, predicted = (TRUTH[KNOWN], PREDICTED[KNOWN]) if average else binary
         of = getattr(theirs, f"{kind}_score")
