@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -30,6 +31,15 @@ TEMPLATE = (
 )
 ANSWER = "one\u2028two"  # ends a line for Python, but not for JSON
 QUESTIONS = [{"question": f"what is a {word} model"} for word in ("small", "large", "one")]
+
+
+@pytest.fixture(autouse=True)
+def level() -> Iterator[None]:
+    """The level of the log, which a command sets for its process."""
+    logger = logging.getLogger("megakd")
+    before = logger.level
+    yield
+    logger.setLevel(before)
 
 
 @pytest.fixture
