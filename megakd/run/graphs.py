@@ -107,12 +107,16 @@ def _is_served_encoder(lab: RunLab) -> bool:
     return config.eval.latency
 
 
-def graph_scores(assembly: Assembly, threshold: float | None, logits: Logits) -> Tensor:
+def graph_scores(
+    assembly: Assembly, threshold: float | None, logits: Logits, *, times: int = 4
+) -> Tensor:
     """Return the scores [2, N] of held-out rows, one by one and in batches; see `Scores`.
 
-    `threshold`: see `TaskMetrics`.
+    Args:
+        threshold: see `TaskMetrics`.
+        times: see `few`.
     """
-    rows = few(assembly.prepared.encoded.held_out, assembly.config.task.type, times=4)
+    rows = few(assembly.prepared.encoded.held_out, assembly.config.task.type, times=times)
 
     def score(answers: Tensor, labels: Tensor) -> Tensor:  # [B]
         if answers.ndim == 3:
@@ -135,7 +139,8 @@ def _quantized(
     assembly: Assembly, row: str, graph: Path, threshold: float | None
 ) -> dict[str, float]:
     whole = graph_path(assembly.config.output_dir, row.replace("int8", "onnx"))
-    scores = partial(graph_scores, assembly, threshold)
+    # Of few rows, one by one they take as long as all in batches.
+    scores = partial(graph_scores, assembly, threshold, times=1)
     logger.info("%s: %s", row, *quantize_graph(whole, graph, scores))
     rows, scorer = assembly.prepared.encoded.held_out, assembly.scorer()
     batches = _outputs(assembly, OnnxModel(graph).logits, rows, batch_size=scorer.batch_size)
