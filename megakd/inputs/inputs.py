@@ -316,7 +316,9 @@ def _check_losses(config: RunConfig, inputs: UnencodedInputs) -> None:
 
 
 def _refuse_weights(config: RunConfig) -> None:
-    given = {f"{where}.class_weights": one.class_weights for where, one in config.trainings.items()}
+    given: dict[str, object] = {
+        f"{where}.class_weights": one.class_weights for where, one in config.trainings.items()
+    }
     for index, term in enumerate(config.objective or ()):
         if isinstance(term, HardCrossEntropy):
             given[f"objective[{index}].class_weights"] = term.class_weights

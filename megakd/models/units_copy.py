@@ -124,7 +124,7 @@ class SmallCopy:
             gone = [row for unit in {*range(units.total)} - {*kept(units)}
                     for row in range(unit * size, (unit + 1) * size)]  # fmt: skip
             weight.data = weight.data.index_fill(dimension, torch.tensor(gone), 0)
-            if not kept(units) and output.bias is not None:  # nothing at all is left
+            if not kept(units) and isinstance(output.bias, Tensor):  # nothing at all is left
                 before[output.bias] = output.bias.data
                 output.bias.data = torch.zeros_like(output.bias.data)
         try:

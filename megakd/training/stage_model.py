@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megakd.contract.batch import BatchSource
 from megakd.contract.stage import Stage
@@ -70,7 +70,8 @@ class StageModel(NamedTuple):
         cut = evaluation.cut or (None if view is None else Cut(None, view))
         of_role = self.assembly.prepared.tokenizer_of
         if THRESHOLD in evaluation.metrics:
-            first.config.threshold = evaluation.metrics[THRESHOLD]
+            model_config: Any = first.config
+            model_config.threshold = evaluation.metrics[THRESHOLD]
         models = {role: content_of(first, of_role(role), cut=cut, learns=goes_on)}
         for name, model in zip(stage.beside, beside, strict=True):
             models[name] = content_of(model, of_role(name))
