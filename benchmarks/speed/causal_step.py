@@ -218,7 +218,7 @@ def opened_megakd(case: Path, count: int) -> Iterator[Any]:
         def loss(self, index: int) -> float:
             batch, plan = batches[index], stage.stage.strategy.passes(0)
             knowledge = stage.trainer.ask_teachers(plan, batch)
-            losses = stage.student.measure(batch, knowledge, plan)
+            losses = stage.student.measure(batch, knowledge, plan, [])
             return float(losses.parts[WEIGHTED_LOSS] / (batch.labels != -100).sum())
 
         def bare(self, loss: Loss) -> Bare:
