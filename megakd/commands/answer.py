@@ -25,8 +25,6 @@ Answers = Callable[[Sequence[Messages]], list[tuple[str, str]]]
 """Conversations -> the text of each answer and why it ended: `stop` or `length`."""
 AT_ONCE = 8
 """Requests to a server at a time."""
-CONVERSATIONS = ("messages", "conversations")
-TEXTS = ("prompt", "question", "instruction")
 _REASONS = {True: "stop", False: "length"}
 
 
@@ -100,13 +98,17 @@ def read_prompts(path: Path) -> list[Messages]:
     """
     if not path.is_file():
         raise DataError(f"--data: {path} does not exist")
+    from megakd.data.chat.conversations import MESSAGES_DEFAULTS, PAIRS
     from megakd.data.readers import files_table
 
-    table = files_table([path], "--data")
-    column = next((name for name in (*CONVERSATIONS, *TEXTS) if name in table.columns), None)
+    table, known = (
+        files_table([path], "--data"),
+        (*MESSAGES_DEFAULTS, *(asked for asked, _ in PAIRS)),
+    )
+    column = next((name for name in known if name in table.columns), None)
     if column is None:
         raise DataError(
-            f"{path} holds no conversations: a row has {', '.join((*CONVERSATIONS, *TEXTS))}; it "
+            f"{path} holds no conversations: a row has {', '.join(known)}; it "
             f"has {', '.join(table.columns) or 'no column'}"
         )
     return [_prompt(path, column, record) for record in table.records()]
@@ -114,11 +116,11 @@ def read_prompts(path: Path) -> list[Messages]:
 
 def _prompt(path: Path, column: str, record: Record | DataError) -> Messages:
     from megakd.data.arrow import text_of
-    from megakd.data.chat.conversations import INPUT, messages_of
+    from megakd.data.chat.conversations import INPUT, MESSAGES_DEFAULTS, messages_of
 
     if isinstance(record, DataError):
         raise record
-    if column in TEXTS:
+    if column not in MESSAGES_DEFAULTS:
         text = text_of(str(path), column, record)
         if record.values.get(INPUT):
             text += f"\n\n{text_of(str(path), INPUT, record)}"
@@ -173,7 +175,7 @@ def _local(arguments: argparse.Namespace) -> Answers:
     from megakd.contract.completions import Sampling, TextTokens
     from megakd.models.generation import complete, end_tokens_of
 
-    if (folder := Path(arguments.model).expanduser()).is_dir():
+    if (folder := in_home(arguments.model)).is_dir():
         check_given(folder, "TEACHER")
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(arguments.model)

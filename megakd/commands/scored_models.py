@@ -80,7 +80,7 @@ def evaluate_model(
         with assembly.loaded(source, preset, assembly.scoring_dtype()) as loaded:
             scorer = assembly.scorer_of(loaded)
             metrics = scorer.score(loaded.predict, prepared.encoded.held_out)
-            of_sets = set_metrics(assembly, loaded)
+            of_sets = set_metrics(assembly, scorer, loaded)
     files, splits = config.task.evaluation_sets, prepared.splits
     return {
         "model": str(folder),

@@ -38,9 +38,14 @@ MOST_IN_ONE_FILE = 1_500_000_000
 """Bytes of weights beyond which they go into a file beside the graph: protobuf ends at 2 GiB."""
 
 
-def check_packages(where: str, packages: Sequence[str] | None = None) -> None:
-    """Raise ConfigError if a package is missing, by default one that writes or runs a graph."""
-    missing = [name for name in packages or _PACKAGES if importlib.util.find_spec(name) is None]
+def missing_packages() -> list[str]:
+    """Return the packages that write and run graphs and are not installed."""
+    return [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+
+
+def check_packages(where: str) -> None:
+    """Raise ConfigError if a package that writes or runs a graph is missing."""
+    missing = missing_packages()
     if missing:
         raise ConfigError(
             f"{where} needs {', '.join(missing)}, not installed; pip install 'megakd[onnx]'"

@@ -60,6 +60,19 @@ def _is_same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and bool((one - other).abs().max() <= SAME * other.abs().max())
 
 
+@contextmanager
+def _with_values(values: Mapping[Tensor, Tensor]) -> Iterator[None]:
+    """Let weights have other values in the body."""
+    before = {weight: weight.data for weight in values}
+    try:
+        for weight, value in values.items():
+            weight.data = value
+        yield
+    finally:
+        for weight, value in before.items():
+            weight.data = value
+
+
 def stay(units: Units) -> range:
     """Return the units that a small copy keeps: those with odd numbers."""
     return range(1, units.total, 2)
@@ -88,17 +101,13 @@ class SmallCopy:
         rows: Callable[[Units], Sequence[int]],
     ) -> Iterator[None]:
         """Let the layers have these units, in this order, in all their weights, in the body."""
-        before: dict[Tensor, Tensor] = {}
+        values: dict[Tensor, Tensor] = {}
         for number, units in layers.items():
             for name, (dimension, blocks) in units.parts.items():
                 weight = self.layers[number].get_parameter(name)
-                before[weight] = weight.data
-                weight.data = taken(weight.data, dimension, blocks, rows(units), units.total)
-        try:
+                values[weight] = taken(weight.data, dimension, blocks, rows(units), units.total)
+        with _with_values(values):
             yield
-        finally:
-            for weight, value in before.items():
-                weight.data = value
 
     def is_unmoved(self, layers: Mapping[int, Units]) -> bool:
         """Return whether another order of the units changes nothing, and their values do."""
@@ -114,24 +123,19 @@ class SmallCopy:
         self, layers: Mapping[int, Units], kept: Callable[[Units], range] = stay
     ) -> Iterator[Tensor]:
         """Yield the outputs if the units that are not kept give nothing to hidden states."""
-        before = {}
+        values: dict[Tensor, Tensor] = {}
         for number, units in layers.items():
             name = f"{units.output}.weight"
             dimension, (size,) = units.parts[name]
             output = self.layers[number].get_submodule(units.output)
             weight = self.layers[number].get_parameter(name)
-            before[weight] = weight.data
             gone = [row for unit in {*range(units.total)} - {*kept(units)}
                     for row in range(unit * size, (unit + 1) * size)]  # fmt: skip
-            weight.data = weight.data.index_fill(dimension, torch.tensor(gone), 0)
+            values[weight] = weight.data.index_fill(dimension, torch.tensor(gone), 0)
             if not kept(units) and isinstance(output.bias, Tensor):  # nothing at all is left
-                before[output.bias] = output.bias.data
-                output.bias.data = torch.zeros_like(output.bias.data)
-        try:
+                values[output.bias] = torch.zeros_like(output.bias.data)
+        with _with_values(values):
             yield _outputs(self.model)
-        finally:
-            for weight, value in before.items():
-                weight.data = value
 
     def cut_shapes(self, layers: Mapping[int, Units]) -> dict[str, torch.Size]:
         shapes = {name: weight.shape for name, weight in self.model.state_dict().items()}

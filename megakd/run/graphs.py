@@ -20,12 +20,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from megakd.contract.batch import IGNORE
-from megakd.contract.tasks import STUDENT, TEACHER, THRESHOLD
+from megakd.contract.tasks import LANGUAGE_TASKS, STUDENT, TEACHER, THRESHOLD
 from megakd.data.loader import evaluation_batches
 from megakd.engine.collectives import doing, on_main
-from megakd.errors import ConfigError
 from megakd.models.model_folder import weight_bytes
-from megakd.models.onnx import MODEL, MOST_IN_ONE_FILE, OnnxModel, check_packages, write_onnx
+from megakd.models.onnx import MODEL, MOST_IN_ONE_FILE, OnnxModel, missing_packages, write_onnx
 from megakd.models.quantized_graph import Logits, quantize_graph
 from megakd.reports.report_file import GRAPH
 from megakd.scoring.scorer import few
@@ -98,13 +97,8 @@ def write_graphs(
 
 def _is_served_encoder(lab: RunLab) -> bool:
     config, device = lab.config, lab.assembly.ranks.device
-    if config.task.type not in ("classification", "regression") or device.type != "cpu":
-        return False
-    try:
-        check_packages("")
-    except ConfigError:
-        return False
-    return config.eval.latency
+    is_served = config.task.type not in LANGUAGE_TASKS and device.type == "cpu"
+    return is_served and config.eval.latency and not missing_packages()
 
 
 def graph_scores(

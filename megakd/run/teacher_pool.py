@@ -30,6 +30,7 @@ from megakd.teachers.soft_labels import SoftLabels
 if TYPE_CHECKING:
     from megakd.contract.stage import Stage
     from megakd.reports.samples import Prompts
+    from megakd.scoring.scorer import Scorer
     from megakd.servers.teachers import ServedTeacher
     from megakd.training.assembly import Assembly
 
@@ -205,7 +206,8 @@ class TeacherPool:
 
 def measure(assembly: Assembly, model: FrozenTeacher, prompts: Prompts | None) -> Measured:
     """Return what the report says of a loaded model; a collective."""
-    scored = assembly.scorer_of(model).scored(model.predict, assembly.prepared.encoded.held_out)
+    scorer = assembly.scorer_of(model)
+    scored = scorer.scored(model.predict, assembly.prepared.encoded.held_out)
     counts = parameter_counts(named_shapes(model.model))
     report: Row = {
         "parameters": counts.parameters,
@@ -214,11 +216,13 @@ def measure(assembly: Assembly, model: FrozenTeacher, prompts: Prompts | None) -
         **scored.of_classes,
     }
     answers = None if prompts is None else prompts.answers(model)
-    return Measured(report, set_metrics(assembly, model), answers, scored.predicted, scored.losses)
+    sets = set_metrics(assembly, scorer, model)
+    return Measured(report, sets, answers, scored.predicted, scored.losses)
 
 
-def set_metrics(assembly: Assembly, loaded: FrozenTeacher) -> dict[str, dict[str, float]]:
-    """Return the metrics of a loaded model, with its tokenizer in `own`, by set; a collective."""
+def set_metrics(
+    assembly: Assembly, scorer: Scorer, loaded: FrozenTeacher
+) -> dict[str, dict[str, float]]:
+    """Return the metrics of a loaded model by set, with its own scorer; a collective."""
     sets = assembly.prepared.encoded.evaluation_sets
-    scorer = assembly.scorer_of(loaded) if sets else assembly.scorer()
     return {name: scorer.score(loaded.predict, rows) for name, rows in sets.items()}

@@ -67,9 +67,10 @@ class Seen(NamedTuple):
     def add(self, predictions: Predictions, batch: Batch, characters: int) -> None:
         """Add one micro-batch; `characters` is the length of its targets."""
         if predictions.sums is not None:
-            self.sums[:3] += predictions.sums.cpu()
+            sums = predictions.sums.cpu()
+            self.sums[:3] += sums
             self.sums[3] += characters
-            self.batches.append(predictions.sums[[0, 2]].cpu())
+            self.batches.append(sums[[0, 2]])
         if predictions.outputs is not None:
             self.outputs.append(predictions.outputs.cpu())
             self.labels.append(batch.labels.cpu())
