@@ -49,6 +49,29 @@ def minidisc_tree(folder: Path, *, rehearse: bool) -> Tree:
     }
 
 
+def billion_tree(folder: Path, *, rehearse: bool) -> Tree:
+    """Return MiniDisc on a Llama of 1.2 billion weights: one trial of three candidates, a student.
+
+    The weights are random, and a few steps show memory and resuming, not what is learned.
+    """
+    grid = [0.25, 0.375, 0.5] if rehearse else [0.5, 0.6875, 0.875]
+    length, layers, width = (32, 2, 512) if rehearse else (1024, 16, 2048)
+    model = llama(layers, width, length=length, vocab_size=512 if rehearse else 128256)
+    # A model from scratch has no stored weights to cut before it has been trained.
+    teacher = {"model": model, "deepspeed": "teacher_zero3", "finetune": {"max_steps": 2}}
+    tree = {
+        **_sections("causal_lm", folder, length=length, rehearse=rehearse),
+        "teacher": teacher,
+        "student": {"model": "from_teacher", "deepspeed": "zero3"},
+        "method": {"name": "minidisc", "target_sparsity": grid[-1], "sparsities": grid}
+        | {"metric": "accuracy"},
+        "objective": KD,
+        **_schedule(8, rehearse=rehearse),
+    }
+    tree["train"] |= {"learning_rate": 1e-5}
+    return tree
+
+
 def llama_tree(folder: Path, *, rehearse: bool) -> Tree:
     """Return a run whose steps are profiled: a Llama of 1.2 billion weights learns from another.
 

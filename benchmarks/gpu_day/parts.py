@@ -45,6 +45,10 @@ PARTS = tuple(Part(*row[:3], program(*row[3:])) for row in (
     ("release", "memory before and after `destroy`", 90, "release"),
     ("llama", "Llama of 1B weights, bf16, packed 4 x 4096: three steps", 200, "llama llama"),
     ("smollm2", "SmolLM2-135M from 360M, packed 16 x 2048: three steps", 120, "llama smollm2"),
+    ("race", "the step of megakd, of a bare loop, and of TRL's GKD with and without Liger", 300,
+     "race"),
+    ("billion", "MiniDisc on a Llama of 1.2B weights at ZeRO 3 / 3: plan, kill, resume", 400,
+     "runs billion"),
     ("bench", "`python -m bench`: row kernels, forward KL, products", 300,
      f"{_BENCH},megakd-gemms,eager,compile,trl-tiles,liger-jsd,liger-chunked,liger-kl "
      "--cases rows,forward_kl,gemms,rows-jsd", f"{_REHEARSED} smoke"),

@@ -1,9 +1,9 @@
 """Part of `gpu_day.py`: a whole run under DeepSpeed's launcher, killed in the middle and resumed.
 
-`causal_lm` and `minidisc` each train once without interruption, and once with a SIGKILL to all
-processes after the checkpoint at half of the steps. The weights of both students must have the
-same bits. If they differ, the uninterrupted run is repeated: a GPU whose sums depend on the order
-of its threads does not repeat itself either, and the differences are reported instead.
+Every case trains once without interruption, and once with a SIGKILL to all processes after the
+checkpoint at half of the steps. The weights of both students must have the same bits. If they
+differ, the uninterrupted run is repeated: a GPU whose sums depend on the order of its threads does
+not repeat itself either, and the differences are reported instead.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Case(NamedTuple):
 CASES = {
     "causal_lm": Case(gpu_day_cases.causal_lm_tree, "student"),
     "minidisc": Case(gpu_day_cases.minidisc_tree, "trial-1"),
+    "billion": Case(gpu_day_cases.billion_tree, "trial-1"),
 }
 
 
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     tree = CASES[given.case].tree(given.folder, rehearse=given.rehearse)
     config = write_config(given.folder / "run.yaml", tree)
-    numbers: dict[str, Any] = {}
+    numbers: dict[str, Any] = {"plan": planned(config)}
     try:
         run_all(config, given, numbers)
     except RunFailedError as error:
@@ -72,6 +73,18 @@ def run_all(config: Path, given: Namespace, numbers: dict[str, Any]) -> None:
         again = differences(first, repeated).items()
         numbers |= {f"repeated: {key}": value for key, value in again}
         say(numbers)
+
+
+def planned(config: Path) -> list[dict[str, Any]]:
+    """Return the peak of every phase as `megakd plan` prints it before the run."""
+    command = [sys.executable, "-m", "megakd", "plan", str(config), "--ranks", "1", "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return [{"not planned, because": done.stderr.strip().splitlines()[-1]}]
+    return [
+        {"phase": phase["name"], "planned MB": phase["peak_bytes_per_rank"] / 1e6}
+        for phase in json.loads(done.stdout)["phases"]
+    ]
 
 
 def whole_run(

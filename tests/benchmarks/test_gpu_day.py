@@ -125,7 +125,8 @@ def test_every_part_is_a_program_and_every_run_a_valid_config(tmp_path, rehearse
         command = one.command(tmp_path, rehearse)
         assert callable(importlib.import_module(command[3]).main)
         assert ("--rehearse" in command) == rehearse
-    for tree in (cases.causal_lm_tree, cases.minidisc_tree, cases.llama_tree, cases.smollm2_tree):
+    for name in ("causal_lm", "minidisc", "billion", "llama", "smollm2"):
+        tree = getattr(cases, f"{name}_tree")
         path = tmp_path / "run.yaml"
         path.write_text(json.dumps(tree(tmp_path, rehearse=rehearse)), encoding="utf-8")
         assert Path(load_config(path).task.dataset).is_dir()
@@ -181,11 +182,14 @@ def test_all_parts_can_be_rehearsed_as_a_user_does(tmp_path):
     assert not {n: one["tail"] for n, one in result.items() if one["state"] != "finished"}
     assert done.returncode == 0, done.stderr
     assert {*result} == {part.name for part in PARTS}
-    for name, steps in (("causal-lm", 60), ("minidisc", 40)):
+    for name, steps in (("causal-lm", 60), ("minidisc", 40), ("billion", 8)):
         numbers = result[name]["numbers"]
         assert steps / 2 <= numbers["killed after step"] < steps
         assert numbers["same bits"]
         assert {leg["run"] for leg in numbers["seconds"]} == {"first", "killed", "resumed"}
+    raced = {row["entrant"]: row for row in result["race"]["numbers"]["rows"]}
+    assert all(raced[name]["tokens/s"] > 0 for name in ("megakd", "loop", "compiled"))
+    assert {row["phase"] for row in result["billion"]["numbers"]["plan"]} >= {"trial-1"}
     assert "no CUDA kernels" in result["llama"]["numbers"]["kernels"]
     page = (tmp_path / "page.md").read_text(encoding="utf-8")
     assert "## llama: finished" in page
