@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -149,7 +150,8 @@ def trl(race: Race, *, liger: bool = False) -> None:
         skip("Liger's kernels need a GPU")
     from datasets import Dataset
     from transformers import PreTrainedTokenizerFast, TrainerCallback
-    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+    gkd = import_module("trl.experimental.gkd")
 
     class Ended(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
@@ -157,7 +159,7 @@ def trl(race: Race, *, liger: bool = False) -> None:
 
     student, teacher = race.models()
     on_gpu = race.watch.device.type == "cuda"
-    options = GKDConfig(
+    options = gkd.GKDConfig(
         output_dir=str(race.folder),
         per_device_train_batch_size=len(race.lengths),
         max_steps=STEPS,
@@ -175,7 +177,7 @@ def trl(race: Race, *, liger: bool = False) -> None:
         dataloader_pin_memory=False,
     )
     batch = race.batch()
-    GKDTrainer(
+    gkd.GKDTrainer(
         model=student,
         teacher_model=teacher,
         args=options,
