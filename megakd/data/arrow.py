@@ -190,9 +190,9 @@ class Table:
     class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-def require(table: Table, column: str, key: str) -> None:
-    """Raise a DataError that names `key` if a table does not have a column."""
-    if column not in table.columns:
+def require(table: Table, key: str, *columns: str) -> None:
+    """Raise a DataError that names `key` if a table does not have one of the columns."""
+    for column in (name for name in columns if name not in table.columns):
         raise DataError(
             f"{table.name}: column {column!r} ({key}) does not exist; the columns are "
             f"{', '.join(table.columns)}"

@@ -50,8 +50,18 @@ from megakd.data.chat.conversations import (
     is_chat,
 )
 from megakd.data.choosing import is_labelled, text_hash
-from megakd.data.label_sets import LabelForm, label_form, label_words, soft_text, with_soft_labels
-from megakd.data.labels import Classes, class_word, find_classes, score, with_numbers
+from megakd.data.labels import (
+    Classes,
+    LabelForm,
+    class_word,
+    find_classes,
+    label_form,
+    label_words,
+    score,
+    soft_text,
+    with_numbers,
+    with_soft_labels,
+)
 from megakd.errors import DataError, suggestion
 from megakd.storage.folders import whole_folder
 
@@ -131,22 +141,20 @@ class RowKind:
 
     def of_split(self, table: Table, split: SplitName) -> RowKind:
         """Return the kind of another split of texts; a test split may be without labels."""
-        for column in self.fields.text:
-            require(table, column, "task.text_columns")
+        require(table, "task.text_columns", *self.fields.text)
         kind, label = replace(self, teacher=None, soft=None), self.label
         if label is None or (split == "test" and label not in table.columns):
             return replace(kind, fields=Fields(self.fields.text, None))
-        for column in (self.form and self.form.columns) or (label,):
-            require(table, column, "task.label_column")
+        require(table, "task.label_column", *((self.form and self.form.columns) or (label,)))
         return kind
 
     def taught(self, table: Table, task: TaskConfig, name: str | None = None) -> RowKind:
         """Return the kind with teachers or answers from columns, or the teacher `name`, if any."""
         column = task.teacher_column
         if task.soft_labels is not None:
-            require(table, task.soft_labels, "task.soft_labels")
+            require(table, "task.soft_labels", task.soft_labels)
         if name is None and column is not None:
-            require(table, column, "task.teacher_column")
+            require(table, "task.teacher_column", column)
         teacher = RowTeacher(column if name is None else None, name)
         return replace(self, teacher=teacher if any(teacher) else None, soft=task.soft_labels)
 
@@ -235,8 +243,7 @@ def is_blank(row: Mapping[str, object]) -> bool:
 
 def _text_columns(table: Table, task: TaskConfig) -> tuple[str, ...]:
     if task.text_columns is not None:
-        for column in task.text_columns:
-            require(table, column, "task.text_columns")
+        require(table, "task.text_columns", *task.text_columns)
         return task.text_columns
     pairs = () if task.type in LANGUAGE_TASKS else PAIR_DEFAULTS
     for columns in (*pairs, *zip(TEXT_DEFAULTS, strict=True)):
@@ -255,12 +262,11 @@ def _label_column(table: Table, task: TaskConfig) -> str | None:
         return None
     named = task.label_column
     if isinstance(named, tuple):
-        for column in named:
-            require(table, column, "task.label_column")
+        require(table, "task.label_column", *named)
         return named[0]
     usual = LABEL_DEFAULTS[task.type] if named is None else (named,)
     label = next((column for column in usual if column in table.columns), usual[0])
-    require(table, label, "task.label_column")
+    require(table, "task.label_column", label)
     return label
 
 
@@ -485,9 +491,8 @@ def scored_rows(
 
 def without_teachers(rows: Dataset) -> Dataset:
     """Return rows without the columns of their teachers, such as held-out rows."""
-    gone = (
-        {ROUTE, SOFT} if is_chat(rows) else {ROUTE, SOFT, PLACE}
-    )  # conversations have places of their own
+    # Conversations have places of their own.
+    gone = {ROUTE, SOFT} if is_chat(rows) else {ROUTE, SOFT, PLACE}
     return rows.remove_columns([name for name in rows.column_names if name in gone])
 
 

@@ -316,14 +316,14 @@ def _check_losses(config: RunConfig, inputs: UnencodedInputs) -> None:
 
 
 def _refuse_weights(config: RunConfig) -> None:
-    given: dict[str, object] = {
+    weights: dict[str, object] = {
         f"{where}.class_weights": one.class_weights for where, one in config.trainings.items()
     }
     for index, term in enumerate(config.objective or ()):
         if isinstance(term, HardCrossEntropy):
-            given[f"objective[{index}].class_weights"] = term.class_weights
-            given[f"objective[{index}].label_smoothing"] = term.label_smoothing or None
-    for key in (key for key, value in given.items() if value is not None):
+            weights[f"objective[{index}].class_weights"] = term.class_weights
+            weights[f"objective[{index}].label_smoothing"] = term.label_smoothing or None
+    for key in (key for key, value in weights.items() if value is not None):
         raise ConfigError(
             f"{key}: weighs or smooths the one label of a row, and a row of these data has any "
             "number; remove the key"

@@ -134,8 +134,7 @@ def chat_columns(table: Table, task: TaskConfig) -> ChatColumns | None:
     named = ChatColumns(task.messages_column, task.prompt_column, task.completion_column)
     if any(named):
         for key, column in zip(named._fields, named[:3], strict=False):
-            if column is not None:
-                require(table, column, f"task.{key}_column")
+            require(table, f"task.{key}_column", *filter(None, [column]))
         if named.prompt and not named.completion and has(COMPLETION):
             named = named._replace(completion=COMPLETION)
         return named._replace(as_messages=task.as_messages)
