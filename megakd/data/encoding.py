@@ -300,7 +300,9 @@ def mixed(encoded: Encoded, sources: Mapping[str, MixtureSource], *, seed: int) 
                 "task.validation_files, or give the source more rows"
             )
     sizes = np.array([part.kept for part in parts.values()])
-    counts = rows_of_sources(sizes, np.array([source.weight for source in sources.values()]))
+    weights = np.array([source.weight for source in sources.values()])
+    # The shares differ from the weights by less than a row.
+    counts = np.rint((sizes / weights).max() * weights).astype(np.int64).clip(min=sizes)
     chosen: list[NDArray[np.int64]] = []
     # The rows of a source follow each other.
     for number, (name, end) in enumerate(zip(sources, np.cumsum(sizes), strict=True)):
@@ -319,12 +321,3 @@ def mixed(encoded: Encoded, sources: Mapping[str, MixtureSource], *, seed: int) 
         train=encoded.train.select(np.sort(np.concatenate(chosen))),
         tokens_per_row=float((tokens / sizes * counts).sum() / counts.sum()),
     )
-
-
-def rows_of_sources(sizes: NDArray[np.int64], weights: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Return [S] the rows that an epoch reads of each source, at least all of its rows.
-
-    The shares differ from the weights by less than a row.
-    """
-    total = (sizes / weights).max()
-    return np.maximum(sizes, np.rint(total * weights).astype(np.int64))

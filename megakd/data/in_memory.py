@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -76,10 +75,7 @@ def _line(row: Mapping[str, Any], number: int) -> str:
             f"data: row {number} holds a {type(value).__name__}; give texts, numbers and lists"
         )
 
-    values = {key: None if _is_missing(value) else value for key, value in row.items()}
+    # pandas has NaN, which differs from itself, in the place of a missing text.
+    is_nan = {key for key, one in row.items() if isinstance(one, float) and one != one}  # noqa: PLR0124
+    values = {key: None if key in is_nan else value for key, value in row.items()}
     return json.dumps(values, ensure_ascii=False, default=plain)
-
-
-def _is_missing(value: object) -> bool:
-    # pandas has NaN in the place of a missing text.
-    return isinstance(value, float) and math.isnan(value)

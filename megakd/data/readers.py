@@ -16,7 +16,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import chain, islice
 from pathlib import Path
@@ -107,24 +107,34 @@ def files_table(
                 else:
                     yield Record(f"{path.name} {record.place}", record.values)
 
-    digest = sample_of if is_streamed else _digest_of
+    def digest(path: Path) -> str:
+        with readable(path):
+            return remembered_of(path, lambda: sha256_of(path), "sha256")
+
     return Table(
         name=str(paths[0]) if len(paths) == 1 else name or key,
         columns=tuple(columns),
         records=records,
-        digest=key_of([*map(digest, paths)], suffixes, piece if ".txt" in suffixes else 0),
+        digest=key_of(
+            [*map(sample_of if is_streamed else digest, paths)],
+            suffixes,
+            piece if ".txt" in suffixes else 0,
+        ),
         class_names=class_names_of(_features(first)) if suffixes[0] == ".parquet" else {},
     )
 
 
 def records_of(path: Path, *, piece: int = PIECE_CHARACTERS) -> Iterator[Read]:
-    """Yield the rows of a file, and the error of a row in its place."""
+    """Return the rows of a file, and the error of a row in its place."""
     suffix = data_suffix(path)
     if suffix == ".txt":
-        for number, text in pieces(_text_lines(path), piece):
-            yield Record(f"line {number}", {"text": text})
-    else:
-        yield from READERS[suffix](path)
+        texts = pieces(_text_lines(path), piece)
+        return (Record(f"line {number}", {"text": text}) for number, text in texts)
+    if suffix == ".parquet":
+        return _parquet_records(path)
+    if suffix == ".json":
+        return _json_records(path)
+    return _delimited_records(path) if suffix in (".csv", ".tsv") else _jsonl_records(path)
 
 
 def _delimited_records(path: Path) -> Iterator[Read]:
@@ -325,13 +335,9 @@ def typed_table(name: str, rows: Dataset | IterableDataset, *, digest: str) -> T
 def _typed_records(
     batches: Iterable[dict[str, list[object]]], features: Mapping[str, object]
 ) -> Iterator[Read]:
-    number = 0
-    for columns in batches:
-        for values in zip(*columns.values(), strict=True):
-            number += 1
-            row = zip(columns, values, strict=True)
-            present = {name: untyped(value, features[name]) for name, value in row}
-            yield Record(f"row {number}", present)
+    rows = (zip(c, v, strict=True) for c in batches for v in zip(*c.values(), strict=True))
+    for number, row in enumerate(rows, start=1):
+        yield Record(f"row {number}", {name: untyped(v, features[name]) for name, v in row})
 
 
 def untyped(value: object, feature: object) -> object:
@@ -407,22 +413,7 @@ def _parquet_errors(path: Path) -> Iterator[None]:
         raise DataError(f"{path} is not a readable parquet file: {error}") from error
 
 
-READERS: Mapping[str, Callable[[Path], Iterator[Read]]] = {
-    ".csv": _delimited_records,
-    ".tsv": _delimited_records,
-    ".jsonl": _jsonl_records,
-    ".ndjson": _jsonl_records,
-    ".json": _json_records,
-    ".parquet": _parquet_records,
-}
-
-
 # Digests, and the pieces of txt files
-
-
-def _digest_of(path: Path) -> str:
-    with readable(path):
-        return remembered_of(path, lambda: sha256_of(path), "sha256")
 
 
 def sample_of(path: Path) -> str:

@@ -51,7 +51,10 @@ class SpecialTokens:
             self.reader.split_special_tokens, marks = True, dict[str, str]()
         else:
             tree = json.loads(backend.to_str())
-            names -= _ordinary(names, tree["model"])
+            # Some tokenizers pad with "!" or end with a line break: these are pieces of any text.
+            merges = tree["model"].get("merges") or ()
+            joined = {"".join(m.split(" ", 1) if isinstance(m, str) else m) for m in merges}
+            names -= {name for name in names if len(name) == 1 or name.isspace() or name in joined}
             # A sign at each end, so that no mark is a part of another and none is a word.
             marks = {name: f"⸨⟦{number}⟧⸩" for number, name in enumerate(sorted(names))}
             self.reader._tokenizer = _renamed(tree, marks)  # noqa: SLF001  (no public way)
@@ -125,13 +128,6 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
 def _one_of(strings: Collection[str]) -> re.Pattern[str]:
     longest_first = sorted(strings, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or r"[^\s\S]")
-
-
-def _ordinary(names: Collection[str], model: Mapping[str, Any]) -> set[str]:
-    # Some tokenizers pad with "!" or end with a line break: these are pieces of any text.
-    merges = model.get("merges") or ()
-    joined = {"".join(m.split(" ", 1)) if isinstance(m, str) else "".join(m) for m in merges}
-    return {name for name in names if len(name) == 1 or name.isspace() or name in joined}
 
 
 def _renamed(tree: dict[str, Any], names: Mapping[str, str]) -> Tokenizer:

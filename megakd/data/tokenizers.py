@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -143,7 +143,18 @@ def from_folder(folder: Path) -> PreTrainedTokenizerBase:
     # Weights are verified when they are loaded.
     check_given(folder, "task.tokenizer", wanted=lambda name: not name.endswith(".safetensors"))
     try:
-        return _read(folder)
+        if folder.is_file():
+            tokenizer = _of_gguf(folder)
+            if tokenizer is None:
+                reason = "transformers reads no tokenizer of this GGUF file"
+                raise ValueError(reason)  # noqa: TRY301 - the message below ends with it
+            return copy.deepcopy(tokenizer)
+        files = {path.name for path in folder.iterdir()}
+        if not files.isdisjoint(CONFIGS):
+            auto = AutoTokenizer.from_pretrained
+            return auto(folder, local_files_only=True, trust_remote_code=False)
+        reader = BertTokenizer if "vocab.txt" in files else GPT2Tokenizer
+        return reader.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         # Broken files may raise KeyError, JSONDecodeError or a plain Exception.
         raise DataError(
@@ -161,20 +172,6 @@ def _of_gguf(file: Path) -> PreTrainedTokenizerBase | None:
     except Exception as error:  # noqa: BLE001 - of a kind unknown to transformers, or none
         logger.warning("transformers reads no tokenizer of %s: %s", file, first_line(error))
         return None
-
-
-def _read(folder: Path) -> PreTrainedTokenizerBase:
-    if folder.is_file():
-        tokenizer = _of_gguf(folder)
-        if tokenizer is None:
-            raise ValueError("transformers reads no tokenizer of this GGUF file")
-        return copy.deepcopy(tokenizer)
-    files = {path.name for path in folder.iterdir()}
-    if not files.isdisjoint(CONFIGS):
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    if "vocab.txt" in files:
-        return BertTokenizer.from_pretrained(folder, local_files_only=True)
-    return GPT2Tokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def _trained(
@@ -226,21 +223,15 @@ def characters_of_tokens(tokenizer: PreTrainedTokenizerBase) -> Tensor:
     A special token has none. A token of bytes counts the characters that begin in the token. V is
     the largest token number plus 1.
     """
-    tokens = tokenizer.get_vocab()
-    counts = torch.zeros(rows_for(tokenizer), dtype=torch.long)
-    special, count = set(tokenizer.all_special_ids), _counter(tokenizer)
-    for token, number in tokens.items():
-        counts[number] = 0 if number in special else count(token)
-    return counts
-
-
-def _counter(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], int]:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend, prefix, none = getattr(tokenizer, "backend_tokenizer", None), "", {_SPACE}
     if backend is not None and isinstance(backend.model, models.WordPiece):
-        prefix: str = backend.model.continuing_subword_prefix
-        return lambda token: len(token.removeprefix(prefix))
-    if backend is not None and isinstance(backend.decoder, decoders.ByteLevel):
+        prefix, none = backend.model.continuing_subword_prefix, set[str]()
+    elif backend is not None and isinstance(backend.decoder, decoders.ByteLevel):
         signs = bytes_to_unicode().items()  # GPT-2 shows every byte of a text as a sign
         none = {sign for byte, sign in signs if 128 <= byte < 192 or bytes([byte]).isspace()}
-        return lambda token: sum(sign not in none for sign in token)
-    return lambda token: len(token.replace(_SPACE, ""))
+    counts = torch.zeros(rows_for(tokenizer), dtype=torch.long)
+    special = set(tokenizer.all_special_ids)
+    for token, number in tokenizer.get_vocab().items():
+        if number not in special:
+            counts[number] = sum(sign not in none for sign in token.removeprefix(prefix))
+    return counts

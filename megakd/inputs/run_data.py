@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from itertools import accumulate, takewhile
 from typing import TypeVar, cast
@@ -99,7 +99,17 @@ def with_packing(
     train, rows = config.train, splits.train if splits.stream is None else splits.validation
     if config.task.type != "causal_lm" or train.packing is False:
         return config
-    mixing = " and ".join(on_main(lambda: [*_mixing_models(config, sources)]))
+
+    def mixing_models() -> list[str]:
+        names: list[str] = []
+        for role, source in sources.items():  # a server gets every text by itself
+            if role not in config.teacher_specs or config.teacher_specs[role].server is None:
+                check_varlen(source.config, source)
+                if packing_at(source.where, source.config, source.attn_implementation) == "apart":
+                    names.append(f"{source.where} ({source.config.model_type})")
+        return names
+
+    mixing = " and ".join(on_main(mixing_models))
     if not mixing:
         return replace(config, train=replace(train, packing=True))
     trainings = config.trainings.items()
@@ -117,16 +127,6 @@ def with_packing(
             mixing,
         )
     return replace(config, train=replace(train, packing=False))
-
-
-def _mixing_models(config: RunConfig, sources: Mapping[str, ModelSource]) -> Iterator[str]:
-    # The models that do not keep the texts of a row apart. A server gets every text by itself.
-    specs = config.teacher_specs
-    for role, source in sources.items():
-        if role not in specs or specs[role].server is None:
-            check_varlen(source.config, source)
-            if packing_at(source.where, source.config, source.attn_implementation) == "apart":
-                yield f"{source.where} ({source.config.model_type})"
 
 
 def with_row_length(

@@ -167,7 +167,10 @@ def conversation_of(name: str, columns: ChatColumns, record: Record) -> Conversa
         column = columns.messages
         messages = messages_of(record.values[column], where=f"{where}: column {column!r}")
         return _chat(where, record, messages, first=0)
-    lists = [column for column in named if _is_message_list(record.values[column])]
+    contents = {column: from_json(record.values[column]) for column in named}
+    lists = [
+        c for c, v in contents.items() if isinstance(v, list) and v and all(map(_is_message, v))
+    ]
     if not lists:
         prompt, *completion = (text_of(name, column, record) for column in named)
         if not columns.as_messages:
@@ -250,12 +253,7 @@ def from_json(value: object) -> object:
     return value
 
 
-def _is_message_list(value: object) -> bool:
-    listed = from_json(value)
-    return isinstance(listed, list) and bool(listed) and all(map(_looks_like_message, listed))
-
-
-def _looks_like_message(value: object) -> bool:
+def _is_message(value: object) -> bool:
     keys = _present_keys(value) if isinstance(value, Mapping) else ()
     return "role" in keys or ("from" in keys and "value" in keys)
 
@@ -286,7 +284,7 @@ def _present_keys(value: object) -> dict[str, Any]:
 
 
 def _message(value: object, where: str) -> Message:
-    if not _looks_like_message(value):
+    if not _is_message(value):
         raise DataError(
             f"{where} must be an object with role and content, or with from and value "
             f"(got {value!r:.80})"

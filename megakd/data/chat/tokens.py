@@ -236,7 +236,12 @@ class ChatEncoder:
             **noticed,
         )
         if conversation.messages is None and not conversation.prompt:
-            rows = list(_document_rows(tokens, self._task.row_length))
+            # The label of a row's last token is in the next row.
+            labels = np.append(tokens.ids[1:], np.int32(IGNORE))
+            starts = range(0, len(labels), self._task.row_length)
+            parts = [slice(start, start + self._task.row_length) for start in starts]
+            parts = [part for part in parts if (labels[part] != IGNORE).any()]
+            rows = [ChatRow(tokens.ids[part], labels[part], 0) for part in parts]
         else:
             made.lengths[len(tokens.ids)] = 1
             row = self._cut_row(conversation, tokens, made)
@@ -290,12 +295,3 @@ def _marked(text: Rendered, pieces: _Pieces, lengths: dict[int, int]) -> Tokens:
         last = len(pieces.ids) if is_whole else bisect_left(pieces.begins, end)
         counts[lengths[begin] : last] = True
     return Tokens(np.array(pieces.ids, dtype=np.int32), counts, [lengths[s] for s in text.prompts])
-
-
-def _document_rows(tokens: Tokens, length: int) -> Iterator[ChatRow]:
-    # The label of a row's last token is in the next row.
-    labels = np.append(tokens.ids[1:], np.int32(IGNORE))
-    for start in range(0, len(tokens.ids), length):
-        part = slice(start, start + length)
-        if (labels[part] != IGNORE).any():
-            yield ChatRow(tokens.ids[part], labels[part], 0)
