@@ -113,8 +113,8 @@ def column_of(rows: Dataset, name: str) -> NDArray:
 
 
 def with_column(rows: Dataset, name: str, values: NDArray) -> Dataset:
-    """Return rows with a column of numbers [N], or of equally many [N, C] in every row."""
-    kind = Value(str(values.dtype))
+    """Return rows whose column is one of numbers [N], or of equally many [N, C] in every row."""
+    kind, rows = Value(str(values.dtype)), rows.remove_columns(name)
     if values.ndim == 1:
         return rows.add_column(name, values, feature=kind)
     of_all: Any = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
@@ -141,13 +141,8 @@ def _rows_key(rows: Dataset) -> str:
     return digest.hexdigest()
 
 
-def longest_of(lengths: NDArray | Mapping[int, int], share: float = 1.0) -> int:
-    """Return the smallest length that this share of the rows does not exceed; 0 without rows.
-
-    `lengths` holds the length of each row, or the number of rows by length.
-    """
-    if isinstance(lengths, Mapping):
-        lengths = np.repeat(list(lengths), list(lengths.values()))
+def longest_of(lengths: NDArray | list[int], share: float = 1.0) -> int:
+    """Return the smallest length that this share of the rows does not exceed; 0 without rows."""
     return int(np.quantile(lengths, share, method="inverted_cdf")) if len(lengths) else 0
 
 

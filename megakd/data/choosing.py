@@ -119,6 +119,5 @@ def keep_labels(rows: Dataset, count: int | None, *, seed: int, name: str) -> Da
     labels = column_of(rows, "label")
     fewer = np.full_like(labels, np.nan if labels.dtype.kind == "f" else IGNORE)
     fewer[kept] = labels[kept]
-    if fewer.ndim == 2:  # the column holds int8, NumPy's format int64
-        return with_column(rows.remove_columns("label"), "label", fewer.astype(np.int8))
-    return rows.remove_columns("label").add_column("label", fewer, feature=rows.features["label"])
+    # Of several labels, the column holds int8, and NumPy's format int64.
+    return with_column(rows, "label", fewer if fewer.ndim == 1 else fewer.astype(np.int8))

@@ -213,7 +213,7 @@ def with_numbers(rows: Dataset, classes: Classes, *, bad: BadRows) -> Dataset:
     if wrong:
         right = np.setdiff1d(np.arange(len(rows)), list(wrong))
         rows, labels = rows.select(right), labels[right]
-    return with_column(rows.remove_columns("label"), "label", labels)
+    return with_column(rows, "label", labels)
 
 
 def _words(rows: Dataset) -> tuple[list[str], NDArray[np.int64], NDArray[np.int64]]:
@@ -327,7 +327,7 @@ def with_soft_labels(rows: Dataset, names: Sequence[str], *, bad: BadRows) -> Da
     if adds_up:
         soft[right] /= soft[right].sum(axis=1, keepdims=True)
     whole = rows if len(right) == len(rows) else rows.select(right)
-    return with_column(whole.remove_columns(SOFT), SOFT, soft[right])
+    return with_column(whole, SOFT, soft[right])
 
 
 def _probabilities(place: str, text: str, names: Sequence[str], *, adds_up: bool) -> list[float]:

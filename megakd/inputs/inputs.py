@@ -6,10 +6,10 @@ Checks run from cheap to expensive: weight files, then data and tokenizer, then 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 from datasets import Dataset
@@ -33,7 +33,7 @@ from megakd.errors import ConfigError, DataError, MegakdError, TeacherError
 from megakd.inputs.run_data import (
     cache_folder,
     encoded_rows,
-    method_rows,
+    once,
     splits_of,
     with_multi_label,
     with_packing,
@@ -139,10 +139,12 @@ def prepare(config: RunConfig) -> RunInputs:
             *(", ".join(about_one), metrics.label_names[metrics.positive]),
         )
     trains = any(spec.finetune for spec in config.teacher_specs.values())
+    pair, cache = unencoded.pair, cache_folder()
+    rows_of_method = partial(config.method.rows, config, splits, pair, cache_dir=cache)
     inputs = RunInputs(
         **vars(unencoded),
         config=config,
-        method_rows=method_rows(config, splits, unencoded.pair),
+        method_rows=pair and once(config, rows_of_method),
         encoded=encoded_rows(config, splits, unencoded.tokenizer),
         teacher_encoded=(
             None if teacher is None else encoded_rows(config, splits, teacher, with_train=trains)
@@ -351,7 +353,7 @@ def _resolved(config: RunConfig) -> tuple[dict[str, ModelSource], list[str]]:
     sources, problems = dict[str, ModelSource](), list[str]()
     for role, spec in config.loaded_models.items():
         try:
-            sources[role] = main_first(functools.partial(resolve, spec, config, role))
+            sources[role] = main_first(partial(resolve, spec, config, role))
         except MegakdError as error:
             if role not in config.teacher_specs or not config.teachers:
                 raise

@@ -20,7 +20,6 @@ from megakd.data.chat.conversations import is_chat
 from megakd.data.encoding import Encoded, encode_rows, encode_splits, mixed
 from megakd.data.loader import lengths_of_rows, prompt_lengths
 from megakd.data.splits import Splits, load_splits
-from megakd.data.tokenizers import VocabularyPair
 from megakd.engine.collectives import main_first, on_main, once_per_node
 from megakd.errors import ConfigError
 from megakd.models.architectures import context_length
@@ -72,12 +71,6 @@ def once(config: RunConfig, action: Callable[[], T]) -> T:
     if config.task.streaming:
         return main_first(action)  # a stream reads its files on every rank
     return once_per_node(action, place=str(cache_folder()))
-
-
-def method_rows(config: RunConfig, splits: Splits, pair: VocabularyPair | None) -> Dataset | None:
-    """Return the training rows that the method makes, if any; a collective."""
-    cache = cache_folder()
-    return pair and once(config, lambda: config.method.rows(config, splits, pair, cache_dir=cache))
 
 
 def with_multi_label(config: RunConfig, splits: Splits) -> RunConfig:

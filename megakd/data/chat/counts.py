@@ -123,18 +123,19 @@ def say_chat(
 ) -> None:
     """Log the numbers of each split, and the first row with its counted parts marked."""
     for name, tally in counts.items():
+        lengths = [*tally.lengths.elements()]
         left_out = tally.long_prompt + tally.too_long + tally.nothing_counts + tally.bad
         logger.info(
             "%s: %d conversations, %d encoded rows with %d tokens, of which %.1f %% count; the "
             "longest has %d tokens, %d are truncated, %d dropped",
             *(name, tally.rows, tally.kept, tally.tokens),
-            *(100 * tally.targets / max(1, tally.tokens), longest_of(tally.lengths)),
+            *(100 * tally.targets / max(1, tally.tokens), longest_of(lengths)),
             *(tally.truncated, left_out),
         )
         warnings = [(left_out, f"are left out: {tally.reasons}")]
         longer = tally.truncated + tally.too_long + tally.long_prompt
-        if longer > 0.01 * tally.lengths.total():
-            most = longest_of(tally.lengths, 0.99)
+        if longer > 0.01 * len(lengths):
+            most = longest_of(lengths, 0.99)
             what = f"are longer than task.max_length; task.max_length={most} keeps 99 % whole"
             warnings.append((longer, what))
         warnings += [(getattr(tally, key), what) for key, what in BY_TEMPLATE.items()]

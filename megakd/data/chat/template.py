@@ -13,7 +13,8 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from itertools import accumulate, pairwise, zip_longest
+from itertools import accumulate, pairwise
+from os.path import commonprefix
 from typing import Any, NamedTuple, cast
 
 from transformers import PreTrainedTokenizerBase
@@ -298,11 +299,9 @@ class _View(NamedTuple):
         )
 
 
-def _same(one: str, other: str) -> int:
-    # The number of characters at the beginning that both texts have.
-    if other.startswith(one):
-        return len(one)
-    return next(n for n, (a, b) in enumerate(zip_longest(one, other)) if a != b)
+def _same(*texts: str) -> int:
+    # The number of characters at the beginning that all texts have.
+    return len(commonprefix(texts))  # noqa: RUF071 - of texts, not of paths
 
 
 def without_reasoning(text: str) -> str:
