@@ -6,7 +6,7 @@ Shapes: B rows of a micro-batch, T positions.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -119,18 +119,12 @@ def documents_of(positions: Any) -> Documents:
 
 def columns_of(rows: object) -> Columns:
     """Return the columns of rows given as an arrow table, a mapping of columns or a sequence."""
-    if isinstance(rows, pa.Table):
-        table = cast("Any", rows)  # pyarrow carries no types
-        return {name: _from_arrow(table.column(name)) for name in table.column_names}
-    if not isinstance(rows, Mapping):
-        listed = cast("Sequence[Mapping[str, object]]", rows)
-        rows = {name: [row[name] for row in listed] for name in listed[0]} if listed else {}
-    columns: Columns = {}
-    for name, values in cast("Mapping[str, Sequence[object]]", rows).items():
-        if len(values):
-            arrays = [np.atleast_1d(np.asarray(value)) for value in values]
-            columns[name] = np.concatenate(arrays), np.array([len(array) for array in arrays])
-    return columns
+    table: Any = rows  # pyarrow carries no types
+    if isinstance(rows, Mapping):
+        table = pa.table({name: list(values) for name, values in table.items()})
+    elif not isinstance(rows, pa.Table):
+        table = pa.Table.from_pylist(table)
+    return {name: _from_arrow(table.column(name)) for name in table.column_names}
 
 
 def _from_arrow(column: pa.ChunkedArray) -> tuple[NDArray, NDArray]:

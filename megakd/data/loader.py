@@ -161,12 +161,11 @@ def evaluation_batches(
     order, and belongs to rank k modulo world; dummy rows fill the last batches. `masking` masks the
     same tokens in every evaluation of every run.
     """
-    _check_rows(rows)
-    table, batch_size = rows.with_format("arrow"), min(batch_size, len(rows))
+    batch_size = min(batch_size, len(rows))
+    batch_of = _evaluated(rows, collate, masking, size=batch_size)
     for turn in range(-(-len(rows) // (batch_size * world))):
         start = (turn * world + rank) * batch_size
-        end = min(start + batch_size, len(rows))
-        yield _evaluated(table, np.arange(start, end), collate, masking, size=batch_size)
+        yield batch_of(np.arange(start, min(start + batch_size, len(rows))))
 
 
 def global_batches(
@@ -183,32 +182,29 @@ def global_batches(
     same number of micro-batches in every batch; dummy rows fill the micro-batches. `masking` masks
     the same tokens as in an evaluation.
     """
-    _check_rows(rows)
-    table, size = rows.with_format("arrow"), shape.most_rows(len(rows))
+    batch_of = _evaluated(rows, collate, masking, size=shape.most_rows(len(rows)))
     for start in range(0, len(rows), batch_size):
         batch = np.arange(start, min(start + batch_size, len(rows)))
         parts = [batch[n :: shape.accumulation * shape.world] for n in shape.micro_batches]
-        yield (_evaluated(table, part, collate, masking, size=size) for part in parts)
+        yield map(batch_of, parts)
 
 
-def _check_rows(rows: Dataset) -> None:
+def _evaluated(
+    rows: Dataset, collate: Collator, masking: Masking | None, *, size: int
+) -> Callable[[NDArray[np.int64]], Batch]:
+    # Returns a function of row numbers, which masks the same tokens every time.
     if not len(rows):
         raise DataError(
             "cannot evaluate on a split that has no rows; with task.streaming only the held-out "
             "splits have rows"
         )
+    table = rows.with_format("arrow")
 
+    def batch_of(numbers: NDArray[np.int64]) -> Batch:
+        batch = collate(_taken(table, numbers), dummy_rows=size - len(numbers))
+        return batch if masking is None else masking(batch, numbers, seed=0, draw=0)
 
-def _evaluated(
-    table: Dataset,
-    rows: NDArray[np.int64],
-    collate: Collator,
-    masking: Masking | None,
-    *,
-    size: int,
-) -> Batch:
-    batch = collate(_taken(table, rows), dummy_rows=size - len(rows))
-    return batch if masking is None else masking(batch, rows, seed=0, draw=0)
+    return batch_of
 
 
 def _taken(table: Dataset, rows: NDArray[np.int64]) -> object:
