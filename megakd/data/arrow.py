@@ -67,12 +67,6 @@ def remembered_of(path: Path, compute: Callable[[], T], *parts: object) -> T:
     return compute() if version is None else remembered(compute, version, *parts)
 
 
-def write_rows(rows: Iterable[Row], features: Features, path: Path) -> None:
-    """Write rows as a stream into an Arrow file that `read_rows` can read."""
-    table, schema = cast("Any", pa).Table, features.arrow_schema  # pyarrow carries no types
-    write_tables(path, (table.from_pylist(batch, schema) for batch in _batches(rows)))
-
-
 def write_tables(path: Path, tables: Iterable[pa.Table]) -> bool:
     """Write tables in Arrow's stream format, which `datasets` can memory-map, if there are any."""
     writer = None
@@ -90,16 +84,18 @@ def read_rows(path: Path) -> Dataset:
     return Dataset.from_file(str(path))
 
 
-def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
+def tables_of_rows(rows: Iterable[Row], features: Features) -> Iterator[pa.Table]:
+    """Yield rows as tables for a file that `read_rows` can read."""
+    table, schema = cast("Any", pa).Table, features.arrow_schema  # pyarrow carries no types
     pending: list[Row] = []
     characters = 0
     for row in rows:
         pending.append(row)
         characters += sum(len(value) for value in row.values() if isinstance(value, str))
         if len(pending) == ROWS_PER_BATCH or characters > CHARACTERS_PER_BATCH:
-            yield pending
+            yield table.from_pylist(pending, schema)
             pending, characters = [], 0
-    yield pending  # an empty last batch gives an empty file its columns
+    yield table.from_pylist(pending, schema)  # an empty last table gives an empty file its columns
 
 
 def arrow_batches(rows: Dataset, size: int) -> Iterator[pa.Table]:

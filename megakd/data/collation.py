@@ -124,14 +124,18 @@ def columns_of(rows: object) -> Columns:
         table = pa.table({name: list(values) for name, values in table.items()})
     elif not isinstance(rows, pa.Table):
         table = pa.Table.from_pylist(table)
-    return {name: _from_arrow(table.column(name)) for name in table.column_names}
-
-
-def _from_arrow(column: pa.ChunkedArray) -> tuple[NDArray, NDArray]:
-    array = column.combine_chunks()
-    if pa.types.is_fixed_size_list(array.type):
-        width = array.type.list_size
-        return array.flatten().to_numpy().reshape(-1, width), np.full(len(array), width)
-    if pa.types.is_list(array.type):
-        return array.flatten().to_numpy(), array.value_lengths().to_numpy()
-    return array.to_numpy(zero_copy_only=False), np.ones(len(array), dtype=np.int64)
+    columns: Columns = {}
+    for name in table.column_names:
+        array = table.column(name).combine_chunks()
+        if pa.types.is_fixed_size_list(array.type):
+            width = array.type.list_size
+            columns[name] = (
+                array.flatten().to_numpy().reshape(-1, width),
+                np.full(len(array), width),
+            )
+        elif pa.types.is_list(array.type):
+            columns[name] = array.flatten().to_numpy(), array.value_lengths().to_numpy()
+        else:
+            ones = np.ones(len(array), dtype=np.int64)
+            columns[name] = array.to_numpy(zero_copy_only=False), ones
+    return columns

@@ -149,8 +149,20 @@ def encode_rows(
             raise no_tokens(rows, task, split=name, counts=counts)
         write_json(folder / COUNTS, {source: vars(tally) for source, tally in counts.items()})
 
-    key = encoded_key(rows, tokenizer, task, packed=packed)
-    folder = whole_folder(cache_dir / "encoded" / key, build)
+    parts: dict[str, object] = {
+        "version": VERSION,
+        "rows": rows_key(rows),
+        "tokenizer": tokenizer_content(tokenizer),
+        "max_length": task.row_length,
+        "type": task.type,
+        "packed": packed,
+    }
+    if is_chat(rows):
+        of_task = ("train_on", "reasoning", "truncation", "bad_rows")
+        chat: dict[str, object] = {"template": tokenizer.chat_template}
+        chat |= {"options": task.chat_template_kwargs} | {k: getattr(task, k) for k in of_task}
+        parts["chat"] = chat
+    folder = whole_folder(cache_dir / "encoded" / key_of(parts), build)
     records = json.loads((folder / COUNTS).read_text(encoding="utf-8"))
     counts = {
         f"{name}/{source}" if source else name: ChatCounts.from_record(tally)
@@ -200,26 +212,6 @@ def labelled_only(rows: Dataset) -> Dataset:
             "labels; check task.label_column, or train without this stage"
         )
     return rows if carries.all() else rows.select(np.flatnonzero(carries))
-
-
-def encoded_key(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: TaskConfig, *, packed: bool = True
-) -> str:
-    """Return a hash of everything that the encoded rows depend on; see `encode_rows`."""
-    parts: dict[str, object] = {
-        "version": VERSION,
-        "rows": rows_key(rows),
-        "tokenizer": tokenizer_content(tokenizer),
-        "max_length": task.row_length,
-        "type": task.type,
-        "packed": packed,
-    }
-    if is_chat(rows):
-        of_task = ("train_on", "reasoning", "truncation", "bad_rows")
-        chat: dict[str, object] = {"template": tokenizer.chat_template}
-        chat |= {"options": task.chat_template_kwargs} | {k: getattr(task, k) for k in of_task}
-        parts["chat"] = chat
-    return key_of(parts)
 
 
 def save_tokenizer(

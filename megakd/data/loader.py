@@ -85,7 +85,8 @@ class StepLoader(BatchSource):
         # Arrow tables do not create a Python object per token.
         self._rows = rows.with_format("arrow")
         self._collate, self._layout = collate, layout
-        self._lengths = lengths_of_rows(rows) if layout.reads_lengths else None
+        reads_lengths = layout.by_length or layout.tokens_per_rank is not None
+        self._lengths = lengths_of_rows(rows) if reads_lengths else None
         self._size = layout.shape.most_rows(len(learned))
         self._routes = column_of(rows, ROUTE) if layout.teachers else None
         self.step_rows = RowOrder(learned, layout.shape, seed=seed)

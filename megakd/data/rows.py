@@ -34,8 +34,9 @@ from megakd.data.arrow import (
     key_of,
     read_rows,
     require,
+    tables_of_rows,
     text_of,
-    write_rows,
+    write_tables,
 )
 from megakd.data.chat.conversations import (
     CONVERSATION,
@@ -397,7 +398,7 @@ def rows_of(
     def fill(fresh: Path) -> None:
         tally, bad = Tally(), BadRows(task.bad_rows)
         rows = ({SOURCE: source, **row} for row in _rows(table, kind, tally, bad))
-        write_rows(rows, features, fresh / "rows.arrow")
+        write_tables(fresh / "rows.arrow", tables_of_rows(rows, features))
         if tally.rows == 0:
             raise DataError(f"{table.name} has no rows")
         bad.finish()

@@ -83,11 +83,6 @@ class StepLayout(NamedTuple):
     teachers: tuple[str, ...] = ()
     by_length: bool = False
 
-    @property
-    def reads_lengths(self) -> bool:
-        """Whether the micro-batch of a row depends on its length."""
-        return self.by_length or self.tokens_per_rank is not None
-
     def micro_batches(
         self, lengths: NDArray[np.int64], routes: NDArray[np.int64] | None = None
     ) -> list[Part]:

@@ -89,24 +89,20 @@ def check_device(config: RunConfig, ranks: Ranks) -> None:
     for where, train in config.trainings.items():
         check_dtype(training_dtype(train, device), ranks, where)
         check_kernels(train.kernels, ranks, where)
-    _check_attention(config, ranks)
-    for name, spec in config.teacher_specs.items():
-        if spec.dtype is not None:
-            check_dtype(spec.dtype, ranks, f"{config.key_of(name)}.dtype")
-
-
-def _check_attention(config: RunConfig, ranks: Ranks) -> None:
     chosen = {config.key_of(n): s.attn_implementation for n, s in config.teacher_specs.items()}
-    on_gpu = ranks.device.type == "cuda"
+    on_gpu = device == "cuda"
     has = ["sdpa", "eager"] + ["varlen"] * (config.task.type == "causal_lm")
     has += ["flash_attention_2"] * (on_gpu and is_flash_attn_2_available())
     has += ["flash_attention_3"] * (on_gpu and is_flash_attn_3_available())
     for key, name in {**chosen, "student": config.student.attn_implementation}.items():
         if name is not None and name not in has:
             raise ConfigError(
-                f"{key}.attn_implementation: {name} cannot be used on {ranks.device.type} with "
+                f"{key}.attn_implementation: {name} cannot be used on {device} with "
                 f"task.type {config.task.type} in this environment; use one of {', '.join(has)}"
             )
+    for name, spec in config.teacher_specs.items():
+        if spec.dtype is not None:
+            check_dtype(spec.dtype, ranks, f"{config.key_of(name)}.dtype")
 
 
 def check_dtype(dtype: Dtype, ranks: Ranks, where: str) -> None:
