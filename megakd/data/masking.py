@@ -9,6 +9,7 @@ two vocabularies, see `SecondTokens`. Shapes: B rows of a micro-batch, T positio
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -51,6 +52,7 @@ class SecondTokens(NamedTuple):
         return Targets(torch.from_numpy(positions), torch.from_numpy(labels))
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Masking:
     """A function that masks tokens of a micro-batch and sets the original tokens as labels.
 
@@ -65,20 +67,11 @@ class Masking:
         `Extras.second`, in its own numbering, and `labels` and `targets` leave them out.
     """
 
-    def __init__(
-        self,
-        *,
-        mask_id: int,
-        special_ids: Sequence[int],
-        vocabulary: Sequence[int],
-        probability: float = DEFAULT_PROBABILITY,
-        second: SecondTokens | None = None,
-    ) -> None:
-        self._mask_id = mask_id
-        self._special_ids = np.array(special_ids, dtype=np.int64)
-        self._vocabulary = np.array(vocabulary, dtype=np.int64)
-        self._probability = probability
-        self._second = second
+    mask_id: int
+    special_ids: Sequence[int]
+    vocabulary: NDArray[np.int64]
+    probability: float = DEFAULT_PROBABILITY
+    second: SecondTokens | None = None
 
     def __call__(
         self, batch: Batch, rows: NDArray[np.int64], *, seed: int, draw: int | NDArray[np.int64]
@@ -89,18 +82,18 @@ class Masking:
         """
         ids = batch.inputs["input_ids"].numpy()  # [B, T]
         real = batch.valid.numpy()
-        maskable = real & ~np.isin(ids, self._special_ids)
+        maskable = real & ~np.isin(ids, self.special_ids)
         keys = row_keys(seed, draw, rows, size=len(ids))[:, None]
         # Three numbers in [0, 1) for each position, [B, T]: whether, how, and by which token.
         numbers = uniform(keys, np.arange(1, 3 * ids.shape[1] + 1, dtype=np.uint64))
         choice, fate, token = (numbers[:, part::3] for part in range(3))
         lowest = np.where(maskable, choice, np.inf).min(axis=1, keepdims=True)
-        chosen = maskable & ((choice < self._probability) | (choice == lowest))
+        chosen = maskable & ((choice < self.probability) | (choice == lowest))
         shown = np.where(chosen, self._shown(ids, fate, token), ids)
         inputs = {**batch.inputs, "input_ids": torch.from_numpy(shown)}
-        second = None if self._second is None else self._second.targets(ids, chosen)
-        if self._second is not None:
-            chosen = chosen & ~self._second.contains(ids)
+        second = None if self.second is None else self.second.targets(ids, chosen)
+        if self.second is not None:
+            chosen = chosen & ~self.second.contains(ids)
         return Batch(
             inputs,
             torch.from_numpy(np.where(chosen, ids, IGNORE)),
@@ -112,12 +105,12 @@ class Masking:
     def _shown(
         self, ids: NDArray[np.int64], fate: NDArray[np.float64], token: NDArray[np.float64]
     ) -> NDArray[np.int64]:
-        random = _picked(self._vocabulary, token)
-        if self._second is not None:
-            others = _picked(self._second.vocabulary, token)
-            random = np.where(self._second.contains(ids), others, random)
+        random = _picked(self.vocabulary, token)
+        if self.second is not None:
+            others = _picked(self.second.vocabulary, token)
+            random = np.where(self.second.contains(ids), others, random)
         is_masked, is_random = fate < MASKED_SHARE, fate < MASKED_SHARE + RANDOM_SHARE
-        return np.where(is_masked, self._mask_id, np.where(is_random, random, ids))
+        return np.where(is_masked, self.mask_id, np.where(is_random, random, ids))
 
 
 def task_masking(
@@ -143,7 +136,7 @@ def task_masking(
     return Masking(
         mask_id=cast("int", tokenizer.mask_token_id),  # transformers' own type allows several
         special_ids=special,
-        vocabulary=ordinary,
+        vocabulary=np.array(ordinary),
         probability=task.mlm_probability or DEFAULT_PROBABILITY,
         second=others,
     )
