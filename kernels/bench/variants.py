@@ -70,18 +70,15 @@ def hidden_states(kernel: Callable[..., object]) -> None:
     kernel(states, states, torch.ones(_ROWS, dtype=torch.bool), torch.zeros_like(states))
 
 
-def relation(*, width: int = 64, teacher_width: int = 128) -> None:
-    """Forward and backward of a causal relation with segments, and of queries with keys."""
+def relation(*, width: int = 64, teacher_width: int = 128, with_keys: bool = False) -> None:
+    """Forward and backward of a causal relation, with keys also of segments."""
     states = torch.zeros(1, 64, 4 * width, dtype=torch.bfloat16).requires_grad_()
-    keys = torch.zeros(1, 64, 4 * width, dtype=torch.bfloat16).requires_grad_()
     teacher = torch.zeros(1, 64, 4 * teacher_width, dtype=torch.bfloat16)
+    keys = (torch.zeros_like(states).requires_grad_(), teacher) if with_keys else ()
+    segments = torch.zeros(1, 64, dtype=torch.int64) if with_keys else None
     valid = torch.ones(1, 64, dtype=torch.bool)
     mk.relation_kl_loss(
-        states, teacher, heads=4, valid=valid, impl="triton", causal=True
-    ).backward()
-    segments = torch.zeros(1, 64, dtype=torch.int64)
-    mk.relation_kl_loss(
-        states, teacher, keys, teacher, heads=4, valid=valid, impl="triton", causal=True,
+        states, teacher, *keys, heads=4, valid=valid, impl="triton", causal=True,
         segments=segments,
     ).backward()  # fmt: skip
 
@@ -106,5 +103,7 @@ VARIANTS: Mapping[str, Callable[[], None]] = {
     "hidden-state MSE": partial(hidden_states, row_hidden.squared_error_rows),
     "hidden-state cosine": partial(hidden_states, row_hidden.one_minus_cosine_rows),
     "relation": relation,
+    "relation of queries with keys": partial(relation, with_keys=True),
     "relation, heads of 128": partial(relation, width=128),
+    "relation of queries with keys, heads of 128": partial(relation, width=128, with_keys=True),
 }

@@ -145,7 +145,7 @@ def statistics(student, teacher, impl):
 
 
 def top_logits(student, teacher, impl):
-    ids, weight = torch.arange(8, device=DEVICE).expand(6, 8), torch.eye(8, device=DEVICE)
+    ids, weight = torch.arange(8, device=DEVICE).expand(3, 8), torch.eye(8, device=DEVICE)
     options = {"mode": "renorm", "t_squared": True, "impl": impl}
     return mk.topk_kd_loss(student, weight, ids, teacher.log_softmax(-1), **options).loss
 
@@ -170,10 +170,10 @@ LOSSES = {
 @pytest.mark.parametrize("name", LOSSES)
 def test_nan_of_a_row_that_counts_is_seen_in_the_loss(name, spoilt, impl):
     generator = torch.Generator().manual_seed(0)
-    part = (2, 1) if spoilt == "one value" else ...
+    part = (1, 1) if spoilt == "one value" else ...
     for which in ("teacher", "student"):
         models = {
-            model: torch.randn(6, 8, generator=generator).to(DEVICE)
+            model: torch.randn(3, 8, generator=generator).to(DEVICE)
             for model in ("student", "teacher")
         }
         models[which][part] = torch.nan

@@ -206,7 +206,14 @@ def test_shapes_alone_are_enough_to_know_the_gradients_shapes(inputs, loss):
     assert [(t.shape, t.dtype) for t in valueless] == [(t.shape, t.dtype) for t in real]
 
 
-@EVERY_PATH
+TRACED = [(logits_loss, "chunked"), (projection_loss, "chunked"), (relation_loss, "triton")]
+OTHERS = [path for path in PATHS if path not in TRACED]
+
+
+@pytest.mark.parametrize(
+    ("loss", "impl"),
+    [*TRACED, *(pytest.param(*path, marks=pytest.mark.slow) for path in OTHERS)],
+)
 def test_compiled_without_a_break_the_gradients_are_the_same(inputs, loss, impl):
     torch.compiler.reset()
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")

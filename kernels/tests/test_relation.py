@@ -129,7 +129,7 @@ def test_loss_is_the_sum_over_rows_of_the_mean_over_heads(impl, keys, masks):
 @pytest.mark.parametrize("masks", [(), ("valid", "causal", "segments", "weight")], ids="-".join)
 def test_gradients_are_the_derivatives_of_the_loss(impl, keys, masks, monkeypatch):
     monkeypatch.setattr(relation_chunked, "_CPU_TILE_BYTES", 200)
-    problem = make(batch=2, length=5, keys=keys, masks=masks)
+    problem = make(batch=1, length=4, keys=keys, masks=masks)
     names = [name for name in problem.tensors if "student" in name]
 
     def value(*leaves):
@@ -146,8 +146,6 @@ def test_gradients_are_the_derivatives_of_the_loss(impl, keys, masks, monkeypatc
     ("keys", "masks"),
     [
         (False, ()),
-        (True, ("valid",)),
-        (False, ("causal",)),
         (True, ("segments",)),
         (False, ("valid", "causal", "segments")),
         (True, ("valid", "causal", "segments")),

@@ -68,7 +68,7 @@ class Case:
         return kernel.run_(student, teacher, self.inputs(plan), out), out
 
 
-def make_case(rows=6, width=WIDTH, shared=None, *, seed=0, spread=3.0, invalid=(2,)):
+def make_case(rows=4, width=WIDTH, shared=None, *, seed=0, spread=3.0, invalid=(2,)):
     """Random rows; rows that do not count hold NaN."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -205,7 +205,7 @@ def test_a_divergence_and_its_gradient_match_fp64(name, temperature):
     ids=["shared softmax", "fewer ids", "own temperature"],
 )
 def test_cross_entropy_over_all_ids_joins_a_mixture(temperature, shared):
-    case = make_case(5, shared=shared)
+    case = make_case(3, shared=shared)
     case.labels[:2] = torch.tensor([WIDTH - 1, 3])
     plan = plan_of(
         ("forward_kl", 0.5), ("jsd", 2.0), temperature=temperature, shared=shared, with_ce=True
@@ -231,10 +231,13 @@ def test_scaled_logits_of_student_alone_and_of_teacher_alone_match_fp64():
     check(case, capped, case.run(capped))
 
 
-@pytest.mark.parametrize("sides", ["st", "s", "t"])
-@pytest.mark.parametrize("warp", [Warp(), Warp(-0.7, 30.0)], ids=str)
+@pytest.mark.parametrize(
+    ("sides", "warp"),
+    [("st", Warp(-0.7, 30.0)), ("s", Warp()), ("t", Warp())],
+    ids=["both, bent", "student", "teacher"],
+)
 def test_a_bias_that_the_kernel_adds_gives_the_bits_of_biased_logits(sides, warp, same_values):
-    case = make_case(3, shared=WIDTH - 11)
+    case = make_case(2, invalid=(), shared=WIDTH - 11)
     student, teacher = torch.linspace(-2, 3, 2 * WIDTH, device=DEVICE).bfloat16().view(2, WIDTH)
     every_second = student.repeat_interleave(2)[::2]
     biases = Biases(every_second if "s" in sides else None, teacher[:-11] if "t" in sides else None)
