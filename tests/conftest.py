@@ -33,6 +33,14 @@ ENVIRONMENT = {
 os.environ.update(ENVIRONMENT)
 # No machine dies in a test, and an fsync takes milliseconds.
 os.fsync = lambda _: None
+# Families whose layers are built like those of BERT, Llama, Gemma 3 or an encoder of T5, which the
+# same tests take.
+ALIKE = """
+roberta electra camembert ernie xlm-roberta xmod mistral qwen2 phi granite apertus arcee aria_text
+cohere cohere2 cwm ernie4_5 exaone4 flint gemma glm glm4 granite_swa granitemoe helium
+hunyuan_v1_dense hyperclovax internlm3 jais2 ministral ministral3 nanochat nemotron olmo olmo3
+seed_oss smollm3 stablelm starcoder2 vaultgemma gemma2 t5_encoder
+"""
 # What several test files share; worker processes import it from there too.
 sys.path.insert(0, str(ROOT / "tests" / "support"))
 # How long an example takes says more of the machine than of the code.
@@ -58,13 +66,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of `slow_tests.txt`, which took longest on two cores, as slow.
+    """Mark the tests of `slow_tests.txt`, which took longest on two cores, and `ALIKE` as slow.
 
     Others of their file check the same behaviour at another ZeRO stage or with another model.
     """
     listed = set((ROOT / "tests" / "slow_tests.txt").read_text(encoding="utf-8").splitlines())
+    alike = {*ALIKE.split()}
     for item in items:
-        if item.nodeid in listed:
+        values = getattr(getattr(item, "callspec", None), "params", {})
+        is_alike = any(values.get(name) in alike for name in ("family", "model_type"))
+        if item.nodeid in listed or is_alike:
             item.add_marker(pytest.mark.slow)
 
 

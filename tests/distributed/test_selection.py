@@ -147,6 +147,7 @@ def test_one_choice_serves_all_micro_batches_and_the_loss_is_measured_once_per_p
     assert once["measured"] == 1 + EPISODES * STEPS // PHASE  # once before the first
 
 
+@pytest.mark.slow
 def test_no_two_ranks_draw_the_same_dropout_on_their_gpus(learn):
     """Neither projections nor a selector, which are equal on all ranks, seed a GPU."""
     first, second = (rank["seeds"] for rank in learn(2))

@@ -126,6 +126,7 @@ def test_the_student_is_fine_tuned_by_the_config_that_the_run_writes(one_rank, t
         f"task.dataset={write_jsonl(tmp_path / 'task.jsonl', rows)}",
         "task.label_column=label",
         "train.max_steps=3",
+        "eval.latency=false",
         f"output_dir={tmp_path / 'tuned'}",
     )
 
