@@ -141,45 +141,44 @@ def test_gradients_are_the_derivatives_of_the_loss(impl, keys, masks, monkeypatc
     assert torch.autograd.gradcheck(value, leaves)
 
 
+# bf16 is truncated, not rounded, where the interpreter stores it.
+TOLERANCES = {
+    torch.float32: (1e-5, 2e-5),
+    torch.bfloat16: (1e-4, 1.2e-2),
+    torch.float16: (1e-4, 1e-3),
+}
+EVERY = ("valid", "causal", "segments")
+
+
 @pytest.mark.parametrize("impl", ["chunked", "triton"])
 @pytest.mark.parametrize(
-    ("keys", "masks"),
+    ("dtype", "sizes"),
     [
-        (False, ()),
-        (True, ("segments",)),
-        (False, ("valid", "causal", "segments")),
-        (True, ("valid", "causal", "segments")),
+        (torch.float32, {}),
+        (torch.float32, {"batch": 2, "keys": True, "masks": ("segments", "weight")}),
+        (torch.float32, {"batch": 2, "masks": (*EVERY, "weight")}),
+        (torch.float32, {"batch": 2, "keys": True, "masks": (*EVERY, "weight")}),
+        *((dtype, {"keys": True, "masks": EVERY[:2]}) for dtype in (torch.bfloat16, torch.float16)),
+        # Widths of a head below, at and above a power of two; wider and narrower teachers.
+        (torch.float32, {"heads": 1, "student": 16, "teacher": 3}),
+        (torch.float32, {"heads": 2, "student": 17, "teacher": 33}),
+        (torch.float32, {"heads": 3, "student": 5, "teacher": 40}),
     ],
     ids=str,
 )
-def test_fp32_matches_the_double_precision_reference(impl, keys, masks, distance):
-    problem = make(length=17, keys=keys, masks=(*masks, "weight"))
-
-    loss, gradients = problem.solve(impl)
-    true_loss, true_gradients = problem.solve("reference", torch.float64)
-
-    assert loss.dtype == torch.float32
-    assert distance(loss, true_loss) < 1e-5
-    for gradient, true_gradient in zip(gradients, true_gradients, strict=True):
-        assert distance(gradient, true_gradient) < 2e-5
-
-
-@pytest.mark.parametrize("impl", ["chunked", "triton"])
-# bf16 is truncated, not rounded, where the interpreter stores it.
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.bfloat16, 1.2e-2), (torch.float16, 1e-3)], ids=str
-)
-def test_narrow_types_match_double_precision_of_the_same_values(impl, dtype, tolerance, distance):
-    problem = make(batch=1, length=17, keys=True, masks=("valid", "causal"))
+def test_any_heads_masks_and_types_match_double_precision_of_the_same_values(
+    impl, dtype, sizes, distance
+):
+    problem = make(**{"batch": 1, "length": 17, **sizes})
 
     loss, gradients = problem.solve(impl, dtype)
     true_loss, true_gradients = problem.solve("reference", torch.float64)
 
     assert loss.dtype == torch.float32
-    assert distance(loss, true_loss) < 1e-4
+    assert distance(loss, true_loss) < TOLERANCES[dtype][0]
     for gradient, true_gradient in zip(gradients, true_gradients, strict=True):
         assert gradient.dtype == dtype
-        assert distance(gradient, true_gradient) < tolerance
+        assert distance(gradient, true_gradient) < TOLERANCES[dtype][1]
 
 
 @pytest.mark.parametrize("impl", ["chunked", "triton"])
@@ -247,19 +246,6 @@ def test_invalid_positions_may_hold_anything(impl, keys, garbage):
     for gradient, spoiled_gradient in zip(clean[1], dirty[1], strict=True):
         assert torch.equal(gradient, spoiled_gradient)
         assert spoiled_gradient[~valid].eq(0).all()
-
-
-@pytest.mark.parametrize("impl", ["chunked", "triton"])
-# Widths of a head below, at and above a power of two; wider and narrower teachers.
-@pytest.mark.parametrize(("heads", "student", "teacher"), [(1, 16, 3), (2, 17, 33), (3, 5, 40)])
-def test_any_number_and_width_of_heads_will_do(impl, heads, student, teacher, distance):
-    problem = make(batch=1, length=17, heads=heads, student=student, teacher=teacher)
-
-    loss, (gradient,) = problem.solve(impl)
-    true_loss, (true_gradient,) = problem.solve("reference", torch.float64)
-
-    assert distance(loss, true_loss) < 1e-5
-    assert distance(gradient, true_gradient) < 2e-5
 
 
 def draw_masks(data, batch, length):
