@@ -33,13 +33,13 @@ ENVIRONMENT = {
 os.environ.update(ENVIRONMENT)
 # No machine dies in a test, and an fsync takes milliseconds.
 os.fsync = lambda _: None
-# Families whose layers are built like those of BERT, Llama, Gemma 3 or an encoder of T5, which the
+# Families whose layers are built like those of BERT, Llama, Gemma 2 or an encoder of T5, which the
 # same tests take.
 ALIKE = """
 roberta electra camembert ernie xlm-roberta xmod mistral qwen2 phi granite apertus arcee aria_text
 cohere cohere2 cwm ernie4_5 exaone4 flint gemma glm glm4 granite_swa granitemoe helium
 hunyuan_v1_dense hyperclovax internlm3 jais2 ministral ministral3 nanochat nemotron olmo olmo3
-seed_oss smollm3 stablelm starcoder2 vaultgemma gemma2 t5_encoder
+seed_oss smollm3 stablelm starcoder2 vaultgemma gemma3_text t5_encoder
 """
 # What several test files share; worker processes import it from there too.
 sys.path.insert(0, str(ROOT / "tests" / "support"))
