@@ -7,6 +7,7 @@ import io
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from itertools import accumulate
 from pathlib import Path
 from unittest.mock import patch
 
@@ -123,34 +124,40 @@ class Watching(Strategy):
     def before_update(self, step, student):
         from deepspeed.utils import safe_get_full_grad
 
-        gradients = {}
+        gradients, shards = {}, joined_shards(student)
         for name, parameter in student.bundle.named_parameters():
-            full = safe_get_full_grad(parameter)
-            full = parameter.grad if full is None else full
+            joined = shards.get(name.removeprefix("learners.0."))
+            if step > 0 and joined is not None:
+                # In one collective; those of the first step are DeepSpeed's answers.
+                full = joined[1].view(full_shape(parameter))
+            else:
+                full = safe_get_full_grad(parameter)
+                full = parameter.grad if full is None else full
             if full is not None:
                 gradients[name] = full.detach().float().cpu().clone()
         self.gradients.append(gradients)
-        if step == 0:
-            self.shards = joined_shards(student)
+        self.shards = self.shards or shards
 
 
 def joined_shards(student) -> dict:
     """Weights and gradients of the first learner by name, put together of all ranks' shards."""
     learning = {n: p for n, p in student.student.named_parameters() if p.requires_grad}
     sizes = {name: full_shape(p).numel() for name, p in learning.items()}
-    whole = {name: torch.zeros(2, size) for name, size in sizes.items()}
+    starts = dict(zip(sizes, accumulate(sizes.values(), initial=0), strict=False))
+    whole = torch.zeros(2, sum(sizes.values()))
     for shard in student.local_shards():
-        part = slice(shard.offset, shard.offset + len(shard.weight))
-        whole[shard.name][0, part] += shard.weight.detach()
-        whole[shard.name][1, part] += shard.gradient
-    return {name: collectives.all_reduce_(both) for name, both in whole.items()}
+        first = starts[shard.name] + shard.offset
+        part = slice(first, first + len(shard.weight))
+        whole[0, part] += shard.weight.detach()
+        whole[1, part] += shard.gradient
+    parts = collectives.all_reduce_(whole).split([*sizes.values()], dim=1)
+    return dict(zip(sizes, parts, strict=True))
 
 
 def summed(parts: dict) -> dict[str, float]:
     """The losses of a step, of all ranks together."""
-    return {
-        name: float(collectives.all_reduce_(part.clone().float())) for name, part in parts.items()
-    }
+    totals = collectives.all_reduce_(torch.stack([part.float() for part in parts.values()]))
+    return dict(zip(parts, totals.tolist(), strict=True))
 
 
 def train(config_path: str, overrides: list[str], steps: int) -> dict:
