@@ -150,6 +150,10 @@ def test_an_id_that_the_student_alone_excludes_makes_the_divergence_infinite(mak
     assert got.kl_sum.item() == math.inf
     assert math.isfinite(got.teacher_entropy_sum)
     assert math.isfinite(got.ce_sum)
+    heads.student_hidden[0] = math.nan  # of a row that counts
+    got = heads.measure(impl=impl)
+    assert math.isnan(got.kl_sum)
+    assert math.isnan(got.ce_sum)
 
 
 @IMPLS
@@ -219,16 +223,13 @@ def test_without_labels_every_weighted_row_counts_and_cross_entropy_is_zero(make
 
 
 @IMPLS
-@pytest.mark.parametrize("garbage", [math.nan, math.inf])
-def test_rows_that_do_not_count_may_hold_anything(make_heads, impl, garbage):
+def test_rows_that_do_not_count_may_hold_anything(make_heads, impl):
     heads = make_heads()
     clean = heads.measure(impl=impl)
-    heads.student_hidden[2::7] = garbage
-    heads.teacher_hidden[2::7] = garbage
+    for garbage in (math.nan, math.inf):
+        heads.student_hidden[2::7], heads.teacher_hidden[2::7] = garbage, garbage
 
-    spoiled = heads.measure(impl=impl)
-
-    assert all(torch.equal(a, b) for a, b in zip(spoiled, clean, strict=True))
+        assert all(map(torch.equal, heads.measure(impl=impl), clean))
 
 
 @IMPLS
@@ -239,17 +240,6 @@ def test_without_a_valid_row_everything_is_zero(make_heads, impl, rows):
     heads.student_hidden[:] = math.nan
 
     assert all(value.item() == 0 for value in heads.measure(impl=impl))
-
-
-@IMPLS
-def test_a_value_that_is_not_finite_in_a_row_that_counts_shows(make_heads, impl):
-    heads = make_heads()
-    heads.student_hidden[0] = math.nan
-
-    got = heads.measure(impl=impl)
-
-    assert math.isnan(got.kl_sum)
-    assert math.isnan(got.ce_sum)
 
 
 def test_strides_and_leading_dimensions_do_not_matter(make_heads):
