@@ -19,6 +19,13 @@ def loss_of(student, teacher, name="forward_kl", impl="chunked", **options):
     return mk.kd_loss_from_logits(student, teacher, divergence=name, impl=impl, **options).loss
 
 
+def solved(student, teacher, name, impl="chunked", **options):
+    """The loss and the gradient of the student's logits."""
+    leaf = student.clone().requires_grad_()
+    loss = loss_of(leaf, teacher, name, impl, **options)
+    return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+
 def logits_of(*probabilities):
     return torch.tensor([probabilities], dtype=torch.float64).log()
 
@@ -91,12 +98,11 @@ def test_temperature_squared_applies_to_loss_and_gradient(impl):
 @NAMES
 def test_equal_models_have_no_loss_and_no_gradient(impl, name):
     teacher = torch.randn(5, 9, generator=torch.Generator().manual_seed(1)) * 4
-    student = teacher.clone().requires_grad_()
 
-    loss = loss_of(student, teacher, name, impl, temperature=1.5)
+    loss, gradient = solved(teacher, teacher, name, impl, temperature=1.5)
 
     assert loss.item() == pytest.approx(0.0, abs=1e-6)
-    assert torch.autograd.grad(loss, student)[0].abs().max() < 1e-6
+    assert gradient.abs().max() < 1e-6
 
 
 ROW = st.lists(st.floats(-80, 80, width=32), min_size=4, max_size=4)
@@ -114,35 +120,27 @@ def test_divergence_is_never_negative_and_always_finite(name, student, teacher, 
 @NAMES
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_extreme_logits_match_double_precision(name, temperature, distance):
-    signs = torch.tensor([[80.0, -80, 0, 3], [-80, 80, 80, -80], [1, 2, 3, 80]])
-    teacher = signs.flip(1)
-    student = signs.clone().requires_grad_()
-    truth = signs.double().requires_grad_()
+    student = torch.tensor([[80.0, -80, 0, 3], [-80, 80, 80, -80], [1, 2, 3, 80]])
+    both, options = (student, student.flip(1)), {"temperature": temperature}
 
-    loss = loss_of(student, teacher, name, temperature=temperature)
-    expected = loss_of(truth, teacher.double(), name, "reference", temperature=temperature)
+    loss, gradient = solved(*both, name, **options)
+    expected, truth = solved(*(one.double() for one in both), name, "reference", **options)
 
-    assert distance(loss.detach(), expected.detach()) < 1e-5
-    gradient, true_gradient = (
-        torch.autograd.grad(loss, student)[0], torch.autograd.grad(expected, truth)[0]
-    )  # fmt: skip
+    assert distance(loss, expected) < 1e-5
     # Saturated softmaxes have gradients of 1e-12, the difference of values of order 1.
-    torch.testing.assert_close(gradient.double(), true_gradient, rtol=2e-5, atol=1e-6)
+    torch.testing.assert_close(gradient.double(), truth, rtol=2e-5, atol=1e-6)
 
 
 @NAMES
 @IMPLS
 def test_ids_that_both_models_exclude_play_no_part(name, impl):
-    student = torch.tensor([[1.0, -INF, 2.0, -INF, 0.5]], requires_grad=True)
+    student = torch.tensor([[1.0, -INF, 2.0, -INF, 0.5]])
     teacher = torch.tensor([[0.3, -INF, 1.0, -INF, 2.0]])
-    kept = student.detach()[:, [0, 2, 4]].requires_grad_()
 
-    loss = loss_of(student, teacher, name, impl)
-    expected = loss_of(kept, teacher[:, [0, 2, 4]], name, impl)
+    loss, gradient = solved(student, teacher, name, impl)
 
-    torch.testing.assert_close(loss, expected)
-    gradient = torch.autograd.grad(loss, student)[0]
-    torch.testing.assert_close(gradient[:, [0, 2, 4]], torch.autograd.grad(expected, kept)[0])
+    expected = solved(student[:, [0, 2, 4]], teacher[:, [0, 2, 4]], name, impl)
+    torch.testing.assert_close((loss, gradient[:, [0, 2, 4]]), expected)
     assert gradient[0, [1, 3]].tolist() == [0, 0]
 
 
@@ -192,16 +190,14 @@ def test_infinite_exclusion_of_an_id_without_mass_is_harmless(excluding, row_wei
 def test_gradient_keeps_its_digits_when_the_student_is_close(name, gap, distance):
     generator = torch.Generator().manual_seed(3)
     teacher = torch.randn(4, 2000, generator=generator) * 3
-    student = (teacher + gap * torch.randn(4, 2000, generator=generator)).requires_grad_()
-    truth = student.detach().double().requires_grad_()
+    student = teacher + gap * torch.randn(4, 2000, generator=generator)
 
-    loss = loss_of(student, teacher, name)
-    expected = loss_of(truth, teacher.double(), name, "reference")
+    loss, gradient = solved(student, teacher, name)
+    expected, truth = solved(student.double(), teacher.double(), name, "reference")
 
     # The logits themselves are rounded to 2^-23: 1e-6 of a gap of 0.1.
-    assert distance(loss.detach(), expected.detach()) < 2e-6 / min(gap, 0.2)
-    gradients = torch.autograd.grad(loss, student)[0], torch.autograd.grad(expected, truth)[0]
-    assert distance(*gradients) < 2e-6 / min(gap, 0.1)
+    assert distance(loss, expected) < 2e-6 / min(gap, 0.2)
+    assert distance(gradient, truth) < 2e-6 / min(gap, 0.1)
 
 
 @NAMES
@@ -210,17 +206,12 @@ def test_a_shift_between_the_models_costs_no_digits(name, shift, distance):
     generator = torch.Generator().manual_seed(5)
     student = 4 * torch.randn(8, 300, generator=generator)
     teacher = student + 0.05 * torch.randn(8, 300, generator=generator) + shift
-    results = {}
-    for case, dtype, impl in (
-        ("truth", torch.float64, "reference"),
-        ("torch", torch.float32, "reference"),
-        ("ours", torch.float32, "chunked"),
-    ):
-        leaf = student.to(dtype).requires_grad_()
-        loss = loss_of(leaf, teacher.to(dtype), name, impl)
-        results[case] = torch.autograd.grad(loss, leaf)[0]
+    _, truth = solved(student.double(), teacher.double(), name, "reference")
 
-    error, usual = (distance(results[case], results["truth"]) for case in ("ours", "torch"))
+    error, usual = (
+        distance(solved(student, teacher, name, impl)[1], truth)
+        for impl in ("chunked", "reference")
+    )
 
     assert error <= max(3 * usual, 2e-6)
     assert error < 1e-4
