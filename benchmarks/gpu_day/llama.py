@@ -29,7 +29,11 @@ from megakd.config.file import load_config
 from megakd.engine.memory import peak_memory_bytes, reset_peak_memory
 from megakd.run.main import started
 
-CASES = {"llama": gpu_day_cases.llama_tree, "smollm2": gpu_day_cases.smollm2_tree}
+CASES = {
+    "llama": gpu_day_cases.llama_tree,
+    "llama-plain": partial(gpu_day_cases.llama_tree, fused="off"),
+    "smollm2": gpu_day_cases.smollm2_tree,
+}
 # Operations are counted in the steps 1, 2, 4 and 8 of a stage, which takes a quarter longer.
 WARM_UP, TIMED, COUNTED, PROFILED = 4, 3, 1, 3
 # Calls after which the host has waited for the GPU.

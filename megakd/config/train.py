@@ -12,7 +12,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from megakd.config.paths import Place
-from megakd.contract.tasks import Kernels
+from megakd.contract.tasks import FusedLayers, Kernels
 from megakd.contract.terms import STRICT, Count, Fraction, Positive, Weight
 from megakd.errors import ConfigError, one_line
 
@@ -78,6 +78,9 @@ class TrainConfig:
     kernels: Kernels = "auto"
     """Implementation of the losses; all give the same result up to rounding. auto is triton on a
     GPU."""
+    fused_layers: FusedLayers = "auto"
+    """Compile norms, gated MLPs and rotations of the student, and with those of `train` of frozen
+    models, to one kernel each. auto: on a GPU, where a model has them and torch can compile."""
     resume_from_checkpoint: bool = True
     collective_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 600.0
     """Seconds that a rank waits for the other ranks in a collective of tensors. Waits for rank 0,

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 Kernels = Literal["auto", "triton", "chunked", "reference"]
+FusedLayers = Literal["auto", "on", "off"]
 TaskType = Literal["classification", "regression", "mlm", "causal_lm"]
 STUDENT = "student"
 TEACHER = "teacher"

@@ -48,6 +48,7 @@ from megakd.inputs.tokenizer_checks import (
 from megakd.losses.objective import check_terms, shape_of, with_class_weights
 from megakd.models.architectures import class_for
 from megakd.models.fitting import label_order
+from megakd.models.fused_layers import check_fused_layers
 from megakd.models.layers import with_layers
 from megakd.models.loading import check_model, resolve_model, with_vocabulary
 from megakd.models.lora import check_adapters
@@ -276,6 +277,8 @@ def check_run(config: RunConfig, inputs: UnencodedInputs) -> None:
             tokenizer_size=rows_for(inputs.tokenizer_of(role)),
             need_head=role in teachers and not finetune,
         )
+        if config.train.fused_layers == "on":
+            check_fused_layers(source, task.type)
     for where, train in config.trainings.items():
         keys = {f"{config.key_of(role)}.": source for role, source in sources.items()}
         source = next((s for key, s in keys.items() if where.startswith(key)), sources[STUDENT])

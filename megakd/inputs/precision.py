@@ -14,6 +14,7 @@ from megakd.config.train import TrainConfig
 from megakd.contract.tasks import STUDENT, Dtype, Kernels
 from megakd.engine.distributed import Ranks, supported_dtypes
 from megakd.errors import ConfigError
+from megakd.models.fused_layers import why_not_compiled
 from megakd.models.source import ModelSource
 from megakd_kernels.settings import resolve_implementation
 
@@ -89,6 +90,8 @@ def check_device(config: RunConfig, ranks: Ranks) -> None:
     for where, train in config.trainings.items():
         check_dtype(training_dtype(train, device), ranks, where)
         check_kernels(train.kernels, ranks, where)
+        if train.fused_layers == "on" and (reason := why_not_compiled(ranks.device)) is not None:
+            raise ConfigError(f"{where}.fused_layers: on: {reason}; use auto, or remove the key")
     chosen = {config.key_of(n): s.attn_implementation for n, s in config.teacher_specs.items()}
     on_gpu = device == "cuda"
     has = ["sdpa", "eager"] + ["varlen"] * (config.task.type == "causal_lm")

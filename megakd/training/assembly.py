@@ -19,7 +19,7 @@ from megakd.config.models import StudentConfig
 from megakd.config.run import RunConfig
 from megakd.config.train import TrainConfig
 from megakd.contract.stage import Stage, StageResult
-from megakd.contract.tasks import STUDENT, THRESHOLD, Dtype
+from megakd.contract.tasks import STUDENT, THRESHOLD, Dtype, FusedLayers
 from megakd.data.collation import Collator
 from megakd.data.encoding import tokens_key
 from megakd.data.masking import task_masking
@@ -42,6 +42,7 @@ from megakd.inputs.precision import (
 from megakd.losses.bundle import StudentBundle, build_bundle
 from megakd.losses.objective import StageLosses, learners_of, stage_losses, with_class_weights
 from megakd.models.fitting import label_order
+from megakd.models.fused_layers import choice_of, fuse_layers
 from megakd.models.knowledge import Needs
 from megakd.models.loading import check_finite, load_model
 from megakd.models.lora import add_adapters
@@ -151,7 +152,7 @@ class Assembly:
         check_dtype(dtype, self.ranks, "train")
         check_kernels(stage.train.kernels, self.ranks, "train")
         learners = {
-            role: self._load(source, ds, dtype, need_head=False)
+            role: self._load(source, ds, dtype, need_head=False, fused=choice_of(stage))
             for role, source in self.learners(stage).items()
         }
         for role, size in self.second_sizes(stage).items():
@@ -227,7 +228,9 @@ class Assembly:
         """Load a model for an engine without an optimizer; `ds` is the config of that engine."""
         check_dtype(dtype, self.ranks, "teacher.dtype")
         check_kernels(self.config.train.kernels, self.ranks, "train")
-        model = self._load(source, ds, dtype, need_head=True)
+        model = self._load(
+            source, ds, dtype, need_head=True, fused=self.config.train.fused_layers
+        )
         order = label_order(model.config, self.prepared.splits.label_names, where=source.where)
         kernels = self.config.train.kernels
         return FrozenModel(model, needs=needs, label_order=order, kernels=kernels)
@@ -274,7 +277,13 @@ class Assembly:
         return frozen_dtype(ready.spec, ready.source.stored_dtype, self.ranks.device.type)
 
     def _load(
-        self, source: ModelSource, ds: Mapping[str, Any], dtype: Dtype, *, need_head: bool
+        self,
+        source: ModelSource,
+        ds: Mapping[str, Any],
+        dtype: Dtype,
+        *,
+        need_head: bool,
+        fused: FusedLayers,
     ) -> PreTrainedModel:
         forget_models()
         with freed_memory_returned():
@@ -292,6 +301,7 @@ class Assembly:
         check_finite(model, source)
         torch.nn.Module.to(model, self.ranks.device)  # transformers' own `to` is typed wrongly
         set_attention(model, source, self.config.task.type, self.ranks.device)
+        fuse_layers(model, source, fused, self.ranks.device)
         return model
 
 
