@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
@@ -17,11 +17,13 @@ from equal_runs import difference
 from slow_cases import slow
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megakd.config.deepspeed import load_ds_config
 from megakd.config.train import TrainConfig
 from megakd.contract.batch import Losses
 from megakd.contract.stage import Pass
+from megakd.engine import initialize
 from megakd.engine.initialize import training_engine
 from megakd.engine.optimizer_state import WEIGHT
 from megakd.engine.sharding import gathered, sharded_construction, writes_here
@@ -29,7 +31,7 @@ from megakd.engine.student import StudentEngine
 from megakd.storage.folders import write_files
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-RATE, EPSILON, WIDTH = 0.01, 1e-4, 6
+RATE, EPSILON, WIDTH, CLIP = 0.01, 1e-4, 6, 0.0
 
 
 class Rows(NamedTuple):
@@ -83,7 +85,7 @@ def train(
     before, after: folders of the state that is read first and written last.
     """
     ds = load_ds_config(preset, where="student.deepspeed")
-    settings = TrainConfig(learning_rate=RATE, adam_epsilon=EPSILON, max_grad_norm=0.0)
+    settings = TrainConfig(learning_rate=RATE, adam_epsilon=EPSILON, max_grad_norm=CLIP)
     with _any_precision():
         with sharded_construction(ds, DTYPES[dtype]):
             model = Matrices("abc", DTYPES[dtype])
@@ -93,6 +95,8 @@ def train(
             student.load(Path(before))
         facts: dict = {"weights": [_masters(student)], "norms": [], "scaling": [student.scaling()]}
         for step, backwards in enumerate(steps):
+            if not backwards:  # taken before the run went on
+                continue
             for number, names in enumerate(backwards):
                 batch = rows(step, number, dist.get_rank(), names, factors.get(step, 1.0))
                 boundary = number == len(backwards) - 1
@@ -113,6 +117,36 @@ def overlap(*given) -> dict:
     refused = {"zero_optimization": {"stage": 1, "overlap_comm": True}}
     with patch(f"{__name__}.load_ds_config", lambda *_, **__: refused):
         return train(*given)
+
+
+class Waits(TorchDispatchMode):
+    """Counts values of a device that become numbers of Python."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+    def counted(self, method):
+        def run(*args, **keys):
+            with self:
+                return method(*args, **keys)
+
+        return run
+
+
+def clipped(*given, clip: float, deepspeeds: bool = False) -> dict:
+    """Train as `train` with clipping, by megakd or by DeepSpeed's step, and count the waits."""
+    waits, counted = Waits(), ("forward_backward", "step")
+    methods = {name: waits.counted(getattr(StudentEngine, name)) for name in counted}
+    other = patch.object(initialize, "_clip_on_device", lambda _: None)
+    with (
+        patch.multiple(StudentEngine, **methods),
+        patch(f"{__name__}.CLIP", clip),
+        other if deepspeeds else nullcontext(),
+    ):
+        return {**train(*given), "waits": waits.count}
 
 
 @contextmanager
@@ -167,9 +201,11 @@ def plain(steps, skipped=()) -> dict:
 
 @pytest.fixture
 def learn(workers):
-    def learned(preset, dtype, steps, factors=None, *folders, case="train", ranks=RANKS) -> dict:
+    def learned(
+        preset, dtype, steps, factors=None, *folders, case="train", ranks=RANKS, **options
+    ) -> dict:
         given = (preset, dtype, steps, factors or {}, *folders)
-        return workers(ranks).run(f"test_gradients.{case}", *given, timeout_s=400)[0]
+        return workers(ranks).run(f"test_gradients.{case}", *given, timeout_s=400, **options)[0]
 
     return learned
 
@@ -261,3 +297,40 @@ def test_a_gradient_that_is_not_finite_shows_in_the_norm_of_its_step(learn, pres
     first, second = result["norms"]
     assert 0 < first < float("inf")
     assert not 0 <= second < float("inf")
+
+
+# Gradients of 0.4 to 60, of which one is not finite: clipped, not clipped, or skipped.
+CLIPPED = [["abc", "abc"], ["ab"], ["abc"], ["abc"], ["abc", "c"]]
+FACTORS = {1: 5.0, 2: float("inf"), 3: 30.0}
+
+
+@pytest.mark.parametrize(
+    ("preset", "clip", "ranks"),
+    [("zero2", 0.3, 2), ("zero1", 0.3, 2), *slow(("zero2", 0.0, 2), ("zero2", 0.3, 1))],
+)
+def test_a_step_waits_for_no_number_and_is_that_of_deepspeed(learn, preset, clip, ranks):
+    settings = {"case": "clipped", "clip": clip, "ranks": ranks}
+    ours = learn(preset, "bf16", CLIPPED, FACTORS, **settings)
+    theirs = learn(preset, "bf16", CLIPPED, FACTORS, **settings, deepspeeds=True)
+
+    assert (ours["waits"], theirs["waits"] > 0) == (0, True)
+    for mine, other in zip(ours["weights"], theirs["weights"], strict=True):
+        assert difference(mine, other) <= 1e-6
+    assert difference(*ours["weights"][2:4]) == 0 < difference(*ours["weights"][1:3])
+    finite = [0, 1, 3, 4]
+    norms = [ours["norms"][step] for step in finite]
+    assert norms == pytest.approx([theirs["norms"][step] for step in finite], rel=1e-5)
+    assert min(norms) < max(clip, 1) < max(norms)
+    assert not 0 <= ours["norms"][2] < float("inf")
+
+
+def test_a_run_goes_on_behind_a_skipped_step_as_if_it_had_not_ended(learn, tmp_path):
+    folder, settings = str(tmp_path / "state"), {"case": "clipped", "clip": 0.3}
+    whole = learn("zero2", "bf16", CLIPPED[:4], FACTORS, **settings)
+
+    learn("zero2", "bf16", CLIPPED[:3], FACTORS, None, folder, **settings)
+    later = learn("zero2", "bf16", [[], [], [], CLIPPED[3]], FACTORS, folder, **settings)
+
+    first, last = later["weights"]
+    assert difference(first, whole["weights"][3]) == 0
+    assert difference(last, whole["weights"][4]) == 0 < difference(last, first)
