@@ -36,8 +36,9 @@ class TeacherConfig:
     (`student.lora`), which teaches without a second model in memory."""
     deepspeed: Place | dict[str, Any] = "teacher_zero3"
     """Preset name, path or inline mapping; ZeRO 0 (replicated) or 3 (sharded)."""
-    dtype: Dtype | None = None
-    """None: on a CPU fp32; on a GPU the dtype of the checkpoint, and bf16 for fp32."""
+    dtype: Dtype | Literal["fp8"] | None = None
+    """None: on a CPU fp32; on a GPU the dtype of the checkpoint, and bf16 for fp32. fp8: bf16 with
+    the linear layers in 8 bits."""
     architecture: Literal["enct5", "t5_encoder"] | None = None
     """Architecture to load a T5 or mT5 checkpoint as; None: enct5."""
     finetune: FinetuneOverrides | None = None

@@ -8,6 +8,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 Dtype = Literal["fp32", "bf16", "fp16"]
+FP8 = "fp8"
+"""Value of `teacher.dtype` for bf16 with the linear layers in 8 bits."""
 Kernels = Literal["auto", "triton", "chunked", "reference"]
 FusedLayers = Literal["auto", "on", "off"]
 TaskType = Literal["classification", "regression", "mlm", "causal_lm"]

@@ -20,7 +20,7 @@ from megakd.config.run import RunConfig
 from megakd.config.task import TaskConfig
 from megakd.contract.batch import LogitWarp
 from megakd.contract.results import Metric
-from megakd.contract.tasks import ONE_LABEL_METRICS, STUDENT
+from megakd.contract.tasks import FP8, ONE_LABEL_METRICS, STUDENT
 from megakd.contract.terms import HardCrossEntropy, looks_inside
 from megakd.contract.views import Shape
 from megakd.data.encoding import Encoded
@@ -48,6 +48,7 @@ from megakd.inputs.tokenizer_checks import (
 from megakd.losses.objective import check_terms, shape_of, with_class_weights
 from megakd.models.architectures import class_for
 from megakd.models.fitting import label_order
+from megakd.models.fp8 import check_fp8
 from megakd.models.fused_layers import check_fused_layers
 from megakd.models.layers import with_layers
 from megakd.models.loading import check_model, resolve_model, with_vocabulary
@@ -277,6 +278,8 @@ def check_run(config: RunConfig, inputs: UnencodedInputs) -> None:
             tokenizer_size=rows_for(inputs.tokenizer_of(role)),
             need_head=role in teachers and not finetune,
         )
+        if source.fp8:
+            check_fp8(source, task.type, is_trained=finetune is not None)
         if config.train.fused_layers == "on":
             check_fused_layers(source, task.type)
     for where, train in config.trainings.items():
@@ -379,7 +382,9 @@ def as_student(
 ) -> ModelSource:
     """Return the model that the student starts as, with the layers that the student keeps."""
     student, layers = dataclasses.replace(source, where="student.model"), config.student.layers
-    student = dataclasses.replace(student, attn_implementation=config.student.attn_implementation)
+    student = dataclasses.replace(
+        student, attn_implementation=config.student.attn_implementation, fp8=False
+    )
     wanted = layers.keep if isinstance(layers, KeptLayers) else layers
     if wanted is None:
         return student
@@ -398,4 +403,5 @@ def resolve(
         trust_remote_code=spec.trust_remote_code,
         with_weights=with_weights,
     )
-    return dataclasses.replace(source, attn_implementation=spec.attn_implementation)
+    has_fp8 = getattr(spec, "dtype", None) == FP8
+    return dataclasses.replace(source, attn_implementation=spec.attn_implementation, fp8=has_fp8)

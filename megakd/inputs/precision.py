@@ -11,9 +11,10 @@ from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_
 from megakd.config.models import TeacherConfig
 from megakd.config.run import RunConfig
 from megakd.config.train import TrainConfig
-from megakd.contract.tasks import STUDENT, Dtype, Kernels
+from megakd.contract.tasks import FP8, STUDENT, Dtype, Kernels
 from megakd.engine.distributed import Ranks, supported_dtypes
 from megakd.errors import ConfigError
+from megakd.models.fp8 import check_fp8_device
 from megakd.models.fused_layers import why_not_compiled
 from megakd.models.source import ModelSource
 from megakd_kernels.settings import resolve_implementation
@@ -29,7 +30,7 @@ TORCH_DTYPE: dict[Dtype, torch.dtype] = {
 def frozen_dtype(spec: TeacherConfig, stored: torch.dtype | None, device: str) -> Dtype:
     """Return `teacher.dtype`; by default the stored 16-bit dtype on a GPU, or `_default_dtype`."""
     if spec.dtype is not None:
-        return spec.dtype
+        return "bf16" if spec.dtype == FP8 else spec.dtype
     halves: dict[torch.dtype | None, Dtype] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
     dtype = halves.get(stored)
     return dtype if dtype and device != "cpu" else _default_dtype(device)
@@ -104,7 +105,9 @@ def check_device(config: RunConfig, ranks: Ranks) -> None:
                 f"task.type {config.task.type} in this environment; use one of {', '.join(has)}"
             )
     for name, spec in config.teacher_specs.items():
-        if spec.dtype is not None:
+        if spec.dtype == FP8:
+            check_fp8_device(ranks.device, f"{config.key_of(name)}.dtype")
+        elif spec.dtype is not None:
             check_dtype(spec.dtype, ranks, f"{config.key_of(name)}.dtype")
 
 

@@ -21,6 +21,7 @@ from megakd.contract.stage import Stage
 from megakd.contract.tasks import FusedLayers, TaskType
 from megakd.engine.collectives import gather
 from megakd.errors import ConfigError, one_line
+from megakd.models.fp8 import scaled_rows
 from megakd.models.source import ModelSource
 from megakd.models.valueless import without_values
 
@@ -162,7 +163,8 @@ def _gated(
 
 
 def _fused_rotation(part: nn.Module) -> Callable[..., Any] | None:
-    # Attentions of transformers call a function of their file, which takes a cosine and a sine.
+    # Attentions of transformers call a function of their file, which takes a cosine and a sine, and
+    # an 8-bit layer scales its rows.
     forward: Any = type(part).forward
     scope, code = forward.__globals__, forward.__code__
     called = {
@@ -171,7 +173,8 @@ def _fused_rotation(part: nn.Module) -> Callable[..., Any] | None:
     rotations = {
         name: _compiled(function)
         for name, function in called.items()
-        if {"cos", "sin"} <= {*function.__code__.co_varnames[: function.__code__.co_argcount]}
+        if function is scaled_rows
+        or {"cos", "sin"} <= {*function.__code__.co_varnames[: function.__code__.co_argcount]}
     }
     return _copied(forward, **rotations) if rotations else None
 

@@ -46,6 +46,7 @@ from megakd.models.architectures import (
     stated,
 )
 from megakd.models.fitting import Match, build_empty, listed, plan_loading
+from megakd.models.fp8 import pack_linears, packed_linears
 from megakd.models.initial_values import initialize_parameters
 from megakd.models.modeling.modeling_t5 import EncT5Config, T5EncoderConfig
 from megakd.models.own_models import CONFIG_ERRORS, class_of, config_in, register_own_models
@@ -238,6 +239,8 @@ def load_model(  # noqa: PLR0913  (each is another fact about the run)
     )
     with sharded_construction(ds, dtype, device):
         model = build_empty(source, task, config, dtype)
+        if source.fp8 and need_head:
+            pack_linears(model, source, match.missing)
     _fill(model, match, source.where)
     parameters = dict(model.named_parameters())
     initialize_parameters(model, [parameters[name] for name in match.missing], seed=seed)
@@ -526,8 +529,10 @@ def _fill(model: PreTrainedModel, match: Match, where: str) -> None:
                 f"{samples[other][1]} than for rank 0 on {samples[0][1]}; give all nodes the same "
                 "files"
             )
+    packed = packed_linears(model)
     for name, tensor in match.in_disk_order():
-        set_values(tensors[name], partial(reader.part, tensor))
+        fill = packed[name].fill if name in packed else partial(set_values, tensors[name])
+        fill(partial(reader.part, tensor))
 
 
 def _log_match(source: ModelSource, match: Match, task: TaskConfig) -> None:

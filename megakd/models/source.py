@@ -45,6 +45,7 @@ class ModelSource:
     wants_vocabulary: The model starts from random weights and takes the tokenizer's size.
     layers: The layers of the folder that the model has, from 1, in this order; None: all.
     attn_implementation: The config's choice of an attention; None: by task and device.
+    fp8: Whether its linear layers have 8 bits where it is frozen.
     """
 
     name: str
@@ -57,6 +58,7 @@ class ModelSource:
     trust_remote_code: bool = False
     layers: tuple[int, ...] | None = None
     attn_implementation: str | None = None
+    fp8: bool = False
 
     @property
     def depth(self) -> int:

@@ -114,7 +114,7 @@ class Engine:
     sizes, learned: elements of its weights, and of those that learn, in order.
     zero: the section `zero_optimization` of the DeepSpeed config.
     itemsize: bytes of a weight in the forward.
-    stored_itemsize: mean bytes of a weight in memory, if it is quantized there.
+    stored_itemsize: mean bytes of a weight in memory, if it is quantized or has 8 bits there.
     ranks: those that share the model.
     moments: fp32 values per weight of the optimizer; None: the model is frozen.
     """
@@ -177,13 +177,13 @@ class Engine:
         self, part: Part, elements: float, tensors: Sequence[int], place: Place = "device"
     ) -> Holding:
         """Return elements of the model in blocks of the sizes of these tensors."""
-        each = self.blocks(part, *(n * self.itemsize for n in tensors), place=place)
+        each = self.blocks(part, *(n * self._stored for n in tensors), place=place)
         return Counter({s: round(n * elements / max(1, sum(tensors))) for s, n in each.items()})
 
     def _weights(self) -> Holding:
         if self.stage < 3:
             return self.held("weights", self.numel * self._stored)
-        return self.held("weights", self.shard * self.itemsize, self.weights_at)
+        return self.held("weights", self.shard * self._stored, self.weights_at)
 
     def loading(self) -> Holding:
         """Return the most memory in use while the model is loaded tensor by tensor."""
@@ -315,7 +315,7 @@ class Engine:
         read, largest = sum(trace.read), max(trace.read, default=0)
         stays = trace.has_backward or self._prefetched > 0
         whole = min(read, max(self._most_gathered, largest)) if stays else largest
-        buffer = min(read, max(self._prefetched, largest)) * self.itemsize
+        buffer = min(read, max(self._prefetched, largest)) * self._stored
         if not self._gathers:
             return Counter(), Counter()
         return (

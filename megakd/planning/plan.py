@@ -21,6 +21,7 @@ from megakd.errors import ConfigError
 from megakd.inputs.precision import TORCH_DTYPE, training_dtype
 from megakd.inputs.step_size import largest_step
 from megakd.models.architectures import stated
+from megakd.models.fp8 import fp8_bytes
 from megakd.models.model_folder import SHARD_BYTES
 from megakd.models.quantized import bytes_per_weight, check_whole
 from megakd.planning.memory import FP32, PARTS, PLACES, Engine, Holding, Ledger, Part, Share, blocks
@@ -197,7 +198,11 @@ class PhasePlan(Ledger):
         width = TORCH_DTYPE[planned_dtype(ready, self._cluster.device)].itemsize
         ds, run = frozen_on(self._cluster.ranks, ds), self._traces.teachers[name]
         check_whole(ready.source, ds)
-        stored = bytes_per_weight(ready.source, sum(run.sizes), width)
+        stored = (
+            fp8_bytes(ready.source, self._config.task.type, width)
+            if ready.source.fp8
+            else bytes_per_weight(ready.source, sum(run.sizes), width)
+        )
         return self._engine(role, run, ds, itemsize=width, stored_itemsize=stored)
 
     def _train(self, stage: Stage) -> None:

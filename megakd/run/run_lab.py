@@ -17,7 +17,7 @@ from megakd.contract.batch import ROUTE, teacher_number
 from megakd.contract.lab import Pruning
 from megakd.contract.results import Assistant, Metric
 from megakd.contract.stage import Stage, StageResult
-from megakd.contract.tasks import STUDENT
+from megakd.contract.tasks import FP8, STUDENT
 from megakd.data.arrow import column_of
 from megakd.data.loader import rows_with_targets
 from megakd.engine.collectives import doing, main_first, on_main
@@ -163,7 +163,9 @@ class RunLab(LabBase):
         where = f"{self.config.key_of(role)}.model"
         source = main_first(lambda: resolve_model(str(folder), self.config.task, where=where))
         spec = self.config.teacher_specs.get(role, self.config.student)
-        return dataclasses.replace(source, attn_implementation=spec.attn_implementation)
+        has_fp8 = getattr(spec, "dtype", None) == FP8
+        attention = spec.attn_implementation
+        return dataclasses.replace(source, attn_implementation=attention, fp8=has_fp8)
 
     @property
     def saved_dtype(self) -> torch.dtype:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -23,11 +24,14 @@ from megakd.models.knowledge import Needs
 from megakd.models.source import ReadyTeacher
 from megakd.process.phases import phase
 from megakd.reports.samples import held_out_prompts
+from megakd.run.exact_answers import has_probabilities, log_probabilities, say_divergence
 from megakd.teachers.cached import CachedTeacher
 from megakd.teachers.frozen import FrozenTeacher
 from megakd.teachers.soft_labels import SoftLabels
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from megakd.contract.stage import Stage
     from megakd.reports.samples import Prompts
     from megakd.scoring.scorer import Scorer
@@ -58,6 +62,7 @@ class TeacherPool:
         self.assembly, self._config = assembly, assembly.config
         self._open: dict[str, tuple[ReadyTeacher, Opened]] = {}
         self._known: dict[str, Measured] = {}
+        self._compared: set[Path | None] = set()
 
     @contextmanager
     def of_stage(self, stage: Stage) -> Iterator[dict[str, Opened]]:
@@ -122,13 +127,29 @@ class TeacherPool:
             if not ready.is_loaded(measures_losses=stage.measures_losses):
                 return cached
         dtype, spec = self.assembly.teacher_dtype(ready), ready.spec.deepspeed
-        needs = losses.teacher_needs()
+        needs, exact = losses.teacher_needs(), self._exact_answers(name)
         teacher = self.assembly.frozen(ready.source, spec, dtype=dtype, needs=needs)
+        self._compare(name, teacher, exact)
         self._ask(teacher, name, stage, needs)
         if cached is None:
             return teacher
         cached.model = teacher
         return cached
+
+    def _exact_answers(self, name: str) -> Tensor | None:
+        """Return the answers of a teacher in bf16 to some rows, once if it will have 8 bits."""
+        ready, assembly = self.assembly.teachers[name], self.assembly.of(name)
+        source = ready.source
+        if not source.fp8 or source.folder in self._compared or not has_probabilities(assembly):
+            return None
+        self._compared.add(source.folder)
+        dtype, exact = assembly.teacher_dtype(ready), replace(source, fp8=False)
+        with assembly.loaded(exact, ready.spec.deepspeed, dtype) as model:
+            return log_probabilities(assembly, model)
+
+    def _compare(self, name: str, teacher: FrozenTeacher, exact: Tensor | None) -> None:
+        if exact is not None:
+            say_divergence(name, exact, log_probabilities(self.assembly.of(name), teacher))
 
     def cache_folder(self, name: str) -> Path:
         """Return the folder of a teacher's cached answers."""
@@ -164,9 +185,11 @@ class TeacherPool:
         """Load a teacher alone, and measure it unless it is measured; a collective."""
         self.close()
         ready, assembly = self.assembly.teachers[name], self.assembly.of(name)
+        exact = self._exact_answers(name)
         with assembly.loaded(
             ready.source, ready.spec.deepspeed, assembly.teacher_dtype(ready)
         ) as model:
+            self._compare(name, model, exact)
             if name not in self._known:
                 self._measure(name, model)
             yield model

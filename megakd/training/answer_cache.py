@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from megakd.config.models import TeacherConfig
 from megakd.contract.batch import Batch
+from megakd.contract.tasks import FP8
 from megakd.data.encoding import tokenizer_content
 from megakd.data.masking import row_keys, uniform
 from megakd.errors import TeacherError
@@ -87,7 +88,7 @@ def _facts(assembly: Assembly, ready: ReadyTeacher) -> Fingerprint:
         "texts": assembly.texts_key,
         "tokenizer": tokenizer_content(prepared.tokenizer),
         "teacher": model_identity(ready.source, seed=assembly.config.seed),
-        "dtype": assembly.teacher_dtype(ready),
+        "dtype": FP8 if ready.source.fp8 else assembly.teacher_dtype(ready),
     }
     if task.type == "causal_lm" and spec.cache_draws is None:
         facts["top_k"] = spec.cache_top_k

@@ -102,6 +102,18 @@ def test_gradients_are_as_near_to_fp64_as_those_of_the_plain_layers(
         assert of_fused < most
 
 
+@pytest.mark.slow
+def test_compiled_code_has_the_gradients_too(monkeypatch):
+    use_backend(monkeypatch, "inductor")
+    plain = tiny("llama")
+    exact = gradients(plain, torch.float64)
+    model = fused(plain)
+    for dtype in (torch.float32, torch.bfloat16):
+        of_plain = error(gradients(plain, dtype), exact)
+        of_fused = error(gradients(model, dtype), exact)
+        assert of_fused <= 1.2 * of_plain, (dtype, of_fused, of_plain)
+
+
 class Kernels(TorchDispatchMode):
     """Counts the operators that start a kernel on a GPU."""
 

@@ -241,3 +241,13 @@ def test_a_served_teacher_takes_no_memory(tmp_path):
     assert loaded.part("teacher", "weights") > 0
     assert served.part("teacher", "weights") == 0
     assert served.peak_bytes_per_rank < loaded.peak_bytes_per_rank
+
+
+def test_a_teacher_in_fp8_has_half_the_weights_of_one_in_bf16(tmp_path):
+    def plan(dtype: str, stage: str) -> dict[str, int]:
+        teacher = {"model": bert(8, width=64, vocab_size=64), "dtype": dtype, "deepspeed": stage}
+        student = {"model": bert(2, width=16, vocab_size=64)}
+        return teachers(plan_of(config_of(tmp_path, teacher=teacher, student=student)))
+
+    for stage in ("teacher_zero0", "teacher_zero3"):
+        assert 0.5 < plan("fp8", stage)["weights"] / plan("bf16", stage)["weights"] < 0.6
