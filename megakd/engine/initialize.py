@@ -85,7 +85,7 @@ def frozen_engine(model: nn.Module, *, ds: Mapping[str, Any], dtype: Dtype, rows
 def _clip_on_device(wrapper: Any) -> None:
     """Let ZeRO 1 or 2 measure, clip and skip a gradient without a number on the host.
 
-    DeepSpeed makes the host wait for the device seven times a step, copies each gradient to fp64
+    DeepSpeed makes the host wait for the device several times a step, copies each gradient to fp64
     for its norm, and multiplies all gradients to clip them. torch's fused AdamW divides by
     `grad_scale` and skips the update where `found_inf` is 1 inside its kernel, as for a gradient
     scaler; its count of steps then stays as it is. The norm of a skipped step is NaN or infinite.

@@ -53,7 +53,7 @@ def test_no_model_is_loaded_on_top_of_one_that_nothing_uses(tmp_path, teacher, m
     gc.disable()
     try:
         source = lab._prepared.sources["student"]
-        lab.assembly._load(source, {}, "fp32", need_head=False)
+        lab.assembly._load(source, {}, "fp32", need_head=False, fused="off")
     finally:
         gc.enable()
 
