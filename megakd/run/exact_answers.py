@@ -39,8 +39,10 @@ def log_probabilities(assembly: Assembly, teacher: FrozenTeacher) -> Tensor:
         return logits_of(few).log_softmax(-1).cpu()
 
 
-def say_divergence(name: str, exact: Tensor, packed: Tensor) -> None:
+def say_divergence(key: str, exact: Tensor, packed: Tensor) -> None:
     """Log the mean KL divergence of 8-bit answers from those in bf16; a collective.
+
+    key: of the teacher in the config.
 
     Raises:
         TeacherError: it is no number.
@@ -55,11 +57,11 @@ def say_divergence(name: str, exact: Tensor, packed: Tensor) -> None:
     divergence, same, count = all_reduce_(sums).tolist()
     if not divergence < float("inf"):
         raise TeacherError(
-            f"{name}.dtype: fp8: the answers to {count:.0f} held-out rows or tokens are not finite "
+            f"{key}.dtype: fp8: the answers to {count:.0f} held-out rows or tokens are not finite "
             "numbers; use bf16"
         )
     logger.info(
         "%s in fp8: KL divergence from bf16 %.4f nats, same most likely answer %.1f %%, on %d "
         "held-out rows or tokens",
-        *(name, divergence / max(1.0, count), 100 * same / max(1.0, count), count),
+        *(key, divergence / max(1.0, count), 100 * same / max(1.0, count), count),
     )

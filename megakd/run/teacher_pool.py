@@ -149,7 +149,8 @@ class TeacherPool:
 
     def _compare(self, name: str, teacher: FrozenTeacher, exact: Tensor | None) -> None:
         if exact is not None:
-            say_divergence(name, exact, log_probabilities(self.assembly.of(name), teacher))
+            key = self._config.key_of(name)
+            say_divergence(key, exact, log_probabilities(self.assembly.of(name), teacher))
 
     def cache_folder(self, name: str) -> Path:
         """Return the folder of a teacher's cached answers."""

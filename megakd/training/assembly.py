@@ -228,9 +228,7 @@ class Assembly:
         """Load a model for an engine without an optimizer; `ds` is the config of that engine."""
         check_dtype(dtype, self.ranks, "teacher.dtype")
         check_kernels(self.config.train.kernels, self.ranks, "train")
-        model = self._load(
-            source, ds, dtype, need_head=True, fused=self.config.train.fused_layers
-        )
+        model = self._load(source, ds, dtype, need_head=True, fused=self.config.train.fused_layers)
         order = label_order(model.config, self.prepared.splits.label_names, where=source.where)
         kernels = self.config.train.kernels
         return FrozenModel(model, needs=needs, label_order=order, kernels=kernels)
