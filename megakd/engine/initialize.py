@@ -99,7 +99,7 @@ def _clip_on_device(wrapper: Any) -> None:
             flat = getattr(gradients, "flat_partition", None)  # at ZeRO 2, one for all weights
             parts += gradients if flat is None else [flat]
         # Public functions sum in the dtype of the gradients, bf16 at ZeRO 1.
-        norms = torch._foreach_norm(parts, norm_type, dtype=torch.float32)  # noqa: SLF001
+        norms = torch._foreach_norm(parts, norm_type, dtype=torch.float32)  # noqa: SLF001  # pyright: ignore[reportPrivateImportUsage]
         total = torch.stack(norms).square().sum()
         dist.all_reduce(total, group=wrapper.dp_process_group)
         return total.sqrt()
