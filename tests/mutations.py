@@ -123,7 +123,7 @@ MUTATIONS = (
         "tests/models/test_generation.py",
     ),
     Mutation(
-        "megakd/training/stage_evaluation.py",
+        "megakd/training/best_checkpoint.py",
         "self.misses = 0 if is_better else self.misses + 1",
         "self.misses = self.misses + 1 if is_better else 0",
         "tests/training/test_early_stopping.py",

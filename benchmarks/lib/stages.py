@@ -6,7 +6,7 @@ import argparse
 import random
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from megakd.engine.distributed import Ranks
 from megakd.inputs.inputs import prepare
 from megakd.run.run_lab import RunLab
 from megakd.training.progress import Reporter
-from megakd.training.stage_run import StageRun
+from megakd.training.stage_run import STOP, StageRun
 
 TEMPERATURE = 2.0
 WEIGHTS = {"soft_target_kl": 0.5, "hard_cross_entropy": 0.5}
@@ -117,17 +117,25 @@ class WatchedCollate:
 class MeasuredStage(StageRun):
     """A stage whose loop hands over after every step."""
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
+    def __init__(self, *arguments: Any, reporter: Reporter, **options: Any) -> None:
         super().__init__(*arguments, **options)
+        self.reporter = reporter
         loader: Any = self.source
         self.watched = loader._collate = WatchedCollate(loader._collate)  # noqa: SLF001
 
     def steps_one_by_one(self) -> Iterator[None]:
-        """Run the body of `run` between the start and the end of a stage."""
-        if self.ranks.is_main:
-            self.reporter.begin(self.stage.name, self.extent(0))
-        self.health.begin()
-        yield from self.take_steps(0)
+        """Take the steps of `run_stage`, without evaluations and saves, which are never due."""
+        epoch = self.source.steps_per_epoch
+        self.reporter.begin(self.stage.name, 0, last=self.steps, steps_per_epoch=epoch)
+        self.meter.begin()
+        with closing(self.batches(0)) as every:
+            for step, batches in enumerate(every, start=1):
+                self.meter.add(self.trainer.train_step(batches))
+                self.reporter.advance(step)
+                if step % self.config.log.logging_steps == 0:
+                    self.log(step, self.reporter)
+                self.votes.any(STOP)
+                yield
 
 
 @contextmanager

@@ -30,7 +30,6 @@ from megakd.run.teacher_pool import TeacherPool
 from megakd.servers.texts import run_name
 from megakd.training.assembly import Assembly
 from megakd.training.probe import StageProbe
-from megakd.training.progress import Reporter
 from megakd.training.stage_run import StageRun
 
 STEPS = 3
@@ -51,7 +50,7 @@ class DryLab(PlanningLab):
         folder = self.config.output_dir / "checkpoints" / stage
         return StageProbe(scorer=self.assembly.scorer(), rows=rows, folder=folder)
 
-    def take_steps(self, stage: Stage, reporter: Reporter) -> Timed:
+    def take_steps(self, stage: Stage) -> Timed:
         """Take steps of a stage on real rows, and return what they take; a collective.
 
         Models that the run would make before start from the shape that they have then.
@@ -60,7 +59,7 @@ class DryLab(PlanningLab):
         reset_peak_memory(self.assembly.ranks.device)
         pool, seconds, bases = TeacherPool(self.assembly), list[float](), self.config.base_teachers
         teachers = {name: pool.open(name, stage) for name in stage.teachers if name not in bases}
-        run = StageRun(stage, self.assembly, teachers=teachers, reporter=reporter)
+        run = StageRun(stage, self.assembly, teachers=teachers)
         stage.strategy.begin(run.student, run.first_step)
         with closing(run), closing(run.batches(run.first_step)) as every:
             for batches in itertools.islice(every, STEPS):
@@ -114,8 +113,7 @@ def _dry_run(config: RunConfig, ranks: Ranks) -> str:
     check_method(prepared, ranks)
     lab, process = DryLab(prepared, ranks), process_bytes(has_data=True)
     stages = [phase.stage for phase in lab.play() if phase.stage is not None]
-    with closing(Reporter(config.output_dir, is_main=False)) as reporter:
-        timed = {stage.name: lab.take_steps(stage, reporter) for stage in stages}
+    timed = {stage.name: lab.take_steps(stage) for stage in stages}
     nodes = len(set(gather(node_name())))
     machines = {"ranks": ranks.world_size, "nodes": nodes, "device": device.type}
 

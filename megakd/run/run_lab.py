@@ -6,7 +6,6 @@ import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -37,7 +36,7 @@ from megakd.training.progress import Reporter
 from megakd.training.recipes import LabBase, scoring_preset
 from megakd.training.stage_batches import check_stream, step_shape
 from megakd.training.stage_folder import length_of, may_grow, read_result
-from megakd.training.stage_run import StageRun, stage_checkpoints
+from megakd.training.stage_run import run_stage, stage_checkpoints
 
 if TYPE_CHECKING:
     from megakd.pruning.builder import ModelPruning
@@ -112,15 +111,14 @@ class RunLab(LabBase):
                 f"{folder}), or remove it to train it again with save.keep=true"
             )
         with self.pool.of_stage(stage) as teachers:
-            run = StageRun(
+            result = run_stage(
                 stage,
                 self.assembly,
                 teachers=teachers,
                 reporter=self._reporter,
                 checkpoint=checkpoint,
+                folder=folder,
             )
-            with closing(run):
-                result = run.run(folder)
         if self._ranks.is_main and stage.name == f"{stage.role}-finetune":
             # Before the student is trained; the report has the warning too.
             history = read_history(self.config.output_dir / "metrics.jsonl")

@@ -75,6 +75,12 @@ class Seen(NamedTuple):
             self.outputs.append(predictions.outputs.cpu())
             self.labels.append(batch.labels.cpu())
 
+    def gathered(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the outputs and the labels of all `count` rows; a collective."""
+        both = (gather(torch.stack(one)) for one in (self.outputs, self.labels))
+        outputs, labels = (_in_order(of_ranks, count) for of_ranks in both)
+        return outputs, labels
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scorer:
@@ -93,14 +99,33 @@ class Scorer:
     characters: torch.Tensor | None = None
 
     def score(self, predict: Predict, rows: Dataset) -> dict[str, float]:
-        return self.scored(predict, rows).metrics
+        """Return the metrics of `predict` on `rows`, the same on every rank."""
+        return self.scores(lambda batch: {WHOLE: predict(batch)}, rows)[WHOLE]
+
+    def scores(self, predict: PredictViews, rows: Dataset) -> dict[str, dict[str, float]]:
+        """Return the metrics of `predict` on `rows` by view, the same on every rank."""
+        views = self._seen(predict, rows)
+        return {name: self._metrics(seen, len(rows)) for name, seen in views.items()}
 
     def scored(self, predict: Predict, rows: Dataset) -> Scored:
-        """Return the metrics of `predict` on `rows`, also by class, the same on every rank."""
-        return self.scored_views(lambda batch: {WHOLE: predict(batch)}, rows)[WHOLE]
+        """Return what the report says of `predict` on `rows`, the same on every rank."""
+        seen, metrics = self._seen(lambda batch: {WHOLE: predict(batch)}, rows)[WHOLE], self.metrics
+        if not seen.outputs:
+            batches = torch.stack([*gather(torch.stack(seen.batches))], dim=1).flatten(0, 1)
+            sums, targets = batches.unbind(1)
+            losses = (sums / targets)[targets > 0].tolist()  # dummy rows have no targets
+            return Scored(self._metrics(seen, len(rows)), {}, [], losses)
+        outputs, labels = seen.gathered(len(rows))
 
-    def scored_views(self, predict: PredictViews, rows: Dataset) -> dict[str, Scored]:
-        """Return the metrics of `predict` on `rows` by view, the same on every rank."""
+        def measure() -> Scored:
+            of_classes = metrics.of_classes(outputs, labels)
+            classes = metrics.answers(outputs, labels) if of_classes else []
+            return Scored(metrics.of(outputs, labels), of_classes, classes, [])
+
+        return on_main(measure)
+
+    def _seen(self, predict: PredictViews, rows: Dataset) -> dict[str, Seen]:
+        # Every rank has at least one batch, so all ranks see the same kind of predictions.
         views: dict[str, Seen] = {}
         for batch in self.batches(rows):
             characters = 0
@@ -110,7 +135,15 @@ class Scorer:
             for name, predictions in predict(batch).items():
                 seen = views.setdefault(name, Seen(torch.zeros(4, dtype=torch.float64), [], [], []))
                 seen.add(predictions, batch, characters)
-        return {name: self._measured(seen, len(rows)) for name, seen in views.items()}
+        return views
+
+    def _metrics(self, seen: Seen, count: int) -> dict[str, float]:
+        if seen.outputs:
+            outputs, labels = seen.gathered(count)
+            return on_main(lambda: self.metrics.of(outputs, labels))
+        all_reduce_(seen.sums)
+        known = seen.sums if self.characters is not None else seen.sums[:3]
+        return on_main(lambda: language_model_metrics(known))
 
     def loss(self, predict: Predict, rows: Dataset) -> float:
         """Return the mean cross-entropy in nats or the mean squared error, the same on every rank.
@@ -168,26 +201,6 @@ class Scorer:
         )
         for batch in told(dealt, total=len(rows), each=self.batch_size * ranks.world_size):
             yield device_batch(batch, ranks.device)
-
-    def _measured(self, seen: Seen, count: int) -> Scored:
-        # Every rank has at least one batch, so all ranks take the same branch.
-        if not seen.outputs:
-            all_reduce_(seen.sums)
-            known = seen.sums if self.characters is not None else seen.sums[:3]
-            batches = torch.stack([*gather(torch.stack(seen.batches))], dim=1).flatten(0, 1)
-            sums, targets = batches.unbind(1)
-            losses = (sums / targets)[targets > 0].tolist()  # dummy rows have no targets
-            return Scored(on_main(lambda: language_model_metrics(known)), {}, [], losses)
-        outputs = gather(torch.stack(seen.outputs))
-        labels = gather(torch.stack(seen.labels))
-
-        def measure() -> Scored:
-            guessed, truth = _in_order(outputs, count), _in_order(labels, count)
-            of_classes = self.metrics.of_classes(guessed, truth)
-            classes = self.metrics.answers(guessed, truth) if of_classes else []
-            return Scored(self.metrics.of(guessed, truth), of_classes, classes, [])
-
-        return on_main(measure)
 
 
 def _in_order(of_ranks: Sequence[torch.Tensor], count: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ from megakd.errors import CheckpointError, suggestion
 
 CONFIG, RUN, REPORT = "config.yaml", "run.json", "report.json"
 FINAL, RESULT = "final", "result.json"
-FORMAT = 6
+FORMAT = 7
 """Increased when records or checkpoints change, so that older ones are refused in one line."""
 
 

@@ -1,4 +1,4 @@
-"""The weights of the best evaluations of a stage, beside its checkpoints.
+"""What evaluations decide: the best weights, beside the checkpoints of a stage, and an early end.
 
     checkpoints/<stage>/best/step-<n>/           the best of all evaluations
     checkpoints/<stage>/best-<view>/step-<n>/    the best evaluation of a view
@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megakd.contract.stage import Scores, Verdict
+from megakd.contract.stage import Verdict
 from megakd.engine.collectives import on_main
 from megakd.errors import CheckpointError
 from megakd.scoring.metrics import Evaluation
@@ -39,29 +39,66 @@ class ReturnedWeights(NamedTuple):
     evaluation: Evaluation
 
 
-class BestCheckpoints:
-    """The best evaluation of a stage, and the best evaluation of each view that its judge requests.
+class Best:
+    """What the evaluations of a stage decide: the weights that it returns, and an early end.
 
     folder: of the stage's checkpoints.
     write: writes the learner's weights of an evaluation into a folder; a collective.
+    views: those whose own best evaluation the judge may ask for.
+    keeps: whether the weights of the best evaluation are returned, or those of the last step.
+    patience: the number of evaluations without a better score that ends the stage; None: none does.
+    threshold: a score is better if it exceeds the best score by more than this.
+    misses: the number of such evaluations in a row.
     """
 
     def __init__(
-        self, folder: Path, write: Callable[[Path, Evaluation], None], views: Sequence[str] = ()
+        self,
+        folder: Path,
+        write: Callable[[Path, Evaluation], None],
+        views: Sequence[str] = (),
+        *,
+        keeps: bool = True,
+        patience: int | None = None,
+        threshold: float = 0.0,
     ) -> None:
-        self._folder, self._write = folder, write
+        self._folder, self._write, self._keeps = folder, write, keeps
+        self._patience, self._threshold = patience, threshold
+        self._latest, self.misses = Evaluation({}, None), 0
+        self._score: float | None = None
         names = (_BEST, *(f"{_BEST}-{view}" for view in views))
         self._best: dict[str, dict[str, Any] | None] = dict.fromkeys(names)
 
-    def consider(self, step: int, scores: Scores, verdict: Verdict) -> None:
+    @property
+    def is_stale(self) -> bool:
+        return self._patience is not None and self.misses >= self._patience
+
+    def extend(self) -> None:
+        """Let a stage that has stopped continue, because it has more steps now."""
+        if self.is_stale:
+            self.misses = 0
+
+    def consider(self, step: int, evaluation: Evaluation, verdict: Verdict) -> None:
         """Write the learner's weights wherever no earlier evaluation was as good; a collective.
 
         A higher score is better, a tie keeps the earlier weights, and NaN never wins.
         """
-        evaluation = Evaluation(scores, verdict.view, verdict.cut)
+        self._latest = evaluation
+        if verdict.counts:
+            self._count(verdict.score)
+        if not self._keeps:
+            return
         self._consider(_BEST, step, verdict.score, evaluation)
         for view, score in verdict.of_views.items():
-            self._consider(f"{_BEST}-{view}", step, score, Evaluation(scores, view))
+            self._consider(f"{_BEST}-{view}", step, score, Evaluation(evaluation.scores, view))
+
+    def _count(self, score: float) -> None:
+        is_number, best = not math.isnan(score), self._score
+        is_better = is_number and (best is None or score - best > self._threshold)
+        self.misses = 0 if is_better else self.misses + 1
+        # A small improvement is stored although it does not count: scores that increase slowly
+        # end the stage.
+        if is_number:
+            self._score = score if best is None else max(best, score)
 
     def _consider(self, name: str, step: int, score: float, evaluation: Evaluation) -> None:
         best = self._best[name]
@@ -79,8 +116,9 @@ class BestCheckpoints:
             shutil.rmtree(self._folder / name / f"step-{step}", ignore_errors=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the steps, scores and evaluations of the best weights, for a checkpoint."""
-        return dict(self._best)
+        """Return the counts, and the steps, scores and evaluations of the best weights."""
+        counts = {"latest": self._latest.record(), "score": self._score, "misses": self.misses}
+        return {**counts, "weights": dict(self._best)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over the weights that a checkpoint names, and remove later ones; a collective.
@@ -88,7 +126,13 @@ class BestCheckpoints:
         Raises:
             CheckpointError: the weights are missing or damaged.
         """
-        self._best = {name: state.get(name) for name in self._best}
+        self._latest = Evaluation.read(state["latest"])
+        self._score, self.misses = state["score"], state["misses"]
+        self._best = {name: state["weights"].get(name) for name in self._best}
+        on_main(self._check)
+
+    def forget(self) -> None:
+        """Remove all weights, which are of a start without a checkpoint; a collective."""
         on_main(self._check)
 
     def _check(self) -> None:
@@ -104,17 +148,15 @@ class BestCheckpoints:
                     f"weights; remove {self._folder} to train the stage again"
                 )
 
-    def returned(self) -> ReturnedWeights | None:
-        """Return the weights that the stage returns; None if no evaluation was considered."""
+    def returned(self) -> ReturnedWeights:
+        """Return the weights that the stage returns."""
         best = self._best[_BEST]
         if best is None:
-            return None
-        chosen = Evaluation.read(best["evaluation"])
-        name = f"{_BEST}-{chosen.view}"
-        of_view = self._best.get(name)
+            return ReturnedWeights(None, self._latest, self._latest)
+        name, evaluation = _BEST, Evaluation.read(best["evaluation"])
+        chosen = evaluation
+        of_view = self._best.get(f"{_BEST}-{chosen.view}")
         if of_view is not None:
+            name, best = f"{_BEST}-{chosen.view}", of_view
             evaluation = Evaluation.read(of_view["evaluation"])
-            return ReturnedWeights(
-                self._folder / name / f"step-{of_view['step']}", chosen, evaluation
-            )
-        return ReturnedWeights(self._folder / _BEST / f"step-{best['step']}", chosen, chosen)
+        return ReturnedWeights(self._folder / name / f"step-{best['step']}", chosen, evaluation)

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Thread
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -50,11 +50,12 @@ PARTIAL = ".partial"
 """Ends the name of a checkpoint that is being written."""
 
 
-class CheckpointState(NamedTuple):
-    """A part of the state of a stage, as plain values and tensors; `save` may be a collective."""
+class Stateful(Protocol):
+    """A part of a stage with a state of plain values and tensors; both may be collectives."""
 
-    save: Callable[[], Any]
-    load: Callable[[Any], None]
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None: ...
 
 
 @dataclass(kw_only=True)
@@ -83,7 +84,7 @@ class Checkpoints:
         self,
         step: int,
         engine: Mapping[str, Any],
-        states: Mapping[str, CheckpointState],
+        states: Mapping[str, Stateful],
         *,
         is_last: bool,
     ) -> None:
@@ -98,7 +99,7 @@ class Checkpoints:
         """
         self.publish()
         contents = {**engine, _random_file(self.ranks.rank): random_state()}
-        stored = {name: state.save() for name, state in states.items()}
+        stored = {name: state.state_dict() for name, state in states.items()}
         about = {"format": FORMAT, "stage": self.folder.name, "step": step}
         about |= {"ranks": self.ranks.world_size, "length": dict(self.length)}
         if self.ranks.is_main:
@@ -231,7 +232,7 @@ class Checkpoints:
         self,
         checkpoint: Path,
         read_engine: Callable[[Path], None],
-        states: Mapping[str, CheckpointState],
+        states: Mapping[str, Stateful],
     ) -> tuple[int, bool]:
         """Load the engine and the states in their order.
 
@@ -244,7 +245,7 @@ class Checkpoints:
         stored = read_states(checkpoint, self.ranks.device)
         about = stored.pop(_ABOUT)
         for name, state in states.items():
-            state.load(stored[name])
+            state.load_state_dict(stored[name])
         # Last, because reading the engine may draw random numbers.
         if about["ranks"] == self.ranks.world_size:
             random = _read_plain(checkpoint / _random_file(self.ranks.rank), self.ranks.device)

@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megakd.contract.completions import TOKENS_PER_TEXT, TRUNCATED
@@ -40,15 +39,6 @@ SHOWN = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Extent:
-    """The length of a stage in optimiser steps: done before this start, in total, and per epoch."""
-
-    step: int
-    total_steps: int
-    steps_per_epoch: int
-
-
 class Reporter:
     """Writer of scalars to metrics.jsonl, trackers and terminal; only the main rank writes.
 
@@ -60,7 +50,8 @@ class Reporter:
     ) -> None:
         self._path = output_dir / "metrics.jsonl"
         self._is_main, self._trackers = is_main, trackers
-        self._extent: Extent | None = None
+        self._first = self._last = 0
+        self._steps_per_epoch = 1
         self._bar: tqdm | None = None
         self._began = time.perf_counter()
 
@@ -70,26 +61,30 @@ class Reporter:
             if self._is_main and self._path.exists():
                 self._path.open("ab").close()
 
-    def begin(self, stage: str, extent: Extent) -> None:
-        """Remove the entries for `stage` after the steps that are done: these are repeated."""
+    def begin(self, stage: str, step: int, *, last: int, steps_per_epoch: int) -> None:
+        """Remove the entries for `stage` after the `step` steps of `last` that are done.
+
+        These are repeated.
+        """
         if not self._is_main:
             return
         with _reports_unusable(self._path):
             if self._path.exists():
                 with self._path.open(encoding="utf-8", errors="replace", newline="\n") as file:
                     lines = list(file)
-                kept = [line for line in lines if _stays(line, stage, extent.step)]
+                kept = [line for line in lines if _stays(line, stage, step)]
                 if len(kept) < len(lines):
                     atomic.write_text(self._path, "".join(kept))
         if self._trackers is not None:
-            self._trackers.begin(stage, extent.step)
-        self._extent, self._began = extent, time.perf_counter()
+            self._trackers.begin(stage, step)
+        self._first, self._last, self._steps_per_epoch = step, last, steps_per_epoch
+        self._began = time.perf_counter()
         self._close_bar()
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            total, done = extent.total_steps, extent.step
-            self._bar = tqdm(total=total, initial=done, desc=stage, unit="step", dynamic_ncols=True)
+            options = {"desc": stage, "unit": "step", "dynamic_ncols": True}
+            self._bar = tqdm(total=last, initial=step, **options)
 
     def advance(self, step: int) -> None:
         if self._bar is not None:
@@ -98,9 +93,10 @@ class Reporter:
     def log(self, step: int, scalars: Mapping[str, float], *, stage: str) -> None:
         if not self._is_main:
             return
-        values, extent = {key: float(value) for key, value in scalars.items()}, self._extent
-        epoch = {} if extent is None else {"epoch": round(step / extent.steps_per_epoch, 4)}
-        record = {"stage": stage, "step": step, **epoch, "time": round(time.time(), 3), **values}
+        values = {key: float(value) for key, value in scalars.items()}
+        epoch = round(step / self._steps_per_epoch, 4)
+        record = {"stage": stage, "step": step, "epoch": epoch, "time": round(time.time(), 3)}
+        record |= values
         line = atomic.json_text(record).encode() + b"\n"
         with _reports_unusable(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,12 +111,12 @@ class Reporter:
             self.advance(step)
             if shown:
                 self._bar.set_postfix_str(", ".join(part.replace(" ", "=", 1) for part in shown))
-        elif extent is not None:
+        else:
             if LOSS in values:
-                done, left = max(1, step - extent.step), extent.total_steps - step
+                done, left = max(1, step - self._first), self._last - step
                 minutes, rest = divmod(round((time.perf_counter() - self._began) / done * left), 60)
                 shown.insert(-1, f"ETA {minutes // 60}:{minutes % 60:02d}:{rest:02d}")
-            head = [f"{stage} {step}/{extent.total_steps}", f"epoch {epoch['epoch']:.2f}"]
+            head = [f"{stage} {step}/{self._last}", f"epoch {epoch:.2f}"]
             logger.info("%s", "  ".join([*head, *shown]))
 
     def close(self) -> None:

@@ -1,46 +1,366 @@
-"""One stage around the training loop: resume, log, evaluate, save, and write the model."""
+"""One stage: built, trained step by step, and written as a model folder; see `run_stage`."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megakd.config.train import learning_rate_schedule, total_steps
-from megakd.contract.batch import Batch, Counts, count_units
+from megakd.contract.batch import Batch, Counts, Predictions, count_units
+from megakd.contract.results import WHOLE, MetricJudge
 from megakd.contract.stage import Stage, StageResult, Teacher
-from megakd.contract.tasks import LANGUAGE_TASKS, STUDENT
-from megakd.engine.collectives import all_reduce_, doing, gather, on_main
+from megakd.contract.tasks import LANGUAGE_TASKS, STUDENT, THRESHOLD
+from megakd.contract.views import Cut
+from megakd.data.chat.counts import learned_ends
+from megakd.engine.collectives import all_reduce_, doing, gather, on_main, together
 from megakd.engine.memory import peak_memory_bytes
 from megakd.engine.student import device_batch
+from megakd.models.cutting import content_of
+from megakd.models.generation import generation_file
+from megakd.models.lora import adapter_config, adapter_files, load_adapters
 from megakd.process import signals
 from megakd.process.seeding import seed_everything
+from megakd.scoring.metrics import Evaluation
 from megakd.scoring.scorer import few
+from megakd.storage.folders import copy_finished, write_finished
 from megakd.storage.run_folder import RESULT
 from megakd.training.assembly import Assembly
-from megakd.training.checkpoint import Checkpoints, CheckpointState
+from megakd.training.best_checkpoint import Best
+from megakd.training.checkpoint import Checkpoints
+from megakd.training.held_out_losses import HeldOutLosses
 from megakd.training.meters import TrainMeter
-from megakd.training.progress import Extent, Reporter
+from megakd.training.progress import Reporter
 from megakd.training.stage_batches import StageExtra, StageParts, row_batches
-from megakd.training.stage_evaluation import StageEvaluation
 from megakd.training.stage_folder import (
+    WindowState,
+    consume,
     continue_window,
     length_of,
     may_grow,
     result_text,
+    write_stage_folder,
 )
-from megakd.training.stage_model import StageModel
 from megakd.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
-_STOP, _WRITING = "stop", "writing"
+STOP, WRITING = "stop", "writing"
+"""Questions of `StepVotes`."""
+
+
+def run_stage(
+    stage: Stage,
+    assembly: Assembly,
+    *,
+    teachers: Mapping[str, Teacher],
+    reporter: Reporter,
+    checkpoint: Path | None,
+    folder: Path,
+) -> StageResult:
+    """Build a stage, train the steps that are left, and write its model; a collective.
+
+    `checkpoint`: the verified one that the stage goes on from, if there is one.
+    """
+    config, strategy = assembly.config, stage.strategy
+    with closing(StageRun(stage, assembly, teachers=teachers)) as run:
+        with doing(f"loading stage {stage.name}"):
+            start = step = run.resume(checkpoint)
+        run.begin(start, reporter)
+        training = doing(f"training stage {stage.name}")
+        with training, signals.deferred(), closing(run.batches(start)) as every:
+            for batches in every:
+                if step > start and step % run.episode == 0:
+                    strategy.begin(run.student, step)
+                run.meter.add(run.trainer.train_step(batches))
+                step += 1
+                reporter.advance(step)
+                run.publish_written()
+                ends = step == run.steps
+                if ends or _due(step, config.log.logging_steps):
+                    run.log(step, reporter)
+                if ends or _due(step, config.eval.eval_steps):
+                    run.evaluate(step, reporter)
+                if run.best.is_stale and not ends:
+                    run.tell_early_stop(step, reporter)
+                    ends = True
+                stops = run.votes.any(STOP)
+                if ends or stops or _due(step, config.save.save_steps):
+                    run.save(step, is_last=ends or stops)
+                # A signal in the last step may be too late for the vote.
+                if (ends or stops) and (number := agreed_signal()):
+                    raise signals.stopped(number, f"{stage.name} saved at step {step}")
+                if ends:
+                    break
+        return run.write(folder)
+
+
+class StageRun:
+    """The parts of one stage that trains: its engine, its batches, and the state of its loop."""
+
+    def __init__(
+        self, stage: Stage, assembly: Assembly, *, teachers: Mapping[str, Teacher]
+    ) -> None:
+        self.stage, self.assembly = stage, assembly
+        self.config, self.ranks = assembly.config, assembly.ranks
+        window, prepared = stage.window, assembly.of(stage.role).prepared
+        self.first_step = window.first if window else 0
+        seed_everything(self.config.seed, self.ranks.rank, self.first_step)
+        self.student, self.bundle = assembly.student(stage)
+        parts = StageParts(stage, assembly, {STUDENT: self.student, **teachers})
+        self._extras = extras_of(parts)
+        sources = (extra.source() for extra in self._extras)
+        source = next((made for made in sources if made is not None), None)
+        self.source = source or row_batches(parts, prepared.encoded)
+        # The steps until the rate begins again, and the number of the last step.
+        self.episode = steps = (
+            window.total if window else total_steps(stage.train, self.source.steps_per_epoch)
+        )
+        self.steps = window.last if window else stage.strategy.episodes * steps
+        rate = learning_rate_schedule(stage.train, steps)
+        self.saves = stage_checkpoints(stage, assembly)
+        self.votes = StepVotes(
+            {STOP: lambda: signals.requested() > 0, WRITING: lambda: self.saves.is_writing}
+        )
+        self.trainer = Trainer(
+            student=self.student,
+            teachers=teachers,
+            strategy=stage.strategy,
+            count_units=lambda batches: self.votes.sum_counts(
+                count_units(batches, self.bundle.counters)
+            ),
+            learning_rate=lambda step: rate(step % steps),
+            step=self.first_step,
+        )
+        self._rows, self.scorer = prepared.encoded.validation, parts.of_model.scorer(stage.train)
+        self._judge = stage.judge or MetricJudge(prepared.metric)
+        keeps, every = self.config.eval.keep_best, self.config.eval.eval_steps
+        self.best = Best(
+            self.saves.folder,
+            self._write_best,
+            tuple(stage.views),
+            keeps=not stage.goes_on and (every is not None if keeps is None else keeps),
+            patience=None if stage.goes_on else stage.train.early_stopping_patience,
+            threshold=stage.train.early_stopping_threshold,
+        )
+        self.meter = TrainMeter(
+            self.bundle.objective,
+            self.trainer,
+            stage,
+            self.ranks,
+            divides_rows=self.config.method.routes_rows,
+        )
+        # In the order of loading.
+        self._states = {
+            "trainer": self.trainer,
+            "batches": self.source,
+            "meter": self.meter,
+            "best": self.best,
+        }
+
+    def resume(self, checkpoint: Path | None) -> int:
+        """Load the state that the stage goes on with; return the steps that are taken."""
+        strategy, step, ranks = self.stage.strategy, self.first_step, self.ranks
+        if checkpoint is not None:
+            writers, has_grown = self.saves.load(
+                checkpoint,
+                lambda folder: strategy.load_shards(self.student.load(folder)),
+                self._states,
+            )
+            if has_grown:
+                self.best.extend()
+            step = self.trainer.step
+            text = f"resumed at step {step} from {checkpoint}"
+            if writers != ranks.world_size:
+                seed_everything(self.config.seed, ranks.rank, step)
+                text += f", which {writers} ranks wrote; with {ranks.world_size} ranks, dropout "
+                text += "draws other numbers from here on"
+        else:
+            self.best.forget()
+            text = "no checkpoint to resume from, starting at step 0"
+            if step:
+                previous: Path = self.stage.start.folder
+                text = f"continues from {previous.name} at step {step}"
+                continue_window(previous, self.student, strategy, self.source, ranks)
+        self._say(text)
+        return step
+
+    def begin(self, step: int, reporter: Reporter) -> None:
+        """Begin after `step` steps; at a first start, measure the student before it learns."""
+        stage, epoch = self.stage, self.source.steps_per_epoch
+        # On rank 0; a full disk there is an error on all ranks.
+        on_main(lambda: reporter.begin(stage.name, step, last=self.steps, steps_per_epoch=epoch))
+        stage.strategy.begin(self.student, step)
+        self.meter.begin()
+        if step > 0:
+            return
+        kept = self.assembly.learners(stage)[stage.role].layers
+        if kept is not None and self.config.task.type in LANGUAGE_TASKS:
+            self._tell_loss(kept)
+        if stage.measures_losses and not stage.views:
+            self.evaluate(0, reporter)
+
+    def _tell_loss(self, layers: Sequence[int]) -> None:
+        loss = self.scorer.loss(self.student.predict, few(self._rows, self.config.task.type))
+        guess = math.log(len(self.assembly.of(self.stage.role).prepared.tokenizer))
+        text = f"the loss of the layers {', '.join(map(str, layers))} before the first step is "
+        text += f"{loss:.3f} nats"
+        if loss > guess:
+            text += f", above the {guess:.2f} of guessing uniformly; keep more layers, or choose "
+            text += "them by importance (student.layers)"
+        self._say(text, logging.WARNING if loss > guess else logging.INFO)
+
+    def batches(self, start: int) -> Generator[Sequence[Batch], None, None]:
+        """Yield the micro-batches of each step that is left after `start`, on the device."""
+        # A stage that had stopped early before it was killed has no step left.
+        stop = start if self.best.is_stale else self.steps
+        with closing(self.source.iterate(start, stop)) as steps:
+            for batches in steps:
+                yield [device_batch(batch, self.ranks.device) for batch in batches]
+
+    def tell_early_stop(self, step: int, reporter: Reporter) -> None:
+        if not _due(step, self.config.log.logging_steps):
+            self.log(step, reporter)
+        self._say(
+            f"stopped at step {step} of {self.steps}, because {self.best.misses} evaluations in a "
+            "row were not better (train.early_stopping_patience)"
+        )
+
+    def log(self, step: int, reporter: Reporter) -> None:
+        self.meter.check_finite(self._newest)
+        scalars = self.meter.scalars(waited_s=self.source.waited_s)
+        scalars |= {**self.source.scalars(), **self.stage.strategy.scalars()}
+        on_main(lambda: reporter.log(step, scalars, stage=self.stage.name))
+
+    def evaluate(self, step: int, reporter: Reporter) -> None:
+        """Score the student, report the scores, and keep its weights if they are the best."""
+        name = self.stage.name
+        self.meter.check_finite(self._newest)
+        with self.meter.paused(), doing(f"scoring stage {name} at step {step}"):
+            scores = self._scores()
+            verdict = self._judge(scores, step)
+            evaluation = Evaluation(scores, verdict.view, verdict.cut)
+            on_main(lambda: reporter.log(step, evaluation.scalars(), stage=name))
+            self.best.consider(step, evaluation, verdict)
+
+    def _scores(self) -> dict[str, dict[str, float]]:
+        views, losses, predict = tuple(self.stage.views) or (WHOLE,), None, self._predictions
+        if self.stage.measures_losses:
+            planned = self.stage.strategy.measured_passes(self.trainer.step)
+            # Weights chosen by outputs are decisions of a step, and held-out rows decide nothing.
+            passes = [replace(one, weigh=None) for one in planned]
+            losses = HeldOutLosses(self.trainer, self.bundle, passes, views)
+            predict = losses.add  # scores and losses come out of one forward
+        scored = self.scorer.scores(predict, self._rows)
+        means = {} if losses is None else losses.means()
+        scores = {view: scored[view] | means.get(view, {}) for view in views}
+        for extra in self._extras:
+            scores[views[0]] |= extra.scores(self.trainer.step)
+        return scores
+
+    def _predictions(self, batch: Batch) -> dict[str, Predictions]:
+        predict, views = self.student.predict, self.stage.views
+        # One view at a time: their outputs need not fit into memory together.
+        return {view: predict(batch, view) for view in views} or {WHOLE: predict(batch)}
+
+    def save(self, step: int, *, is_last: bool) -> None:
+        self.meter.check_finite(self._newest)
+        with self.meter.paused(), doing(f"saving step {step} of stage {self.stage.name}"):
+            engine = self.student.files(self.stage.strategy.shards())
+            self.saves.save(step, engine, self._states, is_last=is_last)
+
+    def publish_written(self) -> None:
+        """Give the checkpoint that all ranks have written, if there is one, its name."""
+        if self.saves.is_pending and not self.votes.any(WRITING):
+            with self.meter.paused():
+                self.saves.publish()
+
+    def _newest(self) -> Path | None:
+        self.saves.publish()
+        return on_main(self.saves.newest)
+
+    def write(self, folder: Path) -> StageResult:
+        """Write the weights that the stage returns and its result into `folder`."""
+        stage, best = self.stage, self.best.returned()
+        result = StageResult(
+            name=stage.name,
+            folder=folder,
+            metrics=best.evaluation.metrics,
+            steps=self.trainer.step - self.first_step,
+            seconds=self.meter.elapsed_seconds(),
+            tokens_per_second=self.meter.tokens_per_second(),
+            peak_memory_bytes=max(gather(peak_memory_bytes(self.ranks.device))),
+            scores=best.chosen.scores if stage.views else {},
+            view=best.chosen.view if stage.views else None,
+        )
+        files = {RESULT: result_text(result, self.saves.length), **stage.strategy.files()}
+        source, learner = best.folder, self.bundle.student
+        if source is not None and adapter_config(learner) is not None:
+            load_adapters(learner, source)
+            source = None
+        if source is None:
+            self._write(folder, files, best.chosen)
+        else:
+            remedy = f"remove {source} and start the same command again"
+            on_main(lambda: copy_finished(source, folder, changes=files, remedy=remedy))
+        on_main(self.saves.finish)
+        return result
+
+    def _write_best(self, folder: Path, evaluation: Evaluation) -> None:
+        learner = self.bundle.student
+        if adapter_config(learner) is None:
+            self._write(folder, {}, evaluation)
+        else:
+            files = adapter_files(learner)
+            on_main(lambda: write_finished(folder, files))
+
+    def _write(
+        self, folder: Path, files: Mapping[str, str | bytes], evaluation: Evaluation
+    ) -> None:
+        stage, role, (first, *beside) = self.stage, self.stage.role, self.bundle.learners
+        view = stage.views.get(evaluation.view or "")
+        cut = evaluation.cut or (None if view is None else Cut(None, view))
+        prepared = self.assembly.prepared
+        if THRESHOLD in evaluation.metrics:
+            model_config: Any = first.config
+            model_config.threshold = evaluation.metrics[THRESHOLD]
+        models = {
+            role: content_of(first, prepared.tokenizer_of(role), cut=cut, learns=stage.goes_on)
+        }
+        for name, model in zip(stage.beside, beside, strict=True):
+            models[name] = content_of(model, prepared.tokenizer_of(name))
+        window = None
+        if stage.goes_on:
+            window = WindowState.of(
+                self.student, stage.strategy, self.source, axes=self.bundle.axes, cut=cut
+            )
+
+        def write() -> None:
+            if not self.ranks.is_main:
+                consume(models, window)
+                return
+            extra = dict(files)
+            if self.config.task.type == "causal_lm":
+                source = self.assembly.learners(stage)[role]
+                ends = learned_ends(prepared.of(role).encoded.chat)
+                extra = {**generation_file(source, prepared.tokenizer_of(role), ends), **extra}
+            write_stage_folder(folder, models, extra=extra, window=window)
+
+        together(write)
+
+    def _say(self, text: str, level: int = logging.INFO) -> None:
+        if self.ranks.is_main:
+            logger.log(level, "%s: %s", self.stage.name, text)
+
+    def close(self) -> None:
+        self.saves.close()
+        self.student.destroy()
 
 
 class StepVotes:
@@ -84,230 +404,6 @@ class StepVotes:
 def agreed_signal() -> int:
     """Return the stop signal that any rank has received, or 0; a collective."""
     return max(gather(signals.requested()))
-
-
-class StageRun:
-    """One stage, from its engines, which the constructor builds, to its finished model folder.
-
-    checkpoint: the verified one that the stage goes on from, if there is one.
-    """
-
-    def __init__(
-        self,
-        stage: Stage,
-        assembly: Assembly,
-        *,
-        teachers: Mapping[str, Teacher],
-        reporter: Reporter,
-        checkpoint: Path | None = None,
-    ) -> None:
-        self.stage, self.assembly, self.reporter = stage, assembly, reporter
-        self.config, self.ranks = assembly.config, assembly.ranks
-        self._checkpoint = checkpoint
-        self.first_step = stage.window.first if stage.window else 0
-        seed_everything(self.config.seed, self.ranks.rank, self.first_step)
-        self.student, self.bundle = assembly.student(stage)
-        parts = StageParts(stage, assembly, {STUDENT: self.student, **teachers})
-        self.extras = extras_of(parts)
-        sources = (extra.source() for extra in self.extras)
-        source = next((made for made in sources if made is not None), None)
-        self.source = source or row_batches(parts, parts.of_model.prepared.encoded)
-        window = stage.window
-        steps = window.total if window else total_steps(stage.train, self.source.steps_per_epoch)
-        self.episode = steps
-        self.steps = window.last if window else stage.strategy.episodes * steps
-        rate = learning_rate_schedule(stage.train, steps)
-        self.saves = stage_checkpoints(stage, assembly)
-        self.votes = StepVotes(
-            {_STOP: lambda: signals.requested() > 0, _WRITING: lambda: self.saves.is_writing}
-        )
-        self.trainer = Trainer(
-            student=self.student,
-            teachers=teachers,
-            strategy=stage.strategy,
-            count_units=lambda batches: self.votes.sum_counts(
-                count_units(batches, self.bundle.counters)
-            ),
-            learning_rate=lambda step: rate(step % steps),
-            step=self.first_step,
-        )
-        self.model = StageModel(stage, assembly, self.student, self.bundle, self.source)
-        self.evaluation = StageEvaluation(self.model, self.trainer, self.saves.folder, self.extras)
-        self.health = TrainMeter(
-            self.bundle.objective,
-            self.trainer,
-            stage,
-            self.ranks,
-            divides_rows=self.config.method.routes_rows,
-        )
-        stateful = {"trainer": self.trainer, "batches": self.source, "health": self.health}
-        states = {n: CheckpointState(p.state_dict, p.load_state_dict) for n, p in stateful.items()}
-        self.states = {**states, **self.evaluation.states}  # in the order of loading
-
-    def run(self, folder: Path) -> StageResult:
-        """Train the remaining steps and write the model folder; a collective."""
-        with doing(f"loading stage {self.stage.name}"):
-            start = self._resume()
-        # On rank 0; a full disk there is an error on all ranks.
-        on_main(lambda: self.reporter.begin(self.stage.name, self.extent(start)))
-        self.stage.strategy.begin(self.student, start)
-        self.health.begin()
-        if start == 0:
-            self._tell_kept_layers()
-        if start == 0 and self.stage.measures_losses and not self.stage.views:
-            self._evaluate(0)
-        training = doing(f"training stage {self.stage.name}")
-        with training, signals.deferred(), closing(self.take_steps(start)) as steps:
-            deque(steps, maxlen=0)
-        return self._finish(folder)
-
-    def take_steps(self, start: int) -> Generator[None, None, None]:
-        """Take each step that is left after `start`; log, evaluate and save where it is due."""
-        log, save = self.config.log.logging_steps, self.config.save.save_steps
-        strategy, stopping = self.stage.strategy, self.evaluation.stopping
-        with closing(self.batches(start)) as every:
-            for batches in every:
-                step = self.trainer.step
-                if step > start and step % self.episode == 0:
-                    strategy.begin(self.student, step)
-                report = self.trainer.train_step(batches)
-                step += 1
-                self.health.add(report)
-                self.reporter.advance(step)
-                if self.saves.is_pending and not self.votes.any(_WRITING):
-                    with self.health.paused():
-                        self.saves.publish()
-                is_last = step == self.steps
-                if is_last or _due(step, log):
-                    self._log(step)
-                if is_last or _due(step, self.config.eval.eval_steps):
-                    self._evaluate(step)
-                if stopping.stopped and not is_last:
-                    self._tell_early_stop(step)
-                    is_last = True
-                is_told = self.votes.any(_STOP)
-                if is_last or is_told or _due(step, save):
-                    self._save(step, is_last=is_last or is_told)
-                # A signal in the last step may be too late for the vote.
-                number = agreed_signal() if is_told or is_last else 0
-                if number:
-                    raise signals.stopped(number, f"{self.stage.name} saved at step {step}")
-                yield
-                if is_last:
-                    return
-
-    def _finish(self, folder: Path) -> StageResult:
-        kept = self.evaluation.returned()
-        result = StageResult(
-            name=self.stage.name,
-            folder=folder,
-            metrics=kept.evaluation.metrics,
-            steps=self.trainer.step - self.first_step,
-            seconds=self.health.elapsed_seconds(),
-            tokens_per_second=self.health.tokens_per_second(),
-            peak_memory_bytes=max(gather(peak_memory_bytes(self.ranks.device))),
-            scores=kept.chosen.scores if self.stage.views else {},
-            view=kept.chosen.view if self.stage.views else None,
-        )
-        text = result_text(result, self.saves.length)
-        self.model.write_returned(folder, {RESULT: text, **self.stage.strategy.files()}, kept)
-        on_main(self.saves.finish)
-        return result
-
-    def _tell_kept_layers(self) -> None:
-        kept = self.assembly.learners(self.stage)[self.stage.role].layers
-        if kept is None or self.config.task.type not in LANGUAGE_TASKS:
-            return
-        prepared = self.assembly.of(self.stage.role).prepared
-        rows = few(prepared.encoded.validation, self.config.task.type)
-        predict = self.student.predict
-        loss, guess = self.evaluation.scorer.loss(predict, rows), math.log(len(prepared.tokenizer))
-        text = f"{self.stage.name}: the loss of the layers {', '.join(map(str, kept))} before the "
-        text += f"first step is {loss:.3f} nats"
-        if loss > guess:
-            text += f", above the {guess:.2f} of guessing uniformly; keep more layers, or choose "
-            text += "them by importance (student.layers)"
-        self._say(text, logging.WARNING if loss > guess else logging.INFO)
-
-    def extent(self, step: int) -> Extent:
-        return Extent(
-            step=step, total_steps=self.steps, steps_per_epoch=self.source.steps_per_epoch
-        )
-
-    def batches(self, start: int) -> Generator[Sequence[Batch], None, None]:
-        """Yield the micro-batches of each step that is left after `start`, on the device."""
-        # A stage that had stopped early before it was killed has no step left.
-        stop = start if self.evaluation.stopping.stopped else self.steps
-        with closing(self.source.iterate(start, stop)) as steps:
-            for batches in steps:
-                yield [device_batch(batch, self.ranks.device) for batch in batches]
-
-    def _resume(self) -> int:
-        name, checkpoint = self.stage.name, self._checkpoint
-        if checkpoint is not None:
-            writers, has_grown = self.saves.load(checkpoint, self._load_engine, self.states)
-            if has_grown:
-                self.evaluation.stopping.extend()
-            step, ranks = self.trainer.step, self.ranks
-            text = f"{name}: resumed at step {step} from {checkpoint}"
-            if writers != ranks.world_size:
-                seed_everything(self.config.seed, ranks.rank, step)
-                text += f", which {writers} ranks wrote; with {ranks.world_size} ranks, dropout "
-                text += "draws other numbers from here on"
-            self._say(text)
-            return step
-        self.evaluation.best.load_state_dict({})
-        if self.first_step:
-            previous: Path = self.stage.start.folder
-            self._say(f"{name}: continues from {previous.name} at step {self.first_step}")
-            continue_window(previous, self.student, self.stage.strategy, self.source, self.ranks)
-        else:
-            self._say(f"{name}: no checkpoint to resume from, starting at step 0")
-        return self.first_step
-
-    def _load_engine(self, folder: Path) -> None:
-        self.stage.strategy.load_shards(self.student.load(folder))
-
-    def _tell_early_stop(self, step: int) -> None:
-        if not _due(step, self.config.log.logging_steps):
-            self._log(step)
-        self._say(
-            f"{self.stage.name}: stopped at step {step} of {self.steps}, because "
-            f"{self.evaluation.stopping.misses} evaluations in a row were not better "
-            "(train.early_stopping_patience)"
-        )
-
-    def _log(self, step: int) -> None:
-        self.health.check_finite(self._newest)
-        scalars = self.health.scalars(waited_s=self.source.waited_s)
-        scalars |= self.source.scalars()
-        self._report(step, {**scalars, **self.stage.strategy.scalars()})
-
-    def _report(self, step: int, scalars: Mapping[str, float]) -> None:
-        on_main(lambda: self.reporter.log(step, scalars, stage=self.stage.name))
-
-    def _evaluate(self, step: int) -> None:
-        self.health.check_finite(self._newest)
-        with self.health.paused(), doing(f"scoring stage {self.stage.name} at step {step}"):
-            self.evaluation.evaluate(step, partial(self._report, step))
-
-    def _save(self, step: int, *, is_last: bool) -> None:
-        self.health.check_finite(self._newest)
-        with self.health.paused(), doing(f"saving step {step} of stage {self.stage.name}"):
-            engine = self.student.files(self.stage.strategy.shards())
-            self.saves.save(step, engine, self.states, is_last=is_last)
-
-    def _newest(self) -> Path | None:
-        self.saves.publish()
-        return on_main(self.saves.newest)
-
-    def _say(self, text: str, level: int = logging.INFO) -> None:
-        if self.ranks.is_main:
-            logger.log(level, text)
-
-    def close(self) -> None:
-        self.saves.close()
-        self.student.destroy()
 
 
 def extras_of(parts: StageParts) -> list[StageExtra]:

@@ -82,12 +82,7 @@ def started(
         teacher = None if name in config.base_teachers else lab.pool.open(name, stage)
         if scores:
             lab.pool._measure_opened(name, teacher)
-        run = StageRun(
-            stage,
-            lab.assembly,
-            teachers={name: teacher} if teacher else {},
-            reporter=lab._reporter,
-        )
+        run = StageRun(stage, lab.assembly, teachers={name: teacher} if teacher else {})
         yield run, teacher
         run.close()
         if teacher:
@@ -173,7 +168,7 @@ def train(config_path: str, overrides: list[str], steps: int) -> dict:
             "gradients": run.stage.strategy.gradients,
             "shards": run.stage.strategy.shards,
             "losses": losses,
-            "scores": run.evaluation.scorer.score(run.student.predict, rows),
+            "scores": run.scorer.score(run.student.predict, rows),
             "local_elements": sum(
                 getattr(p, "ds_tensor", p).numel() for p in run.student.bundle.parameters()
             ),

@@ -6,6 +6,7 @@ import functools
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from cases import lab_of
@@ -17,8 +18,9 @@ from megakd.contract.results import WHOLE, Metric, MetricJudge
 from megakd.contract.stage import Pass, Stage
 from megakd.contract.views import View
 from megakd.methods.minidisc import Sandwich
+from megakd.training import stage_run
+from megakd.training.held_out_losses import HeldOutLosses
 from megakd.training.recipes import completed
-from megakd.training.stage_evaluation import HeldOutLosses
 from megakd.training.stage_run import StageRun
 
 VIEWS = {"wide": View((2, 2), (12, 12)), "slim": View((1, 1), (8, 8)), "thin": View((1, 1), (4, 4))}
@@ -47,22 +49,40 @@ def evaluated(config_path: str, overrides: list[str], kind: str) -> dict[str, An
         )
         stage = completed(stage, lab.config)
         frozen = lab.pool.open(teacher, stage)
-        run = StageRun(stage, lab.assembly, teachers={teacher: frozen}, reporter=lab._reporter)
-        forwards = Counter[tuple[str, int]]()
-        for name, model in (("teacher", frozen.model), ("student", run.student.student)):
-            model.model.register_forward_pre_hook(
-                functools.partial(_count, forwards, name), with_kwargs=True
+        forwards, runs = Counter[tuple[str, int]](), list[Any]()
+
+        class Watched(StageRun):
+            """A stage whose forwards are counted, and whose engine stays open."""
+
+            def __init__(self, *parts: Any, **options: Any) -> None:
+                super().__init__(*parts, **options)
+                runs.append(self)
+                for name, model in (("teacher", frozen.model), ("student", self.student.student)):
+                    count = functools.partial(_count, forwards, name)
+                    model.model.register_forward_pre_hook(count, with_kwargs=True)
+
+            def close(self) -> None:
+                pass
+
+        with mock.patch.object(stage_run, "StageRun", Watched):
+            result = stage_run.run_stage(
+                stage,
+                lab.assembly,
+                teachers={teacher: frozen},
+                reporter=lab._reporter,
+                checkpoint=None,
+                folder=lab.assembly.stage_folder("trial"),
             )
-        result = run.run(lab.assembly.stage_folder("trial"))
+        (run,) = runs
         scores = result.scores or {WHOLE: result.metrics}
         rows = lab.assembly.prepared.encoded.validation
         facts = {
-            "batches": sum(1 for _ in run.evaluation.scorer.batches(rows)),
+            "batches": sum(1 for _ in run.scorer.batches(rows)),
             "forwards": dict(forwards),
             "scores": {view: dict(values) for view, values in scores.items()},
             "apart": {view: _apart(run, strategy.passes(1), view) for view in scores},
         }
-        run.close()
+        StageRun.close(run)
         frozen.destroy()
     return facts
 
@@ -74,10 +94,10 @@ def _count(forwards: Counter[tuple[str, int]], name: str, *given: Any) -> None:
 def _apart(run: StageRun, plan: tuple[Pass, ...], view: str) -> dict[str, float]:
     rows = run.assembly.prepared.encoded.validation
     name = None if view == WHOLE else view
-    scores = run.evaluation.scorer.score(functools.partial(run.student.predict, view=name), rows)
+    scores = run.scorer.score(functools.partial(run.student.predict, view=name), rows)
     passes = [planned for planned in plan if planned.view == name]
     losses = HeldOutLosses(run.trainer, run.bundle, passes, (view,))
-    for batch in run.evaluation.scorer.batches(rows):
+    for batch in run.scorer.batches(rows):
         losses.add(batch)
     return scores | losses.means()[view]
 

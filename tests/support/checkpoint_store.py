@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
-from operator import setitem
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megakd.engine.distributed import Ranks
-from megakd.training.checkpoint import Checkpoints, CheckpointState
+from megakd.training.checkpoint import Checkpoints
 
 ALONE = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 SHARD = "shard.pt"
@@ -34,12 +32,22 @@ def save(store: Checkpoints, *steps: int, values: dict[str, Any] | None = None) 
     return newest
 
 
-def states_of(values: dict[str, Any]) -> dict[str, CheckpointState]:
+class Value:
+    """A state that is one of some values."""
+
+    def __init__(self, values: dict[str, Any], name: str) -> None:
+        self._values, self._name = values, name
+
+    def state_dict(self) -> Any:
+        return self._values[self._name]
+
+    def load_state_dict(self, state: Any) -> None:
+        self._values[self._name] = state
+
+
+def states_of(values: dict[str, Any]) -> dict[str, Value]:
     """States that are saved as these values, and that put what is loaded back into them."""
-    return {
-        name: CheckpointState(lambda name=name: values[name], partial(setitem, values, name))
-        for name in values
-    }
+    return {name: Value(values, name) for name in values}
 
 
 def load(store: Checkpoints, folder: Path, read_engine: Any = None) -> dict[str, Any]:

@@ -13,19 +13,19 @@ from megakd.contract.stage import Verdict
 from megakd.errors import MegakdError
 from megakd.scoring.metrics import Evaluation
 from megakd.storage.folders import write_finished
-from megakd.training.best_checkpoint import BestCheckpoints
+from megakd.training.best_checkpoint import Best
 
 
 def best_of(folder: Path, *views: str) -> Any:
     def write(to: Path, evaluation: Evaluation) -> None:
         write_finished(to, {"weights": to.name, "view": str(evaluation.view)})
 
-    return BestCheckpoints(folder, write, views)
+    return Best(folder, write, views)
 
 
 def evaluated(best: Any, scores: Mapping[int, float]) -> Any:
     for step, score in scores.items():
-        best.consider(step, {"": {"accuracy": score}}, Verdict(score, ""))
+        best.consider(step, Evaluation({"": {"accuracy": score}}, ""), Verdict(score, ""))
     return best
 
 
@@ -35,11 +35,11 @@ def stored(folder: Path, name: str = "best") -> list[str]:
 
 def step_of(best: Any) -> int | None:
     returned = best.returned()
-    return None if returned is None else int((returned.folder / "weights").read_text()[5:])
+    return returned.folder and int((returned.folder / "weights").read_text()[5:])
 
 
 def test_the_best_stays_a_tie_keeps_the_earlier_and_what_is_no_number_never_wins(tmp_path):
-    assert best_of(tmp_path).returned() is None
+    assert step_of(best_of(tmp_path)) is None
     scores = {3: math.nan, 6: 0.7, 9: 0.7, 12: 0.6, 15: math.nan}
 
     best = evaluated(best_of(tmp_path), scores)
@@ -61,7 +61,7 @@ def test_weights_that_no_checkpoint_knows_are_removed(tmp_path):
     """Those of a start without a checkpoint may be of another length."""
     evaluated(best_of(tmp_path), {3: 0.5})
     best = best_of(tmp_path)
-    best.load_state_dict({})
+    best.forget()
     assert (step_of(best), stored(tmp_path)) == (None, [])
     assert step_of(evaluated(best, {3: 0.1})) == 3
 
@@ -111,7 +111,8 @@ def test_a_stage_gives_the_best_of_the_view_that_is_chosen(
     bests = best_of(tmp_path, "wide", "target")
     for number, (score, target, chosen) in enumerate(evaluations, 1):
         scores = {"wide": {"accuracy": score}, "target": {"accuracy": target}}
-        bests.consider(3 * number, scores, Verdict(score, chosen, {"target": target}))
+        verdict = Verdict(score, chosen, {"target": target})
+        bests.consider(3 * number, Evaluation(scores, chosen), verdict)
 
     returned = bests.returned()
 

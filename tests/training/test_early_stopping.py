@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_runs import review_task, run_in
 from whole_run import finish, forgotten, read, records, same_weights
 
-from megakd.training.stage_evaluation import EarlyStopping
+from megakd.contract.stage import Verdict
+from megakd.scoring.metrics import Evaluation
+from megakd.training.best_checkpoint import Best
 
 EVALUATED_EVERY, PATIENCE, PLANNED = 2, 2, 10
 STOPPED = EVALUATED_EVERY * (1 + PATIENCE)
@@ -34,22 +37,30 @@ STOPPED = EVALUATED_EVERY * (1 + PATIENCE)
 def test_so_many_evaluations_in_a_row_without_a_better_score_end_a_stage(
     scores, patience, threshold, end
 ):
-    stopping, stopped_at = EarlyStopping(patience=patience, threshold=threshold), None
-    for number, score in enumerate(scores, start=1):
-        stopping.consider(score)
-        if stopping.stopped and stopped_at is None:
-            stopped_at = number
-    assert stopped_at == end
+    best = best_of(patience=patience, threshold=threshold)
+    stale = [number for number, score in enumerate(scores, 1) if consider(best, score).is_stale]
+    assert next(iter(stale), None) == end
 
 
-def test_a_stage_that_had_stopped_and_gets_more_steps_counts_again():
-    stopped, going_on = (EarlyStopping(patience=2, best=0.5, misses=n) for n in (2, 1))
+def best_of(**options: Any) -> Best:
+    """Evaluations whose weights are not written."""
+    return Best(Path(), lambda *_: None, keeps=False, **options)
 
-    for stopping in (stopped, going_on):
-        stopping.extend()
 
-    assert (stopped.misses, going_on.misses) == (0, 1)
-    assert not stopped.stopped
+def consider(best: Best, score: float) -> Best:
+    best.consider(1, Evaluation({}, None), Verdict(score, ""))
+    return best
+
+
+@pytest.mark.parametrize(("misses", "left"), [(2, 0), (1, 1)])
+def test_a_stage_that_had_stopped_and_gets_more_steps_counts_again(misses, left):
+    best = best_of(patience=2)
+    for _ in range(1 + misses):
+        consider(best, 0.5)
+
+    best.extend()
+
+    assert (best.misses, best.is_stale) == (left, False)
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ from megakd.scoring.metrics import (
 from megakd.scoring.scorer import few
 from megakd.scoring.words import score_words
 from megakd.storage.atomic import json_text
-from megakd.training.stage_evaluation import HeldOutLosses
+from megakd.training.held_out_losses import HeldOutLosses
 
 
 def metrics_of(names: tuple[str, ...], outputs: Tensor, labels: Tensor) -> dict[str, float]:

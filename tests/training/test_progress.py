@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_runs import run_in
 
 from megakd.errors import MegakdError
-from megakd.training.progress import Extent, Reporter
+from megakd.training.progress import Reporter
 from megakd.training.trackers import Trackers
 
 NUMBERS = {"train/loss": 0.12345678, "train/learning_rate": 3e-4, "train/tokens_per_s": 12345.6}
@@ -38,13 +38,12 @@ def steps_of(folder: Path, stage: str) -> list[int]:
     return [record["step"] for record in records(folder) if record["stage"] == stage]
 
 
-def of_ten(step: int) -> Extent:
-    return Extent(step=step, total_steps=10, steps_per_epoch=4)
+OF_TEN = {"last": 10, "steps_per_epoch": 4}
 
 
 def run_of(folder: Path, stage: str, steps: range, trackers: Trackers | None = None) -> None:
     reporter = Reporter(folder, is_main=True, trackers=trackers)
-    reporter.begin(stage, of_ten(steps.start - 1))
+    reporter.begin(stage, steps.start - 1, **OF_TEN)
     for step in steps:
         reporter.log(step, {"train/loss": 1 / step}, stage=stage)
     reporter.close()
@@ -59,7 +58,7 @@ def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     reporter = Reporter(tmp_path, is_main=False)
 
-    reporter.begin("distil", of_ten(0))
+    reporter.begin("distil", 0, **OF_TEN)
     reporter.advance(1)
     reporter.log(1, {"train/loss": 0.5}, stage="distil")
     reporter.close()
@@ -102,7 +101,7 @@ def test_a_terminal_gets_a_bar_with_the_chosen_numbers(tmp_path: Path, monkeypat
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     reporter = Reporter(tmp_path, is_main=True)
 
-    reporter.begin("distil", of_ten(2))
+    reporter.begin("distil", 2, **OF_TEN)
     reporter.advance(3)
     reporter.log(4, NUMBERS, stage="distil")
     reporter.close()
@@ -121,7 +120,7 @@ def test_without_a_terminal_there_is_one_short_line_per_log_and_no_bar(
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr("megakd.training.progress.time.perf_counter", lambda: clock.now)
     reporter = Reporter(tmp_path, is_main=True)
-    reporter.begin("distil", of_ten(4))
+    reporter.begin("distil", 4, **OF_TEN)
     clock.now += 2400
     with caplog.at_level(logging.INFO):
         reporter.log(6, NUMBERS, stage="distil")
