@@ -105,11 +105,6 @@ class Strategy:
     """
 
     @property
-    def episodes(self) -> int:
-        """Number of times that the steps of `Stage.train` run, each time from their first rate."""
-        return 1
-
-    @property
     def reads_states(self) -> bool:
         """True if the strategy reads the last hidden states of both models."""
         return False
@@ -118,17 +113,13 @@ class Strategy:
     def pruned_to(self) -> View | None:
         """The units that remain at the end of a stage that prunes with `student.keep`, or None.
 
-        The judge's verdict states which units they are (`Verdict.cut`).
+        The judge's verdict states which units they are (`Verdict.cut`). Such a strategy keeps one
+        value for each weight, in `student.averages`.
         """
         return None
 
-    @property
-    def values_per_weight(self) -> int:
-        """Number of fp32 values that `shards` keeps for a weight, for the memory plan."""
-        return 0
-
     def begin(self, student: Any, step: int) -> None:
-        """Handle the start of the stage, fresh or resumed, and of each later episode.
+        """Handle the start of the stage, fresh or resumed, and of each later round of a `Window`.
 
         `step` is the next step.
         """
@@ -160,19 +151,6 @@ class Strategy:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state that `state_dict` returned."""
-
-    def shards(self) -> Mapping[str, Mapping[str, Tensor]]:
-        """Return values that this rank keeps for each element of its `local_shards`.
-
-        A resumed run and the next window of a run continue with these values.
-
-        Returns:
-            By kind of value, and by name of the weight: [n].
-        """
-        return {}
-
-    def load_shards(self, shards: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Restore this rank's values, which `shards` returned; called before `begin`."""
 
     def scalars(self) -> Mapping[str, float]:
         """Return values to log for the steps since the last call, the same on every rank."""
@@ -225,9 +203,10 @@ class Window(NamedTuple):
     """The part of a longer run that a stage covers: steps `first` up to `last` of `total`.
 
     Learning rate, data order, step numbers of the strategy, the optimizer's moments, learned
-    projections, the strategy's shards and random numbers continue from one window to the next, also
-    if the model was cut between the windows. Each window but the first starts from the folder of
-    the previous window's stage.
+    projections, the student's `averages` and random numbers continue from one window to the next,
+    also if the model was cut between the windows. Each window but the first starts from the folder
+    of the previous window's stage. A `last` beyond `total` is several rounds of `total` steps, each
+    from the first learning rate.
     """
 
     first: int

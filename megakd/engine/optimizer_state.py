@@ -31,6 +31,8 @@ Parts = Mapping[str, Mapping[str, Tensor]]
 """Parts [n] of flattened values, by kind of value and by name of the weight."""
 WEIGHT = "weight"
 """Name of the fp32 weights among the values of the optimizer; the others are its moments."""
+AVERAGES = "averages"
+"""Kind of the values in files that a strategy keeps, beside weights and moments."""
 LEARNER = "learners.0."
 """Prefix of the first learner's weights in the engine's module."""
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -30,9 +29,9 @@ from megakd.engine.collectives import together
 from megakd.engine.initialize import RATE, Engine
 from megakd.engine.memory import destroy
 from megakd.engine.optimizer_state import (
+    AVERAGES,
     LEARNER,
     OptimizerState,
-    Parts,
     Shard,
     StoredParts,
     file_of,
@@ -40,7 +39,6 @@ from megakd.engine.optimizer_state import (
 from megakd.engine.sharding import evaluating, memory_efficient_linear
 from megakd.errors import CheckpointError, TrainingError
 
-_SHARD = "shards/"
 _SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 OVERFLOWS = (
     "fp16 cannot hold it even where the loss is not scaled; use train.bf16 or fp32, or lower the "
@@ -51,6 +49,8 @@ OVERFLOWS = (
 class StudentEngine:
     """A DeepSpeed training engine around a bundle, at any ZeRO stage.
 
+    averages: values that a strategy keeps for each element of `local_shards`, [n] by name of the
+        weight; they are saved and loaded with the moments.
     passes_per_backward: number of passes that keep their activations at a time; None: all. Each
         group of passes has its own forward and backward.
     """
@@ -58,6 +58,7 @@ class StudentEngine:
     def __init__(self, engine: Engine, *, passes_per_backward: int | None = None) -> None:
         self._engine = engine
         engine.train()
+        self.averages: dict[str, Tensor] = {}
         self._passes_per_backward = passes_per_backward
         self._gradients = StepGradients(engine)
 
@@ -192,13 +193,10 @@ class StudentEngine:
         with evaluating(self.bundle):
             return self._engine(batch, view=view)
 
-    def files(self, shards: Parts = MappingProxyType({})) -> dict[str, Any]:
+    def files(self) -> dict[str, Any]:
         """Return this rank's part of the engine's state as files; a collective.
 
         The tensors may be those of the engine, which the next step changes.
-
-        Args:
-            shards: values that a strategy keeps for the elements of `local_shards`.
 
         Returns:
             the content of each file by its name, for `torch.save`.
@@ -209,29 +207,23 @@ class StudentEngine:
             "skipped_steps": int(self._engine.skipped_steps),
             "loss_scale": {k: v for k, v in self._loss_scale.items() if k in _SCALE},
         }
-        kept = {
-            f"{_SHARD}{kind}": {LEARNER + name: part for name, part in by_name.items()}
-            for kind, by_name in shards.items()
-        }
-        parts = {**values.parts(), **kept}
+        averages = {LEARNER + name: part for name, part in self.averages.items()}
+        parts = {**values.parts(), AVERAGES: averages}
         return file_of(rank, parts, offsets=values.offsets, facts=facts)
 
-    def load(self, folder: Path) -> Parts:
-        """Read a state that any number of ranks wrote; return this rank's shards; a collective."""
+    def load(self, folder: Path) -> None:
+        """Read a state that any number of ranks wrote; a collective."""
         values = self.optimizer_state
         # On shared storage, a rank may not see all files.
         stored = together(lambda: _stored(folder, values))
         values.load(stored.read, steps=stored.facts["steps"])
         self._engine.skipped_steps = stored.facts["skipped_steps"]
         self._loss_scale.update(stored.facts["loss_scale"])
-        shards: dict[str, dict[str, Tensor]] = {}
-        for kind, names in stored.names.items():
-            for name in names if kind.startswith(_SHARD) else ():
-                part = stored.read(kind, name, values.part_of(name)).to(self._engine.device)
-                if len(part):
-                    of_kind = shards.setdefault(kind.removeprefix(_SHARD), {})
-                    of_kind[name.removeprefix(LEARNER)] = part
-        return shards
+        self.averages.clear()
+        for name in stored.names.get(AVERAGES, ()):
+            part = stored.read(AVERAGES, name, values.part_of(name)).to(self._engine.device)
+            if len(part):
+                self.averages[name.removeprefix(LEARNER)] = part
 
     @property
     def _loss_scale(self) -> dict[str, Any]:

@@ -221,7 +221,7 @@ class PhasePlan(Ledger):
             learned=run.learned,
             moments=MOMENTS[train.optim],
         )
-        averages = learner.averages(traces.units, stage.strategy.values_per_weight)
+        averages = learner.averages(traces.units, int(stage.strategy.pruned_to is not None))
         # The copy of a rank's part of the state that a save, except the last, writes beside the
         # training.
         save, host = self._config.save, self._cluster.host_memory

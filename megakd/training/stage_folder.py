@@ -25,12 +25,12 @@ from torch import Tensor
 from megakd.config.run import RunConfig
 from megakd.config.train import TrainConfig
 from megakd.contract.batch import BatchSource
-from megakd.contract.stage import Stage, StageResult, Strategy
+from megakd.contract.stage import Stage, StageResult
 from megakd.contract.tasks import STUDENT
 from megakd.contract.views import Axes, Cut
 from megakd.engine.collectives import gather, on_main
 from megakd.engine.distributed import Ranks
-from megakd.engine.optimizer_state import LEARNER
+from megakd.engine.optimizer_state import AVERAGES, LEARNER
 from megakd.engine.student import StudentEngine
 from megakd.errors import CheckpointError
 from megakd.models.cutting import cut_state
@@ -190,16 +190,16 @@ def may_grow(stage: Stage, config: RunConfig) -> bool:
     """Return true for a stage that a longer run continues.
 
     If a teacher or an assistant continued to learn, its students would belong to an older teacher.
-    Windows and episodes end at steps that depend on the length.
+    Windows end at steps that depend on the length.
     """
     is_last = stage.name in (STUDENT, *config.trained_baselines)
-    return is_last and stage.window is None and stage.strategy.episodes == 1
+    return is_last and stage.window is None
 
 
 class WindowState(NamedTuple):
     """State that the next window needs in addition to the model, cut like the model.
 
-    The tensors are the weights, the optimizer's moments and the strategy's shards.
+    The tensors are the weights, the optimizer's moments and the student's `averages`.
 
     tensors: keys `<kind>/<weight>` and whole tensors; every rank must iterate to the end.
     rest: the remaining values, as the content of a file.
@@ -211,7 +211,6 @@ class WindowState(NamedTuple):
     @staticmethod
     def of(
         student: StudentEngine,
-        strategy: Strategy,
         batches: BatchSource,
         *,
         axes: Mapping[str, Axes],
@@ -225,7 +224,7 @@ class WindowState(NamedTuple):
         }
         file = io.BytesIO()
         torch.save(rest, file)
-        return WindowState(_whole(student, strategy, axes, cut), file.getvalue())
+        return WindowState(_whole(student, axes, cut), file.getvalue())
 
     def write(self, folder: Path) -> None:
         (folder / TRAINING_STATE).mkdir()
@@ -234,17 +233,15 @@ class WindowState(NamedTuple):
 
 
 def _whole(
-    student: StudentEngine, strategy: Strategy, axes: Mapping[str, Axes], cut: Cut | None
+    student: StudentEngine, axes: Mapping[str, Axes], cut: Cut | None
 ) -> Iterator[tuple[str, Tensor]]:
     def named() -> Iterator[tuple[str, str, Tensor]]:
-        values, shards = student.optimizer_state, strategy.shards()
+        values, averages = student.optimizer_state, student.averages
         yield from values.whole()
         # A rank may hold no part of some weights, or of any.
-        for kind in dict.fromkeys(kind for kinds in gather([*shards]) for kind in kinds):
-            parts = shards.get(kind, {})
-            for name in sorted({name for names in gather(list(parts)) for name in names}):
-                part = parts.get(name, torch.empty(0))
-                yield kind, LEARNER + name, values.put_together(LEARNER + name, part)
+        for name in sorted({name for names in gather([*averages]) for name in names}):
+            part = averages.get(name, torch.empty(0))
+            yield AVERAGES, LEARNER + name, values.put_together(LEARNER + name, part)
 
     for kind, name, tensor in named():
         key, of_weight = f"{kind}/{name}", axes.get(name)
@@ -255,7 +252,7 @@ def _whole(
 
 
 def continue_window(
-    folder: Path, student: StudentEngine, strategy: Strategy, batches: BatchSource, ranks: Ranks
+    folder: Path, student: StudentEngine, batches: BatchSource, ranks: Ranks
 ) -> None:
     """Load the state that the previous window of a run wrote into `folder`; a collective.
 
@@ -276,13 +273,11 @@ def continue_window(
         return reader.read(stored[f"{kind}/{name}"]).flatten()[wanted]
 
     values.load(read, steps=rest["steps"])
-    shards: dict[str, dict[str, Tensor]] = {}
     for key in sorted(stored):
         kind, _, name = key.partition("/")
-        if kind not in values.kinds:
+        if kind == AVERAGES:
             part = read(kind, name, values.part_of(name)).clone()
-            shards.setdefault(kind, {})[name.removeprefix(LEARNER)] = part.to(ranks.device)
-    strategy.load_shards(shards)
+            student.averages[name.removeprefix(LEARNER)] = part.to(ranks.device)
     batches.load_state_dict(rest["batches"])
     if len(rest["random"]) == ranks.world_size:
         set_random_state(rest["random"][ranks.rank])

@@ -76,7 +76,7 @@ def run_stage(
         training = doing(f"training stage {stage.name}")
         with training, signals.deferred(), closing(run.batches(start)) as every:
             for batches in every:
-                if step > start and step % run.episode == 0:
+                if step > start and step % run.round == 0:
                     strategy.begin(run.student, step)
                 run.meter.add(run.trainer.train_step(batches))
                 step += 1
@@ -119,10 +119,10 @@ class StageRun:
         source = next((made for made in sources if made is not None), None)
         self.source = source or row_batches(parts, prepared.encoded)
         # The steps until the rate begins again, and the number of the last step.
-        self.episode = steps = (
+        self.round = steps = (
             window.total if window else total_steps(stage.train, self.source.steps_per_epoch)
         )
-        self.steps = window.last if window else stage.strategy.episodes * steps
+        self.steps = window.last if window else steps
         rate = learning_rate_schedule(stage.train, steps)
         self.saves = stage_checkpoints(stage, assembly)
         self.votes = StepVotes(
@@ -166,13 +166,9 @@ class StageRun:
 
     def resume(self, checkpoint: Path | None) -> int:
         """Load the state that the stage goes on with; return the steps that are taken."""
-        strategy, step, ranks = self.stage.strategy, self.first_step, self.ranks
+        step, ranks = self.first_step, self.ranks
         if checkpoint is not None:
-            writers, has_grown = self.saves.load(
-                checkpoint,
-                lambda folder: strategy.load_shards(self.student.load(folder)),
-                self._states,
-            )
+            writers, has_grown = self.saves.load(checkpoint, self.student.load, self._states)
             if has_grown:
                 self.best.extend()
             step = self.trainer.step
@@ -187,7 +183,7 @@ class StageRun:
             if step:
                 previous: Path = self.stage.start.folder
                 text = f"continues from {previous.name} at step {step}"
-                continue_window(previous, self.student, strategy, self.source, ranks)
+                continue_window(previous, self.student, self.source, ranks)
         self._say(text)
         return step
 
@@ -272,8 +268,7 @@ class StageRun:
     def save(self, step: int, *, is_last: bool) -> None:
         self.meter.check_finite(self._newest)
         with self.meter.paused(), doing(f"saving step {step} of stage {self.stage.name}"):
-            engine = self.student.files(self.stage.strategy.shards())
-            self.saves.save(step, engine, self._states, is_last=is_last)
+            self.saves.save(step, self.student.files(), self._states, is_last=is_last)
 
     def publish_written(self) -> None:
         """Give the checkpoint that all ranks have written, if there is one, its name."""
@@ -337,9 +332,7 @@ class StageRun:
             models[name] = content_of(model, prepared.tokenizer_of(name))
         window = None
         if stage.goes_on:
-            window = WindowState.of(
-                self.student, stage.strategy, self.source, axes=self.bundle.axes, cut=cut
-            )
+            window = WindowState.of(self.student, self.source, axes=self.bundle.axes, cut=cut)
 
         def write() -> None:
             if not self.ranks.is_main:

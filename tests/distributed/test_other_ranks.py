@@ -38,13 +38,13 @@ def leg(config: str, before: str | None, first: int, last: int, after: str) -> d
     """Continue a student from the folder of other ranks, and save it again."""
     with started(config) as (run, _):
         if before is not None:
-            run._load_engine(Path(before))
+            run.student.load(Path(before))
         run.trainer.step = first
         losses = [
             summed(run.trainer.train_step(run.source.step(step)).parts)
             for step in range(first, last)
         ]
-        write_files(Path(after), run.student.files(run.stage.strategy.shards()))
+        write_files(Path(after), run.student.files())
         values = run.student.optimizer_state
         return {
             "losses": losses,

@@ -21,7 +21,6 @@ from megakd.contract.views import Axis, Columns, Cut, Kind, Maker, UnitOrder, Vi
 from megakd.engine.collectives import agree, all_reduce_
 from megakd.methods.homodistil import ROWS, Schedule, Target
 
-SENSITIVITY = "sensitivity"
 BETA = 0.85
 """Decay of the average sensitivity."""
 
@@ -64,7 +63,6 @@ class PruningStrategy(Strategy):
         self.teacher, self.target, self.schedule = teacher, target, schedule
         self.window, self.size = window, size
         self.cut = Cut(None, None)
-        self._averages: dict[str, Tensor] = {}  # [n] fp32, this rank's elements of each weight
         self._rows: list[Row] = []
         self._kept: Chosen | None = None  # before the window begins
         self._scores: Tensor | None = None  # of the last step, if units are removed after it
@@ -75,10 +73,6 @@ class PruningStrategy(Strategy):
     @property
     def pruned_to(self) -> View:
         return self.target.at(self.schedule.left(self.window.last))
-
-    @property
-    def values_per_weight(self) -> int:
-        return 1
 
     def begin(self, student: Any, step: int) -> None:
         """Run the student as the cut of itself that it was at the last step."""
@@ -104,7 +98,7 @@ class PruningStrategy(Strategy):
         values: dict[str, tuple[Tensor, int]] = {}
         for shard in student.local_shards():
             if shard.name in student.makers:
-                values[shard.name] = update_averages(self._averages, shard), shard.offset
+                values[shard.name] = update_averages(student.averages, shard), shard.offset
         if self.schedule.prunes_after(step + 1):
             here = unit_sums(values, student.makers, student.units, self.cut)
             # Ranks may round differently, and would then remove different units.
@@ -149,12 +143,6 @@ class PruningStrategy(Strategy):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._kept = {Group(*group): list(units) for group, units in state["kept"]} or None
         self._rows = list(state["rows"])
-
-    def shards(self) -> Mapping[str, Mapping[str, Tensor]]:
-        return {SENSITIVITY: self._averages}
-
-    def load_shards(self, shards: Mapping[str, Mapping[str, Tensor]]) -> None:
-        self._averages = dict(shards.get(SENSITIVITY, {}))
 
     def scalars(self) -> Mapping[str, float]:
         view = self.cut.view

@@ -20,7 +20,7 @@ from pydantic.dataclasses import dataclass
 
 from megakd.contract.lab import Lab
 from megakd.contract.options import OneTeacherOptions
-from megakd.contract.stage import Constant, Pass, Stage, StageResult
+from megakd.contract.stage import Constant, Pass, Stage, StageResult, Window
 from megakd.contract.tasks import LANGUAGE_TASKS, STUDENT
 from megakd.contract.terms import (
     STRICT,
@@ -195,4 +195,5 @@ def _stage_1(
         strategy=strategy,
         # The selector learns in whole episodes, regardless of the students' scores.
         train=dataclasses.replace(lab.config.train, max_steps=steps, early_stopping_patience=None),
+        window=Window(0, config.episodes * steps, steps),
     )

@@ -387,10 +387,6 @@ class LearningToSelect(Selecting):
         self.running = Running()
         self._student: Any = None
 
-    @property
-    def episodes(self) -> int:
-        return self.config.episodes
-
     def begin(self, student: Any, step: int) -> None:
         """Keep the initial student, to which every episode is reset."""
         self._student = student
@@ -400,7 +396,7 @@ class LearningToSelect(Selecting):
         if step == 0:
             self.probe.remember(student)
             run.loss = run.beginning = self.probe.loss(student)
-        elif step <= (self.episodes - 1) * steps:  # at most where the last episode begins
+        elif step <= (self.config.episodes - 1) * steps:  # at most where the last episode begins
             self.probe.check_remembered()
             if step % steps == 0:
                 self.probe.reset(student)
