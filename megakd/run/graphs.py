@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from datasets import Dataset
@@ -26,7 +26,7 @@ from megakd.engine.collectives import doing, on_main
 from megakd.models.model_folder import weight_bytes
 from megakd.models.onnx import MODEL, MOST_IN_ONE_FILE, OnnxModel, missing_packages, write_onnx
 from megakd.models.quantized_graph import Logits, quantize_graph
-from megakd.reports.report_file import GRAPH
+from megakd.scoring.label_sets import decided
 from megakd.scoring.scorer import few
 from megakd.training.assembly import Assembly
 
@@ -36,13 +36,25 @@ if TYPE_CHECKING:
 
 _FOLDER = ".graphs"
 logger = logging.getLogger(__name__)
-GRAPHS = {f"{model}_{form}": model for model in (TEACHER, STUDENT) for form in ("onnx", "int8")}
-"""Rows of the report, and the models whose graphs they are."""
 
 
-def graph_path(output_dir: Path, row: str) -> Path:
-    """Return the path of a graph, which exists only while the report is made."""
-    return output_dir / _FOLDER / row / MODEL
+class GraphRow(NamedTuple):
+    """A row of the report: the graph of a model, as stored (`onnx`) or as `int8`."""
+
+    model: str
+    form: Literal["onnx", "int8"]
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}_{self.form}"
+
+    def path(self, output_dir: Path) -> Path:
+        """Return the path of the graph, which exists only while the report is made."""
+        return output_dir / _FOLDER / self.name / MODEL
+
+
+_ROWS = tuple(GraphRow(model, form) for model in (TEACHER, STUDENT) for form in ("onnx", "int8"))
+_SAVED = GraphRow(STUDENT, "onnx")
 
 
 def remove_graphs(output_dir: Path) -> None:
@@ -52,7 +64,7 @@ def remove_graphs(output_dir: Path) -> None:
 
 def write_graphs(
     lab: RunLab, student: Path, reference: str | None, measured: Mapping[str, Measured]
-) -> dict[str, dict[str, Any]]:
+) -> dict[GraphRow, dict[str, Any]]:
     """Write the graphs of the student and the largest teacher, `reference`; a collective.
 
     Returns:
@@ -64,26 +76,26 @@ def write_graphs(
     if reference and teacher:
         models[TEACHER] = lab.assembly.of(reference), teacher, measured[reference].report
     is_small = {n: weight_bytes(folder) <= MOST_IN_ONE_FILE for n, (_, folder, _) in models.items()}
-    rows = [row for row, model in GRAPHS.items() if is_encoder and is_small.get(model)]
-    if config.save.onnx and GRAPH not in rows:
-        rows.append(GRAPH)
+    rows = [row for row in _ROWS if is_encoder and is_small.get(row.model)]
+    if config.save.onnx and _SAVED not in rows:
+        rows.append(_SAVED)
 
-    def write() -> dict[str, dict[str, Any]]:
+    def write() -> dict[GraphRow, dict[str, Any]]:
         remove_graphs(config.output_dir)
-        entries: dict[str, dict[str, Any]] = {}
+        entries: dict[GraphRow, dict[str, Any]] = {}
         for row in rows:
-            assembly, folder, report = models[GRAPHS[row]]
-            graph, scores = graph_path(config.output_dir, row), report["metrics"]
+            assembly, folder, report = models[row.model]
+            graph, scores = row.path(config.output_dir), report["metrics"]
             graph.parent.mkdir(parents=True)
             try:
-                if row.endswith("int8"):
+                if row.form == "int8":
                     scores = _quantized(assembly, row, graph, scores.get(THRESHOLD))
                 else:
-                    stored_as = lab.saved_dtype if row == GRAPH else None
+                    stored_as = lab.saved_dtype if row == _SAVED else None
                     write_onnx(folder, to=graph, stored_as=stored_as)
             except Exception as error:  # noqa: BLE001 - onnx and its exporter raise any error
                 # All stages are finished, and the student is valid without a graph.
-                logger.warning("the report has no row %s: %s", row, error)
+                logger.warning("the report has no row %s: %s", row.name, error)
                 continue
             # The weights of a large graph are in a file beside it.
             size = sum(path.stat().st_size for path in graph.parent.iterdir())
@@ -117,7 +129,8 @@ def graph_scores(
             nats = cross_entropy(answers.mT, labels, ignore_index=IGNORE, reduction="none")
             return -nats.sum(1) / (labels != IGNORE).sum(1)
         if labels.dim() == 2:  # any number of labels
-            right = ((answers.sigmoid() >= (threshold or 0.5)) == (labels == 1)).all(1).double()
+            guessed = torch.from_numpy(decided(answers.numpy(), threshold or 0.5))
+            right = (guessed == (labels == 1)).all(1).double()
             return right.masked_fill(labels[:, 0].isnan(), torch.nan)
         if labels.is_floating_point():
             return -((answers[:, 0] - labels) ** 2)
@@ -130,12 +143,12 @@ def graph_scores(
 
 
 def _quantized(
-    assembly: Assembly, row: str, graph: Path, threshold: float | None
+    assembly: Assembly, row: GraphRow, graph: Path, threshold: float | None
 ) -> dict[str, float]:
-    whole = graph_path(assembly.config.output_dir, row.replace("int8", "onnx"))
+    whole = row._replace(form="onnx").path(assembly.config.output_dir)
     # Of few rows, one by one they take as long as all in batches.
     scores = partial(graph_scores, assembly, threshold, times=1)
-    logger.info("%s: %s", row, *quantize_graph(whole, graph, scores))
+    logger.info("%s: %s", row.name, *quantize_graph(whole, graph, scores))
     rows, scorer = assembly.prepared.encoded.held_out, assembly.scorer()
     batches = _outputs(assembly, OnnxModel(graph).logits, rows, batch_size=scorer.batch_size)
     outputs, labels = zip(*batches, strict=True)

@@ -30,7 +30,7 @@ from megakd.process.phases import phase, seconds
 from megakd.reports.derived_warnings import LOSS_ERROR, derived_warnings
 from megakd.reports.report_file import environment, read_history
 from megakd.reports.table import OF_STAGE
-from megakd.run.graphs import GRAPHS, graph_path, remove_graphs, write_graphs
+from megakd.run.graphs import GraphRow, remove_graphs, write_graphs
 from megakd.run.run_lab import RunLab
 from megakd.run.teacher_pool import Measured
 from megakd.scoring.words import score_words
@@ -61,7 +61,7 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
         if name != STUDENT and (error := _loss_error(one.losses, measured[STUDENT].losses)):
             numbers[f"{name}.{LOSS_ERROR}"] = error
     for row, entries in graphs.items():
-        numbers |= {f"{row}.{key}": value for key, value in entries.items()}
+        numbers |= {f"{row.name}.{key}": value for key, value in entries.items()}
     with phase("latency"), doing("measuring latency"):
         numbers |= on_main(lambda: _latency(lab, student.folder, reference, [*graphs]))
     if reference is not None:  # in a pool, `teacher` is the largest
@@ -76,7 +76,7 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
         "evaluated_on": "test" if prepared.encoded.test is not None else "validation",
         "models": [
             *(name for name in (*teachers, *folders) if f"{name}.parameters" in numbers),
-            *graphs,
+            *(row.name for row in graphs),
             *([TFIDF] if words else []),
         ],
         "teachers": teachers,
@@ -180,7 +180,7 @@ def _entries(
 
 
 def _latency(
-    lab: RunLab, student: Path, reference: str | None, graphs: Sequence[str] = ()
+    lab: RunLab, student: Path, reference: str | None, graphs: Sequence[GraphRow] = ()
 ) -> dict[str, Any]:
     config, device = lab.config, lab.assembly.ranks.device
     teacher = lab.pool.folders[reference] if reference else None
@@ -207,8 +207,8 @@ def _latency(
         }
         models: dict[str, Timed] = {**loaded}
         for row in graphs:
-            model = loaded[STUDENT if GRAPHS[row] == STUDENT else reference]
-            models[row] = Graph(graph_path(config.output_dir, row), model)
+            model = loaded[STUDENT if row.model == STUDENT else reference]
+            models[row.name] = Graph(row.path(config.output_dir), model)
         lengths = lengths_of_rows(lab.assembly.prepared.encoded.held_out).tolist()
         rounds = measure_latencies(models, lengths, batches_of(config.task.type))
         return latency_report(rounds, reference, lengths, device=device, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Metrics of models' outputs, by task and by label, and the scores of an evaluation.
+"""Metrics of models' outputs, by task and by label.
 
 Shapes: N rows or targets, C classes.
 """
@@ -11,20 +11,18 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import TypeAdapter
 from torch import Tensor
 from torch.nn import functional
 
 from megakd.config.run import EvalConfig
 from megakd.contract.batch import IGNORE
 from megakd.contract.plugins import is_metric, metric_of
-from megakd.contract.results import WHOLE, Metric, Row, lower_is_better
-from megakd.contract.stage import Scores
+from megakd.contract.results import Metric, Row, lower_is_better
 from megakd.contract.tasks import (
     LANGUAGE_TASKS,
     METRICS,
@@ -33,7 +31,6 @@ from megakd.contract.tasks import (
     THRESHOLD,
     TaskType,
 )
-from megakd.contract.views import Cut
 from megakd.errors import ConfigError, DataError, MegakdError, TrainingError, one_line, suggestion
 from megakd.scoring.label_sets import best_threshold, decided, score_of, set_report
 
@@ -320,49 +317,6 @@ def calibration_error(predicted: Numbers, truth: Numbers) -> float:
     bins = np.ceil(confidence * BINS).astype(np.int64) - 1
     gaps = np.bincount(bins, weights=right - confidence)
     return float(np.abs(gaps).sum() / len(truth))
-
-
-_CUT = TypeAdapter(Cut | None)
-
-
-class Evaluation(NamedTuple):
-    """The scores of all views of a model, or of the model itself, and the view that is kept.
-
-    cut: how the model is cut when it is written; None if `view` defines the cut.
-    """
-
-    scores: Scores
-    view: str | None
-    cut: Cut | None = None
-
-    @property
-    def metrics(self) -> Mapping[str, float]:
-        """The metrics of the view that is kept."""
-        return {} if self.view is None else self.scores[self.view]
-
-    def scalars(self) -> dict[str, float]:
-        """Return the values for the log: the kept metrics, and every view's metrics by name."""
-        named = {
-            f"eval/{view}/{name}": value
-            for view, values in self.scores.items()
-            for name, value in values.items()
-            if view != WHOLE
-        }
-        return named | {f"eval/{name}": value for name, value in self.metrics.items()}
-
-    def record(self) -> dict[str, Any]:
-        """Return the evaluation in a form that JSON can store."""
-        scores = {v: dict(s) for v, s in self.scores.items()}
-        cut = None
-        if self.cut is not None:
-            cut = {name: part and part._asdict() for name, part in self.cut._asdict().items()}
-        return {"view": self.view, "scores": scores, "cut": cut}
-
-    @staticmethod
-    def read(record: Mapping[str, Any]) -> Evaluation:
-        """Return the evaluation of a `record`; JSON stores a number that is not finite as null."""
-        scores = {view: numbers(values) for view, values in record["scores"].items()}
-        return Evaluation(scores, record["view"], _CUT.validate_python(record["cut"]))
 
 
 def numbers(values: Mapping[str, float | None]) -> dict[str, float]:

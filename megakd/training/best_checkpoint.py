@@ -16,14 +16,54 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megakd.contract.stage import Verdict
+from megakd.contract.results import WHOLE
+from megakd.contract.stage import Scores, Verdict
+from megakd.contract.views import Cut, UnitOrder, View
 from megakd.engine.collectives import on_main
 from megakd.errors import CheckpointError
-from megakd.scoring.metrics import Evaluation
 from megakd.storage.folders import damage
 from megakd.training.checkpoint import PARTIAL, steps_in
 
 _BEST = "best"
+
+
+class Evaluation(NamedTuple):
+    """The scores of all views of a model, or of the model itself, and the view that is kept.
+
+    cut: how the model is cut when it is written; None if `view` defines the cut.
+    """
+
+    scores: Scores
+    view: str | None
+    cut: Cut | None = None
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """The metrics of the view that is kept."""
+        return {} if self.view is None else self.scores[self.view]
+
+    def scalars(self) -> dict[str, float]:
+        """Return the values for the log: the kept metrics, and every view's metrics by name."""
+        named = {
+            f"eval/{view}/{name}": value
+            for view, values in self.scores.items()
+            for name, value in values.items()
+            if view != WHOLE
+        }
+        return named | {f"eval/{name}": value for name, value in self.metrics.items()}
+
+    def record(self) -> dict[str, Any]:
+        """Return the evaluation as plain values, which a checkpoint stores."""
+        scores = {view: dict(values) for view, values in self.scores.items()}
+        cut = self.cut and [part and tuple(part) for part in self.cut]
+        return {"view": self.view, "scores": scores, "cut": cut}
+
+    @staticmethod
+    def read(record: Mapping[str, Any]) -> Evaluation:
+        """Return the evaluation of a `record`."""
+        order, view = record["cut"] or (None, None)
+        cut = record["cut"] and Cut(order and UnitOrder(*order), view and View(*view))
+        return Evaluation(record["scores"], record["view"], cut)
 
 
 class ReturnedWeights(NamedTuple):

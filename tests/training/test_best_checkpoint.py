@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from megakd.contract.stage import Verdict
+from megakd.contract.views import Cut, UnitOrder, View
 from megakd.errors import MegakdError
-from megakd.scoring.metrics import Evaluation
 from megakd.storage.folders import write_finished
-from megakd.training.best_checkpoint import Best
+from megakd.training.best_checkpoint import Best, Evaluation
+from megakd.training.checkpoint import check_plain
 
 
 def best_of(folder: Path, *views: str) -> Any:
@@ -55,6 +56,18 @@ def test_a_run_that_goes_on_has_its_best(tmp_path, score):
 
     assert step_of(evaluated(best, {6: score})) == 3
     assert step_of(evaluated(best, {9: 100.0})) == (9 if score < 100 else 3)
+
+
+@pytest.mark.parametrize(
+    "cut", [None, Cut(None, View((1,), (2, 3))), Cut(UnitOrder(((1, 0),), ()), None)], ids=str
+)
+def test_an_evaluation_is_read_as_a_checkpoint_stores_it(cut):
+    scores = {"wide": {"accuracy": 0.5}, "narrow": {"accuracy": 0.25, "x": math.inf}}
+    evaluation = Evaluation(scores, "narrow", cut)
+    check_plain(evaluation.record())
+
+    assert Evaluation.read(evaluation.record()) == evaluation
+    assert evaluation.metrics == scores["narrow"]
 
 
 def test_weights_that_no_checkpoint_knows_are_removed(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
@@ -28,7 +27,6 @@ from megakd.contract.terms import HardCrossEntropy
 from megakd.data.splits import load_splits
 from megakd.errors import ConfigError, DataError, TrainingError
 from megakd.scoring.metrics import (
-    Evaluation,
     TaskMetrics,
     headline,
     language_model_metrics,
@@ -36,7 +34,6 @@ from megakd.scoring.metrics import (
 )
 from megakd.scoring.scorer import few
 from megakd.scoring.words import score_words
-from megakd.storage.atomic import json_text
 from megakd.training.held_out_losses import HeldOutLosses
 
 
@@ -148,17 +145,6 @@ def test_several_official_metrics_rank_by_their_mean():
     both = headline(("pearson", "spearman"))
     assert both.name == "mean_pearson_spearman"
     assert both.of({"pearson": 0.8, "spearman": 0.6, "loss": 9.0}) == pytest.approx(0.7)
-
-
-def test_an_evaluation_is_read_as_it_was_recorded():
-    scores = {"wide": {"accuracy": 0.5, "x": 1.0}, "narrow": {"accuracy": 0.25, "x": math.inf}}
-    evaluation = Evaluation(scores, "narrow")
-
-    read = Evaluation.read(json.loads(json_text(evaluation.record())))
-
-    assert read.scores["wide"] == scores["wide"]
-    assert (read.view, read.metrics["accuracy"]) == ("narrow", 0.25)
-    assert math.isnan(read.metrics["x"])
 
 
 LABELS = ("bad", "fine", "good")
