@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -81,13 +81,12 @@ class MethodOptions:
         """Return whether a stage of the run reads `rows` in place of the encoded rows."""
         return bool(stage.mixed)
 
-    def extras(self, parts: Any) -> Sequence[Any]:
-        """Return features that the method adds to a stage with these `StageParts`; a collective.
+    def batches(self, parts: Any) -> Any:
+        """Return the batches of a stage with these `StageParts`; None: those of its encoded rows.
 
-        See `training.stage_batches`.
+        A collective; see `training.stage_batches`.
         """
         del parts
-        return ()
 
     def problems(self, config: Any) -> Iterator[str]:
         """Yield a line for every setting of the `RunConfig` that the method cannot work with."""

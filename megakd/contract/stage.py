@@ -303,12 +303,6 @@ class StageResult:
     view: str | None = None
 
 
-def passes_over(batch: Batch, plan: Sequence[Pass]) -> Sequence[Pass]:
-    """Return the passes over a micro-batch: all, or those of the teacher that its rows name."""
-    name = batch.extras.teacher
-    return plan if name is None else [planned for planned in plan if planned.teacher == name]
-
-
 def teacher_names(plan: Sequence[Pass]) -> tuple[str, ...]:
     """Return the teachers of the passes, each once, in order (the same order on all ranks)."""
     return tuple(dict.fromkeys(p.teacher for p in plan if p.teacher is not None))

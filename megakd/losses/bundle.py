@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import NamedTuple
@@ -33,27 +32,12 @@ from megakd.models.elastic import Elastic
 from megakd.models.knowledge import Needs, predict, predictions_of, read_knowledge
 from megakd.models.lora import base_model
 
+Forward = tuple[str, str | None]
+"""A forward for a micro-batch: of the model of a role, as one of its views.
 
-class Forward(NamedTuple):
-    """A forward for a micro-batch: of the model of a role, as one of its views.
-
-    A role that no learner has is the first learner without its adapters.
-    """
-
-    role: str
-    view: str | None = None
-
-
+A role that no learner has is the first learner without its adapters.
+"""
 Outputs = Mapping[Forward, Knowledge]
-
-
-class PassInputs(NamedTuple):
-    """A pass for a micro-batch: the inputs of its losses, and its share in the reported means."""
-
-    planned: Pass
-    learner: str
-    inputs: LossInputs
-    share: float
 
 
 class StudentBundle(nn.Module):
@@ -155,22 +139,27 @@ class StudentBundle(nn.Module):
                 return predict(self.student, batch, self.kernels)
         answers, scales = dict(knowledge or {}), unit_scales(counts, self.world_size)
         learning = [name for name in teacher_names(plan) if name not in answers]
-        wanted = [Forward(name) for name in learning]
-        wanted += [Forward(self.role, view) for view in scored]
-        wanted += [Forward(planned.learner or self.role, planned.view) for planned in plan]
-        outputs = self._outputs(batch, wanted)
-        answers |= {name: outputs[Forward(name)] for name in learning}
-        passes = self._inputs(batch, plan, outputs, answers, scales.weights)
+        trained = [(planned.learner or self.role, planned.view) for planned in plan]
+        wanted = [*((name, None) for name in learning), *((self.role, one) for one in scored)]
+        outputs = self._outputs(batch, [*wanted, *trained])
+        answers |= {name: outputs[name, None] for name in learning}
+        readings: dict[tuple[str, int | None], list[tuple[Forward, LossInputs]]] = {}
+        for planned, forward in zip(plan, trained, strict=True):
+            width = self.views[planned.view].width if planned.view in self.views else None
+            reading = self._reading(batch, planned, outputs[forward], answers, scales)
+            readings.setdefault((forward[0], width), []).append((forward, reading))
         totals: list[Tensor] = []
         parts: dict[str, Tensor] = {}
         # Losses run after all views of a width, so that a head has one gradient, not one per view.
-        for group in self._grouped(passes):
-            with self._viewing(group[0].planned.view):
-                evaluated = self.objective([made.inputs for made in group])
-            for made, values in zip(group, evaluated, strict=True):
+        for group in readings.values():
+            with self._viewing(group[0][0][1]):
+                evaluated = self.objective([reading for _, reading in group])
+            for (forward, _), values in zip(group, evaluated, strict=True):
                 totals.append(values.total)
-                add_parts(parts, self._means(made, values.sums, scales.divisors))
-        predictions = {view: self._predictions(batch, outputs, view) for view in scored}
+                # Terms are reported as a mean over the passes of their view.
+                share = 1 / trained.count(forward)
+                add_parts(parts, self._means(forward, values.sums, share, scales.divisors))
+        predictions = {one: self._predictions(batch, outputs, one) for one in scored}
         total = functools.reduce(operator.add, totals)
         parts[WEIGHTED_LOSS] = total.detach() / self.world_size
         return Losses(total, parts, predictions)
@@ -180,9 +169,9 @@ class StudentBundle(nn.Module):
         # Embeddings are looked up once for all views: each gradient is as large as the table.
         elastic = self.elastic if len(set(wanted)) > 1 else None
         with nullcontext() if elastic is None else elastic.sharing_embeddings():
-            for one in dict.fromkeys(wanted):
-                with self._viewing(one.view):
-                    outputs[one] = self._run(one.role, batch.of(one.role))
+            for role, view in dict.fromkeys(wanted):
+                with self._viewing(view):
+                    outputs[role, view] = self._run(role, batch.of(role))
         return outputs
 
     def _run(self, role: str, batch: Batch) -> Knowledge:
@@ -192,55 +181,48 @@ class StudentBundle(nn.Module):
         needs = self.objective.needs if role == self.role else self._teacher_needs
         return read_knowledge(self.learners[self._roles.index(role)], batch, needs)
 
-    def _inputs(
+    def _reading(
         self,
         batch: Batch,
-        plan: Sequence[Pass],
-        outputs: Outputs,
+        planned: Pass,
+        student: Knowledge,
         answers: Mapping[str, Knowledge],
-        weights: Mapping[Unit, Tensor],
-    ) -> Iterator[PassInputs]:
-        passes = Counter((planned.learner or self.role, planned.view) for planned in plan)
-        for planned in plan:
-            learner = planned.learner or self.role
-            rows, student = batch.of(learner), outputs[Forward(learner, planned.view)]
-            inputs = LossInputs(
-                student=student,
-                teacher=answers[planned.teacher] if planned.teacher else None,
-                batch=rows,
-                weights=self.objective.weights,
-                # By the counts of the learner's own rows.
-                per_unit={u: weights[self.unit_of(learner, u)] for u in self.objective.counters},
-                kernels=self.kernels,
-                scale=planned.scale,
-            )
-            share = 1 / passes[learner, planned.view]
-            yield PassInputs(planned, learner, _weighted(inputs, planned), share)
-
-    def _grouped(self, passes: Iterable[PassInputs]) -> list[list[PassInputs]]:
-        groups: dict[tuple[str, int | None], list[PassInputs]] = {}
-        for one in passes:
-            view = one.planned.view
-            width = self.views[view].width if view in self.views else None
-            groups.setdefault((one.learner, width), []).append(one)
-        return list(groups.values())
+        scales: UnitScales,
+    ) -> LossInputs:
+        learner = planned.learner or self.role
+        units = {unit: self.unit_of(learner, unit) for unit in self.objective.counters}
+        inputs = LossInputs(
+            student=student,
+            teacher=answers[planned.teacher] if planned.teacher else None,
+            batch=batch.of(learner),
+            weights=self.objective.weights,
+            # By the counts of the learner's own rows.
+            per_unit={unit: scales.weights[name] for unit, name in units.items()},
+            kernels=self.kernels,
+            scale=planned.scale,
+        )
+        return _weighted(inputs, planned)
 
     def _means(
-        self, made: PassInputs, sums: Mapping[str, Tensor], divisors: Mapping[Unit, Tensor]
+        self,
+        forward: Forward,
+        sums: Mapping[str, Tensor],
+        share: float,
+        divisors: Mapping[Unit, Tensor],
     ) -> dict[str, Tensor]:
-        # Terms are reported as a mean over the passes of their view.
-        learner = "" if made.learner == self.role else made.learner
-        prefix = "".join(f"{name}/" for name in (learner, made.planned.view) if name)
+        learner, view = forward
+        names = (None if learner == self.role else learner, view)
+        prefix = "".join(f"{name}/" for name in names if name)
         means: dict[str, Tensor] = {}
         for name, value in sums.items():
-            unit = self.unit_of(made.learner, self.objective.units[name])
-            share = value.float() if made.share == 1 else made.share * value.float()
-            means[prefix + name] = share / divisors[unit]
+            divisor = divisors[self.unit_of(learner, self.objective.units[name])]
+            part = value.float() if share == 1 else share * value.float()
+            means[prefix + name] = part / divisor
         return means
 
     def _predictions(self, batch: Batch, outputs: Outputs, view: str | None) -> Predictions:
         with self._viewing(view):  # in which the output matrix is read
-            answer = outputs[Forward(self.role, view)]
+            answer = outputs[self.role, view]
             return predictions_of(answer, batch.of(self.role), self.kernels)
 
     def _viewing(self, view: str | None) -> AbstractContextManager[None]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-
-from typing_extensions import override
 
 from megakd.config.rollout import GenerationConfig
 from megakd.contract.completions import Completion, Generator, Sampling, TextTokens
@@ -24,7 +22,7 @@ from megakd.rollouts.text_evaluation import TextEvaluation
 from megakd.servers.texts import server_generator
 from megakd.teachers.frozen import FrozenTeacher
 from megakd.training.checkpoint import steps_in
-from megakd.training.stage_batches import StageExtra, StageParts
+from megakd.training.stage_batches import StageParts
 
 
 class LocalGenerator:
@@ -59,50 +57,43 @@ class LocalGenerator:
             return together(lambda: self._complete(model, prompts, seeds, sampling))
 
 
-class Rollouts(StageExtra):
-    """Batches of which some steps learn from generated texts."""
-
-    def __init__(self, parts: StageParts) -> None:
-        self._parts, prepared = parts, parts.of_model.prepared
-        rollouts, student = parts.stage.rollouts, parts.models[STUDENT]
-        self._generator: Generator
-        if rollouts.server is None:
-            self._generator = LocalGenerator(
-                parts.models[rollouts.by],
-                tokens=text_tokens(prepared.tokenizer, prepared.sources),
-                rows_at_once=rollouts.rows_per_call,
-            )
-        elif isinstance(student, StudentEngine):
-            rank = parts.assembly.ranks.rank
-            self._generator = server_generator(prepared, student.student, rank=rank)
-        else:
-            raise TypeError(f"a {type(student).__name__} does not learn")
-
-    @override
-    def source(self) -> RolloutSource:
-        parts, config = self._parts, self._parts.assembly.config
-        rollouts, of_model, layout = parts.stage.rollouts, parts.of_model, parts.layout
-        train, student = of_model.prepared.encoded.train, of_model.prepared.sources[STUDENT]
-        prompts = prompts_of(train, rollouts, config, student)
-        collate = of_model.scorer(parts.stage.train).collate
-        data = None
-        if "data" in rollouts.draws:
-            data = StepLoader(train, collate, layout=layout, seed=config.seed)
-        store = RolloutStore(config.output_dir / "rollouts" / parts.stage.name)
-        if not oldest(parts.checkpoints):  # those of a start that no checkpoint is left of
-            on_main(store.clear)
-        return RolloutSource(
-            config=rollouts,
-            prompts=prompts,
-            continued=RowOrder(prompts.continued, layout.shape, seed=config.seed),
-            data=data,
-            collate=collate,
-            layout=layout,
-            generator=self._generator,
-            store=store,
-            seed=config.seed,
-            oldest=lambda: oldest(parts.checkpoints),
+def rollout_batches(parts: StageParts) -> RolloutSource:
+    """Return batches of which some steps learn from generated texts; a collective."""
+    config, rollouts, student = parts.assembly.config, parts.stage.rollouts, parts.models[STUDENT]
+    prepared, layout = parts.of_model.prepared, parts.layout
+    generator: Generator
+    if rollouts.server is None:
+        generator = LocalGenerator(
+            parts.models[rollouts.by],
+            tokens=text_tokens(prepared.tokenizer, prepared.sources),
+            rows_at_once=rollouts.rows_per_call,
         )
+    elif isinstance(student, StudentEngine):
+        rank = parts.assembly.ranks.rank
+        generator = server_generator(prepared, student.student, rank=rank)
+    else:
+        raise TypeError(f"a {type(student).__name__} does not learn")
+    train = prepared.encoded.train
+    prompts = prompts_of(train, rollouts, config, prepared.sources[STUDENT])
+    collate = parts.of_model.scorer(parts.stage.train).collate
+    data = None
+    if "data" in rollouts.draws:
+        data = StepLoader(train, collate, layout=layout, seed=config.seed)
+    store = RolloutStore(config.output_dir / "rollouts" / parts.stage.name)
+    if not oldest(parts.checkpoints):  # those of a start that no checkpoint is left of
+        on_main(store.clear)
+    return RolloutSource(
+        config=rollouts,
+        prompts=prompts,
+        continued=RowOrder(prompts.continued, layout.shape, seed=config.seed),
+        data=data,
+        collate=collate,
+        layout=layout,
+        generator=generator,
+        store=store,
+        seed=config.seed,
+        oldest=lambda: oldest(parts.checkpoints),
+    )
 
 
 def oldest(folder: Path) -> int:
@@ -110,25 +101,19 @@ def oldest(folder: Path) -> int:
     return min(steps_in(folder), default=0)
 
 
-class Texts(StageExtra):
-    """The evaluation of the student on generated texts."""
-
-    def __init__(self, parts: StageParts, generation: GenerationConfig) -> None:
-        prepared, config = parts.of_model.prepared, parts.assembly.config
-        rows, student = prepared.encoded.validation, prepared.sources[STUDENT]
-        self._texts = TextEvaluation(
-            generation,
-            prompts_of(rows, generation, config, student, key="eval.generation"),
-            prepared.tokenizer,
-            generator=LocalGenerator(
-                parts.models[STUDENT],
-                tokens=text_tokens(prepared.tokenizer, prepared.sources),
-                rows_at_once=generation.rows_per_call,
-            ),
-            ranks=parts.assembly.ranks,
-            folder=config.output_dir / TEXTS / parts.stage.name,
-        )
-
-    @override
-    def scores(self, step: int) -> Mapping[str, float]:
-        return self._texts.scores(step)
+def text_evaluation(parts: StageParts, generation: GenerationConfig) -> TextEvaluation:
+    """Return the evaluation of the student on generated texts."""
+    prepared, config = parts.of_model.prepared, parts.assembly.config
+    rows, student = prepared.encoded.validation, prepared.sources[STUDENT]
+    return TextEvaluation(
+        generation,
+        prompts_of(rows, generation, config, student, key="eval.generation"),
+        prepared.tokenizer,
+        generator=LocalGenerator(
+            parts.models[STUDENT],
+            tokens=text_tokens(prepared.tokenizer, prepared.sources),
+            rows_at_once=generation.rows_per_call,
+        ),
+        ranks=parts.assembly.ranks,
+        folder=config.output_dir / TEXTS / parts.stage.name,
+    )

@@ -1,4 +1,4 @@
-"""The training batches of a stage, and the hooks of features that change them."""
+"""The training batches of a stage."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megakd.training.checkpoint import read_states
 
 
 class StageParts(NamedTuple):
-    """Parts that the extras of a stage are made from; `models`: `student`, and frozen teachers."""
+    """Parts that batches are made from; `models`: `student`, and the frozen teachers by name."""
 
     stage: Stage
     assembly: Assembly
@@ -47,19 +47,6 @@ class StageParts(NamedTuple):
         return self.assembly.config.output_dir / "checkpoints" / self.stage.name
 
 
-class StageExtra:
-    """A feature of a stage; every hook may be a collective, and changes nothing here."""
-
-    def source(self) -> BatchSource | None:
-        """Return the batches of the stage if they are not simply those of the training rows."""
-        return None
-
-    def scores(self, step: int) -> Mapping[str, float]:
-        """Return metrics of the student after `step` steps, the same on every rank."""
-        del step
-        return {}
-
-
 def step_shape(train: TrainConfig, ranks: Ranks) -> StepShape:
     """Return the distribution of a step's rows, for this rank."""
     return StepShape(
@@ -68,6 +55,16 @@ def step_shape(train: TrainConfig, ranks: Ranks) -> StepShape:
         ranks.rank,
         ranks.world_size,
     )
+
+
+def batches_of(parts: StageParts) -> BatchSource:
+    """Return the batches of a stage; a collective."""
+    if parts.stage.rollouts is not None:
+        from megakd.training.generated_texts import rollout_batches
+
+        return rollout_batches(parts)
+    of_method = parts.assembly.config.method.batches(parts)
+    return row_batches(parts, parts.of_model.prepared.encoded) if of_method is None else of_method
 
 
 def row_batches(

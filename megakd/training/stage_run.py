@@ -37,7 +37,7 @@ from megakd.training.checkpoint import Checkpoints
 from megakd.training.held_out_losses import HeldOutLosses
 from megakd.training.meters import TrainMeter
 from megakd.training.progress import Reporter
-from megakd.training.stage_batches import StageExtra, StageParts, row_batches
+from megakd.training.stage_batches import StageParts, batches_of
 from megakd.training.stage_folder import (
     WindowState,
     consume,
@@ -113,10 +113,12 @@ class StageRun:
         seed_everything(self.config.seed, self.ranks.rank, self.first_step)
         self.student, self.bundle = assembly.student(stage)
         parts = StageParts(stage, assembly, {STUDENT: self.student, **teachers})
-        self._extras = extras_of(parts)
-        sources = (extra.source() for extra in self._extras)
-        source = next((made for made in sources if made is not None), None)
-        self.source = source or row_batches(parts, prepared.encoded)
+        self.source = batches_of(parts)
+        self._texts, generation = None, self.config.eval.generation
+        if generation is not None and stage.role == STUDENT and not stage.views:
+            from megakd.training.generated_texts import text_evaluation
+
+            self._texts = text_evaluation(parts, generation)
         # The steps until the rate begins again, and the number of the last step.
         self.round = steps = (
             window.total if window else total_steps(stage.train, self.source.steps_per_epoch)
@@ -255,8 +257,8 @@ class StageRun:
         scored = self.scorer.scores(predict, self._rows)
         means = {} if losses is None else losses.means()
         scores = {view: scored[view] | means.get(view, {}) for view in views}
-        for extra in self._extras:
-            scores[views[0]] |= extra.scores(self.trainer.step)
+        if self._texts is not None:
+            scores[views[0]] |= self._texts.scores(self.trainer.step)
         return scores
 
     def _predictions(self, batch: Batch) -> dict[str, Predictions]:
@@ -396,22 +398,6 @@ class StepVotes:
 def agreed_signal() -> int:
     """Return the stop signal that any rank has received, or 0; a collective."""
     return max(gather(signals.requested()))
-
-
-def extras_of(parts: StageParts) -> list[StageExtra]:
-    """Return the features that a stage and the config of its run ask for; a collective."""
-    stage, generation = parts.stage, parts.assembly.config.eval.generation
-    extras: list[StageExtra] = []
-    if stage.rollouts is not None:
-        from megakd.training.generated_texts import Rollouts
-
-        extras.append(Rollouts(parts))
-    extras.extend(parts.assembly.config.method.extras(parts))
-    if generation is not None and stage.role == STUDENT and not stage.views:
-        from megakd.training.generated_texts import Texts
-
-        extras.append(Texts(parts, generation))
-    return extras
 
 
 def stage_checkpoints(stage: Stage, assembly: Assembly) -> Checkpoints:

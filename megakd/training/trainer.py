@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megakd.config.train import Schedule
 from megakd.contract.batch import Batch, Counts, Knowledge, add_parts
-from megakd.contract.stage import Pass, StepReport, Strategy, Teacher, passes_over, teacher_names
+from megakd.contract.stage import Pass, StepReport, Strategy, Teacher, teacher_names
 from megakd.engine.collectives import all_reduce_
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class Trainer:
             for name in self._frozen(plan)
         }
         for batch in batches:
-            passes = passes_over(batch, plan)
+            passes = [one for one in plan if batch.extras.teacher in (None, one.teacher)]
             with self.teacher_clock.running():
                 knowledge = {name: next(answers[name]) for name in self._frozen(passes)}
                 self.watch.add(knowledge, batch)

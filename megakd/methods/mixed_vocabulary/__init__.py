@@ -133,10 +133,10 @@ class MixedVocabularyConfig(OneTeacherOptions):
         """
         return bool(stage.mixed) or stage.role == STUDENT
 
-    def extras(self, parts: Any) -> Sequence[Any]:
-        from megakd.methods.mixed_vocabulary.mixed_text import BothVocabularies
+    def batches(self, parts: Any) -> Any:
+        from megakd.methods.mixed_vocabulary.mixed_text import mixed_batches
 
-        return [BothVocabularies(parts)] if self.reads_rows(parts.stage) else []
+        return mixed_batches(parts) if self.reads_rows(parts.stage) else None
 
     def problems(self, config: Any) -> Iterator[str]:
         yield from super().problems(config)

@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
-from typing_extensions import override
 
 from megakd.config.task import TaskConfig
 from megakd.contract.batch import Batch, BatchSource
@@ -53,7 +52,7 @@ from megakd.methods.mixed_vocabulary.shared_words import (
     WordCutter,
 )
 from megakd.storage.folders import whole_folder
-from megakd.training.stage_batches import StageExtra, StageParts, row_batches
+from megakd.training.stage_batches import StageParts, row_batches
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -303,20 +302,14 @@ def _check_numbers(role: str, tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-class BothVocabularies(StageExtra):
-    """The rows that are encoded for both vocabularies, also for a student that learns alone."""
-
-    def __init__(self, parts: StageParts) -> None:
-        self._parts = parts
-
-    @override
-    def source(self) -> BatchSource:
-        stage, assembly = self._parts.stage, self._parts.assembly
-        pair, task = assembly.prepared.pair, assembly.config.task
-        encoded = self._parts.of_model.prepared.encoded._replace(train=assembly.method_rows)
-        others = {
-            role: MixedText(pair, task, probability=probability)
-            for role, probability in stage.mixed.items()
-            if pair is not None
-        }
-        return row_batches(self._parts, encoded, others)
+def mixed_batches(parts: StageParts) -> BatchSource:
+    """Return the rows that are encoded for both vocabularies, also for a student alone."""
+    stage, assembly = parts.stage, parts.assembly
+    pair, task = assembly.prepared.pair, assembly.config.task
+    encoded = parts.of_model.prepared.encoded._replace(train=assembly.method_rows)
+    others = {
+        role: MixedText(pair, task, probability=probability)
+        for role, probability in stage.mixed.items()
+        if pair is not None
+    }
+    return row_batches(parts, encoded, others)
