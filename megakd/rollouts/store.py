@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megakd.contract.completions import Rollout
+from megakd.contract.tasks import file_of_step
 from megakd.errors import DataError
 from megakd.storage.atomic import write_text
 
@@ -26,16 +27,16 @@ class RolloutStore:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def has(self, step: int) -> bool:
-        return self._path(step).is_file()
+        return file_of_step(self.folder, step).is_file()
 
     def write(self, step: int, rollouts: Sequence[Rollout]) -> None:
         trees = [{"rollouts": len(rollouts)}, *(rollout._asdict() for rollout in rollouts)]
         lines = (json.dumps(tree, separators=(",", ":")) + "\n" for tree in trees)
-        write_text(self._path(step), "".join(lines))
+        write_text(file_of_step(self.folder, step), "".join(lines))
 
     def read(self, step: int) -> list[Rollout]:
         """Return the texts of a step as written; raise DataError if the file is not whole."""
-        path = self._path(step)
+        path = file_of_step(self.folder, step)
         try:
             head, *trees = map(json.loads, path.read_text(encoding="utf-8").splitlines())
             lists = [Rollout(**trees[number]) for number in range(head["rollouts"])]
@@ -53,6 +54,3 @@ class RolloutStore:
         for path in self.folder.glob(f"step-{'[0-9]' * 8}.jsonl"):
             if int(path.stem.removeprefix("step-")) < first:
                 path.unlink(missing_ok=True)
-
-    def _path(self, step: int) -> Path:
-        return self.folder / f"step-{step:08d}.jsonl"

@@ -1,4 +1,4 @@
-"""Scores of classifiers whose rows have any number of labels, and the threshold of a label.
+"""Scores of labels, and the threshold of a label where rows have any number of them.
 
 Shapes: N rows, C classes. `predicted` are logits [N, C], `truth` is [N, C] 0 or 1.
 """
@@ -39,9 +39,12 @@ def _sigmoid(logits: Numbers) -> Numbers:
 
 
 def score_of(name: str, guessed: NDArray, truth: Numbers) -> float:
-    """Return a metric of `contract.tasks.SET_METRICS`, as scikit-learn computes it."""
-    if name == "exact_match":
-        return float((guessed == truth).all(axis=1).mean())
+    """Return a metric of `contract.tasks.METRICS` of classes [N] or of sets of labels [N, C].
+
+    As scikit-learn computes it: over the labels that occur or are predicted.
+    """
+    if name in ("exact_match", "accuracy"):
+        return float((guessed == truth).reshape(len(truth), -1).all(axis=1).mean())
     from sklearn import metrics
 
     kind, _, average = name.partition("_")
@@ -49,16 +52,14 @@ def score_of(name: str, guessed: NDArray, truth: Numbers) -> float:
     return float(of(truth, guessed, average=average, zero_division=0))
 
 
-def set_report(guessed: NDArray, truth: Numbers, label_names: Sequence[str]) -> Row:
-    """Return the scores by class."""
+def scores_by_label(guessed: NDArray, truth: NDArray, label_names: Sequence[str]) -> list[Row]:
+    """Return a row of scores for each label."""
     from sklearn import metrics
 
     scores: Any = metrics.precision_recall_fscore_support
-    parts = scores(truth, guessed, average=None, zero_division=0)
+    parts = scores(truth, guessed, labels=range(len(label_names)), average=None, zero_division=0)
     columns = (np.asarray(part).tolist() for part in parts)
-    return {
-        "per_class": [
-            {"label": label, "precision": precision, "recall": recall, "f1": f1, "rows": int(rows)}
-            for label, precision, recall, f1, rows in zip(label_names, *columns, strict=True)
-        ]
-    }
+    return [
+        {"label": label, "precision": precision, "recall": recall, "f1": f1, "rows": int(rows)}
+        for label, precision, recall, f1, rows in zip(label_names, *columns, strict=True)
+    ]

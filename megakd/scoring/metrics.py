@@ -32,7 +32,7 @@ from megakd.contract.tasks import (
     TaskType,
 )
 from megakd.errors import ConfigError, DataError, MegakdError, TrainingError, one_line, suggestion
-from megakd.scoring.label_sets import best_threshold, decided, score_of, set_report
+from megakd.scoring.label_sets import best_threshold, decided, score_of, scores_by_label
 
 logger = logging.getLogger(__name__)
 LOSS = "loss"
@@ -95,7 +95,8 @@ class TaskMetrics:
             return {}
         predicted, truth = _scored_rows(outputs, labels)
         if truth.ndim == 2:
-            return set_report(self._decided(predicted, truth)[1], truth, self.label_names)
+            guessed = self._decided(predicted, truth)[1]
+            return {"per_class": scores_by_label(guessed, truth, self.label_names)}
         return classifier_report(predicted, truth, self.label_names)
 
     def answers(self, outputs: Tensor, labels: Tensor) -> list[int]:
@@ -231,13 +232,6 @@ def _sklearn(name: str) -> Callable[..., Any]:
     return getattr(metrics, name)
 
 
-def _over_labels(name: str, predicted: Numbers, truth: Numbers) -> float:
-    # The mean over the labels that occur or are predicted.
-    kind, _, average = name.partition("_")
-    of = _sklearn(f"{kind}_score")
-    return float(of(truth, _classes(predicted), average=average, zero_division=0))
-
-
 def _matthews(predicted: Numbers, truth: Numbers) -> float:
     of = _sklearn("matthews_corrcoef")
     return _correlation("matthews_correlation", of, _classes(predicted), truth)
@@ -269,16 +263,14 @@ def _correlation(
 
 
 _METRICS: Mapping[str, Callable[[Numbers, Numbers], float]] = {
-    "accuracy": lambda predicted, truth: (_classes(predicted) == truth).mean(),
     "matthews_correlation": _matthews,
     "pearson": partial(_of_scores, "pearson"),
     "spearman": partial(_of_scores, "spearman"),
     **{
-        name: partial(_over_labels, name)
+        name: lambda predicted, truth, name=name: score_of(name, _classes(predicted), truth)
         for name in METRICS["classification"]
-        if name.endswith(("_macro", "_micro", "_weighted"))
+        if name.endswith(("accuracy", "exact_match", "_macro", "_micro", "_weighted"))
     },
-    "exact_match": lambda predicted, truth: (_classes(predicted) == truth).mean(),
 }
 
 
@@ -291,15 +283,8 @@ def classifier_report(predicted: Numbers, truth: Numbers, label_names: Sequence[
     for pair, number in zip(pairs, numbers, strict=True):
         label, guessed = (label_names[int(n)] for n in divmod(pair, classes))
         confusion[label][guessed] = int(number)
-    scores = _sklearn("precision_recall_fscore_support")
-    parts = scores(truths, guesses, labels=range(classes), zero_division=0)
-    columns = (part.tolist() for part in parts)
-    per_class = [
-        {"label": label, "precision": precision, "recall": recall, "f1": f1, "rows": int(number)}
-        for label, precision, recall, f1, number in zip(label_names, *columns, strict=True)
-    ]
     return {
-        "per_class": per_class,
+        "per_class": scores_by_label(guesses, truths, label_names),
         "confusion": confusion,
         "calibration_error": calibration_error(predicted, truth),
     }

@@ -57,16 +57,6 @@ def step_shape(train: TrainConfig, ranks: Ranks) -> StepShape:
     )
 
 
-def batches_of(parts: StageParts) -> BatchSource:
-    """Return the batches of a stage; a collective."""
-    if parts.stage.rollouts is not None:
-        from megakd.training.generated_texts import rollout_batches
-
-        return rollout_batches(parts)
-    of_method = parts.assembly.config.method.batches(parts)
-    return row_batches(parts, parts.of_model.prepared.encoded) if of_method is None else of_method
-
-
 def row_batches(
     parts: StageParts, encoded: Encoded, others: Mapping[str, OtherReading] | None = None
 ) -> BatchSource:

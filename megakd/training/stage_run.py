@@ -37,7 +37,7 @@ from megakd.training.checkpoint import Checkpoints
 from megakd.training.held_out_losses import HeldOutLosses
 from megakd.training.meters import TrainMeter
 from megakd.training.progress import Reporter
-from megakd.training.stage_batches import StageParts, batches_of
+from megakd.training.stage_batches import StageParts, row_batches
 from megakd.training.stage_folder import (
     WindowState,
     consume,
@@ -398,6 +398,16 @@ class StepVotes:
 def agreed_signal() -> int:
     """Return the stop signal that any rank has received, or 0; a collective."""
     return max(gather(signals.requested()))
+
+
+def batches_of(parts: StageParts) -> BatchSource:
+    """Return the batches of a stage; a collective."""
+    if parts.stage.rollouts is not None:
+        from megakd.training.generated_texts import rollout_batches
+
+        return rollout_batches(parts)
+    of_method = parts.assembly.config.method.batches(parts)
+    return row_batches(parts, parts.of_model.prepared.encoded) if of_method is None else of_method
 
 
 def stage_checkpoints(stage: Stage, assembly: Assembly) -> Checkpoints:
