@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megakd.config.train import learning_rate_schedule, total_steps
-from megakd.contract.batch import Batch, Counts, Predictions, count_units
+from megakd.contract.batch import Batch, BatchSource, Counts, Predictions, count_units
 from megakd.contract.results import WHOLE, MetricJudge
 from megakd.contract.stage import Stage, StageResult, Teacher
 from megakd.contract.tasks import LANGUAGE_TASKS, STUDENT, THRESHOLD
