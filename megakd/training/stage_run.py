@@ -167,23 +167,23 @@ class StageRun:
 
     def resume(self, checkpoint: Path | None) -> int:
         """Load the state that the stage goes on with; return the steps that are taken."""
-        step, ranks = self.first_step, self.ranks
+        name, step, ranks = self.stage.name, self.first_step, self.ranks
         if checkpoint is not None:
             writers, has_grown = self.saves.load(checkpoint, self.student.load, self._states)
             if has_grown:
                 self.best.extend()
             step = self.trainer.step
-            text = f"resumed at step {step} from {checkpoint}"
+            text = f"{name}: resumed at step {step} from {checkpoint}"
             if writers != ranks.world_size:
                 seed_everything(self.config.seed, ranks.rank, step)
                 text += f", which {writers} ranks wrote; with {ranks.world_size} ranks, dropout "
                 text += "draws other numbers from here on"
         else:
             self.best.forget()
-            text = "no checkpoint to resume from, starting at step 0"
+            text = f"{name}: no checkpoint to resume from, starting at step 0"
             if step:
                 previous: Path = self.stage.start.folder
-                text = f"continues from {previous.name} at step {step}"
+                text = f"{name}: continues from {previous.name} at step {step}"
                 continue_window(previous, self.student, self.source, ranks)
         self._say(text)
         return step
@@ -206,8 +206,10 @@ class StageRun:
     def _tell_loss(self, layers: Sequence[int]) -> None:
         loss = self.scorer.loss(self.student.predict, few(self._rows, self.config.task.type))
         guess = math.log(len(self.assembly.of(self.stage.role).prepared.tokenizer))
-        text = f"the loss of the layers {', '.join(map(str, layers))} before the first step is "
-        text += f"{loss:.3f} nats"
+        text = (
+            f"{self.stage.name}: the loss of the layers {', '.join(map(str, layers))} before the "
+        )
+        text += f"first step is {loss:.3f} nats"
         if loss > guess:
             text += f", above the {guess:.2f} of guessing uniformly; keep more layers, or choose "
             text += "them by importance (student.layers)"
@@ -225,8 +227,9 @@ class StageRun:
         if not _due(step, self.config.log.logging_steps):
             self.log(step, reporter)
         self._say(
-            f"stopped at step {step} of {self.steps}, because {self.best.misses} evaluations in a "
-            "row were not better (train.early_stopping_patience)"
+            f"{self.stage.name}: stopped at step {step} of {self.steps}, because "
+            f"{self.best.misses} evaluations in a row were not better "
+            "(train.early_stopping_patience)"
         )
 
     def log(self, step: int, reporter: Reporter) -> None:
@@ -350,7 +353,7 @@ class StageRun:
 
     def _say(self, text: str, level: int = logging.INFO) -> None:
         if self.ranks.is_main:
-            logger.log(level, "%s: %s", self.stage.name, text)
+            logger.log(level, text)
 
     def close(self) -> None:
         self.saves.close()
