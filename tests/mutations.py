@@ -47,7 +47,7 @@ MUTATIONS = (
     ),
     Mutation(
         "megakd/losses/targets.py",
-        "valid=batch.valid.any(dim=1) if soft else None",
+        "valid=valid if soft else None",
         "valid=None",
         "tests/losses",
     ),
@@ -71,7 +71,7 @@ MUTATIONS = (
     ),
     Mutation(
         "megakd/losses/bundle.py",
-        "share = 1 / passes[learner, planned.view]",
+        "share = 1 / trained.count(forward)",
         "share = 1.0",
         "tests/losses/test_bundle.py",
     ),
