@@ -31,7 +31,7 @@ from megakd.models.architectures import (
 )
 from megakd.models.generation import generation_of
 from megakd.models.modeling.modeling_cut import narrow_class
-from megakd.models.own_models import CUT_FILE, OWN_MODELS, register_own_models
+from megakd.models.own_models import CUT_FILE, OWN_MODELS, T5_FILE, register_own_models
 from megakd.models.weights import (
     SAFETENSORS,
     SAFETENSORS_INDEX,
@@ -195,8 +195,7 @@ def file_of_code(config: PretrainedConfig) -> Path | None:
     """Return the file with the class of a model that transformers lacks; None: it has the class."""
     if narrow_maps(config) is not None:
         return CUT_FILE
-    ours = OWN_MODELS.get(config.model_type)
-    return None if ours is None else ours.file
+    return T5_FILE if config.model_type in OWN_MODELS else None
 
 
 def brings_code(folder: Path) -> bool:
@@ -240,25 +239,27 @@ def _write_config(folder: Path, model: ModelContent, dtype: torch.dtype) -> None
     config.dtype = dtype
     if model.architecture is not None:
         config.architectures = [model.architecture]
-    ours, file = OWN_MODELS.get(config.model_type), file_of_code(config)
-    if ours is not None:
-        config.auto_map = ours.auto_map
-    elif file is not None:
-        config.auto_map = {
-            auto.__name__: f"{file.stem}.{narrow_class(stock).__name__}"
+    register_own_models()
+    # That of the folder that the config was read from, whose files of code are not copied.
+    vars(config).pop("auto_map", None)
+    file, is_narrow = file_of_code(config), narrow_maps(config) is not None
+    if file is not None:
+        classes = {
+            auto.__name__: auto._model_mapping.get(type(config), None)  # noqa: SLF001
             for auto in (AutoModel, *AUTO_CLASSES.values())
-            if isinstance(stock := auto._model_mapping.get(type(config), None), type)  # noqa: SLF001
-        } | {"AutoConfig": f"{file.stem}.{narrow_class(type(config)).__name__}"}
-    else:  # of the folder that the config was read from, whose files of code are not copied
-        vars(config).pop("auto_map", None)
+        }
+        config.auto_map = {
+            name: f"{file.stem}.{(narrow_class(cls) if is_narrow else cls).__name__}"
+            for name, cls in {**classes, "AutoConfig": type(config)}.items()
+            if isinstance(cls, type)
+        }
     # save_pretrained refuses the generation keys that older configs on the Hub carry.
     keys = json.loads(config.to_json_string())
-    if narrow_maps(config) is None:
-        keys |= rotary_keys_of_4(keys)
-    else:  # transformers 4 has no class of it
+    if is_narrow:  # transformers 4 has no class of it
         keys["model_type"] = narrow_class(type(config)).model_type
+    else:
+        keys |= rotary_keys_of_4(keys)
     write_json(folder / CONFIG, keys)
-    register_own_models()
     decoder = class_name(config, "causal_lm")
     # Code of a folder may have the type of a stock model, and another class of its config.
     decoder = decoder or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)

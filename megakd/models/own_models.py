@@ -3,88 +3,47 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from transformers import CONFIG_MAPPING, AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForSequenceClassification
 
 from megakd.errors import ModelError
 from megakd.models.architectures import NARROW
-from megakd.models.modeling import modeling_cut
-from megakd.models.modeling.modeling_t5 import (
-    EncT5ForSequenceClassification,
-    T5EncoderForSequenceClassification,
-)
+from megakd.models.modeling import modeling_cut, modeling_t5
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-
-class OwnModel(NamedTuple):
-    """One model type of megakd.
-
-    config: the config class; its file also defines the models.
-    models: the model class of each auto class of transformers.
-    """
-
-    config: type[PretrainedConfig]
-    models: Mapping[str, type[PreTrainedModel]]
-
-    @property
-    def file(self) -> Path:
-        """The file that must be beside the weights to load the model without megakd."""
-        return Path(inspect.getfile(self.config))
-
-    @property
-    def auto_map(self) -> dict[str, str]:
-        """The entry of config.json with which transformers finds the classes in the file."""
-        classes = {"AutoConfig": self.config, **self.models}
-        return {auto: f"{self.file.stem}.{cls.__name__}" for auto, cls in classes.items()}
-
-
 # What transformers raises for a config with a wrong value.
 CONFIG_ERRORS = (StrictDataclassError, OSError, ValueError, TypeError, AttributeError, KeyError)
-AUTO_CLASSES = {
-    "LMHeadModel": "AutoModelForCausalLM",  # ends in "Model" too
-    "Model": "AutoModel",
-    "ForSequenceClassification": "AutoModelForSequenceClassification",
-    "ForMaskedLM": "AutoModelForMaskedLM",
-    "ForCausalLM": "AutoModelForCausalLM",
+OWN_MODELS: Mapping[str, type[PreTrainedModel]] = {
+    cls.config_class.model_type: cls
+    for cls in (
+        modeling_t5.T5EncoderForSequenceClassification,
+        modeling_t5.EncT5ForSequenceClassification,
+    )
 }
-
-
-def _own_models() -> dict[str, OwnModel]:
-    models: dict[Any, dict[str, type[PreTrainedModel]]] = {}  # by class of config
-    for cls in (T5EncoderForSequenceClassification, EncT5ForSequenceClassification):
-        auto = next(auto for ending, auto in AUTO_CLASSES.items() if cls.__name__.endswith(ending))
-        models.setdefault(cls.config_class, {})[auto] = cls
-    return {config.model_type: OwnModel(config, classes) for config, classes in models.items()}
-
-
-OWN_MODELS: Mapping[str, OwnModel] = _own_models()
-"""By model type."""
-CUT_FILE = Path(modeling_cut.__file__)
-"""The file that must be beside the weights of a cut model."""
+"""By model type; their file must be beside the weights to load a model without megakd."""
+T5_FILE, CUT_FILE = Path(modeling_t5.__file__), Path(modeling_cut.__file__)
+"""The files that must be beside the weights of these models, and of a cut model."""
 
 
 def current_files(names: Iterable[str]) -> dict[str, str]:
     """Return this version's content of the modelling files among the files of a folder."""
-    files = {file.name: file for file in (CUT_FILE, *(one.file for one in OWN_MODELS.values()))}
-    return {name: files[name].read_text("utf-8") for name in files.keys() & names}
+    return {f.name: f.read_text("utf-8") for f in (T5_FILE, CUT_FILE) if f.name in {*names}}
 
 
 @functools.cache
 def register_own_models() -> None:
     """Register the models with transformers' auto classes; only the first call has an effect."""
-    for model_type, model in OWN_MODELS.items():
-        AutoConfig.register(model_type, model.config)
-        for auto, cls in model.models.items():
-            getattr(transformers, auto).register(model.config, cls)
+    for model_type, cls in OWN_MODELS.items():
+        AutoConfig.register(model_type, cls.config_class)
+        AutoModelForSequenceClassification.register(cls.config_class, cls)
 
 
 def config_in(folder: Path, **options: Any) -> PretrainedConfig:
@@ -108,24 +67,17 @@ def config_in(folder: Path, **options: Any) -> PretrainedConfig:
     return config
 
 
-def own_class(name: str) -> type[PreTrainedModel] | None:
-    """Return megakd's model class of this name, or None."""
-    classes = (cls for model in OWN_MODELS.values() for cls in model.models.values())
-    narrow = getattr(modeling_cut, name, None) if name.startswith("Narrow") else None
-    return next((cls for cls in classes if cls.__name__ == name), narrow)
-
-
 def class_of(config: PretrainedConfig, where: str) -> type[PreTrainedModel]:
     """Return megakd's or transformers' class of the architecture that a config names.
 
     `where` names the config's file in messages.
     """
     name = (config.architectures or ["none"])[0]
-    model_class = own_class(name) or getattr(transformers, name, None)
-    is_class = isinstance(model_class, type)
-    if not is_class or not issubclass(model_class, transformers.PreTrainedModel):
-        raise ModelError(
-            f"{where} names the architecture {name!r}, which neither megakd nor transformers "
-            f"{transformers.__version__} has"
-        )
-    return model_class
+    for home in (modeling_t5, modeling_cut, transformers):
+        model_class = getattr(home, name, None)
+        if isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel):
+            return model_class
+    raise ModelError(
+        f"{where} names the architecture {name!r}, which neither megakd nor transformers "
+        f"{transformers.__version__} has"
+    )
