@@ -1,14 +1,11 @@
-"""Where the parts of a model are: found by structure, with what structure cannot tell.
-
-Only T5's encoders, which transformers has no class of, are stated here.
-"""
+"""Where the parts of a model are: found by structure, with what structure cannot tell."""
 
 from __future__ import annotations
 
 import json
 import weakref
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from torch import nn
@@ -60,8 +57,8 @@ class Architecture:
     shows_attention: each layer calls an attention of transformers with queries, keys and values.
     experts: path on the model of a block that routes tokens to experts; None: a dense model.
     find_units: looks for heads and neurons.
-    output: path of the output matrix of a language model.
-    bias: path of a weight outside the head that the model adds to the product with this matrix.
+    bias: path of a weight outside the head that a language model adds to the product with its
+        output matrix.
     warp: what becomes of this sum.
     reads_head_input: the input of this matrix is not what the backbone returns.
     """
@@ -84,7 +81,6 @@ class Architecture:
     has_sinks: bool = False
     shows_attention: bool = True
     experts: str | None = None
-    output: str | None = None
     bias: str | None = None
     warp: LogitWarp = IDENTITY
     reads_head_input: bool = False
@@ -128,12 +124,6 @@ class Architecture:
         """Return the module that produces hidden states."""
         return model.get_submodule(self.backbone)
 
-    def language_head_of(self, model: nn.Module) -> nn.Module:
-        """Return the module with the output matrix of a causal or masked language model."""
-        if self.output is None:
-            raise TypeError(f"a {self.model_type} model for {self.tasks[0]} has no output matrix")
-        return model.get_submodule(self.output)
-
     def check_layers(self) -> None:
         """Raise if the hidden states of the layers cannot be read."""
         if not self.reads_states:
@@ -160,15 +150,11 @@ class Architecture:
         """Return the heads and neurons that can be cut."""
         return self.find_units(config, self)
 
-    def streams(self, config: PretrainedConfig) -> tuple[tuple[str, ...], ...]:
-        """Return the sequences of layers that hidden states pass through, as paths on the model."""
-        layers = tuple(self._blocks(config))
-        return (layers, self.more_blocks) if self.more_blocks else (layers,)
-
-    def _blocks(self, config: PretrainedConfig) -> list[str]:
+    def layer_paths(self, config: PretrainedConfig) -> list[str]:
+        """Return the paths on the model of the layers that hidden states pass through."""
         numbers = [""] if self.repeats else [f".{n}" for n in range(self.number_of_layers(config))]
         lists = [f"{self.backbone}.{path}" for path in (self.blocks, *self.parts)]
-        return [f"{path}{number}" for number in numbers for path in lists]
+        return [*(f"{path}{number}" for number in numbers for path in lists), *self.more_blocks]
 
     def rows_of_heads(self, config: PretrainedConfig) -> int:
         """Return the number of rows by which a key-value group makes keys."""
@@ -180,12 +166,9 @@ class Architecture:
 
         The modules between these maps do not take fewer units.
         """
+        kinds: tuple[Kind, ...] = ("heads", "neurons")
         found = self.found_units(config)
-        filled: dict[Kind, bool] = {
-            "heads": not found.heads.is_narrow,
-            "neurons": not found.neurons.is_narrow,
-        }
-        return {kind for kind, is_filled in filled.items() if is_filled}
+        return {kind for kind in kinds if not getattr(found, kind).is_narrow}
 
     def why_uncut(self, config: PretrainedConfig) -> str | None:
         """Return the reason why no units can be cut; None: some can."""
@@ -224,7 +207,6 @@ class Architecture:
         return name.startswith(tuple(f"{module}." for module in (self.head, *self.renewed)))
 
 
-SEQUENCE_TASKS: tuple[TaskType, ...] = ("classification", "regression")
 AUTO_CLASSES: Mapping[TaskType, type] = {
     "classification": AutoModelForSequenceClassification,
     "regression": AutoModelForSequenceClassification,
@@ -245,7 +227,7 @@ ROUTES_TOKENS = "a router chooses the experts of each token"
 
 LOSE_WIDTH = frozenset(
     """bert roberta distilbert electra llama mistral qwen2 qwen3 gemma2 gemma3_text phi granite
-    gpt2""".split()  # noqa: SIM905
+    gpt2 t5_encoder enct5""".split()  # noqa: SIM905
 )
 """Types of models whose hidden states can lose columns: no small copy decides this yet."""
 
@@ -292,29 +274,20 @@ def _units_of_t5(config: Any, architecture: Architecture) -> FoundUnits:
     )
 
 
-def _t5(model_type: str) -> Architecture:
-    return Architecture(
-        model_type=model_type,
-        find_units=_units_of_t5,
-        tasks=SEQUENCE_TASKS,
-        backbone="encoder",
-        head="classifier",
-        blocks="block",
-        embeddings="embed_tokens",
-        shares_bias=True,
-        loses_width=True,
-    )
-
-
-T5_ENCODERS: Mapping[str, Architecture] = {
-    "t5_encoder": _t5("t5_encoder"),
-    "enct5": replace(
-        _t5("enct5"),
-        # The decoder's only token is the learned prompt.
-        renewed=("decoder.embed_tokens",),
-        more_blocks=("decoder.block.0",),
-    ),
+# Cutting follows the config of the file that is stored with these models. A cut attention may have
+# no head, and thus no vectors.
+_T5 = {"find_units": _units_of_t5, "shares_bias": True, "shows_attention": True}
+STATED: Mapping[str, Mapping[str, Any]] = {
+    "t5_encoder": _T5,
+    "enct5": {
+        **_T5,
+        # The decoder's only token is the learned prompt; its layer is one of a published T5.
+        "head": "classifier",
+        "renewed": ("decoder.embed_tokens",),
+        "more_blocks": ("decoder.block.0",),
+    },
 }
+"""By model type, what structure cannot tell of T5's encoders."""
 
 
 def narrow_maps(config: PretrainedConfig) -> dict[str, Any] | None:

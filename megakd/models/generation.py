@@ -33,7 +33,7 @@ from megakd.data.tokenizers import rows_for
 from megakd.engine.sharding import evaluating
 from megakd.errors import DataError, ModelError
 from megakd.models.architectures import context_length
-from megakd.models.knowledge import Needs, language_model_head, read_knowledge
+from megakd.models.knowledge import LanguageModelHead, Needs, read_knowledge
 from megakd.models.packed_attention import VARLEN
 from megakd.models.source import ModelSource
 from megakd.storage.folders import check_given
@@ -407,7 +407,7 @@ def _of_logits(
     knowledge = read_knowledge(model, batch, Needs())
     if knowledge.hidden is None:
         raise TypeError("a language model was read without its hidden states")
-    head = language_model_head(model)
+    head = LanguageModelHead(model)
     hidden, answers = knowledge.hidden.flatten(0, -2), []
     most = LOGITS_AT_ONCE.get(hidden.device.type, LOGITS_AT_ONCE["cpu"]) // room
     with head.open():

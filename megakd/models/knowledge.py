@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,22 +16,14 @@ from torch import Tensor, nn
 import megakd_kernels
 from megakd.contract.batch import IGNORE, AttentionVectors, Batch, Knowledge, Predictions
 from megakd.contract.tasks import Kernels
+from megakd.contract.views import Heads
 from megakd.engine.sharding import gathered, is_sharded
-from megakd.models.architectures import Architecture, counts_padding, has_token_types
+from megakd.models.architectures import counts_padding, has_token_types
 from megakd.models.elastic_modules import weights_in_view
 from megakd.models.packing import inputs_of_documents
 from megakd.models.second_vocabulary import SecondHead, second_vocabulary
-from megakd.models.structure import (
-    Vectors,
-    architecture_of,
-    attentions_seen,
-    input_of,
-    only_rows,
-)
+from megakd.models.structure import Vectors, architecture_of, attentions_seen, input_of, only_rows
 from megakd.models.valueless import no_cache
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
 
 
 class Needs(NamedTuple):
@@ -52,13 +44,14 @@ class Needs(NamedTuple):
 
 
 class LanguageModelHead:
-    """The output matrix of a language model, found by name so that tied weights stay tied.
+    """The output matrix of a causal or masked language model.
 
     warp: the factor and the cap between the product with the matrix and the logits.
     """
 
-    def __init__(self, model: nn.Module, architecture: Architecture) -> None:
-        self._module = architecture.language_head_of(model)
+    def __init__(self, model: Any) -> None:
+        architecture = architecture_of(model.config)
+        self._module: nn.Module = model.get_output_embeddings()
         owner, _, self._bias = (architecture.bias or "").rpartition(".")
         self._owner = model.get_submodule(owner) if self._bias else None
         self.warp = architecture.warp
@@ -87,12 +80,6 @@ class LanguageModelHead:
             yield
 
 
-def language_model_head(model: nn.Module) -> LanguageModelHead:
-    """Return the head of a causal or masked LM."""
-    config: PretrainedConfig = model.config  # type: ignore[assignment]
-    return LanguageModelHead(model, architecture_of(config))
-
-
 def read_knowledge(model: nn.Module, batch: Batch, needs: Needs) -> Knowledge:
     """Run the model once and return the outputs that the losses need.
 
@@ -101,13 +88,15 @@ def read_knowledge(model: nn.Module, batch: Batch, needs: Needs) -> Knowledge:
     """
     if needs == Needs():
         return _read(model, batch)
-    vectors = AttentionNotes(model, needs.attention_layers)  # type: ignore[arg-type]
-    with _states_taken(model, needs.hidden_layers) as states, vectors.taking():
+    with (
+        _states_taken(model, needs.hidden_layers) as states,
+        attentions_taken(model, needs.attention_layers) as attentions,
+    ):
         read = _read(model, batch)
-    count = architecture_of(model.config).number_of_layers(model.config)  # type: ignore[arg-type]
+    layers = range(architecture_of(model.config).number_of_layers(model.config) + 1)  # type: ignore[arg-type]
     return read._replace(
-        hidden_states=tuple(map(states.get, range(count + 1))) if needs.hidden_layers else (),
-        attention=vectors.vectors() if needs.attention_layers else (),
+        hidden_states=tuple(map(states.get, layers)) if needs.hidden_layers else (),
+        attention=tuple(map(attentions.get, layers)) if needs.attention_layers else (),
     )
 
 
@@ -128,20 +117,17 @@ def _read(model: Any, batch: Batch) -> Knowledge:
         rows = torch.cat([rows, pieces.positions])
     if architecture.reads_head_input:
         # The transform of a masked language model computes these rows alone too.
-        with input_of(architecture.language_head_of(model)) as seen, only_rows(backbone, rows):
+        with input_of(model.get_output_embeddings()) as seen, only_rows(backbone, rows):
             model(**inputs, **no_cache(model))
         hidden = seen[0] if rows is None else seen[0][0]
     else:
         states = backbone(**inputs, **no_cache(backbone)).last_hidden_state
         hidden = states if rows is None else states.flatten(0, 1)[rows]
+    read = Knowledge(hidden=hidden, head=LanguageModelHead(model))
     if second is None or pieces is None:
-        return Knowledge(hidden=hidden, head=language_model_head(model))
+        return read
     hidden, chosen = hidden.tensor_split((-len(pieces.positions),))
-    return Knowledge(
-        hidden=hidden,
-        head=language_model_head(model),
-        second=Knowledge(hidden=chosen, head=SecondHead(second)),
-    )
+    return read._replace(hidden=hidden, second=Knowledge(hidden=chosen, head=SecondHead(second)))
 
 
 def predict(model: nn.Module, batch: Batch, kernels: Kernels = "auto") -> Predictions:
@@ -202,60 +188,55 @@ def _states_taken(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Tenso
         yield states
 
 
-class AttentionNotes:
-    """Recorder of the attention vectors of one forward, as the attention of each layer gets them.
+@contextmanager
+def attentions_taken(model: Any, layers: Sequence[int]) -> Iterator[dict[int, AttentionVectors]]:
+    """Yield a mapping that has the attention vectors of these layers after a forward in the body.
 
-    Nothing is computed, because gradient checkpointing repeats the forward, without the recorder,
-    and a repeated forward must save the same tensors as the first one.
+    Nothing is computed in the body, because gradient checkpointing repeats the forward, without the
+    hooks, and a repeated forward must save the same tensors as the first one.
     """
+    architecture = architecture_of(model.config)
+    if layers:
+        architecture.check_attentions()
+    blocks = {layer: architecture.block_of(model, layer) for layer in layers}
+    layer_of = {module: layer for layer, block in blocks.items() for module in block.modules()}
+    seen, outputs = dict[int, Vectors](), dict[int, Tensor]()
+    attentions: dict[int, AttentionVectors] = {}
 
-    def __init__(self, model: PreTrainedModel, layers: Sequence[int]) -> None:
-        self._architecture, self._config = architecture_of(model.config), model.config
-        if layers:
-            self._architecture.check_attentions()
-        self._blocks = {layer: self._architecture.block_of(model, layer) for layer in layers}
-        self._layers = {id(m): n for n, block in self._blocks.items() for m in block.modules()}
-        self._vectors: dict[int, Vectors] = {}
-        self._outputs: dict[int, Tensor] = {}
+    def note(module: nn.Module, vectors: Vectors) -> None:
+        if module in layer_of:
+            seen.setdefault(layer_of[module], vectors)
 
-    @contextmanager
-    def taking(self) -> Iterator[None]:
-        def note(module: nn.Module, vectors: Vectors) -> None:
-            if id(module) in self._layers:
-                self._vectors.setdefault(self._layers[id(module)], vectors)
+    def note_output(layer: int, _: nn.Module, inputs: object, output: Any) -> None:
+        outputs[layer] = output if isinstance(output, Tensor) else output[0]
 
-        def note_output(layer: int, _: nn.Module, inputs: object, output: Any) -> None:
-            self._outputs[layer] = output if isinstance(output, Tensor) else output[0]
+    with ExitStack() as hooks:
+        for layer, block in blocks.items():
+            hook = block.register_forward_hook(partial(note_output, layer))
+            hooks.callback(hook.remove)
+        if blocks:
+            hooks.enter_context(attentions_seen(note))
+        yield attentions
+    for layer, block in blocks.items():
+        heads = architecture.heads(model.config)
+        attentions[layer] = _as_read(block, outputs[layer], seen.get(layer), heads)
 
-        with ExitStack() as hooks:
-            for layer, block in self._blocks.items():
-                hook = block.register_forward_hook(partial(note_output, layer))
-                hooks.callback(hook.remove)
-            if self._blocks:
-                hooks.enter_context(attentions_seen(note))
-            yield
 
-    def vectors(self) -> tuple[AttentionVectors | None, ...]:
-        """Return the vectors by layer, 0 being the embedding; None for a layer not requested."""
-        count = self._architecture.number_of_layers(self._config)
-        layers = range(count + 1)
-        return tuple(self._of_layer(n) if n in self._blocks else None for n in layers)
-
-    def _of_layer(self, layer: int) -> AttentionVectors:
-        output, block = self._outputs[layer], self._blocks[layer]
-        if layer not in self._vectors:  # a layer without heads: zeros relate all tokens equally
-            heads = self._architecture.heads(self._config)
-            zeros = output.new_zeros(*output.shape[:2], heads.width)
-            queries = zeros.repeat(1, 1, heads.queries // heads.keys)
-            return AttentionVectors(queries, zeros, zeros, heads.width)
-        *vectors, scale = self._vectors[layer]
-        width: int = vectors[0].shape[-1]
-        parts: tuple[Tensor, ...] = tuple(part.transpose(1, 2).flatten(2) for part in vectors)
-        if is_sharded(block) and block.training and getattr(block, "gradient_checkpointing", False):
-            parts = BackThroughLayer.apply(output, *parts)
-        queries, keys, values = parts
-        scale = width**-0.5 if scale is None else float(scale)
-        return AttentionVectors(queries, keys, values, width, scale)
+def _as_read(
+    block: nn.Module, output: Tensor, vectors: Vectors | None, heads: Heads
+) -> AttentionVectors:
+    if vectors is None:  # a layer without heads: zeros relate all tokens equally
+        zeros = output.new_zeros(*output.shape[:2], heads.width)
+        queries = zeros.repeat(1, 1, heads.queries // heads.keys)
+        return AttentionVectors(queries, zeros, zeros, heads.width)
+    *each, scale = vectors
+    width: int = each[0].shape[-1]
+    parts: tuple[Tensor, ...] = tuple(part.transpose(1, 2).flatten(2) for part in each)
+    if is_sharded(block) and block.training and getattr(block, "gradient_checkpointing", False):
+        parts = BackThroughLayer.apply(output, *parts)
+    queries, keys, values = parts
+    scale = width**-0.5 if scale is None else float(scale)
+    return AttentionVectors(queries, keys, values, width, scale)
 
 
 class BackThroughLayer(torch.autograd.Function):

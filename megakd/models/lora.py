@@ -72,7 +72,7 @@ def adapted_modules(
 
     Without `target_modules`, these are all linear layers of attention and MLP.
     """
-    blocks = [f"{block}." for stream in architecture.streams(model.config) for block in stream]  # type: ignore[arg-type]
+    blocks = [f"{block}." for block in architecture.layer_paths(model.config)]  # type: ignore[arg-type]
     inside = tuple(
         path
         for path, module in model.named_modules()

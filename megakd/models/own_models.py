@@ -22,11 +22,8 @@ if TYPE_CHECKING:
 # What transformers raises for a config with a wrong value.
 CONFIG_ERRORS = (StrictDataclassError, OSError, ValueError, TypeError, AttributeError, KeyError)
 OWN_MODELS: Mapping[str, type[PreTrainedModel]] = {
-    cls.config_class.model_type: cls
-    for cls in (
-        modeling_t5.T5EncoderForSequenceClassification,
-        modeling_t5.EncT5ForSequenceClassification,
-    )
+    "t5_encoder": modeling_t5.T5EncoderForSequenceClassification,
+    "enct5": modeling_t5.EncT5ForSequenceClassification,
 }
 """By model type; their file must be beside the weights to load a model without megakd."""
 T5_FILE, CUT_FILE = Path(modeling_t5.__file__), Path(modeling_cut.__file__)

@@ -28,7 +28,7 @@ from megakd.models.architectures import (
     AUTO_CLASSES,
     CLASS_ENDINGS,
     LOSE_WIDTH,
-    T5_ENCODERS,
+    STATED,
     Architecture,
     Known,
     class_name,
@@ -179,7 +179,7 @@ def find_architecture(config: PretrainedConfig, task: TaskType) -> Architecture:
         experts=_experts_in(model),
     )
     if task not in LANGUAGE_TASKS:
-        return architecture
+        return replace(architecture, **STATED.get(kind, {}))
     return _with_head(architecture, model, seen)
 
 
@@ -389,7 +389,7 @@ def _with_head(architecture: Architecture, model: PreTrainedModel, seen: Seen) -
             "a bias, a factor and a cap, which the losses compute; use a model of another family"
         )
     reads_input = not _is_same(seen.inputs[0], seen.states[architecture.backbone])
-    return replace(architecture, output=path, bias=bias, warp=warp, reads_head_input=reads_input)
+    return replace(architecture, bias=bias, warp=warp, reads_head_input=reads_input)
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:
@@ -434,8 +434,6 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
     Raises:
         ModelError: the structure of the model cannot be read.
     """
-    if config.model_type in T5_ENCODERS:
-        return T5_ENCODERS[config.model_type]
     return _FOUND.of(config, task_of(config) or _usual_task(config))
 
 

@@ -36,7 +36,7 @@ from megakd.inputs.step_size import joins_micro_batches, largest_step
 from megakd.losses.bundle import StudentBundle, build_bundle
 from megakd.losses.objective import StageLosses, label_objective, stage_losses, with_even_weights
 from megakd.models.fitting import build_empty
-from megakd.models.knowledge import Needs, language_model_head
+from megakd.models.knowledge import LanguageModelHead, Needs
 from megakd.models.lora import add_adapters
 from megakd.models.packed_attention import VARLEN
 from megakd.models.packing import set_attention
@@ -393,7 +393,7 @@ class PhaseTraces:
             frozen = self._frozen(ready, needs)
             together = joined([batch] * per_call[name]) if per_call[name] > 1 else batch
             teachers[name], answer = self._forward(frozen, together)
-            head = None if answer.hidden is None else language_model_head(frozen.model)
+            head = None if answer.hidden is None else LanguageModelHead(frozen.model)
             knowledge[name] = answer._replace(head=head)
         return teachers, knowledge
 

@@ -15,7 +15,7 @@ from megakd.engine.initialize import frozen_engine
 from megakd.engine.memory import destroy
 from megakd.engine.sharding import Prefetch
 from megakd.models.generation import TokenCounts, drawn, most_likely
-from megakd.models.knowledge import Needs, language_model_head, predict, read_knowledge
+from megakd.models.knowledge import LanguageModelHead, Needs, predict, read_knowledge
 
 
 class FrozenModel(nn.Module):
@@ -101,7 +101,7 @@ class FrozenTeacher:
         read: Knowledge = self._engine(batch)
         if read.hidden is None:
             return read
-        return read._replace(head=language_model_head(self.model))
+        return read._replace(head=LanguageModelHead(self.model))
 
     def answers(self, batches: Sequence[Batch]) -> Iterator[Knowledge]:
         """Yield the outputs for every micro-batch of a step."""

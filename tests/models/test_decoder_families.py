@@ -15,7 +15,7 @@ from megakd.errors import ModelError
 from megakd.losses.bundle import StudentBundle
 from megakd.losses.objective import build_objective, logits_of
 from megakd.models.generation import most_likely
-from megakd.models.knowledge import Needs, language_model_head, predict, read_knowledge
+from megakd.models.knowledge import LanguageModelHead, Needs, predict, read_knowledge
 from megakd.models.loading import check_model
 from megakd.teachers.frozen import FrozenModel
 
@@ -74,7 +74,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_models_own_logits(tiny, fami
         {"student": student}, build_objective(TERMS, "causal_lm", shape, shape), world_size=1
     )
     answer = FrozenModel(teacher, needs=Needs(), label_order=None).read(batch).detached()
-    answers = {"t": answer._replace(head=language_model_head(teacher))}
+    answers = {"t": answer._replace(head=LanguageModelHead(teacher))}
 
     actual = bundle(batch, answers, [Pass(teacher="t")], count_units([batch]))
     actual.total.backward()

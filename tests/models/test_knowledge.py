@@ -20,9 +20,9 @@ from megakd.engine.sharding import gathered_state
 from megakd.errors import ModelError
 from megakd.models.elastic import Elastic
 from megakd.models.knowledge import (
-    AttentionNotes,
+    LanguageModelHead,
     Needs,
-    language_model_head,
+    attentions_taken,
     predict,
     read_knowledge,
 )
@@ -157,10 +157,9 @@ PACKED = torch.tensor([[*range(12)], [0, 1, 2, 3, 4, 0, 1, 2, 0, 0, 1, 2]])
 
 
 def noted(model, layers, **inputs):
-    notes = AttentionNotes(model, layers)
-    with notes.taking():
+    with attentions_taken(model, layers) as vectors:
         out = architecture_of(model.config).backbone_of(model)(**inputs)
-    return notes.vectors(), out.last_hidden_state
+    return vectors, out.last_hidden_state
 
 
 def inputs_of(model, ids):
@@ -200,8 +199,8 @@ def test_noted_vectors_are_what_the_attention_of_a_layer_gets(tiny, computed, mo
 
     vectors, _ = noted(model, (1, 2), **inputs_of(model, tiny.input_ids))
 
-    assert vectors[0] is None
-    for ours, theirs in zip(vectors[1:], computed, strict=True):
+    assert [*vectors] == [1, 2]
+    for ours, theirs in zip(vectors.values(), computed, strict=True):
         for name, wanted in zip(("queries", "keys", "values"), theirs, strict=True):
             actual = getattr(ours, name).unflatten(-1, (-1, ours.width)).transpose(1, 2)
             torch.testing.assert_close(actual, wanted, msg=name)
@@ -237,7 +236,7 @@ def test_nothing_stays_on_the_model_when_its_forward_is_over(tiny, fails):
 def test_attentions_outside_of_those_of_transformers_are_refused(model_type):
     model = tiny_families.build(tiny_families.small_config(model_type, "causal_lm"), "causal_lm")
     with pytest.raises(ModelError, match=r"cannot read the attentions of a .* use hidden_mse"):
-        AttentionNotes(model, (1,))
+        noted(model, (1,))
 
 
 LABELS = torch.full((2, 12), IGNORE)
@@ -298,7 +297,7 @@ def test_a_masked_lm_is_that_of_transformers_and_its_head_stands_for_its_logits(
 def test_the_head_is_asked_at_the_targets_alone(tiny, model_type, monkeypatch):
     model = tiny.load(saved_masked(tiny, model_type), tiny.task("mlm"))
     everywhere = read_knowledge(model, masked_batch(tiny, targets=False), Needs()).hidden
-    head = language_model_head(model)
+    head = LanguageModelHead(model)
     monkeypatch.setattr(head._module, "forward", None)
 
     read = read_knowledge(model, masked_batch(tiny, targets=True), Needs())
@@ -328,7 +327,7 @@ def test_a_bare_backbone_gets_a_new_head_whose_matrix_is_its_embedding(tiny):
     model = tiny.load(folder, tiny.task("mlm"), need_head=False)
 
     stored = load_file(folder / "model.safetensors")["embeddings.word_embeddings.weight"]
-    weight, bias = language_model_head(model).read()
+    weight, bias = LanguageModelHead(model).read()
     assert weight is embedding_of(model)
     assert torch.equal(weight, stored)
     assert not bias.any()
