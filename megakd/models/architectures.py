@@ -227,7 +227,7 @@ ROUTES_TOKENS = "a router chooses the experts of each token"
 
 LOSE_WIDTH = frozenset(
     """bert roberta distilbert electra llama mistral qwen2 qwen3 gemma2 gemma3_text phi granite
-    gpt2 t5_encoder enct5""".split()  # noqa: SIM905
+    gpt2""".split()  # noqa: SIM905
 )
 """Types of models whose hidden states can lose columns: no small copy decides this yet."""
 
@@ -276,7 +276,12 @@ def _units_of_t5(config: Any, architecture: Architecture) -> FoundUnits:
 
 # Cutting follows the config of the file that is stored with these models. A cut attention may have
 # no head, and thus no vectors.
-_T5 = {"find_units": _units_of_t5, "shares_bias": True, "shows_attention": True}
+_T5 = {
+    "find_units": _units_of_t5,
+    "shares_bias": True,
+    "loses_width": True,
+    "shows_attention": True,
+}
 STATED: Mapping[str, Mapping[str, Any]] = {
     "t5_encoder": _T5,
     "enct5": {

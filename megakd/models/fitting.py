@@ -37,7 +37,6 @@ MULTI_LABEL = "multi_label_classification"
 """`problem_type` of a model whose outputs are a probability each, by a sigmoid."""
 _PROBLEMS = {"classification": "single_label_classification", "regression": "regression"}
 TEXT_PARTS = ("language_model.", "text_model.")
-LEGACY_ENDINGS = {".gamma": ".weight", ".beta": ".bias"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,9 +192,7 @@ def match_names(
     """Match stored tensors with a model's, for any head that the checkpoint was saved with.
 
     Names and shapes in a file may be others than in the model: transformers renames and joins
-    tensors while it loads. The prefix of the backbone is added if a bare backbone was stored, that
-    of a text part beside vision or sound is left out, and the names of old TensorFlow checkpoints
-    (gamma, beta) are read.
+    tensors while it loads. The prefix of a text part beside vision or sound is left out too.
     """
     tensors = model.state_dict(keep_vars=True)
     first = {id(tensor): name for name, tensor in reversed(tensors.items())}  # of tied tensors
@@ -204,7 +201,8 @@ def match_names(
     unused: list[str] = []
     named, used = as_in_model(model, stored, tensors)
     for key, value in named.items():
-        name = next((name for name in _names(key, model) if name in tensors), None)
+        names = key, *(key.replace(part, "", 1) for part in TEXT_PARTS)
+        name = next((name for name in names if name in tensors), None)
         if name is not None and not name.startswith(skipped):
             taken[first[id(tensors[name])]] = value
         else:
@@ -213,13 +211,6 @@ def match_names(
         name for name, _ in model.named_parameters() if first[id(tensors[name])] not in taken
     )
     return Match(stored=taken, missing=missing, unused=tuple(unused))
-
-
-def _names(key: str, model: PreTrainedModel) -> tuple[str, ...]:
-    ending = next((old for old in LEGACY_ENDINGS if key.endswith(old)), "")
-    modern = key.removesuffix(ending) + LEGACY_ENDINGS.get(ending, "")
-    text_parts = (modern.replace(part, "", 1) for part in TEXT_PARTS if part in modern)
-    return key, modern, f"{model.base_model_prefix}.{modern}", *text_parts
 
 
 def as_in_model(

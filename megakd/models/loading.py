@@ -76,12 +76,11 @@ LEGACY_KEYS = frozenset(
     {
         *("num_labels", "torch_dtype", "rope_theta", "rope_scaling", "pretraining_tp"),
         *("cls_token_id", "sep_token_id", "mask_token_id", "unk_token_id"),
-        *("bos_token_id", "eos_token_id", "pad_token_id"),
+        *("bos_token_id", "eos_token_id", "pad_token_id", "_attn_implementation_autoset"),
+        *("_commit_hash", "_flash_attn_2_enabled", "_num_labels"),
     }
 )
 _READ_KEY = re.compile(r'\bgetattr\(\s*(?:self\.)?config,\s*"(\w+)"')
-# Private keys of older config files that no class has.
-NOTES = ("_attn_implementation_autoset", "_commit_hash", "_flash_attn_2_enabled", "_num_labels")
 # Of all families, by the names that transformers maps to those of a family.
 SIZES = (
     *("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads"),
@@ -332,10 +331,12 @@ def _scratch_source(
             f"{where}.config: a {model_type} config has no defaults ({one_line(error)}); give the "
             "folder of a model"
         ) from error
-    known = {*default.to_dict(), *default.attribute_map, *LEGACY_KEYS, *_read_keys(config_class)}
+    known = {*default.to_dict(), *default.attribute_map, *LEGACY_KEYS}
+    for file in Path(inspect.getfile(config_class)).parent.glob("modeling_*.py"):
+        known |= {*_READ_KEY.findall(file.read_text(encoding="utf-8"))}
     # transformers would silently use a default for a misspelled key, and its code pops some keys.
     for key in rest:
-        is_private = key in NOTES or (key.startswith("_") and hasattr(default, key))
+        is_private = key.startswith("_") and hasattr(default, key)
         if not (key in known or is_private or f'"{key}"' in code):
             near = suggestion(key, sorted(known))
             raise ModelError(f"{where}.config.{key}: unknown key of a {model_type} config{near}")
@@ -354,12 +355,6 @@ def _scratch_source(
         where=where,
         wants_vocabulary="vocab_size" not in keys,
     )
-
-
-def _read_keys(config_class: type[PretrainedConfig]) -> set[str]:
-    """Return the keys that the code of a family reads, also those that its config does not list."""
-    files = Path(inspect.getfile(config_class)).parent.glob("modeling_*.py")
-    return {key for file in files for key in _READ_KEY.findall(file.read_text(encoding="utf-8"))}
 
 
 def _built_as(model_type: str, wanted: str | None, where: str) -> str:

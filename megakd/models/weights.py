@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -16,26 +16,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.core_model_loading import WeightConverter
+from transformers.modeling_utils import str_to_torch_dtype
 
 from megakd.errors import ModelError
 
 SAFETENSORS = "model.safetensors"
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 SAMPLED_TENSORS, SAMPLED_ELEMENTS = 64, 1024
-DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,49 +98,38 @@ def check_weight_files(folder: Path, where: str) -> dict[str, StoredTensor]:
     """
     if not folder.is_dir():
         raise ModelError(f"{where}: {folder} does not exist or is not a folder")
-    listed: Mapping[str, str] = {}
-    if not (folder / SAFETENSORS).is_file():
-        listed = _weight_map(folder, SAFETENSORS_INDEX, where)
-        if not listed:
-            pickles = sorted(file.name for file in folder.glob("pytorch_model*.bin"))
-            hint = f"; convert {pickles[0]} to safetensors" if pickles else ""
-            raise ModelError(
-                f"{where}: {folder} has no weights: neither {SAFETENSORS} nor {SAFETENSORS_INDEX} "
-                f"exists{hint}"
-            )
-    stored: dict[str, StoredTensor] = {}
-    for name in sorted({*listed.values()} or {SAFETENSORS}):
-        stored.update(stored_tensors(folder / name, where))
-    names = {key: tensor.file.name for key, tensor in stored.items()}
-    absent = [key for key, name in listed.items() if names.get(key) != name]
-    if absent:
+    if (folder / SAFETENSORS).is_file():
+        return stored_tensors(folder / SAFETENSORS, where)
+    index = folder / SAFETENSORS_INDEX
+    if not index.is_file():
+        pickles = sorted(file.name for file in folder.glob("pytorch_model*.bin"))
+        hint = f"; convert {pickles[0]} to safetensors" if pickles else ""
         raise ModelError(
-            f"{where}: {folder / SAFETENSORS_INDEX} lists {len(listed)} tensors and {len(absent)} "
-            f"of them are not in the files it names ({', '.join(absent[:3])}); fetch the model "
-            "again"
+            f"{where}: {folder} has no weights: neither {SAFETENSORS} nor {SAFETENSORS_INDEX} "
+            f"exists{hint}"
         )
-    return stored
-
-
-def _weight_map(folder: Path, index: str, where: str) -> dict[str, str]:
-    """Return the file of each tensor; nothing if there is no index."""
-    file = folder / index
-    if not file.is_file():
-        return {}
     try:
-        weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+        files: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{where}: {file} is not a weight index: {error!r}") from error
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelError(f"{where}: {file} lists no weights")
-    names = sorted({*weight_map.values()})
+        raise ModelError(f"{where}: {index} is not a weight index: {error!r}") from error
+    names = sorted({*files.values()})
+    if not names:
+        raise ModelError(f"{where}: {index} lists no weights")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ModelError(
-            f"{where}: {file} lists {len(names)} weight files and {len(missing)} of them"
+            f"{where}: {index} lists {len(names)} weight files and {len(missing)} of them"
             f" do not exist ({', '.join(missing[:3])}); fetch the model again"
         )
-    return weight_map
+    stored = {k: one for name in names for k, one in stored_tensors(folder / name, where).items()}
+    homes = {key: one.file.name for key, one in stored.items()}
+    absent = [key for key, name in files.items() if homes.get(key) != name]
+    if absent:
+        raise ModelError(
+            f"{where}: {index} lists {len(files)} tensors and {len(absent)} of them are not in the "
+            f"files it names ({', '.join(absent[:3])}); fetch the model again"
+        )
+    return stored
 
 
 def stored_tensors(file: Path, where: str) -> dict[str, StoredTensor]:
@@ -175,7 +151,7 @@ def stored_tensors(file: Path, where: str) -> dict[str, StoredTensor]:
     header.pop("__metadata__", None)
     tensors = {}
     for key, entry in header.items():
-        dtype = DTYPES.get(entry["dtype"])
+        dtype = str_to_torch_dtype.get(entry["dtype"])
         if dtype is None:
             raise ModelError(
                 f"{where}: {file} holds {key} as {entry['dtype']}, which cannot be loaded; store "
