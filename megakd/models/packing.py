@@ -34,9 +34,12 @@ Packing = Literal["positions", "mask", "masks_by_type", "apart"]
 them; a mask [B, 1, T, T]; a mask for each type of layer; or that a row has one document."""
 DOCUMENTS = (9, 12)
 """Tokens of the two documents of the row that decides."""
+ROW = 5 + torch.arange(sum(DOCUMENTS))[None] * 7 % 400
+POSITIONS = torch.cat([torch.arange(count) for count in DOCUMENTS])[None]
 LARGEST_DIFFERENCE = 1e-5
 """Of logits, as a part of the largest; where documents mix it is above 1e-3."""
-Inputs = Callable[[], dict[str, Any]]
+Parts = Sequence[Tensor]
+"""Logits [1, T, V] of each of the two documents."""
 
 
 def packing_of(config: PretrainedConfig, attention: str | None) -> Packing:
@@ -66,25 +69,31 @@ def _packing_tried(config: PretrainedConfig, attention: str | None) -> Packing:
     # An attention that takes boundaries lacks parts of others, such as sinks: theirs is right.
     takes_boundaries = _takes_boundaries(attention)
     chosen = None if takes_boundaries else attention
-    tokens, positions = _tokens(), _positions()
-    model = copy_that_runs(config, "causal_lm", tokens=tokens, attention=chosen)
+    model = copy_that_runs(config, "causal_lm", tokens=ROW, attention=chosen)
     if model is None:
         return "apart"
     with torch.no_grad():
-        parts = [logits_of(model, part) for part in tokens.split(DOCUMENTS, dim=1)]
-    alone = torch.cat(parts, dim=1)
-    ways: dict[Packing, Inputs] = {
-        "positions": dict,
-        "mask": lambda: {"attention_mask": document_mask(positions, alone.dtype)},
-        "masks_by_type": lambda: {"attention_mask": _masks_by_type(model, positions)},
+        alone = [logits_of(model, part) for part in ROW.split(DOCUMENTS, dim=1)]
+
+    def row(**inputs: Any) -> Parts:
+        return logits_of(model, ROW, position_ids=POSITIONS, **inputs).split(DOCUMENTS, dim=1)
+
+    def with_boundaries() -> Parts:
+        register_packed_attention()
+        model.set_attn_implementation(VARLEN)  # for flash attention too, which no CPU has
+        return row(**_boundaries(documents_of(POSITIONS.numpy())))
+
+    ways: dict[Packing, Callable[[], Parts]] = {
+        "positions": row,
+        "mask": lambda: row(attention_mask=document_mask(POSITIONS, alone[0].dtype)),
+        "masks_by_type": lambda: row(attention_mask=_masks_by_type(model, POSITIONS)),
+        "apart": lambda: _padded(model),
     }
-    boundaries: dict[Packing, Inputs] = {"positions": lambda: _with_boundaries(model)}
-    result: Packing = "apart"
-    for way, inputs in (boundaries if takes_boundaries else ways).items():
-        if _is_same(model, inputs, alone):
-            result = way
-            break
-    if result == "apart" and not takes_boundaries and not _is_same_padded(model, parts):
+    if takes_boundaries:
+        ways = {"positions": with_boundaries, "apart": lambda: alone}
+    ways_that_hold = (way for way, compute in ways.items() if _is_same(compute, alone))
+    result: Packing | None = next(ways_that_hold, None)
+    if result is None:
         raise ModelError(
             f"a {config.model_type} model does not compute a text beside padding as it computes it "
             "alone, so that texts cannot share a batch; use another family"
@@ -101,44 +110,24 @@ _PACKINGS = Known(
 )
 
 
-def _with_boundaries(model: PreTrainedModel) -> dict[str, Any]:
-    register_packed_attention()
-    model.set_attn_implementation(VARLEN)  # for flash attention too, which no CPU has
-    return _boundaries(documents_of(_positions().numpy()))
-
-
-def _tokens() -> Tensor:
-    return 5 + torch.arange(sum(DOCUMENTS))[None] * 7 % 400
-
-
-def _positions() -> Tensor:
-    return torch.cat([torch.arange(count) for count in DOCUMENTS])[None]
+def _padded(model: PreTrainedModel) -> Parts:
+    # The documents are rows, padded on the right.
+    ids = pad_sequence([part[0] for part in ROW.split(DOCUMENTS, dim=1)], batch_first=True)
+    mask = (torch.arange(max(DOCUMENTS)) < torch.tensor(DOCUMENTS)[:, None]).long()
+    rows = logits_of(model, ids, attention_mask=mask)
+    return [row[None, :count] for row, count in zip(rows, DOCUMENTS, strict=True)]
 
 
 @torch.no_grad()
-def _is_same(
-    model: PreTrainedModel, arguments: Callable[[], dict[str, Any]], alone: Tensor
-) -> bool:
-    # Whether the model computes the documents in one row as it computes them alone.
+def _is_same(compute: Callable[[], Parts], alone: Parts) -> bool:
     try:
-        together = logits_of(model, _tokens(), position_ids=_positions(), **arguments())
+        together = compute()
     except Exception as error:  # noqa: BLE001 - a model refuses arguments in its own way
         logger.debug("documents cannot share a row: %s", error)
         return False
-    return bool((together - alone).abs().max() <= LARGEST_DIFFERENCE * alone.abs().max())
-
-
-@torch.no_grad()
-def _is_same_padded(model: PreTrainedModel, alone: Sequence[Tensor]) -> bool:
-    # Whether rows padded on the right are computed as the documents alone.
-    ids = pad_sequence([part[0] for part in _tokens().split(DOCUMENTS, dim=1)], batch_first=True)
-    mask = (torch.arange(max(DOCUMENTS)) < torch.tensor(DOCUMENTS)[:, None]).long()
-    rows = logits_of(model, ids, attention_mask=mask)
-    largest = max(part.abs().max().item() for part in alone)
-    return all(
-        (row[:count] - part[0]).abs().max() <= LARGEST_DIFFERENCE * largest
-        for row, part, count in zip(rows, alone, DOCUMENTS, strict=True)
-    )
+    largest = max(float(part.abs().max()) for part in alone)
+    differences = [(one - other).abs().max() for one, other in zip(together, alone, strict=True)]
+    return all(bool(difference <= LARGEST_DIFFERENCE * largest) for difference in differences)
 
 
 def document_mask(positions: Tensor, dtype: torch.dtype) -> Tensor:
@@ -215,27 +204,20 @@ def set_attention(
             f"model has {lacking}, which {wanted} does not support; use eager, or remove the key"
         )
     check_varlen(config, source)
-    name = attention_name(model, source, task, device)
-    if name == VARLEN and device.type == "cuda" and not _has_kernel(model):
-        raise ModelError(
-            f"{source.where.removesuffix('.model')}.attn_implementation: varlen needs bf16 or "
-            "fp16 on a GPU, no attention dropout, and heads of at most 256 columns, a multiple of "
-            "8; use sdpa"
-        )
-    if name is not None:
-        model.set_attn_implementation(name)
+    is_packed = wanted == VARLEN or (wanted is None and task == "causal_lm")
+    if is_packed and device.type == "cuda":
+        if _has_kernel(model):
+            wanted = VARLEN
+        elif wanted is not None:
+            raise ModelError(
+                f"{source.where.removesuffix('.model')}.attn_implementation: varlen needs bf16 or "
+                "fp16 on a GPU, no attention dropout, and heads of at most 256 columns, a multiple "
+                "of 8; use sdpa"
+            )
+    if wanted is not None:
+        model.set_attn_implementation(wanted)
     if task == "causal_lm":  # tried here, and not in a forward of all ranks
         packing_at(source.where, config, config._attn_implementation)  # noqa: SLF001
-
-
-def attention_name(
-    model: PreTrainedModel, source: ModelSource, task: TaskType, device: torch.device
-) -> str | None:
-    """Return the attention that a model uses on a device; None: transformers chooses."""
-    is_packed = task == "causal_lm" and device.type == "cuda"
-    if source.attn_implementation is None and is_packed and _has_kernel(model):
-        return VARLEN
-    return source.attn_implementation
 
 
 def _has_kernel(model: PreTrainedModel) -> bool:
