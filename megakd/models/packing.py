@@ -89,19 +89,17 @@ def _packing_tried(config: PretrainedConfig, attention: str | None) -> Packing:
         "masks_by_type": lambda: row(attention_mask=_masks_by_type(model, POSITIONS)),
         "apart": lambda: _padded(model),
     }
-    if takes_boundaries:
-        ways = {"positions": with_boundaries, "apart": lambda: alone}
-    ways_that_hold = (way for way, compute in ways.items() if _is_same(compute, alone))
-    result: Packing | None = next(ways_that_hold, None)
-    if result is None:
-        raise ModelError(
-            f"a {config.model_type} model does not compute a text beside padding as it computes it "
-            "alone, so that texts cannot share a batch; use another family"
-        )
-    if attention is None:  # the loaded model names the attention that transformers has chosen
-        chosen = model.config._attn_implementation  # noqa: SLF001
-        _PACKINGS.note(result, config, chosen)
-    return result
+    boundaries: dict[Packing, Callable[[], Parts]]
+    boundaries = {"positions": with_boundaries, "apart": lambda: alone}
+    for way, compute in (boundaries if takes_boundaries else ways).items():
+        if _is_same(compute, alone):
+            if attention is None:  # the loaded model names the attention that it has
+                _PACKINGS.note(way, config, model.config._attn_implementation)  # noqa: SLF001
+            return way
+    raise ModelError(
+        f"a {config.model_type} model does not compute a text beside padding as it computes it "
+        "alone, so that texts cannot share a batch; use another family"
+    )
 
 
 # Without keys of a config that do not change how its model mixes tokens.
