@@ -68,7 +68,13 @@ def plan_loading(
 
     For arguments and errors see `megakd.models.loading.check_model`.
     """
-    _check_sizes(source, task, tokenizer_size)
+    if tokenizer_size > source.config.vocab_size:
+        raise ModelError(
+            f"{source.where}: the tokenizer has {tokenizer_size} tokens, and the embedding of the "
+            f"model has {source.config.vocab_size}; set task.tokenizer to the tokenizer of the "
+            "model"
+        )
+    check_length(source, task)
     config = copy.deepcopy(source.config)
     if source.quantization is not None:  # transformers alone knows its tensors
         label_order(config, label_names, where=source.where)
@@ -95,16 +101,6 @@ def plan_loading(
         _check_tensors(match, source, empty)
         _check_ties(empty, source)
     return config, match
-
-
-def _check_sizes(source: ModelSource, task: TaskConfig, tokenizer_size: int) -> None:
-    if tokenizer_size > source.config.vocab_size:
-        raise ModelError(
-            f"{source.where}: the tokenizer has {tokenizer_size} tokens, and the embedding of the "
-            f"model has {source.config.vocab_size}; set task.tokenizer to the tokenizer of the "
-            "model"
-        )
-    check_length(source, task)
 
 
 def check_length(source: ModelSource, task: TaskConfig) -> None:

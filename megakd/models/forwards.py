@@ -69,12 +69,8 @@ def calls_of(model: Timed, batches: Sequence[Sequence[int]]) -> Call:
 
     A batch is padded to its longest text. The tokens are random, and the same every time.
     """
-    return partial(_call_all, [forward(model, _inputs(model, texts)) for texts in batches])
-
-
-def _call_all(calls: Sequence[Call]) -> None:
-    for call in calls:
-        call()
+    calls = [forward(model, _inputs(model, texts)) for texts in batches]
+    return lambda: [call() for call in calls]
 
 
 def milliseconds(call: Call) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -70,7 +70,10 @@ def complete(
     lengths = [len(prompt) for prompt in prompts]
     check_prompt_lengths(lengths, sampling.max_new_tokens, context_length(generative.config))
     completions: dict[int, Completion] = {}
-    with torch.no_grad(), evaluating(model), without_settings(generative), rng_of(generative):
+    place = generative.device.type
+    devices = [] if place == "cpu" else [generative.device]
+    rng = torch.random.fork_rng(devices, device_type="cuda" if place == "cpu" else place)
+    with torch.no_grad(), evaluating(model), without_settings(generative), rng:
         # Prompts of similar length need little padding. The longest prompts come first: if the
         # memory is too small for them, the error comes at once.
         order = sorted(range(len(prompts)), key=lambda row: -lengths[row])
@@ -78,7 +81,11 @@ def complete(
             rows = order[first : first + rows_at_once]
             torch.manual_seed(seeds[rows[0]])
             texts = continued(generative, [prompts[row] for row in rows], sampling, tokens)
-            completions |= zip(rows, (_completion(ids, tokens.end) for ids in texts), strict=True)
+            for row, ids in zip(rows, texts, strict=True):
+                ends = (place for place, token in enumerate(ids) if token in tokens.end)
+                last = next(ends, None)
+                count = len(ids) if last is None else last + 1
+                completions[row] = Completion(tuple(ids[:count]), finished=last is not None)
     return [completions[row] for row in range(len(prompts))]
 
 
@@ -130,14 +137,6 @@ def continued(
     return [texts[row] for row in range(len(prompts))]
 
 
-def rng_of(model: Any) -> AbstractContextManager[None]:
-    """Restore the random generators of the CPU and of a model's device after the body."""
-    device = model.device
-    if device.type == "cpu":
-        return torch.random.fork_rng(devices=[])
-    return torch.random.fork_rng(devices=[device], device_type=device.type)
-
-
 def _cache_of(model: Any, output: Any, places: Tensor) -> dict[str, DynamicCache]:
     """Return the cache of the rows at `places` as an argument of `generate`.
 
@@ -153,13 +152,6 @@ def _cache_of(model: Any, output: Any, places: Tensor) -> dict[str, DynamicCache
     # `batch_select_indices` leaves the states of linear attention as they are.
     cache.reorder_cache(cast("LongTensor", places))
     return {name: cache}
-
-
-def _completion(ids: Sequence[int], end_tokens: frozenset[int]) -> Completion:
-    for number, token in enumerate(ids):
-        if token in end_tokens:
-            return Completion(tuple(ids[: number + 1]), finished=True)
-    return Completion(tuple(ids), finished=False)
 
 
 def generation_config_of(source: ModelSource) -> GenerationConfig | None:

@@ -32,7 +32,7 @@ def initialize_parameters(
     whole at a time, unless a constructor alone knows values, as those of an activation that learns
     (Apertus): then the model is built once more. This is a collective for a sharded model.
     """
-    built: dict[str, nn.Parameter] = {}
+    whole: PreTrainedModel | None = None
     waiting = {id(parameter) for parameter in parameters}
     # The rule of a whole attention must not change the weights that the attention already has.
     with _replaced(dict(model.named_modules()), "meta") as (parts, _):
@@ -44,15 +44,11 @@ def initialize_parameters(
             values = _draw(model, name, seed)
             for key, parameter in fresh.items():
                 if values[key].isnan().any():
-                    built = built or _built_whole(model, seed)
-                    values[key] = built[f"{name}.{key}"].detach()
+                    with cpu_seeded(seed), torch.device("cpu"):
+                        whole = whole or type(model)(copy.deepcopy(model.config))
+                    values[key] = whole.get_parameter(f"{name}.{key}").detach()
                 drawn = values[key].flatten()
                 set_values(parameter, lambda start, stop, drawn=drawn: drawn[start:stop])
-
-
-def _built_whole(model: PreTrainedModel, seed: int) -> dict[str, nn.Parameter]:
-    with cpu_seeded(seed), torch.device("cpu"):
-        return dict(type(model)(copy.deepcopy(model.config)).named_parameters())
 
 
 def _draw(model: PreTrainedModel, name: str, seed: int) -> dict[str, Tensor]:

@@ -104,9 +104,14 @@ class OnnxModel:
 
     def logits(self, inputs: Mapping[str, Tensor]) -> NDArray[np.float32]:
         """Return the logits [B, C] or [B, T, V] of token numbers and masks [B, T]."""
-        given = {name: inputs[name].numpy() for name in self.inputs}
-        (logits,) = self.session.run(["logits"], given)
-        return np.asarray(logits)
+        return self.outputs(inputs, ["logits"])[0]
+
+    def outputs(
+        self, inputs: Mapping[str, Tensor], names: Sequence[str]
+    ) -> list[NDArray[np.float32]]:
+        """Return the tensors of these names; see `logits`."""
+        numbers = {name: inputs[name].numpy() for name in self.inputs}
+        return [*map(np.asarray, self.session.run(list(names), numbers))]
 
 
 class _Logits(nn.Module):
@@ -147,7 +152,7 @@ def _export(model: PreTrainedModel, names: Sequence[str], graph: Path) -> None:
                 output_names=["logits"],
                 dynamic_shapes=((free,) * len(inputs),),
                 opset_version=18,
-                external_data=_bytes(model) > MOST_IN_ONE_FILE,
+                external_data=model.get_memory_footprint(return_buffers=False) > MOST_IN_ONE_FILE,
                 dynamo=True,
                 verbose=False,
             )
@@ -188,10 +193,6 @@ def _example(
     mask[-1, (tokens + 1) // 2 :] = 0
     given = {"input_ids": ids, "attention_mask": mask}
     return {name: given.get(name, torch.zeros_like(ids)) for name in names}
-
-
-def _bytes(model: PreTrainedModel) -> int:
-    return sum(one.nbytes for one in model.parameters())
 
 
 @contextmanager

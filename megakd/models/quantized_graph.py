@@ -94,8 +94,7 @@ def _by_outliers(whole: Path, scores: Scores) -> list[str]:
     onnx_model, outliers = OnnxModel(watched), dict.fromkeys(names, 0.0)
 
     def logits(inputs: Mapping[str, Tensor]) -> NDArray[np.float32]:
-        given = {name: inputs[name].numpy() for name in onnx_model.inputs}
-        first, *rest = map(np.asarray, onnx_model.session.run(["logits", *names], given))
+        first, *rest = onnx_model.outputs(inputs, ["logits", *names])
         for name, one in zip(names, rest, strict=True):
             sizes = np.abs(one)
             outliers[name] = max(outliers[name], float(sizes.max() / max(sizes.mean(), 1e-30)))

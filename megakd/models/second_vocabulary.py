@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from megakd.contract.batch import LogitWarp
-from megakd.engine.sharding import full_shape, gathered, sharded_construction, writes_here
+from megakd.engine.sharding import full_shape, gathered, sharded_construction
 from megakd.models.initial_values import initialize_parameters
 
 if TYPE_CHECKING:
@@ -90,13 +90,13 @@ def add_second_vocabulary(
     dtype: torch.dtype,
     seed: int,
 ) -> None:
-    """Give a model a second vocabulary with new weights; a collective under ZeRO 3."""
+    """Give a model a second vocabulary with new weights; a collective under ZeRO 3.
+
+    The bias is zero since the vocabulary was built.
+    """
     second = build_second_vocabulary(model, size, ds=ds, dtype=dtype)
     drawn = [p for name, p in second.named_parameters() if name != "bias"]
     initialize_parameters(model, drawn, seed=seed)
-    with gathered([second.bias], modify=True), torch.no_grad():
-        if writes_here(second.bias):
-            second.bias.zero_()
 
 
 def build_second_vocabulary(

@@ -149,8 +149,11 @@ class WidthsAttention(T5Attention):
         if position_bias is None and self.has_relative_attention_bias:
             length = hidden_states.shape[1]
             position_bias = self.compute_bias(length, length, device=hidden_states.device)
-        if vectors[0].shape[-1] == 0:
-            return self.o(_nothing(*vectors, position_bias)), position_bias, None
+        if vectors[0].shape[-1] == 0:  # through nothing a gradient of zero reaches all
+            nothing = vectors[0] + sum(part.sum(1, keepdim=True) for part in vectors[1:])
+            if position_bias is not None:
+                nothing = nothing + position_bias[:, :0].sum((2, 3))
+            return self.o(nothing), position_bias, None
         mixed, weights = self._mixed(*vectors, mask, position_bias, **kwargs)
         return self.o(mixed.flatten(2)), position_bias, weights
 
@@ -191,12 +194,6 @@ class WidthsAttention(T5Attention):
             return position_bias[:, :heads]
         columns = torch.tensor(self.columns[:heads], device=position_bias.device)
         return position_bias.index_select(1, columns)
-
-
-def _nothing(queries: Tensor, keys: Tensor, values: Tensor, position_bias: Tensor | None) -> Tensor:
-    """Return an output without heads, [B, T, 0], through which a gradient of zero reaches all."""
-    nothing = queries + keys.sum(1, keepdim=True) + values.sum(1, keepdim=True)
-    return nothing if position_bias is None else nothing + position_bias[:, :0].sum((2, 3))
 
 
 class WidthsBlock(T5Block):
@@ -251,12 +248,6 @@ class T5ClassifierModel(T5PreTrainedModel):
         self.num_labels = config.num_labels or 1
         self.encoder = WidthsStack(changed(config, use_cache=False), layers=config.num_layers)
         self.classifier = nn.Linear(config.d_model, self.num_labels)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.encoder.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.encoder.embed_tokens = value
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
