@@ -58,18 +58,14 @@ def sample_lengths(lengths: Sequence[int], batch: int) -> list[list[int]]:
     return [drawn[number::count] for number in range(count)]
 
 
-def forward(model: Timed, inputs: dict[str, Any]) -> Call:
-    """Return a forward; a causal LM computes the last position, as before it generates."""
-    last = {LAST_POSITIONS: 1} if LAST_POSITIONS in signature(model.forward).parameters else {}
-    return partial(model, **inputs, **last)
-
-
 def calls_of(model: Timed, batches: Sequence[Sequence[int]]) -> Call:
     """Return a function that makes a call for each batch of texts of these lengths.
 
-    A batch is padded to its longest text. The tokens are random, and the same every time.
+    A batch is padded to its longest text. The tokens are random, and the same every time. A causal
+    LM computes the last position, as before it generates.
     """
-    calls = [forward(model, _inputs(model, texts)) for texts in batches]
+    last = {LAST_POSITIONS: 1} if LAST_POSITIONS in signature(model.forward).parameters else {}
+    calls = [partial(model, **_inputs(model, texts), **last) for texts in batches]
     return lambda: [call() for call in calls]
 
 

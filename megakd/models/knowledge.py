@@ -215,8 +215,7 @@ def attentions_taken(model: Any, layers: Sequence[int]) -> Iterator[dict[int, At
 
     with ExitStack() as hooks:
         for layer, block in blocks.items():
-            hook = block.register_forward_hook(partial(note_output, layer))
-            hooks.callback(hook.remove)
+            hooks.enter_context(block.register_forward_hook(partial(note_output, layer)))
         if blocks:
             hooks.enter_context(attentions_seen(note))
         yield attentions

@@ -39,7 +39,6 @@ from megakd.errors import ModelError, one_line, suggestion
 from megakd.models.architectures import (
     HEAD_COUNTS,
     NARROW,
-    Architecture,
     class_name,
     counts_padding,
     narrow_maps,
@@ -129,8 +128,7 @@ def resolve_model(
     if file is not None:
         config = _checked_config(partial(gguf_config, file, task, where), f"{where}: {file}")
         _built_as(config.model_type, architecture, where)
-        family = _architecture(config, task, where)
-        return ModelSource(name=spec, folder=file, config=config, architecture=family, where=where)
+        return _source(config, task, where, name=spec, folder=file)
     stored = {}
     if with_weights:
         stored = check_weight_files(folder, where)
@@ -146,16 +144,8 @@ def resolve_model(
     config = _checked_config(make, f"{where}: {folder / CONFIG}")
     if model_type != keys["model_type"]:
         config, stored = _read_original_t5(config, stored, model_type, where)
-    family = _architecture(config, task, where)
-    return ModelSource(
-        name=spec,
-        folder=folder,
-        config=config,
-        architecture=family,
-        where=where,
-        stored=stored,
-        trust_remote_code=trust_remote_code,
-    )
+    facts = {"stored": stored, "trust_remote_code": trust_remote_code}
+    return _source(config, task, where, name=spec, folder=folder, **facts)
 
 
 def with_vocabulary(
@@ -346,15 +336,8 @@ def _scratch_source(
             f"{where}.config: sinusoidal_pos_embds: true is not supported for a model from "
             "scratch; remove the key to use learned positions"
         )
-    family = _architecture(config, task, f"{where}.config")
-    return ModelSource(
-        name=f"new {model_type}",
-        folder=None,
-        config=config,
-        architecture=family,
-        where=where,
-        wants_vocabulary="vocab_size" not in keys,
-    )
+    facts = {"name": f"new {model_type}", "wants_vocabulary": "vocab_size" not in keys}
+    return _source(config, task, where, folder=None, **facts)
 
 
 def _built_as(model_type: str, wanted: str | None, where: str) -> str:
@@ -453,11 +436,14 @@ def _checked_config(make: Callable[[], PretrainedConfig], where: str) -> Pretrai
     return config
 
 
-def _architecture(config: PretrainedConfig, task: TaskConfig, where: str) -> Architecture:
+def _source(
+    config: PretrainedConfig, task: TaskConfig, where: str, *, folder: Path | None, **facts: Any
+) -> ModelSource:
     try:
-        return for_task(config, task.type)
+        family = for_task(config, task.type)
     except ModelError as error:
-        raise ModelError(f"{where}: {error}") from None
+        raise ModelError(f"{where}{'' if folder else '.config'}: {error}") from None
+    return ModelSource(config=config, architecture=family, where=where, folder=folder, **facts)
 
 
 def _folder_of(spec: str, where: str, patterns: Sequence[str]) -> Path:

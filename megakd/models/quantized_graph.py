@@ -38,10 +38,6 @@ def quantize_graph(whole: Path, graph: Path, scores: Scores | None) -> list[str]
     if scores is None:
         _quantize(whole, graph, ())
         return []
-    return [_cured(whole, graph, scores)]
-
-
-def _cured(whole: Path, graph: Path, scores: Scores) -> str:
     result = wanted = scores(OnnxModel(whole).logits)
     products, kept, is_worse = list[str](), 0, False
     for share in (*SHARES, 0.0):
@@ -62,7 +58,7 @@ def _cured(whole: Path, graph: Path, scores: Scores) -> str:
         logger.warning("the int8 graph is worse by more than two standard errors: %s", line)
     if kept:
         line += f"; {kept} of {len(products)} products stay in fp32, because of outliers"
-    return line
+    return [line]
 
 
 def _is_worse(wanted: Tensor, result: Tensor) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -101,26 +101,18 @@ def attentions_seen(note: Callable[[nn.Module, Vectors], None]) -> Iterator[None
         vars(table).pop("get_interface", None)
 
 
-@contextmanager
-def only_rows(backbone: nn.Module, rows: Tensor | None) -> Iterator[None]:
+def only_rows(backbone: nn.Module, rows: Tensor | None) -> AbstractContextManager[object]:
     """Let the modules that follow a backbone compute some positions alone, as [1, N, D].
 
     Args:
         rows: positions [N] of the flattened [B * T]; None: all positions, as [B, T, D].
     """
-    if rows is None:
-        yield
-        return
 
     def chosen(module: nn.Module, inputs: Any, output: Any) -> Any:
         output.last_hidden_state = output.last_hidden_state.flatten(0, 1)[rows][None]
         return output
 
-    hook = backbone.register_forward_hook(chosen)
-    try:
-        yield
-    finally:
-        hook.remove()
+    return nullcontext() if rows is None else backbone.register_forward_hook(chosen)
 
 
 def find_architecture(config: PretrainedConfig, task: TaskType) -> Architecture:
@@ -250,7 +242,7 @@ def _run(model: PreTrainedModel, task: TaskType) -> Seen:
     with ExitStack() as hooks:
         for part, path in paths.items():
             hook = part.register_forward_hook(lambda *called, path=path: seen.note(path, called[2]))
-            hooks.callback(hook.remove)
+            hooks.enter_context(hook)
         hooks.enter_context(attentions_seen(note_vectors))
         seen.inputs = [] if head is None else hooks.enter_context(input_of(head, product))
         # A condition chooses every element.
@@ -434,7 +426,8 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
     Raises:
         ModelError: the structure of the model cannot be read.
     """
-    return _FOUND.of(config, task_of(config) or _usual_task(config))
+    usual = (task for task in ("mlm", "causal_lm") if class_name(config, task))
+    return _FOUND.of(config, task_of(config) or next(usual, "classification"))
 
 
 # Keys of a config without which the parts of its model are where they are.
@@ -452,12 +445,6 @@ def task_of(config: PretrainedConfig) -> TaskType | None:
         if name and class_name(config, task) == name:
             return task
     return None
-
-
-def _usual_task(config: PretrainedConfig) -> TaskType:
-    if class_name(config, "mlm"):
-        return "mlm"
-    return "causal_lm" if class_name(config, "causal_lm") else "classification"
 
 
 def for_task(config: PretrainedConfig, task: TaskType) -> Architecture:
