@@ -39,11 +39,6 @@ class Valueless(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def is_remote(config: PretrainedConfig) -> bool:
-    """Return whether code beside the weights made a config, which then may make the model."""
-    return type(config).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME)
-
-
 def new_model(config: PretrainedConfig, task: TaskType, **options: Any) -> PreTrainedModel:
     """Build the model of a config for a task, on the current device.
 
@@ -54,7 +49,9 @@ def new_model(config: PretrainedConfig, task: TaskType, **options: Any) -> PreTr
     if narrow_maps(config) is not None:
         options.pop("trust_remote_code", None)
         return cast("Any", class_for(config, task))._from_config(copy.deepcopy(config), **options)  # noqa: SLF001  (what from_config calls)
-    options = {"trust_remote_code": is_remote(config), **options}
+    # Code beside the weights that has made the config may make the model.
+    is_remote = type(config).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME)
+    options = {"trust_remote_code": is_remote, **options}
     return AUTO_CLASSES[task].from_config(copy.deepcopy(config), **options)
 
 

@@ -154,21 +154,8 @@ class WidthsAttention(T5Attention):
             if position_bias is not None:
                 nothing = nothing + position_bias[:, :0].sum((2, 3))
             return self.o(nothing), position_bias, None
-        mixed, weights = self._mixed(*vectors, mask, position_bias, **kwargs)
-        return self.o(mixed.flatten(2)), position_bias, weights
-
-    def _mixed(
-        self,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        mask: Tensor | None,
-        position_bias: Tensor | None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
         parts = [
-            vectors.unflatten(-1, (-1, self.key_value_proj_dim)).transpose(1, 2)
-            for vectors in (queries, keys, values)
+            part.unflatten(-1, (-1, self.key_value_proj_dim)).transpose(1, 2) for part in vectors
         ]
         for name in ("cache", "past_key_values"):  # the second before transformers 5.24
             kwargs.pop(name, None)
@@ -176,22 +163,21 @@ class WidthsAttention(T5Attention):
             self.config._attn_implementation or "eager",  # noqa: SLF001  (all models read it so)
             eager_attention_forward,
         )
-        return compute(
+        mixed, weights = compute(
             self,
             *parts,
             mask,
             dropout=self.dropout if self.training else 0.0,
             scaling=self.scaling,
-            position_bias=self._own_bias(position_bias, parts[0].shape[1]),
+            position_bias=self._bias_of_heads(position_bias, parts[0].shape[1]),
             **kwargs,
         )
+        return self.o(mixed.flatten(2)), position_bias, weights
 
-    def _own_bias(self, position_bias: Tensor | None, heads: int) -> Tensor | None:
+    def _bias_of_heads(self, position_bias: Tensor | None, heads: int) -> Tensor | None:
         """Return the position bias of the heads that this attention has, [1, heads, T, T]."""
-        if position_bias is None:
-            return None
-        if self.columns is None:
-            return position_bias[:, :heads]
+        if position_bias is None or self.columns is None:
+            return None if position_bias is None else position_bias[:, :heads]
         columns = torch.tensor(self.columns[:heads], device=position_bias.device)
         return position_bias.index_select(1, columns)
 
