@@ -174,9 +174,6 @@ def _states_taken(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Tenso
     def note_input(_: nn.Module, inputs: Sequence[Any], named: dict[str, Any]) -> None:
         states[0] = inputs[0] if inputs else named["hidden_states"]
 
-    def note(layer: int, _: nn.Module, inputs: object, output: Any) -> None:
-        states[layer] = output if isinstance(output, Tensor) else output[0]
-
     with ExitStack() as hooks:
         for layer in layers:
             if layer == 0:
@@ -186,9 +183,13 @@ def _states_taken(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Tenso
                 is_last = layer == architecture.number_of_layers(model.config)
                 last = architecture.backbone_of(model)
                 module = last if is_last else architecture.block_of(model, layer)
-                hook = module.register_forward_hook(partial(note, layer))
-            hooks.callback(hook.remove)
+                hook = module.register_forward_hook(partial(_take, states, layer))
+            hooks.enter_context(hook)
         yield states
+
+
+def _take(to: dict[int, Tensor], layer: int, _: nn.Module, inputs: object, output: Any) -> None:
+    to[layer] = output if isinstance(output, Tensor) else output[0]
 
 
 @contextmanager
@@ -210,12 +211,9 @@ def attentions_taken(model: Any, layers: Sequence[int]) -> Iterator[dict[int, At
         if module in layer_of:
             seen.setdefault(layer_of[module], vectors)
 
-    def note_output(layer: int, _: nn.Module, inputs: object, output: Any) -> None:
-        outputs[layer] = output if isinstance(output, Tensor) else output[0]
-
     with ExitStack() as hooks:
         for layer, block in blocks.items():
-            hooks.enter_context(block.register_forward_hook(partial(note_output, layer)))
+            hooks.enter_context(block.register_forward_hook(partial(_take, outputs, layer)))
         if blocks:
             hooks.enter_context(attentions_seen(note))
         yield attentions

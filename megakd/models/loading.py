@@ -137,10 +137,12 @@ def resolve_model(
     hint = "" if with_weights else "; a plan reads this file alone"
     keys = _read_config(folder, where, trust_remote_code=trust_remote_code, hint=hint)
     model_type = _built_as(keys["model_type"], architecture, where)
-    options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-    make = partial(config_in, folder, **options)
-    if task.type == "causal_lm":
-        make = partial(_text_part, make, keys)
+
+    def make() -> PretrainedConfig:
+        options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+        config = config_in(folder, **options)
+        return _text_part(config, keys) if task.type == "causal_lm" else config
+
     config = _checked_config(make, f"{where}: {folder / CONFIG}")
     if model_type != keys["model_type"]:
         config, stored = _read_original_t5(config, stored, model_type, where)
@@ -377,14 +379,11 @@ def _read_original_t5(
     return READ_T5_AS[model_type](**keys), renamed
 
 
-def _text_part(make: Callable[[], PretrainedConfig], keys: Mapping[str, Any]) -> PretrainedConfig:
+def _text_part(config: PretrainedConfig, keys: Mapping[str, Any]) -> PretrainedConfig:
     """Return the config of the decoder in a model that also reads images or sound, if it has one.
 
-    Args:
-        make: returns the config of the whole model.
-        keys: of the config file.
+    The keys are those of the config file.
     """
-    config = make()
     text = config.get_text_config(decoder=True)
     if text is config or class_name(text, "causal_lm") is None:
         return config

@@ -148,11 +148,10 @@ def write_weights(
 
 def weight_bytes(folder: Path, dtype: torch.dtype | None = None) -> int:
     """Return the size on disk of a folder's weights, or the size that they have in a dtype."""
-    files = [*folder.glob("*.safetensors")]
-    size = sum(path.stat().st_size for path in files)
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if dtype is None:
         return size
-    numbers = [one for file in files for one in _numbers_in(file)]
+    numbers = _numbers_in(folder, "*.safetensors")
     return size + sum(
         (dtype.itemsize - one.dtype.itemsize) * math.prod(one.shape) for one in numbers
     )
@@ -160,12 +159,12 @@ def weight_bytes(folder: Path, dtype: torch.dtype | None = None) -> int:
 
 def dtypes_of(folder: Path) -> set[torch.dtype]:
     """Return the dtypes of the floating-point weights of a folder."""
-    return {one.dtype for file in folder.glob("model*.safetensors") for one in _numbers_in(file)}
+    return {one.dtype for one in _numbers_in(folder, "model*.safetensors")}
 
 
-def _numbers_in(file: Path) -> list[StoredTensor]:
-    stored = stored_tensors(file, str(file.parent)).values()
-    return [one for one in stored if one.dtype.is_floating_point]
+def _numbers_in(folder: Path, pattern: str) -> list[StoredTensor]:
+    files = [stored_tensors(file, str(folder)).values() for file in folder.glob(pattern)]
+    return [one for stored in files for one in stored if one.dtype.is_floating_point]
 
 
 def write_weights_as(dtype: torch.dtype, source: Path, folder: Path) -> None:
