@@ -242,11 +242,23 @@ def load_model(  # noqa: PLR0913  (each is another fact about the run)
     return model
 
 
-def config_of_folder(folder: Path, where: str) -> PretrainedConfig:
-    """Return the config of a finished model, of megakd or of transformers.
+def load_finished(
+    folder: Path,
+    where: str,
+    *,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> PreTrainedModel:
+    """Return the model of a folder as its config.json names it, of megakd or of transformers.
+
+    Args:
+        where: the key or option that asks for the model, for messages.
+        device: default: the CPU.
+        dtype: default: the stored dtype.
 
     Raises:
-        ModelError: the folder is damaged, or its config is missing or cannot be read.
+        ModelError: the folder is damaged or incomplete, its config cannot be read, its class does
+            not exist, or it is quantised.
     """
     if gguf_file(folder, where) is not None:
         raise ModelError(f"{where}: {folder} is a GGUF file; give the model in fp32, bf16 or fp16")
@@ -257,34 +269,10 @@ def config_of_folder(folder: Path, where: str) -> PretrainedConfig:
         remedy = f"; give {final}" if (final / file.name).is_file() else ""
         raise ModelError(f"{where}: {file} does not exist{remedy}")
     try:
-        return _with_named_outputs(config_in(folder))
+        config = _with_named_outputs(config_in(folder))
     except CONFIG_ERRORS as error:
         raise ModelError(f"{where}: {file} cannot be read: {one_line(error)}") from error
-
-
-def load_finished(
-    folder: Path,
-    where: str,
-    *,
-    config: PretrainedConfig | None = None,
-    device: torch.device | None = None,
-    dtype: torch.dtype | None = None,
-) -> PreTrainedModel:
-    """Return the model of a folder as its config.json names it, of megakd or of transformers.
-
-    Args:
-        where: the key or option that asks for the model, for messages.
-        config: what `config_of_folder` returned of the folder, which verifies it; default: read it.
-        device: default: the CPU.
-        dtype: default: the stored dtype.
-
-    Raises:
-        ModelError: the folder is damaged or incomplete, its class does not exist, or it is
-            quantised.
-    """
-    config = config or config_of_folder(folder, where)
-    model_class: Any = class_of(config, f"{where}: {folder / 'config.json'}")
-    place = device or torch.device("cpu")
+    model_class: Any = class_of(config, f"{where}: {file}")
     method = method_of(config)
     if method is not None:
         raise ModelError(
@@ -299,7 +287,7 @@ def load_finished(
     lacking = listed(sorted(report["missing_keys"]), 3)
     if lacking:
         raise ModelError(f"{where}: {folder} lacks {lacking}; give a folder with all weights")
-    return model.to(place)
+    return model.to(device or torch.device("cpu"))
 
 
 def _scratch_source(

@@ -13,7 +13,7 @@ from megakd.models.architectures import AUTO_CLASSES
 from megakd.models.axes import WIDTH, weight_axes
 from megakd.models.cutting import content_of, cut_config
 from megakd.models.elastic import Elastic
-from megakd.models.loading import config_of_folder, load_finished
+from megakd.models.loading import load_finished
 from megakd.models.model_folder import brings_code, write_model_folder
 from megakd.models.structure import architecture_of, find_architecture, for_task
 from megakd.models.units import find_units
@@ -131,8 +131,7 @@ def test_layers_of_different_sizes_bring_the_file_of_their_class(model_type, few
     assert torch.equal(bare(tokens, use_cache=False).last_hidden_state, states)
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         AutoConfig.from_pretrained(tmp_path / "cut", trust_remote_code=False)
-    config = config_of_folder(tmp_path / "cut", "model")
-    assert architecture_of(config).units(config)[:2] == view[:2]
+    assert architecture_of(opened.config).units(opened.config)[:2] == view[:2]
     again = View(view.heads, (fewest, 8))
     check_cut(opened, "causal_lm", tmp_path / "again", again)
 
