@@ -108,8 +108,37 @@ def fill_serving_folder(
 
     Names and bytes of the tensors are those of `fill_model_folder`.
     """
-    dtype = write_weights(folder, model.state, shard_bytes=shard_bytes)
-    _write_config(folder, model, dtype)
+    config = copy.deepcopy(model.config)
+    config.dtype = write_weights(folder, model.state, shard_bytes=shard_bytes)
+    if model.architecture is not None:
+        config.architectures = [model.architecture]
+    register_own_models()
+    # That of the folder that the config was read from, whose files of code are not copied.
+    vars(config).pop("auto_map", None)
+    file, is_narrow = file_of_code(config), narrow_maps(config) is not None
+    if file is not None:
+        classes = {
+            auto.__name__: auto._model_mapping.get(type(config), None)  # noqa: SLF001
+            for auto in (AutoModel, *AUTO_CLASSES.values())
+        }
+        config.auto_map = {
+            name: f"{file.stem}.{(narrow_class(cls) if is_narrow else cls).__name__}"
+            for name, cls in {**classes, "AutoConfig": type(config)}.items()
+            if isinstance(cls, type)
+        }
+    # save_pretrained refuses the generation keys that older configs on the Hub carry.
+    keys = json.loads(config.to_json_string())
+    if is_narrow:  # transformers 4 has no class of it
+        keys["model_type"] = narrow_class(type(config)).model_type
+    else:
+        keys |= rotary_keys_of_4(keys)
+    write_json(folder / CONFIG, keys)
+    decoder = class_name(config, "causal_lm")
+    # Code of a folder may have the type of a stock model, and another class of its config.
+    decoder = decoder or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    if decoder in (config.architectures or ()):
+        settings = generation_of(config, model.tokenizer)
+        settings.to_json_file(folder / "generation_config.json")
 
 
 def write_weights(
@@ -231,40 +260,6 @@ def rotary_keys_of_4(keys: Mapping[str, Any]) -> dict[str, Any]:
             scaling = {"type": "longrope", **{k: rope[k] for k in ("short_factor", "long_factor")}}
     old |= {key: rope[key] for key in _ROTARY_KEYS_OF_4 if key in rope}
     return {**old, "rope_scaling": None if rope["rope_type"] == "default" else scaling}
-
-
-def _write_config(folder: Path, model: ModelContent, dtype: torch.dtype) -> None:
-    config = copy.deepcopy(model.config)
-    config.dtype = dtype
-    if model.architecture is not None:
-        config.architectures = [model.architecture]
-    register_own_models()
-    # That of the folder that the config was read from, whose files of code are not copied.
-    vars(config).pop("auto_map", None)
-    file, is_narrow = file_of_code(config), narrow_maps(config) is not None
-    if file is not None:
-        classes = {
-            auto.__name__: auto._model_mapping.get(type(config), None)  # noqa: SLF001
-            for auto in (AutoModel, *AUTO_CLASSES.values())
-        }
-        config.auto_map = {
-            name: f"{file.stem}.{(narrow_class(cls) if is_narrow else cls).__name__}"
-            for name, cls in {**classes, "AutoConfig": type(config)}.items()
-            if isinstance(cls, type)
-        }
-    # save_pretrained refuses the generation keys that older configs on the Hub carry.
-    keys = json.loads(config.to_json_string())
-    if is_narrow:  # transformers 4 has no class of it
-        keys["model_type"] = narrow_class(type(config)).model_type
-    else:
-        keys |= rotary_keys_of_4(keys)
-    write_json(folder / CONFIG, keys)
-    decoder = class_name(config, "causal_lm")
-    # Code of a folder may have the type of a stock model, and another class of its config.
-    decoder = decoder or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
-    if decoder in (config.architectures or ()):
-        settings = generation_of(config, model.tokenizer)
-        settings.to_json_file(folder / "generation_config.json")
 
 
 def _without_second_names(state: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
