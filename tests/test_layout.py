@@ -23,7 +23,6 @@ RANKS = (
     ("errors",),
     ("contract",),
     ("storage", "process"),
-    ("methods",),
     ("config",),
     ("engine", "data"),
     ("models",),
@@ -32,7 +31,7 @@ RANKS = (
     ("inputs",),
     ("servers",),
     ("training",),
-    ("pruning",),
+    ("methods", "pruning"),
     ("reports",),
     ("planning",),
     ("run",),
@@ -105,9 +104,6 @@ def paper_of(module: str) -> str:
 def upward_imports(path: Path) -> list[str]:
     rank = {room: number for number, rooms in enumerate(RANKS) for room in rooms}
     room = room_of(module_name(path))
-    if paper_of(module_name(path)):
-        # The files of a paper may import what trains; a run imports them once its method is known.
-        room, rank = "methods", {**rank, "methods": rank["training"] + 1}
     ours = [name for name in imports_of(path, for_types=True) if is_within(name, "megakd")]
     return [
         name

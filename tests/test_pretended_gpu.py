@@ -15,10 +15,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from megakd.config.file import load_config
-from megakd.config.schema import variants
 from megakd.contract.batch import Batch, Documents, Knowledge, LossInputs, copied_to
 from megakd.contract.stage import Stage, backward_groups
-from megakd.contract.terms import TermConfig
+from megakd.contract.terms import TERMS
 from megakd.methods.knowledge_selection import KnowledgeSelectionConfig
 from megakd.methods.knowledge_selection.selecting import Selecting, Selector, SelectorShape
 from megakd.models import packed_attention
@@ -144,7 +143,7 @@ def losses_of(task: str) -> list[dict[str, Any]]:
     """All terms of a task."""
     return [
         {"loss": name}
-        for name in variants(TermConfig, "loss")
+        for name in TERMS.names()
         if not name.startswith(("hard", "soft")) or (name in OF_SCORES) == (task == "regression")
     ]
 
@@ -170,7 +169,7 @@ def test_every_family_and_loss_stays_on_the_gpu(run_on_gpu, tmp_path, family, ta
 
 POOL = [{"name": f"of_{layers}", "model": model("bert", layers=layers)} for layers in (4, 3)]
 CUT = {"target_sparsity": 0.5, "sparsities": [0.25, 0.5]}
-OWN = {"name": "mixed_vocabulary", "student_vocabulary": {"size": 200}}
+OWN = {"name": "mixed_vocabulary", "student_vocabulary": 200}
 HOMODISTIL = {"name": "homodistil", "target_width": 16, "cuts": 2, "pruning_end": 6}
 METHODS = {
     "finetune": ("classification", {"name": "finetune"}),

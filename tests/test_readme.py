@@ -10,9 +10,8 @@ from cut_families import FAMILIES
 
 from megakd.cli import main, train_main
 from megakd.config.file import load_config
-from megakd.config.schema import variants
-from megakd.contract.terms import TermConfig
-from megakd.methods import MethodConfig
+from megakd.contract.options import METHODS
+from megakd.contract.terms import TERMS
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +60,11 @@ def test_the_training_commands_it_lists_are_accepted(readme, repository, capsys)
 
 
 def test_it_names_every_method(readme):
-    assert [n for n in variants(MethodConfig, "name") if f"`{n}`" not in readme] == []
+    assert [n for n in METHODS.names() if f"`{n}`" not in readme] == []
 
 
 @pytest.mark.parametrize(
-    ("page", "names"), [("losses.md", variants(TermConfig, "loss")), ("families.md", FAMILIES)]
+    ("page", "names"), [("losses.md", TERMS.names()), ("families.md", FAMILIES)]
 )
 def test_the_pages_name_every_loss_and_family(pages, page, names):
     assert [name for name in names if f"`{name}`" not in pages[page]] == []

@@ -7,13 +7,12 @@ import dataclasses
 import inspect
 import json
 import textwrap
-from collections.abc import Mapping
 
 from megakd.commands.arguments import Parser, say
-from megakd.config.schema import variants
-from megakd.contract.terms import PLUGIN_TERM, TermConfig
-from megakd.errors import ConfigError, suggestion
-from megakd.methods import PLUGIN_METHOD, MethodConfig
+from megakd.contract.options import METHODS
+from megakd.contract.plugins import WrongNameError
+from megakd.contract.terms import TERMS
+from megakd.errors import ConfigError
 
 
 def add_options(parser: Parser) -> None:
@@ -24,22 +23,14 @@ def add_options(parser: Parser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the methods, or the loss terms, with their docstrings and options."""
-    name, losses = arguments.name, arguments.losses
-    kinds = variants(TermConfig, "loss") if losses else variants(MethodConfig, "name")
-    if name is not None:
-        kinds = {name: _named(name, kinds, losses=losses)}
-    say("\n\n".join(_entry(known, kind) for known, kind in kinds.items()))
-
-
-def _named(name: str, kinds: Mapping[str, type], *, losses: bool) -> type:
-    if name in kinds:
-        return kinds[name]
-    if ":" in name:
-        return (PLUGIN_TERM if losses else PLUGIN_METHOD).kind(name)
-    near, noun = suggestion(name, kinds) or ";", "loss" if losses else "method"
-    if not losses and name in variants(TermConfig, "loss"):
-        near = f"; {name} is a loss: megakd methods --losses {name};"
-    raise ConfigError(f'unknown {noun} "{name}"{near} known: {", ".join(kinds)}')
+    name, kinds = arguments.name, TERMS if arguments.losses else METHODS
+    try:
+        entries = [_entry(each, kinds.kind(each)) for each in ([name] if name else kinds.names())]
+    except WrongNameError as error:
+        is_loss = kinds is METHODS and name in TERMS.names()
+        hint = f'unknown method "{name}"; {name} is a loss: megakd methods --losses {name}; known: '
+        raise ConfigError(hint + ", ".join(error.known) if is_loss else str(error)) from None
+    say("\n\n".join(entries))
 
 
 def _entry(name: str, kind: type) -> str:

@@ -17,7 +17,7 @@ from megakd.config.models import ScratchModel, TeacherConfig
 from megakd.config.rollout import RolloutServerConfig
 from megakd.config.run import RunConfig
 from megakd.config.task import TokenizerConfig
-from megakd.contract.options import no_such_teacher
+from megakd.contract.options import file_of, methods_with, no_such_teacher
 from megakd.contract.plugins import is_metric, metric_of
 from megakd.contract.tasks import (
     AUTO,
@@ -41,7 +41,6 @@ from megakd.contract.terms import (
     source_of,
 )
 from megakd.errors import ConfigError, suggestion
-from megakd.methods import baselines_of, methods_with
 from megakd.process.terminal import in_home
 
 
@@ -49,7 +48,7 @@ def config_problems(config: RunConfig) -> list[str]:
     """Return the problems of a config that no data or model can solve, one line per problem."""
     sections = (
         *(_tables, _features, _teachers, _student, _deepspeed, _objective, _task, _labels),
-        *(_stream, _teachers_of_rows, _trainings, _metrics, _rollout),
+        *(_stream, _trainings, _metrics, _rollout),
     )
     return [problem for section in sections for problem in section(config)]
 
@@ -63,7 +62,6 @@ _CHATS = (
 _ONLY = (
     ("", "rollout", "causal_lm"),
     ("eval", "generation", "causal_lm"),
-    ("eval", "positive_label", "classification"),
     ("objective", "class_weights label_smoothing count", "classification"),
     ("objective", "on", "causal_lm"),
     ("task", "label_separator labels multi_label soft_labels", "classification"),
@@ -166,8 +164,8 @@ def _features(config: RunConfig) -> Iterator[str]:
         "routes_rows": {"task.teacher_column": config.task.teacher_column, **of_rows},
     }
     for flag, keys in features.items():
-        others = " or ".join(methods_with(flag))
         for key in () if getattr(method, flag) else [key for key, value in keys.items() if value]:
+            others = " or ".join(methods_with(flag))
             yield f"{key}: not supported by method {method.name}; remove it, or use {others}"
 
 
@@ -363,28 +361,9 @@ def _stream(config: RunConfig) -> Iterator[str]:
         yield f"{where}.max_steps: missing, and a stream (task.streaming) has no end; set the key"
 
 
-def _teachers_of_rows(config: RunConfig) -> Iterator[str]:
-    task, method = config.task, config.method
-    if not method.routes_rows:
-        return
-    sources = {f"task.mixture.{k}.teacher": s.teacher for k, s in (task.mixture or {}).items()}
-    named = {key: name for key, name in sources.items() if name is not None}
-    if task.teacher_column is None:
-        unnamed = [key for key in sources if key not in named] if named else ["task.teacher_column"]
-        yield from (f"{key}: missing, and every row names its teacher; set it" for key in unnamed)
-    elif sources and len(named) == len(sources):
-        yield "task.teacher_column: is not read, because every source names its teacher; remove it"
-    if task.streaming:
-        yield f"task.streaming: method {method.name} counts rows before training; remove the key"
-    if config.eval.losses:
-        yield "eval.losses: only training rows name a teacher, not held-out rows; remove the key"
-    for key, name in named.items():
-        if name not in config.teacher_specs:
-            yield no_such_teacher(config, key, name)
-
-
 def _trainings(config: RunConfig) -> Iterator[str]:
-    task, known = config.task, baselines_of(config.method)
+    task, of_method = config.task, getattr(file_of(config.method), "BASELINES", {})
+    known = ("alone", *of_method)
     known = (*known, TFIDF) if task.type == "classification" else known
     if config.alone is not None and "alone" not in config.trained_baselines:
         yield "alone: baselines does not list alone; add baselines: [alone], or remove the section"

@@ -28,7 +28,18 @@ class ScratchModel:
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class TeacherConfig:
+class ModelConfig:
+    """How a model is opened."""
+
+    architecture: Literal["enct5", "t5_encoder"] | None = None
+    """Architecture to load a T5 or mT5 checkpoint as; None: enct5."""
+    trust_remote_code: bool = False
+    attn_implementation: Attention | None = None
+    """None: on a GPU `varlen` for causal_lm in 16 bits, else the choice of transformers."""
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class TeacherConfig(ModelConfig):
     """The frozen model that the student learns from, with its own DeepSpeed engine."""
 
     model: Place | ScratchModel
@@ -39,8 +50,6 @@ class TeacherConfig:
     dtype: Dtype | Literal["fp8"] | None = None
     """None: on a CPU fp32; on a GPU the dtype of the checkpoint, and bf16 for fp32. fp8: bf16 with
     the linear layers in 8 bits."""
-    architecture: Literal["enct5", "t5_encoder"] | None = None
-    """Architecture to load a T5 or mT5 checkpoint as; None: enct5."""
     finetune: FinetuneOverrides | None = None
     cache: Literal["auto"] | Folder | None = None
     """Folder with the teacher's answers to the training rows, written by launch/cache_teacher.py.
@@ -50,19 +59,14 @@ class TeacherConfig:
     """Number of tokens to keep per position; only for language models."""
     cache_draws: Annotated[int, Field(ge=1, le=MOST_DRAWS)] | None = None
     """Number of random draws to keep per position in place of the most likely tokens, such as 16;
-    only for causal_lm. The gradient of the soft targets is then unbiased."""
-    cache_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Seed of the draws. Runs with any `seed` can share a cache, and another `cache_seed` gives
-    other draws."""
+    only for causal_lm. The gradient of the soft targets is then unbiased. Draws do not depend on
+    `seed`, so that runs can share a cache."""
     server: TeacherServerConfig | None = None
     """Inference servers that answer instead of the model, which is then not loaded; only for
     causal_lm."""
     joins_micro_batches: bool | None = None
     """Whether one forward answers all micro-batches of a step. None: at ZeRO 3, if they fit into
     memory."""
-    trust_remote_code: bool = False
-    attn_implementation: Attention | None = None
-    """None: on a GPU `varlen` for causal_lm in 16 bits, else the choice of transformers."""
 
     @property
     def served_model(self) -> str | None:
@@ -138,7 +142,7 @@ Layers = Annotated[tuple[Count, ...], Field(min_length=1), EACH_ONCE]
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class StudentConfig:
+class StudentConfig(ModelConfig):
     """The model that learns."""
 
     model: Place | ScratchModel
@@ -155,8 +159,3 @@ class StudentConfig:
     as the config has it. 0 makes the targets of distillation easier to match."""
     deepspeed: Place | dict[str, Any] = "auto"
     """`auto`: zero2; zero0 on one rank, but for 16 bits on a GPU or in several backwards."""
-    architecture: Literal["enct5", "t5_encoder"] | None = None
-    """Architecture to load a T5 or mT5 checkpoint as; None: enct5."""
-    trust_remote_code: bool = False
-    attn_implementation: Attention | None = None
-    """None: on a GPU `varlen` for causal_lm in 16 bits, else the choice of transformers."""

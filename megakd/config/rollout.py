@@ -12,7 +12,7 @@ from megakd.config.paths import Folder, Name
 from megakd.contract.batch import Source
 from megakd.contract.completions import Sampling
 from megakd.contract.tasks import STUDENT
-from megakd.contract.terms import EACH_ONCE, STRICT, Count, Fraction, Positive
+from megakd.contract.terms import EACH_ONCE, STRICT, Count, Fraction
 
 
 def address(text: str) -> str:
@@ -32,40 +32,38 @@ Urls = Annotated[
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class RolloutServerConfig:
-    """Replicas of a vLLM server, in an environment of their own, that generate texts."""
+class ServerConfig:
+    """Replicas of a vLLM server, in an environment of their own."""
 
     url: Urls
     """Addresses of the replicas, such as http://node7:8000; all replicas serve one model."""
+    model: Name | None = None
+    """Name or path of the model as the servers state it; None: that of `rollout.by`, or the
+    teacher's `model`, as in the config."""
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class RolloutServerConfig(ServerConfig):
+    """Servers that generate texts."""
+
     push: Literal["full", "adapter", "none"]
     """How the servers get the weights of the student before they generate: `full` writes the whole
     model into `folder`, `adapter` the adapters of `student.lora`; `none` leaves the servers as they
     are."""
-    model: Name | None = None
-    """Name or path of the model as the servers state it; None: the model that `rollout.by` names,
-    as in the config."""
     folder: Folder | None = None
     """Folder for the pushed weights, which rank 0 writes and all servers read, such as a folder in
     /dev/shm if the servers run on the node of rank 0."""
-    time_limit: Positive = 600.0
-    """Seconds for the answer to one request, including all retries while a server is busy."""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class TeacherServerConfig:
-    """Replicas of a vLLM server that answer in place of a teacher's own engine.
+class TeacherServerConfig(ServerConfig):
+    """Servers that answer in place of a teacher's own engine.
 
-    The servers return the largest log-probabilities of the next token at every position.
+    They return the largest log-probabilities of the next token at every position.
     """
 
-    url: Urls
-    """Addresses of the replicas; all replicas serve one model."""
-    model: Name | None = None
-    """Name or path of the model as the servers state it; None: the teacher's `model`."""
     top_k: Count = 64
     """Number of tokens per position that the servers return."""
-    time_limit: Positive = 600.0
-    """Seconds for the answer to one request, including all retries while a server is busy."""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

@@ -14,9 +14,9 @@ from megakd.config.paths import Folder
 from megakd.config.rollout import GenerationConfig, RolloutConfig
 from megakd.config.task import TaskConfig
 from megakd.config.train import FinetuneOverrides, TrainConfig, TrainOverrides, inherit
+from megakd.contract.options import METHODS, MethodOptions
 from megakd.contract.tasks import FROM_TEACHER, STUDENT, STUDENT_BASE, TEACHER, TFIDF, Dtype
 from megakd.contract.terms import EACH_ONCE, STRICT, Count, TermConfig
-from megakd.methods import MethodConfig
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -32,8 +32,6 @@ class EvalConfig:
     """Metric that chooses the best evaluation and is reported; None: the task's main metric."""
     metrics: tuple[str, ...] = ()
     """Further metrics to compute at every evaluation."""
-    positive_label: str | None = None
-    """The positive label of f1, precision and recall; None: the second of two labels."""
     keep_best: bool | None = None
     """Export the weights of the best evaluation instead of the last step; None: true if eval_steps
     is set."""
@@ -110,7 +108,7 @@ class RunConfig:
     output_dir: Folder
     task: TaskConfig
     student: StudentConfig
-    method: MethodConfig
+    method: Annotated[MethodOptions, METHODS]
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """At most 32 bits, the limit of NumPy's generators."""
     teacher: TeacherConfig | None = None

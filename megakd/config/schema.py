@@ -9,18 +9,20 @@ import json
 import re
 import types
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from megakd.config.names import REMOVED, synonyms
 from megakd.config.run import RunConfig
-from megakd.contract.terms import PLUGIN_TERM, PluginTerm
+from megakd.contract.options import METHODS, MethodOptions
+from megakd.contract.plugins import WrongNameError
+from megakd.contract.terms import TERMS, Term
 from megakd.errors import ConfigError, suggestion
-from megakd.methods import PLUGIN_METHOD
 
 KeyPath = tuple[str | int, ...]
+_NAMED = {MethodOptions: METHODS, Term: TERMS}
 _UNKNOWN_KEY = "unexpected_keyword_argument"
 # What pydantic calls otherwise than YAML.
 _WORDS = {
@@ -43,20 +45,8 @@ def members(annotation: Any) -> list[Any]:
     return [annotation]
 
 
-def variants(annotation: Any, tag: str) -> dict[str, Any]:
-    """Return the dataclasses of a tagged union by the value of `tag`, in the order of the union."""
-    kinds = [kind for kind in members(annotation) if dataclasses.is_dataclass(kind)]
-    tags = [(_hints(kind).get(tag), kind) for kind in kinds]
-    return {get_args(hint)[0]: kind for hint, kind in tags if get_origin(hint) is Literal}
-
-
-def annotation_at(path: KeyPath, tree: Any) -> Any:
-    """Return the annotation of the value at `path`; None below a mapping with free keys."""
-    return _walk(path, tree)[0]
-
-
-def _walk(path: KeyPath, tree: Any) -> tuple[Any, Any]:
-    # The annotation at a path, and the dataclass of the mapping there, if it is one.
+def keys_at(path: KeyPath, tree: Any) -> list[str]:
+    """Return the known keys of the mapping at `path` of a config; none if its keys are free."""
     annotation: Any = RunConfig
     for part in path:
         if isinstance(part, int):
@@ -67,19 +57,19 @@ def _walk(path: KeyPath, tree: Any) -> tuple[Any, Any]:
             kind = _dataclass_of(annotation, tree)
             annotation = None if kind is None else _hints(kind).get(part)
             tree = tree.get(part) if isinstance(tree, dict) else None
-    return annotation, _dataclass_of(annotation, tree)
+    kind = _dataclass_of(annotation, tree)
+    return [] if kind is None else [field.name for field in dataclasses.fields(kind)]
 
 
 def _dataclass_of(annotation: Any, value: Any) -> Any:
-    kinds = [kind for kind in members(annotation) if dataclasses.is_dataclass(kind)]
-    if len(kinds) < 2:
-        return kinds[0] if kinds else None
-    package = PLUGIN_TERM if PluginTerm in kinds else PLUGIN_METHOD
-    name = value.get(package.tag) if isinstance(value, dict) else None
-    if package.is_named_by(value):
-        with contextlib.suppress(ConfigError):  # reported when the value is validated
-            return package.kind(str(name))
-    return variants(annotation, package.tag).get(str(name))
+    for kind in members(annotation):
+        if kind in _NAMED:
+            named = _NAMED[kind]
+            with contextlib.suppress(ConfigError, WrongNameError):  # reported by the validation
+                return named.kind(value.get(named.key) if isinstance(value, dict) else None)
+        elif dataclasses.is_dataclass(kind):
+            return kind
+    return None
 
 
 def paths_ending_in(key: str) -> list[str]:
@@ -91,9 +81,9 @@ def paths_ending_in(key: str) -> list[str]:
 def _option_paths(kind: Any, prefix: str) -> Iterator[str]:
     for name, annotation in _hints(kind).items():
         yield f"{prefix}{name}"
-        inner = [part for part in members(annotation) if dataclasses.is_dataclass(part)]
-        if len(inner) == 1:
-            yield from _option_paths(inner[0], f"{prefix}{name}.")
+        for part in members(annotation):
+            if dataclasses.is_dataclass(part):
+                yield from _option_paths(part, f"{prefix}{name}.")
 
 
 def dotted(path: Sequence[str | int]) -> str:
@@ -144,39 +134,33 @@ def _place(detail: ErrorDetails, tree: Any) -> tuple[KeyPath, bool]:
 
 def _line(path: KeyPath, details: Sequence[ErrorDetails], tree: Any) -> str:
     detail, where = details[0], dotted(path)
-    kind, value, annotation = detail["type"], detail["input"], annotation_at(path, tree)
+    kind, value = detail["type"], detail["input"]
     if kind == "missing":
         return f"{where}: missing, and it has no default"
     if kind == _UNKNOWN_KEY:
-        return f"{where} = {shown(value)}: {REMOVED.get(where) or _unknown_key(path, tree)}"
+        gone = REMOVED.get(re.sub(r"s?\[\d+\]", "", where))  # also of one of several teachers
+        return f"{where} = {shown(value)}: {gone or _unknown_key(path, tree)}"
     if kind == "value_error":
-        return f"{where}: {detail.get('ctx', {})['error']}"
-    if kind in ("union_tag_invalid", "union_tag_not_found"):
-        tag = str(detail.get("ctx", {})["discriminator"]).strip("'")
-        known = [*variants(annotation, tag)]
-        where, listed = dotted((*path, tag)), f"known: {', '.join(known)}"
-        if kind == "union_tag_not_found":
-            return f"{where}: missing; {listed}"
-        name, noun = value[tag], path[-1] if tag == "name" else tag
-        near = REMOVED.get(f"{where}: {name}") or suggestion(name, known) or ";"
-        return f"{where}: unknown {noun} {shown(name)}{near} {listed}"
+        error = detail.get("ctx", {})["error"]
+        if isinstance(error, WrongNameError):
+            where = dotted((*path, error.key))
+            gone = REMOVED.get(f"{where}: {value.get(error.key)}")
+            error = f"{error.problem}{gone} known: {', '.join(error.known)}" if gone else error
+        return f"{where}: {error}"
     first, *others = [detail["msg"] for detail in details]
     text = " or ".join([first, *(other.removeprefix("Input should be ") for other in others)])
     for theirs, ours in _WORDS.items():
         text = text.replace(theirs, ours)
     hint = REMOVED.get(where, "") if kind.endswith("_type") else ""
     if isinstance(value, str):
-        tags = [tag for tag in ("name", "loss") if value in variants(annotation, tag)]
         near = suggestion(value, re.findall(r"'([^']*)'", text)).removeprefix("; ")
-        is_list = "must be a list" in text
-        hint = f"write {{{tags[0]}: {value}}}" if tags else near or is_list * f"write [{value}]"
+        hint = near or ("must be a list" in text) * f"write [{value}]"
     return f"{where or 'the config'}: {text} (got {shown(value)}){hint and f'; {hint}'}"
 
 
 def _unknown_key(path: KeyPath, tree: Any) -> str:
     *parent, key = path
-    kind = _walk(tuple(parent), tree)[1]
-    known = [] if kind is None else [field.name for field in dataclasses.fields(kind)]
+    known = keys_at(tuple(parent), tree)
     # The keys of a loss term are its own: other sections have keys of the same names.
     is_item = any(isinstance(part, int) for part in parent)
     others = () if is_item else synonyms(str(key), known) or paths_ending_in(str(key))[:1]

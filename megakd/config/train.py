@@ -73,15 +73,12 @@ class TrainConfig:
     Needs gradient_checkpointing; has no effect on a CPU."""
     early_stopping_patience: Count | None = None
     """Stop the stage after this many evaluations in a row without a better score."""
-    early_stopping_threshold: Weight = 0.0
-    """A score is better if it exceeds the best score by more than this."""
     kernels: Kernels = "auto"
     """Implementation of the losses; all give the same result up to rounding. auto is triton on a
     GPU."""
     fused_layers: FusedLayers = "auto"
     """Compile norms, gated MLPs and rotations of the student, and with those of `train` of frozen
     models, to one kernel each. auto: on a GPU, where a model has them and torch can compile."""
-    resume_from_checkpoint: bool = True
     collective_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 600.0
     """Seconds that a rank waits for the other ranks in a collective of tensors. Waits for rank 0,
     which reads, encodes or writes files, have a limit of 24 hours. Only in `train`."""
@@ -123,13 +120,10 @@ def inherit(train: TrainConfig, overrides: TrainOverrides) -> TrainConfig:
     `lr_scheduler_type` resets inherited `lr_scheduler_kwargs`.
     """
     given = {k: v for k, v in asdict(overrides).items() if v is not None and k != "deepspeed"}
-    if "num_train_epochs" in given and "max_steps" not in given:
-        given["max_steps"] = None
-    if "warmup_ratio" in given and "warmup_steps" not in given:
-        given["warmup_steps"] = 0
-    if "lr_scheduler_type" in given and "lr_scheduler_kwargs" not in given:
-        given["lr_scheduler_kwargs"] = None
-    return dataclasses.replace(train, **given)
+    resets = {"num_train_epochs": "max_steps", "warmup_ratio": "warmup_steps"}
+    resets["lr_scheduler_type"] = "lr_scheduler_kwargs"
+    defaults = {other: getattr(TrainConfig, other) for key, other in resets.items() if key in given}
+    return dataclasses.replace(train, **defaults | given)
 
 
 def total_steps(train: TrainConfig, steps_per_epoch: int) -> int:

@@ -58,13 +58,8 @@ class Pruning(ABC):
         """Return the teacher with equal importance for all units, before the teacher is trained."""
 
     @abstractmethod
-    def sorted_teacher(self, teacher: str, split: str, *, batch_size: int) -> SortedModel:
-        """Sort the units of a teacher by importance, which is measured once.
-
-        Args:
-            split: the split whose labels determine the importance.
-            batch_size: rows whose gradient is summed before the absolute value is taken.
-        """
+    def sorted_teacher(self, teacher: str) -> SortedModel:
+        """Sort the units of a teacher by importance, measured once on the validation rows."""
 
     @abstractmethod
     def layer_scores(self, teacher: str) -> tuple[float, ...]:
@@ -150,12 +145,11 @@ class Lab(ABC):
         """Return the number of optimizer steps in `train` if all rows are used."""
 
     @abstractmethod
-    def metric(self, name: str | None, *, weighed: bool = True) -> Metric:
-        """Return a metric of the task; None: the main metric.
+    def metric(self, *, weighed: bool = True) -> Metric:
+        """Return the metric that ranks evaluations.
 
         Raises:
-            ConfigError: the metric is `weighed` against sparsity, and the task has no such metric,
-                or the metric is not between 0 and 1.
+            ConfigError: the metric is `weighed` against sparsity, and is not between 0 and 1.
         """
 
     @abstractmethod

@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import pkgutil
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from megakd.contract.plugins import wrong_options
+from megakd.contract.plugins import Named, wrong_options
 from megakd.contract.tasks import STUDENT
 from megakd.contract.terms import STRICT
 from megakd.errors import suggestion
-
-SMALLEST_VOCABULARY = 100
-
-
-@dataclass(config=STRICT, frozen=True, kw_only=True)
-class StudentVocabulary:
-    """A lower-cased vocabulary that is trained on the training text of the run.
-
-    type: `wordpiece` is BERT's kind, whose words can be those of the teacher.
-    size: number of pieces, including the five special tokens. 4928 is the size of Zhao et al. 2019.
-    """
-
-    type: Literal["wordpiece"] = "wordpiece"
-    size: Annotated[int, Field(ge=SMALLEST_VOCABULARY)] = 4928
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -59,8 +47,8 @@ class MethodOptions:
         return False
 
     @property
-    def own_vocabulary(self) -> StudentVocabulary | None:
-        """The vocabulary that is trained for the student alone; None: all models share one."""
+    def own_vocabulary(self) -> int | None:
+        """Pieces of a vocabulary that is trained for the student alone; None: all share one."""
         return None
 
     def student_tokenizer(self, splits: Any, teacher: Any, *, cache_dir: Path) -> Any:
@@ -145,9 +133,39 @@ def no_such_teacher(config: Any, key: str, name: str) -> str:
     )
 
 
-def wrong_method(kind: Any) -> str | None:
-    """Return why a class cannot be the options of a method; None if the class is valid."""
+ROOM = "megakd.methods"
+"""The package with a file or folder for every method; a file is imported when it is named."""
+
+
+def _wrong_method(kind: Any) -> str | None:
     wrong = wrong_options(kind, MethodOptions, ())
-    if wrong is None and not callable(getattr(sys.modules[kind.__module__], "run", None)):
+    if wrong is None and not callable(getattr(file_of(kind), "run", None)):
         return f"{kind.__module__}, the file of {kind.__name__}, has no function run(config, lab)"
     return wrong
+
+
+def _method(name: str) -> type[MethodOptions] | None:
+    module = f"{ROOM}.{name}"
+    if not name.isidentifier() or find_spec(module) is None:
+        return None
+    kinds = vars(importlib.import_module(module)).values()
+    here = (kind for kind in kinds if getattr(kind, "__module__", None) == module)
+    return next((kind for kind in here if _wrong_method(kind) is None), None)
+
+
+def _methods() -> list[str]:
+    files = pkgutil.iter_modules(importlib.import_module(ROOM).__path__)
+    return [file.name for file in files if _method(file.name) is not None]
+
+
+METHODS = Named("name", "method", _method, _methods, _wrong_method)
+
+
+def methods_with(flag: str) -> list[str]:
+    """Return the names of the methods whose options set a class variable of `MethodOptions`."""
+    return [name for name in _methods() if getattr(METHODS.kind(name), flag)]
+
+
+def file_of(options: MethodOptions | type[MethodOptions]) -> Any:
+    """Return the module with a method's options, `run` and, if it has baselines, `BASELINES`."""
+    return sys.modules[options.__module__]

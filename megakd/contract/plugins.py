@@ -1,25 +1,23 @@
-"""Losses, metrics and methods of other packages, named as `module:name`.
+"""Losses and methods by name, and losses, methods and metrics of other packages, `module:name`.
 
-The options of such a loss or method are a dataclass of the other package. The options are checked
-like megakd's own: an unknown key is an error that names the nearest known key. docs/plugins.md has
-an example of each kind.
+The options of a loss or method are a dataclass, which is looked up when the loss or method is
+named. docs/plugins.md has an example of each kind of another package.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 from pydantic import TypeAdapter
 from pydantic_core import CoreSchema, core_schema
 
-from megakd.errors import ConfigError
-
-OURS, THEIRS = "ours", "theirs"
+from megakd.errors import ConfigError, suggestion
 
 
 def _load_plugin(name: str) -> Any:
@@ -38,42 +36,66 @@ def _load_plugin(name: str) -> Any:
     return getattr(module, attribute)
 
 
-@dataclass(frozen=True)
-class FromPackage:
-    """Marker for a value of the run config that is an options dataclass of another package.
+class WrongNameError(ValueError):
+    """megakd has no dataclass of the name in a mapping of the run config.
 
-    tag: the key whose value names the dataclass, `loss` or `name`.
-    check: returns what is wrong with a dataclass, or None if the dataclass is valid.
+    problem: what is wrong; key: the key that holds the name; known: megakd's own names.
     """
 
-    tag: str
+    def __init__(self, problem: str, key: str, known: Sequence[str], *, near: Any = "") -> None:
+        near = suggestion(near, known) or ";"
+        super().__init__(f"{problem}{near} known: {', '.join(known)}")
+        self.problem, self.key, self.known = problem, key, known
+
+
+@dataclass(frozen=True)
+class Named:
+    """Marker of a value of the run config whose options dataclass is named by a key of the value.
+
+    key: the key, `loss` or `name`.
+    noun: what is named, for messages.
+    find: returns megakd's own dataclass of a name, or None.
+    names: returns the names of megakd's own dataclasses.
+    check: returns what is wrong with a dataclass of another package, or None.
+    """
+
+    key: str
+    noun: str
+    find: Callable[[str], type | None]
+    names: Callable[[], Sequence[str]]
     check: Callable[[Any], str | None]
 
-    def kind(self, name: str) -> type:
-        """Return the dataclass that a name refers to; raise ConfigError if it is not valid."""
-        kind = _load_plugin(name)
-        wrong = self.check(kind)
-        if wrong is not None:
-            raise ConfigError(f'"{name}": {wrong}; docs/plugins.md shows an example')
-        return kind
+    def kind(self, name: Any) -> type:
+        """Return the dataclass of a name; raise ConfigError for a wrong one of another package.
 
-    def is_named_by(self, value: Any) -> bool:
-        """Return whether a mapping or an options object belongs to another package."""
-        name = value.get(self.tag) if isinstance(value, dict) else getattr(value, self.tag, None)
-        return isinstance(name, str) and ":" in name
-
-    def branch(self, value: Any) -> str:
-        return THEIRS if self.is_named_by(value) else OURS
+        Raises:
+            WrongNameError: megakd has no loss or method of this name.
+        """
+        if isinstance(name, str) and ":" in name:
+            kind = _load_plugin(name)
+            if (wrong := self.check(kind)) is not None:
+                raise ConfigError(f'"{name}": {wrong}; docs/plugins.md shows an example')
+            return kind
+        if isinstance(name, str) and (kind := self.find(name)) is not None:
+            return kind
+        text = json.dumps(name, ensure_ascii=False)
+        raise WrongNameError(f"unknown {self.noun} {text:.60}", self.key, self.names(), near=name)
 
     def validated(self, value: Any) -> Any:
         """Return the options object for a mapping; return an options object unchanged."""
-        name = value[self.tag] if isinstance(value, dict) else getattr(value, self.tag)
+        if dataclasses.is_dataclass(value):
+            return value
+        if not isinstance(value, dict):
+            is_name = isinstance(value, str) and self.find(value) is not None
+            hint = f"; write {{{self.key}: {value}}}" if is_name else ""
+            text = f"must be a mapping (got {json.dumps(value):.60}){hint}"
+            raise ValueError(text)  # noqa: TRY004 - the error that pydantic adds the key to
+        if self.key not in value:
+            raise WrongNameError("missing", self.key, self.names())
         try:
-            kind = self.kind(name)
+            kind = self.kind(value[self.key])
         except ConfigError as error:
             raise ValueError(str(error)) from error
-        if isinstance(value, kind):
-            return value
         return TypeAdapter(kind).validate_json(json.dumps(value))
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:

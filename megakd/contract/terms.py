@@ -6,13 +6,13 @@ The file imports neither torch nor deepspeed.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, get_type_hints
 
-from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from megakd.contract.batch import COUNTERS, Source, Unit, on_source
-from megakd.contract.plugins import OURS, THEIRS, FromPackage, wrong_options
+from megakd.contract.plugins import Named, wrong_options
 from megakd.contract.views import Shape
 from megakd.errors import TeacherError
 
@@ -113,22 +113,20 @@ class HardMse(Term):
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class _SoftTarget(Term):
+class SoftTarget(Term):
     """Options of every soft target of classifiers and language models.
 
-    temperature: divisor of the logits of both models.
-    t_squared: whether the term is multiplied by temperature².
+    temperature: divisor of the logits of both models; the term is multiplied by temperature².
     on: only the targets of `rollouts` or of `data`; null: of both (causal_lm).
     """
 
     tasks = _OF_CLASSES
     temperature: Positive = 1.0
-    t_squared: bool = True
     on: Source | None = None
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class SoftTargetKl(_SoftTarget):
+class SoftTargetKl(SoftTarget):
     """KL(teacher || student) at a temperature (Hinton et al. 2015, section 2).
 
     on: as in hard_cross_entropy; every soft target but soft_target_mse has this option.
@@ -138,14 +136,14 @@ class SoftTargetKl(_SoftTarget):
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class SoftTargetReverseKl(_SoftTarget):
+class SoftTargetReverseKl(SoftTarget):
     """KL(student || teacher) at a temperature (Gu et al. 2024, MiniLLM)."""
 
     loss: Literal["soft_target_reverse_kl"]
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class SoftTargetJsd(_SoftTarget):
+class SoftTargetJsd(SoftTarget):
     """beta·KL(teacher || m) + (1-beta)·KL(student || m), m = beta·teacher + (1-beta)·student.
 
     Agarwal et al. 2024, GKD, equation 1. beta 0 is forward KL and beta 1 is reverse KL, as in
@@ -157,7 +155,7 @@ class SoftTargetJsd(_SoftTarget):
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class SoftTargetSkewKl(_SoftTarget):
+class SoftTargetSkewKl(SoftTarget):
     """KL(teacher || m), m = skew·teacher + (1-skew)·student.
 
     Ko et al. 2024, DistiLLM; skew 0 is forward KL.
@@ -168,7 +166,7 @@ class SoftTargetSkewKl(_SoftTarget):
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class SoftTargetSkewReverseKl(_SoftTarget):
+class SoftTargetSkewReverseKl(SoftTarget):
     """KL(student || m), m = (1-skew)·teacher + skew·student.
 
     Ko et al. 2024, DistiLLM; skew 0 is reverse KL.
@@ -179,7 +177,7 @@ class SoftTargetSkewReverseKl(_SoftTarget):
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class SoftTargetTvd(_SoftTarget):
+class SoftTargetTvd(SoftTarget):
     """Total variation: half the sum of |teacher - student| (Wen et al. 2023, f-Distill)."""
 
     loss: Literal["soft_target_tvd"]
@@ -332,29 +330,20 @@ def _wrong_term(kind: Any) -> str | None:
     return wrong
 
 
-SoftTarget = (
-    SoftTargetKl
-    | SoftTargetReverseKl
-    | SoftTargetJsd
-    | SoftTargetSkewKl
-    | SoftTargetSkewReverseKl
-    | SoftTargetTvd
-)
 StateTerm = HiddenMse | HiddenCosine | EmbeddingMse | RelationFsp
 AttentionTerm = AttentionMse | RelationKl
-OwnTerm = Annotated[
-    HardCrossEntropy | HardMse | SoftTarget | SoftTargetMse | StateTerm | AttentionTerm,
-    Field(discriminator="loss"),
-]
-PLUGIN_TERM = FromPackage("loss", _wrong_term)
-TermConfig = Annotated[
-    Annotated[OwnTerm, Tag(OURS)] | Annotated[PluginTerm, PLUGIN_TERM, Tag(THEIRS)],
-    Discriminator(PLUGIN_TERM.branch),
-]
-SOFT_TARGET_DIVERGENCES: tuple[type[SoftTarget], ...] = get_args(SoftTarget)
 STATE_TERMS: tuple[type[StateTerm], ...] = get_args(StateTerm)
 ATTENTION_TERMS: tuple[type[AttentionTerm], ...] = get_args(AttentionTerm)
 INTERMEDIATE_TERMS = (*STATE_TERMS, *ATTENTION_TERMS)
+_BY_NAME: dict[str, type[Term]] = {
+    get_args(get_type_hints(kind)["loss"])[0]: kind
+    for kind in (
+        *(HardCrossEntropy, HardMse, *SoftTarget.__subclasses__(), SoftTargetMse),
+        *INTERMEDIATE_TERMS,
+    )
+}
+TERMS = Named("loss", "loss", _BY_NAME.get, lambda: [*_BY_NAME], _wrong_term)
+TermConfig = Annotated[Term, TERMS]
 
 
 def looks_inside(term: Term) -> bool:
@@ -387,7 +376,7 @@ def soft_terms(task: str, weight: float = 1.0) -> tuple[SoftTargetMse | SoftTarg
 def source_of(term: Term) -> Source | None:
     """Return the source that a term is limited to by `on`; None: all targets."""
     # A loss of another package may have an option `on` of its own.
-    if isinstance(term, (HardCrossEntropy, *SOFT_TARGET_DIVERGENCES)):
+    if isinstance(term, HardCrossEntropy | SoftTarget):
         return term.on
     return None
 

@@ -137,8 +137,8 @@ def prepare(config: RunConfig) -> RunInputs:
     about_one = [name for name in metrics.names if name in ONE_LABEL_METRICS]
     if about_one and metrics.label_names:
         logger.info(
-            "%s: computed for the label %s (eval.positive_label)",
-            *(", ".join(about_one), metrics.label_names[metrics.positive]),
+            "%s: computed for the label %s, the second of task.labels",
+            *(", ".join(about_one), metrics.label_names[1]),
         )
     trains = any(spec.finetune for spec in config.teacher_specs.values())
     pair, cache = unencoded.pair, cache_folder()
@@ -196,9 +196,9 @@ def unencoded_inputs(config: RunConfig) -> UnencodedInputs:
             lambda: config.method.student_tokenizer(splits, tokenizer, cache_dir=cache)
         )
         logger.info(
-            "student's vocabulary: a %s of %d pieces trained on the training text; %.1f %% of the "
-            "pieces are in the teacher's vocabulary of %d too",
-            *(vocabulary.type, len(student)),
+            "student's vocabulary: a WordPiece of %d pieces trained on the training text; %.1f %% "
+            "of the pieces are in the teacher's vocabulary of %d too",
+            len(student),
             *(100 * VocabularyPair(student, teacher).overlap, len(teacher)),
         )
     return UnencodedInputs(
@@ -252,7 +252,7 @@ def vocabulary_report(config: RunConfig, inputs: UnencodedInputs) -> dict[str, A
     if vocabulary is None or pair is None:
         return {}
     return {
-        "vocabulary.type": vocabulary.type,
+        "vocabulary.type": "wordpiece",
         "vocabulary.size": len(pair.student),
         "vocabulary.teacher_size": len(pair.teacher),
         "vocabulary.overlap": pair.overlap,

@@ -21,7 +21,6 @@ from megakd.contract.tasks import LANGUAGE_TASKS, SOFT_LABELS, TaskType
 from megakd.contract.terms import (
     ATTENTION_TERMS,
     INTERMEDIATE_TERMS,
-    SOFT_TARGET_DIVERGENCES,
     AttentionMse,
     AttentionTerm,
     HardCrossEntropy,
@@ -30,6 +29,7 @@ from megakd.contract.terms import (
     PluginTerm,
     RelationFsp,
     RelationKl,
+    SoftTarget,
     SoftTargetMse,
     TermConfig,
     hard_terms,
@@ -129,7 +129,7 @@ def build_objective(
 ) -> Objective:
     """Build the objective of a stage from its terms; without a teacher, for supervised training."""
     check_terms(terms, student, teacher)
-    soft = tuple(t for t in terms if isinstance(t, SOFT_TARGET_DIVERGENCES))
+    soft = tuple(t for t in terms if isinstance(t, SoftTarget))
     hard = tuple(t for t in terms if isinstance(t, HardCrossEntropy))
     groups: list[TermGroup] = []
     if task in LANGUAGE_TASKS:

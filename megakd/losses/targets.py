@@ -50,7 +50,7 @@ AGREEMENT = "top1_agreement"
 AGREEMENTS = frozenset(on_source(AGREEMENT, source) for source in (None, *get_args(Source)))
 """Names of the statistic, which no weight can leave out: over all targets, and of each source."""
 _HARD = "hard_cross_entropy"
-_SHARED = {"temperature": 1.0, "t_squared": True, "beta": 0.5, "skew": 0.1}
+_SHARED = {"temperature": 1.0, "beta": 0.5, "skew": 0.1}
 """Options that all terms of a pass share, with their values in a pass whose terms lack them."""
 _CPU_CHUNK_MB = 128.0
 """Chunks of training on a CPU; the 64 MiB of a lone loss take 2 % more of a step's time."""
@@ -215,7 +215,7 @@ class LanguageModelTargets(TermGroup):
             kept.logprobs,
             rows.labels,
             mode="renorm" if isinstance(kept, Draws) else "tail",
-            t_squared=term.t_squared,
+            t_squared=True,
             kd_weight=reading.weights[term_name(term)],
             ce_weight=self._hard_weight(reading),
             token_weight=rows.weight,
@@ -308,7 +308,7 @@ def divergence_options(terms: Sequence[SoftTarget], weights: Mapping[str, float]
         name: next((getattr(term, name) for term in terms if hasattr(term, name)), default)
         for name, default in _SHARED.items()
     }
-    return {"divergence": divergence or "forward_kl", **shared}
+    return {"divergence": divergence or "forward_kl", "t_squared": True, **shared}
 
 
 def language_model_groups(
@@ -369,7 +369,7 @@ class ClassTargets(TermGroup):
             self.units[_HARD] = _unit_of_labels(hard)
 
     def forward(self, reading: LossInputs) -> Evaluated:
-        """Return nats (times T² for the soft terms with `t_squared`), summed over rows."""
+        """Return nats (times T² for the soft terms), summed over rows."""
         soft = [term for term in self.soft if term.loss not in reading.left_out]
         has_labels = self.hard is not None and _HARD not in reading.left_out
         per_unit, batch = reading.per_unit, reading.batch

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
@@ -50,14 +50,10 @@ Grid = Annotated[tuple[Sparsity, ...], Field(min_length=1), AfterValidator(_risi
 class ImportanceOptions(MethodOptions):
     """Options of the methods that cut the student out of one teacher by the importance of units.
 
-    importance_split: split whose labels determine the importance of units.
-    importance_batch_size: rows of a batch of the importance pass over all ranks; the absolute value
-        is taken of a batch's gradient.
+    The labels of the validation split determine the importance.
     """
 
     cuts_student: ClassVar[bool] = True
-    importance_split: Literal["validation", "train"] = "validation"
-    importance_batch_size: Count = 32
 
     @property
     def looks_into_teacher(self) -> bool:
@@ -70,16 +66,10 @@ class ImportanceOptions(MethodOptions):
                 f'teachers: method "{self.name}" needs exactly one teacher; use the section '
                 "teacher, or set method.name to a method for several teachers"
             )
-        if config.task.streaming and self.importance_split == "train":
-            yield (
-                "method.importance_split: train cannot be read with task.streaming; use validation"
-            )
 
     def ranked_units(self, lab: Lab, teacher: str) -> SortedModel:
         """Return a teacher sorted by the importance of units, which is measured once."""
-        return lab.pruning.sorted_teacher(
-            teacher, self.importance_split, batch_size=self.importance_batch_size
-        )
+        return lab.pruning.sorted_teacher(teacher)
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -88,8 +78,7 @@ class AssistantOptions(ImportanceOptions):
 
     target_sparsity: share of the attention heads and of the neurons that the student lacks.
     sparsities: grid of the candidates' sparsities; must contain the target (except for direct).
-    tradeoff: lambda, the weight of sparsity in metric + lambda * sparsity.
-    metric: metric of the trade-off; null: the main metric of the task.
+    tradeoff: lambda, the weight of sparsity in metric + lambda * sparsity, with `eval.metric`.
     allocation: `global` ranks the units of all layers together, by importance in units of the L2
         norm of their layer, as in the authors' code; `uniform` removes the same share of every
         layer.
@@ -99,7 +88,6 @@ class AssistantOptions(ImportanceOptions):
     target_sparsity: Sparsity = 0.9
     sparsities: Grid = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
     tradeoff: Weight = 0.2
-    metric: str | None = None
     allocation: Allocation = "global"
     round_to: Count = 8
 
@@ -165,7 +153,7 @@ def ranked_teacher(config: AssistantOptions, lab: Lab) -> tuple[str, SortedModel
 def check_reach(config: AssistantOptions, lab: Lab) -> None:
     """Check, before any training, that all models can be cut that the method will cut."""
     if config.weighs:
-        lab.metric(config.metric)
+        lab.metric()
     for term in objective_of(lab):
         if isinstance(term, RelationKl):
             _check_relations(term, lab.given(TEACHER).heads)
@@ -266,5 +254,5 @@ def check_metric(metric: float, sparsity: float) -> None:
         raise ConfigError(
             f"the candidate of sparsity {sparsity:g} scores {metric:g}: the trade-off needs a "
             "metric from 0 to 1 (a correlation from -1), where higher is better; perplexity and "
-            "loss are not supported: set method.metric, for example to accuracy"
+            "loss are not supported: set eval.metric, for example to accuracy"
         )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic.dataclasses import dataclass
 
 from megakd.contract.lab import Lab
@@ -15,8 +13,6 @@ from megakd.methods.assistants import AssistantOptions, leg, ranked_teacher, vie
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class DirectConfig(AssistantOptions):
     """The target is cut out of the sorted teacher and distilled from it."""
-
-    name: Literal["direct"]
 
     @property
     def used_sparsities(self) -> tuple[float, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from pydantic.dataclasses import dataclass
 
@@ -19,7 +19,6 @@ class FinetuneConfig(MethodOptions):
 
     needs_teacher: ClassVar[bool] = False
     learns_adapters: ClassVar[bool] = True
-    name: Literal["finetune"]
 
     def problems(self, config: Any) -> Iterator[str]:
         for key in ("teacher", "teachers"):

@@ -8,7 +8,7 @@ that has finished is not trained again.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from pydantic.dataclasses import dataclass
 
@@ -29,8 +29,6 @@ from megakd.methods.assistants import (
 class MaxiDiscConfig(AssistantOptions):
     """Every assistant of the grid up to the target is trained, and a student through each."""
 
-    name: Literal["maxidisc"]
-
     @property
     def used_sparsities(self) -> tuple[float, ...]:
         return tuple(s for s in self.sparsities if s <= self.target_sparsity)
@@ -47,7 +45,7 @@ class Route(NamedTuple):
 def run(config: MaxiDiscConfig, lab: Lab) -> StageResult:
     """Train two legs per assistant, and return the student with the best validation score."""
     _, ranked = ranked_teacher(config, lab)
-    metric = lab.metric(config.metric)
+    metric = lab.metric()
     routes = [_route(config, lab, ranked, sparsity) for sparsity in config.used_sparsities]
     best = max(routes, key=lambda route: metric.of(route.student.metrics))
     for route in routes:

@@ -7,7 +7,7 @@ therefore not averaged.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from pydantic.dataclasses import dataclass
 
@@ -23,7 +23,6 @@ class MeanOfTeachersConfig(MethodOptions):
     """Every teacher of the pool runs at every step, and all count alike."""
 
     learns_adapters: ClassVar[bool] = True
-    name: Literal["mean_of_teachers"]
 
 
 def run(config: MeanOfTeachersConfig, lab: Lab) -> StageResult:

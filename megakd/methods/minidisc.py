@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass as plain_dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from pydantic.dataclasses import dataclass
 
@@ -45,7 +45,6 @@ class MiniDiscConfig(AssistantOptions):
     passes_per_backward: number of candidates that keep their activations at a time; null: all.
     """
 
-    name: Literal["minidisc"]
     iterations: Count = 2
     passes_per_backward: Count | None = None
 
@@ -102,7 +101,7 @@ def trial(
 ) -> Stage:
     """Return the stage of a trial: all candidates from the link's sparsity on learn together."""
     sparsities = [s for s in config.sparsities if s >= link.sparsity]
-    metric, views = lab.metric(config.metric), views_of(config, lab, ranked, sparsities)
+    metric, views = lab.metric(), views_of(config, lab, ranked, sparsities)
     # Units that no candidate has would take memory and communication without being trained.
     start = lab.pruning.cut(link.start, views[view_name(sparsities[0])], f"start-{iteration}")
     judge = TradeoffJudge(metric, tuple(sparsities), config.tradeoff, config.target_sparsity)
@@ -123,7 +122,7 @@ def _rows(
     config: MiniDiscConfig, lab: Lab, stage: Stage, result: StageResult, iteration: int
 ) -> Iterator[Row]:
     """Yield the rows of the report for a trial, with scores of the evaluation that decided."""
-    metric = lab.metric(config.metric)
+    metric = lab.metric()
     for sparsity in config.sparsities:
         name = view_name(sparsity)
         if name not in stage.views:

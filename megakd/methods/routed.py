@@ -7,12 +7,12 @@ and a step divides the sum over the rows of all teachers by the counts of all ro
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from pydantic.dataclasses import dataclass
 
 from megakd.contract.lab import Lab
-from megakd.contract.options import MethodOptions
+from megakd.contract.options import MethodOptions, no_such_teacher
 from megakd.contract.stage import Constant, Pass, Stage, StageResult
 from megakd.contract.terms import STRICT
 from megakd.methods.pools import all_teachers, soft_objective, taught
@@ -25,7 +25,6 @@ class RoutedConfig(MethodOptions):
     learns_from_rollouts: ClassVar[bool] = True
     learns_adapters: ClassVar[bool] = True
     routes_rows: ClassVar[bool] = True
-    name: Literal["routed"]
 
     def problems(self, config: Any) -> Iterator[str]:
         specs = config.teacher_specs
@@ -42,6 +41,26 @@ class RoutedConfig(MethodOptions):
                         f"{config.key_of(name)}.{key}: reads all training rows, and with method "
                         f'"{self.name}" a teacher reads its own rows; remove the key'
                     )
+        if config.task.streaming:
+            yield "task.streaming: method routed counts rows before training; remove the key"
+        if config.eval.losses:
+            yield "eval.losses: only training rows name a teacher; remove the key"
+        yield from _unnamed(config)
+
+
+def _unnamed(config: Any) -> Iterator[str]:
+    # What a row lacks that does not name its teacher, in a column or by its source.
+    task = config.task
+    sources = {f"task.mixture.{k}.teacher": s.teacher for k, s in (task.mixture or {}).items()}
+    named = {key: name for key, name in sources.items() if name is not None}
+    if task.teacher_column is None:
+        unnamed = [key for key in sources if key not in named] if named else ["task.teacher_column"]
+        yield from (f"{key}: missing, and every row names its teacher; set it" for key in unnamed)
+    elif sources and len(named) == len(sources):
+        yield "task.teacher_column: is not read, because every source names its teacher; remove it"
+    for key, name in named.items():
+        if name not in config.teacher_specs:
+            yield no_such_teacher(config, key, name)
 
 
 def run(config: RoutedConfig, lab: Lab) -> StageResult:

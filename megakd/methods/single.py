@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from pydantic.dataclasses import dataclass
 
@@ -20,7 +20,6 @@ class SingleConfig(OneTeacherOptions):
     learns_from_rollouts: ClassVar[bool] = True
     learns_adapters: ClassVar[bool] = True
     reads_soft_labels: ClassVar[bool] = True
-    name: Literal["single"]
 
 
 def run(config: SingleConfig, lab: Lab) -> StageResult:

@@ -36,7 +36,6 @@ class SkdbertConfig(MethodOptions):
     """
 
     learns_adapters: ClassVar[bool] = True
-    name: Literal["skdbert"]
     distribution: Literal["uniform", "teacher_rank", "student_rank", "weights"] = "uniform"
     weights: dict[str, Weight] | None = None
 
@@ -109,7 +108,7 @@ def _pilot(lab: Lab, teacher: str) -> float:
         objective=soft_objective(lab),
         strategy=Constant((Pass(teacher=teacher),)),
     )
-    return lab.metric(None, weighed=False).worth(lab.train(stage).metrics)
+    return lab.metric(weighed=False).worth(lab.train(stage).metrics)
 
 
 @plain_dataclass(frozen=True)

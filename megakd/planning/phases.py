@@ -33,7 +33,8 @@ from megakd.models.quantized import check_quantized
 from megakd.models.source import ModelSource, ReadyTeacher
 from megakd.process.terminal import in_home
 from megakd.pruning.builder import Shapes, SortedTeacher, shape_of_cut, unscored
-from megakd.scoring.metrics import metric_named
+from megakd.pruning.importance import BATCH_ROWS
+from megakd.scoring.metrics import check_weighed
 from megakd.scoring.scorer import FEW
 from megakd.training.assembly import learning_models
 from megakd.training.recipes import LabBase, baseline_stage, scoring_preset
@@ -88,7 +89,7 @@ def planned_sources(config: RunConfig) -> dict[str, ModelSource]:
     labels = next(iter(sources.values())).config.num_labels or 0
     planned = {}
     for role, source in sources.items():
-        rows = vocabulary.size if vocabulary and role == STUDENT else size
+        rows = vocabulary if vocabulary and role == STUDENT else size
         planned[role] = fitting = with_vocabulary(source, rows)
         if config.task.max_length is not None:  # else limited to the context of all models
             check_length(fitting, config.task)
@@ -220,11 +221,11 @@ class PlanningLab(LabBase, Shapes):
             )
         )
 
-    def sorted_teacher(self, teacher: str, split: str, *, batch_size: int) -> SortedTeacher:
+    def sorted_teacher(self, teacher: str) -> SortedTeacher:
         """Record the importance phase, once per run."""
         ready = self._teachers[teacher]
         most = self.config.train.rows_at_once(self.config.task.row_length)
-        shape = StepShape.of_batch(batch_size, most, rank=0, world=self.world)
+        shape = StepShape.of_batch(BATCH_ROWS, most, rank=0, world=self.world)
         self._record(
             Phase(
                 name="specification",
@@ -232,7 +233,7 @@ class PlanningLab(LabBase, Shapes):
                 teachers={teacher: ready},
                 rows=shape.per_device,
                 forwards=shape.accumulation,
-                per_rows=batch_size,
+                per_rows=BATCH_ROWS,
             )
         )
         return unscored(ready.source)
@@ -291,11 +292,10 @@ class PlanningLab(LabBase, Shapes):
         self._assistants.append(result)
         return self.as_teacher(result)
 
-    def metric(self, name: str | None, *, weighed: bool = True) -> Any:
-        if self._prepared is not None:
-            main, names = self._prepared.metric, self._prepared.metrics.names
-            metric_named(name, main, names, weighed=weighed)
-        return SimpleNamespace(name=name or "", of=lambda _: 0.5, worth=lambda _: 0.5)
+    def metric(self, *, weighed: bool = True) -> Any:
+        if self._prepared is not None and weighed:
+            check_weighed(self._prepared.metric, self._prepared.metrics.names)
+        return SimpleNamespace(name="", of=lambda _: 0.5, worth=lambda _: 0.5)
 
 
 def check_method(prepared: RunInputs, ranks: Ranks) -> None:

@@ -425,7 +425,7 @@ class PhaseTraces:
         lora = config.lora_of(stage.role)
         with VALUELESS:
             if vocabulary is not None and offsets:
-                sizes = second_sizes(stage, pieces=vocabulary.size, offset=max(offsets))
+                sizes = second_sizes(stage, pieces=vocabulary, offset=max(offsets))
                 for role, size in sizes.items():
                     build_second_vocabulary(learners[role], size, ds=None, dtype=kind)
             if lora is not None:

@@ -43,7 +43,7 @@ from megakd.pruning.allocation import (
     unit_order,
     view_at,
 )
-from megakd.pruning.importance import measure_importance, measure_layers
+from megakd.pruning.importance import BATCH_ROWS, measure_importance, measure_layers
 from megakd.scoring.scorer import few
 from megakd.storage.run_folder import RESULT
 from megakd.training.assembly import Assembly
@@ -153,13 +153,13 @@ class ModelPruning(Shapes):
         self.assembly, self._results = assembly, results
         self._source, self._close = source, close
 
-    def sorted_teacher(self, teacher: str, split: str, *, batch_size: int) -> SortedTeacher:
+    def sorted_teacher(self, teacher: str) -> SortedTeacher:
         self._close()
         ready = self.assembly.teachers[teacher]
 
         def order() -> dict[str, Any]:
-            rows = getattr(self.assembly.prepared.encoded, split)
-            scores = measure_importance(self.assembly, ready, rows, batch_size=batch_size)
+            rows = self.assembly.prepared.encoded.validation
+            scores = measure_importance(self.assembly, ready, rows, batch_size=BATCH_ROWS)
             return {"order": unit_order(scores), "extra": {UNITS: scores_to_json(scores)}}
 
         result = self._listed(self._written("specification", ready.source, order))

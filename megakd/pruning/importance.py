@@ -2,8 +2,8 @@
 
 The importance of a unit is the expected sensitivity of MiniDisc (Zhang et al. 2024,
 https://arxiv.org/abs/2205.14570), as in the authors' code: the sum over batches of
-|d loss / d gate|, with the loss on labels, without dropout. A batch has
-`method.importance_batch_size` rows over all ranks. Signed gradients are summed over the ranks and
+|d loss / d gate|, with the loss on labels, without dropout. A batch has `BATCH_ROWS`
+rows over all ranks. Signed gradients are summed over the ranks and
 micro-batches of a batch, and divided by the batch's number of labels. The absolute value is taken
 afterwards, so that the scores do not depend on the split into ranks and micro-batches. A
 micro-batch has at most `train.per_device_train_batch_size` rows, or the rows that fit into
@@ -45,6 +45,8 @@ from megakd.teachers.frozen import FrozenModel
 from megakd.training.assembly import Assembly
 
 logger = logging.getLogger(__name__)
+BATCH_ROWS = 32
+"""Rows of a batch over all ranks, of whose gradient the absolute value is taken."""
 
 
 class GateGradients(nn.Module):
@@ -120,8 +122,8 @@ def measure_importance(
         destroy(engine)
     if totals is None:
         raise DataError(
-            f"none of the {len(rows)} rows that importance is measured on has a label; set "
-            "method.importance_split to a split with labels"
+            f"none of the {len(rows)} rows that importance is measured on has a label; label "
+            "rows of the validation split"
         )
     # The last digits of a sum may differ between ranks, but the order of units must be equal.
     return module.gates.scores(agree(totals.cpu()))

@@ -20,7 +20,7 @@ from megakd.engine import distributed
 from megakd.engine.collectives import doing, gather, node_name, on_main, reports_lost_peer
 from megakd.engine.distributed import Ranks, check_nodes
 from megakd.engine.memory import earlier_objects_left_alone, keep_freed_memory
-from megakd.errors import CheckpointError, ConfigError, first_line
+from megakd.errors import ConfigError, first_line
 from megakd.inputs.inputs import RunInputs, prepare
 from megakd.inputs.precision import check_device
 from megakd.methods import run_method
@@ -36,7 +36,7 @@ from megakd.run.run_lab import RunLab
 from megakd.run.run_report import report_of
 from megakd.storage.fingerprint import differences, flatten
 from megakd.storage.folders import check_writable
-from megakd.storage.run_folder import CONFIG, FINAL, REPORT
+from megakd.storage.run_folder import FINAL, REPORT
 from megakd.training.progress import Reporter
 from megakd.training.recipes import baseline_stage
 from megakd.training.trackers import Trackers, check_trackers
@@ -156,15 +156,9 @@ def reporter_of(config: RunConfig, ranks: Ranks) -> Reporter:
 
 
 def check_output_folder(config: RunConfig) -> None:
-    """Refuse to overwrite a run, and a folder that cannot be written unless its run is finished."""
-    out, names = config.output_dir, (CONFIG, "checkpoints", "stages")
-    if not config.train.resume_from_checkpoint and any((out / name).exists() for name in names):
-        raise CheckpointError(
-            f"{out} holds a run and train.resume_from_checkpoint is false; use another output_dir, "
-            "remove that folder, or set train.resume_from_checkpoint to true"
-        )
-    if not (out / REPORT).is_file():
-        check_writable(out, where="output_dir")
+    """Refuse a folder that cannot be written, unless its run is finished."""
+    if not (config.output_dir / REPORT).is_file():
+        check_writable(config.output_dir, where="output_dir")
 
 
 def check_hub(config: SaveConfig) -> None:

@@ -36,11 +36,11 @@ _SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps", "tokens_
 """Ends of keys that split a step; of their values, only the rows of all ranks count."""
 _FREE = (
     *("per_device_eval_batch_size", "joins_micro_batches", "rows_per_call", *_SPLIT),
-    *("kernels", "collective_timeout", "resume_from_checkpoint"),
+    *("kernels", "collective_timeout"),
 )
 """Ends of config keys on which no result depends; all kernels compute the same."""
 _FREE_SECTIONS = ("output_dir", "log.", "save.", "eval.latency")
-_PLACES = ("url", "folder", "time_limit")
+_PLACES = ("url", "folder")
 """Keys of a `server`: where the servers are changes no text and no answer."""
 _LENGTHS = tuple(f"{section}.{key}" for section in ("train", "alone") for key in LENGTHS)
 """Keys of the length of the last stages, which compare it themselves: they may get longer."""

@@ -29,7 +29,7 @@ from megakd.models.source import ModelSource, parts_of
 from megakd.reports.derived_warnings import rising_teachers
 from megakd.reports.report_file import read_history
 from megakd.run.teacher_pool import Measured, TeacherPool, measure
-from megakd.scoring.metrics import metric_named
+from megakd.scoring.metrics import check_weighed
 from megakd.training.assembly import Assembly
 from megakd.training.probe import StageProbe
 from megakd.training.progress import Reporter
@@ -74,9 +74,10 @@ class RunLab(LabBase):
         scored = self.assembly.measured_once(f"{name}-scored", lambda: self.pool.score(name))
         return self._prepared.metric.worth(scored.metrics)
 
-    def metric(self, name: str | None, *, weighed: bool = True) -> Metric:
-        main, names = self._prepared.metric, self._prepared.metrics.names
-        return metric_named(name, main, names, weighed=weighed)
+    def metric(self, *, weighed: bool = True) -> Metric:
+        if weighed:
+            check_weighed(self._prepared.metric, self._prepared.metrics.names)
+        return self._prepared.metric
 
     def assistant(self, result: StageResult, sparsity: float | None) -> str:
         self.record.assistants.append(Assistant(result.name, sparsity, result.folder))
@@ -101,7 +102,7 @@ class RunLab(LabBase):
     def _run(self, stage: Stage, folder: Path) -> StageResult:
         # Before any model is loaded, because a checkpoint may be refused.
         checkpoints = stage_checkpoints(stage, self.assembly)
-        checkpoint = checkpoints.to_resume(resume=stage.train.resume_from_checkpoint)
+        checkpoint = checkpoints.to_resume()
         if checkpoint is not None:
             on_main(lambda: check_stream(checkpoint, self._ranks))
         elif on_main(folder.exists):

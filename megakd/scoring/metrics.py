@@ -31,7 +31,7 @@ from megakd.contract.tasks import (
     THRESHOLD,
     TaskType,
 )
-from megakd.errors import ConfigError, DataError, MegakdError, TrainingError, one_line, suggestion
+from megakd.errors import ConfigError, DataError, MegakdError, TrainingError, one_line
 from megakd.scoring.label_sets import best_threshold, decided, score_of, scores_by_label
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,6 @@ class TaskMetrics:
     """The metrics that an evaluation computes.
 
     names: metric names in the order of the report; the loss on labels is always computed too.
-    positive: the class that f1, precision and recall are about.
     threshold: the probability from which a row with any number of labels has a label; None: the
         best of the rows that are scored, which are then validation rows.
     """
@@ -53,7 +52,6 @@ class TaskMetrics:
     names: tuple[str, ...]
     main: Metric
     label_names: tuple[str, ...] = ()
-    positive: int = 1
     threshold: float | None = None
 
     def of(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
@@ -82,7 +80,7 @@ class TaskMetrics:
         if name not in ONE_LABEL_METRICS:
             known = _METRICS.get(name)
             return float(known(predicted, truth)) if known else _of_plugin(name, predicted, truth)
-        guessed, is_so = _classes(predicted) == self.positive, truth == self.positive
+        guessed, is_so = _classes(predicted) == 1, truth == 1
         if not is_so.any() and not guessed.any():
             logger.info(
                 "%s is undefined because no label and no prediction is positive: counted as 0", name
@@ -152,38 +150,19 @@ def task_metrics(
                 f"eval.metric: {name} is about rows with one label, and a row of these data has "
                 f"any number; use one of {', '.join(SET_METRICS)}"
             )
+    about_one = [name for name in names if name in ONE_LABEL_METRICS]
+    if about_one and len(label_names) > 2:
+        raise ConfigError(
+            f"eval.metric: {about_one[0]} is about the second of two labels, and the data have "
+            f"{len(label_names)}; use {about_one[0]}_macro"
+        )
     made = TaskMetrics(
         names=names,
         main=headline(chosen or official),
         label_names=tuple(label_names),
-        positive=_positive(config.positive_label, names, label_names),
     )
     _try_plugins(made, task, multi_label=multi_label)
     return made
-
-
-def _positive(label: str | None, names: Sequence[str], label_names: Sequence[str]) -> int:
-    about_one = [name for name in names if name in ONE_LABEL_METRICS]
-    listed = ", ".join(label_names[:10])
-    if label is None:
-        if about_one and len(label_names) > 2:
-            raise ConfigError(
-                f"eval.positive_label: missing, and {about_one[0]} needs one of the "
-                f"{len(label_names)} labels; set the key to one of {listed}, or use "
-                f"{about_one[0]}_macro"
-            )
-        return 1
-    if not about_one:
-        raise ConfigError(
-            "eval.positive_label: no metric of this run uses a positive label; remove the key, or "
-            "set eval.metric to f1, precision or recall"
-        )
-    if label not in label_names:
-        raise ConfigError(
-            "eval.positive_label: the data have no label "
-            f'"{label}"{suggestion(label, label_names)} (known: {listed})'
-        )
-    return list(label_names).index(label)
 
 
 def _scored_rows(outputs: Tensor, labels: Tensor) -> tuple[Numbers, Numbers]:
@@ -316,28 +295,14 @@ def headline(metrics: Sequence[str]) -> Metric:
     return Metric(name=name, parts=parts, higher_is_better=not lower_is_better(parts[0]))
 
 
-def metric_named(
-    name: str | None, main: Metric, metrics: Sequence[str], *, weighed: bool
-) -> Metric:
-    """Return a metric of a task; without a name `main`, the metric that ranks evaluations.
-
-    A metric that is `weighed` against sparsity is at most 1, and higher is better.
-    """
-    choices = [main, *(headline([metric]) for metric in metrics)]
-    known = {one.name: one for one in choices if one.higher_is_better or not weighed}
-    fitting = ", ".join(known)
-    if name is None and main.name not in known:
+def check_weighed(main: Metric, metrics: Sequence[str]) -> None:
+    """Check that the metric that ranks evaluations can be weighed against sparsity."""
+    if not main.higher_is_better:
+        fitting = ", ".join(name for name in metrics if not lower_is_better(name))
         raise ConfigError(
-            f"method.metric: {main.name}, the default of this task, cannot be weighed against "
-            f"sparsity, because it is not a score between 0 and 1; set method.metric to {fitting}"
+            f"eval.metric: {main.name} cannot be weighed against sparsity, because it is not a "
+            f"score between 0 and 1; set eval.metric to {fitting}"
         )
-    if name is not None and name not in known:
-        what = "weighed against sparsity" if weighed else "computed"
-        raise ConfigError(
-            f"method.metric: {name} cannot be {what} in this task; use one of {fitting}, or remove "
-            "the key"
-        )
-    return known[name or main.name]
 
 
 def language_model_metrics(sums: Tensor) -> dict[str, float]:

@@ -100,8 +100,7 @@ class JsonServer:
                 lost = math.inf
             except (httpx2.ReadTimeout, httpx2.WriteTimeout) as error:
                 raise ServerError(
-                    f"{where} got no answer within {self._limit:g} s (time_limit); see the log of "
-                    "the server, or raise the limit"
+                    f"{where} got no answer within {self._limit:g} s; see the log of the server"
                 ) from error
             except httpx2.TransportError as error:
                 # A connection may be lost after a long wait for an answer: the patience begins
@@ -110,8 +109,8 @@ class JsonServer:
             now = time.monotonic()
             if now + pause >= min(began + self._limit, lost + self._patience):
                 raise ServerError(
-                    f"{where}: no answer in {now - began:.1f} s ({reason}); start the server, "
-                    "correct the address, or raise time_limit"
+                    f"{where}: no answer in {now - began:.1f} s ({reason}); start the server, or "
+                    "correct the address"
                 )
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)

@@ -17,7 +17,7 @@ from uuid import uuid4
 
 from torch import nn
 
-from megakd.config.rollout import RolloutConfig, RolloutServerConfig, TeacherServerConfig
+from megakd.config.rollout import RolloutConfig, ServerConfig
 from megakd.contract.completions import Completion, Sampling
 from megakd.contract.tasks import STUDENT
 from megakd.engine.collectives import agree, doing, on_main, together
@@ -35,16 +35,15 @@ from megakd.storage import atomic
 
 PROBES, PROBE_TOKENS = 4, 16
 """Prompts by whose greedy texts the replicas are compared, and the tokens of these texts."""
+TIME_LIMIT_S = 600.0
+"""For the answer to one request, including all retries while a server is busy."""
 SHARD_BYTES = 256_000_000
 """Largest size of a shard; rank 0 holds one shard and one parameter at a time."""
 
 
-def replicas_of(
-    config: RolloutServerConfig | TeacherServerConfig, *, patience_s: float = PATIENCE_S
-) -> list[VllmServer]:
+def replicas_of(config: ServerConfig, *, patience_s: float = PATIENCE_S) -> list[VllmServer]:
     """Return the replicas of a section `server` in its order; nothing is asked yet."""
-    limit = config.time_limit
-    return [VllmServer(url, time_limit_s=limit, patience_s=patience_s) for url in config.url]
+    return [VllmServer(url, time_limit_s=TIME_LIMIT_S, patience_s=patience_s) for url in config.url]
 
 
 def check_servers(inputs: RunInputs) -> None:

@@ -93,7 +93,7 @@ def _facts(assembly: Assembly, ready: ReadyTeacher) -> Fingerprint:
     if task.type == "causal_lm" and spec.cache_draws is None:
         facts["top_k"] = spec.cache_top_k
     elif task.type == "causal_lm":
-        facts |= {"draws": spec.cache_draws, "draws_seed": spec.cache_seed}
+        facts["draws"] = spec.cache_draws
     return flatten(facts)
 
 
@@ -135,7 +135,7 @@ def ask_tokens(
         if batch.rows is None:
             raise TypeError("draws depend on the numbers of the rows, and this batch has none")
         (size, width), rows = batch.valid.shape, batch.rows.clamp(min=0).numpy()
-        keys = row_keys(spec.cache_seed, 0, rows, size=size, domain=_DRAWS)[:, None]
+        keys = row_keys(0, 0, rows, size=size, domain=_DRAWS)[:, None]
         places = np.arange(1, width * spec.cache_draws + 1, dtype=np.uint64)
         numbers = torch.from_numpy(uniform(keys, places)).view(size, width, spec.cache_draws)
         ids, counts = model.draw(batch, numbers.to(batch.valid.device))

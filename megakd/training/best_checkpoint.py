@@ -87,7 +87,6 @@ class Best:
     views: those whose own best evaluation the judge may ask for.
     keeps: whether the weights of the best evaluation are returned, or those of the last step.
     patience: the number of evaluations without a better score that ends the stage; None: none does.
-    threshold: a score is better if it exceeds the best score by more than this.
     misses: the number of such evaluations in a row.
     """
 
@@ -99,11 +98,10 @@ class Best:
         *,
         keeps: bool = True,
         patience: int | None = None,
-        threshold: float = 0.0,
     ) -> None:
         self._folder, self._write, self._keeps = folder, write, keeps
-        self._patience, self._threshold = patience, threshold
-        self._latest, self.misses = Evaluation({}, None), 0
+        self._patience, self.misses = patience, 0
+        self._latest = Evaluation({}, None)
         self._score: float | None = None
         names = (_BEST, *(f"{_BEST}-{view}" for view in views))
         self._best: dict[str, dict[str, Any] | None] = dict.fromkeys(names)
@@ -132,13 +130,10 @@ class Best:
             self._consider(f"{_BEST}-{view}", step, score, Evaluation(evaluation.scores, view))
 
     def _count(self, score: float) -> None:
-        is_number, best = not math.isnan(score), self._score
-        is_better = is_number and (best is None or score - best > self._threshold)
-        self.misses = 0 if is_better else self.misses + 1
-        # A small improvement is stored although it does not count: scores that increase slowly
-        # end the stage.
-        if is_number:
-            self._score = score if best is None else max(best, score)
+        if not math.isnan(score) and (self._score is None or score > self._score):
+            self._score, self.misses = score, 0
+        else:
+            self.misses += 1
 
     def _consider(self, name: str, step: int, score: float, evaluation: Evaluation) -> None:
         best = self._best[name]

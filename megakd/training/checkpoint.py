@@ -189,21 +189,15 @@ class Checkpoints:
         steps = steps_in(self.folder)
         return self.folder / f"step-{steps[-1]}" if steps else None
 
-    def to_resume(self, *, resume: bool) -> Path | None:
+    def to_resume(self) -> Path | None:
         """Return the newest checkpoint after it was verified; None if the stage has none yet.
 
         Raises:
-            CheckpointError: it is damaged, or of another version, stage or length; or there is one
-                and `resume` is false.
+            CheckpointError: it is damaged, or of another version, stage or length.
         """
         checkpoint = on_main(self.newest)
         if checkpoint is None:
             return None
-        if not resume:
-            raise CheckpointError(
-                f"{checkpoint} exists and resume_from_checkpoint is false; use another output_dir, "
-                f"remove {self.folder}, or set resume_from_checkpoint to true"
-            )
         damage = self.damage(checkpoint)
         if damage is not None:
             raise CheckpointError(

@@ -12,12 +12,12 @@ from megakd.config.deepspeed import load_ds_config, zero_stage
 from megakd.config.run import RunConfig
 from megakd.config.train import inherit
 from megakd.contract.lab import Lab
+from megakd.contract.options import file_of
 from megakd.contract.stage import Stage, StageResult
 from megakd.contract.tasks import FROM_TEACHER, STUDENT, TEACHER
 from megakd.contract.terms import HardCrossEntropy, TermConfig, hard_terms
 from megakd.inputs.inputs import as_student
 from megakd.inputs.precision import training_dtype
-from megakd.methods import file_of
 from megakd.models.source import ModelSource, ReadyTeacher
 
 

@@ -148,7 +148,6 @@ class StageRun:
             tuple(stage.views),
             keeps=not stage.goes_on and (every is not None if keeps is None else keeps),
             patience=None if stage.goes_on else stage.train.early_stopping_patience,
-            threshold=stage.train.early_stopping_threshold,
         )
         self.meter = TrainMeter(
             self.bundle.objective,

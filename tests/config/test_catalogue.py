@@ -17,7 +17,7 @@ def test_methods_and_losses_are_listed_with_what_they_are_their_options_and_defa
 
     listed = capsys.readouterr().out
     assert "soft_target_jsd\n  beta·KL(teacher || m)" in listed
-    assert "    temperature: 1.0\n    t_squared: true\n    on: null\n    beta: 0.5\n" in listed
+    assert "    temperature: 1.0\n    on: null\n    beta: 0.5\n" in listed
     assert '    layer_mapping: "uniform"\n' in listed
     assert '    relations: ["query", "key", "value"]\n    relation_heads: null\n' in listed
     assert "    loss:" not in listed

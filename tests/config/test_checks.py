@@ -169,6 +169,15 @@ TRAIN = [
     ("baselines=[alone]; alone={bf16: true, fp16: true}", "alone: bf16 and fp16 are both true, h"),
     ("teacher.finetune.collective_timeout=5", 'unknown key; did you mean "train.collective_timeou'),
     ("teacher.finetune.packing=false", 'packing = false: unknown key; did you mean "train.packing'),
+    ("train.resume_from_checkpoint=false", "gone; a run goes on by itself; to begin anew, set"),
+    (
+        "objective.1.t_squared=false",
+        "gone; a soft target is multiplied by temperature², divide its",
+    ),
+    (
+        f"{POOL}; method.teacher=a; teachers.1.cache_seed=3",
+        "[1].cache_seed = 3: gone, without a ch",
+    ),
     ("train.torch_compile=true", "has no counterpart: the losses are fused kernels (train.kernels"),
     ("method.name=gkd", "GKD is method.name=single with a section rollout"),
     ("train.fsdp=full_shard", 'did you mean "student.deepspeed"?'),
@@ -184,7 +193,10 @@ TRAIN = [
     ("eval.latency.tokens=512", 'eval.latency: must be true or false (got {"tokens": 512}); its k'),
     ("eval.metric=f1_makro", 'task.type classification has no metric "f1_makro"; did you mean "f1'),
     ("eval.metrics=[accuracy, pearson]", "eval.metrics[1]: task.type classification has no metric"),
-    (f"{TEXT}; eval.positive_label=x", "eval.positive_label: supported only for classification"),
+    (
+        "eval.positive_label=x",
+        'eval.positive_label = "x": gone; list the label second in task.labels',
+    ),
 ]
 BUDGET = [
     ("train.tokens_per_rank=63", "train.tokens_per_rank: 63 is less than task.max_length 64"),

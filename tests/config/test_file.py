@@ -17,7 +17,7 @@ from megakd import cli
 from megakd.config.file import dump_config, dump_yaml, load_config, parse_yaml
 from megakd.config.models import ScratchModel, TeacherConfig
 from megakd.config.names import SYNONYMS
-from megakd.config.schema import annotation_at
+from megakd.config.schema import keys_at
 from megakd.config.train import FinetuneOverrides, TrainConfig
 from megakd.contract.terms import SoftTargetKl
 from megakd.errors import ConfigError
@@ -90,7 +90,6 @@ def test_overrides_win_over_the_file_and_later_ones_over_earlier(run_file):
         ("train.max_steps=1000000000000000000000", "train.max_steps: must be less than or equal t"),
         ("train.num_train_epochs=1e300", "train.num_train_epochs: must be less than or equal to"),
         ("task.max_length=1000000000000", "task.max_length: must be less than or equal to"),
-        ("train.resume_from_checkpoint=step-3", 'must be true or false (got "step-3")'),
         ("train.lr_scheduler_type=cosin", "'cosine_with_min_lr' or 'warmup_stable_decay' (got"),
         ("task.type=clasification", '(got "clasification"); did you mean "classification"?'),
         ("task.text_columns=a", 'task.text_columns: must be a list (got "a"); write [a]'),
@@ -195,7 +194,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, content, message):
             "teacher={model: '0x1F', dtype: bf16, deepspeed: {zero_optimization: {stage: 3}}}",
             "student.model={config: {'7:1': null, '': 010, a: '010'}}",
             "objective=[{loss: hidden_mse, layer_mapping: ['1:6', '2:12']}]",
-            "train={learning_rate: 0, weight_decay: 3, resume_from_checkpoint: false}",
+            "train={learning_rate: 0, weight_decay: 3}",
         ),
         ("objective=null", "method.teacher=teacher", "train.learning_rate=1e300"),
     ],
@@ -208,14 +207,17 @@ def test_a_written_config_is_read_back_equal(run_file, overrides):
     assert load_config(run_file) == config
 
 
-def test_print_config_answers_without_a_heavy_library(run_file):
+def test_the_config_and_the_options_of_all_methods_are_printed_without_a_heavy_library(run_file):
     heavy = "{'torch', 'deepspeed', 'transformers', 'datasets'}"
-    code = f"import sys, megakd.cli as c; c.train_main(); print({heavy} & {{*sys.modules}})"
+    code = "import sys, megakd.cli as c; c.train_main(); "
+    code += "print(*(name for name in sys.modules if name.startswith('megakd.methods.'))); "
+    code += f"c.main(['methods']); print({heavy} & {{*sys.modules}})"
     command = [sys.executable, "-c", code, "--print-config", "--config", str(run_file)]
 
     done = subprocess.run(command, capture_output=True, text=True, check=True)
 
     assert "output_dir:" in done.stdout
+    assert "megakd.methods.single" in done.stdout.splitlines()  # of the named method alone
     assert done.stdout.splitlines()[-1] == "set()"
 
 
@@ -339,9 +341,9 @@ def test_every_synonym_stands_for_keys_that_exist_and_is_none_itself():
     tree = {"task": {}, "teacher": {}, "student": {}, "train": {}}
     for word, keys in SYNONYMS.items():
         for key in keys:
-            *section, _ = path = key.split(".")
-            assert annotation_at(tuple(path), tree) is not None, key
-            assert annotation_at((*section, word), tree) is None, word
+            *section, name = key.split(".")
+            assert name in keys_at(tuple(section), tree), key
+            assert word not in keys_at(tuple(section), tree), word
 
 
 @pytest.mark.parametrize("begun", [True, False])

@@ -9,7 +9,6 @@ import pytest
 import torch
 from unit_counts import numbers
 
-from megakd.config.schema import variants
 from megakd.contract.batch import (
     IGNORE,
     Batch,
@@ -23,11 +22,11 @@ from megakd.contract.batch import (
 from megakd.contract.results import lower_is_better
 from megakd.contract.stage import Pass, backward_groups
 from megakd.contract.terms import (
+    TERMS,
     HardCrossEntropy,
     HiddenMse,
     PluginTerm,
     SoftTargetKl,
-    TermConfig,
     source_of,
     term_name,
 )
@@ -194,5 +193,5 @@ def test_passes_share_a_backward_up_to_the_size_and_a_step_without_one_is_refuse
 
 
 def test_lower_is_better_for_losses_and_higher_for_scores():
-    assert all(map(lower_is_better, variants(TermConfig, "loss")))
+    assert all(map(lower_is_better, TERMS.names()))
     assert not any(map(lower_is_better, ("accuracy", "top1_agreement", "matthews_correlation")))

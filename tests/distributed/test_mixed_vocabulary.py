@@ -120,13 +120,12 @@ def folder(tmp_path_factory) -> Path:
 
 
 def config_of(folder: Path, out: Path, *, stage=0, train=None, **method) -> str:
-    vocabulary = {"type": "wordpiece", "size": PIECES}
     config = run_in(
         out,
         {"type": "mlm", "dataset": str(folder / "text.txt"), "max_length": 24},
         teacher={"model": str(folder / "teacher")},
         student={"model": STUDENT, "deepspeed": zero(stage)},
-        method={"name": "mixed_vocabulary", "student_vocabulary": vocabulary, **method},
+        method={"name": "mixed_vocabulary", "student_vocabulary": PIECES, **method},
         train={**TRAIN, **(train or {})},
     )
     return str(config)

@@ -47,7 +47,7 @@ def replicas() -> list[Stub]:
 
 def served(stub: Stub, folder: Path, **keys: Any) -> dict[str, Any]:
     server = {"url": [stub.url], "model": stub.name, "push": "full"}
-    return {"server": {**server, "folder": str(folder), "time_limit": 120, **keys}}
+    return {"server": {**server, "folder": str(folder), **keys}}
 
 
 def rollouts_of(out: Path) -> dict[int, list[Rollout]]:

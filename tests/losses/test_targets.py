@@ -22,7 +22,6 @@ CE_SMOOTHED = term_of("hard_cross_entropy", label_smoothing=0.3)
 CE_BOTH = term_of("hard_cross_entropy", class_weights=CLASS_WEIGHTS, label_smoothing=0.3)
 KL = term_of("soft_target_kl")
 KL_AT_2 = term_of("soft_target_kl", temperature=2.0)
-KL_AT_2_PLAIN = term_of("soft_target_kl", temperature=2.0, t_squared=False)
 REVERSE = term_of("soft_target_reverse_kl", temperature=1.5)
 JSD = term_of("soft_target_jsd", beta=0.3)
 SKEW = term_of("soft_target_skew_kl", skew=0.2)
@@ -42,7 +41,7 @@ SCORES = term_of("attention_mse", **WRITTEN)
 PROBABILITIES = term_of("attention_mse", fit="probabilities", **WRITTEN)
 RELATIONS = term_of("relation_kl", **WRITTEN)
 OTHER_HEADS = term_of("relation_kl", relations=("query_key", "value"), relation_heads=4, **WRITTEN)
-OF_CLASSES = (CE, KL, KL_AT_2, KL_AT_2_PLAIN, REVERSE, JSD, SKEW, SKEW_REVERSE, TVD)
+OF_CLASSES = (CE, KL, KL_AT_2, REVERSE, JSD, SKEW, SKEW_REVERSE, TVD)
 STATES = (HIDDEN_MSE, HIDDEN_COSINE, FIRST_MSE, FIRST_COSINE, EMBEDDING)
 ATTENTION = (SCORES, PROBABILITIES, RELATIONS, OTHER_HEADS)
 OF_LABELS = (CE_WEIGHED, CE_SMOOTHED, CE_BOTH)
@@ -100,8 +99,7 @@ def class_values(scene: Scene, leaves: dict, teacher: dict) -> torch.Tensor:
     shared, heat = min(logits.shape[-1], soft.shape[-1]), scene.term.temperature
     q = (logits[counted][:, :shared] / heat).softmax(-1)
     p = (soft[counted][:, :shared] / heat).softmax(-1)
-    scale = heat**2 if scene.term.t_squared else 1.0
-    return scale * divergence(scene.term, p, q).sum(-1)
+    return heat**2 * divergence(scene.term, p, q).sum(-1)
 
 
 def label_values(term: Any, surprise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

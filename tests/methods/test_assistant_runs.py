@@ -159,7 +159,7 @@ SIZES = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64}
 SIZES |= {"num_attention_heads": 4, "max_position_embeddings": 64, "pad_token_id": 0}
 
 
-CUT = {"name": "minidisc", "metric": "accuracy", "round_to": 1}
+CUT = {"name": "minidisc", "round_to": 1}
 CUT |= {"sparsities": [0.25, 0.5], "target_sparsity": 0.5}
 
 
@@ -182,6 +182,7 @@ def test_minidisc_cuts_what_a_family_can_lose(
         text_task(tmp_path),
         student={"model": "from_teacher"},
         teacher={"model": teacher, "finetune": {"max_steps": 4}},
+        eval={"metric": "accuracy"},
         method={**CUT, **({} if allocation is None else {"allocation": allocation})},
     )
 

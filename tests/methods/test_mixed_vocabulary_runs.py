@@ -200,7 +200,7 @@ def test_a_student_without_a_teacher_reads_the_rows_of_the_others(one_rank, tmp_
     [
         ("the teacher has 2 layers and the student 1", {"student": {"model": bert(1, 8)}}),
         ("of type bert and the student of type electra", {"student": {"model": ELECTRA}}),
-        ("vocabulary.size is 5000", {"method": {"student_vocabulary": {"size": 5000}}}),
+        ("vocabulary is 5000", {"method": {"student_vocabulary": 5000}}),
         (
             "method.student_vocabulary: the two vocabularies cut the text into different words",
             {"task": {"tokenizer": {"type": "bpe", "vocab_size": 300}}},

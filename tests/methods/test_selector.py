@@ -87,7 +87,7 @@ def test_what_a_state_is_worth_does_not_hide_which_kind_helps(place):
     [(0.3, True, 1 / (1 - 0.5)), (-0.7, False, -1.0)],
 )
 def test_the_critic_expects_what_rewards_add_up_to_until_the_episode_ends(fall, goes_on, worth):
-    learner = ActorCritic(selector(), learning(gamma=0.5, selector_learning_rate=1e-3))
+    learner = ActorCritic(selector(), learning(gamma=0.5))
     seen, actions = summaries(8), torch.full((8, len(KINDS)), 0.5)
 
     for _ in range(15):

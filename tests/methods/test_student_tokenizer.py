@@ -14,11 +14,11 @@ from pydantic import ValidationError
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from megakd.contract.options import StudentVocabulary
 from megakd.data.encoding import tokenizer_content
 from megakd.data.tokenizers import VocabularyPair
 from megakd.data.vocabularies import encoder_template, train_tokenizer
 from megakd.errors import DataError
+from megakd.methods.mixed_vocabulary import MixedVocabularyConfig
 from megakd.methods.mixed_vocabulary import tokenizer as student_tokenizer
 from megakd.methods.mixed_vocabulary.shared_words import WordCutter
 from megakd.methods.mixed_vocabulary.tokenizer import check_special_tokens, load_student_tokenizer
@@ -40,7 +40,7 @@ ROLES = {f"{role}_token": f"[{role.upper()}]" for role in ("pad", "unk", "cls", 
 def _load(folder, size=100, texts=SENTENCES):
     rows = Dataset.from_dict({"text": list(texts) * 5})
     splits: Any = SimpleNamespace(train=rows, stream=None)
-    return load_student_tokenizer(StudentVocabulary(size=size), splits, cache_dir=folder)
+    return load_student_tokenizer(size, splits, cache_dir=folder)
 
 
 def test_a_student_tokenizer_has_the_size_and_is_trained_once(tmp_path, monkeypatch):
@@ -53,17 +53,17 @@ def test_a_student_tokenizer_has_the_size_and_is_trained_once(tmp_path, monkeypa
 
 
 def test_the_defaults_are_the_papers_and_values_outside_the_choices_are_refused():
-    assert StudentVocabulary() == StudentVocabulary(type="wordpiece", size=4928)
-    for wrong in ({"size": 99}, {"type": "unigram"}, {"vocab_size": 200}):
+    assert MixedVocabularyConfig(name="mixed_vocabulary").student_vocabulary == 4928
+    for wrong in (99, {"size": 200}):
         with pytest.raises(ValidationError):
-            StudentVocabulary(**wrong)
+            MixedVocabularyConfig(name="mixed_vocabulary", student_vocabulary=wrong)
 
 
 @pytest.mark.parametrize("texts", [[""], ["a"], SENTENCES], ids=["nothing", "a letter", "little"])
 def test_too_little_text_is_an_error_that_names_the_number_of_pieces(tmp_path, texts):
     message = (
         r"the training text gives only \d+ pieces.*occur at least twice"
-        r".*method\.student_vocabulary\.size is 5000; lower .*, or give more text"
+        r".*method\.student_vocabulary is 5000; lower .*, or give more text"
     )
     with pytest.raises(DataError, match=message):
         _load(tmp_path, 5000, texts)
@@ -71,7 +71,7 @@ def test_too_little_text_is_an_error_that_names_the_number_of_pieces(tmp_path, t
 
 def test_more_characters_than_pieces_is_an_error_that_names_the_smallest_size(tmp_path):
     varied = [" ".join(chr(0x400 + n) for n in range(48, 200)), *SENTENCES]
-    message = r"take \d+ pieces, and method\.student_vocabulary\.size is 100; set"
+    message = r"take \d+ pieces, and method\.student_vocabulary is 100; set"
     with pytest.raises(DataError, match=message) as error:
         _load(tmp_path, 100, varied)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +20,7 @@ from megakd.models.source import ModelSource
 from megakd.models.structure import architecture_of
 from megakd.pruning.allocation import UnitScores
 from megakd.pruning.builder import SortedTeacher, unscored
-from megakd.scoring.metrics import headline, metric_named
+from megakd.scoring.metrics import check_weighed, headline
 
 LAMBDA = 0.2
 READ = 0.0025  # what the authors' figure can be read to
@@ -72,7 +73,7 @@ def test_the_highest_trade_off_is_chosen(scores, options, chosen_one):
     [
         (math.nan, TrainingError, r"sparsity 0\.7 has no score \(nan\)"),
         *(
-            (score, ConfigError, r"0\.7 scores .*method\.metric, for example to accuracy")
+            (score, ConfigError, r"0\.7 scores .*eval\.metric, for example to accuracy")
             for score in (38.2, -1.5, math.inf)
         ),
     ],
@@ -105,23 +106,10 @@ def test_the_best_tradeoff_is_chosen_and_the_target_has_its_own_score(
     assert verdict.of_views == {"sparsity-0.9": target}
 
 
-def test_one_metric_of_which_more_is_better_is_weighed():
-    loss, both = headline(["perplexity"]), headline(["accuracy", "f1"])
-
-    def named(name, main, metrics, *, weighed=True):
-        return metric_named(name, main, metrics, weighed=weighed)
-
-    assert named("accuracy", loss, METRICS["causal_lm"]) == ACCURACY
-    assert named("f1", both, both.parts) == headline(["f1"])
-    assert named(None, both, both.parts).parts == ("accuracy", "f1")
-    wrong = r"method.metric: perplexity, the default of this task.*to accuracy"
-    with pytest.raises(ConfigError, match=wrong):
-        named(None, loss, METRICS["causal_lm"])
-    with pytest.raises(ConfigError, match=r"method.metric: recall cannot.*accuracy, f1"):
-        named("recall", both, both.parts)
-    assert named("perplexity", loss, METRICS["causal_lm"], weighed=False) == loss
-    with pytest.raises(ConfigError, match=r"recall cannot be computed .* perplexity, .*accuracy"):
-        named("recall", loss, METRICS["causal_lm"], weighed=False)
+def test_only_a_metric_of_which_more_is_better_is_weighed():
+    check_weighed(headline(["accuracy", "f1"]), METRICS["classification"])
+    with pytest.raises(ConfigError, match=r"eval.metric: perplexity cannot.*to accuracy"):
+        check_weighed(headline(["perplexity"]), METRICS["causal_lm"])
 
 
 # What candidates learn from.
@@ -151,7 +139,7 @@ def lab(config: PretrainedConfig, objective=None):
         given=lambda role: source,
         pruning=SimpleNamespace(unscored=lambda: unscored(source)),
         soft_terms=lambda weight: (SoftTargetKl(loss="soft_target_kl", weight=weight),),
-        metric=lambda name: name,
+        metric=lambda: None,
     )
 
 
@@ -201,13 +189,13 @@ def test_a_sparsity_that_is_never_cut_at_is_not_checked(method):
 
 
 def test_a_metric_is_asked_for_only_where_something_is_weighed():
-    teacher, asked = lab(BertConfig(**BASE)), list[str | None]()
-    teacher.metric = asked.append
+    teacher, asked = lab(BertConfig(**BASE)), list[str]()
 
-    check_reach(PLAIN, teacher)
-    check_reach(MaxiDiscConfig(name="maxidisc", metric="f1"), teacher)
+    for config in (PLAIN, MaxiDiscConfig(name="maxidisc")):
+        teacher.metric = partial(asked.append, config.name)
+        check_reach(config, teacher)
 
-    assert asked == ["f1"]
+    assert asked == ["maxidisc"]
 
 
 def test_a_layer_whose_relations_are_compared_keeps_a_head():

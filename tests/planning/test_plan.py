@@ -202,7 +202,7 @@ def test_every_phase_of_a_run_is_planned(tmp_path, sections, names):
     ("sections", "line"),
     [
         (
-            {**CUT, "method": {**MINIDISC, "importance_batch_size": 32}},
+            {**CUT, "method": MINIDISC},
             "specification: 4 forwards of a rank for every 32 rows",
         ),
         (

@@ -86,7 +86,7 @@ SETTINGS = [
         "train={per_device_train_batch_size: 8, num_train_epochs: 1}",
         "a phase of 17 steps does not fit into an episode of 8",
     ),
-    ("method={name: minidisc, metric: matthews}; student.model=from_teacher", "method.metric"),
+    ("method={name: minidisc}; eval.metric=matthews; student.model=from_teacher", "eval.metric"),
     # Names of models that a run makes, where no model can come from them.
     ("teacher.model=from_teacher", "teacher.model: from_teacher is not a local folder"),
     ("student.model=student_base", "student.model: student_base is not a local folder"),

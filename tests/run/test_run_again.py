@@ -34,16 +34,12 @@ def test_a_finished_run_started_again_prints_its_table_and_loads_nothing(
     ("overrides", "message"),
     [
         (
-            ["train.resume_from_checkpoint=false"],
-            r"holds a run and train\.resume_from_checkpoint is false",
-        ),
-        (
             ["train.learning_rate=0.5", "seed=7"],
             "holds a run of another config .*seed: 42 there, 7 here.*"
             r"train\.learning_rate: 0\.01 there, 0\.5.*may start from its models, such as",
         ),
     ],
-    ids=["not resumed", "another config"],
+    ids=["another config"],
 )
 def test_a_finished_folder_is_not_overwritten(one_rank, out, config, overrides, message):
     outcome = one_rank.train("--config", config, *overrides, code=2)

@@ -45,7 +45,7 @@ ROWS = "train.per_device_train_batch_size"
 FREE = (
     *("output_dir=elsewhere", "log.logging_steps=1", "save.save_steps=1", "save.onnx=true"),
     *("eval.per_device_eval_batch_size=3", "train.kernels=reference", "eval.eval_steps=2"),
-    *("student.deepspeed=zero3", "train.resume_from_checkpoint=false", "eval.latency=false"),
+    *("student.deepspeed=zero3", "eval.latency=false"),
     *("train.max_steps=99", "train.num_train_epochs=7"),  # its last stages may get longer
     *(f"{ROWS}=2", "train.gradient_accumulation_steps=2"),
 )
@@ -119,7 +119,7 @@ def test_a_finished_run_needs_no_files_and_no_device_of_its_own(facts, tmp_path)
         check_identity(tmp_path, facts())
 
 
-@pytest.mark.parametrize("place", ["url=[http://other:1]", "time_limit=9", "model=other"])
+@pytest.mark.parametrize("place", ["url=[http://other:1]", "model=other"])
 def test_servers_may_be_elsewhere_and_not_others(tmp_path, place):
     server = {"url": ["http://node:1"], "push": "none", "model": "student"}
     task = {"type": "causal_lm", "dataset": "texts", "tokenizer": "gpt2"}

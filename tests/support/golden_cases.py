@@ -171,7 +171,7 @@ def cases(data: Path) -> dict[str, Tree]:
             },
             "teacher": {"model": bert(2, 16)},
             "student": {"model": bert(2, 8)},
-            "method": {"name": "mixed_vocabulary", "student_vocabulary": {"size": 100}},
+            "method": {"name": "mixed_vocabulary", "student_vocabulary": 100},
         },
         "homodistil": {
             "task": _text(data, "mlm"),

@@ -8,7 +8,7 @@ from typing import Any
 
 from tiny_runs import bert, config_tree, merged, run_in, write_config
 
-METHOD = {"name": "mixed_vocabulary", "student_vocabulary": {"size": 100}}
+METHOD = {"name": "mixed_vocabulary", "student_vocabulary": 100}
 TRAIN = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 0.01}
 TEACHER_TOKENIZER = {"type": "wordpiece", "vocab_size": 300}
 

@@ -56,9 +56,9 @@ def asked(rows: list[int], spec: TeacherConfig = DRAWS, *, length=LENGTH, **fact
     return ask_tokens(teacher, batch, spec, length=LENGTH)
 
 
-def test_draws_depend_on_row_position_and_seed_and_not_on_the_batch_around_them():
+def test_draws_depend_on_row_and_position_and_not_on_the_batch_around_them():
     ids, counts = (asked([3, 9])[name] for name in ("ids", "counts"))
-    shorter, other = asked([9], length=4), TeacherConfig(model="a", cache_draws=4, cache_seed=1)
+    shorter = asked([9], length=4)
 
     assert torch.equal(ids[1:, :4], shorter["ids"][:, :4])
     assert torch.equal(counts[1:, :4], shorter["counts"][:, :4])
@@ -66,7 +66,6 @@ def test_draws_depend_on_row_position_and_seed_and_not_on_the_batch_around_them(
     assert (shorter["counts"][:, 4:] == 0).all()
     assert not torch.equal(ids[0], ids[1])
     assert len({tuple(drawn) for drawn in ids[0].tolist()}) > LENGTH // 2
-    assert not torch.equal(ids[1:], asked([9], other)["ids"])
 
 
 @BOTH

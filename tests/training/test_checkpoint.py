@@ -92,14 +92,14 @@ def test_ranks_draw_different_dropout_and_the_same_everything_else():
 )
 def test_the_newest_complete_one_is_used_and_the_oldest_are_removed(tmp_path, keep, left):
     store = checkpoints(tmp_path, keep=keep)
-    assert store.to_resume(resume=True) is None
+    assert store.to_resume() is None
 
     newest = save(store, 4, 8, 12)
 
     assert names(store) == left
     for name in ("best", "step-notes", "step-16.partial"):
         (store.folder / name).mkdir()
-    assert store.to_resume(resume=True) == newest
+    assert store.to_resume() == newest
 
 
 @pytest.mark.parametrize(
@@ -111,11 +111,11 @@ def test_a_stage_may_get_longer_if_nothing_was_made_from_it(tmp_path, now, may_g
     store = checkpoints(tmp_path, length={"max_steps": now}, may_grow=may_grow)
 
     if goes_on:
-        assert store.to_resume(resume=True) == saved
+        assert store.to_resume() == saved
         assert store.load(saved, read_nothing, states_of({"step": None})) == (1, now != 8)
     else:
         with pytest.raises(CheckpointError, match=f"max_steps: 8 there, {now} here"):
-            store.to_resume(resume=True)
+            store.to_resume()
 
 
 @pytest.mark.parametrize(
@@ -154,9 +154,9 @@ def test_a_damaged_checkpoint_is_named_with_the_folder_to_remove(
     spoil(newest / name)
 
     with pytest.raises(CheckpointError, match=rf"^{newest} is damaged: {reason}.*remove {newest}"):
-        store.to_resume(resume=True)
+        store.to_resume()
     shutil.rmtree(newest)
-    assert store.to_resume(resume=True) == store.folder / "step-4"
+    assert store.to_resume() == store.folder / "step-4"
 
 
 def test_the_manifest_names_what_was_written_even_if_a_listing_does_not_show_it(store, monkeypatch):
@@ -167,14 +167,6 @@ def test_the_manifest_names_what_was_written_even_if_a_listing_does_not_show_it(
     flip(newest / SHARD)
     assert store.damage(newest) == f"the checksum of {SHARD} differs"
     assert entries(newest).keys() == set(FILES)
-
-
-def test_a_stage_that_may_not_resume_refuses_to_write_over_its_checkpoints(store):
-    newest = save(store, 8)
-
-    message = f"{newest} exists and resume_from_checkpoint is false; use another output_dir"
-    with pytest.raises(CheckpointError, match=message):
-        store.to_resume(resume=False)
 
 
 def test_other_ranks_read_a_checkpoint_and_keep_their_own_random_numbers_but_no_stream(tmp_path):
@@ -202,7 +194,7 @@ def test_an_old_one_that_cannot_be_removed_does_not_stop_the_run(tmp_path, caplo
 
     monkeypatch.setattr(checkpoint_module.shutil, "rmtree", busy)
 
-    assert save(store, 8) == store.to_resume(resume=True)
+    assert save(store, 8) == store.to_resume()
     assert "step 4 in " in caplog.text
 
 
@@ -231,8 +223,8 @@ def test_a_checkpoint_of_another_version_or_stage_is_refused_in_one_line(store, 
 
     for refuse, folder in (
         (lambda: load(store, saved), store.folder),
-        (lambda: store.to_resume(resume=True), store.folder),
-        (lambda: alone.to_resume(resume=True), other),
+        (store.to_resume, store.folder),
+        (alone.to_resume, other),
     ):
         with pytest.raises(CheckpointError, match=rf"^{folder}.*another version of megakd") as told:
             refuse()
@@ -281,7 +273,7 @@ class Training:
 
 def stored(store: Any) -> tuple[float, dict[str, Any]]:
     values: dict[str, Any] = {"strategy": None}
-    folder = store.to_resume(resume=True)
+    folder = store.to_resume()
     store.load(folder, lambda _: None, states_of(values))
     return torch.load(folder / SHARD)["weight"][0].item(), values["strategy"]
 
@@ -294,7 +286,7 @@ def test_a_checkpoint_has_the_values_of_its_step_and_no_name_while_it_is_written
 
     assert (training.writer.is_pending, training.writer.is_writing) == (True, True)
     assert names(store) == ["step-1.partial"]
-    assert store.to_resume(resume=True) is None
+    assert store.to_resume() is None
     held.released.set()
     training.writer.publish()
 
@@ -394,7 +386,7 @@ def test_killed_at_any_moment_of_a_save_the_run_goes_on_from_a_whole_one(tmp_pat
             with killed_at(call, monkeypatch):
                 save(store, 8)
         except Killed:
-            good = store.to_resume(resume=True)
+            good = store.to_resume()
             survived.append(good.name)
             assert load(store, good)["step"] == int(good.name.removeprefix("step-"))
             save(store, 12)
@@ -446,7 +438,7 @@ def kept(tmp_path) -> Iterator[Checkpoints]:
     save(store, 4)
     yield store
     assert names(store) == ["step-4"]
-    assert store.to_resume(resume=True) == store.folder / "step-4"
+    assert store.to_resume() == store.folder / "step-4"
 
 
 def test_torch_that_cannot_write_gives_the_systems_own_reason(kept, tmp_path):

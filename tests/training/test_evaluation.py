@@ -22,7 +22,7 @@ from megakd.config.file import config_of
 from megakd.config.run import EvalConfig
 from megakd.contract.results import WHOLE, MetricJudge
 from megakd.contract.stage import Pass, Verdict
-from megakd.contract.tasks import METRICS
+from megakd.contract.tasks import METRICS, ONE_LABEL_METRICS
 from megakd.contract.terms import HardCrossEntropy
 from megakd.data.splits import load_splits
 from megakd.errors import ConfigError, DataError, TrainingError
@@ -159,13 +159,19 @@ def chosen(labels=LABELS, task="classification", official=("accuracy",), **keys)
 
 
 def test_every_metric_that_a_config_may_name_is_that_of_scikit_learn():
-    names, binary = METRICS["classification"], (TRUTH[KNOWN] == 2, PREDICTED[KNOWN] == 2)
+    names = tuple(name for name in METRICS["classification"] if name not in ONE_LABEL_METRICS)
+    binary = TRUTH[KNOWN] == 2, PREDICTED[KNOWN] == 2
 
-    values = chosen(metrics=names, positive_label="good").of(OUTPUTS, TRUTH)
+    values = chosen(metrics=names).of(OUTPUTS, TRUTH)
+    guessed = logits_of((PREDICTED == 2).long().tolist(), 2)
+    of_two = chosen(("other", "good"), metrics=ONE_LABEL_METRICS).of(
+        guessed, torch.where(KNOWN, (TRUTH == 2).long(), -100)
+    )
+    values |= {name: of_two[name] for name in ONE_LABEL_METRICS}
 
-    assert set(values) == set(names)
+    assert set(values) == set(METRICS["classification"])
     assert values["exact_match"] == values["accuracy"]  # of one label a row
-    for name in {*names} - {"accuracy", "exact_match", "matthews_correlation", "loss"}:
+    for name in {*values} - {"accuracy", "exact_match", "matthews_correlation", "loss"}:
         kind, _, average = name.partition("_")
         truth, predicted = (TRUTH[KNOWN], PREDICTED[KNOWN]) if average else binary
         of = getattr(theirs, f"{kind}_score")
@@ -178,10 +184,9 @@ def test_every_metric_that_a_config_may_name_is_that_of_scikit_learn():
     assert values["loss"] == pytest.approx(4 / 3)
 
 
-@pytest.mark.parametrize(("keys", "recall"), [({}, 0.5), ({"positive_label": "no"}, 1.0)])
-def test_of_two_labels_the_second_is_the_positive_one_unless_another_is_named(keys, recall):
+def test_of_two_labels_the_second_is_the_positive_one():
     outputs, truth = torch.eye(2)[[0, 0, 1]], torch.tensor([0, 1, 1])
-    assert chosen(("no", "yes"), metric="recall", **keys).of(outputs, truth)["recall"] == recall
+    assert chosen(("no", "yes"), metric="recall").of(outputs, truth)["recall"] == 0.5
 
 
 def test_every_label_has_the_precision_and_recall_of_its_counts_also_if_the_label_is_absent():
@@ -231,23 +236,15 @@ def test_the_official_metrics_rank_evaluations_unless_one_is_chosen():
     assert result.names == (*both, "loss", "f1_macro")
 
 
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [
-        ({"metric": "f1"}, "missing, .* f1 needs one of the 3 labels; .* bad, fine, good, .* f1_m"),
-        ({"metric": "f1", "positive_label": "goood"}, 'no label "goood"; did you mean "good"'),
-        ({"positive_label": "good"}, "no metric of this run uses a positive label; remove the key"),
-    ],
-)
-def test_a_positive_label_that_is_missing_wrong_or_idle_is_refused(keys, message):
-    with pytest.raises(ConfigError, match=rf"eval\.positive_label: .*{message}"):
-        chosen(**keys)
+def test_a_metric_of_one_label_is_refused_for_more_than_two():
+    with pytest.raises(ConfigError, match=r"f1 is about the second of two labels, .* 3; use f1_ma"):
+        chosen(metric="f1")
 
 
 def test_a_run_keeps_the_best_evaluation_by_the_chosen_metric_and_shows_the_scores_of_every_label(
     one_rank, tmp_path
 ):
-    named = {"metric": "f1", "metrics": ["f1_macro"], "positive_label": "negative"}
+    named = {"metric": "f1", "metrics": ["f1_macro"]}
 
     outcome = finish_in(one_rank, tmp_path, review_task(tmp_path), eval={"eval_steps": 2, **named})
 
@@ -258,7 +255,7 @@ def test_a_run_keeps_the_best_evaluation_by_the_chosen_metric_and_shows_the_scor
     assert report["stages"][0]["f1"] == best == report["student.f1"]
     negative, positive = report["student.per_class"]
     assert (negative["label"], positive["label"]) == ("negative", "positive")
-    assert negative["f1"] == best
+    assert positive["f1"] == best
     assert negative["rows"] + positive["rows"] == 26
     assert "\nScores by label\nlabel     precision  recall" in outcome.out
     page = one_rank.page(tmp_path / "out")

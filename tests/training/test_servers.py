@@ -103,7 +103,7 @@ def generator_of(
     stubs: Any, *, rank: int = 0, at_once: int = 8, push: Any = None
 ) -> ServerGenerator:
     urls = tuple(stub.url for stub in stubs)
-    config = RolloutServerConfig(url=urls, push="none", time_limit=30)
+    config = RolloutServerConfig(url=urls, push="none")
     return ServerGenerator(
         replicas_of(config),
         Requirements("tiny", 64, VOCABULARY, (END,)),

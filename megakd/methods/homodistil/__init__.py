@@ -74,7 +74,6 @@ class HomoDistilConfig(OneTeacherOptions):
     """
 
     cuts_student: ClassVar[bool] = True
-    name: Literal["homodistil"]
     target_width: Count | None = None
     target_sparsity: Annotated[float, Field(gt=0, lt=1)] | None = None
     schedule: Literal["cubic", "one_shot"] = "cubic"
@@ -169,7 +168,7 @@ def run(config: HomoDistilConfig, lab: Lab) -> StageResult:
             start=start,
             objective=objective,
             strategy=pruning,
-            judge=HomotopyJudge(pruning, lab.metric(None, weighed=False)),
+            judge=HomotopyJudge(pruning, lab.metric(weighed=False)),
             window=window,
             measures_losses=True,
         )

@@ -26,7 +26,6 @@ from megakd.contract.terms import (
     STRICT,
     Count,
     HiddenMse,
-    Positive,
     RelationFsp,
     TermConfig,
     Weight,
@@ -42,7 +41,7 @@ STAGE = "selector"
 STAGE_1 = frozenset(
     {
         *("episodes", "episode_steps", "phase_steps", "exploration"),
-        *("gamma", "selector_learning_rate"),
+        "gamma",
     }
 )
 """Options that only the training of a selector reads."""
@@ -62,12 +61,10 @@ class KnowledgeSelectionConfig(OneTeacherOptions):
         episode. 1 is the paper's algorithm without its refinement.
     exploration: beta, weight of the reward for actions that differ from the previous phase.
     gamma: discount factor of later rewards.
-    selector_learning_rate: learning rate of actor and critic (Adam).
     selector: saved selector to use instead of stage 1: a file, or the folder stages/selector of a
         run.
     """
 
-    name: Literal["knowledge_selection"]
     policy: Literal["learned", "all", "random_soft", "random_hard"] = "learned"
     action: Literal["soft", "hard"] = "soft"
     episodes: Count = 5
@@ -75,7 +72,6 @@ class KnowledgeSelectionConfig(OneTeacherOptions):
     phase_steps: Count | None = None
     exploration: Weight = 0.1
     gamma: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    selector_learning_rate: Positive = 1e-3
     selector: Annotated[Path, AfterValidator(in_home)] | None = None
 
     @property

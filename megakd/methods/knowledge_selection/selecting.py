@@ -34,6 +34,8 @@ from megakd.training.probe import StageProbe
 SELECTOR = "selector.safetensors"
 NOISE = 0.2
 """Standard deviation of the noise that is added to the actions of a phase of stage 1."""
+LEARNING_RATE = 1e-3
+"""Of actor and critic (Adam)."""
 HIDDEN = 64
 """Width of a selector's layers."""
 UPDATES, SAMPLES, MEMORY = 32, 64, 2048
@@ -186,9 +188,9 @@ class ActorCritic:
         self._generator = torch.Generator().manual_seed(seed)
         policy = [*selector.student.parameters(), *selector.teacher.parameters()]
         policy += selector.actor.parameters()
-        self._actor = torch.optim.Adam(policy, lr=config.selector_learning_rate)
+        self._actor = torch.optim.Adam(policy, lr=LEARNING_RATE)
         critic = selector.critic.parameters()
-        self._critic = torch.optim.Adam(critic, lr=config.selector_learning_rate)
+        self._critic = torch.optim.Adam(critic, lr=LEARNING_RATE)
 
     def learn(self, phase: Transition) -> float:
         """Train the critic towards reward + gamma * Q(next), and the actor towards a higher Q.

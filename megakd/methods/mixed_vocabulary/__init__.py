@@ -21,7 +21,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from megakd.contract.lab import Lab
-from megakd.contract.options import OneTeacherOptions, StudentVocabulary
+from megakd.contract.options import OneTeacherOptions
 from megakd.contract.stage import (
     Constant,
     Pass,
@@ -85,7 +85,8 @@ class ParameterProjection(MethodTerm):
 class MixedVocabularyConfig(OneTeacherOptions):
     """The student has a small vocabulary of its own, which the teacher learns to read too.
 
-    student_vocabulary: size of the vocabulary, which is trained on the training text.
+    student_vocabulary: pieces of the vocabulary, with five special tokens; a lower-cased WordPiece,
+        which is trained on the training text. 4928 is the size of the paper.
     p: probability of each word of the teacher's text to be cut with the student's vocabulary.
     projections: `none` trains the student alone; `dual` trains both models and compares nothing;
         `down` maps the teacher's weights to the student's shapes; `up` maps the student's weights
@@ -95,8 +96,7 @@ class MixedVocabularyConfig(OneTeacherOptions):
     teacher_learning_rate: learning rate of the teacher; null: as the student's.
     """
 
-    name: Literal["mixed_vocabulary"]
-    student_vocabulary: StudentVocabulary = StudentVocabulary()
+    student_vocabulary: Annotated[int, Field(ge=100)] = 4928
     p: Fraction = 0.5
     projections: Literal["none", "dual", "down", "up"] = "down"
     epsilon: Positive | None = None
@@ -108,7 +108,7 @@ class MixedVocabularyConfig(OneTeacherOptions):
         return True
 
     @property
-    def own_vocabulary(self) -> StudentVocabulary:
+    def own_vocabulary(self) -> int:
         return self.student_vocabulary
 
     def student_tokenizer(self, splits: Any, teacher: Any, *, cache_dir: Path) -> Any:
@@ -175,10 +175,10 @@ class MixedVocabularyConfig(OneTeacherOptions):
                 "student of mixed_vocabulary starts from random weights with a vocabulary of its "
                 "own; give its shape as student.model: {config: {model_type: bert, …}}"
             )
-        elif shape.get("vocab_size", self.student_vocabulary.size) != self.student_vocabulary.size:
+        elif shape.get("vocab_size", self.student_vocabulary) != self.student_vocabulary:
             yield (
                 f"student.model.config.vocab_size: {shape['vocab_size']}, and "
-                f"method.student_vocabulary.size is {self.student_vocabulary.size}; remove the key"
+                f"method.student_vocabulary is {self.student_vocabulary}; remove the key"
             )
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megakd.contract.options import StudentVocabulary
 from megakd.data.arrow import key_of, rows_key
 from megakd.data.splits import Splits
 from megakd.data.tokenizers import from_folder, training_texts
@@ -22,14 +21,14 @@ if TYPE_CHECKING:
 
 # Part of every key: increase this number when the trained vocabularies would differ.
 VERSION = 1
-SIZE_KEY = "method.student_vocabulary.size"
+SIZE_KEY = "method.student_vocabulary"
 ROLES = ("pad", "unk", "cls", "sep", "mask")
 
 
 def load_student_tokenizer(
-    vocabulary: StudentVocabulary, splits: Splits, *, cache_dir: Path
+    pieces: int, splits: Splits, *, cache_dir: Path
 ) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a student, with exactly `vocabulary.size` tokens.
+    """Return the tokenizer of a student, with exactly `pieces` tokens.
 
     The tokenizer is lower-cased, has BERT's template ([CLS] text [SEP]) and BERT's special tokens,
     and is trained once per training text.
@@ -38,13 +37,13 @@ def load_student_tokenizer(
         {
             "version": (VERSION, TRAINER_VERSION),
             "rows": rows_key(splits.train),
-            "type": vocabulary.type,
-            "student_size": vocabulary.size,
+            "type": "wordpiece",
+            "student_size": pieces,
         }
     )
 
     def build(folder: Path) -> None:
-        _trained(vocabulary.size, lambda: training_texts(splits)).save_pretrained(folder)
+        _trained(pieces, lambda: training_texts(splits)).save_pretrained(folder)
 
     folder = whole_folder(cache_dir / "tokenizers" / key, build)
     return from_folder(folder)
