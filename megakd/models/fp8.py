@@ -8,7 +8,6 @@ Embeddings, norms and the output matrix stay in bf16: 8-bit logits would spoil g
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from itertools import chain
 from typing import Any
 
 import torch
@@ -124,7 +123,7 @@ def packed_linears(model: nn.Module) -> dict[str, Fp8Linear]:
 
 
 def _linears(model: nn.Module, source: ModelSource) -> Iterator[tuple[str, nn.Linear]]:
-    for path in chain(*source.architecture.streams(source.config)):
+    for path in source.architecture.layer_paths(source.config):
         for name, part in model.get_submodule(path).named_modules(prefix=path):
             if isinstance(part, nn.Linear):
                 sizes = part.in_features, part.out_features
