@@ -31,6 +31,7 @@ from megakd.contract.views import Kind  # noqa: E402
 from megakd.errors import MegakdError, ModelError, one_line  # noqa: E402
 from megakd.models.knowledge import Needs, read_knowledge  # noqa: E402
 from megakd.models.layers import check_depth  # noqa: E402
+from megakd.models.narrowing import why_rigid  # noqa: E402
 from megakd.models.packing import packing_of  # noqa: E402
 from megakd.models.source import ModelSource  # noqa: E402
 from megakd.models.structure import for_task  # noqa: E402
@@ -56,6 +57,7 @@ class Row(NamedTuple):
     depth: str = ""
     neurons: str = ""
     heads: str = ""
+    width: str = ""
     packing: str = ""
     why: tuple[str, ...] = ()
 
@@ -94,7 +96,7 @@ def table(task: str, types: list[str]) -> Iterator[str]:
         f"transformers {version('transformers')}."
     )
     yield ""
-    columns = ["Reads", "Logits", "Layers", "Neurons", "Heads"]
+    columns = ["Reads", "Logits", "Layers", "Neurons", "Heads", "Width"]
     columns += ["Packed rows"] * (task == "causal_lm")
     yield f"| {' | '.join(columns)} | Families |"
     yield "|---" * (len(columns) + 1) + "|"
@@ -161,6 +163,7 @@ def row_of(family: str, config: Any, task: str) -> Row | None:
         tried("layers", lambda: check_depth(source, STAY, where=family) or "yes"),
         tried("neurons", lambda: units(source, "neurons")),
         tried("heads", lambda: units(source, "heads")),
+        tried("width", lambda: width(source)),
         tried("packed rows", lambda: PACKED[packing_of(config, None)])
         if task == "causal_lm"
         else "",
@@ -207,6 +210,16 @@ def units(source: ModelSource, kind: Kind) -> str:
     if cuttable.uncut is not None:
         raise ModelError(cuttable.uncut)
     return "yes" if cuttable.keys or source.architecture.shares_bias else "with its file"
+
+
+def width(source: ModelSource) -> str:
+    """Return how a model with narrower hidden states is written; the reason is an error."""
+    rigid = why_rigid(source.config, source.architecture)
+    if rigid is not None:
+        raise ModelError(rigid)
+    found = source.architecture.found_units(source.config)
+    is_stated = found.stating_width is not None or source.architecture.shares_bias
+    return "yes" if is_stated else "with its file"
 
 
 if __name__ == "__main__":

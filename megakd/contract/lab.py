@@ -18,8 +18,8 @@ Model = Any
 
 It has the attributes `depth` (number of layers), `heads` (`Heads`), `width` (of the hidden states),
 `units` (`View`; `head_width` is set if columns of heads can be cut), `uncut` (why only whole layers
-can be left out, or None), `whole` (`View` of all that can be left out) and `fresh` (the model of
-the same shape that starts from random weights).
+can be left out, or None), `shows_attention` (attentions can be read), `whole` (`View` of all that
+can be left out) and `fresh` (the model of the same shape that starts from random weights).
 """
 
 
@@ -67,6 +67,10 @@ class Pruning(ABC):
 
         The importance is the rise of the loss on held-out rows if the layer is left out.
         """
+
+    @abstractmethod
+    def why_rigid(self, source: Model) -> str | None:
+        """Return the reason why hidden states cannot lose columns; None: they can."""
 
     @abstractmethod
     def has_stock_config(self, source: Model, view: View) -> bool:

@@ -27,10 +27,11 @@ from megakd.contract.stage import Pass, teacher_names
 from megakd.contract.tasks import Kernels
 from megakd.contract.views import Axes, View
 from megakd.losses.objective import WEIGHTED_LOSS, Objective, StageLosses
-from megakd.models.axes import WIDTH, weight_axes
+from megakd.models.axes import weight_axes
 from megakd.models.elastic import Elastic
 from megakd.models.knowledge import Needs, predict, predictions_of, read_knowledge
 from megakd.models.lora import base_model
+from megakd.models.unit_axes import WIDTH
 
 Forward = tuple[str, str | None]
 """A forward for a micro-batch: of the model of a role, as one of its views.

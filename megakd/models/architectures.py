@@ -52,7 +52,6 @@ class Architecture:
         with a head.
     shares_bias: all layers share a position bias with one column per head, as in T5, whose config
         states all shapes.
-    loses_width: hidden states can lose columns, see `LOSE_WIDTH`.
     has_sinks: attentions have a learned score besides the keys, which fused attentions lack.
     shows_attention: each layer calls an attention of transformers with queries, keys and values.
     experts: path on the model of a block that routes tokens to experts; None: a dense model.
@@ -77,7 +76,6 @@ class Architecture:
     embeddings: str = "embeddings"
     more_blocks: tuple[str, ...] = ()
     shares_bias: bool = False
-    loses_width: bool = False
     has_sinks: bool = False
     shows_attention: bool = True
     experts: str | None = None
@@ -106,8 +104,8 @@ class Architecture:
                 most = max(units["total"] for units in layers)
                 return Heads(most * (queries // keys), most, layers[0]["width"])
         width = stated(config, HEAD_WIDTH) or stated(config, "head_dim")
-        width = width or self.hidden_width(config) // queries
-        return Heads(queries, keys, width)
+        whole = ((narrow or {}).get("stock") or {}).get("hidden_size", self.hidden_width(config))
+        return Heads(queries, keys, width or whole // queries)
 
     def lacking_in_fused_attention(self, config: PretrainedConfig) -> str | None:
         """Return the part of a model's attention that sdpa and varlen lack; None: no part."""
@@ -192,15 +190,14 @@ class Architecture:
                 f"{reason}; use student.layers to keep some of its layers, or another family"
             )
         found = self.found_units(config)
-        is_cut = self.loses_width and None is found.heads.uncut is found.neurons.uncut
-        width = self.hidden_width(config) if is_cut else None
+        width = self.hidden_width(config) if found.rigid is None else None
         return View(found.heads.counts, found.neurons.counts, width)
 
     def prunable(self, config: PretrainedConfig) -> View:
         """Return the units; `head_width` is set if columns of heads can be cut one by one."""
-        is_cut = self.loses_width and self.found_units(config).heads.columns
-        width = self.heads(config).width if is_cut else None
-        return self.units(config)._replace(head_width=width)
+        found = self.found_units(config)
+        is_cut = found.rigid is None and found.heads.columns
+        return self.units(config)._replace(head_width=self.heads(config).width if is_cut else None)
 
     def of_the_task(self, name: str) -> bool:
         """Return true if a parameter belongs to the task and not to the backbone."""
@@ -223,13 +220,6 @@ CLASS_ENDINGS: Mapping[str, TaskType] = {
 }
 
 ROUTES_TOKENS = "a router chooses the experts of each token"
-
-
-LOSE_WIDTH = frozenset(
-    """bert roberta distilbert electra llama mistral qwen2 qwen3 gemma2 gemma3_text phi granite
-    gpt2""".split()  # noqa: SIM905
-)
-"""Types of models whose hidden states can lose columns: no small copy decides this yet."""
 
 
 def _units_of_t5(config: Any, architecture: Architecture) -> FoundUnits:
@@ -266,12 +256,24 @@ def _units_of_t5(config: Any, architecture: Architecture) -> FoundUnits:
 
     width = architecture.heads(config).width
     more = architecture.more_blocks
-    return FoundUnits(
+    found = FoundUnits(
         layers(cores, config.head_counts, config.num_heads, width, ("q", "k", "v", "o")),
         layers(parts, config.neuron_counts, config.d_ff, 1, (*inputs, "wo")),
         f"{architecture.backbone}.{architecture.blocks}",
         {"heads": more * 2, "neurons": more},
     )
+    wide = {
+        f"{owner}.{name}": (1 - dimension,)
+        for _, owner, units in (*found.of("heads"), *found.of("neurons"))
+        for name, (dimension, _) in units.parts.items()
+    }
+    norms = [f"{found.blocks}.*.layer.{n}.layer_norm" for n in range(2)]
+    norms += [f"{block}.layer.{n}.layer_norm" for block in more for n in range(3)]
+    wide |= {f"{norm}.weight": (0,) for norm in norms}
+    wide["classifier.weight"] = (1,)
+    for stack in ("encoder", *(["decoder"] if more else [])):
+        wide |= {f"{stack}.embed_tokens.weight": (1,), f"{stack}.final_layer_norm.weight": (0,)}
+    return found._replace(width={found.starred(name): dims for name, dims in wide.items()})
 
 
 # Cutting follows the config of the file that is stored with these models. A cut attention may have
@@ -279,7 +281,6 @@ def _units_of_t5(config: Any, architecture: Architecture) -> FoundUnits:
 _T5 = {
     "find_units": _units_of_t5,
     "shares_bias": True,
-    "loses_width": True,
     "shows_attention": True,
 }
 STATED: Mapping[str, Mapping[str, Any]] = {

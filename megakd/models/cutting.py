@@ -12,22 +12,24 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from megakd.config.task import TaskConfig
-from megakd.contract.views import Axes, Cut, Heads, Kind, UnitOrder, View
+from megakd.contract.views import Axes, Cut, Kind, UnitOrder, View
 from megakd.data.tokenizers import rows_for
 from megakd.engine.sharding import gathered_state
 from megakd.errors import ModelError, one_line
-from megakd.models.architectures import HEAD_COLUMNS, NARROW, Architecture, narrow_maps
-from megakd.models.axes import check_view, cut_part, output_modules, weight_axes
+from megakd.models.architectures import HEAD_COLUMNS, NARROW, narrow_maps
+from megakd.models.axes import check_view, output_modules, weight_axes
 from megakd.models.fitting import label_order, plan_loading, set_labels, valueless_model
 from megakd.models.generation import generation_file
 from megakd.models.layers import check_depth, renumbered, without_layers
 from megakd.models.lora import adapter_config, merged_state
 from megakd.models.model_folder import Extra, ModelContent, write_model_folder
-from megakd.models.proposed_units import Cuttable, FoundUnits, are_of_maps
+from megakd.models.proposed_units import Cuttable, are_of_maps
 from megakd.models.second_vocabulary import FILE, second_vocabulary, without_second_vocabulary
+from megakd.models.small_copy import widths_of
 from megakd.models.source import ModelSource
 from megakd.models.structure import architecture_of
-from megakd.models.units import changed_keys, head_keys
+from megakd.models.unit_axes import cut_part
+from megakd.models.units import KINDS, changed_keys, head_keys
 from megakd.models.weights import WeightReader
 
 if TYPE_CHECKING:
@@ -208,56 +210,50 @@ def _with_units(config: PretrainedConfig, view: View, *, learns: bool) -> Pretra
     found, heads = architecture.found_units(config), architecture.heads(config)
     cut: Any = copy.deepcopy(config)
     vars(cut).pop(NARROW, None)
-    is_plain = view.width == architecture.units(config).width and view.head_width is None
-    for key, width in {} if is_plain else _widths(config, view).items():
-        setattr(cut, key, width)
-    is_alone = not is_plain or bool(narrow and narrow["alone"])
-    is_plain, width = is_plain and narrow is None, view.head_width or heads.width
-    listed: dict[Kind, Cuttable] = {
-        "heads": _fewer(found.heads, view.heads, width),
-        "neurons": _fewer(found.neurons, view.neurons, 1),
-    }
-    unstated = set[Kind]()
-    kinds: tuple[tuple[Kind, Cuttable], ...] = ("heads", found.heads), ("neurons", found.neurons)
-    for kind, before in kinds:
-        after, whole = listed[kind], before.stated or max(before.counts, default=0)
+    is_plain = narrow is None and view.head_width is None and view.width == config.hidden_size
+    widths, width = widths_of(config, view.width), view.head_width or heads.width
+    all_heads = (max(view.heads) or heads.keys) * heads.queries // heads.keys * width
+    is_stated = is_plain or found.stating_width is not None or view.width == all_heads
+    stating = {} if is_plain else {**widths, **dict.fromkeys(found.stating_width or (), width)}
+    listed, unstated = dict[str, Cuttable](), set[Kind]()
+    for kind in KINDS:
+        of_heads, before = kind == "heads", found.heads if kind == "heads" else found.neurons
+        whole = before.stated or max(before.counts, default=0)
+        after = _fewer(before, view.heads if of_heads else view.neurons, width if of_heads else 1)
         listed[kind] = after._replace(stated=whole)
-        if not any(before.layers) or (is_plain and before == after):
+        if (is_plain and before == after) or not (of_heads or any(before.layers)):
             continue
-        keys = () if learns and kind == "heads" else before.keys
-        if kind == "heads" and architecture.loses_width and not (keys or is_plain or learns):
-            # A family that takes the width of heads from that of hidden states may state them now.
-            keys = head_keys(cut)
-        states = _stated if kind == "neurons" or is_plain else _stated_with_width
+        keys = before.keys
+        if of_heads and not is_plain:  # a config that states the width may now state heads
+            keys = (keys or head_keys(cut)) if is_stated and not learns else ()
         try:
-            cut = states(cut, after._replace(keys=keys), whole, architecture)
+            cut = _stated(cut, after._replace(keys=keys), whole, stating if of_heads else {})
             listed[kind] = after._replace(stated=max(after.counts))
         except (StrictDataclassError, ValueError) as error:
             _check_narrow(config, kind, before, after.counts, one_line(error))
             unstated.add(kind)
     if not unstated:
         return cut
-    units = FoundUnits(listed["heads"], listed["neurons"], found.blocks)
-    alone = heads._replace(width=width) if "heads" in unstated and is_alone else None
-    return _listing(cut, units, alone, architecture.score_width(config) if learns else None)
+    score_width = architecture.score_width(config) if learns else None
+    keys = {**found._replace(**listed).as_keys(), "score_width": score_width}
+    return _listing(config, cut, keys, {} if is_plain or "heads" not in unstated else widths)
 
 
 def _listing(
-    config: Any, units: FoundUnits, alone: Heads | None, score_width: int | None
+    config: Any, cut: Any, keys: dict[str, Any], widths: Mapping[str, int]
 ) -> PretrainedConfig:
-    """Return the config that lists the units of each layer.
+    """Return a cut config that lists the units of each layer.
 
     Args:
-        alone: the heads, if the hidden states are no longer as wide as all of them together.
+        widths: keys in which it differs from the stock config whose weights become narrower.
     """
-    keys = units.as_keys()
-    if alone is not None:
-        counts = alone.queries // alone.keys, 1
-        keys["alone"] = dict(zip(head_keys(config), counts, strict=False))
-        if hasattr(config, "rope_parameters"):
-            config.head_dim = alone.width  # the rotary embedding is as wide as a head
-    setattr(config, NARROW, {**keys, "score_width": score_width})
-    return config
+    if widths:
+        earlier = (narrow_maps(config) or {}).get("stock")
+        keys["stock"] = earlier or {key: getattr(config, key) for key in widths}
+    for key, size in widths.items():
+        setattr(cut, key, size)
+    setattr(cut, NARROW, keys)
+    return cut
 
 
 def _fewer(cuttable: Cuttable, counts: Sequence[int], width: int) -> Cuttable:
@@ -266,9 +262,7 @@ def _fewer(cuttable: Cuttable, counts: Sequence[int], width: int) -> Cuttable:
     return cuttable._replace(layers=layers)
 
 
-def _stated(
-    config: Any, units: Cuttable, whole: int, _: Architecture, **more: int
-) -> PretrainedConfig:
+def _stated(config: Any, units: Cuttable, whole: int, more: Mapping[str, int]) -> PretrainedConfig:
     """Return the config whose keys, and more, state the units of all layers.
 
     Args:
@@ -278,33 +272,16 @@ def _stated(
         ValueError: the reason why no keys state them.
     """
     known = [one for one in units.layers if one is not None]
-    if len({one.total for one in known}) != 1 or not known[0].total:
+    if known and (len({one.total for one in known}) != 1 or not known[0].total):
         raise ValueError("the layers keep different numbers")
     if not units.keys:
         raise ValueError("its config has no key that states the number alone")
+    if not known:
+        return type(config).from_dict({**config.to_dict(), **more})
     changes = changed_keys(config, units.keys, known[0].total, whole)
     if units.head_width:
         changes[units.head_width] = known[0].width
     return type(config).from_dict({**config.to_dict(), **changes, **more})
-
-
-def _stated_with_width(
-    config: Any, units: Cuttable, whole: int, architecture: Architecture
-) -> PretrainedConfig:
-    """Return the config that also states the width of heads: it or that of hidden states differs.
-
-    Raises:
-        ValueError: as `_stated`, or the config states another width.
-    """
-    width = next((one.width for one in units.layers if one is not None), 0)
-    # The rotary embedding is as wide as a head.
-    more = {"head_dim": width} if hasattr(config, "rope_parameters") else {}
-    stated: Any = _stated(config, units, whole, architecture, **more)
-    has_key = getattr(stated, "head_dim", None) is not None
-    is_split = has_key or stated.hidden_size % stated.num_attention_heads == 0
-    if not is_split or architecture.heads(stated).width != width:
-        raise ValueError("its config takes the width of heads from that of the hidden states")
-    return stated
 
 
 def _check_narrow(
@@ -312,25 +289,11 @@ def _check_narrow(
 ) -> None:
     """Raise if the class that is stored with a cut model does not compute its layers."""
     empty = any(u is not None and not n for u, n in zip(before.layers, counts, strict=True))
-    if before.is_narrow and are_of_maps(before.layers) and (before.to_zero or not empty):
+    is_narrow = before.is_narrow and are_of_maps(before.layers)
+    if not any(before.layers) or (is_narrow and (before.to_zero or not empty)):
         return
     raise ModelError(
         f"a {config.model_type} model cannot keep {tuple(counts)} {kind} in its layers: {why}; "
         "keep the same number, at least 1, in all layers, such as with "
         "method.allocation: uniform"
     )
-
-
-def _widths(config: PretrainedConfig, view: View) -> dict[str, Any]:
-    changes: dict[str, Any] = {"hidden_size": view.width} if view.width else {}
-    # ELECTRA's embeddings may have another width, which does not change.
-    embeddings, before = getattr(config, "embedding_size", None), config.hidden_size
-    if embeddings == before:
-        changes["embedding_size"] = view.width
-    elif embeddings is not None and embeddings == view.width:
-        raise ModelError(
-            f"the view keeps a width of {view.width}, which is the embedding_size of the "
-            f"{config.model_type} model: at equal widths the class has no projection from the "
-            "embeddings, and their weights would be lost; keep another width"
-        )
-    return changes

@@ -22,7 +22,7 @@ from megakd.contract.views import Axes, Cut, Maker, View
 from megakd.engine.sharding import full_shape
 from megakd.errors import ModelError
 from megakd.models.architectures import Architecture
-from megakd.models.axes import WIDTH, check_view, unit_makers, weight_axes
+from megakd.models.axes import check_view, unit_makers, weight_axes
 from megakd.models.elastic_modules import (
     ElasticConv1D,
     ElasticEmbedding,
@@ -39,6 +39,7 @@ from megakd.models.elastic_modules import (
 )
 from megakd.models.layers import passed_by
 from megakd.models.structure import architecture_of
+from megakd.models.unit_axes import WIDTH
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,7 +69,6 @@ class Elastic:
         self._model = model
         self.prunable = architecture.prunable(model.config)
         self._views = Views()
-        self._rigid: str | None = None
         self._lay_over_weights(model, architecture)
         for module in model.modules():
             if isinstance(module, GradientCheckpointingLayer):
@@ -108,13 +108,10 @@ class Elastic:
             is_norm = all(len(full_shape(weight)) == 1 for weight in weights.values())
             mixin = ElasticNorm if mixin is None and is_norm and "weight" in weights else mixin
             fills = any(axis and axis.kind in filling for part in axes.values() for axis in part)
-            if fills and (mixin is None or mixin is ElasticNorm):
+            if mixin is None or (fills and mixin is ElasticNorm):
                 continue  # works on all units, of which some are zero
-            if mixin is None:
-                self._rigid = self._rigid or names[next(iter(axes))]
-                continue
             needs_heads = path in needing_heads
-            elasticity = Elasticity(self._views, axes, shapes, needs_heads, fills)
+            elasticity = Elasticity(self._views, axes, shapes, needs_heads, filling)
             make_elastic(module, mixin, elasticity)
 
     def _prepare_attentions(
@@ -146,7 +143,7 @@ class Elastic:
         """
         cut = self._views.base
         if view is not None:
-            self._check(view)
+            check_view(view, self.prunable)
             cut = Cut(None, view._replace(width=None) if view.width == self.units.width else view)
         with self._views.at(cut):
             yield
@@ -158,7 +155,7 @@ class Elastic:
         not kept get gradients of zero.
         """
         if cut is not None and cut.view is not None:
-            self._check(cut.view)
+            check_view(cut.view, self.prunable)
         self._views.keep(cut)
 
     def follow(self, linear: nn.Module) -> None:
@@ -182,11 +179,3 @@ class Elastic:
             yield
         finally:
             self._views.shared = former
-
-    def _check(self, view: View) -> None:
-        check_view(view, self.prunable)
-        if view.width not in (None, self.units.width) and self._rigid is not None:
-            raise ModelError(
-                f"the width of this model cannot be narrowed: {self._rigid} belongs to a module of "
-                "an unsupported kind; leave View.width at None, or add the kind to MIXINS"
-            )

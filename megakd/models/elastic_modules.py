@@ -7,7 +7,7 @@ hooks do not change, and without a view the module's original forward runs.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from megakd.contract.views import Axes, Axis, Cut
+from megakd.contract.views import Axes, Axis, Cut, Kind
 from megakd.engine.sharding import full_shape
 
 
@@ -122,14 +122,14 @@ class Elasticity:
 
     axes, shapes: axes and shapes of the module's own parameters, by name.
     needs_heads: the module makes queries, keys or values for an attention that fails without heads.
-    fills: what lies between the maps takes all units: those that are not kept are zeros.
+    fills: kinds of units of which what lies between the maps takes all: others are zeros.
     """
 
     views: Views
     axes: Mapping[str, Axes] = field(default_factory=dict)
     shapes: Mapping[str, torch.Size] = field(default_factory=dict)
     needs_heads: bool = False
-    fills: bool = False
+    fills: Collection[Kind] = ()
 
     def kept(self, name: str, device: torch.device) -> Dimensions | None:
         """Return the kept part of a parameter now; None: the whole parameter."""
@@ -240,10 +240,10 @@ class ElasticLinear(ElasticModule):
         into, out = kept[1 - self.output_dimension], kept[self.output_dimension]
         if into.length == 0:
             inputs = inputs[..., :0]
-        elif self.elasticity.fills:
+        elif self._fills(1 - self.output_dimension):
             inputs = _in_last(taken, inputs, into)
         outputs = NarrowLinear.apply(inputs, self.weight, self.bias, kept, self.output_dimension)
-        if self.elasticity.fills:
+        if self._fills(self.output_dimension):
             size = self.elasticity.shapes["weight"][self.output_dimension]
             shape = torch.Size((outputs.shape[:-1].numel(), size))
             return _in_last(lambda rows, kept: padded(rows, shape, kept), outputs, out)
@@ -253,6 +253,10 @@ class ElasticLinear(ElasticModule):
             size = axis.size_in(cut and cut.view) * axis.parts if axis else 0
             outputs = nn.functional.pad(outputs, (0, size))
         return outputs
+
+    def _fills(self, dimension: int) -> bool:
+        axis = self.elasticity.axes["weight"][dimension]
+        return axis is not None and axis.kind in self.elasticity.fills
 
 
 class ElasticConv1D(ElasticLinear):
@@ -266,9 +270,9 @@ class ElasticEmbedding(ElasticModule):
 
     weight: Tensor
 
-    def forward(self, numbers: Tensor) -> Tensor:
+    def forward(self, *inputs: Any, **options: Any) -> Tensor:
         """Return the embeddings [..., D] of numbers [...]; scaled ones as a cut model does."""
-        rows = super().forward(numbers)
+        rows = super().forward(*inputs, **options)
         kept = self.elasticity.kept("weight", self.weight.device)
         if kept is None:
             return rows
@@ -289,6 +293,8 @@ class ElasticNorm(ElasticModule):
         kept = self.elasticity.kept("weight", self.weight.device)
         if kept is None:
             return super().forward(hidden)
+        if hidden.shape[-1] > kept[0].length:  # DeBERTa's of the weight of a table
+            hidden = _in_last(taken, hidden, kept[0])
         return self.stock.forward(_NarrowNorm(self, kept), hidden)  # pyright: ignore[reportArgumentType]
 
 
@@ -320,7 +326,7 @@ class ElasticSplit(ElasticModule):
 
 
 class ElasticHeads(ElasticModule):
-    """An attention whose heads may lose columns, in families with `cuts_inside_heads`."""
+    """An attention whose heads may lose columns, in families with `Cuttable.columns`."""
 
     @property
     def attention_head_size(self) -> int:

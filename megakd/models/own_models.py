@@ -53,7 +53,7 @@ def config_in(folder: Path, **options: Any) -> PretrainedConfig:
     if NARROW not in keys:
         return AutoConfig.from_pretrained(folder, **options)
     stock = keys["model_type"].removeprefix(f"{NARROW}_")
-    if "alone" not in keys[NARROW]:
+    if "stock" not in keys[NARROW]:
         raise ModelError(
             f"{folder} holds a cut model of an earlier version of megakd, whose config does not "
             "list its units; open it with that version, or cut the model again"

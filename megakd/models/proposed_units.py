@@ -87,12 +87,20 @@ class FoundUnits(NamedTuple):
 
     blocks: path on the model of the list of layers.
     more: paths of the owners of units outside of the layers, by kind; counted last.
+    width: dimensions of weights that are as long as hidden states are wide, by their names on the
+        model, see `starred`.
+    stating_width: keys that also state the width of heads where the config states another width of
+        hidden states; None: it does so only where all heads together are as wide.
+    rigid: reason why hidden states cannot lose columns; None: they can.
     """
 
     heads: Cuttable
     neurons: Cuttable
     blocks: str
     more: Mapping[Kind, tuple[str, ...]] = {}
+    width: Mapping[str, tuple[int, ...]] = {}
+    stating_width: tuple[str, ...] | None = None
+    rigid: str | None = None
 
     def of(self, kind: Kind) -> Iterator[tuple[int, str, Units]]:
         """Yield the number, the path of the owner and the units of each part that has some."""
@@ -103,14 +111,19 @@ class FoundUnits(NamedTuple):
             if units is not None:
                 yield number, owner, units
 
+    def starred(self, name: str) -> str:
+        """Return the name of a weight with a star in place of the number of its layer."""
+        inside, start = name.removeprefix(f"{self.blocks}."), f"{self.blocks}.*."
+        return name if inside == name else start + inside.partition(".")[2]
+
     def as_keys(self) -> dict[str, Any]:
         """Return the units as the value of a config key, for `from_keys`."""
         kinds = {
             kind: {**of._asdict(), "layers": [one and one._asdict() for one in of.layers]}
             for kind, of in (("heads", self.heads), ("neurons", self.neurons))
         }
-        others = {"blocks": self.blocks, "alone": {}, "score_width": None}
-        return json.loads(json.dumps({**kinds, **others}))
+        others = {"stock": {}, "score_width": None}
+        return json.loads(json.dumps({**self._asdict(), **kinds, **others}))
 
     @classmethod
     def from_keys(cls, narrow: Mapping[str, Any]) -> FoundUnits:
@@ -128,7 +141,15 @@ class FoundUnits(NamedTuple):
             )
             for kind in ("heads", "neurons")
         )
-        return cls(heads, neurons, narrow["blocks"])
+        stating = narrow["stating_width"]
+        return cls(
+            heads,
+            neurons,
+            narrow["blocks"],
+            width={name: tuple(dims) for name, dims in narrow["width"].items()},
+            stating_width=None if stating is None else tuple(stating),
+            rigid=narrow["rigid"],
+        )
 
 
 def _named(*names: str) -> re.Pattern[str]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from megakd.contract.tasks import TaskType
-from megakd.errors import one_line
+from megakd.errors import ModelError, one_line
 from megakd.models.architectures import NARROW, stated
 from megakd.models.valueless import new_model, no_cache, without_values
 from megakd.process.seeding import cpu_seeded
@@ -37,6 +37,8 @@ SIZES = {
     "pad_token_id": 1,  # no token of a copy is below 5; some families count positions from it
 }
 """Sizes of a small copy; a family that refuses some of them has others, see `small_configs`."""
+WIDTHS_OF_EMBEDDINGS = ("embedding_size", "word_embed_proj_dim")
+"""Keys of embeddings from which a matrix makes hidden states, if these are wider."""
 WINDOW = 8
 """Positions of a window or a chunk: fewer than in a row, so that layers with and without differ."""
 WINDOWS = (
@@ -70,9 +72,30 @@ def small_configs(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
     yield _with_sizes(config, {})
 
 
+def widths_of(config: Any, width: int | None) -> dict[str, int]:
+    """Return the values of the keys that state the width of hidden states."""
+    changes = {"hidden_size": width or config.hidden_size}
+    for key in WIDTHS_OF_EMBEDDINGS:
+        # ELECTRA's embeddings may have another width, which does not change.
+        embeddings = getattr(config, key, None)
+        if embeddings == config.hidden_size:
+            changes[key] = changes["hidden_size"]
+        elif embeddings is not None and embeddings == width:
+            raise ModelError(
+                f"the view keeps a width of {width}, which is the {key} of the "
+                f"{config.model_type} model: at equal widths the class has no projection from the "
+                "embeddings, and their weights would be lost; keep another width"
+            )
+    return changes
+
+
 def _with_sizes(config: PretrainedConfig, sizes: Mapping[str, int]) -> PretrainedConfig:
     small: Any = copy.deepcopy(config)
     vars(small).pop(NARROW, None)
+    width = stated(config, "hidden_size")
+    for key in WIDTHS_OF_EMBEDDINGS if "hidden_size" in sizes else ():
+        is_wide = stated(config, key) == width
+        sizes = {**sizes, key: sizes["hidden_size"] if is_wide else sizes["hidden_size"] // 2}
     for key, size in {**sizes, **dict.fromkeys(WINDOWS, WINDOW)}.items():
         is_computed = isinstance(getattr(type(small), key, None), property)
         if not is_computed and stated(small, key) is not None:

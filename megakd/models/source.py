@@ -83,6 +83,10 @@ class ModelSource:
         return self.architecture.why_uncut(self.config)
 
     @property
+    def shows_attention(self) -> bool:
+        return self.architecture.shows_attention
+
+    @property
     def whole(self) -> View:
         """The view of the whole model; without heads and neurons if these are not cut."""
         return self.architecture.units(self.config) if self.uncut is None else View((), ())

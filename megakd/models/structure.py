@@ -27,7 +27,6 @@ from megakd.errors import ModelError, one_line
 from megakd.models.architectures import (
     AUTO_CLASSES,
     CLASS_ENDINGS,
-    LOSE_WIDTH,
     STATED,
     Architecture,
     Known,
@@ -166,7 +165,6 @@ def find_architecture(config: PretrainedConfig, task: TaskType) -> Architecture:
         reads_states=len(lists) == 1
         and seen.shapes.get(f"{layers}.0", ())[:2] == seen.shapes[inner][:2],
         has_sinks=any(name.endswith(".sinks") for name, _ in model.named_parameters()),
-        loses_width=kind in LOSE_WIDTH,
         shows_attention=_shows_attention(model, seen, lists),
         experts=_experts_in(model),
     )

@@ -1,4 +1,4 @@
-"""Neurons and attention heads of a model, and whether they can go.
+"""Neurons and attention heads of a model, its width, and whether they can go.
 
 The maps of a layer propose units by their shapes and names. A small copy of the model with random
 weights decides: with its units in another order, and with some of them removed, by a config of the
@@ -7,17 +7,30 @@ family, it must compute what it computed before.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
-from torch import nn
-from transformers import PretrainedConfig
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from megakd.contract.tasks import TaskType
-from megakd.contract.views import Kind
-from megakd.models.architectures import ROUTES_TOKENS, Architecture, Known, narrow_maps
+from megakd.contract.views import Axis, Cut, Kind, UnitOrder, View
+from megakd.errors import ModelError
+from megakd.models.architectures import (
+    NARROW,
+    ROUTES_TOKENS,
+    Architecture,
+    Known,
+    narrow_maps,
+    stated,
+)
 from megakd.models.config_of_layers import config_with_layers
 from megakd.models.proposed_units import (
     PROPOSALS,
@@ -27,57 +40,68 @@ from megakd.models.proposed_units import (
     Units,
     are_of_maps,
 )
-from megakd.models.small_copy import first_copy
-from megakd.models.units_copy import SmallCopy, signature_of, stay
+from megakd.models.small_copy import (
+    TOKENS,
+    first_copy,
+    logits_of,
+    new_copy,
+    widths_of,
+)
+from megakd.models.unit_axes import axes_of, cut_part, lengths
 from megakd.models.valueless import without_values
 
 T = TypeVar("T")
 KINDS: tuple[Kind, Kind] = ("heads", "neurons")
 
 
-class Decision(NamedTuple):
-    """What a small copy has shown of one kind of units.
+def _firsts(layers: Sequence[nn.Module]) -> list[int]:
+    # For each layer, the first layer with the same modules.
+    signatures = [signature_of(layer) for layer in layers]
+    return [signatures.index(signature) for signature in signatures]
 
-    forms: units of a layer of the copy whose reading holds, by the signature of the layer.
-    cuttable: what holds for all layers; it has none.
+
+def in_copy(config: Any, architecture: Architecture, ask: Callable[..., T]) -> tuple[T | None, str]:
+    """Return what is asked of the first small copy that runs: a config, task, blocks and layers.
+
+    Returns:
+        It, or None if no copy runs, and the reason.
     """
-
-    forms: Mapping[str, Units]
-    cuttable: Cuttable
-
-
-def _not(reason: str) -> Decision:
-    return Decision({}, Cuttable(uncut=reason))
+    (task,), blocks = architecture.tasks, f"{architecture.backbone}.{architecture.blocks}"
+    layers: list[nn.Module] = [*without_values(config, task).get_submodule(blocks)]  # type: ignore[misc]
+    count = max(1 + max(_firsts(layers)), min(2, len(layers)))
+    fewer = config_with_layers(config, architecture, range(1, count + 1))
+    return first_copy(fewer, task, lambda small: ask(small, task, blocks, count))
 
 
 def find_units(config: Any, architecture: Architecture, task: TaskType) -> FoundUnits:
     """Return the units that a small copy of a model can lose without another change."""
     if architecture.blocks is None or architecture.repeats or architecture.parts:
-        no_list = Cuttable(uncut=_without_list(architecture))
-        return FoundUnits(no_list, no_list, "")
+        reason = _without_list(architecture)
+        return FoundUnits(Cuttable(uncut=reason), Cuttable(uncut=reason), "", rigid=reason)
     narrow = narrow_maps(config)
     if narrow is not None:
         return FoundUnits.from_keys(narrow)
-    blocks = f"{architecture.backbone}.{architecture.blocks}"
-    layers = _layers(config, task, blocks)
-    signatures = [signature_of(layer) for layer in layers]
-    count = 1 + max(signatures.index(signature) for signature in {*signatures})
-    decisions = _decided(config, architecture, blocks, max(count, min(2, len(layers))))
-    cuttable: dict[Kind, Cuttable] = {}
-    for kind in KINDS:
-        forms, decided = decisions[kind]
-        pairs = zip(layers, signatures, strict=True)
-        units = tuple(_as_decided(layer, config, kind, forms.get(of)) for layer, of in pairs)
-        uncut = decided.uncut
-        if uncut is None and not any(units):
-            uncut = f"its layers have no {kind} by shape and name, unlike those of a small copy"
-        elif decided.keys and not _states_shapes(config, task, blocks, units, decided):
-            decided = decided._replace(keys=())
-            if not (decided.is_narrow and are_of_maps(units)):
-                uncut = f"its config does not state fewer {kind}, unlike that of a small copy"
-        units = units if uncut is None else (None,) * len(units)
-        cuttable[kind] = decided._replace(layers=units, uncut=uncut)
-    return FoundUnits(cuttable["heads"], cuttable["neurons"], blocks)
+    blocks, empty = f"{architecture.backbone}.{architecture.blocks}", without_values(config, task)
+    layers: list[nn.Module] = [*empty.get_submodule(blocks)]  # type: ignore[misc]
+    firsts = _firsts(layers)
+    found, failed = in_copy(config, architecture, OF_COPIES.of)
+    if found is None:
+        reason = f"no small copy of it runs, which decides ({failed})"
+        found = FoundUnits(Cuttable(uncut=reason), Cuttable(uncut=reason), blocks, rigid=reason)
+    kinds = dict[str, Cuttable]()
+    for kind, decided in zip(KINDS, (found.heads, found.neurons), strict=True):
+        forms = [decided.layers[first] if decided.layers else None for first in firsts]
+        units = tuple(map(partial(_as_decided, config, kind), layers, forms))
+        kinds[kind] = _as_in(config, task, blocks, kind, decided._replace(layers=units))
+    named = empty.named_parameters(remove_duplicate=False)
+    sizes = {found.starred(name): weight.shape for name, weight in named}
+    wide, rigid = {name: dims for name, dims in found.width.items() if dims}, found.rigid
+    if rigid is None and not (
+        sizes.keys() == found.width.keys()
+        and all(sizes[name][n] == config.hidden_size for name, dims in wide.items() for n in dims)
+    ):
+        rigid = "its weights have other names or sizes than those of a small copy"
+    return found._replace(**kinds, width={} if rigid else wide, rigid=rigid)
 
 
 _FOUND = Known(
@@ -97,25 +121,32 @@ def _without_list(architecture: Architecture) -> str:
     return "its lists have parts of layers" if architecture.parts else "its layers are not found"
 
 
-def _layers(config: PretrainedConfig, task: TaskType, blocks: str) -> list[nn.Module]:
-    return [*without_values(config, task).get_submodule(blocks)]  # type: ignore[misc]
+def _as_in(config: Any, task: TaskType, blocks: str, kind: Kind, decided: Cuttable) -> Cuttable:
+    """Return the units of a model as it has them; the reason if it differs from a small copy."""
+    uncut = decided.uncut
+    if uncut is None and not any(decided.layers):
+        uncut = f"its layers have no {kind} by shape and name, unlike those of a small copy"
+    elif decided.keys and not _states_shapes(config, task, blocks, decided):
+        decided = decided._replace(keys=())
+        if not (decided.is_narrow and are_of_maps(decided.layers)):
+            uncut = f"its config does not state fewer {kind}, unlike that of a small copy"
+    layers = decided.layers if uncut is None else (None,) * len(decided.layers)
+    return decided._replace(layers=layers, uncut=uncut)
 
 
-def _states_shapes(
-    config: Any, task: TaskType, blocks: str, layers: Sequence[Units | None], stated: Cuttable
-) -> bool:
+def _states_shapes(config: Any, task: TaskType, blocks: str, stated: Cuttable) -> bool:
     """Return whether a config of the model itself states fewer units in all layers."""
-    known = [units for units in layers if units is not None]
+    known = [units for units in stated.layers if units is not None]
     if not known or len({units.total for units in known}) > 1:
         return False
     whole = known[0].total
     kept = next((n for n in range(whole // 2, 0, -1) if whole % n == 0), 1)
-    empty = _tried(lambda: _layers(with_units(config, stated, known[0], kept), task, blocks))
+    empty = _tried(lambda: without_values(with_units(config, stated, known[0], kept), task))
     return empty is not None and all(
-        layer.get_parameter(name).shape[dimension] == kept * sum(blocks)
-        for layer, units in zip(empty, layers, strict=True)
+        empty.get_parameter(f"{blocks}.{number}.{name}").shape[dimension] == kept * sum(sizes)
+        for number, units in enumerate(stated.layers)
         if units is not None
-        for name, (dimension, blocks) in units.parts.items()
+        for name, (dimension, sizes) in units.parts.items()
     )
 
 
@@ -128,7 +159,7 @@ def _has_experts(layer: nn.Module) -> bool:
     )
 
 
-def _as_decided(layer: nn.Module, config: Any, kind: Kind, form: Units | None) -> Units | None:
+def _as_decided(config: Any, kind: Kind, layer: nn.Module, form: Units | None) -> Units | None:
     if form is None:
         return None
     names, shapes = [*form.parts], {name: weight.shape for name, weight in layer.named_parameters()}
@@ -147,101 +178,112 @@ def _as_decided(layer: nn.Module, config: Any, kind: Kind, form: Units | None) -
     return None
 
 
-def _decided(
-    config: Any, architecture: Architecture, blocks: str, count: int
-) -> dict[Kind, Decision]:
-    (task,) = architecture.tasks
-
-    fewer = config_with_layers(config, architecture, range(1, count + 1))
-    facts = task, blocks, count
-    decisions, failed = first_copy(fewer, task, lambda small: _OF_COPIES.of(small, *facts))
-    reason = f"no small copy of it runs, which decides ({failed})"
-    return decisions or dict.fromkeys(KINDS, _not(reason))
-
-
 def _decided_by_copy(
     small: PretrainedConfig, task: TaskType, blocks: str, count: int
-) -> dict[Kind, Decision]:
-    copied = SmallCopy(small, task, blocks, count)
-    return {kind: decide(copied, kind) for kind in KINDS}
+) -> FoundUnits:
+    copied, none = SmallCopy(small, task, blocks, count), (None,) * count
+    decided = (decide(copied, kind) for kind in KINDS)
+    heads, neurons = (one._replace(layers=one.layers or none) for one in decided)
+    return decide_width(copied, FoundUnits(heads, neurons, blocks))
 
 
-_OF_COPIES = Known(_decided_by_copy, without=())
+OF_COPIES = Known(_decided_by_copy, without=())
 
 
-def decide(copied: SmallCopy, kind: Kind) -> Decision:
-    """Return which units of a small copy can go, and the config that states it."""
+def decide(copied: SmallCopy, kind: Kind) -> Cuttable:
+    """Return which units of a small copy can go, and the keys of its config that state it."""
     if kind == "neurons" and any(map(_has_experts, copied.layers)):
-        return _not(ROUTES_TOKENS)
+        return Cuttable(uncut=ROUTES_TOKENS)
     readings: dict[str, dict[int, list[Units]]] = {}
     for number, layer in enumerate(copied.layers):
         proposed = PROPOSALS[kind](layer, copied.config)
         if proposed:
-            readings.setdefault(copied.signatures[number], {})[number] = proposed
+            readings.setdefault(signature_of(layer), {})[number] = proposed
     if not readings:
         parts = {"heads": "attention", "neurons": "feed-forward"}[kind]
-        return _not(f"no layer has the maps of one {parts} by shape and name")
+        return Cuttable(uncut=f"no layer has the maps of one {parts} by shape and name")
     holding, failed = _holding(copied, kind, readings)
+    every = {number: units for layers in holding for number, units in layers.items()}
     last = Cuttable(uncut=failed)
-    choices = [[*holding]] if len(holding) < 2 else [[*holding], *([one] for one in holding)]
-    for signatures in choices if holding else ():
-        layers = {n: units for one in signatures for n, units in holding[one].items()}
-        last = _stated(copied, kind, layers)
+    for layers in [every, *(holding if len(holding) > 1 else ())] if holding else ():
+        last = _stated(copied, kind, copied.of_layers(kind, layers))
         if last.uncut is None:
-            forms = {one: next(iter(holding[one].values())) for one in signatures}
-            return Decision(forms, last)
-    return Decision({}, last)
+            return last
+    return last
 
 
 def _holding(
     copied: SmallCopy, kind: Kind, readings: Mapping[str, Mapping[int, list[Units]]]
-) -> tuple[dict[str, dict[int, Units]], str]:
-    """Return by signature the reading whose units can be in any order; and why others cannot."""
-    holding: dict[str, dict[int, Units]] = {}
+) -> tuple[list[dict[int, Units]], str]:
+    """Return of layers alike the reading whose units can be in any order; why others cannot."""
+    holding: list[dict[int, Units]] = []
     failed = "its layers have one group of heads"
-    for signature, of_layers in readings.items():
+    for of_layers in readings.values():
         for forms in zip(*of_layers.values(), strict=False):
             layers = dict(zip(of_layers, forms, strict=True))
             if min(units.total for units in forms) < 2:
                 continue
-            if copied.is_unmoved(layers):
-                holding[signature] = layers
+            if copied.is_unmoved(copied.of_layers(kind, layers)):
+                holding.append(layers)
                 break
             failed = f"another order of its {kind} changes the outputs"
     return holding, failed
 
 
-def _stated(copied: SmallCopy, kind: Kind, layers: Mapping[int, Units]) -> Cuttable:
-    shapes, units = copied.cut_shapes(layers), next(iter(layers.values()))
-    is_narrow = _tried(lambda: copied.is_narrow(layers))
-    of_maps = bool(is_narrow) and are_of_maps(layers.values())
-    is_exact = of_maps and _tried(lambda: copied.is_exact_without_heads(layers))
-    shown = Cuttable(
-        is_narrow=bool(is_narrow),
-        to_zero=of_maps and (kind == "neurons" or bool(is_exact)),
-        columns=of_maps and kind == "heads" and copied.has_columns(layers),
-    )
-
-    def is_stated(keys: Cuttable) -> bool | None:
-        config = with_units(copied.config, keys, units, len(stay(units)))
-        empty = without_values(config, copied.task).state_dict()
-        has_shapes = {name: weight.shape for name, weight in empty.items()} == shapes
-        return copied.is_exact(layers, config) if has_shapes else None
-
-    for keys, head_width in candidates(copied.config, kind, units):
+def _stated(copied: SmallCopy, kind: Kind, found: FoundUnits) -> Cuttable:
+    shown, cut = found.heads if kind == "heads" else found.neurons, _halved(found)
+    known = [units for units in shown.layers if units is not None]
+    is_narrow, of_maps = _tried(lambda: copied.is_narrow(found, cut)), are_of_maps(known)
+    if is_narrow and of_maps:
+        first = copied.of_layers(kind, {shown.layers.index(known[0]): known[0]})
+        none = (0,) * len(shown.layers)
+        nothing = Cut(None, View(none, none))
+        is_exact = kind == "neurons" or _tried(lambda: copied.is_exact_as_narrow(first, nothing))
+        columns = kind == "heads" and copied.has_columns(found)
+        shown = shown._replace(to_zero=bool(is_exact), columns=columns)
+    shown = shown._replace(is_narrow=bool(is_narrow))
+    for keys, head_width in candidates(copied.config, kind, known[0]):
         stated = shown._replace(keys=keys, head_width=head_width)
-        holds = _tried(partial(is_stated, stated))
+        config = partial(with_units, copied.config, stated, known[0], known[0].total // 2)
+        holds = _tried(lambda config=config: copied.is_exact(found, cut, config()))
         if holds:
             return stated
-        if holds is None:
-            continue
-        return Cuttable(
-            uncut=f"a model of its class without some of its {kind} computes something else"
-        )
-    if of_maps:  # for a class that is stored with the model
+        if holds is not None:
+            what = f"a model of its class without some of its {kind} computes something else"
+            return Cuttable(uncut=what)
+    if is_narrow and of_maps:  # for a class that is stored with the model
         return shown
     more = ", and takes their width from that of the hidden states" if kind == "heads" else ""
     return Cuttable(uncut=f"no key of its config states fewer {kind} alone{more}")
+
+
+def decide_width(copied: SmallCopy, found: FoundUnits) -> FoundUnits:
+    """Return the units of a small copy with its weights that lose columns of hidden states."""
+    readings = (found._replace(width=width) for width in copied.widths(found))
+    heads, neurons = (tuple(tuple(range(n)) for n in counts) for counts in counts_of(found))
+    order = UnitOrder(heads, neurons, mixed(copied.config.hidden_size))
+    wide = next((one for one in readings if copied.is_unmoved(one, order)), None)
+    if wide is None:
+        reason = "another order of the columns of its hidden states changes the outputs"
+        return found._replace(rigid=reason)
+    width = copied.config.hidden_size * 5 // 8
+    axes, view = axes_of(copied.model, wide), View(*counts_of(wide), width)
+    shapes = {
+        name: lengths(weight.shape, axes.get(name, (None,) * weight.dim()), view)
+        for name, weight in copied.model.named_parameters()
+    }
+    queries = stated(copied.config, "num_attention_heads") or 1
+    of_head = stated(copied.config, "head_dim") or copied.config.hidden_size // queries
+
+    def is_stated(keys: Mapping[str, int]) -> bool:
+        keys = {**copied.config.to_dict(), **widths_of(copied.config, width), **keys}
+        empty = without_values(type(copied.config).from_dict(keys), copied.task)
+        return {name: (*one.shape,) for name, one in empty.named_parameters()} == shapes
+
+    for keys in {}, {"head_dim": of_head}:
+        if _tried(partial(is_stated, keys)):
+            return wide._replace(stating_width=(*keys,))
+    return wide
 
 
 def _tried(check: Callable[[], T]) -> T | None:
@@ -290,12 +332,9 @@ def candidates(
         return tuple(
             key
             for key, value in stored.items()
-            if key not in others
-            and (value if isinstance(value, list) else [value])
-            and all(
-                type(one) is int and one in values
-                for one in (value if isinstance(value, list) else [value])
-            )
+            for listed in [value if isinstance(value, list) else [value]]
+            if key not in others and listed and {*map(type, listed)} == {int}
+            if all(one in values for one in listed)
         )
 
     if kind == "neurons":
@@ -333,3 +372,221 @@ def changed_keys(config: Any, keys: Sequence[str], kept: int, whole: int) -> dic
 
     stored = config.to_dict()
     return {key: scaled(stored.get(key)) for key in keys}
+
+
+SAME = 1e-10
+"""Largest difference of outputs, as a share of the largest output, in fp64."""
+
+
+class InDouble(TorchFunctionMode):
+    """Mode in which what a model computes in fp32 whatever its weights are is fp64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def wider(value: Any) -> Any:
+            return torch.float64 if value is torch.float32 else value
+
+        if func is Tensor.float:
+            return args[0].double()
+        args = tuple(wider(value) for value in args)
+        return func(*args, **{name: wider(value) for name, value in (kwargs or {}).items()})
+
+
+def in_double(config: PretrainedConfig, task: TaskType) -> PreTrainedModel:
+    """Return a small copy in fp64."""
+    model = new_copy(config, task, dtype=torch.float64, attention="eager")
+    if any(hasattr(type(part), "_apply_gate") for part in model.modules()):
+        model.set_experts_implementation("eager")
+    return model.double()
+
+
+def outputs_of(model: PreTrainedModel) -> Tensor:
+    """Return the logits [1, T, V] or [1, C] of a small copy in fp64."""
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    torch.set_num_threads(1)  # convolutions in fp64 take seconds with several threads
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.no_grad(), InDouble():
+            return logits_of(model, TOKENS)
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
+
+
+def is_same(one: Tensor, other: Tensor) -> bool:
+    """Return whether outputs are equal but for rounding."""
+    return one.shape == other.shape and bool((one - other).abs().max() <= SAME * other.abs().max())
+
+
+@contextmanager
+def _with_values(values: Mapping[Tensor, Tensor]) -> Iterator[None]:
+    """Let weights have other values in the body."""
+    before = {weight: weight.data for weight in values}
+    try:
+        for weight, value in values.items():
+            weight.data = value
+        yield
+    finally:
+        for weight, value in before.items():
+            weight.data = value
+
+
+def counts_of(found: FoundUnits) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the numbers of heads and of neurons of each layer."""
+    return found.heads.counts, found.neurons.counts
+
+
+def _halved(found: FoundUnits) -> Cut:
+    """Return the cut that leaves the units with odd numbers."""
+    heads, neurons = (
+        tuple((*range(1, n, 2), *range(0, n, 2)) for n in counts) for counts in counts_of(found)
+    )
+    halves = (tuple(n // 2 for n in counts) for counts in counts_of(found))
+    return Cut(UnitOrder(heads, neurons), View(*halves))  # pyright: ignore[reportArgumentType]
+
+
+def mixed(count: int) -> tuple[int, ...]:
+    """Return the numbers below a count in another order, always the same."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    return tuple(order.tolist())
+
+
+def _turned(count: int, by: int = 1) -> tuple[int, ...]:
+    return tuple((place + by) % count for place in range(count))
+
+
+class SmallCopy:
+    """A small copy of a model that runs, with random values, and its layers."""
+
+    def __init__(self, config: Any, task: TaskType, blocks: str, layers: int) -> None:
+        self.config, self.blocks = config, blocks
+        self.task: TaskType = task
+        self.model = in_double(config, task)
+        self.layers: Sequence[nn.Module] = [*self.model.get_submodule(blocks)]  # type: ignore[misc]
+        if len(self.layers) != layers:
+            raise ModelError(f"a copy with {layers} layers has {len(self.layers)}")
+        self.outputs = outputs_of(self.model)
+        if not self.outputs.isfinite().all():
+            raise ModelError("the outputs of a small copy are not finite")
+
+    def of_layers(self, kind: Kind, layers: Mapping[int, Units]) -> FoundUnits:
+        """Return the units of some layers as all that can go."""
+        none = (None,) * len(self.layers)
+        units = Cuttable(tuple(layers.get(number) for number in range(len(none))))
+        heads, neurons = (units if one == kind else Cuttable(none) for one in KINDS)
+        return FoundUnits(heads, neurons, self.blocks)
+
+    @contextmanager
+    def as_cut(self, found: FoundUnits, cut: Cut) -> Iterator[None]:
+        """Let the weights be those of a cut model in the body."""
+        axes, named = axes_of(self.model, found), dict(self.model.named_parameters())
+        with _with_values(
+            {named[n]: cut_part(named[n].data, axes[n], cut) for n in axes.keys() & named.keys()}
+        ):
+            yield
+
+    def is_unmoved(self, found: FoundUnits, order: UnitOrder | None = None) -> bool:
+        """Return whether another order of the units, or this one, changes nothing."""
+        heads, neurons = (tuple(map(_turned, counts)) for counts in counts_of(found))
+        order = order or UnitOrder(heads, neurons)
+        with self.as_cut(found, Cut(order, None)):
+            return is_same(outputs_of(self.model), self.outputs)
+
+    def without(self, found: FoundUnits, cut: Cut) -> Tensor:
+        """Return the outputs if the units that are not kept give nothing to hidden states."""
+        values: dict[Tensor, Tensor] = {}
+        for kind in KINDS:
+            for number, owner, units in found.of(kind):
+                dimension, (size,) = units.parts[f"{units.output}.weight"]
+                output: Any = self.model.get_submodule(f"{owner}.{units.output}")
+                count = output.weight.shape[dimension]
+                kept = Axis(kind, number, size).rows(cut, count)
+                gone = torch.tensor(sorted({*range(count)} - {*kept}), dtype=torch.long)
+                values[output.weight] = output.weight.data.index_fill(dimension, gone, 0)
+                if not kept and output.bias is not None:  # nothing at all is left
+                    values[output.bias] = torch.zeros_like(output.bias.data)
+        with _with_values(values):
+            return outputs_of(self.model)
+
+    def is_exact(self, found: FoundUnits, cut: Cut, config: Any) -> bool:
+        """Return whether the class of a config computes the cut model."""
+        other = in_double(config, self.task)
+        with self.as_cut(found, cut):
+            other.load_state_dict(self.model.state_dict())
+        return is_same(outputs_of(other), self.without(found, cut))
+
+    def is_exact_as_narrow(self, found: FoundUnits, cut: Cut) -> bool:
+        """Return whether the class that is stored with a model computes the cut model."""
+        view = cut.view or View((), ())
+        heads, neurons = (
+            of._replace(layers=tuple(u and u._replace(total=n) for u, n in pairs))
+            for of, counts in ((found.heads, view.heads), (found.neurons, view.neurons))
+            for pairs in [zip(of.layers, counts, strict=True)]
+        )
+        config = copy.deepcopy(self.config)
+        setattr(config, NARROW, FoundUnits(heads, neurons, self.blocks).as_keys())
+        return self.is_exact(found, cut, config)
+
+    def is_narrow(self, found: FoundUnits, cut: Cut) -> bool:
+        """Return whether the layers themselves compute with fewer rows of their weights."""
+        layers = [units for kind in KINDS for units in found.of(kind)]
+        paths = {f"{o}.{name}".rpartition(".")[0] for _, o, units in layers for name in units.parts}
+        if not all(_can_be_narrow(self.model.get_submodule(path)) for path in paths):
+            return False
+        if are_of_maps(units for _, _, units in layers):
+            return self.is_exact_as_narrow(found, cut)
+        with self.as_cut(found, cut):
+            outputs = outputs_of(self.model)
+        return is_same(outputs, self.without(found, cut))
+
+    def has_columns(self, found: FoundUnits) -> bool:
+        """Return whether another order of the columns inside heads changes nothing."""
+        for _, owner, units in found.of("heads"):
+            core = self.model.get_submodule(f"{owner}.{units.core}".removesuffix("."))
+            if {of for _, of in units.parts.values()} != {(units.width,)} or not (
+                # Vectors are split by it.
+                len(units.makers) == 3 and hasattr(core, "attention_head_size")
+            ):
+                return False
+        width, counts = next(units.width for _, _, units in found.of("heads")), found.heads.counts
+        scores, values = (tuple((_turned(width, by),) * n for n in counts) for by in (1, 2))
+        order = UnitOrder(tuple(tuple(range(n)) for n in counts), (), None, scores, values)
+        return self.is_unmoved(found._replace(heads=found.heads._replace(columns=True)), order)
+
+    def widths(self, found: FoundUnits) -> Iterator[dict[str, tuple[int, ...]]]:
+        """Yield readings of the dimensions of weights that are as long as hidden states are wide.
+
+        Where heads together are as wide too, maps by the names of an attention tell them apart.
+        """
+        taken = set[tuple[str, int]]()
+        for kind, read in PROPOSALS.items():
+            for number, layer in enumerate(self.layers):
+                known = (found.heads if kind == "heads" else found.neurons).layers[number]
+                for units in [known] if known is not None else read(layer, self.config):
+                    path = f"{self.blocks}.{number}."
+                    taken |= {(f"{path}{name}", units.parts[name][0]) for name in units.parts}
+        modules = self.model.named_modules()
+        tables = {f"{path}.weight" for path, part in modules if isinstance(part, nn.Embedding)}
+        weights = dict(self.model.named_parameters(remove_duplicate=False))
+        for others in (taken, set[tuple[str, int]]()):
+            others |= {(name, 0) for name in tables}
+            yield {
+                found.starred(name): tuple(
+                    n
+                    for n, size in enumerate(weight.shape)
+                    if size == self.config.hidden_size and (name, n) not in others
+                )
+                for name, weight in weights.items()
+            }
+
+
+def _can_be_narrow(part: nn.Module) -> bool:
+    # What `models.elastic` can lay over: maps, and norms, which have only vectors.
+    own = dict(part.named_parameters(recurse=False))
+    is_norm = "weight" in own and all(weight.dim() == 1 for weight in own.values())
+    return isinstance(part, nn.Linear | Conv1D) or is_norm
+
+
+def signature_of(layer: nn.Module) -> str:
+    """Return a text that is equal for layers with the same weights, whose sizes may differ."""
+    classes = sorted({type(part).__name__ for part in layer.modules()})
+    return " ".join([*classes, *(name for name, _ in layer.named_parameters())])

@@ -29,13 +29,15 @@ from megakd.engine.collectives import doing, gather, on_main
 from megakd.engine.memory import forget_models, peak_memory_bytes, reset_peak_memory
 from megakd.errors import ModelError
 from megakd.inputs.precision import TORCH_DTYPE, scoring_dtype
-from megakd.models.axes import lengths, parameter_counts, weight_axes
+from megakd.models.axes import weight_axes, weights_inside
 from megakd.models.cutting import cut_config, is_stock, reshape_folder
 from megakd.models.fitting import build_empty, valueless_model
 from megakd.models.forwards import batches_of, by_turns, calls_of, sample_lengths
 from megakd.models.layers import check_depth, naming
+from megakd.models.narrowing import why_rigid
 from megakd.models.source import ModelSource
 from megakd.models.structure import for_task
+from megakd.models.unit_axes import lengths
 from megakd.pruning.allocation import (
     UnitScores,
     scores_from_json,
@@ -51,8 +53,8 @@ from megakd.training.stage_folder import result_text
 
 UNITS = "units.json"
 logger = logging.getLogger(__name__)
-Weights = tuple[tuple[str, torch.Size, Axes], ...]
-"""Name, shape and units along each dimension of every weight."""
+Weights = tuple[tuple[str, torch.Size, Axes, bool], ...]
+"""Name, shape and units along each dimension of every weight, and whether it is in the encoder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +111,9 @@ class Shapes(Pruning):
 
     def unscored(self) -> SortedTeacher:
         return unscored(self._sources[TEACHER])
+
+    def why_rigid(self, source: ModelSource) -> str | None:
+        return why_rigid(source.config, source.architecture)
 
     def has_stock_config(self, source: ModelSource, view: View) -> bool:
         try:
@@ -283,27 +288,20 @@ def shape_of_cut(source: ModelSource, view: View, task: TaskType) -> ModelSource
 
 
 def weights_of(source: ModelSource, task: TaskConfig) -> Weights:
-    """Return the names, shapes and axes of a model's weights, without loading the weights."""
+    """Return the facts of `Weights` on a model, without loading the weights."""
     empty = valueless_model(source, task, source.config)
-    axes = weight_axes(empty)
+    axes, inside = weight_axes(empty), weights_inside(empty)
     return tuple(
-        (name, weight.shape, axes.get(name, (None,) * weight.dim()))
+        (name, weight.shape, axes.get(name, (None,) * weight.dim()), name in inside)
         for name, weight in empty.named_parameters()
     )
 
 
 def counts_in_view(weights: Weights, source: ModelSource, view: View) -> ParameterCounts:
     """Return the number of weights of the model that a cut to a view writes."""
-    rename, architecture = naming(source.config, view), source.architecture
-    shapes = [
-        (name, lengths(shape, axes, view))
-        for name, shape, axes in weights
-        if rename(name) is not None
-    ]
-    counts = parameter_counts(shapes)
-    if architecture.loses_width:
-        return counts
-    lists = (architecture.blocks, *architecture.parts)
-    layers = tuple(f"{architecture.backbone}.{path}." for path in lists)
-    inside = sum(math.prod(shape) for name, shape in shapes if name.startswith(layers))
-    return counts._replace(encoder_parameters=inside)
+    rename, total, encoder = naming(source.config, view), 0, 0
+    for name, shape, axes, is_inside in weights:
+        if rename(name) is not None:
+            count = math.prod(lengths(shape, axes, view))
+            total, encoder = total + count, encoder + count * is_inside
+    return ParameterCounts(total, encoder)

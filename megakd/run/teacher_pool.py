@@ -19,7 +19,7 @@ from megakd.contract.tasks import AUTO, SOFT_LABELS
 from megakd.engine.collectives import doing
 from megakd.engine.memory import forget_models, left_out_of_peak, reset_peak_memory
 from megakd.inputs.step_size import joins_micro_batches
-from megakd.models.axes import named_shapes, parameter_counts
+from megakd.models.axes import parameter_counts
 from megakd.models.knowledge import Needs
 from megakd.models.source import ReadyTeacher
 from megakd.process.phases import phase
@@ -232,7 +232,7 @@ def measure(assembly: Assembly, model: FrozenTeacher, prompts: Prompts | None) -
     """Return what the report says of a loaded model; a collective."""
     scorer = assembly.scorer_of(model)
     scored = scorer.scored(model.predict, assembly.prepared.encoded.held_out)
-    counts = parameter_counts(named_shapes(model.model))
+    counts = parameter_counts(model.model)
     report: Row = {
         "parameters": counts.parameters,
         "encoder_parameters": counts.encoder_parameters,

@@ -144,6 +144,38 @@ def test_a_decoder_is_pruned_to_a_stock_model(one_rank, tmp_path):
     assert (config.num_attention_heads, config.num_key_value_heads) == (2, 1)
 
 
+SIZES = {"num_hidden_layers": 2, "max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys", "method", "rows"),
+    [
+        # Queries, keys and values of 2 heads of 16 columns, which are wider than 24 together.
+        ("causal_lm", {"model_type": "gpt_neox", "num_attention_heads": 2}, 24, 96),
+        # Heads stay, whose positions all layers share; transformers shows no attention of it.
+        ("mlm", {"model_type": "mpnet", "num_attention_heads": 4}, 16, 32),
+        ("causal_lm", {"model_type": "olmo2", "num_attention_heads": 4}, 24, 32),
+    ],
+)
+def test_families_that_are_cut_as_a_small_copy_shows_open_narrower(
+    one_rank, tmp_path, kind, keys, method, rows
+):
+    model = {"config": {**SIZES, **keys, "hidden_size": 32, "intermediate_size": 64}}
+    options = {"target_width": method, "round_to": 8, "cuts": 1}
+
+    finish(one_rank, pruning(tmp_path, kind, teacher={"model": model}, method=options))
+
+    auto = AutoModelForCausalLM if kind == "causal_lm" else AutoModelForMaskedLM
+    brings_code = keys["model_type"] != "olmo2"
+    opened = auto.from_pretrained(tmp_path / "out" / "final", trust_remote_code=brings_code)
+    assert opened.config.hidden_size == method
+    assert opened.get_input_embeddings().weight.shape[1] == method
+    assert rows in {weight.shape[0] for weight in opened.parameters()}
+    assert read(tmp_path / "out")["pruning"][-1]["parameters"] == sum(
+        weight.numel() for weight in opened.parameters()
+    )
+
+
 def test_best_evaluations_and_early_stopping_count_only_after_the_end_of_pruning(
     one_rank, tmp_path
 ):
@@ -200,6 +232,10 @@ def test_a_one_shot_run_jumps_further_from_its_teacher(one_rank, tmp_path):
         (
             "the student loses heads (from 2 to 1 key-value groups",
             {"kind": "causal_lm", "objective": [{"loss": "attention_mse"}]},
+        ),
+        (
+            "those of the teacher cannot lose columns: all its layers share",
+            {"teacher": {"model": {"config": {"model_type": "albert", **SIZES}}}},
         ),
         ("num_train_epochs 0.1 over", {"train": {"max_steps": None, "num_train_epochs": 0.1}}),
     ],

@@ -11,16 +11,10 @@ from transformers import AutoModelForMaskedLM, ElectraConfig, ElectraForMaskedLM
 from megakd.contract.views import Axis, Cut, UnitOrder, View
 from megakd.errors import ModelError
 from megakd.models.architectures import AUTO_CLASSES
-from megakd.models.axes import (
-    WIDTH,
-    cut_part,
-    named_shapes,
-    parameter_counts,
-    unit_makers,
-    weight_axes,
-)
+from megakd.models.axes import parameter_counts, unit_makers, weight_axes
 from megakd.models.cutting import cut_config
 from megakd.models.structure import architecture_of, for_task
+from megakd.models.unit_axes import WIDTH, cut_part
 
 MASKED = [name for name, entry in FAMILIES.items() if "mlm" in entry.tasks]
 WITH_TASKS = [
@@ -133,8 +127,9 @@ def test_the_output_bias_of_a_masked_electra_is_not_counted_with_its_encoder():
     sizes = {"hidden_size": 16, "embedding_size": 16, "intermediate_size": 16}
     layers = {"num_hidden_layers": 1, "num_attention_heads": 2}
     model = ElectraForMaskedLM(ElectraConfig(vocab_size=1000, **sizes, **layers))
+    for_task(model.config, "mlm")
 
-    counts = parameter_counts(named_shapes(model))
+    counts = parameter_counts(model)
 
     inside = sum(parameter.numel() for parameter in model.electra.encoder.parameters())
     assert counts.encoder_parameters == inside

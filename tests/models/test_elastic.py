@@ -16,7 +16,6 @@ from elastic_views import (
     NOTHING,
     TOKENS,
     UNEVEN,
-    WIDTH,
     WITHOUT,
     assert_same,
     cut,
@@ -34,10 +33,11 @@ from torch import nn
 
 from megakd.contract.views import Cut, View
 from megakd.errors import ModelError
-from megakd.models.axes import cut_part, weight_axes
+from megakd.models.axes import weight_axes
 from megakd.models.elastic import Elastic
 from megakd.models.elastic_modules import Kept, NarrowLinear
 from megakd.models.structure import architecture_of
+from megakd.models.unit_axes import cut_part
 
 CUT = {"kept": View((2, 0, 3), (7, 0, 33))}
 
@@ -174,17 +174,6 @@ def test_a_view_of_another_model_is_an_error():
         pass
     with pytest.raises(ModelError, match="already elastic"):
         Elastic(model)
-
-
-def test_a_module_of_unknown_kind_keeps_the_width_and_leaves_the_rest_elastic():
-    model = family_model("bert")
-    model.bert.pooler.register_parameter("gate", nn.Parameter(torch.ones(WIDTH)))
-    elastic = Elastic(model)
-
-    with elastic.viewing(UNEVEN):
-        logits_of(model)
-    with pytest.raises(ModelError, match=r"bert\.pooler\.gate"), elastic.viewing(NARROW):
-        pass
 
 
 SEVERAL = (UNEVEN, WITHOUT, None, NARROW)

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from megakd.errors import ModelError
-from megakd.models.axes import named_shapes, parameter_counts
+from megakd.models.axes import parameter_counts
 
 SHAPE = {"d_model": 16, "d_kv": 6, "num_heads": 4, "d_ff": 32, "vocab_size": 300}
 NAMES = ("a", "b", "c")
@@ -207,7 +207,7 @@ def test_the_weights_of_the_encoder_are_those_that_every_token_meets(tiny):
     """The decoder of a classifier reads one token per text, and is no part of a share of FLOPs."""
     model = fresh(tiny, "enct5")
 
-    counts = parameter_counts(named_shapes(model))
+    counts = parameter_counts(model)
 
     parts = (model.encoder.block, model.encoder.final_layer_norm)
     weights = [weight for part in parts for weight in part.parameters()]

@@ -10,12 +10,14 @@ from transformers import AutoConfig, AutoModel
 from megakd.contract.views import Cut, UnitOrder, View
 from megakd.errors import ModelError
 from megakd.models.architectures import AUTO_CLASSES
-from megakd.models.axes import WIDTH, weight_axes
+from megakd.models.axes import weight_axes
 from megakd.models.cutting import content_of, cut_config
 from megakd.models.elastic import Elastic
 from megakd.models.loading import load_finished
 from megakd.models.model_folder import brings_code, write_model_folder
+from megakd.models.narrowing import why_rigid
 from megakd.models.structure import architecture_of, find_architecture, for_task
+from megakd.models.unit_axes import WIDTH, cut_part
 from megakd.models.units import find_units
 from megakd.models.valueless import no_cache
 
@@ -136,13 +138,51 @@ def test_layers_of_different_sizes_bring_the_file_of_their_class(model_type, few
     check_cut(opened, "causal_lm", tmp_path / "again", again)
 
 
-def test_a_layer_without_heads_and_a_narrower_model_have_no_class():
+def test_a_layer_without_heads_has_no_class():
     model = model_of("phi3")
     whole = architecture_of(model.config).units(model.config)
     with pytest.raises(ModelError, match=r"cannot keep \(0, 2\) heads in its layers: the layers"):
         cut_config(model.config, whole._replace(heads=(0, 2)))
-    with pytest.raises(ModelError, match="the width of this model cannot be cut"):
-        cut_config(model.config, whole._replace(width=32))
+
+
+NARROWER = [
+    *((name, "causal_lm") for name in ("smollm3", "gpt_neox", "olmo2", "phi3", "opt", "bloom")),
+    *((name, "mlm") for name in ("modernbert", "mpnet", "deberta-v2", "xlm-roberta")),
+]
+
+
+@pytest.mark.parametrize(("model_type", "task"), NARROWER)
+def test_a_narrower_model_computes_what_the_model_does_as_its_view(model_type, task, tmp_path):
+    model = model_of(model_type, task)
+    whole = architecture_of(model.config).units(model.config)
+    width = tuple(n * 5 % whole.width for n in range(whole.width))
+    view = View(*halves(whole)[:2], width=40)
+    moved = {
+        name: cut_part(tensor, weight_axes(model).get(name, ()), Cut(order, None))
+        for order in [UnitOrder(*backwards(whole)[:2], width=width)]
+        for name, tensor in model.state_dict().items()
+    }
+    reordered = tiny_families.build(model.config, task)
+    reordered.load_state_dict(moved)
+    assert same(logits(reordered), logits(model)), "the order of columns and units is free"
+
+    assert why_rigid(model.config, architecture_of(model.config)) is None
+    cut = Cut(UnitOrder(*backwards(whole)[:2], width=width), view)
+    write_model_folder(tmp_path / "cut", content_of(model, None, cut=cut))
+    opened = AUTO_CLASSES[task].from_pretrained(
+        tmp_path / "cut",
+        attn_implementation="eager",
+        trust_remote_code=brings_code(tmp_path / "cut"),
+    )
+    Elastic(model).keep(cut)
+    assert same(logits(opened.eval()), logits(model))
+    assert opened.config.hidden_size == 40
+
+
+def test_a_model_whose_hidden_states_stay_is_refused_with_the_reason():
+    config = model_of("convbert", "mlm").config
+    architecture = architecture_of(config)
+    assert "does not compute what is left" in why_rigid(config, architecture)
 
 
 @pytest.mark.slow

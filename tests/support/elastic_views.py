@@ -14,10 +14,11 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 
 from megakd.contract.views import Cut, View
-from megakd.models.axes import cut_part, weight_axes
+from megakd.models.axes import weight_axes
 from megakd.models.cutting import cut_config
 from megakd.models.own_models import register_own_models
-from megakd.models.structure import architecture_of
+from megakd.models.structure import architecture_of, for_task
+from megakd.models.unit_axes import cut_part
 from megakd.models.valueless import new_model
 
 register_own_models()
@@ -57,6 +58,7 @@ def family_model(
     if family in ("t5_encoder", "enct5"):
         keys |= {"d_kv": 5}
     config = CONFIG_MAPPING[family](**{**keys, **changes})
+    for_task(config, task or entry.tasks[0])
     if kept is not None:
         config = cut_config(config, kept)
     model = new_model(config, task or entry.tasks[0]).double().eval()

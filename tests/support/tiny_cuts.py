@@ -100,6 +100,7 @@ def build(family: str, kind: str | None = None, **changes) -> PreTrainedModel:
         keys["id2label"] = dict(enumerate(LABELS))
         keys["label2id"] = {name: number for number, name in enumerate(LABELS)}
     model = AUTO[kind].from_config(CONFIG_MAPPING[family](**keys)).eval()
+    model.config.architectures = [type(model).__name__]
     return randomised(model)
 
 

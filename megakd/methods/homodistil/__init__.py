@@ -26,11 +26,11 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from megakd.contract.lab import Lab
+from megakd.contract.lab import Lab, Model
 from megakd.contract.options import OneTeacherOptions
 from megakd.contract.results import Row
 from megakd.contract.stage import Constant, Pass, Stage, StageResult, Window
-from megakd.contract.tasks import LANGUAGE_TASKS, STUDENT
+from megakd.contract.tasks import LANGUAGE_TASKS, STUDENT, TEACHER
 from megakd.contract.terms import (
     STRICT,
     AttentionMse,
@@ -141,16 +141,23 @@ def run(config: HomoDistilConfig, lab: Lab) -> StageResult:
     """Distil in windows; after each window but the last, removed units are cut out."""
     from megakd.methods.homodistil.strategy import HomotopyJudge, PruningStrategy
 
+    model = lab.given(config.teacher or TEACHER)
+    rigid = lab.pruning.why_rigid(model)
+    if rigid is not None:
+        raise ConfigError(
+            "method: homodistil narrows hidden states, and those of the teacher cannot lose "
+            f"columns: {rigid}; use shrink, minidisc or direct, or another family"
+        )
     teacher = lab.teacher(config.teacher)
     start = lab.model(teacher)
     target = target_of(
-        start.units,
+        model.units,
         width=config.target_width,
         sparsity=config.target_sparsity,
         round_to=config.round_to,
     )
     schedule = schedule_of(config, lab)
-    objective = objective_of(lab, target.whole, target.goal)
+    objective = objective_of(lab, model, target.goal)
     results: list[StageResult] = []
     for number, window in enumerate(schedule.windows(config.cuts), start=1):
         if results:
@@ -202,22 +209,24 @@ def schedule_of(config: HomoDistilConfig, lab: Lab) -> Schedule:
     return Schedule(start, end, config.every, total)
 
 
-def objective_of(lab: Lab, teacher: View, student: View) -> tuple[TermConfig, ...]:
+def objective_of(lab: Lab, teacher: Model, student: View) -> tuple[TermConfig, ...]:
     """Return the objective of the config, or the objective of the paper with equal weights.
 
-    Attention can be compared only if the student keeps all heads.
+    Attention can be compared only if it can be read, and if the student keeps all heads.
     """
-    keeps_heads = student.heads == teacher.heads
+    heads = teacher.units.heads
+    keeps_heads = student.heads == heads
     given = lab.config.objective
     if given is None:
         hidden = HiddenMse(loss="hidden_mse", projection="identity", layer_mapping="uniform")
         embedding = EmbeddingMse(loss="embedding_mse", projection="identity")
-        attention = (AttentionMse(loss="attention_mse"),) if keeps_heads else ()
+        is_compared = keeps_heads and teacher.shows_attention
+        attention = (AttentionMse(loss="attention_mse"),) if is_compared else ()
         return (*lab.hard_terms(1.0), *lab.soft_terms(1.0), hidden, *attention, embedding)
     if not keeps_heads and any(isinstance(term, AttentionMse) for term in given):
         raise ConfigError(
             "objective: attention_mse compares attention head by head, and the student loses heads "
-            f"(from {teacher.heads[0]} to {student.heads[0]} key-value groups in each layer); "
+            f"(from {heads[0]} to {student.heads[0]} key-value groups in each layer); "
             "remove the term"
         )
     return given
@@ -231,7 +240,7 @@ def random_start(config: HomoDistilConfig, lab: Lab, student: StageResult) -> St
     """
     teacher = lab.teacher(config.teacher)
     start = lab.source(student.folder).fresh
-    objective = objective_of(lab, lab.model(teacher).units, start.units)
+    objective = objective_of(lab, lab.model(teacher), start.units)
     return Stage(
         name="random",
         teachers=(teacher,),
@@ -297,12 +306,7 @@ def target_of(
     Args:
         round_to: `method.round_to`; None: 1 if columns of heads are pruned, else 64.
     """
-    if whole.width is None:
-        raise ConfigError(
-            "method: homodistil narrows hidden states, which a teacher of this family cannot lose: "
-            "its heads and neurons can be cut alone; use shrink, minidisc or direct"
-        )
-    before = whole.width
+    before = whole.width or 0
     grid = round_to or (1 if whole.head_width is not None else DECODER_GRID)
     share = Fraction(width, before) if width else 1 - Fraction(str(sparsity))
     after = width or max(grid, grid * round(share * before / grid))

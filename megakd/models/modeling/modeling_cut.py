@@ -24,30 +24,43 @@ class _Narrow:
 
     `narrow` of the config:
     blocks: path of the list of layers, on the model with a head.
+    width: dimensions of weights that are as long as hidden states are wide, by name; a star stands
+        for the number of a layer.
     heads, neurons: {"layers": for each layer its units, or null}. Units have their number, `total`;
         the rows of one of them in each weight, `parts`; and the maps that make and take them.
-    alone: keys of the config for a model with one key-value group in each layer. With them the
-        stock class is built if the hidden states are no longer as wide as all heads together.
+    stock: keys of the config of the stock model whose weights become narrower here, if its hidden
+        states are wider.
     score_width: width whose root divides attention scores; null: that of a head.
     """
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         narrow = config.narrow
-        with _set(config, narrow["alone"]):
+        with _set(config, narrow["stock"]):
             super().__init__(config, *args, **kwargs)  # pyright: ignore[reportCallIssue]
-        blocks = narrow["blocks"]
-        if self.base_model is self:
-            blocks = blocks.removeprefix(f"{self.base_model_prefix}.")
-        for number, layer in enumerate(self.get_submodule(blocks)):
+        bare = f"{self.base_model_prefix}." if self.base_model is self else ""
+        blocks = narrow["blocks"].removeprefix(bare)
+        names = {name for name, _ in self.named_parameters(remove_duplicate=False)}
+        layers: Any = self.get_submodule(blocks)
+        sizes: dict[str, dict[int, int]] = {}
+        for starred, dimensions in narrow["width"].items() if narrow["stock"] else ():
+            for number in range(len(layers) if "*" in starred else 1):
+                name = starred.removeprefix(bare).replace("*", str(number))
+                sizes[name] = dict.fromkeys(dimensions, int(config.hidden_size))
+        for number, layer in enumerate(layers):
             for units in (narrow[kind]["layers"][number] for kind in ("heads", "neurons")):
-                for name, (dimension, sizes) in units["parts"].items() if units else ():
-                    _resize(layer, name, dimension, units["total"] * sum(sizes))
+                for name, (dimension, rows) in units["parts"].items() if units else ():
+                    size = units["total"] * sum(rows)
+                    sizes.setdefault(f"{blocks}.{number}.{name}", {})[dimension] = size
             heads = narrow["heads"]["layers"][number]
             if heads is not None:
                 core, total = layer.get_submodule(heads["core"]), heads["total"]
                 tell_heads(core, total, heads["width"], score_width=narrow["score_width"])
                 if total == 0:
                     core.forward = partial(_without_heads, core, heads)
+        for name, of_weight in sizes.items():
+            path, _, weight = name.rpartition(".")
+            if weight == "weight" and name in names:
+                _resize(self, path, of_weight)
         self.post_init()
 
 
@@ -93,25 +106,33 @@ def _set(config: Any, values: Mapping[str, int]) -> Iterator[None]:
             setattr(config, key, value)
 
 
-def _resize(layer: nn.Module, name: str, dimension: int, size: int) -> None:
-    """Make a map anew whose weight has another size along a dimension, with its bias."""
-    path, _, weight = name.rpartition(".")
-    stock: Any = layer.get_submodule(path)
-    is_turned = isinstance(stock, Conv1D)
-    if weight != "weight" or not (is_turned or isinstance(stock, nn.Linear)):
+def _resize(model: nn.Module, path: str, changes: Mapping[int, int]) -> None:
+    """Make the weight of a map, an embedding or a norm anew, with its bias.
+
+    Args:
+        changes: sizes of the weight, by dimension.
+    """
+    stock: Any = model.get_submodule(path)
+    # ZeRO 3 has put the weights aside, which have no shape then.
+    shape = getattr(stock.weight, "ds_shape", stock.weight.shape)
+    sizes = [changes.get(dimension, size) for dimension, size in enumerate(shape)]
+    if sizes == [*shape]:
         return
-    # ZeRO 3 has put the weight aside, which has no shape then.
-    sizes = [stock.nx, stock.nf] if is_turned else [stock.out_features, stock.in_features]
-    if sizes[dimension] == size:
-        return
-    sizes[dimension] = size
-    inputs, outputs = sizes if is_turned else reversed(sizes)
-    if is_turned:
-        made = (Conv1D if inputs and outputs else _EmptyConv1D)(outputs, inputs)
-    else:
-        kind = nn.Linear if inputs and outputs else _EmptyLinear
-        made = kind(inputs, outputs, bias=stock.bias is not None)
-    layer.set_submodule(path, made)
+    if isinstance(stock, nn.Linear):
+        kind = nn.Linear if all(sizes) else _EmptyLinear
+        model.set_submodule(path, kind(sizes[1], sizes[0], bias=stock.bias is not None))
+    elif isinstance(stock, Conv1D):
+        model.set_submodule(path, (Conv1D if all(sizes) else _EmptyConv1D)(sizes[1], sizes[0]))
+    else:  # of which classes differ by family
+        new: Any = nn.Embedding(sizes[0], sizes[1]) if len(sizes) == 2 else nn.LayerNorm(sizes[0])
+        for name, _ in list(stock.named_parameters(recurse=False)):
+            setattr(stock, name, getattr(new, name))
+        if hasattr(stock, "scalar_embed_scale"):  # Gemma's: the root of the width
+            stock.scalar_embed_scale *= (sizes[1] / shape[1]) ** 0.5
+            stock.embed_scale = stock.embed_scale * (sizes[1] / shape[1]) ** 0.5
+        names = ("embedding_dim",) if len(sizes) == 2 else ("normalized_shape",)
+        vars(stock).update({name: getattr(new, name) for name in names if hasattr(stock, name)})
+        stock._is_hf_initialized = False  # noqa: SLF001  (what transformers reads)
 
 
 class _EmptyLinear(nn.Linear):
