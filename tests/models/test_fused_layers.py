@@ -24,7 +24,7 @@ from megakd.contract.views import View
 from megakd.errors import ConfigError
 from megakd.models import fused_layers
 from megakd.models.fused_layers import check_fused_layers, choice_of, fuse_layers, fused_forwards
-from megakd.models.units_copy import InDouble
+from megakd.models.units import InDouble
 
 # torch looks at the gradient of every input of a graph.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute")
