@@ -45,6 +45,7 @@ _OTHER_NAMES = {
     "train.bf16 train.fp16": "mixed_precision",
     "train.collective_timeout": "ddp_timeout",
     "train.early_stopping_patience": "early_stopping patience",
+    "train.fused_layers": "torch_compile",
     "train.gradient_accumulation_steps": "grad_accum gradient_accumulation",
     "train.gradient_checkpointing": "activation_checkpointing",
     "train.kernels": "use_liger use_liger_kernel",
@@ -110,7 +111,5 @@ REMOVED: Mapping[str, str] = {
     "teacher.server.states": "gone; servers answer with teacher.server.top_k probabilities",
     "train.resume_from_checkpoint": "gone; a run goes on by itself; to begin anew, set another "
     "output_dir",
-    "train.torch_compile": "has no counterpart: the losses are fused kernels (train.kernels), and "
-    "layers are not compiled; remove the key",
 }
 """By the path of a key, or by `path: value` for a choice of it."""
