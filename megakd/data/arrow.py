@@ -52,13 +52,28 @@ def cache_folder() -> Path:
 
 def remembered(compute: Callable[[], T], *parts: object) -> T:
     """Return a value that JSON can express, computed once for all `parts` that it depends on."""
-    path = cache_folder() / "values" / f"{key_of(VALUES, *parts)[:32]}.json"
-    with suppress(OSError, ValueError):
-        return read_signed(path)["value"]
-    value = compute()
-    with suppress(OSError):  # without the file, the next start computes the value again
-        write_signed(path, {"value": value})
+    value = recalled(*parts)
+    if value is None:
+        value = compute()
+        remember(value, *parts)
     return value
+
+
+def recalled(*parts: object) -> Any:
+    """Return the value that is stored for these parts; None: none is."""
+    with suppress(OSError, ValueError):
+        return read_signed(_place_of(parts))["value"]
+    return None
+
+
+def remember(value: object, *parts: object) -> None:
+    """Store a value that JSON can express, if the cache can be written."""
+    with suppress(OSError):
+        write_signed(_place_of(parts), {"value": value})
+
+
+def _place_of(parts: Sequence[object]) -> Path:
+    return cache_folder() / "values" / f"{key_of(VALUES, *parts)[:32]}.json"
 
 
 def remembered_of(path: Path, compute: Callable[[], T], *parts: object) -> T:

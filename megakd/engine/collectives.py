@@ -269,9 +269,11 @@ def _told(items: Iterable[T], what: str, *, total: int, each: int, unit: str) ->
                 yield item
                 bar.update(min(each, total - bar.n))
         return
-    since = time.monotonic()
+    began = since = time.monotonic()
     for number, item in enumerate(items, 1):
         yield item
-        if time.monotonic() - since > _TOLD_EVERY_S:
-            since, done = time.monotonic(), min(number * each, total)
-            logger.info("%s, %s of %s %s", what, f"{done:,}", f"{total:,}", unit)
+        now, done = time.monotonic(), min(number * each, total)
+        if now - since > _TOLD_EVERY_S:
+            since, left = now, round((now - began) * (total - done) / done / 60)
+            counts = f"{done:,} of {total:,} {unit}"
+            logger.info("%s, %s, about %d min left", what, counts, left)

@@ -15,7 +15,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,9 +27,10 @@ from transformers import PreTrainedModel
 from megakd.config.deepspeed import frozen_on, load_ds_config
 from megakd.contract.batch import Batch, LossInputs, count_units
 from megakd.contract.views import Kind
+from megakd.data.arrow import recalled, remember, rows_key
 from megakd.data.loader import global_batches
 from megakd.data.step_layout import StepShape
-from megakd.engine.collectives import agree, all_reduce_, doing
+from megakd.engine.collectives import agree, all_reduce_, doing, on_main, told
 from megakd.engine.initialize import Engine, frozen_engine
 from megakd.engine.memory import destroy, freed_memory_returned
 from megakd.engine.sharding import weights_let_go
@@ -41,7 +43,8 @@ from megakd.models.layers import left_out
 from megakd.models.source import ReadyTeacher
 from megakd.models.structure import architecture_of
 from megakd.pruning.allocation import UnitScores
-from megakd.teachers.frozen import FrozenModel
+from megakd.teachers.frozen import FrozenModel, FrozenTeacher
+from megakd.training.answer_cache import model_identity
 from megakd.training.assembly import Assembly
 
 logger = logging.getLogger(__name__)
@@ -245,18 +248,27 @@ def measure_layers(assembly: Assembly, ready: ReadyTeacher, rows: Dataset) -> tu
 
     Each layer is left out alone, from the whole model, as in Shortened LLaMA (Kim et al. 2024,
     https://arxiv.org/abs/2402.02834, section 3.2, criterion PPL, which ranks layers in the same
-    order).
+    order). A loss is measured once for a model, rows and ranks: a stopped measurement goes on, and
+    another size of the student needs none.
     """
-    dtype, scorer = assembly.teacher_dtype(ready), assembly.scorer()
-    count = ready.source.architecture.number_of_layers(ready.source.config)
-    model = assembly.frozen(ready.source, ready.spec.deepspeed, dtype=dtype, needs=Needs())
-    try:
-        losses = [scorer.loss(model.predict, rows)]
-        for layer in range(1, count + 1):
-            with left_out(model.model, layer):
-                losses.append(scorer.loss(model.predict, rows))
-    finally:
-        model.destroy()
+    config, ranks, scorer = assembly.config, assembly.ranks, assembly.scorer()
+    source, place, dtype = ready.source, ready.spec.deepspeed, assembly.teacher_dtype(ready)
+    of_model = on_main(lambda: model_identity(source, seed=config.seed))
+    of_rows = (on_main(lambda: rows_key(rows)), scorer.batch_size, repr(scorer.masking))
+    parts = ("loss", config.task.type, of_model, dtype, of_rows)
+    parts += (ranks.world_size, ranks.device.type, str(place))
+    losses: list[float] = []
+    count = source.architecture.number_of_layers(source.config) + 1
+    with ExitStack() as opened:
+        model: FrozenTeacher | None = None
+        for layer in told(range(count), total=count, unit="passes, the first with all layers"):
+            loss = on_main(partial(recalled, *parts, layer))
+            if loss is None:
+                model = model or opened.enter_context(assembly.loaded(source, place, dtype))
+                with left_out(model.model, layer) if layer else nullcontext():
+                    loss = scorer.loss(model.predict, rows)
+                on_main(partial(remember, loss, *parts, layer))
+            losses.append(loss)
     bad = [number for number, loss in enumerate(losses) if not math.isfinite(loss)]
     if bad:
         where = f"without layer {bad[0]}" if bad[0] else "with all layers"

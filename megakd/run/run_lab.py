@@ -172,18 +172,17 @@ class RunLab(LabBase):
         return saved_dtype(self.config, self._prepared.sources)
 
     @doing("scoring a finished model")
-    def measure(self, folder: Path, stored_as: torch.dtype | None = None) -> Measured:
-        """Return what the report says of a finished model; a collective.
+    def measure(self, folder: Path) -> Measured:
+        """Return what the report says of a finished model of the run; a collective.
 
-        Args:
-            stored_as: the dtype to which the weights are rounded; None: they are not.
+        It is scored as it would be stored in `final/`, whatever a stage was trained in.
         """
         # The model has the student's tokenizer.
         self.close()
         dtype = self.assembly.scoring_dtype()
         preset = scoring_preset(self.config.student.deepspeed)
         source = self.source(folder)
-        stored = {name: one.rounded(stored_as) for name, one in source.stored.items()}
+        stored = {name: one.rounded(self.saved_dtype) for name, one in source.stored.items()}
         source = dataclasses.replace(source, stored=stored)
         with self.assembly.loaded(source, preset, dtype) as model:
             return measure(self.assembly, model, self.pool.prompts)

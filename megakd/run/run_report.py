@@ -44,11 +44,10 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
     teachers, ranks = [*lab.pool.folders], lab.assembly.ranks
     folders = {one.name: one.folder for one in record.assistants} | {STUDENT: student.folder}
     folders |= {name: one.folder for name, one in baselines.items()}
-    stored_as = {STUDENT: lab.saved_dtype}  # it is scored as it is stored
     with phase("scoring"):
         measured = {name: lab.pool.measured(name) for name in teachers}
         for name, folder in folders.items():
-            measured[name] = lab.measure(folder, stored_as.get(name))
+            measured[name] = lab.measure(folder)
         reference = max(teachers, key=lambda n: measured[n].report["parameters"], default=None)
         graphs = write_graphs(lab, student.folder, reference, measured)
         words = on_main(lambda: _words(lab)) if config.scores_words else {}
@@ -57,7 +56,7 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
     numbers: dict[str, Any] = _parts(lab, student.folder)
     numbers |= {f"{TFIDF}.{name}": value for name, value in words.items()}
     for name, one in measured.items():
-        numbers |= _entries(name, one, folders.get(name), theirs, stored_as=stored_as.get(name))
+        numbers |= _entries(name, one, folders.get(name), theirs, stored_as=lab.saved_dtype)
         if name != STUDENT and (error := _loss_error(one.losses, measured[STUDENT].losses)):
             numbers[f"{name}.{LOSS_ERROR}"] = error
     for row, entries in graphs.items():
@@ -157,7 +156,7 @@ def _entries(
     folder: Path | None,
     theirs: list[int],
     *,
-    stored_as: torch.dtype | None = None,
+    stored_as: torch.dtype,
 ) -> dict[str, Any]:
     # The keys of a model; of one in a folder of the run also those of its weights.
     of_model: dict[str, Any] = {**measured.report}

@@ -178,7 +178,7 @@ TRAIN = [
         f"{POOL}; method.teacher=a; teachers.1.cache_seed=3",
         "[1].cache_seed = 3: gone, without a ch",
     ),
-    ("train.torch_compile=true", 'did you mean "train.fused_layers"?'),
+    ("train.torch_compile=true", 'did you mean "fused_layers"?'),
     ("method.name=gkd", "GKD is method.name=single with a section rollout"),
     ("train.fsdp=full_shard", 'did you mean "student.deepspeed"?'),
     ("train.packing=false", "train.packing: supported only for causal_lm, and task.type is cl"),

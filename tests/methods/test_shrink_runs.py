@@ -158,6 +158,21 @@ def test_the_command_writes_its_config_runs_it_and_the_config_can_be_planned(
     assert (again.code, again.loaded) == (0, ()), again.err
 
 
+def test_another_size_of_a_model_measures_no_layer_again(one_rank, shrunk, tmp_path):
+    words = ["shrink", shrunk / "stages" / "teacher-finetune", "--data", shrunk.parent / "text.txt"]
+    words += ["task.max_length=15", "method.round_to=4", "train.max_steps=1", "eval.latency=false"]
+
+    first, second = (
+        one_rank.megakd(*words, "--parameters", size, "--output_dir", tmp_path / size, code=0)
+        for size in ("24K", "27K")
+    )
+
+    assert len(second.loaded) == len(first.loaded) - 1
+    scores = (tmp_path / size / "stages/layers/result.json" for size in ("24K", "27K"))
+    one, other = (json.loads(path.read_text())["metrics"] for path in scores)
+    assert one == other
+
+
 @pytest.mark.parametrize(("flops", "intermediate_size"), [(0.5, 64), (0.4, 40)])
 def test_the_fewest_layers_of_a_classifier_are_cut_out_and_repaired(
     one_rank, tmp_path, flops, intermediate_size

@@ -211,7 +211,8 @@ def test_the_student_is_stored_as_its_teacher_is_and_scored_as_it_is_stored(
     save_file(weights, teacher / WEIGHTS, metadata={"format": "pt"})
     (teacher / "checksums.json").unlink()
     spec = {"model": str(teacher)}
-    finish_in(one_rank, tmp_path, whole_run.task, teacher=spec, method={"name": "single"})
+    keys = {"method": {"name": "single"}, "baselines": ["alone"]}
+    finish_in(one_rank, tmp_path, whole_run.task, teacher=spec, **keys)
     out, config = tmp_path / "out", tmp_path / "run.yaml"
     scored = json.loads(one_rank.megakd("evaluate", config, "--json", code=0).out)
 
@@ -221,6 +222,7 @@ def test_the_student_is_stored_as_its_teacher_is_and_scored_as_it_is_stored(
     assert stored_types(out / "stages/student") == {torch.float32}
     size = (out / "final" / WEIGHTS).stat().st_size
     assert abs(read(out)["student.bytes"] - size) < size / 20
+    assert read(out)["alone.bytes"] == read(out)["student.bytes"]  # of one dtype too
 
     finish(one_rank, config, "save.dtype=fp32")
 
