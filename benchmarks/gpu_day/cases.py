@@ -63,12 +63,12 @@ def billion_tree(folder: Path, *, rehearse: bool) -> Tree:
         **_sections("causal_lm", folder, length=length, rehearse=rehearse),
         "teacher": teacher,
         "student": {"model": "from_teacher", "deepspeed": "zero3"},
-        "method": {"name": "minidisc", "target_sparsity": grid[-1], "sparsities": grid}
-        | {"metric": "accuracy"},
+        "method": {"name": "minidisc", "target_sparsity": grid[-1], "sparsities": grid},
         "objective": KD,
         **_schedule(8, rehearse=rehearse),
     }
     tree["train"] |= {"learning_rate": 1e-5}
+    tree["eval"] |= {"metric": "accuracy"}
     return tree
 
 

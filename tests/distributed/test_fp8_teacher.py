@@ -21,7 +21,7 @@ FP8 = "teacher.dtype=fp8"
 def steps(config_path: str, overrides: list[str]) -> dict:
     """The state of a teacher, its answers to the first rows, its bytes here, and two steps."""
     with started(config_path, overrides) as (run, teacher):
-        scorer, rows = run.evaluation.scorer, run.assembly.prepared.encoded.validation
+        scorer, rows = run.scorer, run.assembly.prepared.encoded.validation
         batch = scorer.collate(rows.select(range(4)).to_list())
         answer = teacher(batch)
         with answer.head.open():

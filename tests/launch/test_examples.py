@@ -65,7 +65,7 @@ def student_of(path: Path) -> BertConfig:
     config = load_config(path)
     shape = dict(config.student.model.config)
     assert shape.pop("model_type") == "bert"
-    size = config.method.own_vocabulary.size
+    size = config.method.own_vocabulary
     return BertConfig(**{"vocab_size": size, **shape})
 
 
