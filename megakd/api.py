@@ -25,12 +25,12 @@ from megakd.config.run import RunConfig
 from megakd.config.schema import shown
 from megakd.errors import ConfigError
 from megakd.process import signals
-from megakd.storage.run_folder import FINAL, REPORT
+from megakd.process.run_folder import FINAL, REPORT
 
 if TYPE_CHECKING:
     from typing import Unpack
 
-    from megakd.planning.plan import Plan
+    from megakd.reports.plan import Plan
 
 Config = str | Path | Mapping[str, Any] | RunConfig
 """A path of a YAML file, a mapping with the same content, or a config that is already loaded."""
@@ -259,7 +259,7 @@ def plan(config: Config, overrides: Sequence[str] = (), **cluster: Unpack[Cluste
     with _undone():
         from megakd.commands import arguments
         from megakd.commands import plan as command
-        from megakd.planning.plan import cluster_of, plan_run
+        from megakd.reports.plan import cluster_of, plan_run
 
         parser = arguments.Parser(prog="megakd plan", description="")
         command.add_options(parser)

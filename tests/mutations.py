@@ -141,10 +141,10 @@ MUTATIONS = (
         "tests/distributed/test_gradients.py",
     ),
     # Files.
-    Mutation("megakd/storage/atomic.py", "os.fsync(file.fileno())", "pass", "tests/storage"),
-    Mutation("megakd/storage/atomic.py", "            sync_tree(temporary)\n", "", "tests/storage"),
+    Mutation("megakd/process/atomic.py", "os.fsync(file.fileno())", "pass", "tests/storage"),
+    Mutation("megakd/process/atomic.py", "            sync_tree(temporary)\n", "", "tests/storage"),
     Mutation(
-        "megakd/storage/atomic.py",
+        "megakd/process/atomic.py",
         "if aside.exists() and not path.exists():",
         "if False:",
         "tests/storage",
@@ -212,13 +212,13 @@ MUTATIONS = (
         "tests/models/test_lora.py",
     ),
     Mutation(
-        "megakd/pruning/importance.py",
+        "megakd/training/importance.py",
         "(gradients / count.clamp(min=1)).abs()",
         "(gradients / count.clamp(min=1))",
         "tests/distributed/test_importance.py",
     ),
     Mutation(
-        "megakd/pruning/allocation.py",
+        "megakd/training/allocation.py",
         "removed = min(self.step * round(removed / self.step), count)",
         "removed = min(self.step * int(removed / self.step), count)",
         "tests/pruning",
@@ -249,10 +249,10 @@ MUTATIONS = (
     ),
     # Servers and generated texts.
     Mutation(
-        "megakd/servers/vllm.py",
+        "megakd/teachers/vllm.py",
         '"temperature": sampling.temperature',
         '"temperature": 1.0',
-        "tests/servers tests/training/test_servers.py",
+        "tests/teachers tests/training/test_servers.py",
     ),
 )
 

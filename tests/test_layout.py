@@ -22,18 +22,15 @@ SOURCES = sorted(p for folder in SOURCE_FOLDERS for p in (ROOT / folder).rglob("
 RANKS = (
     ("errors",),
     ("contract",),
-    ("storage", "process"),
+    ("process",),
     ("config",),
     ("engine", "data"),
     ("models",),
-    ("teachers", "losses", "scoring"),
-    ("rollouts",),
-    ("inputs",),
-    ("servers",),
+    ("losses",),
+    ("teachers",),
     ("training",),
-    ("methods", "pruning"),
+    ("methods",),
     ("reports",),
-    ("planning",),
     ("run",),
     ("commands",),
     ("api", "cli"),
@@ -41,7 +38,7 @@ RANKS = (
 )
 # What a file may not import although its room may.
 FORBIDDEN = {
-    "megakd.pruning.allocation": ("deepspeed", "torch", "transformers"),
+    "megakd.training.allocation": ("deepspeed", "torch", "transformers"),
     "megakd.methods.assistants": ("deepspeed", "torch", "transformers"),
     "megakd.training.trainer": (
         "megakd.losses",
@@ -51,7 +48,7 @@ FORBIDDEN = {
         "megakd_kernels",
         "transformers",
     ),
-    "megakd.planning": ("deepspeed", "megakd.training.trainer"),
+    "megakd.reports.plan": ("deepspeed", "megakd.training.trainer"),
     "megakd": ("launch",),
 }
 MACHINE_PATH = re.compile(r"(?<![\w.$}~/-])/(?:home|root|Users|tmp|work)/\w")

@@ -22,9 +22,9 @@ from megakd.methods.knowledge_selection import KnowledgeSelectionConfig
 from megakd.methods.knowledge_selection.selecting import Selecting, Selector, SelectorShape
 from megakd.models import packed_attention
 from megakd.models.packing import set_attention
-from megakd.planning import tracing
-from megakd.planning.phases import PlanningLab, planned_sources
-from megakd.planning.tracing import PhaseTraces, Trace, _ones
+from megakd.reports import plan_tracing as tracing
+from megakd.reports.plan_phases import PlanningLab, planned_sources
+from megakd.reports.plan_tracing import PhaseTraces, Trace, _ones
 from megakd_kernels import chunking
 
 # The elastic embedding recognises tokens by their memory, which pretended tensors do not have.

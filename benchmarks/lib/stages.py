@@ -17,8 +17,8 @@ from megakd.config.run import RunConfig
 from megakd.contract.batch import Batch
 from megakd.contract.stage import Constant, Pass, Stage
 from megakd.engine.distributed import Ranks
-from megakd.inputs.inputs import prepare
 from megakd.run.run_lab import RunLab
+from megakd.training.inputs import prepare
 from megakd.training.progress import Reporter
 from megakd.training.stage_run import STOP, StageRun
 

@@ -28,7 +28,7 @@ from lib.options import command_of, parser_of
 from lib.tables import machine
 from megakd.contract.completions import Sampling, TextTokens
 from megakd.models.generation import complete, end_tokens_of
-from megakd.servers.vllm import Requirements, ServedModel, VllmServer
+from megakd.teachers.vllm import Requirements, ServedModel, VllmServer
 
 TOP_K, SCALE = 64, 1.02
 GREEDY = Sampling(16, temperature=0.0)

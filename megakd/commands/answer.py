@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from megakd.commands.arguments import Parser, say
 from megakd.errors import ConfigError, DataError, ModelError, ServerError, first_line
+from megakd.process.atomic import write_text
+from megakd.process.folders import check_given
 from megakd.process.terminal import in_home, print_aside
-from megakd.storage.atomic import write_text
-from megakd.storage.folders import check_given
 
 if TYPE_CHECKING:
     from megakd.data.arrow import Record
@@ -215,7 +215,7 @@ def _server(arguments: argparse.Namespace) -> Answers:
     from pydantic import BaseModel
 
     from megakd.config.rollout import address
-    from megakd.servers.http import JsonServer, RunningCalls
+    from megakd.teachers.http import JsonServer, RunningCalls
 
     class Message(BaseModel):
         content: str

@@ -13,8 +13,8 @@ from megakd.config.names import synonyms
 from megakd.config.run import RunConfig
 from megakd.config.schema import paths_ending_in
 from megakd.errors import CheckpointError, ConfigError, suggestion
+from megakd.process.run_folder import FINAL
 from megakd.process.terminal import in_home, is_rank_0, tell
-from megakd.storage.run_folder import FINAL
 
 
 class Parser(argparse.ArgumentParser):

@@ -28,12 +28,12 @@ def run(arguments: argparse.Namespace) -> None:
     with print_aside():
         from megakd.engine.collectives import on_main
         from megakd.engine.distributed import check_nodes
-        from megakd.inputs.inputs import prepare
-        from megakd.inputs.precision import check_device
         from megakd.run.holder import held
         from megakd.run.main import reporter_of, started
         from megakd.run.run_identity import begin_run
         from megakd.run.run_lab import RunLab
+        from megakd.training.inputs import prepare
+        from megakd.training.precision import check_device
 
         with started(config) as ranks, ExitStack() as locks:
             # Runs with other output folders may share a cache.

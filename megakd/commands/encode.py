@@ -14,9 +14,9 @@ def run(arguments: argparse.Namespace) -> None:
     """Read and encode the data of a config as its run does, and print where the rows are."""
     config = config_of(arguments)
     with print_aside():
-        from megakd.inputs.inputs import prepare
-        from megakd.inputs.run_data import cache_folder
         from megakd.run.main import started
+        from megakd.training.inputs import prepare
+        from megakd.training.run_data import cache_folder
 
         with started(config):
             encoded = prepare(config).encoded

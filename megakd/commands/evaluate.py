@@ -9,8 +9,8 @@ from typing import Any
 
 from megakd.commands.arguments import Parser, add_config, config_of, say, scored_model
 from megakd.errors import DataError
+from megakd.process.atomic import json_text
 from megakd.process.terminal import in_home, print_aside
-from megakd.storage.atomic import json_text
 
 
 def add_options(parser: Parser) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 from megakd.commands.arguments import Parser, add_config, config_of, named_folder, say
 from megakd.config.run import RunConfig
 from megakd.errors import ConfigError
+from megakd.process.run_folder import exported_stage
 from megakd.process.terminal import print_aside
-from megakd.storage.run_folder import exported_stage
 
 
 def add_options(parser: Parser) -> None:

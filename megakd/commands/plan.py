@@ -6,8 +6,8 @@ import argparse
 
 from megakd.commands.arguments import Parser, add_config, config_of, say
 from megakd.config.run import RunConfig
+from megakd.process.atomic import json_text
 from megakd.process.terminal import is_rank_0, print_aside
-from megakd.storage.atomic import json_text
 
 
 def add_options(parser: Parser) -> None:
@@ -47,7 +47,7 @@ def print_plan(config: RunConfig, arguments: argparse.Namespace) -> None:
         return
     as_json = getattr(arguments, "json", False)
     with print_aside(when=as_json):
-        from megakd.planning.plan import cluster_of, page, plan_run
+        from megakd.reports.plan import cluster_of, page, plan_run
 
         plan = plan_run(config, cluster_of(vars(arguments)))
     say(json_text(plan.as_json(), indent=2) if as_json else page(plan))

@@ -20,16 +20,6 @@ from megakd.data.splits import Splits
 from megakd.data.tokenizers import from_folder, has_tokenizer_files, load_tokenizer
 from megakd.engine.collectives import main_first
 from megakd.errors import DataError, MegakdError, TeacherError
-from megakd.inputs.inputs import RunInputs, prepare
-from megakd.inputs.run_data import (
-    cache_folder,
-    encoded_rows,
-    splits_of,
-    with_multi_label,
-    with_packing,
-    with_row_length,
-)
-from megakd.inputs.tokenizer_checks import check_vocabularies, without_tokenizer
 from megakd.models.fitting import MULTI_LABEL, model_label_names
 from megakd.models.loading import resolve_model
 from megakd.models.onnx import MODEL
@@ -40,9 +30,19 @@ from megakd.run.graphs import graph_scores
 from megakd.run.main import started
 from megakd.run.run_report import row_count
 from megakd.run.teacher_pool import set_metrics
-from megakd.scoring.metrics import task_metrics
 from megakd.training.assembly import Assembly
+from megakd.training.inputs import RunInputs, prepare
+from megakd.training.metrics import task_metrics
 from megakd.training.recipes import scoring_preset
+from megakd.training.run_data import (
+    cache_folder,
+    encoded_rows,
+    splits_of,
+    with_multi_label,
+    with_packing,
+    with_row_length,
+)
+from megakd.training.tokenizer_checks import check_vocabularies, without_tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@ from megakd.commands.train import train
 from megakd.config.file import config_of, dump_config, dump_yaml, load_config, with_overrides
 from megakd.config.run import RunConfig
 from megakd.errors import ConfigError
-from megakd.storage.atomic import write_text
-from megakd.storage.folders import check_writable
-from megakd.storage.run_folder import REPORT
+from megakd.process.atomic import write_text
+from megakd.process.folders import check_writable
+from megakd.process.run_folder import REPORT
 
 FILE = "shrink.yaml"
 EXAMPLES = {"parameters": "0.6B", "flops": "12%", "speedup": "8x"}

@@ -12,9 +12,9 @@ from megakd.config.file import dump_config
 from megakd.config.places import check_paths
 from megakd.config.run import RunConfig
 from megakd.process.phases import counted
+from megakd.process.run_folder import REPORT
 from megakd.process.terminal import is_rank_0
 from megakd.run.holder import check_free
-from megakd.storage.run_folder import REPORT
 
 
 def add_options(parser: Parser) -> None:

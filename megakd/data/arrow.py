@@ -23,8 +23,8 @@ from datasets.fingerprint import generate_fingerprint
 from numpy.typing import NDArray
 
 from megakd.errors import DataError
+from megakd.process.folders import read_signed, version_of, write_signed
 from megakd.process.terminal import in_home
-from megakd.storage.folders import read_signed, version_of, write_signed
 
 T = TypeVar("T")
 # Increase this number when a remembered value would differ.

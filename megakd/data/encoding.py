@@ -29,8 +29,8 @@ from megakd.data.special_tokens import special_tokens
 from megakd.data.splits import Splits
 from megakd.data.token_tables import check_room_for_text, tables_of_texts
 from megakd.errors import DataError
-from megakd.storage.atomic import sha256_of, write_json
-from megakd.storage.folders import files_of, whole_folder
+from megakd.process.atomic import sha256_of, write_json
+from megakd.process.folders import files_of, whole_folder
 
 logger = logging.getLogger(__name__)
 ROWS_AT_ONCE = 10_000

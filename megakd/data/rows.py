@@ -64,7 +64,7 @@ from megakd.data.labels import (
     with_soft_labels,
 )
 from megakd.errors import DataError, suggestion
-from megakd.storage.folders import whole_folder
+from megakd.process.folders import whole_folder
 
 logger = logging.getLogger(__name__)
 # Increase this number when the same source results in different rows.

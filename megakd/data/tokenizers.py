@@ -29,8 +29,8 @@ from megakd.data.chat.template import read_template
 from megakd.data.splits import Splits
 from megakd.data.vocabularies import VERSION, train_tokenizer
 from megakd.errors import DataError, first_line
+from megakd.process.folders import check_given, whole_folder
 from megakd.process.terminal import in_home
-from megakd.storage.folders import check_given, whole_folder
 
 logger = logging.getLogger(__name__)
 

@@ -36,7 +36,7 @@ from megakd.models.architectures import context_length
 from megakd.models.knowledge import LanguageModelHead, Needs, read_knowledge
 from megakd.models.packed_attention import VARLEN
 from megakd.models.source import ModelSource
-from megakd.storage.folders import check_given
+from megakd.process.folders import check_given
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase

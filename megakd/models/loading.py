@@ -58,8 +58,8 @@ from megakd.models.quantized import (
 from megakd.models.source import ModelSource, method_of
 from megakd.models.structure import for_task
 from megakd.models.weights import StoredTensor, WeightReader, check_weight_files
+from megakd.process.folders import check_given
 from megakd.process.terminal import in_home, is_first_of_node
-from megakd.storage.folders import check_given
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

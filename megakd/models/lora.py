@@ -31,8 +31,8 @@ from megakd.models.fitting import match_names, random_head, valueless_model
 from megakd.models.model_folder import Extra
 from megakd.models.source import ModelSource
 from megakd.models.weights import stored_tensors
+from megakd.process.folders import check_given
 from megakd.process.seeding import cpu_seeded
-from megakd.storage.folders import check_given
 
 if TYPE_CHECKING:
     from peft import LoraConfig as PeftConfig

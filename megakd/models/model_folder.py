@@ -40,8 +40,8 @@ from megakd.models.weights import (
     check_weight_files,
     stored_tensors,
 )
-from megakd.storage.atomic import write_content, write_json
-from megakd.storage.folders import sealed_folder
+from megakd.process.atomic import write_content, write_json
+from megakd.process.folders import sealed_folder
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase

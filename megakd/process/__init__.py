@@ -1,1 +1,1 @@
-"""The process of a rank: signals, seeds, wall-clock by phase, and standard output."""
+"""The process of a rank and its files: signals, seeds, phases, whole folders, standard output."""

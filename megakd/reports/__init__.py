@@ -1,1 +1,1 @@
-"""Reports of a run: report.json, report.html, the result table and the model card."""
+"""What a run says of itself: its plan before, report.json, table, page and card after."""

@@ -13,9 +13,9 @@ from huggingface_hub import metadata_load, try_to_load_from_cache
 from megakd.contract.results import Report
 from megakd.contract.tasks import STUDENT, TEACHER, TaskType
 from megakd.models.model_folder import hub_id
+from megakd.process.folders import CARD
 from megakd.process.terminal import in_home
 from megakd.reports.table import result_table
-from megakd.storage.folders import CARD
 
 AUTO_CLASSES: Mapping[TaskType, tuple[str, str]] = {
     "classification": ("AutoModelForSequenceClassification", "text-classification"),

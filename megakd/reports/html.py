@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 from megakd.contract.results import Report
 from megakd.contract.tasks import STUDENT
 from megakd.errors import CheckpointError
+from megakd.process import atomic
 from megakd.reports import table
 from megakd.reports.report_file import Curves, Points, curves_of, read_history, read_report
 from megakd.reports.table import is_number, short_count
-from megakd.storage import atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, cast
 from megakd.contract.results import Report
 from megakd.contract.tasks import STUDENT
 from megakd.errors import CheckpointError
+from megakd.process import atomic
 from megakd.reports.table import is_number
-from megakd.storage import atomic
 
 if TYPE_CHECKING:
     import torch

@@ -19,17 +19,17 @@ from megakd.contract.tasks import AUTO
 from megakd.engine.collectives import gather, node_name, on_main
 from megakd.engine.distributed import Ranks
 from megakd.engine.memory import device_name, forget_models, peak_memory_bytes, reset_peak_memory
-from megakd.inputs.inputs import RunInputs
-from megakd.planning.phases import PlanningLab, check_method
-from megakd.planning.plan import cluster_of, gigabytes, page, plan_run, process_bytes
 from megakd.process.terminal import aligned_rows
+from megakd.reports.plan import cluster_of, gigabytes, page, plan_run, process_bytes
+from megakd.reports.plan_phases import PlanningLab, check_method
 from megakd.reports.report_file import installed_versions
 from megakd.reports.table import duration
 from megakd.run.main import check_machines, checked_inputs, started
 from megakd.run.teacher_pool import TeacherPool
-from megakd.servers.texts import run_name
 from megakd.training.assembly import Assembly
+from megakd.training.inputs import RunInputs
 from megakd.training.probe import StageProbe
+from megakd.training.served_texts import run_name
 from megakd.training.stage_run import StageRun
 
 STEPS = 3

@@ -27,21 +27,16 @@ from megakd.models.model_folder import (
 )
 from megakd.models.onnx import check_packages, write_onnx
 from megakd.models.own_models import current_files
-from megakd.reports.card import CardFacts, model_card
-from megakd.reports.report_file import GRAPH, read_report, write_report
-from megakd.reports.table import result_table
-from megakd.run.holder import written_once
-from megakd.run.run_identity import asked_of, check_identity
-from megakd.storage import atomic
-from megakd.storage.fingerprint import Fingerprint
-from megakd.storage.folders import (
+from megakd.process import atomic
+from megakd.process.fingerprint import Fingerprint
+from megakd.process.folders import (
     CARD,
     check_writable,
     copy_finished,
     open_finished,
     users_files,
 )
-from megakd.storage.run_folder import (
+from megakd.process.run_folder import (
     CONFIG,
     FINAL,
     REPORT,
@@ -49,6 +44,11 @@ from megakd.storage.run_folder import (
     exported_stage,
     read_record,
 )
+from megakd.reports.card import CardFacts, model_card
+from megakd.reports.report_file import GRAPH, read_report, write_report
+from megakd.reports.table import result_table
+from megakd.run.holder import written_once
+from megakd.run.run_identity import asked_of, check_identity
 from megakd.training.stage_folder import files_beside_model, remake
 
 logger = logging.getLogger(__name__)

@@ -26,9 +26,9 @@ from megakd.engine.collectives import doing, on_main
 from megakd.models.model_folder import weight_bytes
 from megakd.models.onnx import MODEL, MOST_IN_ONE_FILE, OnnxModel, missing_packages, write_onnx
 from megakd.models.quantized_graph import Logits, quantize_graph
-from megakd.scoring.label_sets import decided
-from megakd.scoring.scorer import few
 from megakd.training.assembly import Assembly
+from megakd.training.label_sets import decided
+from megakd.training.scorer import few
 
 if TYPE_CHECKING:
     from megakd.run.run_lab import RunLab

@@ -21,22 +21,22 @@ from megakd.engine.collectives import doing, gather, node_name, on_main, reports
 from megakd.engine.distributed import Ranks, check_nodes
 from megakd.engine.memory import earlier_objects_left_alone, keep_freed_memory
 from megakd.errors import ConfigError, first_line
-from megakd.inputs.inputs import RunInputs, prepare
-from megakd.inputs.precision import check_device
 from megakd.methods import run_method
 from megakd.models.onnx import check_packages
-from megakd.planning.phases import check_method
+from megakd.process.fingerprint import differences, flatten
+from megakd.process.folders import check_writable
 from megakd.process.phases import counted, phase
+from megakd.process.run_folder import FINAL, REPORT
 from megakd.process.signals import Stopped
+from megakd.reports.plan_phases import check_method
 from megakd.reports.report_file import installed_versions
 from megakd.run.finished_run import finished_table, publish
 from megakd.run.holder import held
 from megakd.run.run_identity import begin_run, run_facts
 from megakd.run.run_lab import RunLab
 from megakd.run.run_report import report_of
-from megakd.storage.fingerprint import differences, flatten
-from megakd.storage.folders import check_writable
-from megakd.storage.run_folder import FINAL, REPORT
+from megakd.training.inputs import RunInputs, prepare
+from megakd.training.precision import check_device
 from megakd.training.progress import Reporter
 from megakd.training.recipes import baseline_stage
 from megakd.training.trackers import Trackers, check_trackers
@@ -135,11 +135,11 @@ def checked_inputs(config: RunConfig) -> RunInputs:
     """Return the inputs of a run, whose servers answer; a collective."""
     prepared = prepare(config)
     if config.rollout is not None:
-        from megakd.servers.texts import check_servers
+        from megakd.training.served_texts import check_servers
 
         check_servers(prepared)
     if any(spec.server for spec in config.teacher_specs.values()):
-        from megakd.servers.teachers import check_teacher_servers
+        from megakd.training.served_teachers import check_teacher_servers
 
         check_teacher_servers(prepared)
     return prepared

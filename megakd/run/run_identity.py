@@ -23,13 +23,13 @@ from megakd.config.places import places
 from megakd.config.run import RunConfig
 from megakd.engine.distributed import Ranks
 from megakd.errors import CheckpointError
-from megakd.inputs.precision import training_dtype
 from megakd.models.model_folder import hub_id
+from megakd.process import atomic
+from megakd.process.fingerprint import Fingerprint, differences, flatten
+from megakd.process.folders import CARD
+from megakd.process.run_folder import CONFIG, FORMAT, RUN, read_record
 from megakd.process.terminal import in_home
-from megakd.storage import atomic
-from megakd.storage.fingerprint import Fingerprint, differences, flatten
-from megakd.storage.folders import CARD
-from megakd.storage.run_folder import CONFIG, FORMAT, RUN, read_record
+from megakd.training.precision import training_dtype
 from megakd.training.stage_folder import LENGTHS
 
 _SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps", "tokens_per_rank")

@@ -22,15 +22,15 @@ from megakd.data.loader import rows_with_targets
 from megakd.engine.collectives import doing, main_first, on_main
 from megakd.engine.distributed import Ranks
 from megakd.errors import CheckpointError
-from megakd.inputs.inputs import RunInputs
-from megakd.inputs.precision import saved_dtype
 from megakd.models.loading import resolve_model
 from megakd.models.source import ModelSource, parts_of
 from megakd.reports.derived_warnings import rising_teachers
 from megakd.reports.report_file import read_history
 from megakd.run.teacher_pool import Measured, TeacherPool, measure
-from megakd.scoring.metrics import check_weighed
 from megakd.training.assembly import Assembly
+from megakd.training.inputs import RunInputs
+from megakd.training.metrics import check_weighed
+from megakd.training.precision import saved_dtype
 from megakd.training.probe import StageProbe
 from megakd.training.progress import Reporter
 from megakd.training.recipes import LabBase, scoring_preset
@@ -39,7 +39,7 @@ from megakd.training.stage_folder import length_of, may_grow, read_result
 from megakd.training.stage_run import run_stage, stage_checkpoints
 
 if TYPE_CHECKING:
-    from megakd.pruning.builder import ModelPruning
+    from megakd.training.pruning import ModelPruning
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -62,7 +62,7 @@ class RunLab(LabBase):
     @property
     def pruning(self) -> Pruning:
         """The tools of methods that cut models."""
-        from megakd.pruning.builder import ModelPruning
+        from megakd.training.pruning import ModelPruning
 
         if self._pruning is None:
             self._pruning = ModelPruning(

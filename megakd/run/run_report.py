@@ -19,8 +19,6 @@ from megakd.data.loader import lengths_of_rows
 from megakd.data.reading_report import read_line
 from megakd.engine.collectives import doing, on_main
 from megakd.engine.memory import forget_models, free_memory_bytes
-from megakd.inputs.inputs import vocabulary_report
-from megakd.inputs.precision import TORCH_DTYPE, scoring_dtype
 from megakd.models.forwards import Graph, Timed, batches_of
 from megakd.models.loading import load_finished
 from megakd.models.lora import adapter_parameters
@@ -33,7 +31,9 @@ from megakd.reports.table import OF_STAGE
 from megakd.run.graphs import GraphRow, remove_graphs, write_graphs
 from megakd.run.run_lab import RunLab
 from megakd.run.teacher_pool import Measured
-from megakd.scoring.words import score_words
+from megakd.training.inputs import vocabulary_report
+from megakd.training.precision import TORCH_DTYPE, scoring_dtype
+from megakd.training.words import score_words
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,6 @@ from megakd.contract.results import Row
 from megakd.contract.tasks import AUTO, SOFT_LABELS
 from megakd.engine.collectives import doing
 from megakd.engine.memory import forget_models, left_out_of_peak, reset_peak_memory
-from megakd.inputs.step_size import joins_micro_batches
 from megakd.models.axes import parameter_counts
 from megakd.models.knowledge import Needs
 from megakd.models.source import ReadyTeacher
@@ -28,15 +27,16 @@ from megakd.run.exact_answers import has_probabilities, log_probabilities, say_d
 from megakd.teachers.cached import CachedTeacher
 from megakd.teachers.frozen import FrozenTeacher
 from megakd.teachers.soft_labels import SoftLabels
+from megakd.training.step_size import joins_micro_batches
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from megakd.contract.stage import Stage
     from megakd.reports.samples import Prompts
-    from megakd.scoring.scorer import Scorer
-    from megakd.servers.teachers import ServedTeacher
     from megakd.training.assembly import Assembly
+    from megakd.training.scorer import Scorer
+    from megakd.training.served_teachers import ServedTeacher
 
     Opened = FrozenTeacher | CachedTeacher | ServedTeacher | SoftLabels
 
@@ -112,7 +112,7 @@ class TeacherPool:
         losses = self.assembly.losses(stage)
         losses.check_outputs(self._config.key_of(name), ready)
         if ready.spec.server is not None:
-            from megakd.servers.teachers import served_teacher
+            from megakd.training.served_teachers import served_teacher
 
             prepared, ranks = self.assembly.prepared, self.assembly.ranks
             return served_teacher(prepared, name, ranks)

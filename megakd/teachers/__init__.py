@@ -1,1 +1,1 @@
-"""Frozen teachers, and caches of their answers."""
+"""Who answers and who writes texts: frozen models, caches of answers, servers, rollouts."""

@@ -30,8 +30,8 @@ from megakd.contract.stage import Teacher
 from megakd.engine.collectives import doing, gather, on_main, together, told
 from megakd.engine.distributed import Ranks
 from megakd.errors import TeacherError
-from megakd.storage.fingerprint import Fingerprint, differences
-from megakd.storage.folders import damage, entries, read_signed, sealed_folder, write_signed
+from megakd.process.fingerprint import Fingerprint, differences
+from megakd.process.folders import damage, entries, read_signed, sealed_folder, write_signed
 
 if TYPE_CHECKING:
     from megakd.teachers.frozen import FrozenTeacher

@@ -1,1 +1,1 @@
-"""The training loop and the parts that a stage needs around it."""
+"""What a run reads, and its stages: inputs, the loop, scores, checkpoints, importance of units."""

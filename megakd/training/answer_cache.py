@@ -28,7 +28,7 @@ from megakd.data.encoding import tokenizer_content
 from megakd.data.masking import row_keys, uniform
 from megakd.errors import TeacherError
 from megakd.models.source import ModelSource, ReadyTeacher
-from megakd.storage.fingerprint import Fingerprint, files_identity, flatten
+from megakd.process.fingerprint import Fingerprint, files_identity, flatten
 from megakd.teachers.cached import Answers, CachedTeacher, build_cache
 from megakd.teachers.frozen import FrozenTeacher
 from megakd.training.assembly import Assembly

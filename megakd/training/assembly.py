@@ -30,15 +30,6 @@ from megakd.engine.initialize import training_engine
 from megakd.engine.memory import forget_models, freed_memory_returned
 from megakd.engine.student import StudentEngine
 from megakd.errors import CheckpointError
-from megakd.inputs.inputs import RunInputs
-from megakd.inputs.precision import (
-    TORCH_DTYPE,
-    check_dtype,
-    check_kernels,
-    frozen_dtype,
-    scoring_dtype,
-    training_dtype,
-)
 from megakd.losses.bundle import StudentBundle, build_bundle
 from megakd.losses.objective import StageLosses, learners_of, stage_losses, with_class_weights
 from megakd.models.fitting import label_order
@@ -54,8 +45,17 @@ from megakd.models.second_vocabulary import (
 from megakd.models.source import ModelSource, ReadyTeacher
 from megakd.process.phases import phase
 from megakd.process.seeding import cpu_seeded
-from megakd.scoring.scorer import Scorer
 from megakd.teachers.frozen import FrozenModel, FrozenTeacher
+from megakd.training.inputs import RunInputs
+from megakd.training.precision import (
+    TORCH_DTYPE,
+    check_dtype,
+    check_kernels,
+    frozen_dtype,
+    scoring_dtype,
+    training_dtype,
+)
+from megakd.training.scorer import Scorer
 from megakd.training.stage_folder import read_result, write_result
 
 

@@ -21,7 +21,7 @@ from megakd.contract.stage import Scores, Verdict
 from megakd.contract.views import Cut, UnitOrder, View
 from megakd.engine.collectives import on_main
 from megakd.errors import CheckpointError
-from megakd.storage.folders import damage
+from megakd.process.folders import damage
 from megakd.training.checkpoint import PARTIAL, steps_in
 
 _BEST = "best"

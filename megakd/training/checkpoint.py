@@ -31,9 +31,8 @@ from megakd.engine.collectives import gather, node_name, on_main, together
 from megakd.engine.distributed import Ranks
 from megakd.engine.memory import free_memory_bytes
 from megakd.errors import CheckpointError, MegakdError
-from megakd.process.seeding import random_state, set_random_state
-from megakd.storage.atomic import full_disk_reason
-from megakd.storage.folders import (
+from megakd.process.atomic import full_disk_reason
+from megakd.process.folders import (
     Entries,
     damage_of,
     entries,
@@ -41,7 +40,8 @@ from megakd.storage.folders import (
     write_files,
     write_manifest,
 )
-from megakd.storage.run_folder import FORMAT
+from megakd.process.run_folder import FORMAT
+from megakd.process.seeding import random_state, set_random_state
 from megakd.training.stage_folder import Length, is_longer
 
 logger = logging.getLogger(__name__)

@@ -15,13 +15,13 @@ from megakd.engine.collectives import on_main, together
 from megakd.engine.sharding import whole_model
 from megakd.engine.student import StudentEngine
 from megakd.models.generation import complete, text_tokens
-from megakd.rollouts.batches import RolloutSource
-from megakd.rollouts.prompts import prompts_of
-from megakd.rollouts.store import RolloutStore
-from megakd.rollouts.text_evaluation import TextEvaluation
-from megakd.servers.texts import server_generator
 from megakd.teachers.frozen import FrozenTeacher
+from megakd.teachers.prompts import prompts_of
+from megakd.teachers.rollout_batches import RolloutSource
+from megakd.teachers.rollout_store import RolloutStore
+from megakd.teachers.text_evaluation import TextEvaluation
 from megakd.training.checkpoint import steps_in
+from megakd.training.served_texts import server_generator
 from megakd.training.stage_batches import StageParts
 
 

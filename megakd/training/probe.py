@@ -11,9 +11,9 @@ from datasets import Dataset
 from megakd.engine.collectives import on_main
 from megakd.engine.student import StudentEngine
 from megakd.errors import CheckpointError
-from megakd.scoring.scorer import Scorer
-from megakd.storage.folders import Entries, damage, write_files, write_manifest
+from megakd.process.folders import Entries, damage, write_files, write_manifest
 from megakd.training.checkpoint import entries_of_ranks
+from megakd.training.scorer import Scorer
 
 BEGINNING = "beginning"
 """Folder of the initial state of a student, in the folder of a stage's checkpoints."""

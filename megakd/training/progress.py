@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from megakd.contract.completions import TOKENS_PER_TEXT, TRUNCATED
 from megakd.errors import MegakdError
-from megakd.storage import atomic
+from megakd.process import atomic
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -16,9 +16,9 @@ from megakd.contract.options import file_of
 from megakd.contract.stage import Stage, StageResult
 from megakd.contract.tasks import FROM_TEACHER, STUDENT, TEACHER
 from megakd.contract.terms import HardCrossEntropy, TermConfig, hard_terms
-from megakd.inputs.inputs import as_student
-from megakd.inputs.precision import training_dtype
 from megakd.models.source import ModelSource, ReadyTeacher
+from megakd.training.inputs import as_student
+from megakd.training.precision import training_dtype
 
 
 def label_terms(config: RunConfig, *, smoothed: bool = True) -> tuple[TermConfig, ...]:

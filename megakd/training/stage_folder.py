@@ -42,18 +42,18 @@ from megakd.models.model_folder import (
     write_weights,
 )
 from megakd.models.weights import WeightReader, check_weight_files
-from megakd.process.seeding import random_state, set_random_state
-from megakd.scoring.metrics import numbers
-from megakd.storage import atomic
-from megakd.storage.fingerprint import differences
-from megakd.storage.folders import (
+from megakd.process import atomic
+from megakd.process.fingerprint import differences
+from megakd.process.folders import (
     CHECKSUMS,
     check_given,
     open_finished,
     sealed_folder,
     write_finished,
 )
-from megakd.storage.run_folder import RESULT
+from megakd.process.run_folder import RESULT
+from megakd.process.seeding import random_state, set_random_state
+from megakd.training.metrics import numbers
 
 logger = logging.getLogger(__name__)
 TRAINING_STATE, REST = "training_state", "rest.pt"

@@ -27,16 +27,16 @@ from megakd.models.cutting import content_of
 from megakd.models.generation import generation_file
 from megakd.models.lora import adapter_config, adapter_files, load_adapters
 from megakd.process import signals
+from megakd.process.folders import copy_finished, write_finished
+from megakd.process.run_folder import RESULT
 from megakd.process.seeding import seed_everything
-from megakd.scoring.scorer import few
-from megakd.storage.folders import copy_finished, write_finished
-from megakd.storage.run_folder import RESULT
 from megakd.training.assembly import Assembly
 from megakd.training.best_checkpoint import Best, Evaluation
 from megakd.training.checkpoint import Checkpoints
 from megakd.training.held_out_losses import HeldOutLosses
 from megakd.training.meters import TrainMeter
 from megakd.training.progress import Reporter
+from megakd.training.scorer import few
 from megakd.training.stage_batches import StageParts, row_batches
 from megakd.training.stage_folder import (
     WindowState,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from megakd.errors import ConfigError, one_line
-from megakd.storage import atomic
+from megakd.process import atomic
 
 logger = logging.getLogger(__name__)
 _RUN_IDS = "trackers.json"

@@ -11,7 +11,7 @@ import pytest
 from lib.clocks import Clocks, over_ranks
 from lib.launching import RunFailedError, start_ranks
 from lib.tables import spread_of
-from megakd.planning.plan import Cluster, plan_run
+from megakd.reports.plan import Cluster, plan_run
 from memory import plan
 from speed.causal_step import check_agree
 

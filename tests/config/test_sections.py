@@ -12,8 +12,8 @@ from megakd.config.file import dump_config, load_config
 from megakd.config.rollout import RolloutConfig, RolloutServerConfig, rollout_block
 from megakd.config.run import RunConfig
 from megakd.contract.completions import Sampling
-from megakd.inputs.run_data import cache_folder
 from megakd.process.terminal import in_home
+from megakd.training.run_data import cache_folder
 
 TEXT = ("task={type: causal_lm, dataset: rows.jsonl}", "objective=[{loss: soft_target_kl}]")
 

@@ -18,7 +18,7 @@ from megakd.contract.results import lower_is_better
 from megakd.contract.views import Shape
 from megakd.errors import ConfigError
 from megakd.losses.objective import PluginLoss, build_objective, logits_of, teacher_needs
-from megakd.scoring.metrics import task_metrics
+from megakd.training.metrics import task_metrics
 
 CONFIG = {
     "output_dir": "runs/x",

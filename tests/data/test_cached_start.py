@@ -26,7 +26,7 @@ from megakd.data.loader import RowOrder
 from megakd.data.splits import load_splits
 from megakd.data.step_layout import StepShape
 from megakd.data.vocabularies import train_tokenizer
-from megakd.storage import folders
+from megakd.process import folders
 
 TEXTS = [{"text": f"text {n:03}", "label": "ab"[n % 2]} for n in range(60)]
 CHATS = [{"messages": asked(f"Question {n // 2}", f"Answer {n}")} for n in range(60)]

@@ -18,7 +18,7 @@ from megakd.data.encoding import Encoded, encode_splits
 from megakd.data.splits import Splits, load_splits
 from megakd.data.token_tables import PackedRow
 from megakd.errors import DataError
-from megakd.rollouts.prompts import Prompts
+from megakd.teachers.prompts import Prompts
 
 NAMES = ("math", "code")
 MATH, CODE = map(teacher_number, NAMES)

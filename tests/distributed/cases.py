@@ -19,8 +19,8 @@ from megakd.config.file import load_config
 from megakd.contract.stage import Constant, Pass, Stage, Strategy
 from megakd.engine import collectives, distributed
 from megakd.engine.sharding import full_shape, gathered_state
-from megakd.inputs.inputs import prepare
 from megakd.run.run_lab import RunLab
+from megakd.training.inputs import prepare
 from megakd.training.progress import Reporter
 from megakd.training.stage_run import StageRun
 

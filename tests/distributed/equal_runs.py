@@ -284,7 +284,7 @@ def inputs_of(config):
     from megakd.data.masking import task_masking
     from megakd.data.splits import load_splits
     from megakd.data.tokenizers import load_tokenizer
-    from megakd.inputs.run_data import cache_folder
+    from megakd.training.run_data import cache_folder
 
     cache, task = cache_folder(), config.task
     splits = load_splits(task, seed=config.seed, cache_dir=cache)

@@ -13,9 +13,9 @@ from tiny_runs import review_task, run_in, write_reviews
 from megakd.config.file import load_config
 from megakd.engine import collectives, distributed
 from megakd.errors import ConfigError, DataError, MegakdError
-from megakd.inputs.inputs import prepare
 from megakd.run import holder
 from megakd.run.main import check_same_everywhere
+from megakd.training.inputs import prepare
 
 
 def errors(kind: str, failing: int) -> str:

@@ -26,8 +26,8 @@ from megakd.engine import distributed
 from megakd.engine.memory import forget_models
 from megakd.engine.sharding import gathered_state
 from megakd.models.structure import architecture_of
+from megakd.process.folders import write_files
 from megakd.run import teacher_pool
-from megakd.storage.folders import write_files
 
 
 def two_engines(config_path: str, folder: str) -> tuple[float, str, int]:

@@ -28,7 +28,7 @@ from megakd.engine.initialize import training_engine
 from megakd.engine.optimizer_state import WEIGHT
 from megakd.engine.sharding import gathered, sharded_construction, writes_here
 from megakd.engine.student import StudentEngine
-from megakd.storage.folders import write_files
+from megakd.process.folders import write_files
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RATE, EPSILON, WIDTH, CLIP = 0.01, 1e-4, 6, 0.0

@@ -25,8 +25,8 @@ from megakd.config.file import load_config
 from megakd.data.loader import evaluation_batches
 from megakd.errors import MegakdError
 from megakd.models.source import ReadyTeacher
-from megakd.pruning import importance
-from megakd.pruning.allocation import UnitScores, unit_order, view_at
+from megakd.training import importance
+from megakd.training.allocation import UnitScores, unit_order, view_at
 
 ROWS_PER_BATCH = 6
 """Of all ranks together."""

@@ -14,8 +14,8 @@ from slow_cases import slow
 from torch.autograd.graph import save_on_cpu
 
 from megakd.contract.batch import IGNORE
-from megakd.inputs.inputs import encoded_rows
 from megakd.losses.bundle import build_bundle
+from megakd.training.inputs import encoded_rows
 
 CONVERSATIONS, LONGEST, VOCABULARY = 41, 16, 300
 
@@ -38,7 +38,7 @@ def train(config_path: str, overrides: list[str], steps: int) -> dict:
     def encoded(*arguments, **keys):
         return encoded_rows(*arguments, **keys)._replace(train=conversations())
 
-    with patch("megakd.inputs.inputs.encoded_rows", encoded):
+    with patch("megakd.training.inputs.encoded_rows", encoded):
         return cases.train(config_path, overrides, steps)
 
 

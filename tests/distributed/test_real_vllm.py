@@ -24,9 +24,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config,
 from megakd.contract.completions import Completion, Sampling, TextTokens
 from megakd.errors import ServerError
 from megakd.models.generation import complete
-from megakd.servers.teachers import REPEATED
-from megakd.servers.texts import check_texts
-from megakd.servers.vllm import Requirements, ServedModel, VllmServer
+from megakd.teachers.vllm import Requirements, ServedModel, VllmServer
+from megakd.training.served_teachers import REPEATED
+from megakd.training.served_texts import check_texts
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif("MEGAKD_VLLM" not in os.environ, reason=HOW)]
 END, FURTHER_END, KNOWN, VOCABULARY = 2, 0, 290, 320

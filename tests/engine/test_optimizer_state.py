@@ -26,7 +26,7 @@ from megakd.engine.student import StudentEngine
 from megakd.errors import CheckpointError
 from megakd.losses.layer_terms import Projections
 from megakd.models.second_vocabulary import SecondSize, SecondVocabulary
-from megakd.storage.folders import write_files
+from megakd.process.folders import write_files
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from tiny_runs import config_tree, write_config
 from whole_run import finish
 
 from megakd.config.file import load_config
-from megakd.inputs.inputs import prepare
+from megakd.training.inputs import prepare
 
 
 @pytest.fixture(scope="module")

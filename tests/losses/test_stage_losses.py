@@ -16,8 +16,8 @@ from megakd.contract.terms import soft_terms
 from megakd.losses.objective import stage_losses
 from megakd.models.knowledge import Needs
 from megakd.models.source import ReadyTeacher
-from megakd.planning.phases import Phase, planned_sources
-from megakd.planning.tracing import PhaseTraces
+from megakd.reports.plan_phases import Phase, planned_sources
+from megakd.reports.plan_tracing import PhaseTraces
 from megakd.training.recipes import completed
 
 KL = term_of("soft_target_kl")

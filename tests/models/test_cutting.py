@@ -35,7 +35,7 @@ from megakd.models.elastic import Elastic
 from megakd.models.loading import resolve_model
 from megakd.models.own_models import config_in
 from megakd.models.structure import architecture_of
-from megakd.pruning.allocation import UnitScores, view_at
+from megakd.training.allocation import UnitScores, view_at
 
 KINDS = ("heads", "neurons")
 FFN = View((6, 6, 6), (8, 8, 8))

@@ -32,7 +32,7 @@ from megakd.models.elastic import Elastic
 from megakd.models.layers import left_out, with_layers, without_layers
 from megakd.models.loading import resolve_model
 from megakd.models.structure import architecture_of
-from megakd.pruning.builder import counts_in_view, weights_of
+from megakd.training.pruning import counts_in_view, weights_of
 
 KEEPS_HEADS = ("bert", "roberta", "distilbert", "electra", "gpt2")
 """Families whose stock class has heads as wide as the hidden states divided by their number."""

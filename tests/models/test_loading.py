@@ -18,7 +18,7 @@ from megakd.errors import ModelError
 from megakd.models.fitting import valueless_model
 from megakd.models.initial_values import initialize_parameters
 from megakd.models.loading import load_finished, with_vocabulary
-from megakd.planning.tracing import send_tokens_to_one_expert
+from megakd.reports.plan_tracing import send_tokens_to_one_expert
 
 NAMES = ("joy", "anger", "fear")
 

@@ -17,8 +17,8 @@ from tiny_runs import SENTENCES, config_tree, llama, review_task, save_tokenizer
 from whole_run import WholeRun, finish, finish_in, metrics_of, read
 
 from megakd.config.file import config_of, load_config
-from megakd.inputs.inputs import unencoded_inputs
 from megakd.run import finished_run
+from megakd.training.inputs import unencoded_inputs
 
 WEIGHTS = "model.safetensors"
 

@@ -20,9 +20,9 @@ from megakd.config.run import EvalConfig
 from megakd.config.train import FinetuneOverrides, TrainConfig
 from megakd.contract.stage import Stage
 from megakd.data.chat.tokens import PROMPT_LENGTH
-from megakd.inputs.inputs import check_run
-from megakd.storage.fingerprint import flatten
+from megakd.process.fingerprint import flatten
 from megakd.training.answer_cache import model_identity
+from megakd.training.inputs import check_run
 from megakd.training.recipes import completed
 
 

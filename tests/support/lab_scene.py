@@ -19,11 +19,11 @@ from megakd.data.encoding import Encoded
 from megakd.data.splits import Splits
 from megakd.engine import distributed
 from megakd.engine.distributed import Ranks
-from megakd.inputs.inputs import RunInputs
 from megakd.methods.single import SingleConfig
 from megakd.models.loading import resolve_model
 from megakd.run.run_lab import RunLab
-from megakd.scoring.metrics import TaskMetrics, headline
+from megakd.training.inputs import RunInputs
+from megakd.training.metrics import TaskMetrics, headline
 
 SIZE = {
     "vocab_size": 20,

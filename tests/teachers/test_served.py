@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from megakd.contract.batch import IGNORE, Batch, TopK
 from megakd.engine import collectives
 from megakd.errors import ServerError
-from megakd.servers.teachers import ServedTeacher
-from megakd.servers.vllm import BestTokens
+from megakd.teachers.vllm import BestTokens
+from megakd.training.served_teachers import ServedTeacher
 
 RANKS: Any = SimpleNamespace(rank=0, device=torch.device("cpu"))
 

@@ -12,7 +12,7 @@ import pytest
 from megakd.contract.stage import Verdict
 from megakd.contract.views import Cut, UnitOrder, View
 from megakd.errors import MegakdError
-from megakd.storage.folders import write_finished
+from megakd.process.folders import write_finished
 from megakd.training.best_checkpoint import Best, Evaluation
 from megakd.training.checkpoint import check_plain
 

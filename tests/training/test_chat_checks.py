@@ -18,8 +18,8 @@ from megakd.config.rollout import RolloutConfig
 from megakd.config.run import RunConfig
 from megakd.config.task import MixtureSource
 from megakd.errors import ConfigError, DataError
-from megakd.inputs.inputs import RunInputs, prepare
-from megakd.planning.plan import Cluster, plan_run
+from megakd.reports.plan import Cluster, plan_run
+from megakd.training.inputs import RunInputs, prepare
 
 PROMPT, ANSWERED = {"prompt": "Hi"}, {"prompt": "Hi", "completion": "Hello"}
 

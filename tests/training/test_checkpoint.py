@@ -33,9 +33,9 @@ from checkpoint_store import (
 
 from megakd.engine.distributed import Ranks
 from megakd.errors import CheckpointError
+from megakd.process.atomic import write_tensors
+from megakd.process.folders import CHECKSUMS, entries
 from megakd.process.seeding import random_state, seed_everything
-from megakd.storage.atomic import write_tensors
-from megakd.storage.folders import CHECKSUMS, entries
 from megakd.training import checkpoint
 from megakd.training import checkpoint as checkpoint_module
 from megakd.training.checkpoint import Checkpoints, check_plain

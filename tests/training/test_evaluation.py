@@ -26,15 +26,15 @@ from megakd.contract.tasks import METRICS, ONE_LABEL_METRICS
 from megakd.contract.terms import HardCrossEntropy
 from megakd.data.splits import load_splits
 from megakd.errors import ConfigError, DataError, TrainingError
-from megakd.scoring.metrics import (
+from megakd.training.held_out_losses import HeldOutLosses
+from megakd.training.metrics import (
     TaskMetrics,
     headline,
     language_model_metrics,
     task_metrics,
 )
-from megakd.scoring.scorer import few
-from megakd.scoring.words import score_words
-from megakd.training.held_out_losses import HeldOutLosses
+from megakd.training.scorer import few
+from megakd.training.words import score_words
 
 
 def metrics_of(names: tuple[str, ...], outputs: Tensor, labels: Tensor) -> dict[str, float]:

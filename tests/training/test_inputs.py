@@ -17,8 +17,8 @@ from megakd.config.run import RunConfig
 from megakd.config.task import TaskConfig, TokenizerConfig
 from megakd.config.train import FinetuneOverrides
 from megakd.errors import TeacherError
-from megakd.inputs.inputs import prepare
 from megakd.methods.single import SingleConfig
+from megakd.training.inputs import prepare
 
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film")
 SPECIAL = {f"{word[1:-1].lower()}_token": word for word in WORDS[:5]}

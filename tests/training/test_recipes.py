@@ -17,9 +17,9 @@ from megakd.config.train import FinetuneOverrides, TrainConfig, inherit
 from megakd.contract.stage import Stage
 from megakd.contract.terms import HardCrossEntropy, SoftTargetKl
 from megakd.contract.views import View
-from megakd.inputs import precision
-from megakd.inputs.precision import frozen_dtype, say_precision, scoring_dtype, training_dtype
 from megakd.methods.skdbert import SkdbertConfig
+from megakd.training import precision
+from megakd.training.precision import frozen_dtype, say_precision, scoring_dtype, training_dtype
 from megakd.training.recipes import completed, scoring_preset
 
 WARM = {"warmup_steps": 9, "warmup_ratio": 0.5}

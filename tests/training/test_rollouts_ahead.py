@@ -21,10 +21,10 @@ from megakd.contract.completions import Completion, Rollout
 from megakd.data.loader import RowOrder
 from megakd.data.step_layout import StepLayout, StepShape
 from megakd.errors import ConfigError
-from megakd.rollouts import batches as rollout_source
-from megakd.rollouts.batches import RolloutSource
-from megakd.rollouts.prompts import check_generated_texts, prompts_of
-from megakd.rollouts.store import RolloutStore
+from megakd.teachers import rollout_batches as rollout_source
+from megakd.teachers.prompts import check_generated_texts, prompts_of
+from megakd.teachers.rollout_batches import RolloutSource
+from megakd.teachers.rollout_store import RolloutStore
 from megakd.training.generated_texts import oldest
 
 ROWS = 4

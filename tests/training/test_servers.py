@@ -17,8 +17,8 @@ from megakd.config.rollout import RolloutConfig, RolloutServerConfig, SamplingCo
 from megakd.contract.completions import Completion, Sampling
 from megakd.contract.tasks import STUDENT
 from megakd.errors import ServerError
-from megakd.servers.texts import ServerGenerator, check_servers, replicas_of
-from megakd.servers.vllm import Requirements
+from megakd.teachers.vllm import Requirements
+from megakd.training.served_texts import ServerGenerator, check_servers, replicas_of
 
 WORDS, FURTHER_END = 38, 37
 

@@ -12,7 +12,7 @@ import pytest
 
 from megakd.contract.stage import StageResult
 from megakd.errors import CheckpointError
-from megakd.storage.folders import write_finished
+from megakd.process.folders import write_finished
 from megakd.training.stage_folder import RESULT, read_result, result_text
 
 LENGTH = {"max_steps": 12, "num_train_epochs": 3.0}

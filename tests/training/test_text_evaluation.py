@@ -17,9 +17,9 @@ from megakd.contract.batch import IGNORE
 from megakd.contract.completions import Completion, Sampling
 from megakd.errors import DataError
 from megakd.models.generation import end_tokens_of
-from megakd.rollouts import text_evaluation
-from megakd.rollouts.prompts import Prompts
-from megakd.rollouts.text_evaluation import TextEvaluation, answer_of, is_match
+from megakd.teachers import text_evaluation
+from megakd.teachers.prompts import Prompts
+from megakd.teachers.text_evaluation import TextEvaluation, answer_of, is_match
 
 LETTERS = " abcdefgh"
 

@@ -14,7 +14,7 @@ from whole_run import finish, finish_in, forgotten, read, records
 
 from megakd.config.file import config_of
 from megakd.errors import ConfigError
-from megakd.inputs.inputs import prepare
+from megakd.training.inputs import prepare
 
 
 def lfm2(layers: int, width: int = 16):

@@ -28,7 +28,7 @@ from megakd.contract.stage import Pass, Strategy
 from megakd.engine.collectives import agree, all_reduce_
 from megakd.errors import TeacherError
 from megakd.methods.knowledge_selection import KnowledgeSelectionConfig
-from megakd.storage.folders import check_given
+from megakd.process.folders import check_given
 from megakd.training.probe import StageProbe
 
 SELECTOR = "selector.safetensors"

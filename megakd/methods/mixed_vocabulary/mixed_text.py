@@ -51,7 +51,7 @@ from megakd.methods.mixed_vocabulary.shared_words import (
     SharedWords,
     WordCutter,
 )
-from megakd.storage.folders import whole_folder
+from megakd.process.folders import whole_folder
 from megakd.training.stage_batches import StageParts, row_batches
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from megakd.data.tokenizers import from_folder, training_texts
 from megakd.data.vocabularies import VERSION as TRAINER_VERSION
 from megakd.data.vocabularies import train_tokenizer
 from megakd.errors import DataError
-from megakd.storage.folders import whole_folder
+from megakd.process.folders import whole_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,1 +1,0 @@
-"""Planning of a run: memory, network traffic and time, computed only from configs."""

@@ -1,1 +1,0 @@
-"""Importance scores, sparsity allocation, sorted and cut models."""

@@ -1,1 +1,0 @@
-"""Texts that a model generates during the run: prompts, generators, storage, evaluation."""

@@ -1,1 +1,0 @@
-"""Inference servers over HTTP, each in an environment of its own."""

@@ -1,1 +1,0 @@
-"""Files on disk: atomic writes, checksums and differences."""

@@ -1,0 +1,327 @@
+"""Metrics of models' outputs, by task and by label.
+
+Shapes: N rows or targets, C classes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from megakd.config.run import EvalConfig
+from megakd.contract.batch import IGNORE
+from megakd.contract.plugins import is_metric, metric_of
+from megakd.contract.results import Metric, Row, lower_is_better
+from megakd.contract.tasks import (
+    LANGUAGE_TASKS,
+    METRICS,
+    ONE_LABEL_METRICS,
+    SET_METRICS,
+    THRESHOLD,
+    TaskType,
+)
+from megakd.errors import ConfigError, DataError, MegakdError, TrainingError, one_line
+from megakd.training.label_sets import best_threshold, decided, score_of, scores_by_label
+
+logger = logging.getLogger(__name__)
+LOSS = "loss"
+BINS = 15
+Numbers = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskMetrics:
+    """The metrics that an evaluation computes.
+
+    names: metric names in the order of the report; the loss on labels is always computed too.
+    threshold: the probability from which a row with any number of labels has a label; None: the
+        best of the rows that are scored, which are then validation rows.
+    """
+
+    names: tuple[str, ...]
+    main: Metric
+    label_names: tuple[str, ...] = ()
+    threshold: float | None = None
+
+    def of(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
+        """Return one value per name, the number that ranks evaluations, and the mean loss.
+
+        `outputs` are [N, C] logits, or [N, 1] or [N] scores; `labels` are [N] class numbers (-100 =
+        none) or scores (NaN = none), or [N, C] 0 or 1 (NaN = none).
+        """
+        predicted, truth = _scored_rows(outputs, labels)
+        names, values = [name for name in self.names if name != LOSS], dict[str, float]()
+        if truth.ndim == 2:
+            threshold, guessed = self._decided(predicted, truth)
+            values = {n: score_of(n, guessed, truth) for n in names if n in SET_METRICS}
+            values[THRESHOLD] = threshold
+        values |= {n: self._value(n, predicted, truth) for n in names if n not in values}
+        total, count = summed_loss(outputs, labels).tolist()
+        values[LOSS] = total / count
+        return values | {self.main.name: self.main.of(values)}
+
+    def _decided(self, predicted: Numbers, truth: Numbers) -> tuple[float, NDArray[np.bool_]]:
+        threshold = self.threshold
+        threshold = best_threshold(predicted, truth) if threshold is None else threshold
+        return threshold, decided(predicted, threshold)
+
+    def _value(self, name: str, predicted: Numbers, truth: Numbers) -> float:
+        if name not in ONE_LABEL_METRICS:
+            known = _METRICS.get(name)
+            return float(known(predicted, truth)) if known else _of_plugin(name, predicted, truth)
+        guessed, is_so = _classes(predicted) == 1, truth == 1
+        if not is_so.any() and not guessed.any():
+            logger.info(
+                "%s is undefined because no label and no prediction is positive: counted as 0", name
+            )
+        return float(_sklearn(f"{name}_score")(is_so, guessed, zero_division=0))
+
+    def of_classes(self, outputs: Tensor, labels: Tensor) -> Row:
+        """Return scores by class, and of one label confusions and calibration; or nothing."""
+        if not self.label_names:
+            return {}
+        predicted, truth = _scored_rows(outputs, labels)
+        if truth.ndim == 2:
+            guessed = self._decided(predicted, truth)[1]
+            return {"per_class": scores_by_label(guessed, truth, self.label_names)}
+        return classifier_report(predicted, truth, self.label_names)
+
+    def answers(self, outputs: Tensor, labels: Tensor) -> list[int]:
+        """Return the class that is predicted for each row, or a number for its set of labels."""
+        if labels.dim() == 1:
+            return outputs.argmax(dim=1).tolist()
+        threshold, _ = self._decided(*_scored_rows(outputs, labels))
+        sets = np.packbits(decided(outputs.double().numpy(), threshold), axis=1)
+        return [int.from_bytes(row.tobytes()) for row in sets]
+
+
+def _of_plugin(name: str, predicted: Numbers, truth: Numbers) -> float:
+    try:
+        return float(metric_of(name)(predicted, truth))
+    except MegakdError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"the metric {name} failed on outputs of shape {predicted.shape} and labels of shape "
+            f"{truth.shape}: {type(error).__name__}: {one_line(error)}; it must return a number"
+        ) from error
+
+
+def _try_plugins(metrics: TaskMetrics, task: TaskType, *, multi_label: bool) -> None:
+    # On random outputs, before anything is trained.
+    classes = len(metrics.label_names)
+    random = np.random.default_rng(0)
+    truth = random.random(32) if task == "regression" else np.arange(32.0) % max(classes, 2)
+    if multi_label:
+        truth = np.eye(classes)[truth.astype(np.int64)]
+    shape = (32,) if task == "regression" else (32, max(classes, 2))
+    for name in filter(is_metric, metrics.names):
+        _of_plugin(name, random.random(shape), truth)
+
+
+def task_metrics(
+    config: EvalConfig,
+    task: TaskType,
+    official: Sequence[str],
+    label_names: Sequence[str] = (),
+    *,
+    multi_label: bool = False,
+) -> TaskMetrics:
+    """Return the metrics of a run: the official metrics of its data, and those in the config."""
+    chosen = () if config.metric is None else (config.metric,)
+    names = METRICS[task] if task in LANGUAGE_TASKS else (*official, *chosen, *config.metrics)
+    if task == "classification":  # accuracy alone hides classes that are never recognised
+        names = (*names, *(SET_METRICS[:3] if multi_label else ("f1_macro",)))
+    names = tuple(dict.fromkeys(names))
+    for name in names if multi_label else ():
+        if name not in SET_METRICS and not is_metric(name):
+            raise ConfigError(
+                f"eval.metric: {name} is about rows with one label, and a row of these data has "
+                f"any number; use one of {', '.join(SET_METRICS)}"
+            )
+    about_one = [name for name in names if name in ONE_LABEL_METRICS]
+    if about_one and len(label_names) > 2:
+        raise ConfigError(
+            f"eval.metric: {about_one[0]} is about the second of two labels, and the data have "
+            f"{len(label_names)}; use {about_one[0]}_macro"
+        )
+    made = TaskMetrics(
+        names=names,
+        main=headline(chosen or official),
+        label_names=tuple(label_names),
+    )
+    _try_plugins(made, task, multi_label=multi_label)
+    return made
+
+
+def _scored_rows(outputs: Tensor, labels: Tensor) -> tuple[Numbers, Numbers]:
+    truth = labels.detach().cpu().double().numpy()
+    truth = truth if truth.ndim == 2 else truth.reshape(-1)
+    has_label = np.isfinite(truth) if labels.is_floating_point() else truth != IGNORE
+    has_label = has_label[:, 0] if has_label.ndim == 2 else has_label
+    predicted = outputs.detach().cpu().double().numpy().reshape(len(truth), -1)
+    if not has_label.any():
+        raise DataError(
+            f"none of the {len(truth)} held-out rows has a label, so no metric can be computed"
+        )
+    bad = int((~np.isfinite(predicted[has_label])).any(axis=1).sum())
+    if bad:
+        raise TrainingError(
+            f"the model's outputs are not finite for {bad} of {int(has_label.sum())} held-out "
+            "rows: training has diverged; lower train.learning_rate"
+        )
+    return predicted[has_label], truth[has_label]
+
+
+def _classes(predicted: Numbers) -> Numbers:
+    return predicted.argmax(axis=1).astype(np.float64)
+
+
+def summed_loss(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Return [2] fp64: the summed loss of the labelled rows, and their number."""
+    if labels.dim() == 2:  # the mean over the classes of a row
+        known = ~labels[:, 0].isnan()
+        missed = functional.binary_cross_entropy_with_logits(
+            outputs.double()[known], labels.double()[known], reduction="none"
+        )
+        return torch.stack([missed.mean(dim=1).sum(), known.sum().double()])
+    if labels.is_floating_point():
+        error = (outputs.double().reshape(len(labels), -1)[:, 0] - labels.double()).square()
+        return torch.stack([error.nansum(), (~error.isnan()).sum().double()])
+    missed = functional.cross_entropy(
+        outputs.double(), labels, ignore_index=IGNORE, reduction="sum"
+    )
+    return torch.stack([missed, (labels != IGNORE).sum().double()])
+
+
+def _sklearn(name: str) -> Callable[..., Any]:
+    from sklearn import metrics
+
+    return getattr(metrics, name)
+
+
+def _matthews(predicted: Numbers, truth: Numbers) -> float:
+    of = _sklearn("matthews_corrcoef")
+    return _correlation("matthews_correlation", of, _classes(predicted), truth)
+
+
+def _of_scores(name: str, predicted: Numbers, truth: Numbers) -> float:
+    from scipy import stats
+
+    of: Callable[..., Any] = getattr(stats, f"{name}r")
+    return _correlation(name, lambda a, b: of(a, b)[0], predicted[:, 0], truth)
+
+
+def _correlation(
+    name: str, of: Callable[[Numbers, Numbers], Any], predicted: Numbers, truth: Numbers
+) -> float:
+    for what, values in (("predictions", predicted), ("labels", truth)):
+        if np.ptp(values) == 0:
+            logger.info(
+                "%s is undefined because all %s are %g: counted as 0", name, what, values[0]
+            )
+            return 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # scipy warns about precision for nearly constant values
+        value = float(of(truth, predicted))
+    if math.isnan(value):
+        logger.info("%s is undefined for these %d rows: counted as 0", name, len(truth))
+        return 0.0
+    return value
+
+
+_METRICS: Mapping[str, Callable[[Numbers, Numbers], float]] = {
+    "matthews_correlation": _matthews,
+    "pearson": partial(_of_scores, "pearson"),
+    "spearman": partial(_of_scores, "spearman"),
+    **{
+        name: lambda predicted, truth, name=name: score_of(name, _classes(predicted), truth)
+        for name in METRICS["classification"]
+        if name.endswith(("accuracy", "exact_match", "_macro", "_micro", "_weighted"))
+    },
+}
+
+
+def classifier_report(predicted: Numbers, truth: Numbers, label_names: Sequence[str]) -> Row:
+    """Return the scores of [N, C] logits on rows with the class numbers [N]."""
+    classes, truths, guesses = len(label_names), truth.astype(np.int64), predicted.argmax(axis=1)
+    # Of many classes, a table of all pairs would not fit into memory.
+    pairs, numbers = np.unique(truths * classes + guesses, return_counts=True)
+    confusion = {label: dict[str, int]() for label in label_names}
+    for pair, number in zip(pairs, numbers, strict=True):
+        label, guessed = (label_names[int(n)] for n in divmod(pair, classes))
+        confusion[label][guessed] = int(number)
+    return {
+        "per_class": scores_by_label(guesses, truths, label_names),
+        "confusion": confusion,
+        "calibration_error": calibration_error(predicted, truth),
+    }
+
+
+def calibration_error(predicted: Numbers, truth: Numbers) -> float:
+    """Return the expected calibration error (Guo et al. 2017, eq. 3), a share.
+
+    A row with the largest probability p is in bin m of `BINS` if (m - 1) / BINS < p <= m / BINS;
+    the error is sum_m |B_m| / N * |accuracy(B_m) - mean p of B_m|.
+    """
+    shares = np.exp(predicted - predicted.max(axis=1, keepdims=True))
+    confidence = shares.max(axis=1) / shares.sum(axis=1)
+    right = predicted.argmax(axis=1) == truth
+    bins = np.ceil(confidence * BINS).astype(np.int64) - 1
+    gaps = np.bincount(bins, weights=right - confidence)
+    return float(np.abs(gaps).sum() / len(truth))
+
+
+def numbers(values: Mapping[str, float | None]) -> dict[str, float]:
+    """Return metrics that were read from JSON, which stores a number that is not finite as null."""
+    return {name: math.nan if value is None else value for name, value in values.items()}
+
+
+def headline(metrics: Sequence[str]) -> Metric:
+    """Return the main metric of a task: the mean if the task has several official metrics."""
+    parts = tuple(metrics)
+    name = parts[0] if len(parts) == 1 else "mean_" + "_".join(parts)
+    return Metric(name=name, parts=parts, higher_is_better=not lower_is_better(parts[0]))
+
+
+def check_weighed(main: Metric, metrics: Sequence[str]) -> None:
+    """Check that the metric that ranks evaluations can be weighed against sparsity."""
+    if not main.higher_is_better:
+        fitting = ", ".join(name for name in metrics if not lower_is_better(name))
+        raise ConfigError(
+            f"eval.metric: {main.name} cannot be weighed against sparsity, because it is not a "
+            f"score between 0 and 1; set eval.metric to {fitting}"
+        )
+
+
+def language_model_metrics(sums: Tensor) -> dict[str, float]:
+    """Return the loss in nats per target, its perplexity, and the share of correct targets.
+
+    `sums` [3]: see `Predictions.sums`, cross-entropy in nats, correct tokens, targets; or [4],
+    followed by the characters of the targets: the loss in nats per character compares models with
+    different vocabularies.
+    """
+    nats, right, targets, *characters = (float(value) for value in sums.tolist())
+    if targets == 0:
+        raise DataError(
+            "the held-out text has no target to score: it is empty, has only one token, or has "
+            "only unknown tokens"
+        )
+    loss = nats / targets
+    # Above 700 nats the exponential overflows fp64; the perplexity is reported as infinite.
+    perplexity = math.exp(loss) if loss < 700 else math.inf
+    metrics = {"perplexity": perplexity, "loss": loss, "accuracy": right / targets}
+    if characters:
+        metrics["nats_per_character"] = nats / max(1.0, characters[0])
+    return metrics
