@@ -124,8 +124,8 @@ MUTATIONS = (
     ),
     Mutation(
         "megakd/training/best_checkpoint.py",
-        "self.misses = 0 if is_better else self.misses + 1",
-        "self.misses = self.misses + 1 if is_better else 0",
+        "self._score, self.misses = score, 0",
+        "self._score = score",
         "tests/training/test_early_stopping.py",
     ),
     Mutation(
@@ -141,13 +141,13 @@ MUTATIONS = (
         "tests/distributed/test_gradients.py",
     ),
     # Files.
-    Mutation("megakd/process/atomic.py", "os.fsync(file.fileno())", "pass", "tests/storage"),
-    Mutation("megakd/process/atomic.py", "            sync_tree(temporary)\n", "", "tests/storage"),
+    Mutation("megakd/process/atomic.py", "os.fsync(file.fileno())", "pass", "tests/process"),
+    Mutation("megakd/process/atomic.py", "            sync_tree(temporary)\n", "", "tests/process"),
     Mutation(
         "megakd/process/atomic.py",
         "if aside.exists() and not path.exists():",
         "if False:",
-        "tests/storage",
+        "tests/process",
     ),
     Mutation(
         "megakd/run/run_identity.py",
@@ -221,7 +221,7 @@ MUTATIONS = (
         "megakd/training/allocation.py",
         "removed = min(self.step * round(removed / self.step), count)",
         "removed = min(self.step * int(removed / self.step), count)",
-        "tests/pruning",
+        "tests/training/test_allocation.py",
     ),
     Mutation(
         "megakd/methods/homodistil/strategy.py",
