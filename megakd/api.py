@@ -259,12 +259,11 @@ def plan(config: Config, overrides: Sequence[str] = (), **cluster: Unpack[Cluste
     with _undone():
         from megakd.commands import arguments
         from megakd.commands import plan as command
-        from megakd.reports.plan import cluster_of, plan_run
 
         parser = arguments.Parser(prog="megakd plan", description="")
         command.add_options(parser)
         words = [f"--{name}={value}" for name, value in cluster.items() if value is not None]
-        return plan_run(checked, cluster_of(vars(parser.parse(words))))
+        return command.plan_of(checked, vars(parser.parse(words)))
 
 
 @contextlib.contextmanager

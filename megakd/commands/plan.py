@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from megakd.commands.arguments import Parser, add_config, config_of, say
 from megakd.config.run import RunConfig
+from megakd.errors import ConfigError
 from megakd.process.atomic import json_text
 from megakd.process.terminal import is_rank_0, print_aside
+
+if TYPE_CHECKING:
+    from megakd.reports.plan import Plan
 
 
 def add_options(parser: Parser) -> None:
@@ -41,13 +47,26 @@ def run(arguments: argparse.Namespace) -> None:
     print_plan(config_of(arguments), arguments)
 
 
+def plan_of(config: RunConfig, machines: Mapping[str, Any]) -> Plan:
+    """Plan a run on machines, the options of the command; see `api.plan`."""
+    # Before the imports, which take seconds.
+    if config.task.max_length is None:
+        raise ConfigError(
+            "task.max_length: missing, and a plan reads no data; set it to the tokens of the "
+            "longest row to plan for (a run takes the length of 99 % of the training rows)"
+        )
+    from megakd.reports.plan import cluster_of, plan_run
+
+    return plan_run(config, cluster_of(machines))
+
+
 def print_plan(config: RunConfig, arguments: argparse.Namespace) -> None:
     """Print a plan as text or JSON; options that the command lacks have their defaults."""
     if not is_rank_0():
         return
     as_json = getattr(arguments, "json", False)
     with print_aside(when=as_json):
-        from megakd.reports.plan import cluster_of, page, plan_run
+        plan = plan_of(config, vars(arguments))
+        from megakd.reports.plan import page
 
-        plan = plan_run(config, cluster_of(vars(arguments)))
     say(json_text(plan.as_json(), indent=2) if as_json else page(plan))

@@ -434,11 +434,6 @@ class Plan:
 
 def plan_run(config: RunConfig, cluster: Cluster, *, process: int | None = None) -> Plan:
     """Plan a run from configs only; `process`: its bytes before models, if they are known."""
-    if config.task.max_length is None:
-        raise ConfigError(
-            "task.max_length: missing, and a plan reads no data; set it to the tokens of the "
-            "longest row to plan for (a run takes the length of 99 % of the training rows)"
-        )
     process = process_bytes() if process is None else process
     ranks, device = cluster.ranks, cluster.device
     lab = PlanningLab(config, planned_sources(config), ranks=ranks, device=device)

@@ -13,12 +13,12 @@ from chat_runs import END, OTHER, config_of, model
 from chat_tokenizers import asked, chat_tokenizer
 from tiny_runs import bert, config_tree, write_jsonl
 
+from megakd.commands.plan import plan_of
 from megakd.config.file import config_of as checked
 from megakd.config.rollout import RolloutConfig
 from megakd.config.run import RunConfig
 from megakd.config.task import MixtureSource
 from megakd.errors import ConfigError, DataError
-from megakd.reports.plan import Cluster, plan_run
 from megakd.training.inputs import RunInputs, prepare
 
 PROMPT, ANSWERED = {"prompt": "Hi"}, {"prompt": "Hi", "completion": "Hello"}
@@ -238,4 +238,4 @@ def test_texts_with_labels_keep_128_tokens_and_tell_the_rows_that_are_cut(tmp_pa
 
 def test_a_plan_asks_for_the_length_that_it_cannot_measure(tmp_path):
     with pytest.raises(ConfigError, match=r"task\.max_length: missing, and a plan reads no data"):
-        plan_run(run_of(tmp_path, chats(1)), Cluster(ranks=1, nodes=1))  # type: ignore[call-arg]
+        plan_of(run_of(tmp_path, chats(1)), {})
