@@ -119,7 +119,7 @@ def test_a_file_that_was_just_written_is_not_remembered(tmp_path, monkeypatch):
     read: list[str] = []
 
     def reads() -> int:
-        remembered_of(path, lambda: read.append(path.read_text(encoding="utf-8")))
+        remembered_of(path, lambda: read.append(path.read_text(encoding="utf-8")) or "read")
         return len(read)
 
     assert [reads(), reads()] == [1, 2]

@@ -320,7 +320,7 @@ def test_a_long_activity_says_every_minute_how_far_it_is(caplog, monkeypatch):
 
     assert [record.getMessage() for record in caplog.records] == [
         "scoring teacher",
-        "scoring teacher, 1,000 of 2,500 rows",
-        "scoring teacher, 2,000 of 2,500 rows",
-        "scoring teacher, 2,500 of 2,500 rows",
+        "scoring teacher, 1,000 of 2,500 rows, about 2 min left",
+        "scoring teacher, 2,000 of 2,500 rows, about 1 min left",
+        "scoring teacher, 2,500 of 2,500 rows, about 0 min left",
     ]

@@ -294,3 +294,16 @@ def test_a_step_in_which_nothing_counts_gives_zero_and_no_gradient(task, term):
     assert result.total.item() == 0.0
     assert all(not g.any() for g in result.gradients.values())  # NaN would count as something
     assert all(value.item() == 0 for value in result.sums.values())
+
+
+@pytest.mark.parametrize(
+    "term", [t for task, t in COMPARING if task == "causal_lm" and t in OF_CLASSES], ids=term_name
+)
+def test_a_teacher_that_learns_in_the_same_stage_learns_nothing_from_teaching(term):
+    scene = Scene("causal_lm", term)
+    for value in scene.teacher.values():
+        value.requires_grad_()
+
+    scene.result()
+
+    assert all(value.grad is None for value in scene.teacher.values())
