@@ -173,7 +173,7 @@ BASELINES = {"random": random_start}
 class Shape(NamedTuple):
     """Numbers of layers, and of key-value groups with their queries and neurons of each layer.
 
-    Heads and neurons are 0 if only whole layers of the model can be left out.
+    Heads are 0 if the model can lose none, and neurons if only whole layers can be left out.
     """
 
     layers: int
@@ -181,9 +181,10 @@ class Shape(NamedTuple):
     neurons: int
 
     def __str__(self) -> str:
-        if not self.heads:
-            return f"{self.layers} layers"
-        return f"{self.layers} layers, {self.heads} key-value groups, {self.neurons} neurons"
+        heads = f", {self.heads} key-value groups" if self.heads else ""
+        return f"{self.layers} layers{heads}" + (
+            f", {self.neurons} neurons" if self.neurons else ""
+        )
 
     def view(self, layer_scores: Sequence[float], whole: View) -> View:
         """Return the shape as a view of the teacher with its most important layers.
@@ -193,7 +194,7 @@ class Shape(NamedTuple):
         """
         depth = len(layer_scores)
         layers = most_important(layer_scores, self.layers)
-        if not self.heads:
+        if not self.neurons:  # the units of the teacher are not known, or are no units
             return View((), (), layers=layers)
         heads, neurons = (
             tuple(count if number in layers else 0 for number in range(1, depth + 1))
@@ -287,7 +288,7 @@ def shape_of(
     shapes, whole = shapes_of(config, lab, model), model.whole._replace(width=None)
 
     def view(one: Shape) -> View:
-        if scores is None and not one.heads:
+        if scores is None and not one.neurons:
             return View((), (), layers=evenly_spaced(model.depth, one.layers))
         # Of a model whose layers can be cut, all layers have one size.
         return one.view(scores or range(model.depth, 0, -1), whole)

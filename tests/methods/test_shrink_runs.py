@@ -196,6 +196,20 @@ def test_the_fewest_layers_of_a_classifier_are_cut_out_and_repaired(
     assert (tmp_path / "out/stages/teacher-answers").is_dir()
 
 
+def test_a_decoder_that_can_lose_neurons_alone_is_shrunk_to_fewer_of_them(one_rank, tmp_path):
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 320}
+    teacher = llama(2, 32, tie_word_embeddings=True, **sizes)
+    teacher["config"]["model_type"] = "olmo2"
+    method = {"name": "shrink", "flops": "80%", "round_to": 4}
+    spec = {"model": teacher, "finetune": {"max_steps": 2}}
+
+    finish(one_rank, shrinking(tmp_path, teacher=spec, method=method, rollout=None))
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "final")
+    assert (type(model).__name__, model.config.num_hidden_layers) == ("Olmo2ForCausalLM", 2)
+    assert model.config.intermediate_size < 64
+
+
 @pytest.mark.parametrize("kind", ["regression", "mlm"])
 def test_other_tasks_of_encoders_are_shrunk_as_classifiers_are(one_rank, tmp_path, kind):
     task = pairs_task(tmp_path) if kind == "regression" else text_task(tmp_path, "mlm")
