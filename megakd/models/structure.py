@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -147,8 +148,10 @@ def find_architecture(config: PretrainedConfig, task: TaskType) -> Architecture:
     poolers = [f"{top}.{n}" for n, _ in model.get_submodule(top).named_children() if n == "pooler"]
     repeated = None if lists else _repeated_in(model, seen, inner)
     blocks, *parts = (path.removeprefix(f"{inner}.") for path in lists or [repeated or ""])
-    # The module around the embeddings of tokens adds those of positions too.
-    around = (embeddings or "").removeprefix(f"{inner}.").partition(".")[0]
+    # The module around the embeddings of tokens adds those of positions too. Of a decoder inside a
+    # base model, the outermost one has the layers as well.
+    paths = accumulate((embeddings or "").removeprefix(f"{inner}.").split("."), "{}.{}".format)
+    around = next(path for path in paths if not f"{blocks}.".startswith(f"{path}."))
     architecture = Architecture(
         model_type=kind,
         tasks=(task,),

@@ -29,6 +29,7 @@ from elastic_views import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_families import build, small_config
 from torch import nn
 
 from megakd.contract.views import Cut, View
@@ -258,6 +259,24 @@ def test_shared_embeddings_are_computed_once_per_width_and_learn_from_all_views(
     several(model, elastic)
     assert_same(gradients_of(model), expected)
     assert len(calls) == 2 + len(SEVERAL)
+
+
+def test_views_of_a_decoder_inside_a_base_model_share_its_embeddings_and_none_of_its_layers():
+    config = small_config("opt", "classification")
+    config.architectures = ["OPTForSequenceClassification"]
+    model = build(config, "classification")
+    elastic = Elastic(model)
+    half = elastic.units._replace(neurons=tuple(count // 2 for count in elastic.units.neurons))
+
+    def logits(view):
+        with torch.no_grad(), elastic.viewing(view):
+            return model(TOKENS).logits
+
+    with elastic.sharing_embeddings():
+        shared = [logits(view) for view in (None, half)]
+
+    assert not torch.equal(*shared)
+    torch.testing.assert_close(shared[1], logits(half))
 
 
 def test_views_that_share_embeddings_share_their_dropout():
