@@ -25,6 +25,16 @@ Files = Place | Annotated[tuple[Place, ...], Field(min_length=1)]
 """A path, a pattern such as shards/*.jsonl, or a list of paths and patterns."""
 
 
+def _in_tuple(names: object) -> object:
+    """Return one name as a tuple: on a command line, brackets need quotation marks."""
+    if isinstance(names, str):
+        return (names,)
+    return tuple(names) if isinstance(names, list) else names
+
+
+Columns = Annotated[tuple[str, ...], Field(min_length=1, max_length=2), BeforeValidator(_in_tuple)]
+
+
 def listed_files(files: Files | None) -> tuple[str, ...]:
     """Return the paths and patterns of a setting as a tuple."""
     return (files,) if isinstance(files, str) else files or ()
@@ -93,7 +103,8 @@ class TaskConfig:
     splits: dict[Literal["train", "validation", "test"], str] | None = None
     """The splits of the Hub data set to use, or parts of them: `{train: "train_sft[:20000]",
     validation: test_sft}`. None: those that are named `train`, `validation` and `test`."""
-    text_columns: Annotated[tuple[str, ...], Field(min_length=1, max_length=2)] | None = None
+    text_columns: Columns | None = None
+    """A column, or two with the texts of a pair; None: the usual names."""
     label_column: str | Annotated[tuple[str, ...], Field(min_length=2)] | None = None
     """Column with the label of a row, or with a list of labels; several columns of 0 and 1 are a
     label each (classification)."""

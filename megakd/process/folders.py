@@ -189,8 +189,11 @@ def is_whole(folder: Path) -> bool:
 def check_writable(folder: Path, *, where: str) -> None:
     """Check that a folder can be written to, or can be created."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK)):
-        raise ConfigError(f"{where}: {there} is not a writable folder")
+    try:
+        with tempfile.TemporaryDirectory(dir=there):
+            return
+    except OSError as error:  # also of a file, and of a file system without new folders
+        raise ConfigError(f"{where}: {there} is not a writable folder") from error
 
 
 Entries = Mapping[str, Mapping[str, Any]]

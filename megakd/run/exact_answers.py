@@ -7,6 +7,7 @@ import logging
 import torch
 from torch import Tensor
 
+from megakd.contract.batch import IGNORE
 from megakd.engine.collectives import all_reduce_
 from megakd.errors import TeacherError
 from megakd.losses.objective import logits_of
@@ -35,7 +36,10 @@ def log_probabilities(assembly: Assembly, teacher: FrozenTeacher) -> Tensor:
     if answer.hidden is None or answer.head is None:
         return logits_of(answer)[:POSITIONS].log_softmax(-1).cpu()
     with answer.head.open():
-        few = answer._replace(hidden=answer.hidden.flatten(0, -2)[:POSITIONS])
+        # Padding and prompts count for no loss.
+        counted = batch.labels != IGNORE
+        hidden = answer.hidden[counted] if answer.hidden.dim() > 2 else answer.hidden
+        few = answer._replace(hidden=hidden[:POSITIONS])
         return logits_of(few).log_softmax(-1).cpu()
 
 

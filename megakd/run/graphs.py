@@ -103,8 +103,10 @@ def write_graphs(
             entries[row] = {**sizes, **scores, "bytes": size}
         return entries
 
+    if not rows:
+        return {}
     with doing("writing ONNX graphs"):
-        return on_main(write) if rows else {}
+        return on_main(write)
 
 
 def _is_served_encoder(lab: RunLab) -> bool:

@@ -48,6 +48,8 @@ from megakd.training.answer_cache import model_identity
 from megakd.training.assembly import Assembly
 
 logger = logging.getLogger(__name__)
+FEW_ROWS = 16
+"""Fewest held-out rows that rank layers without a warning."""
 BATCH_ROWS = 32
 """Rows of a batch over all ranks, of whose gradient the absolute value is taken."""
 
@@ -257,6 +259,12 @@ def measure_layers(assembly: Assembly, ready: ReadyTeacher, rows: Dataset) -> tu
     of_rows = (on_main(lambda: rows_key(rows)), scorer.batch_size, repr(scorer.masking))
     parts = ("loss", config.task.type, of_model, dtype, of_rows)
     parts += (ranks.world_size, ranks.device.type, str(place))
+    if len(rows) < FEW_ROWS:
+        logger.warning(
+            "layers are ranked on %d held-out rows, of which chance decides; add rows of "
+            "validation, at least %d",
+            *(len(rows), FEW_ROWS),
+        )
     losses: list[float] = []
     count = source.architecture.number_of_layers(source.config) + 1
     with ExitStack() as opened:

@@ -146,8 +146,8 @@ class TrainMeter:
             self._warned = True
             if self._ranks.is_main:
                 logger.warning(
-                    "%s: %d of the last %d steps had no label at all (all masked) and contribute "
-                    "zero (logged once)",
+                    "%s: %d of the last %d steps had no label, and terms on labels add nothing "
+                    "to them (logged once)",
                     *(self._stage, window.without_targets, window.steps),
                 )
         teacher_s = trainer.teacher_clock.seconds()

@@ -39,6 +39,12 @@ def test_defaults_fill_what_the_file_leaves_out(run_file):
     assert config.objective[1] == SoftTargetKl(loss="soft_target_kl", weight=0.5)
 
 
+def test_one_column_needs_no_list(run_file):
+    assert load_config(run_file, ["task.text_columns=utterance"]).task.text_columns == (
+        "utterance",
+    )
+
+
 def test_overrides_win_over_the_file_and_later_ones_over_earlier(run_file):
     config = load_config(run_file, OVERRIDES)
 
@@ -92,7 +98,7 @@ def test_overrides_win_over_the_file_and_later_ones_over_earlier(run_file):
         ("task.max_length=1000000000000", "task.max_length: must be less than or equal to"),
         ("train.lr_scheduler_type=cosin", "'cosine_with_min_lr' or 'warmup_stable_decay' (got"),
         ("task.type=clasification", '(got "clasification"); did you mean "classification"?'),
-        ("task.text_columns=a", 'task.text_columns: must be a list (got "a"); write [a]'),
+        ("task.labels=a", 'task.labels: must be a list (got "a"); write [a]'),
         ("task.text_columns=[a, b, c]", "task.text_columns: must have at most 2 items, not 3"),
         ("task.tokenizer={type: wordpice}", "task.tokenizer.type: must be 'wordpiece' or 'bpe'"),
         ("task={type: classification}", "task.dataset: missing; set it, task.train_files or"),

@@ -174,7 +174,7 @@ def test_steps_without_any_label_are_warned_about_once_where_a_term_reads_them(c
         watched.scalars()
 
     assert [record.getMessage() for record in caplog.records] == [
-        "distil: 2 of the last 3 steps had no label at all (all masked) and contribute zero "
+        "distil: 2 of the last 3 steps had no label, and terms on labels add nothing to them "
         "(logged once)"
     ]
 

@@ -317,6 +317,7 @@ def target_of(
         raise ConfigError(
             f"method.{asked} is not possible for a teacher of width {before}; use a multiple of "
             f"{grid} (method.round_to) below it"
+            + (f", or lower method.round_to, such as to {before // 4}" if grid >= before else "")
         )
     if grid == 1 and whole.head_width is not None:
         target = Target(whole, TargetShares(Fraction(1), share, share, share))
