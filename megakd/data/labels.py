@@ -23,7 +23,7 @@ from megakd.config.task import TaskConfig
 from megakd.contract.batch import IGNORE, SOFT
 from megakd.data.arrow import PLACE, BadRows, Record, Table, remembered, text_of, with_column
 from megakd.data.readers import parse_json
-from megakd.errors import DataError, listed
+from megakd.errors import DataError, listed, suggestion
 
 INTEGER = re.compile(r"[+-]?\d+(\.0*)?")
 PADDED = re.compile(r"0\d")
@@ -335,8 +335,13 @@ def _probabilities(place: str, text: str, names: Sequence[str], *, adds_up: bool
     value: Any = parse_json(text, where)
     if isinstance(value, dict):
         by_name = cast("dict[str, Any]", value)
-        value = [by_name.pop(name, None) for name in names]
-        value += by_name.values()  # of other labels
+        other = next((name for name in by_name if name not in names), None)
+        if other is not None:
+            raise DataError(
+                f"{where} name {other!r}, which is not one of the {len(names)} labels "
+                f"({listed(list(names))}){suggestion(other, names)}"
+            )
+        value = [by_name.get(name) for name in names]
     if not isinstance(value, list) or len(value) != len(names):
         count = f"{len(value)} numbers" if isinstance(value, list) else repr(value)
         raise DataError(
@@ -348,7 +353,7 @@ def _probabilities(place: str, text: str, names: Sequence[str], *, adds_up: bool
         if not (is_number and 0 <= one <= 1):
             raise DataError(
                 f"{where}: {name!r} has {one!r}, which is no probability from 0 to 1; apply a "
-                f"{'softmax' if adds_up else 'sigmoid'} to logits"
+                f"{'softmax' if adds_up else 'sigmoid'} to logits, divide per cents by 100"
             )
     if adds_up and abs(sum(value) - 1) > ROUNDING:
         raise DataError(

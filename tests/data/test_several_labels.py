@@ -188,7 +188,7 @@ def soft(*values: Any, lists: bool = False) -> list[dict[str, Any]]:
         (
             soft({"joy": 1, "fun": 0}, [1, 0]),
             {},
-            "(task.soft_labels) are 3 numbers, and there are 2 labels (joy, love)",
+            "(task.soft_labels) name 'fun', which is not one of the 2 labels (joy, love)",
         ),
         (
             soft([0, 2.0, 0], [0, 1, 1], lists=True),
