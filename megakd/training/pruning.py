@@ -186,7 +186,12 @@ class ModelPruning(Shapes):
         # As metrics of a stage, the scores would be a column for each layer in the report.
         self._listed(dataclasses.replace(result, metrics={}))
         layers = range(1, len(result.metrics) + 1)
-        return tuple(result.metrics[f"layer_{number}"] for number in layers)
+        scores = [result.metrics[f"layer_{number}"] for number in layers]
+        try:
+            check_depth(ready.source, layers[1:] or layers, where="student.layers")
+        except ModelError:  # the first layer of ModernBERT has no norm, and must stay the first
+            scores[0] = math.inf
+        return tuple(scores)
 
     def relative_times(
         self, source: ModelSource, views: Mapping[str, View], name: str

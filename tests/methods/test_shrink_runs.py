@@ -210,6 +210,22 @@ def test_a_decoder_that_can_lose_neurons_alone_is_shrunk_to_fewer_of_them(one_ra
     assert model.config.intermediate_size < 64
 
 
+def test_a_first_layer_that_no_other_can_replace_stays(one_rank, tmp_path):
+    """The first layer of ModernBERT has no norm of its input."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+    special = {"pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 2, "bos_token_id": 1}
+    shape = {"model_type": "modernbert", "num_hidden_layers": 4, **sizes, **special}
+    teacher = {"model": {"config": {**shape, "eos_token_id": 2}}, "finetune": {"max_steps": 2}}
+    student = {"model": "from_teacher", "layers": 1}
+
+    finish_in(
+        one_rank, tmp_path, review_task(tmp_path), teacher=teacher, student=student,
+        method={"name": "single"},
+    )  # fmt: skip
+
+    assert read(tmp_path / "out")["student.parts"].startswith("layer 1 of 4")
+
+
 @pytest.mark.parametrize("kind", ["regression", "mlm"])
 def test_other_tasks_of_encoders_are_shrunk_as_classifiers_are(one_rank, tmp_path, kind):
     task = pairs_task(tmp_path) if kind == "regression" else text_task(tmp_path, "mlm")
