@@ -7,6 +7,7 @@ has the stock keys of the model before the cut, and lists the units of each laye
 
 from __future__ import annotations
 
+import copy
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
@@ -35,8 +36,15 @@ class _Narrow:
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         narrow = config.narrow
-        with _set(config, narrow["stock"]):
+        # `AutoModel`, which makes the inner model of some heads, knows the stock config alone.
+        with _set(config, {**narrow["stock"], "__class__": self.config_class.__base__}):
             super().__init__(config, *args, **kwargs)  # pyright: ignore[reportCallIssue]
+            of_stock = copy.deepcopy(config)
+        for module in self.modules():
+            # Rotary positions, which `from_pretrained` and long texts compute from this config.
+            is_leaf = not [*module.children()] and [*module.buffers()]
+            if is_leaf and getattr(module, "config", None) is config:
+                module.config = of_stock
         bare = f"{self.base_model_prefix}." if self.base_model is self else ""
         blocks = narrow["blocks"].removeprefix(bare)
         names = {name for name, _ in self.named_parameters(remove_duplicate=False)}
@@ -94,7 +102,7 @@ def __getattr__(name: str) -> type[Any]:
 
 
 @contextmanager
-def _set(config: Any, values: Mapping[str, int]) -> Iterator[None]:
+def _set(config: Any, values: Mapping[str, Any]) -> Iterator[None]:
     """Set values inside the context, on the config itself: modules keep a reference to it."""
     earlier = {key: getattr(config, key) for key in values}
     try:
