@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.modeling_utils import local_torch_dtype
 
 from megakd.contract.tasks import TaskType
 from megakd.contract.views import Cut, UnitOrder, View
-from megakd.models.architectures import NARROW, Architecture, Known, narrow_maps
+from megakd.models.architectures import NARROW, Architecture, Known, class_for, narrow_maps
 from megakd.models.axes import weight_axes
-from megakd.models.cutting import cut_config, cut_state, rescaled
+from megakd.models.cutting import cut_class_name, cut_config, cut_state, rescaled
 from megakd.models.elastic import Elastic
+from megakd.models.model_folder import ModelContent, fill_serving_folder
 from megakd.models.structure import for_task
 from megakd.models.units import (
     OF_COPIES,
     SmallCopy,
+    as_double,
     in_copy,
-    in_double,
     is_same,
     mixed,
     outputs_of,
 )
+from megakd.process.seeding import cpu_seeded
 
 
 def why_rigid(config: Any, architecture: Architecture) -> str | None:
@@ -57,11 +65,20 @@ def _is_exact(small: Any, task: TaskType, blocks: str, count: int) -> bool:
         elastic.keep(Cut(order, view))
         expected, written = outputs_of(model), cut_config(config, view, order, learns=learns)
         state = cut_state(model.state_dict().items(), axes, view, order)
-        other = in_double(written, task)
-        other.load_state_dict(dict(state if learns else rescaled(state, config, view)))
-        if not is_same(outputs_of(other), expected):
+        state = iter(state if learns else rescaled(state, config, view))
+        content = ModelContent(written, state, architecture=cut_class_name(model, written))
+        if not is_same(outputs_of(_opened(content, task)), expected):
             return False
     return True
+
+
+def _opened(content: ModelContent, task: TaskType) -> PreTrainedModel:
+    """Return a written model as transformers opens it, which computes some buffers anew."""
+    with TemporaryDirectory() as folder, cpu_seeded(0), local_torch_dtype(torch.float64):
+        fill_serving_folder(Path(folder), content)
+        model_class: Any = class_for(content.config, task)
+        options = {"dtype": torch.float64, "attn_implementation": "eager"}
+        return as_double(model_class.from_pretrained(folder, **options))
 
 
 def _narrow_views(architecture: Architecture, config: Any) -> Iterator[tuple[View, bool]]:
@@ -73,7 +90,8 @@ def _narrow_views(architecture: Architecture, config: Any) -> Iterator[tuple[Vie
     neurons = tuple(-(-count // 2) for count in whole.neurons)
     all_heads = (max(counts) or heads.keys) * heads.queries // heads.keys * head_width
     columns = head_width if loses_columns else None
-    view = View(counts, neurons, width * 5 // 8, columns)
+    # Heads do not divide this width evenly, and that of all heads they do.
+    view = View(counts, neurons, width * 2 // 3, columns)
     yield view, False
     if all_heads < width:
         yield view._replace(width=all_heads), False

@@ -393,7 +393,11 @@ class InDouble(TorchFunctionMode):
 
 def in_double(config: PretrainedConfig, task: TaskType) -> PreTrainedModel:
     """Return a small copy in fp64."""
-    model = new_copy(config, task, dtype=torch.float64, attention="eager")
+    return as_double(new_copy(config, task, dtype=torch.float64, attention="eager"))
+
+
+def as_double(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a model whose buffers and experts compute in fp64 too."""
     if any(hasattr(type(part), "_apply_gate") for part in model.modules()):
         model.set_experts_implementation("eager")
     return model.double()
