@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -139,6 +140,8 @@ def row_of(family: str, config: Any, task: str) -> Row | None:
             return ask()
         except MegakdError as error:
             reason = str(error).removeprefix(f"{family}: ").partition("; ")[0]
+            # What torch says of shapes differs by family.
+            reason = re.sub(r"(does not compute what is left of it) \(.*", r"\1", reason)
             for name in (f"a {family} model", f"a {config.model_type} model"):
                 reason = reason.replace(name, "the model")
             why.append(f"{what}: {reason}")

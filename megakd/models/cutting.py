@@ -210,6 +210,7 @@ def _with_units(config: PretrainedConfig, view: View, *, learns: bool) -> Pretra
     found, heads = architecture.found_units(config), architecture.heads(config)
     cut: Any = copy.deepcopy(config)
     vars(cut).pop(NARROW, None)
+    view = view._replace(width=view.width or config.hidden_size)
     is_plain = narrow is None and view.head_width is None and view.width == config.hidden_size
     widths, width = widths_of(config, view.width), view.head_width or heads.width
     all_heads = (max(view.heads) or heads.keys) * heads.queries // heads.keys * width

@@ -26,7 +26,7 @@ from megakd.models.valueless import no_cache
 BOTH = """
     apertus arcee cohere cohere2 cwm ernie4_5 exaone4 falcon_h1 flint gemma glm glm4 granite_swa
     hunyuan_v1_dense hyperclovax internlm3 jais2 lfm2 ministral nanochat nemotron olmo seed_oss
-    smollm3 starcoder2 vaultgemma phi3 gpt_neox biogpt gemma4_unified_text
+    smollm3 starcoder2 vaultgemma phi3 gpt_neox biogpt gemma4_unified_text minicpm3
 """.split()  # noqa: SIM905
 NEURONS = "bart bloom diffllama falcon mpt olmo2 olmo3 opt recurrent_gemma".split()  # noqa: SIM905
 HEADS = "aria_text granitemoe minimax mixtral xmod".split()  # noqa: SIM905
