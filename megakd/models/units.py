@@ -69,7 +69,10 @@ def in_copy(config: Any, architecture: Architecture, ask: Callable[..., T]) -> t
     (task,), blocks = architecture.tasks, f"{architecture.backbone}.{architecture.blocks}"
     layers: list[nn.Module] = [*without_values(config, task).get_submodule(blocks)]  # type: ignore[misc]
     count = max(1 + max(_firsts(layers)), min(2, len(layers)))
-    fewer = config_with_layers(config, architecture, range(1, count + 1))
+    try:
+        fewer = config_with_layers(config, architecture, range(1, count + 1))
+    except ModelError as error:  # the config asks for kinds of layers that the first ones are not
+        return None, str(error)
     return first_copy(fewer, task, lambda small: ask(small, task, blocks, count))
 
 
