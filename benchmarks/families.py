@@ -144,7 +144,8 @@ def row_of(family: str, config: Any, task: str) -> Row | None:
             reason = re.sub(r"(does not compute what is left of it) \(.*", r"\1", reason)
             for name in (f"a {family} model", f"a {config.model_type} model"):
                 reason = reason.replace(name, "the model")
-            why.append(f"{what}: {reason}")
+            if not reason.startswith("of its heads"):  # those are listed by themselves
+                why.append(f"{what}: {reason}")
             return NO
 
     def reads() -> str:
