@@ -16,7 +16,7 @@ from megakd.contract.batch import ROUTE, teacher_number
 from megakd.contract.lab import Pruning
 from megakd.contract.results import Assistant, Metric
 from megakd.contract.stage import Stage, StageResult
-from megakd.contract.tasks import FP8, STUDENT
+from megakd.contract.tasks import STUDENT
 from megakd.data.arrow import column_of
 from megakd.data.loader import rows_with_targets
 from megakd.engine.collectives import doing, main_first, on_main
@@ -28,7 +28,7 @@ from megakd.reports.derived_warnings import rising_teachers
 from megakd.reports.report_file import read_history
 from megakd.run.teacher_pool import Measured, TeacherPool, measure
 from megakd.training.assembly import Assembly
-from megakd.training.inputs import RunInputs
+from megakd.training.inputs import RunInputs, specified
 from megakd.training.metrics import check_weighed
 from megakd.training.precision import saved_dtype
 from megakd.training.probe import StageProbe
@@ -161,10 +161,7 @@ class RunLab(LabBase):
     def _source(self, folder: Path, role: str) -> ModelSource:
         where = f"{self.config.key_of(role)}.model"
         source = main_first(lambda: resolve_model(str(folder), self.config.task, where=where))
-        spec = self.config.teacher_specs.get(role, self.config.student)
-        has_fp8 = getattr(spec, "dtype", None) == FP8
-        attention = spec.attn_implementation
-        return dataclasses.replace(source, attn_implementation=attention, fp8=has_fp8)
+        return specified(source, self.config.teacher_specs.get(role, self.config.student))
 
     @property
     def saved_dtype(self) -> torch.dtype:

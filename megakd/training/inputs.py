@@ -381,10 +381,8 @@ def as_student(
     source: ModelSource, config: RunConfig, scores: Sequence[float] | None = None
 ) -> ModelSource:
     """Return the model that the student starts as, with the layers that the student keeps."""
-    student, layers = dataclasses.replace(source, where="student.model"), config.student.layers
-    student = dataclasses.replace(
-        student, attn_implementation=config.student.attn_implementation, fp8=False
-    )
+    student = specified(dataclasses.replace(source, where="student.model"), config.student)
+    layers = config.student.layers
     wanted = layers.keep if isinstance(layers, KeptLayers) else layers
     if wanted is None:
         return student
@@ -403,5 +401,10 @@ def resolve(
         trust_remote_code=spec.trust_remote_code,
         with_weights=with_weights,
     )
-    has_fp8 = getattr(spec, "dtype", None) == FP8
+    return specified(source, spec)
+
+
+def specified(source: ModelSource, spec: TeacherConfig | StudentConfig) -> ModelSource:
+    """Return a model with the attention and, of a teacher, the 8 bits that its section asks for."""
+    has_fp8 = isinstance(spec, TeacherConfig) and spec.dtype == FP8
     return dataclasses.replace(source, attn_implementation=spec.attn_implementation, fp8=has_fp8)
