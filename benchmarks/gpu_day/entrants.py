@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from gpu_day import cases
+from gpu_day.llama import waits_told
 from gpu_day.process import part_parser, say, skip
 from lib.launching import write_config
 from lib.stages import measured_stage
@@ -58,8 +60,8 @@ class Watch:
         self.device, self.step = device, 0
         self.seconds = self.peak_gb = 0.0
         self.waits: int | None = None
-        self._caught: Any = None
-        self._warned: list[Any] = []
+        self._counting = ExitStack()
+        self._told: list[warnings.WarningMessage] = []
 
     def __call__(self) -> None:
         self.step += 1
@@ -73,14 +75,10 @@ class Watch:
             self.seconds = (time.perf_counter() - self._since) / TIMED
             self.peak_gb = peak_memory_bytes(self.device) / 1e9
             if on_gpu:
-                self._caught = warnings.catch_warnings(record=True)
-                self._warned = self._caught.__enter__()
-                warnings.simplefilter("always")
-                torch.cuda.set_sync_debug_mode("warn")
+                self._told = self._counting.enter_context(waits_told())
         elif self.step == STEPS and on_gpu:
-            torch.cuda.set_sync_debug_mode("default")
-            self._caught.__exit__(None, None, None)
-            self.waits = sum("synchroniz" in str(one.message) for one in self._warned)
+            self._counting.close()
+            self.waits = len(self._told)
 
 
 class Race(NamedTuple):

@@ -13,6 +13,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -100,15 +101,23 @@ def waits_by_line(stage: MeasuredStage, steps: Iterator[None]) -> dict[str, Any]
     """Return the lines at which the host waits for the GPU in one step, as torch warns of them."""
     if stage.ranks.device.type != "cuda":
         return {"lines that wait": "not known on a CPU"}
-    torch.cuda.set_sync_debug_mode("warn")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with waits_told() as told:
         next(steps)
-    torch.cuda.set_sync_debug_mode("default")
-    told = [one for one in caught if "synchroniz" in str(one.message)]
     lines = Counter(f"{'/'.join(Path(one.filename).parts[-3:])}:{one.lineno}" for one in told)
     rows = [{"line": line, "per step": count} for line, count in lines.most_common(SHOWN)]
     return {"lines that wait": rows}
+
+
+@contextmanager
+def waits_told() -> Iterator[list[warnings.WarningMessage]]:
+    """Yield a list, which has torch's warnings of calls that wait for the GPU after the body."""
+    waits: list[warnings.WarningMessage] = []
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield waits
+    torch.cuda.set_sync_debug_mode("default")
+    waits += [one for one in caught if "synchroniz" in str(one.message)]
 
 
 def profiled(stage: MeasuredStage, steps: Iterator[None], trace: Path) -> dict[str, Any]:

@@ -323,3 +323,15 @@ def assert_same_shards(actual):
         if name in actual["gradients"][0]:
             expected = actual["gradients"][0][name].flatten()
             assert torch.allclose(gradient, expected, atol=1e-7), name
+
+
+def assert_equal(ours, theirs, *, of_gradients=2e-6):
+    """Two trainings have the same losses, gradients up to this error, and weights at the end."""
+    for one, other in zip(ours["losses"], theirs["losses"], strict=True):
+        assert one == pytest.approx(other, rel=3e-6, abs=1e-6)
+    for one, other in zip(ours["gradients"], theirs["gradients"], strict=True):
+        assert one.keys() == other.keys()
+        for name, gradient in one.items():
+            error = (gradient - other[name]).abs().max().item()
+            assert error <= of_gradients * max(1.0, other[name].abs().max().item()), (name, error)
+    torch.testing.assert_close(ours["final"], theirs["final"], rtol=0, atol=5e-6)

@@ -8,7 +8,7 @@ from unittest.mock import patch
 import cases
 import pytest
 import torch
-from equal_runs import LANGUAGE, PACKED, ROWS, cut_of
+from equal_runs import LANGUAGE, PACKED, ROWS, assert_equal, cut_of
 from slow_cases import slow
 
 from megakd.models import fused_layers
@@ -50,12 +50,5 @@ def test_two_ranks_take_the_same_steps(workers, write_run, stage, recomputes, pa
 
     # Student and teacher: norms, MLPs and attentions; each of both models was checked before.
     assert (plain["fused"], fused["fused"][-2:]) == ([], [4 * 4 + 1, 2 * 4 + 1])
-    for one, other in zip(fused["losses"], plain["losses"], strict=True):
-        assert one == pytest.approx(other, rel=3e-6, abs=1e-6)
-    for one, other in zip(fused["gradients"], plain["gradients"], strict=True):
-        assert one.keys() == other.keys()
-        for name, gradient in one.items():
-            error = (gradient - other[name]).abs().max().item()
-            assert error <= 3e-6 * max(1.0, other[name].abs().max().item()), (name, error)
-    torch.testing.assert_close(fused["final"], plain["final"], rtol=0, atol=5e-6)
+    assert_equal(fused, plain, of_gradients=3e-6)
     assert fused["scores"] == pytest.approx(plain["scores"], rel=1e-5)

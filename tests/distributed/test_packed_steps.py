@@ -7,9 +7,8 @@ from unittest.mock import patch
 import cases
 import numpy as np
 import pytest
-import torch
 from datasets import Dataset
-from equal_runs import INNER, LANGUAGE, PACKED, ROWS, cut_of
+from equal_runs import INNER, LANGUAGE, PACKED, ROWS, assert_equal, cut_of
 from slow_cases import slow
 from torch.autograd.graph import save_on_cpu
 
@@ -66,17 +65,6 @@ RAGGED_STEPS = 4
 """41 rows in steps of 12: the last step has 5 rows, fewer than the micro-batches need."""
 MICRO_BATCHES = {1: 4, 2: 2, 3: 2}
 """Micro-batches of padded rows on each rank, by the number of ranks."""
-
-
-def assert_equal(packed, padded):
-    for ours, theirs in zip(packed["losses"], padded["losses"], strict=True):
-        assert ours == pytest.approx(theirs, rel=3e-6, abs=1e-6)
-    for ours, theirs in zip(packed["gradients"], padded["gradients"], strict=True):
-        assert ours.keys() == theirs.keys()
-        for name, gradient in ours.items():
-            error = (gradient - theirs[name]).abs().max().item()
-            assert error <= 2e-6 * max(1.0, theirs[name].abs().max().item()), (name, error)
-    torch.testing.assert_close(packed["final"], padded["final"], rtol=0, atol=5e-6)
 
 
 # (ranks, student's ZeRO stage, teacher's, gradient checkpointing, terms)
