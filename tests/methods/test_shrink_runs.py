@@ -218,11 +218,13 @@ def test_a_first_layer_that_no_other_can_replace_stays(one_rank, tmp_path):
     teacher = {"model": {"config": {**shape, "eos_token_id": 2}}, "finetune": {"max_steps": 2}}
     student = {"model": "from_teacher", "layers": 1}
 
-    finish_in(
-        one_rank, tmp_path, review_task(tmp_path), teacher=teacher, student=student,
-        method={"name": "single"},
-    )  # fmt: skip
+    task = review_task(tmp_path, max_eval_examples=8)
 
+    outcome = finish_in(
+        one_rank, tmp_path, task, teacher=teacher, student=student, method={"name": "single"}
+    )
+
+    assert "layers are ranked on 8 held-out rows, of which chance decides" in outcome.err
     assert read(tmp_path / "out")["student.parts"].startswith("layer 1 of 4")
 
 

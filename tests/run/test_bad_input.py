@@ -21,6 +21,11 @@ def test_an_output_folder_that_cannot_be(bench):
     assert_refused(outcome, bench, f"output_dir: {file} is not a writable folder")
 
 
+def test_an_output_folder_where_none_can_be_made(bench):
+    outcome = bench.start(bench.tree(), "output_dir=/proc/x")
+    assert_refused(outcome, bench, "output_dir: /proc is not a writable folder")
+
+
 STUDENT = "student.model.config"
 MPNET = f"{STUDENT}={{model_type: mpnet, hidden_size: 16, num_attention_heads: 2,"
 MPNET += " num_hidden_layers: 2, intermediate_size: 16}"
