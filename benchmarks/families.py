@@ -26,17 +26,17 @@ import torch  # noqa: E402
 from tiny_families import TYPES, build, small_configs  # noqa: E402
 from transformers import logging  # noqa: E402
 
-from megakd.contract.batch import Batch  # noqa: E402
-from megakd.contract.tasks import LANGUAGE_TASKS  # noqa: E402
-from megakd.contract.views import Kind  # noqa: E402
+from megakd.config.task import LANGUAGE_TASKS  # noqa: E402
+from megakd.data.batch import Batch  # noqa: E402
 from megakd.errors import MegakdError, ModelError, one_line  # noqa: E402
+from megakd.models.cutting import why_rigid  # noqa: E402
+from megakd.models.fitting import ModelSource  # noqa: E402
 from megakd.models.knowledge import Needs, read_knowledge  # noqa: E402
 from megakd.models.layers import check_depth  # noqa: E402
-from megakd.models.narrowing import why_rigid  # noqa: E402
 from megakd.models.packing import packing_of  # noqa: E402
-from megakd.models.source import ModelSource  # noqa: E402
+from megakd.models.small_copy import no_cache  # noqa: E402
 from megakd.models.structure import for_task  # noqa: E402
-from megakd.models.valueless import no_cache  # noqa: E402
+from megakd.models.views import Kind  # noqa: E402
 
 LAYERS, STAY = 4, (1, 4)
 TOKENS = 5 + torch.arange(24).reshape(2, 12) * 7 % 400

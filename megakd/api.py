@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
 from megakd.config import file as config_file
+from megakd.config.file import shown
 from megakd.config.run import RunConfig
-from megakd.config.schema import shown
 from megakd.errors import ConfigError
-from megakd.process import signals
-from megakd.process.run_folder import FINAL, REPORT
+from megakd.process import terminal
+from megakd.process.files import FINAL, REPORT
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -58,7 +58,7 @@ class RunResult:
         import transformers
 
         from megakd.models.model_folder import brings_code
-        from megakd.reports.card import AUTO_CLASSES
+        from megakd.reports.table import AUTO_CLASSES
 
         task = load_config(self.output_dir).task.type
         trusted = {"trust_remote_code": True} if brings_code(self.student) else {}
@@ -174,7 +174,7 @@ def shrink(
             'the size of the student is one of parameters="0.6B", flops="12%" and speedup="8x" '
             f"(got {', '.join(size) or 'none'})"
         )
-    from megakd.commands.recipes import shrink_tree
+    from megakd.commands.shrink import shrink_tree
 
     sizes = {name: str(value) for name, value in size.items()}
     out = None if output_dir is None else Path(output_dir)
@@ -202,7 +202,7 @@ def distil(
     Raises:
         MegakdError: the input is invalid, or the run cannot continue.
     """
-    from megakd.commands.recipes import distil_tree
+    from megakd.commands.shrink import distil_tree
 
     out = None if output_dir is None else Path(output_dir)
     model = student if isinstance(student, Mapping) else str(student)
@@ -211,7 +211,7 @@ def distil(
 
 
 def _with_rows(tree: dict[str, Any], data: Any) -> dict[str, Any]:
-    from megakd.data.in_memory import file_of_rows
+    from megakd.data.files import file_of_rows
 
     tree["task"]["dataset"] = file_of_rows(data, Path(tree["output_dir"]))
     return tree
@@ -270,9 +270,9 @@ def plan(config: Config, overrides: Sequence[str] = (), **cluster: Unpack[Cluste
 def _stopped_by_signals() -> Iterator[None]:
     """Let a signal stop the run as it stops the command, and raise what Python's own would."""
     try:
-        with signals.watched():
+        with terminal.watched():
             yield
-    except signals.Stopped as stop:
+    except terminal.Stopped as stop:
         if stop.number == signal.SIGINT:
             raise KeyboardInterrupt(str(stop)) from None
         logging.getLogger("megakd").warning("%s", stop)

@@ -30,8 +30,7 @@ from megakd.commands import (
 )
 from megakd.commands.arguments import Parser, say
 from megakd.errors import ConfigError, MegakdError, PeerLostError, suggestion
-from megakd.process.signals import Stopped, watched
-from megakd.process.terminal import is_first_of_node, is_rank_0
+from megakd.process.terminal import Stopped, is_first_of_node, is_rank_0, watched
 
 _USER_ERROR = 2
 _OWNER = "change its owner or mode, or that of a parent"

@@ -28,7 +28,7 @@ class Mutation(NamedTuple):
 MUTATIONS = (
     # Losses: signs, masks, divisions.
     Mutation(
-        "megakd/contract/batch.py",
+        "megakd/data/batch.py",
         "isnan() if labels.is_floating_point() else labels != IGNORE).sum()",
         "isnan() if labels.is_floating_point() else labels == labels).sum()",
         "tests/contract/test_unit_counts.py",
@@ -99,7 +99,7 @@ MUTATIONS = (
     ),
     Mutation("megakd/process/seeding.py", "seed * 10007 + rank", "seed * 10007", "tests/training"),
     Mutation(
-        "megakd/data/masking.py",
+        "megakd/data/collation.py",
         "parts[1, : len(rows)] = draw",
         "parts[1, : len(rows)] = 0",
         "tests/data/test_masking.py tests/data/test_loader.py",
@@ -123,34 +123,34 @@ MUTATIONS = (
         "tests/models/test_generation.py",
     ),
     Mutation(
-        "megakd/training/best_checkpoint.py",
+        "megakd/training/checkpoint.py",
         "self._score, self.misses = score, 0",
         "self._score = score",
         "tests/training/test_early_stopping.py",
     ),
     Mutation(
-        "megakd/training/best_checkpoint.py",
+        "megakd/training/checkpoint.py",
         'not score > best["score"]',
         'score > best["score"]',
         "tests/training/test_best_checkpoint.py",
     ),
     Mutation(
-        "megakd/engine/student.py",
+        "megakd/training/student.py",
         "loss if engine.zero_optimization() else loss * self.scale",
         "loss",
         "tests/distributed/test_gradients.py",
     ),
     # Files.
-    Mutation("megakd/process/atomic.py", "os.fsync(file.fileno())", "pass", "tests/process"),
-    Mutation("megakd/process/atomic.py", "            sync_tree(temporary)\n", "", "tests/process"),
+    Mutation("megakd/process/files.py", "os.fsync(file.fileno())", "pass", "tests/process"),
+    Mutation("megakd/process/files.py", "            sync_tree(temporary)\n", "", "tests/process"),
     Mutation(
-        "megakd/process/atomic.py",
+        "megakd/process/files.py",
         "if aside.exists() and not path.exists():",
         "if False:",
         "tests/process",
     ),
     Mutation(
-        "megakd/run/run_identity.py",
+        "megakd/run/finished_run.py",
         "    if differing:",
         "    if False:",
         "tests/run/test_run_identity.py",
@@ -163,13 +163,13 @@ MUTATIONS = (
     ),
     # Data.
     Mutation(
-        "megakd/data/choosing.py",
+        "megakd/data/rows.py",
         "np.where(answers[numbers] > 1, prompts, keys)",
         "keys",
         "tests/data",
     ),
     Mutation(
-        "megakd/data/choosing.py",
+        "megakd/data/rows.py",
         "alike = np.isin(keys, keys[held])\n    if not",
         "alike = held\n    if not",
         "tests/data/test_splits.py tests/data",
@@ -187,20 +187,20 @@ MUTATIONS = (
         "tests/data",
     ),
     Mutation(
-        "megakd/data/chat/tokens.py",
+        "megakd/data/chat_tokens.py",
         "prompts = [n for n in tokens.prompts if n <= most - (not is_prompt)]",
         "prompts = tokens.prompts",
         "tests/data",
     ),
     Mutation(
-        "megakd/data/masking.py",
+        "megakd/data/collation.py",
         "np.where(chosen, ids, IGNORE)",
         "np.where(chosen | ~chosen, ids, IGNORE)",
         "tests/data/test_masking.py",
     ),
     # Models and pruning.
     Mutation(
-        "megakd/contract/terms.py",
+        "megakd/config/terms.py",
         "round(s * ratio)",
         "int(s * ratio)",
         "tests/contract tests/losses",
@@ -212,7 +212,7 @@ MUTATIONS = (
         "tests/models/test_lora.py",
     ),
     Mutation(
-        "megakd/training/importance.py",
+        "megakd/training/pruning.py",
         "(gradients / count.clamp(min=1)).abs()",
         "(gradients / count.clamp(min=1))",
         "tests/distributed/test_importance.py",
@@ -249,7 +249,7 @@ MUTATIONS = (
     ),
     # Servers and generated texts.
     Mutation(
-        "megakd/teachers/vllm.py",
+        "megakd/teachers/servers.py",
         '"temperature": sampling.temperature',
         '"temperature": 1.0',
         "tests/teachers tests/training/test_servers.py",

@@ -16,7 +16,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from tiny_runs import config_tree, write_config, write_reviews
 
 import megakd
-from megakd.data.in_memory import file_of_rows
+from megakd.data.files import file_of_rows
 from megakd.errors import ConfigError, MegakdError
 
 NOTEBOOK = """

@@ -21,11 +21,11 @@ SOURCES = sorted(p for folder in SOURCE_FOLDERS for p in (ROOT / folder).rglob("
 # The rooms by rank: a file imports from its own room or from a lower rank, types included.
 RANKS = (
     ("errors",),
-    ("contract",),
-    ("process",),
+    ("plugins", "process"),
     ("config",),
     ("engine", "data"),
     ("models",),
+    ("stage",),
     ("losses",),
     ("teachers",),
     ("training",),
@@ -278,9 +278,9 @@ def test_imports_in_strings_and_on_pages_name_files_that_exist() -> None:
     assert [place for place in result if not is_there(*place[1:])] == []
 
 
-def test_source_files_have_at_most_600_lines() -> None:
+def test_source_files_have_at_most_800_lines() -> None:
     lengths = {p: len(p.read_text(encoding="utf-8").splitlines()) for p in SOURCES}
-    assert {p.name: length for p, length in lengths.items() if length > 600} == {}
+    assert {p.name: length for p, length in lengths.items() if length > 800} == {}
 
 
 def test_no_file_names_a_path_of_the_machine_it_was_written_on() -> None:

@@ -15,16 +15,16 @@ from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from megakd.config.file import load_config
-from megakd.contract.batch import Batch, Documents, Knowledge, LossInputs, copied_to
-from megakd.contract.stage import Stage, backward_groups
-from megakd.contract.terms import TERMS
+from megakd.config.terms import TERMS
+from megakd.data.batch import Batch, Documents, Knowledge, LossInputs, backward_groups, copied_to
 from megakd.methods.knowledge_selection import KnowledgeSelectionConfig
 from megakd.methods.knowledge_selection.selecting import Selecting, Selector, SelectorShape
-from megakd.models import packed_attention
+from megakd.models import packing
 from megakd.models.packing import set_attention
 from megakd.reports import plan_tracing as tracing
 from megakd.reports.plan_phases import PlanningLab, planned_sources
 from megakd.reports.plan_tracing import PhaseTraces, Trace, _ones
+from megakd.stage import Stage
 from megakd_kernels import chunking
 
 # The elastic embedding recognises tokens by their memory, which pretended tensors do not have.
@@ -257,11 +257,11 @@ def test_attention_of_torch_2_11_gets_as_many_keys_as_queries(monkeypatch):
         assert query.shape == key.shape == value.shape
         return torch.empty_like(query)
 
-    monkeypatch.setattr(packed_attention, "varlen_attn", varlen_attn_of_2_11)
-    monkeypatch.setattr(packed_attention, "_GROUPS_QUERIES", False)
+    monkeypatch.setattr(packing, "varlen_attn", varlen_attn_of_2_11)
+    monkeypatch.setattr(packing, "_GROUPS_QUERIES", False)
     with pretended_cuda():
         query, key = torch.zeros(2, 6, 5, 8, device=CUDA), torch.zeros(2, 2, 5, 8, device=CUDA)
-        out, _ = packed_attention.attend(nn.Identity(), query, key, key, None)
+        out, _ = packing.attend(nn.Identity(), query, key, key, None)
 
         assert out.shape == (2, 5, 6, 8)
 

@@ -10,8 +10,8 @@ from cut_families import FAMILIES
 
 from megakd.cli import main, train_main
 from megakd.config.file import load_config
-from megakd.contract.options import METHODS
-from megakd.contract.terms import TERMS
+from megakd.config.options import METHODS
+from megakd.config.terms import TERMS
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ from evidence.table import table
 from lib.launching import ROOT, SHARED, UnusableError, fetch_teacher
 from lib.options import integers, need, parser_of, positive, words_of
 from lib.tables import machine
-from megakd.process.atomic import replaced_folder, write_text
+from megakd.process.files import replaced_folder, write_text
 
 BASES: tuple[Basis, ...] = ("steps", "cost")
 

@@ -29,7 +29,7 @@ from evidence.comparisons import BEST, Arm, Comparison, Place, teacher_section
 from evidence.settings import POOL, STUDENT_LAYERS, Setting, read_table
 from lib import launching
 from lib.data import Config
-from megakd.process.atomic import write_text
+from megakd.process.files import write_text
 
 Basis = Literal["steps", "cost"]
 """What an arm has in common with the reference: the student's steps, or the total cost."""

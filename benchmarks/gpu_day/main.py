@@ -32,7 +32,7 @@ from gpu_day.process import (
 from gpu_day.results import describe, page_of, read_results
 from lib.launching import UnusableError
 from lib.options import parser_of, words_of
-from megakd.process.atomic import write_json, write_text
+from megakd.process.files import write_json, write_text
 
 FINISHED = "finished"
 DONE = (FINISHED, "skipped")

@@ -22,7 +22,7 @@ import psutil
 
 from lib.launching import ROOT, bench_path, quickstart
 from lib.options import parser_of
-from megakd.process.atomic import json_text
+from megakd.process.files import json_text
 
 NUMBERS, SKIPPED = "numbers: ", "skipped: "
 # Time for the tracebacks of a hanging part, and for the system to end its processes.

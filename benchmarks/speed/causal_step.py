@@ -203,9 +203,9 @@ def opened_megakd(case: Path, count: int) -> Iterator[Any]:
     # The memory of the bare loop is that of a process without megakd's engines.
     from lib.stages import measured_stage
     from megakd.config.file import load_config
-    from megakd.engine.student import device_batch
     from megakd.losses.objective import WEIGHTED_LOSS
     from megakd.run.main import started
+    from megakd.training.student import device_batch
 
     class Megakd:
         """A stage with its loader, its teacher, its meters and its log."""

@@ -37,16 +37,15 @@ from lib.options import parsed
 from lib.tables import Spread, print_rows, ratio_of, spread_of
 from megakd.config.file import load_config
 from megakd.config.run import RunConfig
-from megakd.contract.batch import Batch, Knowledge
-from megakd.contract.stage import Pass
+from megakd.data.batch import Batch, Knowledge, Pass
 from megakd.data.loader import STEPS_AHEAD, STEPS_AT_ONCE
 from megakd.engine.collectives import gather
 from megakd.engine.distributed import Ranks
-from megakd.engine.student import device_batch
 from megakd.losses.bundle import StudentBundle
 from megakd.run.main import started
 from megakd.teachers.frozen import FrozenModel, FrozenTeacher
 from megakd.training.stage_run import StageRun
+from megakd.training.student import device_batch
 
 TARGET = 1.02
 MEASURED = "measured.json"

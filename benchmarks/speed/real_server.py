@@ -26,9 +26,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lib.launching import ROOT
 from lib.options import command_of, parser_of
 from lib.tables import machine
-from megakd.contract.completions import Sampling, TextTokens
-from megakd.models.generation import complete, end_tokens_of
-from megakd.teachers.vllm import Requirements, ServedModel, VllmServer
+from megakd.config.sections import Sampling
+from megakd.models.generation import TextTokens, complete, end_tokens_of
+from megakd.teachers.servers import Requirements, ServedModel, VllmServer
 
 TOP_K, SCALE = 64, 1.02
 GREEDY = Sampling(16, temperature=0.0)

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from megakd.contract.completions import Sampling, TextTokens
-from megakd.models.generation import complete
+from megakd.config.sections import Sampling
+from megakd.models.generation import TextTokens, complete
 
 LAST_TOKENS, LIMIT, MOST = 40, 24, 64
 Texts = list[list[int]]

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from megakd.commands.arguments import Parser, say
 from megakd.errors import ConfigError, DataError, ModelError, ServerError, first_line
-from megakd.process.atomic import write_text
-from megakd.process.folders import check_given
+from megakd.process.files import check_given, write_text
 from megakd.process.terminal import in_home, print_aside
 
 if TYPE_CHECKING:
@@ -98,7 +97,7 @@ def read_prompts(path: Path) -> list[Messages]:
     """
     if not path.is_file():
         raise DataError(f"--data: {path} does not exist")
-    from megakd.data.chat.conversations import MESSAGES_DEFAULTS, PAIRS
+    from megakd.data.conversations import MESSAGES_DEFAULTS, PAIRS
     from megakd.data.readers import files_table
 
     table, known = (
@@ -116,7 +115,7 @@ def read_prompts(path: Path) -> list[Messages]:
 
 def _prompt(path: Path, column: str, record: Record | DataError) -> Messages:
     from megakd.data.arrow import text_of
-    from megakd.data.chat.conversations import INPUT, MESSAGES_DEFAULTS, messages_of
+    from megakd.data.conversations import INPUT, MESSAGES_DEFAULTS, messages_of
 
     if isinstance(record, DataError):
         raise record
@@ -172,8 +171,8 @@ def _local(arguments: argparse.Namespace) -> Answers:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from megakd.contract.completions import Sampling, TextTokens
-    from megakd.models.generation import complete, end_tokens_of
+    from megakd.config.sections import Sampling
+    from megakd.models.generation import TextTokens, complete, end_tokens_of
 
     if (folder := in_home(arguments.model)).is_dir():
         check_given(folder, "TEACHER")
@@ -214,8 +213,8 @@ def _local(arguments: argparse.Namespace) -> Answers:
 def _server(arguments: argparse.Namespace) -> Answers:
     from pydantic import BaseModel
 
-    from megakd.config.rollout import address
-    from megakd.teachers.http import JsonServer, RunningCalls
+    from megakd.config.sections import address
+    from megakd.teachers.servers import JsonServer, RunningCalls
 
     class Message(BaseModel):
         content: str

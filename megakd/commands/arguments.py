@@ -8,12 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megakd.config.file import load_config
-from megakd.config.names import synonyms
+from megakd.config.file import load_config, paths_ending_in, synonyms
 from megakd.config.run import RunConfig
-from megakd.config.schema import paths_ending_in
 from megakd.errors import CheckpointError, ConfigError, suggestion
-from megakd.process.run_folder import FINAL
+from megakd.process.files import FINAL
 from megakd.process.terminal import in_home, is_rank_0, tell
 
 

@@ -28,9 +28,9 @@ def run(arguments: argparse.Namespace) -> None:
     with print_aside():
         from megakd.engine.collectives import on_main
         from megakd.engine.distributed import check_nodes
+        from megakd.run.finished_run import begin_run
         from megakd.run.holder import held
         from megakd.run.main import reporter_of, started
-        from megakd.run.run_identity import begin_run
         from megakd.run.run_lab import RunLab
         from megakd.training.inputs import prepare
         from megakd.training.precision import check_device

@@ -15,8 +15,7 @@ def run(arguments: argparse.Namespace) -> None:
     config = config_of(arguments)
     with print_aside():
         from megakd.run.main import started
-        from megakd.training.inputs import prepare
-        from megakd.training.run_data import cache_folder
+        from megakd.training.inputs import cache_folder, prepare
 
         with started(config):
             encoded = prepare(config).encoded

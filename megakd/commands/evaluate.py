@@ -9,7 +9,7 @@ from typing import Any
 
 from megakd.commands.arguments import Parser, add_config, config_of, say, scored_model
 from megakd.errors import DataError
-from megakd.process.atomic import json_text
+from megakd.process.files import json_text
 from megakd.process.terminal import in_home, print_aside
 
 

@@ -9,10 +9,10 @@ import json
 import textwrap
 
 from megakd.commands.arguments import Parser, say
-from megakd.contract.options import METHODS
-from megakd.contract.plugins import WrongNameError
-from megakd.contract.terms import TERMS
+from megakd.config.options import METHODS
+from megakd.config.terms import TERMS
 from megakd.errors import ConfigError
+from megakd.plugins import WrongNameError
 
 
 def add_options(parser: Parser) -> None:

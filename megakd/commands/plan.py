@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from megakd.commands.arguments import Parser, add_config, config_of, say
 from megakd.config.run import RunConfig
 from megakd.errors import ConfigError
-from megakd.process.atomic import json_text
+from megakd.process.files import json_text
 from megakd.process.terminal import is_rank_0, print_aside
 
 if TYPE_CHECKING:

@@ -10,38 +10,34 @@ from typing import Any
 
 from megakd.commands.arguments import scored_model
 from megakd.config.run import RunConfig
-from megakd.config.task import TaskConfig, listed_files
-from megakd.contract.tasks import STUDENT, THRESHOLD
-from megakd.data.choosing import VALIDATION_FRACTION
+from megakd.config.task import STUDENT, THRESHOLD, TaskConfig, listed_files
 from megakd.data.files import scored_table
 from megakd.data.labels import Classes
-from megakd.data.rows import default_metrics, scored_rows
+from megakd.data.rows import VALIDATION_FRACTION, default_metrics, scored_rows
 from megakd.data.splits import Splits
 from megakd.data.tokenizers import from_folder, has_tokenizer_files, load_tokenizer
 from megakd.engine.collectives import main_first
 from megakd.errors import DataError, MegakdError, TeacherError
-from megakd.models.fitting import MULTI_LABEL, model_label_names
+from megakd.models.fitting import MULTI_LABEL, ModelSource, model_label_names
 from megakd.models.loading import resolve_model
-from megakd.models.onnx import MODEL
+from megakd.models.onnx import MODEL, quantize_graph
 from megakd.models.packing import packing_at
-from megakd.models.quantized_graph import quantize_graph
-from megakd.models.source import ModelSource
-from megakd.run.graphs import graph_scores
 from megakd.run.main import started
-from megakd.run.run_report import row_count
+from megakd.run.run_report import graph_scores, row_count
 from megakd.run.teacher_pool import set_metrics
 from megakd.training.assembly import Assembly
-from megakd.training.inputs import RunInputs, prepare
-from megakd.training.metrics import task_metrics
-from megakd.training.recipes import scoring_preset
-from megakd.training.run_data import (
+from megakd.training.inputs import (
+    RunInputs,
     cache_folder,
     encoded_rows,
+    prepare,
     splits_of,
     with_multi_label,
     with_packing,
     with_row_length,
 )
+from megakd.training.metrics import task_metrics
+from megakd.training.recipes import scoring_preset
 from megakd.training.tokenizer_checks import check_vocabularies, without_tokenizer
 
 logger = logging.getLogger(__name__)

@@ -13,13 +13,10 @@ from operator import attrgetter
 from typing import Any
 
 from megakd.config.deepspeed import load_ds_config
-from megakd.config.models import ScratchModel, TeacherConfig
-from megakd.config.rollout import RolloutServerConfig
+from megakd.config.options import file_of, methods_with, no_such_teacher
 from megakd.config.run import RunConfig
-from megakd.config.task import TokenizerConfig
-from megakd.contract.options import file_of, methods_with, no_such_teacher
-from megakd.contract.plugins import is_metric, metric_of
-from megakd.contract.tasks import (
+from megakd.config.sections import RolloutServerConfig, ScratchModel, TeacherConfig
+from megakd.config.task import (
     AUTO,
     FROM_TEACHER,
     LANGUAGE_TASKS,
@@ -28,8 +25,9 @@ from megakd.contract.tasks import (
     STUDENT_BASE,
     TEACHER,
     TFIDF,
+    TokenizerConfig,
 )
-from megakd.contract.terms import (
+from megakd.config.terms import (
     HardCrossEntropy,
     HiddenCosine,
     HiddenMse,
@@ -41,6 +39,7 @@ from megakd.contract.terms import (
     source_of,
 )
 from megakd.errors import ConfigError, suggestion
+from megakd.plugins import is_metric, metric_of
 from megakd.process.terminal import in_home
 
 

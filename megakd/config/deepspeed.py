@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megakd.config.train import TrainConfig
-from megakd.contract.tasks import Dtype
+from megakd.config.sections import TrainConfig
+from megakd.config.task import Dtype
 from megakd.errors import ConfigError, one_line, suggestion
 from megakd.process.terminal import in_home
 

@@ -1,20 +1,345 @@
-"""Reading and writing of run configs: YAML files with dotted overrides."""
+"""A config as a file: YAML with dotted overrides, its keys, and the paths that it names."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import difflib
+import glob
 import json
 import re
-from collections.abc import Mapping, Sequence
+import types
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from megakd.config.checks import config_problems
+from megakd.config.options import METHODS, MethodOptions
+from megakd.config.paths import looks_like_path
 from megakd.config.run import RunConfig
-from megakd.config.schema import cut, schema_problems, shown
-from megakd.errors import ConfigError, one_line
+from megakd.config.task import STUDENT, listed_files
+from megakd.config.terms import TERMS, Term
+from megakd.errors import ConfigError, one_line, suggestion
+from megakd.plugins import WrongNameError
+from megakd.process.terminal import in_home
+
+# Keys of megakd: their names in transformers, TRL, axolotl and DeepSpeed.
+_OTHER_NAMES = {
+    "eval.eval_steps": "eval_strategy evaluation_strategy",
+    "eval.keep_best": "load_best_model_at_end",
+    "eval.metric": "metric_for_best_model",
+    "eval.per_device_eval_batch_size": "eval_batch_size",
+    "log.report_to": "logger tensorboard use_wandb wandb_project",
+    "objective": "alpha beta kd_alpha kd_loss kd_temperature kd_weight loss_functions",
+    "rollout.by": "seq_kd",
+    "rollout.max_new_tokens": "max_completion_length",
+    "rollout.mix": "lambda lmbda",
+    "rollout.prompt_tokens": "max_prompt_length",
+    "rollout.server": "use_vllm vllm_mode vllm_server_base_url vllm_server_host",
+    "save.hub_private": "hub_private_repo",
+    "save.push_to_hub": "hub_model_id",
+    "save.save_steps": "save_strategy",
+    "seed": "data_seed random_seed",
+    "student.deepspeed": "fsdp fsdp_config zero_stage",
+    "student.lora": "adapter peft_config use_peft",
+    "student.lora.alpha": "lora_alpha",
+    "student.lora.dropout": "lora_dropout",
+    "student.lora.r": "lora_r lora_rank",
+    "student.lora.target_modules": "lora_target_linear lora_target_modules",
+    "student.model": "base_model student_model student_model_name_or_path",
+    "student.model teacher.model": "model_name model_name_or_path model_path",
+    "task.chat_template": "chat_template_path",
+    "task.dataset": "data_path dataset_name dataset_path task_name",
+    "task.dataset task.mixture": "dataset_mixture datasets",
+    "task.dataset_config": "dataset_config_name",
+    "task.label_column": "label_column_name",
+    "task.max_eval_examples": "max_eval_samples val_set_size",
+    "task.max_length": "block_size cutoff_len max_seq_len max_seq_length sequence_len",
+    "task.text_columns": "dataset_text_field text_column text_column_name",
+    "task.tokenizer": "tokenizer_name tokenizer_name_or_path",
+    "task.train_on": "assistant_only_loss completion_only_loss train_on_inputs",
+    "teacher.dtype": "teacher_model_init_kwargs",
+    "teacher.dtype train.bf16 train.fp16": "torch_dtype",
+    "teacher.model": "teacher_model teacher_model_name_or_path",
+    "train.bf16 train.fp16": "mixed_precision",
+    "train.collective_timeout": "ddp_timeout",
+    "train.early_stopping_patience": "early_stopping patience",
+    "train.fused_layers": "torch_compile",
+    "train.gradient_accumulation_steps": "grad_accum gradient_accumulation",
+    "train.gradient_checkpointing": "activation_checkpointing",
+    "train.kernels": "use_liger use_liger_kernel",
+    "train.learning_rate": "lr",
+    "train.lr_scheduler_type": "lr_scheduler scheduler",
+    "train.max_grad_norm": "clip_grad_norm grad_clip gradient_clipping",
+    "train.max_steps": "max_train_steps num_steps num_train_steps",
+    "train.num_train_epochs": "epochs max_epochs num_epochs",
+    "train.optim": "optimizer",
+    "train.packing": "pack_sequences sample_packing",
+    "train.per_device_train_batch_size": "batch_size micro_batch_size train_batch_size "
+    "train_micro_batch_size_per_gpu",
+    "train.tokens_per_rank": "padding_free",
+    "train.warmup_steps train.warmup_ratio": "num_warmup_steps warmup",
+    "train.weight_decay": "wd",
+}
+
+SYNONYMS = {
+    name: tuple(keys.split()) for keys, names in _OTHER_NAMES.items() for name in names.split()
+}
+"""Keys of megakd by common names."""
+
+
+def synonyms(word: str, known: Iterable[str] = ()) -> tuple[str, ...]:
+    """Return the keys that `word` may mean; only keys of its own section if there are any."""
+    meant = SYNONYMS.get(word.lower().replace("-", "_"), ())
+    here = {key.rpartition(".")[2] for key in meant}.intersection(known)
+    return tuple(sorted(here)) or meant
+
+
+_WITHOUT_A_CHOICE = (
+    "method.candidates method.importance_batch_size method.importance_split "
+    "method.selector_learning_rate method.trial_steps rollout.server.time_limit "
+    "teacher.cache_seed teacher.server.time_limit train.early_stopping_threshold"
+)
+
+REMOVED: Mapping[str, str] = {
+    **dict.fromkeys(_WITHOUT_A_CHOICE.split(), "gone, without a choice now; remove the key"),
+    "eval.latency": "its keys are gone: models are timed at 1 and 32 texts (a decoder at 1)",
+    "eval.positive_label": "gone; list the label second in task.labels",
+    "method.metric": "gone; set eval.metric",
+    "method.name: gkd": "; GKD is method.name=single with a section rollout, see "
+    "launch/examples/gkd.yaml;",
+    "method.name: mt_bert": "; gone: use mean_of_teachers;",
+    "method.name: takd": "; gone: train each teacher as a student, and give it as the teacher;",
+    "method.on_policy_steps": "gone; train.max_steps counts all steps, and rollout.from_step those "
+    "on the data",
+    "method.projection_ratio": "gone; set method.epsilon",
+    "method.repair_steps": "gone; set train.max_steps",
+    "method.student_vocabulary": "its keys are gone: give the size, such as 4928",
+    "method.target_sparsity": "no key of this method; shrink cuts to parameters, flops or speedup",
+    "objective.t_squared": "gone; a soft target is multiplied by temperature², divide its weight",
+    "rollout.files": "gone; give texts that exist as task.train_files, with prompt and completion",
+    "rollout.mix_per": "gone; each step has one source, as in GKD, remove the key",
+    "rollout.server.kind": "gone; serve with vLLM, and remove the key",
+    "save.int8": "gone; megakd export --format onnx --int8 writes a graph with int8 weights",
+    "student.allow_pickle": "gone; convert the weights to safetensors, and remove the key",
+    "task.data_dir": "gone; name GLUE's files in task.train_files and task.validation_files, with "
+    "task.text_columns and task.label_column",
+    "task.encoded": "gone; `megakd encode` fills the cache that a run reads, remove the key",
+    "teacher.allow_pickle": "gone; convert the weights to safetensors, and remove the key",
+    "teacher.label_order": "gone; write the data's labels into id2label of the model's config.json",
+    "teacher.micro_batches_per_call": "gone; joins_micro_batches is true (all of a step) or false",
+    "teacher.server.kind": "gone; serve with vLLM, and remove the key",
+    "teacher.server.states": "gone; servers answer with teacher.server.top_k probabilities",
+    "train.resume_from_checkpoint": "gone; a run goes on by itself; to begin anew, set another "
+    "output_dir",
+}
+"""By the path of a key, or by `path: value` for a choice of it."""
+
+KeyPath = tuple[str | int, ...]
+
+_NAMED = {MethodOptions: METHODS, Term: TERMS}
+
+_UNKNOWN_KEY = "unexpected_keyword_argument"
+
+# What pydantic calls otherwise than YAML.
+_WORDS = {
+    "Input should": "must",
+    "Tuple should": "must",
+    " after validation": "",
+    "an object": "a mapping",
+    "a valid array": "a list",
+    "a valid boolean": "true or false",
+}
+
+_MOST_CHARACTERS = 60
+
+
+def members(annotation: Any) -> list[Any]:
+    """Return the alternatives of an annotation, with `Annotated` and unions resolved."""
+    if get_origin(annotation) is Annotated:
+        return members(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [inner for part in get_args(annotation) for inner in members(part)]
+    return [annotation]
+
+
+def keys_at(path: KeyPath, tree: Any) -> list[str]:
+    """Return the known keys of the mapping at `path` of a config; none if its keys are free."""
+    annotation: Any = RunConfig
+    for part in path:
+        if isinstance(part, int):
+            items = [kind for kind in members(annotation) if get_origin(kind) is tuple]
+            annotation = get_args(items[0])[0] if items else None
+            tree = tree[part] if isinstance(tree, list) else None
+        else:
+            kind = _dataclass_of(annotation, tree)
+            annotation = None if kind is None else _hints(kind).get(part)
+            tree = tree.get(part) if isinstance(tree, dict) else None
+    kind = _dataclass_of(annotation, tree)
+    return [] if kind is None else [field.name for field in dataclasses.fields(kind)]
+
+
+def _dataclass_of(annotation: Any, value: Any) -> Any:
+    for kind in members(annotation):
+        if kind in _NAMED:
+            named = _NAMED[kind]
+            with contextlib.suppress(ConfigError, WrongNameError):  # reported by the validation
+                return named.kind(value.get(named.key) if isinstance(value, dict) else None)
+        elif dataclasses.is_dataclass(kind):
+            return kind
+    return None
+
+
+def paths_ending_in(key: str) -> list[str]:
+    """Return dotted paths of the settings named `key`, the shortest path first."""
+    paths = [path for path in _option_paths(RunConfig, "") if path.rpartition(".")[2] == key]
+    return sorted(paths, key=lambda path: path.count("."))
+
+
+def _option_paths(kind: Any, prefix: str) -> Iterator[str]:
+    for name, annotation in _hints(kind).items():
+        yield f"{prefix}{name}"
+        for part in members(annotation):
+            if dataclasses.is_dataclass(part):
+                yield from _option_paths(part, f"{prefix}{name}.")
+
+
+def dotted(path: Sequence[str | int]) -> str:
+    """Return a path as text, such as `objective[0].temperature`."""
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+    return text.removeprefix(".")
+
+
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
+
+
+def schema_problems(error: ValidationError, tree: Any) -> list[str]:
+    """Return pydantic's errors, one line per problem, without union branches and internal names."""
+    places = [(*_place(detail, tree), detail) for detail in error.errors(include_url=False)]
+    fitting = [path for path, is_mismatch, _ in places if not is_mismatch]
+    unknown = [path for path, _, detail in places if detail["type"] == _UNKNOWN_KEY]
+    meant = " ".join(_unknown_key(path, tree) for path in unknown)
+    groups: dict[KeyPath, list[ErrorDetails]] = {}
+    for path, is_mismatch, detail in places:
+        # Another branch of the union fits, but for a key in it.
+        is_echo = is_mismatch and any(other[: len(path)] == path for other in fitting)
+        is_echo |= detail["type"] == "missing" and f'"{path[-1]}"' in meant
+        # pydantic counts only valid items: a list with one invalid item may be long enough.
+        least = detail.get("ctx", {}).get("min_length", 0)
+        is_echo |= detail["type"] == "too_short" and len(detail["input"]) >= least
+        if not is_echo:
+            groups.setdefault(path, []).append(detail)
+    return [_line(path, details, tree) for path, details in groups.items()]
+
+
+def _place(detail: ErrorDetails, tree: Any) -> tuple[KeyPath, bool]:
+    # The path of the key, and whether the error says only that a branch of a union does not fit.
+    # pydantic's location also has the names of the branches.
+    path: list[str | int] = []
+    inside = True
+    for part in detail["loc"]:
+        is_item = isinstance(tree, list) and isinstance(part, int)
+        inside = is_item or (isinstance(tree, dict) and part in tree)
+        if inside:
+            path.append(part)
+            tree = tree[part]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    if detail["type"] == "missing":
+        path.append(detail["loc"][-1])
+    is_of_type = detail["type"].endswith("_type") or detail["type"] == "literal_error"
+    return tuple(path), is_of_type and not inside
+
+
+def _line(path: KeyPath, details: Sequence[ErrorDetails], tree: Any) -> str:
+    detail, where = details[0], dotted(path)
+    kind, value = detail["type"], detail["input"]
+    if kind == "missing":
+        return f"{where}: missing, and it has no default"
+    if kind == _UNKNOWN_KEY:
+        gone = REMOVED.get(re.sub(r"s?\[\d+\]", "", where))  # also of one of several teachers
+        return f"{where} = {shown(value)}: {gone or _unknown_key(path, tree)}"
+    if kind == "value_error":
+        error = detail.get("ctx", {})["error"]
+        if isinstance(error, WrongNameError):
+            where = dotted((*path, error.key))
+            gone = REMOVED.get(f"{where}: {value.get(error.key)}")
+            error = f"{error.problem}{gone} known: {', '.join(error.known)}" if gone else error
+        return f"{where}: {error}"
+    first, *others = [detail["msg"] for detail in details]
+    text = " or ".join([first, *(other.removeprefix("Input should be ") for other in others)])
+    for theirs, ours in _WORDS.items():
+        text = text.replace(theirs, ours)
+    hint = REMOVED.get(where, "") if kind.endswith("_type") else ""
+    if isinstance(value, str):
+        near = suggestion(value, re.findall(r"'([^']*)'", text)).removeprefix("; ")
+        hint = near or ("must be a list" in text) * f"write [{value}]"
+    return f"{where or 'the config'}: {text} (got {shown(value)}){hint and f'; {hint}'}"
+
+
+def _unknown_key(path: KeyPath, tree: Any) -> str:
+    *parent, key = path
+    known = keys_at(tuple(parent), tree)
+    # The keys of a loss term are its own: other sections have keys of the same names.
+    is_item = any(isinstance(part, int) for part in parent)
+    others = () if is_item else synonyms(str(key), known) or paths_ending_in(str(key))[:1]
+    meant = others or difflib.get_close_matches(str(key), known, n=1)
+    if not meant:
+        return f"unknown key; known: {', '.join(known)}"
+    listed = " or ".join(f'"{path}"' for path in meant)
+    return f"unknown key; did you mean {listed}?"
+
+
+def shown(value: Any) -> str:
+    """Return a value as written by a user, cut to one short line."""
+    return cut(json.dumps(value, ensure_ascii=False, default=str))
+
+
+def cut(text: str) -> str:
+    """Return the text, or the beginning of a text that is too long for a message."""
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[: _MOST_CHARACTERS - 1]}…"
+
+
+def places(config: RunConfig) -> Iterator[tuple[str, str | Path]]:
+    """Yield the keys of a run's folders, models and data, with what they name."""
+    task = config.task
+    named: dict[str, object] = {"output_dir": config.output_dir}
+    named |= {
+        f"task.{key}": getattr(task, key) for key in ("dataset", "tokenizer", "chat_template")
+    }
+    for name, spec in {**config.teacher_specs, STUDENT: config.student}.items():
+        named[f"{config.key_of(name)}.model"] = spec.model
+        named[f"{config.key_of(name)}.cache"] = getattr(spec, "cache", None)
+    yield from ((key, value) for key, value in named.items() if isinstance(value, str | Path))
+    files = {key: getattr(task, key) for key in ("train_files", "validation_files", "test_files")}
+    files |= {f"evaluation_sets.{name}": paths for name, paths in task.evaluation_sets.items()}
+    files |= {f"mixture.{name}.files": part.files for name, part in (task.mixture or {}).items()}
+    for key, paths in files.items():
+        yield from ((f"task.{key}", path) for path in listed_files(paths))
+
+
+def check_paths(config: RunConfig) -> None:
+    """Check, before torch is loaded, that the models and files of a run are on this machine.
+
+    Names that may be the Hub's, and patterns of files, are checked where they are read.
+    """
+    specs = {f"{config.key_of(name)}.model": spec for name, spec in config.teacher_specs.items()}
+    unread = {"output_dir", "task.chat_template"}
+    unread |= {key for key, spec in specs.items() if isinstance(spec.cache, Path) or spec.server}
+    missing = [
+        f"{key}: {path} does not exist"
+        for key, value in places(config)
+        if key not in unread and not key.endswith(".cache") and not glob.has_magic(str(value))
+        if "files" in key or "evaluation_sets" in key or looks_like_path(str(value))
+        if not (path := in_home(value)).exists()
+    ]
+    if missing:
+        count = f"{len(missing)} problems\n  " if len(missing) > 1 else ""
+        raise ConfigError(count + "\n  ".join(missing))
+
 
 _RUN_CONFIG = TypeAdapter(RunConfig)
 
@@ -166,7 +491,9 @@ def _slot(node: Any, key: str, parents: Sequence[str], override: str) -> str | i
 
 
 _TAG = "tag:yaml.org,2002:"
+
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?\Z")
+
 # `safe_load` reads YAML 1.1, in which `2e-5` is text, `on` is true, and the layer pair `7:1` 421.
 _SCALARS = {
     "null": re.compile(r"(null|Null|NULL|~|)\Z"),
@@ -192,7 +519,9 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
 
 
 _Loader.add_constructor(f"{_TAG}map", _mapping)
+
 _Loader.add_constructor(f"{_TAG}int", lambda loader, node: int(node.value))
+
 # The emitter in C is a few times as fast, where PyYAML was built with it.
 _SafeDumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
@@ -209,6 +538,7 @@ def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 
 
 _Dumper.add_representer(str, _text)
+
 _Dumper.add_implicit_resolver(f"{_TAG}float", _FLOAT, list("-+.0123456789"))  # quotes such texts
 
 

@@ -9,14 +9,31 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
-from megakd.config.models import KeptLayers, LoraConfig, PooledTeacher, StudentConfig, TeacherConfig
+from megakd.config.options import METHODS, MethodOptions
 from megakd.config.paths import Folder
-from megakd.config.rollout import GenerationConfig, RolloutConfig
-from megakd.config.task import TaskConfig
-from megakd.config.train import FinetuneOverrides, TrainConfig, TrainOverrides, inherit
-from megakd.contract.options import METHODS, MethodOptions
-from megakd.contract.tasks import FROM_TEACHER, STUDENT, STUDENT_BASE, TEACHER, TFIDF, Dtype
-from megakd.contract.terms import EACH_ONCE, STRICT, Count, TermConfig
+from megakd.config.sections import (
+    FinetuneOverrides,
+    GenerationConfig,
+    KeptLayers,
+    LoraConfig,
+    PooledTeacher,
+    RolloutConfig,
+    StudentConfig,
+    TeacherConfig,
+    TrainConfig,
+    TrainOverrides,
+    inherit,
+)
+from megakd.config.task import (
+    FROM_TEACHER,
+    STUDENT,
+    STUDENT_BASE,
+    TEACHER,
+    TFIDF,
+    Dtype,
+    TaskConfig,
+)
+from megakd.config.terms import EACH_ONCE, STRICT, Count, TermConfig
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from datasets.fingerprint import generate_fingerprint
 from numpy.typing import NDArray
 
 from megakd.errors import DataError
-from megakd.process.folders import read_signed, version_of, write_signed
+from megakd.process.files import read_signed, version_of, write_signed
 from megakd.process.terminal import in_home
 
 T = TypeVar("T")

@@ -17,20 +17,24 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from megakd.config.task import MixtureSource, TaskConfig
-from megakd.contract.batch import SOFT
 from megakd.data.arrow import BadRows, arrow_batches, key_of, read_rows, rows_key, write_tables
-from megakd.data.chat.conversations import is_chat
-from megakd.data.chat.counts import SETS, ChatCounts, CountsByName, say_chat
-from megakd.data.chat.tokens import ChatEncoder, tables_of_conversations
-from megakd.data.choosing import is_labelled
+from megakd.data.batch import SOFT
+from megakd.data.chat_template import special_tokens
+from megakd.data.chat_tokens import (
+    SETS,
+    ChatCounts,
+    ChatEncoder,
+    CountsByName,
+    say_chat,
+    tables_of_conversations,
+)
 from megakd.data.collation import columns_of
-from megakd.data.rows import StreamedRows
-from megakd.data.special_tokens import special_tokens
+from megakd.data.conversations import is_chat
+from megakd.data.rows import StreamedRows, is_labelled
 from megakd.data.splits import Splits
 from megakd.data.token_tables import check_room_for_text, tables_of_texts
 from megakd.errors import DataError
-from megakd.process.atomic import sha256_of, write_json
-from megakd.process.folders import files_of, whole_folder
+from megakd.process.files import files_of, sha256_of, whole_folder, write_json
 
 logger = logging.getLogger(__name__)
 ROWS_AT_ONCE = 10_000
@@ -53,7 +57,7 @@ class Encoded(NamedTuple):
     `token_tables`). For causal_lm: `input_ids`, `position_ids` and `labels` (see `PackedRow`, also
     for rows that are not packed), or
     for conversations `input_ids`, `labels` and `prompt_length` (see `chat.tokens`). Rows that name
-    their teacher also have its number in `route` (see `contract.batch.teacher_number`).
+    their teacher also have its number in `route` (see `data.batch.teacher_number`).
 
     tokens_per_row: mean number of tokens of a training row, or with a stream of a validation row,
         without padding.

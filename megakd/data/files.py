@@ -1,4 +1,4 @@
-"""Local files and folders as a data set: csv, tsv, jsonl, json, parquet and txt, also compressed.
+"""Data sets of local files and folders, of the Hugging Face Hub, and of a notebook.
 
 A folder holds `train.*` and optionally `validation.*` (or `valid`, `val`, `dev`) and `test.*`. Each
 split may have several shards (`train-00000-of-00002.parquet`). In a folder of txt files without
@@ -8,20 +8,32 @@ such names, every file is a document. Files may also be given individually or by
 from __future__ import annotations
 
 import glob
+import hashlib
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
+from typing import Any, cast
+
+import datasets
+from datasets import Dataset
+from datasets.exceptions import DatasetsError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from megakd.config.paths import DATA_SUFFIXES, data_suffix, without_compression
-from megakd.config.task import Files, TaskConfig, listed_files
-from megakd.data.arrow import SPLIT_ALIASES, SPLIT_NAMES, SplitName, Table
-from megakd.data.readers import files_table
+from megakd.config.task import Files, MixtureSource, TaskConfig, listed_files
+from megakd.data.arrow import SPLIT_ALIASES, SPLIT_NAMES, SplitName, Table, rows_key
+from megakd.data.readers import files_table, typed_table
 from megakd.data.rows import Corpus, rows_of_tables
-from megakd.errors import DataError
+from megakd.errors import ConfigError, DataError, first_line, suggestion
 from megakd.process.terminal import in_home
 
 WHOLE_FILE = "all rows"
+
 # `datasets` may write a hash behind the count.
 SHARD = re.compile(r"-(\d+)-of-(\d+)(-[0-9a-f]+)?$")
 
@@ -187,3 +199,190 @@ def _stem(path: Path) -> str:
 
 def _ending(path: Path) -> str:
     return path.name.removeprefix(_stem(path))
+
+
+def hub_rows(
+    task: TaskConfig, *, cache_dir: Path, metrics: tuple[str, ...] | None = None
+) -> Corpus:
+    """Return the rows of the splits of the Hub data set `task.dataset`."""
+    name = task.data_name
+    load = partial(datasets.load_dataset, name, name=task.dataset_config, revision=task.revision)
+    with hub_errors(name, task.dataset_config) as label:
+        if task.splits is None:
+            loaded = cast("Mapping[str, Dataset]", load())
+            splits = splits_of([*loaded], label)
+        else:
+            splits = task.splits
+            loaded = {key: cast("Dataset", load(split=key)) for key in splits.values()}
+    tables: dict[str, Table] = {
+        split: typed_table(f"{name} ({key})", loaded[key], digest=rows_key(loaded[key]))
+        for split, key in splits.items()
+    }
+    return rows_of_tables(tables, task, name=name, cache_dir=cache_dir, metrics=metrics)
+
+
+def hub_source(source: MixtureSource) -> Table:
+    """Return the rows of a source of a mixture that is a data set of the Hub."""
+    name = source.dataset or ""
+    with hub_errors(name, source.dataset_config):
+        loaded = datasets.load_dataset(
+            name, name=source.dataset_config, split=source.split, revision=source.revision
+        )
+    rows = cast("Dataset", loaded)
+    return typed_table(f"{name} ({source.split})", rows, digest=rows_key(rows))
+
+
+def splits_of(names: list[str], label: str) -> dict[SplitName, str]:
+    """Return the name of every split among the names that a Hub data set has."""
+    splits: dict[SplitName, str] = {}
+    for name in names:
+        split = SPLIT_ALIASES.get(name.lower())
+        if split is not None and splits.setdefault(split, name) != name:
+            raise DataError(
+                f"the Hub data set {label}: {splits[split]!r} and {name!r} are names of the same "
+                f"split ({split}); name the one to use in task.splits"
+            )
+    if "train" not in splits:
+        raise DataError(
+            f"the Hub data set {label} has no split named 'train'; its splits are "
+            f"{', '.join(names)}: name those to use, as in task.splits: {{train: {names[0]}}}"
+        )
+    return splits
+
+
+@contextmanager
+def hub_errors(name: str, configuration: str | None) -> Iterator[str]:
+    """Convert errors about a Hub data set into a DataError; give the name for messages."""
+    label = f"{name} ({configuration})" if configuration else name
+    advice = (
+        "task.dataset may also be glue/<task>, or a local file or folder (which does not exist "
+        "here); local files are named in task.train_files and task.validation_files"
+    )
+    try:
+        yield label
+    except (DatasetsError, HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        problem = (
+            f"the Hub cannot be reached to load the data set {label}, and it is not in the local "
+            "cache"
+            if isinstance(error, ConnectionError)
+            else f"the data set {label} cannot be loaded from the Hub"
+        )
+        raise DataError(f"{problem}: {first_line(error)}; {advice}") from error
+    except RuntimeError as error:
+        if "script" not in str(error):
+            raise
+        raise DataError(
+            f"the Hub data set {label} is a script, which `datasets` does not run "
+            f"({first_line(error)}); use its version in parquet files (such as the branch "
+            "refs/convert/parquet in task.revision), or local files"
+        ) from error
+
+
+HUB_NAME = "nyu-mll/glue"
+
+PAIR, ACCURACY, BOTH = ("sentence1", "sentence2"), ("accuracy",), ("accuracy", "f1")
+
+MNLI = (("premise", "hypothesis"), ACCURACY)
+
+TASKS = {
+    "cola": (("sentence",), ("matthews_correlation",)),
+    "sst2": (("sentence",), ACCURACY),
+    "mrpc": (PAIR, BOTH),
+    "stsb": (PAIR, ("pearson", "spearman")),
+    "qqp": (("question1", "question2"), BOTH),
+    "mnli": MNLI,
+    "mnli_matched": MNLI,
+    "mnli_mismatched": MNLI,
+    "qnli": (("question", "sentence"), ACCURACY),
+    "rte": (PAIR, ACCURACY),
+    "wnli": (PAIR, ACCURACY),
+}
+"""By name: the columns of text, and the metrics."""
+
+
+def glue_rows(task: TaskConfig, *, cache_dir: Path) -> Corpus:
+    """Return the training and validation rows of `glue/<task>`; the test rows have no labels."""
+    name = task.data_name.partition("/")[2]
+    if name not in TASKS:
+        raise ConfigError(
+            f"task.dataset: there is no GLUE task {name!r}{suggestion(name, TASKS)}; the tasks are "
+            f"{', '.join(TASKS)}"
+        )
+    text, metrics = TASKS[name]
+    fitting = "regression" if name == "stsb" else "classification"
+    if task.type != fitting:
+        raise ConfigError(f"task.type: must be {fitting} for {task.dataset} (got {task.type})")
+    configuration, _, part = name.partition("_")
+    held = f"validation_{part or 'matched'}" if configuration == "mnli" else "validation"
+    columns = {"text_columns": text, "label_column": "label"}
+    splits = {"train": "train", "validation": held}
+    task = replace(task, dataset=HUB_NAME, dataset_config=configuration, splits=splits, **columns)
+    return hub_rows(task, cache_dir=cache_dir, metrics=metrics)
+
+
+Rows = Iterable[Mapping[str, Any]]
+"""Rows by column; a pandas.DataFrame or a datasets.Dataset is one too."""
+
+
+def file_of_rows(data: Any, folder: Path) -> str:
+    """Return a path or a name of the Hub as it is, and the file to which other rows are written.
+
+    The file is named after its content, so that the same rows go on with the same run.
+
+    Raises:
+        DataError: the rows are not mappings, or hold values that JSON does not have.
+    """
+    if isinstance(data, str | Path):
+        return str(data)
+    folder.mkdir(parents=True, exist_ok=True)
+    digest, count, draft = hashlib.sha256(), 0, folder / ".data.jsonl"
+    try:
+        with draft.open("wb") as file:
+            for count, row in enumerate(_rows(data), 1):
+                line = _line(row, count).encode() + b"\n"
+                digest.update(line)
+                file.write(line)
+        if count == 0:
+            raise DataError("data: there is no row")
+        path = folder / f"data-{digest.hexdigest()[:12]}.jsonl"
+        if not path.exists():  # a new time of the file would be other data
+            draft.rename(path)
+    finally:
+        draft.unlink(missing_ok=True)
+    return str(path)
+
+
+def _rows(data: Any) -> Iterator[Mapping[str, Any]]:
+    if hasattr(data, "to_dict") and hasattr(data, "iloc"):  # a data frame of pandas
+        data = data.to_dict("records")
+    features = getattr(data, "features", None) or {}
+    features = {name: getattr(one, "feature", one) for name, one in features.items()}
+    named = {name: one for name, one in features.items() if hasattr(one, "int2str")}
+    if not isinstance(data, Iterable) or isinstance(data, Mapping):
+        raise DataError(
+            f"data: is a {type(data).__name__}; give a path, a name of the Hub, a data frame, a "
+            "datasets.Dataset, or a list of rows such as {'text': …, 'label': …}"
+        )
+    for number, row in enumerate(cast("Dataset | Rows", data), 1):
+        if not isinstance(row, Mapping):
+            raise DataError(
+                f"data: row {number} is a {type(row).__name__}; a row is a mapping of columns, "
+                "such as {'text': …, 'label': …}"
+            )
+        # A class by its name: another file may number the classes in another way.
+        known = [key for key in named if row[key] not in (None, -1)]
+        yield {**row, **{key: named[key].int2str(row[key]) for key in known}}
+
+
+def _line(row: Mapping[str, Any], number: int) -> str:
+    def plain(value: Any) -> Any:
+        if hasattr(value, "tolist"):  # a number or an array of NumPy
+            return value.tolist()
+        raise DataError(
+            f"data: row {number} holds a {type(value).__name__}; give texts, numbers and lists"
+        )
+
+    # pandas has NaN, which differs from itself, in the place of a missing text.
+    is_nan = {key for key, one in row.items() if isinstance(one, float) and one != one}  # noqa: PLR0124
+    values = {key: None if key in is_nan else value for key, value in row.items()}
+    return json.dumps(values, ensure_ascii=False, default=plain)

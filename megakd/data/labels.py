@@ -20,8 +20,8 @@ from datasets import Dataset, List
 from numpy.typing import NDArray
 
 from megakd.config.task import TaskConfig
-from megakd.contract.batch import IGNORE, SOFT
 from megakd.data.arrow import PLACE, BadRows, Record, Table, remembered, text_of, with_column
+from megakd.data.batch import IGNORE, SOFT
 from megakd.data.readers import parse_json
 from megakd.errors import DataError, listed, suggestion
 

@@ -30,7 +30,7 @@ from datasets import ClassLabel, Dataset, Features, IterableDataset, LargeList, 
 from megakd.config.paths import DATA_SUFFIXES, data_suffix
 from megakd.data.arrow import Record, Table, key_of, remembered_of
 from megakd.errors import DataError
-from megakd.process.atomic import sha256_of
+from megakd.process.files import sha256_of
 
 BOM = b"\xef\xbb\xbf"
 ROWS_PER_READ = 1000

@@ -1,27 +1,41 @@
-"""The rows of a run: `load_splits` loads the data set and selects training and held-out rows."""
+"""The rows of a run: training and held-out rows are selected, and what was read is reported."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
+import numpy as np
 from datasets import Dataset, List
+from datasets.fingerprint import generate_fingerprint
 
 from megakd.config.paths import looks_like_path
 from megakd.config.task import TaskConfig
-from megakd.data.arrow import Table, key_of
-from megakd.data.chat.conversations import is_chat
-from megakd.data.choosing import at_most, cut_validation, is_labelled, keep_labels
+from megakd.data.arrow import Table, column_of, key_of, remembered
+from megakd.data.conversations import is_chat
 from megakd.data.files import local_rows, matching_files, named_files, refuse_twice
 from megakd.data.readers import files_table
-from megakd.data.rows import Corpus, TextStream, rows_of_tables, scored_rows, without_teachers
-from megakd.errors import ConfigError, DataError
+from megakd.data.rows import (
+    Corpus,
+    TextStream,
+    at_most,
+    cut_validation,
+    is_labelled,
+    keep_labels,
+    prompt_keys,
+    rows_of_tables,
+    scored_rows,
+    without_teachers,
+)
+from megakd.errors import ConfigError, DataError, listed
 from megakd.process.terminal import in_home
 
 logger = logging.getLogger(__name__)
+
 MOST_CUT_ROWS = 5000
 """Rows that are scored at most of a validation split that is cut from the training rows: 5 % of a
 large corpus would take longer to score than the training between two evaluations."""
@@ -130,11 +144,11 @@ def _find(task: TaskConfig, cache_dir: Path) -> Corpus:
     if task.mixture is not None:
         find = mixture_rows
     elif (task.dataset or "").startswith("glue/"):
-        from megakd.data.hub import glue_rows as find
+        from megakd.data.files import glue_rows as find
     elif _is_on_hub(task) and task.streaming:
         from megakd.data.streams import streamed_hub_rows as find
     elif _is_on_hub(task):
-        from megakd.data.hub import hub_rows as find
+        from megakd.data.files import hub_rows as find
     elif task.streaming:
         from megakd.data.streams import streamed_files as find
     else:
@@ -152,7 +166,7 @@ def mixture_rows(task: TaskConfig, *, cache_dir: Path) -> Corpus:
             paths[key] = matching_files(source.files, key)
             tables[f"train/{name}"] = files_table(paths[key], key)
         else:
-            from megakd.data.hub import hub_source
+            from megakd.data.files import hub_source
 
             tables[f"train/{name}"] = hub_source(source)
     refuse_twice(paths)
@@ -173,3 +187,95 @@ def _is_on_hub(task: TaskConfig) -> bool:
                 f"{task.dataset!r} is a local path; remove the key"
             )
     return not is_local
+
+
+SEPARATORS = (",", ";", "|")
+
+NO_LABEL = frozenset(("n/a", "na", "none", "null", "nan", "nil", "-", "?", "unknown", "undefined"))
+"""Words that may stand for a missing label, in lower case."""
+
+
+def read_line(splits: Splits) -> str:
+    """Return the sizes of the splits: `train 3000 rows, 64 classes of 13 to 64 rows; …`."""
+    if splits.stream is not None:
+        parts = ["train: a stream"]
+    else:
+        rows, labelled = len(splits.train), int(is_labelled(splits.train).sum())
+        parts = [f"train {rows:,} rows" + (f", {labelled:,} labelled" if labelled < rows else "")]
+        counts = _counts(splits.train, len(splits.label_names))
+        if counts:
+            parts[0] += f", {len(counts)} classes of {min(counts):,} to {max(counts):,} rows"
+        if counts and splits.multi_label:
+            parts[0] += f", {sum(counts) / max(1, labelled):.2f} labels a row"
+    for name, rows in (("validation", splits.validation), ("test", splits.test)):
+        if rows is not None:
+            parts.append(f"{name} {len(rows):,}")
+    return "; ".join(parts)
+
+
+def read_warnings(splits: Splits, *, step_rows: int) -> Iterator[str]:
+    """Yield warnings on labels and rows, each with counts; `step_rows`: rows of a step."""
+    names = splits.label_names
+    if names and splits.stream is None:
+        yield from _of_labels(names, _counts(splits.train, len(names)))
+    if splits.stream is None and 0 < len(splits.train) < step_rows:
+        yield (
+            f"the {len(splits.train)} training rows are fewer than the {step_rows} of a step, "
+            "which has these alone; lower train.per_device_train_batch_size"
+        )
+    train, held_out = splits.train, splits.held_out
+    if len(train) == 0 or (splits.is_cut and splits.test is None):
+        return  # a cut leaves no text and no prompt on both sides
+
+    def count() -> int:
+        return int(np.isin(prompt_keys(held_out), prompt_keys(train)).sum())
+
+    again = remembered(count, "again", *map(generate_fingerprint, (train, held_out)))
+    if again:
+        yield (
+            f"{again:,} of the {len(held_out):,} held-out rows are training rows too, so the "
+            "scores are too good; remove them from one of the two"
+        )
+
+
+def _of_labels(names: Sequence[str], counts: Sequence[int]) -> Iterator[str]:
+    rows = dict(zip(names, counts, strict=True))
+    alike = defaultdict[str, list[str]](list)
+    for name in names:
+        alike[" ".join(name.casefold().replace("_", " ").split())].append(name)
+    for same in (same for same in alike.values() if len(same) > 1):
+        yield f"the classes {_shown(same, rows)} differ only in case or spaces; is this one class?"
+    missing = [name for name in names if name.strip().casefold() in NO_LABEL]
+    if missing:
+        yield f"the class {_shown(missing, rows)}: if it stands for no label, empty its cells"
+    joined = [
+        name
+        for name in names
+        for parts in (name.split(separator) for separator in SEPARATORS)
+        if len(parts) > 1 and all(part.strip() in rows for part in parts)
+    ]
+    if joined:
+        yield (
+            f"{len(joined)} classes are several others in one cell: {_shown(joined, rows)}; "
+            "a row has one class here, so each combination is learned as a class of its own; set "
+            "task.label_separator to give a row several labels"
+        )
+    single = [name for name in names if rows[name] == 1]
+    if single:
+        yield (
+            f"{len(single)} classes have one training row: {_shown(single, rows)}; give them more "
+            "rows, or join them"
+        )
+
+
+def _shown(names: Sequence[str], rows: dict[str, int]) -> str:
+    return listed([f'"{name}" ({rows[name]:,} rows)' for name in names])
+
+
+def _counts(rows: Dataset, classes: int) -> list[int]:
+    if not classes or "label" not in rows.column_names:
+        return []
+    labels = column_of(rows, "label")
+    if labels.ndim == 2:
+        return (labels == 1).sum(axis=0).tolist()
+    return np.bincount(labels[labels >= 0], minlength=classes).tolist()

@@ -24,16 +24,13 @@ from datasets.distributed import split_dataset_by_node
 
 from megakd.config.paths import data_suffix
 from megakd.config.task import TaskConfig
-from megakd.contract.batch import Batch, BatchSource
 from megakd.data.arrow import BadRows, Record, Table, key_of
-from megakd.data.chat.conversations import CONVERSATION, is_chat
-from megakd.data.chat.tokens import ChatEncoder, tables_of_conversations
-from megakd.data.choosing import prompt_keys
-from megakd.data.collation import Collator
-from megakd.data.files import split_files, tables_of_files
-from megakd.data.hub import hub_errors, splits_of
-from megakd.data.loader import awaited, made_ahead
-from megakd.data.masking import Masking
+from megakd.data.batch import Batch, BatchSource
+from megakd.data.chat_tokens import ChatEncoder, tables_of_conversations
+from megakd.data.collation import Collator, Masking
+from megakd.data.conversations import CONVERSATION, is_chat
+from megakd.data.files import hub_errors, split_files, splits_of, tables_of_files
+from megakd.data.loader import StepShape, awaited, made_ahead
 from megakd.data.readers import files_table, records_of, typed_table, untyped
 from megakd.data.rows import (
     DEFAULT_METRICS,
@@ -43,9 +40,9 @@ from megakd.data.rows import (
     RowKind,
     StreamedRows,
     TextStream,
+    prompt_keys,
     rows_of,
 )
-from megakd.data.step_layout import StepShape
 from megakd.data.token_tables import tables_of_texts
 from megakd.errors import ConfigError, DataError
 

@@ -21,11 +21,10 @@ from datasets import Dataset
 from numpy.typing import ArrayLike, NDArray
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from megakd.config.task import TaskConfig
-from megakd.contract.batch import IGNORE, ROUTE, SOFT, teacher_number
-from megakd.contract.tasks import LANGUAGE_TASKS
+from megakd.config.task import LANGUAGE_TASKS, TaskConfig
 from megakd.data.arrow import TEXTS_AT_ONCE, arrow_batches, column_of
-from megakd.data.special_tokens import special_tokens
+from megakd.data.batch import IGNORE, ROUTE, SOFT, teacher_number
+from megakd.data.chat_template import special_tokens
 from megakd.errors import DataError
 
 _IDS = pa.list_(pa.int32())

@@ -16,8 +16,8 @@ from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
 
 from megakd.config.deepspeed import frozen_ds_config, merged_ds_config
-from megakd.config.train import TrainConfig
-from megakd.contract.tasks import Dtype
+from megakd.config.sections import TrainConfig
+from megakd.config.task import Dtype
 from megakd.engine.sharding import linear_left_alone, note_fetches
 
 # It prints the memory at the beginning of every stage, and forgets the peak, which we report.

@@ -12,26 +12,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from megakd.contract.batch import (
+from megakd.config.task import Kernels
+from megakd.config.terms import Unit
+from megakd.data.batch import (
     Batch,
     Counts,
     Knowledge,
     Losses,
     LossInputs,
+    Pass,
     Predictions,
-    Unit,
     UnitCounter,
     add_parts,
+    teacher_names,
 )
-from megakd.contract.stage import Pass, teacher_names
-from megakd.contract.tasks import Kernels
-from megakd.contract.views import Axes, View
 from megakd.losses.objective import WEIGHTED_LOSS, Objective, StageLosses
-from megakd.models.axes import weight_axes
-from megakd.models.elastic import Elastic
+from megakd.models.elastic import Elastic, weight_axes
 from megakd.models.knowledge import Needs, predict, predictions_of, read_knowledge
 from megakd.models.lora import base_model
-from megakd.models.unit_axes import WIDTH
+from megakd.models.proposed_units import WIDTH
+from megakd.models.views import Axes, View
 
 Forward = tuple[str, str | None]
 """A forward for a micro-batch: of the model of a role, as one of its views.

@@ -16,16 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import megakd_kernels
-from megakd.contract.batch import (
-    AttentionVectors,
-    Batch,
-    Knowledge,
-    LossInputs,
-    Unit,
-    first_positions,
-)
-from megakd.contract.tasks import Kernels
-from megakd.contract.terms import (
+from megakd.config.task import Kernels
+from megakd.config.terms import (
     AttentionMse,
     HiddenCosine,
     Pairs,
@@ -33,9 +25,11 @@ from megakd.contract.terms import (
     RelationFsp,
     RelationKl,
     StateTerm,
+    Unit,
 )
+from megakd.data.batch import AttentionVectors, Batch, Knowledge, LossInputs, first_positions
 from megakd.losses.targets import Evaluated, TermGroup
-from megakd.models.elastic_modules import weights_in_view
+from megakd.models.elastic import weights_in_view
 from megakd.models.knowledge import Needs
 from megakd_kernels.formed import refuse_second_derivative
 

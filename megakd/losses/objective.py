@@ -15,28 +15,29 @@ from typing import cast
 import numpy as np
 from torch import Tensor, nn
 
-from megakd.contract.batch import COUNTERS, Knowledge, LossInputs, Unit, UnitCounter
-from megakd.contract.stage import Stage
-from megakd.contract.tasks import LANGUAGE_TASKS, SOFT_LABELS, TaskType
-from megakd.contract.terms import (
+from megakd.config.task import LANGUAGE_TASKS, SOFT_LABELS, TaskType
+from megakd.config.terms import (
     ATTENTION_TERMS,
     INTERMEDIATE_TERMS,
     AttentionMse,
     AttentionTerm,
     HardCrossEntropy,
     HardMse,
+    Heads,
     MethodTerm,
     PluginTerm,
     RelationFsp,
     RelationKl,
+    Shape,
     SoftTarget,
     SoftTargetMse,
     TermConfig,
+    Unit,
     hard_terms,
     layer_pairs,
     term_name,
 )
-from megakd.contract.views import Heads, Shape
+from megakd.data.batch import COUNTERS, Knowledge, LossInputs, UnitCounter
 from megakd.data.splits import Splits
 from megakd.errors import ConfigError, TeacherError, suggestion
 from megakd.losses.layer_terms import (
@@ -54,8 +55,9 @@ from megakd.losses.targets import (
     class_groups,
     language_model_groups,
 )
+from megakd.models.fitting import ModelSource, ReadyTeacher
 from megakd.models.knowledge import Needs
-from megakd.models.source import ModelSource, ReadyTeacher
+from megakd.stage import Stage
 
 WEIGHTED_LOSS = "loss"
 """Key of the minimised loss in a report: all passes with their scales and weights."""

@@ -19,23 +19,29 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import megakd_kernels
-from megakd.contract.batch import (
+from megakd.config.terms import (
+    HardCrossEntropy,
+    HardMse,
+    SoftTarget,
+    SoftTargetMse,
+    Source,
+    Unit,
+    on_source,
+    term_name,
+)
+from megakd.data.batch import (
     IGNORE,
     SOURCE_UNITS,
     Draws,
     Knowledge,
     LogitWarp,
     LossInputs,
-    Source,
     TopK,
-    Unit,
     UnitCounter,
     is_of,
-    on_source,
     second_targets,
     source_counters,
 )
-from megakd.contract.terms import HardCrossEntropy, HardMse, SoftTarget, SoftTargetMse, term_name
 from megakd.models.knowledge import Needs
 
 DIVERGENCE = {

@@ -7,9 +7,9 @@ returns the stage of a model that has the student's shape and is trained differe
 
 from __future__ import annotations
 
-from megakd.contract.lab import Lab
-from megakd.contract.options import MethodOptions, file_of
-from megakd.contract.stage import StageResult
+from megakd.config.options import MethodOptions, file_of
+from megakd.stage import StageResult
+from megakd.training.lab import Lab
 
 
 def run_method(config: MethodOptions, lab: Lab) -> StageResult:

@@ -11,23 +11,26 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
-from megakd.contract.lab import Lab, Model, SortedModel
-from megakd.contract.options import MethodOptions
-from megakd.contract.stage import Constant, Pass, Stage
-from megakd.contract.tasks import TEACHER
-from megakd.contract.terms import (
+from megakd.config.options import MethodOptions
+from megakd.config.task import TEACHER
+from megakd.config.terms import (
     ATTENTION_TERMS,
     STRICT,
     AttentionMse,
     Count,
+    Heads,
     HiddenMse,
     RelationKl,
+    Shape,
     TermConfig,
     Weight,
     layer_pairs,
 )
-from megakd.contract.views import Allocation, Heads, Shape, View
+from megakd.data.batch import Pass
 from megakd.errors import ConfigError, TrainingError
+from megakd.models.views import Allocation, View
+from megakd.stage import Constant, Stage
+from megakd.training.lab import Lab, Model, SortedModel
 
 DEPTHS = 6
 """Hidden states are compared at the layers 0, L/6, 2L/6, …, L."""

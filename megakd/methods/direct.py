@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pydantic.dataclasses import dataclass
 
-from megakd.contract.lab import Lab
-from megakd.contract.stage import StageResult
-from megakd.contract.terms import STRICT
+from megakd.config.terms import STRICT
 from megakd.methods.assistants import AssistantOptions, leg, ranked_teacher, view_of
+from megakd.stage import StageResult
+from megakd.training.lab import Lab
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 
 from pydantic.dataclasses import dataclass
 
-from megakd.contract.lab import Lab
-from megakd.contract.options import MethodOptions
-from megakd.contract.stage import Stage, StageResult
-from megakd.contract.terms import STRICT
+from megakd.config.options import MethodOptions
+from megakd.config.terms import STRICT
+from megakd.stage import Stage, StageResult
+from megakd.training.lab import Lab
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

@@ -12,9 +12,7 @@ from typing import NamedTuple
 
 from pydantic.dataclasses import dataclass
 
-from megakd.contract.lab import Lab, SortedModel
-from megakd.contract.stage import StageResult
-from megakd.contract.terms import STRICT
+from megakd.config.terms import STRICT
 from megakd.methods.assistants import (
     AssistantOptions,
     leg,
@@ -23,6 +21,8 @@ from megakd.methods.assistants import (
     view_name,
     view_of,
 )
+from megakd.stage import StageResult
+from megakd.training.lab import Lab, SortedModel
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

@@ -11,11 +11,12 @@ from typing import ClassVar
 
 from pydantic.dataclasses import dataclass
 
-from megakd.contract.lab import Lab
-from megakd.contract.options import MethodOptions
-from megakd.contract.stage import Constant, Pass, Stage, StageResult
-from megakd.contract.terms import STRICT
+from megakd.config.options import MethodOptions
+from megakd.config.terms import STRICT
+from megakd.data.batch import Pass
 from megakd.methods.pools import all_teachers, soft_objective, taught
+from megakd.stage import Constant, Stage, StageResult
+from megakd.training.lab import Lab
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

@@ -20,10 +20,8 @@ from typing import NamedTuple
 
 from pydantic.dataclasses import dataclass
 
-from megakd.contract.lab import Lab, Model, SortedModel
-from megakd.contract.results import Metric, MetricJudge, Row
-from megakd.contract.stage import Pass, Scores, Stage, StageResult, Strategy, Verdict
-from megakd.contract.terms import STRICT, Count
+from megakd.config.terms import STRICT, Count
+from megakd.data.batch import Pass
 from megakd.methods.assistants import (
     AssistantOptions,
     choose,
@@ -35,6 +33,8 @@ from megakd.methods.assistants import (
     view_of,
     views_of,
 )
+from megakd.stage import Scores, Stage, StageResult, Strategy, Verdict
+from megakd.training.lab import Lab, Metric, MetricJudge, Model, Row, SortedModel
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
-from megakd.contract.lab import Lab
-from megakd.contract.stage import Stage, StageResult, teacher_names
-from megakd.contract.terms import TermConfig
+from megakd.config.terms import TermConfig
+from megakd.data.batch import teacher_names
+from megakd.stage import Stage, StageResult
+from megakd.training.lab import Lab
 
 
 def soft_objective(lab: Lab) -> tuple[TermConfig, ...]:

@@ -22,14 +22,14 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
-from megakd.contract.lab import Lab, Model
-from megakd.contract.results import Row
-from megakd.contract.stage import Constant, Pass, Stage, StageResult
-from megakd.contract.tasks import LANGUAGE_TASKS, STUDENT, TEACHER
-from megakd.contract.terms import ATTENTION_TERMS, STRICT, Count, TermConfig
-from megakd.contract.views import View, evenly_spaced, most_important
+from megakd.config.task import LANGUAGE_TASKS, STUDENT, TEACHER
+from megakd.config.terms import ATTENTION_TERMS, STRICT, Count, TermConfig
+from megakd.data.batch import Pass
 from megakd.errors import ConfigError
 from megakd.methods.assistants import ImportanceOptions
+from megakd.models.views import View, evenly_spaced, most_important
+from megakd.stage import Constant, Stage, StageResult
+from megakd.training.lab import Lab, Model, Row
 
 logger = logging.getLogger(__name__)
 BUDGETS = ("parameters", "flops", "speedup")

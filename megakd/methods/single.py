@@ -6,11 +6,12 @@ from typing import ClassVar
 
 from pydantic.dataclasses import dataclass
 
-from megakd.contract.lab import Lab
-from megakd.contract.options import OneTeacherOptions
-from megakd.contract.stage import Constant, Pass, Stage, StageResult
-from megakd.contract.tasks import SOFT_LABELS
-from megakd.contract.terms import STRICT
+from megakd.config.options import OneTeacherOptions
+from megakd.config.task import SOFT_LABELS
+from megakd.config.terms import STRICT
+from megakd.data.batch import Pass
+from megakd.stage import Constant, Stage, StageResult
+from megakd.training.lab import Lab
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

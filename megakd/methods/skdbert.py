@@ -17,11 +17,12 @@ from typing import Any, ClassVar, Literal
 from pydantic.dataclasses import dataclass
 from typing_extensions import override
 
-from megakd.contract.lab import Lab
-from megakd.contract.options import MethodOptions, no_such_teacher
-from megakd.contract.stage import Constant, Pass, Stage, StageResult, Strategy
-from megakd.contract.terms import STRICT, Weight
+from megakd.config.options import MethodOptions, no_such_teacher
+from megakd.config.terms import STRICT, Weight
+from megakd.data.batch import Pass
 from megakd.methods.pools import soft_objective, taught
+from megakd.stage import Constant, Stage, StageResult, Strategy
+from megakd.training.lab import Lab
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

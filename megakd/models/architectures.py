@@ -2,35 +2,53 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
+import math
+import re
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     PretrainedConfig,
 )
 
-from megakd.contract.batch import LogitWarp
-from megakd.contract.tasks import TaskType
-from megakd.contract.views import Heads, Kind, View
-from megakd.errors import ModelError
-from megakd.models.modeling import modeling_cut
+from megakd.config.task import TaskType
+from megakd.config.terms import Heads
+from megakd.data.batch import LogitWarp
+from megakd.errors import ModelError, one_line
+from megakd.models.modeling import modeling_cut, modeling_t5
 from megakd.models.proposed_units import Cuttable, FoundUnits, Units
+from megakd.models.views import Kind, View
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 T = TypeVar("T")
+
 IDENTITY = LogitWarp()
+
 # Config keys of a cut T5, whose layers differ in shape, and whose sorted heads have columns in a
 # bias that all layers share.
 HEAD_COUNTS, NEURON_COUNTS, HEAD_WIDTH = "head_counts", "neuron_counts", "head_width"
+
 HEAD_COLUMNS = "head_columns"
+
 NARROW = "narrow"
 """Key of a cut model of any other family, see `narrow_class`; its type has this word before it."""
+
 SCORE_CAP = "attn_logit_softcapping"
 """Key of a cap on attention scores, which fused attentions lack."""
 
@@ -283,6 +301,7 @@ _T5 = {
     "shares_bias": True,
     "shows_attention": True,
 }
+
 STATED: Mapping[str, Mapping[str, Any]] = {
     "t5_encoder": _T5,
     "enct5": {
@@ -380,3 +399,171 @@ def context_length(config: PretrainedConfig) -> int | None:
     if count is None or not counts_padding(text):
         return count
     return count - (text.pad_token_id or 0) - 1
+
+
+# What transformers raises for a config with a wrong value.
+CONFIG_ERRORS = (StrictDataclassError, OSError, ValueError, TypeError, AttributeError, KeyError)
+
+OWN_MODELS: Mapping[str, type[PreTrainedModel]] = {
+    "t5_encoder": modeling_t5.T5EncoderForSequenceClassification,
+    "enct5": modeling_t5.EncT5ForSequenceClassification,
+}
+"""By model type; their file must be beside the weights to load a model without megakd."""
+
+T5_FILE, CUT_FILE = Path(modeling_t5.__file__), Path(modeling_cut.__file__)
+"""The files that must be beside the weights of these models, and of a cut model."""
+
+
+def current_files(names: Iterable[str]) -> dict[str, str]:
+    """Return this version's content of the modelling files among the files of a folder."""
+    return {f.name: f.read_text("utf-8") for f in (T5_FILE, CUT_FILE) if f.name in {*names}}
+
+
+@functools.cache
+def register_own_models() -> None:
+    """Register the models with transformers' auto classes; only the first call has an effect."""
+    for model_type, cls in OWN_MODELS.items():
+        AutoConfig.register(model_type, cls.config_class)
+        AutoModelForSequenceClassification.register(cls.config_class, cls)
+
+
+def config_in(folder: Path, **options: Any) -> PretrainedConfig:
+    """Return the config of a model's folder; that of a narrow model is its stock config.
+
+    Args:
+        options: of `AutoConfig.from_pretrained`.
+    """
+    keys = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if NARROW not in keys:
+        return AutoConfig.from_pretrained(folder, **options)
+    stock = keys["model_type"].removeprefix(f"{NARROW}_")
+    if "stock" not in keys[NARROW]:
+        raise ModelError(
+            f"{folder} holds a cut model of an earlier version of megakd, whose config does not "
+            "list its units; open it with that version, or cut the model again"
+        )
+    stock_class = CONFIG_MAPPING[stock]
+    config = modeling_cut.narrow_class(stock_class).from_dict({**keys, "model_type": stock})
+    config.__class__ = stock_class  # whose rules may refuse the width
+    return config
+
+
+def class_of(config: PretrainedConfig, where: str) -> type[PreTrainedModel]:
+    """Return megakd's or transformers' class of the architecture that a config names.
+
+    `where` names the config's file in messages.
+    """
+    name = (config.architectures or ["none"])[0]
+    for home in (modeling_t5, modeling_cut, transformers):
+        model_class = getattr(home, name, None)
+        if isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel):
+            return model_class
+    raise ModelError(
+        f"{where} names the architecture {name!r}, which neither megakd nor transformers "
+        f"{transformers.__version__} has"
+    )
+
+
+_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "num_blocks")
+
+_COUNTS_OF_DECODERS = ("decoder_layers", "encoder_layers")
+"""Config keys of the number of layers; those of a decoder of an encoder-decoder come in pairs."""
+
+_AND_MORE = (HEAD_COUNTS, NEURON_COUNTS, HEAD_COLUMNS)
+"""Config keys that list a value per layer, followed by values for parts outside the layers."""
+
+_OVER_ROOT = ("scale_depth",)
+"""Config keys of a factor that the root of the number of layers divides (MiniCPM)."""
+
+_FIRST = ("first_k_dense_replace", "num_dense_layers")
+"""Config keys of the number of first layers that differ from the others."""
+
+_NUMBERS = re.compile(r"layer|block|idx|index|indices")
+"""In names of config keys that may list layers by their numbers, from 0."""
+
+_NOT_OF_LAYERS = re.compile(r"^mtp_|token|architectures|languages|_multipliers$|_limit$|_section$")
+"""In names of config keys that list something else, perhaps as many values as there are layers."""
+
+
+def config_with_layers(
+    config: PretrainedConfig, architecture: Architecture, numbers: Sequence[int]
+) -> PretrainedConfig:
+    """Return a copy of a config with some of its layers, counted from 1, in the given order.
+
+    Every list with a value per layer is cut along, and layers that a list or a dictionary names by
+    number have their new numbers.
+
+    Raises:
+        ModelError: the class of the config refuses the values.
+    """
+    count = architecture.number_of_layers(config)
+    if [*numbers] == [*range(1, count + 1)]:
+        return copy.deepcopy(config)
+    values = config.to_dict()
+    places = {number - 1: place for place, number in enumerate(numbers)}
+    _cut_values(values, config, count, places)
+    if "attention_types" in values:  # of GPT-Neo, which makes the list of layers from these
+        kinds = getattr(config, "attention_layers", ())
+        values["attention_types"] = [[[kinds[number]], 1] for number in places]
+    for key in _AND_MORE:
+        listed = getattr(config, key, None)
+        if listed:
+            values[key] = [*(listed[n - 1] for n in numbers), *listed[count:]]
+    try:
+        return type(config).from_dict(values)
+    except Exception as error:  # each class checks its values in its own way
+        raise ModelError(
+            f"the config of a {config.model_type} model cannot have the layers {[*numbers]} alone: "
+            f"{one_line(error)}"
+        ) from error
+
+
+def _cut_values(
+    values: dict[Any, Any], config: PretrainedConfig | None, count: int, places: Mapping[int, int]
+) -> None:
+    # `places`: by the number of a layer that stays, from 0, its new number, in the new order.
+    for key, value in values.items():
+        name = str(key)
+        if name in (*_COUNTS, *_COUNTS_OF_DECODERS) and value == count:
+            values[key] = len(places)
+        elif name in _OVER_ROOT and value is not None:
+            values[key] = value * math.sqrt(len(places) / count)
+        elif name in _FIRST and isinstance(value, int):
+            values[key] = sum(number < value for number in places)
+        elif isinstance(value, list | tuple) and not _NOT_OF_LAYERS.search(name):
+            values[key] = _cut_list(name, value, count, places)
+        elif isinstance(value, dict) and _is_by_number(name, value, count):
+            by_number = {int(number): one for number, one in value.items()}
+            stay = [number for number in places if number in by_number]
+            values[key] = {places[number]: by_number[number] for number in stay}
+        elif isinstance(value, dict):
+            part = getattr(config, name, None)
+            if not _is_another_model(part, config):
+                _cut_values(value, part, count, places)
+
+
+def _cut_list(name: str, value: Sequence[Any], count: int, places: Mapping[int, int]) -> list[Any]:
+    numbers = [one for one in value if type(one) is int and 0 <= one < count]
+    is_rising = numbers == sorted({*numbers}) and len(numbers) == len(value) > 0
+    if is_rising and _NUMBERS.search(name):
+        return sorted(places[number] for number in numbers if number in places)
+    if len(value) == count:
+        return [value[number] for number in places]
+    nested = (isinstance(one, list | tuple) and len(one) == count for one in value)
+    if value and all(nested):
+        return [[one[number] for number in places] for one in value]
+    return [*value]
+
+
+def _is_by_number(name: str, value: Mapping[Any, Any], count: int) -> bool:
+    return bool(value and _NUMBERS.search(name)) and all(
+        str(number).isdecimal() and int(number) < count for number in value
+    )
+
+
+def _is_another_model(part: Any, config: PretrainedConfig | None) -> bool:
+    # Whether a part of a config is the config of another model, such as one of images.
+    if not isinstance(part, PretrainedConfig) or config is None:
+        return False
+    has_layers = any(getattr(part, key, None) is not None for key in _COUNTS)
+    return has_layers and part is not config.get_text_config()

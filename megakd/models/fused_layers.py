@@ -17,13 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megakd.contract.stage import Stage
-from megakd.contract.tasks import FusedLayers, TaskType
+from megakd.config.task import FusedLayers, TaskType
 from megakd.engine.collectives import gather
 from megakd.errors import ConfigError, one_line
-from megakd.models.fp8 import scaled_rows
-from megakd.models.source import ModelSource
-from megakd.models.valueless import without_values
+from megakd.models.fitting import ModelSource
+from megakd.models.quantized import scaled_rows
+from megakd.models.small_copy import without_values
 
 logger = logging.getLogger(__name__)
 Forwards = dict[nn.Module, Callable[..., Any]]
@@ -68,19 +67,6 @@ def _refused(source: ModelSource, reason: str) -> ConfigError:
         f"{KEY}: on: the {source.config.model_type} model of {source.where} cannot have fused "
         f"layers: {reason}; use auto, or remove the key"
     )
-
-
-def choice_of(stage: Stage) -> FusedLayers:
-    """Return `fused_layers` of a stage; off with views, which give modules another class."""
-    choice = stage.train.fused_layers
-    if not stage.views and stage.strategy.pruned_to is None:
-        return choice
-    if choice == "on":
-        raise ConfigError(
-            f"{KEY}: on: the stage {stage.name} trains parts of its student, whose layers cannot "
-            "be fused; use auto, or remove the key"
-        )
-    return "off"
 
 
 @cache

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import BoolTensor, LongTensor, Tensor, nn
@@ -26,20 +26,71 @@ from transformers import (
 )
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from megakd.contract.batch import Batch, TopK
-from megakd.contract.completions import Completion, Sampling, TextTokens
-from megakd.contract.tasks import STUDENT
+from megakd.config.sections import Sampling
+from megakd.config.task import STUDENT
+from megakd.data.batch import Batch, TopK
 from megakd.data.tokenizers import rows_for
 from megakd.engine.sharding import evaluating
 from megakd.errors import DataError, ModelError
 from megakd.models.architectures import context_length
+from megakd.models.fitting import ModelSource
 from megakd.models.knowledge import LanguageModelHead, Needs, read_knowledge
-from megakd.models.packed_attention import VARLEN
-from megakd.models.source import ModelSource
-from megakd.process.folders import check_given
+from megakd.models.packing import VARLEN
+from megakd.process.files import check_given
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+TOKENS_PER_TEXT, TRUNCATED = "rollout/tokens_per_text", "rollout/truncated"
+"""Logged means over the texts of the steps since the last log: length, and share without an end."""
+
+
+class TextTokens(NamedTuple):
+    """The tokens of generated texts.
+
+    end: tokens that end a text; if empty, all texts reach `max_new_tokens`.
+    pad: token of the padding of prompts, which the model does not see.
+    known: tokens from this number on are never generated: models have more tokens than their
+        tokenizers. None: all tokens of the model.
+    """
+
+    end: frozenset[int]
+    pad: int = 0
+    known: int | None = None
+
+
+class Completion(NamedTuple):
+    """The continuation of one prompt.
+
+    ids: the generated token numbers, with the end token if the completion is finished.
+    finished: False if the completion reached `max_new_tokens` without an end.
+    """
+
+    ids: tuple[int, ...]
+    finished: bool
+
+
+class Generator(Protocol):
+    """A model that continues prompts: an engine of the run, or servers while the student learns.
+
+    The caller takes all requested texts before the next `update`, so that the weights do not change
+    under a text.
+    """
+
+    def update(self, version: int) -> None:
+        """Give the generator the weights of the student after `version` updates; a collective."""
+        ...
+
+    def begin(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling
+    ) -> Callable[[], list[Completion]]:
+        """Ask for a text for each prompt of this rank, with its seed; no collective.
+
+        There may be no prompts. The returned function waits for the texts, or generates them, in
+        the order of the prompts; a collective.
+        """
+        ...
+
 
 SHARE_TO_LEAVE = 0.125
 """Share of the rows of a batch that have ended when these rows leave the batch.
@@ -316,6 +367,7 @@ class EnoughHaveEnded(StoppingCriteria):
 
 LOGITS_AT_ONCE = {"cpu": 1 << 24, "cuda": 1 << 28}
 """Most elements of a block of logits; a larger block reads the output matrix less often."""
+
 _ROOM_FOR_DRAWS = 4
 """Memory of a draw over that of a choice of the largest: the cumulative sums are in fp64."""
 

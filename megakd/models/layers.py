@@ -14,17 +14,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from megakd.contract.tasks import TaskType
-from megakd.contract.views import View, evenly_spaced, most_important
+from megakd.config.task import TaskType
 from megakd.engine.sharding import full_shape, sharded_construction
 from megakd.errors import ModelError, one_line
-from megakd.models.architectures import Architecture, Known
-from megakd.models.config_of_layers import config_with_layers
-from megakd.models.fitting import as_in_model
-from megakd.models.small_copy import TOKENS, copy_that_runs, logits_of
-from megakd.models.source import ModelSource
+from megakd.models.architectures import Architecture, Known, config_with_layers
+from megakd.models.fitting import ModelSource, as_in_model
+from megakd.models.small_copy import TOKENS, copy_that_runs, logits_of, new_model
 from megakd.models.structure import UNRELATED, architecture_of, task_of
-from megakd.models.valueless import new_model
+from megakd.models.views import View, evenly_spaced, most_important
 from megakd.models.weights import StoredTensor
 
 T = TypeVar("T")

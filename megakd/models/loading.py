@@ -24,9 +24,8 @@ import transformers
 from huggingface_hub import snapshot_download
 from transformers import CONFIG_MAPPING
 
-from megakd.config.models import ScratchModel
-from megakd.config.task import TaskConfig
-from megakd.contract.tasks import LANGUAGE_TASKS
+from megakd.config.sections import ScratchModel
+from megakd.config.task import LANGUAGE_TASKS, TaskConfig
 from megakd.engine.collectives import gather, node_name, together
 from megakd.engine.sharding import (
     is_first_rank,
@@ -37,28 +36,35 @@ from megakd.engine.sharding import (
 )
 from megakd.errors import ModelError, one_line, suggestion
 from megakd.models.architectures import (
+    CONFIG_ERRORS,
     HEAD_COUNTS,
     NARROW,
     class_name,
+    class_of,
+    config_in,
     counts_padding,
     narrow_maps,
+    register_own_models,
     stated,
 )
-from megakd.models.fitting import Match, build_empty, listed, plan_loading
-from megakd.models.fp8 import pack_linears, packed_linears
-from megakd.models.initial_values import initialize_parameters
+from megakd.models.fitting import Match, ModelSource, build_empty, listed, method_of, plan_loading
 from megakd.models.modeling.modeling_t5 import EncT5Config, T5EncoderConfig
-from megakd.models.own_models import CONFIG_ERRORS, class_of, config_in, register_own_models
 from megakd.models.quantized import (
     check_quantized,
     gguf_config,
     gguf_file,
     open_quantized,
+    pack_linears,
+    packed_linears,
 )
-from megakd.models.source import ModelSource, method_of
 from megakd.models.structure import for_task
-from megakd.models.weights import StoredTensor, WeightReader, check_weight_files
-from megakd.process.folders import check_given
+from megakd.models.weights import (
+    StoredTensor,
+    WeightReader,
+    check_weight_files,
+    initialize_parameters,
+)
+from megakd.process.files import check_given
 from megakd.process.terminal import in_home, is_first_of_node
 
 if TYPE_CHECKING:

@@ -20,18 +20,16 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from megakd.config.models import LoraConfig
-from megakd.config.task import TaskConfig
-from megakd.contract.tasks import LANGUAGE_TASKS
+from megakd.config.sections import LoraConfig
+from megakd.config.task import LANGUAGE_TASKS, TaskConfig
 from megakd.engine.collectives import on_main
 from megakd.engine.sharding import gathered, gathered_state, is_first_rank
 from megakd.errors import ConfigError
 from megakd.models.architectures import Architecture
-from megakd.models.fitting import match_names, random_head, valueless_model
+from megakd.models.fitting import ModelSource, match_names, random_head, valueless_model
 from megakd.models.model_folder import Extra
-from megakd.models.source import ModelSource
 from megakd.models.weights import stored_tensors
-from megakd.process.folders import check_given
+from megakd.process.files import check_given
 from megakd.process.seeding import cpu_seeded
 
 if TYPE_CHECKING:

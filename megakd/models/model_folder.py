@@ -24,14 +24,17 @@ from megakd.data.encoding import save_tokenizer
 from megakd.errors import ModelError
 from megakd.models.architectures import (
     AUTO_CLASSES,
+    CUT_FILE,
     NARROW,
+    OWN_MODELS,
+    T5_FILE,
     class_name,
     context_length,
     narrow_maps,
+    register_own_models,
 )
 from megakd.models.generation import generation_of
 from megakd.models.modeling.modeling_cut import narrow_class
-from megakd.models.own_models import CUT_FILE, OWN_MODELS, T5_FILE, register_own_models
 from megakd.models.weights import (
     SAFETENSORS,
     SAFETENSORS_INDEX,
@@ -40,8 +43,7 @@ from megakd.models.weights import (
     check_weight_files,
     stored_tensors,
 )
-from megakd.process.atomic import write_content, write_json
-from megakd.process.folders import sealed_folder
+from megakd.process.files import sealed_folder, write_content, write_json
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase

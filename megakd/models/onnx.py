@@ -1,20 +1,29 @@
-"""A finished model as an ONNX graph: written, compared with torch, and opened by onnxruntime.
+"""Models as ONNX graphs, in fp32 and int8, and forwards of models and graphs that are timed.
 
     model.onnx    inputs as the tokenizer names them, int64 [B, T]; output `logits`, fp32
 
 B and T are free. The folder also holds the config and the tokenizer, as optimum and transformers.js
 expect them. A decoder's graph has no cache of keys and values: it scores texts.
+
+onnxruntime's dynamic quantisation has one scale for all numbers of a product's input, of all rows
+of the batch: beside an outlier, the steps of all other numbers are coarse.
+
+On a CPU a time is the CPU time of one thread. The time on the clock is also that of other processes
+of the machine, and that of several threads depends on how many cores these leave.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import logging
+import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,18 +31,24 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from megakd.config.task import TaskType
 from megakd.data.tokenizers import from_folder, has_tokenizer_files
 from megakd.errors import ConfigError, ModelError, first_line
 from megakd.models.architectures import context_length, has_token_types
 from megakd.models.loading import load_finished
 
 MODEL = "model.onnx"
+
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
 _TOLERANCE = 1e-4
 """Largest difference of a logit from torch, relative to the largest logit if that is above 1."""
+
 _SHAPES = ((2, 7), (1, 1), (1, 19), (3, 32))
 """Rows and tokens of the inputs that are compared; the first is the one that is traced."""
+
 _INPUTS = ("input_ids", "attention_mask")
+
 MOST_IN_ONE_FILE = 1_500_000_000
 """Bytes of weights beyond which they go into a file beside the graph: protobuf ends at 2 GiB."""
 
@@ -204,3 +219,219 @@ def silent(logger: logging.Logger) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+logger = logging.getLogger(__name__)
+
+SHARES = (0.0, 0.125, 0.25, 0.5, 0.75)
+"""Shares of the products that stay in fp32, tried in this order."""
+
+Logits = Callable[[Mapping[str, Tensor]], NDArray[np.float32]]
+
+
+Scores = Callable[[Logits], Tensor]
+"""Returns [2, N] the scores of held-out rows, one by one and in batches, from a function of logits.
+
+A score is 1 for a right label and 0 for another, or minus a loss; NaN without a label."""
+
+
+def quantize_graph(whole: Path, graph: Path, scores: Scores | None) -> list[str]:
+    """Write the graph `whole` as an int8 `graph`; return lines with the scores of both.
+
+    If they differ by more than two standard errors, the products whose inputs have the largest
+    outliers stay in fp32, as few as cure it. If none do, a warning says so.
+    """
+    if scores is None:
+        _quantize(whole, graph, ())
+        return []
+    result = wanted = scores(OnnxModel(whole).logits)
+    products, kept, is_worse = list[str](), 0, False
+    for share in (*SHARES, 0.0):
+        products = products or (_by_outliers(whole, scores) if share else [])
+        kept = round(share * len(products))
+        _quantize(whole, graph, products[:kept])
+        result = scores(OnnxModel(graph).logits)
+        is_worse = _is_worse(wanted, result)
+        if not is_worse:
+            break
+    count, name = int(wanted[1].isfinite().sum()), "loss" if wanted.nansum() < 0 else "accuracy"
+    means = [f"{abs(float(one.nanmean())):.4f}" for one in (wanted[1], *result)]
+    line = (
+        f"{name} on {count} held-out rows: {means[0]} in fp32, {means[1]} in int8 one by one, "
+        f"{means[2]} in batches"
+    )
+    if is_worse:
+        logger.warning("the int8 graph is worse by more than two standard errors: %s", line)
+    if kept:
+        line += f"; {kept} of {len(products)} products stay in fp32, because of outliers"
+    return [line]
+
+
+def _is_worse(wanted: Tensor, result: Tensor) -> bool:
+    for before, after in zip(wanted, result, strict=True):
+        labelled = before.isfinite()
+        pair = torch.stack([before[labelled], after[labelled]])
+        lost = float(pair[0].mean() - pair[1].mean())
+        if not lost <= 2 * float(pair.std()) / pair.shape[1] ** 0.5:  # NaN is worse too
+            return True
+    return False
+
+
+def _by_outliers(whole: Path, scores: Scores) -> list[str]:
+    """Return the products and tables that are quantised, those with the largest outliers first."""
+    import onnx
+
+    model = onnx.load(str(whole), load_external_data=False)
+    weights = {one.name for one in model.graph.initializer}
+    numbers: dict[str, str] = {}  # by the node, the tensor whose numbers share a scale
+    for node in model.graph.node:
+        if node.op_type in ("MatMul", "Gemm") and node.input[1] in weights:
+            numbers[node.name] = node.input[0]
+        elif node.op_type == "Gather" and node.input[0] in weights:
+            numbers[node.name] = node.output[0]
+    names = list(dict.fromkeys(numbers.values()))
+    model.graph.output.extend(map(onnx.helper.make_empty_tensor_value_info, names))
+    watched = whole.with_name(f"{whole.name}.watched")  # beside a file of weights
+    onnx.save(model, str(watched))
+    onnx_model, outliers = OnnxModel(watched), dict.fromkeys(names, 0.0)
+
+    def logits(inputs: Mapping[str, Tensor]) -> NDArray[np.float32]:
+        first, *rest = onnx_model.outputs(inputs, ["logits", *names])
+        for name, one in zip(names, rest, strict=True):
+            sizes = np.abs(one)
+            outliers[name] = max(outliers[name], float(sizes.max() / max(sizes.mean(), 1e-30)))
+        return first
+
+    scores(logits)
+    watched.unlink()
+    return sorted(numbers, key=lambda node: -outliers[numbers[node]])
+
+
+def _quantize(whole: Path, graph: Path, kept: Sequence[str]) -> None:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    files = whole.parent.glob(f"{whole.name}*")
+    with silent(logging.getLogger()):
+        quantize_dynamic(
+            whole,
+            graph,
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            nodes_to_exclude=list(kept),
+            use_external_data_format=sum(one.stat().st_size for one in files) > MOST_IN_ONE_FILE,
+        )
+
+
+TEXTS = 8
+"""Least number of texts of the data that are timed."""
+
+LAST_POSITIONS = "logits_to_keep"
+
+WARM_UP = 2
+
+LEAST_ROUNDS, MOST_ROUNDS, ENOUGH_MS, MOST_MS = 5, 9, 500.0, 20_000.0
+"""Timing ends after `ENOUGH_MS` over all models, before `LEAST_ROUNDS` only after `MOST_MS`."""
+
+
+class Graph(nn.Module):
+    """The graph of a model, which answers on one thread of the CPU."""
+
+    dtype = torch.float32
+
+    def __init__(self, path: Path, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.config, self._graph = model.config, OnnxModel(path, threads=1)
+        self.place = nn.Parameter(torch.zeros(1))
+
+    def forward(self, **inputs: Tensor) -> object:
+        zeros = torch.zeros_like(inputs["input_ids"])  # for the types of tokens
+        return self._graph.logits({n: inputs.get(n, zeros) for n in self._graph.inputs})
+
+
+Timed = PreTrainedModel | Graph
+
+Call = Callable[[], object]
+
+
+def sample_lengths(lengths: Sequence[int], batch: int) -> list[list[int]]:
+    """Return batches whose texts are as long as those of the data, and as different."""
+    ordered = sorted(lengths)
+    several = ordered[0] < ordered[-1]
+    count = -(-TEXTS // batch) if several else 1
+    texts = range(count * batch)
+    drawn = [ordered[(2 * n + 1) * len(ordered) // (2 * len(texts))] for n in texts]
+    return [drawn[number::count] for number in range(count)]
+
+
+def calls_of(model: Timed, batches: Sequence[Sequence[int]]) -> Call:
+    """Return a function that makes a call for each batch of texts of these lengths.
+
+    A batch is padded to its longest text. The tokens are random, and the same every time. A causal
+    LM computes the last position, as before it generates.
+    """
+    last = {LAST_POSITIONS: 1} if LAST_POSITIONS in signature(model.forward).parameters else {}
+    calls = [partial(model, **_inputs(model, texts), **last) for texts in batches]
+    return lambda: [call() for call in calls]
+
+
+def milliseconds(call: Call) -> float:
+    """Return the time of a call without gradients, on a GPU until its work is done."""
+    is_cuda = _is_cuda()
+    finish = torch.cuda.synchronize if is_cuda else lambda: None
+    clock = time.perf_counter if is_cuda else time.thread_time
+    finish()
+    start = clock()
+    with torch.inference_mode():
+        call()
+    finish()
+    return (clock() - start) * 1e3
+
+
+def _is_cuda() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_initialized()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def by_turns(calls: Sequence[Call]) -> list[list[float]]:
+    """Return the milliseconds of each call in each round, in which the calls take turns.
+
+    Noise affects all calls of a round alike. The order rotates, because a forward depends on the
+    caches that the previous one filled.
+    """
+    rounds: list[list[float]] = []
+    with nullcontext() if _is_cuda() else _one_thread():
+        while len(rounds) < WARM_UP + MOST_ROUNDS:
+            times = [0.0] * len(calls)
+            for turn in range(len(calls)):
+                index = (turn + len(rounds)) % len(calls)
+                times[index] = milliseconds(calls[index])
+            rounds.append(times)
+            timed, spent = len(rounds) - WARM_UP, sum(map(sum, rounds))
+            if timed > 0 and spent > (MOST_MS if timed < LEAST_ROUNDS else ENOUGH_MS):
+                break
+    return rounds[WARM_UP:]
+
+
+def batches_of(task: TaskType) -> tuple[int, ...]:
+    """Return the numbers of texts at a time that are timed."""
+    return (1,) if task == "causal_lm" else (1, 32)
+
+
+def _inputs(model: Timed, texts: Sequence[int]) -> dict[str, Any]:
+    # A separate generator leaves the run's random state alone.
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.config.get_text_config().vocab_size
+    lengths = torch.tensor(texts)[:, None]
+    ids = torch.randint(vocabulary, (len(texts), max(texts)), generator=generator)  # [B, T]
+    mask = (torch.arange(ids.shape[1]) < lengths).to(ids.dtype)
+    device = next(model.parameters()).device
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}

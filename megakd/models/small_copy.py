@@ -1,20 +1,91 @@
-"""A small copy of a model with random weights, whose function decides what can be done with it."""
+"""Models without values, and a small copy whose function decides what can be done with a model."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from inspect import signature
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import PretrainedConfig, PreTrainedModel, initialization
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
-from megakd.contract.tasks import TaskType
+from megakd.config.task import TaskType
 from megakd.errors import ModelError, one_line
-from megakd.models.architectures import NARROW, stated
-from megakd.models.valueless import new_model, no_cache, without_values
+from megakd.models.architectures import (
+    AUTO_CLASSES,
+    NARROW,
+    class_for,
+    narrow_maps,
+    register_own_models,
+    stated,
+)
 from megakd.process.seeding import cpu_seeded
+
+VALUELESS = torch.device("meta")
+
+_PASSED_BY = "passed_by"
+"""Name of experts that return their input, whatever the router chooses."""
+
+
+class Valueless(TorchFunctionMode):
+    """Mode for the meta device: conditions on values are False, and read values are zero."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensor = args[0] if args else None
+        if isinstance(tensor, Tensor) and tensor.is_meta:
+            if func in (Tensor.__bool__, Tensor.__contains__):
+                return False
+            if func is Tensor.item:
+                return 0.0 if tensor.is_floating_point() else 0
+            if func is Tensor.tolist:
+                return torch.zeros_like(tensor, device="cpu").tolist()
+            if func is torch.unique_consecutive:  # as many end tokens in every text
+                return tensor[:1]
+        return func(*args, **(kwargs or {}))
+
+
+def new_model(config: PretrainedConfig, task: TaskType, **options: Any) -> PreTrainedModel:
+    """Build the model of a config for a task, on the current device.
+
+    Args:
+        options: of `from_config`, such as `dtype` and `attn_implementation`.
+    """
+    register_own_models()
+    if narrow_maps(config) is not None:
+        options.pop("trust_remote_code", None)
+        return cast("Any", class_for(config, task))._from_config(copy.deepcopy(config), **options)  # noqa: SLF001  (what from_config calls)
+    # Code beside the weights that has made the config may make the model.
+    is_remote = type(config).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME)
+    options = {"trust_remote_code": is_remote, **options}
+    return AUTO_CLASSES[task].from_config(copy.deepcopy(config), **options)
+
+
+def without_values(config: PretrainedConfig, task: TaskType) -> PreTrainedModel:
+    """Return a model on the meta device, whose experts pass their input on."""
+    with Valueless(), VALUELESS, initialization.no_init_weights():
+        model = new_model(config, task, attn_implementation="eager")
+    model.tie_weights()
+    ALL_EXPERTS_FUNCTIONS.register(_PASSED_BY, lambda experts, hidden, *chosen: hidden)
+    if any(hasattr(type(part), "_apply_gate") for part in model.modules()):
+        model.set_experts_implementation(_PASSED_BY)
+    return model.eval()
+
+
+def no_cache(model: nn.Module) -> dict[str, Any]:
+    """Return the argument of a forward that keeps a decoder from filling a cache.
+
+    A decoder with recurrent layers fails without it, and an encoder does not accept it.
+    """
+    arguments = signature(model.forward).parameters
+    takes_more = any(one.kind is one.VAR_KEYWORD for one in arguments.values())
+    is_taken = "use_cache" in arguments or (takes_more and hasattr(model.config, "use_cache"))
+    return {"use_cache": False} if is_taken else {}
+
 
 SIZES = {
     "hidden_size": 64,
@@ -37,20 +108,27 @@ SIZES = {
     "pad_token_id": 1,  # no token of a copy is below 5; some families count positions from it
 }
 """Sizes of a small copy; a family that refuses some of them has others, see `small_configs`."""
+
 WIDTHS_OF_EMBEDDINGS = ("embedding_size", "word_embed_proj_dim")
 """Keys of embeddings from which a matrix makes hidden states, if these are wider."""
+
 WINDOW = 8
 """Positions of a window or a chunk: fewer than in a row, so that layers with and without differ."""
+
 WINDOWS = (
     *("sliding_window", "attention_chunk_size", "attention_window_size", "window_size"),
     *("local_attention", "chunk_size", "mamba_chunk_size"),
 )
+
 LARGEST = 100_000_000
 """Most weights of a copy."""
+
 NOISE = 0.05
 """Of random weights: those of a new model hardly mix tokens, and its norms are all alike."""
+
 TOKENS = 5 + torch.arange(24)[None] * 7 % 400
 """A row without special tokens."""
+
 T = TypeVar("T")
 
 

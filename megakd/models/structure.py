@@ -22,8 +22,8 @@ from torch.fx.experimental import _config as conditions
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from megakd.contract.batch import LogitWarp
-from megakd.contract.tasks import LANGUAGE_TASKS, TaskType
+from megakd.config.task import LANGUAGE_TASKS, TaskType
+from megakd.data.batch import LogitWarp
 from megakd.errors import ModelError, one_line
 from megakd.models.architectures import (
     AUTO_CLASSES,
@@ -34,8 +34,8 @@ from megakd.models.architectures import (
     class_name,
     narrow_maps,
 )
+from megakd.models.small_copy import VALUELESS, Valueless, no_cache, without_values
 from megakd.models.units import units_of
-from megakd.models.valueless import VALUELESS, Valueless, no_cache, without_values
 
 LENGTH = 8
 """Tokens of the row of the forward."""

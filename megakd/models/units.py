@@ -20,18 +20,17 @@ from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from megakd.contract.tasks import TaskType
-from megakd.contract.views import Axis, Cut, Kind, UnitOrder, View
+from megakd.config.task import TaskType
 from megakd.errors import ModelError
 from megakd.models.architectures import (
     NARROW,
     ROUTES_TOKENS,
     Architecture,
     Known,
+    config_with_layers,
     narrow_maps,
     stated,
 )
-from megakd.models.config_of_layers import config_with_layers
 from megakd.models.proposed_units import (
     PROPOSALS,
     WITH_OTHERS,
@@ -39,6 +38,9 @@ from megakd.models.proposed_units import (
     FoundUnits,
     Units,
     are_of_maps,
+    axes_of,
+    cut_part,
+    lengths,
 )
 from megakd.models.small_copy import (
     TOKENS,
@@ -46,9 +48,9 @@ from megakd.models.small_copy import (
     logits_of,
     new_copy,
     widths_of,
+    without_values,
 )
-from megakd.models.unit_axes import axes_of, cut_part, lengths
-from megakd.models.valueless import without_values
+from megakd.models.views import Axis, Cut, Kind, UnitOrder, View
 
 T = TypeVar("T")
 KINDS: tuple[Kind, Kind] = ("heads", "neurons")

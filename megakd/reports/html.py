@@ -15,13 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megakd.contract.results import Report
-from megakd.contract.tasks import STUDENT
+from megakd.config.task import STUDENT
 from megakd.errors import CheckpointError
-from megakd.process import atomic
+from megakd.process import files
 from megakd.reports import table
 from megakd.reports.report_file import Curves, Points, curves_of, read_history, read_report
 from megakd.reports.table import is_number, short_count
+from megakd.training.lab import Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,7 +42,7 @@ def write_html_report(output_dir: Path) -> Path:
     text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
     page = html_report(report, read_history(output_dir / "metrics.jsonl"), config=text)
     try:
-        atomic.write_text(path, page)
+        files.write_text(path, page)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from error
     return path

@@ -15,13 +15,11 @@ from transformers import PretrainedConfig
 
 from megakd.config.deepspeed import frozen_on, load_ds_config, shards_within_node
 from megakd.config.run import RunConfig
-from megakd.contract.stage import Stage
-from megakd.contract.tasks import LANGUAGE_TASKS, STUDENT, TEACHER
+from megakd.config.task import LANGUAGE_TASKS, STUDENT, TEACHER
 from megakd.errors import ConfigError
 from megakd.models.architectures import stated
-from megakd.models.fp8 import fp8_bytes
 from megakd.models.model_folder import SHARD_BYTES
-from megakd.models.quantized import bytes_per_weight, check_whole
+from megakd.models.quantized import bytes_per_weight, check_whole, fp8_bytes
 from megakd.process.terminal import aligned_rows
 from megakd.reports.plan_memory import (
     FP32,
@@ -36,8 +34,8 @@ from megakd.reports.plan_memory import (
 )
 from megakd.reports.plan_phases import Phase, PlanningLab, planned_sources
 from megakd.reports.plan_tracing import Device, PhaseTraces, Trace, planned_dtype
-from megakd.training.precision import TORCH_DTYPE, training_dtype
-from megakd.training.step_size import largest_step
+from megakd.stage import Stage
+from megakd.training.precision import TORCH_DTYPE, largest_step, training_dtype
 
 GIGA = 10**9
 MOMENTS = {"adamw": 2, "sgd": 0}
@@ -444,9 +442,9 @@ def plan_run(config: RunConfig, cluster: Cluster, *, process: int | None = None)
 def process_bytes(*, has_data: bool = False) -> int:
     """Return the bytes of a run's process without models, from this process with its imports."""
     from megakd.reports import html
-    from megakd.training import progress, stage_run
+    from megakd.training import log, stage_run
 
-    del html, progress, stage_run
+    del html, log, stage_run
     return psutil.Process().memory_info().rss + _WORK + (0 if has_data else _DATA)
 
 

@@ -14,30 +14,25 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 from megakd.config.deepspeed import frozen_on, load_ds_config
-from megakd.config.models import TeacherConfig
 from megakd.config.run import RunConfig
-from megakd.config.task import TaskConfig, TokenizerConfig
-from megakd.config.train import TrainConfig, learning_rate_schedule, total_steps
-from megakd.contract.stage import Stage, StageResult
-from megakd.contract.tasks import AUTO, LANGUAGE_TASKS, STUDENT
-from megakd.contract.views import View
-from megakd.data.loader import rows_with_targets
-from megakd.data.step_layout import StepShape
+from megakd.config.sections import TeacherConfig, TrainConfig, learning_rate_schedule, total_steps
+from megakd.config.task import AUTO, LANGUAGE_TASKS, STUDENT, TaskConfig, TokenizerConfig
+from megakd.data.loader import StepShape, rows_with_targets
 from megakd.engine.distributed import Ranks
 from megakd.losses.objective import stage_losses
 from megakd.methods import run_method
-from megakd.models.fitting import check_length
+from megakd.models.fitting import ModelSource, ReadyTeacher, check_length
 from megakd.models.loading import with_vocabulary
 from megakd.models.quantized import check_quantized
-from megakd.models.source import ModelSource, ReadyTeacher
+from megakd.models.views import View
 from megakd.process.terminal import in_home
+from megakd.stage import Stage, StageResult
 from megakd.training.assembly import learning_models
-from megakd.training.importance import BATCH_ROWS
+from megakd.training.evaluation import FEW
 from megakd.training.inputs import RunInputs, resolve, with_student
 from megakd.training.metrics import check_weighed
-from megakd.training.pruning import Shapes, SortedTeacher, shape_of_cut, unscored
+from megakd.training.pruning import BATCH_ROWS, Shapes, SortedTeacher, shape_of_cut, unscored
 from megakd.training.recipes import LabBase, baseline_stage, scoring_preset
-from megakd.training.scorer import FEW
 
 _TRAINED_VOCABULARY = 8000
 UNKNOWN_STEPS = 10**6

@@ -25,27 +25,28 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from megakd.config.run import RunConfig
-from megakd.contract.batch import Batch, Documents, Knowledge, Targets, Unit
-from megakd.contract.joined_batches import joined, split
-from megakd.contract.stage import Stage, backward_groups, teacher_names
-from megakd.contract.tasks import SOFT_LABELS, Dtype
-from megakd.contract.terms import source_of
-from megakd.data.masking import DEFAULT_PROBABILITY
+from megakd.config.task import SOFT_LABELS, Dtype
+from megakd.config.terms import Unit, source_of
+from megakd.data.batch import Batch, Documents, Knowledge, Targets, backward_groups, teacher_names
+from megakd.data.collation import DEFAULT_PROBABILITY
 from megakd.losses.bundle import StudentBundle, build_bundle
 from megakd.losses.objective import StageLosses, label_objective, stage_losses, with_even_weights
-from megakd.models.fitting import build_empty
-from megakd.models.knowledge import LanguageModelHead, Needs
+from megakd.models.fitting import ModelSource, ReadyTeacher, build_empty
+from megakd.models.knowledge import LanguageModelHead, Needs, build_second_vocabulary
 from megakd.models.lora import add_adapters
-from megakd.models.packed_attention import VARLEN
-from megakd.models.packing import set_attention
-from megakd.models.second_vocabulary import build_second_vocabulary
-from megakd.models.source import ModelSource, ReadyTeacher
+from megakd.models.packing import VARLEN, set_attention
 from megakd.reports.plan_phases import Phase
-from megakd.teachers.frozen import FrozenModel
+from megakd.stage import Stage
+from megakd.teachers.frozen import FrozenModel, joined, split
 from megakd.training.assembly import second_sizes
-from megakd.training.importance import GateGradients
-from megakd.training.precision import TORCH_DTYPE, frozen_dtype, training_dtype
-from megakd.training.step_size import joins_micro_batches, largest_step
+from megakd.training.precision import (
+    TORCH_DTYPE,
+    frozen_dtype,
+    joins_micro_batches,
+    largest_step,
+    training_dtype,
+)
+from megakd.training.pruning import GateGradients
 from megakd_kernels.chunking import CPU_CHUNK_MB, GPU_CHUNK_MB, MEBIBYTE
 from megakd_kernels.hidden_ops import CHUNK_MB, KERNEL_CHUNK_MB
 

@@ -17,10 +17,10 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from megakd.config.task import TaskConfig
-from megakd.data.chat.tokens import PROMPT_LENGTH
+from megakd.data.chat_tokens import PROMPT_LENGTH
 from megakd.data.collation import Collator
-from megakd.engine.student import device_batch
 from megakd.teachers.frozen import FrozenTeacher
+from megakd.training.student import device_batch
 
 PROMPTS = 3
 PROMPT_TOKENS, NEW_TOKENS = 16, 16

@@ -12,10 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from megakd.config.models import TeacherConfig
 from megakd.config.run import RunConfig
-from megakd.contract.stage import Stage
-from megakd.contract.tasks import AUTO
+from megakd.config.sections import TeacherConfig
+from megakd.config.task import AUTO
 from megakd.engine.collectives import gather, node_name, on_main
 from megakd.engine.distributed import Ranks
 from megakd.engine.memory import device_name, forget_models, peak_memory_bytes, reset_peak_memory
@@ -26,10 +25,11 @@ from megakd.reports.report_file import installed_versions
 from megakd.reports.table import duration
 from megakd.run.main import check_machines, checked_inputs, started
 from megakd.run.teacher_pool import TeacherPool
+from megakd.stage import Stage
 from megakd.training.assembly import Assembly
+from megakd.training.evaluation import StageProbe
+from megakd.training.generated_texts import run_name
 from megakd.training.inputs import RunInputs
-from megakd.training.probe import StageProbe
-from megakd.training.served_texts import run_name
 from megakd.training.stage_run import StageRun
 
 STEPS = 3

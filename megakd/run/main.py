@@ -23,23 +23,18 @@ from megakd.engine.memory import earlier_objects_left_alone, keep_freed_memory
 from megakd.errors import ConfigError, first_line
 from megakd.methods import run_method
 from megakd.models.onnx import check_packages
-from megakd.process.fingerprint import differences, flatten
-from megakd.process.folders import check_writable
-from megakd.process.phases import counted, phase
-from megakd.process.run_folder import FINAL, REPORT
-from megakd.process.signals import Stopped
+from megakd.process.files import FINAL, REPORT, check_writable, differences, flatten
+from megakd.process.terminal import Stopped, counted, phase
 from megakd.reports.plan_phases import check_method
 from megakd.reports.report_file import installed_versions
-from megakd.run.finished_run import finished_table, publish
+from megakd.run.finished_run import begin_run, finished_table, publish, run_facts
 from megakd.run.holder import held
-from megakd.run.run_identity import begin_run, run_facts
 from megakd.run.run_lab import RunLab
 from megakd.run.run_report import report_of
 from megakd.training.inputs import RunInputs, prepare
+from megakd.training.log import Reporter, Trackers, check_trackers
 from megakd.training.precision import check_device
-from megakd.training.progress import Reporter
 from megakd.training.recipes import baseline_stage
-from megakd.training.trackers import Trackers, check_trackers
 
 # The bases of the Hub's error are OSError and the error of its HTTP client, which has two names.
 _HUB_FAILURES = cast("tuple[type[Exception], ...]", (ValueError, *HfHubHTTPError.__bases__))
@@ -135,7 +130,7 @@ def checked_inputs(config: RunConfig) -> RunInputs:
     """Return the inputs of a run, whose servers answer; a collective."""
     prepared = prepare(config)
     if config.rollout is not None:
-        from megakd.training.served_texts import check_servers
+        from megakd.training.generated_texts import check_servers
 
         check_servers(prepared)
     if any(spec.server for spec in config.teacher_specs.values()):

@@ -11,30 +11,27 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from megakd.config.train import total_steps
-from megakd.contract.batch import ROUTE, teacher_number
-from megakd.contract.lab import Pruning
-from megakd.contract.results import Assistant, Metric
-from megakd.contract.stage import Stage, StageResult
-from megakd.contract.tasks import STUDENT
+from megakd.config.sections import total_steps
+from megakd.config.task import STUDENT
 from megakd.data.arrow import column_of
+from megakd.data.batch import ROUTE, teacher_number
 from megakd.data.loader import rows_with_targets
 from megakd.engine.collectives import doing, main_first, on_main
 from megakd.engine.distributed import Ranks
 from megakd.errors import CheckpointError
+from megakd.models.fitting import ModelSource, parts_of
 from megakd.models.loading import resolve_model
-from megakd.models.source import ModelSource, parts_of
-from megakd.reports.derived_warnings import rising_teachers
-from megakd.reports.report_file import read_history
+from megakd.reports.report_file import read_history, rising_teachers
 from megakd.run.teacher_pool import Measured, TeacherPool, measure
-from megakd.training.assembly import Assembly
+from megakd.stage import Stage, StageResult
+from megakd.training.assembly import Assembly, check_stream, step_shape
+from megakd.training.evaluation import StageProbe
 from megakd.training.inputs import RunInputs, specified
+from megakd.training.lab import Assistant, Metric, Pruning
+from megakd.training.log import Reporter
 from megakd.training.metrics import check_weighed
 from megakd.training.precision import saved_dtype
-from megakd.training.probe import StageProbe
-from megakd.training.progress import Reporter
 from megakd.training.recipes import LabBase, scoring_preset
-from megakd.training.stage_batches import check_stream, step_shape
 from megakd.training.stage_folder import length_of, may_grow, read_result
 from megakd.training.stage_run import run_stage, stage_checkpoints
 
@@ -46,7 +43,7 @@ T = TypeVar("T")
 
 
 class RunLab(LabBase):
-    """Runner of the stages of one run config; each stage runs once. See `contract.lab.Lab`.
+    """Runner of the stages of one run config; each stage runs once. See `training.lab.Lab`.
 
     assembly: the parts that the engines of all stages are built from.
     pool: the frozen teachers of all stages.
@@ -153,7 +150,7 @@ class RunLab(LabBase):
         """Cache a teacher's answers to the training rows in the configured folder; a collective."""
         folder = self.pool.cache_folder(name)
         self.close()
-        from megakd.training.answer_cache import fill_cache
+        from megakd.training.served_teachers import fill_cache
 
         fill_cache(self.assembly, self._teachers[name], folder)
         return folder

@@ -1,41 +1,261 @@
-"""The report of a run: scores and latency of the finished models, and what the stages took."""
+"""The report of a run: scores, graphs and latency of the finished models.
+
+An encoder that is trained on a CPU will be served on one, so its report has rows of both models as
+fp32 and as int8 graphs, if onnxruntime is installed.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import shutil
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from datasets import Dataset
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 
-from megakd.contract.results import Report
-from megakd.contract.stage import StageResult
-from megakd.contract.tasks import STUDENT, TEACHER, TFIDF, THRESHOLD
-from megakd.data.choosing import is_labelled
-from megakd.data.loader import lengths_of_rows
-from megakd.data.reading_report import read_line
+from megakd.config.task import LANGUAGE_TASKS, STUDENT, TEACHER, TFIDF, THRESHOLD
+from megakd.data.batch import IGNORE
+from megakd.data.loader import evaluation_batches, lengths_of_rows
+from megakd.data.rows import is_labelled
+from megakd.data.splits import read_line
 from megakd.engine.collectives import doing, on_main
-from megakd.engine.memory import forget_models, free_memory_bytes
-from megakd.models.forwards import Graph, Timed, batches_of
+from megakd.engine.memory import device_name, forget_models, free_memory_bytes
+from megakd.models.fitting import parts_of
 from megakd.models.loading import load_finished
 from megakd.models.lora import adapter_parameters
 from megakd.models.model_folder import weight_bytes
-from megakd.models.source import parts_of
-from megakd.process.phases import phase, seconds
-from megakd.reports.derived_warnings import LOSS_ERROR, derived_warnings
-from megakd.reports.report_file import environment, read_history
+from megakd.models.onnx import (
+    MODEL,
+    MOST_IN_ONE_FILE,
+    Graph,
+    Logits,
+    OnnxModel,
+    Timed,
+    batches_of,
+    by_turns,
+    calls_of,
+    missing_packages,
+    quantize_graph,
+    sample_lengths,
+    write_onnx,
+)
+from megakd.process.terminal import phase, seconds
+from megakd.reports.report_file import LOSS_ERROR, derived_warnings, environment, read_history
 from megakd.reports.table import OF_STAGE
-from megakd.run.graphs import GraphRow, remove_graphs, write_graphs
 from megakd.run.run_lab import RunLab
 from megakd.run.teacher_pool import Measured
+from megakd.stage import StageResult
+from megakd.training.assembly import Assembly
+from megakd.training.evaluation import few
 from megakd.training.inputs import vocabulary_report
+from megakd.training.lab import Report
+from megakd.training.metrics import decided, score_words
 from megakd.training.precision import TORCH_DTYPE, scoring_dtype
-from megakd.training.words import score_words
 
 logger = logging.getLogger(__name__)
+
+Rounds = dict[int, dict[str, list[float]]]
+"""Milliseconds of a forward by batch, model and round; the n-th of all models are of one round."""
+
+
+def measure_latencies(
+    models: Mapping[str, Timed], lengths: Sequence[int], batches: Sequence[int]
+) -> Rounds:
+    """Time one forward of each model by turns at each batch, the number of texts at a time.
+
+    The texts are as long as those of the data, whose `lengths` are in tokens; a batch is padded to
+    its longest text. A causal LM computes the logits of the last position, as it does before it
+    generates. The models are left in evaluation mode.
+    """
+    rounds: Rounds = {}
+    for batch in batches:
+        logger.info("timing %s: batches of %d", ", ".join(models), batch)
+        texts = sample_lengths(lengths, batch)
+        calls = [calls_of(model.eval(), texts) for model in models.values()]
+        times = [[ms / len(texts) for ms in one] for one in by_turns(calls)]
+        rounds[batch] = {
+            name: list(of_model) for name, *of_model in zip(models, *times, strict=True)
+        }
+    return rounds
+
+
+def latency_report(
+    rounds: Rounds, reference: str, lengths: Sequence[int], *, device: torch.device, dtype: str
+) -> dict[str, Any]:
+    """Return the report's entries on latency: medians, and speed-ups to the model `reference`.
+
+    A speed-up is the median of the ratios of the rounds, with its range: of eight or more rounds
+    without the lowest and the highest.
+    """
+    threads = " (CPU time of one thread)" if device.type == "cpu" else ""
+    entries: dict[str, Any] = {
+        "batches": [*rounds],
+        "latency.tokens": round(statistics.fmean(lengths)),
+        "latency.device": device_name(device) + threads,
+        "latency.dtype": dtype,
+    }
+    for batch, times in rounds.items():
+        entries[f"latency.rounds_batch_{batch}"] = len(times[reference])
+        for name, of_model in times.items():
+            ratios = sorted(a / b for a, b in zip(times[reference], of_model, strict=True))
+            outside = 1 if len(ratios) >= 8 else 0
+            key = f"{name}.speedup_batch_{batch}"
+            entries |= {
+                f"{name}.ms_batch_{batch}": statistics.median(of_model),
+                key: statistics.median(ratios),
+                f"{key}_low": ratios[outside],
+                f"{key}_high": ratios[-1 - outside],
+            }
+    return entries
+
+
+_FOLDER = ".graphs"
+
+
+class GraphRow(NamedTuple):
+    """A row of the report: the graph of a model, as stored (`onnx`) or as `int8`."""
+
+    model: str
+    form: Literal["onnx", "int8"]
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}_{self.form}"
+
+    def path(self, output_dir: Path) -> Path:
+        """Return the path of the graph, which exists only while the report is made."""
+        return output_dir / _FOLDER / self.name / MODEL
+
+
+_ROWS = tuple(GraphRow(model, form) for model in (TEACHER, STUDENT) for form in ("onnx", "int8"))
+
+_SAVED = GraphRow(STUDENT, "onnx")
+
+
+def remove_graphs(output_dir: Path) -> None:
+    """Remove the graphs of the report."""
+    shutil.rmtree(output_dir / _FOLDER, ignore_errors=True)
+
+
+def write_graphs(
+    lab: RunLab, student: Path, reference: str | None, measured: Mapping[str, Measured]
+) -> dict[GraphRow, dict[str, Any]]:
+    """Write the graphs of the student and the largest teacher, `reference`; a collective.
+
+    Returns:
+        By row: sizes and scores. The logits of an fp32 graph are the model's, so are its scores.
+    """
+    config, is_encoder = lab.config, _is_served_encoder(lab)
+    models = {STUDENT: (lab.assembly, student, measured[STUDENT].report)}
+    teacher = lab.pool.folders[reference] if reference else None
+    if reference and teacher:
+        models[TEACHER] = lab.assembly.of(reference), teacher, measured[reference].report
+    is_small = {n: weight_bytes(folder) <= MOST_IN_ONE_FILE for n, (_, folder, _) in models.items()}
+    rows = [row for row in _ROWS if is_encoder and is_small.get(row.model)]
+    if config.save.onnx and _SAVED not in rows:
+        rows.append(_SAVED)
+
+    def write() -> dict[GraphRow, dict[str, Any]]:
+        remove_graphs(config.output_dir)
+        entries: dict[GraphRow, dict[str, Any]] = {}
+        for row in rows:
+            assembly, folder, report = models[row.model]
+            graph, scores = row.path(config.output_dir), report["metrics"]
+            graph.parent.mkdir(parents=True)
+            try:
+                if row.form == "int8":
+                    scores = _quantized(assembly, row, graph, scores.get(THRESHOLD))
+                else:
+                    stored_as = lab.saved_dtype if row == _SAVED else None
+                    write_onnx(folder, to=graph, stored_as=stored_as)
+            except Exception as error:  # noqa: BLE001 - onnx and its exporter raise any error
+                # All stages are finished, and the student is valid without a graph.
+                logger.warning("the report has no row %s: %s", row.name, error)
+                continue
+            # The weights of a large graph are in a file beside it.
+            size = sum(path.stat().st_size for path in graph.parent.iterdir())
+            sizes = {key: report[key] for key in ("parameters", "encoder_parameters")}
+            entries[row] = {**sizes, **scores, "bytes": size}
+        return entries
+
+    if not rows:
+        return {}
+    with doing("writing ONNX graphs"):
+        return on_main(write)
+
+
+def _is_served_encoder(lab: RunLab) -> bool:
+    config, device = lab.config, lab.assembly.ranks.device
+    is_served = config.task.type not in LANGUAGE_TASKS and device.type == "cpu"
+    return is_served and config.eval.latency and not missing_packages()
+
+
+def graph_scores(
+    assembly: Assembly, threshold: float | None, logits: Logits, *, times: int = 4
+) -> Tensor:
+    """Return the scores [2, N] of held-out rows, one by one and in batches; see `Scores`.
+
+    Args:
+        threshold: see `TaskMetrics`.
+        times: see `few`.
+    """
+    rows = few(assembly.prepared.encoded.held_out, assembly.config.task.type, times=times)
+
+    def score(answers: Tensor, labels: Tensor) -> Tensor:  # [B]
+        if answers.ndim == 3:
+            nats = cross_entropy(answers.mT, labels, ignore_index=IGNORE, reduction="none")
+            return -nats.sum(1) / (labels != IGNORE).sum(1)
+        if labels.dim() == 2:  # any number of labels
+            guessed = torch.from_numpy(decided(answers.numpy(), threshold or 0.5))
+            right = (guessed == (labels == 1)).all(1).double()
+            return right.masked_fill(labels[:, 0].isnan(), torch.nan)
+        if labels.is_floating_point():
+            return -((answers[:, 0] - labels) ** 2)
+        right = (answers.argmax(1) == labels).double()
+        return right.masked_fill(labels == IGNORE, torch.nan)
+
+    sizes = (1, assembly.scorer().batch_size)
+    outputs = [_outputs(assembly, logits, rows, batch_size=size) for size in sizes]
+    return torch.stack([torch.cat([score(*one) for one in of])[: len(rows)] for of in outputs])
+
+
+def _quantized(
+    assembly: Assembly, row: GraphRow, graph: Path, threshold: float | None
+) -> dict[str, float]:
+    whole = row._replace(form="onnx").path(assembly.config.output_dir)
+    # Of few rows, one by one they take as long as all in batches.
+    scores = partial(graph_scores, assembly, threshold, times=1)
+    logger.info("%s: %s", row.name, *quantize_graph(whole, graph, scores))
+    rows, scorer = assembly.prepared.encoded.held_out, assembly.scorer()
+    batches = _outputs(assembly, OnnxModel(graph).logits, rows, batch_size=scorer.batch_size)
+    outputs, labels = zip(*batches, strict=True)
+    metrics = replace(scorer.metrics, threshold=threshold)
+    return metrics.of(torch.cat(outputs)[: len(rows)], torch.cat(labels)[: len(rows)])
+
+
+def _outputs(
+    assembly: Assembly, logits: Logits, rows: Dataset, *, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the fp64 outputs of a graph and the labels by batch; dummy rows fill the last one."""
+    scorer = assembly.scorer()
+    for batch in evaluation_batches(
+        rows, scorer.collate, batch_size=batch_size, rank=0, world=1, masking=scorer.masking
+    ):
+        # Without the padding that no service adds. Dummy rows have at least one token.
+        width = max(1, int(batch.valid.sum(1).max()))
+        inputs = {"attention_mask": batch.valid.long(), **batch.inputs}
+        inputs.setdefault("token_type_ids", torch.zeros_like(inputs["input_ids"]))
+        answers = logits({name: one[:, :width].contiguous() for name, one in inputs.items()})
+        labels = batch.labels[:, :width] if answers.ndim == 3 else batch.labels
+        yield torch.from_numpy(answers).double(), labels
 
 
 def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageResult]) -> Report:
@@ -196,7 +416,6 @@ def _latency(
             *(needed / 1e9, free / 1e9, device),
         )
         return {"batches": []}
-    from megakd.reports.latency import latency_report, measure_latencies
 
     dtype = scoring_dtype(config.train, device.type)
     try:

@@ -7,6 +7,7 @@ the report.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,28 +15,91 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from megakd.contract.results import Row
-from megakd.contract.tasks import AUTO, SOFT_LABELS
-from megakd.engine.collectives import doing
+import torch
+from torch import Tensor
+
+from megakd.config.task import AUTO, SOFT_LABELS
+from megakd.data.batch import IGNORE
+from megakd.engine.collectives import all_reduce_, doing
 from megakd.engine.memory import forget_models, left_out_of_peak, reset_peak_memory
-from megakd.models.axes import parameter_counts
+from megakd.errors import TeacherError
+from megakd.losses.objective import logits_of
+from megakd.models.elastic import parameter_counts
+from megakd.models.fitting import ReadyTeacher
 from megakd.models.knowledge import Needs
-from megakd.models.source import ReadyTeacher
-from megakd.process.phases import phase
+from megakd.process.terminal import phase
 from megakd.reports.samples import held_out_prompts
-from megakd.run.exact_answers import has_probabilities, log_probabilities, say_divergence
 from megakd.teachers.cached import CachedTeacher
-from megakd.teachers.frozen import FrozenTeacher
-from megakd.teachers.soft_labels import SoftLabels
-from megakd.training.step_size import joins_micro_batches
+from megakd.teachers.frozen import FrozenTeacher, SoftLabels
+from megakd.training.assembly import Assembly
+from megakd.training.lab import Row
+from megakd.training.precision import joins_micro_batches
+
+logger = logging.getLogger(__name__)
+
+POSITIONS = 256
+"""Most rows of a classifier, or targets of a language model, on each rank."""
+
+
+def has_probabilities(assembly: Assembly) -> bool:
+    """Return whether the outputs of models for the task are one distribution for a row or token."""
+    splits = assembly.prepared.splits
+    return assembly.config.task.type != "regression" and not splits.multi_label
+
+
+@torch.no_grad()
+def log_probabilities(assembly: Assembly, teacher: FrozenTeacher) -> Tensor:
+    """Return [N, C] of this rank's first held-out rows, on the CPU; a collective at ZeRO 3."""
+    scorer = assembly.scorer()
+    rows = assembly.prepared.encoded.validation
+    first = rows.select(range(min(len(rows), scorer.batch_size * scorer.ranks.world_size)))
+    (batch,) = scorer.batches(first)
+    answer = teacher(batch)
+    if answer.hidden is None or answer.head is None:
+        return logits_of(answer)[:POSITIONS].log_softmax(-1).cpu()
+    with answer.head.open():
+        # Padding and prompts count for no loss.
+        counted = batch.labels != IGNORE
+        hidden = answer.hidden[counted] if answer.hidden.dim() > 2 else answer.hidden
+        few = answer._replace(hidden=hidden[:POSITIONS])
+        return logits_of(few).log_softmax(-1).cpu()
+
+
+def say_divergence(key: str, exact: Tensor, packed: Tensor) -> None:
+    """Log the mean KL divergence of 8-bit answers from those in bf16; a collective.
+
+    key: of the teacher in the config.
+
+    Raises:
+        TeacherError: it is no number.
+    """
+    sums = torch.stack(
+        [
+            torch.sum(exact.exp() * (exact - packed), dtype=torch.float64),
+            (exact.argmax(-1) == packed.argmax(-1)).sum().double(),
+            torch.tensor(float(len(exact)), dtype=torch.float64),
+        ]
+    )
+    divergence, same, count = all_reduce_(sums).tolist()
+    if not divergence < float("inf"):
+        raise TeacherError(
+            f"{key}.dtype: fp8: the answers to {count:.0f} held-out rows or tokens are not finite "
+            "numbers; use bf16"
+        )
+    logger.info(
+        "%s in fp8: KL divergence from bf16 %.4f nats, same most likely answer %.1f %%, on %d "
+        "held-out rows or tokens",
+        *(key, divergence / max(1.0, count), 100 * same / max(1.0, count), count),
+    )
+
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megakd.contract.stage import Stage
     from megakd.reports.samples import Prompts
+    from megakd.stage import Stage
     from megakd.training.assembly import Assembly
-    from megakd.training.scorer import Scorer
+    from megakd.training.evaluation import Scorer
     from megakd.training.served_teachers import ServedTeacher
 
     Opened = FrozenTeacher | CachedTeacher | ServedTeacher | SoftLabels
@@ -118,7 +182,7 @@ class TeacherPool:
             return served_teacher(prepared, name, ranks)
         cached = None
         if ready.spec.cache is not None:
-            from megakd.training.answer_cache import fill_cache, open_cache
+            from megakd.training.served_teachers import fill_cache, open_cache
 
             folder = self.cache_folder(name)
             if ready.spec.cache == AUTO:

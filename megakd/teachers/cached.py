@@ -25,13 +25,19 @@ from datasets import Dataset
 from torch import Tensor
 from typing_extensions import override
 
-from megakd.contract.batch import Batch, Draws, Knowledge, TopK
-from megakd.contract.stage import Teacher
+from megakd.data.batch import Batch, Draws, Knowledge, Teacher, TopK
 from megakd.engine.collectives import doing, gather, on_main, together, told
 from megakd.engine.distributed import Ranks
 from megakd.errors import TeacherError
-from megakd.process.fingerprint import Fingerprint, differences
-from megakd.process.folders import damage, entries, read_signed, sealed_folder, write_signed
+from megakd.process.files import (
+    Fingerprint,
+    damage,
+    differences,
+    entries,
+    read_signed,
+    sealed_folder,
+    write_signed,
+)
 
 if TYPE_CHECKING:
     from megakd.teachers.frozen import FrozenTeacher

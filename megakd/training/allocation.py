@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megakd.contract.views import Allocation, UnitOrder, View
 from megakd.errors import CheckpointError, ConfigError, TeacherError
+from megakd.models.views import Allocation, UnitOrder, View
 
 Layers = tuple[tuple[float, ...], ...]
 """One number per unit, layer by layer."""

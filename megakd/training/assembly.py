@@ -1,4 +1,4 @@
-"""Engines of a stage, built from the prepared inputs: the learner, and each frozen model."""
+"""Engines of a stage, built from the prepared inputs, and its training batches."""
 
 from __future__ import annotations
 
@@ -8,55 +8,52 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
 from megakd.config.deepspeed import frozen_on, load_ds_config
-from megakd.config.models import StudentConfig
 from megakd.config.run import RunConfig
-from megakd.config.train import TrainConfig
-from megakd.contract.stage import Stage, StageResult
-from megakd.contract.tasks import STUDENT, THRESHOLD, Dtype, FusedLayers
-from megakd.data.collation import Collator
-from megakd.data.encoding import tokens_key
-from megakd.data.masking import task_masking
+from megakd.config.sections import StudentConfig, TrainConfig
+from megakd.config.task import STUDENT, THRESHOLD, Dtype, FusedLayers
+from megakd.data.batch import BatchSource, Teacher
+from megakd.data.collation import Collator, task_masking
+from megakd.data.encoding import Encoded, labelled_only, tokens_key
+from megakd.data.loader import OtherReading, StepLayout, StepLoader, StepShape
 from megakd.data.tokenizers import characters_of_tokens
-from megakd.engine.collectives import doing, on_main
+from megakd.engine.collectives import doing, gather, on_main
 from megakd.engine.distributed import Ranks
 from megakd.engine.initialize import training_engine
 from megakd.engine.memory import forget_models, freed_memory_returned
-from megakd.engine.student import StudentEngine
-from megakd.errors import CheckpointError
+from megakd.errors import CheckpointError, ConfigError
 from megakd.losses.bundle import StudentBundle, build_bundle
 from megakd.losses.objective import StageLosses, learners_of, stage_losses, with_class_weights
-from megakd.models.fitting import label_order
-from megakd.models.fused_layers import choice_of, fuse_layers
-from megakd.models.knowledge import Needs
+from megakd.models.fitting import ModelSource, ReadyTeacher, label_order
+from megakd.models.fused_layers import fuse_layers
+from megakd.models.knowledge import Needs, SecondSize, add_second_vocabulary
 from megakd.models.loading import check_finite, load_model
 from megakd.models.lora import add_adapters
 from megakd.models.packing import set_attention
-from megakd.models.second_vocabulary import (
-    SecondSize,
-    add_second_vocabulary,
-)
-from megakd.models.source import ModelSource, ReadyTeacher
-from megakd.process.phases import phase
 from megakd.process.seeding import cpu_seeded
+from megakd.process.terminal import phase
+from megakd.stage import Stage, StageResult
 from megakd.teachers.frozen import FrozenModel, FrozenTeacher
+from megakd.training.checkpoint import read_states
+from megakd.training.evaluation import Scorer
 from megakd.training.inputs import RunInputs
 from megakd.training.precision import (
     TORCH_DTYPE,
     check_dtype,
     check_kernels,
+    choice_of,
     frozen_dtype,
     scoring_dtype,
     training_dtype,
 )
-from megakd.training.scorer import Scorer
 from megakd.training.stage_folder import read_result, write_result
+from megakd.training.student import StudentEngine
 
 
 def learning_models(
@@ -315,3 +312,76 @@ def second_sizes(stage: Stage, *, pieces: int, offset: int) -> dict[str, SecondS
         for role, probability in stage.mixed.items()
         if probability > 0
     }
+
+
+class StageParts(NamedTuple):
+    """Parts that batches are made from; `models`: `student`, and the frozen teachers by name."""
+
+    stage: Stage
+    assembly: Assembly
+    models: Mapping[str, StudentEngine | Teacher]
+
+    @property
+    def of_model(self) -> Assembly:
+        """The assembly with the tokenizer and the data of the stage's model."""
+        return self.assembly.of(self.stage.role)
+
+    @property
+    def layout(self) -> StepLayout:
+        train, config = self.stage.train, self.assembly.config
+        return StepLayout(
+            step_shape(train, self.assembly.ranks),
+            train.tokens_per_rank,
+            self.stage.teachers if config.method.routes_rows else (),
+            by_length=config.train.packing is False,
+        )
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.assembly.config.output_dir / "checkpoints" / self.stage.name
+
+
+def step_shape(train: TrainConfig, ranks: Ranks) -> StepShape:
+    """Return the distribution of a step's rows, for this rank."""
+    return StepShape(
+        train.per_device_train_batch_size,
+        train.gradient_accumulation_steps,
+        ranks.rank,
+        ranks.world_size,
+    )
+
+
+def row_batches(
+    parts: StageParts, encoded: Encoded, others: Mapping[str, OtherReading] | None = None
+) -> BatchSource:
+    """Return a stage's batches of encoded rows, for this rank; `others` as in `data.loader`."""
+    stage, layout, seed = parts.stage, parts.layout, parts.assembly.config.seed
+    scorer = parts.of_model.scorer(stage.train)
+    collate, masking, others = scorer.collate, scorer.masking, others or {}
+    if encoded.stream is None:
+        rows = labelled_only(encoded.train) if stage.labelled_only else encoded.train
+        return StepLoader(rows, collate, layout=layout, seed=seed, masking=masking, others=others)
+    from megakd.data.streams import StreamedShare, StreamLoader
+
+    # The rules of the config do not see the settings that a method gives to a stage.
+    steps = stage.train.max_steps
+    if steps is None or layout.tokens_per_rank is not None:
+        key = "max_steps is missing" if steps is None else "tokens_per_rank is set"
+        raise ConfigError(
+            f"{stage.name}: {key} in the settings of the stage, and task.streaming is true: a "
+            "stream has no epochs, and its rows are not packed; set max_steps and no "
+            "tokens_per_rank, or remove task.streaming"
+        )
+    share = StreamedShare(encoded.stream, layout.shape, seed)
+    return StreamLoader(share, collate, steps_per_epoch=steps, gather=gather, masking=masking)
+
+
+def check_stream(checkpoint: Path, ranks: Ranks) -> None:
+    """Raise if a checkpoint is of a stream that another number of ranks has read."""
+    places = read_states(checkpoint, ranks.device)["batches"].get("places")
+    if places is not None and len(places) != ranks.world_size:
+        raise CheckpointError(
+            f"{checkpoint} is of a stream that {len(places)} ranks have read, and this run has "
+            f"{ranks.world_size}: a stream goes on only on as many ranks; start {len(places)} "
+            "ranks, or set another output_dir"
+        )

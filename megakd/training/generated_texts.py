@@ -1,28 +1,305 @@
-"""Generated texts in a stage: their generators, its training batches, and its evaluation."""
+"""Generated texts in a stage: their generators and servers, training batches, and evaluation.
+
+The student's weights reach them by a folder. They are gathered one parameter at a time, and rank 0
+writes them in small shards, so no rank holds the whole model.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import shutil
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
+from uuid import uuid4
 
-from megakd.config.rollout import GenerationConfig
-from megakd.contract.completions import Completion, Generator, Sampling, TextTokens
-from megakd.contract.stage import Teacher
-from megakd.contract.tasks import STUDENT, TEXTS
+from torch import nn
+
+from megakd.config.sections import GenerationConfig, RolloutConfig, Sampling, ServerConfig
+from megakd.config.task import STUDENT, TEXTS
+from megakd.data.batch import Teacher
 from megakd.data.loader import RowOrder, StepLoader
-from megakd.engine.collectives import on_main, together
-from megakd.engine.sharding import whole_model
-from megakd.engine.student import StudentEngine
-from megakd.models.generation import complete, text_tokens
+from megakd.engine.collectives import agree, doing, on_main, together
+from megakd.engine.sharding import full_shape, is_first_rank, whole_model
+from megakd.errors import ServerError
+from megakd.models.cutting import content_of
+from megakd.models.generation import Completion, Generator, TextTokens, complete, text_tokens
+from megakd.models.lora import adapter_files
+from megakd.models.model_folder import ModelContent, fill_serving_folder
+from megakd.process import files
 from megakd.teachers.frozen import FrozenTeacher
-from megakd.teachers.prompts import prompts_of
-from megakd.teachers.rollout_batches import RolloutSource
-from megakd.teachers.rollout_store import RolloutStore
-from megakd.teachers.text_evaluation import TextEvaluation
+from megakd.teachers.rollouts import (
+    Prompts,
+    RolloutSource,
+    RolloutStore,
+    TextEvaluation,
+    prompts_of,
+)
+from megakd.teachers.servers import (
+    FIRST_PATIENCE_S,
+    PATIENCE_S,
+    Requirements,
+    RunningCalls,
+    VllmServer,
+)
+from megakd.training.assembly import StageParts
 from megakd.training.checkpoint import steps_in
-from megakd.training.served_texts import server_generator
-from megakd.training.stage_batches import StageParts
+from megakd.training.inputs import RunInputs
+from megakd.training.student import StudentEngine
+
+PROBES, PROBE_TOKENS = 4, 16
+"""Prompts by whose greedy texts the replicas are compared, and the tokens of these texts."""
+
+TIME_LIMIT_S = 600.0
+"""For the answer to one request, including all retries while a server is busy."""
+
+SHARD_BYTES = 256_000_000
+"""Largest size of a shard; rank 0 holds one shard and one parameter at a time."""
+
+
+def replicas_of(config: ServerConfig, *, patience_s: float = PATIENCE_S) -> list[VllmServer]:
+    """Return the replicas of a section `server` in its order; nothing is asked yet."""
+    return [VllmServer(url, time_limit_s=TIME_LIMIT_S, patience_s=patience_s) for url in config.url]
+
+
+def check_servers(inputs: RunInputs) -> None:
+    """Check the servers of `rollout.server` before any model loads; a collective."""
+    rollouts = inputs.config.rollout
+    if rollouts is None or rollouts.server is None:
+        return
+    server = rollouts.server
+    prompts, requirements = _asked(inputs, rollouts)
+    probes = [prompts.prompt(row) for row in prompts.continued[:PROBES]]
+
+    def check() -> None:
+        if server.folder is not None:
+            folder = server.folder / run_name(inputs.config.output_dir)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                files.write_text(folder / "probe", "")
+                (folder / "probe").unlink()
+            except OSError as error:
+                raise ServerError(
+                    f"rollout.server.folder: {folder} cannot be written ({error.strerror}); name "
+                    "a folder that rank 0 and all servers see"
+                ) from error
+        servers = replicas_of(server, patience_s=FIRST_PATIENCE_S)
+        try:
+            check_texts(servers, probes, requirements, rollouts.how)
+        except ServerError as error:
+            raise ServerError(f"rollout.server: {error}") from error
+
+    on_main(check)
+
+
+def check_texts(
+    servers: Sequence[VllmServer],
+    prompts: Sequence[tuple[int, ...]],
+    requirements: Requirements,
+    sampling: Sampling,
+) -> None:
+    """Check each replica's model and one text by `sampling`, and compare their greedy texts.
+
+    Replicas that state different weights are not compared with each other, and paused replicas are
+    not asked: some have weights that an interrupted run has pushed, and all get new weights before
+    the first text.
+    """
+    greedy = Sampling(PROBE_TOKENS, temperature=0.0)
+    first: dict[tuple[str | None, int], tuple[str, tuple[int, ...]]] = {}
+    for server in servers:
+        model = server.model(requirements)
+        if model.paused:
+            continue
+        for number, prompt in enumerate([prompts[0], *prompts]):
+            most = min(PROBE_TOKENS, requirements.longest - len(prompt))
+            rules = (greedy if number else sampling)._replace(max_new_tokens=most)
+            ids = server.complete(prompt, 0, rules, requirements, model=model).ids
+            if number == 0:  # sampled texts may differ
+                continue
+            other, text = first.setdefault((model.weights, number), (server.url, ids))
+            if text != ids:
+                raise ServerError(
+                    f"{other} and {server.url} disagree: their greedy texts for a prompt of "
+                    f"{len(prompt)} tokens, beginning with {list(prompt[:8])}, are {list(text)} "
+                    f"and {list(ids)}; check that all replicas serve the same weights in the same "
+                    "precision"
+                )
+
+
+def server_generator(inputs: RunInputs, model: nn.Module, *, rank: int) -> ServerGenerator:
+    """Return the generator of `rollout.server`; a collective."""
+    rollouts = inputs.config.rollout
+    if rollouts is None or rollouts.server is None:
+        raise TypeError("the run has no rollout.server")
+    server, (_, requirements) = rollouts.server, _asked(inputs, rollouts)
+    servers = replicas_of(server)
+    push: FullPush | AdapterPush | None = None
+    if server.folder is not None:
+        # A folder for this start alone. vLLM keeps cached prefixes by the name and the path of
+        # adapters, also of unloaded ones: other weights under a used name or path would continue
+        # prompts from the old prefixes.
+        run = run_name(inputs.config.output_dir)
+        folder = server.folder.resolve() / run / f"{run}-{agree(uuid4().hex[:8])}"
+        if server.push == "full":
+            push = FullPush(model, servers, folder)
+        else:
+            push = AdapterPush(model, servers, folder, keep=rollouts.max_staleness + 1)
+    place = (rank, rollouts.rows_per_call)
+    return ServerGenerator(servers, requirements, push=push, place=place)
+
+
+def _asked(inputs: RunInputs, rollouts: RolloutConfig) -> tuple[Prompts, Requirements]:
+    prompts = prompts_of(inputs.encoded.train, rollouts, inputs.config, inputs.sources[STUDENT])
+    tokens = text_tokens(inputs.tokenizer, inputs.sources)
+    served = inputs.sources[rollouts.by]
+    known = tokens.known or served.config.vocab_size
+    return prompts, Requirements(
+        name=inputs.config.served_model or "",
+        longest=int(prompts.lengths[prompts.continued].max()) + rollouts.max_new_tokens,
+        vocabulary=known,
+        end_tokens=tuple(sorted(tokens.end)),
+        padding=range(known, served.config.vocab_size),
+        takes_weights=rollouts.server is not None and rollouts.server.push == "full",
+        tokenizer=inputs.tokenizer,
+    )
+
+
+def run_name(output_dir: Path) -> str:
+    """Return a name of a run that differs from the names of runs in other output folders."""
+    place = hashlib.blake2b(str(output_dir.resolve()).encode(), digest_size=4).hexdigest()
+    return f"{output_dir.name}-{place}"
+
+
+class FullPush:
+    """Pushes the whole model by a model folder; adapters are merged into the weights."""
+
+    def __init__(self, model: nn.Module, servers: Sequence[VllmServer], folder: Path) -> None:
+        self._model, self._servers, self._folder = model, servers, folder
+
+    def push(self, version: int) -> dict[str, Any]:
+        """Give all servers the weights that the student has now; a collective.
+
+        Returns what changes in the `ServedModel` of later requests.
+        """
+        target = self._folder / f"version-{version}"
+        name = f"{self._folder.name}-{version}"
+        learned = content_of(self._model, None)
+        together(lambda: self._write(target, learned))
+        on_main(lambda: _each(self._servers, lambda server: server.load_weights(target, name)))
+        return {"weights": name}
+
+    def _write(self, target: Path, learned: ModelContent) -> None:
+        # Every rank iterates over the state, which contains collectives.
+        try:
+            if is_first_rank():
+                # The servers have read it, and other folders of the run are of killed starts.
+                shutil.rmtree(self._folder.parent, ignore_errors=True)
+                self._folder.mkdir(parents=True, exist_ok=True)  # NFS keeps files that are open
+                needed, free = _bytes_of(self._model), shutil.disk_usage(self._folder).free
+                if free < needed:
+                    raise ServerError(
+                        f"rollout.server.folder: {self._folder} has {free / 1e9:.1f} GB free, and "
+                        f"the weights of the student take {needed / 1e9:.1f} GB; free some space, "
+                        "or name another folder"
+                    )
+                with files.replaced_folder(target) as temporary:
+                    fill_serving_folder(temporary, learned, shard_bytes=SHARD_BYTES)
+        finally:
+            deque(learned.state, maxlen=0)
+
+
+class AdapterPush:
+    """Pushes the adapters of a student, a name per version; `keep` versions stay loaded."""
+
+    def __init__(
+        self, model: nn.Module, servers: Sequence[VllmServer], folder: Path, *, keep: int
+    ) -> None:
+        self._model, self._servers, self._folder = model, servers, folder
+        self._keep = keep
+        self._loaded: list[str] | None = None  # None: adapters of a killed run may be loaded
+
+    def push(self, version: int) -> dict[str, Any]:
+        """Give all servers the adapters that the student has now, see `FullPush`; a collective."""
+        files = adapter_files(self._model)
+        name = f"{self._folder.name}-{version}"
+        on_main(lambda: self._load(name, files))
+        return {"name": name}
+
+    def _load(self, name: str, parts: dict[str, Any]) -> None:
+        if self._loaded is None:
+            shutil.rmtree(self._folder.parent, ignore_errors=True)
+            _each(self._servers, self._unload_leftovers)
+            self._loaded = []
+        with files.replaced_folder(self._folder / name) as temporary:
+            for file, content in parts.items():
+                files.write_content(temporary / file, content)
+        _each(self._servers, lambda server: server.load_adapter(name, self._folder / name))
+        self._loaded.append(name)
+        while len(self._loaded) > self._keep:
+            old = self._loaded.pop(0)
+            _each(self._servers, lambda server, old=old: server.unload_adapter(old))
+            shutil.rmtree(self._folder / old)
+
+    def _unload_leftovers(self, server: VllmServer) -> None:
+        for name in server.adapters():
+            if name.startswith(f"{self._folder.parent.name}-"):
+                server.unload_adapter(name)
+
+
+def _each(servers: Sequence[VllmServer], action: Callable[[VllmServer], None]) -> None:
+    RunningCalls([partial(action, one) for one in servers], at_once=len(servers)).results()
+
+
+def _bytes_of(model: nn.Module) -> int:
+    return sum(full_shape(p).numel() * p.element_size() for p in model.parameters())
+
+
+class ServerGenerator:
+    """A `Generator` whose texts come from the replicas of an inference server.
+
+    Each prompt is a request of its own. The prompts of a rank go to all replicas in turn, and rank
+    r begins with replica r.
+
+    Args:
+        push: how the replicas get the weights of the student; None: they keep their weights.
+        place: rank of this process, and the number of requests that it makes at the same time.
+    """
+
+    def __init__(
+        self,
+        servers: Sequence[VllmServer],
+        requirements: Requirements,
+        *,
+        push: FullPush | AdapterPush | None,
+        place: tuple[int, int],
+    ) -> None:
+        self._servers, self._requirements, self._push = servers, requirements, push
+        # The weights of the start are not those of a version.
+        models = on_main(lambda: [server.model(requirements) for server in servers])
+        self._models = [model._replace(weights=None) for model in models]
+        self._rank, self._at_once = place
+        self._version: int | None = None
+
+    def update(self, version: int) -> None:
+        """Push the weights that the student has now, once per version; a collective."""
+        if self._push is not None and version != self._version:
+            with doing(f"sending the weights of step {version} to the servers"):
+                changes = self._push.push(version)
+            self._models = [model._replace(**changes) for model in self._models]
+            self._version = version
+
+    def begin(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling
+    ) -> Callable[[], list[Completion]]:
+        """Ask for the continuations of this rank's prompts; see `Generator`."""
+        calls = []
+        for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            replica = (self._rank + number) % len(self._servers)
+            ask = partial(self._servers[replica].complete, model=self._models[replica])
+            calls.append(partial(ask, tuple(prompt), seed, sampling, self._requirements))
+        return partial(together, RunningCalls(calls, at_once=self._at_once).results)
 
 
 class LocalGenerator:

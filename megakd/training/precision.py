@@ -1,25 +1,44 @@
-"""The dtypes and kernels of a run, and checks that the device supports them."""
+"""The dtypes and kernels of a run, what a device supports, and the largest step of a rank."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
 
-from megakd.config.models import TeacherConfig
+from megakd.config.deepspeed import load_ds_config, zero_stage
 from megakd.config.run import RunConfig
-from megakd.config.train import TrainConfig
-from megakd.contract.tasks import FP8, STUDENT, Dtype, Kernels
+from megakd.config.sections import TeacherConfig, TrainConfig
+from megakd.config.task import FP8, STUDENT, Dtype, FusedLayers, Kernels, TaskConfig
+from megakd.data.loader import StepLayout, StepShape
 from megakd.engine.distributed import Ranks, supported_dtypes
 from megakd.errors import ConfigError
-from megakd.models.fp8 import check_fp8_device
-from megakd.models.fused_layers import why_not_compiled
-from megakd.models.source import ModelSource
+from megakd.models.fitting import ModelSource, ReadyTeacher
+from megakd.models.fused_layers import KEY, why_not_compiled
+from megakd.models.knowledge import Needs
+from megakd.models.quantized import check_fp8_device
+from megakd.stage import Stage
 from megakd_kernels.settings import resolve_implementation
 
+
+def choice_of(stage: Stage) -> FusedLayers:
+    """Return `fused_layers` of a stage; off with views, which give modules another class."""
+    choice = stage.train.fused_layers
+    if not stage.views and stage.strategy.pruned_to is None:
+        return choice
+    if choice == "on":
+        raise ConfigError(
+            f"{KEY}: on: the stage {stage.name} trains parts of its student, whose layers cannot "
+            "be fused; use auto, or remove the key"
+        )
+    return "off"
+
+
 logger = logging.getLogger(__name__)
+
 TORCH_DTYPE: dict[Dtype, torch.dtype] = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
@@ -127,3 +146,57 @@ def check_kernels(kernels: Kernels, ranks: Ranks, where: str) -> None:
         resolve_implementation(kernels, ranks.device)
     except ValueError as error:
         raise ConfigError(f"{where}.kernels: {error}") from error
+
+
+BUDGET = {"cpu": 256 << 20, "cuda": 2 << 30}
+"""Bytes for the answers of a step and the activations of the forward that computes them."""
+
+_IN_FLIGHT = 12
+"""Tensors as wide as the hidden states that a forward without gradient holds at a time."""
+
+
+class StepSize(NamedTuple):
+    """The largest step of a rank: micro-batches, rows of each, and positions per row."""
+
+    micro_batches: int
+    rows: int
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+
+def largest_step(train: TrainConfig, task: TaskConfig) -> StepSize:
+    """Return the sizes of a step in which every row has `task.max_length` tokens."""
+    shape = StepShape(train.per_device_train_batch_size, train.gradient_accumulation_steps)
+    layout = StepLayout(shape, train.tokens_per_rank)
+    count = layout.most_micro_batches(task.row_length)
+    if train.tokens_per_rank is None:
+        return StepSize(count, shape.per_device, task.row_length)
+    return StepSize(count, 1, train.tokens_per_rank)
+
+
+def joins_micro_batches(
+    ready: ReadyTeacher,
+    needs: Needs,
+    train: TrainConfig,
+    config: RunConfig,
+    *,
+    dtype: Dtype,
+    device: str,
+) -> bool:
+    """Return whether one forward of a teacher answers all micro-batches of a step.
+
+    By default a replicated teacher answers them one by one. A teacher at ZeRO 3 is gathered in
+    every forward, so it answers them together if that fits into `BUDGET`.
+    """
+    step = largest_step(train, config.task)
+    if step.micro_batches == 1 or ready.spec.joins_micro_batches is not None:
+        return step.micro_batches > 1 and bool(ready.spec.joins_micro_batches)
+    if zero_stage(load_ds_config(ready.spec.deepspeed, where="teacher.deepspeed")) != 3:
+        return False
+    source = ready.source
+    kept = 1 + len(needs.hidden_layers) + 3 * len(needs.attention_layers)
+    width = source.architecture.hidden_width(source.config) * TORCH_DTYPE[dtype].itemsize
+    return step.micro_batches * step.tokens * width * (kept + _IN_FLIGHT) <= BUDGET[device]

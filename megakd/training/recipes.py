@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from megakd.config.deepspeed import load_ds_config, zero_stage
+from megakd.config.options import file_of
 from megakd.config.run import RunConfig
-from megakd.config.train import inherit
-from megakd.contract.lab import Lab
-from megakd.contract.options import file_of
-from megakd.contract.stage import Stage, StageResult
-from megakd.contract.tasks import FROM_TEACHER, STUDENT, TEACHER
-from megakd.contract.terms import HardCrossEntropy, TermConfig, hard_terms
-from megakd.models.source import ModelSource, ReadyTeacher
+from megakd.config.sections import inherit
+from megakd.config.task import FROM_TEACHER, STUDENT, TEACHER
+from megakd.config.terms import HardCrossEntropy, TermConfig, hard_terms
+from megakd.models.fitting import ModelSource, ReadyTeacher
+from megakd.stage import Stage, StageResult
 from megakd.training.inputs import as_student
+from megakd.training.lab import Lab
 from megakd.training.precision import training_dtype
 
 

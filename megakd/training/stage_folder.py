@@ -23,15 +23,12 @@ import torch
 from torch import Tensor
 
 from megakd.config.run import RunConfig
-from megakd.config.train import TrainConfig
-from megakd.contract.batch import BatchSource
-from megakd.contract.stage import Stage, StageResult
-from megakd.contract.tasks import STUDENT
-from megakd.contract.views import Axes, Cut
+from megakd.config.sections import TrainConfig
+from megakd.config.task import STUDENT
+from megakd.data.batch import BatchSource
 from megakd.engine.collectives import gather, on_main
 from megakd.engine.distributed import Ranks
 from megakd.engine.optimizer_state import AVERAGES, LEARNER
-from megakd.engine.student import StudentEngine
 from megakd.errors import CheckpointError
 from megakd.models.cutting import cut_state
 from megakd.models.model_folder import (
@@ -41,19 +38,22 @@ from megakd.models.model_folder import (
     write_model_folder,
     write_weights,
 )
+from megakd.models.views import Axes, Cut
 from megakd.models.weights import WeightReader, check_weight_files
-from megakd.process import atomic
-from megakd.process.fingerprint import differences
-from megakd.process.folders import (
+from megakd.process import files
+from megakd.process.files import (
     CHECKSUMS,
+    RESULT,
     check_given,
+    differences,
     open_finished,
     sealed_folder,
     write_finished,
 )
-from megakd.process.run_folder import RESULT
 from megakd.process.seeding import random_state, set_random_state
+from megakd.stage import Stage, StageResult
 from megakd.training.metrics import numbers
+from megakd.training.student import StudentEngine
 
 logger = logging.getLogger(__name__)
 TRAINING_STATE, REST = "training_state", "rest.pt"
@@ -107,7 +107,7 @@ def write_stage_folder(
 
 def result_text(result: StageResult, length: Length) -> str:
     """Return the content of result.json: the result of a stage of a length."""
-    return atomic.json_text(asdict(result) | {"folder": None, "length": length}, indent=2)
+    return files.json_text(asdict(result) | {"folder": None, "length": length}, indent=2)
 
 
 def write_result(result: StageResult) -> None:
@@ -229,7 +229,7 @@ class WindowState(NamedTuple):
     def write(self, folder: Path) -> None:
         (folder / TRAINING_STATE).mkdir()
         write_weights(folder / TRAINING_STATE, self.tensors)
-        atomic.write_content(folder / TRAINING_STATE / REST, self.rest)
+        files.write_content(folder / TRAINING_STATE / REST, self.rest)
 
 
 def _whole(

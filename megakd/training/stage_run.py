@@ -13,31 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megakd.config.train import learning_rate_schedule, total_steps
-from megakd.contract.batch import Batch, BatchSource, Counts, Predictions, count_units
-from megakd.contract.results import WHOLE, MetricJudge
-from megakd.contract.stage import Stage, StageResult, Teacher
-from megakd.contract.tasks import LANGUAGE_TASKS, STUDENT, THRESHOLD
-from megakd.contract.views import Cut
-from megakd.data.chat.counts import learned_ends
+from megakd.config.sections import learning_rate_schedule, total_steps
+from megakd.config.task import LANGUAGE_TASKS, STUDENT, THRESHOLD
+from megakd.data.batch import Batch, BatchSource, Counts, Predictions, Teacher, count_units
+from megakd.data.chat_tokens import learned_ends
 from megakd.engine.collectives import all_reduce_, doing, gather, on_main, together
 from megakd.engine.memory import peak_memory_bytes
-from megakd.engine.student import device_batch
 from megakd.models.cutting import content_of
 from megakd.models.generation import generation_file
 from megakd.models.lora import adapter_config, adapter_files, load_adapters
-from megakd.process import signals
-from megakd.process.folders import copy_finished, write_finished
-from megakd.process.run_folder import RESULT
+from megakd.models.views import Cut
+from megakd.process import terminal
+from megakd.process.files import RESULT, copy_finished, write_finished
 from megakd.process.seeding import seed_everything
-from megakd.training.assembly import Assembly
-from megakd.training.best_checkpoint import Best, Evaluation
-from megakd.training.checkpoint import Checkpoints
-from megakd.training.held_out_losses import HeldOutLosses
-from megakd.training.meters import TrainMeter
-from megakd.training.progress import Reporter
-from megakd.training.scorer import few
-from megakd.training.stage_batches import StageParts, row_batches
+from megakd.stage import Stage, StageResult
+from megakd.training.assembly import Assembly, StageParts, row_batches
+from megakd.training.checkpoint import Best, Checkpoints, Evaluation
+from megakd.training.evaluation import HeldOutLosses, few
+from megakd.training.lab import WHOLE, MetricJudge
+from megakd.training.log import Reporter, TrainMeter
 from megakd.training.stage_folder import (
     WindowState,
     consume,
@@ -47,6 +41,7 @@ from megakd.training.stage_folder import (
     result_text,
     write_stage_folder,
 )
+from megakd.training.student import device_batch
 from megakd.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -73,7 +68,7 @@ def run_stage(
             start = step = run.resume(checkpoint)
         run.begin(start, reporter)
         training = doing(f"training stage {stage.name}")
-        with training, signals.deferred(), closing(run.batches(start)) as every:
+        with training, terminal.deferred(), closing(run.batches(start)) as every:
             for batches in every:
                 if step > start and step % run.round == 0:
                     strategy.begin(run.student, step)
@@ -94,7 +89,7 @@ def run_stage(
                     run.save(step, is_last=ends or stops)
                 # A signal in the last step may be too late for the vote.
                 if (ends or stops) and (number := agreed_signal()):
-                    raise signals.stopped(number, f"{stage.name} saved at step {step}")
+                    raise terminal.stopped(number, f"{stage.name} saved at step {step}")
                 if ends:
                     break
         return run.write(folder)
@@ -127,7 +122,7 @@ class StageRun:
         rate = learning_rate_schedule(stage.train, steps)
         self.saves = stage_checkpoints(stage, assembly)
         self.votes = StepVotes(
-            {STOP: lambda: signals.requested() > 0, WRITING: lambda: self.saves.is_writing}
+            {STOP: lambda: terminal.requested() > 0, WRITING: lambda: self.saves.is_writing}
         )
         self.trainer = Trainer(
             student=self.student,
@@ -399,7 +394,7 @@ class StepVotes:
 
 def agreed_signal() -> int:
     """Return the stop signal that any rank has received, or 0; a collective."""
-    return max(gather(signals.requested()))
+    return max(gather(terminal.requested()))
 
 
 def batches_of(parts: StageParts) -> BatchSource:

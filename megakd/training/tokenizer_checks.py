@@ -14,14 +14,12 @@ from pathlib import Path
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from megakd.config.task import TaskConfig
-from megakd.contract.tasks import STUDENT
-from megakd.data.chat.conversations import is_chat
-from megakd.data.chat.counts import SETS, ChatCounts, learned
+from megakd.config.task import STUDENT, TaskConfig
+from megakd.data.chat_tokens import SETS, ChatCounts, learned
+from megakd.data.conversations import is_chat
 from megakd.data.tokenizers import LOOKED_FOR, from_folder, has_tokenizer_files, rows_for
 from megakd.errors import ConfigError, DataError, TeacherError
-from megakd.models.fitting import listed
-from megakd.models.source import ModelSource
+from megakd.models.fitting import ModelSource, listed
 
 logger = logging.getLogger(__name__)
 

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from megakd.config.train import Schedule
-from megakd.contract.batch import Batch, Counts, Knowledge, add_parts
-from megakd.contract.stage import Pass, StepReport, Strategy, Teacher, teacher_names
+from megakd.config.sections import Schedule
+from megakd.data.batch import Batch, Counts, Knowledge, Pass, Teacher, add_parts, teacher_names
 from megakd.engine.collectives import all_reduce_
+from megakd.stage import StepReport, Strategy
 
 if TYPE_CHECKING:
-    from megakd.engine.student import StudentEngine
+    from megakd.training.student import StudentEngine
 
 
 class AnswerWatch:

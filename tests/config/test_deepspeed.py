@@ -19,7 +19,7 @@ from megakd.config.deepspeed import (
     zero_stage,
 )
 from megakd.config.file import load_config
-from megakd.config.train import TrainConfig
+from megakd.config.sections import TrainConfig
 from megakd.engine.distributed import check_zero
 from megakd.errors import ConfigError
 

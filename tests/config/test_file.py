@@ -14,12 +14,9 @@ from hypothesis import strategies as st
 from run_files import RUN, message_of
 
 from megakd import cli
-from megakd.config.file import dump_config, dump_yaml, load_config, parse_yaml
-from megakd.config.models import ScratchModel, TeacherConfig
-from megakd.config.names import SYNONYMS
-from megakd.config.schema import keys_at
-from megakd.config.train import FinetuneOverrides, TrainConfig
-from megakd.contract.terms import SoftTargetKl
+from megakd.config.file import SYNONYMS, dump_config, dump_yaml, keys_at, load_config, parse_yaml
+from megakd.config.sections import FinetuneOverrides, ScratchModel, TeacherConfig, TrainConfig
+from megakd.config.terms import SoftTargetKl
 from megakd.errors import ConfigError
 
 OVERRIDES = (

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from megakd.config.train import ScheduleName, TrainConfig, learning_rate_schedule, warmup_steps
+from megakd.config.sections import ScheduleName, TrainConfig, learning_rate_schedule, warmup_steps
 from megakd.errors import ConfigError
 
 # Without options, with them, and with the one that replaces the number of all steps.

@@ -10,11 +10,11 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
 from megakd.config.task import TaskConfig
-from megakd.contract.batch import AttentionVectors, Batch, Knowledge
-from megakd.contract.joined_batches import joined, split
+from megakd.data.batch import AttentionVectors, Batch, Knowledge
 from megakd.data.collation import Collator
 from megakd.data.token_tables import pack
 from megakd.models.knowledge import Needs, read_knowledge
+from megakd.teachers.frozen import joined, split
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 2, "max_position_embeddings": 32}
@@ -59,7 +59,7 @@ def assert_answered_as_one_by_one(model, batches):
 
 @pytest.mark.parametrize("attention", ["sdpa", "varlen"])
 def test_packed_micro_batches_are_answered_together_as_one_by_one(attention):
-    from megakd.models.packed_attention import register_packed_attention
+    from megakd.models.packing import register_packed_attention
 
     register_packed_attention()
     torch.manual_seed(0)

@@ -13,11 +13,11 @@ import torch
 from torch.nn import functional
 
 from megakd.config.file import config_of, config_tree, dump_config, load_config
-from megakd.contract.batch import Batch, Knowledge, LogitWarp, LossInputs
-from megakd.contract.results import lower_is_better
-from megakd.contract.views import Shape
+from megakd.config.terms import Shape
+from megakd.data.batch import Batch, Knowledge, LogitWarp, LossInputs
 from megakd.errors import ConfigError
 from megakd.losses.objective import PluginLoss, build_objective, logits_of, teacher_needs
+from megakd.training.lab import lower_is_better
 from megakd.training.metrics import task_metrics
 
 CONFIG = {
@@ -29,8 +29,8 @@ CONFIG = {
 }
 BASE = """
 from pydantic.dataclasses import dataclass
-from megakd.contract.options import MethodOptions
-from megakd.contract.terms import STRICT, PluginTerm
+from megakd.config.options import MethodOptions
+from megakd.config.terms import STRICT, PluginTerm
 
 strict = dataclass(config=STRICT, frozen=True, kw_only=True)
 

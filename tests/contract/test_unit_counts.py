@@ -9,32 +9,33 @@ import pytest
 import torch
 from unit_counts import numbers
 
-from megakd.contract.batch import (
+from megakd.config.terms import (
+    TERMS,
+    HardCrossEntropy,
+    HiddenMse,
+    PluginTerm,
+    Shape,
+    SoftTargetKl,
+    on_source,
+    source_of,
+    term_name,
+)
+from megakd.data.batch import (
     IGNORE,
     Batch,
     Extras,
     Knowledge,
     LossInputs,
+    Pass,
+    backward_groups,
     count_units,
-    on_source,
     source_counters,
 )
-from megakd.contract.results import lower_is_better
-from megakd.contract.stage import Pass, backward_groups
-from megakd.contract.terms import (
-    TERMS,
-    HardCrossEntropy,
-    HiddenMse,
-    PluginTerm,
-    SoftTargetKl,
-    source_of,
-    term_name,
-)
-from megakd.contract.views import Shape
 from megakd.errors import MegakdError
 from megakd.losses.bundle import StudentBundle
 from megakd.losses.objective import Objective, build_objective
 from megakd.losses.targets import ClassTargets, Evaluated, TermGroup
+from megakd.training.lab import lower_is_better
 
 CE = HardCrossEntropy(loss="hard_cross_entropy")
 
@@ -144,7 +145,7 @@ def test_labelled_positions_are_counted_by_source_and_add_up_over_micro_batches(
 
 
 def test_numbers_of_rows_stay_on_the_cpu():
-    from megakd.engine.student import device_batch
+    from megakd.training.student import device_batch
 
     batch = labelled([[4, 5]], [[1, 1]])._replace(rows=torch.tensor([7]))
     batch = batch.extended(others={"assistant": batch}, is_rollout=True, teacher="math")

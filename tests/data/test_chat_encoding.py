@@ -13,11 +13,9 @@ from chat_tokenizers import asked, chat_tokenizer, template_of
 from tiny_runs import write_jsonl
 
 from megakd.config.task import TaskConfig
-from megakd.data import encoding
+from megakd.data import chat_tokens, encoding
 from megakd.data.arrow import BadRows
-from megakd.data.chat import tokens
-from megakd.data.chat.counts import ChatCounts, learned_ends
-from megakd.data.chat.tokens import ChatEncoder
+from megakd.data.chat_tokens import ChatCounts, ChatEncoder, learned_ends
 from megakd.data.encoding import Encoded, encode_splits
 from megakd.data.splits import Splits, load_splits
 from megakd.data.tokenizers import load_tokenizer, training_texts
@@ -126,7 +124,7 @@ def test_a_prompt_that_fills_the_row_is_not_the_prompt_of_the_row(tmp_path, more
 
 def test_a_second_start_tells_the_same_without_encoding(tmp_path, caplog, monkeypatch):
     data = Data(tmp_path, chats(("Hi", "abc"), ("Hi", "x" * 60)))
-    caplog.set_level(logging.INFO, logger="megakd.data.chat.counts")
+    caplog.set_level(logging.INFO, logger="megakd.data.chat_tokens")
 
     data.encoded()
     first = [*caplog.messages]
@@ -167,15 +165,17 @@ def test_a_template_in_a_file_replaces_the_tokenizers_and_texts_train_a_tokenize
 
 
 def test_one_process_encodes_chats_beside_training_and_several_before(tmp_path, monkeypatch):
-    used = Mock(side_effect=tokens.in_processes)
-    monkeypatch.setattr(tokens, "in_processes", used)
-    monkeypatch.setattr(tokens, "processes_for", lambda count, each: min(3, count // each) or 1)
-    monkeypatch.setattr(tokens, "ROWS_OF_A_PROCESS", 2)
+    used = Mock(side_effect=chat_tokens.in_processes)
+    monkeypatch.setattr(chat_tokens, "in_processes", used)
+    monkeypatch.setattr(
+        chat_tokens, "processes_for", lambda count, each: min(3, count // each) or 1
+    )
+    monkeypatch.setattr(chat_tokens, "ROWS_OF_A_PROCESS", 2)
     data = Data(tmp_path, chats(*((f"Question {n}", "x" * 5 * n) for n in range(11))))
 
     data.encoded()
     encoder, rows = ChatEncoder(data.tokenizer, data.task, bad=BadRows()), data.splits.train
-    tables = tokens.tables_of_conversations(rows, encoder, counts={}, beside_training=True)
+    tables = chat_tokens.tables_of_conversations(rows, encoder, counts={}, beside_training=True)
 
     assert sum(map(len, tables)) == len(rows)
     # The training rows, the one of the validation split, and those beside training.
@@ -206,7 +206,7 @@ def test_empty_reasoning_in_answers_is_counted_with_the_key_that_moves_it(
 
 
 def test_rows_that_cannot_be_read_or_encoded_are_named_together(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokens, "ROWS_OF_A_PROCESS", 2)
+    monkeypatch.setattr(chat_tokens, "ROWS_OF_A_PROCESS", 2)
     good, unread = chats(("Hi", "abc"))[0], {"messages": [{"role": "user"}]}
     with pytest.raises(DataError, match="3 rows that cannot be used") as caught:
         Data(tmp_path, [good, unread, good, unread, unread]).encoded()
@@ -241,7 +241,7 @@ def test_bad_rows_are_left_out_on_request_and_counted_at_every_start(tmp_path, c
 
 def test_several_processes_encode_and_refuse_the_same_rows_as_one(tmp_path, monkeypatch):
     def read(processes: int) -> tuple[Any, Any, str]:
-        monkeypatch.setattr(tokens, "processes_for", lambda *_, **__: processes)
+        monkeypatch.setattr(chat_tokens, "processes_for", lambda *_, **__: processes)
         refused = [{"messages": asked("Hi", f"{n}", system="no place")} for n in range(9)]
         rows = [*chats(*(("Hi", "abc" * n) for n in range(1, 9))), *refused]
         folder = tmp_path / str(processes)
@@ -251,7 +251,7 @@ def test_several_processes_encode_and_refuse_the_same_rows_as_one(tmp_path, monk
         error = str(caught.value).replace(str(folder), "")
         return data.encoded().train.to_list(), data.counts(), error
 
-    monkeypatch.setattr(tokens, "ROWS_AT_ONCE", 3)
+    monkeypatch.setattr(chat_tokens, "ROWS_AT_ONCE", 3)
     assert read(1) == read(3)
 
 

@@ -16,10 +16,9 @@ from datasets import Dataset, Json, List
 from tiny_runs import write_jsonl
 
 from megakd.config.task import MixtureSource, TaskConfig
-from megakd.data.chat.conversations import CONVERSATION, Conversation, is_chat
-from megakd.data.choosing import text_hash
+from megakd.data.conversations import CONVERSATION, Conversation, is_chat
 from megakd.data.readers import files_table
-from megakd.data.rows import RowKind, is_blank
+from megakd.data.rows import RowKind, is_blank, text_hash
 from megakd.errors import DataError
 
 HELLO = asked("Hi", "Hello")

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megakd.data.chat.conversations import Conversation
-from megakd.data.chat.tokens import ChatEncoder
+from megakd.data.chat_tokens import ChatEncoder
+from megakd.data.conversations import Conversation
 from megakd.errors import DataError
 
 # How a family asks, what ends an answer, and what follows it.

@@ -25,12 +25,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from megakd.config.task import MixtureSource, TaskConfig
 from megakd.data import encoding, token_tables
-from megakd.data.chat.counts import ChatCounts
+from megakd.data.chat_tokens import ChatCounts
 from megakd.data.collation import Collator
 from megakd.data.encoding import Encoded, encode_splits, labelled_only, mixed, tokenizer_content
 from megakd.data.splits import Splits, load_splits
 from megakd.data.token_tables import PackedRow, pack, single_documents
-from megakd.data.vocabularies import encoder_template
+from megakd.data.tokenizers import encoder_template
 from megakd.errors import DataError
 
 SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}

@@ -18,16 +18,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megakd.config.task import TaskConfig
-from megakd.contract.batch import IGNORE, ROUTE, Batch, teacher_number
+from megakd.data.batch import IGNORE, ROUTE, Batch, teacher_number
 from megakd.data.collation import Collator
 from megakd.data.loader import (
     STEPS_AHEAD,
     STEPS_AT_ONCE,
+    StepLayout,
     StepLoader,
+    StepShape,
+    collate_step,
     evaluation_batches,
     global_batches,
+    packed_row,
 )
-from megakd.data.step_layout import StepLayout, StepShape, collate_step, packed_row
 from megakd.data.token_tables import pack
 from megakd.errors import DataError
 

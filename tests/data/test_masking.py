@@ -14,11 +14,9 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from megakd.config.task import TaskConfig
-from megakd.contract.batch import IGNORE, Batch
-from megakd.data.collation import Collator
-from megakd.data.loader import StepLoader, evaluation_batches
-from megakd.data.masking import Masking, task_masking
-from megakd.data.step_layout import StepLayout, StepShape
+from megakd.data.batch import IGNORE, Batch
+from megakd.data.collation import Collator, Masking, task_masking
+from megakd.data.loader import StepLayout, StepLoader, StepShape, evaluation_batches
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 PAD, UNK, CLS, SEP, MASK = range(5)

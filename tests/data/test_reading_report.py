@@ -8,8 +8,7 @@ from collections.abc import Mapping
 import pytest
 from datasets import Dataset
 
-from megakd.data.reading_report import read_line, read_warnings
-from megakd.data.splits import Splits
+from megakd.data.splits import Splits, read_line, read_warnings
 
 
 def splits(train: Mapping[str, str], held_out: Mapping[str, str] | None = None) -> Splits:

@@ -13,12 +13,12 @@ from tiny_runs import SENTENCES, save_tokenizer, write_jsonl
 from transformers import AutoTokenizer
 
 from megakd.config.task import MixtureSource, TaskConfig
-from megakd.contract.batch import ROUTE, teacher_number
+from megakd.data.batch import ROUTE, teacher_number
 from megakd.data.encoding import Encoded, encode_splits
 from megakd.data.splits import Splits, load_splits
 from megakd.data.token_tables import PackedRow
 from megakd.errors import DataError
-from megakd.teachers.prompts import Prompts
+from megakd.teachers.rollouts import Prompts
 
 NAMES = ("math", "code")
 MATH, CODE = map(teacher_number, NAMES)

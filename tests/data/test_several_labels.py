@@ -12,10 +12,9 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 from tiny_runs import config_tree, write_jsonl
 
 from megakd.config.file import config_of
-from megakd.data.choosing import is_labelled
-from megakd.data.in_memory import file_of_rows
-from megakd.data.reading_report import read_line
-from megakd.data.splits import Splits, load_splits
+from megakd.data.files import file_of_rows
+from megakd.data.rows import is_labelled
+from megakd.data.splits import Splits, load_splits, read_line
 from megakd.errors import MegakdError
 
 NAMES = ("anger", "joy", "love")

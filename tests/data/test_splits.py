@@ -22,7 +22,7 @@ from tiny_runs import write_jsonl, write_text
 
 from megakd.config.task import MixtureSource
 from megakd.data import splits
-from megakd.data.choosing import at_most, cut_validation, keep_labels
+from megakd.data.rows import at_most, cut_validation, keep_labels
 from megakd.data.splits import Splits
 from megakd.errors import DataError
 

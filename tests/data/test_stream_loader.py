@@ -20,17 +20,16 @@ from hypothesis import strategies as st
 from tiny_runs import write_jsonl
 
 from megakd.config.task import TaskConfig
-from megakd.contract.batch import IGNORE, Batch
-from megakd.data.collation import Collator
+from megakd.data.batch import IGNORE, Batch
+from megakd.data.collation import Collator, task_masking
 from megakd.data.encoding import encode_rows
-from megakd.data.masking import task_masking
+from megakd.data.loader import StepShape
 from megakd.data.rows import StreamedRows
-from megakd.data.step_layout import StepShape
 from megakd.data.streams import StreamedShare, StreamLoader, streamed_files
-from megakd.data.vocabularies import train_tokenizer
+from megakd.data.tokenizers import train_tokenizer
 from megakd.errors import ConfigError, DataError
+from megakd.training.assembly import row_batches
 from megakd.training.checkpoint import check_plain
-from megakd.training.stage_batches import row_batches
 
 WORDS = [f"w{number}" for number in range(60)]
 

@@ -14,7 +14,7 @@ from datasets.distributed import split_dataset_by_node
 from tiny_runs import save_tokenizer, write_jsonl
 
 from megakd.config.task import TaskConfig
-from megakd.data.chat.conversations import CONVERSATION, Conversation
+from megakd.data.conversations import CONVERSATION, Conversation
 from megakd.data.encoding import encode_splits
 from megakd.data.files import local_rows
 from megakd.data.readers import sample_of

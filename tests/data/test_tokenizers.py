@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, BertConfig, LlamaConfig, RobertaConfig
 
 from megakd.config.task import TaskConfig, TokenizerConfig
-from megakd.data import tokenizers, vocabularies
+from megakd.data import tokenizers
 from megakd.data.tokenizers import from_folder, has_tokenizer_files, load_tokenizer
 from megakd.errors import DataError
 
@@ -237,11 +237,11 @@ def test_published_vocabularies_are_read(load, shared_data, name, size, ids):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_very_long_word_is_trained_on_in_pieces(kind, monkeypatch):
-    monkeypatch.setattr(vocabularies, "LONGEST_WORD", 6)
+    monkeypatch.setattr(tokenizers, "LONGEST_WORD", 6)
     texts = [*["a dog runs", "the cat eats"] * 20, *["abcdefghijklmnop" * 20] * 3]
 
     options = {"kind": kind, "vocab_size": 400, "for_encoder": True}
-    tokenizer = vocabularies.train_tokenizer(lambda: texts, **options)
+    tokenizer = tokenizers.train_tokenizer(lambda: texts, **options)
 
     learned = {token.strip("#Ġ▁") for token in tokenizer.get_vocab() if token[0] not in "[<"}
     assert 4 <= max(map(len, learned)) <= 6

@@ -16,12 +16,13 @@ import torch
 
 from megakd.cli import train_main
 from megakd.config.file import load_config
-from megakd.contract.stage import Constant, Pass, Stage, Strategy
+from megakd.data.batch import Pass
 from megakd.engine import collectives, distributed
 from megakd.engine.sharding import full_shape, gathered_state
 from megakd.run.run_lab import RunLab
+from megakd.stage import Constant, Stage, Strategy
 from megakd.training.inputs import prepare
-from megakd.training.progress import Reporter
+from megakd.training.log import Reporter
 from megakd.training.stage_run import StageRun
 
 

@@ -256,8 +256,7 @@ def plain_run(config_path, terms, initial, adapt=lambda student: student):
     adapt: student -> the student that learns, such as a student with adapters.
     """
     from megakd.config.file import load_config
-    from megakd.data.loader import StepLoader
-    from megakd.data.step_layout import StepLayout, StepShape
+    from megakd.data.loader import StepLayout, StepLoader, StepShape
 
     config = load_config(Path(config_path))
     encoded, collate, masking = inputs_of(config)
@@ -279,12 +278,11 @@ def plain_run(config_path, terms, initial, adapt=lambda student: student):
 
 def inputs_of(config):
     """The encoded rows, the collator and the masking of a run, made without its lab."""
-    from megakd.data.collation import Collator
+    from megakd.data.collation import Collator, task_masking
     from megakd.data.encoding import encode_splits
-    from megakd.data.masking import task_masking
     from megakd.data.splits import load_splits
     from megakd.data.tokenizers import load_tokenizer
-    from megakd.training.run_data import cache_folder
+    from megakd.training.inputs import cache_folder
 
     cache, task = cache_folder(), config.task
     splits = load_splits(task, seed=config.seed, cache_dir=cache)

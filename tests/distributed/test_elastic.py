@@ -27,11 +27,11 @@ from tiny_cuts import task as task_config
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from megakd.contract.views import View
 from megakd.engine import distributed
 from megakd.engine.sharding import gathered_state
 from megakd.models.elastic import Elastic
 from megakd.models.loading import load_model
+from megakd.models.views import View
 
 STEPS, RATE = 2, 0.5
 VIEWS = (WITHOUT, NARROW, NOTHING, EVERYTHING)

@@ -21,13 +21,14 @@ from slow_cases import slow
 from tiny_runs import NO_DROPOUT, bert, llama
 from torch.utils._pytree import tree_leaves
 
-from megakd.contract.stage import Constant, Pass, Stage
+from megakd.data.batch import Pass
 from megakd.engine import distributed
 from megakd.engine.memory import forget_models
 from megakd.engine.sharding import gathered_state
 from megakd.models.structure import architecture_of
-from megakd.process.folders import write_files
+from megakd.process.files import write_files
 from megakd.run import teacher_pool
+from megakd.stage import Constant, Stage
 
 
 def two_engines(config_path: str, folder: str) -> tuple[float, str, int]:

@@ -14,12 +14,13 @@ from equal_runs import ZERO3, write_llama
 from slow_cases import slow
 from tiny_runs import run_in
 
-from megakd.contract.results import WHOLE, Metric, MetricJudge
-from megakd.contract.stage import Pass, Stage
-from megakd.contract.views import View
+from megakd.data.batch import Pass
 from megakd.methods.minidisc import Sandwich
+from megakd.models.views import View
+from megakd.stage import Stage
 from megakd.training import stage_run
-from megakd.training.held_out_losses import HeldOutLosses
+from megakd.training.evaluation import HeldOutLosses
+from megakd.training.lab import WHOLE, Metric, MetricJudge
 from megakd.training.recipes import completed
 from megakd.training.stage_run import StageRun
 

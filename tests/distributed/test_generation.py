@@ -11,11 +11,12 @@ from cases import started
 from equal_runs import difference
 from slow_cases import slow
 
-from megakd.contract.completions import Sampling, TextTokens
+from megakd.config.sections import Sampling
 from megakd.engine import collectives, distributed
 from megakd.engine.sharding import gathered_state, is_sharded, whole_model
 from megakd.errors import MegakdError
 from megakd.models import generation
+from megakd.models.generation import TextTokens
 from megakd.training.generated_texts import LocalGenerator
 
 PROMPTS = [[5, 6, 7], [8], [12, 3, 14, 5, 6], [9, 9], [60, 50, 40, 30]]

@@ -20,15 +20,14 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megakd.config.deepspeed import load_ds_config
-from megakd.config.train import TrainConfig
-from megakd.contract.batch import Losses
-from megakd.contract.stage import Pass
+from megakd.config.sections import TrainConfig
+from megakd.data.batch import Losses, Pass
 from megakd.engine import initialize
 from megakd.engine.initialize import training_engine
 from megakd.engine.optimizer_state import WEIGHT
 from megakd.engine.sharding import gathered, sharded_construction, writes_here
-from megakd.engine.student import StudentEngine
-from megakd.process.folders import write_files
+from megakd.process.files import write_files
+from megakd.training.student import StudentEngine
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RATE, EPSILON, WIDTH, CLIP = 0.01, 1e-4, 6, 0.0

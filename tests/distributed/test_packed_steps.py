@@ -12,7 +12,7 @@ from equal_runs import INNER, LANGUAGE, PACKED, ROWS, assert_equal, cut_of
 from slow_cases import slow
 from torch.autograd.graph import save_on_cpu
 
-from megakd.contract.batch import IGNORE
+from megakd.data.batch import IGNORE
 from megakd.losses.bundle import build_bundle
 from megakd.training.inputs import encoded_rows
 

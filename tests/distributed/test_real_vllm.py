@@ -21,12 +21,12 @@ from test_rollouts import texts as texts  # noqa: PLC0414 - a fixture
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from megakd.contract.completions import Completion, Sampling, TextTokens
+from megakd.config.sections import Sampling
 from megakd.errors import ServerError
-from megakd.models.generation import complete
-from megakd.teachers.vllm import Requirements, ServedModel, VllmServer
+from megakd.models.generation import Completion, TextTokens, complete
+from megakd.teachers.servers import Requirements, ServedModel, VllmServer
+from megakd.training.generated_texts import check_texts
 from megakd.training.served_teachers import REPEATED
-from megakd.training.served_texts import check_texts
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif("MEGAKD_VLLM" not in os.environ, reason=HOW)]
 END, FURTHER_END, KNOWN, VOCABULARY = 2, 0, 290, 320

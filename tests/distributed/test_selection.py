@@ -15,7 +15,7 @@ from megakd.engine import distributed
 from megakd.methods import run_method
 from megakd.methods.knowledge_selection import selecting
 from megakd.methods.knowledge_selection.selecting import Selecting, Selector
-from megakd.training.probe import StageProbe
+from megakd.training.evaluation import StageProbe
 
 
 def selected(config_path: str, overrides: list[str]) -> dict:

@@ -22,14 +22,13 @@ from test_rollouts import STEPS, finish, refused, small_llama, texts_of, weights
 from test_rollouts import texts as texts  # noqa: PLC0414 - a fixture
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megakd.contract.completions import Rollout
 from megakd.engine import distributed
 from megakd.errors import MegakdError
 from megakd.models.cutting import content_of
 from megakd.models.lora import WEIGHTS
-from megakd.teachers.rollout_store import RolloutStore
-from megakd.teachers.vllm import VllmServer
-from megakd.training.served_texts import AdapterPush, FullPush
+from megakd.teachers.rollouts import Rollout, RolloutStore
+from megakd.teachers.servers import VllmServer
+from megakd.training.generated_texts import AdapterPush, FullPush
 from megakd.training.stage_folder import consume, write_stage_folder
 
 GREEDY = {"mix": 1.0, "sampling": {"temperature": 0}}
@@ -208,7 +207,7 @@ def pushing(config_path: str, folder: str, urls: list[str], kind: Any, **options
 def full(config_path: str, folder: str, urls: list[str]) -> str | None:
     """Two updates of the student with a push after each, then the export; the pushed version."""
     with pushing(config_path, folder, urls, FullPush) as (run, push):
-        with patch("megakd.training.served_texts.SHARD_BYTES", 3000):
+        with patch("megakd.training.generated_texts.SHARD_BYTES", 3000):
             for version in (1, 2):
                 run.trainer.train_step(run.source.step(version - 1))
                 pushed = push.push(version)
@@ -227,7 +226,7 @@ def failing(config_path: str, folder: str, urls: list[str]) -> list[str]:
         for needed in (10**18, 1):
             try:
                 with patch(
-                    "megakd.training.served_texts._bytes_of", lambda _, needed=needed: needed
+                    "megakd.training.generated_texts._bytes_of", lambda _, needed=needed: needed
                 ):
                     push.push(1)
             except MegakdError as error:

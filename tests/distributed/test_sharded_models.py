@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import bert, llama, shape_of
 from transformers import AutoModelForCausalLM
 
-from megakd.config.models import ScratchModel
+from megakd.config.sections import ScratchModel
 from megakd.config.task import TaskConfig
 from megakd.engine.sharding import gathered, gathered_state, is_sharded, set_values
 from megakd.errors import ModelError

@@ -18,7 +18,7 @@ from whole_run import weights
 from megakd.methods import run_method
 from megakd.models.knowledge import Needs
 from megakd.models.layers import with_layers
-from megakd.training.scorer import few
+from megakd.training.evaluation import few
 
 
 def shrink(config_path: str, overrides: list[str]) -> dict[str, Any]:

@@ -55,8 +55,8 @@ def test_every_page_is_in_the_navigation_and_can_be_searched(site: Path) -> None
 @pytest.mark.parametrize(
     "name",
     [
-        "megakd.contract.lab.Lab.train",
-        "megakd.contract.stage.Strategy.before_update",
+        "megakd.training.lab.Lab.train",
+        "megakd.stage.Strategy.before_update",
         "megakd.api.train",
         "megakd_kernels.linear_kd_loss",
     ],

@@ -18,15 +18,16 @@ from hypothesis import strategies as st
 from pretend_cuda import CUDA, moved_to_cuda, pretended_cuda
 from torch import nn
 
-from megakd.config.train import TrainConfig
-from megakd.engine import optimizer_state, student
+from megakd.config.sections import TrainConfig
+from megakd.engine import optimizer_state
 from megakd.engine.initialize import _optimizer, _parameter_groups
 from megakd.engine.optimizer_state import OptimizerState, StoredParts, file_of
-from megakd.engine.student import StudentEngine
 from megakd.errors import CheckpointError
 from megakd.losses.layer_terms import Projections
-from megakd.models.second_vocabulary import SecondSize, SecondVocabulary
-from megakd.process.folders import write_files
+from megakd.models.knowledge import SecondSize, SecondVocabulary
+from megakd.process.files import write_files
+from megakd.training import student
+from megakd.training.student import StudentEngine
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from elastic_views import UNEVEN, family_model, logits_of
 from torch import nn
 
-from megakd.contract.views import Cut, View
 from megakd.engine import sharding
 from megakd.engine.sharding import (
     Prefetch,
@@ -26,6 +25,7 @@ from megakd.engine.sharding import (
     whole_model,
 )
 from megakd.models.elastic import Elastic
+from megakd.models.views import Cut, View
 
 
 def test_plain_models_are_read_out_with_ties_once_and_copied():

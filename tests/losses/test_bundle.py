@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import megakd_kernels
-from megakd.contract.batch import IGNORE, Batch, Knowledge, Losses, Predictions, count_units
-from megakd.contract.stage import Pass
-from megakd.contract.tasks import Kernels
-from megakd.contract.views import Shape, View
+from megakd.config.task import Kernels
+from megakd.config.terms import Shape
+from megakd.data.batch import IGNORE, Batch, Knowledge, Losses, Pass, Predictions, count_units
 from megakd.losses.bundle import StudentBundle
 from megakd.losses.objective import build_objective
+from megakd.models.views import View
 
 CE = term_of("hard_cross_entropy", weight=0.25)
 KL = term_of("soft_target_kl", weight=0.75)

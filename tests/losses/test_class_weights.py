@@ -12,7 +12,7 @@ from tiny_runs import config_tree, llama, review_task, write_config
 from whole_run import finish, records
 
 from megakd.config.file import load_config
-from megakd.contract.terms import source_of
+from megakd.config.terms import source_of
 from megakd.data.splits import Splits
 from megakd.errors import ConfigError
 from megakd.losses.objective import with_class_weights

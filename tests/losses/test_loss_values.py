@@ -16,16 +16,8 @@ from loss_terms import term_of
 from torch import Tensor
 from unit_counts import counts_of
 
-from megakd.contract.batch import (
-    IGNORE,
-    AttentionVectors,
-    Batch,
-    Knowledge,
-    LossInputs,
-    count_units,
-)
-from megakd.contract.terms import TermConfig
-from megakd.contract.views import Shape
+from megakd.config.terms import Shape, TermConfig
+from megakd.data.batch import IGNORE, AttentionVectors, Batch, Knowledge, LossInputs, count_units
 from megakd.losses import layer_terms
 from megakd.losses.bundle import unit_scales
 from megakd.losses.layer_terms import AttentionMatrices, HiddenStates, Relations

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 from loss_terms import term_of
 
-from megakd.contract.terms import layer_pairs
-from megakd.contract.views import Heads, Shape
+from megakd.config.terms import Heads, Shape, layer_pairs
 from megakd.errors import ConfigError, TeacherError
 from megakd.losses.objective import build_objective, check_terms, relation_heads, teacher_needs
 from megakd.models.knowledge import Needs

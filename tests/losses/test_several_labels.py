@@ -10,9 +10,8 @@ from loss_scene import CLASSES, Scene
 from loss_terms import term_of
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from megakd.contract.batch import Batch, Extras
-from megakd.contract.joined_batches import joined
-from megakd.teachers.soft_labels import SoftLabels
+from megakd.data.batch import Batch, Extras
+from megakd.teachers.frozen import SoftLabels, joined
 
 NAN = float("nan")
 # The labels of the third row are unknown, the last row is a dummy row.

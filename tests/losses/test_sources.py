@@ -11,7 +11,7 @@ import torch
 from loss_terms import term_of
 from source_scene import LENGTH, ROWS, VOCABULARY, Texts, head_of, objective_of, result
 
-from megakd.contract.batch import IGNORE, Draws, Knowledge, LossInputs, Targets, TopK
+from megakd.data.batch import IGNORE, Draws, Knowledge, LossInputs, Targets, TopK
 from megakd.losses.bundle import unit_scales
 from megakd.losses.objective import Objective
 from megakd.losses.targets import AGREEMENT

@@ -10,14 +10,15 @@ from tiny_runs import bert, write_config
 
 from megakd.config.file import load_config
 from megakd.config.run import RunConfig
-from megakd.contract.stage import Constant, Pass, Stage
-from megakd.contract.tasks import STUDENT, TEACHER
-from megakd.contract.terms import soft_terms
+from megakd.config.task import STUDENT, TEACHER
+from megakd.config.terms import soft_terms
+from megakd.data.batch import Pass
 from megakd.losses.objective import stage_losses
+from megakd.models.fitting import ReadyTeacher
 from megakd.models.knowledge import Needs
-from megakd.models.source import ReadyTeacher
 from megakd.reports.plan_phases import Phase, planned_sources
 from megakd.reports.plan_tracing import PhaseTraces
+from megakd.stage import Constant, Stage
 from megakd.training.recipes import completed
 
 KL = term_of("soft_target_kl")

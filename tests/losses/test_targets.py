@@ -13,7 +13,7 @@ from loss_terms import term_of
 from waiting import no_waiting
 
 import megakd_kernels
-from megakd.contract.terms import ATTENTION_TERMS, term_name
+from megakd.config.terms import ATTENTION_TERMS, term_name
 
 CE = term_of("hard_cross_entropy")
 CLASS_WEIGHTS: Any = {"first": 0.25, "second": 2.0, "third": 1.5}

@@ -20,11 +20,9 @@ from tokenizers import normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from megakd.config.task import TaskConfig
-from megakd.contract.batch import IGNORE, Batch
-from megakd.data.collation import Collator
-from megakd.data.masking import task_masking
-from megakd.data.tokenizers import VocabularyPair
-from megakd.data.vocabularies import train_tokenizer
+from megakd.data.batch import IGNORE, Batch
+from megakd.data.collation import Collator, task_masking
+from megakd.data.tokenizers import VocabularyPair, train_tokenizer
 from megakd.errors import DataError
 from megakd.methods.mixed_vocabulary import mixed_text
 from megakd.methods.mixed_vocabulary.mixed_text import MixedText, encode_mixed

@@ -10,7 +10,7 @@ from transformers import BertConfig, BertForMaskedLM, RobertaConfig, RobertaForM
 from megakd.errors import TeacherError
 from megakd.methods.mixed_vocabulary import ParameterProjection
 from megakd.methods.mixed_vocabulary.parameter_projections import ParameterProjections
-from megakd.models.second_vocabulary import SecondSize, build_second_vocabulary
+from megakd.models.knowledge import SecondSize, build_second_vocabulary
 
 PIECES = 20
 

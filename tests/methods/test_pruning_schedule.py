@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megakd.contract.views import View
 from megakd.errors import ConfigError
 from megakd.methods.homodistil import (
     HomoDistilConfig,
@@ -20,6 +19,7 @@ from megakd.methods.homodistil import (
     schedule_of,
     target_of,
 )
+from megakd.models.views import View
 
 BERT_BASE = View((12,) * 12, (3072,) * 12, 768, 64)
 LLAMA = View((8,) * 4, (1792,) * 4, 512)

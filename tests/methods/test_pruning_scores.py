@@ -21,7 +21,7 @@ from megakd.methods.homodistil.strategy import (
     select,
     update_averages,
 )
-from megakd.models.axes import unit_makers
+from megakd.models.elastic import unit_makers
 from megakd.models.structure import architecture_of
 
 BERT = build("bert", "mlm")

@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from megakd.contract.batch import Knowledge
-from megakd.contract.stage import Strategy
+from megakd.data.batch import Knowledge
 from megakd.methods.knowledge_selection import KnowledgeSelectionConfig
 from megakd.methods.knowledge_selection import selecting as choosing_module
 from megakd.methods.knowledge_selection.selecting import (
@@ -22,7 +21,8 @@ from megakd.methods.knowledge_selection.selecting import (
     SelectorShape,
     Transition,
 )
-from megakd.training.probe import StageProbe
+from megakd.stage import Strategy
+from megakd.training.evaluation import StageProbe
 
 pytestmark = pytest.mark.usefixtures("process_group")
 

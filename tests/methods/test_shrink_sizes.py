@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from tiny_runs import config_tree, llama
 
 from megakd.config.file import config_of
-from megakd.contract.views import View
 from megakd.errors import ConfigError
 from megakd.methods.shrink import (
     SPEED_TOLERANCE,
@@ -28,6 +27,7 @@ from megakd.methods.shrink import (
     shapes_of,
     timed,
 )
+from megakd.models.views import View
 
 # Qwen3-8B: 36 layers, 8 key-value groups of 4 query heads of 128, 12288 neurons, width 4096.
 WIDTH, VOCABULARY = 4096, 151936

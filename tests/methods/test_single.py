@@ -15,8 +15,8 @@ from tiny_runs import llama, run_in, write_text
 from whole_run import finish, weights
 
 from megakd.config.file import load_config
-from megakd.config.rollout import RolloutConfig
-from megakd.contract.terms import hard_terms, soft_terms
+from megakd.config.sections import RolloutConfig
+from megakd.config.terms import hard_terms, soft_terms
 from megakd.methods import single
 
 

@@ -15,13 +15,15 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from megakd.data.encoding import tokenizer_content
-from megakd.data.tokenizers import VocabularyPair
-from megakd.data.vocabularies import encoder_template, train_tokenizer
+from megakd.data.tokenizers import VocabularyPair, encoder_template, train_tokenizer
 from megakd.errors import DataError
 from megakd.methods.mixed_vocabulary import MixedVocabularyConfig
-from megakd.methods.mixed_vocabulary import tokenizer as student_tokenizer
-from megakd.methods.mixed_vocabulary.shared_words import WordCutter
-from megakd.methods.mixed_vocabulary.tokenizer import check_special_tokens, load_student_tokenizer
+from megakd.methods.mixed_vocabulary import shared_words as student_tokenizer
+from megakd.methods.mixed_vocabulary.shared_words import (
+    WordCutter,
+    check_special_tokens,
+    load_student_tokenizer,
+)
 
 FIRST = "The teacher writes a letter; the student, naïve, reads 42 (short) letters!"
 

@@ -9,14 +9,14 @@ from types import SimpleNamespace
 import pytest
 from transformers import BertConfig, LlamaConfig, PretrainedConfig
 
-from megakd.contract.tasks import METRICS
-from megakd.contract.terms import RelationKl, SoftTargetKl
+from megakd.config.task import METRICS
+from megakd.config.terms import RelationKl, SoftTargetKl
 from megakd.errors import ConfigError, TeacherError, TrainingError
 from megakd.methods.assistants import check_reach, choose, objective_of, tradeoff, views_of
 from megakd.methods.direct import DirectConfig
 from megakd.methods.maxidisc import MaxiDiscConfig
 from megakd.methods.minidisc import MiniDiscConfig, TradeoffJudge
-from megakd.models.source import ModelSource
+from megakd.models.fitting import ModelSource
 from megakd.models.structure import architecture_of
 from megakd.training.allocation import UnitScores
 from megakd.training.metrics import check_weighed, headline

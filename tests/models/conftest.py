@@ -16,11 +16,11 @@ from transformers import (
     PreTrainedModel,
 )
 
-from megakd.config.models import ScratchModel
+from megakd.config.sections import ScratchModel
 from megakd.config.task import TaskConfig
+from megakd.models.architectures import register_own_models
+from megakd.models.fitting import ModelSource
 from megakd.models.loading import load_model, resolve_model
-from megakd.models.own_models import register_own_models
-from megakd.models.source import ModelSource
 
 register_own_models()
 DECODERS = (

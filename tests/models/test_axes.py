@@ -8,13 +8,13 @@ import torch
 from cut_families import FAMILIES
 from transformers import AutoModelForMaskedLM, ElectraConfig, ElectraForMaskedLM, LlamaConfig
 
-from megakd.contract.views import Axis, Cut, UnitOrder, View
 from megakd.errors import ModelError
 from megakd.models.architectures import AUTO_CLASSES
-from megakd.models.axes import parameter_counts, unit_makers, weight_axes
 from megakd.models.cutting import cut_config
+from megakd.models.elastic import parameter_counts, unit_makers, weight_axes
+from megakd.models.proposed_units import WIDTH, cut_part
 from megakd.models.structure import architecture_of, for_task
-from megakd.models.unit_axes import WIDTH, cut_part
+from megakd.models.views import Axis, Cut, UnitOrder, View
 
 MASKED = [name for name, entry in FAMILIES.items() if "mlm" in entry.tasks]
 WITH_TASKS = [

@@ -34,14 +34,13 @@ from tiny_cuts import (
 )
 from transformers import AutoModel
 
-from megakd.contract.views import Cut, UnitOrder, View
 from megakd.errors import ModelError
-from megakd.models.axes import weight_axes
 from megakd.models.cutting import cut_config, cut_state, is_stock, rescaled
-from megakd.models.elastic import Elastic
+from megakd.models.elastic import Elastic, weight_axes
+from megakd.models.proposed_units import cut_part
+from megakd.models.small_copy import new_model, no_cache
 from megakd.models.structure import architecture_of
-from megakd.models.unit_axes import cut_part
-from megakd.models.valueless import new_model, no_cache
+from megakd.models.views import Cut, UnitOrder, View
 
 LANGUAGE = [*((name, "causal_lm") for name in DECODERS), *((name, "mlm") for name in MASKED)]
 

@@ -27,14 +27,14 @@ from tiny_cuts import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megakd.config.models import ScratchModel
-from megakd.contract.views import View
+from megakd.config.sections import ScratchModel
 from megakd.errors import ModelError
+from megakd.models.architectures import config_in
 from megakd.models.cutting import cut_class_name, cut_config, is_stock
 from megakd.models.elastic import Elastic
 from megakd.models.loading import resolve_model
-from megakd.models.own_models import config_in
 from megakd.models.structure import architecture_of
+from megakd.models.views import View
 from megakd.training.allocation import UnitScores, view_at
 
 KINDS = ("heads", "neurons")

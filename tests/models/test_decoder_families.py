@@ -8,9 +8,8 @@ from loss_terms import term_of
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from megakd.contract.batch import IGNORE, Batch, count_units
-from megakd.contract.stage import Pass
-from megakd.contract.views import Shape
+from megakd.config.terms import Shape
+from megakd.data.batch import IGNORE, Batch, Pass, count_units
 from megakd.errors import ModelError
 from megakd.losses.bundle import StudentBundle
 from megakd.losses.objective import build_objective, logits_of

@@ -24,14 +24,14 @@ from tiny_cuts import (
 )
 from transformers import AutoModelForCausalLM, BertConfig, PreTrainedModel
 
-from megakd.config.models import ScratchModel
-from megakd.contract.views import View, evenly_spaced
+from megakd.config.sections import ScratchModel
 from megakd.errors import ModelError
 from megakd.models.cutting import cut_config
 from megakd.models.elastic import Elastic
 from megakd.models.layers import left_out, with_layers, without_layers
 from megakd.models.loading import resolve_model
 from megakd.models.structure import architecture_of
+from megakd.models.views import View, evenly_spaced
 from megakd.training.pruning import counts_in_view, weights_of
 
 KEEPS_HEADS = ("bert", "roberta", "distilbert", "electra", "gpt2")

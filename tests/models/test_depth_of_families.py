@@ -17,16 +17,15 @@ from tiny_families import SMALL, TYPES, build, small_config
 from torch import Tensor
 from transformers import CONFIG_MAPPING
 
-from megakd.config.task import TaskConfig
-from megakd.contract.tasks import TaskType
+from megakd.config.task import TaskConfig, TaskType
 from megakd.errors import ModelError
 from megakd.models.architectures import AUTO_CLASSES
 from megakd.models.cutting import content_of
+from megakd.models.fitting import ModelSource
 from megakd.models.layers import config_with_layers, left_out, with_layers
 from megakd.models.loading import load_model, resolve_model
 from megakd.models.model_folder import write_model_folder
 from megakd.models.small_copy import logits_of
-from megakd.models.source import ModelSource
 from megakd.models.structure import architecture_of
 
 LAYERS, STAY = 4, (1, 4)

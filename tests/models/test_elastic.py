@@ -32,13 +32,11 @@ from hypothesis import strategies as st
 from tiny_families import build, small_config
 from torch import nn
 
-from megakd.contract.views import Cut, View
 from megakd.errors import ModelError
-from megakd.models.axes import weight_axes
-from megakd.models.elastic import Elastic
-from megakd.models.elastic_modules import Kept, NarrowLinear
+from megakd.models.elastic import Elastic, Kept, NarrowLinear, weight_axes
+from megakd.models.proposed_units import cut_part
 from megakd.models.structure import architecture_of
-from megakd.models.unit_axes import cut_part
+from megakd.models.views import Cut, View
 
 CUT = {"kept": View((2, 0, 3), (7, 0, 33))}
 

@@ -32,9 +32,9 @@ from megakd.config.task import TaskConfig
 from megakd.data.tokenizers import load_tokenizer
 from megakd.errors import MegakdError
 from megakd.models import model_folder as export
+from megakd.models.architectures import CUT_FILE
 from megakd.models.model_folder import brings_code, file_of_code, hub_id, write_weights
-from megakd.models.own_models import CUT_FILE
-from megakd.process.folders import CHECKSUMS, copy_finished, damage, seal
+from megakd.process.files import CHECKSUMS, copy_finished, damage, seal
 from megakd.run.finished_run import export_run
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from megakd.errors import ConfigError
 from megakd.models import fused_layers
-from megakd.models.fp8 import Fp8Linear, check_fp8_device, scaled_rows
+from megakd.models.quantized import Fp8Linear, check_fp8_device, scaled_rows
 
 INPUTS, OUTPUTS = 64, 48
 
@@ -58,7 +58,7 @@ def test_a_part_of_a_row_is_scaled_by_the_whole_row():
         return flat[start:stop]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megakd.models.fp8.set_values", set_part)
+        patch.setattr("megakd.models.quantized.set_values", set_part)
         packed.fill(read)
     assert {*seen} == {(0, 0)}  # whole rows
 

@@ -18,13 +18,15 @@ from tiny_families import build, small_configs
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megakd.config.train import TrainConfig
-from megakd.contract.stage import Constant, Pass, Stage
-from megakd.contract.views import View
+from megakd.config.sections import TrainConfig
+from megakd.data.batch import Pass
 from megakd.errors import ConfigError
 from megakd.models import fused_layers
-from megakd.models.fused_layers import check_fused_layers, choice_of, fuse_layers, fused_forwards
+from megakd.models.fused_layers import check_fused_layers, fuse_layers, fused_forwards
 from megakd.models.units import InDouble
+from megakd.models.views import View
+from megakd.stage import Constant, Stage
+from megakd.training.precision import choice_of
 
 # torch looks at the gradient of every input of a graph.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute")

@@ -31,13 +31,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from megakd.contract.batch import MOST_DRAWS, Batch
-from megakd.contract.completions import Sampling, TextTokens
-from megakd.contract.views import Cut, View
+from megakd.config.sections import MOST_DRAWS, Sampling
+from megakd.data.batch import Batch
 from megakd.errors import DataError, ModelError
 from megakd.models import generation
 from megakd.models.elastic import Elastic
 from megakd.models.generation import (
+    TextTokens,
     check_prompt_lengths,
     complete,
     context_length,
@@ -48,7 +48,8 @@ from megakd.models.generation import (
     most_likely,
     text_tokens,
 )
-from megakd.models.packed_attention import VARLEN, register_packed_attention
+from megakd.models.packing import VARLEN, register_packed_attention
+from megakd.models.views import Cut, View
 
 PROMPTS = [[5, 6, 7], [8], [1, 2, 3, 4, 5, 6, 1], [9, 9, 9], [60, 50, 40, 30]]
 SEEDS = [11, 12, 13, 2**63 + 1, -14]

@@ -14,8 +14,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForMaskedLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from megakd.contract.batch import IGNORE, Batch
-from megakd.contract.views import View
+from megakd.data.batch import IGNORE, Batch
 from megakd.engine.sharding import gathered_state
 from megakd.errors import ModelError
 from megakd.models.elastic import Elastic
@@ -26,8 +25,9 @@ from megakd.models.knowledge import (
     predict,
     read_knowledge,
 )
-from megakd.models.packed_attention import VARLEN, register_packed_attention
+from megakd.models.packing import VARLEN, register_packed_attention
 from megakd.models.structure import architecture_of
+from megakd.models.views import View
 
 STATES = Needs(hidden_layers=(0, 1, 2))
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 3, 3]])

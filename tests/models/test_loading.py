@@ -16,8 +16,8 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_
 
 from megakd.errors import ModelError
 from megakd.models.fitting import valueless_model
-from megakd.models.initial_values import initialize_parameters
 from megakd.models.loading import load_finished, with_vocabulary
+from megakd.models.weights import initialize_parameters
 from megakd.reports.plan_tracing import send_tokens_to_one_expert
 
 NAMES = ("joy", "anger", "fear")

@@ -10,7 +10,7 @@ import torch
 from cut_families import FAMILIES
 from transformers import AutoModel, AutoModelForSequenceClassification
 
-from megakd.config.models import ScratchModel
+from megakd.config.sections import ScratchModel
 from megakd.errors import ModelError
 from megakd.models import loading
 from megakd.models.loading import check_model, load_finished

@@ -16,8 +16,8 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-from megakd.config.models import LoraConfig
-from megakd.contract.batch import Batch
+from megakd.config.sections import LoraConfig
+from megakd.data.batch import Batch
 from megakd.errors import ConfigError
 from megakd.models.knowledge import Needs, read_knowledge
 from megakd.models.lora import (

@@ -13,14 +13,13 @@ import tiny_families
 import torch
 
 from megakd.config.task import TaskConfig
-from megakd.contract.batch import IGNORE, Batch
+from megakd.data.batch import IGNORE, Batch
 from megakd.data.collation import Collator, documents_of
-from megakd.data.step_layout import packed_row
+from megakd.data.loader import packed_row
 from megakd.data.token_tables import pack, single_documents
 from megakd.errors import ModelError
 from megakd.models.knowledge import Needs, read_knowledge
-from megakd.models.packed_attention import VARLEN, attend
-from megakd.models.packing import Packing, packing_of, set_attention
+from megakd.models.packing import VARLEN, Packing, attend, packing_of, set_attention
 from megakd.models.structure import for_task
 
 TYPES = sorted(tiny_families.TYPES["causal_lm"])

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megakd.config.task import TaskConfig
-from megakd.contract.batch import Batch
+from megakd.data.batch import Batch
 from megakd.errors import ModelError
 from megakd.models import quantized
 from megakd.models.knowledge import Needs, read_knowledge

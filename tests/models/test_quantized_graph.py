@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from megakd.models import quantized_graph
-from megakd.models.onnx import OnnxModel
-from megakd.models.quantized_graph import Logits, Scores, quantize_graph
+from megakd.models import onnx
+from megakd.models.onnx import Logits, OnnxModel, Scores, quantize_graph
 
 plain = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -99,7 +98,7 @@ def test_products_with_outliers_stay_in_fp32_where_that_keeps_the_score(
 ) -> None:
     whole = write_graph(tmp_path / "whole", outliers)
     rows = held_out(whole)
-    quantized_graph._quantize(whole, tmp_path / "all", ())
+    onnx._quantize(whole, tmp_path / "all", ())
     assert rows(OnnxModel(tmp_path / "all").logits).mean() < 0.8
 
     (line,) = quantize_graph(whole, tmp_path / "int8", rows)
@@ -113,7 +112,7 @@ def test_products_with_outliers_stay_in_fp32_where_that_keeps_the_score(
 def test_a_graph_that_stays_worse_is_quantised_whole_under_a_warning(
     tmp_path: Path, caplog, monkeypatch
 ) -> None:
-    monkeypatch.setattr(quantized_graph, "SHARES", (0.0, 0.01))
+    monkeypatch.setattr(onnx, "SHARES", (0.0, 0.01))
     whole = write_graph(tmp_path / "whole", ("first", "second"))
 
     (line,) = quantize_graph(whole, tmp_path / "int8", held_out(whole))
@@ -136,8 +135,5 @@ def test_a_score_beyond_two_standard_errors_is_worse(right: int, after: int, *, 
     before = torch.tensor([1.0] * right + [0.0] * (ROWS - right) + [torch.nan])
     later = torch.tensor([1.0] * after + [0.0] * (ROWS - after) + [torch.nan])
 
-    assert (
-        quantized_graph._is_worse(torch.stack([before] * 2), torch.stack([before, later]))
-        is is_worse
-    )
-    assert quantized_graph._is_worse(before[None], torch.full_like(before, torch.nan)[None])
+    assert onnx._is_worse(torch.stack([before] * 2), torch.stack([before, later])) is is_worse
+    assert onnx._is_worse(before[None], torch.full_like(before, torch.nan)[None])

@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from megakd.data.encoding import READ_ALIKE, save_tokenizer
-from megakd.data.vocabularies import Kind, train_tokenizer
+from megakd.data.tokenizers import Kind, train_tokenizer
 from megakd.models.model_folder import needs_5, rotary_keys_of_4
 
 OLD = ("transformers==4.57.1", "tokenizers==0.22.1", "huggingface_hub==0.36.0")

@@ -8,13 +8,14 @@ from safetensors.torch import load
 from tiny_cuts import MASKED, VOCABULARY, build
 from torch.nn import functional
 
-from megakd.contract.batch import IGNORE, Batch, Extras, LossInputs, Targets
+from megakd.data.batch import IGNORE, Batch, Extras, LossInputs, Targets
 from megakd.engine.sharding import gathered_state
 from megakd.losses.targets import LanguageModelTargets
-from megakd.models.knowledge import Needs, read_knowledge
-from megakd.models.second_vocabulary import (
+from megakd.models.knowledge import (
+    Needs,
     SecondSize,
     add_second_vocabulary,
+    read_knowledge,
     second_vocabulary,
     without_second_vocabulary,
 )

@@ -9,19 +9,17 @@ import tiny_families
 import torch
 from transformers import AutoConfig, AutoModel
 
-from megakd.contract.views import Cut, UnitOrder, View
 from megakd.errors import ModelError
 from megakd.models.architectures import AUTO_CLASSES
-from megakd.models.axes import weight_axes
-from megakd.models.cutting import content_of, cut_config
-from megakd.models.elastic import Elastic
+from megakd.models.cutting import content_of, cut_config, why_rigid
+from megakd.models.elastic import Elastic, weight_axes
 from megakd.models.loading import load_finished
 from megakd.models.model_folder import brings_code, write_model_folder
-from megakd.models.narrowing import why_rigid
+from megakd.models.proposed_units import WIDTH, cut_part
+from megakd.models.small_copy import no_cache
 from megakd.models.structure import architecture_of, find_architecture, for_task
-from megakd.models.unit_axes import WIDTH, cut_part
 from megakd.models.units import find_units
-from megakd.models.valueless import no_cache
+from megakd.models.views import Cut, UnitOrder, View
 
 BOTH = """
     apertus arcee cohere cohere2 cwm ernie4_5 exaone4 falcon_h1 flint gemma glm glm4 granite_swa

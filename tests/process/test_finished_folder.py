@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from megakd.errors import CheckpointError, ModelError
-from megakd.process import folders
-from megakd.process.folders import (
+from megakd.process import files
+from megakd.process.files import (
     CARD,
     CHECKSUMS,
     check_given,
@@ -109,9 +109,9 @@ def test_a_file_is_read_once_in_a_process_until_it_is_written_again(finished, mo
         read.append(path.name)
         return real(path)
 
-    real = folders.sha256_of
-    monkeypatch.setattr(folders, "sha256_of", reading)
-    monkeypatch.setattr(folders, "_SETTLED_NS", 0)
+    real = files.sha256_of
+    monkeypatch.setattr(files, "sha256_of", reading)
+    monkeypatch.setattr(files, "_SETTLED_NS", 0)
     copy = shutil.copytree(finished, finished.with_name("copy"))
     for _ in range(3):
         open_finished(copy, remedy=REMEDY)
@@ -136,7 +136,7 @@ def test_every_file_that_reads_a_model_folder_verifies_the_folder(repository):
     unverified = [name for name, text in reading.items() if "check_given(" not in text]
     # A config or a small copy that was written just before; folders that `resolve_model` and a copy
     # have verified.
-    names = ("layers", "narrowing", "quantized", "model_folder", "own_models")
+    names = ("layers", "cutting", "quantized", "model_folder", "architectures")
     known = {f"models/{name}.py" for name in names}
 
     assert {"models/loading.py", "data/tokenizers.py"} <= reading.keys()

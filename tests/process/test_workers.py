@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import pytest
 
 from megakd.errors import DataError, MegakdError
-from megakd.process import phases
-from megakd.process.phases import counted, phase, seconds
+from megakd.process import terminal
+from megakd.process.terminal import counted, phase, seconds
 from megakd.process.workers import in_processes
 
 WAIT_S = 30
@@ -71,7 +71,7 @@ def _runs(process: int) -> bool:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     now = SimpleNamespace(value=100.0)
-    monkeypatch.setattr(phases, "time", SimpleNamespace(perf_counter=lambda: now.value))
+    monkeypatch.setattr(terminal, "time", SimpleNamespace(perf_counter=lambda: now.value))
     return now
 
 

@@ -11,8 +11,7 @@ import pytest
 import yaml
 from reports import FACTS, entries, report_of
 
-from megakd.reports.card import model_card
-from megakd.reports.table import result_table
+from megakd.reports.table import model_card, result_table
 
 
 def front_of(card: str) -> dict[str, Any]:

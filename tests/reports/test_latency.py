@@ -10,14 +10,13 @@ import torch
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megakd.config.task import TaskConfig
-from megakd.contract.batch import Batch, TopK
-from megakd.contract.tasks import TaskType
+from megakd.config.task import TaskConfig, TaskType
+from megakd.data.batch import Batch, TopK
 from megakd.data.token_tables import pack
-from megakd.models import forwards
+from megakd.models import onnx
 from megakd.models.generation import most_likely
-from megakd.reports.latency import latency_report, measure_latencies
 from megakd.reports.samples import NEW_TOKENS, PROMPTS, Prompts, held_out_prompts
+from megakd.run.run_report import latency_report, measure_latencies
 
 LENGTHS = [*range(1, 17)] * 3
 CPU = torch.device("cpu")
@@ -61,15 +60,15 @@ def test_a_forward_is_of_texts_of_the_data_without_dropout_or_gradient():
     ],
 )
 def test_texts_of_the_data_have_the_lengths_of_its_quantiles(batch, batches):
-    assert forwards.sample_lengths(LENGTHS, batch) == batches
-    assert forwards.sample_lengths([5] * 40, batch) == [[5] * batch]
+    assert onnx.sample_lengths(LENGTHS, batch) == batches
+    assert onnx.sample_lengths([5] * 40, batch) == [[5] * batch]
     # A decoder is timed with one text at a time.
-    assert (forwards.batches_of("causal_lm"), forwards.batches_of("mlm")) == ((1,), (1, 32))
+    assert (onnx.batches_of("causal_lm"), onnx.batches_of("mlm")) == ((1,), (1, 32))
 
 
 @pytest.mark.parametrize(("ms", "rounds"), [(1.0, 9), (60.0, 5), (3000.0, 2), (15_000.0, 1)])
 def test_a_time_is_that_of_one_batch_and_slow_models_are_timed_less_often(monkeypatch, ms, rounds):
-    monkeypatch.setattr(forwards, "milliseconds", lambda _: ms)
+    monkeypatch.setattr(onnx, "milliseconds", lambda _: ms)
 
     result = measure_latencies({"a": llama(), "b": llama()}, [4], [1])
 

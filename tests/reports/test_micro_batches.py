@@ -13,8 +13,8 @@ from tiny_runs import bert, llama
 from megakd.config.run import RunConfig
 from megakd.reports.plan import Plan, page
 from megakd.reports.plan_memory import Share
-from megakd.training import step_size
-from megakd.training.step_size import largest_step
+from megakd.training import precision
+from megakd.training.precision import largest_step
 
 LENGTH = 64
 
@@ -62,7 +62,7 @@ def test_a_teacher_is_asked_for_all_packed_rows_if_they_fit_into_memory(tmp_path
 
     assert asked() == 11
     row = 3 * LENGTH * 32 * 4  # tokens, columns, bytes of one packed row
-    monkeypatch.setitem(step_size.BUDGET, "cpu", row * (1 + step_size._IN_FLIGHT) * 10)
+    monkeypatch.setitem(precision.BUDGET, "cpu", row * (1 + precision._IN_FLIGHT) * 10)
     assert asked() == 1
     assert asked("teacher.joins_micro_batches=true") == 11
 
@@ -133,7 +133,7 @@ def test_a_sharded_teacher_answers_all_micro_batches_at_once_unless_told(tmp_pat
 def test_answers_that_do_not_fit_together_are_asked_for_one_by_one(tmp_path, monkeypatch):
     config = asking(tmp_path)
     row = 4 * 16 * 32 * 4  # rows, tokens, columns, bytes of one micro-batch
-    monkeypatch.setitem(step_size.BUDGET, "cpu", row * (1 + step_size._IN_FLIGHT) * 6)
+    monkeypatch.setitem(precision.BUDGET, "cpu", row * (1 + precision._IN_FLIGHT) * 6)
 
     assert per_call(config) == 6
     assert per_call(config, 1, 2, 3) == 1

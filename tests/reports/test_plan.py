@@ -17,8 +17,8 @@ from transformers import LlamaConfig
 
 from megakd import cli
 from megakd.config.run import RunConfig
-from megakd.contract.views import View
 from megakd.errors import ModelError
+from megakd.models.views import View
 from megakd.reports import plan
 from megakd.reports.plan import Cluster, Plan, page
 from megakd.reports.plan_memory import PARTS, Share

@@ -12,7 +12,7 @@ from planned_runs import CAUSAL, config_of, plan_of, sent, trained
 from tiny_runs import bert, llama
 from transformers import CONFIG_MAPPING, AutoConfig, DynamicCache, LlamaForCausalLM
 
-from megakd.contract.tasks import STUDENT
+from megakd.config.task import STUDENT
 from megakd.reports.plan import Plan, cached_numbers
 from megakd.reports.plan_memory import Share
 

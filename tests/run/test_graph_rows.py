@@ -11,8 +11,7 @@ from onnxruntime import InferenceSession
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from whole_run import finish, read
 
-from megakd.models.onnx import MODEL, write_onnx
-from megakd.models.quantized_graph import quantize_graph
+from megakd.models.onnx import MODEL, quantize_graph, write_onnx
 from megakd.reports.table import result_table
 
 GRAPHS = ["teacher_onnx", "teacher_int8", "student_onnx", "student_int8"]

@@ -15,15 +15,14 @@ from datasets import Dataset
 from lab_scene import SIZE, config_of, lab_of, prepared_of, pretend_one_rank, save_teacher, stage_of
 from transformers import BertConfig
 
-from megakd.config.models import ScratchModel, TeacherConfig
 from megakd.config.run import EvalConfig
-from megakd.config.train import FinetuneOverrides, TrainConfig
-from megakd.contract.stage import Stage
-from megakd.data.chat.tokens import PROMPT_LENGTH
-from megakd.process.fingerprint import flatten
-from megakd.training.answer_cache import model_identity
+from megakd.config.sections import FinetuneOverrides, ScratchModel, TeacherConfig, TrainConfig
+from megakd.data.chat_tokens import PROMPT_LENGTH
+from megakd.process.files import flatten
+from megakd.stage import Stage
 from megakd.training.inputs import check_run
 from megakd.training.recipes import completed
+from megakd.training.served_teachers import model_identity
 
 
 @pytest.fixture(autouse=True)

@@ -13,9 +13,8 @@ from tiny_runs import bert, config_tree, review_task
 from megakd.config.file import config_of
 from megakd.engine.distributed import Ranks
 from megakd.errors import CheckpointError
-from megakd.process.atomic import write_json
-from megakd.process.fingerprint import differences
-from megakd.run.run_identity import RUN, asked_of, begin_run, check_identity, run_facts
+from megakd.process.files import differences, write_json
+from megakd.run.finished_run import RUN, asked_of, begin_run, check_identity, run_facts
 from megakd.training.checkpoint import FORMAT
 
 CPU = torch.device("cpu")

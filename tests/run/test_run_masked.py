@@ -15,11 +15,10 @@ from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassificatio
 from whole_run import finish, finish_in, metrics_of, read, records
 
 from megakd.config.file import load_config
-from megakd.contract.batch import IGNORE
-from megakd.data.collation import Collator
+from megakd.data.batch import IGNORE
+from megakd.data.collation import Collator, task_masking
 from megakd.data.encoding import encode_splits
 from megakd.data.loader import evaluation_batches
-from megakd.data.masking import task_masking
 from megakd.data.splits import load_splits
 
 

@@ -11,8 +11,8 @@ from chat_tokenizers import asked, chat_tokenizer, template_of
 from tiny_runs import write_jsonl
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megakd.config.models import StudentConfig, TeacherConfig
 from megakd.config.run import RunConfig
+from megakd.config.sections import StudentConfig, TeacherConfig
 from megakd.config.task import TaskConfig
 from megakd.methods.single import SingleConfig
 

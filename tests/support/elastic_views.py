@@ -13,13 +13,13 @@ from cut_families import FAMILIES as CUT_FAMILIES
 from torch import nn
 from transformers import CONFIG_MAPPING
 
-from megakd.contract.views import Cut, View
-from megakd.models.axes import weight_axes
+from megakd.models.architectures import register_own_models
 from megakd.models.cutting import cut_config
-from megakd.models.own_models import register_own_models
+from megakd.models.elastic import weight_axes
+from megakd.models.proposed_units import cut_part
+from megakd.models.small_copy import new_model
 from megakd.models.structure import architecture_of, for_task
-from megakd.models.unit_axes import cut_part
-from megakd.models.valueless import new_model
+from megakd.models.views import Cut, View
 
 register_own_models()
 FAMILIES = [*CUT_FAMILIES]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from megakd.config.task import TaskConfig
-from megakd.data.chat.conversations import Conversation, messages_of
-from megakd.data.chat.tokens import ChatEncoder, ChatRow
+from megakd.data.chat_tokens import ChatEncoder, ChatRow
+from megakd.data.conversations import Conversation, messages_of
 
 IGNORE = -100
 ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}

@@ -10,13 +10,13 @@ from tiny_families import SMALL, build, small_configs
 from torch.nn import functional
 
 from megakd.config.task import TaskConfig
-from megakd.contract.batch import Batch
+from megakd.data.batch import Batch
 from megakd.errors import MegakdError
 from megakd.models.architectures import AUTO_CLASSES
 from megakd.models.knowledge import Needs, read_knowledge
 from megakd.models.loading import load_model, resolve_model
+from megakd.models.small_copy import no_cache
 from megakd.models.structure import architecture_of
-from megakd.models.valueless import no_cache
 
 LABELS = 3
 SHIFTED = ("mamba", "falcon_mamba", "rwkv")

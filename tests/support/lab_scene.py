@@ -10,11 +10,10 @@ import torch
 from datasets import Dataset
 from transformers import BertConfig, BertForSequenceClassification
 
-from megakd.config.models import ScratchModel, StudentConfig, TeacherConfig
 from megakd.config.run import RunConfig
+from megakd.config.sections import ScratchModel, StudentConfig, TeacherConfig
 from megakd.config.task import TaskConfig
-from megakd.contract.stage import Stage
-from megakd.contract.terms import SoftTargetKl
+from megakd.config.terms import SoftTargetKl
 from megakd.data.encoding import Encoded
 from megakd.data.splits import Splits
 from megakd.engine import distributed
@@ -22,6 +21,7 @@ from megakd.engine.distributed import Ranks
 from megakd.methods.single import SingleConfig
 from megakd.models.loading import resolve_model
 from megakd.run.run_lab import RunLab
+from megakd.stage import Stage
 from megakd.training.inputs import RunInputs
 from megakd.training.metrics import TaskMetrics, headline
 

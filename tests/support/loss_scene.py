@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from megakd.contract.batch import (
+from megakd.config.terms import HardCrossEntropy, HardMse, Heads, Shape, source_of
+from megakd.data.batch import (
     IGNORE,
     AttentionVectors,
     Batch,
@@ -19,8 +20,6 @@ from megakd.contract.batch import (
     LossInputs,
     count_units,
 )
-from megakd.contract.terms import HardCrossEntropy, HardMse, source_of
-from megakd.contract.views import Heads, Shape
 from megakd.losses.bundle import unit_scales
 from megakd.losses.objective import build_objective
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megakd.contract import terms
+from megakd.config import terms
 
 
 def term_of(loss: str, **options: Any) -> Any:

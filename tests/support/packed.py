@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from megakd.contract.batch import IGNORE
+from megakd.data.batch import IGNORE
 from megakd.data.token_tables import PackedRow
 
 

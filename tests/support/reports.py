@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from megakd.contract.results import Report, Row
-from megakd.reports.card import CardFacts
+from megakd.reports.table import CardFacts
+from megakd.training.lab import Report, Row
 
 TRADEOFF = 0.2
 SCORES = {

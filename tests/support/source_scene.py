@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from loss_scene import Matrix, Result
 
-from megakd.contract.batch import (
+from megakd.config.terms import Shape
+from megakd.data.batch import (
     IGNORE,
     Batch,
     Counts,
@@ -18,7 +19,6 @@ from megakd.contract.batch import (
     TopK,
     count_units,
 )
-from megakd.contract.views import Shape
 from megakd.losses.bundle import unit_scales
 from megakd.losses.objective import Objective, build_objective
 

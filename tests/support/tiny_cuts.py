@@ -19,16 +19,16 @@ from transformers import (
 )
 
 from megakd.config.task import TaskConfig
-from megakd.contract.views import UnitOrder, View
-from megakd.models.axes import weight_axes
+from megakd.models.architectures import register_own_models
 from megakd.models.cutting import cut_config, cut_state, reshape_folder
+from megakd.models.elastic import weight_axes
+from megakd.models.fitting import ModelSource
 from megakd.models.layers import renumbered
 from megakd.models.loading import load_model, resolve_model
 from megakd.models.model_folder import ModelContent, write_model_folder
-from megakd.models.own_models import register_own_models
-from megakd.models.source import ModelSource
+from megakd.models.small_copy import new_model
 from megakd.models.structure import architecture_of
-from megakd.models.valueless import new_model
+from megakd.models.views import UnitOrder, View
 
 register_own_models()
 VOCABULARY = 60

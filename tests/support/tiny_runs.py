@@ -89,7 +89,7 @@ def save_tokenizer(
     folder: Path, texts: Sequence[str], *, kind: Literal["bpe", "wordpiece"]
 ) -> Path:
     """A tokenizer of these texts, for weights that lie somewhere without one."""
-    from megakd.data.vocabularies import train_tokenizer
+    from megakd.data.tokenizers import train_tokenizer
 
     tokenizer = train_tokenizer(
         lambda: list(texts) * 2, kind=kind, vocab_size=300, for_encoder=kind == "wordpiece"

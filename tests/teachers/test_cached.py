@@ -15,7 +15,7 @@ from checkpoint_store import flip
 from datasets import Dataset
 from torch import Tensor, nn
 
-from megakd.contract.batch import Batch, Draws, Knowledge, Predictions
+from megakd.data.batch import Batch, Draws, Knowledge, Predictions
 from megakd.engine import distributed
 from megakd.engine.distributed import Ranks
 from megakd.errors import TeacherError

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from server_stubs import Stub, serving
 
 from megakd.errors import ServerError
-from megakd.teachers.http import JsonServer, RunningCalls
+from megakd.teachers.servers import JsonServer, RunningCalls
 
 
 class Version(BaseModel):

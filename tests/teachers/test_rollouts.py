@@ -10,13 +10,17 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megakd.config.rollout import RolloutConfig
-from megakd.contract.batch import IGNORE
-from megakd.contract.completions import Rollout
+from megakd.config.sections import RolloutConfig
+from megakd.data.batch import IGNORE
 from megakd.errors import DataError
-from megakd.teachers.prompts import Prompts, columns_of
-from megakd.teachers.rollout_batches import learns_from_texts, text_seed
-from megakd.teachers.rollout_store import RolloutStore
+from megakd.teachers.rollouts import (
+    Prompts,
+    Rollout,
+    RolloutStore,
+    columns_of,
+    learns_from_texts,
+    text_seed,
+)
 
 _tokens = st.lists(st.integers(0, 1000), min_size=1, max_size=6)
 

@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megakd.contract.batch import IGNORE, Batch, TopK
+from megakd.data.batch import IGNORE, Batch, TopK
 from megakd.engine import collectives
 from megakd.errors import ServerError
-from megakd.teachers.vllm import BestTokens
+from megakd.teachers.servers import BestTokens
 from megakd.training.served_teachers import ServedTeacher
 
 RANKS: Any = SimpleNamespace(rank=0, device=torch.device("cpu"))

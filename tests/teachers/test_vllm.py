@@ -14,11 +14,12 @@ from server_stubs import END, VOCABULARY, Counting, Stub, serving
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megakd.contract.completions import Completion, Sampling
+from megakd.config.sections import Sampling
 from megakd.errors import ServerError
-from megakd.teachers.vllm import BestTokens, Requirements, ServedModel, VllmServer
+from megakd.models.generation import Completion
+from megakd.teachers.servers import BestTokens, Requirements, ServedModel, VllmServer
+from megakd.training.generated_texts import check_texts
 from megakd.training.served_teachers import check_scores, difference
-from megakd.training.served_texts import check_texts
 
 REQUIREMENTS = Requirements("tiny", 20, VOCABULARY, (END,))
 TINY, SAMPLING = ServedModel("tiny"), Sampling(8, temperature=0.5)

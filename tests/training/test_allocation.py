@@ -11,8 +11,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from megakd.contract.views import View
 from megakd.errors import CheckpointError, ConfigError, TeacherError
+from megakd.models.views import View
 from megakd.training.allocation import (
     UnitScores,
     scores_from_json,

@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 
-from megakd.contract.stage import Verdict
-from megakd.contract.views import Cut, UnitOrder, View
 from megakd.errors import MegakdError
-from megakd.process.folders import write_finished
-from megakd.training.best_checkpoint import Best, Evaluation
-from megakd.training.checkpoint import check_plain
+from megakd.models.views import Cut, UnitOrder, View
+from megakd.process.files import write_finished
+from megakd.stage import Verdict
+from megakd.training.checkpoint import Best, Evaluation, check_plain
 
 
 def best_of(folder: Path, *views: str) -> Any:

@@ -11,13 +11,13 @@ from tiny_runs import llama, run_in
 from torch import Tensor
 
 from megakd.config.file import load_config
-from megakd.config.models import ScratchModel, TeacherConfig
-from megakd.contract.batch import Batch, TopK
+from megakd.config.sections import ScratchModel, TeacherConfig
+from megakd.data.batch import Batch, TopK
 from megakd.errors import ConfigError, TeacherError
 from megakd.models.generation import TokenCounts, count_draws, draw
 from megakd.models.loading import resolve_model
-from megakd.training.answer_cache import ask_tokens, bytes_per_token, whole_answers
 from megakd.training.inputs import check_caches
+from megakd.training.served_teachers import ask_tokens, bytes_per_token, whole_answers
 
 LENGTH, VOCABULARY = 6, 40
 TOP_K = TeacherConfig(model="a", cache_top_k=5)

@@ -15,8 +15,8 @@ from tiny_runs import bert, config_tree, write_jsonl
 
 from megakd.commands.plan import plan_of
 from megakd.config.file import config_of as checked
-from megakd.config.rollout import RolloutConfig
 from megakd.config.run import RunConfig
+from megakd.config.sections import RolloutConfig
 from megakd.config.task import MixtureSource
 from megakd.errors import ConfigError, DataError
 from megakd.training.inputs import RunInputs, prepare

@@ -33,13 +33,12 @@ from checkpoint_store import (
 
 from megakd.engine.distributed import Ranks
 from megakd.errors import CheckpointError
-from megakd.process.atomic import write_tensors
-from megakd.process.folders import CHECKSUMS, entries
+from megakd.process.files import CHECKSUMS, entries, write_tensors
 from megakd.process.seeding import random_state, seed_everything
 from megakd.training import checkpoint
 from megakd.training import checkpoint as checkpoint_module
+from megakd.training.assembly import check_stream
 from megakd.training.checkpoint import Checkpoints, check_plain
-from megakd.training.stage_batches import check_stream
 
 
 @pytest.fixture

@@ -20,21 +20,21 @@ from whole_run import finish, finish_in, read, records
 
 from megakd.config.file import config_of
 from megakd.config.run import EvalConfig
-from megakd.contract.results import WHOLE, MetricJudge
-from megakd.contract.stage import Pass, Verdict
-from megakd.contract.tasks import METRICS, ONE_LABEL_METRICS
-from megakd.contract.terms import HardCrossEntropy
+from megakd.config.task import METRICS, ONE_LABEL_METRICS
+from megakd.config.terms import HardCrossEntropy
+from megakd.data.batch import Pass
 from megakd.data.splits import load_splits
 from megakd.errors import ConfigError, DataError, TrainingError
-from megakd.training.held_out_losses import HeldOutLosses
+from megakd.stage import Verdict
+from megakd.training.evaluation import HeldOutLosses, few
+from megakd.training.lab import WHOLE, MetricJudge
 from megakd.training.metrics import (
     TaskMetrics,
     headline,
     language_model_metrics,
+    score_words,
     task_metrics,
 )
-from megakd.training.scorer import few
-from megakd.training.words import score_words
 
 
 def metrics_of(names: tuple[str, ...], outputs: Tensor, labels: Tensor) -> dict[str, float]:

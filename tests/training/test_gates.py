@@ -10,12 +10,12 @@ import torch
 from elastic_views import FAMILIES, HEADS, NEURONS, TOKENS, family_model
 from torch import nn
 
-from megakd.contract.views import View
 from megakd.errors import TeacherError
 from megakd.models.cutting import cut_config
+from megakd.models.small_copy import new_model
 from megakd.models.structure import architecture_of
-from megakd.models.valueless import new_model
-from megakd.training.importance import Gate, Gates
+from megakd.models.views import View
+from megakd.training.pruning import Gate, Gates
 
 CPU = torch.device("cpu")
 

@@ -12,10 +12,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
-from megakd.config.models import ScratchModel, StudentConfig, TeacherConfig
 from megakd.config.run import RunConfig
+from megakd.config.sections import FinetuneOverrides, ScratchModel, StudentConfig, TeacherConfig
 from megakd.config.task import TaskConfig, TokenizerConfig
-from megakd.config.train import FinetuneOverrides
 from megakd.errors import TeacherError
 from megakd.methods.single import SingleConfig
 from megakd.training.inputs import prepare

@@ -12,16 +12,15 @@ import pytest
 import torch
 from unit_counts import counts_of
 
-from megakd.config.train import TrainConfig
-from megakd.contract.batch import Batch, Knowledge
-from megakd.contract.stage import Stage, StepReport
-from megakd.contract.tasks import TaskType
-from megakd.contract.terms import HardCrossEntropy, SoftTargetKl, TermConfig
-from megakd.contract.views import Shape
+from megakd.config.sections import TrainConfig
+from megakd.config.task import TaskType
+from megakd.config.terms import HardCrossEntropy, Shape, SoftTargetKl, TermConfig
+from megakd.data.batch import Batch, Knowledge
 from megakd.engine.distributed import Ranks
 from megakd.errors import TrainingError
 from megakd.losses.objective import build_objective
-from megakd.training.meters import TrainMeter
+from megakd.stage import Stage, StepReport
+from megakd.training.log import TrainMeter
 from megakd.training.trainer import AnswerWatch, Stopwatch
 
 CE = HardCrossEntropy(loss="hard_cross_entropy")
@@ -208,7 +207,7 @@ def test_a_term_on_rollouts_is_logged_as_its_mean_over_the_steps_that_have_rollo
 
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     time = SimpleNamespace(now=100.0)
-    monkeypatch.setattr("megakd.training.meters.time.perf_counter", lambda: time.now)
+    monkeypatch.setattr("megakd.training.log.time.perf_counter", lambda: time.now)
     return time
 
 

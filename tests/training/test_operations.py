@@ -11,10 +11,10 @@ from tiny_runs import NO_DROPOUT, bert, run_in, write_jsonl
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from whole_run import finish, records
 
-from megakd.contract.stage import Pass
-from megakd.contract.views import View
+from megakd.data.batch import Pass
+from megakd.models.views import View
 from megakd.teachers.frozen import FrozenTeacher
-from megakd.training.operations import StepWork, peak_tflops, work_of
+from megakd.training.log import StepWork, peak_tflops, work_of
 
 LENGTH, ROWS = 16, 4
 SIZES = {"vocab_size": 50, "hidden_size": 8, "intermediate_size": 12}

@@ -10,14 +10,20 @@ import pytest
 import torch
 
 from megakd.config.file import load_config
-from megakd.config.models import PooledTeacher, StudentConfig, TeacherConfig
 from megakd.config.run import RunConfig
+from megakd.config.sections import (
+    FinetuneOverrides,
+    PooledTeacher,
+    StudentConfig,
+    TeacherConfig,
+    TrainConfig,
+    inherit,
+)
 from megakd.config.task import TaskConfig
-from megakd.config.train import FinetuneOverrides, TrainConfig, inherit
-from megakd.contract.stage import Stage
-from megakd.contract.terms import HardCrossEntropy, SoftTargetKl
-from megakd.contract.views import View
+from megakd.config.terms import HardCrossEntropy, SoftTargetKl
 from megakd.methods.skdbert import SkdbertConfig
+from megakd.models.views import View
+from megakd.stage import Stage
 from megakd.training import precision
 from megakd.training.precision import frozen_dtype, say_precision, scoring_dtype, training_dtype
 from megakd.training.recipes import completed, scoring_preset

@@ -16,15 +16,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
-from megakd.config.rollout import GenerationConfig, RolloutConfig, RolloutServerConfig
-from megakd.contract.completions import Completion, Rollout
-from megakd.data.loader import RowOrder
-from megakd.data.step_layout import StepLayout, StepShape
+from megakd.config.sections import GenerationConfig, RolloutConfig, RolloutServerConfig
+from megakd.data.loader import RowOrder, StepLayout, StepShape
 from megakd.errors import ConfigError
-from megakd.teachers import rollout_batches as rollout_source
-from megakd.teachers.prompts import check_generated_texts, prompts_of
-from megakd.teachers.rollout_batches import RolloutSource
-from megakd.teachers.rollout_store import RolloutStore
+from megakd.models.generation import Completion
+from megakd.teachers import rollouts as rollout_source
+from megakd.teachers.rollouts import (
+    Rollout,
+    RolloutSource,
+    RolloutStore,
+    check_generated_texts,
+    prompts_of,
+)
 from megakd.training.generated_texts import oldest
 
 ROWS = 4

@@ -13,12 +13,12 @@ from server_stubs import END, VOCABULARY, Stub, serving
 from tokenizers import Tokenizer, models
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerFast
 
-from megakd.config.rollout import RolloutConfig, RolloutServerConfig, SamplingConfig
-from megakd.contract.completions import Completion, Sampling
-from megakd.contract.tasks import STUDENT
+from megakd.config.sections import RolloutConfig, RolloutServerConfig, Sampling, SamplingConfig
+from megakd.config.task import STUDENT
 from megakd.errors import ServerError
-from megakd.teachers.vllm import Requirements
-from megakd.training.served_texts import ServerGenerator, check_servers, replicas_of
+from megakd.models.generation import Completion
+from megakd.teachers.servers import Requirements
+from megakd.training.generated_texts import ServerGenerator, check_servers, replicas_of
 
 WORDS, FURTHER_END = 38, 37
 

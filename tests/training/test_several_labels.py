@@ -17,7 +17,7 @@ from tiny_runs import bert, run_in, write_jsonl
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 from whole_run import read, records
 
-from megakd.training.label_sets import THRESHOLDS, best_threshold, decided, score_of
+from megakd.training.metrics import THRESHOLDS, best_threshold, decided, score_of
 
 WORDS = {"anger": "furious", "fear": "scared", "joy": "happy", "love": "adored"}
 OTHERS = ["the", "a", "film", "was", "it", "and", "then", "we"]

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from megakd.contract.stage import StageResult
 from megakd.errors import CheckpointError
-from megakd.process.folders import write_finished
+from megakd.process.files import write_finished
+from megakd.stage import StageResult
 from megakd.training.stage_folder import RESULT, read_result, result_text
 
 LENGTH = {"max_steps": 12, "num_train_epochs": 3.0}

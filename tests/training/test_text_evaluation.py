@@ -12,14 +12,12 @@ from datasets import Dataset
 from transformers import GenerationConfig as HuggingFaceGeneration
 from transformers import LlamaConfig
 
-from megakd.config.rollout import GenerationConfig, SamplingConfig
-from megakd.contract.batch import IGNORE
-from megakd.contract.completions import Completion, Sampling
+from megakd.config.sections import GenerationConfig, Sampling, SamplingConfig
+from megakd.data.batch import IGNORE
 from megakd.errors import DataError
-from megakd.models.generation import end_tokens_of
-from megakd.teachers import text_evaluation
-from megakd.teachers.prompts import Prompts
-from megakd.teachers.text_evaluation import TextEvaluation, answer_of, is_match
+from megakd.models.generation import Completion, end_tokens_of
+from megakd.teachers import rollouts
+from megakd.teachers.rollouts import Prompts, TextEvaluation, answer_of, is_match
 
 LETTERS = " abcdefgh"
 
@@ -63,8 +61,8 @@ def evaluation(data: Dataset, folder: Path, **keys: Any) -> tuple[Any, Echo]:
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_evaluation, "gather", lambda value: [value])
-    monkeypatch.setattr(text_evaluation, "on_main", lambda action: action())
+    monkeypatch.setattr(rollouts, "gather", lambda value: [value])
+    monkeypatch.setattr(rollouts, "on_main", lambda action: action())
 
 
 def test_texts_are_scored_against_the_completions_and_written(rows, tmp_path):

@@ -12,8 +12,8 @@ from torch import Tensor
 from unit_counts import numbers
 from waiting import Waiting, no_waiting
 
-from megakd.contract.batch import IGNORE, Batch, Counts, Knowledge, count_units
-from megakd.contract.stage import Pass, StepReport
+from megakd.data.batch import IGNORE, Batch, Counts, Knowledge, Pass, count_units
+from megakd.stage import StepReport
 from megakd.training.trainer import Trainer
 
 BATCH = Batch({}, torch.tensor([1]), torch.ones(1, 1, dtype=torch.bool))

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from pydantic.dataclasses import dataclass
 
-from megakd.contract.lab import Lab
-from megakd.contract.stage import Stage, StageResult
-from megakd.contract.terms import STRICT
+from megakd.config.terms import STRICT
 from megakd.methods.assistants import AssistantOptions, ranked_teacher, view_of
+from megakd.stage import Stage, StageResult
+from megakd.training.lab import Lab
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

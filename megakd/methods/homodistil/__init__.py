@@ -26,12 +26,9 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from megakd.contract.lab import Lab, Model
-from megakd.contract.options import OneTeacherOptions
-from megakd.contract.results import Row
-from megakd.contract.stage import Constant, Pass, Stage, StageResult, Window
-from megakd.contract.tasks import LANGUAGE_TASKS, STUDENT, TEACHER
-from megakd.contract.terms import (
+from megakd.config.options import OneTeacherOptions
+from megakd.config.task import LANGUAGE_TASKS, STUDENT, TEACHER
+from megakd.config.terms import (
     STRICT,
     AttentionMse,
     Count,
@@ -42,8 +39,11 @@ from megakd.contract.terms import (
     RelationKl,
     TermConfig,
 )
-from megakd.contract.views import View
+from megakd.data.batch import Pass
 from megakd.errors import ConfigError
+from megakd.models.views import View
+from megakd.stage import Constant, Stage, StageResult, Window
+from megakd.training.lab import Lab, Model, Row
 
 ROWS = "pruning.json"
 """File in a stage's folder with the rows of the report."""

@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megakd.contract.results import WHOLE, Metric, Row
-from megakd.contract.stage import Pass, Scores, StepReport, Strategy, Verdict, Window
-from megakd.contract.views import Axis, Columns, Cut, Kind, Maker, UnitOrder, View
+from megakd.data.batch import Pass
 from megakd.engine.collectives import agree, all_reduce_
 from megakd.methods.homodistil import ROWS, Schedule, Target
+from megakd.models.views import Axis, Columns, Cut, Kind, Maker, UnitOrder, View
+from megakd.stage import Scores, StepReport, Strategy, Verdict, Window
+from megakd.training.lab import WHOLE, Metric, Row
 
 BETA = 0.85
 """Decay of the average sensitivity."""

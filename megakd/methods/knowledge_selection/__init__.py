@@ -18,21 +18,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
-from megakd.contract.lab import Lab
-from megakd.contract.options import OneTeacherOptions
-from megakd.contract.stage import Constant, Pass, Stage, StageResult, Window
-from megakd.contract.tasks import LANGUAGE_TASKS, STUDENT
-from megakd.contract.terms import (
-    STRICT,
-    Count,
-    HiddenMse,
-    RelationFsp,
-    TermConfig,
-    Weight,
-    term_name,
-)
+from megakd.config.options import OneTeacherOptions
+from megakd.config.task import LANGUAGE_TASKS, STUDENT
+from megakd.config.terms import STRICT, Count, HiddenMse, RelationFsp, TermConfig, Weight, term_name
+from megakd.data.batch import Pass
 from megakd.errors import ConfigError, TeacherError
 from megakd.process.terminal import in_home
+from megakd.stage import Constant, Stage, StageResult, Window
+from megakd.training.lab import Lab
 
 if TYPE_CHECKING:
     from megakd.methods.knowledge_selection.selecting import Selector, SelectorShape

@@ -23,13 +23,13 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megakd.contract.batch import LossInputs, first_positions
-from megakd.contract.stage import Pass, Strategy
+from megakd.data.batch import LossInputs, Pass, first_positions
 from megakd.engine.collectives import agree, all_reduce_
 from megakd.errors import TeacherError
 from megakd.methods.knowledge_selection import KnowledgeSelectionConfig
-from megakd.process.folders import check_given
-from megakd.training.probe import StageProbe
+from megakd.process.files import check_given
+from megakd.stage import Strategy
+from megakd.training.evaluation import StageProbe
 
 SELECTOR = "selector.safetensors"
 NOISE = 0.2

@@ -20,24 +20,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from megakd.contract.lab import Lab
-from megakd.contract.options import OneTeacherOptions
-from megakd.contract.stage import (
-    Constant,
-    Pass,
-    Stage,
-    StageResult,
-)
-from megakd.contract.tasks import STUDENT
-from megakd.contract.terms import (
-    STRICT,
-    Fraction,
-    HiddenCosine,
-    MethodTerm,
-    Positive,
-)
-from megakd.contract.views import Shape
+from megakd.config.options import OneTeacherOptions
+from megakd.config.task import STUDENT
+from megakd.config.terms import STRICT, Fraction, HiddenCosine, MethodTerm, Positive, Shape
+from megakd.data.batch import Pass
 from megakd.errors import TeacherError
+from megakd.stage import Constant, Stage, StageResult
+from megakd.training.lab import Lab
 
 PATIENT_KD = "patient_kd"
 PATIENT_KD_WEIGHT = 10.0
@@ -113,7 +102,7 @@ class MixedVocabularyConfig(OneTeacherOptions):
 
     def student_tokenizer(self, splits: Any, teacher: Any, *, cache_dir: Path) -> Any:
         """Train the student's tokenizer, and check that the teacher's can be mixed with it."""
-        from megakd.methods.mixed_vocabulary.tokenizer import (
+        from megakd.methods.mixed_vocabulary.shared_words import (
             check_special_tokens,
             load_student_tokenizer,
         )

@@ -26,7 +26,6 @@ import numpy as np
 import pyarrow as pa
 
 from megakd.config.task import TaskConfig
-from megakd.contract.batch import Batch, BatchSource
 from megakd.data.arrow import (
     TEXTS_AT_ONCE,
     arrow_batches,
@@ -35,9 +34,9 @@ from megakd.data.arrow import (
     rows_key,
     write_tables,
 )
-from megakd.data.collation import Collator, Columns, columns_of
+from megakd.data.batch import Batch, BatchSource
+from megakd.data.collation import Collator, Columns, columns_of, row_keys, task_masking, uniform
 from megakd.data.encoding import no_tokens, tokenizer_content
-from megakd.data.masking import row_keys, task_masking, uniform
 from megakd.data.token_tables import (
     check_room_for_text,
     frame,
@@ -51,8 +50,8 @@ from megakd.methods.mixed_vocabulary.shared_words import (
     SharedWords,
     WordCutter,
 )
-from megakd.process.folders import whole_folder
-from megakd.training.stage_batches import StageParts, row_batches
+from megakd.process.files import whole_folder
+from megakd.training.assembly import StageParts, row_batches
 
 if TYPE_CHECKING:
     from datasets import Dataset

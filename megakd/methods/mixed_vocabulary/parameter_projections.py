@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from megakd.contract.batch import Batch, LossInputs, Unit, UnitCounter
+from megakd.config.terms import Unit
+from megakd.data.batch import Batch, LossInputs, UnitCounter
 from megakd.engine.sharding import full_shape
 from megakd.errors import TeacherError
 from megakd.losses.targets import Evaluated, TermGroup
 from megakd.methods.mixed_vocabulary import ParameterProjection
-from megakd.models.second_vocabulary import second_vocabulary
+from megakd.models.knowledge import second_vocabulary
 from megakd.models.structure import architecture_of
 
 NAME = "parameter_projection"

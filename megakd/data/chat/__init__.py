@@ -1,1 +1,0 @@
-"""Conversations: their messages, the chat template, and rows of tokens with the answers marked."""

@@ -1,0 +1,463 @@
+"""Conversations as text, the parts whose tokens count, and special tokens that are text.
+
+A text that holds `<|im_end|>` or `[MASK]` would otherwise end a turn or ask for a word. A fast
+tokenizer reads texts with another string in the place of each special token: a mark, which texts do
+not hold. A chat template writes the special tokens of its own, which become marks afterwards.
+
+The parts are the answers: what a model generates after the generation prompt, up to and including
+the token that ends its turn. They are found from the `{% generation %}` marks of the chat template,
+or else from renderings of the conversation up to each answer.
+"""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import json
+import logging
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import lru_cache, partial
+from itertools import accumulate, pairwise
+from os.path import commonprefix
+from typing import Any, NamedTuple, TypeVar, cast
+
+import pyarrow.compute
+from datasets import Dataset
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from megakd.config.task import TaskConfig
+from megakd.data.arrow import arrow_batches, remembered_of_rows
+from megakd.data.conversations import ASSISTANT, CONVERSATION, Conversation, Message, with_arguments
+from megakd.errors import DataError
+from megakd.process.terminal import in_home
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+CONTROL = re.compile(r"<[|\uff5c].+[|\uff5c]>")
+"""Tokens that are special by their form; some tokenizers, such as DeepSeek's, do not say so."""
+
+REASONING_MARKS = ("<think>", "</think>")
+"""Strings that stay tokens in answers: reasoning is a part of what is learned."""
+
+_ROWS_AT_ONCE = 10_000
+
+_MOST_NAMED = 5
+
+
+class SpecialTokens:
+    """The special tokens of a tokenizer as strings, and a tokenizer that reads them as text.
+
+    reader: encodes texts in which `swapped` has replaced the special tokens of a template. It has
+        the token numbers of the tokenizer, and serves for nothing else.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        added = tokenizer.added_tokens_decoder.values()
+        declared = (t.content for t in added if t.special or CONTROL.fullmatch(t.content))
+        names = {*map(str, tokenizer.all_special_tokens), *declared}
+        self.reader: Any = copy.copy(tokenizer)
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:  # without numbers of characters, which conversations need
+            self.reader.split_special_tokens, marks = True, dict[str, str]()
+        else:
+            tree = json.loads(backend.to_str())
+            # Some tokenizers pad with "!" or end with a line break: these are pieces of any text.
+            merges = tree["model"].get("merges") or ()
+            joined = {"".join(m.split(" ", 1) if isinstance(m, str) else m) for m in merges}
+            names -= {name for name in names if len(name) == 1 or name.isspace() or name in joined}
+            # A sign at each end, so that no mark is a part of another and none is a word.
+            marks = {name: f"⸨⟦{number}⟧⸩" for number, name in enumerate(sorted(names))}
+            self.reader._tokenizer = _renamed(tree, marks)  # noqa: SLF001  (no public way)
+            self.reader.split_special_tokens = False
+        self.names = sorted(names, key=len, reverse=True)
+        self._names = {mark: name for name, mark in marks.items()}
+        self._other = marks | self._names
+        self._both = _one_of(self._other)
+
+    def swapped(self, text: str) -> str:
+        """Return a text with a mark for each special token, and a special token for each mark."""
+        return self._both.sub(lambda match: self._other[match[0]], text)
+
+    def shown(self, text: str) -> str:
+        """Return a text with the names of all special tokens, for messages."""
+        return self._both.sub(lambda match: self._names.get(match[0], match[0]), text)
+
+    def end_of_last(self, text: str) -> int:
+        """Return the number of characters up to the end of the last special token; 0 without."""
+        return max((text.rfind(name) + len(name) for name in self.names if name in text), default=0)
+
+    def hidden(self, value: T, *, leave: Collection[str] = ()) -> T:
+        """Return the value with `swapped` texts in all lists and objects.
+
+        A template writes a value as it is, so that swapping its text again gives marks for the
+        special tokens of the template alone. The strings of `leave` stay tokens.
+        """
+        hidden: Any = value
+        if isinstance(value, str) and self._both.search(value):
+            parts = re.split(f"({_one_of(leave).pattern})", value)
+            hidden = "".join(part if part in leave else self.swapped(part) for part in parts)
+        elif isinstance(value, Mapping):
+            hidden = {key: self.hidden(each, leave=leave) for key, each in value.items()}
+        elif isinstance(value, list):
+            hidden = [self.hidden(each, leave=leave) for each in value]
+        return hidden
+
+    def say(self, rows: Dataset, *, name: str) -> None:
+        """Warn of the rows whose texts hold the strings of special tokens."""
+        names, texts = {*self.names}, {"text", "text_pair"}.intersection(rows.column_names)
+        if CONVERSATION in rows.column_names:
+            names, texts = names.difference(REASONING_MARKS), {CONVERSATION}
+        count = partial(_counts_of, rows.select_columns(sorted(texts)), _one_of(names))
+        some, counts = remembered_of_rows(rows, ("special", sorted(names)), count)
+        if some:
+            listed = ", ".join(f"{token} {n} times" for token, n in counts[:_MOST_NAMED])
+            logger.warning(
+                "%s: %d of %d rows hold strings of special tokens (%s%s), which are read as text; "
+                "give texts that are written with a chat template as messages",
+                *(name, some, len(rows), listed, ", …" if len(counts) > _MOST_NAMED else ""),
+            )
+
+
+def _counts_of(rows: Dataset, pattern: re.Pattern[str]) -> tuple[int, list[tuple[str, int]]]:
+    """Return the number of rows that match, and the matches with their numbers."""
+    counts, some, arrow = Counter[str](), 0, cast("Any", pyarrow.compute)
+    for table in arrow_batches(rows, _ROWS_AT_ONCE):
+        joined = arrow.binary_join_element_wise(*cast("Any", table).columns, "\n")
+        found = joined.filter(arrow.match_substring_regex(joined, pattern.pattern)).to_pylist()
+        some += len(found)
+        counts.update(name for text in found for name in pattern.findall(text))
+    return some, counts.most_common()
+
+
+@lru_cache(maxsize=4)  # a run has two vocabularies at most, and evaluation may add another
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
+    """Return the special tokens of a tokenizer, to which no token is added afterwards."""
+    return SpecialTokens(tokenizer)
+
+
+def _one_of(strings: Collection[str]) -> re.Pattern[str]:
+    longest_first = sorted(strings, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"[^\s\S]")
+
+
+def _renamed(tree: dict[str, Any], names: Mapping[str, str]) -> Tokenizer:
+    """Return the tokenizer with other strings for the same token numbers."""
+    model = tree["model"]
+    for token in tree["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(name, name): n for name, n in model["vocab"].items()}
+    else:
+        model["vocab"] = [[names.get(name, name), score] for name, score in model["vocab"]]
+    if model.get("unk_token") is not None:
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    renamed = Tokenizer.from_str(json.dumps(tree))
+    renamed.no_truncation()
+    renamed.no_padding()
+    return renamed
+
+
+MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+TODAY = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+
+FIXED_DATE = datetime.date(2024, 7, 26)
+"""The date in templates that write today's date, so that rows do not depend on the day. Llama's
+templates write this date where they cannot read a clock."""
+
+THINKING = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
+
+EMPTY_REASONING = re.compile(
+    r"[<\[]([\w:]*(?:think|thought|reason)\w*)[>\]]\s*[<\[]/\1[>\]]", re.IGNORECASE
+)
+
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+
+SHOWN_CHARACTERS = 40
+
+
+def read_template(file: str) -> str:
+    """Return the chat template in a file."""
+    try:
+        return in_home(file).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"task.chat_template: {file} cannot be read: {error}") from error
+
+
+class Rendered(NamedTuple):
+    """A conversation as text, with marks in the place of special tokens (see `SpecialTokens`).
+
+    answers: the parts that count, as (first character, character after the last).
+    prompts: the numbers of characters that a generator continues, for each answer that counts or
+        for a row that is a prompt.
+    noticed: what the template has done to the row, among the keys of `counts.BY_TEMPLATE`.
+    """
+
+    text: str
+    answers: list[tuple[int, int]]
+    prompts: list[int]
+    noticed: tuple[str, ...] = ()
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer with the settings of a task."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> None:
+        if not tokenizer.chat_template:
+            raise DataError(
+                "the rows are conversations, and the tokenizer has no chat template; set "
+                "task.chat_template to a file with a template in Jinja, or give prompt and "
+                "completion as plain texts"
+            )
+        self.tokenizer, self.task = tokenizer, task
+        added = cast("Any", tokenizer).get_added_vocab()
+        self.special = tuple({*tokenizer.all_special_tokens, *added})
+        self.texts = special_tokens(tokenizer)
+        self.end = cast("str | None", tokenizer.eos_token) or ""
+        self._sources: dict[bool, str] = {}
+
+    def render(self, conversation: Conversation, *, where: str) -> Rendered:
+        """Return the text of a conversation and the parts that count."""
+        hidden = replace(
+            conversation,
+            tools=self.texts.hidden(conversation.tools),
+            options=self.texts.hidden(conversation.options),
+        )
+        messages = [self._prepared(message) for message in conversation.messages or ()]
+        try:
+            objects = [with_arguments(message, as_text=False) for message in messages]
+            return self._rendered(_View(self, hidden, objects, where))
+        except DataError:
+            if not any("tool_calls" in message for message in messages):
+                raise
+            texts = [with_arguments(message, as_text=True) for message in messages]
+            with suppress(DataError):
+                return self._rendered(_View(self, hidden, texts, where))
+            raise
+
+    def _prepared(self, message: Message) -> Message:
+        is_answer = message["role"] == ASSISTANT
+        if is_answer and self.task.reasoning == "strip":
+            message = {key: value for key, value in message.items() if key not in REASONING_KEYS}
+            message["content"] = without_reasoning(message["content"])
+        hidden = self.texts.hidden(message, leave=REASONING_MARKS if is_answer else ())
+        return {**hidden, "role": message["role"]}
+
+    def _rendered(self, view: _View) -> Rendered:
+        conversation, messages = view.conversation, view.messages
+        view.require_calls()
+        if conversation.is_prompt:
+            text = view.up_to(len(messages), prompted=True)
+            return self._as_read(Rendered(text, [], [len(text)]))
+        counted = conversation.counted[-1 if self.task.train_on == "last" else 0 :]
+        has_marks = MARKS.search(self.source(conversation.tools)) is not None
+        whole = view.by_marks(counted) if has_marks else view.by_prefixes(counted)
+        ends: list[tuple[int, int]] = []
+        for begin, end in whole.answers:
+            # White space after the token that ends a turn does not count.
+            stripped = whole.text[begin:end].rstrip()
+            ends.append((begin, begin + len(stripped) if stripped.endswith(self.special) else end))
+        shown = "".join(whole.text[begin:end] for begin, end in ends)
+        contents = "".join(messages[number]["content"] or "" for number in counted)
+        empty = [] if EMPTY_REASONING.search(contents) else EMPTY_REASONING.finditer(whole.text)
+        noticed = {
+            "lost_reasoning": any(_reasoning(messages[n]) not in shown for n in counted),
+            # Its first mark may be in the prompt.
+            "empty_reasoning": any(
+                begin < match.end() <= end for match in empty for begin, end in ends
+            ),
+        }
+        keys = tuple(key for key, is_true in noticed.items() if is_true)
+        return self._as_read(whole._replace(answers=ends, noticed=keys))
+
+    def _as_read(self, whole: Rendered) -> Rendered:
+        # Special tokens of the template become marks, and hidden ones of the messages text again.
+        edges = sorted({0, len(whole.text), *whole.prompts, *(e for a in whole.answers for e in a)})
+        parts = [self.texts.swapped(whole.text[a:b]) for a, b in pairwise(edges)]
+        places = dict(zip(edges, accumulate(map(len, parts), initial=0), strict=True))
+        return whole._replace(
+            text="".join(parts),
+            answers=[(places[begin], places[end]) for begin, end in whole.answers],
+            prompts=[places[end] for end in whole.prompts],
+        )
+
+    def source(self, tools: Sequence[Any] | None) -> str:
+        """Return the text of the template, with a fixed date in place of today's."""
+        key = tools is not None  # some tokenizers have a template of their own for tools
+        if key not in self._sources:
+            try:
+                template = self.tokenizer.get_chat_template(tools=cast("list[Any] | None", tools))
+            except ValueError as error:  # several templates, and none of them is the default
+                raise DataError(f"{error}; set task.chat_template to a file") from error
+            fixed = TODAY.sub(lambda call: repr(FIXED_DATE.strftime(call[2])), template)
+            self._sources[key] = fixed
+        return self._sources[key]
+
+
+class _View(NamedTuple):
+    template: ChatTemplate
+    conversation: Conversation
+    messages: list[Message]
+    where: str
+
+    def up_to(self, count: int, *, prompted: bool) -> str:
+        return self._rendered(count, add_generation_prompt=prompted)[0]
+
+    def by_prefixes(self, counted: Sequence[int]) -> Rendered:
+        text = self._whole()[0]
+        answers: list[tuple[int, int]] = []
+        for number in counted:
+            begin = self._prefix(text, number, prompted=True)
+            is_last = number + 1 == len(self.messages)
+            end = len(text) if is_last else self._prefix(text, number + 1, begin, prompted=False)
+            answers.append((begin, end))
+        return Rendered(text, answers, [begin for begin, _ in answers])
+
+    def by_marks(self, counted: Sequence[int]) -> Rendered:
+        text, marks = self._whole(return_assistant_tokens_mask=True)
+        turns = [n for n, m in enumerate(self.messages) if m["role"] == ASSISTANT]
+        marks = [mark for mark in marks if mark[0] < mark[1]]
+        if len(marks) == len(turns):
+            marks = [mark for mark, turn in zip(marks, turns, strict=True) if turn in counted]
+        elif len(counted) < len(turns) or not marks:
+            raise DataError(
+                f"{self.where}: the chat template marks {len(marks)} parts with generation, and "
+                f"the conversation has {len(turns)} answers, of which {len(counted)} count; mark "
+                "every answer once, or remove the marks"
+            )
+        prompts: list[int] = []
+        for place, number in enumerate(counted, start=len(marks) - len(counted)):
+            prompt = self.up_to(number, prompted=True)
+            same = _same(prompt, text)
+            is_prefix = same == len(prompt) < marks[-1][1]
+            if not is_prefix:  # such as DeepSeek's, which begins reasoning that the text lacks
+                same = self.template.texts.end_of_last(text[:same])
+            # A template may mark what it writes into the prompt too.
+            marks = [(same if begin < same < end else begin, end) for begin, end in marks]
+            if is_prefix or place >= 0:
+                prompts.append(same if is_prefix else marks[place][0])
+        return Rendered(text, marks, prompts)
+
+    def require_calls(self) -> None:
+        """Raise if the template leaves out a call, as those of Gemma 2 and ChatML do.
+
+        Its name may also be in a list of tools or in other messages, so that every call gets a name
+        of its own, which has to be in the text.
+        """
+        messages = copy.deepcopy(self.messages)
+        calls = [call["function"] for m in messages for call in m.get("tool_calls", ())]
+        names = [call["name"] for call in calls]
+        for number, call in enumerate(calls):
+            call["name"] += f"_call_{number}"
+        whole = self._replace(messages=messages)
+        text = whole.up_to(len(messages), prompted=self.conversation.is_prompt) if calls else ""
+        for call, name in zip(calls, names, strict=True):
+            if call["name"] not in text:
+                raise DataError(
+                    f"{self.where}: the chat template leaves out a call of the tool {name!r}; "
+                    "set task.chat_template to a template that writes tool_calls, or remove the row"
+                )
+
+    def _whole(self, **keys: bool) -> tuple[str, list[tuple[int, int]]]:
+        text, marks = self._rendered(len(self.messages), **keys)
+        for message in self.messages:
+            role, content = message["role"], (message["content"] or "").strip()
+            # Templates write results of tools and answers in forms of their own.
+            if role not in (ASSISTANT, "tool") and content not in text:
+                raise DataError(
+                    f"{self.where}: the chat template leaves out the message of role {role!r} "
+                    f"({content[:SHOWN_CHARACTERS]!r}); use the roles of the template, or set "
+                    "task.chat_template to a template that writes this role"
+                )
+        return text, marks
+
+    def _rendered(self, count: int, **keys: bool) -> tuple[str, list[tuple[int, int]]]:
+        # The text of the first messages, and the parts that the template marks.
+        messages, template, row = self.messages[:count], self.template, self.conversation
+        try:
+            rendered: Any = render_jinja_template(
+                [messages],
+                tools=row.tools,
+                chat_template=template.source(row.tools),
+                **{
+                    **template.tokenizer.special_tokens_map,
+                    **template.task.chat_template_kwargs,
+                    **row.options,
+                    **keys,
+                },
+            )
+        except Exception as error:  # a template may do anything that Python can refuse
+            roles = ", ".join(message["role"] for message in messages)
+            raise DataError(
+                f"{self.where}: the chat template refuses the conversation (roles: "
+                f"{roles or 'none before the first answer'}): {error}"
+            ) from error
+        texts, marks = rendered
+        return texts[0], marks[0] if marks else []
+
+    def _prefix(self, text: str, count: int, begin: int = 0, *, prompted: bool) -> int:
+        # `begin` is where the answer begins that ends the first messages.
+        prefix = self.up_to(count, prompted=prompted)
+        if text.startswith(prefix):
+            return len(prefix)
+        special = self.template.special
+        closed = prefix.rstrip()
+        ending = max((s for s in special if closed.endswith(s)), key=len, default="")
+        bare = closed.removesuffix(ending)
+        if ending and text.startswith(bare):
+            if not prompted and not bare[begin:].rstrip().endswith(special):
+                # Templates such as that of gpt-oss end the last answer with a token of its own.
+                rest = text[len(bare) :]
+                begun = rest.lstrip()
+                other = max((s for s in special if begun.startswith(s)), key=len, default="")
+                if other:
+                    return len(bare) + len(rest) - len(begun) + len(other)
+            # Phi's templates close every text without a prompt for an answer with the end token.
+            if ending == self.template.end:
+                return len(bare)
+        same = _same(prefix, text)
+        shown = self.template.texts.shown
+        alone, whole = (shown(t[same:])[:SHOWN_CHARACTERS] for t in (prefix, text))
+        answer = count + 1 if prompted else count
+        is_last = count >= self.conversation.counted[-1]
+        raise DataError(
+            f"{self.where}: the chat template renders the beginning of the conversation up to "
+            f"answer {answer} differently when the rest follows: after "
+            f"{shown(text[:same])[-SHOWN_CHARACTERS:]!r} it writes {alone!r} alone and "
+            f"{whole!r} in the whole conversation, so that a model would not learn the "
+            "text that it generates; "
+            + (
+                "check task.chat_template_kwargs and task.reasoning (enable_thinking: false "
+                "contradicts answers with reasoning), or set task.chat_template"
+                if is_last
+                else "set task.train_on: last to learn only the last answer of each conversation, "
+                "or set task.chat_template to a template that does not rewrite earlier answers"
+            )
+        )
+
+
+def _same(*texts: str) -> int:
+    # The number of characters at the beginning that all texts have.
+    return len(commonprefix(texts))  # noqa: RUF071 - of texts, not of paths
+
+
+def without_reasoning(text: str) -> str:
+    """Return an answer without its <think>…</think>, of which the beginning may be missing."""
+    text = THINKING.sub("", text)
+    return text.split("</think>", 1)[-1].lstrip() if "</think>" in text else text
+
+
+def _reasoning(message: Message) -> str:
+    for key in REASONING_KEYS:
+        if isinstance(message.get(key), str):
+            return message[key].strip()
+    before, mark, _ = (message["content"] or "").partition("</think>")
+    return before.replace("<think>", "").strip() if mark else ""

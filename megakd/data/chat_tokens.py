@@ -1,0 +1,446 @@
+"""Conversations as token numbers, with next tokens as labels where the next token counts.
+
+A row of the result is one conversation, not packed. Columns: `input_ids` and `labels`, lists of
+int32 (see `PackedRow` for the labels), and `prompt_length`, the number of tokens that a generator
+continues: up to and including the generation prompt of the last answer. A document of a mixture is
+cut into rows of `max_length` without losing a target, and has no prompt: its length is 0.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby, pairwise
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from megakd.config.task import TaskConfig
+from megakd.data.arrow import PLACE, BadRows, longest_of
+from megakd.data.batch import IGNORE, ROUTE
+from megakd.data.chat_template import ChatTemplate, Rendered, special_tokens, without_reasoning
+from megakd.data.conversations import CONVERSATION, SOURCE, Conversation
+from megakd.data.token_tables import document_ends, numbers_of, plain_encoding
+from megakd.errors import DataError
+from megakd.process.workers import in_processes, processes_for
+
+logger = logging.getLogger(__name__)
+
+MOST_SHOWN = 400
+"""Characters at each end of a long part of the first row that the log shows."""
+
+LEARNED = ("train", "validation")
+
+SETS = "sets"
+"""Prefix of the evaluation sets among the names of rows: `sets/NAME`."""
+
+BY_TEMPLATE = {
+    "lost_reasoning": "lose the reasoning of their answers in the chat template; use a template "
+    "that keeps it, or set task.reasoning: strip to say that this is intended",
+    "empty_reasoning": "get empty reasoning in their answers from the chat template, so that the "
+    "student learns not to reason; if the template knows enable_thinking, "
+    "task.chat_template_kwargs: {enable_thinking: false} moves it into the prompt; else set "
+    "task.chat_template to a template that leaves it out",
+    "without_template": "are a prompt and a completion without the chat template of the tokenizer, "
+    "in which the model will be asked; set task.as_messages: true to render them by it",
+}
+"""What a chat template does to rows, by the number of the rows, and what to do."""
+
+
+@dataclass
+class ChatCounts:
+    """Numbers of conversations and tokens.
+
+    rows, kept: conversations that were read, and encoded rows.
+    tokens, targets: tokens of the encoded rows, and the tokens that count.
+    truncated: rows that were cut at max_length.
+    prompts: rows without an answer.
+    too_long, long_prompt, nothing_counts, bad: rows that were left out because of
+        `task.truncation: drop`, because their prompt fills max_length, because no token of their
+        answer counts, and because they cannot be encoded (`task.bad_rows: drop`).
+    lost_reasoning: rows in which the chat template leaves out the reasoning of an answer.
+    empty_reasoning: rows in which the chat template writes reasoning without words into an answer.
+    without_template: prompts and answers as texts, although the tokenizer has a chat template.
+    special: by the number of a special token, how many of the tokens that count it is.
+    ends: by the number of a special token, how many rows with a whole answer it ends.
+    lengths: by the number of tokens before a row is cut, how many rows have it. Documents, which
+        are cut into rows without losing a token, are not counted.
+    """
+
+    rows: int = 0
+    kept: int = 0
+    tokens: int = 0
+    targets: int = 0
+    truncated: int = 0
+    too_long: int = 0
+    long_prompt: int = 0
+    nothing_counts: int = 0
+    prompts: int = 0
+    lost_reasoning: int = 0
+    empty_reasoning: int = 0
+    without_template: int = 0
+    bad: int = 0
+    special: Counter[int] = field(default_factory=Counter[int])
+    ends: Counter[int] = field(default_factory=Counter[int])
+    lengths: Counter[int] = field(default_factory=Counter[int])
+
+    @property
+    def reasons(self) -> str:
+        """The numbers of the conversations that have no encoded row, by reason, as text."""
+        return (
+            f"the prompt of {self.long_prompt} fills task.max_length, {self.too_long} are longer, "
+            f"in {self.nothing_counts} no token counts, {self.bad} cannot be encoded"
+        )
+
+    def add(self, other: ChatCounts) -> None:
+        for name, more in vars(other).items():
+            if isinstance(more, Counter):
+                getattr(self, name).update(more)
+            else:
+                setattr(self, name, getattr(self, name) + more)
+
+    @staticmethod
+    def from_record(record: Mapping[str, Any]) -> ChatCounts:
+        """Return the numbers that `asdict` returned and JSON stored."""
+        keyed = {
+            k: Counter({int(n): c for n, c in v.items()})
+            for k, v in record.items()
+            if isinstance(v, dict)
+        }
+        return ChatCounts(**{**record, **keyed})
+
+
+CountsByName = dict[str, ChatCounts]
+"""Numbers by the name of the rows: a split, or `split/source` of a mixture."""
+
+
+def learned(counts: Mapping[str, ChatCounts] | None) -> list[ChatCounts]:
+    """Return the numbers of the training rows, or of the held-out rows beside a stream."""
+    # A stream is not encoded before the run, but its held-out rows are.
+    splits = ([t for n, t in (counts or {}).items() if n.split("/")[0] == s] for s in LEARNED)
+    return next(filter(None, splits), [])
+
+
+def learned_ends(counts: Mapping[str, ChatCounts] | None) -> frozenset[int]:
+    """Return the special tokens that end at least a tenth of the learned answers."""
+    return frozenset(
+        number
+        for tally in learned(counts)
+        for number, rows in tally.ends.items()
+        if 10 * rows >= tally.kept - tally.prompts - tally.truncated
+    )
+
+
+def say_chat(
+    rows: Mapping[str, Dataset], counts: CountsByName, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Log the numbers of each split, and the first row with its counted parts marked."""
+    for name, tally in counts.items():
+        lengths = [*tally.lengths.elements()]
+        left_out = tally.long_prompt + tally.too_long + tally.nothing_counts + tally.bad
+        logger.info(
+            "%s: %d conversations, %d encoded rows with %d tokens, of which %.1f %% count; the "
+            "longest has %d tokens, %d are truncated, %d dropped",
+            *(name, tally.rows, tally.kept, tally.tokens),
+            *(100 * tally.targets / max(1, tally.tokens), longest_of(lengths)),
+            *(tally.truncated, left_out),
+        )
+        warnings = [(left_out, f"are left out: {tally.reasons}")]
+        longer = tally.truncated + tally.too_long + tally.long_prompt
+        if longer > 0.01 * len(lengths):
+            most = longest_of(lengths, 0.99)
+            what = f"are longer than task.max_length; task.max_length={most} keeps 99 % whole"
+            warnings.append((longer, what))
+        warnings += [(getattr(tally, key), what) for key, what in BY_TEMPLATE.items()]
+        for number, what in warnings:
+            if number:
+                logger.warning("%s: %d of %d rows %s", name, number, tally.rows, what)
+    name = next(iter(rows))
+    row = rows[name][0]
+    counted = [False, *(label != IGNORE for label in row["labels"][:-1])]
+    parts: list[str] = []
+    for does_count, group in groupby(
+        zip(counted, row["input_ids"], strict=True), key=lambda pair: pair[0]
+    ):
+        text = cast("str", tokenizer.decode([token for _, token in group]))
+        if len(text) > 2 * MOST_SHOWN:
+            text = f"{text[:MOST_SHOWN]} … {text[-MOST_SHOWN:]}"
+        parts.append(f"[[{text}]]" if does_count else text)
+    logger.info("first row of %s, [[what counts]]: %s", name, "".join(parts))
+
+
+ROWS_AT_ONCE = 100
+
+ROWS_OF_A_PROCESS = 2000
+"""A process encodes at least this many conversations, about a second of work."""
+
+PROMPT_LENGTH = "prompt_length"
+
+REFUSED = Rendered("", [], [0])
+
+
+class ChatRow(NamedTuple):
+    """One encoded row; see the module."""
+
+    input_ids: NDArray[np.int32]
+    labels: NDArray[np.int32]
+    prompt_length: int
+
+
+class Tokens(NamedTuple):
+    """The tokens of one conversation before it is cut to `max_length`.
+
+    counts: whether each token counts.
+    prompts: the numbers of tokens before each answer, in order; the last is what a generator
+        continues.
+    """
+
+    ids: NDArray[np.int32]
+    counts: NDArray[np.bool_]
+    prompts: list[int]
+
+
+def tables_of_conversations(
+    rows: Dataset,
+    encoder: ChatEncoder,
+    *,
+    counts: CountsByName,
+    beside_training: bool = False,
+) -> Iterator[pa.Table]:
+    """Yield tables of encoded conversations, and no table if no row is left.
+
+    `counts` gets the numbers of the rows by their source, "" without, while the tables are read.
+    """
+    kept = (CONVERSATION, PLACE, SOURCE, ROUTE)
+    needed = rows.select_columns([column for column in kept if column in rows.column_names])
+    starts = range(0, len(rows), ROWS_AT_ONCE)
+    # Threads of a rank that trains hold locks: it must not be forked.
+    processes = 1 if beside_training else processes_for(len(rows), each=ROWS_OF_A_PROCESS)
+
+    def part(start: int) -> _EncodedPart:
+        if processes > 1:  # this process is one of many, and a forked one must not use threads
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        batch = needed.select(range(start, min(start + ROWS_AT_ONCE, len(rows))))
+        return _part(batch.with_format("arrow")[:], encoder)
+
+    bad = encoder.bad
+    for table, numbers, errors in in_processes(part, starts, processes):
+        for error in errors:
+            with bad:
+                raise DataError(error)
+        for source, tally in numbers.items():
+            counts.setdefault(source, ChatCounts()).add(tally)
+        if table is not None:
+            yield table
+    bad.finish()
+
+
+_EncodedPart = tuple["pa.Table | None", "CountsByName", Sequence[str]]
+"""Table, numbers of the rows, and errors of the rows that cannot be encoded."""
+
+
+def _part(batch: pa.Table, encoder: ChatEncoder) -> _EncodedPart:
+    columns: dict[str, list[str]] = {
+        column: batch.column(column).to_pylist() for column in batch.column_names
+    }
+    nothing = [""] * len(batch)
+    conversations = list(map(Conversation.from_json, columns[CONVERSATION]))
+    made: list[ChatRow] = []
+    routes: list[str] = []
+    counts: CountsByName = {}
+    encoder.bad = bad = BadRows(named=len(batch) + 1)  # keeps all errors, for the parent process
+    encoded = encoder(conversations, columns[PLACE])
+    named = columns.get(SOURCE, nothing), columns.get(ROUTE, nothing)
+    for source, teacher, (rows, numbers) in zip(*named, encoded, strict=True):
+        counts.setdefault(source, ChatCounts()).add(numbers)
+        made += rows
+        routes += [teacher] * len(rows)
+    if not made:
+        return None, counts, bad.errors
+    ids, labels, lengths = map(list, zip(*made, strict=True))
+    listed = pa.list_(pa.int32())
+    arrays = {"input_ids": pa.array(ids, type=listed), "labels": pa.array(labels, type=listed)}
+    arrays[PROMPT_LENGTH] = pa.array(lengths, type=pa.int32())
+    if ROUTE in columns:
+        arrays[ROUTE] = numbers_of(routes)
+    return pa.table(arrays), counts, bad.errors
+
+
+class ChatEncoder:
+    """Encoder of conversations; without `bad`, one that cannot be encoded raises its error."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, task: TaskConfig, *, bad: BadRows | None = None
+    ) -> None:
+        if not tokenizer.is_fast:
+            raise DataError(
+                f"the tokenizer {tokenizer.name_or_path} ({type(tokenizer).__name__}) cannot tell "
+                "which characters its tokens stand for, which conversations need; use a tokenizer "
+                "with tokenizer.json"
+            )
+        self._tokenizer, self._task = tokenizer, task
+        self.bad = bad or BadRows(named=1)
+        self._template: ChatTemplate | None = None
+        self._ends = document_ends(tokenizer)
+        added = cast("Any", tokenizer).get_added_vocab().values()
+        self._special = np.array(sorted({*tokenizer.all_special_ids, *added}), dtype=np.int32)
+
+    def __call__(
+        self, conversations: Sequence[Conversation], places: Sequence[str]
+    ) -> Iterator[tuple[list[ChatRow], ChatCounts]]:
+        """Yield the rows of each conversation, and their numbers; errors name its place."""
+        rendered = [self._rendered(c, p) for c, p in zip(conversations, places, strict=True)]
+        pieces = self._pieces([text.text for text in rendered])
+        for conversation, text, whole, place in zip(
+            conversations, rendered, pieces, places, strict=True
+        ):
+            tokens = self._encoded(text, whole, place)
+            if text is REFUSED or tokens is None:
+                yield [], ChatCounts(rows=1, bad=1)
+                continue
+            is_plain = conversation.messages is None
+            framed = self._framed(conversation, tokens) if is_plain else tokens
+            yield self._rows(conversation, framed, text)
+
+    def _rendered(self, conversation: Conversation, place: str) -> Rendered:
+        if conversation.messages is not None:
+            self._template = self._template or ChatTemplate(self._tokenizer, self._task)
+            with self.bad:
+                return self._template.render(conversation, where=place)
+            return REFUSED
+        prompt, answer = conversation.prompt, conversation.completion
+        if answer is None:
+            return Rendered(prompt, [], [len(prompt)])
+        if self._task.reasoning == "strip":
+            answer = without_reasoning(answer)
+        text = prompt + answer
+        return Rendered(text, [(len(prompt), len(text))], [len(prompt)])
+
+    def _encoded(self, text: Rendered, whole: _Pieces, place: str) -> Tokens | None:
+        starts = sorted({*text.prompts, *(begin for begin, _ in text.answers)})
+        lengths = {start: bisect_left(whole.begins, start) for start in starts}
+        if all(start == (whole.ends[n - 1] if n else 0) for start, n in lengths.items()):
+            return _marked(text, whole, lengths)
+        with self.bad:
+            return _marked(text, *self._cut(text, starts, whole, place))
+        return None
+
+    def _pieces(self, texts: Sequence[str]) -> Iterator[_Pieces]:
+        made = plain_encoding(texts, self._tokenizer, with_offsets=True)
+        for ids, offsets in zip(made["input_ids"], made["offset_mapping"], strict=True):
+            yield _Pieces(ids, [begin for begin, _ in offsets], [end for _, end in offsets])
+
+    def _cut(
+        self, text: Rendered, starts: Sequence[int], whole: _Pieces, place: str
+    ) -> tuple[_Pieces, dict[int, int]]:
+        # A tokenizer may join the end of a prompt and the beginning of an answer, such as two line
+        # breaks, in one token. A generator continues the tokens of the prompt alone.
+        edges = [0, *(start for start in starts if start), len(text.text)]
+        joined, lengths = _Pieces([], [], []), dict[int, int]()
+        parts = self._pieces([text.text[a:b] for a, b in pairwise(edges)])
+        for edge, part in zip(edges, parts, strict=False):
+            lengths[edge] = len(joined.ids)
+            joined.ids.extend(part.ids)
+            joined.begins.extend(edge + begin for begin in part.begins)
+        lengths[edges[-1]] = len(joined.ids)
+        if self._text(joined.ids) != self._text(whole.ids):
+            ids = joined.ids
+            cut = (s for s in starts if whole.ids[: lengths[s]] != ids[: lengths[s]])
+            start = next(cut, starts[-1])
+            shown = special_tokens(self._tokenizer).shown
+            near = shown(text.text[:start])[-20:], shown(text.text[start:])[:20]
+            raise DataError(
+                f"{place}: the tokens of the prompt are not the first tokens of the whole text: "
+                f"the tokenizer joins {near[0]!r} with {near[1]!r}; begin the answer without white "
+                "space, or end the prompt without"
+            )
+        return joined, lengths
+
+    def _text(self, ids: list[int]) -> str:
+        return cast("str", self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+    def _framed(self, conversation: Conversation, tokens: Tokens) -> Tokens:
+        before, after = self._ends
+        after = [] if conversation.is_prompt else after
+        ids = np.concatenate([np.array(before), tokens.ids, np.array(after)]).astype(np.int32)
+        counts = np.concatenate([np.zeros(len(before)), tokens.counts, np.ones(len(after))])
+        return Tokens(ids, counts.astype(np.bool_), [len(before) + n for n in tokens.prompts])
+
+    def _rows(
+        self, conversation: Conversation, tokens: Tokens, text: Rendered
+    ) -> tuple[list[ChatRow], ChatCounts]:
+        noticed: dict[str, Any] = dict.fromkeys(text.noticed, 1)
+        made = ChatCounts(
+            rows=1,
+            prompts=int(conversation.is_prompt),
+            without_template=int(bool(conversation.prompt and self._tokenizer.chat_template)),
+            **noticed,
+        )
+        if conversation.messages is None and not conversation.prompt:
+            # The label of a row's last token is in the next row.
+            labels = np.append(tokens.ids[1:], np.int32(IGNORE))
+            starts = range(0, len(labels), self._task.row_length)
+            parts = [slice(start, start + self._task.row_length) for start in starts]
+            parts = [part for part in parts if (labels[part] != IGNORE).any()]
+            rows = [ChatRow(tokens.ids[part], labels[part], 0) for part in parts]
+        else:
+            made.lengths[len(tokens.ids)] = 1
+            row = self._cut_row(conversation, tokens, made)
+            rows = [] if row is None else [row]
+        for row in rows:
+            targets = row.labels[row.labels != IGNORE]
+            made.kept += 1
+            made.tokens += len(row.input_ids)
+            made.targets += len(targets)
+            ids, numbers = np.unique(targets[np.isin(targets, self._special)], return_counts=True)
+            made.special.update(dict(zip(ids.tolist(), numbers.tolist(), strict=True)))
+            if made.lengths and not made.truncated and np.isin(targets[-1:], self._special).any():
+                made.ends[int(targets[-1])] = 1
+        return rows, made
+
+    def _cut_row(
+        self, conversation: Conversation, tokens: Tokens, made: ChatCounts
+    ) -> ChatRow | None:
+        most, is_prompt = self._task.row_length, conversation.is_prompt
+        if len(tokens.ids) > most and self._task.truncation == "drop":
+            made.too_long += 1
+            return None
+        # An answer counts if at least its first token is in the row.
+        prompts = [n for n in tokens.prompts if n <= most - (not is_prompt)]
+        if not prompts:
+            made.long_prompt += 1
+            return None
+        ids, counts = tokens.ids[:most], tokens.counts[:most]
+        labels = np.full(len(ids), IGNORE, dtype=np.int32)
+        labels[:-1] = np.where(counts[1:], ids[1:], IGNORE)
+        if not is_prompt and (labels == IGNORE).all():
+            made.nothing_counts += 1
+            return None
+        made.truncated += int(len(ids) < len(tokens.ids))
+        return ChatRow(ids, labels, prompts[-1])
+
+
+class _Pieces(NamedTuple):
+    """Tokens of a text, and their first characters and those after the last."""
+
+    ids: list[int]
+    begins: list[int]
+    ends: list[int]
+
+
+def _marked(text: Rendered, pieces: _Pieces, lengths: dict[int, int]) -> Tokens:
+    # `lengths` are the tokens before a start.
+    counts = np.zeros(len(pieces.ids), dtype=np.bool_)
+    for begin, end in text.answers:
+        is_whole = end == len(text.text)
+        last = len(pieces.ids) if is_whole else bisect_left(pieces.begins, end)
+        counts[lengths[begin] : last] = True
+    return Tokens(np.array(pieces.ids, dtype=np.int32), counts, [lengths[s] for s in text.prompts])
