@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -40,27 +39,19 @@ from megakd.models.views import Kind  # noqa: E402
 
 LAYERS, STAY = 4, (1, 4)
 TOKENS = 5 + torch.arange(24).reshape(2, 12) * 7 % 400
-TITLES = {
-    "causal_lm": "Decoders (`task.type: causal_lm`)",
-    "mlm": "Masked language models (`mlm`)",
-    "classification": "Classifiers (`classification`, `regression`)",
-}
-PACKED = {"positions": "yes", "mask": "with masks", "masks_by_type": "with masks", "apart": "no"}
-NO, READ = "no", "exactly"
+TITLE = "## Families"
+NO, NOT_READ = "no", ""
+MARKS = ONE_DOCUMENT, WARPED = "¹", "²"
+APART = ("apart", NO)
 
 
 class Row(NamedTuple):
-    """What megakd does with a family; `why` has the reasons for each no."""
+    """What megakd does with a family: `cells` of the table, `marks` beside its name."""
 
     family: str
-    reads: str
-    logits: str = ""
-    depth: str = ""
-    neurons: str = ""
-    heads: str = ""
-    width: str = ""
-    packing: str = ""
-    why: tuple[str, ...] = ()
+    task: str
+    cells: str = NOT_READ
+    marks: str = ""
 
 
 def main() -> None:
@@ -71,57 +62,52 @@ def main() -> None:
     asked = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.set_verbosity_error()
+    rows, untried = [], set[str]()
+    for task in asked.task or TYPES:
+        for family in asked.types or sorted(TYPES[task]):
+            tried = (row_of(family, config, task) for config in small_configs(family, task, LAYERS))
+            row = next(filter(None, tried), None)
+            print(row or f"{family}: not built", file=sys.stderr, flush=True)
+            if row is None:
+                untried.add(family)
+            else:
+                rows.append(row)
     if not asked.types:
         page = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
-        print(page.partition("\n## Decoders")[0].rstrip())
-    for task in asked.task or TYPES:
-        print("\n".join(["", *table(task, asked.types or sorted(TYPES[task]))]))
+        print(page.partition(TITLE)[0], end="")
+    print("\n".join(table(rows, untried)))
 
 
-def table(task: str, types: list[str]) -> Iterator[str]:
-    """Yield the lines of the table of a task, and the reasons below it."""
-    rows, unbuilt = [], []
-    for family in types:
-        tried = (row_of(family, config, task) for config in small_configs(family, task, LAYERS))
-        row = next(filter(None, tried), None)
-        print(row or f"{family}: not built", file=sys.stderr, flush=True)
-        if row is None:
-            unbuilt.append(family)
-        else:
-            rows.append(row)
-    reads = sum(row.reads == READ for row in rows)
-    yield f"## {TITLES[task]}"
+def table(rows: list[Row], untried: set[str]) -> Iterator[str]:
+    """Yield the lines of the table, in which families with the same cells are one row."""
+    tasks: dict[str, dict[str, list[Row]]] = {}
+    for row in rows:
+        tasks.setdefault(row.family, {}).setdefault(row.cells, []).append(row)
+    alike: dict[str, list[str]] = {}
+    for family, answers in sorted(tasks.items()):
+        for cells, same in answers.items():
+            which = f" ({', '.join(row.task for row in same)})" if len(answers) > 1 else ""
+            marks = "".join(mark for mark in MARKS if any(mark in row.marks for row in same))
+            alike.setdefault(cells, []).append(f"`{family}`{marks}{which}")
+    not_read = alike.pop(NOT_READ, [])
+    yield TITLE
     yield ""
     yield (
-        f"{reads} of {len(rows)} families that can be built small are read exactly, with "
-        f"transformers {version('transformers')}."
+        f"With transformers {version('transformers')}, {len(tasks) - len(not_read)} of "
+        f"{len(tasks)} families that can be built small are read exactly."
     )
     yield ""
-    columns = ["Reads", "Logits", "Layers", "Neurons", "Heads", "Width"]
-    columns += ["Packed rows"] * (task == "causal_lm")
-    yield f"| {' | '.join(columns)} | Families |"
-    yield "|---" * (len(columns) + 1) + "|"
-    alike: dict[str, list[str]] = {}
-    for row in rows:
-        alike.setdefault(cells_of(row, len(columns)), []).append(f"`{row.family}`")
+    yield "| Layers | Neurons | Heads | Width | Families |"
+    yield "|---|---|---|---|---|"
     for cells, names in sorted(alike.items(), key=lambda item: -len(item[1])):
         yield f"{cells} {', '.join(names)} |"
     yield ""
-    yield "Why not:"
-    yield ""
-    families: dict[str, list[str]] = {}
-    for row in rows:
-        for reason in row.why:
-            families.setdefault(reason, []).append(row.family)
-    yield from (f"* {reason}: {', '.join(names)}." for reason, names in sorted(families.items()))
-    if unbuilt:
-        names = ", ".join(f"`{name}`" for name in unbuilt)
+    if not_read:
+        yield f"* Not read: {', '.join(not_read)}."
+    untried -= tasks.keys()
+    if untried:
+        names = ", ".join(f"`{name}`" for name in sorted(untried))
         yield f"* Not tried, because no small model of them can be built: {names}."
-
-
-def cells_of(row: Row, columns: int) -> str:
-    """Return the cells of a row in a table, in which families with the same cells are one row."""
-    return f"| {' | '.join(row[1 : columns + 1])} |"
 
 
 def row_of(family: str, config: Any, task: str) -> Row | None:
@@ -133,55 +119,41 @@ def row_of(family: str, config: Any, task: str) -> Row | None:
     except Exception as error:  # noqa: BLE001 - any family may fail in its own way
         print(family, one_line(error), file=sys.stderr)
         return None
-    config, why = model.config, list[str]()
+    config = model.config
 
     def tried(what: str, ask: Callable[[], str]) -> str:
         try:
             return ask()
         except MegakdError as error:
-            reason = str(error).removeprefix(f"{family}: ").partition("; ")[0]
-            # What torch says of shapes differs by family.
-            reason = re.sub(r"(does not compute what is left of it) \(.*", r"\1", reason)
-            for name in (f"a {family} model", f"a {config.model_type} model"):
-                reason = reason.replace(name, "the model")
-            if not reason.startswith("of its heads"):  # those are listed by themselves
-                why.append(f"{what}: {reason}")
+            print(f"{family}: {what}: {error}", file=sys.stderr)
             return NO
 
     def reads() -> str:
         for_task(config, task)
-        same = is_same(logits_read(model, task), expected)
-        return READ if same else "with other logits"
+        return "yes" if is_same(logits_read(model, task), expected) else NO
 
-    answer = tried("reads", reads)
-    if answer == NO:
-        return Row(family, NO, why=tuple(why))
-    architecture = for_task(config, task)
+    if tried("reads", reads) == NO:
+        return Row(family, task)
     source = ModelSource(
-        name=family, folder=None, config=config, architecture=architecture, where=family
+        name=family,
+        folder=None,
+        config=config,
+        architecture=for_task(config, task),
+        where=family,
     )
-    return Row(
-        family,
-        answer,
-        " ".join(warp_of(source, task)),
+    cells = (
         tried("layers", lambda: check_depth(source, STAY, where=family) or "yes"),
         tried("neurons", lambda: units(source, "neurons")),
         tried("heads", lambda: units(source, "heads")),
         tried("width", lambda: width(source)),
-        tried("packed rows", lambda: PACKED[packing_of(config, None)])
-        if task == "causal_lm"
-        else "",
-        tuple(why),
     )
-
-
-def warp_of(source: ModelSource, task: str) -> Iterator[str]:
-    """Yield the factor and the cap of the logits, where there are any."""
+    marks = ""
+    if task == "causal_lm" and tried("packed rows", lambda: packing_of(config, None)) in APART:
+        marks += ONE_DOCUMENT
     warp = source.architecture.warp
-    if task in LANGUAGE_TASKS and warp.scale != 1:
-        yield f"times {warp.scale:g}"
-    if task in LANGUAGE_TASKS and warp.softcap is not None:
-        yield f"cap {warp.softcap:g}"
+    if task in LANGUAGE_TASKS and (warp.scale != 1 or warp.softcap is not None):
+        marks += WARPED
+    return Row(family, task, f"| {' | '.join(cells)} |", marks)
 
 
 def logits_read(model: torch.nn.Module, task: str) -> torch.Tensor:
@@ -208,12 +180,12 @@ def is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def units(source: ModelSource, kind: Kind) -> str:
-    """Return how a model without some units of a kind is written; the reason is an error."""
+    """Return how a model without some units of a kind is written."""
     found = source.architecture.found_units(source.config)
     cuttable = found.heads if kind == "heads" else found.neurons
     if cuttable.uncut is not None:
         raise ModelError(cuttable.uncut)
-    return "yes" if cuttable.keys or source.architecture.shares_bias else "with its file"
+    return "yes" if cuttable.keys or source.architecture.shares_bias else "file"
 
 
 def width(source: ModelSource) -> str:
@@ -223,7 +195,7 @@ def width(source: ModelSource) -> str:
         raise ModelError(rigid)
     found = source.architecture.found_units(source.config)
     is_stated = found.stating_width is not None or source.architecture.shares_bias
-    return "yes" if is_stated else "with its file"
+    return "yes" if is_stated else "file"
 
 
 if __name__ == "__main__":
