@@ -31,13 +31,13 @@ MUTATIONS = (
         "megakd/data/batch.py",
         "isnan() if labels.is_floating_point() else labels != IGNORE).sum()",
         "isnan() if labels.is_floating_point() else labels == labels).sum()",
-        "tests/contract/test_unit_counts.py",
+        "tests/losses/test_unit_counts.py",
     ),
     Mutation(
         "megakd/losses/bundle.py",
         "world_size / divisors",
         "world_size / divisors**0",
-        "tests/contract tests/losses",
+        "tests/losses",
     ),
     Mutation(
         "megakd/losses/targets.py",
@@ -203,7 +203,7 @@ MUTATIONS = (
         "megakd/config/terms.py",
         "round(s * ratio)",
         "int(s * ratio)",
-        "tests/contract tests/losses",
+        "tests/losses",
     ),
     Mutation(
         "megakd/models/lora.py",
