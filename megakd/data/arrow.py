@@ -11,7 +11,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, cast
@@ -29,12 +29,10 @@ from megakd.process.terminal import in_home
 T = TypeVar("T")
 # Increase this number when a remembered value would differ.
 VALUES = 3
-ROWS_PER_BATCH = 1000
+TEXTS_AT_ONCE = 1000
 # A string column of one record batch is limited to 2 GiB.
 CHARACTERS_PER_BATCH = 64_000_000
-
 Row = Mapping[str, object]
-TEXTS_AT_ONCE = 1000
 PLACE = "place"
 """Column with the place of a row in messages, on which nothing else depends."""
 
@@ -107,7 +105,7 @@ def tables_of_rows(rows: Iterable[Row], features: Features) -> Iterator[pa.Table
     for row in rows:
         pending.append(row)
         characters += sum(len(value) for value in row.values() if isinstance(value, str))
-        if len(pending) == ROWS_PER_BATCH or characters > CHARACTERS_PER_BATCH:
+        if len(pending) == TEXTS_AT_ONCE or characters > CHARACTERS_PER_BATCH:
             yield table.from_pylist(pending, schema)
             pending, characters = [], 0
     yield table.from_pylist(pending, schema)  # an empty last table gives an empty file its columns
@@ -226,7 +224,7 @@ def text_of(name: str, column: str, record: Record) -> str:
     return text
 
 
-class BadRows:
+class BadRows(AbstractContextManager["BadRows"]):
     """A context that keeps the `DataError` of a row, so that the next rows are read too.
 
     Args:
@@ -239,9 +237,6 @@ class BadRows:
     ) -> None:
         self._drops, self._named = choice == "drop", named
         self.count, self.errors = 0, list[str]()
-
-    def __enter__(self) -> None:
-        pass
 
     def __exit__(self, _: object, error: BaseException | None, trace: object) -> bool:
         if not isinstance(error, DataError):

@@ -232,15 +232,17 @@ class ChatTemplate:
             options=self.texts.hidden(conversation.options),
         )
         messages = [self._prepared(message) for message in conversation.messages or ()]
+
+        def written(*, as_text: bool) -> Rendered:
+            asked = [with_arguments(message, as_text=as_text) for message in messages]
+            return self._rendered(_View(self, hidden, asked, where))
+
         try:
-            objects = [with_arguments(message, as_text=False) for message in messages]
-            return self._rendered(_View(self, hidden, objects, where))
+            return written(as_text=False)
         except DataError:
-            if not any("tool_calls" in message for message in messages):
-                raise
-            texts = [with_arguments(message, as_text=True) for message in messages]
-            with suppress(DataError):
-                return self._rendered(_View(self, hidden, texts, where))
+            if any("tool_calls" in message for message in messages):
+                with suppress(DataError):
+                    return written(as_text=True)
             raise
 
     def _prepared(self, message: Message) -> Message:
@@ -268,15 +270,13 @@ class ChatTemplate:
         shown = "".join(whole.text[begin:end] for begin, end in ends)
         contents = "".join(messages[number]["content"] or "" for number in counted)
         empty = [] if EMPTY_REASONING.search(contents) else EMPTY_REASONING.finditer(whole.text)
-        noticed = {
-            "lost_reasoning": any(_reasoning(messages[n]) not in shown for n in counted),
-            # Its first mark may be in the prompt.
-            "empty_reasoning": any(
-                begin < match.end() <= end for match in empty for begin, end in ends
-            ),
-        }
-        keys = tuple(key for key, is_true in noticed.items() if is_true)
-        return self._as_read(whole._replace(answers=ends, noticed=keys))
+        noticed = list[str]()
+        if any(_reasoning(messages[n]) not in shown for n in counted):
+            noticed.append("lost_reasoning")
+        # Its first mark may be in the prompt.
+        if any(begin < match.end() <= end for match in empty for begin, end in ends):
+            noticed.append("empty_reasoning")
+        return self._as_read(whole._replace(answers=ends, noticed=tuple(noticed)))
 
     def _as_read(self, whole: Rendered) -> Rendered:
         # Special tokens of the template become marks, and hidden ones of the messages text again.

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import logging
 import os
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby, pairwise
+from functools import partial
+from itertools import chain, groupby, pairwise
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -102,19 +102,13 @@ class ChatCounts:
 
     def add(self, other: ChatCounts) -> None:
         for name, more in vars(other).items():
-            if isinstance(more, Counter):
-                getattr(self, name).update(more)
-            else:
-                setattr(self, name, getattr(self, name) + more)
+            setattr(self, name, getattr(self, name) + more)
 
     @staticmethod
     def from_record(record: Mapping[str, Any]) -> ChatCounts:
-        """Return the numbers that `asdict` returned and JSON stored."""
-        keyed = {
-            k: Counter({int(n): c for n, c in v.items()})
-            for k, v in record.items()
-            if isinstance(v, dict)
-        }
+        """Return the numbers that JSON stored."""
+        keys = ("special", "ends", "lengths")
+        keyed = {key: Counter({int(n): c for n, c in record[key].items()}) for key in keys}
         return ChatCounts(**{**record, **keyed})
 
 
@@ -184,7 +178,9 @@ ROWS_OF_A_PROCESS = 2000
 
 PROMPT_LENGTH = "prompt_length"
 
-REFUSED = Rendered("", [], [0])
+
+_Pieces = tuple[NDArray[np.int32], NDArray[np.int64]]
+"""[T] tokens of a text, and [T, 2] the first character of each and the character after its last."""
 
 
 class ChatRow(NamedTuple):
@@ -199,8 +195,7 @@ class Tokens(NamedTuple):
     """The tokens of one conversation before it is cut to `max_length`.
 
     counts: whether each token counts.
-    prompts: the numbers of tokens before each answer, in order; the last is what a generator
-        continues.
+    prompts: the numbers of tokens before each answer; a generator continues the last.
     """
 
     ids: NDArray[np.int32]
@@ -219,8 +214,8 @@ def tables_of_conversations(
 
     `counts` gets the numbers of the rows by their source, "" without, while the tables are read.
     """
-    kept = (CONVERSATION, PLACE, SOURCE, ROUTE)
-    needed = rows.select_columns([column for column in kept if column in rows.column_names])
+    columns = {CONVERSATION, PLACE, SOURCE, ROUTE}.intersection(rows.column_names)
+    needed = rows.select_columns(sorted(columns))
     starts = range(0, len(rows), ROWS_AT_ONCE)
     # Threads of a rank that trains hold locks: it must not be forked.
     processes = 1 if beside_training else processes_for(len(rows), each=ROWS_OF_A_PROCESS)
@@ -298,24 +293,23 @@ class ChatEncoder:
     ) -> Iterator[tuple[list[ChatRow], ChatCounts]]:
         """Yield the rows of each conversation, and their numbers; errors name its place."""
         rendered = [self._rendered(c, p) for c, p in zip(conversations, places, strict=True)]
-        pieces = self._pieces([text.text for text in rendered])
+        pieces = self._pieces([text.text if text else "" for text in rendered])
         for conversation, text, whole, place in zip(
             conversations, rendered, pieces, places, strict=True
         ):
-            tokens = self._encoded(text, whole, place)
-            if text is REFUSED or tokens is None:
-                yield [], ChatCounts(rows=1, bad=1)
-                continue
-            is_plain = conversation.messages is None
-            framed = self._framed(conversation, tokens) if is_plain else tokens
-            yield self._rows(conversation, framed, text)
+            rows, counts = list[ChatRow](), ChatCounts(rows=1, bad=1)
+            if text is not None:
+                with self.bad:
+                    tokens = self._tokens(text, whole, place)
+                    rows, counts = self._rows(conversation, tokens, text)
+            yield rows, counts
 
-    def _rendered(self, conversation: Conversation, place: str) -> Rendered:
+    def _rendered(self, conversation: Conversation, place: str) -> Rendered | None:
         if conversation.messages is not None:
             self._template = self._template or ChatTemplate(self._tokenizer, self._task)
             with self.bad:
                 return self._template.render(conversation, where=place)
-            return REFUSED
+            return None
         prompt, answer = conversation.prompt, conversation.completion
         if answer is None:
             return Rendered(prompt, [], [len(prompt)])
@@ -324,55 +318,47 @@ class ChatEncoder:
         text = prompt + answer
         return Rendered(text, [(len(prompt), len(text))], [len(prompt)])
 
-    def _encoded(self, text: Rendered, whole: _Pieces, place: str) -> Tokens | None:
-        starts = sorted({*text.prompts, *(begin for begin, _ in text.answers)})
-        lengths = {start: bisect_left(whole.begins, start) for start in starts}
-        if all(start == (whole.ends[n - 1] if n else 0) for start, n in lengths.items()):
-            return _marked(text, whole, lengths)
-        with self.bad:
-            return _marked(text, *self._cut(text, starts, whole, place))
-        return None
+    def _tokens(self, text: Rendered, pieces: _Pieces, place: str) -> Tokens:
+        (ids, offsets), starts = pieces, np.unique([*text.prompts, *(a for a, _ in text.answers)])
+        before = np.searchsorted(offsets[:, 0], starts)  # the tokens before each start
+        if (np.append(0, offsets[:, 1])[before] != starts).any():
+            ids, offsets, before = self._cut(text.text, starts, ids, place)
+        counts = np.zeros(len(ids), dtype=np.bool_)
+        for begin, end in text.answers:
+            is_whole = end == len(text.text)
+            last = len(ids) if is_whole else np.searchsorted(offsets[:, 0], end)
+            counts[before[np.searchsorted(starts, begin)] : last] = True
+        return Tokens(ids, counts, before[np.searchsorted(starts, text.prompts)].tolist())
 
     def _pieces(self, texts: Sequence[str]) -> Iterator[_Pieces]:
         made = plain_encoding(texts, self._tokenizer, with_offsets=True)
         for ids, offsets in zip(made["input_ids"], made["offset_mapping"], strict=True):
-            yield _Pieces(ids, [begin for begin, _ in offsets], [end for _, end in offsets])
+            places = np.fromiter(chain.from_iterable(offsets), np.int64)
+            yield np.array(ids, np.int32), places.reshape(-1, 2)
 
     def _cut(
-        self, text: Rendered, starts: Sequence[int], whole: _Pieces, place: str
-    ) -> tuple[_Pieces, dict[int, int]]:
+        self, text: str, starts: NDArray[np.int64], whole: NDArray[np.int32], place: str
+    ) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
         # A tokenizer may join the end of a prompt and the beginning of an answer, such as two line
         # breaks, in one token. A generator continues the tokens of the prompt alone.
-        edges = [0, *(start for start in starts if start), len(text.text)]
-        joined, lengths = _Pieces([], [], []), dict[int, int]()
-        parts = self._pieces([text.text[a:b] for a, b in pairwise(edges)])
-        for edge, part in zip(edges, parts, strict=False):
-            lengths[edge] = len(joined.ids)
-            joined.ids.extend(part.ids)
-            joined.begins.extend(edge + begin for begin in part.begins)
-        lengths[edges[-1]] = len(joined.ids)
-        if self._text(joined.ids) != self._text(whole.ids):
-            ids = joined.ids
-            cut = (s for s in starts if whole.ids[: lengths[s]] != ids[: lengths[s]])
+        edges = [0, *starts[starts > 0].tolist(), len(text)]
+        ids, offsets = zip(*self._pieces([text[a:b] for a, b in pairwise(edges)]), strict=True)
+        before = np.cumsum([0, *map(len, ids)])[np.searchsorted(edges, starts)]
+        offsets = np.concatenate([o + edge for o, edge in zip(offsets, edges, strict=False)])
+        joined = np.concatenate(ids)
+        decode = partial(self._tokenizer.decode, clean_up_tokenization_spaces=False)
+        if decode(joined) != decode(whole):
+            pairs = zip(starts.tolist(), before.tolist(), strict=True)
+            cut = (start for start, n in pairs if not np.array_equal(whole[:n], joined[:n]))
             start = next(cut, starts[-1])
             shown = special_tokens(self._tokenizer).shown
-            near = shown(text.text[:start])[-20:], shown(text.text[start:])[:20]
+            near = shown(text[:start])[-20:], shown(text[start:])[:20]
             raise DataError(
                 f"{place}: the tokens of the prompt are not the first tokens of the whole text: "
                 f"the tokenizer joins {near[0]!r} with {near[1]!r}; begin the answer without white "
                 "space, or end the prompt without"
             )
-        return joined, lengths
-
-    def _text(self, ids: list[int]) -> str:
-        return cast("str", self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-
-    def _framed(self, conversation: Conversation, tokens: Tokens) -> Tokens:
-        before, after = self._ends
-        after = [] if conversation.is_prompt else after
-        ids = np.concatenate([np.array(before), tokens.ids, np.array(after)]).astype(np.int32)
-        counts = np.concatenate([np.zeros(len(before)), tokens.counts, np.ones(len(after))])
-        return Tokens(ids, counts.astype(np.bool_), [len(before) + n for n in tokens.prompts])
+        return joined, offsets, before
 
     def _rows(
         self, conversation: Conversation, tokens: Tokens, text: Rendered
@@ -384,13 +370,20 @@ class ChatEncoder:
             without_template=int(bool(conversation.prompt and self._tokenizer.chat_template)),
             **noticed,
         )
+        if conversation.messages is None:
+            before, after = self._ends
+            after = [] if conversation.is_prompt else after
+            tokens = Tokens(
+                np.concatenate([before, tokens.ids, after]).astype(np.int32),
+                np.pad(tokens.counts, (len(before), len(after)), constant_values=(False, True)),
+                [len(before) + n for n in tokens.prompts],
+            )
         if conversation.messages is None and not conversation.prompt:
             # The label of a row's last token is in the next row.
             labels = np.append(tokens.ids[1:], np.int32(IGNORE))
-            starts = range(0, len(labels), self._task.row_length)
-            parts = [slice(start, start + self._task.row_length) for start in starts]
-            parts = [part for part in parts if (labels[part] != IGNORE).any()]
-            rows = [ChatRow(tokens.ids[part], labels[part], 0) for part in parts]
+            cuts = range(self._task.row_length, len(labels), self._task.row_length)
+            parts = zip(np.split(tokens.ids, cuts), np.split(labels, cuts), strict=True)
+            rows = [ChatRow(*part, 0) for part in parts if (part[1] != IGNORE).any()]
         else:
             made.lengths[len(tokens.ids)] = 1
             row = self._cut_row(conversation, tokens, made)
@@ -426,21 +419,3 @@ class ChatEncoder:
             return None
         made.truncated += int(len(ids) < len(tokens.ids))
         return ChatRow(ids, labels, prompts[-1])
-
-
-class _Pieces(NamedTuple):
-    """Tokens of a text, and their first characters and those after the last."""
-
-    ids: list[int]
-    begins: list[int]
-    ends: list[int]
-
-
-def _marked(text: Rendered, pieces: _Pieces, lengths: dict[int, int]) -> Tokens:
-    # `lengths` are the tokens before a start.
-    counts = np.zeros(len(pieces.ids), dtype=np.bool_)
-    for begin, end in text.answers:
-        is_whole = end == len(text.text)
-        last = len(pieces.ids) if is_whole else bisect_left(pieces.begins, end)
-        counts[lengths[begin] : last] = True
-    return Tokens(np.array(pieces.ids, dtype=np.int32), counts, [lengths[s] for s in text.prompts])

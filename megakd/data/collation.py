@@ -78,8 +78,7 @@ class Collator:
         batch = self._text_batch(padded, columns.get("label", _NOTHING)[0], valid)
         if SOFT not in columns:
             return batch
-        soft = np.zeros((len(valid), columns[SOFT][0].shape[1]), np.float32)
-        soft[: len(columns[SOFT][0])] = columns[SOFT][0]
+        soft = np.pad(columns[SOFT][0], ((0, dummy_rows), (0, 0)))
         return batch.extended(soft=torch.from_numpy(soft))
 
     def _text_batch(self, padded: Mapping[str, NDArray], given: NDArray, valid: NDArray) -> Batch:

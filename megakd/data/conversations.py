@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, NamedTuple, cast
 
 from datasets import Dataset
@@ -97,8 +98,14 @@ class Conversation:
         first = self.counted[0] if self.counted else None
         return "\n".join(map(_text_of_message, self.messages[:first])) or self.text
 
-    def to_json(self) -> str:
-        return json.dumps(vars(self), ensure_ascii=False)
+    def to_json(self, where: str) -> str:
+        """Return the row as JSON; errors begin with its place."""
+        try:
+            text = json.dumps(vars(self), ensure_ascii=False)
+            text.encode("utf-8")
+        except (UnicodeEncodeError, TypeError) as error:
+            raise DataError(f"{where}: cannot be written as UTF-8 JSON: {error}") from error
+        return text
 
     @staticmethod
     def from_json(text: str) -> Conversation:
@@ -117,11 +124,13 @@ def is_chat(rows: Dataset) -> bool:
 
 
 class ChatColumns(NamedTuple):
-    """The columns of a table of conversations; None or empty: not a column of the table.
+    """The columns that rows are read from; None or empty: not a column of the table.
 
     prompt, completion: the columns of a prompt and its answer, texts or lists of messages.
+    text: the columns of a text, a pair or a document.
     addition: the column of a text that follows the prompt.
     as_messages: whether texts become messages.
+    label: the column of the label, if the rows carry one.
     """
 
     messages: str | None = None
@@ -130,6 +139,7 @@ class ChatColumns(NamedTuple):
     text: tuple[str, ...] = ()
     addition: str | None = None
     as_messages: bool = False
+    label: str | None = None
 
 
 def chat_columns(table: Table, task: TaskConfig) -> ChatColumns | None:
@@ -169,37 +179,32 @@ def conversation_of(name: str, columns: ChatColumns, record: Record) -> Conversa
     if columns.text:
         return Conversation(completion=document_of(name, columns.text, record))
     where = f"{name}, {record.place}"
-    named = [c for c in (columns.messages, columns.prompt, columns.completion) if c is not None]
+    named = [c for c in columns[:3] if c is not None]
     for column in named:
         if record.values.get(column) is None:
             raise DataError(f"{where}: column {column!r} is missing")
-    if columns.messages is not None:
-        column = columns.messages
-        messages = messages_of(record.values[column], where=f"{where}: column {column!r}")
-        return _chat(where, record, messages, first=0)
     contents = {column: from_json(record.values[column]) for column in named}
     lists = [
         c for c, v in contents.items() if isinstance(v, list) and v and all(map(_is_message, v))
     ]
-    if not lists:
+    if not lists and columns.messages is None:
         prompt, *completion = (text_of(name, column, record) for column in named)
         if not columns.as_messages:
             return Conversation(prompt=prompt, completion=completion[0] if completion else None)
         if columns.addition is not None and record.values.get(columns.addition):
             prompt += f"\n\n{text_of(name, columns.addition, record)}"
         roles = zip(("user", ASSISTANT), (prompt, *completion), strict=False)
-        turns = [{"role": role, "content": text} for role, text in roles]
-        return _chat(where, record, turns, first=1)
-    if len(lists) < len(named):
+        parts = [[{"role": role, "content": text}] for role, text in roles]
+    elif len(lists) < len(named) and columns.messages is None:
         raise DataError(
             f"{where}: column {lists[0]!r} is a list of messages and the other of "
             f"{' and '.join(map(repr, named))} is not; write both as texts, or both as lists of "
             "messages"
         )
-    asked, *answers = (
-        messages_of(record.values[column], where=f"{where}: column {column!r}") for column in named
-    )
-    return _chat(where, record, asked + (answers[0] if answers else []), first=len(asked))
+    else:
+        parts = [messages_of(v, where=f"{where}: column {c!r}") for c, v in contents.items()]
+    first = 0 if columns.messages is not None else len(parts[0])
+    return _chat(where, record, [*chain(*parts)], first=first)
 
 
 def _chat(where: str, record: Record, messages: list[Message], *, first: int) -> Conversation:
@@ -235,7 +240,6 @@ def _value(record: Record, column: str, kind: type, where: str) -> Any:
     if not isinstance(parsed, kind):
         shape = "an object" if kind is dict else "a list"
         raise DataError(f"{where}: column {column!r} is not {shape}: {value!r:.80}")
-    _require_json(parsed, f"{where}: column {column!r}")
     return parsed
 
 
@@ -302,7 +306,7 @@ def _message(value: object, where: str) -> Message:
     message = _present_keys(value)
     if "role" not in message:
         message = _from_sharegpt(message, where)
-    calls = message.get("tool_calls")
+    calls = message.pop("tool_calls", None)
     if calls is None and "content" not in message:
         raise DataError(f"{where}: the message of role {message['role']!r} has no content")
     if calls is not None and not isinstance(calls, list):
@@ -311,22 +315,12 @@ def _message(value: object, where: str) -> Message:
     if isinstance(content, list):
         content = "\n".join(_text_of_part(part, where) for part in cast("list[Any]", content))
     message["content"] = content
-    if calls is not None:
+    if calls:
         message["tool_calls"] = [_tool_call(call, where) for call in cast("list[Any]", calls)]
-    if not calls:
-        message.pop("tool_calls", None)
     for key in ("role", "content"):
         if not isinstance(message[key], str):
             raise DataError(f"{where}: {key} is not text: {message[key]!r:.80}")
-    _require_json(message, f"{where}: the message")
     return message
-
-
-def _require_json(value: object, what: str) -> None:
-    try:
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except (UnicodeEncodeError, TypeError) as error:
-        raise DataError(f"{what} cannot be written as UTF-8 JSON: {error}") from error
 
 
 def _text_of_part(part: Any, where: str) -> str:

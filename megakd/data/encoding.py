@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import tempfile
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from megakd.config.task import MixtureSource, TaskConfig
-from megakd.data.arrow import BadRows, arrow_batches, key_of, read_rows, rows_key, write_tables
+from megakd.data.arrow import BadRows, key_of, read_rows, rows_key, write_tables
 from megakd.data.batch import SOFT
 from megakd.data.chat_template import special_tokens
 from megakd.data.chat_tokens import (
@@ -28,7 +27,6 @@ from megakd.data.chat_tokens import (
     say_chat,
     tables_of_conversations,
 )
-from megakd.data.collation import columns_of
 from megakd.data.conversations import is_chat
 from megakd.data.rows import StreamedRows, is_labelled
 from megakd.data.splits import Splits
@@ -37,7 +35,6 @@ from megakd.errors import DataError
 from megakd.process.files import files_of, sha256_of, whole_folder, write_json
 
 logger = logging.getLogger(__name__)
-ROWS_AT_ONCE = 10_000
 ROWS, COUNTS = "rows.arrow", "counts.json"
 MANY_TIMES = 10
 """A source that an epoch reads more often than this is worth a warning."""
@@ -98,15 +95,12 @@ def encode_splits(
     Without `packed`, every text of causal_lm has rows of its own.
     """
     check_room_for_text(splits.validation, tokenizer, task)
-    parts: dict[str, Dataset] = {"validation": splits.validation}
-    if with_train and splits.stream is None:
-        parts = {"train": splits.train, **parts}
-    if splits.test is not None:
-        parts["test"] = splits.test
+    train = splits.train if with_train and splits.stream is None else None
+    parts = {"train": train, "validation": splits.validation, "test": splits.test}
     parts |= {f"{SETS}/{name}": rows for name, rows in splits.evaluation_sets.items()}
     made: dict[str, Dataset] = {}
     chat: CountsByName = {}
-    for name, rows in parts.items():
+    for name, rows in ((name, rows) for name, rows in parts.items() if rows is not None):
         made[name], counts = encode_rows(
             rows, tokenizer, task, name=name, cache_dir=cache_dir, packed=packed
         )
@@ -162,10 +156,8 @@ def encode_rows(
         "packed": packed,
     }
     if is_chat(rows):
-        of_task = ("train_on", "reasoning", "truncation", "bad_rows")
-        chat: dict[str, object] = {"template": tokenizer.chat_template}
-        chat |= {"options": task.chat_template_kwargs} | {k: getattr(task, k) for k in of_task}
-        parts["chat"] = chat
+        keys = ("chat_template_kwargs", "train_on", "reasoning", "truncation", "bad_rows")
+        parts["chat"] = [tokenizer.chat_template, *(getattr(task, key) for key in keys)]
     folder = whole_folder(cache_dir / "encoded" / key_of(parts), build)
     records = json.loads((folder / COUNTS).read_text(encoding="utf-8"))
     counts = {
@@ -195,14 +187,7 @@ def no_tokens(
 
 def tokens_key(rows: Dataset) -> str:
     """Return a sha256 of the model inputs, without labels, in all rows of a split, in order."""
-    names = sorted(set(rows.column_names) - {"label", "labels", SOFT})
-    digest = hashlib.sha256()
-    for table in arrow_batches(rows.select_columns(names), ROWS_AT_ONCE):
-        for name, (values, lengths) in sorted(columns_of(table).items()):
-            digest.update(f"{name} {len(lengths)}".encode())
-            digest.update(lengths.astype(np.int64).tobytes())
-            digest.update(values.astype(np.int64).tobytes())
-    return digest.hexdigest()
+    return rows_key(rows.select_columns([*{*rows.column_names} - {"label", "labels", SOFT}]))
 
 
 def labelled_only(rows: Dataset) -> Dataset:

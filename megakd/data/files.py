@@ -22,13 +22,12 @@ from typing import Any, cast
 import datasets
 from datasets import Dataset
 from datasets.exceptions import DatasetsError
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError
 
 from megakd.config.paths import DATA_SUFFIXES, data_suffix, without_compression
-from megakd.config.task import Files, MixtureSource, TaskConfig, listed_files
+from megakd.config.task import Files, TaskConfig, listed_files
 from megakd.data.arrow import SPLIT_ALIASES, SPLIT_NAMES, SplitName, Table, rows_key
-from megakd.data.readers import files_table, typed_table
-from megakd.data.rows import Corpus, rows_of_tables
+from megakd.data.readers import files_table, typed_table, untyped
 from megakd.errors import ConfigError, DataError, first_line, suggestion
 from megakd.process.terminal import in_home
 
@@ -38,12 +37,21 @@ WHOLE_FILE = "all rows"
 SHARD = re.compile(r"-(\d+)-of-(\d+)(-[0-9a-f]+)?$")
 
 
-def local_rows(task: TaskConfig, *, cache_dir: Path) -> Corpus:
+def local_tables(task: TaskConfig) -> dict[str, Table]:
     """Return the rows of the file or folder `task.dataset`, or of the files that the task names."""
     paths, key = split_files(task)
     name = None if task.dataset is None else str(in_home(task.dataset))
-    tables = tables_of_files(paths, key, name=name)
-    return rows_of_tables(tables, task, name=name or task.data_name, cache_dir=cache_dir)
+    is_streamed, is_cut = task.streaming, "validation" not in paths
+    return {
+        split: files_table(
+            files,
+            key.format(split=split),
+            name=name,
+            to_be_split=is_cut and split == "train" and not is_streamed,
+            is_streamed=is_streamed and split == "train",
+        )
+        for split, files in paths.items()
+    }
 
 
 def split_files(task: TaskConfig) -> tuple[dict[SplitName, list[Path]], str]:
@@ -66,19 +74,6 @@ def split_files(task: TaskConfig) -> tuple[dict[SplitName, list[Path]], str]:
         f"{path}: the file train.* does not exist (supported endings: "
         f"{', '.join(DATA_SUFFIXES)}); the folder holds: {there}"
     )
-
-
-def tables_of_files(
-    paths: Mapping[SplitName, Sequence[Path]], key: str, *, name: str | None = None
-) -> dict[str, Table]:
-    """Return the rows of files by split; see `files_table`."""
-    is_cut = "validation" not in paths
-    return {
-        split: files_table(
-            files, key.format(split=split), name=name, to_be_split=is_cut and split == "train"
-        )
-        for split, files in paths.items()
-    }
 
 
 def named_files(task: TaskConfig) -> dict[SplitName, list[Path]]:
@@ -201,9 +196,7 @@ def _ending(path: Path) -> str:
     return path.name.removeprefix(_stem(path))
 
 
-def hub_rows(
-    task: TaskConfig, *, cache_dir: Path, metrics: tuple[str, ...] | None = None
-) -> Corpus:
+def hub_tables(task: TaskConfig) -> dict[str, Table]:
     """Return the rows of the splits of the Hub data set `task.dataset`."""
     name = task.data_name
     load = partial(datasets.load_dataset, name, name=task.dataset_config, revision=task.revision)
@@ -214,22 +207,10 @@ def hub_rows(
         else:
             splits = task.splits
             loaded = {key: cast("Dataset", load(split=key)) for key in splits.values()}
-    tables: dict[str, Table] = {
+    return {
         split: typed_table(f"{name} ({key})", loaded[key], digest=rows_key(loaded[key]))
         for split, key in splits.items()
     }
-    return rows_of_tables(tables, task, name=name, cache_dir=cache_dir, metrics=metrics)
-
-
-def hub_source(source: MixtureSource) -> Table:
-    """Return the rows of a source of a mixture that is a data set of the Hub."""
-    name = source.dataset or ""
-    with hub_errors(name, source.dataset_config):
-        loaded = datasets.load_dataset(
-            name, name=source.dataset_config, split=source.split, revision=source.revision
-        )
-    rows = cast("Dataset", loaded)
-    return typed_table(f"{name} ({source.split})", rows, digest=rows_key(rows))
 
 
 def splits_of(names: list[str], label: str) -> dict[SplitName, str]:
@@ -260,7 +241,7 @@ def hub_errors(name: str, configuration: str | None) -> Iterator[str]:
     )
     try:
         yield label
-    except (DatasetsError, HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+    except (DatasetsError, HfHubHTTPError, OSError, RuntimeError, ValueError) as error:
         problem = (
             f"the Hub cannot be reached to load the data set {label}, and it is not in the local "
             "cache"
@@ -268,14 +249,6 @@ def hub_errors(name: str, configuration: str | None) -> Iterator[str]:
             else f"the data set {label} cannot be loaded from the Hub"
         )
         raise DataError(f"{problem}: {first_line(error)}; {advice}") from error
-    except RuntimeError as error:
-        if "script" not in str(error):
-            raise
-        raise DataError(
-            f"the Hub data set {label} is a script, which `datasets` does not run "
-            f"({first_line(error)}); use its version in parquet files (such as the branch "
-            "refs/convert/parquet in task.revision), or local files"
-        ) from error
 
 
 HUB_NAME = "nyu-mll/glue"
@@ -300,8 +273,8 @@ TASKS = {
 """By name: the columns of text, and the metrics."""
 
 
-def glue_rows(task: TaskConfig, *, cache_dir: Path) -> Corpus:
-    """Return the training and validation rows of `glue/<task>`; the test rows have no labels."""
+def glue_task(task: TaskConfig) -> tuple[TaskConfig, tuple[str, ...]]:
+    """Return the task and the metrics of `glue/<task>`, whose test rows have no labels."""
     name = task.data_name.partition("/")[2]
     if name not in TASKS:
         raise ConfigError(
@@ -317,7 +290,7 @@ def glue_rows(task: TaskConfig, *, cache_dir: Path) -> Corpus:
     columns = {"text_columns": text, "label_column": "label"}
     splits = {"train": "train", "validation": held}
     task = replace(task, dataset=HUB_NAME, dataset_config=configuration, splits=splits, **columns)
-    return hub_rows(task, cache_dir=cache_dir, metrics=metrics)
+    return task, metrics
 
 
 Rows = Iterable[Mapping[str, Any]]
@@ -356,8 +329,6 @@ def _rows(data: Any) -> Iterator[Mapping[str, Any]]:
     if hasattr(data, "to_dict") and hasattr(data, "iloc"):  # a data frame of pandas
         data = data.to_dict("records")
     features = getattr(data, "features", None) or {}
-    features = {name: getattr(one, "feature", one) for name, one in features.items()}
-    named = {name: one for name, one in features.items() if hasattr(one, "int2str")}
     if not isinstance(data, Iterable) or isinstance(data, Mapping):
         raise DataError(
             f"data: is a {type(data).__name__}; give a path, a name of the Hub, a data frame, a "
@@ -370,8 +341,7 @@ def _rows(data: Any) -> Iterator[Mapping[str, Any]]:
                 "such as {'text': …, 'label': …}"
             )
         # A class by its name: another file may number the classes in another way.
-        known = [key for key in named if row[key] not in (None, -1)]
-        yield {**row, **{key: named[key].int2str(row[key]) for key in known}}
+        yield {key: untyped(value, features.get(key)) for key, value in row.items()}
 
 
 def _line(row: Mapping[str, Any], number: int) -> str:

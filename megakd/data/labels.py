@@ -162,12 +162,13 @@ def find_classes(rows: Dataset, column: str, names: Sequence[str], *, name: str)
             f"{name}: all labels in column {column!r} are {words[0]!r}; classification needs at "
             "least 2 classes"
         )
-    # Codes are numbered by their first rows; -1, if a row has no label, comes before them.
-    earliest = rows_of[np.unique(codes, return_index=True)[1][-len(words) :]]
-    first = dict(zip(words, earliest, strict=True))
+
+    def place(word: str) -> str:
+        return rows[int(rows_of[codes == words.index(word)][0])][PLACE]
+
     if others and numbers:
         pair = next(word for word in words if integers[word] is not None), others[0]
-        shown = " and ".join(f"{word!r} ({rows[int(first[word])][PLACE]})" for word in pair)
+        shown = " and ".join(f"{word!r} ({place(word)})" for word in pair)
         raise DataError(
             f"{name}: the labels mix numbers and words: {shown}; use only numbers or only words"
         )
@@ -176,11 +177,10 @@ def find_classes(rows: Dataset, column: str, names: Sequence[str], *, name: str)
     count = len(numbers)
     wrong = next((n for n in sorted(numbers) if not 0 <= n < count), None)
     if wrong is not None:
-        place = rows[int(first[numbers[wrong]])][PLACE]
         raise DataError(
-            f"{place}: label {wrong} is outside 0..{count - 1}, although there are {count} "
-            "different labels: classes are numbered from 0 without gaps; renumber the classes, or "
-            "use words"
+            f"{place(numbers[wrong])}: label {wrong} is outside 0..{count - 1}, although there are "
+            f"{count} different labels: classes are numbered from 0 without gaps; renumber the "
+            "classes, or use words"
         )
     return Classes(tuple(map(str, range(count))), numbered=True)
 
@@ -268,9 +268,7 @@ def label_words(name: str, column: str, record: Record, form: LabelForm) -> list
     if form.columns:
         return _of_columns(name, record, form.columns)
     value = record.values.get(column)
-    if value is None or value in (IGNORE, str(IGNORE)):
-        return None
-    if isinstance(value, float) and math.isnan(value):
+    if value in (None, IGNORE, str(IGNORE)) or (isinstance(value, float) and math.isnan(value)):
         return None
     if form.separator is not None and isinstance(value, str):
         value = [part for part in map(str.strip, value.split(form.separator)) if part]

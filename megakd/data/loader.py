@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from functools import partial
+from functools import lru_cache, partial
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -201,54 +201,30 @@ def row_lengths(rows: pa.Table) -> NDArray[np.int64]:
 
 
 def _budgeted(lengths: NDArray[np.int64], budget: int, *, ranks: int) -> list[NDArray[np.int64]]:
-    # First fit by decreasing length finds the number of micro-batches, which is rounded up to a
-    # multiple of the ranks. The rows are then spread evenly over all micro-batches if none exceeds
-    # the budget that way. Micro-batch k belongs to rank k modulo `ranks`; some may have no row.
+    # The longest rows first, each to the micro-batch with the fewest tokens; more micro-batches, a
+    # multiple of the ranks, until none exceeds the budget. Micro-batch k belongs to rank k modulo
+    # `ranks`; some may have no row.
     if len(lengths) and lengths.max() > budget:
         raise DataError(
             f"train.tokens_per_rank is {budget}, and a training row has {lengths.max()} tokens; "
             "raise train.tokens_per_rank, or shorten the rows (task.max_length, or generated texts)"
         )
-    order = np.argsort(-lengths, kind="stable")
-    tightest = _first_fit(lengths[order], budget)
-    count = -(-(int(tightest.max(initial=0)) + 1) // ranks) * ranks
-    even = _spread(lengths[order], count)
-    chosen = tightest if np.bincount(even, lengths[order], count).max() > budget else even
-    micro_batch_of = np.empty_like(chosen)
-    micro_batch_of[order] = chosen
-    dealt = _dealt(np.bincount(chosen, lengths[order], count).astype(np.int64), ranks)
-    return [np.flatnonzero(micro_batch_of == number) for number in dealt]
-
-
-def _first_fit(lengths: NDArray[np.int64], budget: int) -> NDArray[np.int64]:
-    loads = np.zeros(max(1, len(lengths)), dtype=np.int64)
-    chosen = np.zeros(len(lengths), dtype=np.int64)
-    for index, length in enumerate(lengths):
-        chosen[index] = np.argmax(loads[: index + 1] + length <= budget)
-        loads[chosen[index]] += length
-    return chosen
-
-
-def _spread(lengths: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    loads = [(0, number) for number in range(count)]
-    chosen = np.zeros(len(lengths), dtype=np.int64)
-    for index, length in enumerate(lengths.tolist()):
-        load, chosen[index] = loads[0]
-        heapq.heapreplace(loads, (load + length, int(chosen[index])))
-    return chosen
-
-
-def _dealt(loads: NDArray[np.int64], ranks: int) -> list[int]:
-    # Micro-batches that run at the same time are about equally long, and the longest of them goes
-    # to the rank with the fewest tokens so far.
-    totals = np.zeros(ranks, dtype=np.int64)
-    dealt: list[int] = []
-    for turn in np.argsort(-loads, kind="stable").reshape(-1, ranks):
-        of_rank = np.empty_like(turn)
-        of_rank[np.argsort(totals, kind="stable")] = turn
-        totals += loads[of_rank]
-        dealt += of_rank.tolist()
-    return dealt
+    longest_first = np.argsort(-lengths, kind="stable").tolist()
+    count = max(1, -(-int(lengths.sum()) // (budget * ranks))) * ranks
+    while True:
+        loads, rows = [(0, number) for number in range(count)], [list[int]() for _ in range(count)]
+        for row in longest_first:
+            load, number = loads[0]
+            heapq.heapreplace(loads, (load + int(lengths[row]), number))
+            rows[number].append(row)
+        if max(loads)[0] <= budget:
+            break
+        count += ranks
+    # Micro-batches that run at the same time are about equally long; the longest of them goes to
+    # the first and the last rank by turns.
+    dealt = np.array([number for _, number in sorted(loads, reverse=True)]).reshape(-1, ranks)
+    dealt[1::2] = dealt[1::2, ::-1]
+    return [np.sort(np.array(rows[number], dtype=np.int64)) for number in dealt.ravel()]
 
 
 STEPS_AHEAD, STEPS_AT_ONCE = 2, 4
@@ -268,19 +244,16 @@ class RowOrder:
     """The numbers of the rows of each step, over all ranks: a function of (seed, step)."""
 
     def __init__(self, rows: NDArray[np.int64], shape: StepShape, *, seed: int) -> None:
-        self._rows, self._size, self._seed = rows, shape.rows_per_step, seed
+        def order(epoch: int) -> NDArray[np.int64]:
+            return rows[np.random.default_rng([seed, epoch]).permutation(len(rows))]
+
+        self._order, self._size = lru_cache(maxsize=1)(order), shape.rows_per_step
         self.steps_per_epoch = shape.steps_per_epoch(len(rows))
-        self._latest: tuple[int, NDArray[np.int64]] | None = None
 
     def __call__(self, step: int) -> NDArray[np.int64]:
         """Return the row numbers of a step, counted from 0 over all epochs; see `StepLoader`."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        # Kept for the epoch; replaced in one assignment, because two threads may run this code.
-        latest = self._latest
-        if latest is None or latest[0] != epoch:
-            order = np.random.default_rng([self._seed, epoch]).permutation(len(self._rows))
-            self._latest = latest = (epoch, self._rows[order])
-        return latest[1][position * self._size : (position + 1) * self._size]
+        return self._order(epoch)[position * self._size : (position + 1) * self._size]
 
 
 class StepLoader(BatchSource):
@@ -454,11 +427,11 @@ def awaited(future: Future[T], source: BatchSource) -> T:
 
 
 def made_ahead(
-    tasks: Iterable[Callable[[], T]], ahead: int = STEPS_AHEAD, *, at_once: int = STEPS_AT_ONCE
+    tasks: Iterable[Callable[[], T]], ahead: int = STEPS_AHEAD
 ) -> Generator[Future[T], None, None]:
     """Yield the result of each task, in order, while a thread runs the next `ahead` tasks.
 
-    The thread gets `at_once` tasks at a time: between two operations of a model it has to wait for
+    The thread gets a few tasks at a time: between two operations of a model it has to wait for
     the interpreter and for memory that the model has put out of the caches. It ends with the
     generator. The result of a future raises the error of its task.
     """
@@ -467,9 +440,8 @@ def made_ahead(
     try:
         for task in tasks:
             waiting.append(executor.submit(task))
-            if len(waiting) == ahead + at_once:
-                yield from (waiting.popleft() for _ in range(at_once))
-        while waiting:
-            yield waiting.popleft()
+            if len(waiting) == ahead + STEPS_AT_ONCE:
+                yield from (waiting.popleft() for _ in range(STEPS_AT_ONCE))
+        yield from waiting
     finally:
         executor.shutdown(cancel_futures=True)

@@ -78,6 +78,11 @@ def files_table(
                 f"{key}: {path} has an unsupported ending; supported: {', '.join(DATA_SUFFIXES)}, "
                 "also compressed (.gz, .bz2, .zst)"
             )
+        if is_streamed and form == ".json":
+            raise DataError(
+                f"{key}: {path} is a json file, which can only be read whole, and task.streaming "
+                "is true; write one object per line and name the file .jsonl"
+            )
         # "True" of a csv file is a word, and true of a jsonl file is none.
         if form != formats[0] and not is_streamed:
             raise DataError(
@@ -187,18 +192,12 @@ def _columns(path: Path, most: int | None) -> Sequence[str]:
         if first.startswith("{") and isinstance(_json_record(first, "", path), Record):
             raise DataError(f"{path}, line 1: a row of JSON; name a file with such rows .jsonl")
         return ("text",)
-    return _header(path)
-
-
-def _header(path: Path) -> Sequence[str]:
-    suffix = data_suffix(path)
     if suffix == ".parquet":
         with _parquet_errors(path):
             columns = pq.read_schema(path).names
     else:
         columns = next(_fields(path), (0, []))[1]
-    doubled = sorted({name for name in columns if columns.count(name) > 1})
-    if doubled:
+    if doubled := sorted({name for name in columns if columns.count(name) > 1}):
         raise DataError(
             f"{path}: column {doubled[0]!r} occurs more than once; rename or remove one of the "
             "columns"

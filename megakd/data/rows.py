@@ -12,9 +12,9 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
@@ -28,7 +28,6 @@ from megakd.data.arrow import (
     TEXTS_AT_ONCE,
     BadRows,
     Record,
-    SplitName,
     Table,
     arrow_batches,
     column_of,
@@ -146,12 +145,8 @@ def at_most(rows: Dataset, count: int | None) -> Dataset:
     """Return the `count` rows, labelled first, with the lowest hashes, in order; None: all rows."""
     if count is None or count >= len(rows):
         return rows
-
-    def lowest() -> list[int]:
-        order = np.lexsort((row_keys(rows), ~is_labelled(rows)))
-        return np.sort(order[:count]).tolist()
-
-    return rows.select(remembered_of_rows(rows, ("lowest", count), lowest))
+    order = np.lexsort((row_keys(rows), ~is_labelled(rows)))
+    return rows.select(np.sort(order[:count]))
 
 
 def keep_labels(rows: Dataset, count: int | None, *, seed: int, name: str) -> Dataset:
@@ -177,24 +172,21 @@ def keep_labels(rows: Dataset, count: int | None, *, seed: int, name: str) -> Da
 logger = logging.getLogger(__name__)
 
 # Increase this number when the same source results in different rows.
-VERSION = 7
+VERSION = 8
 
-TALLY_FILE = "tally.json"
+ROWS, NOTES = "rows.arrow", "notes.json"
 
 ERROR = "__error__"
 """Column of the rows of a stream: why a row cannot be read."""
 
-DEFAULT_METRICS: Mapping[str, tuple[str, ...]] = {
-    "classification": ("accuracy",),
-    "regression": ("pearson", "spearman"),
-    "mlm": ("perplexity",),
-    "causal_lm": ("perplexity",),
-}
-
 
 def default_metrics(task: TaskType, rows: Dataset) -> tuple[str, ...]:
     """Return the official metrics of data that name none; rows may have several labels."""
-    return ("f1_micro",) if isinstance(rows.features.get("label"), List) else DEFAULT_METRICS[task]
+    if task in LANGUAGE_TASKS:
+        return ("perplexity",)
+    if task == "regression":
+        return ("pearson", "spearman")
+    return ("f1_micro" if isinstance(rows.features["label"], List) else "accuracy",)
 
 
 PAIR_DEFAULTS = (
@@ -209,33 +201,22 @@ PAIR_DEFAULTS = (
 LABEL_DEFAULTS = {"classification": ("label", "labels"), "regression": ("label", "score", "labels")}
 
 
-class Fields(NamedTuple):
-    """The columns of texts and labels; label is None if the rows carry no labels."""
-
-    text: tuple[str, ...]
-    label: str | None
-
-
-class RowTeacher(NamedTuple):
-    """Source of the teacher of a row: a column, or one name for all rows."""
-
-    column: str | None = None
-    name: str | None = None
-
-
 @dataclass(frozen=True)
 class RowKind:
     """Kind of the rows of a table, and the columns that they are read from.
 
     fields: the columns of a conversation; or of a text or a pair with its label, or of a document.
-    teacher: where the teachers of training rows come from; None if the rows name none.
+    is_chat: whether the rows are conversations; documents beside them have no prompt.
+    teacher_column, teacher: the column with the teachers of training rows, or the teacher of all.
     form: how the labels of a row with any number of them are written; None: a row has one label.
     soft: the column with the probabilities of the labels of training rows, if there is one.
     """
 
     type: TaskType
-    fields: ChatColumns | Fields
-    teacher: RowTeacher | None = None
+    fields: ChatColumns
+    is_chat: bool = False
+    teacher_column: str | None = None
+    teacher: str | None = None
     form: LabelForm | None = None
     soft: str | None = None
 
@@ -245,46 +226,38 @@ class RowKind:
         if not table.columns:
             raise DataError(f"{table.name} has no rows")
         fields = chat_columns(table, task)
-        if fields is None:
-            text = _text_columns(table, task)
-            fields = ChatColumns(text=text) if as_chat else Fields(text, _label_column(table, task))
-        kind = RowKind(task.type, fields)
-        return (
-            kind if kind.label is None else replace(kind, form=label_form(table, kind.label, task))
-        )
+        if fields is not None:
+            return RowKind(task.type, fields, is_chat=True)
+        label = _label_column(table, task)
+        fields = ChatColumns(text=_text_columns(table, task), label=label)
+        form = None if label is None else label_form(table, label, task)
+        return RowKind(task.type, fields, as_chat, form=form)
 
-    def of_split(self, table: Table, split: SplitName) -> RowKind:
+    def of_split(self, table: Table, split: str) -> RowKind:
         """Return the kind of another split of texts; a test split may be without labels."""
         require(table, "task.text_columns", *self.fields.text)
-        kind, label = replace(self, teacher=None, soft=None), self.label
+        label = self.fields.label
         if label is None or (split == "test" and label not in table.columns):
-            return replace(kind, fields=Fields(self.fields.text, None))
+            return replace(self, fields=self.fields._replace(label=None))
         require(table, "task.label_column", *((self.form and self.form.columns) or (label,)))
-        return kind
+        return self
 
     def taught(self, table: Table, task: TaskConfig, name: str | None = None) -> RowKind:
         """Return the kind with teachers or answers from columns, or the teacher `name`, if any."""
-        column = task.teacher_column
-        if task.soft_labels is not None:
-            require(table, "task.soft_labels", task.soft_labels)
-        if name is None and column is not None:
-            require(table, "task.teacher_column", column)
-        teacher = RowTeacher(column if name is None else None, name)
-        return replace(self, teacher=teacher if any(teacher) else None, soft=task.soft_labels)
+        column, soft = None if name else task.teacher_column, task.soft_labels
+        require(table, "task.soft_labels", *filter(None, [soft]))
+        require(table, "task.teacher_column", *filter(None, [column]))
+        return replace(self, teacher_column=column, teacher=name, soft=soft)
 
     @property
-    def is_chat(self) -> bool:
-        return isinstance(self.fields, ChatColumns)
+    def is_taught(self) -> bool:
+        """Whether the rows name their teachers."""
+        return bool(self.teacher or self.teacher_column)
 
     @property
     def has_prompts_alone(self) -> bool:
         """True for conversations whose answers no column can hold."""
-        fields = self.fields
-        return isinstance(fields, ChatColumns) and not any(fields._replace(prompt=None)[:4])
-
-    @property
-    def label(self) -> str | None:
-        return self.fields.label if isinstance(self.fields, Fields) else None
+        return not any(self.fields._replace(prompt=None)[:4])
 
     @property
     def keeps_blank(self) -> bool:
@@ -294,25 +267,20 @@ class RowKind:
     @property
     def columns(self) -> tuple[str, ...]:
         """All columns that a conversation or a document is read from; a table may lack the last."""
-        if isinstance(self.fields, Fields):
-            return self.fields.text
         named = filter(None, (*self.fields[:3], self.fields.addition))
-        return (*named, *self.fields.text, TOOLS, OPTIONS)
+        return (*named, *self.fields.text, *((TOOLS, OPTIONS) if self.is_chat else ()))
 
     @property
     def features(self) -> Features:
-        names = ["text"]
-        if self.is_chat:
-            names += [CONVERSATION, PLACE]
-        elif self.keeps_blank and len(self.fields.text) == 2:
-            names.append("text_pair")
-        if self.teacher is not None:
-            names.append(ROUTE)
-        if self.soft is not None:
-            names.append(SOFT)
-        if self.type == "classification" or self.teacher is not None:
-            names.append(PLACE)
-        columns: dict[str, Value | List] = {name: Value("string") for name in names}
+        texts = {
+            "text": True,
+            CONVERSATION: self.is_chat,
+            "text_pair": self.keeps_blank and len(self.fields.text) == 2,
+            ROUTE: self.is_taught,
+            SOFT: self.soft is not None,
+            PLACE: self.is_chat or self.is_taught or self.type == "classification",
+        }
+        columns: dict[str, Value | List] = {n: Value("string") for n, has in texts.items() if has}
         if self.keeps_blank:
             columns["label"] = Value("string" if self.type == "classification" else "float32")
         if self.form is not None:
@@ -322,31 +290,33 @@ class RowKind:
     def row(self, name: str, record: Record) -> dict[str, object]:
         """Return a row of the data `name`, with the columns of `features`; see `is_blank`."""
         row: dict[str, object] = {PLACE: f"{name.rpartition('/')[2]}, {record.place}"}
-        if isinstance(self.fields, ChatColumns):
+        label = self.fields.label
+        if self.is_chat:
+            where = f"{name}, {record.place}"
             conversation = conversation_of(name, self.fields, record)
-            row |= {"text": conversation.text, CONVERSATION: conversation.to_json()}
+            row |= {"text": conversation.text, CONVERSATION: conversation.to_json(where)}
         elif not self.keeps_blank:
             row["text"] = document_of(name, self.fields.text, record)
         else:
             texts = [text_of(name, column, record) for column in self.fields.text]
             row |= zip(("text", "text_pair"), texts, strict=False)
-            if self.label is not None and self.form is not None:
-                row["label"] = label_words(name, self.label, record, self.form)
+            if label is not None and self.form is not None:
+                row["label"] = label_words(name, label, record, self.form)
             elif self.type == "classification":
-                row["label"] = self.label and class_word(name, self.label, record)
+                row["label"] = label and class_word(name, label, record)
             else:
-                row["label"] = math.nan if self.label is None else score(name, self.label, record)
+                row["label"] = math.nan if label is None else score(name, label, record)
         if self.soft is not None:
             row[SOFT] = soft_text(name, self.soft, record)
-        if self.teacher is not None:
-            column, teacher = self.teacher
-            value = teacher or record.values.get(column or "")
-            if value is None or value == "":
+        if (column := self.teacher_column) is not None:
+            if (value := record.values.get(column)) in (None, ""):
                 raise DataError(
                     f"{name}, {record.place}: column {column!r} (task.teacher_column) names no "
                     f"teacher (got {value!r}); write the name of one of the teachers"
                 )
-            row[ROUTE] = teacher or text_of(name, column or "", record).strip()
+            row[ROUTE] = text_of(name, column, record).strip()
+        elif self.teacher is not None:
+            row[ROUTE] = self.teacher
         return row
 
 
@@ -397,7 +367,7 @@ class TextStream:
     rows: IterableDataset
     kind: RowKind
     held_out: frozenset[int] = frozenset()
-    bad: BadRows = field(default_factory=lambda: BadRows(named=1))
+    bad: BadRows
 
     def read(self, rows: Iterable[Mapping[str, str]] | None = None) -> Iterator[dict[str, str]]:
         """Yield the rows with a text that are not held out: of a share, or of all ranks."""
@@ -426,10 +396,8 @@ class StreamedRows(NamedTuple):
 class Corpus:
     """The rows of a data set before a selection; columns and stream as in `splits.Splits`."""
 
-    name: str
     splits: Mapping[str, Dataset]
     classes: Classes | None
-    metrics: tuple[str, ...]
     source_hash: str
     stream: TextStream | None = None
 
@@ -438,49 +406,41 @@ def rows_of_tables(
     tables: Mapping[str, Table],
     task: TaskConfig,
     *,
-    name: str,
     cache_dir: Path,
-    metrics: tuple[str, ...] | None = None,
 ) -> Corpus:
     """Return the rows of every split, in Arrow files.
 
     `tables` are named by their split, and the sources of a mixture `train/SOURCE`. Documents
     beside conversations, and all of a mixture, become conversations without a prompt.
     """
-    order = [key for split in SPLIT_NAMES for key in tables if key.partition("/")[0] == split]
+    order = [key for split in SPLIT_NAMES for key in tables if key.startswith(split)]
     as_chat = task.mixture is not None or any(chat_columns(t, task) for t in tables.values())
     kinds: dict[str, RowKind] = {}
+    kind = RowKind.of(task, tables[order[0]], as_chat=as_chat)
     rows: dict[str, Dataset] = {}
     for key in order:
         split, _, source = key.partition("/")
         table = tables[key]
+        if split == "train" or as_chat:
+            kind = kinds[key] = RowKind.of(task, table, as_chat=as_chat)
+        else:
+            kinds[key] = kind.of_split(table, split)
         if split == "train":  # only training rows have teachers
             teacher = (task.mixture or {})[source].teacher if source else None
-            kind = RowKind.of(task, table, as_chat=as_chat)
             kinds[key] = kind.taught(table, task, teacher)
-        elif as_chat:
-            kinds[key] = RowKind.of(task, table, as_chat=True)
-        else:
-            kinds[key] = kinds["train"].of_split(table, cast("SplitName", split))
         rows[key] = rows_of(table, kinds[key], task, cache_dir=cache_dir, source=source or None)
     classes, first = None, order[0]
-    label = kinds[first].label
+    label = kind.fields.label
     if label is not None and task.type == "classification":
-        form, declared = kinds[first].form, tables[first].class_names.get(label, ())
+        form, declared = kind.form, tables[first].class_names.get(label, ())
         names = task.labels or (form and form.columns) or declared
         classes = find_classes(rows[first], label, names, name=tables[first].name)
         rows = {split: numbered(rows[split], classes, task, kinds[split]) for split in rows}
-    train = [rows.pop(key) for key in order if key.startswith("train")]
-    whole = train[0] if len(train) == 1 else concatenate_datasets(train)
-    digests = [
-        (key, tables[key].digest, one.fields, one.teacher, *filter(None, [one.form, one.soft]))
-        for key, one in kinds.items()
-    ]
+    train = concatenate_datasets([rows.pop(key) for key in order if key.startswith("train")])
+    digests = [(key, tables[key].digest, vars(kind)) for key, kind in kinds.items()]
     return Corpus(
-        name=name,
-        splits={"train": whole, **rows},
+        splits={"train": train, **rows},
         classes=classes,
-        metrics=metrics or default_metrics(task.type, whole),
         source_hash=key_of(VERSION, task.type, classes and classes.names, digests),
     )
 
@@ -490,7 +450,7 @@ def numbered(rows: Dataset, classes: Classes, task: TaskConfig, kind: RowKind) -
     rows = with_numbers(rows, classes, bad=BadRows(task.bad_rows))
     if kind.soft is not None:
         rows = with_soft_labels(rows, classes.names, bad=BadRows(task.bad_rows))
-    return rows if kind.teacher is not None else rows.remove_columns(PLACE)
+    return rows if kind.is_taught else rows.remove_columns(PLACE)
 
 
 def rows_of(
@@ -500,88 +460,72 @@ def rows_of(
 
     The source of a mixture gives them a column `source`.
     """
-    read = (kind.type, kind.is_chat, kind.fields, *filter(None, [kind.form, kind.soft]))
     # Messages name the file.
-    where = (Path(table.name).name, source, kind.teacher)
-    key = key_of(VERSION, table.digest, read, where, task.bad_rows)
-    features = kind.features
-    if source is not None:
-        features = Features(features | {SOURCE: Value("string")})
+    where = (Path(table.name).name, source)
+    key = key_of(VERSION, table.digest, vars(kind), where, task.bad_rows)
 
     def fill(fresh: Path) -> None:
-        tally, bad = Tally(), BadRows(task.bad_rows)
-        rows = ({SOURCE: source, **row} for row in _rows(table, kind, tally, bad))
-        write_tables(fresh / "rows.arrow", tables_of_rows(rows, features))
-        if tally.rows == 0:
-            raise DataError(f"{table.name} has no rows")
+        bad, blank, unlabelled = BadRows(task.bad_rows), list[str](), Counter[str]()
+        rows = _rows(table, kind, bad, blank, unlabelled)
+        features = kind.features
+        if source is not None:
+            rows = ({SOURCE: source, **row} for row in rows)
+            features = Features(features | {SOURCE: Value("string")})
+        write_tables(fresh / ROWS, tables_of_rows(rows, features))
         bad.finish()
-        tally.bad = bad.count
-        (fresh / TALLY_FILE).write_text(json.dumps(vars(tally)), encoding="utf-8")
+        count = len(read_rows(fresh / ROWS))
+        if count == 0:
+            raise DataError(f"{table.name} has no rows{' with text' if blank or bad.count else ''}")
+        if kind.keeps_blank and len(blank) == count:
+            raise DataError(
+                f"{table.name}: all {count} rows have an empty text; check task.text_columns"
+            )
+        notes = [*_notes(count, bad.count, blank, unlabelled, are_kept=kind.keeps_blank)]
+        (fresh / NOTES).write_text(json.dumps(notes), encoding="utf-8")
 
     folder = whole_folder(cache_dir / "rows" / key[:32], fill)
-    rows = read_rows(folder / "rows.arrow")
-    if len(rows) == 0:
-        raise DataError(f"{table.name} has no rows with text")
-    tally = Tally(**json.loads((folder / TALLY_FILE).read_text(encoding="utf-8")))
-    tally.tell(table.name, count=len(rows), are_kept=kind.keeps_blank)
-    return rows
+    for level, text, *values in json.loads((folder / NOTES).read_text(encoding="utf-8")):
+        logger.log(level, text, table.name, *values)
+    return read_rows(folder / ROWS)
 
 
-@dataclass
-class Tally:
-    """Numbers of the rows of a table, for the log.
-
-    blank, first_blank: rows without text, and the place of the first.
-    bad: rows that are left out because they cannot be read.
-    unlabelled: by what a cell has in place of a label, the number of rows.
-    """
-
-    rows: int = 0
-    blank: int = 0
-    first_blank: str = ""
-    bad: int = 0
-    unlabelled: dict[str, int] = field(default_factory=Counter[str])
-
-    def tell(self, name: str, *, count: int, are_kept: bool) -> None:
-        """Log what is unusual about the `count` rows of a table."""
-        if self.bad:
-            logger.warning("%s: %d bad row(s) left out (task.bad_rows: drop)", name, self.bad)
-        if cells := Counter(self.unlabelled):
-            # An empty cell is meant; a word such as nan may be the name of a class.
-            words = [f"{n} say {word!r}" for word, n in cells.most_common() if word.isalpha()]
-            also = ", which means no label; a class needs another name"
-            logger.log(
-                logging.WARNING if words else logging.INFO,
-                "%s: %d of %d rows have no label%s",
-                *(name, cells.total(), count, f" ({', '.join(words)}{also})" if words else ""),
-            )
-        if are_kept and self.blank == count:
-            raise DataError(f"{name}: all {count} rows have an empty text; check task.text_columns")
-        if self.blank:
-            logger.warning(
-                "%s: %d row(s) with an empty text, the first is %s; such rows are %s",
-                *(name, self.blank, self.first_blank),
-                "used as they are" if are_kept else "left out",
-            )
+def _notes(
+    count: int, bad: int, blank: Sequence[str], unlabelled: Counter[str], *, are_kept: bool
+) -> Iterator[tuple[object, ...]]:
+    # What is unusual: level, text, and its values after the name of the table.
+    if bad:
+        yield logging.WARNING, "%s: %d bad row(s) left out (task.bad_rows: drop)", bad
+    if unlabelled:
+        # An empty cell is meant; a word such as nan may be the name of a class.
+        words = [f"{n} say {word!r}" for word, n in unlabelled.most_common() if word.isalpha()]
+        also = ", which means no label; a class needs another name"
+        told = f" ({', '.join(words)}{also})" if words else ""
+        level = logging.WARNING if words else logging.INFO
+        yield level, "%s: %d of %d rows have no label%s", unlabelled.total(), count, told
+    if blank:
+        line = "%s: %d row(s) with an empty text, the first is %s; such rows are %s"
+        use = "used as they are" if are_kept else "left out"
+        yield logging.WARNING, line, len(blank), blank[0], use
 
 
-def _rows(table: Table, kind: RowKind, tally: Tally, bad: BadRows) -> Iterator[dict[str, object]]:
+def _rows(
+    table: Table, kind: RowKind, bad: BadRows, blank: list[str], unlabelled: Counter[str]
+) -> Iterator[dict[str, object]]:
+    # `blank` gets the places of the rows without text, `unlabelled` what is in place of labels.
     for record in table.records():
-        tally.rows += 1
         with bad:
             if isinstance(record, DataError):
                 raise record
             row = kind.row(table.name, record)
             if is_blank(row):
-                tally.blank += 1
-                tally.first_blank = tally.first_blank or record.place
+                blank.append(record.place)
                 if not kind.keeps_blank:
                     continue
             # A row without a score has NaN, which differs from itself.
-            if kind.label and (row["label"] is None or row["label"] != row["label"]):
-                cell = record.values.get(kind.label)
-                word = cell.strip() if isinstance(cell, str) else ""
-                tally.unlabelled[word] = tally.unlabelled.get(word, 0) + 1
+            label = kind.fields.label
+            if label and (row["label"] is None or row["label"] != row["label"]):
+                cell = record.values.get(label)
+                unlabelled[cell.strip() if isinstance(cell, str) else ""] += 1
             yield row
 
 

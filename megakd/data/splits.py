@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -17,13 +18,14 @@ from megakd.config.paths import looks_like_path
 from megakd.config.task import TaskConfig
 from megakd.data.arrow import Table, column_of, key_of, remembered
 from megakd.data.conversations import is_chat
-from megakd.data.files import local_rows, matching_files, named_files, refuse_twice
+from megakd.data.files import local_tables, matching_files, named_files, refuse_twice
 from megakd.data.readers import files_table
 from megakd.data.rows import (
     Corpus,
     TextStream,
     at_most,
     cut_validation,
+    default_metrics,
     is_labelled,
     keep_labels,
     prompt_keys,
@@ -87,14 +89,15 @@ def load_splits(task: TaskConfig, *, seed: int, cache_dir: Path) -> Splits:
     for name, files in task.evaluation_sets.items():
         key = f"task.evaluation_sets.{name}"
         sets[name] = files_table(matching_files(files, key), key)
-    corpus = _find(task, cache_dir)
+    corpus, metrics = _read(task, cache_dir)
+    data = task.data_name if task.mixture is None else "task.mixture"
     scored = {name: _set_rows(name, table, task, corpus, cache_dir) for name, table in sets.items()}
     train, validation = corpus.splits["train"], corpus.splits.get("validation")
     most, is_cut = task.max_eval_examples, validation is None
     if validation is None:
-        train, validation = cut_validation(train, name=corpus.name)
+        train, validation = cut_validation(train, name=data)
     if not is_labelled(validation).any():
-        raise DataError(f"the validation split of {corpus.name} has no labelled rows to score")
+        raise DataError(f"the validation split of {data} has no labelled rows to score")
     test = corpus.splits.get("test")
     if test is not None and not is_labelled(test).any():
         test = None
@@ -108,11 +111,11 @@ def load_splits(task: TaskConfig, *, seed: int, cache_dir: Path) -> Splits:
     chosen = task.labelled_examples, task.labelled_examples and seed, most
     digests = {name: table.digest for name, table in sets.items()}
     return Splits(
-        train=keep_labels(train, task.labelled_examples, seed=seed, name=corpus.name),
+        train=keep_labels(train, task.labelled_examples, seed=seed, name=data),
         validation=at_most(without_teachers(validation), most_scored),
         test=None if test is None else at_most(test, most),
         label_names=corpus.classes.names if corpus.classes else (),
-        metrics=corpus.metrics,
+        metrics=metrics or default_metrics(task.type, train),
         content_hash=key_of(corpus.source_hash, chosen, digests),
         evaluation_sets=scored,
         is_cut=is_cut,
@@ -139,24 +142,28 @@ def _set_rows(
     return rows
 
 
-def _find(task: TaskConfig, cache_dir: Path) -> Corpus:
+def _read(task: TaskConfig, cache_dir: Path) -> tuple[Corpus, tuple[str, ...] | None]:
     # A run imports the reader of its own source alone.
-    if task.mixture is not None:
-        find = mixture_rows
-    elif (task.dataset or "").startswith("glue/"):
-        from megakd.data.files import glue_rows as find
-    elif _is_on_hub(task) and task.streaming:
-        from megakd.data.streams import streamed_hub_rows as find
-    elif _is_on_hub(task):
-        from megakd.data.files import hub_rows as find
-    elif task.streaming:
-        from megakd.data.streams import streamed_files as find
+    metrics = None
+    if (task.dataset or "").startswith("glue/"):
+        from megakd.data.files import glue_task
+
+        task, metrics = glue_task(task)
+    is_on_hub = _is_on_hub(task)
+    if task.streaming:
+        from megakd.data.streams import streamed_files, streamed_hub_rows
+
+        return (streamed_hub_rows if is_on_hub else streamed_files)(task, cache_dir=cache_dir), None
+    if is_on_hub:
+        from megakd.data.files import hub_tables
+
+        tables = hub_tables(task)
     else:
-        find = local_rows
-    return find(task, cache_dir=cache_dir)
+        tables = local_tables(task) if task.mixture is None else mixture_tables(task)
+    return rows_of_tables(tables, task, cache_dir=cache_dir), metrics
 
 
-def mixture_rows(task: TaskConfig, *, cache_dir: Path) -> Corpus:
+def mixture_tables(task: TaskConfig) -> dict[str, Table]:
     """Return the rows of all sources of `task.mixture`, and of the validation and test files."""
     tables: dict[str, Table] = {}
     paths = {f"task.{split}_files": files for split, files in named_files(task).items()}
@@ -166,14 +173,21 @@ def mixture_rows(task: TaskConfig, *, cache_dir: Path) -> Corpus:
             paths[key] = matching_files(source.files, key)
             tables[f"train/{name}"] = files_table(paths[key], key)
         else:
-            from megakd.data.files import hub_source
+            from megakd.data.files import hub_tables
 
-            tables[f"train/{name}"] = hub_source(source)
+            of_hub = replace(
+                task,
+                dataset=source.dataset,
+                dataset_config=source.dataset_config,
+                revision=source.revision,
+                splits={"train": source.split},
+            )
+            tables[f"train/{name}"] = hub_tables(of_hub)["train"]
     refuse_twice(paths)
     for split in ("validation", "test"):
         if files := paths.get(key := f"task.{split}_files"):
             tables[split] = files_table(files, key)
-    return rows_of_tables(tables, task, name="task.mixture", cache_dir=cache_dir)
+    return tables
 
 
 def _is_on_hub(task: TaskConfig) -> bool:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice, repeat
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import datasets
 import numpy as np
@@ -22,18 +22,16 @@ import pyarrow as pa
 from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
 
-from megakd.config.paths import data_suffix
 from megakd.config.task import TaskConfig
 from megakd.data.arrow import BadRows, Record, Table, key_of
 from megakd.data.batch import Batch, BatchSource
 from megakd.data.chat_tokens import ChatEncoder, tables_of_conversations
 from megakd.data.collation import Collator, Masking
 from megakd.data.conversations import CONVERSATION, is_chat
-from megakd.data.files import hub_errors, split_files, splits_of, tables_of_files
+from megakd.data.files import hub_errors, local_tables, split_files, splits_of
 from megakd.data.loader import StepShape, awaited, made_ahead
-from megakd.data.readers import files_table, records_of, typed_table, untyped
+from megakd.data.readers import records_of, typed_table, untyped
 from megakd.data.rows import (
-    DEFAULT_METRICS,
     ERROR,
     VERSION,
     Corpus,
@@ -50,30 +48,22 @@ logger = logging.getLogger(__name__)
 BLOCK_CHARACTERS, CHARACTERS_PER_LENGTH = 1_000_000, 128
 """About the characters of a block, and per token of `max_length`: about 32 packed rows, of which
 the last is shorter than the others."""
+Place = tuple[int, "Mapping[str, Any] | None"]
+"""How often a rank has read its share to the end, and the state of `datasets` in the middle."""
 AHEAD = 64
 """Steps that are prepared, so that the next block is encoded meanwhile."""
 
 
 def streamed_files(task: TaskConfig, *, cache_dir: Path) -> Corpus:
     """Return a stream of local files, in their order, and the rows of the held-out files."""
-    paths, setting = split_files(task)
-    key = setting.format(split="train")
-    files = paths.pop("train")
-    for path in files:
-        if data_suffix(path) == ".json":
-            raise DataError(
-                f"{key}: {path} is a json file, which can only be read whole, and task.streaming "
-                "is true; write one object per line and name the file .jsonl"
-            )
-    table = files_table(files, key, name=task.data_name, is_streamed=True)
-    kind = RowKind.of(task, table)
+    tables = local_tables(task)
+    paths, _ = split_files(task)
+    kind = RowKind.of(task, tables["train"])
     # `datasets` gives each rank a part of what is in a list, so that a list holds only the files.
     rows = IterableDataset.from_generator(
-        _rows, gen_kwargs={"paths": [*map(str, files)], "kind": kind}
+        _rows, gen_kwargs={"paths": [*map(str, paths["train"])], "kind": kind}
     )
-    stream = TextStream(name=task.data_name, rows=rows, kind=kind)
-    digests = [kind.columns, table.digest]
-    return _corpus(stream, digests, tables_of_files(paths, setting), task, cache_dir=cache_dir)
+    return _corpus(rows, kind, tables, task, cache_dir=cache_dir)
 
 
 def streamed_hub_rows(task: TaskConfig, *, cache_dir: Path) -> Corpus:
@@ -95,13 +85,11 @@ def streamed_hub_rows(task: TaskConfig, *, cache_dir: Path) -> Corpus:
         files = str(builder.config.data_files and dict(builder.config.data_files))
         tables: dict[str, Table] = {}
         for split, key in keys.items():
-            rows = streams[key]
             digest = key_of(name, task.dataset_config, builder.hash, files, key, most)
-            held = rows if most is None or split == "train" else rows.take(most)
+            held = streams[key] if most is None or split == "train" else streams[key].take(most)
             tables[split] = typed_table(f"{name} ({key})", held, digest=digest)
-    train = tables.pop("train")
-    kind = RowKind.of(task, train)
-    columns = [column for column in train.columns if column in kind.columns]
+    kind = RowKind.of(task, tables["train"])
+    columns = [column for column in tables["train"].columns if column in kind.columns]
     raw = streams[keys["train"]].select_columns(columns)
     features = raw.features or {}
 
@@ -109,26 +97,26 @@ def streamed_hub_rows(task: TaskConfig, *, cache_dir: Path) -> Corpus:
         values = {column: untyped(value, features.get(column)) for column, value in row.items()}
         return _row(kind, name, Record("a row", values))
 
-    stream = TextStream(name=name, rows=raw.map(read, remove_columns=columns), kind=kind)
-    return _corpus(stream, [train.digest, columns], tables, task, cache_dir=cache_dir)
+    return _corpus(raw.map(read, remove_columns=columns), kind, tables, task, cache_dir=cache_dir)
 
 
 def _corpus(
-    stream: TextStream,
-    digests: list[object],
+    rows: IterableDataset,
+    kind: RowKind,
     tables: Mapping[str, Table],
     task: TaskConfig,
     *,
     cache_dir: Path,
 ) -> Corpus:
-    name, kind, most = stream.name, stream.kind, task.max_eval_examples
-    digests = [*digests, [(split, table.digest) for split, table in tables.items()]]
-    if task.bad_rows == "drop":
-        stream = replace(stream, bad=BadRows("drop"))
+    name, most = task.data_name, task.max_eval_examples
+    digests: list[object] = [kind.columns, [(split, t.digest) for split, t in tables.items()]]
+    bad = BadRows("drop") if task.bad_rows == "drop" else BadRows(named=1)
+    stream = TextStream(name=name, rows=rows, kind=kind, bad=bad)
     held: dict[str, Dataset] = {}
     for split, table in tables.items():
-        of_split = RowKind.of(task, table, as_chat=kind.is_chat)
-        held[split] = rows_of(table, of_split, task, cache_dir=cache_dir)
+        if split != "train":
+            of_split = RowKind.of(task, table, as_chat=kind.is_chat)
+            held[split] = rows_of(table, of_split, task, cache_dir=cache_dir)
     if "validation" not in tables:
         if most is None:
             raise ConfigError(
@@ -138,18 +126,16 @@ def _corpus(
             )
         first = [*islice(stream.read(), most)]
         digests.append(first)  # those of large files are of their beginnings and ends
-        held["validation"] = rows = Dataset.from_list(first, features=kind.features)
-        stream = replace(stream, held_out=frozenset(prompt_keys(rows).tolist()))
+        held["validation"] = first_rows = Dataset.from_list(first, features=kind.features)
+        stream = replace(stream, held_out=frozenset(prompt_keys(first_rows).tolist()))
     if next(stream.read(), None) is None:  # raises for a first row that is bad
         raise DataError(
             f"{name} has no text to train on, beside {len(held['validation'])} held-out texts; "
             "add texts, or set a smaller task.max_eval_examples"
         )
     return Corpus(
-        name=name,
         splits={"train": held["validation"].select([]), **held},
         classes=None,
-        metrics=DEFAULT_METRICS[task.type],
         source_hash=key_of("stream", VERSION, digests),
         stream=stream,
     )
@@ -189,14 +175,7 @@ class StreamedShare:
         def encode(columns: dict[str, list[str]], numbers: list[int]) -> dict[str, list[object]]:
             listed = (zip(columns, row, strict=True) for row in zip(*columns.values(), strict=True))
             present = ({name: text for name, text in row if text is not None} for row in listed)
-            read = [*texts.read(present)]
-            rows, tables = Dataset.from_list(read), list[pa.Table]()
-            if read and is_chat(rows):
-                encoder = ChatEncoder(self.rows.tokenizer, self.rows.task, bad=texts.bad)
-                tables += tables_of_conversations(rows, encoder, counts={}, beside_training=True)
-            elif read:
-                _, tokenizer, task, packed = self.rows
-                tables += tables_of_texts(rows, tokenizer, task, packed=packed)
+            tables = [*_encoded([*texts.read(present)], self.rows)]
             if not tables:
                 return {"input_ids": []}
             table = cast("Any", pa).concat_tables(tables)  # pyarrow carries no types
@@ -214,6 +193,16 @@ def _block_size(rows: StreamedRows) -> int:
     lengths = [len(row.get(CONVERSATION, row["text"])) for row in head]
     characters = max(BLOCK_CHARACTERS, CHARACTERS_PER_LENGTH * rows.task.row_length)
     return max(1, characters * len(lengths) // sum(lengths))
+
+
+def _encoded(texts: list[dict[str, str]], how: StreamedRows) -> Iterable[pa.Table]:
+    if not texts:
+        return []
+    rows = Dataset.from_list(texts)
+    if not is_chat(rows):
+        return tables_of_texts(rows, how.tokenizer, how.task, packed=how.packed)
+    encoder = ChatEncoder(how.tokenizer, how.task, bad=how.texts.bad)
+    return tables_of_conversations(rows, encoder, counts={}, beside_training=True)
 
 
 class StreamLoader(BatchSource):
@@ -237,39 +226,35 @@ class StreamLoader(BatchSource):
         self._gather, self.waited_s = gather, 0.0
         self.steps_per_epoch = steps_per_epoch
         """Steps that the log counts as one epoch, because the length of a stream is unknown."""
-        self._step, self._place = 0, START
+        self._place: Place = (0, None)
 
     def iterate(self, start: int, stop: int) -> Generator[list[Batch], None, None]:
-        """Yield the steps from `start` up to, excluding, `stop`, prepared in a background thread.
-
-        Earlier steps whose end is not the known place are read again.
-        """
-        if start < self._step:
-            self._step, self._place = 0, START
-        steps = self._steps(self._place)
-        tasks = repeat(steps.__next__, stop - self._step)
-        with closing(steps), closing(made_ahead(tasks, AHEAD)) as futures:
+        """Yield the steps from `start`, the step of the state, up to, excluding, `stop`."""
+        steps = self._steps(*self._place)
+        with (
+            closing(steps),
+            closing(made_ahead(repeat(steps.__next__, stop - start), AHEAD)) as futures,
+        ):
             for future in futures:
                 batches, place = awaited(future, self)
-                if self._share.shape.rank == 0 and place.epoch > self._place.epoch:
+                if self._share.shape.rank == 0 and place[0] > self._place[0]:
                     name = self._share.rows.texts.name
-                    logger.info("%s: rank 0 has read its texts %d time(s)", name, place.epoch)
-                # Of the step that is used, not of the steps that are prepared.
-                self._step, self._place = self._step + 1, place
-                if self._step > start:
-                    yield batches
+                    logger.info("%s: rank 0 has read its texts %d time(s)", name, place[0])
+                self._place = place  # of the step that is used, not of those that are prepared
+                yield batches
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the step, and the place of every rank after it; a collective."""
-        return {"step": self._step, "places": self._gather(self._place._asdict())}
+        """Return the place of every rank; a collective."""
+        return {"places": self._gather(self._place)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._step = state["step"]
-        self._place = Place(**state["places"][self._share.shape.rank])
+        epoch, rows = state["places"][self._share.shape.rank]
+        self._place = epoch, rows
 
-    def _steps(self, place: Place) -> Generator[tuple[list[Batch], Place], None, None]:
-        shape, (epoch, state) = self._share.shape, place
-        rows: list[tuple[int, dict[str, Any]]] = []
+    def _steps(
+        self, epoch: int, state: Mapping[str, Any] | None
+    ) -> Generator[tuple[list[Batch], Place], None, None]:
+        shape, rows = self._share.shape, list[tuple[int, dict[str, Any]]]()
         while True:
             share = self._share.read(epoch)
             if state is not None:
@@ -283,7 +268,7 @@ class StreamLoader(BatchSource):
                         rows.sort(key=lambda pair: len(pair[1]["input_ids"]))
                     starts = range(0, len(rows), shape.per_device)
                     batches = [self._batch(rows[n : n + shape.per_device]) for n in starts]
-                    yield batches, Place(epoch, share.state_dict())
+                    yield batches, (epoch, share.state_dict())
                     rows = []
             if is_empty:
                 raise DataError(
@@ -303,18 +288,3 @@ class StreamLoader(BatchSource):
         hashes = np.array([int.from_bytes(d, "little") >> 1 for d in digests], np.int64)
         epochs = np.array([epoch for epoch, _ in rows])
         return self._masking(batch, hashes, seed=self._share.seed, draw=epochs)
-
-
-class Place(NamedTuple):
-    """The place of a rank in its share of a stream.
-
-    epoch: how often the rank has read its share to the end.
-    rows: state of the encoded share, by which `datasets` goes on in the middle of a block; None at
-        the beginning of the share.
-    """
-
-    epoch: int = 0
-    rows: Mapping[str, Any] | None = None
-
-
-START = Place()

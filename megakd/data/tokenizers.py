@@ -246,13 +246,7 @@ def _named(spec: str) -> PreTrainedTokenizerBase:
     if folder.is_dir() and has_tokenizer_files(folder):
         return from_folder(folder)
     if folder.exists() or is_path(spec):
-        problem = (
-            "the folder does not exist"
-            if not folder.exists()
-            else "a file, whose folder is to be named"
-            if folder.is_file()
-            else "it has no tokenizer files"
-        )
+        problem = "it has no tokenizer files" if folder.exists() else "the folder does not exist"
         raise DataError(f'task.tokenizer "{spec}": {problem}; the folder must hold {LOOKED_FOR}')
     try:
         return AutoTokenizer.from_pretrained(spec, trust_remote_code=False)

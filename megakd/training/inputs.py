@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate, takewhile
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -211,9 +210,8 @@ def _lengths(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
     # [n] tokens of whole rows, [n] of the prompts in them, and the number of rows that were read.
     sample = rows.select(np.random.default_rng(0).permutation(len(rows))[:MOST_ROWS])
-    sizes = accumulate(map(len, cast("Iterable[str]", sample["text"])))
-    count = 1 + sum(1 for _ in takewhile(lambda size: size < MOST_CHARACTERS, sizes))
-    sample = sample.select(range(min(count, len(sample))))
+    sizes = np.cumsum([len(text) for text in sample["text"]])
+    sample = sample.select(range(min(1 + np.searchsorted(sizes, MOST_CHARACTERS), len(sample))))
     whole = replace(task, max_length=MOST_TOKENS, truncation="keep_start")
     made, _ = encode_rows(
         sample, tokenizer, whole, name="a sample", cache_dir=cache_folder(), packed=False

@@ -417,28 +417,24 @@ def score_words(splits: Splits, metrics: TaskMetrics) -> Mapping[str, float]:
         loss="log_loss", alpha=0.1 / count, max_iter=passes, random_state=0, **options
     )
     if splits.multi_label:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a label that all rows have, or none
-            model = OneVsRestClassifier(model).fit(learned, np.array(labels))
-        return _score_sets(splits, metrics, words, model)
-    model.fit(learned, labels)
-    held_out, truth = _labelled(splits.held_out)
-    shares = np.zeros((len(held_out), len(splits.label_names)))  # a class without a row gets none
-    shares[:, model.classes_] = model.predict_proba(words.transform(held_out))
-    logger.info("%s: %d labels learned in %.1f s", TFIDF, count, time.perf_counter() - began)
-    return metrics.of(torch.from_numpy(shares).clamp(min=1e-6).log(), torch.tensor(truth))
+        model = OneVsRestClassifier(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a label that all rows have, or none
+        model.fit(learned, np.array(labels))
 
-
-def _score_sets(
-    splits: Splits, metrics: TaskMetrics, words: Any, model: Any
-) -> Mapping[str, float]:
     def scored(rows: Dataset, metrics: TaskMetrics) -> Mapping[str, float]:
         texts, truth = _labelled(rows)
-        shares = torch.from_numpy(model.predict_proba(words.transform(texts)))
-        return metrics.of(shares.double().logit(1e-6), torch.tensor(truth).double())
+        shares = np.zeros((len(texts), len(splits.label_names)))  # a class without a row gets none
+        shares[:, model.classes_] = model.predict_proba(words.transform(texts))
+        outputs, truth = torch.from_numpy(shares), torch.tensor(truth)
+        if splits.multi_label:
+            return metrics.of(outputs.logit(1e-6), truth.double())
+        return metrics.of(outputs.clamp(min=1e-6).log(), truth)
 
-    threshold = scored(splits.validation, metrics)[THRESHOLD]
-    return scored(splits.held_out, replace(metrics, threshold=threshold))
+    if splits.multi_label:
+        metrics = replace(metrics, threshold=scored(splits.validation, metrics)[THRESHOLD])
+    logger.info("%s: %d labels learned in %.1f s", TFIDF, count, time.perf_counter() - began)
+    return scored(splits.held_out, metrics)
 
 
 def _labelled(rows: Dataset, *, most: int | None = None) -> tuple[list[str], list[Any]]:

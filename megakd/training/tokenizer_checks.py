@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from megakd.config.task import STUDENT, TaskConfig
 from megakd.data.chat_tokens import SETS, ChatCounts, learned
 from megakd.data.conversations import is_chat
-from megakd.data.tokenizers import LOOKED_FOR, from_folder, has_tokenizer_files, rows_for
+from megakd.data.tokenizers import LOOKED_FOR, from_folder, has_tokenizer_files
 from megakd.errors import ConfigError, DataError, TeacherError
 from megakd.models.fitting import ModelSource, listed
 
@@ -30,7 +30,7 @@ def check_chat_models(
     tokenizer: PreTrainedTokenizerBase,
     sources: Mapping[str, ModelSource],
 ) -> None:
-    """Log how the teachers' templates, end tokens and vocabularies differ from the student's.
+    """Compare the templates and the end tokens of the teachers with the student's.
 
     Nothing is compared if the rows are no conversations. A student without a tokenizer of its own
     uses the run's. `task.end_tokens` can accept a teacher whose end token does not end the
@@ -45,35 +45,21 @@ def check_chat_models(
     }
     student, problems = sources[STUDENT], list[str]()
     of_student = tokenizers.pop(STUDENT, tokenizer)
-    template, size = of_student.chat_template, _embeddings(student, of_student)
-    ends = _tokens(_end_ids(of_student, student), of_student)
+    template, ends = of_student.chat_template, _end_ids(of_student, student)
     for role, mine in tokenizers.items():
-        source = sources[role]
-        both = f"{source.where} and {student.where}"
+        where = sources[role].where
         if mine.chat_template != template:
             how = "the texts differ" if mine.chat_template and template else "one has none"
             logger.warning(
                 "chat templates of %s: %s; both models read the conversations as the tokenizer of "
                 "the run writes them, and task.tokenizer and task.chat_template choose another",
-                *(both, how),
+                *(f"{where} and {student.where}", how),
             )
-        others = _tokens(_end_ids(mine, source), mine)
-        if others != ends:
-            logger.warning(
-                "end tokens of %s: %s and %s; the student learns the end token of the chat "
-                "template, so that this token should be in the student's generation_config.json",
-                *(both, others, ends),
-            )
-        if _embeddings(source, mine) != size:
-            logger.warning(
-                "vocabularies of %s: %d and %d embeddings; soft targets compare the tokens that "
-                "both have",
-                *(both, _embeddings(source, mine), size),
-            )
-        if mine.eos_token is not None and mine.eos_token not in ends.split(", "):
+        tokens = _tokens(ends, of_student)
+        if mine.eos_token is not None and mine.eos_token not in tokens.split(", "):
             problems.append(
-                f"{source.where} ends its answers with {mine.eos_token}, and the texts of "
-                f"{student.where} end with {ends}: a student that learns from this teacher would "
+                f"{where} ends its answers with {mine.eos_token}, and the texts of "
+                f"{student.where} end with {tokens}: a student that learns from this teacher would "
                 "not stop; use a student with the teacher's end token in its "
                 "generation_config.json or tokenizer_config.json"
             )
@@ -85,11 +71,6 @@ def _refuse_ends(task: TaskConfig, problem: str) -> None:
     if task.end_tokens == "check":
         raise ConfigError(f"{problem}; set task.end_tokens: accept to train nevertheless")
     logger.warning("%s (accepted by task.end_tokens)", problem)
-
-
-def _embeddings(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> int:
-    size = None if source.wants_vocabulary else getattr(source.config, "vocab_size", None)
-    return size or rows_for(tokenizer)
 
 
 def _end_ids(tokenizer: PreTrainedTokenizerBase, source: ModelSource) -> set[int]:
@@ -110,16 +91,12 @@ def check_answers(
     student: ModelSource,
 ) -> None:
     """Check that held-out conversations have answers, and that an end token ends learned ones."""
-    by_split: dict[str, int] = {}
     for name, tally in (counts or {}).items():
-        split = name if name.startswith(f"{SETS}/") else name.split("/")[0]
-        by_split[split] = by_split.get(split, 0) + tally.targets
-    for split, targets in by_split.items():
-        if split != "train" and not targets:
-            name = split.removeprefix(f"{SETS}/")
-            key = f"task.{split}_files" if name == split else f"task.evaluation_sets.{name}"
+        if not name.startswith("train") and not tally.targets:
+            of_set = name.removeprefix(f"{SETS}/")
+            key = f"task.{name}_files" if of_set == name else f"task.evaluation_sets.{of_set}"
             raise DataError(
-                f"the rows of {split} are prompts without an answer, so that no model can be "
+                f"the rows of {name} are prompts without an answer, so that no model can be "
                 f"scored; set {key} to rows with a prompt and a completion"
             )
     trained, ends = learned(counts), _end_ids(tokenizer, student)

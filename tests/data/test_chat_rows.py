@@ -182,7 +182,7 @@ def test_json_columns_of_datasets_give_the_rows_of_jsonl(all_rows, tmp_path, sou
     actual = all_rows(source, pq.read_table(tmp_path / "columns.parquet"))
 
     expected = read(write_jsonl(tmp_path / "rows.jsonl", calling_rows()))
-    assert sorted(actual) == sorted(row.to_json() for row in expected)
+    assert sorted(actual) == sorted(row.to_json("row") for row in expected)
 
 
 def test_an_answer_with_weight_0_does_not_count(tmp_path):
@@ -209,7 +209,7 @@ REFUSED: list[tuple[Any, ...]] = [
     ({"messages": [{"from": "human", "value": None}]}, ("message 1", "from and value")),
     ({"messages": [{"from": "moderator", "value": "Hi"}]}, ("'moderator'", "human")),
     ({"messages": [{"from": ["gpt"], "value": "Hi"}]}, ("['gpt']", "human")),
-    ({"messages": HELLO, "tools": [{"name": "\ud800"}]}, ("'tools'", "UTF-8 JSON")),
+    ({"messages": HELLO, "tools": [{"name": "\ud800"}]}, ("line 1", "UTF-8 JSON")),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, ("image_url", "text")),
     ({"messages": HELLO, "tools": "add"}, ("'tools'", "not a list")),
     ({"prompt": HELLO[:1], "completion": "Hello"}, ("'prompt'", "'completion'", "both")),

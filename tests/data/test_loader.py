@@ -290,9 +290,9 @@ def test_every_row_occurs_once_within_the_budget_and_the_ranks_share_the_tokens(
     assert max(map(max, by_rank)) <= BUDGET
     (count,) = {len(parts) for parts in dealt}
     assert count >= 1
-    # First fit needs at most twice the number of full micro-batches, and then fills up the ranks.
+    # At most twice the number of full micro-batches, filled up to a multiple of the ranks.
     assert count * ranks < 2 * lengths.sum() / BUDGET + 1 + ranks
-    # Dealt in turns, the longest of a turn to the rank with the fewest tokens so far.
+    # Dealt in turns, the longest of a turn to the first and the last rank.
     totals = [sum(tokens) for tokens in by_rank]
     assert max(totals) - min(totals) <= max(map(max, by_rank))
 
@@ -300,10 +300,10 @@ def test_every_row_occurs_once_within_the_budget_and_the_ranks_share_the_tokens(
 @pytest.mark.parametrize(
     ("lengths", "ranks", "budget", "dealt"),
     [
-        # First fit fills three micro-batches, of 24, 24 and 12 tokens; two ranks take four.
+        # Three micro-batches hold 60 tokens; two ranks take four.
         ([6] * 10, 2, BUDGET, [[18, 12], [18, 12]]),
-        # Spread evenly: 5 + 4 and 5 + 3 + 3, which is above the budget.
-        ([5, 5, 4, 3, 3], 1, 10, [[10, 10]]),
+        # In two: 5 + 4 and 5 + 3 + 3, which is above the budget.
+        ([5, 5, 4, 3, 3], 1, 10, [[8, 7, 5]]),
     ],
 )
 def test_rows_are_spread_over_the_micro_batches_within_the_budget(lengths, ranks, budget, dealt):

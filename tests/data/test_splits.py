@@ -236,7 +236,7 @@ def test_a_hub_data_set_that_is_a_script_is_refused_with_other_ways(load, monkey
     refusal = RuntimeError("Dataset scripts are no longer supported, but found somedata.py")
     monkeypatch.setattr(datasets, "load_dataset", Mock(side_effect=refusal))
 
-    message = r"somedata is a script, .* found somedata\.py\); use .* parquet .* local files"
+    message = r"somedata cannot be loaded from the Hub: .* found somedata\.py; .* local file"
     with pytest.raises(DataError, match=message):
         load("someone/somedata")
 

@@ -16,8 +16,9 @@ from tiny_runs import save_tokenizer, write_jsonl
 from megakd.config.task import TaskConfig
 from megakd.data.conversations import CONVERSATION, Conversation
 from megakd.data.encoding import encode_splits
-from megakd.data.files import local_rows
+from megakd.data.files import local_tables
 from megakd.data.readers import sample_of
+from megakd.data.rows import rows_of_tables
 from megakd.data.tokenizers import from_folder, load_tokenizer
 from megakd.errors import ConfigError, DataError
 
@@ -236,7 +237,8 @@ def test_a_stream_has_the_texts_of_its_files(tmp_path, write_rows, jsonl, stream
         else:
             write_rows(path, [(text, 7) for text in texts], header=("text", "number"))
     files = {"train_files": tuple(map(str, paths)), "validation_files": jsonl("held", ["held"])}
-    rows = local_rows(TaskConfig(type="mlm", **files), cache_dir=tmp_path / "cache")
+    task = TaskConfig(type="mlm", **files)
+    rows = rows_of_tables(local_tables(task), task, cache_dir=tmp_path / "cache")
 
     assert texts_of(stream(*paths)) == rows.splits["train"]["text"][:]
     assert texts_of(stream(*paths))  # a second time

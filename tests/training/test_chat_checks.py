@@ -29,7 +29,7 @@ def both(tmp_path) -> list[Path]:
     return [Path(model(tmp_path / role)) for role in ("teacher", "student")]
 
 
-def test_every_difference_of_models_that_read_conversations_is_one_line(tmp_path, caplog):
+def test_other_templates_of_models_that_read_conversations_are_one_line(tmp_path, caplog):
     """A student that also ends with the teacher's token is fine, and documents have no turns."""
     model(tmp_path / "teacher", family="qwen3", rows=352)
     model(tmp_path / "student", end=OTHER, ends=[END, OTHER])
@@ -37,9 +37,9 @@ def test_every_difference_of_models_that_read_conversations_is_one_line(tmp_path
 
     prepare(config)
 
-    differences = ("template", "task.chat_template"), ("end tokens", OTHER), ("352 and 340", "soft")
-    for line, words in zip(compared(caplog), differences, strict=True):
-        assert all(word in line for word in ("teacher.model and student.model", *words))
+    (line,) = compared(caplog)
+    words = "chat templates of teacher.model and student.model", "task.chat_template"
+    assert all(word in line for word in words)
     caplog.clear()
     write_jsonl(tmp_path / "rows.jsonl", [{"text": f"text {n} and more"} for n in range(30)])
     prepare(config)
