@@ -24,13 +24,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """Results of one optimizer step as device tensors; reading them costs a device sync."""
+    """Results of one optimizer step as device tensors; reading them costs a device sync.
+
+    scalars: what the strategy returned after the step.
+    """
 
     step: int
     parts: Mapping[str, Tensor]
     gradient_norm: Tensor | None
     counts: Counts
     passes: Sequence[Pass] = ()
+    scalars: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
 class Strategy:
@@ -39,20 +43,6 @@ class Strategy:
     This base class has no state, and no part in updates. The decisions of a strategy depend only on
     the config, the data and earlier stages: a folder holds the results of one such run.
     """
-
-    @property
-    def reads_states(self) -> bool:
-        """True if the strategy reads the last hidden states of both models."""
-        return False
-
-    @property
-    def pruned_to(self) -> View | None:
-        """The units that remain at the end of a stage that prunes with `student.keep`, or None.
-
-        The judge's verdict states which units they are (`Verdict.cut`). Such a strategy keeps one
-        value for each weight, in `student.averages`.
-        """
-        return None
 
     def begin(self, student: Any, step: int) -> None:
         """Handle the start of the stage, fresh or resumed, and of each later round of a `Window`.
@@ -71,15 +61,15 @@ class Strategy:
             f"{type(self).__name__} does not implement passes() (called for step {step})"
         )
 
-    def measured_passes(self, step: int) -> tuple[Pass, ...]:
-        """Return the passes of the losses on held-out rows, before step `step`."""
-        return self.passes(step)
-
     def before_update(self, step: int, student: Any) -> None:
         """Handle complete gradients before the optimizer applies them."""
 
-    def after_update(self, report: StepReport) -> None:
-        """Handle the end of an optimizer step."""
+    def after_update(self, report: StepReport) -> Mapping[str, float]:
+        """Handle the end of an optimizer step; return values, whose means are logged.
+
+        The values are the same on every rank. A mean is over the steps with a value.
+        """
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that a resumed run needs, the same on every rank."""
@@ -87,14 +77,6 @@ class Strategy:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state that `state_dict` returned."""
-
-    def scalars(self) -> Mapping[str, float]:
-        """Return values to log for the steps since the last call, the same on every rank."""
-        return {}
-
-    def files(self) -> Mapping[str, bytes]:
-        """Return files by name to write beside the model in the finished stage's folder."""
-        return {}
 
 
 @dataclass(frozen=True)
@@ -143,11 +125,16 @@ class Window(NamedTuple):
     also if the model was cut between the windows. Each window but the first starts from the folder
     of the previous window's stage. A `last` beyond `total` is several rounds of `total` steps, each
     from the first learning rate.
+
+    units: the units that remain at the end, if the strategy prunes with `student.keep`; else None.
+        The judge's verdict states which units they are (`Verdict.cut`). Such a strategy keeps one
+        value for each weight, in `student.averages`.
     """
 
     first: int
     last: int
     total: int
+    units: View | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,17 +151,11 @@ class Stage:
     start: the model that training starts from (a `ModelSource`), in place of the first learner's.
     views: sub-networks that passes may name; every evaluation scores all of them. The stage's
         model is cut to the view that `judge` chooses.
-    judge: scores evaluations of a stage with views.
-    passes_per_backward: number of passes that keep their activations at a time; None: all.
+    judge: compares evaluations, and chooses a view; None: by the metric of the run.
     window: the part of a longer run that the stage covers; None: all steps of `train`.
-    measures_losses: whether every evaluation also measures the losses of the objective on the
-        held-out rows, without dropout, as metrics with the names of the terms; a stage without
-        views is also evaluated before its first step.
-    rollouts: the section `rollout` of the config for a stage that trains on generated texts; None
-        for other stages.
-    mixed: by role, for the models with a tokenizer of their own, the probability of each word to be
-        cut with the student's vocabulary. Above 0, the model gets a second table of embeddings and
-        a second output layer, for the student's pieces.
+    measured: passes whose losses every evaluation also measures on the held-out rows, without
+        dropout, as metrics with the names of the terms; the stage is then also evaluated before
+        its first step. Stages with views have none.
     """
 
     name: str
@@ -183,15 +164,11 @@ class Stage:
     objective: tuple[Any, ...] = ()
     strategy: Strategy = field(default_factory=Constant)
     train: Any = None
-    deepspeed: Any = None
     start: Any = None
     views: Mapping[str, View] = field(default_factory=dict)
     judge: Judge | None = None
-    passes_per_backward: int | None = None
     window: Window | None = None
-    measures_losses: bool = False
-    rollouts: Any = None
-    mixed: Mapping[str, float] = field(default_factory=dict)
+    measured: tuple[Pass, ...] = ()
 
     @property
     def role(self) -> str:
@@ -212,6 +189,11 @@ class Stage:
     def goes_on(self) -> bool:
         """True if another window of the run follows: the stage then returns its last step."""
         return self.window is not None and self.window.last < self.window.total
+
+    @property
+    def pruned_to(self) -> View | None:
+        """The units that remain at the end of a stage that prunes; None: nothing is pruned."""
+        return None if self.window is None else self.window.units
 
     @property
     def labelled_only(self) -> bool:

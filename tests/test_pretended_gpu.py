@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ class OnGpu(PhaseTraces):
     def _learner(
         self, stage: Stage, bundle: Any, batch: Batch, knowledge: Mapping[str, Knowledge]
     ) -> list[Trace]:
-        for group in backward_groups(stage.strategy.passes(0), stage.passes_per_backward):
+        passes = [replace(one, weigh=None) for one in stage.strategy.passes(0)]
+        for group in backward_groups(passes):
             losses = bundle(batch, knowledge, group, _ones(bundle))
             assert losses.total.device == CUDA
             assert losses.total.requires_grad
@@ -203,7 +205,7 @@ def test_knowledge_selection_reads_its_action_on_the_host():
     """The intended wait: the host has to know which losses of a step count."""
     shape = SelectorShape(student=2, teacher=3, kinds=("labels", "responses"))
     config = KnowledgeSelectionConfig(name="knowledge_selection")
-    strategy = Selecting("teacher", Selector(shape), config, None, seed=1)
+    strategy = Selecting("teacher", Selector(shape), config, seed=1)
     with pretended_cuda():
         answers = [Knowledge(hidden_states=(torch.zeros(4, 5, n, device=CUDA),)) for n in (2, 3)]
         batch = Batch({}, torch.zeros(4, device=CUDA), torch.ones(4, 5, device=CUDA) > 0)

@@ -37,7 +37,6 @@ from megakd.training.inputs import (
     with_row_length,
 )
 from megakd.training.metrics import task_metrics
-from megakd.training.recipes import scoring_preset
 from megakd.training.tokenizer_checks import check_vocabularies, without_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -72,8 +71,7 @@ def evaluate_model(
             splits, split = _rows_of(config, source, data)
             prepared = _read_by(source, config, splits)
         assembly = Assembly(prepared=prepared, ranks=ranks)
-        preset = scoring_preset(config.student.deepspeed)
-        with assembly.loaded(source, preset, assembly.scoring_dtype()) as loaded:
+        with assembly.scored(source) as loaded:
             scorer = assembly.scorer_of(loaded)
             metrics = scorer.score(loaded.predict, prepared.encoded.held_out)
             of_sets = set_metrics(assembly, scorer, loaded)

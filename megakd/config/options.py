@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 import pkgutil
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
@@ -65,9 +65,15 @@ class MethodOptions:
         """
         del config, splits, pair, cache_dir
 
-    def reads_rows(self, stage: Any) -> bool:
-        """Return whether a stage of the run reads `rows` in place of the encoded rows."""
-        return bool(stage.mixed)
+    def mixed(self, stage: Any) -> Mapping[str, float]:
+        """Return the models of a stage that have a tokenizer other than the student's, by role.
+
+        The value is the probability of each word to be cut with the student's vocabulary. Above 0,
+        the model, which learns, gets a second table of embeddings and a second output layer, for
+        the student's pieces.
+        """
+        del stage
+        return {}
 
     def batches(self, parts: Any) -> Any:
         """Return the batches of a stage with these `StageParts`; None: those of its encoded rows.

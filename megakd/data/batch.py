@@ -11,6 +11,8 @@ import operator
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -38,9 +40,13 @@ class Pass:
         language model computes and reports terms on hard and soft targets together, all or none.
         If all terms of a pass have weight 0, the loss of the pass is 0, with gradients of 0.
     scale: factor of the pass's loss.
-    weigh: function from the outputs of both models for a micro-batch (a `LossInputs`) to factors
-        by which the weights are multiplied. It is called in the student's forward of a step, not
-        of an evaluation, and returns the same factors on all ranks.
+    backward: number of the backward of the pass in its step. Passes that follow each other and have
+        the same number keep their activations at the same time, and share a backward. Every
+        backward reduces all gradients, so there should be as few as memory allows.
+    weigh: function from the outputs of both models for a micro-batch (a `LossInputs`, with their
+        last hidden states) to factors by which the weights are multiplied. It is called in the
+        student's forward of a step, not of an evaluation, and returns the same factors on all
+        ranks. The passes of all steps have a function, or those of none.
     """
 
     teacher: str | None = None
@@ -48,22 +54,18 @@ class Pass:
     view: str | None = None
     weights: Mapping[str, float] | None = None
     scale: float = 1.0
+    backward: int = 0
     weigh: Callable[[Any], Mapping[str, float]] | None = None
 
 
-def backward_groups(plan: Sequence[Pass], size: int | None) -> list[Sequence[Pass]]:
-    """Split passes into groups of `size` that share a backward; None: one group.
-
-    Every backward reduces all gradients, so the number of groups should be as small as memory
-    allows.
-    """
+def backward_groups(plan: Sequence[Pass]) -> list[Sequence[Pass]]:
+    """Split the passes of a step into the groups that share a backward."""
     if not plan:
         raise MegakdError(
             "the strategy's passes() returned 0 passes for a step, and a step needs at least 1; "
             "return a Pass, for example one whose `weights` are all 0 for a step without a loss"
         )
-    size = size or len(plan)
-    return [plan[first : first + size] for first in range(0, len(plan), size)]
+    return [tuple(group) for _, group in groupby(plan, key=attrgetter("backward"))]
 
 
 def teacher_names(plan: Sequence[Pass]) -> tuple[str, ...]:
@@ -126,26 +128,6 @@ class Documents(NamedTuple):
     longest: int
 
 
-class Extras(NamedTuple):
-    """Values that single features add to a micro-batch.
-
-    others: by role, the same rows encoded for models with another tokenizer.
-    second: what the model predicts from its second vocabulary; `labels` and `targets` are then
-        those of its first vocabulary. In `input_ids`, numbers of the second vocabulary follow those
-        of the first.
-    is_rollout: whether a model has generated the texts during the run, the same on all ranks.
-    teacher: the teacher that all rows name, and that alone teaches them; None if the rows name no
-        teachers.
-    soft: [B, C] fp32 the probabilities of the labels that the rows themselves hold.
-    """
-
-    others: Mapping[str, Batch] | None = None
-    second: Targets | None = None
-    is_rollout: bool = False
-    teacher: str | None = None
-    soft: Tensor | None = None
-
-
 class Batch(NamedTuple):
     """One micro-batch of one rank, aligned so that no loss has to shift labels or logits.
 
@@ -159,7 +141,14 @@ class Batch(NamedTuple):
     targets: [N] int64 positions of the flattened [B * T] that a language model predicts: the
         labelled positions, and at least one position; None predicts all positions.
     documents: the documents in packed rows; None without packing.
-    extras: what single features add.
+    others: by role, the same rows encoded for models with another tokenizer.
+    second: what the model predicts from its second vocabulary; `labels` and `targets` are then
+        those of its first vocabulary. In `input_ids`, numbers of the second vocabulary follow those
+        of the first.
+    is_rollout: whether a model has generated the texts during the run, the same on all ranks.
+    teacher: the teacher that all rows name, and that alone teaches them; None if the rows name no
+        teachers.
+    soft: [B, C] fp32 the probabilities of the labels that the rows themselves hold.
     """
 
     inputs: dict[str, Tensor]
@@ -168,16 +157,15 @@ class Batch(NamedTuple):
     targets: Tensor | None = None
     rows: Tensor | None = None
     documents: Documents | None = None
-    extras: Extras = Extras()
-
-    def extended(self, **extras: Any) -> Batch:
-        """Return the batch with some of its `extras` replaced."""
-        return self._replace(extras=self.extras._replace(**extras))
+    others: Mapping[str, Batch] | None = None
+    second: Targets | None = None
+    is_rollout: bool = False
+    teacher: str | None = None
+    soft: Tensor | None = None
 
     def of(self, role: str | None) -> Batch:
         """Return the rows encoded for the model of a role; None: as they are."""
-        others = self.extras.others
-        return others.get(role, self) if others and role else self
+        return self.others.get(role, self) if self.others and role else self
 
     @property
     def multi_label(self) -> bool:
@@ -326,12 +314,12 @@ class Losses(NamedTuple):
 
     total: scalar with gradient, the sum over passes of scale * weight * sum / count * world.
     parts: detached scalars, sum / count without weight and world size, keyed `[view/]loss`.
-    predictions: predictions of the first learner by view, if they were asked for.
+    predictions: those of the first learner, if they were asked for.
     """
 
     total: Tensor
     parts: dict[str, Tensor]
-    predictions: Mapping[str | None, Predictions] = MappingProxyType({})
+    predictions: Predictions | None = None
 
 
 def add_parts(sums: dict[str, Tensor], parts: Mapping[str, Tensor]) -> None:
@@ -440,7 +428,7 @@ UnitCounter = Callable[[Batch], "Tensor"]
 
 def is_of(source: Source | None, batch: Batch) -> bool:
     """Return whether the texts of a micro-batch are of a source; None: of any."""
-    return source is None or batch.extras.is_rollout == (source == "rollouts")
+    return source is None or batch.is_rollout == (source == "rollouts")
 
 
 def second_targets(batch: Batch) -> Batch | None:
@@ -448,16 +436,16 @@ def second_targets(batch: Batch) -> Batch | None:
 
     The result is None if a batch has no such targets.
     """
-    if batch.extras.second is None:
+    if batch.second is None:
         return None
-    labels = batch.extras.second.labels
-    return batch._replace(labels=labels, targets=None).extended(second=None)
+    labels = batch.second.labels
+    return batch._replace(labels=labels, targets=None, second=None)
 
 
 def _targets(batch: Batch) -> Tensor:
     labels = batch.labels[:, 0] if batch.multi_label else batch.labels
     count = (~labels.isnan() if labels.is_floating_point() else labels != IGNORE).sum()
-    second = batch.extras.second
+    second = batch.second
     return count if second is None else count + (second.labels != IGNORE).sum()
 
 

@@ -79,7 +79,7 @@ class Collator:
         if SOFT not in columns:
             return batch
         soft = np.pad(columns[SOFT][0], ((0, dummy_rows), (0, 0)))
-        return batch.extended(soft=torch.from_numpy(soft))
+        return batch._replace(soft=torch.from_numpy(soft))
 
     def _text_batch(self, padded: Mapping[str, NDArray], given: NDArray, valid: NDArray) -> Batch:
         # A dummy row attends to its first position, to avoid NaN.
@@ -195,7 +195,7 @@ class Masking:
     probability: probability of each token to be chosen; at least one token per row is chosen.
     second: the second vocabulary, if the rows mix two. A random token is then of the same
         vocabulary as the token that it replaces. The labels of the second vocabulary are in
-        `Extras.second`, in its own numbering, and `labels` and `targets` leave them out.
+        `Batch.second`, in its own numbering, and `labels` and `targets` leave them out.
     """
 
     mask_id: int
@@ -225,12 +225,11 @@ class Masking:
         second = None if self.second is None else self.second.targets(ids, chosen)
         if self.second is not None:
             chosen = chosen & ~self.second.contains(ids)
-        return Batch(
-            inputs,
-            torch.from_numpy(np.where(chosen, ids, IGNORE)),
-            batch.valid,
-            torch.from_numpy(_targets(chosen)),
-            extras=batch.extras._replace(second=second),
+        return batch._replace(
+            inputs=inputs,
+            labels=torch.from_numpy(np.where(chosen, ids, IGNORE)),
+            targets=torch.from_numpy(_targets(chosen)),
+            second=second,
         )
 
     def _shown(

@@ -169,7 +169,7 @@ def micro_batch(
     batch = collate(rows, dummy_rows=size - count)
     if layout.tokens_per_rank is not None:
         batch = packed_row(batch, most=layout.tokens_per_rank)
-    return batch if part.teacher is None else batch.extended(teacher=part.teacher)
+    return batch if part.teacher is None else batch._replace(teacher=part.teacher)
 
 
 def packed_row(batch: Batch, *, most: int) -> Batch:
@@ -326,7 +326,7 @@ class StepLoader(BatchSource):
             others[role] = read(rows, mine, size=self._size, seed=seed, draw=draw)
         numbers = np.full(len(batch.valid), -1)
         numbers[: len(mine)] = mine
-        return batch._replace(rows=torch.from_numpy(numbers)).extended(others=others or None)
+        return batch._replace(rows=torch.from_numpy(numbers), others=others or None)
 
 
 def rows_with_targets(rows: Dataset) -> NDArray[np.int64]:

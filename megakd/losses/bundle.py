@@ -124,7 +124,7 @@ class StudentBundle(nn.Module):
         counts: Counts | None = None,
         *,
         view: str | None = None,
-        scored: Sequence[str | None] = (),
+        scored: bool = False,
     ) -> Losses | Predictions:
         """Compute the losses of all passes on one micro-batch, or predictions without passes.
 
@@ -132,8 +132,8 @@ class StudentBundle(nn.Module):
             knowledge: outputs of each frozen teacher of the passes, by the teacher's name.
             plan: the passes of the step; None returns predictions.
             view: the view to predict with; not used with `plan`.
-            scored: views of the first learner whose predictions are returned beside the losses;
-                None is the whole model. A view that also has a pass runs once.
+            scored: whether the predictions of the whole first learner are returned beside the
+                losses; it runs once, also if it has a pass.
         """
         if plan is None or counts is None:
             with self._viewing(view):
@@ -141,7 +141,7 @@ class StudentBundle(nn.Module):
         answers, scales = dict(knowledge or {}), unit_scales(counts, self.world_size)
         learning = [name for name in teacher_names(plan) if name not in answers]
         trained = [(planned.learner or self.role, planned.view) for planned in plan]
-        wanted = [*((name, None) for name in learning), *((self.role, one) for one in scored)]
+        wanted: list[Forward] = [(name, None) for name in (*learning, *[self.role] * scored)]
         outputs = self._outputs(batch, [*wanted, *trained])
         answers |= {name: outputs[name, None] for name in learning}
         readings: dict[tuple[str, int | None], list[tuple[Forward, LossInputs]]] = {}
@@ -160,7 +160,11 @@ class StudentBundle(nn.Module):
                 # Terms are reported as a mean over the passes of their view.
                 share = 1 / trained.count(forward)
                 add_parts(parts, self._means(forward, values.sums, share, scales.divisors))
-        predictions = {one: self._predictions(batch, outputs, one) for one in scored}
+        predictions = None
+        if scored:
+            with self._viewing(None):  # in which the output matrix is read
+                whole = outputs[self.role, None]
+                predictions = predictions_of(whole, batch.of(self.role), self.kernels)
         total = functools.reduce(operator.add, totals)
         parts[WEIGHTED_LOSS] = total.detach() / self.world_size
         return Losses(total, parts, predictions)
@@ -220,11 +224,6 @@ class StudentBundle(nn.Module):
             part = value.float() if share == 1 else share * value.float()
             means[prefix + name] = part / divisor
         return means
-
-    def _predictions(self, batch: Batch, outputs: Outputs, view: str | None) -> Predictions:
-        with self._viewing(view):  # in which the output matrix is read
-            answer = outputs[self.role, view]
-            return predictions_of(answer, batch.of(self.role), self.kernels)
 
     def _viewing(self, view: str | None) -> AbstractContextManager[None]:
         if self.elastic is None:
@@ -289,7 +288,7 @@ def build_bundle(
             # With reentrant checkpointing, hooks that read parts of a block would run twice.
             options = {"use_reentrant": False}
             model.activation_checkpointing_enable(options, offload=offload)  # type: ignore[operator]
-    views = None if stage.strategy.pruned_to is None and not stage.views else stage.views
+    views = None if stage.pruned_to is None and not stage.views else stage.views
     return StudentBundle(
         learners,
         objective,

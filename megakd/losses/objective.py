@@ -295,7 +295,8 @@ class StageLosses:
         return made
 
     def _with_states(self, needs: Needs, shape: Shape) -> Needs:
-        return needs.with_hidden(shape.layers) if self.stage.strategy.reads_states else needs
+        is_read = any(one.weigh for one in self.stage.strategy.passes(0))
+        return needs.with_hidden(shape.layers) if is_read else needs
 
 
 def stage_losses(
@@ -306,7 +307,7 @@ def stage_losses(
     teachers: Sequence[ModelSource],
     classes: int,
 ) -> StageLosses:
-    """Return the losses of a stage with its learners (`learners_of`) and its frozen teachers."""
+    """Return the losses of a stage with its learners (`learning_models`) and frozen teachers."""
     student, *beside = (shape_of(source, task, classes) for source in learners.values())
     frozen = (shape_of(source, task, classes) for source in teachers)
     teacher = next(iter((*frozen, *beside)), None)
@@ -314,12 +315,6 @@ def stage_losses(
         teacher = Shape(0, 0, classes)
     families = tuple(source.config.model_type for source in learners.values())
     return StageLosses(stage=stage, task=task, student=student, teacher=teacher, families=families)
-
-
-def learners_of(stage: Stage, sources: Mapping[str, ModelSource]) -> dict[str, ModelSource]:
-    """Return the models that learn in a stage, by role; the first is the stage's own model."""
-    first = stage.start or sources[stage.role]
-    return {stage.role: first, **{role: sources[role] for role in stage.beside}}
 
 
 def label_objective(source: ModelSource, task: TaskType, classes: int) -> Objective:

@@ -70,10 +70,6 @@ class ImportanceOptions(MethodOptions):
                 "teacher, or set method.name to a method for several teachers"
             )
 
-    def ranked_units(self, lab: Lab, teacher: str) -> SortedModel:
-        """Return a teacher sorted by the importance of units, which is measured once."""
-        return lab.pruning.sorted_teacher(teacher)
-
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class AssistantOptions(ImportanceOptions):
@@ -150,7 +146,7 @@ def ranked_teacher(config: AssistantOptions, lab: Lab) -> tuple[str, SortedModel
     """Return the name of the teacher, and the sorted teacher, with which these methods begin."""
     check_reach(config, lab)
     teacher = lab.teacher()
-    return teacher, config.ranked_units(lab, teacher)
+    return teacher, lab.pruning.sorted_teacher(teacher)
 
 
 def check_reach(config: AssistantOptions, lab: Lab) -> None:

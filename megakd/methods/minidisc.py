@@ -84,7 +84,7 @@ def direct(config: MiniDiscConfig, lab: Lab, student: StageResult) -> Stage:
     """
     del student
     teacher = lab.teacher()
-    ranked = config.ranked_units(lab, teacher)
+    ranked = lab.pruning.sorted_teacher(teacher)
     view = view_of(config, lab, ranked, config.target_sparsity)
     start = lab.pruning.cut(ranked.source, view, "cut-direct")
     stage = leg(lab, "direct", teacher=teacher, start=start)
@@ -111,10 +111,9 @@ def trial(
         teachers=(link.teacher,),
         start=start,
         objective=objective_of(lab),
-        strategy=Sandwich(link.teacher, tuple(views)),
+        strategy=Sandwich(link.teacher, tuple(views), config.passes_per_backward or len(views)),
         views=views,
         judge=MetricJudge(metric, view_name(config.target_sparsity)) if is_last else judge,
-        passes_per_backward=config.passes_per_backward,
     )
 
 
@@ -144,15 +143,22 @@ def _rows(
 
 @plain_dataclass(frozen=True)
 class Sandwich(Strategy):
-    """A strategy in which all views learn in every step; the loss is the mean of their losses."""
+    """A strategy in which all views learn in every step; the loss is the mean of their losses.
+
+    at_once: number of views that share a backward.
+    """
 
     teacher: str
     names: tuple[str, ...]
+    at_once: int
 
     def passes(self, step: int) -> tuple[Pass, ...]:
         del step
-        scale = 1 / len(self.names)
-        return tuple(Pass(teacher=self.teacher, view=name, scale=scale) for name in self.names)
+        first = Pass(teacher=self.teacher, scale=1 / len(self.names))
+        return tuple(
+            dataclasses.replace(first, view=name, backward=number // self.at_once)
+            for number, name in enumerate(self.names)
+        )
 
 
 @plain_dataclass(frozen=True)

@@ -72,7 +72,6 @@ def run(config: RoutedConfig, lab: Lab) -> StageResult:
         teachers=names,
         objective=soft_objective(lab),
         strategy=Constant(tuple(Pass(teacher=name) for name in names)),
-        rollouts=lab.config.rollout,
     )
     total = sum(rows.values())
     shares = {name: rows[name] / total for name in names}

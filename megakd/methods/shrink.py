@@ -29,7 +29,7 @@ from megakd.errors import ConfigError
 from megakd.methods.assistants import ImportanceOptions
 from megakd.models.views import View, evenly_spaced, most_important
 from megakd.stage import Constant, Stage, StageResult
-from megakd.training.lab import Lab, Model, Row
+from megakd.training.lab import Lab, Model
 
 logger = logging.getLogger(__name__)
 BUDGETS = ("parameters", "flops", "speedup")
@@ -119,22 +119,16 @@ def run(config: ShrinkConfig, lab: Lab) -> StageResult:
         logger.info("shrink: whole layers alone are left out: %s", start.uncut)
     elif (shape.heads, shape.neurons) != (start.units.heads[0], start.units.neurons[0]):
         # Only units that are cut need to be sorted, and their importance to be measured.
-        start = config.ranked_units(lab, teacher).source
+        start = lab.pruning.sorted_teacher(teacher).source
     scores = lab.pruning.layer_scores(teacher)
     if start.uncut is not None and config.speedup is None:
         # The layers may differ in size: now those that stay are known.
         shape = shape_of(config, lab, start, scores)
     view = shape.view(scores, start.whole)
-    lab.record.asked, lab.record.layers = _asked(config), view.layers
+    what = next(key for key in BUDGETS if getattr(config, key) is not None)
+    lab.record.asked = {"what": what, "value": getattr(config, what)}
+    lab.record.layers = view.layers
     return lab.train(repair(lab, STUDENT, teacher, lab.pruning.cut(start, view, "cut")))
-
-
-def _asked(config: ShrinkConfig) -> Row:
-    if config.parameters is not None:
-        return {"what": "parameters", "value": config.parameters}
-    if config.flops is not None:
-        return {"what": "flops", "value": config.flops}
-    return {"what": "speedup", "value": config.speedup or 1.0}
 
 
 def repair(lab: Lab, name: str, teacher: str, start: Model) -> Stage:
@@ -145,7 +139,6 @@ def repair(lab: Lab, name: str, teacher: str, start: Model) -> Stage:
         start=start,
         objective=objective_of(lab),
         strategy=Constant((Pass(teacher=teacher),)),
-        rollouts=lab.config.rollout,
     )
 
 

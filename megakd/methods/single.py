@@ -36,6 +36,5 @@ def run(config: SingleConfig, lab: Lab) -> StageResult:
             teachers=(teacher,),
             objective=lab.config.objective or default,
             strategy=Constant((Pass(teacher=teacher),)),
-            rollouts=lab.config.rollout,
         )
     )

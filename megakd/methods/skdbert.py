@@ -11,11 +11,9 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass as plain_dataclass
-from operator import itemgetter
 from typing import Any, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
-from typing_extensions import override
 
 from megakd.config.options import MethodOptions, no_such_teacher
 from megakd.config.terms import STRICT, Weight
@@ -75,7 +73,15 @@ def run(config: SkdbertConfig, lab: Lab) -> StageResult:
     names = tuple(name for name in specs if given is None or given[name] > 0)
     probabilities = probabilities_of(config, lab, tuple(map(lab.teacher, names)))
     drawn = Drawn(names, tuple(probabilities.values()), lab.config.seed)
-    stage = Stage(name="student", teachers=names, objective=soft_objective(lab), strategy=drawn)
+    # The likeliest teacher, so that evaluations can be compared.
+    likeliest = Pass(teacher=max(probabilities, key=probabilities.__getitem__))
+    stage = Stage(
+        name="student",
+        teachers=names,
+        objective=soft_objective(lab),
+        strategy=drawn,
+        measured=(likeliest,) if lab.config.eval.losses else (),
+    )
     never = dict.fromkeys(specs, 0.0)
     return taught(lab, stage, weights=never | probabilities, how=config.distribution)
 
@@ -127,9 +133,3 @@ class Drawn(Strategy):
         drawn = random.Random(f"{self.seed}:teacher:{step}")
         (teacher,) = drawn.choices(self.teachers, self.probabilities)
         return (Pass(teacher=teacher),)
-
-    @override
-    def measured_passes(self, step: int) -> tuple[Pass, ...]:
-        """Return the pass of the likeliest teacher, so that evaluations can be compared."""
-        likeliest = max(zip(self.probabilities, self.teachers, strict=True), key=itemgetter(0))
-        return (Pass(teacher=likeliest[1]),)

@@ -36,6 +36,7 @@ from megakd.reports.plan_phases import Phase, PlanningLab, planned_sources
 from megakd.reports.plan_tracing import Device, PhaseTraces, Trace, planned_dtype
 from megakd.stage import Stage
 from megakd.training.precision import TORCH_DTYPE, largest_step, training_dtype
+from megakd.training.recipes import learner_ds
 
 GIGA = 10**9
 MOMENTS = {"adamw": 2, "sgd": 0}
@@ -218,18 +219,18 @@ class PhasePlan(Ledger):
         frozen = {
             name: self._frozen(name)
             for name, ready in self._phase.teachers.items()
-            if ready.is_loaded(measures_losses=stage.measures_losses)
+            if ready.is_loaded(measures_losses=bool(stage.measured))
         }
         role = STUDENT if stage.role == STUDENT else TEACHER
         learner = self._engine(
             role,
             run,
-            load_ds_config(stage.deepspeed, where="student.deepspeed"),
+            learner_ds(stage, self._config, ranks=self._cluster.ranks, device=self._cluster.device),
             itemsize=TORCH_DTYPE[training_dtype(train, self._cluster.device)].itemsize,
             learned=run.learned,
             moments=MOMENTS[train.optim],
         )
-        averages = learner.averages(traces.units, int(stage.strategy.pruned_to is not None))
+        averages = learner.averages(traces.units, int(stage.pruned_to is not None))
         # The copy of a rank's part of the state that a save, except the last, writes beside the
         # training.
         save, host = self._config.save, self._cluster.host_memory
@@ -304,7 +305,7 @@ class PhasePlan(Ledger):
             beside = beside + learner.held("activations", away, "host")
         beside = beside + self._gather("the student's forward", learner, run, beside + earlier)
         # A forward with pruned weights holds a copy of them.
-        copied = learner.numel * (stage.strategy.pruned_to is not None)
+        copied = learner.numel * (stage.pruned_to is not None)
         for number, (small, large, done) in enumerate(run.points):
             left = 1 - done / learner.count
             held = learner.like("activations", copied * left, run.sizes)
@@ -330,7 +331,8 @@ class PhasePlan(Ledger):
         return whole if engine.is_gathered_early(run) else whole + buffers
 
     def _generate(self, stage: Stage, engines: Mapping[str, Engine]) -> None:
-        rollouts, generation, train = stage.rollouts, self._config.eval.generation, stage.train
+        generation, train = self._config.eval.generation, stage.train
+        rollouts = self._config.rollout if stage.teachers else None
         texts: list[tuple[str, str, int]] = []
         if rollouts is not None and rollouts.server is None:
             rows = train.per_device_train_batch_size * train.gradient_accumulation_steps

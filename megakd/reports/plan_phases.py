@@ -135,7 +135,6 @@ class PlanningLab(LabBase, Shapes):
         Shapes.__init__(self, config, sources, classes=prepared and prepared.classes)
         self.world, self._device, self._prepared = ranks, device, prepared
         self._phases: dict[str, Phase] = {}
-        self._assistants: list[StageResult] = []
         self._models: dict[Path, ModelSource] = {}
 
     @property
@@ -152,7 +151,7 @@ class PlanningLab(LabBase, Shapes):
         names = self.config.trained_baselines
         baselines = [self.train(baseline_stage(self, name, student)) for name in names]
         preset = scoring_preset(self.config.student.deepspeed)
-        for result in (student, *baselines, *self._assistants):
+        for result in (student, *baselines, *self.record.assistants):
             source = self._models[result.folder]
             spec = TeacherConfig(model=source.name, deepspeed=preset)
             self._score(f"{result.name}-scored", result.name, ReadyTeacher(source, spec))
@@ -172,8 +171,9 @@ class PlanningLab(LabBase, Shapes):
 
     def check_schedule(self, stage: Stage) -> None:
         """Check that the schedule of a stage fits into its steps, if these are known by now."""
-        # A method's rows are counted when they are made; labelled rows are at most all rows.
-        if not self.config.method.reads_rows(stage):
+        # The rows of two vocabularies are counted when they are made; labelled rows are at most all
+        # rows.
+        if self.config.method.own_vocabulary is None or stage.role != STUDENT:
             steps = stage.window.total if stage.window else self._most_steps(stage.train)
             learning_rate_schedule(stage.train, steps)
 
@@ -253,9 +253,9 @@ class PlanningLab(LabBase, Shapes):
         """Return the shape of the cut model; the cut itself runs tensor by tensor on one rank."""
         return shape_of_cut(source, view, self.config.task.type)
 
-    def train(self, stage: Stage) -> StageResult:
+    def train(self, stage: Stage, files: Any = dict) -> StageResult:
         """Record a stage; return a result with the widest view and 0.5 for every metric."""
-        stage = self._completed(stage, ranks=self.world, device=self._device)
+        stage = self._completed(stage)
         learners = learning_models(stage, self._sources, self._teachers, self.config.student)
         teachers = {name: self._teachers[name] for name in stage.models}
         for name, ready in teachers.items():
@@ -272,7 +272,7 @@ class PlanningLab(LabBase, Shapes):
         )
         self._record(phase)
         view, folder = next(iter(stage.views), None), Path("stages") / stage.name
-        kept = stage.strategy.pruned_to if view is None else stage.views[view]
+        kept = stage.pruned_to if view is None else stage.views[view]
         model = phase.learner if kept is None else self.cut(phase.learner, kept, stage.name)
         self._models |= {folder: model, **{folder / role: learners[role] for role in stage.beside}}
         metrics = defaultdict[str, float](lambda: 0.5)
@@ -282,10 +282,6 @@ class PlanningLab(LabBase, Shapes):
         )
         self.results.append(result)
         return result
-
-    def assistant(self, result: StageResult, sparsity: float | None) -> str:
-        self._assistants.append(result)
-        return self.as_teacher(result)
 
     def metric(self, *, weighed: bool = True) -> Any:
         if self._prepared is not None and weighed:

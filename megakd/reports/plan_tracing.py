@@ -32,13 +32,12 @@ from megakd.data.collation import DEFAULT_PROBABILITY
 from megakd.losses.bundle import StudentBundle, build_bundle
 from megakd.losses.objective import StageLosses, label_objective, stage_losses, with_even_weights
 from megakd.models.fitting import ModelSource, ReadyTeacher, build_empty
-from megakd.models.knowledge import LanguageModelHead, Needs, build_second_vocabulary
+from megakd.models.knowledge import LanguageModelHead, Needs, SecondSize, build_second_vocabulary
 from megakd.models.lora import add_adapters
 from megakd.models.packing import VARLEN, set_attention
 from megakd.reports.plan_phases import Phase
 from megakd.stage import Stage
 from megakd.teachers.frozen import FrozenModel, joined, split
-from megakd.training.assembly import second_sizes
 from megakd.training.precision import (
     TORCH_DTYPE,
     frozen_dtype,
@@ -343,7 +342,7 @@ class PhaseTraces:
         )
         needs = losses.teacher_needs()
         batch = self._batch(step.rows, step.length)
-        batch = batch.extended(
+        batch = batch._replace(
             others=self._mixed(stage, batch) or None,
             is_rollout=any(source_of(term) == "rollouts" for term in stage.objective),
         )
@@ -369,7 +368,7 @@ class PhaseTraces:
         self.answers = max(sum(sizes.get(name, 0) for name in plan) for plan in plans)
         bundle = self._bundle(stage, losses)
         self.learner = self._learner(stage, bundle, batch, knowledge)
-        names = bundle.elastic.makers if bundle.elastic is not None and strategy.pruned_to else ()
+        names = bundle.elastic.makers if bundle.elastic is not None and stage.pruned_to else ()
         self.units = sum(bundle.student.get_parameter(name).numel() for name in names)
         rows = self._batch(config.eval_rows(stage.train))
         self._evaluate(stage, bundle, rows, needs if rows.valid.numel() > step.tokens else None)
@@ -378,10 +377,10 @@ class PhaseTraces:
         self, stage: Stage, bundle: StudentBundle, rows: Batch, needs: Needs | None
     ) -> None:
         # needs: of the losses that are measured, if the rows are more than those of a step.
-        if needs is not None and stage.measures_losses:
+        if needs is not None and stage.measured:
             self.evaluated, answers = self._asked(needs, rows, dict.fromkeys(self.teachers, 1))
-            inputs = (rows, answers, stage.strategy.passes(0), _ones(bundle))
-            options: dict[str, Any] = {"scored": tuple(stage.views) or (None,)}
+            inputs = (rows, answers, stage.measured, _ones(bundle))
+            options: dict[str, Any] = {"scored": True}
         else:
             inputs, options = (rows,), {"view": next(iter(stage.views), None)}
         self.evaluated[stage.role], _ = self._forward(bundle.eval(), *inputs, **options)
@@ -401,13 +400,14 @@ class PhaseTraces:
     def _learner(
         self, stage: Stage, bundle: StudentBundle, batch: Batch, knowledge: Mapping[str, Knowledge]
     ) -> list[Trace]:
-        passes = stage.strategy.passes(0)
+        # Without values, no weights can be chosen by outputs.
+        passes = [replace(one, weigh=None) for one in stage.strategy.passes(0)]
         passes = passes[:1] if self._config.method.routes_rows else passes
         return [
             self._trace(
                 bundle, partial(bundle, batch, knowledge, group, _ones(bundle)), backward=True
             )[0]
-            for group in backward_groups(passes, stage.passes_per_backward)
+            for group in backward_groups(passes)
         ]
 
     def _forward(self, module: nn.Module, *args: Any, **options: Any) -> tuple[Trace, Any]:
@@ -422,13 +422,11 @@ class PhaseTraces:
         dtype, phase, config = training_dtype(stage.train, self._device), self._phase, self._config
         learners = {role: self._model(one, dtype) for role, one in phase.learners.items()}
         kind, vocabulary = TORCH_DTYPE[dtype], config.method.own_vocabulary
-        offsets = [learners[role].config.vocab_size for role in stage.mixed if role in learners]
         lora = config.lora_of(stage.role)
         with VALUELESS:
-            if vocabulary is not None and offsets:
-                sizes = second_sizes(stage, pieces=vocabulary, offset=max(offsets))
-                for role, size in sizes.items():
-                    build_second_vocabulary(learners[role], size, ds=None, dtype=kind)
+            for role in (name for name, share in config.method.mixed(stage).items() if share):
+                size = SecondSize(vocabulary or 0, learners[role].config.vocab_size)
+                build_second_vocabulary(learners[role], size, ds=None, dtype=kind)
             if lora is not None:
                 model = learners[stage.role]
                 add_adapters(model, phase.learner, self._task, lora, seed=config.seed)
@@ -440,13 +438,13 @@ class PhaseTraces:
 
     def _mixed(self, stage: Stage, batch: Batch) -> dict[str, Batch]:
         batches, count = {}, 0 if batch.targets is None else len(batch.targets)
-        for role, probability in stage.mixed.items():
+        for role, probability in self._config.method.mixed(stage).items():
             second = math.ceil(probability * count)
             sizes = (max(1, count - second), max(1, second))
             with VALUELESS:
                 first, second = (torch.ones(size, dtype=torch.long) for size in sizes)
             targets = Targets(second, second)
-            batches[role] = batch._replace(targets=first).extended(second=targets)
+            batches[role] = batch._replace(targets=first, second=targets)
         return batches
 
     def _model(self, source: ModelSource, dtype: Dtype) -> Any:

@@ -46,9 +46,7 @@ class DryLab(PlanningLab):
         self.assembly = Assembly(prepared=prepared, ranks=ranks, teachers=self._teachers)
 
     def probe(self, stage: str) -> StageProbe:
-        rows = self.assembly.prepared.encoded.validation
-        folder = self.config.output_dir / "checkpoints" / stage
-        return StageProbe(scorer=self.assembly.scorer(), rows=rows, folder=folder)
+        return self.assembly.probe(stage)
 
     def take_steps(self, stage: Stage) -> Timed:
         """Take steps of a stage on real rows, and return what they take; a collective.

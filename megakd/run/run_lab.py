@@ -27,11 +27,11 @@ from megakd.stage import Stage, StageResult
 from megakd.training.assembly import Assembly, check_stream, step_shape
 from megakd.training.evaluation import StageProbe
 from megakd.training.inputs import RunInputs, specified
-from megakd.training.lab import Assistant, Metric, Pruning
+from megakd.training.lab import Files, Metric, Pruning
 from megakd.training.log import Reporter
 from megakd.training.metrics import check_weighed
 from megakd.training.precision import saved_dtype
-from megakd.training.recipes import LabBase, scoring_preset
+from megakd.training.recipes import LabBase
 from megakd.training.stage_folder import length_of, may_grow, read_result
 from megakd.training.stage_run import run_stage, stage_checkpoints
 
@@ -76,13 +76,8 @@ class RunLab(LabBase):
             check_weighed(self._prepared.metric, self._prepared.metrics.names)
         return self._prepared.metric
 
-    def assistant(self, result: StageResult, sparsity: float | None) -> str:
-        self.record.assistants.append(Assistant(result.name, sparsity, result.folder))
-        return self.as_teacher(result)
-
-    def train(self, stage: Stage) -> StageResult:
-        ranks, device = self._ranks.world_size, self._ranks.device.type
-        stage = self._completed(stage, ranks=ranks, device=device)
+    def train(self, stage: Stage, files: Files = dict) -> StageResult:
+        stage = self._completed(stage)
         folder = self.assembly.stage_folder(stage.name)
         grows = may_grow(stage, self.config)
         result = read_result(folder, length_of(stage.train), may_grow=grows)
@@ -92,11 +87,11 @@ class RunLab(LabBase):
             if stage.name == STUDENT and stage.start and self.config.start_role != STUDENT:
                 whole = self._teachers[self.config.start_role].source
                 logger.info("%s: %s", STUDENT, parts_of(stage.start, whole, self.record.layers))
-            result = self._run(stage, folder)
+            result = self._run(stage, folder, files)
         self.results.append(result)
         return result
 
-    def _run(self, stage: Stage, folder: Path) -> StageResult:
+    def _run(self, stage: Stage, folder: Path, files: Files) -> StageResult:
         # Before any model is loaded, because a checkpoint may be refused.
         checkpoints = stage_checkpoints(stage, self.assembly)
         checkpoint = checkpoints.to_resume()
@@ -115,7 +110,7 @@ class RunLab(LabBase):
                 teachers=teachers,
                 reporter=self._reporter,
                 checkpoint=checkpoint,
-                folder=folder,
+                files=files,
             )
         if self._ranks.is_main and stage.name == f"{stage.role}-finetune":
             # Before the student is trained; the report has the warning too.
@@ -136,12 +131,8 @@ class RunLab(LabBase):
         learned = len(rows_with_targets(self._prepared.encoded.train))
         return total_steps(self.config.train, shape.steps_per_epoch(learned))
 
-    def probe(self, stage: str) -> StageProbe | None:
-        return StageProbe(
-            scorer=self.assembly.scorer(),
-            rows=self._prepared.encoded.validation,
-            folder=self.config.output_dir / "checkpoints" / stage,
-        )
+    def probe(self, stage: str) -> StageProbe:
+        return self.assembly.probe(stage)
 
     def made_by(self, result: StageResult, name: str, read: Callable[[str], T]) -> T | None:
         return main_first(lambda: read(str(result.folder / name)))
@@ -173,10 +164,8 @@ class RunLab(LabBase):
         """
         # The model has the student's tokenizer.
         self.close()
-        dtype = self.assembly.scoring_dtype()
-        preset = scoring_preset(self.config.student.deepspeed)
         source = self.source(folder)
         stored = {name: one.rounded(self.saved_dtype) for name, one in source.stored.items()}
         source = dataclasses.replace(source, stored=stored)
-        with self.assembly.loaded(source, preset, dtype) as model:
+        with self.assembly.scored(source) as model:
             return measure(self.assembly, model, self.pool.prompts)

@@ -188,11 +188,10 @@ class TeacherPool:
             if ready.spec.cache == AUTO:
                 fill_cache(self.assembly, ready, folder)
             cached = open_cache(self.assembly, ready, folder)
-            if not ready.is_loaded(measures_losses=stage.measures_losses):
+            if not ready.is_loaded(measures_losses=bool(stage.measured)):
                 return cached
-        dtype, spec = self.assembly.teacher_dtype(ready), ready.spec.deepspeed
         needs, exact = losses.teacher_needs(), self._exact_answers(name)
-        teacher = self.assembly.frozen(ready.source, spec, dtype=dtype, needs=needs)
+        teacher = self.assembly.frozen(ready, needs)
         self._compare(name, teacher, exact)
         self._ask(teacher, name, stage, needs)
         if cached is None:
@@ -207,8 +206,7 @@ class TeacherPool:
         if not source.fp8 or source.folder in self._compared or not has_probabilities(assembly):
             return None
         self._compared.add(source.folder)
-        dtype, exact = assembly.teacher_dtype(ready), replace(source, fp8=False)
-        with assembly.loaded(exact, ready.spec.deepspeed, dtype) as model:
+        with assembly.loaded(ready._replace(source=replace(source, fp8=False))) as model:
             return log_probabilities(assembly, model)
 
     def _compare(self, name: str, teacher: FrozenTeacher, exact: Tensor | None) -> None:
@@ -251,9 +249,7 @@ class TeacherPool:
         self.close()
         ready, assembly = self.assembly.teachers[name], self.assembly.of(name)
         exact = self._exact_answers(name)
-        with assembly.loaded(
-            ready.source, ready.spec.deepspeed, assembly.teacher_dtype(ready)
-        ) as model:
+        with assembly.loaded(ready) as model:
             self._compare(name, model, exact)
             if name not in self._known:
                 self._measure(name, model)

@@ -21,7 +21,7 @@ from megakd.models.knowledge import LanguageModelHead, Needs, predict, read_know
 def joined(batches: Sequence[Batch]) -> Batch:
     """Return the rows of all micro-batches of a task, padded to the longest row.
 
-    The rows have no numbers and no `extras`: frozen models, which answer, have one vocabulary.
+    The rows have no numbers, and one vocabulary: frozen models answer.
     """
     length = max(batch.valid.shape[1] for batch in batches)
     return Batch(
@@ -231,7 +231,7 @@ class SoftLabels(Teacher):
 
     def __call__(self, batch: Batch) -> Knowledge:
         """Return [B, C] logits."""
-        soft = batch.extras.soft
+        soft = batch.soft
         if soft is None:
             raise TypeError("only training rows have soft labels, and this batch has none")
         logits = soft.log().clamp(min=NEVER)

@@ -336,7 +336,7 @@ class RolloutSource(BatchSource):
             self.collate,
             routes=None if routes is None else routes[[text.row for text in texts]],
         )
-        return [batch.extended(is_rollout=True) for batch in batches]
+        return [batch._replace(is_rollout=True) for batch in batches]
 
     def scalars(self) -> dict[str, float]:
         sums, self._sums = self._sums, Counter[str]()

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from datasets import Dataset
 from transformers import PreTrainedModel
 
 from megakd.config.deepspeed import frozen_on, load_ds_config
 from megakd.config.run import RunConfig
-from megakd.config.sections import StudentConfig, TrainConfig
+from megakd.config.sections import StudentConfig, TeacherConfig, TrainConfig
 from megakd.config.task import STUDENT, THRESHOLD, Dtype, FusedLayers
 from megakd.data.batch import BatchSource, Teacher
 from megakd.data.collation import Collator, task_masking
@@ -29,19 +28,20 @@ from megakd.engine.initialize import training_engine
 from megakd.engine.memory import forget_models, freed_memory_returned
 from megakd.errors import CheckpointError, ConfigError
 from megakd.losses.bundle import StudentBundle, build_bundle
-from megakd.losses.objective import StageLosses, learners_of, stage_losses, with_class_weights
+from megakd.losses.objective import StageLosses, stage_losses, with_class_weights
 from megakd.models.fitting import ModelSource, ReadyTeacher, label_order
 from megakd.models.fused_layers import fuse_layers
 from megakd.models.knowledge import Needs, SecondSize, add_second_vocabulary
 from megakd.models.loading import check_finite, load_model
 from megakd.models.lora import add_adapters
 from megakd.models.packing import set_attention
+from megakd.process.files import RESULT, write_finished
 from megakd.process.seeding import cpu_seeded
 from megakd.process.terminal import phase
 from megakd.stage import Stage, StageResult
 from megakd.teachers.frozen import FrozenModel, FrozenTeacher
 from megakd.training.checkpoint import read_states
-from megakd.training.evaluation import Scorer
+from megakd.training.evaluation import Scorer, StageProbe
 from megakd.training.inputs import RunInputs
 from megakd.training.precision import (
     TORCH_DTYPE,
@@ -52,8 +52,12 @@ from megakd.training.precision import (
     scoring_dtype,
     training_dtype,
 )
-from megakd.training.stage_folder import read_result, write_result
+from megakd.training.recipes import learner_ds, scoring_preset
+from megakd.training.stage_folder import read_result, result_text
 from megakd.training.student import StudentEngine
+
+NOTHING = Needs()
+"""What a model is read for that only answers."""
 
 
 def learning_models(
@@ -62,9 +66,13 @@ def learning_models(
     teachers: Mapping[str, ReadyTeacher],
     student: StudentConfig,
 ) -> dict[str, ModelSource]:
-    """Return the models that learn in a stage, by role; ready `teachers` replace `sources`."""
-    ready = {name: teacher.source for name, teacher in teachers.items()}
-    learners = learners_of(stage, {**sources, **ready})
+    """Return the models that learn in a stage, by role; ready `teachers` replace `sources`.
+
+    The first is the stage's own model.
+    """
+    known = {**sources, **{name: teacher.source for name, teacher in teachers.items()}}
+    learners = {role: known[role] for role in stage.beside}
+    learners = {stage.role: stage.start or known[stage.role], **learners}
     if STUDENT in learners:
         learners[STUDENT] = learners[STUDENT].with_dropout(student.dropout)
     return learners
@@ -90,12 +98,6 @@ class Assembly:
         prepared = self.prepared.of(role)
         return self if prepared is self.prepared else replace(self, prepared=prepared)
 
-    @property
-    def method_rows(self) -> Dataset:
-        if self.prepared.method_rows is None:
-            raise TypeError("a stage reads rows of its method, and the method makes no rows")
-        return self.prepared.method_rows
-
     def once(self, name: str, make: Callable[[Path], None]) -> StageResult:
         """Return the result of an untrained stage; make its folder if missing; a collective.
 
@@ -118,7 +120,8 @@ class Assembly:
         def make(folder: Path) -> None:
             began = time.perf_counter()
             result = StageResult(name=name, folder=folder, metrics=measure())
-            write_result(replace(result, seconds=time.perf_counter() - began))
+            result = replace(result, seconds=time.perf_counter() - began)
+            on_main(lambda: write_finished(folder, {RESULT: result_text(result, {})}))
 
         return self.once(name, make)
 
@@ -144,7 +147,8 @@ class Assembly:
         """Return the engine of the models that learn in this stage, and the bundle in it."""
         losses = self.losses(stage)
         losses.check()  # before anything is loaded
-        ds = load_ds_config(stage.deepspeed, where="student.deepspeed")
+        ranks, device = self.ranks.world_size, self.ranks.device.type
+        ds = learner_ds(stage, self.config, ranks=ranks, device=device)
         dtype = training_dtype(stage.train, self.ranks.device.type)
         check_dtype(dtype, self.ranks, "train")
         check_kernels(stage.train.kernels, self.ranks, "train")
@@ -152,10 +156,12 @@ class Assembly:
             role: self._load(source, ds, dtype, need_head=False, fused=choice_of(stage))
             for role, source in self.learners(stage).items()
         }
-        for role, size in self.second_sizes(stage).items():
-            add_second_vocabulary(
-                learners[role], size, ds=ds, dtype=TORCH_DTYPE[dtype], seed=self.config.seed
-            )
+        pair = self.prepared.pair
+        for role, share in self.config.method.mixed(stage).items():
+            if share and pair is not None:
+                size, kind = SecondSize(len(pair.student), pair.offset), TORCH_DTYPE[dtype]
+                model, seed = learners[role], self.config.seed
+                add_second_vocabulary(model, size, ds=ds, dtype=kind, seed=seed)
         lora = self.config.lora_of(stage.role)
         if lora is not None:
             learner, source = learners[stage.role], self.learners(stage)[stage.role]
@@ -176,59 +182,51 @@ class Assembly:
             dtype=dtype,
             rates=bundle.rates(stage.learners),
         )
-        return StudentEngine(engine, passes_per_backward=stage.passes_per_backward), bundle
-
-    def second_sizes(self, stage: Stage) -> dict[str, SecondSize]:
-        """Return the second vocabularies that the learners of a stage get, by role."""
-        pair = self.prepared.pair
-        if pair is None:
-            return {}
-        return second_sizes(stage, pieces=len(pair.student), offset=pair.offset)
+        return StudentEngine(engine), bundle
 
     @phase("models")
     @doing("loading a model")
-    def frozen(
-        self,
-        source: ModelSource,
-        spec: str | Mapping[str, Any],
-        *,
-        dtype: Dtype,
-        needs: Needs,
-    ) -> FrozenTeacher:
-        ds = frozen_on(self.ranks.world_size, load_ds_config(spec, where="teacher.deepspeed"))
-        module = self.frozen_module(source, ds, dtype=dtype, needs=needs)
+    def frozen(self, ready: ReadyTeacher, needs: Needs = NOTHING) -> FrozenTeacher:
+        ds, dtype = self.frozen_ds(ready), self.teacher_dtype(ready)
+        module = self.frozen_module(ready, ds, needs)
         rows = self.config.train.per_device_train_batch_size
         return FrozenTeacher(module, ds=ds, dtype=dtype, rows=rows)
 
     @contextmanager
-    def loaded(
-        self,
-        source: ModelSource,
-        spec: str | Mapping[str, Any],
-        dtype: Dtype,
-    ) -> Iterator[FrozenTeacher]:
+    def loaded(self, ready: ReadyTeacher) -> Iterator[FrozenTeacher]:
         """Load a frozen model that only answers, for the length of the body."""
-        model = self.frozen(source, spec, dtype=dtype, needs=Needs())
+        model = self.frozen(ready)
         try:
             yield model
         finally:
             model.destroy()
 
+    def scored(self, source: ModelSource) -> AbstractContextManager[FrozenTeacher]:
+        """Load a finished model as it is scored."""
+        preset = scoring_preset(self.config.student.deepspeed)
+        dtype = scoring_dtype(self.config.train, self.ranks.device.type)
+        spec = TeacherConfig(model=source.name, deepspeed=preset, dtype=dtype)
+        return self.loaded(ReadyTeacher(source, spec))
+
+    def frozen_ds(self, ready: ReadyTeacher) -> Mapping[str, Any]:
+        ds = load_ds_config(ready.spec.deepspeed, where="teacher.deepspeed")
+        return frozen_on(self.ranks.world_size, ds)
+
     def frozen_module(
-        self,
-        source: ModelSource,
-        ds: Mapping[str, Any],
-        *,
-        dtype: Dtype,
-        needs: Needs,
+        self, ready: ReadyTeacher, ds: Mapping[str, Any], needs: Needs = NOTHING
     ) -> FrozenModel:
         """Load a model for an engine without an optimizer; `ds` is the config of that engine."""
+        source, dtype = ready.source, self.teacher_dtype(ready)
         check_dtype(dtype, self.ranks, "teacher.dtype")
         check_kernels(self.config.train.kernels, self.ranks, "train")
         model = self._load(source, ds, dtype, need_head=True, fused=self.config.train.fused_layers)
         order = label_order(model.config, self.prepared.splits.label_names, where=source.where)
         kernels = self.config.train.kernels
         return FrozenModel(model, needs=needs, label_order=order, kernels=kernels)
+
+    def probe(self, stage: str) -> StageProbe:
+        folder = self.config.output_dir / "checkpoints" / stage
+        return StageProbe(self.scorer(), self.prepared.encoded.validation, folder)
 
     @cached_property
     def texts_key(self) -> str:
@@ -265,9 +263,6 @@ class Assembly:
             return None
         return characters_of_tokens(self.prepared.tokenizer)
 
-    def scoring_dtype(self) -> Dtype:
-        return scoring_dtype(self.config.train, self.ranks.device.type)
-
     def teacher_dtype(self, ready: ReadyTeacher) -> Dtype:
         return frozen_dtype(ready.spec, ready.source.stored_dtype, self.ranks.device.type)
 
@@ -298,20 +293,6 @@ class Assembly:
         set_attention(model, source, self.config.task.type, self.ranks.device)
         fuse_layers(model, source, fused, self.ranks.device)
         return model
-
-
-def second_sizes(stage: Stage, *, pieces: int, offset: int) -> dict[str, SecondSize]:
-    """Return the second vocabularies that the learners of a stage get, by role.
-
-    Args:
-        pieces: size of the student's vocabulary.
-        offset: size of the vocabulary before it in mixed text.
-    """
-    return {
-        role: SecondSize(pieces, offset)
-        for role, probability in stage.mixed.items()
-        if probability > 0
-    }
 
 
 class StageParts(NamedTuple):

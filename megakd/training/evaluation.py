@@ -5,9 +5,8 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import compress
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from datasets import Dataset
@@ -169,15 +168,6 @@ class Scorer:
         total, count = all_reduce_(sums).tolist()
         return total / max(1.0, count)
 
-    def outputs(self, predict: Predict, rows: Dataset) -> torch.Tensor:
-        """Return [N, C] fp32 logits or [N, 1] scores of all rows, the same on every rank."""
-
-        def ask(batch: Batch) -> dict[str, torch.Tensor]:
-            outputs = predict(batch).outputs
-            return {} if outputs is None else {"outputs": outputs}
-
-        return self.answers(ask, rows)["outputs"]
-
     def answers(self, ask: Ask, rows: Dataset, *, first: int = 0) -> dict[str, torch.Tensor]:
         """Return a model's answers for every row, the same on every rank.
 
@@ -219,51 +209,37 @@ def _in_order(of_ranks: Sequence[torch.Tensor], count: int) -> torch.Tensor:
 
 
 class HeldOutLosses:
-    """Means of the loss terms by view; a micro-batch asks each teacher and runs each view once."""
+    """Means of the loss terms; a micro-batch asks each teacher once and runs the student once."""
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        bundle: StudentBundle,
-        plan: Sequence[Pass],
-        views: Sequence[str],
-    ) -> None:
+    def __init__(self, trainer: Trainer, bundle: StudentBundle, plan: Sequence[Pass]) -> None:
         self._trainer, self._bundle, self._plan = trainer, bundle, plan
-        self._views = {view: None if view == WHOLE else view for view in views}
-        # A row for each view, and the counts, which all views share.
-        terms = len(bundle.objective.units)
-        self._sums = torch.zeros(len(views) + 1, terms, dtype=torch.float64)
+        # The sum and the count of each term.
+        self._sums = torch.zeros(2, len(bundle.objective.units), dtype=torch.float64)
 
-    def add(self, batch: Batch) -> dict[str, Predictions]:
+    def add(self, batch: Batch) -> Predictions:
         """Measure a micro-batch, of which every rank has equally many; return its predictions."""
-        names = tuple(self._views.values())
         answers = self._trainer.ask_teachers(self._plan, batch)
-        measured = self._trainer.student.measure(batch, answers, self._plan, names)
+        measured = self._trainer.student.measure(batch, answers, self._plan)
         counts = count_units([batch], self._bundle.counters)
         for place, (term, unit) in enumerate(self._bundle.objective.units.items()):
-            for row, name in enumerate(names):
-                part = measured.parts.get(f"{name}/{term}" if name else term)
-                self._sums[row, place] += 0.0 if part is None else part.double().cpu()
-            self._sums[-1, place] += counts[unit].cpu()
-        made = measured.predictions
-        return {view: made[name] for view, name in self._views.items() if name in made}
+            if term in measured.parts:
+                self._sums[0, place] += measured.parts[term].double().cpu()
+            self._sums[1, place] += counts[unit].cpu()
+        return cast("Predictions", measured.predictions)
 
-    def means(self) -> dict[str, dict[str, float]]:
-        """Return the mean of every term over its own unit, by view; a collective.
+    def means(self) -> dict[str, float]:
+        """Return the mean of every term over its own unit; a collective.
 
-        A term limited to a source (`on`) is left out if the rows have no text of this source. A
-        view that no pass trains has no means.
+        A term limited to a source (`on`) is left out if the rows have no text of this source.
         """
-        learning = {one.view for one in self._plan}
-        units, (*sums, count) = self._bundle.objective.units, all_reduce_(self._sums)
-        known = [
-            n or u not in SOURCE_UNITS.values() for n, u in zip(count, units.values(), strict=True)
-        ]
-        means = ((total / count.clamp(min=1)).tolist() for total in sums)
+        sums, counts = all_reduce_(self._sums)
+        means = (sums / counts.clamp(min=1)).tolist()
         return {
-            view: dict(compress(zip(units, values, strict=True), known))
-            for (view, name), values in zip(self._views.items(), means, strict=True)
-            if name in learning
+            term: mean
+            for (term, unit), mean, count in zip(
+                self._bundle.objective.units.items(), means, counts.tolist(), strict=True
+            )
+            if count or unit not in SOURCE_UNITS.values()
         }
 
 

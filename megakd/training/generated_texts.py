@@ -334,9 +334,9 @@ class LocalGenerator:
             return together(lambda: self._complete(model, prompts, seeds, sampling))
 
 
-def rollout_batches(parts: StageParts) -> RolloutSource:
+def rollout_batches(parts: StageParts, rollouts: RolloutConfig) -> RolloutSource:
     """Return batches of which some steps learn from generated texts; a collective."""
-    config, rollouts, student = parts.assembly.config, parts.stage.rollouts, parts.models[STUDENT]
+    config, student = parts.assembly.config, parts.models[STUDENT]
     prepared, layout = parts.of_model.prepared, parts.layout
     generator: Generator
     if rollouts.server is None:

@@ -109,6 +109,8 @@ class MetricJudge:
 
 T = TypeVar("T")
 
+Files = Callable[[], Mapping[str, bytes]]
+
 Model = Any
 """A model that a stage can start from. A method passes the model on and never opens it.
 
@@ -275,8 +277,11 @@ class Lab(ABC):
         """
 
     @abstractmethod
-    def train(self, stage: Stage) -> StageResult:
+    def train(self, stage: Stage, files: Files = dict) -> StageResult:
         """Run a stage, or return its result if the stage has finished before; a collective.
+
+        `files` is called after the last step. It returns small files by name, which are written
+        beside the model in the stage's folder.
 
         Raises:
             MegakdError: bad input, a loss that is not finite, or a checkpoint of another config.
@@ -288,4 +293,4 @@ class Lab(ABC):
 
     @abstractmethod
     def made_by(self, result: StageResult, name: str, read: Callable[[str], T]) -> T | None:
-        """Read a file that the strategy of a stage wrote; None if nothing was trained."""
+        """Read one of the `files` of a stage; None if nothing was trained."""

@@ -19,11 +19,12 @@ import re
 import sys
 import time
 import uuid
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -404,6 +405,7 @@ class LogWindow:
     since: float
     parts: dict[str, float] = field(default_factory=dict[str, float])
     with_value: Counter[str] = field(default_factory=Counter[str])
+    of_strategy: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     student_operations: float = 0.0
     teacher_operations: float = 0.0
     steps: int = 0
@@ -471,6 +473,8 @@ class TrainMeter:
                 unit = units.get(name.rpartition("/")[2])
                 has_value = unit is None or unit not in SOURCE_UNITS.values() or count[unit] > 0
                 window.with_value[name] += has_value
+            for name, value in report.scalars.items():
+                window.of_strategy[name].append(value)
             window.steps += 1
             window.tokens += count["tokens"]
             window.without_targets += count["targets"] == 0
@@ -534,6 +538,7 @@ class TrainMeter:
             scalars["train/peak_share"] = sum(rates.values()) / self._peak
         if self._norm is not None:
             scalars["train/gradient_norm"] = self._norm
+        scalars |= {name: fmean(values) for name, values in window.of_strategy.items()}
         if self._scales_loss:
             scalars |= trainer.student.scaling()
         self._teacher_s, self._waited_s = teacher_s, waited_s

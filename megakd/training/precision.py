@@ -27,7 +27,7 @@ from megakd_kernels.settings import resolve_implementation
 def choice_of(stage: Stage) -> FusedLayers:
     """Return `fused_layers` of a stage; off with views, which give modules another class."""
     choice = stage.train.fused_layers
-    if not stage.views and stage.strategy.pruned_to is None:
+    if not stage.views and stage.pruned_to is None:
         return choice
     if choice == "on":
         raise ConfigError(

@@ -30,7 +30,6 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from megakd.config.deepspeed import frozen_on, load_ds_config
 from megakd.config.run import RunConfig
 from megakd.config.task import TEACHER, TaskConfig, TaskType
 from megakd.data.arrow import recalled, remember, rows_key
@@ -51,7 +50,6 @@ from megakd.losses.objective import Objective, label_objective
 from megakd.models.cutting import cut_config, is_stock, reshape_folder, why_rigid
 from megakd.models.elastic import weight_axes, weights_inside
 from megakd.models.fitting import ModelSource, ReadyTeacher, build_empty, valueless_model
-from megakd.models.knowledge import Needs
 from megakd.models.layers import check_depth, left_out, naming
 from megakd.models.onnx import batches_of, by_turns, calls_of, sample_lengths
 from megakd.models.proposed_units import lengths
@@ -135,12 +133,10 @@ def measure_importance(
     """
     source = ready.source
     train, ranks = assembly.config.train, assembly.ranks
-    ds = load_ds_config(ready.spec.deepspeed, where="teacher.deepspeed")
-    ds = frozen_on(ranks.world_size, ds)
-    dtype = assembly.teacher_dtype(ready)
+    ds, dtype = assembly.frozen_ds(ready), assembly.teacher_dtype(ready)
     most = train.rows_at_once(assembly.config.task.row_length)
     shape = StepShape.of_batch(batch_size, most, rank=ranks.rank, world=ranks.world_size)
-    frozen = assembly.frozen_module(source, ds, dtype=dtype, needs=Needs())
+    frozen = assembly.frozen_module(ready, ds)
     objective = label_objective(source, assembly.config.task.type, assembly.prepared.classes)
     device, scorer = ranks.device, assembly.scorer()
     module = GateGradients(frozen, objective, device)
@@ -302,7 +298,7 @@ def measure_layers(assembly: Assembly, ready: ReadyTeacher, rows: Dataset) -> tu
         for layer in told(range(count), total=count, unit="passes, the first with all layers"):
             loss = on_main(partial(recalled, *parts, layer))
             if loss is None:
-                model = model or opened.enter_context(assembly.loaded(source, place, dtype))
+                model = model or opened.enter_context(assembly.loaded(ready))
                 with left_out(model.model, layer) if layer else nullcontext():
                     loss = scorer.loss(model.predict, rows)
                 on_main(partial(remember, loss, *parts, layer))

@@ -17,7 +17,7 @@ from megakd.config.terms import HardCrossEntropy, TermConfig, hard_terms
 from megakd.models.fitting import ModelSource, ReadyTeacher
 from megakd.stage import Stage, StageResult
 from megakd.training.inputs import as_student
-from megakd.training.lab import Lab
+from megakd.training.lab import Assistant, Lab
 from megakd.training.precision import training_dtype
 
 
@@ -35,15 +35,10 @@ def label_terms(config: RunConfig, *, smoothed: bool = True) -> tuple[TermConfig
     return (kept if smoothed else dataclasses.replace(kept, label_smoothing=0.0),)
 
 
-def completed(stage: Stage, config: RunConfig, *, ranks: int = 1, device: str = "cpu") -> Stage:
-    """Return a stage with unset options taken from the sections of the run.
-
-    A teacher that learns, from any source, uses its `finetune` section if it is set.
-    """
-    teacher = config.teacher_specs.get(stage.role)
-    finetune = teacher.finetune if teacher else None
-    train = stage.train or (inherit(config.train, finetune) if finetune else config.train)
-    deepspeed = stage.deepspeed or (finetune or config.student).deepspeed
+def learner_ds(stage: Stage, config: RunConfig, *, ranks: int, device: str) -> dict[str, Any]:
+    """Return the DeepSpeed config of the models that learn in a completed stage."""
+    teacher, train = config.teacher_specs.get(stage.role), stage.train
+    deepspeed = ((teacher and teacher.finetune) or config.student).deepspeed
     if deepspeed == "auto" and ranks == 1:
         # ZeRO 2, which `auto` is else, only copies there. In 16 bits ZeRO 2 adds up gradients in
         # fp32, and ZeRO 0 does not. ZeRO 0 in 16 bits was measured on a CPU alone, without views.
@@ -51,20 +46,28 @@ def completed(stage: Stage, config: RunConfig, *, ranks: int = 1, device: str = 
         is_measured = device == "cpu" and not stage.views
         if training_dtype(train, device) == "fp32" or (is_measured and not is_split):
             deepspeed = "zero0"
+    return load_ds_config(deepspeed, where="student.deepspeed")
+
+
+def completed(stage: Stage, config: RunConfig) -> Stage:
+    """Return a stage with unset options taken from the sections of the run.
+
+    A teacher that learns, from any source, uses its `finetune` section if it is set.
+    """
+    teacher = config.teacher_specs.get(stage.role)
+    finetune = teacher.finetune if teacher else None
+    train = stage.train or (inherit(config.train, finetune) if finetune else config.train)
     objective = tuple(
         dataclasses.replace(term, class_weights=train.class_weights)
         if isinstance(term, HardCrossEntropy) and term.class_weights is None
         else term
         for term in stage.objective
     )
-    return dataclasses.replace(
-        stage,
-        objective=objective,
-        train=train,
-        deepspeed=deepspeed,
-        # A stage with views has several learners, and no losses of its own.
-        measures_losses=stage.measures_losses or (config.eval.losses and not stage.views),
-    )
+    measured = stage.measured
+    if config.eval.losses and not (measured or stage.views):
+        # Weights chosen by outputs are decisions of a step, and held-out rows decide nothing.
+        measured = tuple(dataclasses.replace(one, weigh=None) for one in stage.strategy.passes(0))
+    return dataclasses.replace(stage, objective=objective, train=train, measured=measured)
 
 
 def baseline_stage(lab: Lab, name: str, student: StageResult) -> Stage:
@@ -120,8 +123,12 @@ class LabBase(Lab):
         self._teachers[result.name] = ReadyTeacher(self._source(result.folder, TEACHER), spec)
         return result.name
 
-    def _completed(self, stage: Stage, *, ranks: int, device: str) -> Stage:
-        stage = completed(stage, self.config, ranks=ranks, device=device)
+    def assistant(self, result: StageResult, sparsity: float | None) -> str:
+        self.record.assistants.append(Assistant(result.name, sparsity, result.folder))
+        return self.as_teacher(result)
+
+    def _completed(self, stage: Stage) -> Stage:
+        stage = completed(stage, self.config)
         if stage.start is not None or stage.role != STUDENT:
             return stage
         return dataclasses.replace(stage, start=self._start())

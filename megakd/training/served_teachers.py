@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -75,14 +75,15 @@ def fill_cache(assembly: Assembly, ready: ReadyTeacher, folder: Path) -> None:
 
     def answers(model: FrozenTeacher, rows: Dataset, first: int) -> Answers:
         if not has_texts:
-            return {"logits": scorer.outputs(model.predict, rows).float()}
+            return scorer.answers(
+                lambda b: {"logits": cast("Tensor", model.predict(b).outputs)}, rows
+            )
         ask = partial(ask_tokens, model, spec=spec, length=task.row_length)
         return whole_answers(scorer.answers(ask, rows, first=first), first=first)
 
     @contextmanager
     def asking() -> Iterator[Callable[[Dataset, int], Answers]]:
-        dtype = assembly.teacher_dtype(ready)
-        with assembly.loaded(ready.source, spec.deepspeed, dtype) as model:
+        with assembly.loaded(ready) as model:
             yield partial(answers, model)
 
     build_cache(

@@ -48,7 +48,6 @@ from megakd.process.files import (
     differences,
     open_finished,
     sealed_folder,
-    write_finished,
 )
 from megakd.process.seeding import random_state, set_random_state
 from megakd.stage import Stage, StageResult
@@ -108,12 +107,6 @@ def write_stage_folder(
 def result_text(result: StageResult, length: Length) -> str:
     """Return the content of result.json: the result of a stage of a length."""
     return files.json_text(asdict(result) | {"folder": None, "length": length}, indent=2)
-
-
-def write_result(result: StageResult) -> None:
-    """Write the folder of a stage that has no model, only a result; a collective."""
-    files = {RESULT: result_text(result, {})}
-    on_main(lambda: write_finished(result.folder, files))
 
 
 def read_result(

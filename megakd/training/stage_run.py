@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from megakd.config.sections import learning_rate_schedule, total_steps
 from megakd.config.task import LANGUAGE_TASKS, STUDENT, THRESHOLD
-from megakd.data.batch import Batch, BatchSource, Counts, Predictions, Teacher, count_units
+from megakd.data.batch import Batch, BatchSource, Counts, Teacher, count_units
 from megakd.data.chat_tokens import learned_ends
 from megakd.engine.collectives import all_reduce_, doing, gather, on_main, together
 from megakd.engine.memory import peak_memory_bytes
@@ -30,7 +29,7 @@ from megakd.stage import Stage, StageResult
 from megakd.training.assembly import Assembly, StageParts, row_batches
 from megakd.training.checkpoint import Best, Checkpoints, Evaluation
 from megakd.training.evaluation import HeldOutLosses, few
-from megakd.training.lab import WHOLE, MetricJudge
+from megakd.training.lab import WHOLE, Files, MetricJudge
 from megakd.training.log import Reporter, TrainMeter
 from megakd.training.stage_folder import (
     WindowState,
@@ -56,11 +55,12 @@ def run_stage(
     teachers: Mapping[str, Teacher],
     reporter: Reporter,
     checkpoint: Path | None,
-    folder: Path,
+    files: Files = dict,
 ) -> StageResult:
     """Build a stage, train the steps that are left, and write its model; a collective.
 
-    `checkpoint`: the verified one that the stage goes on from, if there is one.
+    `checkpoint`: the verified one that the stage goes on from, if there is one. `files`: as in
+    `Lab.train`.
     """
     config, strategy = assembly.config, stage.strategy
     with closing(StageRun(stage, assembly, teachers=teachers)) as run:
@@ -92,7 +92,7 @@ def run_stage(
                     raise terminal.stopped(number, f"{stage.name} saved at step {step}")
                 if ends:
                     break
-        return run.write(folder)
+        return run.write(files)
 
 
 class StageRun:
@@ -194,7 +194,7 @@ class StageRun:
         kept = self.assembly.learners(stage)[stage.role].layers
         if kept is not None and self.config.task.type in LANGUAGE_TASKS:
             self._tell_loss(kept)
-        if stage.measures_losses and not stage.views:
+        if stage.measured:
             self.evaluate(0, reporter)
 
     def _tell_loss(self, layers: Sequence[int]) -> None:
@@ -229,7 +229,7 @@ class StageRun:
     def log(self, step: int, reporter: Reporter) -> None:
         self.meter.check_finite(self._newest)
         scalars = self.meter.scalars(waited_s=self.source.waited_s)
-        scalars |= {**self.source.scalars(), **self.stage.strategy.scalars()}
+        scalars |= self.source.scalars()
         on_main(lambda: reporter.log(step, scalars, stage=self.stage.name))
 
     def evaluate(self, step: int, reporter: Reporter) -> None:
@@ -244,24 +244,18 @@ class StageRun:
             self.best.consider(step, evaluation, verdict)
 
     def _scores(self) -> dict[str, dict[str, float]]:
-        views, losses, predict = tuple(self.stage.views) or (WHOLE,), None, self._predictions
-        if self.stage.measures_losses:
-            planned = self.stage.strategy.measured_passes(self.trainer.step)
-            # Weights chosen by outputs are decisions of a step, and held-out rows decide nothing.
-            passes = [replace(one, weigh=None) for one in planned]
-            losses = HeldOutLosses(self.trainer, self.bundle, passes, views)
-            predict = losses.add  # scores and losses come out of one forward
-        scored = self.scorer.scores(predict, self._rows)
-        means = {} if losses is None else losses.means()
-        scores = {view: scored[view] | means.get(view, {}) for view in views}
-        if self._texts is not None:
-            scores[views[0]] |= self._texts.scores(self.trainer.step)
-        return scores
-
-    def _predictions(self, batch: Batch) -> dict[str, Predictions]:
         predict, views = self.student.predict, self.stage.views
-        # One view at a time: their outputs need not fit into memory together.
-        return {view: predict(batch, view) for view in views} or {WHOLE: predict(batch)}
+        if views:
+            # One view at a time: their outputs need not fit into memory together.
+            return self.scorer.scores(lambda b: {v: predict(b, v) for v in views}, self._rows)
+        losses = HeldOutLosses(self.trainer, self.bundle, self.stage.measured)
+        # Scores and losses come out of one forward.
+        scores = self.scorer.score(losses.add if self.stage.measured else predict, self._rows)
+        if self.stage.measured:
+            scores |= losses.means()
+        if self._texts is not None:
+            scores |= self._texts.scores(self.trainer.step)
+        return {WHOLE: scores}
 
     def save(self, step: int, *, is_last: bool) -> None:
         self.meter.check_finite(self._newest)
@@ -278,9 +272,10 @@ class StageRun:
         self.saves.publish()
         return on_main(self.saves.newest)
 
-    def write(self, folder: Path) -> StageResult:
-        """Write the weights that the stage returns and its result into `folder`."""
+    def write(self, extra: Files) -> StageResult:
+        """Write the weights that the stage returns and its result into the stage's folder."""
         stage, best = self.stage, self.best.returned()
+        folder = self.assembly.stage_folder(stage.name)
         result = StageResult(
             name=stage.name,
             folder=folder,
@@ -292,7 +287,7 @@ class StageRun:
             scores=best.chosen.scores if stage.views else {},
             view=best.chosen.view if stage.views else None,
         )
-        files = {RESULT: result_text(result, self.saves.length), **stage.strategy.files()}
+        files = {RESULT: result_text(result, self.saves.length), **extra()}
         source, learner = best.folder, self.bundle.student
         if source is not None and adapter_config(learner) is not None:
             load_adapters(learner, source)
@@ -399,10 +394,11 @@ def agreed_signal() -> int:
 
 def batches_of(parts: StageParts) -> BatchSource:
     """Return the batches of a stage; a collective."""
-    if parts.stage.rollouts is not None:
+    rollouts = parts.assembly.config.rollout
+    if rollouts is not None and parts.stage.teachers:  # stages that learn labels read the data
         from megakd.training.generated_texts import rollout_batches
 
-        return rollout_batches(parts)
+        return rollout_batches(parts, rollouts)
     of_method = parts.assembly.config.method.batches(parts)
     return row_batches(parts, parts.of_model.prepared.encoded) if of_method is None else of_method
 

@@ -15,7 +15,6 @@ from megakd.data.batch import (
     Batch,
     Counts,
     Documents,
-    Extras,
     Knowledge,
     Losses,
     Pass,
@@ -53,15 +52,12 @@ class StudentEngine:
 
     averages: values that a strategy keeps for each element of `local_shards`, [n] by name of the
         weight; they are saved and loaded with the moments.
-    passes_per_backward: number of passes that keep their activations at a time; None: all. Each
-        group of passes has its own forward and backward.
     """
 
-    def __init__(self, engine: Engine, *, passes_per_backward: int | None = None) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
         engine.train()
         self.averages: dict[str, Tensor] = {}
-        self._passes_per_backward = passes_per_backward
         self._gradients = StepGradients(engine)
 
     @property
@@ -88,7 +84,7 @@ class StudentEngine:
         student's forward, which computes gradients.
         """
         parts: dict[str, Tensor] = {}
-        groups = backward_groups(plan, self._passes_per_backward)
+        groups = backward_groups(plan)
         for number, group in enumerate(groups, start=1):
             is_last = boundary and number == len(groups)
             self._gradients.begin(is_last=is_last)
@@ -175,19 +171,17 @@ class StudentEngine:
         batch: Batch,
         knowledge: Mapping[str, Knowledge],
         plan: Sequence[Pass],
-        scored: Sequence[str | None],
     ) -> Losses:
-        """Return the losses of one micro-batch without dropout and without a gradient.
+        """Return the losses and the predictions of one micro-batch, out of one forward.
 
-        The reported parts are sums over this rank's units. The predictions of the views in
-        `scored` come out of the same forward.
+        It has no dropout and no gradient. The parts are sums over this rank's units.
         """
         counts = dict.fromkeys(
             self._engine.module.counters,
             torch.ones((), dtype=torch.long, device=batch.valid.device),
         )
         with evaluating(self.bundle):
-            return self._forward(batch, knowledge, plan, counts, scored=scored)
+            return self._forward(batch, knowledge, plan, counts, scored=True)
 
     @torch.no_grad()
     def predict(self, batch: Batch, view: str | None = None) -> Predictions:
@@ -257,7 +251,7 @@ def device_batch(batch: Batch, device: torch.device) -> Batch:
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Batch | Extras | Targets | Documents):
+    if isinstance(value, Batch | Targets | Documents):
         parts = value._asdict().items()
         return type(value)(*(v if name == "rows" else _moved(v, device) for name, v in parts))
     if isinstance(value, Mapping):

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -125,7 +125,7 @@ class Trainer:
         report = StepReport(
             step=self.step, parts=parts, gradient_norm=norm, counts=counts, passes=plan
         )
-        self.strategy.after_update(report)
+        report = replace(report, scalars=self.strategy.after_update(report))
         self.step += 1
         return report
 
@@ -134,22 +134,21 @@ class Trainer:
     ) -> Iterator[tuple[Batch, Sequence[Pass], dict[str, Knowledge]]]:
         answers = {
             name: self.teachers[name].answers(
-                [batch.of(name) for batch in batches if batch.extras.teacher in (None, name)]
+                [batch.of(name) for batch in batches if batch.teacher in (None, name)]
             )
             for name in self._frozen(plan)
         }
         for batch in batches:
-            passes = [one for one in plan if batch.extras.teacher in (None, one.teacher)]
+            passes = [one for one in plan if batch.teacher in (None, one.teacher)]
             with self.teacher_clock.running():
                 knowledge = {name: next(answers[name]) for name in self._frozen(passes)}
                 self.watch.add(knowledge, batch)
             yield batch, passes, knowledge
 
     def ask_teachers(self, plan: Sequence[Pass], batch: Batch) -> dict[str, Knowledge]:
-        """Return the outputs of the frozen teachers of the passes for a micro-batch."""
-        with self.teacher_clock.running():
-            knowledge = {name: self.teachers[name](batch.of(name)) for name in self._frozen(plan)}
-            self.watch.add(knowledge, batch)
+        """Return the outputs of the frozen teachers of the passes for a held-out micro-batch."""
+        knowledge = {name: self.teachers[name](batch.of(name)) for name in self._frozen(plan)}
+        self.watch.add(knowledge, batch)
         return knowledge
 
     def _frozen(self, plan: Sequence[Pass]) -> list[str]:

@@ -376,6 +376,6 @@ def test_the_loader_gives_each_row_to_its_teacher_and_a_rank_without_rows_a_dumm
         chosen = rows.select([n for n, teacher in enumerate(named) if teacher == name])
         expected = texts_of(steps(chosen.remove_columns(ROUTE)[:], 1, budget))
         for batches in (step(0, 1), [*both[0], *both[1]]):
-            assert texts_of([b for b in batches if b.extras.teacher == name]) == expected
+            assert texts_of([b for b in batches if b.teacher == name]) == expected
     idle = [batch for parts in both for batch in parts if not batch.valid.any()]
-    assert [(len(batch.valid), batch.extras.teacher) for batch in idle] == [(1, "code")]
+    assert [(len(batch.valid), batch.teacher) for batch in idle] == [(1, "code")]

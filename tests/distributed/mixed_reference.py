@@ -89,12 +89,12 @@ class Pair:
         if not self.second:
             return first, int(count)
         chosen = functional.linear(
-            hidden[batch.extras.second.positions], self.second["table.weight"], self.second["bias"]
+            hidden[batch.second.positions], self.second["table.weight"], self.second["bias"]
         )
         second = functional.cross_entropy(
-            chosen, batch.extras.second.labels, ignore_index=IGNORE, reduction="sum"
+            chosen, batch.second.labels, ignore_index=IGNORE, reduction="sum"
         )
-        count = count + (batch.extras.second.labels != IGNORE).sum()
+        count = count + (batch.second.labels != IGNORE).sum()
         return first + second, int(count)
 
     def projection_loss(self) -> Tensor:

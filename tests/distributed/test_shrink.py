@@ -15,8 +15,9 @@ from slow_cases import slow
 from tiny_runs import NO_DROPOUT, bert, review_task, run_in
 from whole_run import weights
 
+from megakd.config.sections import TeacherConfig
 from megakd.methods import run_method
-from megakd.models.knowledge import Needs
+from megakd.models.fitting import ReadyTeacher
 from megakd.models.layers import with_layers
 from megakd.training.evaluation import few
 
@@ -38,11 +39,9 @@ def layer_losses(config_path: str, overrides: list[str]) -> tuple[list[float], l
 
         def loss(layers: tuple[int, ...]) -> float:
             fewer = with_layers(source, layers, where="student.layers")
-            model = assembly.frozen(fewer, "teacher_zero0", dtype="fp32", needs=Needs())
-            try:
+            spec = TeacherConfig(model="fewer", deepspeed="teacher_zero0")
+            with assembly.loaded(ReadyTeacher(fewer, spec)) as model:
                 return assembly.scorer().loss(model.predict, rows)
-            finally:
-                model.destroy()
 
         numbers = range(1, len(scores) + 1)
         whole = loss(tuple(numbers))

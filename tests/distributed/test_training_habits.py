@@ -50,7 +50,7 @@ def train_marked(config_path: str, overrides: list[str], steps: int) -> dict:
 
 def marked(batch, step: int):
     """Return data at step 1, and generated texts at other steps."""
-    return batch.extended(is_rollout=step != 1)
+    return batch._replace(is_rollout=step != 1)
 
 
 # DistiLLM-2: skew KL on texts of the data, skew reverse KL on texts of the student.

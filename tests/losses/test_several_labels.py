@@ -10,7 +10,7 @@ from loss_scene import CLASSES, Scene
 from loss_terms import term_of
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from megakd.data.batch import Batch, Extras
+from megakd.data.batch import Batch
 from megakd.teachers.frozen import SoftLabels, joined
 
 NAN = float("nan")
@@ -98,9 +98,7 @@ def test_labels_of_micro_batches_of_other_lengths_are_joined_by_rows():
 @pytest.mark.parametrize("heat", [1.0, 2.0])
 def test_soft_labels_are_softened_as_the_root_of_the_probabilities(heat):
     soft = torch.tensor([[0.5, 0.3, 0.2], [1.0, 0.0, 0.0]])
-    batch = Batch(
-        {}, torch.tensor([0, 1]), torch.ones(2, 1, dtype=torch.bool), extras=Extras(soft=soft)
-    )
+    batch = Batch({}, torch.tensor([0, 1]), torch.ones(2, 1, dtype=torch.bool), soft=soft)
 
     of_one = (SoftLabels()(batch).logits / heat).softmax(-1)
     of_many = (SoftLabels()(batch._replace(labels=torch.zeros(2, 3))).logits / heat).sigmoid()

@@ -114,7 +114,7 @@ def test_readings_together_equal_each_by_itself(terms, kind):
         second = Targets(positions, texts.labels.flatten()[positions])
         of_second = Knowledge(hidden=texts.hidden.flatten(0, 1)[positions], head=head)
         other = Knowledge(hidden=texts.hidden, head=head, second=of_second)
-        one = replace(one, teacher=None, batch=texts.batch().extended(second=second), student=other)
+        one = replace(one, teacher=None, batch=texts.batch()._replace(second=second), student=other)
     readings = [one, replace(one, student=other, scale=0.25)]
 
     together = objective(readings)

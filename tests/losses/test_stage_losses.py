@@ -39,14 +39,13 @@ def config(tmp_path) -> RunConfig:
     return load_config(write_config(tmp_path / "run.yaml", tree))
 
 
-class Reading(Constant):
-    """A strategy that reads the last hidden states."""
+def weigh(reading: Any) -> dict[str, float]:
+    """Weigh the terms by the last hidden states."""
+    raise NotImplementedError
 
-    reads_states = True
 
-
-def distilled(*objective: Any, strategy: Any = Constant) -> Stage:
-    plan = strategy((Pass(teacher=TEACHER),))
+def distilled(*objective: Any, weigh: Any = None) -> Stage:
+    plan = Constant((Pass(teacher=TEACHER, weigh=weigh),))
     return Stage(name="student", teachers=(TEACHER,), objective=objective, strategy=plan)
 
 
@@ -54,12 +53,12 @@ def distilled(*objective: Any, strategy: Any = Constant) -> Stage:
     ("stage", "student", "teacher"),
     [
         (distilled(KL), (), ()),
-        (distilled(KL, strategy=Reading), (2,), (3,)),
-        (distilled(term_of("embedding_mse"), strategy=Reading), (0, 2), (0, 3)),
+        (distilled(KL, weigh=weigh), (2,), (3,)),
+        (distilled(term_of("embedding_mse"), weigh=weigh), (0, 2), (0, 3)),
         (distilled(KL, term_of("hidden_mse")), (1, 2), (2, 3)),
     ],
 )
-def test_hidden_states_are_read_for_losses_and_for_a_strategy(config, stage, student, teacher):
+def test_hidden_states_are_read_for_losses_and_for_weights(config, stage, student, teacher):
     sources = planned_sources(config)
     models = {"learners": {STUDENT: sources[STUDENT]}, "teachers": [sources[TEACHER]]}
 
@@ -69,15 +68,15 @@ def test_hidden_states_are_read_for_losses_and_for_a_strategy(config, stage, stu
     assert losses.objective().needs == Needs(hidden_layers=student)
 
 
-def test_a_plan_holds_the_hidden_states_that_a_strategy_reads(config):
+def test_a_plan_holds_the_hidden_states_by_which_terms_are_weighed(config):
     sources = planned_sources(config)
     learners = {STUDENT: sources[STUDENT]}
     teachers = {TEACHER: ReadyTeacher(sources[TEACHER], config.teacher_specs[TEACHER])}
 
-    def answers(strategy: Any) -> int:
-        stage = completed(distilled(*soft_terms("classification"), strategy=strategy), config)
+    def answers(weigh: Any) -> int:
+        stage = completed(distilled(*soft_terms("classification"), weigh=weigh), config)
         phase = Phase(name="student", learners=learners, stage=stage, teachers=teachers)
         return PhaseTraces(phase, config, "cpu").answers
 
     of_last_layer = ROWS * LENGTH * WIDTH * 4
-    assert answers(Reading) - answers(Constant) == of_last_layer
+    assert answers(weigh) - answers(None) == of_last_layer

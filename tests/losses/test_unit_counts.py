@@ -23,7 +23,6 @@ from megakd.config.terms import (
 from megakd.data.batch import (
     IGNORE,
     Batch,
-    Extras,
     Knowledge,
     LossInputs,
     Pass,
@@ -35,6 +34,7 @@ from megakd.errors import MegakdError
 from megakd.losses.bundle import StudentBundle
 from megakd.losses.objective import Objective, build_objective
 from megakd.losses.targets import ClassTargets, Evaluated, TermGroup
+from megakd.methods.minidisc import Sandwich
 from megakd.training.lab import lower_is_better
 
 CE = HardCrossEntropy(loss="hard_cross_entropy")
@@ -129,7 +129,7 @@ BOTH = {**source_counters("rollouts"), **source_counters("data")}
 def batch_of(labels: list[list[int]], *, is_rollout: bool) -> Batch:
     values = torch.tensor(labels)
     valid = torch.ones_like(values).bool()
-    return Batch({}, values, valid, extras=Extras(is_rollout=is_rollout))
+    return Batch({}, values, valid, is_rollout=is_rollout)
 
 
 def counted(*batches: Batch) -> dict[str, int]:
@@ -148,14 +148,14 @@ def test_numbers_of_rows_stay_on_the_cpu():
     from megakd.training.student import device_batch
 
     batch = labelled([[4, 5]], [[1, 1]])._replace(rows=torch.tensor([7]))
-    batch = batch.extended(others={"assistant": batch}, is_rollout=True, teacher="math")
+    batch = batch._replace(others={"assistant": batch}, is_rollout=True, teacher="math")
 
     moved = device_batch(batch, torch.device("meta"))
 
     assert moved.labels.is_meta
     assert moved.of("assistant").labels.is_meta
     assert moved.rows.tolist() == moved.of("assistant").rows.tolist() == [7]
-    assert (moved.extras.is_rollout, moved.extras.teacher) == (True, "math")
+    assert (moved.is_rollout, moved.teacher) == (True, "math")
 
 
 class Limited(PluginTerm):
@@ -181,16 +181,18 @@ def test_a_limited_term_has_its_source_in_its_name(term, name):
     assert "/" not in name  # which separates a view from the name
 
 
-@pytest.mark.parametrize(("size", "lengths"), [(None, [3]), (1, [1, 1, 1]), (2, [2, 1]), (5, [3])])
-def test_passes_share_a_backward_up_to_the_size_and_a_step_without_one_is_refused(size, lengths):
-    plan = [Pass(teacher=name) for name in "abc"]
+@pytest.mark.parametrize(("at_once", "lengths"), [(1, [1, 1, 1]), (2, [2, 1]), (5, [3])])
+def test_views_share_backwards_of_at_most_a_number_and_a_step_without_passes_is_refused(
+    at_once, lengths
+):
+    plan = list(Sandwich("teacher", tuple("abc"), at_once).passes(0))
 
-    groups = backward_groups(plan, size)
+    groups = backward_groups(plan)
 
     assert [len(group) for group in groups] == lengths
     assert [one for group in groups for one in group] == plan
     with pytest.raises(MegakdError, match=r"passes\(\) returned 0 passes .* return a Pass"):
-        backward_groups([], size)
+        backward_groups([])
 
 
 def test_lower_is_better_for_losses_and_higher_for_scores():

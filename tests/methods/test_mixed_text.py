@@ -102,7 +102,7 @@ class Scene:
 
 def second(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     """The positions and labels of the student's pieces, without the position that only fills up."""
-    more = batch.extras.second
+    more = batch.second
     if more is None:
         return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
     has_label = more.labels != IGNORE
@@ -155,7 +155,7 @@ def test_with_probability_0_the_batch_is_the_one_of_the_teachers_tokenizer(
     assert all(torch.equal(batch.inputs[name], alone.inputs[name]) for name in alone.inputs)
     for part in ("labels", "valid", "targets"):
         assert torch.equal(getattr(batch, part), getattr(alone, part))
-    assert batch.extras.second is None
+    assert batch.second is None
 
 
 @given(texts=TEXTS, probability=st.sampled_from([0.3, 1.0]), draw=st.integers(0, 3))
@@ -249,7 +249,7 @@ def test_dummy_rows_have_no_valid_position_and_attend_to_their_first(pair, tmp_p
     assert not batch.valid[dummies].any()
     assert batch.inputs["attention_mask"][dummies].sum(dim=1).tolist() == [1, 1]
     assert (batch.labels[dummies] == IGNORE).all()
-    assert min(len(batch.targets), len(batch.extras.second.positions)) >= 1
+    assert min(len(batch.targets), len(batch.second.positions)) >= 1
 
 
 RAW_TEXTS = st.lists(st.text("abcdefghxyж ,\u0301\n", max_size=80), min_size=1, max_size=4)

@@ -96,7 +96,7 @@ def learning(
         "teacher",
         selector(),
         choosing(**{"exploration": 0.0, **options}),
-        cast("StageProbe", Measured(losses)),
+        probe=cast("StageProbe", Measured(losses)),
         seed=seed,
         steps=steps,
         phase_steps=phase_steps,
@@ -106,8 +106,7 @@ def learning(
 
 
 def selecting(**how: Any) -> Any:
-    probe = cast("StageProbe", Measured([]))
-    return Selecting("teacher", selector(), choosing(), probe, seed=1, **how)
+    return Selecting("teacher", selector(), choosing(), seed=1, **how)
 
 
 def blind(strategy: Selecting) -> None:
@@ -120,7 +119,7 @@ def taken(strategy: LearningToSelect, steps: int) -> None:
         if step % strategy.steps == 0:
             strategy.begin("a student", step)
         weighed(strategy, step, reading_at(step))
-        strategy.after_update(SimpleNamespace(step=step))
+        strategy.after_update(cast("Any", SimpleNamespace(step=step)))
 
 
 def weighed(strategy: Strategy, step: int, reading: Any) -> dict[str, float]:
@@ -191,12 +190,12 @@ def test_asking_about_the_next_step_in_the_middle_of_a_step_changes_nothing():
     assert first == second
 
 
-def test_random_hard_weights_are_0_or_1_and_use_a_kind_at_every_step():
-    strategy = RandomWeights("teacher", KINDS, hard=True, seed=1)
+def test_random_hard_weights_are_0_or_whole_and_use_a_kind_at_every_step():
+    strategy = RandomWeights("teacher", dict.fromkeys(KINDS, 2.0), hard=True, seed=1)
 
-    drawn = [weighed(strategy, step, reading_at(step)) for step in range(20)]
+    drawn = [dict(strategy.passes(step)[0].weights or {}) for step in range(20)]
 
-    assert {value for factors in drawn for value in factors.values()} == {0.0, 1.0}
+    assert {value for factors in drawn for value in factors.values()} == {0.0, 2.0}
     assert all(any(factors.values()) for factors in drawn)
 
 

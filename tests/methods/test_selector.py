@@ -58,7 +58,7 @@ def played(reward, phases: int = 80) -> list[float]:
             actions = learner.selector.action(learner.selector.state(seen))
         actions = (actions + 0.2 * torch.randn(1, len(KINDS), generator=noise)).clamp(0, 1)
         brought = reward(actions.mean(0), phase)
-        learner.learn(Transition(seen, actions, brought, at(phase + 1, 1)[0]))
+        learner.learn(Transition(seen, actions, brought, following=at(phase + 1, 1)[0]))
     with torch.no_grad():
         weights = learner.selector.action(learner.selector.state(summaries(64, 999))).mean(0)
     return weights.tolist()
@@ -91,7 +91,7 @@ def test_the_critic_expects_what_rewards_add_up_to_until_the_episode_ends(fall, 
     seen, actions = summaries(8), torch.full((8, len(KINDS)), 0.5)
 
     for _ in range(15):
-        learner.learn(Transition(seen, actions, fall, seen[0] if goes_on else None))
+        learner.learn(Transition(seen, actions, fall, following=seen[0] if goes_on else None))
 
     with torch.no_grad():
         value = learner.selector.value(learner.selector.state(seen), actions).mean()
@@ -111,7 +111,7 @@ def test_all_stored_falls_are_divided_by_their_root_mean_square_and_bonuses_are_
     actions = torch.full((2, len(KINDS)), 0.5)
 
     result = [
-        learner.learn(Transition(seen, actions, fall, None, 0.1 if phase else 0.0))
+        learner.learn(Transition(seen, actions, fall, 0.1 if phase else 0.0))
         for phase, fall in enumerate(falls)
     ]
 

@@ -8,7 +8,7 @@ from safetensors.torch import load
 from tiny_cuts import MASKED, VOCABULARY, build
 from torch.nn import functional
 
-from megakd.data.batch import IGNORE, Batch, Extras, LossInputs, Targets
+from megakd.data.batch import IGNORE, Batch, LossInputs, Targets
 from megakd.engine.sharding import gathered_state
 from megakd.losses.targets import LanguageModelTargets
 from megakd.models.knowledge import (
@@ -45,10 +45,8 @@ def batch_of(ids: list[int], first: dict[int, int], second: dict[int, int]) -> B
         labels,
         torch.ones_like(tokens, dtype=torch.bool),
         torch.tensor([*first] or [0]),
-        extras=Extras(
-            second=Targets(
-                torch.tensor([*second] or [0]), torch.tensor([*second.values()] or [IGNORE])
-            )
+        second=Targets(
+            torch.tensor([*second] or [0]), torch.tensor([*second.values()] or [IGNORE])
         ),
     )
 
@@ -101,7 +99,7 @@ def test_text_without_pieces_of_the_student_has_the_plain_loss(family):
     model, plain = model_of(family), plain_model(family)
     plain.load_state_dict(model.state_dict(), strict=False)
     batch = batch_of([1, 5, 8, 7, 2], {1: 6, 3: 7}, {})
-    mixed, ordinary = loss_of(model, batch), loss_of(plain, batch.extended(second=None))
+    mixed, ordinary = loss_of(model, batch), loss_of(plain, batch._replace(second=None))
     assert torch.equal(mixed, ordinary)
 
 

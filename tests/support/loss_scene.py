@@ -14,7 +14,6 @@ from megakd.data.batch import (
     AttentionVectors,
     Batch,
     Counts,
-    Extras,
     Knowledge,
     LogitWarp,
     LossInputs,
@@ -151,8 +150,8 @@ class Scene:
         if self.task != "causal_lm":
             return Batch({}, self.labels[rows], self.valid[rows])
         inputs = {"position_ids": POSITIONS[rows]}
-        extras = Extras(is_rollout=source_of(self.term) == "rollouts")
-        return Batch(inputs, self.labels[rows], self.valid[rows], extras=extras)
+        is_rollout = source_of(self.term) == "rollouts"
+        return Batch(inputs, self.labels[rows], self.valid[rows], is_rollout=is_rollout)
 
     def counts(self, rows: slice = slice(None)) -> Counts:
         return count_units([self.batch(rows)], self.objective.counters)

@@ -9,16 +9,7 @@ import torch
 from loss_scene import Matrix, Result
 
 from megakd.config.terms import Shape
-from megakd.data.batch import (
-    IGNORE,
-    Batch,
-    Counts,
-    Extras,
-    Knowledge,
-    LossInputs,
-    TopK,
-    count_units,
-)
+from megakd.data.batch import IGNORE, Batch, Counts, Knowledge, LossInputs, TopK, count_units
 from megakd.losses.bundle import unit_scales
 from megakd.losses.objective import Objective, build_objective
 
@@ -41,8 +32,7 @@ class Texts:
         self.teacher_head = torch.randn(VOCABULARY, theirs, generator=made)
 
     def batch(self, rows: slice = slice(None)) -> Batch:
-        extras = Extras(is_rollout=self.rollouts)
-        return Batch({}, self.labels[rows], self.valid[rows], extras=extras)
+        return Batch({}, self.labels[rows], self.valid[rows], is_rollout=self.rollouts)
 
     def counts(self, objective: Objective) -> Counts:
         return count_units([self.batch()], objective.counters)

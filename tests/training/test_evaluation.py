@@ -27,7 +27,7 @@ from megakd.data.splits import load_splits
 from megakd.errors import ConfigError, DataError, TrainingError
 from megakd.stage import Verdict
 from megakd.training.evaluation import HeldOutLosses, few
-from megakd.training.lab import WHOLE, MetricJudge
+from megakd.training.lab import MetricJudge
 from megakd.training.metrics import (
     TaskMetrics,
     headline,
@@ -271,23 +271,23 @@ def losses(batches: list[Any], value: float) -> Any:
     objective = objective_of(TERMS)
     bundle: Any = SimpleNamespace(objective=objective, counters=objective.counters)
 
-    def measure(batch: Any, knowledge: object, plan: object, scored: tuple) -> Any:
+    def measure(batch: Any, knowledge: object, plan: object) -> Any:
         counted = {unit: count(batch) for unit, count in objective.counters.items()}
         parts = {n: value * counted[u] for n, u in objective.units.items()}
-        return SimpleNamespace(parts=parts, predictions=dict.fromkeys(scored))
+        return SimpleNamespace(parts=parts, predictions=None)
 
     student = SimpleNamespace(measure=measure)
     trainer: Any = SimpleNamespace(student=student, ask_teachers=lambda plan, batch: {})
-    result = HeldOutLosses(trainer, bundle, (Pass(),), (WHOLE,))
+    result = HeldOutLosses(trainer, bundle, (Pass(),))
     for batch in batches:
         result.add(batch)
-    return result.means()[WHOLE]
+    return result.means()
 
 
 def test_a_term_on_rollouts_has_no_value_on_texts_of_the_data():
     batch = Texts().batch()
 
-    both = losses([batch, batch.extended(is_rollout=True)], 0.5)
+    both = losses([batch, batch._replace(is_rollout=True)], 0.5)
     data = losses([batch], 0.5)
 
     assert both == pytest.approx({"hard_cross_entropy": 0.5, "hard_cross_entropy_on_rollouts": 0.5})

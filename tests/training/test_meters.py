@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -55,13 +55,20 @@ class Watched:
         )
 
     def step(
-        self, *, norm: float | None = 1.0, counts: Any = FULL, rollouts: int = 0, **parts: float
+        self,
+        *,
+        norm: float | None = 1.0,
+        counts: Any = FULL,
+        rollouts: int = 0,
+        scalars: Any = MappingProxyType({}),
+        **parts: float,
     ) -> None:
         report = StepReport(
             step=self.trainer.step,
             parts={name: torch.tensor(value) for name, value in {"loss": 1.0, **parts}.items()},
             gradient_norm=None if norm is None else torch.tensor(norm),
             counts=counts_of(*counts) | {"rollout_targets": torch.tensor(rollouts)},
+            scalars=scalars,
         )
         self.trainer.step += 1
         self.health.add(report)
@@ -253,3 +260,14 @@ def test_a_resumed_run_goes_on_with_the_totals_of_the_one_before(monkeypatch):
     assert (scalars["train/loss"], scalars["train/tokens_per_s"]) == (4.0, 50.0)
     assert after.health.tokens_per_second() == 100 / 3
     assert after.health.elapsed_seconds() == 6.0
+
+
+def test_values_of_a_strategy_are_logged_as_means_over_the_steps_that_have_one():
+    watched = Watched()
+    watched.step(scalars={"select/a": 0.25})
+    watched.step(scalars={"select/a": 0.75, "select/reward": 2.0})
+
+    first, second = watched.scalars(), watched.scalars()
+
+    assert (first["select/a"], first["select/reward"]) == (0.5, 2.0)
+    assert "select/a" not in second

@@ -26,7 +26,7 @@ from megakd.models.views import View
 from megakd.stage import Stage
 from megakd.training import precision
 from megakd.training.precision import frozen_dtype, say_precision, scoring_dtype, training_dtype
-from megakd.training.recipes import completed, scoring_preset
+from megakd.training.recipes import completed, learner_ds, scoring_preset
 
 WARM = {"warmup_steps": 9, "warmup_ratio": 0.5}
 
@@ -63,19 +63,22 @@ def two_teachers() -> RunConfig:
     )
 
 
-def stage_of(role: str, config: RunConfig, *, ranks: int = 1, device: str = "cpu") -> Stage:
-    stage = Stage(name="any", learners={role: 1.0}, objective=())
-    return completed(stage, config, ranks=ranks, device=device)
+def stage_of(role: str, config: RunConfig) -> Stage:
+    return completed(Stage(name="any", learners={role: 1.0}, objective=()), config)
+
+
+def zero_of(stage: Stage, config: RunConfig, *, ranks: int = 2, device: str = "cpu") -> int:
+    return learner_ds(stage, config, ranks=ranks, device=device)["zero_optimization"]["stage"]
 
 
 @pytest.mark.parametrize(
     ("role", "learns"),
-    [("student", (9, "zero1")), ("large", (9, "zero1")), ("small", (7, "zero3"))],
+    [("student", (9, 1)), ("large", (9, 1)), ("small", (7, 3))],
 )
 def test_a_teacher_that_learns_does_as_its_own_finetune_says(role, learns):
     stage = stage_of(role, two_teachers())
 
-    assert (stage.train.max_steps, stage.deepspeed) == learns
+    assert (stage.train.max_steps, zero_of(stage, two_teachers())) == learns
     assert stage.train.learning_rate == 0.5
 
 
@@ -84,30 +87,28 @@ BF16 = {"bf16": True}
 
 @pytest.mark.parametrize("role", ["student", "small"])
 @pytest.mark.parametrize(
-    ("ranks", "device", "changes", "preset"),
+    ("ranks", "device", "changes", "zero"),
     [
-        (1, "cpu", {}, "zero0"),
-        (2, "cpu", {}, "auto"),
-        (1, "cpu", BF16, "zero0"),
-        (1, "cpu", {**BF16, "gradient_accumulation_steps": 2}, "auto"),
-        (1, "cpu", {**BF16, "tokens_per_rank": 64}, "auto"),
-        (1, "cuda", BF16, "auto"),
-        (1, "cuda", {"bf16": False}, "zero0"),
+        (1, "cpu", {}, 0),
+        (2, "cpu", {}, 2),
+        (1, "cpu", BF16, 0),
+        (1, "cpu", {**BF16, "gradient_accumulation_steps": 2}, 2),
+        (1, "cpu", {**BF16, "tokens_per_rank": 64}, 2),
+        (1, "cuda", BF16, 2),
+        (1, "cuda", {"bf16": False}, 0),
     ],
 )
-def test_one_rank_shards_nothing_unless_asked_or_to_add_16_bits(
-    role, ranks, device, changes, preset
-):
+def test_one_rank_shards_nothing_unless_asked_or_to_add_16_bits(role, ranks, device, changes, zero):
     """In 16 bits ZeRO 2 adds up gradients in fp32, and ZeRO 0 does not. Views keep it too."""
     config = two_teachers()
     teacher = PooledTeacher(name="small", model="s", finetune=FinetuneOverrides(max_steps=7))
     student, train = StudentConfig(model="student"), replace(config.train, **changes)
     config = replace(config, teachers=(teacher,), student=student, train=train)
 
-    assert stage_of(role, config, ranks=ranks, device=device).deepspeed == preset
+    assert zero_of(stage_of(role, config), config, ranks=ranks, device=device) == zero
     if changes == BF16:
         stage = Stage(name="any", objective=(), views={"half": View((1,), (1,))})
-        assert completed(stage, config, ranks=ranks, device=device).deepspeed == "auto"
+        assert zero_of(completed(stage, config), config, ranks=ranks, device=device) == 2
 
 
 def test_labels_are_weighed_in_every_training_that_learns_them_unless_a_term_says_otherwise():

@@ -139,7 +139,7 @@ def _problems_of_objective(terms: Any) -> Iterator[str]:
 
 def run(config: HomoDistilConfig, lab: Lab) -> StageResult:
     """Distil in windows; after each window but the last, removed units are cut out."""
-    from megakd.methods.homodistil.strategy import HomotopyJudge, PruningStrategy
+    from megakd.methods.homodistil.strategy import PruningStrategy
 
     model = lab.given(config.teacher or TEACHER)
     rigid = lab.pruning.why_rigid(model)
@@ -166,7 +166,7 @@ def run(config: HomoDistilConfig, lab: Lab) -> StageResult:
             teacher,
             target,
             schedule,
-            window,
+            metric=lab.metric(weighed=False),
             size=lambda view, start=start: lab.pruning.parameters(start, view).parameters,
         )
         stage = Stage(
@@ -175,11 +175,11 @@ def run(config: HomoDistilConfig, lab: Lab) -> StageResult:
             start=start,
             objective=objective,
             strategy=pruning,
-            judge=HomotopyJudge(pruning, lab.metric(weighed=False)),
-            window=window,
-            measures_losses=True,
+            judge=pruning.judge,
+            window=window._replace(units=target.at(schedule.left(window.last))),
+            measured=(Pass(teacher=teacher),),
         )
-        results.append(lab.train(stage))
+        results.append(lab.train(stage, pruning.files))
         lab.record.pruning += lab.made_by(results[-1], ROWS, _read) or []
     return results[-1]
 
@@ -252,7 +252,7 @@ def random_start(config: HomoDistilConfig, lab: Lab, student: StageResult) -> St
             for term in objective
         ),
         strategy=Constant((Pass(teacher=teacher),)),
-        measures_losses=True,
+        measured=(Pass(teacher=teacher),),
     )
 
 

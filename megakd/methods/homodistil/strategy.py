@@ -1,4 +1,4 @@
-"""The strategy that prunes the student while it learns, the scores of units, and the judge.
+"""The strategy that prunes the student while it learns, and the scores of units.
 
 Scores are computed from this rank's shards of the weights and of their gradients.
 """
@@ -9,7 +9,6 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +18,7 @@ from megakd.data.batch import Pass
 from megakd.engine.collectives import agree, all_reduce_
 from megakd.methods.homodistil import ROWS, Schedule, Target
 from megakd.models.views import Axis, Columns, Cut, Kind, Maker, UnitOrder, View
-from megakd.stage import Scores, StepReport, Strategy, Verdict, Window
+from megakd.stage import Scores, StepReport, Strategy, Verdict
 from megakd.training.lab import WHOLE, Metric, Row
 
 BETA = 0.85
@@ -47,7 +46,7 @@ class PruningStrategy(Strategy):
     teacher: name of the teacher.
     target: the units of the teacher and of the student.
     schedule: when units are removed.
-    window: the part of the run that the stage covers.
+    metric: ranks evaluations.
     size: function from units to the number of weights of a model with these units.
     cut: how the student is cut to the units that it keeps.
     """
@@ -57,13 +56,14 @@ class PruningStrategy(Strategy):
         teacher: str,
         target: Target,
         schedule: Schedule,
-        window: Window,
         *,
+        metric: Metric,
         size: Callable[[View], int],
     ) -> None:
         self.teacher, self.target, self.schedule = teacher, target, schedule
-        self.window, self.size = window, size
+        self.metric, self.size = metric, size
         self.cut = Cut(None, None)
+        self._size: dict[str, int] = {}
         self._rows: list[Row] = []
         self._kept: Chosen | None = None  # before the window begins
         self._scores: Tensor | None = None  # of the last step, if units are removed after it
@@ -71,22 +71,17 @@ class PruningStrategy(Strategy):
         self._seconds: list[float] = []  # of the steps since the last row
         self._clock: float | None = None  # the end of the last step, unless something followed
 
-    @property
-    def pruned_to(self) -> View:
-        return self.target.at(self.schedule.left(self.window.last))
-
     def begin(self, student: Any, step: int) -> None:
         """Run the student as the cut of itself that it was at the last step."""
-        self._student = student
-        if self._kept is None:
-            self._kept = everything(student)
-            self.cut = cut_of(student, self._kept)
-        else:
-            self._keep(self._kept)
+        self._student, is_new = student, self._kept is None
+        self._choose(self._kept or everything(student))
+        if not is_new:
+            student.keep(self.cut)
 
-    def _keep(self, kept: Chosen) -> None:
+    def _choose(self, kept: Chosen) -> None:
         self._kept, self.cut = kept, cut_of(self._student, kept)
-        self._student.keep(self.cut)
+        view = self.cut.view or self.target.whole
+        self._size = {"width": view.width or 0, "parameters": self.size(view)}
 
     def passes(self, step: int) -> tuple[Pass, ...]:
         return (Pass(teacher=self.teacher),)
@@ -105,34 +100,34 @@ class PruningStrategy(Strategy):
             # Ranks may round differently, and would then remove different units.
             self._scores = agree(all_reduce_(here))
 
-    def after_update(self, report: StepReport) -> None:
-        """Remove the units with the lowest scores if a removal is due."""
+    def after_update(self, report: StepReport) -> dict[str, float]:
+        """Remove the units with the lowest scores if a removal is due; return the size."""
         now, step = time.perf_counter(), report.step + 1
         if self._clock is not None:
             self._seconds.append(now - self._clock)
         self._clock = now
-        if self._scores is None or self._kept is None:
-            return
-        view = self.target.at(self.schedule.left(step))
-        self._keep(select(self._scores, self._kept, view, self._student))
-        self._scores = None
+        if self._scores is not None and self._kept is not None:
+            view = self.target.at(self.schedule.left(step))
+            self._choose(select(self._scores, self._kept, view, self._student))
+            self._student.keep(self.cut)
+            self._scores = None
+        return {f"pruning/{name}": number for name, number in self._size.items()}
 
-    def note(self, step: int, scores: Mapping[str, float]) -> None:
-        """Add a row of the report: the size and the distance from the teacher after a step."""
-        view = self.cut.view
-        if view is None:
-            return
+    def judge(self, scores: Scores, step: int) -> Verdict:
+        """Return the score of the student and how it is cut now; add a row to the report.
+
+        Before the end of pruning, the student is too large to be compared.
+        """
+        metrics, done = scores[WHOLE], self.schedule.left(step) == 0
+        seconds = statistics.median(self._seconds) if self._seconds else None
+        distance = metrics.get("soft_target_kl")
         self._rows.append(
-            {
-                "step": step,
-                "width": view.width or 0,
-                "parameters": self.size(view),
-                "teacher_kl": scores.get("soft_target_kl"),
-                "step_seconds": statistics.median(self._seconds) if self._seconds else None,
-            }
+            {"step": step, **self._size, "teacher_kl": distance, "step_seconds": seconds}
         )
         self._seconds.clear()
         self._clock = None
+        score = self.metric.worth(metrics) if done else float("nan")
+        return Verdict(score, WHOLE, cut=self.cut, counts=done)
 
     def state_dict(self) -> dict[str, Any]:
         kept = self._kept or {}
@@ -145,13 +140,8 @@ class PruningStrategy(Strategy):
         self._kept = {Group(*group): list(units) for group, units in state["kept"]} or None
         self._rows = list(state["rows"])
 
-    def scalars(self) -> Mapping[str, float]:
-        view = self.cut.view
-        if view is None:
-            return {}
-        return {"pruning/width": view.width or 0, "pruning/parameters": self.size(view)}
-
     def files(self) -> Mapping[str, bytes]:
+        """Return the file with the rows of the report."""
         return {ROWS: json.dumps(self._rows).encode()}
 
 
@@ -310,18 +300,3 @@ def _kept_first(kept: Sequence[int], count: int) -> tuple[int, ...]:
 def _inside(kept: Sequence[int], heads: int, width: int) -> tuple[tuple[int, ...], ...]:
     of_heads = ([c - head * width for c in kept if c // width == head] for head in range(heads))
     return tuple(_kept_first(columns, width) for columns in of_heads)
-
-
-@dataclass
-class HomotopyJudge:
-    """Compares evaluations only after the end of pruning: before it, the student is too large."""
-
-    pruning: PruningStrategy
-    metric: Metric
-
-    def __call__(self, scores: Scores, step: int) -> Verdict:
-        """Return the score of the student and how it is cut now; add a row to the report."""
-        self.pruning.note(step, scores[WHOLE])
-        done = self.pruning.schedule.left(step) == 0
-        score = self.metric.worth(scores[WHOLE]) if done else float("nan")
-        return Verdict(score, WHOLE, cut=self.pruning.cut, counts=done)

@@ -31,12 +31,7 @@ if TYPE_CHECKING:
     from megakd.methods.knowledge_selection.selecting import Selector, SelectorShape
 
 STAGE = "selector"
-STAGE_1 = frozenset(
-    {
-        *("episodes", "episode_steps", "phase_steps", "exploration"),
-        "gamma",
-    }
-)
+STAGE_1 = frozenset({"episodes", "episode_steps", "phase_steps", "exploration", "gamma"})
 """Options that only the training of a selector reads."""
 
 
@@ -105,15 +100,23 @@ def run(config: KnowledgeSelectionConfig, lab: Lab) -> StageResult:
         strategy = Constant((Pass(teacher=teacher),))
     elif config.policy == "learned":
         selector = _selector(config, lab, teacher, kinds)
-        strategy = Selecting(teacher, selector, config, lab.probe(STUDENT), **_reading(lab))
+        strategy = Selecting(teacher, selector, config, **_reading(lab))
     else:
         strategy = RandomWeights(
             teacher,
-            tuple(map(term_name, kinds)),
+            {term_name(term): term.weight for term in kinds},
             hard=config.policy == "random_hard",
             seed=lab.config.seed,
         )
-    return lab.train(Stage(name=STUDENT, teachers=(teacher,), objective=kinds, strategy=strategy))
+    stage = Stage(
+        name=STUDENT,
+        teachers=(teacher,),
+        objective=kinds,
+        strategy=strategy,
+        # All terms, also those that a step leaves out.
+        measured=(Pass(teacher=teacher),) if lab.config.eval.losses else (),
+    )
+    return lab.train(stage)
 
 
 def _reading(lab: Lab) -> dict[str, Any]:
@@ -129,8 +132,7 @@ def _selector(
     widths = lab.given(STUDENT).width, lab.given(teacher).width
     shape = SelectorShape(*widths, tuple(map(term_name, kinds)))
     if config.selector is None:
-        result = lab.train(_stage_1(config, lab, teacher, kinds, shape))
-        return lab.made_by(result, SELECTOR, load_selector) or _new(lab, shape)
+        return _learned(config, lab, teacher, kinds, shape)
     path = config.selector
     path = path / SELECTOR if path.is_dir() else path
     selector = load_selector(str(path))
@@ -144,22 +146,21 @@ def _selector(
     return selector
 
 
-def _new(lab: Lab, shape: SelectorShape) -> Selector:
-    from megakd.methods.knowledge_selection.selecting import Selector
-    from megakd.process.seeding import cpu_seeded
-
-    with cpu_seeded(lab.config.seed):
-        return Selector(shape)
-
-
-def _stage_1(
+def _learned(
     config: KnowledgeSelectionConfig,
     lab: Lab,
     teacher: str,
     kinds: tuple[TermConfig, ...],
     shape: SelectorShape,
-) -> Stage:
-    from megakd.methods.knowledge_selection.selecting import LearningToSelect
+) -> Selector:
+    """Return the selector of stage 1."""
+    from megakd.methods.knowledge_selection.selecting import (
+        SELECTOR,
+        LearningToSelect,
+        Selector,
+        load_selector,
+    )
+    from megakd.process.seeding import cpu_seeded
 
     steps = config.episode_steps or lab.steps_of_student()
     phase = config.phase_steps or max(1, math.ceil(steps / 10))
@@ -168,16 +169,18 @@ def _stage_1(
             f"method.phase_steps: a phase of {phase} steps does not fit into an episode of "
             f"{steps}; lower method.phase_steps, or raise method.episode_steps"
         )
+    with cpu_seeded(lab.config.seed):
+        new = Selector(shape)
     strategy = LearningToSelect(
         teacher,
-        _new(lab, shape),
+        new,
         config,
-        lab.probe(STAGE),
+        probe=lab.probe(STAGE),
         steps=steps,
         phase_steps=phase,
         **_reading(lab),
     )
-    return Stage(
+    stage = Stage(
         name=STAGE,
         teachers=(teacher,),
         objective=kinds,
@@ -186,3 +189,4 @@ def _stage_1(
         train=dataclasses.replace(lab.config.train, max_steps=steps, early_stopping_patience=None),
         window=Window(0, config.episodes * steps, steps),
     )
+    return lab.made_by(lab.train(stage, strategy.files), SELECTOR, load_selector) or new

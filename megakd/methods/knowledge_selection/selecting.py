@@ -28,7 +28,7 @@ from megakd.engine.collectives import agree, all_reduce_
 from megakd.errors import TeacherError
 from megakd.methods.knowledge_selection import KnowledgeSelectionConfig
 from megakd.process.files import check_given
-from megakd.stage import Strategy
+from megakd.stage import StepReport, Strategy
 from megakd.training.evaluation import StageProbe
 
 SELECTOR = "selector.safetensors"
@@ -116,14 +116,14 @@ class Transition(NamedTuple):
     """A phase: summaries and actions of its steps, what it is worth, and the following summary.
 
     summaries: [N, S + T]. actions: [N, K]. fall: decrease of the held-out loss, in units of the
-    loss. following: [S + T], or None at the end of an episode. exploration: reward for new actions.
+    loss. exploration: reward for new actions. following: [S + T], or None at the end of an episode.
     """
 
     summaries: Tensor
     actions: Tensor
     fall: float
-    following: Tensor | None
     exploration: float = 0.0
+    following: Tensor | None = None
 
 
 class Samples(NamedTuple):
@@ -266,31 +266,23 @@ class Selecting(Strategy):
         teacher: str,
         selector: Selector,
         config: KnowledgeSelectionConfig,
-        probe: StageProbe | None,
         *,
         seed: int,
         whole_texts: bool = False,
     ) -> None:
-        self.teacher, self.selector, self.config, self.probe = teacher, selector, config, probe
+        self.teacher, self.selector, self.config = teacher, selector, config
         self.seed, self.whole_texts, self.is_hard = seed, whole_texts, config.action == "hard"
         self._decided: tuple[int, tuple[float, ...]] | None = None
-        self._window: list[tuple[float, ...]] = []
-
-    @property
-    def reads_states(self) -> bool:
-        return True
 
     def passes(self, step: int) -> tuple[Pass, ...]:
         """Return one pass; its weights are chosen after the forward of both models."""
-        weigh = None if self.probe is None else functools.partial(self.weigh, step)
-        return (Pass(teacher=self.teacher, weigh=weigh),)
+        return (Pass(teacher=self.teacher, weigh=functools.partial(self.weigh, step)),)
 
     def weigh(self, step: int, reading: LossInputs) -> Mapping[str, float]:
         """Return the action of a step, the same for all its micro-batches and on all ranks."""
         if self._decided is None or self._decided[0] != step:
             summaries = self._summaries(reading)
             self._decided = step, self._chosen(step, summaries)
-            self._window.append(self._decided[1])
             self._note(summaries, self._decided[1])
         return dict(zip(self.selector.shape.kinds, self._decided[1], strict=True))
 
@@ -327,20 +319,11 @@ class Selecting(Strategy):
     def _note(self, summaries: Tensor, action: tuple[float, ...]) -> None:
         pass
 
-    def scalars(self) -> Mapping[str, float]:
-        """Return the mean weight of each kind since the last call."""
-        taken, self._window = self._window, []
-        if not taken:
-            return {}
-        means = [sum(values) / len(taken) for values in zip(*taken, strict=True)]
-        kinds = self.selector.shape.kinds
-        return {f"select/{kind}": mean for kind, mean in zip(kinds, means, strict=True)}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"window": list(self._window)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._window = list(state["window"])
+    def after_update(self, report: StepReport) -> dict[str, float]:
+        """Return the weight of each kind."""
+        _, action = self._decided or (0, ())
+        names = (f"select/{kind}" for kind in self.selector.shape.kinds)
+        return dict(zip(names, action, strict=True))
 
 
 @dataclass
@@ -353,7 +336,6 @@ class Running:
     before: mean action of the previous phase.
     counts: number of phases by their usual hard action.
     pending: the last phase, which is learned when the first state after the phase is known.
-    logged: rewards of learned phases since the last logging.
     """
 
     summaries: list[Tensor] = field(default_factory=list)
@@ -362,29 +344,33 @@ class Running:
     beginning: float = math.nan
     before: Tensor | None = None
     counts: dict[tuple[float, ...], int] = field(default_factory=dict)
-    pending: tuple[Tensor, Tensor, float, float] | None = None
-    logged: list[float] = field(default_factory=list)
+    pending: Transition | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the phase as plain values, which later versions of the code can read."""
         counts = [(list(action), count) for action, count in self.counts.items()]
-        return {**vars(self), "counts": counts}
+        return {**vars(self), "counts": counts, "pending": self.pending and tuple(self.pending)}
 
     @staticmethod
     def of(state: Mapping[str, Any]) -> Running:
-        counts = {tuple(action): count for action, count in state["counts"]}
-        return Running(**{**state, "counts": counts})
+        run, pending = Running(), state["pending"]
+        vars(run).update(state, pending=pending and Transition(*pending))
+        run.counts = {tuple(action): count for action, count in state["counts"]}
+        return run
 
 
 class LearningToSelect(Selecting):
     """A strategy that trains the selector over episodes; the student starts again in each.
 
+    probe: measures and resets the student; None in a plan, which takes no steps.
     steps, phase_steps: optimizer steps of an episode and of a phase.
     """
 
-    def __init__(self, *parts: Any, steps: int, phase_steps: int, **facts: Any) -> None:
+    def __init__(
+        self, *parts: Any, probe: StageProbe, steps: int, phase_steps: int, **facts: Any
+    ) -> None:
         super().__init__(*parts, **facts)
-        self.steps, self.phase_steps = steps, phase_steps
+        self.probe, self.steps, self.phase_steps = probe, steps, phase_steps
         self.learner = ActorCritic(self.selector, self.config, seed=self.seed)
         self.running = Running()
         self._student: Any = None
@@ -392,8 +378,6 @@ class LearningToSelect(Selecting):
     def begin(self, student: Any, step: int) -> None:
         """Keep the initial student, to which every episode is reset."""
         self._student = student
-        if self.probe is None:
-            return
         run, steps = self.running, self.steps
         if step == 0:
             self.probe.remember(student)
@@ -415,21 +399,28 @@ class LearningToSelect(Selecting):
         self.running.summaries.append(summaries)
         self.running.actions.append(action)
 
-    def after_update(self, report: Any) -> None:
-        """End phases and episodes; learn a phase after the first step of the next phase."""
-        run, done = self.running, report.step % self.steps + 1
+    def after_update(self, report: StepReport) -> dict[str, float]:
+        """End phases and episodes; learn a phase after the first step of the next phase.
+
+        Returns the weights of the step, and the reward of a learned phase with the last loss.
+        """
+        run, done, rewards = self.running, report.step % self.steps + 1, list[float]()
         if run.pending is not None:
-            self._learn(run.summaries[0])
+            rewards.append(self.learner.learn(run.pending._replace(following=run.summaries[0])))
+            run.pending = None
         is_last = done == self.steps
         if is_last or done % self.phase_steps == 0:
-            self._end_phase()
-        if is_last:
-            self._learn(None)
-            run.before = None
+            run.pending = self._end_phase()
+        if is_last and run.pending is not None:
+            rewards.append(self.learner.learn(run.pending))
+            run.pending = run.before = None
+        scalars = super().after_update(report)
+        if rewards:
+            scalars["select/reward"] = sum(rewards) / len(rewards)
+            scalars["select/held_out_loss"] = run.loss
+        return scalars
 
-    def _end_phase(self) -> None:
-        if self.probe is None:
-            raise TypeError("a selector that learns needs a held-out probe")
+    def _end_phase(self) -> Transition:
         run, beta = self.running, self.config.exploration
         loss, actions = self.probe.loss(self._student), torch.tensor(run.actions)
         before, run.before = run.before, actions.mean(0)
@@ -441,36 +432,18 @@ class LearningToSelect(Selecting):
             exploration = beta / math.sqrt(run.counts[usual])
         elif before is not None:
             exploration = -beta * float(functional.cosine_similarity(run.before, before, dim=0))
-        run.pending = (torch.stack(run.summaries), actions, run.loss - loss, exploration)
+        phase = Transition(torch.stack(run.summaries), actions, run.loss - loss, exploration)
         run.loss, run.summaries, run.actions = loss, [], []
-
-    def _learn(self, following: Tensor | None) -> None:
-        if self.running.pending is None:
-            return
-        summaries, actions, fall, exploration = self.running.pending
-        phase = Transition(summaries, actions, fall, following, exploration)
-        self.running.logged.append(self.learner.learn(phase))
-        self.running.pending = None
-
-    def scalars(self) -> Mapping[str, float]:
-        """Return mean weights, and mean reward and last loss of the phases since the last call."""
-        rewards, self.running.logged = self.running.logged, []
-        if not rewards:
-            return super().scalars()
-        reward = sum(rewards) / len(rewards)
-        measured = {"select/reward": reward, "select/held_out_loss": self.running.loss}
-        return {**super().scalars(), **measured}
+        return phase
 
     def files(self) -> Mapping[str, bytes]:
         """Return the selector's file, for stage 2 and for other students."""
         return {SELECTOR: self.selector.to_bytes()}
 
     def state_dict(self) -> dict[str, Any]:
-        learner = self.learner.state_dict()
-        return {**super().state_dict(), "learner": learner, "running": self.running.state_dict()}
+        return {"learner": self.learner.state_dict(), "running": self.running.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
         self.learner.load_state_dict(state["learner"])
         self.running = Running.of(state["running"])
 
@@ -479,13 +452,12 @@ class LearningToSelect(Selecting):
 class RandomWeights(Strategy):
     """A strategy with random weights at every step, as a function of seed and step.
 
-    The weights of the objective are multiplied by them.
-
+    kinds: the weights of the objective by term, which are multiplied by the random ones.
     hard: whether a kind is either used or not, instead of a weight between 0 and 1.
     """
 
     teacher: str
-    kinds: tuple[str, ...]
+    kinds: Mapping[str, float]
     hard: bool
     seed: int
 
@@ -494,8 +466,9 @@ class RandomWeights(Strategy):
         factors = tuple(drawn.random() for _ in self.kinds)
         if self.hard:
             factors = hardened(factors)
-        chosen = dict(zip(self.kinds, factors, strict=True))
-        return (Pass(teacher=self.teacher, weigh=lambda reading: chosen),)
+        kinds = zip(self.kinds.items(), factors, strict=True)
+        weights = {kind: weight * factor for (kind, weight), factor in kinds}
+        return (Pass(teacher=self.teacher, weights=weights),)
 
 
 def _sum_of(states: Tensor, chosen: Tensor) -> Tensor:

@@ -115,17 +115,14 @@ class MixedVocabularyConfig(OneTeacherOptions):
 
         return encode_mixed(splits.train, pair, config.task, cache_dir=cache_dir)
 
-    def reads_rows(self, stage: Any) -> bool:
-        """Return whether a stage reads windows of whole words, as every stage of the student does.
-
-        Students that learn alone then read what those beside a teacher read.
-        """
-        return bool(stage.mixed) or stage.role == STUDENT
+    def mixed(self, stage: Any) -> dict[str, float]:
+        return {**dict.fromkeys(stage.teachers, 0.0), **dict.fromkeys(stage.beside, self.p)}
 
     def batches(self, parts: Any) -> Any:
         from megakd.methods.mixed_vocabulary.mixed_text import mixed_batches
 
-        return mixed_batches(parts) if self.reads_rows(parts.stage) else None
+        # Students that learn alone read the same windows of words as those beside a teacher.
+        return mixed_batches(parts) if parts.stage.role == STUDENT else None
 
     def problems(self, config: Any) -> Iterator[str]:
         yield from super().problems(config)
@@ -192,7 +189,6 @@ def run(config: MixedVocabularyConfig, lab: Lab) -> StageResult:
         learners={STUDENT: 1.0, teacher: factor},
         objective=(*lab.hard_terms(), *projections),
         strategy=Constant((Pass(), Pass(learner=teacher, weights=without))),
-        mixed={teacher: config.p},
     )
     return lab.train(stage)
 
@@ -211,7 +207,6 @@ def patient_kd(config: MixedVocabularyConfig, lab: Lab, student: StageResult) ->
         teachers=(teacher,),
         objective=(*lab.hard_terms(), patient),
         strategy=Constant((Pass(teacher=teacher),)),
-        mixed={teacher: 0.0},
     )
 
 

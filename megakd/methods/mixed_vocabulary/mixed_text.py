@@ -218,10 +218,9 @@ def encode_mixed(
     )
     student, teacher = map(_Frame.of, pair)
     room = task.row_length - max(student.size, teacher.size)
-    shape = _RowShape(room, student)
 
     def build(folder: Path) -> None:
-        tables = tables_of_lists(_rows(rows, cutter, shape), _COLUMNS)
+        tables = tables_of_lists(_rows(rows, cutter, room, student), _COLUMNS)
         if not write_tables(folder / "train.arrow", tables):
             raise no_tokens(rows, task, split="train")
 
@@ -229,43 +228,40 @@ def encode_mixed(
     return read_rows(folder / "train.arrow")
 
 
-class _RowShape(NamedTuple):
-    room: int  # the most pieces of a row, without special tokens
-    special: _Frame  # of the student
-
-
-def _rows(rows: Dataset, cutter: WordCutter, shape: _RowShape) -> Iterator[_Row]:
+def _rows(rows: Dataset, cutter: WordCutter, room: int, student: _Frame) -> Iterator[_Row]:
+    # room: the most pieces of a row, without special tokens.
     too_long, first_word = 0, ""
     for batch in arrow_batches(rows, TEXTS_AT_ONCE):
         for words in cutter(batch.column("text").to_pylist()):
             sizes = np.maximum(words.student.lengths, words.teacher.lengths)
-            fits = sizes <= shape.room
+            fits = sizes <= room
             if not fits.all():
                 first_word = first_word or words.word(int(fits.argmin()))
                 too_long += int((~fits).sum())
-            yield from _text_rows(words.only(fits), sizes[fits], shape)
+            yield from _text_rows(words.only(fits), sizes[fits], room, student)
     if too_long:
         logger.warning(
             "%d word(s) of the training texts are left out, because task.max_length leaves room "
             "for %d pieces in a row and they have more; the first is %.60s",
             too_long,
-            shape.room,
+            room,
             first_word,
         )
 
 
-def _text_rows(words: SharedWords, sizes: NDArray[np.int64], shape: _RowShape) -> Iterator[_Row]:
+def _text_rows(
+    words: SharedWords, sizes: NDArray[np.int64], room: int, special: _Frame
+) -> Iterator[_Row]:
     """Yield the columns of the rows of a text; `sizes` are the most pieces of each word."""
     student_lengths, teacher_lengths = words.student.lengths, words.teacher.lengths
-    for first, last in word_windows(sizes, shape.room):
+    for first, last in word_windows(sizes, room):
         part = slice(first, last)
         student, teacher = (
             pieces.ids[pieces.starts[first] : pieces.starts[last]]
             for pieces in (words.student, words.teacher)
         )
-        before, after = shape.special
         yield (
-            np.concatenate([before, student, after]),
+            np.concatenate([special.before, student, special.after]),
             teacher,
             student_lengths[part],
             teacher_lengths[part],
@@ -303,12 +299,10 @@ def _check_numbers(role: str, tokenizer: PreTrainedTokenizerBase) -> None:
 
 def mixed_batches(parts: StageParts) -> BatchSource:
     """Return the rows that are encoded for both vocabularies, also for a student alone."""
-    stage, assembly = parts.stage, parts.assembly
-    pair, task = assembly.prepared.pair, assembly.config.task
-    encoded = parts.of_model.prepared.encoded._replace(train=assembly.method_rows)
+    prepared, config = parts.assembly.prepared, parts.assembly.config
+    rows, pair = cast("Dataset", prepared.method_rows), cast("VocabularyPair", prepared.pair)
     others = {
-        role: MixedText(pair, task, probability=probability)
-        for role, probability in stage.mixed.items()
-        if pair is not None
+        role: MixedText(pair, config.task, probability=probability)
+        for role, probability in config.method.mixed(parts.stage).items()
     }
-    return row_batches(parts, encoded, others)
+    return row_batches(parts, parts.of_model.prepared.encoded._replace(train=rows), others)
