@@ -217,7 +217,7 @@ def _server(arguments: argparse.Namespace) -> Answers:
     from megakd.teachers.servers import JsonServer, RunningCalls
 
     class Message(BaseModel):
-        content: str
+        content: str | None
 
     class Choice(BaseModel):
         message: Message
@@ -236,7 +236,14 @@ def _server(arguments: argparse.Namespace) -> Answers:
         reply = server.ask("/v1/chat/completions", body).read(Answer)
         if not reply.choices:
             raise ServerError(f"{arguments.url}: an answer has no choices")
-        return reply.choices[0].message.content, reply.choices[0].finish_reason
+        text, reason = reply.choices[0].message.content, reply.choices[0].finish_reason
+        if text is None:
+            raise ServerError(
+                f"{arguments.url}: an answer of finish_reason {reason} has no content; start vLLM "
+                "without --reasoning-parser, which takes the reasoning out of the content, or "
+                "raise --max_new_tokens"
+            )
+        return text, reason
 
     def answers(block: Sequence[Messages]) -> list[tuple[str, str]]:
         return RunningCalls([partial(ask, one) for one in block], at_once=AT_ONCE).results()

@@ -138,14 +138,24 @@ def test_an_api_is_asked_with_its_key_and_its_reasons_are_kept(tmp_path, monkeyp
     assert {body["model"] for *_, body in asked} == {"gpt"}
 
 
-def test_an_api_without_finish_reasons_is_refused(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"message": {"content": "one"}}, "choices.0.finish_reason: Field required"),
+        (
+            {"message": {"content": None, "reasoning": "one"}, "finish_reason": "length"},
+            "finish_reason length has no content; start vLLM without --reasoning-parser",
+        ),
+    ],
+)
+def test_an_api_without_texts_or_finish_reasons_is_refused(tmp_path, capsys, choice, message):
     prompts, to = write_jsonl(tmp_path / "prompts.jsonl", QUESTIONS), tmp_path / "answers.jsonl"
 
-    with api({"choices": [{"message": {"content": "one"}}]}, []) as url:
+    with api({"choices": [choice]}, []) as url:
         code = cli.main(["answer", "gpt", f"--data={prompts}", f"--to={to}", f"--url={url}"])
 
     assert code == 2
-    assert "choices.0.finish_reason: Field required" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert to.read_text() == ""
 
 

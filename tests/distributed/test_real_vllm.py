@@ -5,6 +5,7 @@ The tests take minutes, and an environment of their own: see tests/support/vllm_
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import warnings
@@ -16,8 +17,9 @@ import numpy as np
 import pytest
 import torch
 from real_vllm import HOW, vllm_server
-from test_rollouts import WORDS, finish, texts_of, write_config
+from test_rollouts import WORDS, finish, refused, texts_of, weights, write_config
 from test_rollouts import texts as texts  # noqa: PLC0414 - a fixture
+from tiny_runs import merged
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -146,7 +148,6 @@ def test_the_best_tokens_are_those_of_the_model(url, folders):
 
 
 def test_a_server_takes_other_weights_and_forgets_its_prefixes(url, folders):
-    """The version in answers is a matter of vLLM 0.33, which the CPU backend is older than."""
     server = connected(url)
     try:
         server.load_weights(folders[1], "run-s1-1")
@@ -158,20 +159,50 @@ def test_a_server_takes_other_weights_and_forgets_its_prefixes(url, folders):
     assert served(url, folders[0], GREEDY) == greedy_of(folders[0])
 
 
-def test_adapters_of_every_start_are_new_to_the_server(url, folders, command, texts, tmp_path):
-    """Two runs of one folder: the second one must not learn from texts of the first one."""
+def write_run(folder: Path, texts: Path, folders: tuple[Path, Path], **keys: Any) -> Path:
+    """Two steps of the served model on its greedy texts."""
     student, teacher = map(str, folders)
-    keys: dict[str, Any] = {
+    tree: dict[str, Any] = {
         "task": {"tokenizer": student, "max_length": 64},
         "teacher": {"model": teacher},
-        "student": {"model": student, "lora": {"r": 4}},
+        "student": {"model": student},
         "train": {"max_steps": 2, "per_device_train_batch_size": 6, "learning_rate": 0.01},
+        "rollout": {"mix": 1.0, "sampling": {"temperature": 0}, "prompt_tokens": 40},
     }
-    greedy = {"mix": 1.0, "sampling": {"temperature": 0}, "prompt_tokens": 40}
+    return write_config(folder, texts, zero=0, **merged(tree, keys))
+
+
+def states_versions(url: str) -> bool:
+    """Whether answers name their weights, which vLLM does from 0.33 on."""
+    major, minor = json.loads(connected(url).ask("/version").text)["version"].split(".")[:2]
+    return (int(major), int(minor)) >= (0, 33)
+
+
+def test_a_run_that_pushes_all_weights_ends_as_one_with_texts_of_its_own_engine(
+    url, folders, command, texts, tmp_path
+):
+    server, out = {"url": [url], "push": "full", "folder": str(tmp_path / "w")}, tmp_path / "out"
+    config = write_run(tmp_path, texts, folders, rollout={"server": server})
+    if not states_versions(url):
+        assert "has no weight_versions, which vLLM states" in refused(command, config, out)
+        pytest.skip("refused: vLLM is older than 0.33")
+    try:
+        finish(command, config, out, world=1)
+    finally:
+        connected(url).load_weights(folders[0], "default")
+
+    wanted = finish(command, write_run(tmp_path, texts, folders), tmp_path / "own", world=1)
+    assert texts_of(out) == texts_of(wanted)
+    torch.testing.assert_close(weights(out), weights(wanted), rtol=0, atol=2e-5)
+
+
+def test_adapters_of_every_start_are_new_to_the_server(url, folders, command, texts, tmp_path):
+    """Two runs of one folder: the second one must not learn from texts of the first one."""
+    lora = {"lora": {"r": 4}}
     server = {"url": [url], "push": "adapter", "folder": str(tmp_path / "w")}
-    local = write_config(tmp_path, texts, zero=0, rollout=greedy, **keys)
+    local = write_run(tmp_path, texts, folders, student=lora)
     wanted, out = finish(command, local, tmp_path / "own", world=1), tmp_path / "out"
-    config = write_config(tmp_path, texts, zero=0, rollout=greedy | {"server": server}, **keys)
+    config = write_run(tmp_path, texts, folders, student=lora, rollout={"server": server})
     finish(command, config, out, "train.learning_rate=1", world=1)
     shutil.rmtree(out)
 
