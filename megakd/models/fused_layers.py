@@ -26,6 +26,7 @@ from megakd.models.small_copy import without_values
 
 logger = logging.getLogger(__name__)
 Forwards = dict[nn.Module, Callable[..., Any]]
+Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
 KEY = "train.fused_layers"
 WIDTH, INNER = 8, 12
 """Sizes of the small modules that are tried."""
@@ -42,7 +43,7 @@ def fuse_layers(
     Raises:
         ConfigError: they are asked for, and the model or the environment lacks them.
     """
-    if choice == "off" or (choice == "auto" and device.type == "cpu"):
+    if not is_fused(choice, device.type):
         return
     # All ranks compute alike, also if one of them lacks a compiler.
     reason = next(filter(None, gather(why_not_compiled(device))), None)
@@ -54,6 +55,11 @@ def fuse_layers(
         logger.info("%s: the layers are not fused (%s): %s", source.where, KEY, reason)
     for part, forward in forwards.items():
         part.forward = forward.__get__(part)
+
+
+def is_fused(choice: FusedLayers, device: str) -> bool:
+    """Return whether layers are fused on a type of device, if the model and torch can."""
+    return choice == "on" or (choice == "auto" and device != "cpu")
 
 
 def check_fused_layers(source: ModelSource, task: TaskType) -> None:
@@ -79,10 +85,18 @@ def why_not_compiled(device: torch.device) -> str | None:
     return None
 
 
-def fused_forwards(model: nn.Module) -> Forwards:
+def compiled(function: Any) -> Callable[..., Any]:
+    """Return a function that torch compiles at its first call."""
+    # torch counts graphs by code: a copy, so that student and teacher do not share the limit of 8.
+    return torch.compile(_copied(function), dynamic=True)
+
+
+def fused_forwards(model: nn.Module, fuse: Compile = compiled) -> Forwards:
     """Return the forwards of the parts of a model that can be fused; nothing is compiled yet.
 
     The functions of parts are tried on small copies of these, whose weights are sharded at ZeRO 3.
+
+    fuse: makes one kernel of a function without submodules.
     """
     forwards: Forwards = {}
     by_kind: dict[object, Callable[..., Any] | None] = {}
@@ -92,14 +106,16 @@ def fused_forwards(model: nn.Module) -> Forwards:
         if not is_plain or kind.__module__.startswith("torch."):
             continue
         if kind not in by_kind:
-            by_kind[kind] = _fused_norm(part) or _fused_product(part) or _fused_rotation(part)
+            by_kind[kind] = (
+                _fused_norm(part, fuse) or _fused_product(part, fuse) or _fused_rotation(part, fuse)
+            )
         forward = by_kind[kind]
         if forward is not None:
             forwards[part] = forward
     return forwards
 
 
-def _fused_norm(part: nn.Module) -> Callable[..., Any] | None:
+def _fused_norm(part: nn.Module, fuse: Compile) -> Callable[..., Any] | None:
     # Its function is the same for a multiple of a row, and a factor for each column.
     if [*part._modules] or [*part._parameters] != ["weight"]:  # noqa: SLF001 - sharded are empty
         return None
@@ -110,10 +126,10 @@ def _fused_norm(part: nn.Module) -> Callable[..., Any] | None:
         return None
     factors = outputs / (rows * rows.square().mean(-1, keepdim=True).rsqrt())
     is_norm = torch.allclose(factors, factors[:1].expand_as(factors), rtol=1e-4)
-    return _compiled(type(part).forward) if is_norm else None
+    return fuse(type(part).forward) if is_norm else None
 
 
-def _fused_product(part: nn.Module) -> Callable[..., Any] | None:
+def _fused_product(part: nn.Module, fuse: Compile) -> Callable[..., Any] | None:
     linear = [name for name, child in part.named_children() if isinstance(child, nn.Linear)]
     others = [child for child in part.children() if not isinstance(child, nn.Linear)]
     if len(linear) != 3 or len(others) != 1 or [*others[0].parameters()]:
@@ -134,7 +150,7 @@ def _fused_product(part: nn.Module) -> Callable[..., Any] | None:
         if outputs is not None and torch.allclose(
             outputs, _tried(part, small, rows, forward), rtol=1e-5
         ):
-            return _gated(_compiled(product), gate, up, down)
+            return _gated(fuse(product), gate, up, down)
     return None
 
 
@@ -148,7 +164,7 @@ def _gated(
     return forward
 
 
-def _fused_rotation(part: nn.Module) -> Callable[..., Any] | None:
+def _fused_rotation(part: nn.Module, fuse: Compile) -> Callable[..., Any] | None:
     # Attentions of transformers call a function of their file, which takes a cosine and a sine, and
     # an 8-bit layer scales its rows.
     forward: Any = type(part).forward
@@ -157,17 +173,12 @@ def _fused_rotation(part: nn.Module) -> Callable[..., Any] | None:
         name: scope[name] for name in code.co_names if isinstance(scope.get(name), FunctionType)
     }
     rotations = {
-        name: _compiled(function)
+        name: fuse(function)
         for name, function in called.items()
         if function is scaled_rows
         or {"cos", "sin"} <= {*function.__code__.co_varnames[: function.__code__.co_argcount]}
     }
     return _copied(forward, **rotations) if rotations else None
-
-
-def _compiled(function: Any) -> Callable[..., Any]:
-    # torch counts graphs by code: a copy, so that student and teacher do not share the limit of 8.
-    return torch.compile(_copied(function), dynamic=True)
 
 
 def _copied(function: Any, **names: object) -> Any:

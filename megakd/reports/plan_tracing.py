@@ -11,27 +11,30 @@ import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from torch.utils._pytree import tree_flatten, tree_iter, tree_unflatten
 from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from megakd.config.run import RunConfig
-from megakd.config.task import SOFT_LABELS, Dtype
+from megakd.config.task import SOFT_LABELS, Dtype, FusedLayers
 from megakd.config.terms import Unit, source_of
 from megakd.data.batch import Batch, Documents, Knowledge, Targets, backward_groups, teacher_names
 from megakd.data.collation import DEFAULT_PROBABILITY
 from megakd.losses.bundle import StudentBundle, build_bundle
 from megakd.losses.objective import StageLosses, label_objective, stage_losses, with_even_weights
 from megakd.models.fitting import ModelSource, ReadyTeacher, build_empty
+from megakd.models.fused_layers import fused_forwards, is_fused
 from megakd.models.knowledge import LanguageModelHead, Needs, SecondSize, build_second_vocabulary
 from megakd.models.lora import add_adapters
 from megakd.models.packing import VARLEN, set_attention
@@ -40,6 +43,7 @@ from megakd.stage import Stage
 from megakd.teachers.frozen import FrozenModel, joined, split
 from megakd.training.precision import (
     TORCH_DTYPE,
+    choice_of,
     frozen_dtype,
     joins_micro_batches,
     largest_step,
@@ -58,6 +62,8 @@ _STEPS = 100  # over which the use of teachers is counted
 # Positions of the chunk size in the arguments of the operators on heads; 0: the default.
 _CHUNK_ARGUMENT = {"megakd::linear_kd": 17, "megakd::topk_kd": 16}
 _ROW_BUFFERS = 5 * MEBIBYTE  # of the row kernels on a CPU; a GPU has none
+_IN_KERNEL = ContextVar("_IN_KERNEL", default=False)
+"""Whether the code that runs is one kernel in a run, whose intermediates have no memory."""
 _RELATION_BUFFERS = {"cpu": 12 << 20, "cuda": 192 << 20}
 
 
@@ -219,6 +225,8 @@ class _AllocationWatch(TorchDispatchMode):
         if is_sum and isinstance(args[0], Tensor) and _alike(args[0]) == _alike(out):
             self._free(_storage(args[0]))
         self.flops += _operations(func, args, kwargs, out)
+        if _IN_KERNEL.get():
+            return out
         for tensor in tree_iter(out):
             if isinstance(tensor, Tensor):
                 self._take(tensor)
@@ -238,6 +246,58 @@ class _AllocationWatch(TorchDispatchMode):
     def _free(self, key: int) -> None:
         size, _ = self._known.pop(key, (0, None))
         self._live[size >= MAPPED_BYTES] -= size
+
+
+def one_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that holds, without values, what `function` holds once torch compiled it.
+
+    It keeps for the backward what the function keeps, except intermediates as large as an input:
+    torch's partitioner of graphs computes these again from the inputs.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        leaves = [*tree_iter((args, kwargs))]
+        inputs = [one for one in leaves if isinstance(one, Tensor)]
+        parts = [one for one in leaves if isinstance(one, nn.Module)]
+        inputs += [weight for part in parts for weight in part.parameters(recurse=False)]
+        packed: list[Tensor] = []
+
+        def pack(tensor: Tensor) -> None:
+            packed.append(tensor.detach())  # without its graph, which holds this function
+
+        token = _IN_KERNEL.set(True)
+        try:
+            with saved_tensors_hooks(pack, lambda one: one):  # `_Kernel` has the backward
+                outputs, form = tree_flatten(function(*args, **kwargs))
+        finally:
+            _IN_KERNEL.reset(token)
+        stored = {_storage(one) for one in (*inputs, *outputs)}
+        largest = max(one.numel() for one in inputs)
+        kept = [one for one in packed if _storage(one) in stored or one.numel() < largest]
+        kept += inputs if len(kept) < len(packed) else []
+        return tree_unflatten(_Kernel.apply(kept, outputs, *inputs), form)
+
+    return call
+
+
+class _Kernel(torch.autograd.Function):
+    """Outputs of inputs whose computation takes no memory, and whose backward only has results."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, kept: Sequence[Tensor], outputs: Sequence[Tensor], *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*(tensor.detach() for tensor in kept))
+        ctx.alike = [_alike(one) for one in inputs]
+        return tuple(output.detach() for output in outputs)  # which counts their memory
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = (
+            torch.empty(size, dtype=dtype, device=VALUELESS) if is_needed else None
+            for (size, dtype), is_needed in zip(ctx.alike, ctx.needs_input_grad[2:], strict=True)
+        )
+        return (None, None, *gradients)
 
 
 def _operations(function: Any, args: Any, kwargs: Any, out: Any) -> float:
@@ -414,13 +474,15 @@ class PhaseTraces:
         return self._trace(module, partial(module, *args, **options), backward=False)
 
     def _frozen(self, ready: ReadyTeacher, needs: Needs) -> FrozenModel:
-        model = self._model(ready.source, planned_dtype(ready, self._device))
+        fused = self._config.train.fused_layers
+        model = self._model(ready.source, planned_dtype(ready, self._device), fused)
         model.requires_grad_(requires_grad=False)
         return FrozenModel(model, needs=needs, label_order=None, kernels="chunked").eval()
 
     def _bundle(self, stage: Stage, losses: StageLosses) -> StudentBundle:
         dtype, phase, config = training_dtype(stage.train, self._device), self._phase, self._config
-        learners = {role: self._model(one, dtype) for role, one in phase.learners.items()}
+        fused = choice_of(stage)
+        learners = {role: self._model(one, dtype, fused) for role, one in phase.learners.items()}
         kind, vocabulary = TORCH_DTYPE[dtype], config.method.own_vocabulary
         lora = config.lora_of(stage.role)
         with VALUELESS:
@@ -447,12 +509,15 @@ class PhaseTraces:
             batches[role] = batch._replace(targets=first, second=targets)
         return batches
 
-    def _model(self, source: ModelSource, dtype: Dtype) -> Any:
+    def _model(self, source: ModelSource, dtype: Dtype, fused: FusedLayers) -> Any:
         with VALUELESS:
             model = build_empty(source, self._task, source.config, TORCH_DTYPE[dtype])
         send_tokens_to_one_expert(model)
         if source.attn_implementation in (None, VARLEN, "sdpa", "eager"):
             set_attention(model, source, self._task.type, torch.device(self._device))
+        if is_fused(fused, self._device):
+            for part, forward in fused_forwards(model, one_kernel).items():
+                part.forward = forward.__get__(part)
         return model
 
     def _batch(self, rows: int, length: int | None = None) -> Batch:

@@ -59,9 +59,8 @@ def log_probabilities(assembly: Assembly, teacher: FrozenTeacher) -> Tensor:
         return logits_of(answer)[:POSITIONS].log_softmax(-1).cpu()
     with answer.head.open():
         # Padding and prompts count for no loss.
-        counted = batch.labels != IGNORE
-        hidden = answer.hidden[counted] if answer.hidden.dim() > 2 else answer.hidden
-        few = answer._replace(hidden=hidden[:POSITIONS])
+        counted = batch.target_labels.flatten() != IGNORE
+        few = answer._replace(hidden=answer.hidden.flatten(0, -2)[counted][:POSITIONS])
         return logits_of(few).log_softmax(-1).cpu()
 
 

@@ -60,6 +60,7 @@ TINY = f"{SMALL} --teacher 2x32 --student 2x32"
 COMMANDS = [
     (f"speed.overhead {TINY} --alone 3", "step against a bare loop, 1 rank(s), 3 pairs"),
     ("speed.causal_step --quick --pairs 2", "jsd, megakd, a step against a bare loop, 2 pairs"),
+    ("speed.fused_layers --quick --pairs 2", "fp32, a step with fused layers against one without"),
 ]
 
 

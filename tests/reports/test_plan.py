@@ -87,6 +87,33 @@ def test_smaller_batches_need_less_and_so_does_checkpointing_which_repeats_forwa
     assert more > 1.05 * flops
 
 
+@pytest.mark.parametrize("more", [(), ("train.gradient_checkpointing=true",)])
+def test_fused_layers_need_less_on_a_gpu(tmp_path, more):
+    fused, plain = (
+        planned(
+            config_of(tmp_path, f"train.fused_layers={choice}", *more, task=CAUSAL, **DECODERS),
+            device="cuda",
+        )
+        for choice in ("auto", "off")
+    )
+
+    assert fused.part("student", "activations") < plain.part("student", "activations")
+    assert fused.peak_bytes_per_rank < plain.peak_bytes_per_rank
+
+
+@pytest.mark.parametrize(
+    ("device", "sections"),
+    [("cpu", {"task": CAUSAL, **DECODERS}), ("cuda", {})],
+)
+def test_a_plan_without_fused_layers_does_not_change(tmp_path, device, sections):
+    fused, plain = (
+        planned(config_of(tmp_path, f"train.fused_layers={choice}", **sections), device=device)
+        for choice in ("auto", "off")
+    )
+
+    assert fused.as_json() == plain.as_json()
+
+
 def test_an_evaluation_that_is_the_peak_is_named_with_its_key(tmp_path):
     settings = ("eval.per_device_eval_batch_size=999", "student.deepspeed=zero0")
     plan = planned(config_of(tmp_path, *settings))

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from megakd.reports.plan_tracing import VALUELESS, Trace, loss_workspace, repeat_alike, trace_call
+from megakd.models.fused_layers import fused_forwards
+from megakd.reports.plan_tracing import (
+    VALUELESS,
+    Trace,
+    loss_workspace,
+    one_kernel,
+    repeat_alike,
+    trace_call,
+)
 
 ROWS, LENGTH = 2, 16
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -112,6 +120,35 @@ def test_gradient_checkpointing_holds_less_and_repeats_forwards(traced_llama):
 
     assert held(checkpointed) < held(plain) / 2
     assert 1.2 * plain.flops < checkpointed.flops < 1.4 * plain.flops
+
+
+def fuse(model: nn.Module, *fuse: Callable[..., Any]) -> None:
+    for part, forward in fused_forwards(model, *fuse).items():
+        part.forward = forward.__get__(part)
+
+
+# torch looks at the gradient of every input of a graph.
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_layers_are_traced_to_hold_what_compiled_ones_save(monkeypatch, dtype):
+    # The graphs of the default backend, without its code.
+    compiling = partial(torch.compile, backend="aot_eager_decomp_partition")
+    monkeypatch.setattr(torch, "compile", compiling)
+    model = llama().to(dtype)
+    of_plain = saved_bytes(model)
+    fuse(model)
+    saved = of_plain - saved_bytes(model)
+
+    def make() -> nn.Module:
+        return llama().to(dtype)
+
+    (_, plain), (module, _) = traced(make), traced(make)
+    fuse(module, one_kernel)
+    fused = traced(lambda: module)[1]
+
+    assert held(plain) - held(fused) == saved > held(plain) / 5
+    assert (fused.read, fused.flops) == (plain.read, plain.flops)
+    assert fused.points[-1] == plain.points[-1]
 
 
 HIDDEN = torch.empty(8192, 64, device="meta")
