@@ -151,7 +151,6 @@ def joined_shards(student) -> dict:
 
 
 def summed(parts: dict) -> dict[str, float]:
-    """The losses of a step, of all ranks together."""
     totals = collectives.all_reduce_(torch.stack([part.float() for part in parts.values()]))
     return dict(zip(parts, totals.tolist(), strict=True))
 

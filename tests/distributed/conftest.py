@@ -135,7 +135,6 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Group]:
 
 
 def ranks_of(count: int) -> list[dict[str, object]]:
-    """What a launcher tells each rank of one node."""
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     meeting |= {"WORLD_SIZE": count, "LOCAL_SIZE": count}
     return [{"RANK": rank, "LOCAL_RANK": rank, **meeting} for rank in range(count)]

@@ -9,6 +9,7 @@ import pytest
 import reference
 import tiny_runs
 import torch
+from lab_scene import pretend_one_rank
 from tiny_runs import (
     NO_DROPOUT,
     run_in,
@@ -277,19 +278,15 @@ def plain_run(config_path, terms, initial, adapt=lambda student: student):
 
 
 def inputs_of(config):
-    """The encoded rows, the collator and the masking of a run, made without its lab."""
+    """The encoded rows, the collator and the masking of a run, in the process of the test."""
     from megakd.data.collation import Collator, task_masking
-    from megakd.data.encoding import encode_splits
-    from megakd.data.splits import load_splits
-    from megakd.data.tokenizers import load_tokenizer
-    from megakd.training.inputs import cache_folder
+    from megakd.training.inputs import prepare
 
-    cache, task = cache_folder(), config.task
-    splits = load_splits(task, seed=config.seed, cache_dir=cache)
-    tokenizer = load_tokenizer(task, splits, model_folders=[], cache_dir=cache)
-    packed = "lfm2" not in str(config.student.model)
-    encoded = encode_splits(splits, tokenizer, task, cache_dir=cache, packed=packed)
-    return encoded, Collator(tokenizer, task), task_masking(tokenizer, task)
+    with pytest.MonkeyPatch.context() as patch:
+        pretend_one_rank(patch)
+        inputs = prepare(config)
+    task, tokenizer = inputs.config.task, inputs.tokenizer
+    return inputs.encoded, Collator(tokenizer, task), task_masking(tokenizer, task)
 
 
 def difference(actual, wanted) -> float:

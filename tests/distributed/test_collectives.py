@@ -131,7 +131,6 @@ def test_an_error_of_one_rank_keeps_the_others_from_going_on(workers, kind, fail
 
 @pytest.fixture
 def places(tmp_path) -> list[str]:
-    """A folder of each rank."""
     return [str(tmp_path / "a"), str(tmp_path / "b")]
 
 

@@ -13,16 +13,16 @@ from cases import lab_of
 from equal_runs import ZERO3, write_llama
 from slow_cases import slow
 from tiny_runs import run_in
+from transformers import LlamaModel
 
 from megakd.data.batch import Pass
 from megakd.methods.minidisc import Sandwich
 from megakd.models.views import View
 from megakd.stage import Stage
-from megakd.training import stage_run
 from megakd.training.evaluation import HeldOutLosses
 from megakd.training.lab import WHOLE, Metric, MetricJudge
 from megakd.training.recipes import completed
-from megakd.training.stage_run import StageRun
+from megakd.training.stage_run import StageRun, run_stage
 
 VIEWS = {"wide": View((2, 2), (12, 12)), "slim": View((1, 1), (8, 8)), "thin": View((1, 1), (4, 4))}
 METRIC = Metric(name="perplexity", parts=("perplexity",), higher_is_better=False)
@@ -50,22 +50,17 @@ def evaluated(config_path: str, overrides: list[str], kind: str) -> dict[str, An
         stage = completed(stage, lab.config)
         frozen = lab.pool.open(teacher, stage)
         forwards, runs = Counter[tuple[str, int]](), list[Any]()
+        forward, close = LlamaModel.forward, StageRun.close
 
-        class Watched(StageRun):
-            """A stage whose forwards are counted, and whose engine stays open."""
+        def counted(model: Any, *given: Any, **named: Any) -> Any:
+            name = "teacher" if model is frozen.model.model else "student"
+            forwards[name, len(named["input_ids"])] += 1
+            return forward(model, *given, **named)
 
-            def __init__(self, *parts: Any, **options: Any) -> None:
-                super().__init__(*parts, **options)
-                runs.append(self)
-                for name, model in (("teacher", frozen.model), ("student", self.student.student)):
-                    count = functools.partial(_count, forwards, name)
-                    model.model.register_forward_pre_hook(count, with_kwargs=True)
-
-            def close(self) -> None:
-                pass
-
-        with mock.patch.object(stage_run, "StageRun", Watched):
-            result = stage_run.run_stage(
+        # The engine stays open.
+        open_run = mock.patch.object(StageRun, "close", autospec=True, side_effect=runs.append)
+        with mock.patch.object(LlamaModel, "forward", counted), open_run:
+            result = run_stage(
                 stage,
                 lab.assembly,
                 teachers={teacher: frozen},
@@ -81,13 +76,9 @@ def evaluated(config_path: str, overrides: list[str], kind: str) -> dict[str, An
             "scores": {view: dict(values) for view, values in scores.items()},
             "apart": {view: _apart(run, strategy.passes(1), view) for view in scores},
         }
-        StageRun.close(run)
+        close(run)
         frozen.destroy()
     return facts
-
-
-def _count(forwards: Counter[tuple[str, int]], name: str, *given: Any) -> None:
-    forwards[name, len(given[-1]["input_ids"])] += 1
 
 
 def _apart(run: StageRun, plan: tuple[Pass, ...], view: str) -> dict[str, float]:

@@ -130,7 +130,6 @@ def config_of(write_run):
 
 @pytest.fixture(scope="module")
 def alone(workers, config_of):
-    """The completions of one rank without sharding."""
     return workers(1).run("test_generation.completions", config_of(0, 0), [])[0]
 
 

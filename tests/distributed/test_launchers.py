@@ -117,7 +117,7 @@ def test_a_launcher_of_two_ranks_trains_as_two_ranks_by_hand(config, by_hand, tm
     assert weights(out) == weights(by_hand("zero3"))
 
 
-def slurm(rank: int, ranks: int, job: int = 1) -> dict[str, object]:
+def slurm(rank: int, ranks: int, job: int) -> dict[str, object]:
     place = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_NTASKS": ranks}
     nodes = {"SLURM_NODELIST": "localhost", "SLURM_STEP_NODELIST": "localhost"}
     nodes |= {"SLURM_STEP_ID": 0}
@@ -134,24 +134,17 @@ def job_of_a_free_port() -> int:
 
 
 @pytest.mark.slow
-def test_processes_that_srun_starts_find_each_other(config, launch, by_hand, tmp_path):
+@pytest.mark.parametrize("tasks", [0, 1, 2], ids=["python", "srun of one", "srun of two"])
+def test_processes_that_srun_starts_find_each_other_and_one_needs_no_launcher(
+    config, launch, by_hand, tmp_path, tasks
+):
     out, job = tmp_path / "out", job_of_a_free_port()
 
-    group = launch(*train(config, out)[1:], ranks=[slurm(rank, 2, job) for rank in range(2)])
+    ranks = [slurm(rank, tasks, job) for rank in range(tasks)] or [{}]
+    group = launch(*train(config, out)[1:], ranks=ranks)
 
-    assert_finished(group.wait(), group.text, out, ranks=2)
-    assert weights(out) == weights(by_hand("zero3"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("variables", [{}, slurm(0, 1)], ids=["python", "srun"])
-def test_one_process_needs_no_launcher(config, launch, by_hand, tmp_path, variables):
-    out = tmp_path / "out"
-
-    group = launch(*train(config, out)[1:], ranks=[variables])
-
-    assert_finished(group.wait(), group.text, out, ranks=1)
-    assert weights(out) != weights(by_hand("zero3"))
+    assert_finished(group.wait(), group.text, out, ranks=len(ranks))
+    assert (weights(out) == weights(by_hand("zero3"))) is (tasks == 2)
 
 
 def test_a_row_that_one_rank_alone_cannot_read_is_named_by_that_rank(launch, tmp_path):
@@ -257,7 +250,6 @@ def test_a_dry_run_takes_steps_on_both_ranks_beside_the_plan(config, launch, tmp
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory) -> Path:
-    """A run of many steps."""
     folder = tmp_path_factory.mktemp("stops")
     return run_in(
         folder,
@@ -271,7 +263,6 @@ def stopped(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(command, stopped, tmp_path_factory) -> bytes:
-    """The weights of the run, which nothing has stopped."""
     out = tmp_path_factory.mktemp("whole") / "out"
     command("--config", str(stopped), f"output_dir={out}", code=0)
     return weights(out)

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from cases import started, summed
-from conftest import as_it_was
 from equal_runs import CLASSIFICATION, LANGUAGE, ZERO3, difference
 from safetensors.torch import load_file
 from slow_cases import slow
@@ -147,16 +146,3 @@ def test_a_trial_of_minidisc_goes_on_with_other_ranks(goes_on, write_run, world,
     for path in weights:
         one, two = load_file(result / path), load_file(whole / path)
         torch.testing.assert_close(one, two, rtol=0, atol=1e-5)
-
-
-def test_another_number_of_rows_is_refused_with_what_keeps_them(command, write_run, tmp_path):
-    sections = {"save": {"save_steps": 1}, "train": {"max_steps": 2}}
-    config = write_run("bert-student", {"soft_target_kl": 1.0}, **sections)
-    command("--config", config, world=1, code=0)
-    as_it_was(Path(f"{config}-out"), "student/step-1", tmp_path / "out")
-
-    refused = command("--config", config, f"output_dir={tmp_path / 'out'}", code=2)
-
-    assert refused.text.count("megakd: error: ") == 1
-    assert "train: rows of a step of all ranks: 6 there, 12 here" in refused.text
-    assert "accumulation_steps x ranks must be 6, so the ranks must divide 6)" in refused.text

@@ -11,9 +11,10 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from benches import EXPERTS
+from benches import expert_rows as rows
 from cases import lab_of, local
 from equal_runs import ZERO3, difference
-from routed_bench import EXPERTS, rows
 from safetensors.torch import load_file
 from slow_cases import slow
 from tiny_runs import (
@@ -313,7 +314,6 @@ def by_one_rank(write) -> Path:
 
 
 def draws(folder: Path) -> dict[str, np.ndarray]:
-    """The rows of all shards."""
     files = {kind: sorted(folder.glob(f"*/{kind}.npy")) for kind in ("ids", "counts")}
     return {kind: np.concatenate([np.load(one) for one in each]) for kind, each in files.items()}
 

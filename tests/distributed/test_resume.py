@@ -135,68 +135,45 @@ def assert_same_tensors(folder: Path, wanted: Path) -> None:
         assert all(map(torch.equal, one, other)), name
 
 
-class Killer:
-    """Starts a run again and again, and kills it at a chosen kind of moment."""
+def logged_since(run: Run, stage: str, count: int) -> Callable[[float], bool]:
+    def moment(started: float) -> bool:
+        records = [r for r in run.records() if r["stage"] == stage]
+        return sum(r["time"] > started for r in records) >= count
 
-    def __init__(self, launch: Callable[..., Any], run: Run, rng: random.Random) -> None:
-        self.launch, self.run, self.rng = launch, run, rng
-        self.story: list[str] = []
-
-    def start_until(
-        self,
-        what: str,
-        moment: Callable[[float], bool],
-        *,
-        delay_s: float = 0.0,
-        rank: int | None = None,
-    ) -> None:
-        """Kills a random while of at most `delay_s` after `moment(start time)` holds."""
-        delay = self.rng.uniform(0, delay_s)
-        group = self.launch(*self.run.arguments())
-        # The ranks need the core that looking takes.
-        often = max(0.001, min(0.01, delay_s / 10))
-        reached = group.wait_until(lambda: moment(group.started), look_every_s=often)
-        time.sleep(delay)
-        group.kill(rank)
-        killed = "all ranks" if rank is None else f"rank {rank}"
-        self.story.append(f"{what} + {delay:.3f} s, {killed}: {_last_line(group.text)}")
-        # A run that has ended before is no failure of resuming, unless it ended badly.
-        assert reached or [p.exitcode for p in group.processes] == [0] * WORLD, group.text
-
-    def logged(self, stage: str, count: int) -> Callable[[float], bool]:
-        def moment(started: float) -> bool:
-            records = [r for r in self.run.records() if r["stage"] == stage]
-            return sum(r["time"] > started for r in records) >= count
-
-        return moment
-
-    def saving(self, stage: str) -> Callable[[float], bool]:
-        """When this start writes a checkpoint; one that was killed may have left its own."""
-        folder = self.run.out / "checkpoints" / stage
-        left = set(folder.glob("*.partial"))
-        return lambda _: bool(set(folder.glob("*.partial")) - left)
+    return moment
 
 
-def _last_line(text: str) -> str:
-    return next((line for line in reversed(text.splitlines()) if line.strip()), "nothing said")[:80]
+def saving(run: Run, stage: str) -> Callable[[float], bool]:
+    """When this start writes a checkpoint; one that was killed may have left its own."""
+    folder = run.out / "checkpoints" / stage
+    left = set(folder.glob("*.partial"))
+    return lambda _: bool(set(folder.glob("*.partial")) - left)
 
 
 def test_a_run_killed_again_and_again_ends_as_if_it_had_never_been(
     truth, launch, command, tmp_path
 ):
-    seed = random.randrange(10**6)
-    rng = random.Random(seed)
+    rng = random.Random(seed := random.randrange(10**6))
     run = truth._replace(out=tmp_path / "killed")
-    killer = Killer(launch, run, rng)
+
+    def kill(moment: Callable[[float], bool], delay_s: float, rank: int | None = None) -> None:
+        """Start the run, and kill it a random while after `moment(start time)` holds."""
+        group = launch(*run.arguments())
+        # The ranks need the core that looking takes.
+        often = max(0.001, min(0.01, delay_s / 10))
+        reached = group.wait_until(lambda: moment(group.started), look_every_s=often)
+        time.sleep(rng.uniform(0, delay_s))
+        group.kill(rank)
+        # A run that has ended before is no failure of resuming, unless it ended badly.
+        assert reached or [p.exitcode for p in group.processes] == [0] * WORLD, group.text
 
     try:
-        killer.start_until("a save", killer.saving(rng.choice(STAGES)), delay_s=0.02)
-        moment = killer.logged(STUDENT, rng.randint(1, STEPS // 2))
-        killer.start_until("student", moment, delay_s=0.1, rank=rng.randrange(WORLD))
+        kill(saving(run, rng.choice(STAGES)), 0.02)
+        kill(logged_since(run, STUDENT, rng.randint(1, STEPS // 2)), 0.1, rng.randrange(WORLD))
         command(*run.arguments(), code=0)
         assert_same_run(run, truth)
     except BaseException:
-        print(f"seed {seed}", *killer.story, sep="\n")  # noqa: T201 - shown with the failure
+        print(f"seed {seed}")  # noqa: T201 - shown with the failure
         raise
     assert not [path.name for path in run.out.rglob("*.partial")]
     assert not [path.name for path in run.out.rglob(".*.new")]

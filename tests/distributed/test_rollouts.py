@@ -13,7 +13,7 @@ import torch
 from equal_runs import difference
 from safetensors.torch import load_file
 from slow_cases import slow
-from tiny_runs import merged
+from tiny_runs import config_tree, llama, merged
 from whole_run import read, records
 
 STEPS = 6
@@ -23,7 +23,6 @@ WORDS = ("the", "cat", "dog", "sat", "on", "a", "mat", "and", "ran", "to", "big"
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with files of random texts of 30 words."""
     folder, rng = tmp_path_factory.mktemp("texts"), random.Random(0)
     for split, count in (("train", 120), ("validation", 8)):
         lines = (" ".join(rng.choices(WORDS, k=30)) for _ in range(count))
@@ -31,44 +30,29 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def small_llama(layers: int, width: int) -> dict[str, Any]:
-    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_attention_heads": 2}
-    return {"config": {"model_type": "llama", "num_hidden_layers": layers, **sizes}}
-
-
 def write_config(folder: Path, texts: Path, *, zero: int, **sections: Any) -> Path:
     """A student that learns from texts of its own, and of the data."""
-    teacher = "teacher_zero3" if zero == 3 else "teacher_zero0"
-    tree: dict[str, Any] = {
-        "output_dir": "unused",
-        "task": {
+    tree = config_tree(
+        Path("unused"),
+        {
             "type": "causal_lm",
             "train_files": str(texts / "train.txt"),
             "validation_files": str(texts / "validation.txt"),
             "max_length": 24,
             "tokenizer": {"type": "bpe", "vocab_size": 300},
         },
-        "teacher": {"model": small_llama(2, 16), "deepspeed": teacher},
-        "student": {"model": small_llama(1, 8), "deepspeed": f"zero{zero}"},
-        "method": {"name": "single"},
-        "objective": [{"loss": "soft_target_kl"}, {"loss": "soft_target_reverse_kl"}],
-        "rollout": {
-            "max_new_tokens": 10,
-            "prompt_tokens": 6,
-            "mix": 0.7,
-        },
-        "seed": 1,  # step 1 learns from the data, the others from texts
-        "train": {
-            "per_device_train_batch_size": 12,
-            "max_steps": STEPS,
-            "learning_rate": 0.01,
-            # Adam would turn rounding of tiny gradients into whole steps.
-            "adam_epsilon": 0.01,
-        },
+        teacher={"model": llama(2), "deepspeed": f"teacher_zero{3 if zero == 3 else 0}"},
+        student={"model": llama(1, 8), "deepspeed": f"zero{zero}"},
+        method={"name": "single"},
+        objective=[{"loss": "soft_target_kl"}, {"loss": "soft_target_reverse_kl"}],
+        rollout={"max_new_tokens": 10, "prompt_tokens": 6, "mix": 0.7},
+        seed=1,  # step 1 learns from the data, the others from texts
+        # Adam would turn rounding of tiny gradients into whole steps.
+        train={"per_device_train_batch_size": 12, "max_steps": STEPS, "adam_epsilon": 0.01},
         # Otherwise the time at which old texts are removed depends on the disk.
-        "save": {"save_steps": 2, "asynchronous": False},
-        "log": {"logging_steps": 1, "report_to": []},
-    }
+        save={"save_steps": 2, "asynchronous": False, "save_total_limit": 2},
+        log={"logging_steps": 1},
+    )
     return tiny_runs.write_config(folder / "run.yaml", merged(tree, sections))
 
 

@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from served_models import Transformer
 from server_stubs import Stub, serving
 from slow_cases import slow
-from test_rollouts import STEPS, finish, refused, small_llama, texts_of, weights, write_config
+from test_rollouts import STEPS, finish, refused, texts_of, weights, write_config
 from test_rollouts import texts as texts  # noqa: PLC0414 - a fixture
+from tiny_runs import llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megakd.engine import distributed
@@ -198,7 +199,6 @@ def test_adapters_reach_a_vllm_server_before_every_step(command, texts, tmp_path
 
 @contextmanager
 def pushing(config_path: str, folder: str, urls: list[str], kind: Any, **options: Any):
-    """A run, and what pushes its student."""
     servers = [VllmServer(url, time_limit_s=60) for url in urls]
     with started(config_path) as (run, _):
         yield run, kind(run.student.student, servers, Path(folder) / "run/run-s1", **options)
@@ -330,7 +330,7 @@ PACKED = {"train": {"max_steps": 3, "tokens_per_rank": 60}}
 def trained(command, texts, tmp_path_factory) -> Path:
     """The folder of a model that teaches, with its tokenizer; its probabilities are not uniform."""
     folder = tmp_path_factory.mktemp("teacher")
-    student = {"model": small_llama(2, 16)}
+    student = {"model": llama(2)}
     path = write_config(folder, texts, zero=0, student=student, train={"max_steps": 1})
     made = finish(command, path, folder / "out", world=1) / "final"
     model = AutoModelForCausalLM.from_pretrained(made)
@@ -350,7 +350,7 @@ def config(texts, trained, tmp_path):
         if not generates:
             keys["rollout"] = None
         sections = {"train": {"max_steps": 3}, "task": {"tokenizer": str(trained)}, **keys}
-        sections |= {"teacher": teacher, "student": {"model": small_llama(1, 8)}, "objective": KL}
+        sections |= {"teacher": teacher, "student": {"model": llama(1, 8)}, "objective": KL}
         return write_config(tmp_path, texts, zero=zero, **sections)
 
     return written

@@ -42,7 +42,6 @@ def load(spec, kind, ds, **changes):
 
 
 def states(folder):
-    """The state of sharded models, read out whole."""
     results = {}
     for name, ds in (("sharded", ZERO3), ("offloaded", ZERO3_OFFLOAD)):
         loaded = load(folder, "causal_lm", ds)
@@ -122,7 +121,6 @@ def llama_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ranks(workers, llama_folder, tmp_path_factory):
-    """The results of both ranks, from one call."""
     folders = str(llama_folder), str(tmp_path_factory.mktemp("ranks"))
     return workers(2).run("test_sharded_models.everything", *folders)
 

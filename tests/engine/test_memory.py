@@ -115,13 +115,17 @@ def _own_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_COUNTED", {})
 
 
-def test_a_peak_from_before_the_reset_counts_for_the_process_alone():
+@pytest.mark.parametrize("is_reset", [True, False], ids=["reset", "no reset of the system"])
+def test_a_peak_from_before_the_reset_counts_for_the_process_alone(tmp_path, monkeypatch, is_reset):
+    if not is_reset:
+        monkeypatch.setattr(memory, "PROCESS", tmp_path / "none")
     held_for_a_moment(LARGE)
     before = peak_memory_bytes(CPU)
 
     reset_peak_memory(CPU)
 
-    assert peak_memory_bytes(CPU) < before - LARGE / 2
+    assert (peak_memory_bytes(CPU) < before - LARGE / 2) is is_reset
+    assert is_reset or peak_memory_bytes(CPU) == before
     assert peak_memory_of_process(CPU) == before
 
 
@@ -139,17 +143,6 @@ def test_a_peak_after_the_reset_counts_and_memory_that_is_left_out_for_the_proce
     assert peak_memory_of_process(CPU) > counted + LARGE / 2
     reset_peak_memory(CPU)
     assert peak_memory_bytes(CPU) < counted - LARGE / 2
-
-
-def test_without_a_reset_of_the_system_the_peak_of_the_process_is_given(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "PROCESS", tmp_path / "none")
-    held_for_a_moment(LARGE)
-    before = peak_memory_bytes(CPU)
-
-    reset_peak_memory(CPU)
-
-    assert peak_memory_bytes(CPU) == before
-    assert peak_memory_of_process(CPU) == before
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

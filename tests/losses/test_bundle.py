@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from loss_terms import term_of
+from loss_scene import term_of
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -158,15 +158,6 @@ def test_passes_add_up_and_those_of_one_view_report_their_mean():
     for name in ("hard_cross_entropy", "soft_target_kl"):
         assert result[f"small/{name}"].item() == pytest.approx(a[name].item())
         assert result[f"large/{name}"].item() == pytest.approx((a[name] + b[name]).item() / 2)
-
-
-def test_projections_belong_to_the_bundle_and_not_to_the_student():
-    objective = build_objective((term_of("hidden_mse"),), "classification", SHAPE, Shape(1, 6, 3))
-    student = StudentBundle({"student": Classifier()}, objective, world_size=1)
-
-    names = {name for name, _ in student.named_parameters()}
-    names -= {f"learners.0.{name}" for name, _ in student.student.named_parameters()}
-    assert names == {"objective.groups.0.projections.0.weight"}
 
 
 def test_without_a_plan_a_classifier_gives_its_outputs_in_fp32():

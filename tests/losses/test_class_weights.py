@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 from datasets import Dataset
-from loss_terms import term_of
+from loss_scene import term_of
 from tiny_runs import config_tree, llama, review_task, write_config
 from whole_run import finish, records
 

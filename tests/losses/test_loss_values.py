@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_scene import Matrix
-from loss_terms import term_of
+from loss_scene import WIDTHS, Matrix, Scene, term_of
 from torch import Tensor
 from unit_counts import counts_of
 
@@ -21,7 +19,7 @@ from megakd.data.batch import IGNORE, AttentionVectors, Batch, Knowledge, LossIn
 from megakd.losses import layer_terms
 from megakd.losses.bundle import unit_scales
 from megakd.losses.layer_terms import AttentionMatrices, HiddenStates, Relations
-from megakd.losses.objective import Objective, build_objective
+from megakd.losses.objective import build_objective
 
 CE = term_of("hard_cross_entropy")
 SOFT = ("kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd")
@@ -68,47 +66,27 @@ SMOOTHED = replace(CE, label_smoothing=0.1)
 def test_terms_of_a_classifier_share_calls_and_add_up_to_each_alone(kernel_calls, terms, calls):
     seen = kernel_calls("kd_loss_from_logits")
     terms = tuple(replace(term, weight=0.5 + n) for n, term in enumerate(terms))
-    generator = torch.Generator().manual_seed(0)
-    logits, taught = (torch.randn(6, 4, generator=generator) for _ in range(2))
-    valid = torch.tensor([True, True, True, True, True, False])
-    batch = Batch({}, torch.tensor([0, IGNORE, 3, 2, IGNORE, IGNORE]), valid[:, None])
 
-    def solved(*terms: TermConfig) -> tuple[dict[str, float], torch.Tensor]:
-        leaf = logits.clone().requires_grad_()
-        objective = build_objective(terms, "classification", Shape(2, 4, 4), Shape(2, 4, 4))
-        units = unit_scales(count_units([batch]), 1).weights
-        answers = Knowledge(logits=leaf), Knowledge(logits=taught)
-        (result,) = objective([LossInputs(*answers, batch, objective.weights, units)])
-        result.total.backward()
-        sums = {name: value.item() for name, value in result.sums.items()}
-        return {"total": result.total.item(), **sums}, leaf.grad
+    assert len(calls_together("classification", terms, seen)) == calls
 
-    values, gradient = solved(*terms)
-    together, alone = len(seen), [solved(term) for term in terms]
 
-    assert together == calls
-    assert values.pop("total") == pytest.approx(sum(one.pop("total") for one, _ in alone))
-    torch.testing.assert_close(gradient, sum(slope for _, slope in alone))
-    expected = {name: value for one, _ in alone for name, value in one.items()}
-    assert values == pytest.approx(expected, rel=1e-5)
+def calls_together(task: str, terms: tuple[TermConfig, ...], calls: list[Any]) -> list[Any]:
+    """The calls of terms together, which have the total, sums and gradients of each alone."""
+    together, shared = Scene(task, *terms).result(), [*calls]
+    alone = [Scene(task, term).result() for term in terms]
+    torch.testing.assert_close(together.total, sum(one.total for one in alone))
+    for name, gradient in together.gradients.items():
+        parts = [one.gradients[name] for one in alone if name in one.gradients]
+        torch.testing.assert_close(gradient, sum(parts))
+    expected = {name: float(value) for one in alone for name, value in one.sums.items()}
+    actual = {name: float(value) for name, value in together.sums.items()}
+    assert actual == pytest.approx(expected, rel=1e-5)
+    return shared
 
 
 @pytest.fixture
 def calls(kernel_calls):
     return kernel_calls("linear_kd_loss")
-
-
-def language_model(*terms: TermConfig) -> Objective:
-    shape = Shape(2, 3, 5)
-    return build_objective(terms, "causal_lm", shape, shape)
-
-
-def reading(objective: Objective, **weights: float) -> LossInputs:
-    torch.manual_seed(0)
-    batch = Batch({}, torch.tensor([[1, 4, IGNORE]]), torch.ones(1, 3, dtype=torch.bool))
-    student, teacher = (answer_of(torch.randn(1, 3, 3), torch.randn(5, 3)) for _ in range(2))
-    units = unit_scales(counts_of(1, 2, 3), 1).weights
-    return LossInputs(student, teacher, batch, objective.weights | weights, units)
 
 
 @pytest.mark.parametrize(
@@ -121,41 +99,30 @@ def reading(objective: Objective, **weights: float) -> LossInputs:
     ids=["alike", "another temperature", "another skew"],
 )
 def test_terms_of_a_language_model_share_a_call_or_get_their_own(calls, terms, options):
-    objective = language_model(*terms)
+    shared = calls_together("causal_lm", terms, calls)
 
-    total, sums = objective([reading(objective)])[0]
-
-    assert [(call["temperature"], call["skew"]) for _, call in calls] == options
-    apart = [alone([reading(alone)])[0] for alone in map(language_model, terms)]
-    assert total.item() == pytest.approx(sum(alone.total.item() for alone in apart), rel=1e-6)
-    for alone in apart:
-        assert all(sums[name].item() == pytest.approx(v.item()) for name, v in alone.sums.items())
-
-
-def several(objective: Objective, scales: Sequence[float]) -> list[LossInputs]:
-    """Return the outputs of several views of one head for one batch."""
-    first = reading(objective)
-    heads = first.student.head
-    states = torch.randn(len(scales), 1, 3, 3).unbind()
-    students = [Knowledge(hidden=one.requires_grad_(), head=heads) for one in states]
-    return [replace(first, student=s, scale=x) for s, x in zip(students, scales, strict=True)]
+    assert [(call["temperature"], call["skew"]) for _, call in shared] == options
 
 
 @pytest.mark.parametrize(
     ("change", "count"),
     [
         ({}, 1),
-        ({"teacher": answer_of(torch.randn(1, 3, 3), torch.randn(5, 3))}, 2),
+        ({"teacher": answer_of(torch.randn(4, 5, WIDTHS[1]), torch.randn(9, WIDTHS[1]))}, 2),
         ({"weights": {"hard_cross_entropy": 0.2, "soft_target_kl": 1.0, TVD.loss: 1.0}}, 2),
         ({"scale": 0.0}, 2),
     ],
     ids=["alike", "teacher", "weights", "scale"],
 )
 def test_views_of_one_head_are_scored_in_one_call_unless_of_another_kind(calls, change, count):
-    objective = language_model(CE, KL, TVD)
-    readings = several(objective, [0.5, 0.3, 0.2])
+    scene = Scene("causal_lm", CE, KL, TVD)
+    objective, first = scene.objective, scene.reading()
+    leaves = [torch.randn(4, 5, WIDTHS[0]).requires_grad_() for _ in range(3)]
+    readings = [
+        replace(first, student=Knowledge(hidden=leaf, head=first.student.head), scale=scale)
+        for leaf, scale in zip(leaves, (0.5, 0.3, 0.2), strict=True)
+    ]
     readings[1] = replace(readings[1], **change)
-    leaves = [one.student.hidden for one in readings]
 
     together = objective(readings)
 
@@ -187,6 +154,8 @@ def test_agreement_counts_where_both_choose_the_same(task):
     result = objective([LossInputs(*answers, batch, objective.weights, ONE_EACH)])[0]
 
     assert result.sums["top1_agreement"].item() == 1  # the second of both
+    unit = "targets" if task == "causal_lm" else "examples"
+    assert objective.units["top1_agreement"] == unit
 
 
 def vectors(part: Tensor) -> Knowledge:
@@ -232,22 +201,6 @@ def test_the_first_position_is_the_first_that_counts_wherever_padding_is():
     assert sum_of(group, ours, theirs, Batch({}, torch.zeros(3), valid)) == 2.0**2 + 3.0**2
 
 
-@pytest.mark.parametrize(
-    ("positions", "seen"),
-    [
-        ([0, 1, 2, 3], ["1000", "1100", "1110", "1111"]),
-        ([3, 4, 0, 1], ["1000", "1100", "0010", "0011"]),
-        ([0, 0, 0, 1], ["1000", "0100", "0010", "0011"]),  # documents of one token
-    ],
-)
-def test_a_causal_query_sees_the_keys_before_it_in_its_own_document(positions, seen):
-    batch = whole(4, position_ids=torch.tensor([positions]))
-
-    result = layer_terms.visible_keys(batch, causal=True)[0].int().tolist()
-
-    assert ["".join(map(str, row)) for row in result] == seen
-
-
 def test_attention_that_was_not_read_is_an_error_that_names_the_layer():
     term = term_of("attention_mse")
     group = AttentionMatrices(term, ((1, 1),), causal=False)
@@ -268,12 +221,6 @@ def flow_error(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], **optio
     valid = torch.ones(student[0].shape[:2], dtype=torch.bool)
     (result,) = layer_terms.flow_errors(student, teacher, valid=valid, **options)
     return result
-
-
-def test_a_text_said_twice_flows_as_it_does_once(flows):
-    twice = [tuple(torch.cat([state] * 2, 1) for state in flow) for flow in flows]
-
-    torch.testing.assert_close(flow_error(*twice), flow_error(*flows))
 
 
 @pytest.mark.parametrize("elements", [1, 50, 60])

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from loss_terms import term_of
+from loss_scene import term_of
 
 from megakd.config.terms import Heads, Shape, layer_pairs
 from megakd.errors import ConfigError, TeacherError
@@ -50,27 +50,6 @@ def test_a_term_that_compares_is_refused_without_a_teacher(term):
 
     with pytest.raises(ConfigError, match=f"{term.loss} compares with a teacher, and this stage"):
         build_objective((term,), task, STUDENT, None)
-
-
-AGREEING = (KL.loss, REVERSE.loss, JSD.loss, "top1_agreement")
-
-
-@pytest.mark.parametrize(
-    ("task", "terms", "units"),
-    [
-        ("classification", (CE,), {"hard_cross_entropy": "targets"}),
-        ("classification", (KL, REVERSE, JSD), dict.fromkeys(AGREEING, "examples")),
-        ("regression", (term_of("hard_mse"),), {"hard_mse": "targets"}),
-        ("regression", (SOFT_MSE,), {"soft_target_mse": "examples"}),
-        ("causal_lm", (KL, REVERSE, JSD, CE), dict.fromkeys((*AGREEING, CE.loss), "targets")),
-        ("causal_lm", INNER[:2], {"hidden_mse": "tokens", "hidden_cosine": "tokens"}),
-        ("causal_lm", (replace(HIDDEN_MSE, positions="first"),), {"hidden_mse": "examples"}),
-        ("regression", INNER[2:5], dict.fromkeys([term.loss for term in INNER[2:5]], "tokens")),
-        ("regression", (FLOWS,), {"relation_fsp": "examples"}),
-    ],
-)
-def test_every_term_is_counted_in_its_unit(task, terms, units):
-    assert build_objective(terms, task, STUDENT, TEACHER).units == units
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from loss_terms import term_of
-from source_scene import LENGTH, ROWS, VOCABULARY, Texts, head_of, objective_of, result
+from loss_scene import VOCABULARIES, Matrix, Scene, term_of
 
-from megakd.data.batch import IGNORE, Draws, Knowledge, LossInputs, Targets, TopK
-from megakd.losses.bundle import unit_scales
-from megakd.losses.objective import Objective
+from megakd.data.batch import IGNORE, Draws, Knowledge, Targets, TopK
 from megakd.losses.targets import AGREEMENT
 
 CE = term_of("hard_cross_entropy")
@@ -29,7 +26,7 @@ SOURCES = ("rollouts", "data")
 UNITS = {None: "targets", "rollouts": "rollout_targets", "data": "data_targets"}
 every_term = pytest.mark.parametrize("term", TERMS, ids=lambda term: term.loss)
 every_source = pytest.mark.parametrize("source", SOURCES)
-DRAWN = 4
+ROWS, LENGTH, VOCABULARY, DRAWN = 4, 5, VOCABULARIES[0], 4
 
 
 def drawn_shares() -> torch.Tensor:
@@ -45,25 +42,31 @@ def draws_of(shares: torch.Tensor) -> Draws:
     return Draws(ids.masked_fill(best == 0, -1).int(), best.log())
 
 
+def scene_of(*terms: Any, rollouts: bool = False) -> Scene:
+    return Scene("causal_lm", *terms, rollouts=rollouts)
+
+
 @every_source
 @every_term
 def test_texts_of_the_other_source_give_a_term_zero_with_gradients_of_zero(term, source):
-    texts = Texts(rollouts=source == "data")
-    texts.hidden[0, 0] = math.nan
+    scene = scene_of(replace(term, on=source), rollouts=source == "data")
+    scene.leaves["hidden"][0, 0] = math.nan
 
-    actual = result(texts, (replace(term, on=source),))
+    actual = scene.result()
 
     assert actual.total.item() == 0.0
     assert all(value.item() == 0.0 for value in actual.sums.values())
+    assert actual.gradients.keys() == {"hidden", "head"}
     assert not any(gradient.any() for gradient in actual.gradients.values())
 
 
 @every_source
 @every_term
 def test_a_term_on_the_source_of_the_texts_is_the_term(term, source):
-    texts = Texts(rollouts=source == "rollouts")
-
-    limited, whole = result(texts, (replace(term, on=source),)), result(texts, (term,))
+    limited, whole = (
+        scene_of(one, rollouts=source == "rollouts").result()
+        for one in (replace(term, on=source), term)
+    )
 
     torch.testing.assert_close(limited.total, whole.total, rtol=0, atol=0)
     torch.testing.assert_close(limited.gradients, whole.gradients, rtol=0, atol=0)
@@ -73,52 +76,43 @@ def test_products_run_over_one_row_of_the_other_source(kernel_calls):
     calls = kernel_calls("linear_kd_loss")
 
     for rollouts in (False, True):
-        result(Texts(rollouts=rollouts), PAIR)
+        scene_of(*PAIR, rollouts=rollouts).result()
 
     rows = [hidden.shape[:-1].numel() for (hidden, *_), _ in calls]
     assert rows == [1, ROWS * LENGTH, ROWS * LENGTH, 1]
 
 
-@pytest.mark.parametrize("kept", [Texts().top_k(), draws_of(drawn_shares())], ids=["top", "draws"])
-def test_cached_answers_to_texts_of_the_other_source_give_zero(kept):
-    texts, taught = Texts(), Knowledge(kept=kept)
+@pytest.mark.parametrize("kind", [TopK, Draws])
+def test_cached_answers_to_texts_of_the_other_source_give_zero(kind):
+    draws = draws_of(drawn_shares())
 
-    actual = result(texts, (replace(KL_AT_1, on="rollouts"),), taught=taught)
+    actual = scene_of(replace(KL_AT_1, on="rollouts")).result(
+        teacher=Knowledge(kept=kind(draws.ids, draws.logprobs))
+    )
 
     assert actual.total.item() == 0.0
     assert not any(gradient.any() for gradient in actual.gradients.values())
-
-
-def reading(texts: Texts, objective: Objective, **changes: Any) -> LossInputs:
-    usual = LossInputs(
-        student=Knowledge(hidden=texts.hidden, head=head_of(texts.head)),
-        teacher=Knowledge(hidden=texts.taught, head=head_of(texts.teacher_head)),
-        batch=texts.batch(),
-        weights=objective.weights,
-        per_unit=unit_scales(texts.counts(objective), 1).weights,
-    )
-    return replace(usual, **changes)
 
 
 @pytest.mark.parametrize(
     ("terms", "kind"), [(PAIR, "answered"), ((KL_AT_1,), "draws"), ((CE,), "two vocabularies")]
 )
 def test_readings_together_equal_each_by_itself(terms, kind):
-    texts, objective = Texts(), objective_of(terms)
-    head, one = head_of(texts.head), reading(texts, objective, scale=0.5)
-    other = Knowledge(hidden=texts.hidden * 0.3, head=head)
+    scene = scene_of(*terms)
+    hidden, head = scene.leaves["hidden"], Matrix(scene.leaves["head"])
+    one, other = scene.reading(scale=0.5), Knowledge(hidden=hidden * 0.3, head=head)
     if kind == "draws":
         one = replace(one, teacher=Knowledge(kept=draws_of(drawn_shares())))
     elif kind == "two vocabularies":
-        positions = (texts.labels != IGNORE).flatten().nonzero()[::2, 0]
-        second = Targets(positions, texts.labels.flatten()[positions])
-        of_second = Knowledge(hidden=texts.hidden.flatten(0, 1)[positions], head=head)
-        other = Knowledge(hidden=texts.hidden, head=head, second=of_second)
-        one = replace(one, teacher=None, batch=texts.batch()._replace(second=second), student=other)
+        positions = (scene.labels != IGNORE).flatten().nonzero()[::2, 0]
+        second = Targets(positions, scene.labels.flatten()[positions])
+        of_second = Knowledge(hidden=hidden.flatten(0, 1)[positions], head=head)
+        other = Knowledge(hidden=hidden, head=head, second=of_second)
+        one = replace(one, teacher=None, batch=scene.batch()._replace(second=second), student=other)
     readings = [one, replace(one, student=other, scale=0.25)]
 
-    together = objective(readings)
-    alone = [objective([reading])[0] for reading in readings]
+    together = scene.objective(readings)
+    alone = [scene.objective([reading])[0] for reading in readings]
 
     totals = [torch.stack([each.total for each in both]).sum() for both in (together, alone)]
     torch.testing.assert_close(*totals)
@@ -127,22 +121,22 @@ def test_readings_together_equal_each_by_itself(terms, kind):
 
 
 def test_the_same_loss_on_both_sources_has_two_weights_and_two_values():
-    texts = Texts()
     terms = (replace(KL, on="data"), replace(KL, on="rollouts", weight=0.5), replace(CE, on="data"))
     names = ("soft_target_kl_on_data", "soft_target_kl_on_rollouts", "hard_cross_entropy_on_data")
+    scene = scene_of(*terms)
 
-    actual = result(texts, terms)
+    actual = scene.result()
 
     of_data, of_texts, hard = (actual.sums[name] for name in names)
-    count = int((texts.labels != IGNORE).sum())
+    count = int((scene.labels != IGNORE).sum())
     assert actual.total.item() == pytest.approx(float(of_data + hard) / count)
     assert of_texts == 0
-    assert objective_of(terms).weights == dict(zip(names, (1.0, 0.5, 1.0), strict=True))
+    assert scene.objective.weights == dict(zip(names, (1.0, 0.5, 1.0), strict=True))
 
 
 @every_source
 def test_a_limited_term_and_its_agreement_are_counted_in_targets_of_the_source(source):
-    objective = objective_of((KL, replace(SKEW, on=source)))
+    objective = scene_of(KL, replace(SKEW, on=source)).objective
 
     assert objective.units == {
         "soft_target_kl": "targets",
@@ -154,32 +148,32 @@ def test_a_limited_term_and_its_agreement_are_counted_in_targets_of_the_source(s
 
 
 def test_the_loss_is_the_divergence_from_the_shares_of_the_draws():
-    texts, shares = Texts(), drawn_shares()
-    counted = texts.labels != IGNORE
-    hidden, head = (t.clone().requires_grad_() for t in (texts.hidden, texts.head))
+    scene, shares = scene_of(KL_AT_1), drawn_shares()
+    counted = scene.labels != IGNORE
+    hidden, head = (scene.leaves[name].clone().requires_grad_() for name in ("hidden", "head"))
 
-    actual = result(texts, (KL_AT_1,), taught=Knowledge(kept=draws_of(shares)))
+    actual = scene.result(teacher=Knowledge(kept=draws_of(shares)))
 
     log_q = (hidden @ head.T).log_softmax(-1)
     rows = (torch.xlogy(shares, shares) - shares * log_q).sum(-1)[counted]
     torch.testing.assert_close(actual.sums["soft_target_kl"], rows.sum().detach())
     gradients = torch.autograd.grad(rows.mean(), (hidden, head))
-    for gradient, expected in zip(actual.gradients.values(), gradients, strict=True):
-        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+    for name, expected in zip(("hidden", "head"), gradients, strict=True):
+        torch.testing.assert_close(actual.gradients[name], expected, rtol=1e-4, atol=1e-6)
     agree = log_q.argmax(-1) == shares.argmax(-1)
     assert actual.sums[AGREEMENT] == agree[counted].sum()
 
 
 @pytest.mark.parametrize("kind", [Draws, TopK])
 def test_tokens_that_only_the_teachers_table_has_are_left_to_the_rest(kind):
-    texts, draws = Texts(), draws_of(drawn_shares())
+    scene, draws = scene_of(KL_AT_1), draws_of(drawn_shares())
     missing = draws.ids == draws.ids.amax(-1, keepdim=True)
-    kept = kind(draws.ids, draws.logprobs - 1)
-    padded = kind(draws.ids.masked_fill(missing, VOCABULARY + 3), kept.logprobs)
 
     actual, expected = (
-        result(texts, (KL_AT_1,), taught=Knowledge(kept=one))
-        for one in (padded, kind(draws.ids.masked_fill(missing, -1), kept.logprobs))
+        scene.result(
+            teacher=Knowledge(kept=kind(draws.ids.masked_fill(missing, ids), draws.logprobs - 1))
+        )
+        for ids in (VOCABULARY + 3, -1)
     )
 
     torch.testing.assert_close(actual.total, expected.total)

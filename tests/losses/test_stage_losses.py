@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from loss_terms import term_of
+from loss_scene import term_of
 from tiny_runs import bert, write_config
 
 from megakd.config.file import load_config

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from loss_scene import PARTS, POSITIONS, QUERY_HEADS, Result, Scene
-from loss_terms import term_of
+from loss_scene import PARTS, POSITIONS, QUERY_HEADS, Result, Scene, term_of
 from waiting import no_waiting
 
 import megakd_kernels

@@ -173,53 +173,51 @@ def test_every_teacher_of_a_pool_has_its_own_cache(classes):
 DRAWS = {"cache_draws": 16}
 # The losses are the method's own, which no objective in the config has named; a flow needs two
 # layers.
-INSIDE = {
-    "method": {"name": "knowledge_selection", "policy": "random_hard"},
-    "objective": None,
-    "student": {"model": bert(2, **NO_DROPOUT)},
-}
-
-
-def of(loss: str, *, teacher: dict[str, Any] | None = None, **options: float) -> dict[str, Any]:
-    return {"objective": [{"loss": loss, **options}], "teacher": teacher or {}}
-
-
-# By message: the kind of rows, and the sections of the config.
-REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
-    "some/cache.json does not exist; create the cache first": ("classes", {}),
-    "hidden_mse needs more than outputs, which teacher.cache holds": ("classes", of("hidden_mse")),
+INSIDE = "method={name: knowledge_selection, policy: random_hard}; objective=null; "
+INSIDE += "student.model.config.num_hidden_layers=2"
+OF_DRAWS = "teacher.cache_draws=16; objective.0"
+# By message: the kind of rows, and overrides of the config.
+REFUSED: dict[str, tuple[str, str]] = {
+    "some/cache.json does not exist; create the cache first": ("classes", "seed=1"),
+    "hidden_mse needs more than outputs, which teacher.cache holds": (
+        "classes",
+        "objective.0.loss=hidden_mse",
+    ),
     "teacher.cache holds only the outputs of the teacher": ("classes", INSIDE),
-    "needs all probabilities, and teacher.cache": ("language", of("soft_target_reverse_kl")),
+    "needs all probabilities, and teacher.cache": (
+        "language",
+        "objective.0.loss=soft_target_reverse_kl",
+    ),
     "temperature 1, because teacher.cache holds the largest probabilities": (
         "language",
-        of("soft_target_kl", temperature=2.0),
+        "objective.0.temperature=2",
     ),
     "needs all probabilities, and teacher.cache holds random draws": (
         "language",
-        of("soft_target_jsd", teacher=DRAWS),
+        f"{OF_DRAWS}.loss=soft_target_jsd",
     ),
     "needs temperature 1, because teacher.cache holds random draws": (
         "language",
-        of("soft_target_kl", teacher=DRAWS, temperature=2.0),
+        f"{OF_DRAWS}.temperature=2",
     ),
     "teacher.cache_draws: supported only for causal_lm, and task.type is classification": (
         "language",
-        {"teacher": DRAWS, "task": {"type": "classification"}},
+        "teacher.cache_draws=16; task.type=classification",
     ),
     "teacher.cache_draws: must be less than or equal to 255": (
         "language",
-        {"teacher": {"cache_draws": 256}},
+        "teacher.cache_draws=256",
     ),
 }
 
 
 @pytest.mark.parametrize("message", REFUSED)
 def test_what_a_cache_cannot_tell_or_count_is_refused(request, message):
-    kind, sections = REFUSED[message]
+    kind, overrides = REFUSED[message]
     bench = request.getfixturevalue(kind)
-    config = bench.config("refused", cache="some", **sections)
+    config = bench.config("refused", cache="some")
 
-    outcome = bench.one_rank.train("--config", config, code=2)
+    outcome = bench.one_rank.train("--config", config, *overrides.split("; "), code=2)
 
     assert message in outcome.err
     assert not outcome.loaded

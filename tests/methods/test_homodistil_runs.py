@@ -221,29 +221,25 @@ def test_a_one_shot_run_jumps_further_from_its_teacher(one_rank, tmp_path):
     assert jumps["cubic"] <= jumps["one_shot"] / 2
 
 
+ALBERT = "{config: {model_type: albert, num_hidden_layers: 2, max_position_embeddings: 32}}"
+
+
 @pytest.mark.parametrize(
-    ("message", "sections"),
+    ("message", "overrides"),
     [
-        ("24 is not possible for a teacher of width 24; use", {"method": {"target_width": 24}}),
-        (
-            "method.target_sparsity: 0.001",
-            {"method": {"target_width": None, "target_sparsity": 0.001}},
-        ),
-        (
-            "the student loses heads (from 2 to 1 key-value groups",
-            {"kind": "causal_lm", "objective": [{"loss": "attention_mse"}]},
-        ),
-        (
-            "those of the teacher cannot lose columns: all its layers share",
-            {"teacher": {"model": {"config": {"model_type": "albert", **SIZES}}}},
-        ),
-        ("num_train_epochs 0.1 over", {"train": {"max_steps": None, "num_train_epochs": 0.1}}),
+        ("24 is not possible for a teacher of width 24; use", "method.target_width=24"),
+        ("target_sparsity: 0.001", "method.target_width=null; method.target_sparsity=0.001"),
+        ("loses heads (from 2 to 1 key-value groups", "objective=[{loss: attention_mse}]"),
+        ("cannot lose columns: all its layers share", f"teacher.model={ALBERT}"),
+        ("num_train_epochs 0.1 over", "train.max_steps=null; train.num_train_epochs=0.1"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_before_training(
-    one_rank, tmp_path, message, sections
+    one_rank, tmp_path, message, overrides
 ):
-    outcome = one_rank.train("--config", pruning(tmp_path, **sections), code=2)
+    config = pruning(tmp_path, "causal_lm" if "key-value" in message else "mlm")
+
+    outcome = one_rank.train("--config", config, *overrides.split("; "), code=2)
 
     assert message in outcome.err, outcome.err
     assert not (tmp_path / "out" / "checkpoints").exists()

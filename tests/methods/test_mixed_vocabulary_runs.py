@@ -28,7 +28,6 @@ def same_models(one: Path, other: Path) -> bool:
     return ours == theirs
 
 
-ELECTRA = bert(2, 12, model_type="electra", embedding_size=8)
 EVALUATED: dict[str, Any] = {"eval": {"eval_steps": 3, "keep_best": True}}
 
 
@@ -196,19 +195,16 @@ def test_a_student_without_a_teacher_reads_the_rows_of_the_others(one_rank, tmp_
 
 
 @pytest.mark.parametrize(
-    ("message", "sections"),
+    ("message", "override"),
     [
-        ("the teacher has 2 layers and the student 1", {"student": {"model": bert(1, 8)}}),
-        ("of type bert and the student of type electra", {"student": {"model": ELECTRA}}),
-        ("vocabulary is 5000", {"method": {"student_vocabulary": 5000}}),
-        (
-            "method.student_vocabulary: the two vocabularies cut the text into different words",
-            {"task": {"tokenizer": {"type": "bpe", "vocab_size": 300}}},
-        ),
+        ("has 2 layers and the student 1", "student.model.config.num_hidden_layers=1"),
+        ("bert and the student of type electra", "student.model.config.model_type=electra"),
+        ("vocabulary is 5000", "method.student_vocabulary=5000"),
+        ("the two vocabularies cut the text into different words", "task.tokenizer.type=bpe"),
     ],
 )
-def test_what_cannot_work_is_refused_before_any_training(one_rank, tmp_path, message, sections):
-    outcome = one_rank.train("--config", mixed(tmp_path, **sections), code=2)
+def test_what_cannot_work_is_refused_before_any_training(one_rank, tmp_path, message, override):
+    outcome = one_rank.train("--config", mixed(tmp_path), override, code=2)
 
     assert message in outcome.err
     assert not outcome.loaded

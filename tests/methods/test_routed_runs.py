@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benches import Bench, furthest_students, taught_by
-from routed_bench import EXPERTS, rows
+from benches import EXPERTS, Bench, furthest_students, taught_by
+from benches import expert_rows as rows
 from tiny_runs import NO_DROPOUT, bert, review_task, write_jsonl
-from whole_run import finish, forgotten, read
+from whole_run import finish, read
 
 STEPS = 6
 STUDENT = {"model": bert(1, **NO_DROPOUT)}
@@ -18,7 +18,6 @@ INNER = [{"loss": "soft_target_kl"}, {"loss": "hard_cross_entropy"}, {"loss": "h
 
 @pytest.fixture(scope="module")
 def bench(one_rank, tmp_path_factory) -> Bench:
-    """Two classifiers that know different things, and runs that learn from them."""
     folder = tmp_path_factory.mktemp("routed")
     task = review_task(folder)
     write_jsonl(folder / "reviews" / "train.jsonl", rows())
@@ -69,11 +68,8 @@ def test_two_names_of_one_teacher_teach_as_this_teacher_alone_however_a_step_is_
 
 
 def test_a_run_that_was_stopped_ends_with_the_same_weights(bench, routed, tmp_path):
-    killed = forgotten(routed, tmp_path / "killed", stage="student", after=2, following=("alone",))
+    killed = bench.continued("routed", tmp_path, "student", 2, ("alone",))
 
-    outcome = finish(bench.one_rank, bench.folder / "routed.yaml", f"output_dir={killed}")
-
-    assert "student: resumed at step 2" in outcome.err
     assert furthest_students(killed, routed) == 0
     assert read(killed)["pool"] == read(routed)["pool"]
 

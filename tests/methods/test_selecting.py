@@ -22,7 +22,6 @@ from megakd.methods.knowledge_selection.selecting import (
     Transition,
 )
 from megakd.stage import Strategy
-from megakd.training.evaluation import StageProbe
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -36,34 +35,11 @@ KINDS = ("labels", "responses", "features")
 STUDENT, TEACHER = 2, 3
 
 
-class Measured:
-    """Losses that are known before."""
-
-    def __init__(self, losses: list[float]) -> None:
-        self.losses = iter(losses)
-
-    def check_remembered(self) -> None:
-        """Find nothing wrong."""
-
-    def loss(self, student: Any) -> float:
-        return next(self.losses)
-
-    def remember(self, student: Any) -> None:
-        """Keep nothing."""
-
-    def reset(self, student: Any) -> None:
-        """Change nothing."""
-
-
-class Heard:
-    """A stand-in of an actor-critic that notes its input."""
-
-    def __init__(self) -> None:
-        self.phases: list[Transition] = []
-
-    def learn(self, phase: Transition) -> float:
-        self.phases.append(phase)
-        return 0.0
+def measured(losses: list[float]) -> Any:
+    """A probe whose losses are known before, and which keeps and changes nothing."""
+    known = iter(losses)
+    idle = dict.fromkeys(("check_remembered", "remember", "reset"), lambda *_: None)
+    return SimpleNamespace(loss=lambda _: next(known), **idle)
 
 
 def selector() -> Selector:
@@ -89,20 +65,20 @@ def reading_at(step: int, valid: torch.Tensor | None = None) -> Any:
 
 def learning(
     losses: list[float], *, steps: int, phase_steps: int, seed: int = 1, **options: Any
-) -> tuple[LearningToSelect, Heard]:
-    """A strategy, before its first step, that learns from losses that are known."""
-    heard = Heard()
+) -> tuple[LearningToSelect, list[Transition]]:
+    """A strategy, before its first step, that learns from losses that are known; its phases."""
+    phases: list[Transition] = []
     strategy = LearningToSelect(
         "teacher",
         selector(),
         choosing(**{"exploration": 0.0, **options}),
-        probe=cast("StageProbe", Measured(losses)),
+        probe=measured(losses),
         seed=seed,
         steps=steps,
         phase_steps=phase_steps,
     )
-    strategy.learner = cast("Any", heard)
-    return strategy, heard
+    strategy.learner = cast("Any", SimpleNamespace(learn=lambda p: phases.append(p) or 0.0))
+    return strategy, phases
 
 
 def selecting(**how: Any) -> Any:
@@ -150,23 +126,23 @@ def weighed(strategy: Strategy, step: int, reading: Any) -> dict[str, float]:
     ids=["falls", "still", "soft", "episodes", "hard"],
 )
 def test_a_phase_is_worth_the_fall_of_the_loss_and_what_is_new_about_it(losses, shape, worth):
-    strategy, heard = learning(losses, **shape)
+    strategy, phases = learning(losses, **shape)
     if "exploration" in shape:
         blind(strategy)
 
     taken(strategy, shape.get("episodes", 1) * shape["steps"])
 
-    assert [phase.fall + phase.exploration for phase in heard.phases] == pytest.approx(worth)
+    assert [phase.fall + phase.exploration for phase in phases] == pytest.approx(worth)
 
 
 def test_what_is_tried_stays_the_same_within_a_phase_and_is_drawn_from_the_seed(monkeypatch):
     monkeypatch.setattr(choosing_module, "NOISE", 0.1)
 
     def tried(seed: int) -> list[list[float]]:
-        strategy, heard = learning([5.0] * 3, steps=6, phase_steps=3, seed=seed)
+        strategy, phases = learning([5.0] * 3, steps=6, phase_steps=3, seed=seed)
         blind(strategy)
         taken(strategy, 6)
-        return [action for phase in heard.phases for action in phase.actions.tolist()]
+        return [action for phase in phases for action in phase.actions.tolist()]
 
     first = tried(1)
 

@@ -12,7 +12,7 @@ from benches import Bench, furthest
 from checkpoint_store import flip
 from one_rank import Outcome
 from tiny_runs import NO_DROPOUT, bert, llama, review_task, text_task
-from whole_run import finish, finish_in, forgotten, read, records, same_weights, weights
+from whole_run import finish_in, forgotten, read, records, same_weights, weights
 
 STEPS, EPISODES, PHASE = 8, 2, 3
 KINDS = ("hard_cross_entropy", "soft_target_kl", "hidden_mse", "relation_fsp")
@@ -56,13 +56,8 @@ def test_weights_rewards_and_losses_are_logged_and_drawn(bench, soft):
 
 def test_a_run_that_goes_on_chooses_what_it_would_have_chosen(bench, soft, tmp_path):
     """Killed in the second episode, within a phase that another is waiting to learn from."""
-    killed = forgotten(
-        soft, tmp_path / "killed", stage="selector", after=10, following=("student",)
-    )
+    killed = bench.continued("soft", tmp_path, "selector", 10, ("student",))
 
-    outcome = finish(bench.one_rank, bench.folder / "soft.yaml", f"output_dir={killed}")
-
-    assert "selector: resumed at step 10" in outcome.err
     for stage in ("selector", "student"):
         assert same(killed, soft, stage)
     again, chosen = (

@@ -51,7 +51,6 @@ def shrinking(folder: Path, *, parameters: str | int = "24K", **sections: Any) -
 
 
 def shrinking_encoder(folder: Path, **method: Any) -> Path:
-    """A run config of a classifier that is fine-tuned for a few steps."""
     return run_in(
         folder,
         review_task(folder),

@@ -6,9 +6,8 @@ import pytest
 import tiny_cuts
 import torch
 from cut_families import FAMILIES
-from transformers import AutoModelForMaskedLM, ElectraConfig, ElectraForMaskedLM, LlamaConfig
+from transformers import AutoModelForMaskedLM, ElectraConfig, ElectraForMaskedLM
 
-from megakd.errors import ModelError
 from megakd.models.architectures import AUTO_CLASSES
 from megakd.models.cutting import cut_config
 from megakd.models.elastic import parameter_counts, unit_makers, weight_axes
@@ -135,9 +134,9 @@ def test_the_output_bias_of_a_masked_electra_is_not_counted_with_its_encoder():
     assert counts.encoder_parameters == inside
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_the_map_says_where_the_parts_of_a_model_are(tiny, model_type):
-    model = tiny.load(tiny.scratch(model_type), tiny.task_for(model_type), need_head=False)
+@pytest.mark.parametrize(("model_type", "kind"), WITH_TASKS)
+def test_the_map_says_where_the_parts_of_a_model_are(tiny, model_type, kind):
+    model = tiny.load(tiny.scratch(model_type), tiny.task(kind), need_head=False)
 
     architecture = architecture_of(model.config)
     backbone, head = architecture.backbone_of(model), model.get_submodule(architecture.head)
@@ -150,52 +149,11 @@ def test_the_map_says_where_the_parts_of_a_model_are(tiny, model_type):
     # EncT5's decoder layer stands between its backbone and its head.
     rest = [name for name in rest if not name.startswith(("decoder.block", "decoder.final"))]
     assert all(architecture.of_the_task(name) for name in rest)
-
-
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_the_map_lists_the_modules_of_every_attention_and_feed_forward(tiny, model_type):
-    model = tiny.load(tiny.scratch(model_type), tiny.task_for(model_type), need_head=False)
-    architecture = architecture_of(model.config)
-
-    found = architecture.found_units(model.config)
-    attentions, feed_forwards = ([*found.of(kind)] for kind in ("heads", "neurons"))
-
-    more = 2 if model_type == "enct5" else 0
-    assert (len(attentions), len(feed_forwards)) == (2 + more, 2 + more // 2)
-    listed = [
-        f"{owner}.{path}"
-        for _, owner, units in (*attentions, *feed_forwards)
-        for path in (*units.makers, units.output)
-    ]
-    assert len({*listed}) == len(listed)
-    matrices = {name.rpartition(".")[0] for name, p in model.named_parameters() if p.dim() == 2}
-    assert matrices >= {*listed}
-    cores = tuple(f"{owner}.{units.core}." for _, owner, units in attentions)
-    assert all("bias" in path for path in matrices - {*listed} if path.startswith(cores))
+    # A pooler is inside of the backbone, and belongs to classes.
+    inside = [name for name, _ in backbone.named_parameters(prefix=architecture.backbone)]
+    assert kind != "mlm" or not any(architecture.of_the_task(name) for name in inside)
 
 
 def test_gpt2s_config_may_leave_its_neurons_open(tiny):
     config = tiny.resolve(tiny.scratch("gpt2", n_inner=None), tiny.task("causal_lm")).config
     assert architecture_of(config).units(config).neurons == (64, 64)
-
-
-@pytest.mark.parametrize("model_type", MASKED)
-def test_the_map_says_what_belongs_to_a_masked_language_model(tiny, model_type):
-    task = tiny.task("mlm")
-    model = tiny.load(tiny.scratch(model_type), task, need_head=False)
-
-    architecture = architecture_of(model.config)
-    backbone = architecture.backbone_of(model)
-
-    theirs = {id(p) for p in backbone.parameters()}
-    rest = [name for name, p in model.named_parameters() if id(p) not in theirs]
-    assert rest
-    assert all(architecture.of_the_task(name) for name in rest)
-    inside = [n for n, p in model.named_parameters() if id(p) in theirs]
-    assert not any(architecture.of_the_task(name) for name in inside)
-
-
-def test_a_family_without_a_class_for_the_task_is_an_error_that_names_both():
-    config = LlamaConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=1, vocab_size=16)
-    with pytest.raises(ModelError, match=r"has no AutoModelForMaskedLM of a llama model"):
-        for_task(config, "mlm")

@@ -145,7 +145,6 @@ TOKENS = torch.arange(2, 14).reshape(2, 6)
 
 
 def fewer(folder, kind, wanted):
-    """The folder with some of its layers, as it is loaded."""
     return loaded(with_layers(source_of(folder, kind), wanted, where=KEY), kind)
 
 

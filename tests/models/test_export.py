@@ -21,7 +21,6 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedTokenizerFast,
@@ -36,30 +35,6 @@ from megakd.models.architectures import CUT_FILE
 from megakd.models.model_folder import brings_code, file_of_code, hub_id, write_weights
 from megakd.process.files import CHECKSUMS, copy_finished, damage, seal
 from megakd.run.finished_run import export_run
-
-
-@pytest.mark.parametrize(
-    ("family", "keys", "auto", "left_out"),
-    [
-        ("bert", {}, AutoModelForSequenceClassification, set()),
-        ("llama", {}, AutoModelForCausalLM, set()),
-        ("llama", {"tie_word_embeddings": True}, AutoModelForCausalLM, {"lm_head.weight"}),
-    ],
-    ids=["bert", "llama", "tied llama"],
-)
-def test_stock_transformers_gives_identical_logits(
-    family, keys, auto, left_out, tmp_path: Path
-) -> None:
-    model = build(family, **keys)
-    written(model, tmp_path / "final")
-
-    loaded, info = auto.from_pretrained(tmp_path / "final", output_loading_info=True)
-
-    assert torch.equal(logits(loaded.eval()), logits(model))
-    assert not any(info.values()), info
-    assert loaded.config.architectures == [type(model).__name__]
-    stored = load_file(tmp_path / "final" / "model.safetensors")
-    assert stored.keys() == model.state_dict().keys() - left_out
 
 
 def test_shards_load_and_the_index_is_complete(tmp_path: Path, monkeypatch) -> None:
@@ -216,16 +191,6 @@ def test_generation_ends_with_the_tokenizers_end_or_the_models_own(tmp_path: Pat
     generation = GenerationConfig.from_pretrained(tmp_path / "final")
     assert (generation.eos_token_id, generation.pad_token_id) == (ends or 2, 1)
     assert not (classifier / "generation_config.json").exists()
-
-
-def test_the_folder_is_replaced_whole(tmp_path: Path) -> None:
-    (written(build("bert"), tmp_path / "final") / "stale.bin").write_text("old")
-
-    written(build("bert"), tmp_path / "final", extra={"README.md": "# card\n"})
-
-    assert not (tmp_path / "final" / "stale.bin").exists()
-    assert (tmp_path / "final" / "README.md").read_text() == "# card\n"
-    assert [path.name for path in tmp_path.iterdir()] == ["final"]
 
 
 def test_a_failure_keeps_the_old_folder_and_takes_the_state_to_its_end(

@@ -324,18 +324,6 @@ def test_rows_that_go_on_are_not_read_again(kind):
     assert {length for _, length in shapes[1:]} == {1}
 
 
-def test_rows_that_all_reach_the_limit_are_one_call_of_generate(monkeypatch):
-    model, calls = model_of("llama"), []
-    real = type(model).generate
-    monkeypatch.setattr(
-        model, "generate", lambda *given, **keys: calls.append(1) or real(model, *given, **keys)
-    )
-
-    with_ends(model, SIXTEEN, [], Sampling(8))
-
-    assert len(calls) == 1
-
-
 ROWS = 6000
 
 

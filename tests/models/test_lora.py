@@ -17,9 +17,7 @@ from transformers import (
 )
 
 from megakd.config.sections import LoraConfig
-from megakd.data.batch import Batch
 from megakd.errors import ConfigError
-from megakd.models.knowledge import Needs, read_knowledge
 from megakd.models.lora import (
     ADAPTER,
     adapter_parameters,
@@ -38,7 +36,6 @@ OF_PEFT = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 
 
 def adapted(tiny, model_type, *, task=None, lora=None, **saved):
-    """Return a saved model with adapters, and the same model without."""
     task = task or tiny.task_for(model_type)
     source = tiny.resolve(tiny.save(model_type, **saved), task)
     plain, model = (tiny.load(source, task) for _ in range(2))
@@ -142,25 +139,6 @@ def test_the_merged_folder_and_the_adapter_on_its_base_give_the_outputs_of_train
     for logits in actual:
         assert torch.allclose(logits, expected, rtol=1e-5, atol=1e-5)
     assert adapter_parameters(folder) == sum(p.numel() for p in learned(model).values())
-
-
-def test_the_losses_read_hidden_states_and_attention_vectors_with_the_adapters(tiny):
-    plain, model = adapted(tiny, "llama")
-    set_adapters(model)
-    ids = tiny.input_ids
-    positions = torch.arange(ids.shape[1]).expand_as(ids)
-    inputs = {"input_ids": ids, "position_ids": positions}
-    batch = Batch(inputs, ids, torch.ones_like(ids, dtype=torch.bool))
-    needs = Needs(hidden_layers=(0, 1, 2), attention_layers=(1,))
-
-    answer, without = (read_knowledge(m, batch, needs) for m in (model, plain))
-
-    assert torch.equal(answer.hidden_states[0], without.hidden_states[0])
-    assert not torch.allclose(answer.hidden_states[1], without.hidden_states[1], atol=1e-3)
-    queries, plain_queries = (read.attention[1][0] for read in (answer, without))
-    assert not torch.allclose(queries, plain_queries, atol=1e-3)
-    expected = model(**inputs, output_hidden_states=True).hidden_states
-    assert torch.allclose(answer.hidden_states[1], expected[1], atol=1e-6)
 
 
 def test_adapters_have_the_dtype_of_the_base_and_the_values_of_the_seed(tiny):

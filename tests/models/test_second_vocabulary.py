@@ -94,15 +94,6 @@ def test_every_target_has_the_softmax_of_its_own_vocabulary(family):
     torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("family", MASKED)
-def test_text_without_pieces_of_the_student_has_the_plain_loss(family):
-    model, plain = model_of(family), plain_model(family)
-    plain.load_state_dict(model.state_dict(), strict=False)
-    batch = batch_of([1, 5, 8, 7, 2], {1: 6, 3: 7}, {})
-    mixed, ordinary = loss_of(model, batch), loss_of(plain, batch._replace(second=None))
-    assert torch.equal(mixed, ordinary)
-
-
 def test_the_files_of_a_model_keep_both_vocabularies_apart():
     model = model_of("bert")
 

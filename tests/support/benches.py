@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from one_rank import OneRank, Outcome
-from tiny_runs import config_tree, merged, write_config
-from whole_run import finish, read, weights
+from tiny_runs import config_tree, merged, review, write_config
+from whole_run import finish, forgotten, read, weights
+
+ROWS = 40
+EXPERTS = ("math", "code")
 
 
 class Bench:
@@ -24,7 +28,6 @@ class Bench:
         self.one_rank, self.folder, self.task, self.shared = one_rank, folder, task, shared
 
     def config(self, out: str, method: Mapping[str, Any] | None = None, **sections: Any) -> Path:
-        """The config of a run that writes into the folder `out`."""
         if method is not None:
             sections["method"] = method
         task = {**self.task, **sections.pop("task", {})}
@@ -37,6 +40,17 @@ class Bench:
     ) -> Path:
         finish(self.one_rank, self.config(out, method, **sections), *overrides)
         return self.folder / out
+
+    def continued(
+        self, name: str, folder: Path, stage: str, after: int, following: tuple[str, ...] = ()
+    ) -> Path:
+        """A copy of a finished run that goes on from a step of a stage, see `forgotten`."""
+        killed = forgotten(
+            self.folder / name, folder / "killed", stage=stage, after=after, following=following
+        )
+        outcome = finish(self.one_rank, self.folder / f"{name}.yaml", f"output_dir={killed}")
+        assert f"{stage}: resumed at step {after}" in outcome.err
+        return killed
 
     def refused(self, method: Mapping[str, Any] | None = None, **sections: Any) -> Outcome:
         """The outcome of a run that ends before anything is loaded."""
@@ -73,3 +87,16 @@ def furthest_students(one: Path, other: Path) -> float:
 def taught_by(out: Path) -> dict[str, dict[str, Any]]:
     """The rows of the pool in the report, by the name of the teacher."""
     return {entry["name"]: entry for entry in read(out)["pool"]}
+
+
+def expert_rows(count: int = ROWS) -> list[dict[str, Any]]:
+    """Labelled rows; of three rows in turn, two name math and one names code."""
+    rng = random.Random(5)
+    return [
+        {
+            "text": f"{review(rng, good=number % 2 == 0)} n{number}",
+            "label": ("positive", "negative")[number % 2],
+            "expert": EXPERTS[number % 3 == 2],
+        }
+        for number in range(count)
+    ]

@@ -6,15 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import lab_scene
 import torch
 from chat_tokenizers import asked, chat_tokenizer, template_of
 from tiny_runs import write_jsonl
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megakd.config.run import RunConfig
-from megakd.config.sections import StudentConfig, TeacherConfig
+from megakd.config.sections import StudentConfig
 from megakd.config.task import TaskConfig
-from megakd.methods.single import SingleConfig
 
 END, OTHER = "<|im_end|>", "<|endoftext|>"
 
@@ -45,10 +45,5 @@ def config_of(folder: Path, **task: Any) -> RunConfig:
     rows = [{"messages": asked(f"Question {n}", "Answer")} for n in range(30)]
     path = write_jsonl(folder / "rows.jsonl", rows)
     section = {"type": "causal_lm", "dataset": str(path), "max_length": 64, **task}
-    return RunConfig(
-        output_dir=folder / "run",
-        task=TaskConfig(**section),
-        teacher=TeacherConfig(model=str(folder / "teacher")),
-        student=StudentConfig(model=str(folder / "student")),
-        method=SingleConfig(name="single"),
-    )
+    student = StudentConfig(model=str(folder / "student"))
+    return lab_scene.config_of(folder, task=TaskConfig(**section), student=student)

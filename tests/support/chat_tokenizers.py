@@ -67,7 +67,6 @@ def _backend(*, merges: bool) -> str:
 
 
 def chat_tokenizer(family: str, *, merges: bool = True, **keys: Any) -> PreTrainedTokenizerFast:
-    """A tokenizer with the template and the special tokens of a family."""
     kind = FAMILIES[family]
     names = {"eos_token": kind.end, "pad_token": kind.special[-1]}
     if kind.bos is not None:

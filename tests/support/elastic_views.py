@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import copy
 
+import tiny_cuts
 import torch
 from cut_families import FAMILIES as CUT_FAMILIES
 from torch import nn
 from transformers import CONFIG_MAPPING
 
-from megakd.models.architectures import register_own_models
 from megakd.models.cutting import cut_config
 from megakd.models.elastic import weight_axes
 from megakd.models.proposed_units import cut_part
@@ -21,20 +21,7 @@ from megakd.models.small_copy import new_model
 from megakd.models.structure import architecture_of, for_task
 from megakd.models.views import Cut, View
 
-register_own_models()
 FAMILIES = [*CUT_FAMILIES]
-# Query heads that share a key head; caps and windows so small that they change the outputs.
-GEMMA = {"head_dim": 10, "query_pre_attn_scalar": 9, "sliding_window": 5}
-DECODERS = {
-    "llama": {},
-    "mistral": {},
-    "qwen2": {},
-    "phi": {},
-    "qwen3": {"head_dim": 10},
-    "gemma2": {**GEMMA, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 1.0},
-    "gemma3_text": GEMMA,
-    "granite": {"logits_scaling": 0.4},
-}
 LAYERS, HEADS, NEURONS, WIDTH, VOCABULARY = 3, 3, 40, 24, 100
 UNEVEN = View((3, 1, 2), (7, 40, 33))
 WITHOUT = View((0, 2, 0), (12, 0, 0))
@@ -48,15 +35,11 @@ def family_model(
     family: str, task: str | None = None, *, seed: int = 3, kept: View | None = None, **changes
 ):
     """Three layers of three units each, every parameter random, in fp64 and eval mode."""
-    entry = CUT_FAMILIES[family]
-    keys = {"num_hidden_layers": LAYERS, "hidden_size": WIDTH, entry.neurons: NEURONS}
-    keys |= {"num_attention_heads": HEADS, "vocab_size": VOCABULARY}
-    keys |= {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
-    if family in DECODERS:
-        keys |= {"num_attention_heads": 2 * HEADS, "num_key_value_heads": HEADS}
-        keys |= DECODERS[family]
-    if family in ("t5_encoder", "enct5"):
-        keys |= {"d_kv": 5}
+    entry, keys = CUT_FAMILIES[family], dict(tiny_cuts.FAMILIES[family])
+    if "num_key_value_heads" not in keys:  # else a key head is shared by two of six query heads
+        keys["num_attention_heads"] = HEADS
+    keys |= {entry.neurons: NEURONS, "vocab_size": VOCABULARY, "eos_token_id": 2}
+    keys |= {"bos_token_id": 0, "pad_token_id": 1}
     config = CONFIG_MAPPING[family](**{**keys, **changes})
     for_task(config, task or entry.tasks[0])
     if kept is not None:

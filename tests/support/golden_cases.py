@@ -52,7 +52,6 @@ def _teachers(*layers: int) -> list[Tree]:
 
 
 def _student_of(method: Tree, data: Path) -> Tree:
-    """A student that is cut out of its teacher."""
     wide = bert(2, 40, num_attention_heads=20, intermediate_size=80)
     return {
         "task": _reviews(data),
@@ -64,7 +63,6 @@ def _student_of(method: Tree, data: Path) -> Tree:
 
 
 def cases(data: Path) -> dict[str, Tree]:
-    """The sections of all cases by name."""
     single = {"name": "single"}
     masked = {"task": _text(data, "mlm"), "teacher": {"model": bert(2, 24)}, "method": single}
     causal = {

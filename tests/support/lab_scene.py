@@ -37,7 +37,6 @@ ONE_RANK = Ranks(0, 1, 0, torch.device("cpu"))
 
 
 def pretend_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One rank without a process group."""
     monkeypatch.setattr(distributed.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 1)
 

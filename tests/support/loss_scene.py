@@ -1,13 +1,15 @@
-"""Inputs of one loss term, with random contents, in every form that tests need."""
+"""Inputs of loss terms, with random contents, in every form that tests need."""
 
 from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from megakd.config import terms
 from megakd.config.terms import HardCrossEntropy, HardMse, Heads, Shape, source_of
 from megakd.data.batch import (
     IGNORE,
@@ -28,8 +30,14 @@ CLASSES, VOCABULARIES, WIDTHS, LAYERS = 3, (7, 9), (16, 24), (2, 4)
 # Two heads of queries, one of keys: 4 divides the width of all vectors.
 QUERY_HEADS, KEY_HEADS = 2, 1
 PARTS = {"queries": QUERY_HEADS, "keys": KEY_HEADS, "values": KEY_HEADS}
-# Two documents in the first row, as a packed causal LM has them.
-POSITIONS = torch.tensor([[0, 1, 0, 1, 2], *[[0, 1, 2, 3, 4]] * 3])
+# Packed documents, as a causal LM has them: rows that begin in one, and documents of one token.
+POSITIONS = torch.tensor([[0, 1, 0, 1, 2], [3, 4, 0, 1, 2], [0, 0, 0, 1, 2], [0, 1, 2, 3, 4]])
+
+
+def term_of(loss: str, **options: Any) -> Any:
+    """A term by the name that a config gives it."""
+    kind = getattr(terms, loss.title().replace("_", ""))
+    return kind(loss=loss, **options)
 
 
 class Matrix:
@@ -48,14 +56,21 @@ class Matrix:
 
 
 class Scene:
-    """Inputs of one term, with random contents; `leaves` are the tensors with gradients."""
+    """Inputs of terms, with random contents; `leaves` are the tensors with gradients.
 
-    def __init__(self, task: str, term: Any, *, same_widths: bool = False) -> None:
+    rollouts: whether the texts are generated; by default as the first term has it.
+    """
+
+    def __init__(
+        self, task: str, *terms: Any, same_widths: bool = False, rollouts: bool | None = None
+    ) -> None:
         torch.manual_seed(1)
-        self.task, self.term = task, term
+        self.task, self.term = task, terms[0]
+        is_on_rollouts = source_of(self.term) == "rollouts"
+        self.rollouts = is_on_rollouts if rollouts is None else rollouts
         ours, theirs = (WIDTHS[0],) * 2 if same_widths else WIDTHS
         self.objective = build_objective(
-            (term,),
+            terms,
             task,  # type: ignore[arg-type]
             Shape(LAYERS[0], ours, CLASSES, Heads(QUERY_HEADS, KEY_HEADS, ours // 2)),
             Shape(LAYERS[1], theirs, CLASSES, Heads(QUERY_HEADS, KEY_HEADS, theirs // 2)),
@@ -126,32 +141,36 @@ class Scene:
         return self
 
     def result(
-        self, rows: slice = slice(None), counts: Counts | None = None, kernels: Any = "auto"
+        self, rows: slice = slice(None), counts: Counts | None = None, **changes: Any
     ) -> Result:
         """Total, sums and gradients of some rows, divided by `counts` or by the scene's own."""
         leaves = {n: v.detach().clone().requires_grad_() for n, v in self.leaves.items()}
-        batch = self.batch(rows)
         self.objective.zero_grad()
-        reading = LossInputs(
-            student=knowledge(leaves, rows),
-            teacher=knowledge(self.teacher, rows),
-            batch=batch,
-            weights=self.objective.weights,
-            per_unit=unit_scales(self.counts(rows) if counts is None else counts, 1).weights,
-            kernels=kernels,
-        )
+        reading = self.reading(rows, counts, student=knowledge(leaves, rows), **changes)
         ((total, sums),) = self.objective([reading])
         total.backward()
         gradients = {n: v.grad for n, v in leaves.items() if v.grad is not None}
         gradients |= {n: p.grad for n, p in self.objective.named_parameters()}
         return Result(total.detach(), sums, gradients)
 
-    def batch(self, rows: slice) -> Batch:
+    def reading(
+        self, rows: slice = slice(None), counts: Counts | None = None, **changes: Any
+    ) -> LossInputs:
+        """The inputs of some rows, as `result` has them; `changes` replace their parts."""
+        usual = LossInputs(
+            student=knowledge(self.leaves, rows),
+            teacher=knowledge(self.teacher, rows),
+            batch=self.batch(rows),
+            weights=self.objective.weights,
+            per_unit=unit_scales(self.counts(rows) if counts is None else counts, 1).weights,
+        )
+        return replace(usual, **changes)
+
+    def batch(self, rows: slice = slice(None)) -> Batch:
         if self.task != "causal_lm":
             return Batch({}, self.labels[rows], self.valid[rows])
         inputs = {"position_ids": POSITIONS[rows]}
-        is_rollout = source_of(self.term) == "rollouts"
-        return Batch(inputs, self.labels[rows], self.valid[rows], is_rollout=is_rollout)
+        return Batch(inputs, self.labels[rows], self.valid[rows], is_rollout=self.rollouts)
 
     def counts(self, rows: slice = slice(None)) -> Counts:
         return count_units([self.batch(rows)], self.objective.counters)

@@ -44,13 +44,11 @@ def plan_of(config: RunConfig, process: int = PROCESS, **cluster: Any) -> Plan:
 
 
 def trained(plan: Plan) -> PhasePlan:
-    """The phase that trains."""
     (phase,) = (phase for phase in plan.phases if phase.flops and not phase.forwards)
     return phase
 
 
 def sent(phase: PhasePlan, role: str) -> int:
-    """The bytes that a role receives per step."""
     return sum(size for (of_role, _), size in phase.sent.items() if of_role == role)
 
 

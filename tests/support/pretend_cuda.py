@@ -66,7 +66,6 @@ def moved_to_cuda(module: nn.Module) -> nn.Module:
 
 
 def like(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor of this shape and dtype on the pretended GPU."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=CUDA)
 
 

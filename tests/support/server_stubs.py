@@ -85,7 +85,6 @@ class Stub:
         return routes[path](self, body)
 
     def restart(self) -> None:
-        """Start again, with the model and the weights of the start."""
         self.model = type(self.model)()
         self.weights, self.paused, self.cached = "default", False, {}
 
@@ -248,7 +247,6 @@ DEVELOPMENT = {
 
 @contextmanager
 def serving(*stubs: Stub) -> Iterator[list[str]]:
-    """Serve all stubs in the body; their addresses."""
     servers = [_server(stub) for stub in stubs]
     try:
         yield [stub.url for stub in stubs]

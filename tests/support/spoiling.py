@@ -30,7 +30,6 @@ class Bench:
         return config_tree(self.folder / "out", {**data, **(task or {})}, **{**usual, **sections})
 
     def start(self, tree: Mapping[str, Any], *overrides: str) -> Outcome:
-        """`launch/train.py` with the config."""
         config = write_config(self.folder / "run.yaml", tree)
         return self.one_rank.train("--config", config, *overrides)
 

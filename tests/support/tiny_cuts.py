@@ -20,7 +20,7 @@ from transformers import (
 
 from megakd.config.task import TaskConfig
 from megakd.models.architectures import register_own_models
-from megakd.models.cutting import cut_config, cut_state, reshape_folder
+from megakd.models.cutting import cut_config, cut_state, rescaled, reshape_folder
 from megakd.models.elastic import weight_axes
 from megakd.models.fitting import ModelSource
 from megakd.models.layers import renumbered
@@ -156,7 +156,6 @@ def reshaped(source: ModelSource, folder: Path, kind: str = "classification", **
 
 
 def written(model: PreTrainedModel, folder: Path, **changes) -> Path:
-    """A finished folder, as a run writes it."""
     facts = {"state": iter(model.state_dict().items()), "tokenizer": tokenizer(), **changes}
     facts["architecture"] = type(model).__name__
     write_model_folder(folder, ModelContent(model.config, **facts))
@@ -190,11 +189,19 @@ def order_of(model: PreTrainedModel, *, seed: int = 0) -> UnitOrder:
     return UnitOrder(tuple(map(shuffled, full.heads)), tuple(map(shuffled, full.neurons)))
 
 
-def cut(model: PreTrainedModel, kind: str, view: View, order: UnitOrder | None = None):
-    config = cut_config(model.config, view, order)
-    made = new_model(config, kind).eval()
+def cut(
+    model: PreTrainedModel,
+    kind: str,
+    view: View,
+    order: UnitOrder | None = None,
+    *,
+    learns: bool = False,
+):
+    made = new_model(cut_config(model.config, view, order, learns=learns), kind).eval()
     state = cut_state(model.state_dict().items(), weight_axes(model), view, order)
+    state = state if learns else rescaled(state, model.config, view)
     made.load_state_dict(dict(renumbered(state, model.config, view)), strict=True)
+    made.tie_weights()
     return made
 
 

@@ -44,7 +44,6 @@ def write_reviews(folder: Path, *, train: int = 64, validation: int = 26) -> Pat
 
 
 def review_task(folder: Path, **keys: Any) -> dict[str, Any]:
-    """The task of reviews that are written below a folder."""
     return {"type": "classification", "dataset": str(write_reviews(folder / "reviews")), **keys}
 
 
@@ -64,7 +63,6 @@ def write_scored_pairs(folder: Path, *, train: int = 64, validation: int = 26) -
 
 
 def pairs_task(folder: Path, **keys: Any) -> dict[str, Any]:
-    """The task of scored pairs that are written below a folder."""
     columns = {"text_columns": ["first", "second"], "label_column": "similarity"}
     data = str(write_scored_pairs(folder / "pairs"))
     return {"type": "regression", "dataset": data, **columns, **keys}

@@ -37,7 +37,6 @@ class WholeRun(NamedTuple):
 
     @property
     def task(self) -> dict[str, Any]:
-        """The task of another run on the data."""
         return {**CLASSES, "dataset": str(self.reviews)}
 
 
@@ -46,7 +45,6 @@ def read(out: Path) -> dict[str, Any]:
 
 
 def of_model(report: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The numbers of a model in a report."""
     start = f"{name}."
     return {k.removeprefix(start): v for k, v in report.items() if k.startswith(start)}
 
@@ -82,7 +80,6 @@ def logits_by_hand(folder: Path, *texts: list[str]) -> tuple[PreTrainedModel, to
 
 
 def accuracy_by_hand(model_folder: Path, file: Path) -> float:
-    """As anyone would score a file."""
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     model, logits = logits_by_hand(model_folder, [row["text"] for row in rows])
     names = [model.config.id2label[number] for number in logits.argmax(dim=1).tolist()]

@@ -120,13 +120,7 @@ def test_prompts_alone_teach_nothing_without_rollouts_and_cannot_be_scored(
 # The length of rows: measured where the config gives none, and told where rows are cut.
 
 
-@pytest.fixture(autouse=True)
-def _cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("MEGAKD_CACHE", str(tmp_path / "cache"))
-
-
 def tokens(*messages: str) -> int:
-    """The tokens of a conversation in ChatML."""
     tokenizer: Any = chat_tokenizer("chatml")
     text = tokenizer.apply_chat_template(asked(*messages), tokenize=False)
     return len(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from loss_scene import Scene
 from sklearn import metrics as theirs
-from source_scene import Texts, objective_of
 from tiny_runs import config_tree, review_task, write_config
 from torch import Tensor
 from whole_run import finish, finish_in, read, records
@@ -141,12 +141,6 @@ def test_a_judge_says_that_more_is_better_whatever_the_metric(metric, score):
     assert judge({"wide": {metric: 9.0}, "narrow": {metric: 0.6}}, 0) == Verdict(score, "narrow")
 
 
-def test_several_official_metrics_rank_by_their_mean():
-    both = headline(("pearson", "spearman"))
-    assert both.name == "mean_pearson_spearman"
-    assert both.of({"pearson": 0.8, "spearman": 0.6, "loss": 9.0}) == pytest.approx(0.7)
-
-
 LABELS = ("bad", "fine", "good")
 TRUTH = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, -100])
 PREDICTED = torch.tensor([0, 0, 1, 1, 2, 2, 2, 0, 2, 1])
@@ -182,11 +176,6 @@ def test_every_metric_that_a_config_may_name_is_that_of_scikit_learn():
     )
     assert set(values) == set(names)
     assert values["loss"] == pytest.approx(4 / 3)
-
-
-def test_of_two_labels_the_second_is_the_positive_one():
-    outputs, truth = torch.eye(2)[[0, 0, 1]], torch.tensor([0, 1, 1])
-    assert chosen(("no", "yes"), metric="recall").of(outputs, truth)["recall"] == 0.5
 
 
 def test_every_label_has_the_precision_and_recall_of_its_counts_also_if_the_label_is_absent():
@@ -268,7 +257,7 @@ TERMS = tuple(HardCrossEntropy(loss="hard_cross_entropy", on=on) for on in (None
 
 def losses(batches: list[Any], value: float) -> Any:
     """Losses of a model that has the same value at every target."""
-    objective = objective_of(TERMS)
+    objective = Scene("causal_lm", *TERMS).objective
     bundle: Any = SimpleNamespace(objective=objective, counters=objective.counters)
 
     def measure(batch: Any, knowledge: object, plan: object) -> Any:
@@ -285,7 +274,7 @@ def losses(batches: list[Any], value: float) -> Any:
 
 
 def test_a_term_on_rollouts_has_no_value_on_texts_of_the_data():
-    batch = Texts().batch()
+    batch = Scene("causal_lm", *TERMS).batch()
 
     both = losses([batch, batch._replace(is_rollout=True)], 0.5)
     data = losses([batch], 0.5)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from itertools import chain
 
 import pytest
 import torch
@@ -89,33 +88,14 @@ def test_a_cut_model_has_gates_for_what_is_left(family, view):
     assert tuple(map(len, scores.neurons)) == view.neurons
 
 
-def test_a_gate_sums_over_positions_and_the_columns_of_its_unit_in_fp32():
-    values = torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]], requires_grad=True)
-    weights = torch.tensor([[1.0, 0.0, -1.0, 2.0], [0.5, 1.0, 0.0, 1.0]])
-    gate, other = torch.ones(2, requires_grad=True), torch.ones(1, requires_grad=True)
+def test_a_gate_sums_over_positions_in_fp32():
+    gate = torch.ones(1, requires_grad=True)
 
-    (Gate.apply(values, gate, 2) * weights).sum().backward()
-    out = Gate.apply(torch.ones(257, 1, dtype=torch.bfloat16), other, 1)
+    out = Gate.apply(torch.ones(257, 1, dtype=torch.bfloat16), gate, 1)
     out.float().sum().backward()
 
-    assert gate.grad.tolist() == [1 + 0 + 2.5 + 6, -3 + 8 + 0 + 8]
-    assert values.grad.equal(weights)
     assert out.dtype == torch.bfloat16
-    assert other.grad.tolist() == [257.0]  # bf16 has no such number
-
-
-def test_scores_in_units_of_the_norm_of_their_layer():
-    totals = torch.zeros(3 * HEADS + 3 * NEURONS, dtype=torch.float64)
-    totals[:3] = torch.tensor([3.0, 0.0, 4.0])
-    totals[3 * HEADS : 3 * HEADS + 2] = torch.tensor([5.0, 12.0])
-
-    raw = Gates(family_model("bert"), CPU).scores(totals)
-    scaled = raw.scaled()
-
-    assert [*chain(*raw.heads, *raw.neurons)] == totals.tolist()
-    assert scaled.heads[0] == pytest.approx((0.6, 0.0, 0.8))
-    assert scaled.heads[1:] == ((0.0,) * HEADS,) * 2
-    assert scaled.neurons[0] == pytest.approx((5 / 13, 12 / 13, *[0.0] * (NEURONS - 2)))
+    assert gate.grad.tolist() == [257.0]  # bf16 has no such number
 
 
 @pytest.mark.parametrize(

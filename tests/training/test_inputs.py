@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import lab_scene
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -16,7 +17,6 @@ from megakd.config.run import RunConfig
 from megakd.config.sections import FinetuneOverrides, ScratchModel, StudentConfig, TeacherConfig
 from megakd.config.task import TaskConfig, TokenizerConfig
 from megakd.errors import TeacherError
-from megakd.methods.single import SingleConfig
 from megakd.training.inputs import prepare
 
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film")
@@ -48,15 +48,9 @@ def data(tmp_path: Path) -> Path:
 
 
 def config_of(data: Path, *, teacher: str, student: Any, tokenizer: str | None = None) -> RunConfig:
-    return RunConfig(
-        output_dir=data.parent / "run",
-        task=TaskConfig(
-            type="classification", dataset=str(data), max_length=16, tokenizer=tokenizer
-        ),
-        teacher=TeacherConfig(model=teacher),
-        student=StudentConfig(model=student),
-        method=SingleConfig(name="single"),
-    )
+    task = TaskConfig(type="classification", dataset=str(data), max_length=16, tokenizer=tokenizer)
+    models = {"teacher": TeacherConfig(model=teacher), "student": StudentConfig(model=student)}
+    return lab_scene.config_of(data.parent, task=task, **models)
 
 
 def scratch() -> ScratchModel:

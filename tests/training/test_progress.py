@@ -53,19 +53,6 @@ def curve_of(folder: Path, stage: str) -> list[tuple[int, float]]:
     return [(event.step, round(event.value, 4)) for event in events.Scalars("train/loss")]
 
 
-def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
-    reporter = Reporter(tmp_path, is_main=False)
-
-    reporter.begin("distil", 0, **OF_TEN)
-    reporter.advance(1)
-    reporter.log(1, {"train/loss": 0.5}, stage="distil")
-    reporter.close()
-
-    assert list(tmp_path.iterdir()) == []
-    assert terminal.getvalue() == ""
-
-
 def test_a_resumed_run_forgets_later_lines_and_curves_of_its_stage_only(tmp_path):
     tracked(tmp_path, "teacher", range(1, 6), "tensorboard")
     tracked(tmp_path, "distil", range(1, 6), "tensorboard")
@@ -96,20 +83,24 @@ def test_a_resumed_run_drops_a_damaged_line(tmp_path, lines):
     assert not (tmp_path / "tensorboard").exists()
 
 
-def test_a_terminal_gets_a_bar_with_the_chosen_numbers(tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("is_main", [True, False])
+def test_a_terminal_gets_a_bar_with_the_chosen_numbers_from_rank_0_alone(
+    tmp_path, monkeypatch, is_main
+):
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
-    reporter = Reporter(tmp_path, is_main=True)
+    reporter = Reporter(tmp_path, is_main=is_main)
 
     reporter.begin("distil", 2, **OF_TEN)
     reporter.advance(3)
     reporter.log(4, NUMBERS, stage="distil")
     reporter.close()
 
-    shown = terminal.getvalue()
-    assert "distil" in shown
-    assert "4/10" in shown
-    assert "loss=0.1235, lr=0.0003, tok/s=12,346, mem=2.5GB" in shown
+    shown, files = terminal.getvalue(), [path.name for path in tmp_path.iterdir()]
+    assert files == (["metrics.jsonl"] if is_main else [])
+    for text in ("distil", "4/10", "loss=0.1235, lr=0.0003, tok/s=12,346, mem=2.5GB"):
+        assert (text in shown) is is_main
     assert "gradient_norm" not in shown
+    assert is_main or shown == ""
 
 
 def test_without_a_terminal_there_is_one_short_line_per_log_and_no_bar(

@@ -113,7 +113,6 @@ def generator_of(
 
 
 def prompts_of(stub: Stub) -> list[list[int]]:
-    """The prompts that a replica was asked to continue, sorted."""
     return sorted(body["prompt"] for body in requests_of(stub))
 
 

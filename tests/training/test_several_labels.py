@@ -193,50 +193,37 @@ def test_answers_that_are_sure_teach_as_labels_do(one_rank, tmp_path):
         assert torch.allclose(weights["soft_target_kl"][name], weight, atol=1e-5), name
 
 
-@pytest.mark.parametrize(
-    ("sections", "text"),
-    [
-        ({"train": {"class_weights": "balanced"}}, "train.class_weights: weighs or smooths the"),
-        (
-            {"objective": [{"loss": "hard_cross_entropy", "label_smoothing": 0.1}]},
-            "objective[0].label_smoothing: weighs or smooths the one label of a row",
-        ),
-        ({"eval": {"metric": "accuracy"}}, "accuracy is about rows with one label, and a row"),
-        ({"task": {"multi_label": False}}, "(where a row has several, every row has a list)"),
-        (
-            {"task": {"soft_labels": "text"}},
-            "task.soft_labels: not supported by method finetune; remove it, or use single",
-        ),
-        (
-            {"task": {"soft_labels": "text"}, "method": {"name": "single"}},
-            "train.jsonl, line 1: soft labels (task.soft_labels) is not JSON",
-        ),
-        (
-            {
-                "task": {"soft_labels": "text"},
-                "method": {"name": "single"},
-                "teacher": {"model": bert(1)},
-            },
-            "task.soft_labels: cannot be combined with teacher, which answers too; remove one",
-        ),
-        (
-            {
-                "task": {"soft_labels": "text"},
-                "method": {"name": "single"},
-                "objective": [{"loss": "hidden_mse"}],
-            },
-            "objective[0].loss: hidden_mse looks into a teacher, of which task.soft_labels has",
-        ),
-        ({"task": {"label_column": ["text", "labels"], "type": "regression"}}, "are labels of a"),
-    ],
-    ids=range(9),
-)
-def test_what_does_not_apply_is_refused_before_a_model_is_loaded(
-    one_rank, tmp_path, sections, text
-):
-    task = {**write_emotions(tmp_path), **sections.pop("task", {})}
+SOFT = "task.soft_labels=text"
+SINGLE = f"{SOFT}; method.name=single"
+REFUSED = [
+    ("train.class_weights=balanced", "train.class_weights: weighs or smooths the"),
+    (
+        "objective=[{loss: hard_cross_entropy, label_smoothing: 0.1}]",
+        "objective[0].label_smoothing: weighs or smooths the one label of a row",
+    ),
+    ("eval.metric=accuracy", "accuracy is about rows with one label, and a row"),
+    ("task.multi_label=false", "(where a row has several, every row has a list)"),
+    (SOFT, "task.soft_labels: not supported by method finetune; remove it, or use single"),
+    (SINGLE, "train.jsonl, line 1: soft labels (task.soft_labels) is not JSON"),
+    (
+        f"{SINGLE}; teacher.model=./bert",
+        "task.soft_labels: cannot be combined with teacher, which answers too; remove one",
+    ),
+    (
+        f"{SINGLE}; objective=[{{loss: hidden_mse}}]",
+        "objective[0].loss: hidden_mse looks into a teacher, of which task.soft_labels has",
+    ),
+    ("task.label_column=[text, labels]; task.type=regression", "are labels of a"),
+]
 
-    outcome = one_rank.train("--config", run_in(tmp_path, task, **sections), code=2)
+
+@pytest.mark.parametrize(("overrides", "text"), REFUSED)
+def test_what_does_not_apply_is_refused_before_a_model_is_loaded(
+    one_rank, tmp_path, overrides, text
+):
+    config = run_in(tmp_path, write_emotions(tmp_path))
+
+    outcome = one_rank.train("--config", config, *overrides.split("; "), code=2)
 
     assert text in outcome.err
     assert outcome.loaded == ()

@@ -1,40 +1,34 @@
-"""The loop: the order of its calls, the values that it keeps on the device, and resuming."""
+"""The loop: the teachers of the next step, and the values that it keeps on the device."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from unit_counts import numbers
 from waiting import Waiting, no_waiting
 
 from megakd.data.batch import IGNORE, Batch, Counts, Knowledge, Pass, count_units
-from megakd.stage import StepReport
+from megakd.stage import Strategy
 from megakd.training.trainer import Trainer
 
 BATCH = Batch({}, torch.tensor([1]), torch.ones(1, 1, dtype=torch.bool))
-ALONE = ((Pass(),),)
 
 
 class Student:
-    """Gives the terms it is told to."""
-
-    def __init__(self, told: list[Any], terms: Sequence[float] = ()) -> None:
-        self.told, self.terms = told, list(terms)
+    def __init__(self, told: list[Any]) -> None:
+        self.told = told
 
     def forward_backward(
         self, batch: Batch, knowledge: Mapping[str, Knowledge], plan: Any, counts: Counts, **options
     ) -> dict[str, Tensor]:
         self.told.append(("forward_backward", tuple(knowledge), options["boundary"]))
-        return {"term": torch.tensor(self.terms.pop(0) if self.terms else 1.0)}
+        return {"term": torch.tensor(1.0)}
 
     def step(self, learning_rate: float) -> Tensor:
-        self.told.append(("step", learning_rate))
         return torch.tensor(3.0)
 
 
@@ -58,43 +52,25 @@ class Teacher:
         self.told.append(("idle", self.name))
 
 
-class Steering:
+class Steering(Strategy):
     """A strategy that plans different teachers at different steps."""
 
     def __init__(self, told: list[Any], plans: Sequence[tuple[Pass, ...]]) -> None:
-        self.told, self.plans, self.reports = told, plans, []
+        self.told, self.plans = told, plans
 
     def passes(self, step: int) -> tuple[Pass, ...]:
         self.told.append(("plan", step))
         return self.plans[step % len(self.plans)]
 
-    def before_update(self, step: int, student: Any) -> None:
-        self.told.append(("before_update", step))
 
-    def after_update(self, report: StepReport) -> dict[str, float]:
-        self.told.append(("after_update", report.step))
-        self.reports.append(report)
-        return {"told": len(self.told)}
-
-
-def trainer_of(told: list[Any], *, plans: Any = ALONE, terms: Any = (), teachers: Any = ()):
+def trainer_of(told: list[Any], *, plans: Any, teachers: Any = ()):
     return Trainer(
-        student=Student(told, terms),
+        student=Student(told),
         teachers={name: Teacher(told, name) for name in teachers},
         strategy=Steering(told, plans),
         count_units=count_units,
         learning_rate=lambda step: 0.1 * step,
     )
-
-
-def test_a_step_plans_learns_updates_and_reports_in_this_order():
-    told = []
-
-    trainer_of(told).train_step([BATCH, BATCH, BATCH])
-
-    learning = [("forward_backward", (), is_last) for is_last in (False, False, True)]
-    updates = [("before_update", 0), ("step", 0.0), ("after_update", 0)]
-    assert told == [("plan", 0), *learning, *updates]
 
 
 def test_the_next_steps_teachers_make_ready_before_the_student_learns_and_the_others_rest_first():
@@ -125,19 +101,6 @@ def test_where_no_teacher_is_idle_nothing_is_planned_ahead(teachers):
     trainer_of(told, plans=(plan,), teachers=teachers).train_step([BATCH, BATCH])
 
     assert [event for event in told if event[0] in {"plan", "idle", "next"}] == [("plan", 0)]
-
-
-def test_a_report_sums_the_terms_of_its_own_micro_batches():
-    trainer = trainer_of([], terms=(0.5, 1.0, 5.0))
-
-    first, second = map(trainer.train_step, ([BATCH, BATCH], [BATCH]))
-
-    assert (first.parts["term"].item(), second.parts["term"].item()) == (1.5, 5.0)
-    assert numbers(first.counts) == (2, 2, 2)
-    assert first.gradient_norm is not None
-    told = trainer.strategy.reports  # type: ignore[attr-defined]
-    assert [replace(first, scalars={}), replace(second, scalars={})] == told
-    assert "told" in first.scalars
 
 
 class Answering(Teacher):

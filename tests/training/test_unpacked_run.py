@@ -30,11 +30,6 @@ def prepared(tmp_path, student, **sections):
     return prepare(config_of(tree))
 
 
-@pytest.fixture(autouse=True)
-def _cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("MEGAKD_CACHE", str(tmp_path / "cache"))
-
-
 def test_texts_share_rows_only_if_all_models_keep_them_apart(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     exact = prepared(tmp_path, llama(1))
