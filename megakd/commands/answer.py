@@ -63,10 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
     sampling = {k: getattr(arguments, k) for k in ("max_new_tokens", "temperature", "seed")}
     sampling = {"model": arguments.model, **sampling}
     size = arguments.rows_at_once
-    reasons = answered(arguments.to, prompts, sampling)
-    if len(reasons) < len(prompts):  # a block that was cut is drawn again as a whole
-        reasons = reasons[: len(reasons) - len(reasons) % size]
-        cut_to(arguments.to, len(reasons))
+    reasons = answered(arguments.to, prompts, sampling, rows_at_once=size)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("megakd").setLevel(logging.INFO)
     with print_aside():
@@ -132,39 +129,35 @@ def _prompt(path: Path, column: str, record: Record | DataError) -> Messages:
     return messages[: asked[-1] + 1]
 
 
-def answered(path: Path, prompts: Sequence[Messages], sampling: Mapping[str, Any]) -> list[str]:
-    """Return why each answer of an earlier start ended; a line that a kill has cut is removed.
+def answered(
+    path: Path, prompts: Sequence[Messages], sampling: Mapping[str, Any], *, rows_at_once: int
+) -> list[str]:
+    """Return why each answer of an earlier start ended, and leave these answers in its file.
+
+    A line that a kill has cut is removed, and a block of rows that was cut is drawn again as a
+    whole.
 
     Raises:
         DataError: the file holds answers to other prompts, or of other settings.
     """
     if not path.exists():
         return []
-    cut_to(path, None)
-    reasons: list[str] = []
-    for number, line in enumerate(_lines(path), 1):
+    # Not str.splitlines, which also cuts at U+2028 within a text.
+    with path.open(encoding="utf-8", newline="\n") as file:
+        lines = file.readlines()
+    whole, reasons = [line for line in lines if line.endswith("\n")], list[str]()
+    for number, line in enumerate(whole, 1):
         row = json.loads(line) if line.startswith('{"messages": [') else {}
         is_ours = number <= len(prompts) and row.get("messages", [])[:-1] == prompts[number - 1]
         if not is_ours or row.get("sampling") != sampling:
             other = f"settings ({row.get('sampling')})" if is_ours else "prompts"
             raise DataError(f"{path}, line {number} is of other {other}; give another --to")
         reasons.append(row["finish_reason"])
-    return reasons
-
-
-def cut_to(path: Path, count: int | None) -> None:
-    """Leave the first lines of a file; None: all that are whole."""
-    if path.exists():
-        lines = _lines(path)
-        whole = [line for line in lines[:count] if line.endswith("\n")]
-        if whole != lines:
-            write_text(path, "".join(whole))
-
-
-def _lines(path: Path) -> list[str]:
-    # Not str.splitlines, which also cuts at U+2028 within a text.
-    with path.open(encoding="utf-8", newline="\n") as file:
-        return file.readlines()
+    if len(whole) < len(prompts):
+        whole = whole[: len(whole) - len(whole) % rows_at_once]
+    if whole != lines:
+        write_text(path, "".join(whole))
+    return reasons[: len(whole)]
 
 
 def _local(arguments: argparse.Namespace) -> Answers:
@@ -214,7 +207,7 @@ def _server(arguments: argparse.Namespace) -> Answers:
     from pydantic import BaseModel
 
     from megakd.config.sections import address
-    from megakd.teachers.servers import JsonServer, RunningCalls
+    from megakd.teachers.servers import JsonServer, running_calls
 
     class Message(BaseModel):
         content: str | None
@@ -223,9 +216,6 @@ def _server(arguments: argparse.Namespace) -> Answers:
         message: Message
         finish_reason: str
 
-    class Answer(BaseModel):
-        choices: list[Choice]
-
     server = JsonServer(
         address(arguments.url), time_limit_s=600.0, key=os.environ.get("OPENAI_API_KEY")
     )
@@ -233,10 +223,10 @@ def _server(arguments: argparse.Namespace) -> Answers:
     def ask(messages: Messages) -> tuple[str, str]:
         body = {"model": arguments.model, "messages": messages, "seed": arguments.seed}
         body |= {"max_tokens": arguments.max_new_tokens, "temperature": arguments.temperature}
-        reply = server.ask("/v1/chat/completions", body).read(Answer)
-        if not reply.choices:
+        choices = server.ask("/v1/chat/completions", body).read("choices", list[Choice])
+        if not choices:
             raise ServerError(f"{arguments.url}: an answer has no choices")
-        text, reason = reply.choices[0].message.content, reply.choices[0].finish_reason
+        text, reason = choices[0].message.content, choices[0].finish_reason
         if text is None:
             raise ServerError(
                 f"{arguments.url}: an answer of finish_reason {reason} has no content; start vLLM "
@@ -246,6 +236,6 @@ def _server(arguments: argparse.Namespace) -> Answers:
         return text, reason
 
     def answers(block: Sequence[Messages]) -> list[tuple[str, str]]:
-        return RunningCalls([partial(ask, one) for one in block], at_once=AT_ONCE).results()
+        return running_calls([partial(ask, one) for one in block], at_once=AT_ONCE)()
 
     return answers

@@ -15,7 +15,6 @@ from __future__ import annotations
 import errno
 import functools
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -99,12 +98,6 @@ def _clean_up(path: Path, temporary: Path, aside: Path) -> None:
 def write_content(path: Path, content: str | bytes) -> None:
     """Write a file inside a temporary folder, without a sync or a rename."""
     path.write_bytes(content.encode() if isinstance(content, str) else content)
-
-
-def set_aside(path: Path, why: str = "unused") -> Path:
-    """Rename a file or folder to `<name>.<why>-<number>`, and return the new path."""
-    names = (path.with_name(f"{path.name}.{why}-{number}") for number in itertools.count(1))
-    return path.replace(next(name for name in names if not name.exists()))
 
 
 def sha256_of(path: Path) -> str:
@@ -287,13 +280,19 @@ def check_given(folder: Path, where: str, *, wanted: Callable[[str], bool] = boo
         )
 
 
-def damage(folder: Path, *, wanted: Callable[[str], bool] = bool) -> str | None:
-    """Return what is wrong with a finished folder, or None; the model card may be edited."""
+def damage(
+    folder: Path, *, wanted: Callable[[str], bool] = bool, most_bytes: float = math.inf
+) -> str | None:
+    """Return what is wrong with a finished folder, or None; the model card may be edited.
+
+    Of more than `most_bytes`, only the sizes of the files are compared.
+    """
     try:
-        listed = entries(folder)
+        listed = {n: e for n, e in entries(folder).items() if n != CARD and wanted(n)}
     except (OSError, ValueError) as error:
         return f"{CHECKSUMS} cannot be read ({error})"
-    return damage_of(folder, {n: e for n, e in listed.items() if n != CARD and wanted(n)})
+    size = sum(entry["size"] for entry in listed.values())
+    return damage_of(folder, listed, reads=size <= most_bytes)
 
 
 def users_files(folder: Path) -> list[str]:
@@ -327,7 +326,11 @@ def whole_folder(folder: Path, build: Callable[[Path], None]) -> Path:
     result. A damaged folder is moved away and never changed in place, so that a process that has
     its files memory-mapped keeps reading the same content.
     """
-    if is_whole(folder):
+
+    def is_whole() -> bool:
+        return damage(folder, most_bytes=CHECKED_BYTES) is None
+
+    if is_whole():
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -341,11 +344,11 @@ def whole_folder(folder: Path, build: Callable[[Path], None]) -> Path:
             seal(draft)
             sync_tree(draft)
             try:
-                if folder.exists() and not is_whole(folder):
+                if folder.exists() and not is_whole():
                     folder.rename(draft.with_name("damaged"))
                 draft.rename(folder)
             except OSError:  # another process was faster
-                if not is_whole(folder):
+                if not is_whole():
                     raise
     except OSError as error:
         reason = error.strerror or str(error)
@@ -354,16 +357,6 @@ def whole_folder(folder: Path, build: Callable[[Path], None]) -> Path:
             "the folder writable; no partial files were kept"
         ) from error
     return folder
-
-
-def is_whole(folder: Path) -> bool:
-    """Return whether every file has the size and, up to 1 GiB in all, the checksum as written."""
-    try:
-        listed = entries(folder)
-        size = sum(entry["size"] for entry in listed.values())
-        return damage_of(folder, listed, reads=size <= CHECKED_BYTES) is None
-    except (OSError, ValueError):
-        return False
 
 
 def check_writable(folder: Path, *, where: str) -> None:

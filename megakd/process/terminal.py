@@ -17,6 +17,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from megakd.errors import ConfigError
+from megakd.process.files import chain_of
 
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
@@ -264,11 +265,9 @@ def watched() -> Iterator[None]:
         yield
     except Exception as error:
         # A context that a stop leaves may fail: DeepSpeed's gathered weights do inside a forward.
-        behind: BaseException | None = error
-        while behind is not None:
+        for behind in chain_of(error):
             if isinstance(behind, Stopped):
                 raise behind from None
-            behind = behind.__context__
         raise
     finally:
         _release()

@@ -80,7 +80,9 @@ STAGES, PANELS, LINES, POINTS, LABELS = 12, 9, 12, 500, 40
 OF_TRAINING = ("train/loss", "train/learning_rate")
 """Numbers of the training that are drawn, beside those of evaluations and choices."""
 COLOURS = {"teachers": "#7b4fa6", "assistants": "#a85700", "baselines": "#66717d"}
-STUDENT_COLOUR, CHOSEN = "#1668ad", "#c4244f"
+STUDENT_COLOUR = "#1668ad"
+RING: Any = {"marker": "o", "markersize": 9, "linestyle": "", "fillstyle": "none"}
+RING |= {"color": "#c4244f"}
 Draw = Callable[["Axes"], None]
 
 
@@ -197,14 +199,7 @@ def candidate_figure(report: Report) -> str:
             places = sorted((row["sparsity"], row[key]) for row in mine)
             axes.plot(*zip(*places, strict=True), marker="o", label=f"iteration {iteration}")
             chosen = [(row["sparsity"], row[key]) for row in mine if row["chosen"]]
-            axes.plot(
-                *zip(*chosen, strict=True),
-                marker="o",
-                color=CHOSEN,
-                markersize=9,
-                linestyle="",
-                fillstyle="none",
-            )
+            axes.plot(*zip(*chosen, strict=True), **RING)  # of none, if no candidate is chosen
         axes.set_xlabel("sparsity")
         axes.set_title(title)
         axes.legend()

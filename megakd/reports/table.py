@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import yaml
 from huggingface_hub import metadata_load, try_to_load_from_cache
+from transformers.utils.hub import CHAT_TEMPLATE_FILE
 
+from megakd.config.run import RunConfig
 from megakd.config.task import STUDENT, TEACHER, TEXT_METRIC, THRESHOLD, TaskType, is_text_metric
-from megakd.models.model_folder import hub_id
+from megakd.models.model_folder import brings_code, hub_id, needs_5
 from megakd.process.files import CARD
 from megakd.process.terminal import aligned_rows, in_home
 from megakd.training.lab import Report, lower_is_better
@@ -146,19 +147,12 @@ def model_rows(report: Report) -> Rows:
     metrics, whole = shown_metrics(report), report.get(f"{TEACHER}.parameters")
     against = "vs teacher" if lower_is_better(report["metric_name"]) else "kept"
     rows: Rows = []
+    titles = {"parameters": "parameters", "encoder_parameters": "non-embedding", "bytes": "size MB"}
     for model in report["models"]:
-        of = {
-            key: report.get(f"{model}.{key}")
-            for key in ("parameters", "encoder_parameters", "bytes")
-        }
-        row = [
-            ("", model),
-            ("parameters", cell("parameters", of["parameters"])),
-            ("non-embedding", cell("parameters", of["encoder_parameters"])),
-            ("size MB", cell("bytes", of["bytes"])),
-        ]
+        row = [("", model)]
+        row += [(title, cell(key, report.get(f"{model}.{key}"))) for key, title in titles.items()]
         if whole:
-            mine = of["parameters"]
+            mine = report.get(f"{model}.parameters")
             row.append(("smaller", f"{whole / mine:.1f}x" if mine else "-"))
         row += [(name, score(name, report.get(f"{model}.{name}"))) for name in metrics]
         if whole:
@@ -315,35 +309,24 @@ The trained adapters are merged into these weights; `adapter` holds them alone, 
 """
 
 
-@dataclass(frozen=True, kw_only=True)
-class CardFacts:
-    """Content of a model card in addition to the numbers of the report.
-
-    student: Hub id or folder that the student started from; None for random weights.
-    teachers: Hub ids or folders of the teachers; None for random weights.
-    brings_code: whether the model's class is stored with the weights, see `brings_code`.
-    needs_5: whether transformers 4 cannot read the model.
-    chats: whether the tokenizer has a chat template.
-    """
-
-    title: str
-    task_type: TaskType
-    student: str | None
-    teachers: tuple[str | None, ...]
-    command: str
-    brings_code: bool = False
-    needs_5: bool = False
-    chats: bool = False
-
-
-def model_card(facts: CardFacts, report: Report) -> str:
-    """Return the content of README.md: metadata, command, result table and remarks."""
-    auto_class, pipeline = AUTO_CLASSES[facts.task_type]
-    specs = [spec for spec in (facts.student, *facts.teachers) if spec]
+def model_card(config: RunConfig, stage: Path, report: Report, command: str) -> str:
+    """Return README.md of the model of a stage: metadata, `command`, result table and remarks."""
+    task, trust = config.task.type, ", trust_remote_code=True" * brings_code(stage)
+    auto_class, pipeline = AUTO_CLASSES[task]
+    teachers: dict[str, Any] = {name: spec.model for name, spec in config.teacher_specs.items()}
+    teachers |= dict.fromkeys(config.base_teachers, config.student.model)
+    start = {**teachers, STUDENT: config.student.model}[config.start_role]
+    # Hub ids and folders; models from scratch have none.
+    specs = [model for model in (start, *teachers.values()) if isinstance(model, str)]
     cards = [_metadata(spec) for spec in specs]
     # A folder is not a base model that users of the card could look up, but its own base is.
     bases = (hub_id(s) or card.get("base_model") for s, card in zip(specs, cards, strict=True))
     licences = {str(card.get("license") or "unknown") for card in cards}
+    named = [
+        f"`{hub_id(model) or Path(model).name}`" if isinstance(model, str) else "a random teacher"
+        for model in teachers.values()
+    ]
+    chats = task == "causal_lm" and (stage / CHAT_TEMPLATE_FILE).is_file()
     front = {
         "library_name": "transformers",
         "pipeline_tag": pipeline,
@@ -354,18 +337,16 @@ def model_card(facts: CardFacts, report: Report) -> str:
         "tags": ["megakd", "knowledge-distillation", report["method"]],
     }
     front = {key: value for key, value in front.items() if value}
-    named = [f"`{hub_id(s) or Path(s).name}`" if s else "a random teacher" for s in facts.teachers]
-    trust = ", trust_remote_code=True" * facts.brings_code
     return PAGE.format(
         front=yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
-        title=facts.title,
+        title=f"{config.output_dir.absolute().name}: a student distilled by megakd",
         teachers=f" by distilling {' and '.join(named)}" * (f"{TEACHER}.parameters" in report),
-        command=facts.command,
+        command=command,
         results=result_table(report),
         auto_class=auto_class,
         trust=trust,
-        chat=CHAT.format(trust=trust) * (facts.chats and facts.task_type == "causal_lm"),
-        needs=", which needs transformers >= 5.0" * facts.needs_5,
+        chat=CHAT.format(trust=trust) * chats,
+        needs=", which needs transformers >= 5.0" * needs_5(stage),
         adapter=ADAPTER * (f"{STUDENT}.trained_parameters" in report),
     )
 

@@ -10,7 +10,6 @@ import time
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 from megakd.config.run import RunConfig
 from megakd.config.sections import TeacherConfig
@@ -48,10 +47,13 @@ class DryLab(PlanningLab):
     def probe(self, stage: str) -> StageProbe:
         return self.assembly.probe(stage)
 
-    def take_steps(self, stage: Stage) -> Timed:
-        """Take steps of a stage on real rows, and return what they take; a collective.
+    def take_steps(self, stage: Stage) -> tuple[int, float, int]:
+        """Take steps of a stage on real rows; a collective.
 
         Models that the run would make before start from the shape that they have then.
+
+        Returns:
+            Number of all steps, seconds of one, and the highest peak of a rank in bytes.
         """
         forget_models()
         reset_peak_memory(self.assembly.ranks.device)
@@ -68,15 +70,7 @@ class DryLab(PlanningLab):
         for teacher in teachers.values():
             teacher.destroy()
         # The first step fills caches, and compiles.
-        return Timed(run.steps - run.first_step, min(seconds[1:] or seconds), peak)
-
-
-class Timed(NamedTuple):
-    """Number of steps of a stage, seconds of one, and the highest peak of a rank in bytes."""
-
-    steps: int
-    seconds: float
-    peak: int
+        return run.steps - run.first_step, min(seconds[1:] or seconds), peak
 
 
 def dry_run(config: RunConfig) -> str:
@@ -119,13 +113,12 @@ def _dry_run(config: RunConfig, ranks: Ranks) -> str:
         plan = plan_run(prepared.config, cluster_of(machines), process=process)
         planned = {one.name: gigabytes(one.peak.total) for one in plan.phases}
         rows = [["stage", "steps", "s/step", "time", "peak GB", "planned GB"]]
-        for name, one in timed.items():
-            spent = duration(one.steps * one.seconds)
-            cells = [f"{one.steps:,}", f"{one.seconds:.3g}", spent, gigabytes(one.peak)]
+        for name, (steps, seconds, peak) in timed.items():
+            cells = [f"{steps:,}", f"{seconds:.3g}", duration(steps * seconds), gigabytes(peak)]
             rows.append([name, *cells, planned[name]])
         versions = " ".join(f"{name} {number}" for name, number in installed_versions().items())
         table = "\n".join(aligned_rows(rows))
-        whole = duration(sum(one.steps * one.seconds for one in timed.values()))
+        whole = duration(sum(steps * seconds for steps, seconds, _ in timed.values()))
         return (
             f"{page(plan)}\n\npython {platform.python_version()} {versions}\n"
             f"{device_name(device)}, {STEPS} steps of each stage:\n{table}\n"

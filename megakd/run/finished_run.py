@@ -10,6 +10,7 @@ A run is finished when its output folder has a report.json, which is written las
 from __future__ import annotations
 
 import glob
+import itertools
 import json
 import logging
 import time
@@ -21,22 +22,13 @@ from typing import Any
 import torch
 from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
-from transformers.utils.hub import CHAT_TEMPLATE_FILE
 
 from megakd.config.file import config_tree, dump_config, dump_yaml, places
 from megakd.config.run import RunConfig
-from megakd.config.task import STUDENT
 from megakd.engine.distributed import Ranks
 from megakd.errors import CheckpointError
 from megakd.models.architectures import current_files
-from megakd.models.model_folder import (
-    WEIGHT_FILE,
-    brings_code,
-    dtypes_of,
-    hub_id,
-    needs_5,
-    write_weights_as,
-)
+from megakd.models.model_folder import WEIGHT_FILE, dtypes_of, hub_id, write_weights_as
 from megakd.models.onnx import check_packages, write_onnx
 from megakd.process import files
 from megakd.process.files import (
@@ -58,7 +50,7 @@ from megakd.process.files import (
 )
 from megakd.process.terminal import in_home
 from megakd.reports.report_file import GRAPH, read_report, write_report
-from megakd.reports.table import CardFacts, model_card, result_table
+from megakd.reports.table import model_card, result_table
 from megakd.run.holder import written_once
 from megakd.training.lab import Report
 from megakd.training.precision import training_dtype
@@ -240,43 +232,22 @@ def publish(
     out = config.output_dir
     # A prolonged run has a report: a kill from here on leaves a run that is not finished.
     (out / REPORT).unlink(missing_ok=True)
-    card = _card(config, student, report, command)
+    final, card = out / FINAL, model_card(config, student, report, command)
+    if changed := users_files(final):
+        names = (final.with_name(f"{FINAL}.unused-{number}") for number in itertools.count(1))
+        aside = final.replace(next(name for name in names if not name.exists()))
+        logger.warning("%s has files of yours: %s; it is now %s", final, ", ".join(changed), aside)
     # The report knows whether the model can be expressed as a graph.
     has_graph = config.save.onnx and GRAPH in report["models"]
-    _write_model(student, out / FINAL, card, dtype=dtype, has_graph=has_graph)
+    _copy(student, final, {CARD: card}, dtype=dtype, add=write_onnx if has_graph else None)
     files.write_text(out / CONFIG, dump_config(config))
     published: dict[str, object] = {"student": student.name, "published": asked_of(config)}
     published["dtype"] = str(dtype).removeprefix("torch.")
     files.write_json(out / RUN, {**(read_record(out) or {}), **published})
-    _write_next_config(config, out / FINAL)
+    _write_next_config(config, final)
     write_report(out / REPORT, report)
     _draw(out)
-    return result_table(report, final=out / FINAL)
-
-
-def _card(config: RunConfig, stage: Path, report: Report, command: str) -> str:
-    models = {name: spec.model for name, spec in config.teacher_specs.items()}
-    models |= dict.fromkeys(config.base_teachers, config.student.model)
-    start = {**models, STUDENT: config.student.model}[config.start_role]
-    facts = CardFacts(
-        title=f"{config.output_dir.absolute().name}: a student distilled by megakd",
-        task_type=config.task.type,
-        student=start if isinstance(start, str) else None,
-        teachers=tuple(model if isinstance(model, str) else None for model in models.values()),
-        command=command,
-        brings_code=brings_code(stage),
-        needs_5=needs_5(stage),
-        chats=(stage / CHAT_TEMPLATE_FILE).is_file(),
-    )
-    return model_card(facts, report)
-
-
-def _write_model(stage: Path, to: Path, card: str, *, dtype: torch.dtype, has_graph: bool) -> None:
-    changed = users_files(to)
-    if changed:
-        aside = files.set_aside(to)
-        logger.warning("%s has files of yours: %s; it is now %s", to, ", ".join(changed), aside)
-    _copy(stage, to, {CARD: card}, dtype=dtype, add=write_onnx if has_graph else None)
+    return result_table(report, final=final)
 
 
 def _copy(

@@ -1,7 +1,8 @@
 """Lock that allows one run at a time in a folder: `lock.json` names the process that holds it.
 
-A process of this host that has ended leaves a lock that the next run takes over. Whether a process
-of another host or container still runs cannot be seen: its lock is an error that names the file.
+The process holds a lock of the file system on the file, which ends with the process however it
+ends: what it leaves behind, the next run of this host takes over. Whether a process of another host
+still runs cannot be seen: its file is an error that names the file.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 from megakd.errors import CheckpointError, ConfigError, InUseError
 
@@ -53,73 +55,57 @@ def written_once(folder: Path) -> Iterator[str]:
         InUseError: another process holds the folder.
         CheckpointError: the lock cannot be written.
     """
-    path, is_new, pid = folder / LOCK, not folder.exists(), os.getpid()
-    facts = {"host": socket.gethostname(), "pid": pid, "since": time.strftime("%F %T %Z")}
-    text = json.dumps(facts | {"place": _place(), "start": _start(pid)})
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _one_at_a_time(folder):
-            if path.exists():
-                check_free(folder)
-                path.unlink(missing_ok=True)
-            with path.open("x", encoding="utf-8") as file:
-                file.write(text)
-    except OSError as error:
-        if path.exists():  # another start was faster
-            check_free(folder)
-        raise CheckpointError(f"{path} cannot be written: {error}") from error
-    try:
-        yield text
-    finally:
-        path.unlink(missing_ok=True)
-        if is_new:  # a run that was refused before its start leaves nothing behind
-            with suppress(OSError):
-                folder.rmdir()
-
-
-@contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Let starts of this host wait for each other, so that one alone takes over a dead lock."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # of storage without such locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+    path, is_new = folder / LOCK, not folder.exists()
+    facts = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%F %T %Z")}
+    text = json.dumps(facts)
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(path.open("a+", encoding="utf-8"))
+            _take(file, folder, fcntl.LOCK_EX)
+            file.truncate(0)
+            file.write(text)
+            file.flush()
+        except OSError as error:
+            check_free(folder)  # another user may hold it
+            raise CheckpointError(f"{path} cannot be written: {error}") from error
+        try:
+            yield text
+        finally:
+            path.unlink(missing_ok=True)
+            stack.close()
+            if is_new:  # a run that was refused before its start leaves nothing behind
+                with suppress(OSError):
+                    folder.rmdir()
 
 
 def check_free(folder: Path) -> None:
     """Raise InUseError if a process that may still run holds a folder."""
-    path = folder / LOCK
+    with (
+        suppress(FileNotFoundError, NotADirectoryError),
+        (folder / LOCK).open(encoding="utf-8") as file,
+    ):
+        _take(file, folder, fcntl.LOCK_SH)
+
+
+def _take(file: TextIO, folder: Path, kind: int) -> None:
+    """Lock the file of a folder; raise InUseError if a process that may still run holds it."""
+    file.seek(0)
+    text = file.read()
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    except ValueError:  # another start is writing it
-        facts = {"host": "an unknown host", "pid": 0, "since": "an unknown time"}
-    if facts.get("place") == _place() and facts["start"] != _start(facts["pid"]):
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+        is_free = os.fstat(file.fileno()).st_nlink > 0  # else its holder has ended just now
+    except BlockingIOError:
+        is_free = False
+    except OSError:  # of storage without such locks
+        is_free = not text
+    facts = {"host": "an unknown host", "pid": 0, "since": "an unknown time"}
+    with suppress(ValueError):  # another start is writing it
+        facts = json.loads(text)
+    if is_free and (not text or facts["host"] == socket.gethostname()):
         return
     raise InUseError(
         f"{folder} is in use by another run: process {facts['pid']} on {facts['host']}, since "
         f"{facts['since']}; wait until that run ends, stop it, or use another folder. If that "
-        f"process is not a run of this folder, remove {path}"
+        f"process is not a run of this folder, remove {folder / LOCK}"
     )
-
-
-def _place() -> str:
-    """Return where the number of a process is valid: its host, or its container."""
-    # A pod that is started again has the name of the one before, which has ended.
-    is_pod = "KUBERNETES_SERVICE_HOST" in os.environ
-    namespace = "pod" if is_pod else str(Path("/proc/self/ns/pid").readlink())
-    return f"{socket.gethostname()} {namespace}"
-
-
-def _start(pid: int) -> str | None:
-    """Return when a process began, in ticks since the boot; None if it does not run."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
-    except OSError:
-        return None
-    state, *fields = stat.rpartition(")")[2].split()
-    return None if state == "Z" else fields[18]

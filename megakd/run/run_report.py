@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +48,13 @@ from megakd.models.onnx import (
     write_onnx,
 )
 from megakd.process.terminal import phase, seconds
-from megakd.reports.report_file import LOSS_ERROR, derived_warnings, environment, read_history
+from megakd.reports.report_file import (
+    GRAPH,
+    LOSS_ERROR,
+    derived_warnings,
+    environment,
+    read_history,
+)
 from megakd.reports.table import OF_STAGE
 from megakd.run.run_lab import RunLab
 from megakd.run.teacher_pool import Measured
@@ -62,54 +68,46 @@ from megakd.training.precision import TORCH_DTYPE, scoring_dtype
 
 logger = logging.getLogger(__name__)
 
-Rounds = dict[int, dict[str, list[float]]]
-"""Milliseconds of a forward by batch, model and round; the n-th of all models are of one round."""
 
-
-def measure_latencies(
-    models: Mapping[str, Timed], lengths: Sequence[int], batches: Sequence[int]
-) -> Rounds:
+def latency_report(
+    models: Mapping[str, Timed],
+    reference: str,
+    lengths: Sequence[int],
+    batches: Sequence[int],
+    *,
+    device: torch.device,
+    dtype: str,
+) -> dict[str, Any]:
     """Time one forward of each model by turns at each batch, the number of texts at a time.
 
     The texts are as long as those of the data, whose `lengths` are in tokens; a batch is padded to
     its longest text. A causal LM computes the logits of the last position, as it does before it
     generates. The models are left in evaluation mode.
-    """
-    rounds: Rounds = {}
-    for batch in batches:
-        logger.info("timing %s: batches of %d", ", ".join(models), batch)
-        texts = sample_lengths(lengths, batch)
-        calls = [calls_of(model.eval(), texts) for model in models.values()]
-        times = [[ms / len(texts) for ms in one] for one in by_turns(calls)]
-        rounds[batch] = {
-            name: list(of_model) for name, *of_model in zip(models, *times, strict=True)
-        }
-    return rounds
 
-
-def latency_report(
-    rounds: Rounds, reference: str, lengths: Sequence[int], *, device: torch.device, dtype: str
-) -> dict[str, Any]:
-    """Return the report's entries on latency: medians, and speed-ups to the model `reference`.
-
-    A speed-up is the median of the ratios of the rounds, with its range: of eight or more rounds
-    without the lowest and the highest.
+    Returns:
+        The report's entries: median milliseconds of a forward, and the speed-up to the model
+        `reference`. A speed-up is the median of the ratios of the rounds, with its range: of eight
+        or more rounds without the lowest and the highest.
     """
     threads = " (CPU time of one thread)" if device.type == "cpu" else ""
     entries: dict[str, Any] = {
-        "batches": [*rounds],
+        "batches": [*batches],
         "latency.tokens": round(statistics.fmean(lengths)),
         "latency.device": device_name(device) + threads,
         "latency.dtype": dtype,
     }
-    for batch, times in rounds.items():
-        entries[f"latency.rounds_batch_{batch}"] = len(times[reference])
-        for name, of_model in times.items():
-            ratios = sorted(a / b for a, b in zip(times[reference], of_model, strict=True))
+    for batch in batches:
+        logger.info("timing %s: batches of %d", ", ".join(models), batch)
+        texts = sample_lengths(lengths, batch)
+        rounds = by_turns([calls_of(model.eval(), texts) for model in models.values()])
+        entries[f"latency.rounds_batch_{batch}"] = len(rounds)
+        of_models = dict(zip(models, zip(*rounds, strict=True), strict=True))
+        for name, times in of_models.items():
+            ratios = sorted(a / b for a, b in zip(of_models[reference], times, strict=True))
             outside = 1 if len(ratios) >= 8 else 0
             key = f"{name}.speedup_batch_{batch}"
             entries |= {
-                f"{name}.ms_batch_{batch}": statistics.median(of_model),
+                f"{name}.ms_batch_{batch}": statistics.median(times) / len(texts),
                 key: statistics.median(ratios),
                 f"{key}_low": ratios[outside],
                 f"{key}_high": ratios[-1 - outside],
@@ -120,24 +118,9 @@ def latency_report(
 _FOLDER = ".graphs"
 
 
-class GraphRow(NamedTuple):
-    """A row of the report: the graph of a model, as stored (`onnx`) or as `int8`."""
-
-    model: str
-    form: Literal["onnx", "int8"]
-
-    @property
-    def name(self) -> str:
-        return f"{self.model}_{self.form}"
-
-    def path(self, output_dir: Path) -> Path:
-        """Return the path of the graph, which exists only while the report is made."""
-        return output_dir / _FOLDER / self.name / MODEL
-
-
-_ROWS = tuple(GraphRow(model, form) for model in (TEACHER, STUDENT) for form in ("onnx", "int8"))
-
-_SAVED = GraphRow(STUDENT, "onnx")
+def graph_path(output_dir: Path, row: str) -> Path:
+    """Return the path of the graph of a row, which exists only while the report is made."""
+    return output_dir / _FOLDER / row / MODEL
 
 
 def remove_graphs(output_dir: Path) -> None:
@@ -147,38 +130,39 @@ def remove_graphs(output_dir: Path) -> None:
 
 def write_graphs(
     lab: RunLab, student: Path, reference: str | None, measured: Mapping[str, Measured]
-) -> dict[GraphRow, dict[str, Any]]:
+) -> dict[str, dict[str, Any]]:
     """Write the graphs of the student and the largest teacher, `reference`; a collective.
 
     Returns:
-        By row: sizes and scores. The logits of an fp32 graph are the model's, so are its scores.
+        By row, such as `student_int8`: sizes and scores. The logits of an fp32 graph are the
+        model's, so are its scores.
     """
-    config, is_encoder = lab.config, _is_served_encoder(lab)
+    config = lab.config
     models = {STUDENT: (lab.assembly, student, measured[STUDENT].report)}
     teacher = lab.pool.folders[reference] if reference else None
     if reference and teacher:
         models[TEACHER] = lab.assembly.of(reference), teacher, measured[reference].report
-    is_small = {n: weight_bytes(folder) <= MOST_IN_ONE_FILE for n, (_, folder, _) in models.items()}
-    rows = [row for row in _ROWS if is_encoder and is_small.get(row.model)]
-    if config.save.onnx and _SAVED not in rows:
-        rows.append(_SAVED)
+    rows = _served_rows(lab, {name: folder for name, (_, folder, _) in models.items()})
+    if config.save.onnx and GRAPH not in rows:
+        rows.append(GRAPH)
 
-    def write() -> dict[GraphRow, dict[str, Any]]:
+    def write() -> dict[str, dict[str, Any]]:
         remove_graphs(config.output_dir)
-        entries: dict[GraphRow, dict[str, Any]] = {}
+        entries: dict[str, dict[str, Any]] = {}
         for row in rows:
-            assembly, folder, report = models[row.model]
-            graph, scores = row.path(config.output_dir), report["metrics"]
+            model, _, form = row.partition("_")
+            assembly, folder, report = models[model]
+            graph, scores = graph_path(config.output_dir, row), report["metrics"]
             graph.parent.mkdir(parents=True)
             try:
-                if row.form == "int8":
-                    scores = _quantized(assembly, row, graph, scores.get(THRESHOLD))
+                if form == "int8":
+                    scores = _quantized(assembly, model, graph, scores.get(THRESHOLD))
                 else:
-                    stored_as = lab.saved_dtype if row == _SAVED else None
-                    write_onnx(folder, to=graph, stored_as=stored_as)
+                    saved = lab.saved_dtype if row == GRAPH else None
+                    write_onnx(folder, to=graph, stored_as=saved)
             except Exception as error:  # noqa: BLE001 - onnx and its exporter raise any error
                 # All stages are finished, and the student is valid without a graph.
-                logger.warning("the report has no row %s: %s", row.name, error)
+                logger.warning("the report has no row %s: %s", row, error)
                 continue
             # The weights of a large graph are in a file beside it.
             size = sum(path.stat().st_size for path in graph.parent.iterdir())
@@ -192,10 +176,15 @@ def write_graphs(
         return on_main(write)
 
 
-def _is_served_encoder(lab: RunLab) -> bool:
-    config, device = lab.config, lab.assembly.ranks.device
-    is_served = config.task.type not in LANGUAGE_TASKS and device.type == "cpu"
-    return is_served and config.eval.latency and not missing_packages()
+def _served_rows(lab: RunLab, folders: Mapping[str, Path]) -> list[str]:
+    """Return the rows of an encoder that is trained on a CPU; none of another model."""
+    config, on_cpu = lab.config, lab.assembly.ranks.device.type == "cpu"
+    is_timed = config.task.type not in LANGUAGE_TASKS and on_cpu and config.eval.latency
+    if not is_timed or missing_packages():
+        return []
+    small = [name for name in folders if weight_bytes(folders[name]) <= MOST_IN_ONE_FILE]
+    names = [name for name in (TEACHER, STUDENT) if name in small]
+    return [f"{name}_{form}" for name in names for form in ("onnx", "int8")]
 
 
 def graph_scores(
@@ -228,12 +217,12 @@ def graph_scores(
 
 
 def _quantized(
-    assembly: Assembly, row: GraphRow, graph: Path, threshold: float | None
+    assembly: Assembly, model: str, graph: Path, threshold: float | None
 ) -> dict[str, float]:
-    whole = row._replace(form="onnx").path(assembly.config.output_dir)
+    whole = graph_path(assembly.config.output_dir, f"{model}_onnx")
     # Of few rows, one by one they take as long as all in batches.
     scores = partial(graph_scores, assembly, threshold, times=1)
-    logger.info("%s: %s", row.name, *quantize_graph(whole, graph, scores))
+    logger.info("%s: %s", graph.parent.name, *quantize_graph(whole, graph, scores))
     rows, scorer = assembly.prepared.encoded.held_out, assembly.scorer()
     batches = _outputs(assembly, OnnxModel(graph).logits, rows, batch_size=scorer.batch_size)
     outputs, labels = zip(*batches, strict=True)
@@ -280,7 +269,7 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
         if name != STUDENT and (error := _loss_error(one.losses, measured[STUDENT].losses)):
             numbers[f"{name}.{LOSS_ERROR}"] = error
     for row, entries in graphs.items():
-        numbers |= {f"{row.name}.{key}": value for key, value in entries.items()}
+        numbers |= {f"{row}.{key}": value for key, value in entries.items()}
     with phase("latency"), doing("measuring latency"):
         numbers |= on_main(lambda: _latency(lab, student.folder, reference, [*graphs]))
     if reference is not None:  # in a pool, `teacher` is the largest
@@ -295,7 +284,7 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
         "evaluated_on": "test" if prepared.encoded.test is not None else "validation",
         "models": [
             *(name for name in (*teachers, *folders) if f"{name}.parameters" in numbers),
-            *(row.name for row in graphs),
+            *graphs,
             *([TFIDF] if words else []),
         ],
         "teachers": teachers,
@@ -399,7 +388,7 @@ def _entries(
 
 
 def _latency(
-    lab: RunLab, student: Path, reference: str | None, graphs: Sequence[GraphRow] = ()
+    lab: RunLab, student: Path, reference: str | None, graphs: Sequence[str] = ()
 ) -> dict[str, Any]:
     config, device = lab.config, lab.assembly.ranks.device
     teacher = lab.pool.folders[reference] if reference else None
@@ -425,11 +414,11 @@ def _latency(
         }
         models: dict[str, Timed] = {**loaded}
         for row in graphs:
-            model = loaded[STUDENT if row.model == STUDENT else reference]
-            models[row.name] = Graph(row.path(config.output_dir), model)
+            model = loaded[STUDENT if row.startswith(STUDENT) else reference]
+            models[row] = Graph(graph_path(config.output_dir, row), model)
         lengths = lengths_of_rows(lab.assembly.prepared.encoded.held_out).tolist()
-        rounds = measure_latencies(models, lengths, batches_of(config.task.type))
-        return latency_report(rounds, reference, lengths, device=device, dtype=dtype)
+        batches = batches_of(config.task.type)
+        return latency_report(models, reference, lengths, batches, device=device, dtype=dtype)
     except Exception as error:  # noqa: BLE001 - the code of a model may raise any error
         # All stages are finished and the student is valid: a failed timing must not fail the run.
         logger.warning("latency could not be measured: %s", error)

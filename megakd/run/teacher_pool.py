@@ -26,7 +26,6 @@ from megakd.errors import TeacherError
 from megakd.losses.objective import logits_of
 from megakd.models.elastic import parameter_counts
 from megakd.models.fitting import ReadyTeacher
-from megakd.models.knowledge import Needs
 from megakd.process.terminal import phase
 from megakd.reports.samples import held_out_prompts
 from megakd.teachers.cached import CachedTeacher
@@ -39,12 +38,6 @@ logger = logging.getLogger(__name__)
 
 POSITIONS = 256
 """Most rows of a classifier, or targets of a language model, on each rank."""
-
-
-def has_probabilities(assembly: Assembly) -> bool:
-    """Return whether the outputs of models for the task are one distribution for a row or token."""
-    splits = assembly.prepared.splits
-    return assembly.config.task.type != "regression" and not splits.multi_label
 
 
 @torch.no_grad()
@@ -93,8 +86,6 @@ def say_divergence(key: str, exact: Tensor, packed: Tensor) -> None:
 
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from megakd.reports.samples import Prompts
     from megakd.stage import Stage
     from megakd.training.assembly import Assembly
@@ -154,15 +145,13 @@ class TeacherPool:
                 teacher.destroy()
 
     def _asked(self, name: str, stage: Stage) -> Opened:
-        if name == SOFT_LABELS:
-            return SoftLabels()
         if name in self._open:
             _, teacher = self._open[name]
-            self._ask(teacher, name, stage, self.assembly.losses(stage).teacher_needs())
+            self._ask(teacher, name, stage)
             return teacher
-        is_alone = not self._open
-        teacher = self.open(name, stage)
-        self._open[name] = self.assembly.teachers[name], teacher
+        is_alone, teacher = not self._open, self.open(name, stage)
+        if name in self.assembly.teachers:
+            self._open[name] = self.assembly.teachers[name], teacher
         if is_alone:  # another teacher would be measured beside this one
             self._measure_opened(name, teacher)
         return teacher
@@ -172,13 +161,11 @@ class TeacherPool:
         if name == SOFT_LABELS:
             return SoftLabels()
         ready = self.assembly.teachers[name]
-        losses = self.assembly.losses(stage)
-        losses.check_outputs(self._config.key_of(name), ready)
+        self.assembly.losses(stage).check_outputs(self._config.key_of(name), ready)
         if ready.spec.server is not None:
             from megakd.training.served_teachers import served_teacher
 
-            prepared, ranks = self.assembly.prepared, self.assembly.ranks
-            return served_teacher(prepared, name, ranks)
+            return served_teacher(self.assembly.prepared, name, self.assembly.ranks)
         cached = None
         if ready.spec.cache is not None:
             from megakd.training.served_teachers import fill_cache, open_cache
@@ -189,29 +176,27 @@ class TeacherPool:
             cached = open_cache(self.assembly, ready, folder)
             if not ready.is_loaded(measures_losses=bool(stage.measured)):
                 return cached
-        needs, exact = losses.teacher_needs(), self._exact_answers(name)
-        teacher = self.assembly.frozen(ready, needs)
-        self._compare(name, teacher, exact)
-        self._ask(teacher, name, stage, needs)
+        teacher = self._load(name)
+        self._ask(teacher, name, stage)
         if cached is None:
             return teacher
         cached.model = teacher
         return cached
 
-    def _exact_answers(self, name: str) -> Tensor | None:
-        """Return the answers of a teacher in bf16 to some rows, once if it will have 8 bits."""
+    def _load(self, name: str) -> FrozenTeacher:
+        """Load a teacher; what 8 bits change of its answers is compared once, with it in bf16."""
         ready, assembly = self.assembly.teachers[name], self.assembly.of(name)
-        source = ready.source
-        if not source.fp8 or source.folder in self._compared or not has_probabilities(assembly):
-            return None
-        self._compared.add(source.folder)
-        with assembly.loaded(ready._replace(source=replace(source, fp8=False))) as model:
-            return log_probabilities(assembly, model)
-
-    def _compare(self, name: str, teacher: FrozenTeacher, exact: Tensor | None) -> None:
+        source, exact = ready.source, None
+        # Others have no distribution for a row or token.
+        is_one = self._config.task.type != "regression" and not assembly.prepared.splits.multi_label
+        if source.fp8 and is_one and source.folder not in self._compared:
+            self._compared.add(source.folder)
+            with assembly.loaded(ready._replace(source=replace(source, fp8=False))) as model:
+                exact = log_probabilities(assembly, model)
+        teacher = assembly.frozen(ready)
         if exact is not None:
-            key = self._config.key_of(name)
-            say_divergence(key, exact, log_probabilities(self.assembly.of(name), teacher))
+            say_divergence(self._config.key_of(name), exact, log_probabilities(assembly, teacher))
+        return teacher
 
     def cache_folder(self, name: str) -> Path:
         """Return the folder of a teacher's cached answers."""
@@ -220,10 +205,10 @@ class TeacherPool:
             raise TypeError(f"{name} has no cache")
         return self.assembly.stage_folder(f"{name}-answers") if cache == AUTO else cache
 
-    def _ask(self, teacher: Opened, name: str, stage: Stage, needs: Needs) -> None:
+    def _ask(self, teacher: Opened, name: str, stage: Stage) -> None:
         if not isinstance(teacher, FrozenTeacher):
             return
-        ready = self.assembly.teachers[name]
+        ready, needs = self.assembly.teachers[name], self.assembly.losses(stage).teacher_needs()
         joins = joins_micro_batches(
             ready,
             needs,
@@ -246,13 +231,13 @@ class TeacherPool:
     def loaded(self, name: str) -> Iterator[FrozenTeacher]:
         """Load a teacher alone, and measure it unless it is measured; a collective."""
         self.close()
-        ready, assembly = self.assembly.teachers[name], self.assembly.of(name)
-        exact = self._exact_answers(name)
-        with assembly.loaded(ready) as model:
-            self._compare(name, model, exact)
+        model = self._load(name)
+        try:
             if name not in self._known:
                 self._measure(name, model)
             yield model
+        finally:
+            model.destroy()
 
     def score(self, name: str) -> Mapping[str, float]:
         assembly = self.assembly.of(name)

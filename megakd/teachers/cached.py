@@ -13,20 +13,18 @@ import bisect
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch import Tensor
 from typing_extensions import override
 
 from megakd.data.batch import Batch, Draws, Knowledge, Teacher, TopK
-from megakd.engine.collectives import doing, gather, on_main, together, told
+from megakd.engine.collectives import gather, on_main, together
 from megakd.engine.distributed import Ranks
 from megakd.errors import TeacherError
 from megakd.process.files import (
@@ -51,29 +49,19 @@ Answers = Mapping[str, Tensor]
 """Answers to some rows: `logits` [B, C]; `ids` and `logprobs` [B, T, k]; or `ids` and `counts`."""
 
 
-def build_cache(
-    folder: Path,
-    facts: Fingerprint,
-    rows: Dataset,
-    *,
-    ranks: Ranks,
-    row_bytes: int,
-    asking: Callable[[], AbstractContextManager[Callable[[Dataset, int], Answers]]],
-) -> None:
-    """Write the answers to all rows that no undamaged shard holds; a collective.
+def missing_rows(
+    folder: Path, facts: Fingerprint, rows: int, *, ranks: Ranks, row_bytes: int
+) -> list[range]:
+    """Begin a cache, or go on with it; return the rows that it lacks by shard; a collective.
 
-    Args:
-        row_bytes: size of the answer to one row.
-        asking: context manager that loads the teacher and returns a function from rows and the
-            number of the first row to answers; entered only if answers are missing. The answers
-            are the same on every rank.
+    `row_bytes`: size of the answer to one row.
     """
 
     def begin() -> None:
         if not (folder / MANIFEST).is_file():
             for shard in _shards_in(folder):  # nobody knows whose answers they hold
                 shutil.rmtree(shard)
-            record = {"version": VERSION, "rows": len(rows), "facts": facts}
+            record = {"version": VERSION, "rows": rows, "facts": facts}
             write_signed(folder / MANIFEST, record)
         _read_manifest(folder, facts)
 
@@ -81,33 +69,28 @@ def build_cache(
     for shard, reason in _damaged(folder, ranks).items():
         logger.warning("%s is damaged (%s): its rows are computed again", shard, reason)
         on_main(partial(shutil.rmtree, shard))
-    sizes = on_main(lambda: {int(shard.name): _rows_in(shard) for shard in _shards_in(folder)})
+    sizes = on_main(
+        lambda: {
+            int(shard.name): len(np.load(next(shard.glob("*.npy")), mmap_mode="r"))
+            for shard in _shards_in(folder)
+        }
+    )
     # Few rows, so that a killed process loses little work.
     step = max(1, min(SHARD_ROWS, SHARD_BYTES // row_bytes))
     logger.info(
         "%s: %d rows of %d bytes, %.1f MB in %d shards; %d rows are already cached",
-        *(folder, len(rows), row_bytes, len(rows) * row_bytes / 1e6, -(-len(rows) // step)),
+        *(folder, rows, row_bytes, rows * row_bytes / 1e6, -(-rows // step)),
         sum(sizes.values()),
     )
     first, missing = 0, []
-    for start, size in [*sorted(sizes.items()), (len(rows), 0)]:
+    for start, size in [*sorted(sizes.items()), (rows, 0)]:
         missing += [range(n, min(n + step, start)) for n in range(first, start, step)]
         first = start + size
-    if not missing:
-        return
-    count = sum(map(len, missing))
-    with asking() as answer, doing("asking the teacher about the training rows"):
-        for numbers in told(missing, total=count, each=step):
-            part = answer(rows.select(numbers), numbers.start)
-            on_main(partial(_write, folder / f"{numbers.start:010d}", part))
+    return missing
 
 
 def _shards_in(folder: Path) -> list[Path]:
     return sorted(folder.glob("[0-9]" * 10))
-
-
-def _rows_in(shard: Path) -> int:
-    return len(np.load(next(shard.glob("*.npy")), mmap_mode="r"))
 
 
 def _damaged(folder: Path, ranks: Ranks) -> dict[Path, str]:
@@ -117,9 +100,10 @@ def _damaged(folder: Path, ranks: Ranks) -> dict[Path, str]:
     return {shard: reason for part in reasons for shard, reason in part if reason is not None}
 
 
-def _write(shard: Path, part: Answers) -> None:
-    with sealed_folder(shard) as temporary:
-        for key, tensor in part.items():
+def write_shard(folder: Path, first: int, answers: Answers) -> None:
+    """Write the answers to the rows from `first` on into a cache; call on rank 0."""
+    with sealed_folder(folder / f"{first:010d}") as temporary:
+        for key, tensor in answers.items():
             np.save(temporary / f"{key}.npy", tensor.numpy())
 
 

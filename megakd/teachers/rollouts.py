@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import re
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -226,44 +225,26 @@ def _say(key: str, prompts: Prompts) -> None:
     )
 
 
-class RolloutStore:
-    """The rollouts of one stage; only rank 0 uses the files."""
+def write_rollouts(path: Path, rollouts: Sequence[Rollout]) -> None:
+    """Write the texts of a step."""
+    trees = [{"rollouts": len(rollouts)}, *(rollout._asdict() for rollout in rollouts)]
+    write_text(path, "".join(json.dumps(tree, separators=(",", ":")) + "\n" for tree in trees))
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
 
-    def clear(self) -> None:
-        """Remove all texts."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def has(self, step: int) -> bool:
-        return file_of_step(self.folder, step).is_file()
-
-    def write(self, step: int, rollouts: Sequence[Rollout]) -> None:
-        trees = [{"rollouts": len(rollouts)}, *(rollout._asdict() for rollout in rollouts)]
-        lines = (json.dumps(tree, separators=(",", ":")) + "\n" for tree in trees)
-        write_text(file_of_step(self.folder, step), "".join(lines))
-
-    def read(self, step: int) -> list[Rollout]:
-        """Return the texts of a step as written; raise DataError if the file is not whole."""
-        path = file_of_step(self.folder, step)
-        try:
-            head, *trees = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-            lists = [Rollout(**trees[number]) for number in range(head["rollouts"])]
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise DataError(
-                f"{path} is not a complete file of rollouts ({type(error).__name__}: {error}); "
-                "remove the file, and its texts are generated again"
-            ) from error
-        return [
-            text._replace(prompt=tuple(text.prompt), completion=tuple(text.completion))
-            for text in lists
-        ]
-
-    def remove_before(self, first: int) -> None:
-        for path in self.folder.glob(f"step-{'[0-9]' * 8}.jsonl"):
-            if int(path.stem.removeprefix("step-")) < first:
-                path.unlink(missing_ok=True)
+def read_rollouts(path: Path) -> list[Rollout]:
+    """Return the texts of a step as written; raise DataError if the file is not whole."""
+    try:
+        head, *trees = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        lists = [Rollout(**trees[number]) for number in range(head["rollouts"])]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise DataError(
+            f"{path} is not a complete file of rollouts ({type(error).__name__}: {error}); "
+            "remove the file, and its texts are generated again"
+        ) from error
+    return [
+        text._replace(prompt=tuple(text.prompt), completion=tuple(text.completion))
+        for text in lists
+    ]
 
 
 _DRAW = 1
@@ -279,6 +260,7 @@ class RolloutSource(BatchSource):
 
     continued: the rows of each step that continues prompts; each leaves room for a text.
     data: the steps that use the data; None if no step does.
+    folder: the files of the texts, which rank 0 alone uses.
     oldest: returns the first step from which the run may be resumed.
     waited_s: seconds that the loop has waited for batches, including the generation of texts.
     """
@@ -290,7 +272,7 @@ class RolloutSource(BatchSource):
     collate: Collator
     layout: StepLayout
     generator: Generator
-    store: RolloutStore
+    folder: Path
     seed: int
     oldest: Callable[[], int]
     waited_s: float = 0.0
@@ -309,7 +291,7 @@ class RolloutSource(BatchSource):
             # A remote generator makes the next texts while the student learns.
             if self.config.works_ahead and self.config.from_step <= following < stop:
                 block = rollout_block(following, self.config)
-                if block[0] == following and not on_main(lambda at=following: self.store.has(at)):
+                if block[0] == following and not on_main(self._path(following).is_file):
                     self._ahead = block, self._requested(block, version=step)
             self.waited_s += time.perf_counter() - began
             yield batches
@@ -317,13 +299,14 @@ class RolloutSource(BatchSource):
     def step(self, step: int) -> Sequence[Batch]:
         if self.data is not None and not learns_from_texts(self.config, step, seed=self.seed):
             return self.data.step(step)
-        if not on_main(lambda: self.store.has(step)):
+        path = self._path(step)
+        if not on_main(path.is_file):
             (steps, write), self._ahead = self._ahead, ((), lambda: None)
             if step not in steps:
                 later = [at for at in rollout_block(step, self.config) if at >= step]
                 write = self._requested(later, version=step)
             write()
-        texts, routes = on_main(lambda: self.store.read(step)), self.prompts.routes
+        texts, routes = on_main(lambda: read_rollouts(path)), self.prompts.routes
         self._sums.update(
             texts=len(texts),
             tokens=sum(len(text.completion) for text in texts),
@@ -388,9 +371,15 @@ class RolloutSource(BatchSource):
         # Backwards: if the first step has its texts, the later steps have theirs too, and no texts
         # of one block are generated by two versions of the student.
         for step, texts in reversed(by_step.items()):
-            if not self.store.has(step):
-                self.store.write(step, texts)
-        self.store.remove_before(self.oldest())
+            if not (path := self._path(step)).is_file():
+                write_rollouts(path, texts)
+        first = self.oldest()
+        for path in self.folder.glob(f"step-{'[0-9]' * 8}.jsonl"):
+            if path < self._path(first):
+                path.unlink(missing_ok=True)
+
+    def _path(self, step: int) -> Path:
+        return file_of_step(self.folder, step)
 
 
 def learns_from_texts(config: RolloutConfig, step: int, *, seed: int) -> bool:
@@ -405,36 +394,19 @@ def text_seed(seed: int, step: int, row: int) -> int:
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
 
 
-class Text(NamedTuple):
-    """One generated text of an evaluation; `matches` is None if texts are not compared."""
-
-    prompt: str
-    text: str
-    wanted: str
-    finished: bool
-    matches: bool | None
-    tokens: int
-
-
+@dataclass(frozen=True)
 class TextEvaluation:
     """Continues held-out prompts, and scores the texts; every call is a collective.
 
     The first prompts that are continued are used; `folder` gets a file of texts per evaluation.
     """
 
-    def __init__(
-        self,
-        config: GenerationConfig,
-        prompts: Prompts,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        generator: Generator,
-        ranks: Ranks,
-        folder: Path,
-    ) -> None:
-        self._config, self._tokenizer = config, tokenizer
-        self._prompts, self._rows = prompts, prompts.continued[: config.rows].tolist()
-        self._generator, self._ranks, self._folder = generator, ranks, folder
+    config: GenerationConfig
+    prompts: Prompts
+    tokenizer: PreTrainedTokenizerBase
+    generator: Generator
+    ranks: Ranks
+    folder: Path
 
     def scores(self, version: int) -> dict[str, float]:
         """Generate and score the texts, and write them; the same on every rank.
@@ -442,48 +414,49 @@ class TextEvaluation:
         `version`: number of updates of the student.
         """
         texts = self.texts()
-        lines = [json_text(text._asdict()) + "\n" for text in texts]
-        on_main(lambda: write_text(file_of_step(self._folder, version), "".join(lines)))
-        metrics = {} if self._config.match is None else {MATCH: 0.0}
-        metrics["text_tokens"] = sum(text.tokens for text in texts) / len(texts)
-        metrics["text_truncated"] = sum(not text.finished for text in texts) / len(texts)
-        compared = [text.matches for text in texts if text.matches is not None]
+        lines = [json_text(text) + "\n" for text in texts]
+        on_main(lambda: write_text(file_of_step(self.folder, version), "".join(lines)))
+        metrics = {} if self.config.match is None else {MATCH: 0.0}
+        metrics["text_tokens"] = sum(text["tokens"] for text in texts) / len(texts)
+        metrics["text_truncated"] = sum(not text["finished"] for text in texts) / len(texts)
+        compared = [text["matches"] for text in texts if text["matches"] is not None]
         if compared:
             metrics[MATCH] = sum(compared) / len(compared)
         return metrics
 
-    def texts(self) -> list[Text]:
-        """Return the texts for the first rows, the same on every rank."""
-        rank, world = self._ranks.rank, self._ranks.world_size
-        mine = self._rows[rank::world]
-        prompts = [self._prompts.prompt(row) for row in mine]
+    def texts(self) -> list[dict[str, Any]]:
+        """Return what is written of the texts for the first rows, the same on every rank."""
+        rank, world = self.ranks.rank, self.ranks.world_size
+        rows = self.prompts.continued[: self.config.rows].tolist()
+        mine = rows[rank::world]
+        prompts = [self.prompts.prompt(row) for row in mine]
         # The row is the seed: evaluations of one run differ only in the student.
-        completions = self._generator.begin(prompts, mine, self._config.how)()
+        completions = self.generator.begin(prompts, mine, self.config.how)()
         parts = gather(list(map(self._text, mine, prompts, completions)))
-        return [parts[number % world][number // world] for number in range(len(self._rows))]
+        return [parts[number % world][number // world] for number in range(len(rows))]
 
-    def _text(self, row: int, prompt: Sequence[int], completion: Completion) -> Text:
+    def _text(self, row: int, prompt: Sequence[int], completion: Completion) -> dict[str, Any]:
         def decoded(tokens: Sequence[int], *, skip: bool) -> str:
-            return str(self._tokenizer.decode(list(tokens), skip_special_tokens=skip))
+            return str(self.tokenizer.decode(list(tokens), skip_special_tokens=skip))
 
         text = decoded(completion.ids, skip=True)
-        (ids, labels), start = self._prompts.row(row), len(prompt)
+        (ids, labels), start = self.prompts.row(row), len(prompt)
         # The row's own answer ends before the next turn of a user; a label is the next token.
         counted = (labels[start - 1 :] != IGNORE).tolist()
         end = start + counted.index(False) if False in counted else len(ids)
         answer = decoded(ids[start:end].tolist(), skip=True)
         # A row that is a prompt alone has nothing to compare with, and what was cut off a row as
         # long as the longest may be its answer.
-        is_whole = len(ids) != self._prompts.row_length
-        is_compared = self._config.match is not None and answer and is_whole
-        return Text(
-            prompt=decoded(prompt, skip=False),
-            text=text,
-            wanted=answer,
-            finished=completion.finished,
-            matches=is_match(text, answer, self._config.answer) if is_compared else None,
-            tokens=len(completion.ids),
-        )
+        is_whole = len(ids) != self.prompts.row_length
+        is_compared = self.config.match is not None and answer and is_whole
+        return {
+            "prompt": decoded(prompt, skip=False),
+            "text": text,
+            "wanted": answer,
+            "finished": completion.finished,
+            "matches": is_match(text, answer, self.config.answer) if is_compared else None,
+            "tokens": len(completion.ids),
+        }
 
 
 def is_match(text: str, wanted: str, pattern: str | None) -> bool:

@@ -8,18 +8,19 @@ of `CompletionRequest` and `CompletionResponseChoice` in vllm/entrypoints/openai
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import httpx2
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
+from pydantic import BaseModel, NonNegativeInt, ValidationError, create_model
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import TypedDict
 
@@ -42,8 +43,6 @@ _SHOWN = 400  # characters of an answer in a message
 
 T = TypeVar("T")
 
-Tree = TypeVar("Tree", bound=BaseModel)
-
 
 class Reply(NamedTuple):
     """The answer to a request; `where` is its method and address, for messages."""
@@ -56,11 +55,11 @@ class Reply(NamedTuple):
         if self.status != 200:
             raise ServerError(f"{self.where} answered {self.status}: {self.text[:_SHOWN]}")
 
-    def read(self, kind: type[Tree]) -> Tree:
-        """Return the JSON of an answer with status 200."""
+    def read(self, key: str, kind: type[T]) -> T:
+        """Return the value of a key in the JSON of an answer with status 200."""
         self.check()
         try:
-            return kind.model_validate_json(self.text)
+            return getattr(_answer_with(key, kind).model_validate_json(self.text), key)
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"]))
@@ -68,6 +67,12 @@ class Reply(NamedTuple):
                 f"{self.where}: the answer cannot be read ({place}: {first['msg']}): "
                 f"{self.text[:_SHOWN]}; check the address, and the version of the server"
             ) from error
+
+
+@functools.cache
+def _answer_with(key: str, kind: Any) -> type[BaseModel]:
+    fields: Any = {key: (kind, ...)}
+    return create_model("Answer", **fields)
 
 
 class JsonServer:
@@ -132,43 +137,45 @@ class JsonServer:
             pause = min(2 * pause, _LONGEST_PAUSE_S)
 
 
-class RunningCalls(Generic[T]):
-    """Calls that run in threads of their own, which do not keep the process from ending.
+def running_calls(calls: Sequence[Callable[[], T]], *, at_once: int) -> Callable[[], list[T]]:
+    """Start calls in threads of their own, which do not keep the process from ending.
 
     They start in order, `at_once` at a time, and contain no collectives. After the first error no
     further call is started.
+
+    Returns:
+        What waits for all calls, and returns their results in the order of the calls.
     """
+    waiting = deque(enumerate(calls))
+    results: dict[int, T] = {}
+    errors: dict[int, Exception] = {}
 
-    def __init__(self, calls: Sequence[Callable[[], T]], *, at_once: int) -> None:
-        self._waiting = deque(enumerate(calls))
-        self._results: dict[int, T] = {}
-        self._errors: dict[int, Exception] = {}
-        # The threads of concurrent.futures would be joined at the exit of a run that has failed.
-        self._threads = [
-            threading.Thread(target=self._work, name=f"megakd-request-{number}", daemon=True)
-            for number in range(min(at_once, len(calls)))
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    def results(self) -> list[T]:
-        """Wait for all calls, and return their results in the order of the calls."""
-        for thread in self._threads:
-            thread.join()
-        if self._errors:
-            raise self._errors[min(self._errors)]
-        return [self._results[number] for number in sorted(self._results)]
-
-    def _work(self) -> None:
-        while not self._errors:
+    def work() -> None:
+        while not errors:
             try:
-                number, call = self._waiting.popleft()
+                number, call = waiting.popleft()
             except IndexError:  # no call is left
                 return
             try:
-                self._results[number] = call()
+                results[number] = call()
             except Exception as error:  # noqa: BLE001 - raised again in the caller's thread
-                self._errors[number] = error
+                errors[number] = error
+
+    def finished() -> list[T]:
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[min(errors)]
+        return [results[number] for number in sorted(results)]
+
+    # The threads of concurrent.futures would be joined at the exit of a run that has failed.
+    threads = [
+        threading.Thread(target=work, name=f"megakd-request-{number}", daemon=True)
+        for number in range(min(at_once, len(calls)))
+    ]
+    for thread in threads:
+        thread.start()
+    return finished
 
 
 class Requirements(NamedTuple):
@@ -225,10 +232,6 @@ class _Card(BaseModel):
     max_model_len: int | None = None
 
 
-class _Cards(BaseModel):
-    data: list[_Card]
-
-
 class _Span(BaseModel):
     version: str
 
@@ -244,22 +247,6 @@ class _Choice(BaseModel):
     prompt_token_ids: list[NonNegativeInt] | None = None
     weight_versions: list[_Span] | None = None
     prompt_logprobs: list[dict[NonNegativeInt, _Logprob] | None] | None = None
-
-
-class _Choices(BaseModel):
-    choices: Annotated[list[_Choice], Field(min_length=1, max_length=1)]
-
-
-class _Weights(BaseModel):
-    weight_version: str
-
-
-class _Paused(BaseModel):
-    is_paused: bool
-
-
-class _Emptied(BaseModel):
-    success: bool
 
 
 class VllmServer(JsonServer):
@@ -284,8 +271,8 @@ class VllmServer(JsonServer):
         model = ServedModel(card.id, is_vllm=card.owned_by == "vllm")
         if not requirements.takes_weights:
             return model
-        weights = self._control("/weight_info").read(_Weights).weight_version
-        paused = self._control("/is_paused").read(_Paused).is_paused
+        weights = self._control("/weight_info").read("weight_version", str)
+        paused = self._control("/is_paused").read("is_paused", bool)
         return model._replace(weights=weights, paused=paused)
 
     def complete(
@@ -309,7 +296,7 @@ class VllmServer(JsonServer):
         if not model.is_vllm:
             body |= {"seed": seed % 2**31}
             body |= {} if sampling.top_k is None else {"top_k": sampling.top_k}
-            choice = self.ask("/v1/completions", body).read(_Choices).choices[0]
+            (choice,) = self.ask("/v1/completions", body).read("choices", tuple[_Choice])
             ids = _encoded(choice, sampling.max_new_tokens, requirements)
             return _completion(ids, sampling.max_new_tokens, requirements, self.url)
         body |= {
@@ -326,7 +313,7 @@ class VllmServer(JsonServer):
             "return_token_ids": True,
             "return_weight_versions": True,
         }
-        choice = self.ask("/v1/completions", body).read(_Choices).choices[0]
+        (choice,) = self.ask("/v1/completions", body).read("choices", tuple[_Choice])
         if choice.token_ids is None or choice.prompt_token_ids != body["prompt"]:
             raise ServerError(
                 f"{self.url}: the answer has no token_ids, or is about another prompt than the one "
@@ -364,7 +351,7 @@ class VllmServer(JsonServer):
                 f"{reply.where} answered 400: {reply.text}; start vLLM with --max-logprobs {count} "
                 f"and --max-model-len of at least {len(ids) + 1}"
             )
-        choice = reply.read(_Choices).choices[0]
+        (choice,) = reply.read("choices", tuple[_Choice])
         entries = [entry for entry in choice.prompt_logprobs or () if entry is not None]
         # The first token has no prediction.
         if choice.prompt_token_ids != list(ids) or len(entries) != len(ids) - 1:
@@ -412,7 +399,7 @@ class VllmServer(JsonServer):
         return [card.id for card in self._cards() if card.parent is not None]
 
     def _cards(self) -> list[_Card]:
-        return self.ask("/v1/models").read(_Cards).data
+        return self.ask("/v1/models").read("data", list[_Card])
 
     def load_weights(self, folder: Path, version: str) -> None:
         """Replace the weights of the model by those of a folder that the server can read.
@@ -432,7 +419,7 @@ class VllmServer(JsonServer):
                 "pushes weights that the server can load, or the server is restarted"
             )
         emptied = self._control("/reset_prefix_cache?reset_external=true", {})
-        if not emptied.read(_Emptied).success:
+        if not emptied.read("success", bool):
             raise ServerError(
                 f"{emptied.where} did not empty the cache of prefixes, which belong to earlier "
                 "weights; restart the server, without a connector for its cache if it has one"

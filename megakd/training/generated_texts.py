@@ -30,19 +30,13 @@ from megakd.models.lora import adapter_files
 from megakd.models.model_folder import ModelContent, fill_serving_folder
 from megakd.process import files
 from megakd.teachers.frozen import FrozenTeacher
-from megakd.teachers.rollouts import (
-    Prompts,
-    RolloutSource,
-    RolloutStore,
-    TextEvaluation,
-    prompts_of,
-)
+from megakd.teachers.rollouts import Prompts, RolloutSource, TextEvaluation, prompts_of
 from megakd.teachers.servers import (
     FIRST_PATIENCE_S,
     PATIENCE_S,
     Requirements,
-    RunningCalls,
     VllmServer,
+    running_calls,
 )
 from megakd.training.assembly import StageParts
 from megakd.training.checkpoint import steps_in
@@ -57,6 +51,10 @@ TIME_LIMIT_S = 600.0
 
 SHARD_BYTES = 256_000_000
 """Largest size of a shard; rank 0 holds one shard and one parameter at a time."""
+
+Push = Callable[[int], dict[str, Any]]
+"""Gives all servers the weights of the student at a version, and returns what changes in the
+`ServedModel` of later requests; a collective."""
 
 
 def replicas_of(config: ServerConfig, *, patience_s: float = PATIENCE_S) -> list[VllmServer]:
@@ -135,7 +133,7 @@ def server_generator(inputs: RunInputs, model: nn.Module, *, rank: int) -> Serve
         raise TypeError("the run has no rollout.server")
     server, (_, requirements) = rollouts.server, _asked(inputs, rollouts)
     servers = replicas_of(server)
-    push: FullPush | AdapterPush | None = None
+    push: Push | None = None
     if server.folder is not None:
         # A folder for this start alone. vLLM keeps cached prefixes by the name and the path of
         # adapters, also of unloaded ones: other weights under a used name or path would continue
@@ -143,9 +141,9 @@ def server_generator(inputs: RunInputs, model: nn.Module, *, rank: int) -> Serve
         run = run_name(inputs.config.output_dir)
         folder = server.folder.resolve() / run / f"{run}-{agree(uuid4().hex[:8])}"
         if server.push == "full":
-            push = FullPush(model, servers, folder)
+            push = full_push(model, servers, folder)
         else:
-            push = AdapterPush(model, servers, folder, keep=rollouts.max_staleness + 1)
+            push = adapter_push(model, servers, folder, keep=rollouts.max_staleness + 1)
     place = (rank, rollouts.rows_per_call)
     return ServerGenerator(servers, requirements, push=push, place=place)
 
@@ -172,88 +170,73 @@ def run_name(output_dir: Path) -> str:
     return f"{output_dir.name}-{place}"
 
 
-class FullPush:
-    """Pushes the whole model by a model folder; adapters are merged into the weights."""
+def full_push(model: nn.Module, servers: Sequence[VllmServer], folder: Path) -> Push:
+    """Return a push of the whole model by a model folder; adapters are merged into the weights."""
 
-    def __init__(self, model: nn.Module, servers: Sequence[VllmServer], folder: Path) -> None:
-        self._model, self._servers, self._folder = model, servers, folder
-
-    def push(self, version: int) -> dict[str, Any]:
-        """Give all servers the weights that the student has now; a collective.
-
-        Returns what changes in the `ServedModel` of later requests.
-        """
-        target = self._folder / f"version-{version}"
-        name = f"{self._folder.name}-{version}"
-        learned = content_of(self._model, None)
-        together(lambda: self._write(target, learned))
-        on_main(lambda: _each(self._servers, lambda server: server.load_weights(target, name)))
-        return {"weights": name}
-
-    def _write(self, target: Path, learned: ModelContent) -> None:
+    def write(target: Path, learned: ModelContent) -> None:
         # Every rank iterates over the state, which contains collectives.
         try:
             if is_first_rank():
                 # The servers have read it, and other folders of the run are of killed starts.
-                shutil.rmtree(self._folder.parent, ignore_errors=True)
-                self._folder.mkdir(parents=True, exist_ok=True)  # NFS keeps files that are open
-                needed, free = _bytes_of(self._model), shutil.disk_usage(self._folder).free
-                if free < needed:
+                shutil.rmtree(folder.parent, ignore_errors=True)
+                folder.mkdir(parents=True, exist_ok=True)  # NFS keeps files that are open
+                needed = sum(full_shape(p).numel() * p.element_size() for p in model.parameters())
+                if (free := shutil.disk_usage(folder).free) < needed:
                     raise ServerError(
-                        f"rollout.server.folder: {self._folder} has {free / 1e9:.1f} GB free, and "
-                        f"the weights of the student take {needed / 1e9:.1f} GB; free some space, "
-                        "or name another folder"
+                        f"rollout.server.folder: {folder} has {free / 1e9:.1f} GB free, and the "
+                        f"weights of the student take {needed / 1e9:.1f} GB; free some space, or "
+                        "name another folder"
                     )
                 with files.replaced_folder(target) as temporary:
                     fill_serving_folder(temporary, learned, shard_bytes=SHARD_BYTES)
         finally:
             deque(learned.state, maxlen=0)
 
+    def push(version: int) -> dict[str, Any]:
+        target, name = folder / f"version-{version}", f"{folder.name}-{version}"
+        learned = content_of(model, None)
+        together(lambda: write(target, learned))
+        on_main(lambda: _each(servers, lambda server: server.load_weights(target, name)))
+        return {"weights": name}
 
-class AdapterPush:
-    """Pushes the adapters of a student, a name per version; `keep` versions stay loaded."""
+    return push
 
-    def __init__(
-        self, model: nn.Module, servers: Sequence[VllmServer], folder: Path, *, keep: int
-    ) -> None:
-        self._model, self._servers, self._folder = model, servers, folder
-        self._keep = keep
-        self._loaded: list[str] | None = None  # None: adapters of a killed run may be loaded
 
-    def push(self, version: int) -> dict[str, Any]:
-        """Give all servers the adapters that the student has now, see `FullPush`; a collective."""
-        files = adapter_files(self._model)
-        name = f"{self._folder.name}-{version}"
-        on_main(lambda: self._load(name, files))
-        return {"name": name}
+def adapter_push(
+    model: nn.Module, servers: Sequence[VllmServer], folder: Path, *, keep: int
+) -> Push:
+    """Return a push of adapters, a name per version, of which `keep` versions stay loaded."""
+    loaded: list[str] = []
 
-    def _load(self, name: str, parts: dict[str, Any]) -> None:
-        if self._loaded is None:
-            shutil.rmtree(self._folder.parent, ignore_errors=True)
-            _each(self._servers, self._unload_leftovers)
-            self._loaded = []
-        with files.replaced_folder(self._folder / name) as temporary:
+    def unload_leftovers(server: VllmServer) -> None:
+        for name in server.adapters():
+            if name.startswith(f"{folder.parent.name}-"):
+                server.unload_adapter(name)
+
+    def load(name: str, parts: dict[str, Any]) -> None:
+        if not loaded:  # adapters of a killed run may be
+            shutil.rmtree(folder.parent, ignore_errors=True)
+            _each(servers, unload_leftovers)
+        with files.replaced_folder(folder / name) as temporary:
             for file, content in parts.items():
                 files.write_content(temporary / file, content)
-        _each(self._servers, lambda server: server.load_adapter(name, self._folder / name))
-        self._loaded.append(name)
-        while len(self._loaded) > self._keep:
-            old = self._loaded.pop(0)
-            _each(self._servers, lambda server, old=old: server.unload_adapter(old))
-            shutil.rmtree(self._folder / old)
+        _each(servers, lambda server: server.load_adapter(name, folder / name))
+        loaded.append(name)
+        if len(loaded) > keep:
+            old = loaded.pop(0)
+            _each(servers, lambda server: server.unload_adapter(old))
+            shutil.rmtree(folder / old)
 
-    def _unload_leftovers(self, server: VllmServer) -> None:
-        for name in server.adapters():
-            if name.startswith(f"{self._folder.parent.name}-"):
-                server.unload_adapter(name)
+    def push(version: int) -> dict[str, Any]:
+        parts, name = adapter_files(model), f"{folder.name}-{version}"
+        on_main(lambda: load(name, parts))
+        return {"name": name}
+
+    return push
 
 
 def _each(servers: Sequence[VllmServer], action: Callable[[VllmServer], None]) -> None:
-    RunningCalls([partial(action, one) for one in servers], at_once=len(servers)).results()
-
-
-def _bytes_of(model: nn.Module) -> int:
-    return sum(full_shape(p).numel() * p.element_size() for p in model.parameters())
+    running_calls([partial(action, one) for one in servers], at_once=len(servers))()
 
 
 class ServerGenerator:
@@ -272,7 +255,7 @@ class ServerGenerator:
         servers: Sequence[VllmServer],
         requirements: Requirements,
         *,
-        push: FullPush | AdapterPush | None,
+        push: Push | None,
         place: tuple[int, int],
     ) -> None:
         self._servers, self._requirements, self._push = servers, requirements, push
@@ -286,7 +269,7 @@ class ServerGenerator:
         """Push the weights that the student has now, once per version; a collective."""
         if self._push is not None and version != self._version:
             with doing(f"sending the weights of step {version} to the servers"):
-                changes = self._push.push(version)
+                changes = self._push(version)
             self._models = [model._replace(**changes) for model in self._models]
             self._version = version
 
@@ -299,7 +282,7 @@ class ServerGenerator:
             replica = (self._rank + number) % len(self._servers)
             ask = partial(self._servers[replica].complete, model=self._models[replica])
             calls.append(partial(ask, tuple(prompt), seed, sampling, self._requirements))
-        return partial(together, RunningCalls(calls, at_once=self._at_once).results)
+        return partial(together, running_calls(calls, at_once=self._at_once))
 
 
 class LocalGenerator:
@@ -319,19 +302,17 @@ class LocalGenerator:
     def begin(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling
     ) -> Callable[[], list[Completion]]:
-        return partial(self._generate, prompts, seeds, sampling)
+        def generate() -> list[Completion]:
+            if isinstance(self._engine, FrozenTeacher):
+                self._engine.evict()  # a copy of shards to the device may still be running
+                module = self._engine.model
+            else:
+                module = self._engine.student
+            with whole_model(module) as model:
+                # Ranks that finish early wait here, however long the others generate.
+                return together(lambda: self._complete(model, prompts, seeds, sampling))
 
-    def _generate(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling
-    ) -> list[Completion]:
-        if isinstance(self._engine, FrozenTeacher):
-            self._engine.evict()  # a copy of shards to the device may still be running
-            module = self._engine.model
-        else:
-            module = self._engine.student
-        with whole_model(module) as model:
-            # Ranks that finish early wait here, however long the others generate.
-            return together(lambda: self._complete(model, prompts, seeds, sampling))
+        return generate
 
 
 def rollout_batches(parts: StageParts, rollouts: RolloutConfig) -> RolloutSource:
@@ -356,9 +337,9 @@ def rollout_batches(parts: StageParts, rollouts: RolloutConfig) -> RolloutSource
     data = None
     if "data" in rollouts.draws:
         data = StepLoader(train, collate, layout=layout, seed=config.seed)
-    store = RolloutStore(config.output_dir / "rollouts" / parts.stage.name)
-    if not oldest(parts.checkpoints):  # those of a start that no checkpoint is left of
-        on_main(store.clear)
+    folder = config.output_dir / "rollouts" / parts.stage.name
+    if not oldest(parts.checkpoints):  # texts of a start that no checkpoint is left of
+        on_main(lambda: shutil.rmtree(folder, ignore_errors=True))
     return RolloutSource(
         config=rollouts,
         prompts=prompts,
@@ -367,7 +348,7 @@ def rollout_batches(parts: StageParts, rollouts: RolloutConfig) -> RolloutSource
         collate=collate,
         layout=layout,
         generator=generator,
-        store=store,
+        folder=folder,
         seed=config.seed,
         oldest=lambda: oldest(parts.checkpoints),
     )

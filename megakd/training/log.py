@@ -79,34 +79,32 @@ class Trackers:
 
     def __init__(self, names: Sequence[str], folder: Path, config: Mapping[str, Any]) -> None:
         self._names, self._folder, self._config = [*names], folder, config
-        self._stage: str | None = None
         self._running: dict[str, Any] = {}
 
     def begin(self, stage: str, step: int) -> None:
         """Start the runs of a stage, or continue them if `step` steps were logged before."""
         self.close()
-        self._stage = stage
         path = self._folder / _RUN_IDS
         ids: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
         of_stage = ids.get(stage) if step else None
         ids[stage] = of_stage or {"id": uuid.uuid4().hex}
         for name in [*self._names]:
             with self._dropped_on_failure(name):
-                self._running[name] = self._started(name, step, ids[stage])
+                self._running[name] = self._started(name, stage, step, ids[stage])
         if self._names not in ([], ["tensorboard"]):
             files.write_json(path, ids)
 
-    def _started(self, name: str, step: int, ids: dict[str, str]) -> Any:
+    def _started(self, name: str, stage: str, step: int, ids: dict[str, str]) -> Any:
         from accelerate import tracking
 
-        run_name, out = f"{self._folder.name}/{self._stage}", str(self._folder)
+        run_name, out = f"{self._folder.name}/{stage}", str(self._folder)
         project = os.environ.get("WANDB_PROJECT", "megakd")
         options: dict[str, Any] = {}
         if name == "tensorboard":
             # Steps after a checkpoint are logged again. A full disk is met by `log`, which flushes,
             # and not by the writer's own thread.
             options = {"purge_step": step + 1 if step else 0, "flush_secs": 10**9}
-            project, options["logging_dir"] = str(self._stage), f"{out}/tensorboard"
+            project, options["logging_dir"] = stage, f"{out}/tensorboard"
         elif name == "wandb":
             options = {"id": ids["id"], "resume": "allow", "name": run_name, "dir": out}
             options["group"] = self._folder.name
@@ -128,21 +126,18 @@ class Trackers:
             ids[name] = tracker.active_run.info.run_id
         return tracker
 
-    def log(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-        """Record numbers of an optimiser step."""
-        if self._stage != stage:
-            self.begin(stage, step)
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Record numbers of an optimiser step of the stage that has begun."""
         named = {re.sub(r"[^\w. /-]", "_", key): value for key, value in values.items()}
         for name, tracker in [*self._running.items()]:
             with self._dropped_on_failure(name):
                 tracker.log(named, step=step)
 
     def close(self) -> None:
-        """Close all runs; a later `log` opens them again."""
+        """Close all runs."""
         for name in [*self._running]:
             with self._dropped_on_failure(name):
                 self._running.pop(name).finish()
-        self._stage = None
 
     @contextmanager
     def _dropped_on_failure(self, name: str) -> Iterator[None]:
@@ -187,7 +182,7 @@ class Reporter:
         self, output_dir: Path, *, is_main: bool, trackers: Trackers | None = None
     ) -> None:
         self._path = output_dir / "metrics.jsonl"
-        self._is_main, self._trackers = is_main, trackers
+        self._is_main, self._trackers = is_main, trackers or Trackers((), output_dir, {})
         self._first = self._last = 0
         self._steps_per_epoch = 1
         self._bar: tqdm | None = None
@@ -213,8 +208,7 @@ class Reporter:
                 kept = [line for line in lines if _stays(line, stage, step)]
                 if len(kept) < len(lines):
                     files.write_text(self._path, "".join(kept))
-        if self._trackers is not None:
-            self._trackers.begin(stage, step)
+        self._trackers.begin(stage, step)
         self._first, self._last, self._steps_per_epoch = step, last, steps_per_epoch
         self._began = time.perf_counter()
         self._close_bar()
@@ -242,8 +236,7 @@ class Reporter:
             with self._path.open("ab", buffering=0) as file:
                 if file.write(line) < len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        if self._trackers is not None:
-            self._trackers.log(stage, step, values)
+        self._trackers.log(step, values)
         shown = _shown(values)
         if self._bar is not None:
             self.advance(step)
@@ -260,8 +253,7 @@ class Reporter:
     def close(self) -> None:
         """Close the bar and the trackers."""
         self._close_bar()
-        if self._trackers is not None:
-            self._trackers.close()
+        self._trackers.close()
 
     def _close_bar(self) -> None:
         if self._bar is not None:

@@ -13,7 +13,6 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -137,9 +136,17 @@ class TaskMetrics:
         return threshold, decided(predicted, threshold)
 
     def _value(self, name: str, predicted: Numbers, truth: Numbers) -> float:
+        if name in ("pearson", "spearman"):
+            from scipy import stats
+
+            of: Callable[..., Any] = getattr(stats, f"{name}r")
+            return _correlation(name, lambda a, b: of(a, b)[0], predicted[:, 0], truth)
+        if name == "matthews_correlation":
+            return _correlation(name, _sklearn("matthews_corrcoef"), _classes(predicted), truth)
+        if is_metric(name):
+            return _of_plugin(name, predicted, truth)
         if name not in ONE_LABEL_METRICS:
-            known = _METRICS.get(name)
-            return float(known(predicted, truth)) if known else _of_plugin(name, predicted, truth)
+            return score_of(name, _classes(predicted), truth)
         guessed, is_so = _classes(predicted) == 1, truth == 1
         if not is_so.any() and not guessed.any():
             logger.info(
@@ -216,13 +223,11 @@ def task_metrics(
             f"eval.metric: {about_one[0]} is about the second of two labels, and the data have "
             f"{len(label_names)}; use {about_one[0]}_macro"
         )
-    made = TaskMetrics(
-        names=names,
-        main=headline(chosen or official),
-        label_names=tuple(label_names),
+    metrics = TaskMetrics(
+        names=names, main=headline(chosen or official), label_names=tuple(label_names)
     )
-    _try_plugins(made, task, multi_label=multi_label)
-    return made
+    _try_plugins(metrics, task, multi_label=multi_label)
+    return metrics
 
 
 def _scored_rows(outputs: Tensor, labels: Tensor) -> tuple[Numbers, Numbers]:
@@ -271,18 +276,6 @@ def _sklearn(name: str) -> Callable[..., Any]:
     return getattr(metrics, name)
 
 
-def _matthews(predicted: Numbers, truth: Numbers) -> float:
-    of = _sklearn("matthews_corrcoef")
-    return _correlation("matthews_correlation", of, _classes(predicted), truth)
-
-
-def _of_scores(name: str, predicted: Numbers, truth: Numbers) -> float:
-    from scipy import stats
-
-    of: Callable[..., Any] = getattr(stats, f"{name}r")
-    return _correlation(name, lambda a, b: of(a, b)[0], predicted[:, 0], truth)
-
-
 def _correlation(
     name: str, of: Callable[[Numbers, Numbers], Any], predicted: Numbers, truth: Numbers
 ) -> float:
@@ -299,18 +292,6 @@ def _correlation(
         logger.info("%s is undefined for these %d rows: counted as 0", name, len(truth))
         return 0.0
     return value
-
-
-_METRICS: Mapping[str, Callable[[Numbers, Numbers], float]] = {
-    "matthews_correlation": _matthews,
-    "pearson": partial(_of_scores, "pearson"),
-    "spearman": partial(_of_scores, "spearman"),
-    **{
-        name: lambda predicted, truth, name=name: score_of(name, _classes(predicted), truth)
-        for name in METRICS["classification"]
-        if name.endswith(("accuracy", "exact_match", "_macro", "_micro", "_weighted"))
-    },
-}
 
 
 def classifier_report(predicted: Numbers, truth: Numbers, label_names: Sequence[str]) -> Row:

@@ -27,12 +27,12 @@ def label_terms(config: RunConfig, *, smoothed: bool = True) -> tuple[TermConfig
     Teachers are trained without smoothing: the outputs of a smoothed teacher say less about the
     similarity of labels (Mueller et al. 2019).
     """
-    given = [t for t in config.objective or () if isinstance(t, HardCrossEntropy)]
-    if not given:
+    terms = [t for t in config.objective or () if isinstance(t, HardCrossEntropy)]
+    if not terms:
         return hard_terms(config.task.type)
     # These stages train on the data: a term on generated texts would be 0 at every step.
-    kept = dataclasses.replace(given[0], weight=1.0, on=None)
-    return (kept if smoothed else dataclasses.replace(kept, label_smoothing=0.0),)
+    term = dataclasses.replace(terms[0], weight=1.0, on=None)
+    return (term if smoothed else dataclasses.replace(term, label_smoothing=0.0),)
 
 
 def learner_ds(stage: Stage, config: RunConfig, *, ranks: int, device: str) -> dict[str, Any]:

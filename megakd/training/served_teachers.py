@@ -11,8 +11,7 @@ They are checked before a run loads any model, and opened for its stages.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -20,28 +19,27 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional
 
 from megakd.config.sections import TeacherConfig, TeacherServerConfig
 from megakd.config.task import FP8, STUDENT
-from megakd.data.batch import IGNORE, Batch, Knowledge, TopK
+from megakd.data.batch import IGNORE, Batch, Knowledge, Teacher, TopK
 from megakd.data.collation import row_keys, uniform
 from megakd.data.encoding import tokenizer_content
-from megakd.engine.collectives import on_main, together
+from megakd.engine.collectives import doing, on_main, together, told
 from megakd.engine.distributed import Ranks
 from megakd.errors import ServerError, TeacherError
 from megakd.models.fitting import ModelSource, ReadyTeacher
 from megakd.process.files import Fingerprint, files_identity, flatten
-from megakd.teachers.cached import Answers, CachedTeacher, build_cache
+from megakd.teachers.cached import CachedTeacher, missing_rows, write_shard
 from megakd.teachers.frozen import FrozenTeacher
 from megakd.teachers.servers import (
     FIRST_PATIENCE_S,
     BestTokens,
     Requirements,
-    RunningCalls,
     VllmServer,
+    running_calls,
 )
 from megakd.training.assembly import Assembly
 from megakd.training.generated_texts import replicas_of
@@ -49,8 +47,6 @@ from megakd.training.inputs import RunInputs
 
 # The domain of the draws; 0 is the domain of the masks.
 _DRAWS = 0x6472617773
-
-_BYTES_OF_ID, _BYTES_OF_LOGARITHM, _BYTES_OF_COUNT = 4, 2, 1
 
 BROKEN = "broken"
 
@@ -72,28 +68,23 @@ def fill_cache(assembly: Assembly, ready: ReadyTeacher, folder: Path) -> None:
     """
     task, spec, scorer = assembly.config.task, ready.spec, assembly.scorer()
     has_texts, labels = task.type == "causal_lm", assembly.prepared.splits.label_names
-
-    def answers(model: FrozenTeacher, rows: Dataset, first: int) -> Answers:
-        if not has_texts:
-            return scorer.answers(
-                lambda b: {"logits": cast("Tensor", model.predict(b).outputs)}, rows
-            )
+    size = task.row_length * bytes_per_token(spec) if has_texts else 4 * max(1, len(labels))
+    rows, facts = assembly.prepared.encoded.train, _facts(assembly, ready)
+    missing = missing_rows(folder, facts, len(rows), ranks=assembly.ranks, row_bytes=size)
+    if not missing:
+        return
+    counts = [len(numbers) for numbers in missing]
+    with assembly.loaded(ready) as model, doing("asking the teacher about the training rows"):
         ask = partial(ask_tokens, model, spec=spec, length=task.row_length)
-        return whole_answers(scorer.answers(ask, rows, first=first), first=first)
-
-    @contextmanager
-    def asking() -> Iterator[Callable[[Dataset, int], Answers]]:
-        with assembly.loaded(ready) as model:
-            yield partial(answers, model)
-
-    build_cache(
-        folder,
-        _facts(assembly, ready),
-        assembly.prepared.encoded.train,
-        ranks=assembly.ranks,
-        row_bytes=task.row_length * bytes_per_token(spec) if has_texts else 4 * max(1, len(labels)),
-        asking=asking,
-    )
+        for numbers in told(missing, total=sum(counts), each=max(counts)):
+            part, first = rows.select(numbers), numbers.start
+            if has_texts:
+                answers = whole_answers(scorer.answers(ask, part, first=first), first=first)
+            else:
+                answers = scorer.answers(
+                    lambda b: {"logits": cast("Tensor", model.predict(b).outputs)}, part
+                )
+            on_main(partial(write_shard, folder, first, answers))
 
 
 def _facts(assembly: Assembly, ready: ReadyTeacher) -> Fingerprint:
@@ -131,9 +122,8 @@ def model_identity(source: ModelSource, *, seed: int) -> Mapping[str, Any]:
 
 def bytes_per_token(spec: TeacherConfig) -> int:
     """Return the bytes of a position in the cache."""
-    if spec.cache_draws is None:
-        return spec.cache_top_k * (_BYTES_OF_ID + _BYTES_OF_LOGARITHM)
-    return spec.cache_draws * (_BYTES_OF_ID + _BYTES_OF_COUNT)
+    # An id in int32, with a logarithm in fp16 or a count in uint8.
+    return spec.cache_top_k * 6 if spec.cache_draws is None else spec.cache_draws * 5
 
 
 def ask_tokens(
@@ -147,7 +137,7 @@ def ask_tokens(
     """
     if spec.cache_draws is None:
         ids, logprobs = model.top_k(batch, spec.cache_top_k)
-        broken, kept = logprobs.isnan().any(-1), {"logprobs": logprobs.half()}
+        broken, others = logprobs.isnan().any(-1), {"logprobs": logprobs.half()}
     else:
         if batch.rows is None:
             raise TypeError("draws depend on the numbers of the rows, and this batch has none")
@@ -156,9 +146,9 @@ def ask_tokens(
         places = np.arange(1, width * spec.cache_draws + 1, dtype=np.uint64)
         numbers = torch.from_numpy(uniform(keys, places)).view(size, width, spec.cache_draws)
         ids, counts = model.draw(batch, numbers.to(batch.valid.device))
-        broken, kept = (ids < 0).all(-1), {"counts": counts}
+        broken, others = (ids < 0).all(-1), {"counts": counts}
     beyond = (0, 0, 0, length - ids.shape[1])
-    padded = {name: functional.pad(values, beyond) for name, values in kept.items()}
+    padded = {name: functional.pad(values, beyond) for name, values in others.items()}
     broken = (broken & batch.valid).any(-1)
     return {"ids": functional.pad(ids, beyond, value=-1), **padded, BROKEN: broken}
 
@@ -193,7 +183,7 @@ model, template or precision of 8 bits moves them by far more.
 """
 
 
-class ServedTeacher:
+class ServedTeacher(Teacher):
     """A teacher whose servers answer with their most likely tokens at every position (`TopK`).
 
     Each document is a request of its own. The documents of a rank go to all replicas in turn. All
@@ -222,7 +212,7 @@ class ServedTeacher:
             partial(self._ask, (self._ranks.rank + number) % len(self._servers), ids)
             for number, (_, _, _, ids) in enumerate(documents)
         ]
-        answers = together(RunningCalls(calls, at_once=AT_ONCE).results)
+        answers = together(running_calls(calls, at_once=AT_ONCE))
         for batch in batches:
             size = (*batch.valid.shape, self._top_k)
             ids, logprobs = torch.full(size, -1, dtype=torch.int32), torch.zeros(size)  # [B, T, k]
@@ -243,10 +233,6 @@ class ServedTeacher:
                 f"{self._vocabulary} tokens; the servers serve another model, or top_k is too large"
             )
         return best
-
-    def prefetch(self) -> None: ...  # the texts of the next step are not known
-
-    def evict(self) -> None: ...
 
     def destroy(self) -> None: ...
 

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -23,13 +24,14 @@ from test_rollouts import texts as texts  # noqa: PLC0414 - a fixture
 from tiny_runs import llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megakd.config.task import file_of_step
 from megakd.engine import distributed
 from megakd.errors import MegakdError
 from megakd.models.cutting import content_of
 from megakd.models.lora import WEIGHTS
-from megakd.teachers.rollouts import Rollout, RolloutStore
+from megakd.teachers.rollouts import Rollout, read_rollouts
 from megakd.teachers.servers import VllmServer
-from megakd.training.generated_texts import AdapterPush, FullPush
+from megakd.training.generated_texts import adapter_push, full_push
 from megakd.training.stage_folder import consume, write_stage_folder
 
 GREEDY = {"mix": 1.0, "sampling": {"temperature": 0}}
@@ -51,8 +53,8 @@ def served(stub: Stub, folder: Path, **keys: Any) -> dict[str, Any]:
 
 
 def rollouts_of(out: Path) -> dict[int, list[Rollout]]:
-    store = RolloutStore(out / "rollouts" / "student")
-    return {step: store.read(step) for step in range(STEPS) if store.has(step)}
+    paths = {n: file_of_step(out / "rollouts" / "student", n) for n in range(STEPS)}
+    return {step: read_rollouts(path) for step, path in paths.items() if path.is_file()}
 
 
 def asked_seeds(asked: list[tuple[str, Any]]) -> set[int]:
@@ -206,11 +208,11 @@ def pushing(config_path: str, folder: str, urls: list[str], kind: Any, **options
 
 def full(config_path: str, folder: str, urls: list[str]) -> str | None:
     """Two updates of the student with a push after each, then the export; the pushed version."""
-    with pushing(config_path, folder, urls, FullPush) as (run, push):
+    with pushing(config_path, folder, urls, full_push) as (run, push):
         with patch("megakd.training.generated_texts.SHARD_BYTES", 3000):
             for version in (1, 2):
                 run.trainer.train_step(run.source.step(version - 1))
-                pushed = push.push(version)
+                pushed = push(version)
         models = {"student": content_of(run.student.student, None)}
         if distributed.ranks().is_main:
             write_stage_folder(Path(folder) / "export", models, extra={})
@@ -222,13 +224,11 @@ def full(config_path: str, folder: str, urls: list[str]) -> str | None:
 def failing(config_path: str, folder: str, urls: list[str]) -> list[str]:
     """The messages of a folder without room and of a server that loads nothing; then a step."""
     answers = []
-    with pushing(config_path, folder, urls, FullPush) as (run, push):
-        for needed in (10**18, 1):
+    with pushing(config_path, folder, urls, full_push) as (run, push):
+        for free in (0, 10**18):
             try:
-                with patch(
-                    "megakd.training.generated_texts._bytes_of", lambda _, needed=needed: needed
-                ):
-                    push.push(1)
+                with patch("shutil.disk_usage", lambda _, free=free: SimpleNamespace(free=free)):
+                    push(1)
             except MegakdError as error:
                 answers.append(str(error))
         run.trainer.train_step(run.source.step(0))
@@ -238,10 +238,10 @@ def failing(config_path: str, folder: str, urls: list[str]) -> list[str]:
 def adapters(config_path: str, folder: str, urls: list[str]) -> list[str]:
     """Three updates with a push after each; the names of the pushed adapters."""
     names = []
-    with pushing(config_path, folder, urls, AdapterPush, keep=2) as (run, push):
+    with pushing(config_path, folder, urls, adapter_push, keep=2) as (run, push):
         for version in (1, 2, 3):
             run.trainer.train_step(run.source.step(version - 1))
-            names.append(push.push(version)["name"])
+            names.append(push(version)["name"])
     return names
 
 
@@ -293,7 +293,7 @@ def test_a_push_that_fails_ends_on_all_ranks_with_the_same_message(workers, writ
     assert answer[0] == answer[1]
     room, refused = answer[0]
     assert "rollout.server.folder" in room
-    assert "the weights of the student take 1000000000.0 GB" in room
+    assert "has 0.0 GB free, and the weights of the student take" in room
     assert f"{stub.url}/collective_rpc answered 500 and did not load" in refused
     assert "out of memory" in refused
 

@@ -125,6 +125,10 @@ def test_what_is_missing_or_not_finite_has_no_picture_and_no_number():
     assert (result.faults, result.labels) == ([], [])
     assert result.headings[-2:] == ["Environment", "Config"]
     report = chosen_report()
+    for row in report["candidates"]:  # a run that was killed before the choice
+        row["chosen"] = False
+    assert "candidates" in Page(html_report(report, [])).labels
+    report = chosen_report()
     for row in report["candidates"]:
         row |= {"metric": math.nan, "tradeoff": math.nan}
     result = Page(html_report(report, []))

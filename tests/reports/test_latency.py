@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -16,7 +16,8 @@ from megakd.data.token_tables import pack
 from megakd.models import onnx
 from megakd.models.generation import most_likely
 from megakd.reports.samples import NEW_TOKENS, PROMPTS, Prompts, held_out_prompts
-from megakd.run.run_report import latency_report, measure_latencies
+from megakd.run import run_report
+from megakd.run.run_report import latency_report
 
 LENGTHS = [*range(1, 17)] * 3
 CPU = torch.device("cpu")
@@ -25,6 +26,12 @@ CPU = torch.device("cpu")
 def llama() -> LlamaForCausalLM:
     sizes = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1}
     return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2))
+
+
+def timed(
+    models: dict[str, Any], lengths: list[int], batches: list[int], reference: str = "a"
+) -> dict[str, Any]:
+    return latency_report(models, reference, lengths, batches, device=CPU, dtype="fp32")
 
 
 def seen_by(model: torch.nn.Module) -> list[dict]:
@@ -41,7 +48,7 @@ def test_a_forward_is_of_texts_of_the_data_without_dropout_or_gradient():
     model, other = llama().train(), llama()
     calls, before = seen_by(model), torch.get_rng_state()
 
-    measure_latencies({"teacher": model, "student": other}, LENGTHS, [4])
+    timed({"a": model, "b": other}, LENGTHS, [4])
 
     assert [call["input_ids"].shape for call in calls[:2]] == [(4, 14), (4, 16)]
     assert calls[0]["attention_mask"].sum(dim=1).tolist() == [2, 6, 10, 14]
@@ -70,11 +77,12 @@ def test_texts_of_the_data_have_the_lengths_of_its_quantiles(batch, batches):
 def test_a_time_is_that_of_one_batch_and_slow_models_are_timed_less_often(monkeypatch, ms, rounds):
     monkeypatch.setattr(onnx, "milliseconds", lambda _: ms)
 
-    result = measure_latencies({"a": llama(), "b": llama()}, [4], [1])
+    result = timed({"a": llama(), "b": llama()}, [4], [1])
 
-    assert result == {1: {"a": [ms] * rounds, "b": [ms] * rounds}}
+    assert result["latency.rounds_batch_1"] == rounds
+    assert result["a.ms_batch_1"] == result["b.ms_batch_1"] == ms
     # Texts of several lengths are several batches.
-    assert set(measure_latencies({"a": llama()}, LENGTHS, [1])[1]["a"]) == {ms / 8}
+    assert timed({"a": llama()}, LENGTHS, [1])["a.ms_batch_1"] == ms / 8
 
 
 def test_models_take_every_place_by_turns_at_every_batch_and_the_log_says_so(caplog) -> None:
@@ -87,19 +95,21 @@ def test_models_take_every_place_by_turns_at_every_batch_and_the_log_says_so(cap
             with_kwargs=True,
         )
 
-    result = measure_latencies(models, [4], [1, 2])
+    result = timed(models, [4], [1, 2])
 
-    assert [(batch, [*times]) for batch, times in result.items()] == [(1, [*"abc"]), (2, [*"abc"])]
+    assert result["batches"] == [1, 2]
     start = order.index("a2")
     assert order[start : start + 9] == ["a2", "b2", "c2", "b2", "c2", "a2", "c2", "a2", "b2"]
     assert "timing a, b, c: batches of 2" in caplog.text
 
 
-def test_a_speed_up_is_the_median_of_the_rounds_with_its_range():
+def test_a_speed_up_is_the_median_of_the_rounds_with_its_range(monkeypatch):
+    models = {"teacher": llama(), "student": llama()}
     # One round was disturbed, in which both models were slow.
-    times = {"teacher": [20, 22, 24, 220, 22], "student": [10, 10, 10, 100, 10]}
+    rounds = [(20, 10), (22, 10), (24, 10), (220, 100), (22, 10)]
+    monkeypatch.setattr(run_report, "by_turns", lambda _: rounds)
 
-    result = latency_report({1: times}, "teacher", [20, 28], device=CPU, dtype="fp32")
+    result = timed(models, [24], [1], "teacher")
 
     assert result["student.ms_batch_1"] == 10
     key = "student.speedup_batch_1"
@@ -107,8 +117,8 @@ def test_a_speed_up_is_the_median_of_the_rounds_with_its_range():
     assert (result["latency.tokens"], result["latency.rounds_batch_1"]) == (24, 5)
     assert result["latency.device"].startswith("cpu (")
     # Of nine rounds, the lowest and the highest ratio do not count.
-    nine = {"teacher": [20] * 8 + [900], "student": [10] * 9}
-    result = latency_report({1: nine}, "teacher", [20], device=CPU, dtype="fp32")
+    rounds = [(20, 10)] * 8 + [(900, 10)]
+    result = timed(models, [24], [1], "teacher")
     assert (result[f"{key}_low"], result[f"{key}_high"]) == (2, 2)
 
 

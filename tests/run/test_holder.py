@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 
 from megakd.errors import InUseError
-from megakd.run import holder
 from megakd.run.holder import LOCK, check_free, written_once
 
 
-def leave_lock(folder: Path, pid: int, **facts: object) -> Path:
+def leave_lock(folder: Path, **facts: object) -> Path:
     """Leave the lock of a process of this host, as a run that was killed does."""
+    folder.mkdir(exist_ok=True)
     with written_once(folder):
         lock = json.loads((folder / LOCK).read_text())
-    folder.mkdir(exist_ok=True)
-    (folder / LOCK).write_text(json.dumps({**lock, "pid": pid, **facts}))
+    (folder / LOCK).write_text(json.dumps({**lock, **facts}))
     return folder / LOCK
 
 
@@ -40,10 +41,19 @@ def test_the_lock_names_its_process_and_goes_with_it_and_with_a_new_empty_folder
     assert [path.name for path in out.iterdir()] == left if left else not out.exists()
 
 
-def test_the_lock_of_a_process_that_has_ended_is_taken_over(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    start = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[19]
-    leave_lock(tmp_path, process.pid, start=start)
+HOLD = """
+import sys, pathlib
+from megakd.run.holder import written_once
+with written_once(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    input()
+"""
+
+
+def test_the_lock_of_a_process_that_was_killed_is_taken_over(tmp_path):
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], **pipes)
+    assert process.stdout.readline() == b"held\n"
     with pytest.raises(InUseError, match=f"process {process.pid} on"):
         check_free(tmp_path)
     process.kill()
@@ -53,38 +63,37 @@ def test_the_lock_of_a_process_that_has_ended_is_taken_over(tmp_path):
 
     with written_once(tmp_path):
         assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
-
-
-def test_of_two_starts_one_alone_takes_over_a_dead_lock(tmp_path, monkeypatch):
-    leave_lock(tmp_path, os.getpid(), start="before")
-
-    def check_while_another_start_tries(folder: Path) -> None:
-        check_free(folder)
-        descriptor = os.open(folder, os.O_RDONLY)
-        with pytest.raises(BlockingIOError):  # it waits until the lock is that of this process
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.close(descriptor)
-
-    monkeypatch.setattr(holder, "check_free", check_while_another_start_tries)
-    with written_once(tmp_path):
-        monkeypatch.undo()
         with pytest.raises(InUseError), written_once(tmp_path):
             pass
 
 
-def test_a_pod_that_is_started_again_takes_over_from_the_one_before(tmp_path, monkeypatch):
-    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
-    leave_lock(tmp_path, 17, start="before")
+def test_a_lock_that_its_holder_removes_meanwhile_is_not_taken(tmp_path, monkeypatch):
+    """The next start would write another file, and both would run."""
+    path, lock = leave_lock(tmp_path), fcntl.flock
 
-    check_free(tmp_path)
-    monkeypatch.delenv("KUBERNETES_SERVICE_HOST")
-    with pytest.raises(InUseError):  # it may be another container
-        check_free(tmp_path)
+    def lock_of_a_file_that_is_gone(file: TextIO, kind: int) -> None:
+        path.unlink()
+        lock(file, kind)
+
+    monkeypatch.setattr(fcntl, "flock", lock_of_a_file_that_is_gone)
+    with pytest.raises(InUseError), written_once(tmp_path):
+        pass
+
+
+def test_storage_without_locks_refuses_what_another_run_has_left(tmp_path, monkeypatch):
+    def unsupported(file: TextIO, kind: int) -> None:
+        raise OSError(errno.ENOSYS, "not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    path = leave_lock(tmp_path)
+
+    with pytest.raises(InUseError, match=f"remove {path}$"), written_once(tmp_path):
+        pass
 
 
 def test_a_process_of_another_host_is_refused_with_the_file_to_remove(tmp_path):
     since = "2026-11-21 10:02:11 UTC"
-    path = leave_lock(tmp_path, 4711, host="node-7", place="node-7", since=since)
+    path = leave_lock(tmp_path, pid=4711, host="node-7", since=since)
 
     message = rf"process 4711 on node-7, since {since}; wait .*remove {path}$"
     with pytest.raises(InUseError, match=message), written_once(tmp_path):

@@ -159,7 +159,7 @@ def test_a_model_whose_code_cannot_be_timed_does_not_fail_a_run(
     rows = Dataset.from_dict({"input_ids": [[1, 1]]})
     lab = lab_of(config_of(tmp_path), rows=rows)
     lab.teacher()
-    monkeypatch.setattr("megakd.run.run_report.measure_latencies", fail)
+    monkeypatch.setattr("megakd.run.run_report.latency_report", fail)
 
     assert run_report._latency(lab, tmp_path / "teacher", "teacher") == {"batches": []}
     assert f"latency could not be measured: {error}" in caplog.text

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from megakd.reports.table import CardFacts
 from megakd.training.lab import Report, Row
 
 TRADEOFF = 0.2
@@ -13,13 +12,6 @@ SCORES = {
     2: {0.7: 0.8899, 0.8: 0.8766, 0.9: 0.8677},
 }
 CHOSEN = {1: 0.7, 2: 0.9}
-FACTS = CardFacts(
-    title="a student",
-    task_type="classification",
-    student=None,
-    teachers=(None,),
-    command="megakd train run.yaml",
-)
 
 
 def scored(accuracy: float, f1: float, mean: float) -> dict[str, float]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +20,7 @@ from megakd.engine.distributed import Ranks
 from megakd.errors import TeacherError
 from megakd.models.knowledge import Needs
 from megakd.teachers import cached
-from megakd.teachers.cached import CachedTeacher, build_cache
+from megakd.teachers.cached import CachedTeacher, missing_rows, write_shard
 from megakd.teachers.frozen import FrozenModel
 
 ONE_RANK = Ranks(0, 1, 0, torch.device("cpu"))
@@ -60,14 +59,9 @@ class Teacher:
 
 
 def build(folder: Path, rows: Dataset, teacher: Answering, facts=FACTS) -> Path:
-    build_cache(
-        folder,
-        facts,
-        rows,
-        ranks=ONE_RANK,
-        row_bytes=4 * CLASSES,
-        asking=lambda: nullcontext(teacher),
-    )
+    size = 4 * CLASSES
+    for numbers in missing_rows(folder, facts, len(rows), ranks=ONE_RANK, row_bytes=size):
+        write_shard(folder, numbers.start, teacher(rows.select(numbers), numbers.start))
     return folder
 
 

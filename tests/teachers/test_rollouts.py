@@ -16,10 +16,11 @@ from megakd.errors import DataError
 from megakd.teachers.rollouts import (
     Prompts,
     Rollout,
-    RolloutStore,
     columns_of,
     learns_from_texts,
+    read_rollouts,
     text_seed,
+    write_rollouts,
 )
 
 _tokens = st.lists(st.integers(0, 1000), min_size=1, max_size=6)
@@ -125,19 +126,14 @@ _TEXT = Rollout(3, (1, 2), (5, 6), finished=True, version=7, seed=9)
 
 @settings(max_examples=20)
 @given(texts=st.lists(_rollouts, max_size=4))
-def test_texts_are_read_as_they_were_written_until_they_are_cleared(
+def test_texts_are_read_as_they_were_written(
     tmp_path_factory: pytest.TempPathFactory, texts: list[Rollout]
 ) -> None:
-    store = RolloutStore(tmp_path_factory.mktemp("store") / "student")
-    store.clear()
+    path = tmp_path_factory.mktemp("store") / "student" / "step-00000012.jsonl"
 
-    store.write(12, texts)
+    write_rollouts(path, texts)
 
-    assert store.has(12)
-    assert not store.has(11)
-    assert store.read(12) == texts
-    store.clear()
-    assert not store.has(12)
+    assert read_rollouts(path) == texts
 
 
 @pytest.mark.parametrize(
@@ -149,10 +145,9 @@ def test_texts_are_read_as_they_were_written_until_they_are_cleared(
     ids=["empty", "60 bytes", "a line less"],
 )
 def test_a_damaged_file_is_named(tmp_path: Path, damage, message) -> None:
-    store = RolloutStore(tmp_path)
-    store.write(4, [_TEXT, _TEXT])
-    (path,) = tmp_path.glob("step-*.jsonl")
+    path = tmp_path / "step-00000004.jsonl"
+    write_rollouts(path, [_TEXT, _TEXT])
     path.write_text(damage(path.read_text()))
 
     with pytest.raises(DataError, match=rf"step-00000004\.jsonl.*{message}"):
-        store.read(4)
+        read_rollouts(path)

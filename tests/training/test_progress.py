@@ -239,13 +239,13 @@ def test_curves_that_cannot_be_written_are_said_once_and_do_not_stop_a_run(tmp_p
 
     board = Trackers(["tensorboard"], tmp_path, {})
     board.begin("student", 0)
-    board.log("student", 1, {"train/loss": 1.0})
+    board.log(1, {"train/loss": 1.0})
     writer = board._running["tensorboard"].writer.file_writer.event_writer
     events = writer._async_writer._writer
     events.flush = full
 
     for step in (2, 3):
-        board.log("student", step, {"train/loss": 0.5})
+        board.log(step, {"train/loss": 0.5})
     board.close()
 
     (message,) = caplog.messages

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 from megakd.config.sections import GenerationConfig, RolloutConfig, RolloutServerConfig
+from megakd.config.task import file_of_step
 from megakd.data.loader import RowOrder, StepLayout, StepShape
 from megakd.errors import ConfigError
 from megakd.models.generation import Completion
@@ -24,9 +25,10 @@ from megakd.teachers import rollouts as rollout_source
 from megakd.teachers.rollouts import (
     Rollout,
     RolloutSource,
-    RolloutStore,
     check_generated_texts,
     prompts_of,
+    read_rollouts,
+    write_rollouts,
 )
 from megakd.training.generated_texts import oldest
 
@@ -88,7 +90,7 @@ def source(
         config=config,
         collate=None,  # type: ignore[arg-type]
         generator=generator,
-        store=RolloutStore(folder),
+        folder=folder,
         seed=3,
         oldest=lambda: oldest(folder),
     )
@@ -156,18 +158,17 @@ def test_no_text_is_too_old_and_no_written_text_is_asked_for_again(staleness, fr
         learn(source(config, second, folder), second, killed, 12)
 
         assert all(path.read_text() == text for path, text in written.items())
-        store = RolloutStore(folder)
-        for step in range(12):
-            for text in store.read(step) if store.has(step) else []:
+        for path in folder.glob("*.jsonl"):
+            step = int(path.stem.removeprefix("step-"))
+            for text in read_rollouts(path):
                 assert step >= from_step
                 assert 0 <= step - text.version <= staleness
                 assert text.completion == (10 + text.version, *text.prompt)
                 assert ROWS * step <= text.row < ROWS * (step + 1)
         for generator in (first, second):
             assert len(set(generator.seeds)) == len(generator.seeds)
-        steps = [int(path.stem.removeprefix("step-")) for path in written]
-        kept = {text.seed for step in steps for text in store.read(step)}
-        assert kept.isdisjoint(second.seeds)
+        before = {text.seed for path in written for text in read_rollouts(path)}
+        assert before.isdisjoint(second.seeds)
 
 
 def test_texts_are_asked_for_before_the_student_learns(tmp_path: Path) -> None:
@@ -216,7 +217,7 @@ def test_steps_of_the_data_have_rows_with_answers_and_texts_continue_prompts_tha
 def test_the_log_has_means_over_the_texts_since_the_last_log(tmp_path: Path) -> None:
     finished = Rollout(0, (9,), (1, 2, 3), finished=True, version=4, seed=0)
     cut = finished._replace(completion=(1, 1, 1), finished=False, version=5)
-    RolloutStore(tmp_path).write(6, [finished, cut] * 2)
+    write_rollouts(file_of_step(tmp_path, 6), [finished, cut] * 2)
     made = source(RolloutConfig(max_new_tokens=4), Local(), tmp_path)
     assert made.scalars() == {}
 

@@ -145,8 +145,7 @@ def test_each_text_gets_its_own_seed_and_few_requests_run_at_once(pair):
 
 def test_a_version_is_pushed_once_and_an_answer_with_other_weights_is_refused(pair):
     pushed: list[int] = []
-    push = SimpleNamespace(push=lambda n: pushed.append(n) or {"weights": f"run-{n}"})
-    made = generator_of(pair[:1], push=push)
+    made = generator_of(pair[:1], push=lambda n: pushed.append(n) or {"weights": f"run-{n}"})
 
     for version in (0, 0, 3, 3, 4):
         made.update(version)

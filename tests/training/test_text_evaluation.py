@@ -115,7 +115,7 @@ def test_every_evaluation_asks_for_the_same_prompts_with_the_same_seeds(rows, tm
     made, generator = evaluation(rows, tmp_path, **keys)
 
     made.texts()
-    assert {text.matches for text in made.texts()} == {None}
+    assert {text["matches"] for text in made.texts()} == {None}
 
     first, second = generator.asked
     assert first == second
