@@ -97,10 +97,8 @@ def read_prompts(path: Path) -> list[Messages]:
     from megakd.data.conversations import MESSAGES_DEFAULTS, PAIRS
     from megakd.data.readers import files_table
 
-    table, known = (
-        files_table([path], "--data"),
-        (*MESSAGES_DEFAULTS, *(asked for asked, _ in PAIRS)),
-    )
+    table = files_table([path], "--data")
+    known = (*MESSAGES_DEFAULTS, *(asked for asked, _ in PAIRS))
     column = next((name for name in known if name in table.columns), None)
     if column is None:
         raise DataError(
@@ -165,16 +163,19 @@ def _local(arguments: argparse.Namespace) -> Answers:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from megakd.config.sections import Sampling
+    from megakd.data.files import silent_hub
     from megakd.models.generation import TextTokens, complete, end_tokens_of
 
-    if (folder := in_home(arguments.model)).is_dir():
+    folder = in_home(arguments.model)
+    silent = None if folder.is_dir() else silent_hub()
+    if folder.is_dir():
         check_given(folder, "TEACHER")
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(arguments.model)
         model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto")
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"{arguments.model} is no causal language model: {first_line(error)}"
+            f"{arguments.model} is no causal language model: {silent or first_line(error)}"
         ) from error
     if tokenizer.chat_template is None:
         raise ModelError(

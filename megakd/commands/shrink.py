@@ -105,12 +105,16 @@ def _recipe(keys: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
 
 def _keys_of(model: str) -> Mapping[str, Any]:
     """Return the keys of a model's config.json; none if the file cannot be read here."""
-    from huggingface_hub import hf_hub_download
-
     try:
-        folder = in_home(model)
-        path = folder / "config.json" if folder.exists() else hf_hub_download(model, "config.json")
-        keys = json.loads(Path(path).read_text(encoding="utf-8"))
+        path = in_home(model) / "config.json"
+        if not path.parent.exists():
+            from huggingface_hub import hf_hub_download
+
+            from megakd.data.files import silent_hub
+
+            silent_hub()  # which may end at once what is asked next
+            path = Path(hf_hub_download(model, "config.json"))
+        keys = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # the run reports it
         return {}
     return keys if isinstance(keys, dict) else {}

@@ -99,6 +99,12 @@ def synonyms(word: str, known: Iterable[str] = ()) -> tuple[str, ...]:
     return tuple(sorted(here)) or meant
 
 
+_OTHER_LOSSES = {
+    '"hard_cross_entropy"': "ce cross_entropy crossentropy nll nll_loss sft",
+    '"soft_target_kl"': "forward_kl kd kl kl_div kl_loss kld kldiv",
+    '"soft_target_mse" (logits) or "hidden_mse"': "l2 mse mse_loss",
+}
+
 _WITHOUT_A_CHOICE = (
     "method.candidates method.importance_batch_size method.importance_split "
     "method.selector_learning_rate method.trial_steps rollout.server.time_limit "
@@ -120,6 +126,11 @@ REMOVED: Mapping[str, str] = {
     "method.repair_steps": "gone; set train.max_steps",
     "method.student_vocabulary": "its keys are gone: give the size, such as 4928",
     "method.target_sparsity": "no key of this method; shrink cuts to parameters, flops or speedup",
+    **{
+        f"objective.loss: {name}": f"; did you mean {loss}?"
+        for loss, names in _OTHER_LOSSES.items()
+        for name in names.split()
+    },
     "objective.t_squared": "gone; a soft target is multiplied by temperature², divide its weight",
     "rollout.files": "gone; give texts that exist as task.train_files, with prompt and completion",
     "rollout.mix_per": "gone; each step has one source, as in GKD, remove the key",
@@ -256,17 +267,17 @@ def _place(detail: ErrorDetails, tree: Any) -> tuple[KeyPath, bool]:
 
 def _line(path: KeyPath, details: Sequence[ErrorDetails], tree: Any) -> str:
     detail, where = details[0], dotted(path)
+    key = re.sub(r"s?\[\d+\]", "", where)  # also of one of several teachers
     kind, value = detail["type"], detail["input"]
     if kind == "missing":
         return f"{where}: missing, and it has no default"
     if kind == _UNKNOWN_KEY:
-        gone = REMOVED.get(re.sub(r"s?\[\d+\]", "", where))  # also of one of several teachers
-        return f"{where} = {shown(value)}: {gone or _unknown_key(path, tree)}"
+        return f"{where} = {shown(value)}: {REMOVED.get(key) or _unknown_key(path, tree)}"
     if kind == "value_error":
         error = detail.get("ctx", {})["error"]
         if isinstance(error, WrongNameError):
             where = dotted((*path, error.key))
-            gone = REMOVED.get(f"{where}: {value.get(error.key)}")
+            gone = REMOVED.get(f"{key}.{error.key}: {value.get(error.key)}")
             error = f"{error.problem}{gone} known: {', '.join(error.known)}" if gone else error
         return f"{where}: {error}"
     first, *others = [detail["msg"] for detail in details]

@@ -198,7 +198,7 @@ class Rendered(NamedTuple):
     answers: the parts that count, as (first character, character after the last).
     prompts: the numbers of characters that a generator continues, for each answer that counts or
         for a row that is a prompt.
-    noticed: what the template has done to the row, among the keys of `counts.BY_TEMPLATE`.
+    noticed: what is unusual about the row, among the keys of `counts.NOTICED`.
     """
 
     text: str
@@ -267,6 +267,10 @@ class ChatTemplate:
             # White space after the token that ends a turn does not count.
             stripped = whole.text[begin:end].rstrip()
             ends.append((begin, begin + len(stripped) if stripped.endswith(self.special) else end))
+        if conversation.is_cut:
+            (begin, end), content = ends[-1], (messages[counted[-1]]["content"] or "").strip()
+            place = whole.text.rfind(content, begin, end) if content else -1
+            ends[-1] = begin, max(begin, place + len(content))
         shown = "".join(whole.text[begin:end] for begin, end in ends)
         contents = "".join(messages[number]["content"] or "" for number in counted)
         empty = [] if EMPTY_REASONING.search(contents) else EMPTY_REASONING.finditer(whole.text)
@@ -276,6 +280,8 @@ class ChatTemplate:
         # Its first mark may be in the prompt.
         if any(begin < match.end() <= end for match in empty for begin, end in ends):
             noticed.append("empty_reasoning")
+        if conversation.is_cut:
+            noticed.append("cut_off")
         return self._as_read(whole._replace(answers=ends, noticed=tuple(noticed)))
 
     def _as_read(self, whole: Rendered) -> Rendered:

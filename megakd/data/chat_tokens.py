@@ -42,7 +42,8 @@ LEARNED = ("train", "validation")
 SETS = "sets"
 """Prefix of the evaluation sets among the names of rows: `sets/NAME`."""
 
-BY_TEMPLATE = {
+NOTICED = {
+    "cut_off": "have an answer that was cut off (finish_reason: length), whose end is not learned",
     "lost_reasoning": "lose the reasoning of their answers in the chat template; use a template "
     "that keeps it, or set task.reasoning: strip to say that this is intended",
     "empty_reasoning": "get empty reasoning in their answers from the chat template, so that the "
@@ -52,7 +53,7 @@ BY_TEMPLATE = {
     "without_template": "are a prompt and a completion without the chat template of the tokenizer, "
     "in which the model will be asked; set task.as_messages: true to render them by it",
 }
-"""What a chat template does to rows, by the number of the rows, and what to do."""
+"""What is unusual about rows, by the number of the rows, and what to do."""
 
 
 @dataclass
@@ -69,6 +70,7 @@ class ChatCounts:
     lost_reasoning: rows in which the chat template leaves out the reasoning of an answer.
     empty_reasoning: rows in which the chat template writes reasoning without words into an answer.
     without_template: prompts and answers as texts, although the tokenizer has a chat template.
+    cut_off: rows whose last answer was cut off before its end.
     special: by the number of a special token, how many of the tokens that count it is.
     ends: by the number of a special token, how many rows with a whole answer it ends.
     lengths: by the number of tokens before a row is cut, how many rows have it. Documents, which
@@ -87,6 +89,7 @@ class ChatCounts:
     lost_reasoning: int = 0
     empty_reasoning: int = 0
     without_template: int = 0
+    cut_off: int = 0
     bad: int = 0
     special: Counter[int] = field(default_factory=Counter[int])
     ends: Counter[int] = field(default_factory=Counter[int])
@@ -153,7 +156,7 @@ def say_chat(
             most = longest_of(lengths, 0.99)
             what = f"are longer than task.max_length; task.max_length={most} keeps 99 % whole"
             warnings.append((longer, what))
-        warnings += [(getattr(tally, key), what) for key, what in BY_TEMPLATE.items()]
+        warnings += [(getattr(tally, key), what) for key, what in NOTICED.items()]
         for number, what in warnings:
             if number:
                 logger.warning("%s: %d of %d rows %s", name, number, tally.rows, what)
@@ -316,7 +319,8 @@ class ChatEncoder:
         if self._task.reasoning == "strip":
             answer = without_reasoning(answer)
         text = prompt + answer
-        return Rendered(text, [(len(prompt), len(text))], [len(prompt)])
+        noticed = ("cut_off",) * conversation.is_cut
+        return Rendered(text, [(len(prompt), len(text))], [len(prompt)], noticed)
 
     def _tokens(self, text: Rendered, pieces: _Pieces, place: str) -> Tokens:
         (ids, offsets), starts = pieces, np.unique([*text.prompts, *(a for a, _ in text.answers)])
@@ -372,7 +376,7 @@ class ChatEncoder:
         )
         if conversation.messages is None:
             before, after = self._ends
-            after = [] if conversation.is_prompt else after
+            after = [] if conversation.is_prompt or conversation.is_cut else after
             tokens = Tokens(
                 np.concatenate([before, tokens.ids, after]).astype(np.int32),
                 np.pad(tokens.counts, (len(before), len(after)), constant_values=(False, True)),

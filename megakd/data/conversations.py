@@ -42,6 +42,8 @@ INPUT = "input"
 
 TOOLS, OPTIONS = "tools", "chat_template_kwargs"
 
+FINISH = "finish_reason"  # length: the last answer was cut off, and has no end to learn
+
 TEXT_DEFAULTS = ("text", "sentence", "content", "document")
 
 Message = dict[str, Any]
@@ -69,6 +71,7 @@ class Conversation:
     options: further arguments of the chat template, in place of `task.chat_template_kwargs`.
     prompt, completion: the plain text; without a completion the row is a prompt, and with an empty
         prompt the row is a document.
+    is_cut: whether the last answer was cut off, so that its end is not learned.
     """
 
     messages: list[Message] | None = None
@@ -77,6 +80,7 @@ class Conversation:
     options: dict[str, Any] = field(default_factory=dict)
     prompt: str = ""
     completion: str | None = None
+    is_cut: bool = False
 
     @property
     def is_prompt(self) -> bool:
@@ -190,7 +194,9 @@ def conversation_of(name: str, columns: ChatColumns, record: Record) -> Conversa
     if not lists and columns.messages is None:
         prompt, *completion = (text_of(name, column, record) for column in named)
         if not columns.as_messages:
-            return Conversation(prompt=prompt, completion=completion[0] if completion else None)
+            answer = completion[0] if completion else None
+            is_cut = record.values.get(FINISH) == "length"
+            return Conversation(prompt=prompt, completion=answer, is_cut=is_cut)
         if columns.addition is not None and record.values.get(columns.addition):
             prompt += f"\n\n{text_of(name, columns.addition, record)}"
         roles = zip(("user", ASSISTANT), (prompt, *completion), strict=False)
@@ -219,6 +225,7 @@ def _chat(where: str, record: Record, messages: list[Message], *, first: int) ->
     # OpenAI's fine-tuning format marks answers that are not learned with weight 0.
     counted = [n for n in answers if messages[n].get("weight", 1) != 0]
     if counted:
+        options["is_cut"] = record.values.get(FINISH) == "length" and counted[-1] == answers[-1]
         return Conversation(messages=messages[: counted[-1] + 1], counted=counted, **options)
     if answers:
         raise DataError(

@@ -15,13 +15,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatch
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
 
 import datasets
+import httpx2
 from datasets import Dataset
 from datasets.exceptions import DatasetsError
+from huggingface_hub import constants, get_session
 from huggingface_hub.errors import HfHubHTTPError
 
 from megakd.config.paths import DATA_SUFFIXES, data_suffix, without_compression
@@ -196,6 +198,22 @@ def _ending(path: Path) -> str:
     return path.name.removeprefix(_stem(path))
 
 
+@cache
+def silent_hub() -> str | None:
+    """Return why the Hub does not answer, for whose libraries only their caches count then.
+
+    They would repeat each request for half a minute. None: it does, or `HF_HUB_OFFLINE` is set.
+    """
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except (httpx2.ConnectError, httpx2.TimeoutException) as error:
+        constants.HF_HUB_OFFLINE = True
+        return f"{constants.ENDPOINT} does not answer ({first_line(error)})"
+    except (httpx2.HTTPError, OSError):
+        pass  # whoever asks for a file tells it
+    return None
+
+
 def hub_tables(task: TaskConfig) -> dict[str, Table]:
     """Return the rows of the splits of the Hub data set `task.dataset`."""
     name = task.data_name
@@ -239,6 +257,7 @@ def hub_errors(name: str, configuration: str | None) -> Iterator[str]:
         "task.dataset may also be glue/<task>, or a local file or folder (which does not exist "
         "here); local files are named in task.train_files and task.validation_files"
     )
+    silent = silent_hub()
     try:
         yield label
     except (DatasetsError, HfHubHTTPError, OSError, RuntimeError, ValueError) as error:
@@ -248,7 +267,7 @@ def hub_errors(name: str, configuration: str | None) -> Iterator[str]:
             if isinstance(error, ConnectionError)
             else f"the data set {label} cannot be loaded from the Hub"
         )
-        raise DataError(f"{problem}: {first_line(error)}; {advice}") from error
+        raise DataError(f"{problem}: {silent or first_line(error)}; {advice}") from error
 
 
 HUB_NAME = "nyu-mll/glue"

@@ -44,6 +44,7 @@ from megakd.data.arrow import (
 from megakd.data.batch import IGNORE, ROUTE, SOFT
 from megakd.data.conversations import (
     CONVERSATION,
+    FINISH,
     OPTIONS,
     SOURCE,
     TEXT_DEFAULTS,
@@ -268,7 +269,7 @@ class RowKind:
     def columns(self) -> tuple[str, ...]:
         """All columns that a conversation or a document is read from; a table may lack the last."""
         named = filter(None, (*self.fields[:3], self.fields.addition))
-        return (*named, *self.fields.text, *((TOOLS, OPTIONS) if self.is_chat else ()))
+        return (*named, *self.fields.text, *((TOOLS, OPTIONS, FINISH) if self.is_chat else ()))
 
     @property
     def features(self) -> Features:
@@ -350,7 +351,8 @@ def _label_column(table: Table, task: TaskConfig) -> str | None:
         return named[0]
     usual = LABEL_DEFAULTS[task.type] if named is None else (named,)
     label = next((column for column in usual if column in table.columns), usual[0])
-    require(table, "task.label_column", label)
+    if task.soft_labels is None:  # training rows may have these alone
+        require(table, "task.label_column", label)
     return label
 
 

@@ -36,6 +36,7 @@ from megakd.config.paths import is_path
 from megakd.config.task import TaskConfig, TaskType, TokenizerConfig
 from megakd.data.arrow import arrow_batches, key_of, rows_key
 from megakd.data.chat_template import read_template
+from megakd.data.files import silent_hub
 from megakd.data.splits import Splits
 from megakd.errors import DataError, first_line
 from megakd.process.files import check_given, whole_folder
@@ -248,13 +249,14 @@ def _named(spec: str) -> PreTrainedTokenizerBase:
     if folder.exists() or is_path(spec):
         problem = "it has no tokenizer files" if folder.exists() else "the folder does not exist"
         raise DataError(f'task.tokenizer "{spec}": {problem}; the folder must hold {LOOKED_FOR}')
+    silent = silent_hub()
     try:
         return AutoTokenizer.from_pretrained(spec, trust_remote_code=False)
     except Exception as error:
         raise DataError(
             f'task.tokenizer "{spec}" is not a local folder and cannot be loaded from the Hub: '
-            f"{first_line(error)}. Check the name; without a network, download the tokenizer "
-            f"first, or give a folder that holds {LOOKED_FOR}"
+            f"{silent or first_line(error)}. Check the name; without a network, download the "
+            f"tokenizer first, or give a folder that holds {LOOKED_FOR}"
         ) from error
 
 

@@ -17,6 +17,7 @@ import math
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from decimal import Decimal
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Field
@@ -40,38 +41,28 @@ TIMINGS = 8
 LARGEST_GRID = 64
 ERROR_WEIGHT = 10.0
 """A size that is 1 % off counts as much as shares of heads and neurons that differ by 0.1."""
-_FACTORS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
-def parameters_of(value: object) -> object:
-    """Return the whole number that a text such as "0.6B" or "600M" writes; others unchanged."""
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if not isinstance(value, str):
-        return value
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMBT]?)\s*", value, re.IGNORECASE)
-    if match is None:
-        raise ValueError(
-            f'must be a number of weights such as 0.6B, 600M or 600000000 (got "{value}")'
-        )
-    return round(float(match[1]) * _FACTORS[match[2].upper()])
+def _number(examples: str, factors: Mapping[str, float | Decimal]) -> BeforeValidator:
+    """Return what reads a text of a number with one of the units, by their factors."""
 
-
-def _with_sign(sign: str, divisor: int, example: str) -> Callable[[object], object]:
     def read(value: object) -> object:
-        if not isinstance(value, str):
-            return value
-        match = re.fullmatch(rf"\s*(\d+(?:\.\d+)?)\s*({sign})?\s*", value, re.IGNORECASE)
-        if match is None:
-            raise ValueError(f'must be a number such as {example} (got "{value}")')
-        return float(match[1]) / (divisor if match[2] else 1)
+        if isinstance(value, str):
+            units = "".join(factors)
+            match = re.fullmatch(rf"\s*(\d+(?:\.\d+)?)\s*([{units}]?)\s*", value, re.IGNORECASE)
+            if match is None:
+                raise ValueError(f'must be a number {examples} (got "{value}")')
+            value = float(Decimal(match[1]) * Decimal(factors.get(match[2].upper(), 1)))
+        return int(value) if isinstance(value, float) and value.is_integer() else value
 
-    return read
+    return BeforeValidator(read)
 
 
-Parameters = Annotated[int, BeforeValidator(parameters_of), Field(ge=1)]
-Share = Annotated[float, BeforeValidator(_with_sign("%", 100, "12% or 0.12")), Field(gt=0, lt=1)]
-Speedup = Annotated[float, BeforeValidator(_with_sign("x", 1, "8x or 8")), Field(gt=1)]
+_WEIGHTS = "of weights such as 0.6B, 600M or 600000000"
+_THOUSANDS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+Parameters = Annotated[int, _number(_WEIGHTS, _THOUSANDS), Field(ge=1)]
+Share = Annotated[float, _number("such as 12% or 0.12", {"%": Decimal("0.01")}), Field(gt=0, lt=1)]
+Speedup = Annotated[float, _number("such as 8x or 8", {"X": 1}), Field(gt=1)]
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

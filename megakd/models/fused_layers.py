@@ -8,6 +8,7 @@ ZeRO 3, of adapters and of losses on layers, which a compiled module would skip,
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from itertools import permutations
@@ -44,6 +45,7 @@ def fuse_layers(
         ConfigError: they are asked for, and the model or the environment lacks them.
     """
     if not is_fused(choice, device.type):
+        logger.debug("%s: not fused (%s: %s, %s)", source.where, KEY, choice, device.type)
         return
     # All ranks compute alike, also if one of them lacks a compiler.
     reason = next(filter(None, gather(why_not_compiled(device))), None)
@@ -53,6 +55,10 @@ def fuse_layers(
         if choice == "on":
             raise _refused(source, reason)
         logger.info("%s: the layers are not fused (%s): %s", source.where, KEY, reason)
+    else:
+        counts = Counter(type(part).__name__ for part in forwards)
+        parts = ", ".join(f"{count} {name}" for name, count in counts.items())
+        logger.info("%s: fused (%s): %s", source.where, KEY, parts)
     for part, forward in forwards.items():
         part.forward = forward.__get__(part)
 

@@ -13,7 +13,7 @@ import inspect
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from transformers import CONFIG_MAPPING
 
 from megakd.config.sections import ScratchModel
 from megakd.config.task import LANGUAGE_TASKS, TaskConfig
+from megakd.data.files import silent_hub
 from megakd.engine.collectives import gather, node_name, together
 from megakd.engine.sharding import (
     is_first_rank,
@@ -85,7 +86,7 @@ LEGACY_KEYS = frozenset(
         *("_commit_hash", "_flash_attn_2_enabled", "_num_labels"),
     }
 )
-_READ_KEY = re.compile(r'\bgetattr\(\s*(?:self\.)?config,\s*"(\w+)"')
+_READ_KEY = re.compile(r'\bconfig(?:\.|,\s*")(\w+)')
 # Of all families, by the names that transformers maps to those of a family.
 SIZES = (
     *("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads"),
@@ -147,6 +148,9 @@ def resolve_model(
     def make() -> PretrainedConfig:
         options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
         config = config_in(folder, **options)
+        is_stray = "head_dim" in vars(config) and not hasattr(type(config), "head_dim")
+        if is_stray and "head_dim" not in _read_keys(type(config)):
+            vars(config).pop("head_dim")  # heads do not have this width
         return _text_part(config, keys) if task.type == "causal_lm" else config
 
     config = _checked_config(make, f"{where}: {folder / CONFIG}")
@@ -317,9 +321,7 @@ def _scratch_source(
             f"{where}.config: a {model_type} config has no defaults ({one_line(error)}); give the "
             "folder of a model"
         ) from error
-    known = {*default.to_dict(), *default.attribute_map, *LEGACY_KEYS}
-    for file in Path(inspect.getfile(config_class)).parent.glob("modeling_*.py"):
-        known |= {*_READ_KEY.findall(file.read_text(encoding="utf-8"))}
+    known = {*default.to_dict(), *default.attribute_map, *LEGACY_KEYS, *_read_keys(config_class)}
     # transformers would silently use a default for a misspelled key, and its code pops some keys.
     for key in rest:
         is_private = key.startswith("_") and hasattr(default, key)
@@ -334,6 +336,11 @@ def _scratch_source(
         )
     facts = {"name": f"new {model_type}", "wants_vocabulary": "vocab_size" not in keys}
     return _source(config, task, where, folder=None, **facts)
+
+
+def _read_keys(config_class: type) -> Iterator[str]:
+    for file in Path(inspect.getfile(config_class)).parent.glob("modeling_*.py"):
+        yield from _READ_KEY.findall(file.read_text(encoding="utf-8"))
 
 
 def _built_as(model_type: str, wanted: str | None, where: str) -> str:
@@ -447,6 +454,7 @@ def _folder_of(spec: str, where: str, patterns: Sequence[str]) -> Path:
         raise ModelError(f"{where}: {path} is a file; give the folder that holds the model")
     if path.is_absolute() or spec.startswith((".", "~")) or len(path.parts) > 2:
         raise ModelError(f"{where}: {path} does not exist")
+    silent = silent_hub()
     try:
         return Path(
             snapshot_download(spec, allow_patterns=[*patterns], ignore_patterns=[*NOT_FROM_HUB])
@@ -454,7 +462,7 @@ def _folder_of(spec: str, where: str, patterns: Sequence[str]) -> Path:
     except (OSError, ValueError) as error:
         raise ModelError(
             f"{where}: {spec} is not a local folder and cannot be downloaded from the Hub "
-            f"({one_line(error)}); check the name and the network, or give a folder"
+            f"({silent or one_line(error)}); check the name and the network, or give a folder"
         ) from error
 
 

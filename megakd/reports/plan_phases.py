@@ -29,7 +29,7 @@ from megakd.process.terminal import in_home
 from megakd.stage import Stage, StageResult
 from megakd.training.assembly import learning_models
 from megakd.training.evaluation import FEW
-from megakd.training.inputs import RunInputs, resolve, with_student
+from megakd.training.inputs import RunInputs, UnencodedInputs, resolve, with_student
 from megakd.training.metrics import check_weighed
 from megakd.training.pruning import BATCH_ROWS, Shapes, SortedTeacher, shape_of_cut, unscored
 from megakd.training.recipes import LabBase, baseline_stage, scoring_preset
@@ -119,7 +119,7 @@ def _counted(folder: Path) -> int | None:
 class PlanningLab(LabBase, Shapes):
     """Lab that records the stages of a method, and other work with models, instead of doing it.
 
-    Without the data of the run (`prepared`), the numbers of steps and the metrics are not known.
+    Without the data of the run (`prepared`), encoded, the numbers of steps are not known.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class PlanningLab(LabBase, Shapes):
         *,
         ranks: int,
         device: str,
-        prepared: RunInputs | None = None,
+        prepared: UnencodedInputs | None = None,
     ) -> None:
         super().__init__(config, sources)
         Shapes.__init__(self, config, sources, classes=prepared and prepared.classes)
@@ -178,7 +178,7 @@ class PlanningLab(LabBase, Shapes):
             learning_rate_schedule(stage.train, steps)
 
     def _most_steps(self, train: TrainConfig) -> int:
-        if self._prepared is None:
+        if not isinstance(self._prepared, RunInputs):
             return train.max_steps or UNKNOWN_STEPS
         shape = StepShape(
             train.per_device_train_batch_size, train.gradient_accumulation_steps, 0, self.world
@@ -188,7 +188,8 @@ class PlanningLab(LabBase, Shapes):
     @cached_property
     def _learned(self) -> int:
         # Every stage asks, and the lengths of all rows are read for the answer.
-        return 0 if self._prepared is None else len(rows_with_targets(self._prepared.encoded.train))
+        encoded = self._prepared.encoded if isinstance(self._prepared, RunInputs) else None
+        return 0 if encoded is None else len(rows_with_targets(encoded.train))
 
     def probe(self, stage: str) -> Any: ...
 
@@ -287,6 +288,13 @@ class PlanningLab(LabBase, Shapes):
         if self._prepared is not None and weighed:
             check_weighed(self._prepared.metric, self._prepared.metrics.names)
         return SimpleNamespace(name="", of=lambda _: 0.5, worth=lambda _: 0.5)
+
+
+def check_size(config: RunConfig, ranks: Ranks, inputs: UnencodedInputs) -> None:
+    """Check that the student can be cut out of its teacher, before the rows are encoded."""
+    if config.method.cuts_student:
+        world, device = ranks.world_size, ranks.device.type
+        PlanningLab(config, inputs.sources, ranks=world, device=device, prepared=inputs).play()
 
 
 def check_method(prepared: RunInputs, ranks: Ranks) -> None:

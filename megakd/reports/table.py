@@ -50,7 +50,8 @@ def result_table(report: Report, *, final: Path | None = None) -> str:
     below = tables(report, most_labels=FEW_LABELS)
     blocks = [
         [
-            f"{report['method']} on {report['task']}, scored on {report['evaluated_on']}",
+            f"{report['method']} on {report['task']}, scored on {report['evaluated_on']}"
+            + "; the log has the validation rows" * (report["evaluated_on"] == "test"),
             *([report["data"]] if "data" in report else []),
         ],
         [*aligned_rows(model_rows(report)), *notes(report)],
@@ -257,7 +258,8 @@ def _time_lines(report: Report) -> list[str]:
     if stages := report["stages"]:
         peak = cell("memory_bytes", max(stage["peak_memory_bytes"] for stage in stages))
         seconds = duration(sum(stage["seconds"] for stage in stages))
-        lines.append(f"training {seconds}, peak memory {peak} per rank")
+        of = f" in {len(stages)} stages" * (len(stages) > 1)
+        lines.append(f"training {seconds}{of}, peak memory {peak} per rank")
     start = "seconds."
     beside = {k.removeprefix(start): v for k, v in report.items() if k.startswith(start)}
     beside.pop("training", None)

@@ -101,7 +101,7 @@ def dry_run(config: RunConfig) -> str:
 
 def _dry_run(config: RunConfig, ranks: Ranks) -> str:
     check_machines(config, ranks)
-    prepared, device = checked_inputs(config), ranks.device
+    prepared, device = checked_inputs(config, ranks), ranks.device
     check_method(prepared, ranks)
     lab, process = DryLab(prepared, ranks), process_bytes(has_data=True)
     stages = [phase.stage for phase in lab.play() if phase.stage is not None]

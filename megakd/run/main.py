@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import cast
@@ -25,7 +26,7 @@ from megakd.methods import run_method
 from megakd.models.onnx import check_packages
 from megakd.process.files import FINAL, REPORT, check_writable, differences, flatten
 from megakd.process.terminal import Stopped, counted, phase
-from megakd.reports.plan_phases import check_method
+from megakd.reports.plan_phases import check_method, check_size
 from megakd.reports.report_file import installed_versions
 from megakd.run.finished_run import begin_run, finished_table, publish, run_facts
 from megakd.run.holder import held
@@ -99,7 +100,7 @@ def _run(config: RunConfig, command: str, ranks: Ranks) -> str:
     with closing(reporter_of(config, ranks)) as reporter:
         check_machines(config, ranks)
         with phase("data"), doing("reading the data"):
-            prepared = checked_inputs(config)
+            prepared = checked_inputs(config, ranks)
         check_method(prepared, ranks)
         on_main(lambda: begin_run(config, ranks))
         lab = RunLab(prepared, ranks, reporter)
@@ -126,9 +127,9 @@ def check_machines(config: RunConfig, ranks: Ranks) -> None:
         on_main(lambda: check_hub(config.save))
 
 
-def checked_inputs(config: RunConfig) -> RunInputs:
+def checked_inputs(config: RunConfig, ranks: Ranks) -> RunInputs:
     """Return the inputs of a run, whose servers answer; a collective."""
-    prepared = prepare(config)
+    prepared = prepare(config, partial(check_size, config, ranks))
     if config.rollout is not None:
         from megakd.training.generated_texts import check_servers
 

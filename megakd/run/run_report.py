@@ -270,8 +270,7 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
             numbers[f"{name}.{LOSS_ERROR}"] = error
     for row, entries in graphs.items():
         numbers |= {f"{row}.{key}": value for key, value in entries.items()}
-    with phase("latency"), doing("measuring latency"):
-        numbers |= on_main(lambda: _latency(lab, student.folder, reference, [*graphs]))
+    numbers |= _latency(lab, student.folder, reference, [*graphs])
     if reference is not None:  # in a pool, `teacher` is the largest
         mine = [key for key in numbers if key.startswith(f"{reference}.")]
         numbers |= {f"{TEACHER}{key.removeprefix(reference)}": numbers[key] for key in mine}
@@ -390,11 +389,18 @@ def _entries(
 def _latency(
     lab: RunLab, student: Path, reference: str | None, graphs: Sequence[str] = ()
 ) -> dict[str, Any]:
-    config, device = lab.config, lab.assembly.ranks.device
     teacher = lab.pool.folders[reference] if reference else None
-    if not config.eval.latency or reference is None or teacher is None:
+    if not lab.config.eval.latency or reference is None or teacher is None:
         return {"batches": []}
     folders = {reference: teacher, STUDENT: student}
+    with phase("latency"), doing("measuring latency"):
+        return on_main(lambda: _times(lab, folders, reference, graphs))
+
+
+def _times(
+    lab: RunLab, folders: Mapping[str, Path], reference: str, graphs: Sequence[str]
+) -> dict[str, Any]:
+    config, device = lab.config, lab.assembly.ranks.device
     # On a CPU the models are timed in fp32, which doubles weights that are stored in 16 bits.
     room = 3 if device.type == "cpu" else 2
     needed, free = room * sum(map(weight_bytes, folders.values())), free_memory_bytes(device)

@@ -538,4 +538,6 @@ class Best:
         if of_view is not None:
             name, best = f"{_BEST}-{chosen.view}", of_view
             evaluation = Evaluation.read(of_view["evaluation"])
+        if evaluation.metrics != self._latest.metrics:  # which the last line of the log shows
+            logger.info("%s: returns the best evaluation, step %d", self._folder.name, best["step"])
         return ReturnedWeights(self._folder / name / f"step-{best['step']}", chosen, evaluation)

@@ -283,13 +283,15 @@ class RunInputs(UnencodedInputs):
         return dataclasses.replace(self, tokenizer=tokenizer, encoded=self.teacher_encoded)
 
 
-def prepare(config: RunConfig) -> RunInputs:
+def prepare(config: RunConfig, check: Callable[[UnencodedInputs], None] | None = None) -> RunInputs:
     """Find, check and encode the inputs of a run; a collective.
 
     All problems that configs, labels and vocabularies show are raised before the data is encoded,
-    and before any model's weights are loaded.
+    and before any model's weights are loaded; `check` is called then too.
     """
     unencoded = unencoded_inputs(config)
+    if check is not None:
+        check(unencoded)
     splits, teacher, metrics = unencoded.splits, unencoded.teacher_tokenizer, unencoded.metrics
     logger.info("%s", read_line(splits))
     rows = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps

@@ -68,6 +68,11 @@ def test_overrides_win_over_the_file_and_later_ones_over_earlier(run_file):
             'objective[1].loss: unknown loss "soft_target_kll"; did you mean "soft_target_kl"? '
             "known: hard_cross_entropy, hard_mse, soft_target_kl,",
         ),
+        ("objective.1.loss=kl_div", 'loss "kl_div"; did you mean "soft_target_kl"? known: hard_'),
+        ("objective.0.loss=kd", 'loss "kd"; did you mean "soft_target_kl"? known: hard_cross_ent'),
+        ("objective.0.loss=ce", 'loss "ce"; did you mean "hard_cross_entropy"? known: hard_cross'),
+        ("objective.0.loss=mse", 'did you mean "soft_target_mse" (logits) or "hidden_mse"? known:'),
+        ("objective.0.loss=cosine", 'loss "cosine"; did you mean "hidden_cosine"? known: hard_'),
         ("objective.1.loss=3", "objective[1].loss: unknown loss 3; known: hard_cross_en"),
         ("objective.1={weight: 1}", "objective[1].loss: missing; known: hard_cross_entropy, "),
         ("objective=[3]", "objective[0]: must be a mapping (got 3)"),

@@ -255,6 +255,18 @@ def test_several_processes_encode_and_refuse_the_same_rows_as_one(tmp_path, monk
     assert read(1) == read(3)
 
 
+def test_answers_that_were_cut_off_are_counted_and_told(tmp_path, caplog):
+    reasons = ("length", "stop", None)
+    rows = [{"messages": asked("Hi", f"Hello {r}"), "finish_reason": r} for r in reasons]
+    plain = [{"prompt": "2 + 2 =", "completion": " 4", "finish_reason": "length"}]
+
+    assert Data(tmp_path / "chat", rows).counts().cut_off == 1
+    assert Data(tmp_path / "plain", plain).counts().cut_off == 1
+    assert (
+        "1 of 3 rows have an answer that was cut off (finish_reason: length), whose" in caplog.text
+    )
+
+
 def test_texts_beside_a_chat_template_are_counted_for_a_warning(tmp_path):
     rows = [{"prompt": "Hi", "completion": "Hello"}, {"prompt": "", "completion": "a document"}]
 

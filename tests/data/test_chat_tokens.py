@@ -315,6 +315,27 @@ def test_a_tokenizer_that_cannot_cut_the_text_at_the_answer_is_refused_with_the_
     assert row.labels.tolist() == [3, 4, IGNORE]
 
 
+@pytest.mark.parametrize("family", ["chatml", "marks", "gemma", "llama3", "phi3"])
+def test_of_an_answer_that_was_cut_off_the_end_does_not_count(family):
+    tokenizer = chat_tokenizer(family)
+    messages = asked("Hi", "Hello", "Bye", "See you lat")
+
+    cut = encoded(tokenizer, chat(messages, is_cut=True))
+
+    whole = encoded(tokenizer, chat(messages))
+    assert cut.input_ids.tolist() == whole.input_ids.tolist()
+    assert learned(tokenizer, whole).startswith(learned(tokenizer, cut))
+    assert learned(tokenizer, cut).endswith("See you lat")
+
+
+def test_a_completion_that_was_cut_off_has_no_end():
+    tokenizer = chat_tokenizer("chatml")
+    row = encoded(tokenizer, Conversation(prompt="2 + 2 =", completion=" 4 beca", is_cut=True))
+
+    assert tokenizer.decode(row.input_ids.tolist()) == "2 + 2 = 4 beca"
+    assert learned(tokenizer, row) == " 4 beca"
+
+
 @pytest.mark.parametrize("turns", [{"prompt": "2 + 2"}, {"messages": asked("2 + 2")}])
 def test_a_prompt_alone_has_no_labels(turns):
     tokenizer = chat_tokenizer("chatml")

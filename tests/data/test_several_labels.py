@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,22 @@ def test_probabilities_of_several_labels_need_no_sum(tmp_path):
     splits = splits_of(tmp_path, train, soft_labels="p")
 
     assert np.allclose(splits.train["soft_label"], [[0.9, 0.8, 0.0]] * 5)
+
+
+def test_training_rows_with_soft_labels_need_no_column_of_labels(tmp_path):
+    train = [{"text": row["text"], "p": [0.25, 0.75]} for row in SOFT]
+
+    splits = splits_of(tmp_path, train, SOFT, soft_labels="p", labels=["joy", "love"])
+
+    assert np.allclose(splits.train["soft_label"], [[0.25, 0.75]] * 2)
+    assert not is_labelled(splits.train).any()
+    assert splits.validation["label"] == [0, 1]
+    for held, keys, text in (
+        (SOFT, {}, "name the labels in task.labels"),
+        (train, {"labels": ["joy", "love"]}, "column 'label' (task.label_column) does not exist"),
+    ):
+        with pytest.raises(MegakdError, match=re.escape(text)):
+            splits_of(tmp_path / text[:4], train, held, soft_labels="p", **keys)
 
 
 def soft(*values: Any, lists: bool = False) -> list[dict[str, Any]]:

@@ -241,7 +241,7 @@ def test_other_tasks_of_encoders_are_shrunk_as_classifiers_are(one_rank, tmp_pat
     assert parts[0] == pytest.approx(0.45 * parts[1], rel=0.05)
 
 
-def test_a_budget_that_cannot_be_met_is_refused_before_anything_is_loaded(one_rank, tmp_path):
+def test_a_budget_that_cannot_be_met_is_refused_before_rows_are_encoded(one_rank, tmp_path):
     no_model = r"no model with 0\.1% of the layers' operations .*the nearest"
     for budget, message in (
         ({"flops": "0.1%"}, no_model),
@@ -252,6 +252,7 @@ def test_a_budget_that_cannot_be_met_is_refused_before_anything_is_loaded(one_ra
 
         assert re.search(message, outcome.err)
         assert outcome.loaded == ()
+        assert "the rows have" not in outcome.err
 
 
 def test_a_speed_up_is_timed_before_the_teacher_learns(one_rank, tmp_path):

@@ -239,10 +239,16 @@ def test_auto_takes_the_plain_layers_and_says_why(monkeypatch, caplog, family, c
     assert [reason in message for message in caplog.messages] == [True]
 
 
-def test_a_cpu_takes_the_plain_layers_unless_it_is_asked():
-    model = tiny("llama")
-    fuse_layers(model, source_of("llama"), "auto", torch.device("cpu"))
-    assert not any("forward" in vars(part) for part in model.modules())
+def test_a_cpu_takes_the_plain_layers_unless_it_is_asked(monkeypatch, caplog):
+    monkeypatch.setattr(fused_layers, "gather", lambda value: [value])
+    model, source, cpu = tiny("llama"), source_of("llama"), torch.device("cpu")
+    with caplog.at_level(logging.INFO, "megakd"):
+        fuse_layers(model, source, "auto", cpu)
+        assert not any("forward" in vars(part) for part in model.modules())
+        assert caplog.text == ""
+        fuse_layers(model, source, "on", cpu)
+    parts = "2 LlamaAttention, 2 LlamaMLP, 5 LlamaRMSNorm"
+    assert caplog.messages == [f"student.model: fused (train.fused_layers): {parts}"]
 
 
 def test_a_stage_with_views_has_plain_layers():

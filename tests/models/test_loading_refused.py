@@ -211,6 +211,17 @@ def test_a_head_width_is_known_to_decoders_whose_config_has_none(tiny):
     assert source.config.head_dim == 8
 
 
+def test_a_head_width_that_no_code_reads_is_not_that_of_the_heads(tiny):
+    for model_type, is_read in (("bert", False), ("qwen2", True)):
+        folder, task = tiny.save(model_type), tiny.task_for(model_type)
+        before = tiny.resolve(folder, task).heads
+        tiny.rewrite_config(head_dim=2 * before.width)
+
+        heads = tiny.resolve(folder, task, with_weights=False).heads
+
+        assert heads.width == (2 if is_read else 1) * before.width
+
+
 def test_a_hub_id_that_cannot_be_fetched_is_named_and_a_folder_offered(tiny, monkeypatch):
     def offline(name, **patterns):
         raise ConnectionError("offline mode is enabled")

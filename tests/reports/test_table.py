@@ -40,10 +40,12 @@ def test_the_table_has_sizes_scores_and_speed_of_each_model():
 def test_the_table_says_what_was_scored_what_it_cost_and_where_the_student_is():
     table = result_table(chosen_report(), final=Path("runs/quickstart/final"))
 
-    assert table.startswith("minidisc on glue/mrpc, scored on validation")
+    assert table.startswith("minidisc on glue/mrpc, scored on validation\n")
+    tested = result_table(chosen_report(evaluated_on="test"))
+    assert "mrpc, scored on test; the log has the validation rows\n" in tested
     assert cells(table, "student ")[0] == "student"
     assert re.search(r"student +1,200 +1h 02m +12,345 +0\.90 GB", table)
-    assert "training 1h 03m, peak memory 1.50 GB per rank" in table
+    assert "training 1h 03m in 2 stages, peak memory 1.50 GB per rank" in table
     assert "the student is in runs/quickstart/final" in table
     seconds = {"start": 9.0, "data": 2.0, "training": 100.0, "latency": 4.5}
     timed = chosen_report(**{f"seconds__{name}": value for name, value in seconds.items()})

@@ -1,16 +1,24 @@
-"""Uploads to the Hub, through a stand-in of its client."""
+"""Uploads to the Hub, through a stand-in of its client, and a Hub that does not answer."""
 
 from __future__ import annotations
 
+import time
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from checkpoint_store import ALONE
+from huggingface_hub import constants
 
+from megakd.commands.shrink import shrink_tree
 from megakd.config.run import SaveConfig
-from megakd.errors import ConfigError
+from megakd.config.task import TaskConfig
+from megakd.data.files import silent_hub
+from megakd.data.splits import load_splits
+from megakd.data.tokenizers import load_tokenizer
+from megakd.errors import ConfigError, DataError, ModelError
+from megakd.models.loading import resolve_model
 from megakd.run import main
 
 PRIVATE = SaveConfig(push_to_hub="me/student", hub_private=True)
@@ -101,3 +109,31 @@ def test_a_run_uploads_when_no_other_rank_waits_for_it(api, monkeypatch, tmp_pat
     assert outcome == "table\nuploaded"
     released = [] if finished else ["released the folder"]
     assert happened == ["left the group", "uploaded", *released]
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """A Hub whose machine refuses connections; no library may wait to ask it again."""
+
+    def waits(_):
+        pytest.fail("a library repeats a request to a Hub that does not answer")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(time, "sleep", waits)
+    silent_hub.cache_clear()
+    yield
+    silent_hub.cache_clear()
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(no_network, tmp_path):
+    task = TaskConfig(type="mlm", dataset="someone/texts", tokenizer="someone/model")
+    silent = r"http://127\.0\.0\.1:9 does not answer \(.*refused"
+
+    assert shrink_tree("someone/model", size={"flops": "10%"}, data="rows")["method"]
+    with pytest.raises(DataError, match=rf"texts, and it is not in the local cache: {silent}"):
+        load_splits(task, seed=1, cache_dir=tmp_path)
+    with pytest.raises(DataError, match=rf"cannot be loaded from the Hub: {silent}"):
+        load_tokenizer(task, cast("Any", None), model_folders=[], cache_dir=tmp_path)
+    with pytest.raises(ModelError, match=rf"cannot be downloaded from the Hub \({silent}"):
+        resolve_model("someone/model", task, where="teacher.model")

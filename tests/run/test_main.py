@@ -38,6 +38,7 @@ def test_a_run_ends_with_its_table_its_card_and_no_stray_warning(whole_run, out,
     assert lines[0].endswith("scored on validation")
     assert f"the student is in {out / 'final'}" in lines
     assert [line.split()[0] for line in lines[4:7]] == ["teacher", "student", "alone"]
+    assert "measuring latency" not in whole_run.outcome.err
     assert re.search(r"\bwarn|Warning", whole_run.outcome.err + whole_run.outcome.out) is None
     card = (out / "final" / "README.md").read_text()
     assert f"by distilling `{whole_run.teacher.name}`" in card
@@ -52,7 +53,7 @@ def test_the_report_has_times_of_all_that_the_run_did(out):
     assert report["environment.corpus_content_hash"]
     # Only some builds have their tag in both versions.
     assert report["versions.torch"].split("+")[0] == torch.__version__.split("+")[0]
-    phases = {"start", "data", "models", "training", "scoring", "latency"}
+    phases = {"start", "data", "models", "training", "scoring"}
     assert of_model(report, "seconds").keys() - {"other"} == phases
     for stage in report["stages"]:
         assert min(stage["seconds"], stage["tokens_per_second"]) > 0

@@ -48,6 +48,16 @@ def test_the_best_stays_a_tie_keeps_the_earlier_and_what_is_no_number_never_wins
     assert best.returned().evaluation.metrics == {"accuracy": 0.7}
 
 
+def test_the_log_tells_of_which_step_the_result_is_if_the_last_was_worse(tmp_path, caplog):
+    caplog.set_level("INFO")
+    best = best_of(tmp_path / "student")
+
+    evaluated(best, {3: 0.5, 6: 0.7}).returned()
+    assert caplog.text == ""
+    evaluated(best, {9: 0.6}).returned()
+    assert "student: returns the best evaluation, step 6" in caplog.text
+
+
 @pytest.mark.parametrize("score", [0.7, math.inf, -math.inf])
 def test_a_run_that_goes_on_has_its_best(tmp_path, score):
     best, state = best_of(tmp_path), evaluated(best_of(tmp_path), {3: score}).state_dict()
