@@ -64,8 +64,8 @@ class OnGpu(PhaseTraces):
             module = build(*arguments)
         return moved_to_cuda(module)
 
-    def _model(self, source: Any, dtype: Any) -> Any:
-        model = super()._model(source, dtype)
+    def _model(self, source: Any, dtype: Any, fused: Any) -> Any:
+        model = super()._model(source, dtype, fused)
         set_attention(model, source, self._task.type, CUDA)
         return model
 

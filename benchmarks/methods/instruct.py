@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import TypeAdapter
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lib import instruct
@@ -51,7 +52,7 @@ from lib.launching import (
 )
 from lib.options import add_runs, fractions, need, parsed, parser_of
 from lib.tables import columns_of, print_models
-from megakd.methods.shrink import parameters_of
+from megakd.methods.shrink import Parameters
 from megakd.models.views import evenly_spaced, most_important
 from megakd.process.files import replaced_folder
 from methods.instruct_loops import DONE
@@ -118,7 +119,7 @@ def sizes_of(given: argparse.Namespace) -> Iterator[Size]:
     layer = sum(weight.numel() for weight in model.model.layers[0].parameters())
     rest = model.num_parameters() - layer * shape.num_hidden_layers
     for name in given.names:
-        yield Size(name, round((parameters_of(name) - rest) / layer))
+        yield Size(name, round((TypeAdapter(Parameters).validate_python(name) - rest) / layer))
 
 
 def best_rate(given: argparse.Namespace) -> float:

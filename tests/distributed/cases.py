@@ -78,7 +78,6 @@ def started(
             objective=config.objective,
             strategy=strategy((Pass(teacher=name),)),
             train=config.train,
-            deepspeed=config.student.deepspeed,
         )
         teacher = None if name in config.base_teachers else lab.pool.open(name, stage)
         if scores:
