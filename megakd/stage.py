@@ -1,7 +1,4 @@
-"""What a method plans: stages, their strategies and their results.
-
-Shapes: B rows of a micro-batch, T positions, V vocabulary or classes, D width, L layers.
-"""
+"""What a method plans: stages, their strategies and their results."""
 
 from __future__ import annotations
 
@@ -26,6 +23,7 @@ if TYPE_CHECKING:
 class StepReport:
     """Results of one optimizer step as device tensors; reading them costs a device sync.
 
+    step: the number of the step, from 0; the steps taken are one more.
     scalars: what the strategy returned after the step.
     """
 
@@ -148,6 +146,9 @@ class Stage:
         roles.
     teachers: names of the frozen teachers that passes may use. Without teachers, a stage of one
         learner trains only on the rows that carry a label.
+    objective: the loss terms; a pass may replace their weights.
+    strategy: plans the passes of each step.
+    train: the section `train` of the stage; None: that of the config.
     start: the model that training starts from (a `ModelSource`), in place of the first learner's.
     views: sub-networks that passes may name; every evaluation scores all of them. The stage's
         model is cut to the view that `judge` chooses.

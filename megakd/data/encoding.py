@@ -52,9 +52,9 @@ class Encoded(NamedTuple):
     Columns for classification and regression: `input_ids`, `label`, and for pairs `token_type_ids`
     if the tokenizer returns them. For mlm: `input_ids`, with a row per window of a text (see
     `token_tables`). For causal_lm: `input_ids`, `position_ids` and `labels` (see `PackedRow`, also
-    for rows that are not packed), or
-    for conversations `input_ids`, `labels` and `prompt_length` (see `chat.tokens`). Rows that name
-    their teacher also have its number in `route` (see `data.batch.teacher_number`).
+    for rows that are not packed), or for conversations `input_ids`, `labels` and `prompt_length`
+    (see `chat_tokens`). Rows that name their teacher also have its number in `route` (see
+    `data.batch.teacher_number`).
 
     tokens_per_row: mean number of tokens of a training row, or with a stream of a validation row,
         without padding.
