@@ -30,8 +30,8 @@ from megakd.config.terms import Heads
 from megakd.data.batch import LogitWarp
 from megakd.errors import ModelError, one_line
 from megakd.models.modeling import modeling_cut, modeling_t5
-from megakd.models.proposed_units import Cuttable, FoundUnits, Units
-from megakd.models.views import Kind, View
+from megakd.models.proposed_units import FoundUnits
+from megakd.models.views import View
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -177,15 +177,6 @@ class Architecture:
         layers = self.found_units(config).heads.layers
         return max((units.width for units in layers if units is not None), default=1)
 
-    def filled_kinds(self, config: PretrainedConfig) -> set[Kind]:
-        """Return the units whose maps run with zeros for those that a view lacks.
-
-        The modules between these maps do not take fewer units.
-        """
-        kinds: tuple[Kind, ...] = ("heads", "neurons")
-        found = self.found_units(config)
-        return {kind for kind in kinds if not getattr(found, kind).is_narrow}
-
     def why_uncut(self, config: PretrainedConfig) -> str | None:
         """Return the reason why no units can be cut; None: some can."""
         found = self.found_units(config)
@@ -240,67 +231,9 @@ CLASS_ENDINGS: Mapping[str, TaskType] = {
 ROUTES_TOKENS = "a router chooses the experts of each token"
 
 
-def _units_of_t5(config: Any, architecture: Architecture) -> FoundUnits:
-    """Return the units of an encoder of T5, of which its config lists the numbers.
-
-    Its heads have columns of a bias that all layers share, which a small copy would not show.
-    """
-    depth = architecture.number_of_layers(config)
-    is_prompted = bool(architecture.more_blocks)
-    cores = ["layer.0.SelfAttention"] * depth
-    cores += ["layer.0.SelfAttention", "layer.1.EncDecAttention"] if is_prompted else []
-    parts = ["layer.1.DenseReluDense"] * depth
-    parts += ["layer.2.DenseReluDense"] if is_prompted else []
-    inputs = ("wi_0", "wi_1") if config.is_gated_act else ("wi",)
-
-    def layers(cores: list[str], counts: Any, whole: int, width: int, maps: Any) -> Cuttable:
-        *makers, output = maps
-        return Cuttable(
-            tuple(
-                Units(
-                    total,
-                    tuple(f"{core}.{name}" for name in makers),
-                    f"{core}.{output}",
-                    core,
-                    width,
-                    {f"{core}.{name}.weight": (int(name == output), (width,)) for name in maps},
-                    "one",
-                )
-                for core, total in zip(cores, counts or [whole] * len(cores), strict=True)
-            ),
-            is_narrow=True,
-            to_zero=True,
-        )
-
-    width = architecture.heads(config).width
-    more = architecture.more_blocks
-    found = FoundUnits(
-        layers(cores, config.head_counts, config.num_heads, width, ("q", "k", "v", "o")),
-        layers(parts, config.neuron_counts, config.d_ff, 1, (*inputs, "wo")),
-        f"{architecture.backbone}.{architecture.blocks}",
-        {"heads": more * 2, "neurons": more},
-    )
-    wide = {
-        f"{owner}.{name}": (1 - dimension,)
-        for _, owner, units in (*found.of("heads"), *found.of("neurons"))
-        for name, (dimension, _) in units.parts.items()
-    }
-    norms = [f"{found.blocks}.*.layer.{n}.layer_norm" for n in range(2)]
-    norms += [f"{block}.layer.{n}.layer_norm" for block in more for n in range(3)]
-    wide |= {f"{norm}.weight": (0,) for norm in norms}
-    wide["classifier.weight"] = (1,)
-    for stack in ("encoder", *(["decoder"] if more else [])):
-        wide |= {f"{stack}.embed_tokens.weight": (1,), f"{stack}.final_layer_norm.weight": (0,)}
-    return found._replace(width={found.starred(name): dims for name, dims in wide.items()})
-
-
 # Cutting follows the config of the file that is stored with these models. A cut attention may have
 # no head, and thus no vectors.
-_T5 = {
-    "find_units": _units_of_t5,
-    "shares_bias": True,
-    "shows_attention": True,
-}
+_T5 = {"shares_bias": True, "shows_attention": True}
 
 STATED: Mapping[str, Mapping[str, Any]] = {
     "t5_encoder": _T5,
@@ -357,10 +290,6 @@ class Known(Generic[T]):
                 self._by_content[content] = self._find(config, *facts)
             known = self._by_config[key] = weakref.ref(config), self._by_content[content]
         return known[1]
-
-    def note(self, answer: T, config: PretrainedConfig, *facts: Any) -> None:
-        """Take an answer as that for a config and facts."""
-        self._by_content[self._content(config, *facts)] = answer
 
     def _content(self, config: PretrainedConfig, *facts: Any) -> str:
         values = {key: v for key, v in config.to_dict().items() if key not in self._without}
@@ -549,9 +478,6 @@ def _cut_list(name: str, value: Sequence[Any], count: int, places: Mapping[int, 
         return sorted(places[number] for number in numbers if number in places)
     if len(value) == count:
         return [value[number] for number in places]
-    nested = (isinstance(one, list | tuple) and len(one) == count for one in value)
-    if value and all(nested):
-        return [[one[number] for number in places] for one in value]
     return [*value]
 
 

@@ -27,7 +27,7 @@ from megakd.models.architectures import (
     class_for,
     narrow_maps,
 )
-from megakd.models.elastic import Elastic, check_view, output_modules, weight_axes
+from megakd.models.elastic import Elastic, check_view, output_module, weight_axes
 from megakd.models.fitting import (
     ModelSource,
     label_order,
@@ -48,12 +48,12 @@ from megakd.models.units import (
     OF_COPIES,
     SmallCopy,
     as_double,
-    changed_keys,
     head_keys,
     in_copy,
     is_same,
     mixed,
     outputs_of,
+    with_units,
 )
 from megakd.models.views import Axes, Cut, Kind, UnitOrder, View
 from megakd.models.weights import WeightReader
@@ -197,8 +197,8 @@ def reshape_folder(  # noqa: PLR0913  (each is another fact about the model)
     uncut, reader = valueless_model(source, task, whole), WeightReader(source.where)
     state = ((name, reader.read(stored)) for name, stored in match.in_disk_order())
     if labels is not None:
-        outputs, rows = output_modules(uncut, source.architecture), list(labels)
-        state = ((n, t[rows] if n.rpartition(".")[0] in outputs else t) for n, t in state)
+        last, rows = output_module(uncut, source.architecture.head), list(labels)
+        state = ((n, t[rows] if n.rpartition(".")[0] == last else t) for n, t in state)
     state = rescaled(cut_state(state, weight_axes(uncut), view, order), whole, view)
     settings = generation_file(source, tokenizer) if task.type == "causal_lm" else {}
     state, extra = renumbered(state, whole, view), {**settings, **(extra or {})}
@@ -244,57 +244,37 @@ def _with_units(config: PretrainedConfig, view: View, *, learns: bool) -> Pretra
     is_stated = is_plain or found.stating_width is not None or view.width == all_heads
     stating = {} if is_plain else {**widths, **dict.fromkeys(found.stating_width or (), width)}
     listed, unstated = dict[str, Cuttable](), set[Kind]()
-    for kind in KINDS:
-        of_heads, before = kind == "heads", found.heads if kind == "heads" else found.neurons
-        whole = before.stated or max(before.counts, default=0)
-        after = _fewer(before, view.heads if of_heads else view.neurons, width if of_heads else 1)
-        listed[kind] = after._replace(stated=whole)
+    fewer = found.heads.fewer(view.heads, width), found.neurons.fewer(view.neurons)
+    for kind, before, after in zip(KINDS, found[:2], fewer, strict=True):
+        of_heads = kind == "heads"
+        listed[kind] = after._replace(stated=before.stated or max(before.counts, default=0))
         if (is_plain and before == after) or not (of_heads or any(before.layers)):
             continue
         keys = before.keys
         if of_heads and not is_plain:  # a config that states the width may now state heads
             keys = (keys or head_keys(cut)) if is_stated and not learns else ()
         try:
-            cut = _stated(cut, after._replace(keys=keys), whole, stating if of_heads else {})
+            cut = _stated(cut, listed[kind]._replace(keys=keys), stating if of_heads else {})
             listed[kind] = after._replace(stated=max(after.counts))
         except (StrictDataclassError, ValueError) as error:
             _check_narrow(config, kind, before, after.counts, one_line(error))
             unstated.add(kind)
     if not unstated:
         return cut
-    score_width = architecture.score_width(config) if learns else None
-    keys = {**found._replace(**listed).as_keys(), "score_width": score_width}
-    return _listing(config, cut, keys, {} if is_plain or "heads" not in unstated else widths)
-
-
-def _listing(
-    config: Any, cut: Any, keys: dict[str, Any], widths: Mapping[str, int]
-) -> PretrainedConfig:
-    """Return a cut config that lists the units of each layer.
-
-    Args:
-        widths: keys in which it differs from the stock config whose weights become narrower.
-    """
-    if widths:
-        earlier = (narrow_maps(config) or {}).get("stock")
-        keys["stock"] = earlier or {key: getattr(config, key) for key in widths}
-    for key, size in widths.items():
-        setattr(cut, key, size)
-    setattr(cut, NARROW, keys)
+    changes = widths if not is_plain and "heads" in unstated else {}  # of narrower weights
+    keys = {
+        **found._replace(**listed).as_keys(),
+        "score_width": architecture.score_width(config) if learns else None,
+        "stock": changes
+        and ((narrow or {}).get("stock") or {k: getattr(config, k) for k in changes}),
+    }
+    for key, value in {**changes, NARROW: keys}.items():
+        setattr(cut, key, value)
     return cut
 
 
-def _fewer(cuttable: Cuttable, counts: Sequence[int], width: int) -> Cuttable:
-    pairs = zip(cuttable.layers, counts, strict=True)
-    layers = tuple(units and units.fewer(count, width) for units, count in pairs)
-    return cuttable._replace(layers=layers)
-
-
-def _stated(config: Any, units: Cuttable, whole: int, more: Mapping[str, int]) -> PretrainedConfig:
+def _stated(config: Any, units: Cuttable, more: Mapping[str, int]) -> PretrainedConfig:
     """Return the config whose keys, and more, state the units of all layers.
-
-    Args:
-        whole: units of a layer that the keys state before.
 
     Raises:
         ValueError: the reason why no keys state them.
@@ -306,10 +286,7 @@ def _stated(config: Any, units: Cuttable, whole: int, more: Mapping[str, int]) -
         raise ValueError("its config has no key that states the number alone")
     if not known:
         return type(config).from_dict({**config.to_dict(), **more})
-    changes = changed_keys(config, units.keys, known[0].total, whole)
-    if units.head_width:
-        changes[units.head_width] = known[0].width
-    return type(config).from_dict({**config.to_dict(), **changes, **more})
+    return with_units(config, units, known[0], known[0].total, more)
 
 
 def _check_narrow(

@@ -33,6 +33,7 @@ from megakd.models.architectures import Architecture
 from megakd.models.layers import passed_by
 from megakd.models.proposed_units import WIDTH, axes_of
 from megakd.models.structure import architecture_of
+from megakd.models.units import KINDS
 from megakd.models.views import Axes, Axis, Cut, Kind, Maker, ParameterCounts, View
 
 if TYPE_CHECKING:
@@ -80,45 +81,26 @@ def unit_makers(model: PreTrainedModel) -> dict[str, Maker]:
     return makers
 
 
-def output_modules(model: PreTrainedModel, architecture: Architecture) -> set[str]:
-    """Return the modules whose outputs are classes or tokens: the last module of each head."""
-    heads = [architecture.head]
-    last = {}
-    for path, module in model.named_modules():
-        if next(module.parameters(recurse=False), None) is not None:
-            last |= {head: path for head in heads if f"{path}.".startswith(f"{head}.")}
-    return set(last.values())
+def output_module(model: PreTrainedModel, head: str) -> str:
+    """Return the last module of a head, whose outputs are classes or tokens."""
+    inside = model.named_modules()
+    parts = [(path, part) for path, part in inside if f"{path}.".startswith(f"{head}.")]
+    return [path for path, part in parts if [*part.parameters(recurse=False)]][-1]
 
 
 def check_view(view: View, whole: View) -> None:
     """Raise if a model with these units (see `Architecture.prunable`) has no such sub-network."""
-    for kind, wanted, there in (
-        ("heads", view.heads, whole.heads),
-        ("neurons", view.neurons, whole.neurons),
-    ):
-        if len(wanted) != len(there):
-            raise ModelError(
-                f"the view lists {kind} for {len(wanted)} layers, and the model has {len(there)} "
-                "layers"
-            )
-        for number, (kept, count) in enumerate(zip(wanted, there, strict=True)):
-            if not 0 <= kept <= count:
-                raise ModelError(
-                    f"the view keeps {kept} {kind} of layer {number + 1}, which has {count}"
-                )
-    if view.width is not None and whole.width is None:
+    counts = (view.heads, whole.heads), (view.neurons, whole.neurons)
+    columns = (view.width, whole.width), (view.head_width, whole.head_width)
+    is_within = all(
+        len(kept) == len(every) and all(0 <= n <= most for n, most in zip(kept, every, strict=True))
+        for kept, every in counts
+    )
+    if not is_within or any(kept is not None and not 0 < kept <= (n or 0) for kept, n in columns):
         raise ModelError(
-            f"the view keeps a width of {view.width}, and the width of this model cannot be cut: "
-            "only some families lose columns of hidden states, see docs/families.md"
+            f"the model cannot be cut to {view}, because it has {whole}: only some families lose "
+            "columns of hidden states (width) or of heads, see docs/families.md"
         )
-    if view.width is not None and not 0 < view.width <= (whole.width or 0):
-        raise ModelError(
-            f"the view keeps a width of {view.width}, and the model has a width of {whole.width}"
-        )
-    columns = whole.head_width or 0
-    if view.head_width is not None and not 0 < view.head_width <= columns:
-        there = f"the heads have {columns} columns" if columns else "they cannot be cut one by one"
-        raise ModelError(f"the view keeps {view.head_width} columns of every head, and {there}")
 
 
 def weights_inside(model: Any) -> set[str]:
@@ -148,14 +130,9 @@ def parameter_counts(model: Any) -> ParameterCounts:
 
 
 class Kept(NamedTuple):
-    """The kept part of one dimension.
-
-    length, parts: the first `length` entries of each of `parts` equal parts are kept.
-    rows: [length] the entries that are kept instead, in this order, if `parts` is 1.
-    """
+    """The kept part of one dimension: its first entries, or `rows` [length] in this order."""
 
     length: int
-    parts: int = 1
     rows: Tensor | None = None
 
 
@@ -163,27 +140,18 @@ Dimensions = tuple[Kept, ...]
 """The kept part of a weight: one entry per dimension."""
 
 
-def _prefix_view(whole: Tensor, kept: Dimensions) -> Tensor:
-    # Every dimension becomes two, [parts, length]; a list of rows is taken afterwards.
-    for dimension, (length, parts, rows) in reversed(list(enumerate(kept))):
-        size = whole.shape[dimension] // parts
-        whole = whole.unflatten(dimension, (parts, size))
-        whole = whole.narrow(dimension + 1, 0, size if rows is not None else length)
-    return whole
-
-
 def taken(whole: Tensor, kept: Dimensions) -> Tensor:
-    """Return the kept part of a weight, which shares memory if each dimension keeps one prefix."""
-    part = _prefix_view(whole, kept)
-    part = part.reshape([p * n for p, n in zip(part.shape[::2], part.shape[1::2], strict=True)])
-    for dimension, (_, _, rows) in enumerate(kept):
-        part = part if rows is None else part.index_select(dimension, rows)
-    return part
+    """Return the kept part of a weight, which shares memory if each dimension keeps a prefix."""
+    for dimension, (length, rows) in enumerate(kept):
+        whole = whole.narrow(dimension, 0, length) if rows is None else whole
+    for dimension, (_, rows) in enumerate(kept):
+        whole = whole if rows is None else whole.index_select(dimension, rows)
+    return whole
 
 
 def padded(part: Tensor, shape: torch.Size, kept: Dimensions) -> Tensor:
     """Return a whole tensor with `part` in the places that `taken` reads, and zeros elsewhere."""
-    for dimension, (_, _, rows) in enumerate(kept):
+    for dimension, (_, rows) in enumerate(kept):
         if rows is not None:
             wider = part.new_zeros(
                 (*part.shape[:dimension], shape[dimension], *part.shape[dimension + 1 :])
@@ -191,9 +159,10 @@ def padded(part: Tensor, shape: torch.Size, kept: Dimensions) -> Tensor:
             part = wider.index_copy_(dimension, rows, part)
     if part.shape == shape:
         return part
-    whole = part.new_zeros(shape)
-    target = _prefix_view(whole, kept)
-    target.copy_(part.reshape(target.shape))
+    whole = target = part.new_zeros(shape)
+    for dimension, length in enumerate(part.shape):
+        target = target.narrow(dimension, 0, length)
+    target.copy_(part)
     return whole
 
 
@@ -229,19 +198,16 @@ class Views:
         cut = self.current
         if cut is None or axis is None or axis.kept(cut.view) is None:
             return Kept(size)
-        if axis.keeps_prefix(cut):
-            return Kept((axis.length(cut.view) or 0) // axis.parts, axis.parts)
-        key = (axis, size, device)
-        if cut is self.base and key in self._rows:
-            return self._rows[key]
-        rows = axis.rows(cut, size)
-        if rows == [*range(size)]:
-            kept = Kept(size)
-        else:
-            kept = Kept(len(rows), 1, torch.tensor(rows, dtype=torch.long, device=device))
-        if cut is self.base:  # copied to the device once per cut, not once per forward
-            self._rows[key] = kept
-        return kept
+        if axis.keeps_prefix(cut) and axis.parts == 1:
+            return Kept(axis.length(cut.view) or 0)
+        # Copied to the device once per cut. The order in which a base keeps units is long.
+        key = (axis, size, device, None if cut is self.base else cut)
+        if key not in self._rows:
+            rows = axis.rows(cut, size)
+            places = torch.tensor(rows, dtype=torch.long, device=device)
+            is_whole = rows == [*range(size)]
+            self._rows[key] = Kept(size) if is_whole else Kept(len(rows), places)
+        return self._rows[key]
 
 
 @dataclass(frozen=True)
@@ -267,7 +233,7 @@ class Elasticity:
         sizes = zip(axes, self.shapes[name], strict=True)
         kept = tuple(self.views.kept(axis, size, device) for axis, size in sizes)
         is_whole = all(
-            k.rows is None and k.length * k.parts == size
+            k.rows is None and k.length == size
             for k, size in zip(kept, self.shapes[name], strict=True)
         )
         return None if is_whole else kept
@@ -440,8 +406,8 @@ class _NarrowNorm:
         return getattr(self._whole, name)
 
 
-class ElasticSplit(ElasticModule):
-    """An attention that splits one output into queries, keys and values, as in GPT-2."""
+class ElasticHeads(ElasticModule):
+    """An attention that splits its vectors by a number, whose heads or their columns may go."""
 
     @property
     def split_size(self) -> int:
@@ -452,13 +418,9 @@ class ElasticSplit(ElasticModule):
         kept = axis.kept(cut.view) or 0
         return (max(kept, 1) if self.elasticity.needs_heads else kept) * axis.size
 
-
-class ElasticHeads(ElasticModule):
-    """An attention whose heads may lose columns, in families with `Cuttable.columns`."""
-
     @property
     def attention_head_size(self) -> int:
-        """The number of columns of each head, with which the attention splits its vectors."""
+        """The number of columns of each head, which may lose some (`Cuttable.columns`)."""
         cut, (axis, *_) = self.elasticity.views.current, self.elasticity.axes["heads"]
         if cut is None or axis is None:
             return vars(self)["attention_head_size"]
@@ -598,7 +560,9 @@ class Elastic:
 
     def _lay_over_weights(self, model: PreTrainedModel, architecture: Architecture) -> None:
         table = weight_axes(model)
-        filling = architecture.filled_kinds(model.config)
+        found = architecture.found_units(model.config)
+        # Modules between the maps of these units do not take fewer of them.
+        filling: set[Kind] = {kind for kind in KINDS if not getattr(found, kind).is_narrow}
         needing_heads = self._prepare_attentions(model, architecture, table)
         for path, module in model.named_modules():
             # In a cut model, a weight without elements is a buffer.
@@ -631,12 +595,11 @@ class Elastic:
             core = model.get_submodule(f"{owner}.{units.core}".removesuffix("."))
             needs_heads = not getattr(core, "handles_no_heads", False)
             needing |= {*makers} if needs_heads else set()
-            heads = tuple(a for a in table[f"{makers[0]}.weight"] if a is not None)
-            axes = {"heads": tuple(axis for axis in heads if axis.kind == "heads")}
-            elasticity = Elasticity(self._views, axes, needs_heads=needs_heads)
-            if found.heads.is_narrow and hasattr(core, "split_size"):
-                make_elastic(core, ElasticSplit, elasticity)
-            elif found.heads.columns:
+            is_split = found.heads.is_narrow and hasattr(core, "split_size")
+            if is_split or found.heads.columns:
+                axes = table[f"{makers[0]}.weight"]
+                heads = tuple(axis for axis in axes if axis is not None and axis.kind == "heads")
+                elasticity = Elasticity(self._views, {"heads": heads}, needs_heads=needs_heads)
                 make_elastic(core, ElasticHeads, elasticity)
         return needing
 

@@ -169,9 +169,6 @@ class LanguageModelHead:
     def __init__(self, model: Any) -> None:
         architecture = architecture_of(model.config)
         self._module: nn.Module = model.get_output_embeddings()
-        if self._module is None:
-            kind, task = architecture.model_type, architecture.tasks[0]
-            raise TypeError(f"a {kind} model for {task} has no output matrix")
         owner, _, self._bias = (architecture.bias or "").rpartition(".")
         self._owner = model.get_submodule(owner) if self._bias else None
         self.warp = architecture.warp

@@ -20,7 +20,7 @@ from megakd.errors import ModelError, one_line
 from megakd.models.architectures import Architecture, Known, config_with_layers
 from megakd.models.fitting import ModelSource, as_in_model
 from megakd.models.small_copy import TOKENS, copy_that_runs, logits_of, new_model
-from megakd.models.structure import UNRELATED, architecture_of, task_of
+from megakd.models.structure import UNRELATED, architecture_of
 from megakd.models.views import View, evenly_spaced, most_important
 from megakd.models.weights import StoredTensor
 
@@ -59,20 +59,16 @@ def _stored_with_layers(
     source: ModelSource, numbers: Sequence[int]
 ) -> Iterator[tuple[str, StoredTensor]]:
     stored, architecture = source.stored, source.architecture
-    if not architecture.shares_bias and stored:
+    if stored:
         # A file may have other names than the model, which transformers changes while it loads.
         with torch.device("meta"), sharded_construction(None, torch.float32):
-            whole = new_model(source.config, _task(source.config))
+            whole = new_model(source.config, source.architecture.tasks[0])
         stored, _ = as_in_model(whole, stored, whole.state_dict())
     rename = renumbering(architecture, numbers)
     for name, tensor in stored.items():
         renamed = rename(name)
         if renamed is not None:
             yield renamed, tensor
-
-
-def _task(config: PretrainedConfig) -> TaskType:
-    return task_of(config) or architecture_of(config).tasks[0]
 
 
 def check_depth(source: ModelSource, numbers: Sequence[int], *, where: str) -> None:
@@ -91,7 +87,7 @@ def check_depth(source: ModelSource, numbers: Sequence[int], *, where: str) -> N
         )
     if [*numbers] == [*range(1, architecture.number_of_layers(config) + 1)]:
         return
-    difference = _DIFFERENCES.of(config, _task(config), *numbers)
+    difference = _DIFFERENCES.of(config, architecture.tasks[0], *numbers)
     if difference is not None:
         raise ModelError(
             f"{where}: a {config.model_type} model cannot keep the layers "
@@ -132,7 +128,7 @@ def _with_rest(
         fewer.save_pretrained(folder)
         fewer = type(fewer).from_pretrained(folder)
     try:
-        smaller = new_model(fewer, _task(fewer), dtype=torch.float32).eval()
+        smaller = new_model(fewer, architecture.tasks[0], dtype=torch.float32).eval()
     except ArithmeticError as error:  # RWKV divides by the number of the other layers
         raise ModelError(
             f"its class cannot be built with {len(numbers)} of them ({one_line(error)})"
@@ -145,9 +141,7 @@ def _with_rest(
             raise ModelError(
                 f"the size of {name}, a weight outside of the layers, follows their number"
             )
-    lacking, unused = smaller.load_state_dict(state, strict=False)
-    if lacking or unused:
-        raise ModelError(f"its weights are others (such as {[*lacking, *unused][0]})")
+    smaller.load_state_dict(state)
     return smaller
 
 
@@ -264,20 +258,16 @@ def without_layers(config: PretrainedConfig, view: View) -> tuple[PretrainedConf
         return config, view
     architecture = architecture_of(config)
     count = architecture.number_of_layers(config)
-    numbers = {*range(1, count + 1)}
-    if list(view.layers) != sorted({*view.layers} & numbers) or not view.layers:
+    known = tuple(number for number in range(1, count + 1) if number in view.layers)
+    units = (*zip(view.heads[:count], view.neurons[:count], strict=True),)
+    others = [pair for number, pair in enumerate(units, 1) if number not in view.layers]
+    if not known or (*view.layers,) != known or any(map(any, others)):
         raise ModelError(
-            f"the view keeps the layers {view.layers}, and the model has the layers 1 to {count}"
+            f"the model has the layers 1 to {count}, and cannot have the layers {view.layers} "
+            f"alone with these (heads, neurons) by layer: {units}"
         )
     if not view.heads:
         return config_with_layers(config, architecture, view.layers), view._replace(layers=None)
-    units = [*zip(view.heads[:count], view.neurons[:count], strict=True)]
-    for number in sorted(numbers - {*view.layers}):
-        if any(units[number - 1]):
-            raise ModelError(
-                f"the view leaves out layer {number} and keeps (heads, neurons) "
-                f"{units[number - 1]} of this layer"
-            )
     heads, neurons = (
         tuple(units[number - 1] for number in view.layers) + units[count:]
         for units in (view.heads, view.neurons)

@@ -170,8 +170,6 @@ def write_weights(
             write()
         waiting[name] = tensor
         numbers[tensor.dtype] += tensor.numel() if tensor.is_floating_point() else 0
-    if not waiting:
-        raise ValueError(f"the model to be written to {folder} has no tensors")
     write()
     _name_shards(folder, shards)
     return numbers.most_common(1)[0][0]

@@ -36,6 +36,7 @@ from megakd.data.tokenizers import from_folder, has_tokenizer_files
 from megakd.errors import ConfigError, ModelError, first_line
 from megakd.models.architectures import context_length, has_token_types
 from megakd.models.loading import load_finished
+from megakd.models.small_copy import one_thread
 
 MODEL = "model.onnx"
 
@@ -391,16 +392,6 @@ def _is_cuda() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_initialized()
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def by_turns(calls: Sequence[Call]) -> list[list[float]]:
     """Return the milliseconds of each call in each round, in which the calls take turns.
 
@@ -408,7 +399,7 @@ def by_turns(calls: Sequence[Call]) -> list[list[float]]:
     caches that the previous one filled.
     """
     rounds: list[list[float]] = []
-    with nullcontext() if _is_cuda() else _one_thread():
+    with nullcontext() if _is_cuda() else one_thread():
         while len(rounds) < WARM_UP + MOST_ROUNDS:
             times = [0.0] * len(calls)
             for turn in range(len(calls)):

@@ -218,8 +218,6 @@ def _packing_tried(config: PretrainedConfig, attention: str | None) -> Packing:
     boundaries = {"positions": with_boundaries, "apart": lambda: alone}
     for way, compute in (boundaries if takes_boundaries else ways).items():
         if _is_same(compute, alone):
-            if attention is None:  # the loaded model names the attention that it has
-                _PACKINGS.note(way, config, model.config._attn_implementation)  # noqa: SLF001
             return way
     raise ModelError(
         f"a {config.model_type} model does not compute a text beside padding as it computes it "

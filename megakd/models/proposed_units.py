@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -80,6 +81,11 @@ class Cuttable(NamedTuple):
     columns: bool = False
     uncut: str | None = None
 
+    def fewer(self, counts: Sequence[int], width: int | None = None) -> Cuttable:
+        """Return the units of layers that keep some, see `Units.fewer`; None: whole heads."""
+        pairs = zip(self.layers, counts, strict=True)
+        return self._replace(layers=tuple(u and u.fewer(n, width or u.width) for u, n in pairs))
+
     @property
     def counts(self) -> tuple[int, ...]:
         return tuple(0 if units is None else units.total for units in self.layers)
@@ -130,29 +136,7 @@ class FoundUnits(NamedTuple):
 
     @classmethod
     def from_keys(cls, narrow: Mapping[str, Any]) -> FoundUnits:
-        def units(one: Mapping[str, Any]) -> Units:
-            parts = {name: (place, tuple(sizes)) for name, (place, sizes) in one["parts"].items()}
-            return Units(**{**one, "makers": tuple(one["makers"]), "parts": parts})
-
-        heads, neurons = (
-            Cuttable(
-                **{
-                    **narrow[kind],
-                    "layers": tuple(one and units(one) for one in narrow[kind]["layers"]),
-                    "keys": tuple(narrow[kind]["keys"]),
-                }
-            )
-            for kind in ("heads", "neurons")
-        )
-        stating = narrow["stating_width"]
-        return cls(
-            heads,
-            neurons,
-            narrow["blocks"],
-            width={name: tuple(dims) for name, dims in narrow["width"].items()},
-            stating_width=None if stating is None else tuple(stating),
-            rigid=narrow["rigid"],
-        )
+        return TypeAdapter(cls).validate_python({key: narrow[key] for key in cls._fields})
 
 
 def _named(*names: str) -> re.Pattern[str]:
@@ -174,12 +158,11 @@ OUTPUT = _named(
     "output",
 )  # fmt: skip
 
-RECURRENT = re.compile(r"(^|\.)(conv1d|A_log|dt_bias|x_proj|time_decay)(\.|$)")
+HEAD_WIDTHS = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "d_kv")
+"""Attributes of attentions."""
 
 WITH_OTHERS = " and others"
 """End of the name of a reading in which other weights of an attention have rows of heads."""
-
-ONE_EXPERT = re.compile(r"\bexperts\.\d+\.")
 
 
 def _size(part: nn.Module) -> tuple[int, int]:
@@ -189,11 +172,7 @@ def _size(part: nn.Module) -> tuple[int, int]:
 
 
 def _maps(layer: nn.Module) -> dict[str, nn.Module]:
-    return {
-        name: part
-        for name, part in layer.named_modules()
-        if isinstance(part, nn.Linear | Conv1D) and not ONE_EXPERT.search(f"{name}.")
-    }
+    return {name: m for name, m in layer.named_modules() if isinstance(m, nn.Linear | Conv1D)}
 
 
 def _parts_of(
@@ -222,7 +201,6 @@ def propose_neurons(layer: nn.Module, config: Any) -> list[Units]:
         path: _size(part)
         for path, part in _maps(layer).items()
         if not any(core and f"{path}.".startswith(f"{core}.") for core in cores)
-        and not any(RECURRENT.search(n) for n, _ in _around(layer, path).named_parameters())
     }
     pairs: list[tuple[tuple[str, ...], str, int, int]] = []
     for down, (count, out) in sizes.items():
@@ -232,7 +210,7 @@ def propose_neurons(layer: nn.Module, config: Any) -> list[Units]:
             if out == inputs == width and rows in (count, 2 * count) and path != down
         }
         near = {path: n for path, n in fitting.items() if _parent(path) == _parent(down)}
-        makers = near or {p: n for p, n in fitting.items() if not _is_in_others(p, down, sizes)}
+        makers = near or fitting
         if makers and len({*makers.values()}) == 1:
             pairs.append((tuple(makers), down, count, next(iter(makers.values()))))
     # Square maps may be anything, and are read as a feed-forward only where nothing else is one.
@@ -259,18 +237,6 @@ def propose_neurons(layer: nn.Module, config: Any) -> list[Units]:
     ]
 
 
-def _around(layer: nn.Module, path: str) -> nn.Module:
-    # The module of a layer in which a map is; a map of the layer itself has none around it.
-    top = _parent(path)
-    return layer.get_submodule(top) if top else layer.get_submodule(path)
-
-
-def _is_in_others(path: str, down: str, sizes: Mapping[str, tuple[int, int]]) -> bool:
-    # Whether a map stands beside another one with the shape of `down`, whose maker it is.
-    return any(_parent(p) == _parent(path) != _parent(down) and s == sizes[down] and p != down
-               for p, s in sizes.items())  # fmt: skip
-
-
 def propose_heads(layer: nn.Module, config: Any) -> list[Units]:
     """Return the readings of the attention of a layer; none if no maps are named like one."""
     maps, queries = _maps(layer), getattr(config, "num_attention_heads", None)
@@ -281,13 +247,12 @@ def propose_heads(layer: nn.Module, config: Any) -> list[Units]:
     output = _output_of(layer, core, config, {*paths})
     if output is None:
         return []
-    inputs, rows = _size(maps[output])[0], _size(maps[paths[0]])[1]
-    width = _head_width(layer.get_submodule(core), rows, queries)
-    read = {1: _fused_readings, 2: _latent_readings, 3: _separate_readings}[len(paths)]
+    inputs = _size(maps[output])[0]
+    rows = [_size(maps[path])[1] for path in paths]
+    sizes = (getattr(layer.get_submodule(core), name, None) for name in HEAD_WIDTHS)
+    width = next((size for size in sizes if isinstance(size, int) and size), rows[0] // queries)
     proposals: list[Units] = []
-    for form, count, of_keys, blocks in read(
-        [_size(maps[path])[1] for path in paths], inputs, queries, width
-    ):
+    for form, count, of_keys, blocks in _readings(rows, inputs, queries, width):
         if inputs % count or any(size < 1 for sizes in blocks for size in sizes):
             continue
         makers = dict(zip(paths, blocks, strict=True))
@@ -310,58 +275,42 @@ def _projections_of(layer: nn.Module, maps: Mapping[str, nn.Module]) -> tuple[st
     for patterns in ((QUERIES, KEYS, VALUES), (QUERIES, LATENT), (FUSED,)):
         paths = [path for pattern in patterns if (path := one(pattern)) is not None]
         if len(paths) == len(patterns):
-            core = layer.get_submodule(_parent(paths[0].removesuffix(".linear")))
-            is_recurrent = any(RECURRENT.search(name) for name, _ in core.named_parameters())
-            return None if is_recurrent else tuple(paths)
+            return tuple(paths)
     return None
-
-
-def _head_width(core: nn.Module, rows: int, queries: int) -> int:
-    names = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "d_kv")
-    sizes = (getattr(core, name, None) for name in names)
-    return next((size for size in sizes if isinstance(size, int) and size), rows // queries)
 
 
 Reading = tuple[str, int, int, tuple[Blocks, ...]]
 """Name, number of units, width of keys, and for each map the blocks of its rows."""
 
 
-def _separate_readings(
-    rows: Sequence[int], inputs: int, queries: int, width: int
-) -> Iterator[Reading]:
-    # `inputs` are those of the output map.
-    of_queries, of_keys, of_values = rows
-    count = of_keys // width
-    if not count or any(size % count for size in (of_queries, of_keys, of_values, queries)):
+def _readings(rows: Sequence[int], inputs: int, queries: int, width: int) -> Iterator[Reading]:
+    """Yield the readings of maps with these rows: of each kind one, latent keys, or a fused map.
+
+    Args:
+        inputs: of the output map.
+    """
+    if len(rows) == 1:
+        more = rows[0] - inputs
+        count = more // (2 * width)
+        if count > 0 and more % (2 * width) == 0 and queries % count == 0:
+            of_queries = inputs // count
+            yield "blocks", count, width, ((of_queries, width, width),)
+            yield "by group", count, width, ((of_queries + 2 * width,),)
         return
-    others = (of_keys // count,), (of_values // count,)
-    yield "one", count, width, ((of_queries // count,), *others)
-    if of_queries == 2 * inputs:  # with a gate of each query behind all queries
-        yield "gate behind", count, width, ((of_queries // count // 2,) * 2, *others)
-
-
-def _latent_readings(
-    rows: Sequence[int], inputs: int, queries: int, width: int
-) -> Iterator[Reading]:
-    # Each query has its own keys, which a map makes of a vector that all of them share.
-    del inputs, width
-    of_queries, of_latent = (size // queries for size in rows)
-    yield "latent", queries, of_queries, ((of_queries,), (of_latent,))
-
-
-def _fused_readings(
-    rows: Sequence[int], inputs: int, queries: int, width: int
-) -> Iterator[Reading]:
-    more = rows[0] - inputs
-    count = more // (2 * width)
-    if count > 0 and more % (2 * width) == 0 and queries % count == 0:
-        of_queries = inputs // count
-        yield "blocks", count, width, ((of_queries, width, width),)
-        yield "by group", count, width, ((of_queries + 2 * width,),)
+    if len(rows) == 2:  # a map makes the keys of each query of a vector that all of them share
+        of_queries, of_latent = (size // queries for size in rows)
+        yield "latent", queries, of_queries, ((of_queries,), (of_latent,))
+        return
+    count = rows[1] // width
+    if count and not any(size % count for size in (*rows, queries)):
+        of_queries, *others = ((size // count,) for size in rows)
+        yield "one", count, width, (of_queries, *others)
+        if rows[0] == 2 * inputs:  # with a gate of each query behind all queries
+            yield "gate behind", count, width, ((rows[0] // count // 2,) * 2, *others)
 
 
 def _output_of(layer: nn.Module, core: str, config: Any, projections: set[str]) -> str | None:
-    """Return the map of an attention that makes hidden states; the plan of tensors settles ties."""
+    """Return the map of an attention that makes hidden states or beside it."""
     around = [core, _parent(core)] if core else [core]
     for top in around:
         named = [
@@ -372,10 +321,6 @@ def _output_of(layer: nn.Module, core: str, config: Any, projections: set[str]) 
             and _size(part)[1] == config.hidden_size
             and OUTPUT.search(path)
         ]
-        if len(named) > 1:
-            plan = getattr(type(config), "base_model_tp_plan", None) or {}
-            rowwise = [key for key, how in plan.items() if "rowwise" in str(how)]
-            named = [path for path in named if any(key.endswith(path) for key in rowwise)]
         if len(named) == 1:
             return named[0]
     return None
@@ -407,9 +352,7 @@ WIDTH = Axis("width")
 def axes_of(model: nn.Module, found: FoundUnits) -> Mapping[str, Axes]:
     """Return the axes of all parameters that contain units, by name on the model."""
     table: dict[str, Axes] = {}
-    # In a cut model, a weight without elements is a buffer.
-    buffers = {name: one for name, one in model.named_buffers() if not one.numel()}
-    named = {**dict(model.named_parameters(remove_duplicate=False)), **buffers}
+    named = weights_of(model)
     for name, tensor in named.items():
         dimensions, wide = range(len(full_shape(tensor))), found.width.get(found.starred(name), ())
         if wide:
@@ -421,22 +364,44 @@ def axes_of(model: nn.Module, found: FoundUnits) -> Mapping[str, Axes]:
     return table
 
 
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return the weights by name; in a cut model, one without elements is a buffer."""
+    buffers = {name: one for name, one in model.named_buffers() if not one.numel()}
+    return {**dict(model.named_parameters(remove_duplicate=False)), **buffers}
+
+
+def as_wide(
+    model: nn.Module, found: FoundUnits, width: int, others: Collection[tuple[str, int]]
+) -> dict[str, tuple[int, ...]]:
+    """Return the dimensions of weights that are as long as a width, by their names with a star.
+
+    Args:
+        others: names and dimensions that are as long by chance; those of the entries of tables are.
+    """
+    tables = {f"{p}.weight" for p, part in model.named_modules() if isinstance(part, nn.Embedding)}
+    return {
+        found.starred(name): tuple(
+            n
+            for n, size in enumerate(full_shape(weight))
+            if size == width and (name, n) not in others and not (n == 0 and name in tables)
+        )
+        for name, weight in weights_of(model).items()
+    }
+
+
 def _of_units(found: FoundUnits) -> Iterator[tuple[str, int, Axis]]:
     kinds: tuple[tuple[Kind, Cuttable], ...] = ("heads", found.heads), ("neurons", found.neurons)
     for kind, cuttable in kinds:
         for number, owner, units in found.of(kind):
             for name, (dimension, blocks) in units.parts.items():
                 if len({*blocks}) == 1:
-                    columns = _columns(units, name) if cuttable.columns else None
-                    axis = Axis(kind, number, blocks[0], len(blocks), columns)
+                    is_score = name.startswith(tuple(f"{path}." for path in units.makers[:2]))
+                    columns: Columns = "queries" if is_score else "values"
+                    inside = columns if cuttable.columns else None
+                    axis = Axis(kind, number, blocks[0], len(blocks), inside)
                 else:
                     axis = Axis(kind, number, sum(blocks), blocks=blocks)
                 yield f"{owner}.{name}", dimension, axis
-
-
-def _columns(units: Units, name: str) -> Columns:
-    scores = tuple(f"{path}." for path in units.makers[:2])
-    return "queries" if name.startswith(scores) else "values"
 
 
 def cut_part(tensor: Tensor, axes: Axes, cut: Cut) -> Tensor:
@@ -447,10 +412,8 @@ def cut_part(tensor: Tensor, axes: Axes, cut: Cut) -> Tensor:
     for dimension, axis in enumerate(axes):
         if axis is None or (axis.length(cut.view) is None and not axis.is_listed_in(cut.order)):
             continue
-        if axis.keeps_prefix(cut):
-            length = (axis.length(cut.view) or 0) // axis.parts
-            whole = tensor.unflatten(dimension, (axis.parts, -1)).narrow(dimension + 1, 0, length)
-            tensor = whole.flatten(dimension, dimension + 1)
+        if axis.keeps_prefix(cut) and axis.parts == 1:
+            tensor = tensor.narrow(dimension, 0, axis.length(cut.view) or 0)
         else:
             rows = axis.rows(cut, tensor.shape[dimension])
             places = torch.tensor(rows, dtype=torch.long, device=tensor.device)

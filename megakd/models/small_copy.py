@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from inspect import signature
 from typing import Any, TypeVar, cast
 
@@ -30,6 +31,17 @@ VALUELESS = torch.device("meta")
 
 _PASSED_BY = "passed_by"
 """Name of experts that return their input, whatever the router chooses."""
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute on one thread of the CPU in the body."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Valueless(TorchFunctionMode):
@@ -74,6 +86,17 @@ def without_values(config: PretrainedConfig, task: TaskType) -> PreTrainedModel:
     if any(hasattr(type(part), "_apply_gate") for part in model.modules()):
         model.set_experts_implementation(_PASSED_BY)
     return model.eval()
+
+
+def experts_in(model: nn.Module) -> str | None:
+    """Return the path of the first block that routes tokens to experts; None: the model is dense.
+
+    transformers gives the modules of experts a gate, or their block is named.
+    """
+    for path, part in model.named_modules():
+        if hasattr(type(part), "_apply_gate") or path.endswith((".experts", ".moe")):
+            return path.rpartition(".")[0]
+    return None
 
 
 def no_cache(model: nn.Module) -> dict[str, Any]:

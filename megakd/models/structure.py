@@ -34,7 +34,7 @@ from megakd.models.architectures import (
     class_name,
     narrow_maps,
 )
-from megakd.models.small_copy import VALUELESS, Valueless, no_cache, without_values
+from megakd.models.small_copy import VALUELESS, Valueless, experts_in, no_cache, without_values
 from megakd.models.units import units_of
 
 LENGTH = 8
@@ -169,7 +169,7 @@ def find_architecture(config: PretrainedConfig, task: TaskType) -> Architecture:
         and seen.shapes.get(f"{layers}.0", ())[:2] == seen.shapes[inner][:2],
         has_sinks=any(name.endswith(".sinks") for name, _ in model.named_parameters()),
         shows_attention=_shows_attention(model, seen, lists),
-        experts=_experts_in(model),
+        experts=experts_in(model),
     )
     if task not in LANGUAGE_TASKS:
         return replace(architecture, **STATED.get(kind, {}))
@@ -350,17 +350,6 @@ def _shows_attention(model: PreTrainedModel, seen: Seen, lists: Sequence[str]) -
     )
 
 
-def _experts_in(model: PreTrainedModel) -> str | None:
-    """Return the path of the first block that routes tokens to experts; None: the model is dense.
-
-    transformers gives the modules of experts a gate, or their block is named.
-    """
-    for path, part in model.named_modules():
-        if hasattr(type(part), "_apply_gate") or path.endswith((".experts", ".moe")):
-            return path.rpartition(".")[0]
-    return None
-
-
 def _with_head(architecture: Architecture, model: PreTrainedModel, seen: Seen) -> Architecture:
     kind, path = architecture.model_type, _path_in(model, model.get_output_embeddings())
     if path is None or len(seen.inputs) != 1:
@@ -386,13 +375,9 @@ def _with_head(architecture: Architecture, model: PreTrainedModel, seen: Seen) -
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:
-    # Whether both are the same elements of the same memory.
-    return (
-        one.shape == other.shape
-        and one.stride() == other.stride()
-        and one.storage_offset() == other.storage_offset()
-        and one.untyped_storage()._cdata == other.untyped_storage()._cdata  # noqa: SLF001
-    )
+    # Whether both have the same memory.
+    memory, of_other = (part.untyped_storage()._cdata for part in (one, other))  # noqa: SLF001
+    return one.shape == other.shape and memory == of_other
 
 
 def warp_of(product: Tensor, logits: Tensor, numbers: Sequence[float] = ()) -> LogitWarp | None:

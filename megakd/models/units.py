@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_utils import local_torch_dtype
 from transformers.pytorch_utils import Conv1D
 
 from megakd.config.task import TaskType
@@ -38,15 +39,18 @@ from megakd.models.proposed_units import (
     FoundUnits,
     Units,
     are_of_maps,
+    as_wide,
     axes_of,
     cut_part,
     lengths,
 )
 from megakd.models.small_copy import (
     TOKENS,
+    experts_in,
     first_copy,
     logits_of,
     new_copy,
+    one_thread,
     widths_of,
     without_values,
 )
@@ -81,11 +85,16 @@ def in_copy(config: Any, architecture: Architecture, ask: Callable[..., T]) -> t
 def find_units(config: Any, architecture: Architecture, task: TaskType) -> FoundUnits:
     """Return the units that a small copy of a model can lose without another change."""
     if architecture.blocks is None or architecture.repeats or architecture.parts:
-        reason = _without_list(architecture)
+        reason = "its layers are not found"
+        if architecture.blocks is not None:
+            shared = "all its layers share their weights"
+            reason = shared if architecture.repeats else "its lists have parts of layers"
         return FoundUnits(Cuttable(uncut=reason), Cuttable(uncut=reason), "", rigid=reason)
     narrow = narrow_maps(config)
     if narrow is not None:
         return FoundUnits.from_keys(narrow)
+    if architecture.shares_bias:
+        return _units_of_t5(config, architecture, task)
     blocks, empty = f"{architecture.backbone}.{architecture.blocks}", without_values(config, task)
     layers: list[nn.Module] = [*empty.get_submodule(blocks)]  # type: ignore[misc]
     firsts = _firsts(layers)
@@ -109,6 +118,47 @@ def find_units(config: Any, architecture: Architecture, task: TaskType) -> Found
     return found._replace(**kinds, width={} if rigid else wide, rigid=rigid)
 
 
+def _units_of_t5(config: Any, architecture: Architecture, task: TaskType) -> FoundUnits:
+    """Return the units of an encoder of T5, whose config states all shapes.
+
+    Its heads have columns of a bias that all layers share, which a small copy would not show.
+    """
+    empty, more = without_values(config, task), architecture.more_blocks
+    layers: dict[bool, list[Units]] = {True: [], False: []}
+    for path in architecture.layer_paths(config):
+        for core, part in empty.get_submodule(path).named_modules():
+            maps = {
+                f"{core}.{name}": of
+                for name, of in part.named_children()
+                if isinstance(of, nn.Linear)
+            }
+            if not maps:
+                continue
+            (*makers, output), is_attention = maps, f"{core}.q" in maps
+            width = architecture.heads(config).width if is_attention else 1
+            parts = {f"{name}.weight": (int(name == output), (width,)) for name in maps}
+            total = maps[output].in_features // width
+            units = Units(total, tuple(makers), output, core, width, parts, "one")
+            layers[is_attention].append(units)
+    found = FoundUnits(
+        Cuttable(tuple(layers[True]), is_narrow=True, to_zero=True),
+        Cuttable(tuple(layers[False]), is_narrow=True, to_zero=True),
+        f"{architecture.backbone}.{architecture.blocks}",
+        {"heads": more * 2, "neurons": more},
+    )
+    others = {
+        (f"{owner}.{name}", dimension)
+        for _, owner, units in (*found.of("heads"), *found.of("neurons"))
+        for name, (dimension, _) in units.parts.items()
+    }
+    others.add((f"{architecture.head}.weight", 0))
+    wide = as_wide(empty, found, config.hidden_size, others)
+    bias = "relative_attention_bias.weight"  # with a column for each head
+    return found._replace(
+        width={name: dims for name, dims in wide.items() if dims and not name.endswith(bias)}
+    )
+
+
 _FOUND = Known(
     find_units,
     without=("id2label", "label2id", "dtype", "_name_or_path", "architectures", "pad_token_id"),
@@ -118,12 +168,6 @@ _FOUND = Known(
 def units_of(config: PretrainedConfig, architecture: Architecture) -> FoundUnits:
     """Return the units of a model."""
     return _FOUND.of(config, architecture, architecture.tasks[0])
-
-
-def _without_list(architecture: Architecture) -> str:
-    if architecture.repeats:
-        return "all its layers share their weights"
-    return "its lists have parts of layers" if architecture.parts else "its layers are not found"
 
 
 def _as_in(config: Any, task: TaskType, blocks: str, kind: Kind, decided: Cuttable) -> Cuttable:
@@ -152,15 +196,6 @@ def _states_shapes(config: Any, task: TaskType, blocks: str, stated: Cuttable) -
         for number, units in enumerate(stated.layers)
         if units is not None
         for name, (dimension, sizes) in units.parts.items()
-    )
-
-
-def _has_experts(layer: nn.Module) -> bool:
-    # transformers holds the matrices of all experts in one weight.
-    return any(
-        weight.dim() == 3 and "expert" in f"{name} {type(part).__name__}".lower()
-        for path, part in layer.named_modules()
-        for name, weight in part.named_parameters(path, recurse=False)
     )
 
 
@@ -197,7 +232,7 @@ OF_COPIES = Known(_decided_by_copy, without=())
 
 def decide(copied: SmallCopy, kind: Kind) -> Cuttable:
     """Return which units of a small copy can go, and the keys of its config that state it."""
-    if kind == "neurons" and any(map(_has_experts, copied.layers)):
+    if kind == "neurons" and experts_in(copied.model) is not None:
         return Cuttable(uncut=ROUTES_TOKENS)
     readings: dict[str, dict[int, list[Units]]] = {}
     for number, layer in enumerate(copied.layers):
@@ -222,7 +257,7 @@ def _holding(
 ) -> tuple[list[dict[int, Units]], str]:
     """Return of layers alike the reading whose units can be in any order; why others cannot."""
     holding: list[dict[int, Units]] = []
-    failed = "its layers have one group of heads"
+    failed = "its layers have at most one group of heads"
     for of_layers in readings.values():
         for forms in zip(*of_layers.values(), strict=False):
             layers = dict(zip(of_layers, forms, strict=True))
@@ -299,16 +334,31 @@ def _tried(check: Callable[[], T]) -> T | None:
         return None
 
 
-def with_units(config: Any, stated: Cuttable, units: Units, kept: int) -> PretrainedConfig:
-    """Return the config of a model that keeps some of the units of each layer.
+def with_units(
+    config: Any, stated: Cuttable, units: Units, kept: int, more: Mapping[str, int] | None = None
+) -> PretrainedConfig:
+    """Return the config of a model that keeps some of the units of each layer, with more keys.
 
     Raises:
         ValueError: the config cannot state them.
     """
-    changes = changed_keys(config, stated.keys, kept, stated.stated or units.total)
+    whole, stored = stated.stated or units.total, config.to_dict()
+
+    def scaled(value: Any) -> Any:
+        if isinstance(value, list):
+            return [scaled(one) for one in value]
+        if type(value) is bool:
+            return False
+        if value is None or _ADJUSTED in stated.keys:
+            return kept
+        if value * kept % whole:
+            raise ValueError(f"{value} is no multiple of {whole} units")
+        return value * kept // whole
+
+    changes = {key: scaled(stored.get(key)) for key in stated.keys}
     if stated.head_width is not None:
         changes[stated.head_width] = units.width
-    return type(config).from_dict({**config.to_dict(), **changes})
+    return type(config).from_dict({**stored, **changes, **(more or {})})
 
 
 def head_keys(config: Any) -> tuple[str, ...]:
@@ -357,28 +407,6 @@ def candidates(
         yield sized, head_width
 
 
-def changed_keys(config: Any, keys: Sequence[str], kept: int, whole: int) -> dict[str, Any]:
-    """Return the values of keys for `kept` of `whole` units.
-
-    Raises:
-        ValueError: a value is not a multiple of the units.
-    """
-
-    def scaled(value: Any) -> Any:
-        if isinstance(value, list):
-            return [scaled(one) for one in value]
-        if type(value) is bool:
-            return False
-        if value is None or _ADJUSTED in keys:
-            return kept
-        if value * kept % whole:
-            raise ValueError(f"{value} is no multiple of {whole} units")
-        return value * kept // whole
-
-    stored = config.to_dict()
-    return {key: scaled(stored.get(key)) for key in keys}
-
-
 SAME = 1e-10
 """Largest difference of outputs, as a share of the largest output, in fp64."""
 
@@ -410,15 +438,9 @@ def as_double(model: PreTrainedModel) -> PreTrainedModel:
 
 def outputs_of(model: PreTrainedModel) -> Tensor:
     """Return the logits [1, T, V] or [1, C] of a small copy in fp64."""
-    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
-    torch.set_num_threads(1)  # convolutions in fp64 take seconds with several threads
-    torch.set_default_dtype(torch.float64)
-    try:
-        with torch.no_grad(), InDouble():
-            return logits_of(model, TOKENS)
-    finally:
-        torch.set_num_threads(threads)
-        torch.set_default_dtype(dtype)
+    # Convolutions in fp64 take seconds with several threads.
+    with torch.no_grad(), one_thread(), local_torch_dtype(torch.float64), InDouble():
+        return logits_of(model, TOKENS)
 
 
 def is_same(one: Tensor, other: Tensor) -> bool:
@@ -526,21 +548,21 @@ class SmallCopy:
     def is_exact_as_narrow(self, found: FoundUnits, cut: Cut) -> bool:
         """Return whether the class that is stored with a model computes the cut model."""
         view = cut.view or View((), ())
-        heads, neurons = (
-            of._replace(layers=tuple(u and u._replace(total=n) for u, n in pairs))
-            for of, counts in ((found.heads, view.heads), (found.neurons, view.neurons))
-            for pairs in [zip(of.layers, counts, strict=True)]
-        )
+        heads, neurons = found.heads.fewer(view.heads), found.neurons.fewer(view.neurons)
         config = copy.deepcopy(self.config)
-        setattr(config, NARROW, FoundUnits(heads, neurons, self.blocks).as_keys())
+        setattr(config, NARROW, found._replace(heads=heads, neurons=neurons).as_keys())
         return self.is_exact(found, cut, config)
 
     def is_narrow(self, found: FoundUnits, cut: Cut) -> bool:
         """Return whether the layers themselves compute with fewer rows of their weights."""
         layers = [units for kind in KINDS for units in found.of(kind)]
         paths = {f"{o}.{name}".rpartition(".")[0] for _, o, units in layers for name in units.parts}
-        if not all(_can_be_narrow(self.model.get_submodule(path)) for path in paths):
-            return False
+        for part in map(self.model.get_submodule, paths):
+            # What `models.elastic` can lay over: maps, and norms, which have only vectors.
+            weights = dict(part.named_parameters(recurse=False))
+            is_norm = "weight" in weights and all(one.dim() == 1 for one in weights.values())
+            if not (is_norm or isinstance(part, nn.Linear | Conv1D)):
+                return False
         if are_of_maps(units for _, _, units in layers):
             return self.is_exact_as_narrow(found, cut)
         with self.as_cut(found, cut):
@@ -573,26 +595,8 @@ class SmallCopy:
                 for units in [known] if known is not None else read(layer, self.config):
                     path = f"{self.blocks}.{number}."
                     taken |= {(f"{path}{name}", units.parts[name][0]) for name in units.parts}
-        modules = self.model.named_modules()
-        tables = {f"{path}.weight" for path, part in modules if isinstance(part, nn.Embedding)}
-        weights = dict(self.model.named_parameters(remove_duplicate=False))
-        for others in (taken, set[tuple[str, int]]()):
-            others |= {(name, 0) for name in tables}
-            yield {
-                found.starred(name): tuple(
-                    n
-                    for n, size in enumerate(weight.shape)
-                    if size == self.config.hidden_size and (name, n) not in others
-                )
-                for name, weight in weights.items()
-            }
-
-
-def _can_be_narrow(part: nn.Module) -> bool:
-    # What `models.elastic` can lay over: maps, and norms, which have only vectors.
-    own = dict(part.named_parameters(recurse=False))
-    is_norm = "weight" in own and all(weight.dim() == 1 for weight in own.values())
-    return isinstance(part, nn.Linear | Conv1D) or is_norm
+        for others in taken, ():
+            yield as_wide(self.model, found, self.config.hidden_size, others)
 
 
 def signature_of(layer: nn.Module) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -315,18 +316,19 @@ def source(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("view", "message"),
+    "view",
     [
-        (View((6, 7, 6), (20, 20, 20)), "keeps 7 heads of layer 2, which has 6"),
-        (View((6, 6, 6), (20, 20, 21)), "keeps 21 neurons of layer 3, which has 20"),
-        (View((6, -1, 6), (20, 20, 20)), "keeps -1 heads of layer 2"),
-        (View((6, 6), (20, 20, 20)), "heads for 2 layers, and the model has 3"),
-        (View((6, 6, 6), (20, 20)), "neurons for 2 layers, and the model has 3"),
-        (View((6, 6, 6), (20, 20, 20), 25), "a width of 25, and the model has a width of 24"),
-        (View((6, 6, 6), (20, 20, 20), 0), "a width of 0, and the model has a width of 24"),
+        View((6, 7, 6), (20, 20, 20)),
+        View((6, 6, 6), (20, 20, 21)),
+        View((6, -1, 6), (20, 20, 20)),
+        View((6, 6), (20, 20, 20)),
+        View((6, 6, 6), (20, 20)),
+        View((6, 6, 6), (20, 20, 20), 25),
+        View((6, 6, 6), (20, 20, 20), 0),
     ],
 )
-def test_a_view_lies_within_the_model(tmp_path, source, view, message):
+def test_a_view_lies_within_the_model(tmp_path, source, view):
+    message = rf"cannot be cut to {re.escape(str(view))}, .* neurons=\(20, 20, 20\), width=24"
     with pytest.raises(ModelError, match=message):
         reshaped(source, tmp_path / "cut", view=view)
     assert not (tmp_path / "cut").exists()

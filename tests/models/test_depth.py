@@ -124,19 +124,13 @@ def test_a_sliding_window_stays_with_its_layer():
 
 
 @pytest.mark.parametrize(
-    ("layers", "message"),
-    [((), "keeps the layers"), ((1, 4), "has the layers 1 to 3"), ((3, 1), "keeps the layers")],
+    ("layers", "changes"),
+    [((), {}), ((1, 4), {}), ((3, 1), {}), ((1, 2), {"neurons": (20, 20, 5)})],
 )
-def test_layers_that_a_model_does_not_have_are_refused(layers, message):
+def test_layers_that_a_model_lacks_and_units_of_layers_that_go_are_refused(layers, changes):
     model = build("llama")
-    with pytest.raises(ModelError, match=message):
-        cut_config(model.config, depth_view(model, layers))
-
-
-def test_a_layer_with_units_cannot_be_left_out():
-    model = build("llama")
-    view = depth_view(model, (1, 2))._replace(neurons=(20, 20, 5))
-    with pytest.raises(ModelError, match=r"leaves out layer 3 and keeps .*\(0, 5\)"):
+    view = depth_view(model, layers)._replace(**changes)
+    with pytest.raises(ModelError, match=r"has the layers 1 to 3, and cannot have the layers \("):
         cut_config(model.config, view)
 
 

@@ -33,7 +33,7 @@ from tiny_families import build, small_config
 from torch import nn
 
 from megakd.errors import ModelError
-from megakd.models.elastic import Elastic, weight_axes
+from megakd.models.elastic import Elastic, Kept, NarrowLinear, weight_axes
 from megakd.models.proposed_units import cut_part
 from megakd.models.structure import architecture_of
 from megakd.models.views import Cut, View
@@ -168,7 +168,7 @@ def test_a_view_of_another_model_is_an_error():
     model = family_model("bert")
     elastic, view = Elastic(model), View((3, 3, 4), (1, 1, 1))
 
-    message = "keeps 4 heads of layer 3, which has 3"
+    message = r"cannot be cut to View\(heads=\(3, 3, 4\).* it has View\(heads=\(3, 3, 3\)"
     with pytest.raises(ModelError, match=message), elastic.viewing(view):
         pass
     with pytest.raises(ModelError, match="already elastic"):
@@ -308,3 +308,35 @@ def test_shared_embeddings_follow_tokens_and_mode():
         assert torch.equal(embeddings(tokens), embeddings.weight[tokens])
         with elastic.sharing_embeddings():
             assert embeddings(tokens) is not first
+
+
+@pytest.mark.parametrize("is_linear", [True, False], ids=["linear", "conv1d"])
+@pytest.mark.parametrize(
+    ("leading", "inputs", "outputs"),
+    [((), 3, 2), ((2, 3), 3, 2), ((2,), 0, 2), ((2,), 3, 0), ((2, 3), 5, 4), ((0, 3), 3, 2)],
+    ids=str,
+)
+def test_gradients_of_a_prefix_are_those_of_finite_differences(inputs, outputs, leading, is_linear):
+    generator = torch.Generator().manual_seed(1)
+    parts = 1 if is_linear else 3
+    sizes = ((4, Kept(outputs)), (5, Kept(inputs)))
+    if not is_linear:
+        rows = [4 * part + row for part in range(parts) for row in range(outputs)]
+        several = Kept(len(rows), torch.tensor(rows, dtype=torch.long))
+        sizes = ((5, Kept(inputs)), (4 * parts, several))
+    shape, prefixes = (tuple(part) for part in zip(*sizes, strict=True))
+
+    def drawn(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    given = drawn(*leading, inputs), drawn(*shape), drawn(4 * parts)
+    side = 0 if is_linear else 1
+
+    assert NarrowLinear.apply(*given, prefixes, side).shape == (*leading, outputs * parts)
+    for bias in (given[2], None):
+        assert torch.autograd.gradcheck(
+            lambda x, w, b=bias: NarrowLinear.apply(x, w, b, prefixes, side), given[:2]
+        )
+    assert torch.autograd.gradcheck(
+        lambda b: NarrowLinear.apply(*given[:2], b, prefixes, side), given[2:]
+    )
