@@ -141,7 +141,12 @@ MUTATIONS = (
         "tests/distributed/test_gradients.py",
     ),
     # Files.
-    Mutation("megakd/process/files.py", "os.fsync(file.fileno())", "pass", "tests/process"),
+    Mutation(
+        "megakd/process/files.py",
+        "flush()\n                os.fsync(file.fileno())",
+        "flush()",
+        "tests/process",
+    ),
     Mutation("megakd/process/files.py", "            sync_tree(temporary)\n", "", "tests/process"),
     Mutation(
         "megakd/process/files.py",
