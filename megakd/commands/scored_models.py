@@ -32,9 +32,7 @@ from megakd.training.inputs import (
     encoded_rows,
     prepare,
     splits_of,
-    with_multi_label,
-    with_packing,
-    with_row_length,
+    with_data,
 )
 from megakd.training.metrics import task_metrics
 from megakd.training.tokenizer_checks import check_vocabularies, without_tokenizer
@@ -154,9 +152,7 @@ def _read_by(source: ModelSource, config: RunConfig, splits: Splits) -> RunInput
         lambda: load_tokenizer(task, splits, model_folders=folders, cache_dir=cache_folder())
     )
     check_vocabularies(task, tokenizer, [source])
-    config = with_multi_label(replace(config, task=task), splits)
-    config = with_packing(config, splits, {STUDENT: source})
-    config = with_row_length(config, splits, tokenizer, {STUDENT: source})
+    config = with_data(replace(config, task=task), splits, tokenizer, {STUDENT: source})
     names, is_set = splits.label_names, splits.multi_label
     metrics = task_metrics(config.eval, task.type, splits.metrics, names, multi_label=is_set)
     if is_set:  # these rows choose none

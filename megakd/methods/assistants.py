@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
@@ -30,7 +30,10 @@ from megakd.data.batch import Pass
 from megakd.errors import ConfigError, TrainingError
 from megakd.models.views import Allocation, View
 from megakd.stage import Constant, Stage
-from megakd.training.lab import Lab, Model, SortedModel
+from megakd.training.lab import Lab, Model
+
+if TYPE_CHECKING:
+    from megakd.training.allocation import SortedTeacher
 
 DEPTHS = 6
 """Hidden states are compared at the layers 0, L/6, 2L/6, …, L."""
@@ -122,13 +125,13 @@ def view_name(sparsity: float) -> str:
 
 
 def views_of(
-    config: AssistantOptions, lab: Lab, ranked: SortedModel, sparsities: Sequence[float]
+    config: AssistantOptions, lab: Lab, ranked: SortedTeacher, sparsities: Sequence[float]
 ) -> dict[str, View]:
     """Return the views of candidates by name, in the order of `sparsities`."""
     return {view_name(sparsity): view_of(config, lab, ranked, sparsity) for sparsity in sparsities}
 
 
-def view_of(config: AssistantOptions, lab: Lab, ranked: SortedModel, sparsity: float) -> View:
+def view_of(config: AssistantOptions, lab: Lab, ranked: SortedTeacher, sparsity: float) -> View:
     """Return the view of one candidate."""
     shape = Shape(lab.given(TEACHER).depth, width=0, vocabulary=0)
     terms = [term for term in objective_of(lab) if isinstance(term, ATTENTION_TERMS)]
@@ -142,7 +145,7 @@ def view_of(config: AssistantOptions, lab: Lab, ranked: SortedModel, sparsity: f
     )
 
 
-def ranked_teacher(config: AssistantOptions, lab: Lab) -> tuple[str, SortedModel]:
+def ranked_teacher(config: AssistantOptions, lab: Lab) -> tuple[str, SortedTeacher]:
     """Return the name of the teacher, and the sorted teacher, with which these methods begin."""
     check_reach(config, lab)
     teacher = lab.teacher()

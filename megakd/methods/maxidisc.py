@@ -8,7 +8,7 @@ that has finished is not trained again.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic.dataclasses import dataclass
 
@@ -22,7 +22,10 @@ from megakd.methods.assistants import (
     view_of,
 )
 from megakd.stage import StageResult
-from megakd.training.lab import Lab, SortedModel
+from megakd.training.lab import Lab
+
+if TYPE_CHECKING:
+    from megakd.training.allocation import SortedTeacher
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -68,7 +71,7 @@ def run(config: MaxiDiscConfig, lab: Lab) -> StageResult:
     return best.student
 
 
-def _route(config: MaxiDiscConfig, lab: Lab, ranked: SortedModel, sparsity: float) -> Route:
+def _route(config: MaxiDiscConfig, lab: Lab, ranked: SortedTeacher, sparsity: float) -> Route:
     view = view_of(config, lab, ranked, sparsity)
     name = view_name(sparsity)
     start = lab.pruning.cut(ranked.source, view, f"cut-{name}")

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass as plain_dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic.dataclasses import dataclass
 
@@ -34,7 +34,10 @@ from megakd.methods.assistants import (
     views_of,
 )
 from megakd.stage import Scores, Stage, StageResult, Strategy, Verdict
-from megakd.training.lab import Lab, Metric, MetricJudge, Model, Row, SortedModel
+from megakd.training.lab import Lab, Metric, MetricJudge, Model, Row
+
+if TYPE_CHECKING:
+    from megakd.training.allocation import SortedTeacher
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -97,7 +100,7 @@ BASELINES = {"direct": direct}
 
 
 def trial(
-    config: MiniDiscConfig, lab: Lab, ranked: SortedModel, link: Link, iteration: int
+    config: MiniDiscConfig, lab: Lab, ranked: SortedTeacher, link: Link, iteration: int
 ) -> Stage:
     """Return the stage of a trial: all candidates from the link's sparsity on learn together."""
     sparsities = [s for s in config.sparsities if s >= link.sparsity]

@@ -27,12 +27,14 @@ from megakd.models.quantized import check_quantized
 from megakd.models.views import View
 from megakd.process.terminal import in_home
 from megakd.stage import Stage, StageResult
+from megakd.training.allocation import SortedTeacher
 from megakd.training.assembly import learning_models
 from megakd.training.evaluation import FEW
 from megakd.training.inputs import RunInputs, UnencodedInputs, resolve, with_student
+from megakd.training.lab import Lab, baseline_stage
 from megakd.training.metrics import check_weighed
-from megakd.training.pruning import BATCH_ROWS, Shapes, SortedTeacher, shape_of_cut, unscored
-from megakd.training.recipes import LabBase, baseline_stage, scoring_preset
+from megakd.training.pruning import BATCH_ROWS, Shapes, shape_of_cut, unscored
+from megakd.training.recipes import scoring_preset
 
 _TRAINED_VOCABULARY = 8000
 UNKNOWN_STEPS = 10**6
@@ -116,7 +118,7 @@ def _counted(folder: Path) -> int | None:
         return None
 
 
-class PlanningLab(LabBase, Shapes):
+class PlanningLab(Lab, Shapes):
     """Lab that records the stages of a method, and other work with models, instead of doing it.
 
     Without the data of the run (`prepared`), encoded, the numbers of steps are not known.
@@ -190,8 +192,6 @@ class PlanningLab(LabBase, Shapes):
         # Every stage asks, and the lengths of all rows are read for the answer.
         encoded = self._prepared.encoded if isinstance(self._prepared, RunInputs) else None
         return 0 if encoded is None else len(rows_with_targets(encoded.train))
-
-    def probe(self, stage: str) -> Any: ...
 
     def made_by(self, result: StageResult, name: str, read: Any) -> None: ...
 

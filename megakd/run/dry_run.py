@@ -26,7 +26,6 @@ from megakd.run.main import check_machines, checked_inputs, started
 from megakd.run.teacher_pool import TeacherPool
 from megakd.stage import Stage
 from megakd.training.assembly import Assembly
-from megakd.training.evaluation import StageProbe
 from megakd.training.generated_texts import run_name
 from megakd.training.inputs import RunInputs
 from megakd.training.stage_run import StageRun
@@ -43,9 +42,6 @@ class DryLab(PlanningLab):
             prepared.config, prepared.sources, ranks=world, device=device, prepared=prepared
         )
         self.assembly = Assembly(prepared=prepared, ranks=ranks, teachers=self._teachers)
-
-    def probe(self, stage: str) -> StageProbe:
-        return self.assembly.probe(stage)
 
     def take_steps(self, stage: Stage) -> tuple[int, float, int]:
         """Take steps of a stage on real rows; a collective.

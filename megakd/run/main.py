@@ -33,9 +33,9 @@ from megakd.run.holder import held
 from megakd.run.run_lab import RunLab
 from megakd.run.run_report import report_of
 from megakd.training.inputs import RunInputs, prepare
+from megakd.training.lab import baseline_stage
 from megakd.training.log import Reporter, Trackers, check_trackers
 from megakd.training.precision import check_device
-from megakd.training.recipes import baseline_stage
 
 # The bases of the Hub's error are OSError and the error of its HTTP client, which has two names.
 _HUB_FAILURES = cast("tuple[type[Exception], ...]", (ValueError, *HfHubHTTPError.__bases__))

@@ -25,13 +25,12 @@ from megakd.reports.report_file import read_history, rising_teachers
 from megakd.run.teacher_pool import Measured, TeacherPool, measure
 from megakd.stage import Stage, StageResult
 from megakd.training.assembly import Assembly, check_stream, step_shape
-from megakd.training.evaluation import StageProbe
-from megakd.training.inputs import RunInputs, specified
-from megakd.training.lab import Files, Metric, Pruning
+from megakd.training.inputs import RunInputs
+from megakd.training.lab import Files, Lab, Metric, Pruning
 from megakd.training.log import Reporter
 from megakd.training.metrics import check_weighed
 from megakd.training.precision import saved_dtype
-from megakd.training.recipes import LabBase
+from megakd.training.recipes import specified
 from megakd.training.stage_folder import length_of, may_grow, read_result
 from megakd.training.stage_run import run_stage, stage_checkpoints
 
@@ -42,10 +41,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class RunLab(LabBase):
+class RunLab(Lab):
     """Runner of the stages of one run config; each stage runs once. See `training.lab.Lab`.
 
-    assembly: the parts that the engines of all stages are built from.
     pool: the frozen teachers of all stages.
     """
 
@@ -130,9 +128,6 @@ class RunLab(LabBase):
         shape = step_shape(self.config.train, self._ranks)
         learned = len(rows_with_targets(self._prepared.encoded.train))
         return total_steps(self.config.train, shape.steps_per_epoch(learned))
-
-    def probe(self, stage: str) -> StageProbe:
-        return self.assembly.probe(stage)
 
     def made_by(self, result: StageResult, name: str, read: Callable[[str], T]) -> T | None:
         return main_first(lambda: read(str(result.folder / name)))

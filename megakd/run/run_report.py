@@ -26,6 +26,7 @@ from megakd.data.batch import IGNORE
 from megakd.data.loader import evaluation_batches, lengths_of_rows
 from megakd.data.rows import is_labelled
 from megakd.data.splits import read_line
+from megakd.data.tokenizers import VocabularyPair
 from megakd.engine.collectives import doing, on_main
 from megakd.engine.memory import device_name, forget_models, free_memory_bytes
 from megakd.models.fitting import parts_of
@@ -61,7 +62,6 @@ from megakd.run.teacher_pool import Measured
 from megakd.stage import StageResult
 from megakd.training.assembly import Assembly
 from megakd.training.evaluation import few
-from megakd.training.inputs import vocabulary_report
 from megakd.training.lab import Report
 from megakd.training.metrics import decided, score_words
 from megakd.training.precision import TORCH_DTYPE, scoring_dtype
@@ -303,7 +303,7 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
         "pruning": record.pruning,
         "stages": [{**{k: getattr(o, k) for k in OF_STAGE}, **o.metrics} for o in lab.results],
         "samples": _samples(lab, measured, reference),
-        **vocabulary_report(config, prepared),
+        **_vocabulary(prepared.pair),
         **{f"seconds.{name}": value for name, value in seconds().items()},
         **environment(
             ranks=ranks.world_size,
@@ -328,6 +328,17 @@ def _samples(
     theirs = (measured[reference].answers if reference else None) or [None] * len(mine)
     rows = zip(prompts.shown, theirs, mine, strict=True)
     return [{"prompt": prompt, "teacher": a, "student": b} for prompt, a, b in rows]
+
+
+def _vocabulary(pair: VocabularyPair | None) -> dict[str, Any]:
+    if pair is None:
+        return {}
+    return {
+        "vocabulary.type": "wordpiece",
+        "vocabulary.size": len(pair.student),
+        "vocabulary.teacher_size": len(pair.teacher),
+        "vocabulary.overlap": pair.overlap,
+    }
 
 
 def _loss_error(losses: Sequence[float], of_student: Sequence[float]) -> float:

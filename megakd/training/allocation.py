@@ -6,16 +6,19 @@ import torch: scores, views and orders are numbers that configs, files and repor
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from megakd.errors import CheckpointError, ConfigError, TeacherError
+from megakd.errors import ConfigError, TeacherError
 from megakd.models.views import Allocation, UnitOrder, View
+
+if TYPE_CHECKING:
+    from megakd.models.fitting import ModelSource
 
 Layers = tuple[tuple[float, ...], ...]
 """One number per unit, layer by layer."""
@@ -141,6 +144,38 @@ def view_at(
     return View(cuts[0], cuts[1])
 
 
+@dataclass(frozen=True, kw_only=True)
+class SortedTeacher:
+    """A model with units sorted by importance, the most important first, and the scores.
+
+    scores: scores of the units in the teacher's original order.
+    """
+
+    source: ModelSource
+    scores: UnitScores
+
+    def view_at(
+        self,
+        sparsity: float,
+        *,
+        allocation: Allocation,
+        round_to: int,
+        with_heads: Collection[int] = (),
+    ) -> View:
+        """Return the prefix of every layer that remains at a sparsity; see `allocation.view_at`."""
+        architecture, config = self.source.architecture, self.source.config
+        if not architecture.found_units(config).heads.to_zero:
+            with_heads = [number for number, one in enumerate(self.scores.heads) if one]
+        return view_at(
+            self.scores.scaled(),
+            sparsity,
+            allocation=allocation,
+            round_to=round_to,
+            head_width=architecture.rows_of_heads(config),
+            with_heads=with_heads,
+        )
+
+
 def _without_units(
     kind: str,
     rounding: Rounding,
@@ -180,27 +215,3 @@ def _least_important(layers: Layers, share: Fraction, fewest: Sequence[int]) -> 
     rising = np.lexsort((-layer_of, -place, scores, spared))
     lost = layer_of[rising[: round(share * len(scores))]]
     return np.bincount(lost, minlength=len(layers)).tolist()
-
-
-def scores_to_json(scores: UnitScores) -> str:
-    """Return scores as JSON text, from which every number is read back exactly."""
-    return json.dumps(scores._asdict(), allow_nan=False)
-
-
-def scores_from_json(text: str, *, where: str) -> UnitScores:
-    """Return the scores in a text that `scores_to_json` wrote."""
-    try:
-        tree = json.loads(text)
-        return UnitScores(_layers(tree["heads"]), _layers(tree["neurons"]))
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{where} does not hold the importance of a model's units ({error}); remove the file "
-            "to measure the importance again"
-        ) from error
-
-
-def _layers(value: Any) -> Layers:
-    layers = tuple(tuple(float(score) for score in layer) for layer in value)
-    if not all(math.isfinite(score) for layer in layers for score in layer):
-        raise ValueError("a score is not finite")
-    return layers

@@ -40,7 +40,7 @@ from megakd.process.seeding import cpu_seeded
 from megakd.process.terminal import phase
 from megakd.stage import Stage, StageResult
 from megakd.teachers.frozen import FrozenModel, FrozenTeacher
-from megakd.training.checkpoint import read_states
+from megakd.training.checkpoint import Checkpoints, read_states
 from megakd.training.evaluation import Scorer, StageProbe
 from megakd.training.inputs import RunInputs
 from megakd.training.precision import (
@@ -55,9 +55,6 @@ from megakd.training.precision import (
 from megakd.training.recipes import learner_ds, scoring_preset
 from megakd.training.stage_folder import read_result, result_text
 from megakd.training.student import StudentEngine
-
-NOTHING = Needs()
-"""What a model is read for that only answers."""
 
 
 def learning_models(
@@ -186,11 +183,10 @@ class Assembly:
 
     @phase("models")
     @doing("loading a model")
-    def frozen(self, ready: ReadyTeacher, needs: Needs = NOTHING) -> FrozenTeacher:
-        ds, dtype = self.frozen_ds(ready), self.teacher_dtype(ready)
-        module = self.frozen_module(ready, ds, needs)
-        rows = self.config.train.per_device_train_batch_size
-        return FrozenTeacher(module, ds=ds, dtype=dtype, rows=rows)
+    def frozen(self, ready: ReadyTeacher) -> FrozenTeacher:
+        ds, rows = self.frozen_ds(ready), self.config.train.per_device_train_batch_size
+        module = self.frozen_module(ready, ds)
+        return FrozenTeacher(module, ds=ds, dtype=self.teacher_dtype(ready), rows=rows)
 
     @contextmanager
     def loaded(self, ready: ReadyTeacher) -> Iterator[FrozenTeacher]:
@@ -212,21 +208,19 @@ class Assembly:
         ds = load_ds_config(ready.spec.deepspeed, where="teacher.deepspeed")
         return frozen_on(self.ranks.world_size, ds)
 
-    def frozen_module(
-        self, ready: ReadyTeacher, ds: Mapping[str, Any], needs: Needs = NOTHING
-    ) -> FrozenModel:
+    def frozen_module(self, ready: ReadyTeacher, ds: Mapping[str, Any]) -> FrozenModel:
         """Load a model for an engine without an optimizer; `ds` is the config of that engine."""
-        source, dtype = ready.source, self.teacher_dtype(ready)
+        source, dtype, train = ready.source, self.teacher_dtype(ready), self.config.train
         check_dtype(dtype, self.ranks, "teacher.dtype")
-        check_kernels(self.config.train.kernels, self.ranks, "train")
-        model = self._load(source, ds, dtype, need_head=True, fused=self.config.train.fused_layers)
+        check_kernels(train.kernels, self.ranks, "train")
+        model = self._load(source, ds, dtype, need_head=True, fused=train.fused_layers)
         order = label_order(model.config, self.prepared.splits.label_names, where=source.where)
-        kernels = self.config.train.kernels
-        return FrozenModel(model, needs=needs, label_order=order, kernels=kernels)
+        return FrozenModel(model, needs=Needs(), label_order=order, kernels=train.kernels)
 
     def probe(self, stage: str) -> StageProbe:
-        folder = self.config.output_dir / "checkpoints" / stage
-        return StageProbe(self.scorer(), self.prepared.encoded.validation, folder)
+        folder = self.config.output_dir / "checkpoints" / stage / "beginning"
+        beginning = Checkpoints(folder=folder, keep=None, ranks=self.ranks)
+        return StageProbe(self.scorer(), self.prepared.encoded.validation, beginning)
 
     @cached_property
     def texts_key(self) -> str:

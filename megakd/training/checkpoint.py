@@ -167,14 +167,15 @@ class Checkpoints:
     def _publish(self, step: int, write: Callable[[], Entries]) -> None:
         partial, final = (self.folder / f"step-{step}{end}" for end in (PARTIAL, ""))
 
-        def name() -> None:
+        def publish() -> None:
             write_manifest(partial, files)
             partial.rename(final)
             self._remove_old()
 
         with self._cleared_on_failure(step):
-            files = entries_of_ranks(write)
-            on_main(name)
+            # On shared storage a rank may not see the files of another rank yet.
+            files = {name: entry for of in gather(together(write)) for name, entry in of.items()}
+            on_main(publish)
 
     def _remove_old(self) -> None:
         for step in steps_in(self.folder)[: -self.keep] if self.keep else []:
@@ -283,14 +284,6 @@ def steps_in(folder: Path, *, ending: str = "") -> list[int]:
 def read_states(checkpoint: Path, device: torch.device) -> dict[str, Any]:
     """Return the states of a checkpoint by name."""
     return _read_plain(checkpoint / _STATES, device)
-
-
-def entries_of_ranks(write: Callable[[], Entries]) -> Entries:
-    """Write files on all ranks; return all their entries; a collective.
-
-    The folder is not listed: on shared storage a rank may not see the files of another rank yet.
-    """
-    return {name: entry for share in gather(together(write)) for name, entry in share.items()}
 
 
 def _random_file(rank: int) -> str:
@@ -410,19 +403,6 @@ class Evaluation(NamedTuple):
         return Evaluation(record["scores"], record["view"], cut)
 
 
-class ReturnedWeights(NamedTuple):
-    """The weights that a stage returns, with their evaluations.
-
-    folder: the folder of the weights; None if the learner has them.
-    chosen: the evaluation that chose the view; its scores compare the views with each other.
-    evaluation: the evaluation of the weights in `folder`: the view's own best, if it has one.
-    """
-
-    folder: Path | None
-    chosen: Evaluation
-    evaluation: Evaluation
-
-
 class Best:
     """What the evaluations of a stage decide: the weights that it returns, and an early end.
 
@@ -527,17 +507,19 @@ class Best:
                     f"weights; remove {self._folder} to train the stage again"
                 )
 
-    def returned(self) -> ReturnedWeights:
-        """Return the weights that the stage returns."""
-        best = self._best[_BEST]
+    def returned(self) -> tuple[Path | None, Evaluation, Evaluation]:
+        """Return the folder of the weights that the stage returns; None if the learner has them.
+
+        With it: the evaluation that chose the view, whose scores compare the views with each other;
+        and that of the weights, which is the view's own best, if it has one.
+        """
+        name, best = _BEST, self._best[_BEST]
         if best is None:
-            return ReturnedWeights(None, self._latest, self._latest)
-        name, evaluation = _BEST, Evaluation.read(best["evaluation"])
-        chosen = evaluation
-        of_view = self._best.get(f"{_BEST}-{chosen.view}")
-        if of_view is not None:
+            return None, self._latest, self._latest
+        chosen = evaluation = Evaluation.read(best["evaluation"])
+        if of_view := self._best.get(f"{_BEST}-{chosen.view}"):
             name, best = f"{_BEST}-{chosen.view}", of_view
             evaluation = Evaluation.read(of_view["evaluation"])
         if evaluation.metrics != self._latest.metrics:  # which the last line of the log shows
             logger.info("%s: returns the best evaluation, step %d", self._folder.name, best["step"])
-        return ReturnedWeights(self._folder / name / f"step-{best['step']}", chosen, evaluation)
+        return self._folder / name / f"step-{best['step']}", chosen, evaluation

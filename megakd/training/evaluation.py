@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple, cast
 
 import torch
@@ -19,8 +18,7 @@ from megakd.engine.collectives import all_reduce_, gather, on_main, told
 from megakd.engine.distributed import Ranks
 from megakd.errors import CheckpointError
 from megakd.losses.bundle import StudentBundle
-from megakd.process.files import Entries, damage, write_files, write_manifest
-from megakd.training.checkpoint import entries_of_ranks
+from megakd.training.checkpoint import Checkpoints
 from megakd.training.lab import WHOLE, Row
 from megakd.training.metrics import TaskMetrics, language_model_metrics, summed_loss
 from megakd.training.student import StudentEngine, device_batch
@@ -71,17 +69,6 @@ class Seen(NamedTuple):
     batches: list[torch.Tensor]
     outputs: list[torch.Tensor]
     labels: list[torch.Tensor]
-
-    def add(self, predictions: Predictions, batch: Batch, characters: int) -> None:
-        """Add one micro-batch; `characters` is the length of its targets."""
-        if predictions.sums is not None:
-            sums = predictions.sums.cpu()
-            self.sums[:3] += sums
-            self.sums[3] += characters
-            self.batches.append(sums[[0, 2]])
-        if predictions.outputs is not None:
-            self.outputs.append(predictions.outputs.cpu())
-            self.labels.append(batch.labels.cpu())
 
     def gathered(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the outputs and the labels of all `count` rows; a collective."""
@@ -142,7 +129,14 @@ class Scorer:
                 characters = int(self.characters[labels[labels != IGNORE]].sum())
             for name, predictions in predict(batch).items():
                 seen = views.setdefault(name, Seen(torch.zeros(4, dtype=torch.float64), [], [], []))
-                seen.add(predictions, batch, characters)
+                if predictions.sums is not None:
+                    sums = predictions.sums.cpu()
+                    seen.sums[:3] += sums
+                    seen.sums[3] += characters
+                    seen.batches.append(sums[[0, 2]])
+                if predictions.outputs is not None:
+                    seen.outputs.append(predictions.outputs.cpu())
+                    seen.labels.append(batch.labels.cpu())
         return views
 
     def _metrics(self, seen: Seen, count: int) -> dict[str, float]:
@@ -243,44 +237,31 @@ class HeldOutLosses:
         }
 
 
-BEGINNING = "beginning"
-"""Folder of the initial state of a student, in the folder of a stage's checkpoints."""
-
-
 @dataclass(frozen=True)
 class StageProbe:
     """The loss on held-out rows, and the initial student; every method is a collective.
 
-    folder: stores the initial state of the student.
+    beginning: stores the initial state of the student, as step 0.
     """
 
     scorer: Scorer
     rows: Dataset
-    folder: Path
+    beginning: Checkpoints
 
     def loss(self, student: StudentEngine) -> float:
         return self.scorer.loss(student.predict, self.rows)
 
     def remember(self, student: StudentEngine) -> None:
-        partial = self.folder / f"{BEGINNING}.partial"
-        contents = student.files()
-        on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
-        files = entries_of_ranks(lambda: write_files(partial, contents))
-        on_main(lambda: self._publish(partial, files))
-
-    def _publish(self, partial: Path, files: Entries) -> None:
-        write_manifest(partial, files)
-        shutil.rmtree(self.folder / BEGINNING, ignore_errors=True)
-        partial.rename(self.folder / BEGINNING)
+        on_main(lambda: shutil.rmtree(self.beginning.folder, ignore_errors=True))
+        self.beginning.save(0, student.files(), {}, is_last=True)
 
     def reset(self, student: StudentEngine) -> None:
-        student.load(self.folder / BEGINNING)
+        student.load(self.beginning.folder / "step-0")
 
     def check_remembered(self) -> None:
-        folder = self.folder / BEGINNING
-        reason = on_main(lambda: damage(folder))
-        if reason is not None:
+        folder = self.beginning.folder
+        if (reason := self.beginning.damage(folder / "step-0")) is not None:
             raise CheckpointError(
                 f"{folder} is damaged: {reason}, and the next episodes start from this student; "
-                f"remove {self.folder} to train the stage again"
+                f"remove {folder.parent} to train the stage again"
             )

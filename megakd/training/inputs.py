@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import numpy as np
 from datasets import Dataset
@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from megakd.config.run import RunConfig
-from megakd.config.sections import KeptLayers, StudentConfig, TeacherConfig
-from megakd.config.task import FP8, MOST_TOKENS, ONE_LABEL_METRICS, STUDENT, TaskConfig
+from megakd.config.sections import StudentConfig, TeacherConfig
+from megakd.config.task import MOST_TOKENS, ONE_LABEL_METRICS, STUDENT, TaskConfig
 from megakd.config.terms import HardCrossEntropy, Shape, looks_inside
 from megakd.data.arrow import cache_folder, longest_of
 from megakd.data.batch import LogitWarp
@@ -35,13 +35,13 @@ from megakd.losses.objective import check_terms, shape_of, with_class_weights
 from megakd.models.architectures import class_for, context_length
 from megakd.models.fitting import ModelSource, label_order
 from megakd.models.fused_layers import check_fused_layers
-from megakd.models.layers import with_layers
 from megakd.models.loading import check_model, resolve_model, with_vocabulary
 from megakd.models.lora import check_adapters
 from megakd.models.packing import check_varlen, packing_at
 from megakd.models.quantized import check_fp8
 from megakd.training.lab import Metric
 from megakd.training.metrics import TaskMetrics, task_metrics
+from megakd.training.recipes import as_student, specified
 from megakd.training.tokenizer_checks import (
     check_answers,
     check_chat_models,
@@ -100,23 +100,31 @@ def once(config: RunConfig, action: Callable[[], T]) -> T:
     return once_per_node(action, place=str(cache_folder()))
 
 
-def with_multi_label(config: RunConfig, splits: Splits) -> RunConfig:
-    """Return the config with `task.multi_label` as the data have it."""
-    if config.task.type != "classification":
-        return config
-    return replace(config, task=replace(config.task, multi_label=splits.multi_label))
-
-
-def with_packing(
-    config: RunConfig, splits: Splits, sources: Mapping[str, ModelSource]
+def with_data(
+    config: RunConfig,
+    splits: Splits,
+    tokenizer: PreTrainedTokenizerBase,
+    sources: Mapping[str, ModelSource],
 ) -> RunConfig:
-    """Return the config with `train.packing` decided for all models; a collective.
+    """Return the config with what the data and the models decide; a collective.
+
+    These are `task.multi_label`, `train.packing` and `task.max_length`.
 
     Raises:
         ConfigError: rows are to be packed, and a model does not keep the texts of a row apart.
         ModelError: see `check_varlen`.
     """
-    train, rows = config.train, splits.train if splits.stream is None else splits.validation
+    if config.task.type == "classification":
+        config = replace(config, task=replace(config.task, multi_label=splits.multi_label))
+    # Nobody knows the rows of a stream, so that its held-out rows are measured.
+    rows = splits.train if splits.stream is None else splits.validation
+    return _with_row_length(_with_packing(config, rows, sources), rows, tokenizer, sources)
+
+
+def _with_packing(
+    config: RunConfig, rows: Dataset, sources: Mapping[str, ModelSource]
+) -> RunConfig:
+    train = config.train
     if config.task.type != "causal_lm" or train.packing is False:
         return config
 
@@ -149,19 +157,18 @@ def with_packing(
     return replace(config, train=replace(train, packing=False))
 
 
-def with_row_length(
+def _with_row_length(
     config: RunConfig,
-    splits: Splits,
+    rows: Dataset,
     tokenizer: PreTrainedTokenizerBase,
     sources: Mapping[str, ModelSource],
 ) -> RunConfig:
-    """Return the config with `task.max_length`, and log what it means for the rows; a collective.
+    """Return the config with `task.max_length`, and log what it means for the rows.
 
-    A length that is not given is that of 99 % of the training rows, or of their prompts and the
-    texts that the run generates, up to the context of all models. Nobody knows the rows of a
-    stream, so that its held-out rows are measured.
+    A length that is not given is that of 99 % of the rows, or of their prompts and the texts that
+    the run generates, up to the context of all models.
     """
-    task, rows = config.task, splits.train if splits.stream is None else splits.validation
+    task = config.task
     # mlm splits texts into windows; the lines of conversations tell their lengths.
     if task.type == "mlm" or (task.max_length is not None and is_chat(rows)):
         return config
@@ -297,9 +304,7 @@ def prepare(config: RunConfig, check: Callable[[UnencodedInputs], None] | None =
     rows = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
     for message in on_main(lambda: [*read_warnings(splits, step_rows=rows)]):
         logger.warning("warning: %s", message)
-    config = with_multi_label(config, splits)
-    config = with_packing(config, splits, unencoded.sources)
-    config = with_row_length(config, splits, unencoded.tokenizer, unencoded.sources)
+    config = with_data(config, splits, unencoded.tokenizer, unencoded.sources)
     check_run(config, unencoded)
     about_one = [name for name in metrics.names if name in ONE_LABEL_METRICS]
     if about_one and metrics.label_names:
@@ -411,19 +416,6 @@ def _with_tokens(
         # A padding token has no gradient, and a decoder learns where texts end.
         sized.config.pad_token_id = None
     return sized
-
-
-def vocabulary_report(config: RunConfig, inputs: UnencodedInputs) -> dict[str, Any]:
-    """Return the report's entries on the student's vocabulary; empty if all models share one."""
-    vocabulary, pair = config.method.own_vocabulary, inputs.pair
-    if vocabulary is None or pair is None:
-        return {}
-    return {
-        "vocabulary.type": "wordpiece",
-        "vocabulary.size": len(pair.student),
-        "vocabulary.teacher_size": len(pair.teacher),
-        "vocabulary.overlap": pair.overlap,
-    }
 
 
 def check_run(config: RunConfig, inputs: UnencodedInputs) -> None:
@@ -544,18 +536,6 @@ def with_student(config: RunConfig, sources: dict[str, ModelSource]) -> dict[str
     return {**sources, **bases, STUDENT: student}
 
 
-def as_student(
-    source: ModelSource, config: RunConfig, scores: Sequence[float] | None = None
-) -> ModelSource:
-    """Return the model that the student starts as, with the layers that the student keeps."""
-    student = specified(dataclasses.replace(source, where="student.model"), config.student)
-    layers = config.student.layers
-    wanted = layers.keep if isinstance(layers, KeptLayers) else layers
-    if wanted is None:
-        return student
-    return with_layers(student, wanted, where="student.layers", scores=scores)
-
-
 def resolve(
     spec: TeacherConfig | StudentConfig, config: RunConfig, role: str, *, with_weights: bool = True
 ) -> ModelSource:
@@ -569,9 +549,3 @@ def resolve(
         with_weights=with_weights,
     )
     return specified(source, spec)
-
-
-def specified(source: ModelSource, spec: TeacherConfig | StudentConfig) -> ModelSource:
-    """Return a model with the attention and, of a teacher, the 8 bits that its section asks for."""
-    has_fp8 = isinstance(spec, TeacherConfig) and spec.dtype == FP8
-    return dataclasses.replace(source, attn_implementation=spec.attn_implementation, fp8=has_fp8)

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from megakd.config.options import file_of
+from megakd.config.sections import inherit
+from megakd.config.task import FROM_TEACHER, STUDENT, TEACHER
 from megakd.config.terms import TermConfig, hard_terms, soft_terms
 from megakd.errors import ConfigError
-from megakd.models.views import Allocation, ParameterCounts, View
 from megakd.plugins import is_metric, metric_of
 from megakd.stage import Scores, Stage, StageResult, Verdict
+
+if TYPE_CHECKING:
+    from megakd.config.run import RunConfig
+    from megakd.config.sections import TeacherConfig
+    from megakd.models.fitting import ModelSource, ReadyTeacher
+    from megakd.models.views import ParameterCounts, View
+    from megakd.training.allocation import SortedTeacher
 
 Report = dict[str, Any]
 """The content of report.json: one flat mapping, see docs/report.md.
@@ -121,42 +130,15 @@ can be left out) and `fresh` (the model of the same shape that starts from rando
 """
 
 
-class SortedModel(Protocol):
-    """A model whose units are sorted by importance, the most important unit first."""
-
-    @property
-    def source(self) -> Model:
-        """The model itself."""
-        ...
-
-    def view_at(
-        self,
-        sparsity: float,
-        *,
-        allocation: Allocation,
-        round_to: int,
-        with_heads: Collection[int] = (),
-    ) -> View:
-        """Return the units of every layer that remain at a sparsity.
-
-        Args:
-            sparsity: share of the units to leave out.
-            allocation: how the share is spread over the layers.
-            round_to: multiple of rows and columns of the weights to round to.
-            with_heads: attentions, numbered from 0, that must keep a head.
-        """
-        ...
-
-
 class Pruning(ABC):
     """Sizes, importance and cuts of models."""
 
     @abstractmethod
-    def unscored(self) -> SortedModel:
+    def unscored(self) -> SortedTeacher:
         """Return the teacher with equal importance for all units, before the teacher is trained."""
 
     @abstractmethod
-    def sorted_teacher(self, teacher: str) -> SortedModel:
+    def sorted_teacher(self, teacher: str) -> SortedTeacher:
         """Sort the units of a teacher by importance, measured once on the validation rows."""
 
     @abstractmethod
@@ -200,15 +182,18 @@ class Pruning(ABC):
 class Lab(ABC):
     """Run or plan the stages of one run config.
 
-    config: the `RunConfig`. It is typed as Any because `RunConfig` contains the methods' options.
+    sources: the models of the config by role.
+    assembly: the parts that the engines of all stages are built from; None in a plan.
     results: the results of the finished stages, in order.
     record: further results that a method reports.
     """
 
-    def __init__(self, config: Any) -> None:
-        self.config = config
+    def __init__(self, config: RunConfig, sources: Mapping[str, ModelSource]) -> None:
+        self.config, self._sources = config, sources
         self.results: list[StageResult] = []
         self.record = MethodRecord()
+        self.assembly: Any = None
+        self._teachers: dict[str, ReadyTeacher] = {}
 
     @property
     @abstractmethod
@@ -223,9 +208,89 @@ class Lab(ABC):
         """Return the loss on the teacher's outputs for the type of the task."""
         return soft_terms(self.config.task.type, weight)
 
-    @abstractmethod
     def teacher(self, name: str | None = None) -> str:
         """Fine-tune a teacher if the config asks for it; return its name. None: the only one."""
+        from megakd.training.recipes import label_terms
+
+        name = name or TEACHER
+        if name not in self._teachers:
+            spec, source = self.config.teacher_specs[name], self._sources[name]
+            if spec.finetune is not None:
+                objective = label_terms(self.config, smoothed=False)
+                stage = Stage(name=f"{name}-finetune", learners={name: 1.0}, objective=objective)
+                source = self._source(self.train(stage).folder, name)
+            self._register(name, source, spec)
+        return name
+
+    def as_teacher(self, result: StageResult) -> str:
+        """Register a stage's model as a teacher, and return the stage's name.
+
+        It has the engine and dtype of the only teacher of the config.
+        """
+        # A cache holds the answers of the configured teacher, not those of another model.
+        spec = replace(self.config.teacher_specs[TEACHER], cache=None)
+        self._register(result.name, self._source(result.folder, TEACHER), spec)
+        return result.name
+
+    def _register(self, name: str, source: ModelSource, spec: TeacherConfig) -> None:
+        from megakd.models.fitting import ReadyTeacher
+
+        self._teachers[name] = ReadyTeacher(source, spec)
+
+    def assistant(self, result: StageResult, sparsity: float | None) -> str:
+        """Register a stage's model as a teacher, and report it as an assistant.
+
+        `sparsity`: share of the teacher's units that the model lacks; None if it was not cut.
+        """
+        self.record.assistants.append(Assistant(result.name, sparsity, result.folder))
+        return self.as_teacher(result)
+
+    def given(self, role: str) -> ModelSource:
+        """Return the model that the config gives for a role, before any training."""
+        return self._sources[role]
+
+    def model(self, teacher: str) -> ModelSource:
+        """Return the model of a teacher that is ready, for a student that starts as its teacher."""
+        return self._teachers[teacher].source
+
+    def source(self, folder: Path) -> ModelSource:
+        """Return the model in the folder of a stage."""
+        return self._source(folder, STUDENT)
+
+    @abstractmethod
+    def _source(self, folder: Path, role: str) -> ModelSource:
+        """Return the model that a stage wrote; messages name the config's section of `role`."""
+
+    @abstractmethod
+    def train(self, stage: Stage, files: Files = dict) -> StageResult:
+        """Run a stage, or return its result if the stage has finished before; a collective.
+
+        `files` is called after the last step. It returns small files by name, which are written
+        beside the model in the stage's folder.
+
+        Raises:
+            MegakdError: bad input, a loss that is not finite, or a checkpoint of another config.
+        """
+
+    def _completed(self, stage: Stage) -> Stage:
+        from megakd.training.recipes import completed
+
+        stage = completed(stage, self.config)
+        if stage.start is None and stage.role == STUDENT:
+            return replace(stage, start=self._start())
+        return stage
+
+    def _start(self) -> ModelSource | None:
+        # The layers of the teacher, as it teaches, that the student keeps, if it does.
+        role = self.config.start_role
+        if role == STUDENT or self.config.student.layers is None:
+            return None
+        from megakd.training.recipes import as_student
+
+        scores = self.pruning.layer_scores(self.teacher(role)) if self.config.ranks_layers else None
+        start = as_student(self._teachers[self.teacher(role)].source, self.config, scores)
+        self.record.layers = start.layers
+        return start
 
     @abstractmethod
     def dev_score(self, name: str) -> float:
@@ -233,10 +298,6 @@ class Lab(ABC):
 
         See `Metric.worth`.
         """
-
-    @abstractmethod
-    def given(self, role: str) -> Model:
-        """Return the model that the config gives for a role, before any training."""
 
     @abstractmethod
     def rows_of_teachers(self) -> dict[str, int]:
@@ -254,43 +315,28 @@ class Lab(ABC):
             ConfigError: the metric is `weighed` against sparsity, and is not between 0 and 1.
         """
 
-    @abstractmethod
-    def source(self, folder: Path) -> Model:
-        """Return the model in the folder of a stage."""
-
-    @abstractmethod
-    def model(self, teacher: str) -> Model:
-        """Return the model of a teacher that is ready, for a student that starts as its teacher."""
-
-    @abstractmethod
-    def as_teacher(self, result: StageResult) -> str:
-        """Register a stage's model as a teacher, and return the stage's name.
-
-        It has the engine and dtype of the only teacher of the config.
-        """
-
-    @abstractmethod
-    def assistant(self, result: StageResult, sparsity: float | None) -> str:
-        """Register a stage's model as a teacher, and report it as an assistant.
-
-        `sparsity`: share of the teacher's units that the model lacks; None if it was not cut.
-        """
-
-    @abstractmethod
-    def train(self, stage: Stage, files: Files = dict) -> StageResult:
-        """Run a stage, or return its result if the stage has finished before; a collective.
-
-        `files` is called after the last step. It returns small files by name, which are written
-        beside the model in the stage's folder.
-
-        Raises:
-            MegakdError: bad input, a loss that is not finite, or a checkpoint of another config.
-        """
-
-    @abstractmethod
     def probe(self, stage: str) -> Any:
         """Return the `training.evaluation.StageProbe` of a stage; None if nothing is trained."""
+        return self.assembly and self.assembly.probe(stage)
 
     @abstractmethod
     def made_by(self, result: StageResult, name: str, read: Callable[[str], T]) -> T | None:
         """Read one of the `files` of a stage; None if nothing was trained."""
+
+
+def baseline_stage(lab: Lab, name: str, student: StageResult) -> Stage:
+    """Return the stage of a baseline that the config lists; methods define all but `alone`."""
+    from megakd.training.recipes import label_terms
+
+    config = lab.config
+    if name != "alone":
+        return file_of(config.method).BASELINES[name](config.method, lab, student)
+    # A student that was cut out of its teacher has no weights of its own at the start, so its shape
+    # starts from random weights. One made of layers of a model starts from these layers again.
+    is_cut = config.student.model == FROM_TEACHER and config.student.layers is None
+    return Stage(
+        name="alone",
+        objective=label_terms(config),
+        start=lab.source(student.folder).fresh if is_cut else None,
+        train=inherit(config.train, config.alone) if config.alone else None,
+    )

@@ -183,7 +183,7 @@ class Reporter:
     ) -> None:
         self._path = output_dir / "metrics.jsonl"
         self._is_main, self._trackers = is_main, trackers or Trackers((), output_dir, {})
-        self._first = self._last = 0
+        self._stage, self._first, self._last = "", 0, 0
         self._steps_per_epoch = 1
         self._bar: tqdm | None = None
         self._began = time.perf_counter()
@@ -209,9 +209,11 @@ class Reporter:
                 if len(kept) < len(lines):
                     files.write_text(self._path, "".join(kept))
         self._trackers.begin(stage, step)
-        self._first, self._last, self._steps_per_epoch = step, last, steps_per_epoch
+        self._stage, self._first, self._last = stage, step, last
+        self._steps_per_epoch = steps_per_epoch
         self._began = time.perf_counter()
-        self._close_bar()
+        if self._bar is not None:
+            self._bar.close()
         if sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -222,13 +224,14 @@ class Reporter:
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
 
-    def log(self, step: int, scalars: Mapping[str, float], *, stage: str) -> None:
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Write numbers of a step of the stage that has begun."""
         if not self._is_main:
             return
         values = {key: float(value) for key, value in scalars.items()}
         epoch = round(step / self._steps_per_epoch, 4)
-        record = {"stage": stage, "step": step, "epoch": epoch, "time": round(time.time(), 3)}
-        record |= values
+        record = {"stage": self._stage, "step": step, "epoch": epoch}
+        record |= {"time": round(time.time(), 3), **values}
         line = files.json_text(record).encode() + b"\n"
         with _reports_unusable(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -247,18 +250,14 @@ class Reporter:
                 done, left = max(1, step - self._first), self._last - step
                 minutes, rest = divmod(round((time.perf_counter() - self._began) / done * left), 60)
                 shown.insert(-1, f"ETA {minutes // 60}:{minutes % 60:02d}:{rest:02d}")
-            head = [f"{stage} {step}/{self._last}", f"epoch {epoch:.2f}"]
+            head = f"{self._stage} {step}/{self._last}", f"epoch {epoch:.2f}"
             logger.info("%s", "  ".join([*head, *shown]))
 
     def close(self) -> None:
         """Close the bar and the trackers."""
-        self._close_bar()
-        self._trackers.close()
-
-    def _close_bar(self) -> None:
         if self._bar is not None:
             self._bar.close()
-            self._bar = None
+        self._trackers.close()
 
 
 def _shown(scalars: Mapping[str, float]) -> list[str]:
@@ -356,29 +355,22 @@ class StepWork:
         server as nothing.
         """
         bundle, names = cast("StudentBundle", self._trainer.student.bundle), teacher_names(plan)
-        passes = {(one.learner or bundle.role, one.view) for one in plan}
-        passes |= {(name, None) for name in names}
-        readers = len(names) if self._divides_rows else 1
         tokens, length = counts["tokens"], counts["tokens"] / max(1, counts["examples"])
-        student = teacher = 0.0
-        for name, view in passes:
+        passes = {(one.learner or bundle.role, one.view) for one in plan}
+        work = {True: 0.0, False: 0.0}
+        for name, view in passes | {(name, None) for name in names}:
             learns = name in bundle.by_role
-            asked = None if learns else self._trainer.teachers.get(name)
-            if asked is not None and not isinstance(asked, FrozenTeacher):
-                continue
-            if (name, view) not in self._known:
-                # A teacher that is no model of its own is the student without its adapters.
-                whole = bundle.by_role[name if learns else bundle.role]
-                model = cast("PreTrainedModel", whole if asked is None else asked.model)
-                part = None if view is None else bundle.views[view]
-                self._known[name, view] = work_of(model, part, learns=learns)
-            weights, columns = self._known[name, view]
-            work = tokens * (2 * weights + 4 * columns * length)
-            if learns:
-                student += work
-            else:
-                teacher += work / readers
-        return student, teacher
+            # A teacher that is no model of its own is the student without its adapters.
+            model = bundle.by_role.get(name) or self._trainer.teachers.get(name, bundle.student)
+            model = model.model if isinstance(model, FrozenTeacher) else model
+            if isinstance(model, PreTrainedModel):
+                if (name, view) not in self._known:
+                    part = None if view is None else bundle.views[view]
+                    self._known[name, view] = work_of(model, part, learns=learns)
+                weights, columns = self._known[name, view]
+                work[learns] += tokens * (2 * weights + 4 * columns * length)
+        readers = len(names) if self._divides_rows else 1
+        return work[True], work[False] / max(1, readers)
 
 
 _NEVER = 2**62
@@ -503,12 +495,11 @@ class TrainMeter:
         has_labels = "targets" in self._objective.units.values()
         if window.without_targets and has_labels and not self._warned:
             self._warned = True
-            if self._ranks.is_main:
-                logger.warning(
-                    "%s: %d of the last %d steps had no label, and terms on labels add nothing "
-                    "to them (logged once)",
-                    *(self._stage, window.without_targets, window.steps),
-                )
+            logger.warning(
+                "%s: %d of the last %d steps had no label, and terms on labels add nothing to them "
+                "(logged once)",
+                *(self._stage, window.without_targets, window.steps),
+            )
         teacher_s = trainer.teacher_clock.seconds()
         scalars = {
             LOSS: means.pop(WEIGHTED_LOSS, 0.0),

@@ -1,8 +1,7 @@
 """Metrics of outputs, by task and by label, and the baseline of the words alone.
 
-Shapes: N rows, C classes. `predicted` are logits [N, C], `truth` is [N, C] 0 or 1.
-
-Shapes: N rows or targets, C classes.
+Shapes: N rows, C classes. `predicted` are logits [N, C]; `truth` is [N] classes or scores, or of
+rows with any number of labels [N, C] 0 or 1.
 """
 
 from __future__ import annotations
@@ -39,9 +38,11 @@ from megakd.errors import ConfigError, DataError, MegakdError, TrainingError, on
 from megakd.plugins import is_metric, metric_of
 from megakd.training.lab import Metric, Row, lower_is_better
 
+logger = logging.getLogger(__name__)
+
 Numbers = NDArray[np.float64]
 
-THRESHOLDS = np.arange(1, 100) / 100
+LOSS, BINS, THRESHOLDS = "loss", 15, np.arange(1, 100) / 100
 
 
 def best_threshold(predicted: Numbers, truth: Numbers) -> float:
@@ -72,31 +73,19 @@ def score_of(name: str, guessed: NDArray, truth: Numbers) -> float:
     """
     if name in ("exact_match", "accuracy"):
         return float((guessed == truth).reshape(len(truth), -1).all(axis=1).mean())
-    from sklearn import metrics
-
     kind, _, average = name.partition("_")
-    of = getattr(metrics, f"{kind}_score")
-    return float(of(truth, guessed, average=average, zero_division=0))
+    return float(_sklearn(f"{kind}_score")(truth, guessed, average=average, zero_division=0))
 
 
 def scores_by_label(guessed: NDArray, truth: NDArray, label_names: Sequence[str]) -> list[Row]:
     """Return a row of scores for each label."""
-    from sklearn import metrics
-
-    scores: Any = metrics.precision_recall_fscore_support
-    parts = scores(truth, guessed, labels=range(len(label_names)), average=None, zero_division=0)
+    scores, labels = _sklearn("precision_recall_fscore_support"), range(len(label_names))
+    parts = scores(truth, guessed, labels=labels, average=None, zero_division=0)
     columns = (np.asarray(part).tolist() for part in parts)
     return [
         {"label": label, "precision": precision, "recall": recall, "f1": f1, "rows": int(rows)}
         for label, precision, recall, f1, rows in zip(label_names, *columns, strict=True)
     ]
-
-
-logger = logging.getLogger(__name__)
-
-LOSS = "loss"
-
-BINS = 15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,13 +130,14 @@ class TaskMetrics:
 
             of: Callable[..., Any] = getattr(stats, f"{name}r")
             return _correlation(name, lambda a, b: of(a, b)[0], predicted[:, 0], truth)
+        classes = predicted.argmax(axis=1).astype(np.float64)
         if name == "matthews_correlation":
-            return _correlation(name, _sklearn("matthews_corrcoef"), _classes(predicted), truth)
+            return _correlation(name, _sklearn("matthews_corrcoef"), classes, truth)
         if is_metric(name):
             return _of_plugin(name, predicted, truth)
         if name not in ONE_LABEL_METRICS:
-            return score_of(name, _classes(predicted), truth)
-        guessed, is_so = _classes(predicted) == 1, truth == 1
+            return score_of(name, classes, truth)
+        guessed, is_so = classes == 1, truth == 1
         if not is_so.any() and not guessed.any():
             logger.info(
                 "%s is undefined because no label and no prediction is positive: counted as 0", name
@@ -158,11 +148,22 @@ class TaskMetrics:
         """Return scores by class, and of one label confusions and calibration; or nothing."""
         if not self.label_names:
             return {}
-        predicted, truth = _scored_rows(outputs, labels)
+        (predicted, truth), names = _scored_rows(outputs, labels), self.label_names
         if truth.ndim == 2:
-            guessed = self._decided(predicted, truth)[1]
-            return {"per_class": scores_by_label(guessed, truth, self.label_names)}
-        return classifier_report(predicted, truth, self.label_names)
+            _, guessed = self._decided(predicted, truth)
+            return {"per_class": scores_by_label(guessed, truth, names)}
+        truths, guesses = truth.astype(np.int64), predicted.argmax(axis=1)
+        # Of many classes, a table of all pairs would not fit into memory.
+        pairs, numbers = np.unique(truths * len(names) + guesses, return_counts=True)
+        confusion = {label: dict[str, int]() for label in names}
+        for pair, number in zip(pairs, numbers, strict=True):
+            label, guessed = (names[int(n)] for n in divmod(pair, len(names)))
+            confusion[label][guessed] = int(number)
+        return {
+            "per_class": scores_by_label(guesses, truths, names),
+            "confusion": confusion,
+            "calibration_error": calibration_error(predicted, truth),
+        }
 
     def answers(self, outputs: Tensor, labels: Tensor) -> list[int]:
         """Return the class that is predicted for each row, or a number for its set of labels."""
@@ -249,10 +250,6 @@ def _scored_rows(outputs: Tensor, labels: Tensor) -> tuple[Numbers, Numbers]:
     return predicted[has_label], truth[has_label]
 
 
-def _classes(predicted: Numbers) -> Numbers:
-    return predicted.argmax(axis=1).astype(np.float64)
-
-
 def summed_loss(outputs: Tensor, labels: Tensor) -> Tensor:
     """Return [2] fp64: the summed loss of the labelled rows, and their number."""
     if labels.dim() == 2:  # the mean over the classes of a row
@@ -292,22 +289,6 @@ def _correlation(
         logger.info("%s is undefined for these %d rows: counted as 0", name, len(truth))
         return 0.0
     return value
-
-
-def classifier_report(predicted: Numbers, truth: Numbers, label_names: Sequence[str]) -> Row:
-    """Return the scores of [N, C] logits on rows with the class numbers [N]."""
-    classes, truths, guesses = len(label_names), truth.astype(np.int64), predicted.argmax(axis=1)
-    # Of many classes, a table of all pairs would not fit into memory.
-    pairs, numbers = np.unique(truths * classes + guesses, return_counts=True)
-    confusion = {label: dict[str, int]() for label in label_names}
-    for pair, number in zip(pairs, numbers, strict=True):
-        label, guessed = (label_names[int(n)] for n in divmod(pair, classes))
-        confusion[label][guessed] = int(number)
-    return {
-        "per_class": scores_by_label(guesses, truths, label_names),
-        "confusion": confusion,
-        "calibration_error": calibration_error(predicted, truth),
-    }
 
 
 def calibration_error(predicted: Numbers, truth: Numbers) -> float:

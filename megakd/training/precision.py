@@ -23,6 +23,14 @@ from megakd.models.quantized import check_fp8_device
 from megakd.stage import Stage
 from megakd_kernels.settings import resolve_implementation
 
+logger = logging.getLogger(__name__)
+
+TORCH_DTYPE: dict[Dtype, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
 
 def choice_of(stage: Stage) -> FusedLayers:
     """Return `fused_layers` of a stage; off with views, which give modules another class."""
@@ -35,15 +43,6 @@ def choice_of(stage: Stage) -> FusedLayers:
             "be fused; use auto, or remove the key"
         )
     return "off"
-
-
-logger = logging.getLogger(__name__)
-
-TORCH_DTYPE: dict[Dtype, torch.dtype] = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
 
 
 def frozen_dtype(spec: TeacherConfig, stored: torch.dtype | None, device: str) -> Dtype:

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import logging
 import math
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,16 +54,14 @@ from megakd.models.layers import check_depth, left_out, naming
 from megakd.models.onnx import batches_of, by_turns, calls_of, sample_lengths
 from megakd.models.proposed_units import lengths
 from megakd.models.structure import architecture_of, for_task
-from megakd.models.views import Allocation, Axes, Kind, ParameterCounts, View
+from megakd.models.views import Axes, Kind, ParameterCounts, View
 from megakd.process.files import RESULT
 from megakd.stage import StageResult
 from megakd.teachers.frozen import FrozenModel, FrozenTeacher
 from megakd.training.allocation import (
+    SortedTeacher,
     UnitScores,
-    scores_from_json,
-    scores_to_json,
     unit_order,
-    view_at,
 )
 from megakd.training.assembly import Assembly
 from megakd.training.evaluation import few
@@ -319,41 +317,6 @@ def measure_layers(assembly: Assembly, ready: ReadyTeacher, rows: Dataset) -> tu
 
 UNITS = "units.json"
 
-Weights = tuple[tuple[str, torch.Size, Axes, bool], ...]
-"""Name, shape and units along each dimension of every weight, and whether it is in the encoder."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SortedTeacher:
-    """A model with units sorted by importance, the most important first, and the scores.
-
-    scores: scores of the units in the teacher's original order.
-    """
-
-    source: ModelSource
-    scores: UnitScores
-
-    def view_at(
-        self,
-        sparsity: float,
-        *,
-        allocation: Allocation,
-        round_to: int,
-        with_heads: Collection[int] = (),
-    ) -> View:
-        """Return the prefix of every layer that remains at a sparsity; see `training.lab`."""
-        architecture, config = self.source.architecture, self.source.config
-        if not architecture.found_units(config).heads.to_zero:
-            with_heads = [number for number, one in enumerate(self.scores.heads) if one]
-        return view_at(
-            self.scores.scaled(),
-            sparsity,
-            allocation=allocation,
-            round_to=round_to,
-            head_width=architecture.rows_of_heads(config),
-            with_heads=with_heads,
-        )
-
 
 def unscored(source: ModelSource) -> SortedTeacher:
     """Return a model with equal scores of all units, to check a grid of sparsities in advance."""
@@ -373,7 +336,8 @@ class Shapes(Pruning):
         self, config: RunConfig, sources: Mapping[str, ModelSource], *, classes: int | None = None
     ) -> None:
         self.config, self._sources, self._classes = config, sources, classes
-        self._weights: dict[str, Weights] = {}
+        # Name, shape and units along each dimension of every weight, and if it is in the encoder.
+        self._weights: dict[str, list[tuple[str, torch.Size, Axes, bool]]] = {}
 
     def unscored(self) -> SortedTeacher:
         return unscored(self._sources[TEACHER])
@@ -392,17 +356,24 @@ class Shapes(Pruning):
             check_depth(source, view.layers, where=source.where)
 
     def parameters(self, source: ModelSource, view: View) -> ParameterCounts:
-        return counts_in_view(self._weights_of(source), source, view)
-
-    def _weights_of(self, source: ModelSource) -> Weights:
         model = source.config.to_json_string()
         if model not in self._weights:
             config = copy.deepcopy(source.config)
             if self._classes is not None:
                 config.num_labels = self._classes or 1
             counted = dataclasses.replace(source, config=config)
-            self._weights[model] = weights_of(counted, self.config.task)
-        return self._weights[model]
+            empty = valueless_model(counted, self.config.task, config)
+            axes, inside = weight_axes(empty), weights_inside(empty)
+            self._weights[model] = [
+                (name, weight.shape, axes.get(name, (None,) * weight.dim()), name in inside)
+                for name, weight in empty.named_parameters()
+            ]
+        rename, total, encoder = naming(source.config, view), 0, 0
+        for name, shape, axes, is_inside in self._weights[model]:
+            if rename(name) is not None:
+                count = math.prod(lengths(shape, axes, view))
+                total, encoder = total + count, encoder + count * is_inside
+        return ParameterCounts(total, encoder)
 
 
 class ModelPruning(Shapes):
@@ -431,13 +402,14 @@ class ModelPruning(Shapes):
         def order() -> dict[str, Any]:
             rows = self.assembly.prepared.encoded.validation
             scores = measure_importance(self.assembly, ready, rows, batch_size=BATCH_ROWS)
-            return {"order": unit_order(scores), "extra": {UNITS: scores_to_json(scores)}}
+            text = json.dumps(scores._asdict())
+            return {"order": unit_order(scores), "extra": {UNITS: text}}
 
         result = self._listed(self._written("specification", ready.source, order))
-        path = result.folder / UNITS
-        text = on_main(lambda: path.read_text(encoding="utf-8"))
-        scores = scores_from_json(text, where=str(path))
-        return SortedTeacher(source=self._source(result.folder), scores=scores)
+        # The folder's checksums were compared.
+        tree = json.loads(on_main(lambda: (result.folder / UNITS).read_text(encoding="utf-8")))
+        heads, neurons = (tuple(map(tuple, tree[kind])) for kind in UnitScores._fields)
+        return SortedTeacher(source=self._source(result.folder), scores=UnitScores(heads, neurons))
 
     def layer_scores(self, teacher: str) -> tuple[float, ...]:
         self._close()
@@ -462,7 +434,7 @@ class ModelPruning(Shapes):
     def relative_times(
         self, source: ModelSource, views: Mapping[str, View], name: str
     ) -> Mapping[str, float]:
-        """Return the median ratios of paired forwards; see `training.lab`."""
+        """Return the median ratios of paired forwards."""
         self._close()
         task, device = self.config.task, self.assembly.ranks.device
         dtype = TORCH_DTYPE[scoring_dtype(self.config.train, device.type)]
@@ -556,23 +528,3 @@ def shape_of_cut(source: ModelSource, view: View, task: TaskType) -> ModelSource
     return dataclasses.replace(
         source, config=config, architecture=for_task(config, task), folder=None, stored={}
     )
-
-
-def weights_of(source: ModelSource, task: TaskConfig) -> Weights:
-    """Return the facts of `Weights` on a model, without loading the weights."""
-    empty = valueless_model(source, task, source.config)
-    axes, inside = weight_axes(empty), weights_inside(empty)
-    return tuple(
-        (name, weight.shape, axes.get(name, (None,) * weight.dim()), name in inside)
-        for name, weight in empty.named_parameters()
-    )
-
-
-def counts_in_view(weights: Weights, source: ModelSource, view: View) -> ParameterCounts:
-    """Return the number of weights of the model that a cut to a view writes."""
-    rename, total, encoder = naming(source.config, view), 0, 0
-    for name, shape, axes, is_inside in weights:
-        if rename(name) is not None:
-            count = math.prod(lengths(shape, axes, view))
-            total, encoder = total + count, encoder + count * is_inside
-    return ParameterCounts(total, encoder)

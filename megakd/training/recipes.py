@@ -1,23 +1,19 @@
-"""What runs and plans share of any method: the stages that a config asks for, and their lab."""
+"""The stages that a config asks for, whatever the method."""
 
 from __future__ import annotations
 
-import dataclasses
-from abc import abstractmethod
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from megakd.config.deepspeed import load_ds_config, zero_stage
-from megakd.config.options import file_of
 from megakd.config.run import RunConfig
-from megakd.config.sections import inherit
-from megakd.config.task import FROM_TEACHER, STUDENT, TEACHER
+from megakd.config.sections import KeptLayers, StudentConfig, TeacherConfig, inherit
+from megakd.config.task import FP8
 from megakd.config.terms import HardCrossEntropy, TermConfig, hard_terms
-from megakd.models.fitting import ModelSource, ReadyTeacher
-from megakd.stage import Stage, StageResult
-from megakd.training.inputs import as_student
-from megakd.training.lab import Assistant, Lab
+from megakd.models.fitting import ModelSource
+from megakd.models.layers import with_layers
+from megakd.stage import Stage
 from megakd.training.precision import training_dtype
 
 
@@ -31,8 +27,8 @@ def label_terms(config: RunConfig, *, smoothed: bool = True) -> tuple[TermConfig
     if not terms:
         return hard_terms(config.task.type)
     # These stages train on the data: a term on generated texts would be 0 at every step.
-    term = dataclasses.replace(terms[0], weight=1.0, on=None)
-    return (term if smoothed else dataclasses.replace(term, label_smoothing=0.0),)
+    term = replace(terms[0], weight=1.0, on=None)
+    return (term if smoothed else replace(term, label_smoothing=0.0),)
 
 
 def learner_ds(stage: Stage, config: RunConfig, *, ranks: int, device: str) -> dict[str, Any]:
@@ -58,7 +54,7 @@ def completed(stage: Stage, config: RunConfig) -> Stage:
     finetune = teacher.finetune if teacher else None
     train = stage.train or (inherit(config.train, finetune) if finetune else config.train)
     objective = tuple(
-        dataclasses.replace(term, class_weights=train.class_weights)
+        replace(term, class_weights=train.class_weights)
         if isinstance(term, HardCrossEntropy) and term.class_weights is None
         else term
         for term in stage.objective
@@ -66,24 +62,8 @@ def completed(stage: Stage, config: RunConfig) -> Stage:
     measured = stage.measured
     if config.eval.losses and not (measured or stage.views):
         # Weights chosen by outputs are decisions of a step, and held-out rows decide nothing.
-        measured = tuple(dataclasses.replace(one, weigh=None) for one in stage.strategy.passes(0))
-    return dataclasses.replace(stage, objective=objective, train=train, measured=measured)
-
-
-def baseline_stage(lab: Lab, name: str, student: StageResult) -> Stage:
-    """Return the stage of a baseline that the config lists; methods define all but `alone`."""
-    config = lab.config
-    if name != "alone":
-        return file_of(config.method).BASELINES[name](config.method, lab, student)
-    # A student that was cut out of its teacher has no weights of its own at the start, so its shape
-    # starts from random weights. One made of layers of a model starts from these layers again.
-    is_cut = config.student.model == FROM_TEACHER and config.student.layers is None
-    return Stage(
-        name="alone",
-        objective=label_terms(config),
-        start=lab.source(student.folder).fresh if is_cut else None,
-        train=inherit(config.train, config.alone) if config.alone else None,
-    )
+        measured = tuple(replace(one, weigh=None) for one in stage.strategy.passes(0))
+    return replace(stage, objective=objective, train=train, measured=measured)
 
 
 def scoring_preset(deepspeed: str | Mapping[str, Any]) -> str:
@@ -92,62 +72,19 @@ def scoring_preset(deepspeed: str | Mapping[str, Any]) -> str:
     return "teacher_zero3" if zero_stage(ds) == 3 else "teacher_zero0"
 
 
-class LabBase(Lab):
-    """The part of a lab that follows from the configs of the run and of its models."""
+def as_student(
+    source: ModelSource, config: RunConfig, scores: Sequence[float] | None = None
+) -> ModelSource:
+    """Return the model that the student starts as, with the layers that the student keeps."""
+    student = specified(replace(source, where="student.model"), config.student)
+    layers = config.student.layers
+    wanted = layers.keep if isinstance(layers, KeptLayers) else layers
+    if wanted is None:
+        return student
+    return with_layers(student, wanted, where="student.layers", scores=scores)
 
-    config: RunConfig
 
-    def __init__(self, config: RunConfig, sources: Mapping[str, ModelSource]) -> None:
-        super().__init__(config)
-        self._sources = sources
-        self._teachers: dict[str, ReadyTeacher] = {}
-
-    @abstractmethod
-    def _source(self, folder: Path, role: str) -> ModelSource:
-        """Return the model that a stage wrote; messages name the config's section of `role`."""
-
-    def teacher(self, name: str | None = None) -> str:
-        name = name or TEACHER
-        if name not in self._teachers:
-            spec, source = self.config.teacher_specs[name], self._sources[name]
-            if spec.finetune is not None:
-                objective = label_terms(self.config, smoothed=False)
-                stage = Stage(name=f"{name}-finetune", learners={name: 1.0}, objective=objective)
-                source = self._source(self.train(stage).folder, name)
-            self._teachers[name] = ReadyTeacher(source, spec)
-        return name
-
-    def as_teacher(self, result: StageResult) -> str:
-        # A cache holds the answers of the configured teacher, not those of another model.
-        spec = dataclasses.replace(self.config.teacher_specs[TEACHER], cache=None)
-        self._teachers[result.name] = ReadyTeacher(self._source(result.folder, TEACHER), spec)
-        return result.name
-
-    def assistant(self, result: StageResult, sparsity: float | None) -> str:
-        self.record.assistants.append(Assistant(result.name, sparsity, result.folder))
-        return self.as_teacher(result)
-
-    def _completed(self, stage: Stage) -> Stage:
-        stage = completed(stage, self.config)
-        if stage.start is not None or stage.role != STUDENT:
-            return stage
-        return dataclasses.replace(stage, start=self._start())
-
-    def _start(self) -> ModelSource | None:
-        # The layers of the teacher, as it teaches, that the student keeps, if it does.
-        role = self.config.start_role
-        if role == STUDENT or self.config.student.layers is None:
-            return None
-        scores = self.pruning.layer_scores(self.teacher(role)) if self.config.ranks_layers else None
-        start = as_student(self._teachers[self.teacher(role)].source, self.config, scores)
-        self.record.layers = start.layers
-        return start
-
-    def given(self, role: str) -> ModelSource:
-        return self._sources[role]
-
-    def source(self, folder: Path) -> ModelSource:
-        return self._source(folder, STUDENT)
-
-    def model(self, teacher: str) -> ModelSource:
-        return self._teachers[teacher].source
+def specified(source: ModelSource, spec: TeacherConfig | StudentConfig) -> ModelSource:
+    """Return a model with the attention and, of a teacher, the 8 bits that its section asks for."""
+    has_fp8 = isinstance(spec, TeacherConfig) and spec.dtype == FP8
+    return replace(source, attn_implementation=spec.attn_implementation, fp8=has_fp8)

@@ -179,7 +179,7 @@ class StageRun:
                 previous: Path = self.stage.start.folder
                 text = f"{name}: continues from {previous.name} at step {step}"
                 continue_window(previous, self.student, self.source, ranks)
-        self._say(text)
+        logger.info(text)
         return step
 
     def begin(self, step: int, reporter: Reporter) -> None:
@@ -207,7 +207,7 @@ class StageRun:
         if loss > guess:
             text += f", above the {guess:.2f} of guessing uniformly; keep more layers, or choose "
             text += "them by importance (student.layers)"
-        self._say(text, logging.WARNING if loss > guess else logging.INFO)
+        logger.log(logging.WARNING if loss > guess else logging.INFO, text)
 
     def batches(self, start: int) -> Generator[Sequence[Batch], None, None]:
         """Yield the micro-batches of each step that is left after `start`, on the device."""
@@ -220,27 +220,26 @@ class StageRun:
     def tell_early_stop(self, step: int, reporter: Reporter) -> None:
         if not _due(step, self.config.log.logging_steps):
             self.log(step, reporter)
-        self._say(
-            f"{self.stage.name}: stopped at step {step} of {self.steps}, because "
-            f"{self.best.misses} evaluations in a row were not better "
-            "(train.early_stopping_patience)"
+        logger.info(
+            "%s: stopped at step %d of %d, because %d evaluations in a row were not better "
+            "(train.early_stopping_patience)",
+            *(self.stage.name, step, self.steps, self.best.misses),
         )
 
     def log(self, step: int, reporter: Reporter) -> None:
         self.meter.check_finite(self._newest)
         scalars = self.meter.scalars(waited_s=self.source.waited_s)
         scalars |= self.source.scalars()
-        on_main(lambda: reporter.log(step, scalars, stage=self.stage.name))
+        on_main(lambda: reporter.log(step, scalars))
 
     def evaluate(self, step: int, reporter: Reporter) -> None:
         """Score the student, report the scores, and keep its weights if they are the best."""
-        name = self.stage.name
         self.meter.check_finite(self._newest)
-        with self.meter.paused(), doing(f"scoring stage {name} at step {step}"):
+        with self.meter.paused(), doing(f"scoring stage {self.stage.name} at step {step}"):
             scores = self._scores()
             verdict = self._judge(scores, step)
             evaluation = Evaluation(scores, verdict.view, verdict.cut)
-            on_main(lambda: reporter.log(step, evaluation.scalars(), stage=name))
+            on_main(lambda: reporter.log(step, evaluation.scalars()))
             self.best.consider(step, evaluation, verdict)
 
     def _scores(self) -> dict[str, dict[str, float]]:
@@ -274,26 +273,25 @@ class StageRun:
 
     def write(self, extra: Files) -> StageResult:
         """Write the weights that the stage returns and its result into the stage's folder."""
-        stage, best = self.stage, self.best.returned()
+        stage, (source, chosen, evaluation) = self.stage, self.best.returned()
         folder = self.assembly.stage_folder(stage.name)
         result = StageResult(
             name=stage.name,
             folder=folder,
-            metrics=best.evaluation.metrics,
+            metrics=evaluation.metrics,
             steps=self.trainer.step - self.first_step,
             seconds=self.meter.elapsed_seconds(),
             tokens_per_second=self.meter.tokens_per_second(),
             peak_memory_bytes=max(gather(peak_memory_bytes(self.ranks.device))),
-            scores=best.chosen.scores if stage.views else {},
-            view=best.chosen.view if stage.views else None,
+            scores=chosen.scores if stage.views else {},
+            view=chosen.view if stage.views else None,
         )
         files = {RESULT: result_text(result, self.saves.length), **extra()}
-        source, learner = best.folder, self.bundle.student
-        if source is not None and adapter_config(learner) is not None:
-            load_adapters(learner, source)
+        if source is not None and adapter_config(self.bundle.student) is not None:
+            load_adapters(self.bundle.student, source)
             source = None
         if source is None:
-            self._write(folder, files, best.chosen)
+            self._write(folder, files, chosen)
         else:
             remedy = f"remove {source} and start the same command again"
             on_main(lambda: copy_finished(source, folder, changes=files, remedy=remedy))
@@ -339,10 +337,6 @@ class StageRun:
             write_stage_folder(folder, models, extra=extra, window=window)
 
         together(write)
-
-    def _say(self, text: str, level: int = logging.INFO) -> None:
-        if self.ranks.is_main:
-            logger.log(level, text)
 
     def close(self) -> None:
         self.saves.close()

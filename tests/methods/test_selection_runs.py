@@ -75,7 +75,7 @@ def test_episodes_that_are_left_need_the_whole_initial_student(bench, soft, tmp_
         forgotten(soft, out, stage="selector", after=step, following=("student",))
         beginning = out / "checkpoints" / "selector" / "beginning"
         if damaged:
-            flip(next(beginning.glob("*.pt")))
+            flip(next(beginning.rglob("engine-*.pt")))
         else:
             shutil.rmtree(beginning)
         return bench.one_rank.train("--config", bench.folder / "soft.yaml", f"output_dir={out}")

@@ -18,9 +18,9 @@ from megakd.methods.maxidisc import MaxiDiscConfig
 from megakd.methods.minidisc import MiniDiscConfig, TradeoffJudge
 from megakd.models.fitting import ModelSource
 from megakd.models.structure import architecture_of
-from megakd.training.allocation import UnitScores
+from megakd.training.allocation import SortedTeacher, UnitScores
 from megakd.training.metrics import check_weighed, headline
-from megakd.training.pruning import SortedTeacher, unscored
+from megakd.training.pruning import unscored
 
 LAMBDA = 0.2
 READ = 0.0025  # what the authors' figure can be read to

@@ -11,12 +11,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from megakd.errors import CheckpointError, ConfigError, TeacherError
+from megakd.errors import ConfigError, TeacherError
 from megakd.models.views import View
 from megakd.training.allocation import (
     UnitScores,
-    scores_from_json,
-    scores_to_json,
     unit_order,
     view_at,
 )
@@ -220,28 +218,3 @@ def test_layers_without_units_are_left_as_they_are():
 
     for allocation in ("global", "uniform"):
         assert view_at(result, 0.5, allocation=allocation) == View((0, 2), (0, 32))
-
-
-floats = st.floats(allow_nan=False, allow_infinity=False)
-exact = st.lists(st.lists(floats, max_size=4).map(tuple), max_size=3).map(tuple)
-
-
-@given(st.builds(UnitScores, exact, exact))
-def test_scores_are_read_back_to_the_last_digit(drawn):
-    assert scores_from_json(scores_to_json(drawn), where="units.json") == drawn
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        *(
-            (text, r"units\.json does not hold")
-            for text in ("", "[]", "{}", '{"heads": [[1.0]]}', '{"heads": [["x"]], "neurons": []}')
-        ),
-        ("[[1", r"units\.json does not hold"),
-        ('{"heads": [[NaN]], "neurons": [[1.0]]}', "not finite"),
-    ],
-)
-def test_a_file_that_holds_something_else_is_named(text, message):
-    with pytest.raises(CheckpointError, match=message):
-        scores_from_json(text, where="units.json")

@@ -34,8 +34,8 @@ def stored(folder: Path, name: str = "best") -> list[str]:
 
 
 def step_of(best: Any) -> int | None:
-    returned = best.returned()
-    return returned.folder and int((returned.folder / "weights").read_text()[5:])
+    folder, *_ = best.returned()
+    return folder and int((folder / "weights").read_text()[5:])
 
 
 def test_the_best_stays_a_tie_keeps_the_earlier_and_what_is_no_number_never_wins(tmp_path):
@@ -45,7 +45,7 @@ def test_the_best_stays_a_tie_keeps_the_earlier_and_what_is_no_number_never_wins
     best = evaluated(best_of(tmp_path), scores)
 
     assert (step_of(best), stored(tmp_path)) == (6, ["step-6"])
-    assert best.returned().evaluation.metrics == {"accuracy": 0.7}
+    assert best.returned()[2].metrics == {"accuracy": 0.7}
 
 
 def test_the_log_tells_of_which_step_the_result_is_if_the_last_was_worse(tmp_path, caplog):
@@ -136,8 +136,8 @@ def test_a_stage_gives_the_best_of_the_view_that_is_chosen(
         verdict = Verdict(score, chosen, {"target": target})
         bests.consider(3 * number, Evaluation(scores, chosen), verdict)
 
-    returned = bests.returned()
+    _, decisive, evaluation = bests.returned()
 
-    assert (returned.chosen.view, returned.chosen.metrics) == (view, {"accuracy": compared})
-    assert returned.evaluation.metrics == {"accuracy": 0.9 if view == "target" else compared}
+    assert (decisive.view, decisive.metrics) == (view, {"accuracy": compared})
+    assert evaluation.metrics == {"accuracy": 0.9 if view == "target" else compared}
     assert step_of(bests) == step

@@ -44,7 +44,7 @@ def run_of(folder: Path, stage: str, steps: range, trackers: Trackers | None = N
     reporter = Reporter(folder, is_main=True, trackers=trackers)
     reporter.begin(stage, steps.start - 1, **OF_TEN)
     for step in steps:
-        reporter.log(step, {"train/loss": 1 / step}, stage=stage)
+        reporter.log(step, {"train/loss": 1 / step})
     reporter.close()
 
 
@@ -92,7 +92,7 @@ def test_a_terminal_gets_a_bar_with_the_chosen_numbers_from_rank_0_alone(
 
     reporter.begin("distil", 2, **OF_TEN)
     reporter.advance(3)
-    reporter.log(4, NUMBERS, stage="distil")
+    reporter.log(4, NUMBERS)
     reporter.close()
 
     shown, files = terminal.getvalue(), [path.name for path in tmp_path.iterdir()]
@@ -113,9 +113,9 @@ def test_without_a_terminal_there_is_one_short_line_per_log_and_no_bar(
     reporter.begin("distil", 4, **OF_TEN)
     clock.now += 2400
     with caplog.at_level(logging.INFO):
-        reporter.log(6, NUMBERS, stage="distil")
-        reporter.log(6, {"eval/half/accuracy": 0.5, "eval/accuracy": 0.75}, stage="distil")
-    reporter.log(7, {"x": float("nan")}, stage="distil")
+        reporter.log(6, NUMBERS)
+        reporter.log(6, {"eval/half/accuracy": 0.5, "eval/accuracy": 0.75})
+    reporter.log(7, {"x": float("nan")})
 
     assert stream.getvalue() == ""
     assert caplog.messages == [
@@ -137,11 +137,12 @@ def test_a_disk_that_is_full_midway_is_said_once_and_not_again_when_the_file_is_
             return super().write(bytes(content)[:5])  # type: ignore[call-overload]
 
     reporter = Reporter(tmp_path, is_main=True)
-    reporter.log(1, {"train/loss": 1.0}, stage="distil")
+    reporter.begin("distil", 0, **OF_TEN)
+    reporter.log(1, {"train/loss": 1.0})
     with monkeypatch.context() as full:
         full.setattr(Path, "open", lambda path, *_, **__: Full(path, "a"))
         with pytest.raises(MegakdError, match=r"no space left while writing .*metrics\.jsonl"):
-            reporter.log(2, {"train/loss": 0.5}, stage="distil")
+            reporter.log(2, {"train/loss": 0.5})
     reporter.close()
 
     run_of(tmp_path, "distil", range(2, 3))
