@@ -150,7 +150,6 @@ def measured_stage(config: RunConfig, ranks: Ranks) -> Iterator[tuple[MeasuredSt
         objective=config.objective or (),
         strategy=Constant((Pass(teacher=name),)),
         train=config.train,
-        deepspeed=config.student.deepspeed,
     )
     with ExitStack() as stack:
         teacher = lab.pool.open(name, stage)
