@@ -174,12 +174,8 @@ def shrink(
             'the size of the student is one of parameters="0.6B", flops="12%" and speedup="8x" '
             f"(got {', '.join(size) or 'none'})"
         )
-    from megakd.commands.shrink import shrink_tree
-
     sizes = {name: str(value) for name, value in size.items()}
-    out = None if output_dir is None else Path(output_dir)
-    tree = shrink_tree(str(model), size=sizes, data=None, words=overrides, output_dir=out)
-    return train(_with_rows(tree, data), overrides)
+    return _train_by_recipe(model, data, overrides, output_dir, size=sizes)
 
 
 def distil(
@@ -202,19 +198,24 @@ def distil(
     Raises:
         MegakdError: the input is invalid, or the run cannot continue.
     """
-    from megakd.commands.shrink import distil_tree
-
-    out = None if output_dir is None else Path(output_dir)
     model = student if isinstance(student, Mapping) else str(student)
-    tree = distil_tree(str(teacher), model, words=overrides, output_dir=out)
-    return train(_with_rows(tree, data), overrides)
+    return _train_by_recipe(teacher, data, overrides, output_dir, student=model)
 
 
-def _with_rows(tree: dict[str, Any], data: Any) -> dict[str, Any]:
+def _train_by_recipe(
+    model: str | Path,
+    data: Any,
+    overrides: Sequence[str],
+    output_dir: str | Path | None,
+    **student: Any,
+) -> RunResult:
+    from megakd.commands.shrink import recipe
     from megakd.data.files import file_of_rows
 
+    out = None if output_dir is None else Path(output_dir)
+    tree = recipe(str(model), words=overrides, output_dir=out, **student)
     tree["task"]["dataset"] = file_of_rows(data, Path(tree["output_dir"]))
-    return tree
+    return train(tree, overrides)
 
 
 def evaluate(

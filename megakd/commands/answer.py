@@ -109,16 +109,19 @@ def read_prompts(path: Path) -> list[Messages]:
 
 
 def _prompt(path: Path, column: str, record: Record | DataError) -> Messages:
-    from megakd.data.arrow import text_of
-    from megakd.data.conversations import INPUT, MESSAGES_DEFAULTS, messages_of
+    from megakd.data.conversations import (
+        INPUT,
+        MESSAGES_DEFAULTS,
+        ChatColumns,
+        conversation_of,
+        messages_of,
+    )
 
     if isinstance(record, DataError):
         raise record
     if column not in MESSAGES_DEFAULTS:
-        text = text_of(str(path), column, record)
-        if record.values.get(INPUT):
-            text += f"\n\n{text_of(str(path), INPUT, record)}"
-        return [{"role": "user", "content": text}]
+        columns = ChatColumns(prompt=column, addition=INPUT, as_messages=True)
+        return conversation_of(str(path), columns, record).messages or []
     where = f"{path}, {record.place}"
     messages = messages_of(record.values.get(column), where=f"{where}: column {column!r}")
     asked = [n for n, one in enumerate(messages) if one["role"] in ("user", "tool")]

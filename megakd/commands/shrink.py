@@ -22,59 +22,39 @@ from megakd.process.files import REPORT, check_writable, write_text
 from megakd.process.terminal import in_home
 
 
-def shrink_tree(
+def recipe(
     model: str,
     *,
-    size: Mapping[str, str],
-    data: str | None,
     words: Sequence[str] = (),
     output_dir: Path | None = None,
+    size: Mapping[str, str] | None = None,
+    student: str | Mapping[str, Any] = "",
 ) -> dict[str, Any]:
-    """Return the sections of a run that cuts a model to a size and repairs it.
+    """Return the sections of a run in which a student learns from a model, without its data.
 
     Args:
         model: a folder or a Hub id.
-        size: `parameters`, `flops` or `speedup`, as the method `shrink` reads them.
-        data: a file, a folder or a Hub data set; None: an override names it.
         words: the overrides of the run, on which some defaults depend.
-        output_dir: default: `runs/<model>-<size>`.
+        output_dir: default: `runs/<model>-<size>`, or `runs/<model>-<student>`.
+        size: `parameters`, `flops` or `speedup`, as the method `shrink` reads them; it cuts the
+            model.
+        student: without `size`, a folder or a Hub id, or a mapping for `student.model`.
     """
-    tree = _recipe(_keys_of(model), words)
-    if data is not None:
-        tree["task"]["dataset"] = data
+    tree = _sections(_keys_of(model), words)
     teacher = {"model": model, **tree.pop("teacher", {})}
     if any(word.startswith("objective=") for word in words):
         teacher.pop("cache", None)  # which holds outputs alone
-    out = str(output_dir or _folder(model, next(iter(size.values()), "smaller")))
-    return {"output_dir": out, "teacher": teacher, **tree, "method": {"name": "shrink", **size}}
+    if size is not None:
+        method, what = {"name": "shrink", **size}, next(iter(size.values()), "smaller")
+    else:
+        method, what = {"name": "single"}, Path(student).name if isinstance(student, str) else ""
+        tree["student"]["model"] = student
+    name = re.sub(r"[^\w.-]+", "-", f"{Path(model).name or 'model'}-{what or 'student'}")
+    out = str(output_dir or Path("runs") / name.rstrip("-"))
+    return {"output_dir": out, "teacher": teacher, **tree, "method": method}
 
 
-def distil_tree(
-    teacher: str,
-    student: str | Mapping[str, Any],
-    *,
-    words: Sequence[str] = (),
-    output_dir: Path | None = None,
-) -> dict[str, Any]:
-    """Return the sections of a run in which a student learns from a teacher, without its data.
-
-    Args:
-        student: a folder or a Hub id, or a mapping for `student.model`, such as `{"config": …}`.
-    """
-    tree = _recipe(_keys_of(teacher), words)
-    tree["teacher"] = {"model": teacher, **tree.get("teacher", {})}
-    tree["student"] = {**tree["student"], "model": student}
-    name = Path(student).name if isinstance(student, str) else "student"
-    out = str(output_dir or _folder(teacher, name))
-    return {"output_dir": out, **tree, "method": {"name": "single"}}
-
-
-def _folder(model: str, what: str) -> Path:
-    name = f"{Path(model).name or 'model'}-{what}"
-    return Path("runs") / re.sub(r"[^\w.-]+", "-", name).rstrip("-")
-
-
-def _recipe(keys: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
+def _sections(keys: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
     """Return the sections for a model with these keys of its config.json."""
     name = str((keys.get("architectures") or [""])[0])
     widths = (keys.get(key) for key in ("hidden_size", "dim", "d_model", "n_embd"))
@@ -213,36 +193,29 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _config(arguments: argparse.Namespace) -> tuple[RunConfig, str]:
+    _check(arguments)
     size = {key: getattr(arguments, key) for key in EXAMPLES}
-    size = {key: value for key, value in size.items() if value is not None}
-    _check(arguments, has_size=bool(size))
-    ours = shrink_tree(
+    ours = recipe(
         arguments.model,
-        size=size,
-        data=arguments.data,
+        size={key: value for key, value in size.items() if value is not None},
         words=arguments.overrides,
         output_dir=arguments.output_dir,
     )
+    if arguments.data is not None:
+        ours["task"]["dataset"] = arguments.data
     # The recipe of a fine-tuning is in the tree.
     words = [word for word in arguments.overrides if word != "teacher.finetune={}"]
-    tree = with_overrides(ours, words, source=SOURCE)
-    task, keys = tree["task"], ("dataset", "train_files", "mixture")
-    if not (isinstance(task, dict) and any(task.get(key) is not None for key in keys)):
-        raise ConfigError("the rows to learn from are missing; give --data F, or task.dataset=F")
     # The overrides are given again, so that a message names the override that is wrong.
     config = config_of(ours, words, source=SOURCE)
     comment = "\n".join(f"# {line}" for line in f"Written by: {arguments.command}".splitlines())
-    return config, f"{comment}\n{dump_yaml(tree)}"
+    return config, f"{comment}\n{dump_yaml(with_overrides(ours, words, source=SOURCE))}"
 
 
-def _check(arguments: argparse.Namespace, *, has_size: bool) -> None:
-    sizes = " | ".join(f"--{key} {example}" for key, example in EXAMPLES.items())
-    usage = f"megakd shrink MODEL {sizes} --data FILE"
+def _check(arguments: argparse.Namespace) -> None:
     if arguments.model is None or ("=" in arguments.model and not Path(arguments.model).exists()):
+        sizes = " | ".join(f"--{key} {example}" for key, example in EXAMPLES.items())
+        usage = f"megakd shrink MODEL {sizes} --data FILE"
         raise ConfigError(f"the model to shrink is missing; write: {usage}")
-    settings = tuple(f"method.{key}=" for key in EXAMPLES)
-    if not has_size and not any(word.startswith(settings) for word in arguments.overrides):
-        raise ConfigError(f"the size of the student is missing; write: {usage}")
     if arguments.ranks < 1:
         raise ConfigError(f"--ranks must be at least 1 (got {arguments.ranks})")
     started = os.environ.get("WORLD_SIZE", "1")

@@ -46,7 +46,7 @@ from megakd.process.terminal import in_home
 def config_problems(config: RunConfig) -> list[str]:
     """Return the problems of a config that no data or model can solve, one line per problem."""
     sections = (
-        *(_tables, _features, _teachers, _student, _deepspeed, _objective, _task, _labels),
+        *(_tables, _teachers, _student, _deepspeed, _objective, _task, _labels),
         *(_stream, _trainings, _metrics, _rollout),
     )
     return [problem for section in sections for problem in section(config)]
@@ -68,10 +68,20 @@ _ONLY = (
     ("task", "mlm_probability", "mlm"),
     ("task", "streaming", "mlm causal_lm"),
     ("task", f"{_CHATS} mixture", "causal_lm"),
+    ("teachers", "cache", "classification regression causal_lm"),  # mlm masks anew in every epoch
     ("teachers", "cache_draws server", "causal_lm"),
     ("train", "packing", "causal_lm"),
     ("trainings", "class_weights", "classification"),
     ("trainings", "tokens_per_rank", "causal_lm"),
+)
+# Section, keys, and the class variable of the methods that support them.
+_FEATURES = (
+    ("teachers", "server", "learns_from_rollouts"),
+    ("", "rollout", "learns_from_rollouts"),
+    ("student", "lora", "learns_adapters"),
+    ("task", "soft_labels", "reads_soft_labels"),
+    ("task", "teacher_column", "routes_rows"),
+    ("sources", "teacher", "routes_rows"),
 )
 # Section, keys, the key that excludes them (of the same section after a dot), and why.
 _CONFLICTS = (
@@ -109,6 +119,10 @@ def _tables(config: RunConfig) -> Iterator[str]:
         only = f"supported only for {tasks.replace(' ', ' and ')}, and task.type is {task}"
         for key, _ in _changed(config, section, keys) if task not in tasks else ():
             yield f"{key}: {only}; remove the key"
+    for section, keys, flag in _FEATURES:
+        for key, _ in () if getattr(config.method, flag) else _changed(config, section, keys):
+            others = " or ".join(methods_with(flag))
+            yield f"{key}: not supported by method {config.method.name}; remove it, or use {others}"
     for section, keys, other, why in _CONFLICTS:
         for key, of_section in _changed(config, section, keys):
             name, value = _setting(config, key, of_section, other)
@@ -151,23 +165,6 @@ def _setting(config: RunConfig, key: str, section: Any, other: str) -> tuple[str
     return f"{where}{other}", getattr(inherited, other[1:])
 
 
-def _features(config: RunConfig) -> Iterator[str]:
-    # Keys that not every method supports, by the class variable of the methods that do.
-    method, sources = config.method, config.task.mixture or {}
-    servers = {f"{config.key_of(n)}.server": s.server for n, s in config.teacher_specs.items()}
-    of_rows = {f"task.mixture.{name}.teacher": source.teacher for name, source in sources.items()}
-    features = {
-        "learns_from_rollouts": {**servers, "rollout": config.rollout},
-        "learns_adapters": {"student.lora": config.student.lora},
-        "reads_soft_labels": {"task.soft_labels": config.task.soft_labels},
-        "routes_rows": {"task.teacher_column": config.task.teacher_column, **of_rows},
-    }
-    for flag, keys in features.items():
-        for key in () if getattr(method, flag) else [key for key, value in keys.items() if value]:
-            others = " or ".join(methods_with(flag))
-            yield f"{key}: not supported by method {method.name}; remove it, or use {others}"
-
-
 def _teachers(config: RunConfig) -> Iterator[str]:
     method, specs = config.method, config.teacher_specs
     if method.needs_teacher and not specs and config.task.soft_labels is None:
@@ -186,8 +183,6 @@ def _teachers(config: RunConfig) -> Iterator[str]:
 
 def _teacher(config: RunConfig, key: str, spec: TeacherConfig) -> Iterator[str]:
     method, task = config.method, config.task.type
-    if spec.cache is not None and task == "mlm":
-        yield f"{key}.cache: task.type mlm masks other tokens in every epoch; remove the key"
     if spec.cache not in (None, AUTO):
         if method.looks_into_teacher:
             yield f'{key}.cache: method {method.name} needs more than outputs; set it to "auto"'
@@ -279,21 +274,19 @@ def _counts_rows(term: Term) -> bool:
 
 
 def _output_problems(config: RunConfig, name: str, term: Term) -> Iterator[str]:
-    # The keys that replace a teacher by some of its outputs, with the part of the probabilities
-    # that they hold (empty: all).
-    spec, key, sources = config.teacher_specs[name], config.key_of(name), dict[str, str]()
-    if spec.cache is not None:
-        held = "the largest probabilities" if spec.cache_draws is None else "random draws"
-        sources[f"{key}.cache"] = held if config.task.type == "causal_lm" else ""
-    if spec.server is not None:
-        sources[f"{key}.server"] = "the largest probabilities"
-    for source, held in sources.items():
-        if looks_inside(term):
-            yield f"needs more than outputs, which {source} holds; remove {source} or the term"
-        elif held and isinstance(term, SoftTargetKl) and term.temperature != 1:
-            yield f"needs temperature 1, because {source} holds {held}; set temperature to 1"
-        elif held and term.needs_teacher and not isinstance(term, SoftTargetKl):
-            yield f"needs all probabilities, and {source} holds {held}; use soft_target_kl"
+    # A cache or a server, which exclude each other, hold some of a teacher's outputs.
+    spec, key = config.teacher_specs[name], config.key_of(name)
+    if spec.cache is None and spec.server is None:
+        return
+    source = f"{key}.cache" if spec.server is None else f"{key}.server"
+    held = "the largest probabilities" if spec.cache_draws is None else "random draws"
+    is_part = config.task.type == "causal_lm"
+    if looks_inside(term):
+        yield f"needs more than outputs, which {source} holds; remove {source} or the term"
+    elif is_part and isinstance(term, SoftTargetKl) and term.temperature != 1:
+        yield f"needs temperature 1, because {source} holds {held}; set temperature to 1"
+    elif is_part and term.needs_teacher and not isinstance(term, SoftTargetKl):
+        yield f"needs all probabilities, and {source} holds {held}; use soft_target_kl"
 
 
 def _task(config: RunConfig) -> Iterator[str]:

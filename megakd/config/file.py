@@ -18,11 +18,11 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from megakd.config.checks import config_problems
-from megakd.config.options import METHODS, MethodOptions
+from megakd.config.options import METHODS
 from megakd.config.paths import looks_like_path
 from megakd.config.run import RunConfig
 from megakd.config.task import STUDENT, listed_files
-from megakd.config.terms import TERMS, Term
+from megakd.config.terms import TERMS
 from megakd.errors import ConfigError, one_line, suggestion
 from megakd.plugins import WrongNameError
 from megakd.process.terminal import in_home
@@ -106,7 +106,7 @@ _OTHER_LOSSES = {
 }
 
 _WITHOUT_A_CHOICE = (
-    "method.candidates method.importance_batch_size method.importance_split "
+    "method.candidates method.gamma method.importance_batch_size method.importance_split "
     "method.selector_learning_rate method.trial_steps rollout.server.time_limit "
     "teacher.cache_seed teacher.server.time_limit train.early_stopping_threshold"
 )
@@ -152,7 +152,7 @@ REMOVED: Mapping[str, str] = {
 
 KeyPath = tuple[str | int, ...]
 
-_NAMED = {MethodOptions: METHODS, Term: TERMS}
+_NAMED = {"method": METHODS, "objective": TERMS}
 
 _UNKNOWN_KEY = "unexpected_keyword_argument"
 
@@ -169,64 +169,42 @@ _WORDS = {
 _MOST_CHARACTERS = 60
 
 
-def members(annotation: Any) -> list[Any]:
-    """Return the alternatives of an annotation, with `Annotated` and unions resolved."""
-    if get_origin(annotation) is Annotated:
-        return members(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, types.UnionType):
-        return [inner for part in get_args(annotation) for inner in members(part)]
-    return [annotation]
-
-
 def keys_at(path: KeyPath, tree: Any) -> list[str]:
     """Return the known keys of the mapping at `path` of a config; none if its keys are free."""
-    annotation: Any = RunConfig
-    for part in path:
-        if isinstance(part, int):
-            items = [kind for kind in members(annotation) if get_origin(kind) is tuple]
-            annotation = get_args(items[0])[0] if items else None
-            tree = tree[part] if isinstance(tree, list) else None
-        else:
-            kind = _dataclass_of(annotation, tree)
-            annotation = None if kind is None else _hints(kind).get(part)
-            tree = tree.get(part) if isinstance(tree, dict) else None
-    kind = _dataclass_of(annotation, tree)
-    return [] if kind is None else [field.name for field in dataclasses.fields(kind)]
-
-
-def _dataclass_of(annotation: Any, value: Any) -> Any:
-    for kind in members(annotation):
-        if kind in _NAMED:
-            named = _NAMED[kind]
-            with contextlib.suppress(ConfigError, WrongNameError):  # reported by the validation
-                return named.kind(value.get(named.key) if isinstance(value, dict) else None)
-        elif dataclasses.is_dataclass(kind):
-            return kind
-    return None
+    names = [part for part in path if isinstance(part, str)]
+    if named := _NAMED.get(".".join(names)):
+        for part in path:
+            tree = tree[part]
+        with contextlib.suppress(ConfigError, WrongNameError):  # reported by the validation
+            return [field.name for field in dataclasses.fields(named.kind(tree.get(named.key)))]
+    pattern = re.compile("".join(rf"(?:\*|{re.escape(name)})\." for name in names) + r"([^.]+)")
+    return [match[1] for key in _keys_of(RunConfig) if (match := pattern.fullmatch(key))]
 
 
 def paths_ending_in(key: str) -> list[str]:
     """Return dotted paths of the settings named `key`, the shortest path first."""
-    paths = [path for path in _option_paths(RunConfig, "") if path.rpartition(".")[2] == key]
+    paths = [path for path in _keys_of(RunConfig) if path.rpartition(".")[2] == key]
     return sorted(paths, key=lambda path: path.count("."))
 
 
-def _option_paths(kind: Any, prefix: str) -> Iterator[str]:
-    for name, annotation in _hints(kind).items():
-        yield f"{prefix}{name}"
-        for part in members(annotation):
-            if dataclasses.is_dataclass(part):
-                yield from _option_paths(part, f"{prefix}{name}.")
+def _keys_of(annotation: Any, prefix: str = "") -> Iterator[str]:
+    # The dotted keys of a section, also of a section in a union or a list; * is any name.
+    if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
+        for name, hint in get_type_hints(annotation, include_extras=True).items():
+            if get_origin(hint) is not ClassVar:
+                yield f"{prefix}{name}"
+                yield from _keys_of(hint, f"{prefix}{name}.")
+    elif get_origin(annotation) in (Annotated, Union, types.UnionType, tuple):
+        for part in get_args(annotation):
+            yield from _keys_of(part, prefix)
+    elif get_origin(annotation) is dict:
+        yield from _keys_of(get_args(annotation)[1], f"{prefix}*.")
 
 
 def dotted(path: Sequence[str | int]) -> str:
     """Return a path as text, such as `objective[0].temperature`."""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
     return text.removeprefix(".")
-
-
-def _hints(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind, include_extras=True)
 
 
 def schema_problems(error: ValidationError, tree: Any) -> list[str]:
@@ -468,37 +446,37 @@ def _plain(tree: Any, source: str) -> Any:
 
 def _apply(override: str, tree: dict[str, Any]) -> None:
     # Sections that are missing or null are created.
-    (*sections, last), (_, equals, text) = _keys(override), override.partition("=")
-    if not equals or not all([*sections, last]):
+    keys, (_, equals, text) = _keys(override), override.partition("=")
+    if not equals or not all(keys):
         raise ConfigError(
             f'override "{override}" is not of the form key=value, such as train.learning_rate=3e-4'
         )
     value = parse_yaml(text, source=f'override "{override}"')
     node: Any = tree
-    for depth, key in enumerate(sections):
-        if isinstance(node, dict) and node.get(key) is None:
+    for depth, key in enumerate(keys):
+        where = f'override "{override}": {".".join(keys[:depth])}'
+        is_last = depth == len(keys) - 1
+        slot: Any = key
+        if isinstance(node, list):
+            if not key.isdecimal() or int(key) >= len(node):
+                raise ConfigError(
+                    f"{where} is a list of {len(node)} items, numbered from 0, without an item "
+                    f'"{key}"'
+                )
+            slot = int(key)
+        elif not isinstance(node, dict):
+            raise ConfigError(f"{where} is {shown(node)} and has no keys")
+        elif not is_last and node.get(key) is None:
             node[key] = {}
-        node = node[_slot(node, key, sections[:depth], override)]
-    node[_slot(node, last, sections, override)] = value
+        if is_last:
+            node[slot] = value
+        else:
+            node = node[slot]
 
 
 def _keys(override: str) -> list[str]:
     # The form `objective[0].weight` is also accepted.
     return re.sub(r"\[(\d+)\]", r".\1", override.partition("=")[0].strip()).split(".")
-
-
-def _slot(node: Any, key: str, parents: Sequence[str], override: str) -> str | int:
-    if isinstance(node, dict):
-        return key
-    where = ".".join(parents)
-    if not isinstance(node, list):
-        raise ConfigError(f'override "{override}": {where} is {shown(node)} and has no keys')
-    if not key.isdecimal() or int(key) >= len(node):
-        raise ConfigError(
-            f'override "{override}": {where} is a list of {len(node)} items, numbered from 0, '
-            f'without an item "{key}"'
-        )
-    return int(key)
 
 
 _TAG = "tag:yaml.org,2002:"

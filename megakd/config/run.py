@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from megakd.config.options import METHODS, MethodOptions
@@ -33,7 +32,7 @@ from megakd.config.task import (
     Dtype,
     TaskConfig,
 )
-from megakd.config.terms import EACH_ONCE, STRICT, Count, TermConfig
+from megakd.config.terms import EACH_ONCE, STRICT, Count, TermConfig, as_tuple, matching
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -61,10 +60,12 @@ class EvalConfig:
     CPU also as ONNX graphs (classifiers)."""
 
 
-def _repository(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text):
-        raise ValueError(f"must be a Hub repository of the form user/name (got {text!r})")
-    return text
+Repository = Annotated[
+    str,
+    matching(
+        r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", "must be a Hub repository of the form user/name"
+    ),
+]
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -80,7 +81,7 @@ class SaveConfig:
     asynchronous: Literal["auto"] | bool = "auto"
     """Write a copy of the state beside the next steps instead of between two steps; auto: if the
     free memory of every node holds the copy twice."""
-    push_to_hub: Annotated[str, AfterValidator(_repository)] | None = None
+    push_to_hub: Repository | None = None
     """Upload final/ to this repository of the Hugging Face Hub, such as user/name."""
     hub_private: bool = False
     """Create the repository as a private repository."""
@@ -104,9 +105,8 @@ Service = Literal[
 
 
 def _trackers(value: object) -> object:
-    # One name, or none, as in transformers.
-    names = value if isinstance(value, list | tuple) else [] if value is None else [value]
-    return () if names in (["none"], ["None"]) else tuple(names)
+    names = as_tuple(value)
+    return () if names in (None, ("none",), ("None",)) else names  # none, as in transformers
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

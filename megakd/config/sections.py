@@ -14,7 +14,17 @@ from pydantic.dataclasses import dataclass
 
 from megakd.config.paths import Folder, Name, Place
 from megakd.config.task import STUDENT, STUDENT_BASE, Dtype, FusedLayers, Kernels
-from megakd.config.terms import EACH_ONCE, STRICT, Count, Fraction, Positive, Source, Weight
+from megakd.config.terms import (
+    EACH_ONCE,
+    STRICT,
+    Count,
+    Fraction,
+    Positive,
+    Source,
+    Weight,
+    as_tuple,
+    matching,
+)
 from megakd.errors import ConfigError, one_line
 
 MOST_DRAWS = 255
@@ -172,14 +182,10 @@ def learning_rate_schedule(train: TrainConfig, total_steps: int) -> Schedule:
     options, peak = train.lr_scheduler_kwargs or {}, train.learning_rate
     name, warm = train.lr_scheduler_type, warmup_steps(train, total_steps)
     where = f"train.lr_scheduler_type: {name}"
-    if name == "constant" and warm:  # transformers would leave out the warm-up
-        raise ConfigError(
-            f"{where}: this schedule has no warm-up; use constant_with_warmup, or remove the "
-            "warm-up"
-        )
     try:
         scheduler = get_scheduler(
-            name,
+            # `constant` would leave out the warm-up.
+            "constant_with_warmup" if name == "constant" else name,
             torch.optim.SGD([torch.zeros(1)], lr=peak),
             num_warmup_steps=warm,
             # One of the two sets the steps at the peak rate of `warmup_stable_decay`.
@@ -409,28 +415,19 @@ class TeacherConfig(ModelConfig):
         return self.model if self.server is None or self.server.model is None else self.server.model
 
 
-def _plain_name(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", text):
-        raise ValueError(
-            "the name of a teacher must consist of letters, digits, - and _, and start with a "
-            f"letter or digit, such as bert-base (got {text!r})"
-        )
-    return text
-
-
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class PooledTeacher(TeacherConfig):
     """One of several teachers."""
 
-    name: Annotated[str, AfterValidator(_plain_name)]
+    name: Annotated[
+        str,
+        matching(
+            r"[A-Za-z0-9][A-Za-z0-9_-]*",
+            "the name of a teacher must consist of letters, digits, - and _, and start with a "
+            "letter or digit, such as bert-base",
+        ),
+    ]
     """Name of the teacher in logs, in the report and in the folders of the run."""
-
-
-def _all_linear(value: object) -> object:
-    if value in ("all-linear", ["all-linear"]):
-        return None
-    # Strict validation takes the list of a file only where it reads it itself.
-    return tuple(value) if isinstance(value, list) else value
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -448,7 +445,9 @@ class LoraConfig:
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout of the adapters' inputs."""
     target_modules: Annotated[
-        Annotated[tuple[str, ...], Field(min_length=1)] | None, BeforeValidator(_all_linear)
+        Annotated[tuple[str, ...], Field(min_length=1)] | None,
+        BeforeValidator(lambda value: None if as_tuple(value) == ("all-linear",) else value),
+        BeforeValidator(as_tuple),
     ] = None
     """Names of the adapted linear layers, such as q_proj; None: all of attention and MLP, which
     peft calls all-linear."""

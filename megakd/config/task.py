@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 from pydantic.dataclasses import dataclass
 
 from megakd.config.paths import Place
-from megakd.config.terms import EACH_ONCE, STRICT, Count
+from megakd.config.terms import EACH_ONCE, STRICT, Count, as_tuple, matching
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -107,14 +106,7 @@ Files = Place | Annotated[tuple[Place, ...], Field(min_length=1)]
 """A path, a pattern such as shards/*.jsonl, or a list of paths and patterns."""
 
 
-def _in_tuple(names: object) -> object:
-    """Return one name as a tuple: on a command line, brackets need quotation marks."""
-    if isinstance(names, str):
-        return (names,)
-    return tuple(names) if isinstance(names, list) else names
-
-
-Columns = Annotated[tuple[str, ...], Field(min_length=1, max_length=2), BeforeValidator(_in_tuple)]
+Columns = Annotated[tuple[str, ...], Field(min_length=1, max_length=2), BeforeValidator(as_tuple)]
 
 
 def listed_files(files: Files | None) -> tuple[str, ...]:
@@ -123,17 +115,11 @@ def listed_files(files: Files | None) -> tuple[str, ...]:
 
 
 def _free_name(kind: str) -> AfterValidator:
-
-    def checked(name: str) -> str:
-        is_split = name in ("train", "validation", "test")
-        if is_split or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
-            raise ValueError(
-                f"the name of {kind} must consist of letters, digits, -, _ and ., start with a "
-                f"letter or digit, and not be train, validation or test (got {name!r})"
-            )
-        return name
-
-    return AfterValidator(checked)
+    return matching(
+        r"(?!(train|validation|test)\Z)[A-Za-z0-9][\w.-]*",
+        f"the name of {kind} must consist of letters, digits, -, _ and ., start with a letter or "
+        "digit, and not be train, validation or test",
+    )
 
 
 MOST_TOKENS = 2**24

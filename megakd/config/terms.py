@@ -13,6 +13,7 @@ from typing import (
     ClassVar,
     Literal,
     NamedTuple,
+    cast,
     get_args,
     get_type_hints,
 )
@@ -78,10 +79,15 @@ Count = Annotated[int, Field(ge=1, le=2**53)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
-def _layer_pair(text: str) -> str:
-    if not re.fullmatch(r"\d+:\d+", text):
-        raise ValueError(f"must be a layer pair student:teacher, such as 2:6 (got {text!r})")
-    return text
+def matching(pattern: str, problem: str) -> AfterValidator:
+    """Return a check that a whole text matches a pattern; `problem` begins its message."""
+
+    def checked(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(f"{problem} (got {text!r})")
+        return text
+
+    return AfterValidator(checked)
 
 
 def _each_once(items: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -89,6 +95,14 @@ def _each_once(items: tuple[Any, ...]) -> tuple[Any, ...]:
         if items.count(item) > 1:
             raise ValueError(f"{item} is listed twice; list it once")
     return items
+
+
+def as_tuple(value: object) -> object:
+    """Return one name, or a list of names, as a tuple: a command line needs no brackets."""
+    if isinstance(value, str):
+        return (value,)
+    # Strict validation takes the list of a file only where it reads it itself.
+    return tuple(cast("list[object]", value)) if isinstance(value, list) else value
 
 
 def _some_weight(weights: dict[str, float]) -> dict[str, float]:
@@ -101,12 +115,13 @@ EACH_ONCE = AfterValidator(_each_once)
 
 ClassWeights = Annotated[dict[str, Weight], AfterValidator(_some_weight)]
 
-LayerMapping = (
-    Literal["uniform", "last"]
-    | Annotated[tuple[Annotated[str, AfterValidator(_layer_pair)], ...], Field(min_length=1)]
-)
+LayerPair = Annotated[
+    str, matching(r"\d+:\d+", "must be a layer pair student:teacher, such as 2:6")
+]
 
-LayerPairs = Annotated[tuple[Annotated[str, AfterValidator(_layer_pair)], ...], Field(min_length=2)]
+LayerMapping = Literal["uniform", "last"] | Annotated[tuple[LayerPair, ...], Field(min_length=1)]
+
+LayerPairs = Annotated[tuple[LayerPair, ...], Field(min_length=2)]
 
 Relation = Literal["query", "key", "value", "query_key"]
 

@@ -196,8 +196,8 @@ def test_several_ranks_are_started_by_the_launcher(started, capsys, monkeypatch)
     [
         ("shrink", "the model to shrink is missing"),
         ("shrink train.max_steps=3", "the model to shrink is missing"),
-        ("shrink model --data f", "the size of the student is missing"),
-        ("shrink model --parameters 1B", "the rows to learn from are missing"),
+        ("shrink model --data f", "method: set exactly one of parameters (got None)"),
+        ("shrink model --parameters 1B", "task.dataset: missing; set it, task.train_files"),
         (f"{SIZED} --speedup 8x", "not allowed with argument --parameters"),
         (f"{SIZED} --ranks 0", "--ranks must be at least 1"),
         (f"{SIZED} train.max_stepz=3", 'override "train.max_stepz=3"'),

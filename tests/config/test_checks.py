@@ -99,7 +99,7 @@ MODELS = [
         "teacher.finetune.max_grad_norm",
     ),
     ("eval.losses=true; teacher.cache=c", "teacher.cache: has no answers for eval.losses; set it"),
-    (f"task.type=mlm; {KL}; teacher.cache=c", "teacher.cache: task.type mlm masks other tokens in"),
+    (f"task.type=mlm; {KL}; teacher.cache=c", "teacher.cache: supported only for classification a"),
     ("method={name: knowledge_selection}; teacher.cache=c", "needs more than outputs; set it to"),
     ("student.model={config: {a: 1}}; student.layers=2", "student.layers: a model with random wei"),
     ("student.layers={keep: 2, by: importance}", "student.layers.by: importance is measured in a "),

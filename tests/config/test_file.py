@@ -61,6 +61,10 @@ def test_overrides_win_over_the_file_and_later_ones_over_earlier(run_file):
         ("save.zzz=1", "save.zzz = 1: unknown key; known: save_steps, save_total_limit"),
         ("objective.1.temprature=2", 'objective[1].temprature = 2: unknown key; did you mean "te'),
         ("objective.0.temperature=2", "objective[0].temperature = 2: unknown key; known: loss, we"),
+        (
+            "task.mixture={a: {wait: 1}}",
+            'task.mixture.a.wait = 1: unknown key; did you mean "weigh',
+        ),
         ("student.model={confg: {}}", 'student.model.confg = {}: unknown key; did you mean "conf'),
         ("objective.1.temperature=-1", "objective[1].temperature: must be greater than 0 (got -1)"),
         (

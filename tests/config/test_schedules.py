@@ -55,7 +55,6 @@ def test_a_stage_of_one_step_has_a_rate(name):
 @pytest.mark.parametrize(
     ("name", "options", "text"),
     [
-        ("constant", {}, "constant: this schedule has no warm-up"),
         ("linear", {"a": 2}, "unexpected keyword argument 'a'; correct train.lr_scheduler_kwargs"),
         ("polynomial", {"powr": 2}, "unexpected keyword argument 'powr'"),
         ("polynomial", {"power": "a"}, "correct train.lr_scheduler_kwargs"),
@@ -80,6 +79,15 @@ def test_options_that_a_schedule_does_not_have_or_lacks_are_refused(name, option
 )
 def test_warm_up_is_a_share_of_the_steps_rounded_up_unless_steps_are_given(ratio, steps, warm):
     assert warmup_steps(TrainConfig(warmup_ratio=ratio, warmup_steps=steps), 25) == warm
+
+
+@pytest.mark.parametrize("name", ["constant", "constant_with_warmup"])
+def test_a_constant_rate_may_have_a_warm_up(name):
+    train = TrainConfig(learning_rate=0.4, lr_scheduler_type=name, warmup_steps=2)
+
+    rate = learning_rate_schedule(train, 20)
+
+    assert [rate(step) for step in (0, 1, 2, 19)] == [0.0, 0.2, 0.4, 0.4]
 
 
 @pytest.mark.parametrize("shape", ["linear", "cosine"])

@@ -81,7 +81,7 @@ REFUSED = {
             "task={type: causal_lm, dataset: d}; train.tokens_per_rank=4096",
             "relation_fsp, which is a kind of knowledge without an objective, is averaged over",
         ),
-        ("method.selector=s; method.gamma=0.5", "that has learned"),
+        ("method.selector=s; method.episodes=9", "that has learned"),
         (f"{NONE}; method.policy=learned", "method.policy learned mult"),
         (f"{NONE}; method.policy=random_soft", "method.policy random_soft mult"),
         (MANY, "one of"),

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megakd.errors import TeacherError
-from megakd.methods.knowledge_selection import KnowledgeSelectionConfig
+from megakd.methods.knowledge_selection import KnowledgeSelectionConfig, selecting
 from megakd.methods.knowledge_selection.selecting import (
     ActorCritic,
     Selector,
@@ -23,6 +23,12 @@ from megakd.methods.knowledge_selection.selecting import (
 
 KINDS = ("labels", "responses", "features", "relations")
 SHAPE = SelectorShape(student=6, teacher=8, kinds=KINDS)
+
+
+@pytest.fixture(autouse=True)
+def discount(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So few phases do not show what many later ones are worth."""
+    monkeypatch.setattr(selecting, "GAMMA", 0.5)
 
 
 def selector(seed: int = 0) -> Selector:
@@ -50,7 +56,7 @@ def played(reward, phases: int = 80) -> list[float]:
 
     What is seen tells how far an episode of ten phases has come.
     """
-    learner = ActorCritic(selector(), learning(gamma=0.5))
+    learner = ActorCritic(selector(), learning())
     noise = torch.Generator().manual_seed(1)
     for phase in range(phases):
         seen = at(phase, 4)
@@ -87,7 +93,7 @@ def test_what_a_state_is_worth_does_not_hide_which_kind_helps(place):
     [(0.3, True, 1 / (1 - 0.5)), (-0.7, False, -1.0)],
 )
 def test_the_critic_expects_what_rewards_add_up_to_until_the_episode_ends(fall, goes_on, worth):
-    learner = ActorCritic(selector(), learning(gamma=0.5))
+    learner = ActorCritic(selector(), learning())
     seen, actions = summaries(8), torch.full((8, len(KINDS)), 0.5)
 
     for _ in range(15):

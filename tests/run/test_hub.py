@@ -11,7 +11,7 @@ import pytest
 from checkpoint_store import ALONE
 from huggingface_hub import constants
 
-from megakd.commands.shrink import shrink_tree
+from megakd.commands.shrink import recipe
 from megakd.config.run import SaveConfig
 from megakd.config.task import TaskConfig
 from megakd.data.files import silent_hub
@@ -130,7 +130,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(no_network, tmp_path):
     task = TaskConfig(type="mlm", dataset="someone/texts", tokenizer="someone/model")
     silent = r"http://127\.0\.0\.1:9 does not answer \(.*refused"
 
-    assert shrink_tree("someone/model", size={"flops": "10%"}, data="rows")["method"]
+    assert recipe("someone/model", size={"flops": "10%"})["method"]
     with pytest.raises(DataError, match=rf"texts, and it is not in the local cache: {silent}"):
         load_splits(task, seed=1, cache_dir=tmp_path)
     with pytest.raises(DataError, match=rf"cannot be loaded from the Hub: {silent}"):

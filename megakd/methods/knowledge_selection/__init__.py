@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator
 from pydantic.dataclasses import dataclass
 
 from megakd.config.options import OneTeacherOptions
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from megakd.methods.knowledge_selection.selecting import Selector, SelectorShape
 
 STAGE = "selector"
-STAGE_1 = frozenset({"episodes", "episode_steps", "phase_steps", "exploration", "gamma"})
+STAGE_1 = frozenset({"episodes", "episode_steps", "phase_steps", "exploration"})
 """Options that only the training of a selector reads."""
 
 
@@ -48,7 +48,6 @@ class KnowledgeSelectionConfig(OneTeacherOptions):
     phase_steps: optimizer steps of a phase, after which the reward is measured; null: a tenth of an
         episode. 1 is the paper's algorithm without its refinement.
     exploration: beta, weight of the reward for actions that differ from the previous phase.
-    gamma: discount factor of later rewards.
     selector: saved selector to use instead of stage 1: a file, or the folder stages/selector of a
         run.
     """
@@ -59,7 +58,6 @@ class KnowledgeSelectionConfig(OneTeacherOptions):
     episode_steps: Count | None = None
     phase_steps: Count | None = None
     exploration: Weight = 0.1
-    gamma: Annotated[float, Field(ge=0, lt=1)] = 0.9
     selector: Annotated[Path, AfterValidator(in_home)] | None = None
 
     @property

@@ -36,6 +36,8 @@ NOISE = 0.2
 """Standard deviation of the noise that is added to the actions of a phase of stage 1."""
 LEARNING_RATE = 1e-3
 """Of actor and critic (Adam)."""
+GAMMA = 0.9
+"""Discount factor of later rewards."""
 HIDDEN = 64
 """Width of a selector's layers."""
 UPDATES, SAMPLES, MEMORY = 32, 64, 2048
@@ -193,7 +195,7 @@ class ActorCritic:
         self._critic = torch.optim.Adam(critic, lr=LEARNING_RATE)
 
     def learn(self, phase: Transition) -> float:
-        """Train the critic towards reward + gamma * Q(next), and the actor towards a higher Q.
+        """Train the critic towards reward + GAMMA * Q(next), and the actor towards a higher Q.
 
         All stored falls have one scale, which a stored phase's own time cannot change. The result
         is the reward of the phase on this scale.
@@ -210,7 +212,7 @@ class ActorCritic:
         with torch.no_grad():
             following = selector.state(some.following)
             later = some.goes_on * selector.value(following, selector.action(following))
-            target = some.rewards + self.config.gamma * later
+            target = some.rewards + GAMMA * later
         state = selector.state(some.summaries)
         # Detached; otherwise the summary networks would learn states that the critic prefers.
         seen = state.detach()
