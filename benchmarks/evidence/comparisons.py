@@ -105,7 +105,6 @@ def pool_arms(temperature: float) -> dict[str, Arm]:
     return {
         "uniform": _pool_arm(temperature, name="skdbert"),
         "teacher rank": _pool_arm(temperature, name="skdbert", distribution="teacher_rank"),
-        "student rank": _pool_arm(temperature, name="skdbert", distribution="student_rank"),
         "mean": _pool_arm(temperature, name="mean_of_teachers"),
         "best teacher": _pool_arm(temperature, name="single", teacher=BEST),
     }
@@ -138,14 +137,14 @@ def _fixed(place: Place) -> Config:
     """The mean weights of the learned selector of the same seed, at every step."""
     weights = place.details["soft"]
     objective = [{"loss": kind, "weight": round(weights[kind], 4)} for kind in KINDS]
-    return _taught(place, objective, name="knowledge_selection", policy="all")
+    return _taught(place, objective, name="single")
 
 
 SELECTION_ARMS = {
     "soft": _selector(),
     "hard": _selector(action="hard"),
     "phases of 1": _selector(phase_steps=1),  # the paper without a refinement
-    "all kinds": _selection(policy="all"),
+    "all kinds": _single(ALL_KINDS),
     "fixed mean weights": Arm(config=_fixed, after="soft"),
     "random soft": _selection(policy="random_soft"),
     "random hard": _selection(policy="random_hard"),

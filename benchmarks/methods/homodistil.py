@@ -31,7 +31,7 @@ from lib.tables import columns_of, print_models
 
 CUBIC, TEACHER = "homodistil", "teacher"
 BASELINES = ("random", "alone")
-START = 20
+AT_ONCE = 20
 """The step after which `one_shot` is cut."""
 
 
@@ -65,7 +65,7 @@ def config(given: argparse.Namespace) -> Config:
 
 def variants(steps: int) -> dict[str, tuple[str, ...]]:
     """Return the students that are pruned, with what wins over the config."""
-    at_once = ("method.schedule=one_shot", f"method.pruning_start={START}")
+    at_once = (f"method.every={AT_ONCE}", f"method.pruning_end={AT_ONCE}")
     return {
         # Students from random weights are baselines of this run.
         CUBIC: (f"baselines=[{', '.join(BASELINES)}]",),

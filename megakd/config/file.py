@@ -107,8 +107,9 @@ _OTHER_LOSSES = {
 
 _WITHOUT_A_CHOICE = (
     "method.candidates method.gamma method.importance_batch_size method.importance_split "
-    "method.selector_learning_rate method.trial_steps rollout.server.time_limit "
-    "teacher.cache_seed teacher.server.time_limit train.early_stopping_threshold"
+    "method.pruning_start method.selector method.selector_learning_rate method.trial_steps "
+    "rollout.server.time_limit teacher.cache_seed teacher.server.time_limit "
+    "train.early_stopping_threshold"
 )
 
 REMOVED: Mapping[str, str] = {
@@ -124,8 +125,10 @@ REMOVED: Mapping[str, str] = {
     "on the data",
     "method.projection_ratio": "gone; set method.epsilon",
     "method.repair_steps": "gone; set train.max_steps",
+    "method.schedule": "gone; all units go at once if method.every is method.pruning_end",
     "method.student_vocabulary": "its keys are gone: give the size, such as 4928",
-    "method.target_sparsity": "no key of this method; shrink cuts to parameters, flops or speedup",
+    "method.target_sparsity": "no key of this method; shrink cuts to parameters, flops or speedup, "
+    "homodistil to target_width",
     **{
         f"objective.loss: {name}": f"; did you mean {loss}?"
         for loss, names in _OTHER_LOSSES.items()

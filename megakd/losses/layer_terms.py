@@ -18,7 +18,9 @@ from torch.nn import functional
 import megakd_kernels
 from megakd.config.task import Kernels
 from megakd.config.terms import (
+    ATTENTION_TERMS,
     AttentionMse,
+    AttentionTerm,
     HiddenCosine,
     Pairs,
     Relation,
@@ -40,10 +42,12 @@ MATRIX_ELEMENTS = 1 << 24
 class LayerTerm(TermGroup):
     """Base class of terms over mapped layers, counted in tokens unless a subclass sets `units`."""
 
-    def __init__(self, name: str, pairs: Pairs) -> None:
+    def __init__(self, term: StateTerm | AttentionTerm, pairs: Pairs) -> None:
         super().__init__()
         self.pairs = pairs
-        self.units: Mapping[str, Unit] = {name: "tokens"}
+        self.units: Mapping[str, Unit] = {term.loss: "tokens"}
+        add = Needs().with_attention if isinstance(term, ATTENTION_TERMS) else Needs().with_hidden
+        self.needs = add(*(student for student, _ in pairs))
 
     def layers(self, reading: LossInputs) -> list[Tensor]:
         """Return the sum over the unit of every pair of layers."""
@@ -85,20 +89,21 @@ class FspMatrices(LayerTerm):
     """
 
     def __init__(self, term: RelationFsp, pairs: Pairs, widths: tuple[int, int]) -> None:
-        super().__init__(term.loss, pairs)
-        self.needs = Needs().with_hidden(*(student for student, _ in pairs))
+        super().__init__(term, pairs)
         self.units = {term.loss: "examples"}
         self.projections = Projections(len(pairs), *widths)
 
     def layers(self, reading: LossInputs) -> list[Tensor]:
-        weights = [self.projections.weight(index) for index in range(len(self.projections))]
-        return flow_errors(
-            [reading.student.states(student) for student, _ in self.pairs],
-            [reading.taught.states(teacher) for _, teacher in self.pairs],
-            valid=reading.batch.valid,
-            projections=cast("list[Tensor]", weights) or None,
-            kernels=reading.kernels,
-        )
+        valid, ours = reading.batch.valid, list[Tensor]()
+        # A state is cast once for the two flows that use it, so its gradients are added in fp32.
+        for index, (student, _) in enumerate(self.pairs):
+            state = counted(reading.student.states(student), valid)
+            weight = self.projections.weight(index)
+            ours.append(
+                state if weight is None else functional.linear(state, weight.to(state.dtype))
+            )
+        theirs = [counted(reading.taught.states(teacher), valid) for _, teacher in self.pairs]
+        return flow_errors(ours, theirs, lengths=valid.sum(1), kernels=reading.kernels)
 
 
 class HiddenStates(LayerTerm):
@@ -109,8 +114,7 @@ class HiddenStates(LayerTerm):
     """
 
     def __init__(self, term: StateTerm, pairs: Pairs, widths: tuple[int, int]) -> None:
-        super().__init__(term.loss, pairs)
-        self.needs = Needs().with_hidden(*(student for student, _ in pairs))
+        super().__init__(term, pairs)
         self.loss = (
             megakd_kernels.hidden_cosine_projection_loss
             if isinstance(term, HiddenCosine)
@@ -142,9 +146,8 @@ class AttentionMatrices(LayerTerm):
     """
 
     def __init__(self, term: AttentionMse, pairs: Pairs, *, causal: bool) -> None:
-        super().__init__(term.loss, pairs)
+        super().__init__(term, pairs)
         self.fit, self.causal = term.fit, causal
-        self.needs = Needs(attention_layers=tuple(dict.fromkeys(s for s, _ in pairs)))
 
     def layers(self, reading: LossInputs) -> list[Tensor]:
         losses, valid = [], reading.batch.valid
@@ -177,9 +180,8 @@ class Relations(LayerTerm):
     """
 
     def __init__(self, term: RelationKl, pairs: Pairs, *, heads: int, causal: bool) -> None:
-        super().__init__(term.loss, pairs)
+        super().__init__(term, pairs)
         self.relations, self.relation_heads, self.causal = term.relations, heads, causal
-        self.needs = Needs(attention_layers=tuple(dict.fromkeys(s for s, _ in pairs)))
 
     def layers(self, reading: LossInputs) -> list[Tensor]:
         """Return KL(teacher's relation || student's) in nats, summed over the visible keys."""
@@ -253,8 +255,7 @@ def flow_errors(
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
     *,
-    valid: Tensor,
-    projections: Sequence[Tensor] | None = None,
+    lengths: Tensor,
     kernels: Kernels = "auto",
 ) -> list[Tensor]:
     """Return squared errors between FSP matrices G = F^T F' / n (Yim et al. 2017, equation 1).
@@ -264,26 +265,17 @@ def flow_errors(
     gradients with respect to the states are computed in the forward.
 
     Args:
-        student: states of the student's mapped layers, at least two, each [B, T, S].
-        teacher: states of the teacher's mapped layers, as many as the student's, each [B, T, D];
-            they carry no gradient.
-        valid: [B, T] bool; states at other positions may hold any values.
-        projections: [D, S] for each of the student's states; None if both widths are equal.
+        student: states of the student's mapped layers, at least two, each [B, T, D], 0 at padding.
+        teacher: states of the teacher's mapped layers, as many; they carry no gradient.
+        lengths: [B] numbers of valid positions.
         kernels: `reference` forms all matrices and leaves the gradient to autograd.
 
     Returns:
         One scalar per flow, fp32 (fp64 if an input is fp64): per row the mean over the [D, D]
         entries of the squared difference, summed over the rows.
     """
-    # A state is cast once for the two flows that use it, so its gradients are added in fp32.
-    ours, theirs = ([counted(state, valid) for state in states] for states in (student, teacher))
-    if projections is not None:
-        ours = [
-            functional.linear(state, weight.to(state.dtype))
-            for state, weight in zip(ours, projections, strict=True)
-        ]
-    lengths = valid.sum(1).clamp(min=1)
-    flows = [(*mine, *other) for mine, other in zip(pairwise(ours), pairwise(theirs), strict=True)]
+    lengths, flows = lengths.clamp(min=1), zip(pairwise(student), pairwise(teacher), strict=True)
+    flows = [(*ours, *theirs) for ours, theirs in flows]
     if kernels == "reference":
         return [_apart(states, lengths).square().mean((1, 2)).sum() for states in flows]
     return [_FlowError.apply(*states, lengths) for states in flows]  # pyright: ignore[reportReturnType]

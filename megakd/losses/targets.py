@@ -33,6 +33,7 @@ from megakd.data.batch import (
     IGNORE,
     SOURCE_UNITS,
     Draws,
+    Head,
     Knowledge,
     LogitWarp,
     LossInputs,
@@ -173,14 +174,18 @@ class LanguageModelTargets(TermGroup):
     def _scored(self, rows: TargetRows, reading: LossInputs) -> megakd_kernels.KDOutput:
         if rows.kept is not None:
             return self._scored_from_cache(rows, rows.kept, reading)
-        head, bias = _head(reading.student)
-        teacher_head, teacher_bias = self._teacher_head(reading)
-        ours, theirs = _warp(reading.student), _warp(reading.taught if self.soft else None)
+        _, head = _language(reading.student)
+        weight, bias = head.read()
+        ours, theirs, of_teacher = head.warp, LogitWarp(), (None, None)
+        if self.soft:
+            _, head = _language(reading.taught)
+            theirs, of_teacher = head.warp, (p if p is None else p.detach() for p in head.read())
+        teacher_weight, teacher_bias = of_teacher
         return megakd_kernels.linear_kd_loss(
             rows.student,
-            head,
+            weight,
             rows.teacher,
-            teacher_head,
+            teacher_weight,
             rows.labels,
             **divergence_options(self.soft, reading.weights),
             ce_weight=self._hard_weight(reading),
@@ -208,15 +213,16 @@ class LanguageModelTargets(TermGroup):
         the gradient softmax(student) - shares is an unbiased estimate of the gradient of forward KL
         (Anshumann et al. 2025, https://arxiv.org/abs/2503.16870).
         """
-        if _warp(reading.student) != LogitWarp():
+        _, head = _language(reading.student)
+        if head.warp != LogitWarp():
             raise TypeError("a loss on cached probabilities has no factor or cap of logits")
-        head, bias = _head(reading.student)
+        weight, bias = head.read()
         (term,) = self.soft
         # Tables that are padded for speed may end with rows that the student's does not have.
-        ids = kept.ids.masked_fill(kept.ids >= len(head), -1)
+        ids = kept.ids.masked_fill(kept.ids >= len(weight), -1)
         return megakd_kernels.topk_kd_loss(
             rows.student,
-            head,
+            weight,
             ids,
             kept.logprobs,
             rows.labels,
@@ -253,15 +259,17 @@ class LanguageModelTargets(TermGroup):
         labels = first.batch.target_labels
         labels = labels if of_source else torch.full_like(labels.flatten()[:1], IGNORE)
         kept = first.taught.kept if self.soft else None
-        taught = chosen(_hidden(first.taught)) if self.soft and kept is None else None
+        taught = chosen(_language(first.taught)[0]) if self.soft and kept is None else None
         kept = None if kept is None else kept._make(map(chosen, kept))
         if count == 1:
-            return TargetRows(chosen(_hidden(first.student)), taught, labels, None, kept)
+            return TargetRows(chosen(_language(first.student)[0]), taught, labels, None, kept)
         labels = labels.flatten()
         # Filled on the device: copying a list to a GPU would wait for the GPU.
         scales = [torch.full_like(labels, one.scale, dtype=torch.float32) for one in readings]
         return TargetRows(
-            torch.cat([chosen(_hidden(reading.student)).flatten(0, -2) for reading in readings]),
+            torch.cat(
+                [chosen(_language(reading.student)[0]).flatten(0, -2) for reading in readings]
+            ),
             None if taught is None else taught.flatten(0, -2).repeat(count, 1),
             labels.repeat(count),
             torch.cat(scales),
@@ -274,12 +282,6 @@ class LanguageModelTargets(TermGroup):
             return 0.0
         return reading.per_unit[self.unit].new_full((), reading.weights[self.hard_name])
 
-    def _teacher_head(self, reading: LossInputs) -> tuple[Tensor | None, Tensor | None]:
-        if not self.soft:
-            return None, None
-        weight, bias = _head(reading.taught)
-        return weight.detach(), None if bias is None else bias.detach()
-
 
 class TargetRows(NamedTuple):
     """Inputs of one pass of `LanguageModelTargets`, [N] rows; weight None: equal weights."""
@@ -291,20 +293,10 @@ class TargetRows(NamedTuple):
     kept: TopK | Draws | None = None
 
 
-def _hidden(knowledge: Knowledge) -> Tensor:
-    if knowledge.hidden is None:
+def _language(knowledge: Knowledge) -> tuple[Tensor, Head]:
+    if knowledge.hidden is None or knowledge.head is None:
         raise TypeError("a loss on (hidden, head) received a classifier, which has logits")
-    return knowledge.hidden
-
-
-def _head(knowledge: Knowledge) -> tuple[Tensor, Tensor | None]:
-    if knowledge.head is None:
-        raise TypeError("a loss on (hidden, head) received a classifier, which has logits")
-    return knowledge.head.read()
-
-
-def _warp(knowledge: Knowledge | None) -> LogitWarp:
-    return LogitWarp() if knowledge is None or knowledge.head is None else knowledge.head.warp
+    return knowledge.hidden, knowledge.head
 
 
 def divergence_options(terms: Sequence[SoftTarget], weights: Mapping[str, float]) -> dict[str, Any]:
@@ -328,9 +320,7 @@ def language_model_groups(
     for source in (None, "rollouts", "data"):
         has_hard = any(term.on == source for term in hard)
         passes = one_pass_groups([term for term in soft if term.on == source])
-        if has_hard and not passes:
-            passes = [[]]
-        for number, terms in enumerate(passes):
+        for number, terms in enumerate(passes or [[]] * has_hard):
             is_hard = has_hard and number == 0
             groups.append(LanguageModelTargets(tuple(terms), hard=is_hard, source=source))
     return groups
@@ -340,18 +330,14 @@ def one_pass_groups(terms: Sequence[SoftTarget]) -> list[list[SoftTarget]]:
     """Return the terms in groups whose divergences can be computed in one pass over the rows."""
     groups: list[list[SoftTarget]] = []
     for term in terms:
-        fitting = next((group for group in groups if _one_pass([*group, term])), None)
-        if fitting is None:
-            groups.append([term])
+        for group in groups:
+            values = ({vars(one)[n] for one in (*group, term) if n in vars(one)} for n in _SHARED)
+            if all(len(different) <= 1 for different in values):
+                group.append(term)
+                break
         else:
-            fitting.append(term)
+            groups.append([term])
     return groups
-
-
-def _one_pass(terms: Sequence[SoftTarget]) -> bool:
-    return all(
-        len({getattr(term, name) for term in terms if hasattr(term, name)}) <= 1 for name in _SHARED
-    )
 
 
 class ClassTargets(TermGroup):

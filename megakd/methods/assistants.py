@@ -201,13 +201,20 @@ def objective_of(lab: Lab) -> tuple[TermConfig, ...]:
     return (hidden, *lab.soft_terms(0.5))
 
 
-def leg(lab: Lab, name: str, *, teacher: str, start: Model) -> Stage:
-    """Return a stage with one teacher and one model of fixed size, cut out of the teacher."""
+def leg(
+    lab: Lab,
+    name: str,
+    *,
+    teacher: str,
+    start: Model,
+    objective: tuple[TermConfig, ...] | None = None,
+) -> Stage:
+    """Return a stage with one teacher and one model of fixed size; None: `objective_of`."""
     return Stage(
         name=name,
         teachers=(teacher,),
         start=start,
-        objective=objective_of(lab),
+        objective=objective or objective_of(lab),
         strategy=Constant((Pass(teacher=teacher),)),
     )
 
@@ -240,21 +247,16 @@ def choose(scores: Mapping[float, float], *, weight: float, target: float) -> tu
         target: the sparsity at which the schedule ends.
     """
     for sparsity, metric in scores.items():
-        check_metric(metric, sparsity)
+        if math.isnan(metric):
+            raise TrainingError(
+                f"the candidate of sparsity {sparsity:g} has no score (nan), so no candidate can "
+                "be chosen; lower train.learning_rate if training has diverged"
+            )
+        if abs(metric) > 1 + _ABOVE_ONE:
+            raise ConfigError(
+                f"the candidate of sparsity {sparsity:g} scores {metric:g}: the trade-off needs a "
+                "metric from 0 to 1 (a correlation from -1), where higher is better; perplexity "
+                "and loss are not supported: set eval.metric, for example to accuracy"
+            )
     highest, best = max((tradeoff(metric, s, weight), s) for s, metric in scores.items())
     return min(best, target), highest
-
-
-def check_metric(metric: float, sparsity: float) -> None:
-    """Check that a metric can be traded off against sparsity."""
-    if math.isnan(metric):
-        raise TrainingError(
-            f"the candidate of sparsity {sparsity:g} has no score (nan), so no candidate can be "
-            "chosen; lower train.learning_rate if training has diverged"
-        )
-    if abs(metric) > 1 + _ABOVE_ONE:
-        raise ConfigError(
-            f"the candidate of sparsity {sparsity:g} scores {metric:g}: the trade-off needs a "
-            "metric from 0 to 1 (a correlation from -1), where higher is better; perplexity and "
-            "loss are not supported: set eval.metric, for example to accuracy"
-        )

@@ -25,11 +25,10 @@ from pydantic.dataclasses import dataclass
 
 from megakd.config.task import LANGUAGE_TASKS, STUDENT, TEACHER
 from megakd.config.terms import ATTENTION_TERMS, STRICT, Count, TermConfig
-from megakd.data.batch import Pass
 from megakd.errors import ConfigError
-from megakd.methods.assistants import ImportanceOptions
+from megakd.methods.assistants import ImportanceOptions, leg
 from megakd.models.views import View, evenly_spaced, most_important
-from megakd.stage import Constant, Stage, StageResult
+from megakd.stage import Stage, StageResult
 from megakd.training.lab import Lab, Model
 
 logger = logging.getLogger(__name__)
@@ -119,18 +118,8 @@ def run(config: ShrinkConfig, lab: Lab) -> StageResult:
     what = next(key for key in BUDGETS if getattr(config, key) is not None)
     lab.record.asked = {"what": what, "value": getattr(config, what)}
     lab.record.layers = view.layers
-    return lab.train(repair(lab, STUDENT, teacher, lab.pruning.cut(start, view, "cut")))
-
-
-def repair(lab: Lab, name: str, teacher: str, start: Model) -> Stage:
-    """Return the stage in which a cut learns from the teacher."""
-    return Stage(
-        name=name,
-        teachers=(teacher,),
-        start=start,
-        objective=objective_of(lab),
-        strategy=Constant((Pass(teacher=teacher),)),
-    )
+    cut = lab.pruning.cut(start, view, "cut")
+    return lab.train(leg(lab, STUDENT, teacher=teacher, start=cut, objective=objective_of(lab)))
 
 
 def objective_of(lab: Lab) -> tuple[TermConfig, ...]:
@@ -148,7 +137,8 @@ def objective_of(lab: Lab) -> tuple[TermConfig, ...]:
 def random_start(config: ShrinkConfig, lab: Lab, student: StageResult) -> Stage:
     """Return the stage of the baseline `random`: the student's shape from random weights."""
     del config
-    return repair(lab, "random", lab.teacher(), lab.source(student.folder).fresh)
+    start, teacher = lab.source(student.folder).fresh, lab.teacher()
+    return leg(lab, "random", teacher=teacher, start=start, objective=objective_of(lab))
 
 
 BASELINES = {"random": random_start}

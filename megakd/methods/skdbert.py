@@ -19,7 +19,7 @@ from megakd.config.options import MethodOptions, no_such_teacher
 from megakd.config.terms import STRICT, Weight
 from megakd.data.batch import Pass
 from megakd.methods.pools import soft_objective, taught
-from megakd.stage import Constant, Stage, StageResult, Strategy
+from megakd.stage import Stage, StageResult, Strategy
 from megakd.training.lab import Lab
 
 
@@ -27,15 +27,14 @@ from megakd.training.lab import Lab
 class SkdbertConfig(MethodOptions):
     """At every step a teacher of the pool is drawn, and the student learns from it alone.
 
-    distribution: `uniform`; `teacher_rank`, by the teachers' scores on the validation split;
-        `student_rank`, by the scores of pilot students, each taught by one teacher for as many
-        steps as the student; or `weights`. A teacher's weight is its rank, 1 for the worst.
+    distribution: `uniform`; `teacher_rank`, by the teachers' scores on the validation split, of
+        which the worst has the weight 1, the next 2; or `weights`.
     weights: weights of the teachers by name, for distribution `weights`; need not sum to 1. A
         teacher of weight 0 is neither fine-tuned nor loaded.
     """
 
     learns_adapters: ClassVar[bool] = True
-    distribution: Literal["uniform", "teacher_rank", "student_rank", "weights"] = "uniform"
+    distribution: Literal["uniform", "teacher_rank", "weights"] = "uniform"
     weights: dict[str, Weight] | None = None
 
     def problems(self, config: Any) -> Iterator[str]:
@@ -93,8 +92,7 @@ def probabilities_of(config: SkdbertConfig, lab: Lab, names: Sequence[str]) -> d
     elif config.distribution == "uniform":
         weights = [1.0] * len(names)
     else:
-        by_teacher = config.distribution == "teacher_rank"
-        scores = [lab.dev_score(n) if by_teacher else _pilot(lab, n) for n in names]
+        scores = [lab.dev_score(name) for name in names]
         lab.record.dev_scores.update(zip(names, scores, strict=True))
         weights = ranks(scores)
     total = sum(weights)
@@ -106,16 +104,6 @@ def ranks(scores: Sequence[float]) -> tuple[float, ...]:
     return tuple(
         sum(other < score for other in scores) + (scores.count(score) + 1) / 2 for score in scores
     )
-
-
-def _pilot(lab: Lab, teacher: str) -> float:
-    stage = Stage(
-        name=f"pilot-{teacher}",
-        teachers=(teacher,),
-        objective=soft_objective(lab),
-        strategy=Constant((Pass(teacher=teacher),)),
-    )
-    return lab.metric(weighed=False).worth(lab.train(stage).metrics)
 
 
 @plain_dataclass(frozen=True)

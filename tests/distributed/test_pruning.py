@@ -78,7 +78,7 @@ def models_in_memory() -> int:
 SIZES = {"vocab_size": 320, "num_attention_heads": 4, "intermediate_size": 40}
 GROUPED = {**SIZES, "num_key_value_heads": 2}
 DECODERS = ("llama", "headed")
-METHOD = {"name": "homodistil", "target_width": 12, "cuts": 2, "pruning_end": 6, "pruning_start": 1}
+METHOD = {"name": "homodistil", "target_width": 12, "cuts": 2, "pruning_end": 6}
 
 
 @pytest.fixture(scope="module")

@@ -218,8 +218,8 @@ def flows() -> list[tuple[Tensor, ...]]:
 
 def flow_error(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], **options: Any) -> Tensor:
     """The error of the flow through two layers, all positions of which count."""
-    valid = torch.ones(student[0].shape[:2], dtype=torch.bool)
-    (result,) = layer_terms.flow_errors(student, teacher, valid=valid, **options)
+    lengths = torch.full(student[0].shape[:1], student[0].shape[1])
+    (result,) = layer_terms.flow_errors(student, teacher, lengths=lengths, **options)
     return result
 
 

@@ -117,14 +117,6 @@ def test_teachers_are_ranked_by_their_own_scores_which_are_measured_once(bench):
     assert sum(likely) == pytest.approx(1)
 
 
-def test_students_of_each_teacher_are_tried_and_shown_with_their_cost(bench):
-    out = bench.run("student-rank", {"name": "skdbert", "distribution": "student_rank"})
-
-    assert stages(out) == dict.fromkeys((*(f"pilot-{name}" for name in SIZES), "student"), STEPS)
-    for name, entry in taught_by(out).items():
-        assert entry["score"] == accuracy(out, f"pilot-{name}")
-
-
 def test_all_teachers_run_at_every_step_of_their_mean_and_labels_beside_them_count_once(bench):
     labels = {"objective": [{"loss": "hard_cross_entropy"}], "train": {"optim": "sgd"}}
 
@@ -206,7 +198,7 @@ def test_ranks_need_labelled_rows_and_every_teacher_that_is_gone_is_named(bench,
     write_jsonl(data / "validation.jsonl", blank)
     gone = [{"name": name, "model": str(tmp_path / name)} for name in ("one", "two")]
 
-    method = {**SKDBERT, "distribution": "student_rank"}
+    method = {**SKDBERT, "distribution": "teacher_rank"}
     unranked = bench.refused(method, task={"dataset": str(data)})
     outcome = bench.refused(SKDBERT, teachers=gone)
 

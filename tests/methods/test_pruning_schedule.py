@@ -24,18 +24,15 @@ from megakd.models.views import View
 BERT_BASE = View((12,) * 12, (3072,) * 12, 768, 64)
 LLAMA = View((8,) * 4, (1792,) * 4, 512)
 schedules = st.builds(
-    lambda start, length, every, rest: Schedule(
-        start, max(1, start + length), every, start + length + rest
-    ),
-    st.integers(0, 30),
-    st.integers(0, 80),  # 0: at once
-    st.integers(1, 9),
+    lambda end, every, rest: Schedule(end, every, end + rest),
+    st.integers(1, 80),
+    st.integers(1, 99),  # from the end on: at once
     st.integers(1, 30),
 )
 
 
-def target(view: View, **options: Any) -> Target:
-    return target_of(view, **{"width": None, "sparsity": None, "round_to": None, **options})
+def target(view: View, width: int, round_to: int | None = None) -> Target:
+    return target_of(view, width, round_to=round_to)
 
 
 @given(schedules)
@@ -45,7 +42,6 @@ def test_the_part_that_is_left_falls_from_one_to_zero_at_the_steps_that_prune(sc
     assert left[0] == 1
     assert left[-1] == 0
     assert all(later <= earlier for earlier, later in pairwise(left))
-    assert all(part == 1 for part in left[: schedule.start])
     for step in range(2, schedule.total + 1):
         assert schedule.prunes_after(step) or left[step] == left[step - 1]
 
@@ -54,9 +50,9 @@ def test_the_part_that_is_left_falls_from_one_to_zero_at_the_steps_that_prune(sc
     ("schedule", "left"),
     [
         # Of the units, 58 % go in the first quarter of the way, and 87.5 % in the first half.
-        (Schedule(0, 100, 1, 200), {0: 1, 25: 1 - 0.578125, 50: 0.125, 100: 0}),
-        (Schedule(10, 30, 5, 40), {10: 1, 14: 1, 15: 0.421875, 20: 0.125, 30: 0}),
-        (Schedule(10, 10, 1, 40), {9: 1, 10: 0}),
+        (Schedule(100, 1, 200), {0: 1, 25: 1 - 0.578125, 50: 0.125, 100: 0}),
+        (Schedule(20, 5, 40), {0: 1, 4: 1, 5: 0.421875, 10: 0.125, 20: 0}),
+        (Schedule(10, 10, 40), {9: 1, 10: 0}),
     ],
     ids=["every step", "every fifth step", "one shot"],
 )
@@ -76,7 +72,7 @@ def test_windows_cover_the_run_once_and_end_where_units_go(schedule, cuts):
 
 
 def test_cuts_follow_as_soon_as_their_share_of_the_units_is_masked():
-    schedule = Schedule(0, 100, 1, 200)
+    schedule = Schedule(100, 1, 200)
 
     result = [window.last for window in schedule.windows(4)[:-1]]
 
@@ -89,31 +85,24 @@ def test_cuts_follow_as_soon_as_their_share_of_the_units_is_masked():
 def test_pruning_ends_after_three_tenths_of_the_run_unless_the_config_says_when():
     lab: Any = SimpleNamespace(steps_of_student=lambda: 1000)
     configs = (
-        HomoDistilConfig(name="homodistil", target_width=12, pruning_start=start, pruning_end=end)
-        for start, end in ((0, None), (0, 7), (20, None), (400, None))
+        HomoDistilConfig(name="homodistil", target_width=12, pruning_end=end) for end in (None, 7)
     )
 
-    # A late start leaves three tenths of the rest.
-    assert [schedule_of(config, lab).end for config in configs] == [300, 7, 300, 580]
+    assert [schedule_of(config, lab).end for config in configs] == [300, 7]
 
 
-@pytest.mark.parametrize(("start", "pruned_after"), [(0, 1), (40, 40)])
-def test_one_shot_prunes_once_where_pruning_starts(start, pruned_after):
-    lab: Any = SimpleNamespace(steps_of_student=lambda: 100)
-    config = HomoDistilConfig(
-        name="homodistil", target_width=12, schedule="one_shot", pruning_start=start
-    )
+@pytest.mark.parametrize("end", [1, 40])
+def test_all_units_go_at_once_if_the_end_comes_before_the_second_removal(end):
+    schedule = Schedule(end, end, 100)
 
-    schedule = schedule_of(config, lab)
-
-    assert [step for step in range(101) if schedule.prunes_after(step)] == [pruned_after]
-    assert [window.last for window in schedule.windows(4)] == [pruned_after, 100]
+    assert [step for step in range(101) if schedule.prunes_after(step)] == [end]
+    assert [window.last for window in schedule.windows(4)] == [end, 100]
 
 
 def test_a_run_has_one_window_without_cuts_and_plans_those_of_a_long_run_at_once():
-    assert len(Schedule(0, 70, 1, 100).windows(0)) == 1
+    assert len(Schedule(70, 1, 100).windows(0)) == 1
     # `megakd plan` does not know the rows and takes a million steps.
-    assert len(Schedule(0, 700_000, 1, 10**6).windows(4)) == 5
+    assert len(Schedule(700_000, 1, 10**6).windows(4)) == 5
 
 
 @pytest.mark.parametrize(
@@ -121,11 +110,10 @@ def test_a_run_has_one_window_without_cuts_and_plans_those_of_a_long_run_at_once
     [
         (BERT_BASE, {"width": 576}, View((12,) * 12, (2304,) * 12, 576, 48)),
         (BERT_BASE, {"width": 224}, View((12,) * 12, (896,) * 12, 224, 19)),
-        (BERT_BASE, {"sparsity": 0.75}, View((12,) * 12, (768,) * 12, 192, 16)),
-        # Decoders lose whole heads and keep multiples of 64, at any sparsity at least one of each.
-        (LLAMA, {"sparsity": 0.5}, View((4,) * 4, (896,) * 4, 256)),
+        # Decoders lose whole heads and keep multiples of 64, at least one of each.
+        (LLAMA, {"width": 256}, View((4,) * 4, (896,) * 4, 256)),
         (LLAMA, {"width": 64}, View((1,) * 4, (256,) * 4, 64)),
-        (LLAMA, {"sparsity": 0.75, "round_to": 1}, View((2,) * 4, (448,) * 4, 128)),
+        (LLAMA, {"width": 128, "round_to": 1}, View((2,) * 4, (448,) * 4, 128)),
     ],
 )
 def test_the_target_keeps_the_same_share_of_everything(view, options, goal):
@@ -149,7 +137,7 @@ def test_every_kind_keeps_the_same_rounded_share_at_every_time(width, thousandth
         (LLAMA, {"width": 512}, "512 is not possible for a teacher of width 512"),
         (LLAMA, {"width": 600}, r"a multiple of 64 \(method.round_to\) below it"),
         (LLAMA, {"width": 8, "round_to": 700}, "of width 512; use a multiple of 700 "),
-        (BERT_BASE, {"width": 4}, "without columns of heads"),
+        (BERT_BASE, {"width": 4}, "and 0 columns per head"),
     ],
 )
 def test_a_width_that_cannot_be_made_is_refused_with_those_that_can(view, options, message):

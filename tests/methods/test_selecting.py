@@ -18,7 +18,6 @@ from megakd.methods.knowledge_selection.selecting import (
     RandomWeights,
     Selecting,
     Selector,
-    SelectorShape,
     Transition,
 )
 from megakd.stage import Strategy
@@ -44,7 +43,7 @@ def measured(losses: list[float]) -> Any:
 
 def selector() -> Selector:
     torch.manual_seed(0)
-    return Selector(SelectorShape(student=STUDENT, teacher=TEACHER, kinds=KINDS))
+    return Selector((STUDENT, TEACHER), KINDS)
 
 
 def choosing(*, hard: bool = False, **options: Any) -> KnowledgeSelectionConfig:

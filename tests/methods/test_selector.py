@@ -10,19 +10,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megakd.errors import TeacherError
 from megakd.methods.knowledge_selection import KnowledgeSelectionConfig, selecting
 from megakd.methods.knowledge_selection.selecting import (
     ActorCritic,
     Selector,
-    SelectorShape,
     Transition,
     hardened,
-    load_selector,
 )
 
 KINDS = ("labels", "responses", "features", "relations")
-SHAPE = SelectorShape(student=6, teacher=8, kinds=KINDS)
+WIDTHS = 6, 8
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +30,7 @@ def discount(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def selector(seed: int = 0) -> Selector:
     torch.manual_seed(seed)
-    return Selector(SHAPE)
+    return Selector(WIDTHS, KINDS)
 
 
 def learning(**options: Any) -> KnowledgeSelectionConfig:
@@ -42,7 +39,7 @@ def learning(**options: Any) -> KnowledgeSelectionConfig:
 
 def summaries(steps: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(steps, SHAPE.student + SHAPE.teacher, generator=generator)
+    return torch.randn(steps, sum(WIDTHS), generator=generator)
 
 
 def at(phase: int, steps: int) -> torch.Tensor:
@@ -123,9 +120,10 @@ def test_all_stored_falls_are_divided_by_their_root_mean_square_and_bonuses_are_
 
     assert result == pytest.approx(rewards)
     # A phase that is learned later changes the scale of the phases before it.
-    scaled = learner._memory.scaled().falls[::2].tolist()
+    scaled = learner._memory.rewards[::2].tolist()
     usual = math.sqrt(sum(fall**2 for fall in falls) / len(falls)) or 1.0
-    assert scaled == pytest.approx([fall / usual for fall in falls])
+    expected = [fall / usual + (0.1 if phase else 0.0) for phase, fall in enumerate(falls)]
+    assert scaled == pytest.approx(expected)
 
 
 @given(st.lists(st.floats(-1, 1), min_size=1, max_size=6))
@@ -138,13 +136,3 @@ def test_a_hard_action_uses_what_reaches_a_half_and_never_nothing(action):
         assert result == tuple(float(value >= 0.5) for value in action)
     else:
         assert [i for i, used in enumerate(result) if used] == [action.index(max(action))]
-
-
-@pytest.mark.parametrize("content", [None, b"", b"nonsense" * 20])
-def test_a_file_that_is_no_selector_is_named(tmp_path, content):
-    path = tmp_path / "selector.safetensors"
-    if content is not None:
-        path.write_bytes(content)
-
-    with pytest.raises(TeacherError, match=r"method\.selector: .*(does not exist|is not a saved)"):
-        load_selector(str(path))

@@ -154,12 +154,3 @@ def words_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
 @pytest.mark.parametrize("kind", list(CUTS))
 def test_a_word_is_what_the_tokenizer_cuts_off_before_it_looks_for_pieces(kind):
     assert "|".join(words_of(trained(kind), TEXT)) == CUTS[kind]
-
-
-def test_pieces_of_a_tokenizer_without_words_are_cut_at_white_space():
-    made = Tokenizer(models.BPE({c: n for n, c in enumerate("▁abcd")}, []))
-    made.normalizer = normalizers.Replace(" ", "▁")
-
-    result = words_of(PreTrainedTokenizerFast(tokenizer_object=made), "ab cad d")
-
-    assert result == ["ab", "cad", "d"]

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -43,7 +43,7 @@ from megakd.data.batch import Pass
 from megakd.errors import ConfigError
 from megakd.models.views import View
 from megakd.stage import Constant, Stage, StageResult, Window
-from megakd.training.lab import Lab, Model, Row
+from megakd.training.lab import Lab, Model
 
 ROWS = "pruning.json"
 """File in a stage's folder with the rows of the report."""
@@ -59,14 +59,8 @@ class HomoDistilConfig(OneTeacherOptions):
 
     target_width: columns of the student's hidden states; neurons and heads shrink by the same
         share.
-    target_sparsity: share of the columns, neurons and columns of heads (or heads) to remove, in
-        place of `target_width`.
-    schedule: how the number of units falls from `pruning_start` to `pruning_end`: `cubic` or, as a
-        control, `one_shot` at `pruning_start`.
-    pruning_start: step after which pruning begins; the first units go `every` steps later.
-    pruning_end: step after which the last units are removed; null: after 30 % of the steps, or
-        of those after `pruning_start` if it is later.
-    every: steps between two removals.
+    pruning_end: step after which the last units are removed; null: after 30 % of the steps.
+    every: steps between two removals; all units are removed at once if it is `pruning_end`.
     cuts: how often the weights of removed units are cut out of the model during training; 0 keeps
         them until the end.
     round_to: multiple for the target's width and neurons; null: 64 in families that lose whole
@@ -74,10 +68,7 @@ class HomoDistilConfig(OneTeacherOptions):
     """
 
     cuts_student: ClassVar[bool] = True
-    target_width: Count | None = None
-    target_sparsity: Annotated[float, Field(gt=0, lt=1)] | None = None
-    schedule: Literal["cubic", "one_shot"] = "cubic"
-    pruning_start: Annotated[int, Field(ge=0)] = 0
+    target_width: Count
     pruning_end: Count | None = None
     every: Count = 1
     cuts: Annotated[int, Field(ge=0, le=100)] = 4
@@ -90,32 +81,18 @@ class HomoDistilConfig(OneTeacherOptions):
 
     def problems(self, config: Any) -> Iterator[str]:
         yield from super().problems(config)
-        if (self.target_width is None) == (self.target_sparsity is None):
-            yield (
-                f"method: set exactly one of target_width (got {self.target_width}) and "
-                f"target_sparsity (got {self.target_sparsity})"
-            )
         if config.task.type not in LANGUAGE_TASKS:
             yield (
                 f"task.type: homodistil prunes on text and needs {' or '.join(LANGUAGE_TASKS)} "
                 f"(got {config.task.type}); fine-tune the pruned model on the task afterwards"
             )
-        yield from self._problems_of_schedule(config.train.max_steps)
-        yield from _problems_of_objective(config.objective or ())
-
-    def _problems_of_schedule(self, max_steps: int | None) -> Iterator[str]:
-        start, end = self.pruning_start, self.pruning_end
-        if end is not None and end <= start and self.schedule != "one_shot":
+        end, max_steps = self.pruning_end, config.train.max_steps
+        if max_steps is not None and end is not None and end > max_steps:
             yield (
-                f"method.pruning_end: {end} is not after method.pruning_start {start}; raise "
-                "pruning_end or lower pruning_start"
+                f"method.pruning_end: {end} is after the end of the run, train.max_steps "
+                f"{max_steps}; lower method.pruning_end or raise train.max_steps"
             )
-        for key, step in (("pruning_start", start), ("pruning_end", end)):
-            if max_steps is not None and step is not None and step > max_steps:
-                yield (
-                    f"method.{key}: {step} is after the end of the run, train.max_steps "
-                    f"{max_steps}; lower method.{key} or raise train.max_steps"
-                )
+        yield from _problems_of_objective(config.objective or ())
 
 
 def _problems_of_objective(terms: Any) -> Iterator[str]:
@@ -125,15 +102,10 @@ def _problems_of_objective(terms: Any) -> Iterator[str]:
                 f"objective: {term.loss} compares hidden states whose width falls during the run; "
                 "set projection: identity in the term"
             )
-        if isinstance(term, RelationKl):
+        if isinstance(term, HiddenCosine | RelationFsp | RelationKl):
             yield (
-                "objective: relation_kl cuts the vectors of all heads into equal parts, and their "
-                "width falls during the run; use attention_mse or soft targets"
-            )
-        if isinstance(term, HiddenCosine | RelationFsp):
-            yield (
-                f"objective: {term.loss} has no projection that starts as the identity; use "
-                "hidden_mse with projection: identity"
+                f"objective: {term.loss} compares vectors whose width falls during the run; use "
+                "hidden_mse with projection: identity, or soft targets"
             )
 
 
@@ -150,12 +122,7 @@ def run(config: HomoDistilConfig, lab: Lab) -> StageResult:
         )
     teacher = lab.teacher(config.teacher)
     start = lab.model(teacher)
-    target = target_of(
-        model.units,
-        width=config.target_width,
-        sparsity=config.target_sparsity,
-        round_to=config.round_to,
-    )
+    target = target_of(model.units, config.target_width, round_to=config.round_to)
     schedule = schedule_of(config, lab)
     objective = objective_of(lab, model, target.goal)
     results: list[StageResult] = []
@@ -180,33 +147,23 @@ def run(config: HomoDistilConfig, lab: Lab) -> StageResult:
             measured=(Pass(teacher=teacher),),
         )
         results.append(lab.train(stage, pruning.files))
-        lab.record.pruning += lab.made_by(results[-1], ROWS, _read) or []
+        lab.record.pruning += (
+            lab.made_by(results[-1], ROWS, lambda path: json.loads(Path(path).read_bytes())) or []
+        )
     return results[-1]
 
 
 def schedule_of(config: HomoDistilConfig, lab: Lab) -> Schedule:
-    """Return the schedule of a run; pruning ends after it starts, and within the run."""
-    total, start = lab.steps_of_student(), config.pruning_start
-    end = config.pruning_end or int(SHARE_OF_RUN * total)
-    if end <= start:  # a late start has its share of the rest
-        end = start + max(1, int(SHARE_OF_RUN * (total - start)))
-    if config.schedule == "one_shot":
-        end = start
-    if end > total or start >= total:
-        train = lab.config.train
-        length = (
-            f"train.max_steps {train.max_steps}"
-            if train.max_steps
-            else f"train.num_train_epochs {train.num_train_epochs:g} over the training text"
-        )
+    """Return the schedule of a run; pruning ends within the run."""
+    total = lab.steps_of_student()
+    end = config.pruning_end or max(1, int(SHARE_OF_RUN * total))
+    if end > total:  # epochs, as train.max_steps is compared when the config is read
         raise ConfigError(
-            f"method: pruning takes place from step {start} to step {end}, and the run has only "
-            f"{total} steps ({length}); give more text, train longer, or lower "
-            f"method.{'pruning_start' if config.pruning_end is None else 'pruning_end'}"
+            f"method.pruning_end: pruning ends after step {end}, and train.num_train_epochs "
+            f"{lab.config.train.num_train_epochs:g} over the training text are only {total} steps; "
+            "give more text, train longer, or lower method.pruning_end"
         )
-    if config.schedule == "one_shot":  # the last removal is the first
-        start = end = max(1, start)
-    return Schedule(start, end, config.every, total)
+    return Schedule(end, config.every, total)
 
 
 def objective_of(lab: Lab, teacher: Model, student: View) -> tuple[TermConfig, ...]:
@@ -259,10 +216,6 @@ def random_start(config: HomoDistilConfig, lab: Lab, student: StageResult) -> St
 BASELINES = {"random": random_start}
 
 
-def _read(path: str) -> list[Row]:
-    return json.loads(Path(path).read_text(encoding="utf-8"))
-
-
 class TargetShares(NamedTuple):
     """The share of the units of each kind that the student keeps."""
 
@@ -298,9 +251,7 @@ class Target(NamedTuple):
         return self.at(Fraction(0))
 
 
-def target_of(
-    whole: View, *, width: int | None, sparsity: float | None, round_to: int | None
-) -> Target:
+def target_of(whole: View, width: int, *, round_to: int | None) -> Target:
     """Return the target: the same share of every kind of units, on a grid if there is one.
 
     Args:
@@ -308,86 +259,71 @@ def target_of(
     """
     before = whole.width or 0
     grid = round_to or (1 if whole.head_width is not None else DECODER_GRID)
-    share = Fraction(width, before) if width else 1 - Fraction(str(sparsity))
-    after = width or max(grid, grid * round(share * before / grid))
-    if not 0 < after < before or after % grid:
-        asked = (
-            f"target_width: {after}" if width else f"target_sparsity: {sparsity:g} (width {after})"
-        )
+    if width >= before or width % grid:
         raise ConfigError(
-            f"method.{asked} is not possible for a teacher of width {before}; use a multiple of "
-            f"{grid} (method.round_to) below it"
+            f"method.target_width: {width} is not possible for a teacher of width {before}; use a "
+            f"multiple of {grid} (method.round_to) below it"
             + (f", or lower method.round_to, such as to {before // 4}" if grid >= before else "")
         )
-    if grid == 1 and whole.head_width is not None:
-        target = Target(whole, TargetShares(Fraction(1), share, share, share))
-    else:
-        target = Target(whole, _on_grid(whole, share, Fraction(after, before), grid))
+    share = Fraction(width, before)
+    exact = TargetShares(Fraction(1), share, share, share)
+    is_exact = grid == 1 and whole.head_width is not None
+    target = Target(whole, exact if is_exact else _on_grid(whole, share, grid))
     _check_goal(target)
     return target
 
 
-def _on_grid(whole: View, share: Fraction, width: Fraction, grid: int) -> TargetShares:
+def _on_grid(whole: View, share: Fraction, grid: int) -> TargetShares:
     """Return shares that give multiples of the grid, and whole heads unless columns are pruned."""
     # A teacher that was cut may have layers without heads or neurons.
     neurons, heads = max(whole.neurons), max(whole.heads)
     kept = max(grid, grid * round(share * neurons / grid))
     of_neurons = min(Fraction(kept, neurons), Fraction(1)) if neurons else Fraction(1)
     if whole.head_width is not None:
-        return TargetShares(Fraction(1), of_neurons, width, share)
+        return TargetShares(Fraction(1), of_neurons, share, share)
     of_heads = Fraction(max(1, round(share * heads)), heads) if heads else Fraction(1)
-    return TargetShares(of_heads, of_neurons, width, Fraction(1))
+    return TargetShares(of_heads, of_neurons, share, Fraction(1))
 
 
 def _check_goal(target: Target) -> None:
     whole, goal = target.whole, target.goal
-    kept = {
-        "heads": zip(whole.heads, goal.heads, strict=True),
-        "neurons": zip(whole.neurons, goal.neurons, strict=True),
-        "columns of hidden states": [(1, goal.width or 0)],
-        "columns of heads": [(1, 1 if goal.head_width is None else goal.head_width)],
-    }
-    empty = [name for name, counts in kept.items() if any(a and not b for a, b in counts)]
-    if empty:
+    pairs = [
+        *zip(whole.heads + whole.neurons, goal.heads + goal.neurons, strict=True),
+        (whole.width, goal.width),
+        (whole.head_width, goal.head_width),
+    ]
+    if any(before and not after for before, after in pairs):
         raise ConfigError(
-            f"method.target_width or method.target_sparsity leaves a layer without "
-            f"{' and '.join(empty)}: the student would have {goal.heads[0]} heads, "
-            f"{goal.neurons[0]} neurons, a width of {goal.width} and {goal.head_width} columns per "
-            "head; raise the width or lower the sparsity"
+            "method.target_width leaves nothing of a layer: the student would have "
+            f"{goal.heads[0]} heads, {goal.neurons[0]} neurons, a width of {goal.width} and "
+            f"{goal.head_width} columns per head; raise the width"
         )
 
 
 class Schedule(NamedTuple):
-    """Pruning from `start` to `end`, in steps that the run has taken.
+    """Pruning from the first step to `end`, in steps that the run has taken.
 
-    start, end: first and last step after which units may be removed; all at once if equal.
+    end: last step after which units are removed.
     every: steps between two removals.
     total: steps of the run.
     """
 
-    start: int
     end: int
     every: int
     total: int
 
     def prunes_after(self, step: int) -> bool:
         """Return whether units are selected anew after a step; steps are counted from 1."""
-        if not max(1, self.start) <= step <= self.end:
-            return False
-        return (step - self.start) % self.every == 0 or step == self.end
+        return step == self.end or (1 <= step < self.end and step % self.every == 0)
 
     def left(self, step: int) -> Fraction:
         """Return the part of the way to the goal that is left after a step, from 1 to 0.
 
-        It is (1 - p)^3 with p = (step - start) / (end - start). Between two removals the part of
-        the earlier removal counts.
+        It is (1 - step / end)^3. Between two removals the part of the earlier removal counts.
         """
         if step >= self.end:
             return Fraction(0)
-        if step <= self.start:
-            return Fraction(1)
-        last = (step - self.start) // self.every * self.every
-        return (1 - Fraction(last, self.end - self.start)) ** 3
+        return (1 - Fraction(step // self.every * self.every, self.end)) ** 3
 
     def windows(self, cuts: int) -> tuple[Window, ...]:
         """Return the parts of the run between at most `cuts` cuts of masked units.
@@ -395,7 +331,7 @@ class Schedule(NamedTuple):
         A cut follows as soon as 1/cuts, 2/cuts, … of all units that will be removed are masked.
         The end of the run is no cut of its own: the export cuts the model anyway.
         """
-        removals = [*range(self.start, self.end, self.every), self.end]
+        removals = [*range(0, self.end, self.every), self.end]
         places = {
             bisect_left(removals, Fraction(number, cuts), key=lambda step: 1 - self.left(step))
             for number in range(1, cuts + 1)

@@ -6,8 +6,6 @@ Scores are computed from this rank's shards of the weights and of their gradient
 from __future__ import annotations
 
 import json
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -68,19 +66,17 @@ class PruningStrategy(Strategy):
         self._kept: Chosen | None = None  # before the window begins
         self._scores: Tensor | None = None  # of the last step, if units are removed after it
         self._student: Any = None
-        self._seconds: list[float] = []  # of the steps since the last row
-        self._clock: float | None = None  # the end of the last step, unless something followed
 
     def begin(self, student: Any, step: int) -> None:
         """Run the student as the cut of itself that it was at the last step."""
         self._student, is_new = student, self._kept is None
-        self._choose(self._kept or everything(student))
+        self._choose(self._kept or everything(student), step)
         if not is_new:
             student.keep(self.cut)
 
-    def _choose(self, kept: Chosen) -> None:
-        self._kept, self.cut = kept, cut_of(self._student, kept)
-        view = self.cut.view or self.target.whole
+    def _choose(self, kept: Chosen, step: int) -> None:
+        view = self.target.at(self.schedule.left(step))
+        self._kept, self.cut = kept, Cut(order_of(self._student, kept), view)
         self._size = {"width": view.width or 0, "parameters": self.size(view)}
 
     def passes(self, step: int) -> tuple[Pass, ...]:
@@ -102,13 +98,10 @@ class PruningStrategy(Strategy):
 
     def after_update(self, report: StepReport) -> dict[str, float]:
         """Remove the units with the lowest scores if a removal is due; return the size."""
-        now, step = time.perf_counter(), report.step + 1
-        if self._clock is not None:
-            self._seconds.append(now - self._clock)
-        self._clock = now
         if self._scores is not None and self._kept is not None:
+            step = report.step + 1
             view = self.target.at(self.schedule.left(step))
-            self._choose(select(self._scores, self._kept, view, self._student))
+            self._choose(select(self._scores, self._kept, view, self._student), step)
             self._student.keep(self.cut)
             self._scores = None
         return {f"pruning/{name}": number for name, number in self._size.items()}
@@ -119,13 +112,8 @@ class PruningStrategy(Strategy):
         Before the end of pruning, the student is too large to be compared.
         """
         metrics, done = scores[WHOLE], self.schedule.left(step) == 0
-        seconds = statistics.median(self._seconds) if self._seconds else None
         distance = metrics.get("soft_target_kl")
-        self._rows.append(
-            {"step": step, **self._size, "teacher_kl": distance, "step_seconds": seconds}
-        )
-        self._seconds.clear()
-        self._clock = None
+        self._rows.append({"step": step, **self._size, "teacher_kl": distance})
         score = self.metric.worth(metrics) if done else float("nan")
         return Verdict(score, WHOLE, cut=self.cut, counts=done)
 
@@ -255,8 +243,8 @@ def _highest(scores: Tensor, count: int) -> list[list[int]]:
     return order.sort(dim=1).values.tolist()
 
 
-def cut_of(student: Any, kept: Chosen) -> Cut:
-    """Return the cut that leaves the kept units of a student, in their stored order."""
+def order_of(student: Any, kept: Chosen) -> UnitOrder:
+    """Return the order of a student's units that begins with the kept units, in stored order."""
     units = student.units
 
     def listed(kind: Kind, number: int, count: int) -> tuple[int, ...]:
@@ -272,24 +260,7 @@ def cut_of(student: Any, kept: Chosen) -> Cut:
         )
         for columns in (("queries", "values") if units.head_width else ())
     }
-    order = UnitOrder(heads, neurons, width, inside.get("queries"), inside.get("values"))
-    return Cut(order, _view(kept, units))
-
-
-def _view(kept: Chosen, units: View) -> View:
-    def counts(kind: Kind, there: Sequence[int]) -> tuple[int, ...]:
-        return tuple(
-            len(kept.get(Group(kind, number, None), range(count)))
-            for number, count in enumerate(there)
-        )
-
-    columns = None
-    if units.head_width is not None:
-        number = next((n for n, count in enumerate(units.heads) if count), 0)
-        chosen = kept[Group("heads", number, "queries")]
-        columns = len(chosen) // max(units.heads[number], 1)
-    width = len(kept[Group("width", 0, None)])
-    return View(counts("heads", units.heads), counts("neurons", units.neurons), width, columns)
+    return UnitOrder(heads, neurons, width, inside.get("queries"), inside.get("values"))
 
 
 def _kept_first(kept: Sequence[int], count: int) -> tuple[int, ...]:

@@ -12,35 +12,29 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator
 from pydantic.dataclasses import dataclass
 
 from megakd.config.options import OneTeacherOptions
 from megakd.config.task import LANGUAGE_TASKS, STUDENT
 from megakd.config.terms import STRICT, Count, HiddenMse, RelationFsp, TermConfig, Weight, term_name
 from megakd.data.batch import Pass
-from megakd.errors import ConfigError, TeacherError
-from megakd.process.terminal import in_home
-from megakd.stage import Constant, Stage, StageResult, Window
+from megakd.errors import ConfigError
+from megakd.stage import Stage, StageResult, Window
 from megakd.training.lab import Lab
 
-if TYPE_CHECKING:
-    from megakd.methods.knowledge_selection.selecting import Selector, SelectorShape
-
 STAGE = "selector"
-STAGE_1 = frozenset({"episodes", "episode_steps", "phase_steps", "exploration"})
-"""Options that only the training of a selector reads."""
+OF_SELECTOR = {"action", "episodes", "episode_steps", "phase_steps", "exploration"}
+"""Options that only a learned policy reads."""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class KnowledgeSelectionConfig(OneTeacherOptions):
     """The terms of the objective are kinds of knowledge, weighed anew at every step.
 
-    policy: `learned` by a selector, or a control: `all` uses the weights of the objective,
-        `random_soft` and `random_hard` draw random weights.
+    policy: `learned` by a selector, or a control, which draws random weights: `random_soft` or
+        `random_hard`.
     action: action of the learned policy: `soft` gives weights between 0 and 1; `hard` uses a kind
         or not.
     episodes: number of episodes of stage 1; the student starts again in every episode.
@@ -48,17 +42,14 @@ class KnowledgeSelectionConfig(OneTeacherOptions):
     phase_steps: optimizer steps of a phase, after which the reward is measured; null: a tenth of an
         episode. 1 is the paper's algorithm without its refinement.
     exploration: beta, weight of the reward for actions that differ from the previous phase.
-    selector: saved selector to use instead of stage 1: a file, or the folder stages/selector of a
-        run.
     """
 
-    policy: Literal["learned", "all", "random_soft", "random_hard"] = "learned"
+    policy: Literal["learned", "random_soft", "random_hard"] = "learned"
     action: Literal["soft", "hard"] = "soft"
     episodes: Count = 5
     episode_steps: Count | None = None
     phase_steps: Count | None = None
     exploration: Weight = 0.1
-    selector: Annotated[Path, AfterValidator(in_home)] | None = None
 
     @property
     def looks_into_teacher(self) -> bool:
@@ -69,16 +60,14 @@ class KnowledgeSelectionConfig(OneTeacherOptions):
         yield from super().problems(config)
         policy = f"method.policy {self.policy}"
         if self.policy != "learned":
-            yield from self.unused(STAGE_1 | {"action", "selector"}, f"{policy} has no selector")
-        elif self.selector is not None:
-            yield from self.unused(STAGE_1, "method.selector gives a selector that has learned")
+            yield from self.unused(OF_SELECTOR, f"{policy} has no selector")
         if config.objective is None and config.train.tokens_per_rank is not None:
             yield (
                 "train.tokens_per_rank: packs rows, and relation_fsp, which is a kind of knowledge "
                 "without an objective, is averaged over rows; remove the key, or list other kinds "
                 "in objective"
             )
-        for term in (config.objective or ()) if self.policy != "all" else ():
+        for term in config.objective or ():
             if term.weight == 0:
                 yield (
                     f"objective: {term.loss} has weight 0, and {policy} multiplies the weights of "
@@ -94,10 +83,8 @@ def run(config: KnowledgeSelectionConfig, lab: Lab) -> StageResult:
     teacher, labels = lab.teacher(config.teacher), lab.hard_terms(per_row=True)
     states = (HiddenMse(loss="hidden_mse"), RelationFsp(loss="relation_fsp"))
     kinds = lab.config.objective or (*labels, *lab.soft_terms(), *states)
-    if config.policy == "all":
-        strategy = Constant((Pass(teacher=teacher),))
-    elif config.policy == "learned":
-        selector = _selector(config, lab, teacher, kinds)
+    if config.policy == "learned":
+        selector = _learned(config, lab, teacher, kinds)
         strategy = Selecting(teacher, selector, config, **_reading(lab))
     else:
         strategy = RandomWeights(
@@ -122,42 +109,13 @@ def _reading(lab: Lab) -> dict[str, Any]:
     return {"seed": lab.config.seed, "whole_texts": lab.config.task.type in LANGUAGE_TASKS}
 
 
-def _selector(
-    config: KnowledgeSelectionConfig, lab: Lab, teacher: str, kinds: tuple[TermConfig, ...]
-) -> Selector:
-    from megakd.methods.knowledge_selection.selecting import SELECTOR, SelectorShape, load_selector
-
-    widths = lab.given(STUDENT).width, lab.given(teacher).width
-    shape = SelectorShape(*widths, tuple(map(term_name, kinds)))
-    if config.selector is None:
-        return _learned(config, lab, teacher, kinds, shape)
-    path = config.selector
-    path = path / SELECTOR if path.is_dir() else path
-    selector = load_selector(str(path))
-    if selector.shape != shape:
-        raise TeacherError(
-            f"method.selector: {path} is for a student of width {selector.shape.student}, a "
-            f"teacher of width {selector.shape.teacher} and {', '.join(selector.shape.kinds)}; "
-            f"this run has the widths {shape.student} and {shape.teacher} and "
-            f"{', '.join(shape.kinds)}"
-        )
-    return selector
-
-
 def _learned(
-    config: KnowledgeSelectionConfig,
-    lab: Lab,
-    teacher: str,
-    kinds: tuple[TermConfig, ...],
-    shape: SelectorShape,
-) -> Selector:
-    """Return the selector of stage 1."""
-    from megakd.methods.knowledge_selection.selecting import (
-        SELECTOR,
-        LearningToSelect,
-        Selector,
-        load_selector,
-    )
+    config: KnowledgeSelectionConfig, lab: Lab, teacher: str, kinds: tuple[TermConfig, ...]
+) -> Any:
+    """Return the `Selector` of stage 1."""
+    from safetensors.torch import load_file
+
+    from megakd.methods.knowledge_selection.selecting import SELECTOR, LearningToSelect, Selector
     from megakd.process.seeding import cpu_seeded
 
     steps = config.episode_steps or lab.steps_of_student()
@@ -167,8 +125,9 @@ def _learned(
             f"method.phase_steps: a phase of {phase} steps does not fit into an episode of "
             f"{steps}; lower method.phase_steps, or raise method.episode_steps"
         )
+    widths = lab.given(STUDENT).width, lab.given(teacher).width
     with cpu_seeded(lab.config.seed):
-        new = Selector(shape)
+        new = Selector(widths, tuple(map(term_name, kinds)))
     strategy = LearningToSelect(
         teacher,
         new,
@@ -187,4 +146,7 @@ def _learned(
         train=dataclasses.replace(lab.config.train, max_steps=steps, early_stopping_patience=None),
         window=Window(0, config.episodes * steps, steps),
     )
-    return lab.made_by(lab.train(stage, strategy.files), SELECTOR, load_selector) or new
+    learned = lab.made_by(lab.train(stage, strategy.files), SELECTOR, load_file)
+    if learned is not None:  # None in a plan
+        new.load_state_dict(learned)
+    return new

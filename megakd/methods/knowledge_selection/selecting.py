@@ -8,26 +8,21 @@ https://arxiv.org/abs/2302.00444, section on the knowledge selection module).
 from __future__ import annotations
 
 import functools
-import json
 import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
 from megakd.data.batch import LossInputs, Pass, first_positions
 from megakd.engine.collectives import agree, all_reduce_
-from megakd.errors import TeacherError
 from megakd.methods.knowledge_selection import KnowledgeSelectionConfig
-from megakd.process.files import check_given
 from megakd.stage import StepReport, Strategy
 from megakd.training.evaluation import StageProbe
 
@@ -47,14 +42,6 @@ RESTRAINT = 0.02
 them to 0 or 1."""
 
 
-class SelectorShape(NamedTuple):
-    """Shape of a selector: widths of both summaries, and the kinds of knowledge."""
-
-    student: int
-    teacher: int
-    kinds: tuple[str, ...]
-
-
 def _layers(*widths: int) -> nn.Sequential:
     parts: list[nn.Module] = []
     for first, second in pairwise(widths):
@@ -66,22 +53,24 @@ class Selector(nn.Module):
     """Two-layer networks for both summaries, a three-layer actor and a three-layer critic.
 
     Shapes: N steps, S and T widths of the summaries, K kinds.
+
+    widths: widths of the summaries of student and teacher.
+    kinds: names of the kinds of knowledge.
     """
 
-    def __init__(self, shape: SelectorShape) -> None:
+    def __init__(self, widths: tuple[int, int], kinds: tuple[str, ...]) -> None:
         super().__init__()
-        self.shape, kinds = shape, len(shape.kinds)
-        self.student = _layers(shape.student, HIDDEN, HIDDEN)
-        self.teacher = _layers(shape.teacher, HIDDEN, HIDDEN)
-        self.actor = _layers(2 * HIDDEN, HIDDEN, HIDDEN, kinds)
+        self.widths, self.kinds = widths, kinds
+        self.student, self.teacher = (_layers(width, HIDDEN, HIDDEN) for width in widths)
+        self.actor = _layers(2 * HIDDEN, HIDDEN, HIDDEN, len(kinds))
         # Initial weights are about 0.5 for all kinds, where the sigmoid is steepest.
         nn.init.uniform_(cast("nn.Linear", self.actor[-1]).weight, -1e-3, 1e-3)
         nn.init.zeros_(cast("nn.Linear", self.actor[-1]).bias)
-        self.critic = _layers(2 * HIDDEN + kinds, HIDDEN, HIDDEN, 1)
+        self.critic = _layers(2 * HIDDEN + len(kinds), HIDDEN, HIDDEN, 1)
 
     def state(self, summaries: Tensor) -> Tensor:
         """Return [N, 2 * HIDDEN] states for [N, S + T] concatenated summaries."""
-        student, teacher = summaries.split([self.shape.student, self.shape.teacher], dim=-1)
+        student, teacher = summaries.split(self.widths, dim=-1)
         return torch.cat([self.student(student), self.teacher(teacher)], dim=-1)
 
     def action(self, state: Tensor) -> Tensor:
@@ -91,27 +80,6 @@ class Selector(nn.Module):
     def value(self, state: Tensor, action: Tensor) -> Tensor:
         """Return [N] expected returns of actions in states."""
         return self.critic(torch.cat([state, action], dim=-1)).squeeze(-1)
-
-    def to_bytes(self) -> bytes:
-        """Return the content of a safetensors file with the selector and its shape."""
-        return save(self.state_dict(), metadata={"shape": json.dumps(self.shape._asdict())})
-
-
-def load_selector(path: str) -> Selector:
-    """Load a selector that `Selector.to_bytes` wrote."""
-    file_name = Path(path).name
-    check_given(Path(path).parent, "method.selector", wanted=lambda name: name == file_name)
-    try:
-        with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {})["shape"])
-            shape = SelectorShape(**{**facts, "kinds": tuple(facts["kinds"])})
-            selector = Selector(shape)
-            selector.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    except FileNotFoundError as error:
-        raise TeacherError(f"method.selector: {path} does not exist") from error
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise TeacherError(f"method.selector: {path} is not a saved selector: {error}") from error
-    return selector
 
 
 class Transition(NamedTuple):
@@ -156,23 +124,11 @@ class Samples(NamedTuple):
             torch.full((steps,), float(following is not None)),
         )
 
-    def joined(self, others: Samples, most: int) -> Samples:
-        """Return these samples followed by other samples, truncated to the last `most` samples."""
-        return Samples(*(torch.cat(pair)[-most:] for pair in zip(self, others, strict=True)))
-
-    def scaled(self) -> Samples:
-        """Return the samples with falls in units of their root mean square."""
-        usual = self.falls.square().mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
-        return self._replace(falls=self.falls / usual)
-
     @property
     def rewards(self) -> Tensor:
-        return self.falls + self.exploration
-
-    def drawn(self, count: int, generator: torch.Generator) -> Samples:
-        """Return `count` random samples, drawn with replacement."""
-        chosen = torch.randint(len(self.falls), (count,), generator=generator)
-        return Samples(*(part[chosen] for part in self))
+        """The falls [N] in units of their root mean square, and what exploration adds."""
+        usual = self.falls.square().mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+        return self.falls / usual + self.exploration
 
 
 class ActorCritic:
@@ -200,19 +156,22 @@ class ActorCritic:
         All stored falls have one scale, which a stored phase's own time cannot change. The result
         is the reward of the phase on this scale.
         """
-        new, known = Samples.of(phase), self._memory
-        self._memory = new if known is None else known.joined(new, MEMORY)
-        scaled = self._memory.scaled()
+        known = Samples.of(phase)
+        if self._memory is not None:
+            pairs = zip(self._memory, known, strict=True)
+            known = Samples(*(torch.cat(pair)[-MEMORY:] for pair in pairs))
+        self._memory, rewards = known, known.rewards
         for _ in range(UPDATES):
-            self._teach(scaled.drawn(SAMPLES, self._generator))
-        return float(scaled.rewards[-1])
+            drawn = torch.randint(len(rewards), (SAMPLES,), generator=self._generator)
+            self._teach(Samples(*(part[drawn] for part in known)), rewards[drawn])
+        return float(rewards[-1])
 
-    def _teach(self, some: Samples) -> None:
+    def _teach(self, some: Samples, rewards: Tensor) -> None:
         selector = self.selector
         with torch.no_grad():
             following = selector.state(some.following)
             later = some.goes_on * selector.value(following, selector.action(following))
-            target = some.rewards + GAMMA * later
+            target = rewards + GAMMA * later
         state = selector.state(some.summaries)
         # Detached; otherwise the summary networks would learn states that the critic prefers.
         seen = state.detach()
@@ -283,10 +242,8 @@ class Selecting(Strategy):
     def weigh(self, step: int, reading: LossInputs) -> Mapping[str, float]:
         """Return the action of a step, the same for all its micro-batches and on all ranks."""
         if self._decided is None or self._decided[0] != step:
-            summaries = self._summaries(reading)
-            self._decided = step, self._chosen(step, summaries)
-            self._note(summaries, self._decided[1])
-        return dict(zip(self.selector.shape.kinds, self._decided[1], strict=True))
+            self._decided = step, self._chosen(step, self._summaries(reading))
+        return dict(zip(self.selector.kinds, self._decided[1], strict=True))
 
     @torch.no_grad()
     def _summaries(self, reading: LossInputs) -> Tensor:
@@ -318,13 +275,10 @@ class Selecting(Strategy):
         del step, kinds
         return torch.zeros(())
 
-    def _note(self, summaries: Tensor, action: tuple[float, ...]) -> None:
-        pass
-
     def after_update(self, report: StepReport) -> dict[str, float]:
         """Return the weight of each kind."""
         _, action = self._decided or (0, ())
-        names = (f"select/{kind}" for kind in self.selector.shape.kinds)
+        names = (f"select/{kind}" for kind in self.selector.kinds)
         return dict(zip(names, action, strict=True))
 
 
@@ -347,18 +301,6 @@ class Running:
     before: Tensor | None = None
     counts: dict[tuple[float, ...], int] = field(default_factory=dict)
     pending: Transition | None = None
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the phase as plain values, which later versions of the code can read."""
-        counts = [(list(action), count) for action, count in self.counts.items()]
-        return {**vars(self), "counts": counts, "pending": self.pending and tuple(self.pending)}
-
-    @staticmethod
-    def of(state: Mapping[str, Any]) -> Running:
-        run, pending = Running(), state["pending"]
-        vars(run).update(state, pending=pending and Transition(*pending))
-        run.counts = {tuple(action): count for action, count in state["counts"]}
-        return run
 
 
 class LearningToSelect(Selecting):
@@ -397,9 +339,10 @@ class LearningToSelect(Selecting):
         drawn = random.Random(f"{self.seed}:noise:{episode}:{phase}")
         return torch.tensor([drawn.gauss(0, NOISE) for _ in range(kinds)])
 
-    def _note(self, summaries: Tensor, action: tuple[float, ...]) -> None:
+    def _chosen(self, step: int, summaries: Tensor) -> tuple[float, ...]:
         self.running.summaries.append(summaries)
-        self.running.actions.append(action)
+        self.running.actions.append(super()._chosen(step, summaries))
+        return self.running.actions[-1]
 
     def after_update(self, report: StepReport) -> dict[str, float]:
         """End phases and episodes; learn a phase after the first step of the next phase.
@@ -439,15 +382,18 @@ class LearningToSelect(Selecting):
         return phase
 
     def files(self) -> Mapping[str, bytes]:
-        """Return the selector's file, for stage 2 and for other students."""
-        return {SELECTOR: self.selector.to_bytes()}
+        """Return the selector's file, for stage 2."""
+        return {SELECTOR: save(self.selector.state_dict())}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"learner": self.learner.state_dict(), "running": self.running.state_dict()}
+        run = self.running
+        running = {**vars(run), "pending": run.pending and tuple(run.pending)}  # without classes
+        return {"learner": self.learner.state_dict(), "running": running}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.learner.load_state_dict(state["learner"])
-        self.running = Running.of(state["running"])
+        run, pending = state["running"], state["running"]["pending"]
+        self.running = Running(**{**run, "pending": pending and Transition(*pending)})
 
 
 @dataclass(frozen=True)

@@ -38,13 +38,11 @@ class ParameterProjection(MethodTerm):
     """Squared error between weights of the student and of a teacher that learns beside it.
 
     direction: `down` maps the teacher's weights to the student's shapes, `up` the reverse.
-    embeddings: whether the tables of embeddings for the student's pieces are compared too.
     epsilon: divisor of the sum of squared errors; null: the number of compared elements.
     """
 
     loss: str = "parameter_projection"
     direction: Literal["down", "up"]
-    embeddings: bool = True
     epsilon: Positive | None = None
 
     def check(self, student: Shape, teacher: Shape | None, families: Sequence[str]) -> None:
@@ -77,9 +75,8 @@ class MixedVocabularyConfig(OneTeacherOptions):
     student_vocabulary: pieces of the vocabulary, with five special tokens; a lower-cased WordPiece,
         which is trained on the training text. 4928 is the size of the paper.
     p: probability of each word of the teacher's text to be cut with the student's vocabulary.
-    projections: `none` trains the student alone; `dual` trains both models and compares nothing;
-        `down` maps the teacher's weights to the student's shapes; `up` maps the student's weights
-        to the teacher's shapes.
+    projections: `dual` trains both models and compares nothing; `down` maps the teacher's weights
+        to the student's shapes; `up` maps the student's weights to the teacher's shapes.
     epsilon: weight of the cross-entropies beside the sum of squared errors; null: the number of
         compared elements, so that errors are averaged.
     teacher_learning_rate: learning rate of the teacher; null: as the student's.
@@ -87,7 +84,7 @@ class MixedVocabularyConfig(OneTeacherOptions):
 
     student_vocabulary: Annotated[int, Field(ge=100)] = 4928
     p: Fraction = 0.5
-    projections: Literal["none", "dual", "down", "up"] = "down"
+    projections: Literal["dual", "down", "up"] = "down"
     epsilon: Positive | None = None
     teacher_learning_rate: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
 
@@ -126,10 +123,7 @@ class MixedVocabularyConfig(OneTeacherOptions):
 
     def problems(self, config: Any) -> Iterator[str]:
         yield from super().problems(config)
-        if self.projections == "none":
-            why = "method.projections none trains the student alone"
-            yield from self.unused({"epsilon", "teacher_learning_rate"}, why)
-        elif self.projections == "dual":
+        if self.projections == "dual":
             yield from self.unused({"epsilon"}, "method.projections dual compares nothing")
         if self.teacher_learning_rate and config.train.learning_rate == 0:
             yield (
@@ -169,16 +163,10 @@ class MixedVocabularyConfig(OneTeacherOptions):
 
 
 def run(config: MixedVocabularyConfig, lab: Lab) -> StageResult:
-    """Train student and teacher together (section 4, L_final), or the student alone."""
-    teacher = lab.teacher(config.teacher)
-    if config.projections == "none":
-        return lab.train(Stage(name=STUDENT, objective=lab.hard_terms()))
-    projections = ()
+    """Train student and teacher together (section 4, L_final)."""
+    teacher, projections = lab.teacher(config.teacher), ()
     if config.projections != "dual":
-        # With p = 0 the teacher has no table for the student's pieces.
-        term = ParameterProjection(
-            direction=config.projections, embeddings=config.p > 0, epsilon=config.epsilon
-        )
+        term = ParameterProjection(direction=config.projections, epsilon=config.epsilon)
         projections = (term,)
     # The projections are computed once, in the student's pass.
     without = {term.loss: 0.0 for term in projections} or None

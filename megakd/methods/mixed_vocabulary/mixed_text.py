@@ -87,8 +87,6 @@ class MixedText:
         masking = task_masking(pair.teacher, task, second=second)
         if masking is None:
             raise ValueError(f"only a task of type mlm has mixed text, got {task.type}")
-        if not 0 <= probability <= 1:
-            raise ValueError(f"a probability is between 0 and 1, got {probability}")
         self._masking = masking
         self._collate = Collator(pair.teacher, task)
         self._offset = pair.offset

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from megakd.config.terms import Unit
 from megakd.data.batch import Batch, LossInputs, UnitCounter
 from megakd.engine.sharding import full_shape
-from megakd.errors import TeacherError
 from megakd.losses.targets import Evaluated, TermGroup
 from megakd.methods.mixed_vocabulary import ParameterProjection
 from megakd.models.knowledge import second_vocabulary
@@ -49,55 +48,43 @@ class Place(NamedTuple):
 
 
 class Compared(NamedTuple):
-    """A weight of the student and the weight of the teacher that it is compared with.
+    """A weight of one model, which is mapped, and the weight of the other in whose shape it ends.
 
     is_table: whether the weights are tables of embeddings, whose rows are the same pieces.
     """
 
-    student: Place
-    teacher: Place
+    mapped: Place
+    other: Place
     is_table: bool = False
+
+    @property
+    def sides(self) -> Iterator[tuple[str, str, int, int]]:
+        """The key of each matrix, the side that it maps, and the sizes before and after."""
+        sizes = zip(self.mapped.shape, self.other.shape, strict=True)
+        for side, (before, after) in zip(("rows", "columns"), sizes, strict=False):
+            if side == "columns" or not self.is_table:
+                yield f"{side}_{before}_to_{after}", side, before, after
 
 
 class SharedProjections(nn.ParameterDict):
-    """The matrices of all pairs of sizes, for rows and for columns.
-
-    With the direction `down` they map weights of the teacher, with `up` weights of the student.
-    """
-
-    def __init__(self, direction: str) -> None:
-        super().__init__()
-        self.is_down = direction == "down"
+    """The matrices of all pairs of sizes, for rows and for columns."""
 
     def need(self, compared: Compared) -> None:
         """Create the matrices for a pair of weights, unless they exist.
 
         The entries are drawn from a normal distribution with variance 1 / (size that is mapped).
         """
-        for key, side, given, wanted in self._sides(compared):
+        for key, side, before, after in compared.sides:
             if key not in self:
-                shape = (wanted, given) if side == "rows" else (given, wanted)
-                self[key] = nn.Parameter(torch.randn(shape) * given**-0.5)
+                shape = (after, before) if side == "rows" else (before, after)
+                self[key] = nn.Parameter(torch.randn(shape) * before**-0.5)
 
     def errors(self, compared: Compared) -> Tensor:
         """Return the differences between the mapped and the other weight, in fp32."""
-        mapped, other = self.ends(compared)
-        value = mapped.read()
-        for key, side, _, _ in self._sides(compared):
+        value = compared.mapped.read()
+        for key, side, _, _ in compared.sides:
             value = self[key] @ value if side == "rows" else value @ self[key]
-        return value.float() - other.read().float()
-
-    def ends(self, compared: Compared) -> tuple[Place, Place]:
-        """Return the weight that is mapped, and the other weight."""
-        student, teacher, _ = compared
-        return (teacher, student) if self.is_down else (student, teacher)
-
-    def _sides(self, compared: Compared) -> Iterator[tuple[str, str, int, int]]:
-        # The key of each matrix, the side that it maps, and the sizes before and after.
-        mapped, other = (end.shape for end in self.ends(compared))
-        for side, given, wanted in zip(("rows", "columns"), mapped, other, strict=False):
-            if side == "columns" or not compared.is_table:
-                yield f"{side}_{given}_to_{wanted}", side, given, wanted
+        return value.float() - compared.other.read().float()
 
 
 class LayerErrors(nn.Module):
@@ -132,19 +119,30 @@ class ParameterProjections(TermGroup):
     def __init__(self, term: ParameterProjection) -> None:
         super().__init__()
         self.term = term
-        self.projections = SharedProjections(term.direction)
+        self.projections = SharedProjections()
         self.layers = nn.ModuleList()
         self.elements = 0
 
     def bind(self, learners: Mapping[str, nn.Module]) -> None:
         student, teacher = learners.values()
-        layers = compared_layers(student, teacher)
-        if self.term.embeddings:
-            layers.append(_tables(student, teacher))
+
+        def ends(ours: Any, theirs: Any) -> tuple[Any, Any]:
+            return (theirs, ours) if self.term.direction == "down" else (ours, theirs)
+
+        # One family and depth, see `ParameterProjection.check`.
+        layers = [
+            [Compared(mapped[name], other[name]) for name in mapped]
+            for mapped, other in zip(*ends(_blocks(student), _blocks(teacher)), strict=True)
+        ]
+        second = second_vocabulary(teacher)
+        if second is not None:  # a teacher that reads the student's pieces
+            tables: Any = student.get_input_embeddings(), second.table  # type: ignore[operator]
+            places = (Place(table, "weight", tuple(full_shape(table.weight))) for table in tables)
+            layers.append([Compared(*ends(*places), is_table=True)])
         for compared in layers:
             for pair in compared:
                 self.projections.need(pair)
-                self.elements += math.prod(self.projections.ends(pair)[1].shape)
+                self.elements += math.prod(pair.other.shape)
             self.layers.append(LayerErrors(tuple(compared), self.projections))
 
     def forward(self, reading: LossInputs) -> Evaluated:
@@ -153,23 +151,6 @@ class ParameterProjections(TermGroup):
         total = total / (self.term.epsilon or self.elements)
         scale = reading.weights[NAME] * reading.per_unit["once"]
         return Evaluated(total * scale, {NAME: total.detach()})
-
-
-def compared_layers(student: nn.Module, teacher: nn.Module) -> list[list[Compared]]:
-    """Return the weights of all layers of two models of one family and depth, by layer."""
-    ours, theirs = _blocks(student), _blocks(teacher)
-    if len(ours) != len(theirs) or any(
-        mine.keys() != other.keys() for mine, other in zip(ours, theirs, strict=False)
-    ):
-        raise TeacherError(
-            "method.projections: compares the weights of a layer of the student with those of the "
-            f"same layer of the teacher, and the models have other layers ({len(ours)} and "
-            f"{len(theirs)} layers); use two models of one family and depth"
-        )
-    return [
-        [Compared(mine[name], other[name]) for name in mine]
-        for mine, other in zip(ours, theirs, strict=True)
-    ]
 
 
 def _blocks(model: nn.Module) -> list[dict[str, Place]]:
@@ -185,12 +166,3 @@ def _blocks(model: nn.Module) -> list[dict[str, Place]]:
         }
         for block in blocks
     ]
-
-
-def _tables(student: nn.Module, teacher: nn.Module) -> list[Compared]:
-    second = second_vocabulary(teacher)
-    if second is None:
-        raise TypeError("the teacher has no table of embeddings for the student's pieces")
-    tables: Any = student.get_input_embeddings(), second.table  # type: ignore[operator]
-    ours, theirs = (Place(table, "weight", tuple(full_shape(table.weight))) for table in tables)
-    return [Compared(ours, theirs, is_table=True)]

@@ -1,13 +1,12 @@
 """The student's own vocabulary, and words of texts in two vocabularies, word by word.
 
-Words are those of `_word_starts`. Both vocabularies must cut a text into the same words, and the
-pieces of a word must spell the same word in both.
+A word is what a tokenizer cuts off before it looks for pieces. Both vocabularies must cut a text
+into the same words, and the pieces of a word must spell the same word in both.
 """
 
 from __future__ import annotations
 
 import functools
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise, zip_longest
 from pathlib import Path
@@ -26,11 +25,6 @@ from megakd.process.files import whole_folder
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import BatchEncoding, PreTrainedTokenizerBase
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    Texts = Callable[[], Iterable[str]]
 
 # Part of every key: increase this number when the trained vocabularies would differ.
 VERSION = 1
@@ -64,7 +58,7 @@ def load_student_tokenizer(
     return from_folder(folder)
 
 
-def _trained(size: int, texts: Texts) -> PreTrainedTokenizerBase:
+def _trained(size: int, texts: Callable[[], Iterable[str]]) -> PreTrainedTokenizerBase:
     tokenizer = train_tokenizer(texts, kind="wordpiece", vocab_size=size, for_encoder=True)
     count = len(tokenizer)
     if count > size:
@@ -196,7 +190,7 @@ class WordCutter:
 
     def __call__(self, texts: Sequence[str]) -> Iterator[SharedWords]:
         """Yield the words of each text; both vocabularies must cut and spell them alike."""
-        ours, theirs = (_words(plain_encoding(texts, part), texts) for part in self._pair)
+        ours, theirs = (_words(plain_encoding(texts, part)) for part in self._pair)
         for text, (student, spans), (teacher, others) in zip(texts, ours, theirs, strict=True):
             if not np.array_equal(spans, others):
                 raise _different_words(text, spans, others)
@@ -239,44 +233,18 @@ class _Spelling:
         return self._first[pieces[0]] + "".join(self._inside[number] for number in pieces[1:])
 
 
-def _words(
-    encoded: BatchEncoding, texts: Sequence[str]
-) -> Iterator[tuple[WordPieces, NDArray[np.int64]]]:
+def _words(encoded: BatchEncoding) -> Iterator[tuple[WordPieces, NDArray[np.int64]]]:
     """Yield the pieces of each text, and the spans [words, 2] of its words."""
-    encodings = encoded.encodings or ()
-    for word_start, encoding in zip(_word_starts(encoded, texts), encodings, strict=True):
-        count = len(word_start)
-        firsts = np.flatnonzero(np.array(word_start) == np.arange(count))
+    for encoding in encoded.encodings or ():
+        count = len(encoding.ids)
+        # A piece that belongs to no word, such as an added token, is a word of its own.
+        words = [-2 - n if word is None else word for n, word in enumerate(encoding.word_ids)]
+        firsts = np.flatnonzero(np.diff(words, prepend=-1))
         offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
         begins = np.minimum.reduceat(offsets[:, 0], firsts) if count else firsts
         ends = np.maximum.reduceat(offsets[:, 1], firsts) if count else firsts
         pieces = WordPieces(np.array(encoding.ids, dtype=np.int32), np.append(firsts, count))
         yield pieces, np.stack([begins, ends], axis=1)
-
-
-def _word_starts(encoded: BatchEncoding, texts: Sequence[str]) -> Iterator[list[int]]:
-    """Yield, for each text, the position of the first token of each token's word.
-
-    A word is what the pre-tokenizer cuts off, or a part of this between two white spaces. The
-    second rule is for tokenizers that do not cut texts at white space before they look for pieces.
-    """
-    for text, encoding in zip(texts, encoded.encodings or (), strict=True):
-        starts: list[int] = []
-        word, end = None, 0
-        # A token that belongs to no word, such as a special token, is a word of its own.
-        for position, (index, (first, last)) in enumerate(
-            zip(encoding.word_ids, encoding.offsets, strict=True)
-        ):
-            is_inside = index is not None and index == word
-            continues = is_inside and not _has_space(text[end : first + 1])
-            starts.append(starts[-1] if continues else position)
-            word, end = index, max(end, last)
-        yield starts
-
-
-def _has_space(text: str) -> bool:
-    # BERT's normalizer removes other control characters, so that their neighbours are one word.
-    return any(sign in "\t\n\r" or unicodedata.category(sign).startswith("Z") for sign in text)
 
 
 def _tuples(pieces: WordPieces) -> Iterator[tuple[int, ...]]:
