@@ -26,6 +26,8 @@ from megakd.errors import DataError
 from megakd.process.files import read_signed, version_of, write_signed
 from megakd.process.terminal import in_home
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 # Increase this number when a remembered value would differ.
 VALUES = 3
@@ -155,7 +157,6 @@ def longest_of(lengths: NDArray | list[int], share: float = 1.0) -> int:
     return int(np.quantile(lengths, share, method="inverted_cdf")) if len(lengths) else 0
 
 
-logger = logging.getLogger(__name__)
 MOST_NAMED = 20
 SplitName = Literal["train", "validation", "test"]
 SPLIT_NAMES: tuple[SplitName, ...] = ("train", "validation", "test")

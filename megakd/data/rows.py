@@ -70,6 +70,8 @@ from megakd.data.labels import (
 from megakd.errors import DataError, suggestion
 from megakd.process.files import whole_folder
 
+logger = logging.getLogger(__name__)
+
 VALIDATION_FRACTION = 0.05
 
 HASH_RANGE = 2**64
@@ -169,8 +171,6 @@ def keep_labels(rows: Dataset, count: int | None, *, seed: int, name: str) -> Da
     # Of several labels, the column holds int8, and NumPy's format int64.
     return with_column(rows, "label", fewer if fewer.ndim == 1 else fewer.astype(np.int8))
 
-
-logger = logging.getLogger(__name__)
 
 # Increase this number when the same source results in different rows.
 VERSION = 8

@@ -42,6 +42,8 @@ from megakd.errors import DataError, first_line
 from megakd.process.files import check_given, whole_folder
 from megakd.process.terminal import in_home
 
+logger = logging.getLogger(__name__)
+
 # Part of every key: increase this number when the trained tokenizers would differ.
 VERSION = 2
 
@@ -155,8 +157,6 @@ def _train_on_pieces(
     tokenizer.train_from_iterator(texts(), trainer)
     tokenizer.pre_tokenizer = whole
 
-
-logger = logging.getLogger(__name__)
 
 LOOKED_FOR = (
     "tokenizer.json or a SentencePiece model (spiece.model, tokenizer.model) with its "

@@ -24,6 +24,8 @@ import torch.distributed as dist
 
 from megakd.errors import CollectiveTimeoutError, MegakdError, PeerLostError
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 WORK_LIMIT = timedelta(hours=24)
 """How long ranks wait for the work of another rank; a rank that dies ends the wait at once."""
@@ -218,7 +220,6 @@ def _object_group() -> dist.ProcessGroup:
     return _GROUPS[world]
 
 
-logger = logging.getLogger(__name__)
 _running: list[str] = []
 _telling: list[str] = []
 _TOLD_EVERY_S = 60.0

@@ -38,6 +38,8 @@ from megakd.models.architectures import context_length, has_token_types
 from megakd.models.loading import load_finished
 from megakd.models.small_copy import one_thread
 
+logger = logging.getLogger(__name__)
+
 MODEL = "model.onnx"
 
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -221,8 +223,6 @@ def silent(logger: logging.Logger) -> Iterator[None]:
     finally:
         logger.setLevel(level)
 
-
-logger = logging.getLogger(__name__)
 
 SHARES = (0.0, 0.125, 0.25, 0.5, 0.75)
 """Shares of the products that stay in fp32, tried in this order."""

@@ -37,6 +37,8 @@ from megakd.models.fitting import ModelSource
 from megakd.models.small_copy import copy_that_runs, logits_of
 from megakd.models.structure import architecture_of
 
+logger = logging.getLogger(__name__)
+
 # torch 2.11 has no grouped queries here; later versions do.
 _GROUPS_QUERIES = "enable_gqa" in signature(varlen_attn).parameters
 
@@ -146,8 +148,6 @@ def _without_values(flat: list[Tensor], longest: int) -> Tensor:
     )
     return out.transpose(1, 2).flatten(0, 1)
 
-
-logger = logging.getLogger(__name__)
 
 Packing = Literal["positions", "mask", "masks_by_type", "apart"]
 """What keeps documents apart: positions that restart, or boundaries for an attention that takes

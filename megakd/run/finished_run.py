@@ -56,6 +56,8 @@ from megakd.training.lab import Report
 from megakd.training.precision import training_dtype
 from megakd.training.stage_folder import LENGTHS, files_beside_model, remake
 
+logger = logging.getLogger(__name__)
+
 _SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps", "tokens_per_rank")
 """Ends of keys that split a step; of their values, only the rows of all ranks count."""
 
@@ -186,8 +188,6 @@ def _has_results(out: Path) -> bool:
     # A start that was refused, by a cache or a server for example, leaves none.
     return any(any((out / folder).glob("*")) for folder in ("stages", "checkpoints"))
 
-
-logger = logging.getLogger(__name__)
 
 FINETUNE = "finetune.yaml"
 

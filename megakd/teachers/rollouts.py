@@ -47,6 +47,8 @@ from megakd.models.fitting import ModelSource
 from megakd.models.generation import TOKENS_PER_TEXT, TRUNCATED, Completion, Generator
 from megakd.process.files import json_text, write_text
 
+logger = logging.getLogger(__name__)
+
 
 class Rollout(NamedTuple):
     """One generated text, as it is written before the student learns from it.
@@ -63,9 +65,6 @@ class Rollout(NamedTuple):
     finished: bool
     version: int
     seed: int
-
-
-logger = logging.getLogger(__name__)
 
 
 def columns_of(texts: Sequence[Rollout]) -> dict[str, list[Any]]:
