@@ -34,6 +34,14 @@ from megakd.training.assembly import Assembly
 from megakd.training.lab import Row
 from megakd.training.precision import joins_micro_batches
 
+if TYPE_CHECKING:
+    from megakd.reports.samples import Prompts
+    from megakd.stage import Stage
+    from megakd.training.evaluation import Scorer
+    from megakd.training.served_teachers import ServedTeacher
+
+    Opened = FrozenTeacher | CachedTeacher | ServedTeacher | SoftLabels
+
 logger = logging.getLogger(__name__)
 
 POSITIONS = 256
@@ -83,16 +91,6 @@ def say_divergence(key: str, exact: Tensor, packed: Tensor) -> None:
         "held-out rows or tokens",
         *(key, divergence / max(1.0, count), 100 * same / max(1.0, count), count),
     )
-
-
-if TYPE_CHECKING:
-    from megakd.reports.samples import Prompts
-    from megakd.stage import Stage
-    from megakd.training.assembly import Assembly
-    from megakd.training.evaluation import Scorer
-    from megakd.training.served_teachers import ServedTeacher
-
-    Opened = FrozenTeacher | CachedTeacher | ServedTeacher | SoftLabels
 
 
 class Measured(NamedTuple):
