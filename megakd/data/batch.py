@@ -313,7 +313,8 @@ class Losses(NamedTuple):
     """Return value of the student's forward; a NamedTuple, so that ZeRO-3 finds the tensors.
 
     total: scalar with gradient, the sum over passes of scale * weight * sum / count * world.
-    parts: detached scalars, sum / count without weight and world size, keyed `[view/]loss`.
+    parts: detached scalars, sum / count without weight and world size, by the name
+        `[learner/][view/]loss`.
     predictions: those of the first learner, if they were asked for.
     """
 

@@ -130,7 +130,8 @@ class StudentBundle(nn.Module):
 
         Args:
             knowledge: outputs of each frozen teacher of the passes, by the teacher's name.
-            plan: the passes of the step; None returns predictions.
+            plan: the passes of the step, with `counts`; without them, predictions are returned.
+            counts: the counts of the units of the step on all ranks.
             view: the view to predict with; not used with `plan`.
             scored: whether the predictions of the whole first learner are returned beside the
                 losses; it runs once, also if it has a pass.
@@ -151,11 +152,12 @@ class StudentBundle(nn.Module):
             readings.setdefault((forward[0], width), []).append((forward, reading))
         totals: list[Tensor] = []
         parts: dict[str, Tensor] = {}
-        # Losses run after all views of a width, so that a head has one gradient, not one per view.
+        # Losses of all views of a width run together: a head has one gradient, not one per view.
         for group in readings.values():
-            with self._viewing(group[0][0][1]):
-                evaluated = self.objective([reading for _, reading in group])
-            for (forward, _), values in zip(group, evaluated, strict=True):
+            forwards, inputs = zip(*group, strict=True)
+            with self._viewing(forwards[0][1]):
+                evaluated = self.objective(inputs)
+            for forward, values in zip(forwards, evaluated, strict=True):
                 totals.append(values.total)
                 # Terms are reported as a mean over the passes of their view.
                 share = 1 / trained.count(forward)
@@ -202,7 +204,7 @@ class StudentBundle(nn.Module):
             batch=batch.of(learner),
             weights=self.objective.weights,
             # By the counts of the learner's own rows.
-            per_unit={unit: scales.weights[name] for unit, name in units.items()},
+            per_unit={unit: scales.per_unit[name] for unit, name in units.items()},
             kernels=self.kernels,
             scale=planned.scale,
         )
@@ -235,12 +237,12 @@ class UnitScales(NamedTuple):
     """Factors of sums over a step, fp32 scalars by unit.
 
     divisors: the unit's count, at least one.
-    weights: world size / divisor; the world size cancels DeepSpeed's averaging of gradients over
+    per_unit: world size / divisor; the world size cancels DeepSpeed's averaging of gradients over
         the ranks.
     """
 
     divisors: dict[Unit, Tensor]
-    weights: dict[Unit, Tensor]
+    per_unit: dict[Unit, Tensor]
 
 
 def unit_scales(counts: Counts, world_size: int) -> UnitScales:
@@ -288,6 +290,7 @@ def build_bundle(
             # With reentrant checkpointing, hooks that read parts of a block would run twice.
             options = {"use_reentrant": False}
             model.activation_checkpointing_enable(options, offload=offload)  # type: ignore[operator]
+    # Without views, a model that is pruned has parts too; None: the whole model alone.
     views = None if stage.pruned_to is None and not stage.views else stage.views
     return StudentBundle(
         learners,

@@ -66,11 +66,11 @@ def run_stage(
     with closing(StageRun(stage, assembly, teachers=teachers)) as run:
         with doing(f"loading stage {stage.name}"):
             start = step = run.resume(checkpoint)
-        run.begin(start, reporter)
+        run.prepare(start, reporter)
         training = doing(f"training stage {stage.name}")
         with training, terminal.deferred(), closing(run.batches(start)) as every:
             for batches in every:
-                if step > start and step % run.round == 0:
+                if step > start and step % run.round == 0:  # a window of several rounds
                     strategy.begin(run.student, step)
                 run.meter.add(run.trainer.train_step(batches))
                 step += 1
@@ -82,7 +82,7 @@ def run_stage(
                 if ends or _due(step, config.eval.eval_steps):
                     run.evaluate(step, reporter)
                 if run.best.is_stale and not ends:
-                    run.tell_early_stop(step, reporter)
+                    run.end_early(step, reporter)
                     ends = True
                 stops = run.votes.any(STOP)
                 if ends or stops or _due(step, config.save.save_steps):
@@ -128,7 +128,7 @@ class StageRun:
             student=self.student,
             teachers=teachers,
             strategy=stage.strategy,
-            count_units=lambda batches: self.votes.sum_counts(
+            sum_counts=lambda batches: self.votes.sum_counts(
                 count_units(batches, self.bundle.counters)
             ),
             learning_rate=lambda step: rate(step % steps),
@@ -172,18 +172,22 @@ class StageRun:
                 seed_everything(self.config.seed, ranks.rank, step)
                 text += f", which {writers} ranks wrote; with {ranks.world_size} ranks, dropout "
                 text += "draws other numbers from here on"
+        elif step:
+            self.best.forget()
+            previous: Path = self.stage.start.folder
+            text = f"{name}: continues from {previous.name} at step {step}"
+            continue_window(previous, self.student, self.source, ranks)
         else:
             self.best.forget()
             text = f"{name}: no checkpoint to resume from, starting at step 0"
-            if step:
-                previous: Path = self.stage.start.folder
-                text = f"{name}: continues from {previous.name} at step {step}"
-                continue_window(previous, self.student, self.source, ranks)
         logger.info(text)
         return step
 
-    def begin(self, step: int, reporter: Reporter) -> None:
-        """Begin after `step` steps; at a first start, measure the student before it learns."""
+    def prepare(self, step: int, reporter: Reporter) -> None:
+        """Begin the log and the strategy; at a first start, measure the student before it learns.
+
+        `step`: the steps that are taken.
+        """
         stage, epoch = self.stage, self.source.steps_per_epoch
         # On rank 0; a full disk there is an error on all ranks.
         on_main(lambda: reporter.begin(stage.name, step, last=self.steps, steps_per_epoch=epoch))
@@ -217,7 +221,7 @@ class StageRun:
             for batches in steps:
                 yield [device_batch(batch, self.ranks.device) for batch in batches]
 
-    def tell_early_stop(self, step: int, reporter: Reporter) -> None:
+    def end_early(self, step: int, reporter: Reporter) -> None:
         if not _due(step, self.config.log.logging_steps):
             self.log(step, reporter)
         logger.info(
@@ -227,14 +231,14 @@ class StageRun:
         )
 
     def log(self, step: int, reporter: Reporter) -> None:
-        self.meter.check_finite(self._newest)
+        self.meter.check_finite(self._publish_newest)
         scalars = self.meter.scalars(waited_s=self.source.waited_s)
         scalars |= self.source.scalars()
         on_main(lambda: reporter.log(step, scalars))
 
     def evaluate(self, step: int, reporter: Reporter) -> None:
         """Score the student, report the scores, and keep its weights if they are the best."""
-        self.meter.check_finite(self._newest)
+        self.meter.check_finite(self._publish_newest)
         with self.meter.paused(), doing(f"scoring stage {self.stage.name} at step {step}"):
             scores = self._scores()
             verdict = self._judge(scores, step)
@@ -257,7 +261,7 @@ class StageRun:
         return {WHOLE: scores}
 
     def save(self, step: int, *, is_last: bool) -> None:
-        self.meter.check_finite(self._newest)
+        self.meter.check_finite(self._publish_newest)
         with self.meter.paused(), doing(f"saving step {step} of stage {self.stage.name}"):
             self.saves.save(step, self.student.files(), self._states, is_last=is_last)
 
@@ -267,11 +271,11 @@ class StageRun:
             with self.meter.paused():
                 self.saves.publish()
 
-    def _newest(self) -> Path | None:
+    def _publish_newest(self) -> Path | None:
         self.saves.publish()
         return on_main(self.saves.newest)
 
-    def write(self, extra: Files) -> StageResult:
+    def write(self, files: Files) -> StageResult:
         """Write the weights that the stage returns and its result into the stage's folder."""
         stage, (source, chosen, evaluation) = self.stage, self.best.returned()
         folder = self.assembly.stage_folder(stage.name)
@@ -286,15 +290,15 @@ class StageRun:
             scores=chosen.scores if stage.views else {},
             view=chosen.view if stage.views else None,
         )
-        files = {RESULT: result_text(result, self.saves.length), **extra()}
+        contents = {RESULT: result_text(result, self.saves.length), **files()}
         if source is not None and adapter_config(self.bundle.student) is not None:
             load_adapters(self.bundle.student, source)
             source = None
         if source is None:
-            self._write(folder, files, chosen)
+            self._write(folder, contents, chosen)
         else:
             remedy = f"remove {source} and start the same command again"
-            on_main(lambda: copy_finished(source, folder, changes=files, remedy=remedy))
+            on_main(lambda: copy_finished(source, folder, changes=contents, remedy=remedy))
         on_main(self.saves.finish)
         return result
 
@@ -303,11 +307,11 @@ class StageRun:
         if adapter_config(learner) is None:
             self._write(folder, {}, evaluation)
         else:
-            files = adapter_files(learner)
-            on_main(lambda: write_finished(folder, files))
+            contents = adapter_files(learner)
+            on_main(lambda: write_finished(folder, contents))
 
     def _write(
-        self, folder: Path, files: Mapping[str, str | bytes], evaluation: Evaluation
+        self, folder: Path, contents: Mapping[str, str | bytes], evaluation: Evaluation
     ) -> None:
         stage, role, (first, *beside) = self.stage, self.stage.role, self.bundle.learners
         view = stage.views.get(evaluation.view or "")
@@ -329,7 +333,7 @@ class StageRun:
             if not self.ranks.is_main:
                 consume(models, window)
                 return
-            extra = dict(files)
+            extra = dict(contents)
             if self.config.task.type == "causal_lm":
                 source = self.assembly.learners(stage)[role]
                 ends = learned_ends(prepared.of(role).encoded.chat)

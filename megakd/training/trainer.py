@@ -1,4 +1,4 @@
-"""The training loop, which depends on no model, no loss, no teacher and no method."""
+"""One step of training, which depends on no model, no loss, no teacher and no method."""
 
 from __future__ import annotations
 
@@ -92,17 +92,19 @@ class Stopwatch:
 class Trainer:
     """Takes one optimiser step after another; `strategy` plans each step.
 
-    The caller logs, evaluates and saves between two steps. Training resumes from `step`, the number
-    of steps taken, and the strategy's state alone.
+    The caller logs, evaluates and saves between two steps. The state of the trainer is `step`, the
+    number of steps taken, and that of the strategy.
 
-    count_units: micro-batches of this rank -> global unit counts, on the device.
+    sum_counts: function from the micro-batches of this rank to the unit counts of all ranks, on the
+        device; votes of the ranks ride on its all-reduce (`StepVotes`).
+    teacher_clock: time that the device waits for the teachers.
     watch: whether all answers of the teachers were finite.
     """
 
     student: StudentEngine
     teachers: Mapping[str, Teacher]
     strategy: Strategy
-    count_units: Callable[[Sequence[Batch]], Counts]
+    sum_counts: Callable[[Sequence[Batch]], Counts]
     learning_rate: Schedule
     step: int = 0
     teacher_clock: Stopwatch = field(default_factory=Stopwatch)
@@ -111,7 +113,7 @@ class Trainer:
     def train_step(self, batches: Sequence[Batch]) -> StepReport:
         """Take an optimiser step on the micro-batches and return its report."""
         plan = self.strategy.passes(self.step)
-        counts, parts = self.count_units(batches), dict[str, Tensor]()
+        counts, parts = self.sum_counts(batches), dict[str, Tensor]()
         for index, (batch, passes, knowledge) in enumerate(self._answered(plan, batches), start=1):
             is_last = index == len(batches)
             if is_last:
@@ -132,6 +134,7 @@ class Trainer:
     def _answered(
         self, plan: Sequence[Pass], batches: Sequence[Batch]
     ) -> Iterator[tuple[Batch, Sequence[Pass], dict[str, Knowledge]]]:
+        # A micro-batch whose rows name their teacher has the passes of this teacher alone.
         answers = {
             name: self.teachers[name].answers(
                 [batch.of(name) for batch in batches if batch.teacher in (None, name)]

@@ -24,7 +24,7 @@ from megakd.losses.objective import build_objective
 CE = term_of("hard_cross_entropy")
 SOFT = ("kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd")
 KL, REVERSE, JSD, SKEW, SKEW_REVERSE, TVD = (term_of(f"soft_target_{name}") for name in SOFT)
-ONE_EACH = unit_scales(counts_of(1, 1, 1), 1).weights
+ONE_EACH = unit_scales(counts_of(1, 1, 1), 1).per_unit
 
 
 def answer_of(hidden: torch.Tensor, head: torch.Tensor) -> Knowledge:
@@ -39,7 +39,7 @@ def test_the_loss_on_labels_is_divided_by_the_labelled_rows_or_by_all_rows(count
     batch = Batch({}, labels, torch.ones(4, 1, dtype=torch.bool))
     logits = torch.tensor([[1 / 4, 3 / 4], [1 / 8, 7 / 8]]).log().repeat_interleave(2, 0)
     student = Knowledge(logits=logits.requires_grad_())
-    units = unit_scales(count_units([batch]), 1).weights
+    units = unit_scales(count_units([batch]), 1).per_unit
 
     (actual,) = objective([LossInputs(student, None, batch, objective.weights, units)])
     actual.total.backward()

@@ -162,7 +162,7 @@ class Scene:
             teacher=knowledge(self.teacher, rows),
             batch=self.batch(rows),
             weights=self.objective.weights,
-            per_unit=unit_scales(self.counts(rows) if counts is None else counts, 1).weights,
+            per_unit=unit_scales(self.counts(rows) if counts is None else counts, 1).per_unit,
         )
         return replace(usual, **changes)
 

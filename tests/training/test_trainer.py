@@ -68,7 +68,7 @@ def trainer_of(told: list[Any], *, plans: Any, teachers: Any = ()):
         student=Student(told),
         teachers={name: Teacher(told, name) for name in teachers},
         strategy=Steering(told, plans),
-        count_units=count_units,
+        sum_counts=count_units,
         learning_rate=lambda step: 0.1 * step,
     )
 
