@@ -19,7 +19,7 @@ from megakd.config.file import load_config
 from megakd.config.terms import TERMS
 from megakd.data.batch import Batch, Documents, Knowledge, LossInputs, backward_groups, copied_to
 from megakd.methods.knowledge_selection import KnowledgeSelectionConfig
-from megakd.methods.knowledge_selection.selecting import Selecting, Selector, SelectorShape
+from megakd.methods.knowledge_selection.selecting import Selecting, Selector
 from megakd.models import packing
 from megakd.models.packing import set_attention
 from megakd.reports import plan_tracing as tracing
@@ -203,9 +203,8 @@ def test_every_method_stays_on_the_gpu(run_on_gpu, tmp_path, name):
 @pytest.mark.usefixtures("process_group")
 def test_knowledge_selection_reads_its_action_on_the_host():
     """The intended wait: the host has to know which losses of a step count."""
-    shape = SelectorShape(student=2, teacher=3, kinds=("labels", "responses"))
     config = KnowledgeSelectionConfig(name="knowledge_selection")
-    strategy = Selecting("teacher", Selector(shape), config, seed=1)
+    strategy = Selecting("teacher", Selector((2, 3), ("labels", "responses")), config, seed=1)
     with pretended_cuda():
         answers = [Knowledge(hidden_states=(torch.zeros(4, 5, n, device=CUDA),)) for n in (2, 3)]
         batch = Batch({}, torch.zeros(4, device=CUDA), torch.ones(4, 5, device=CUDA) > 0)
