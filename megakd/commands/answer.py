@@ -177,9 +177,9 @@ def _local(arguments: argparse.Namespace) -> Answers:
         tokenizer: Any = AutoTokenizer.from_pretrained(arguments.model)
         model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto")
     except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{arguments.model} is no causal language model: {silent or first_line(error)}"
-        ) from error
+        problem = "is not a local folder and cannot be downloaded from the Hub"
+        problem = problem if silent else "is no causal language model"
+        raise ModelError(f"{arguments.model} {problem}: {silent or first_line(error)}") from error
     if tokenizer.chat_template is None:
         raise ModelError(
             f"{arguments.model} has no chat template, which says where an answer begins"

@@ -143,12 +143,13 @@ def say_chat(
     for name, tally in counts.items():
         lengths = [*tally.lengths.elements()]
         left_out = tally.long_prompt + tally.too_long + tally.nothing_counts + tally.bad
+        longest = f"; the longest has {longest_of(lengths)} tokens" if lengths else ""
         logger.info(
-            "%s: %d conversations, %d encoded rows with %d tokens, of which %.1f %% count; the "
-            "longest has %d tokens, %d are truncated, %d dropped",
-            *(name, tally.rows, tally.kept, tally.tokens),
-            *(100 * tally.targets / max(1, tally.tokens), longest_of(lengths)),
-            *(tally.truncated, left_out),
+            "%s: %d %s, %d encoded rows with %d tokens, of which %.1f %% count%s, %d are "
+            "truncated, %d dropped",
+            *(name, tally.rows, "conversations" if lengths else "documents"),
+            *(tally.kept, tally.tokens, 100 * tally.targets / max(1, tally.tokens)),
+            *(longest, tally.truncated, left_out),
         )
         warnings = [(left_out, f"are left out: {tally.reasons}")]
         longer = tally.truncated + tally.too_long + tally.long_prompt

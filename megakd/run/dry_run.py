@@ -10,10 +10,13 @@ import time
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
 
 from megakd.config.run import RunConfig
 from megakd.config.sections import TeacherConfig
-from megakd.config.task import AUTO
+from megakd.config.task import AUTO, FusedLayers
 from megakd.engine.collectives import gather, node_name, on_main
 from megakd.engine.distributed import Ranks
 from megakd.engine.memory import device_name, forget_models, peak_memory_bytes, reset_peak_memory
@@ -33,6 +36,14 @@ from megakd.training.stage_run import StageRun
 STEPS = 3
 
 
+class _Unfinished(Assembly):
+    """An assembly whose teachers may lack the head that their fine-tuning will give them."""
+
+    def _load(self, *parts: Any, need_head: bool, fused: FusedLayers) -> PreTrainedModel:
+        del need_head
+        return super()._load(*parts, need_head=False, fused=fused)
+
+
 class DryLab(PlanningLab):
     """A lab that records the stages of a method, of which some steps can be taken."""
 
@@ -41,7 +52,7 @@ class DryLab(PlanningLab):
         super().__init__(
             prepared.config, prepared.sources, ranks=world, device=device, prepared=prepared
         )
-        self.assembly = Assembly(prepared=prepared, ranks=ranks, teachers=self._teachers)
+        self.assembly = _Unfinished(prepared=prepared, ranks=ranks, teachers=self._teachers)
 
     def take_steps(self, stage: Stage) -> tuple[int, float, int]:
         """Take steps of a stage on real rows; a collective.

@@ -115,12 +115,12 @@ def _read_manifest(folder: Path, facts: Fingerprint) -> int:
         stored, rows, version = tree["facts"], int(tree["rows"]), tree["version"]
     except FileNotFoundError as error:
         raise TeacherError(
-            f"{path} does not exist; create the cache first: launch/cache_teacher.py --config F"
+            f"{path} does not exist; create the cache first: megakd cache F"
         ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise TeacherError(
             f"{path} is damaged or of an earlier version ({error}); remove {folder} and create the "
-            "cache again: launch/cache_teacher.py --config F"
+            "cache again: megakd cache F"
         ) from error
     here = json.loads(json.dumps(facts))
     differing = differences({"version": version, **stored}, {"version": VERSION, **here})
@@ -145,8 +145,7 @@ class CachedTeacher(Teacher):
         rows = on_main(lambda: _read_manifest(folder, facts))
         for shard, reason in _damaged(folder, ranks).items():
             raise TeacherError(
-                f"{shard} is damaged: {reason}; launch/cache_teacher.py --config F computes its "
-                "rows again"
+                f"{shard} is damaged: {reason}; megakd cache F computes its rows again"
             )
         shards = on_main(lambda: _shards_in(folder))
         self._device = ranks.device
@@ -161,8 +160,7 @@ class CachedTeacher(Teacher):
         cached = sum(len(next(iter(shard.values()))) for shard in self._shards)
         if cached != rows:
             raise TeacherError(
-                f"{folder} holds {cached} of {rows} rows; complete the cache: "
-                "launch/cache_teacher.py --config F"
+                f"{folder} holds {cached} of {rows} rows; complete the cache: megakd cache F"
             )
 
     @override

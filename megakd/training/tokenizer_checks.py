@@ -94,14 +94,23 @@ def check_answers(
     for name, tally in (counts or {}).items():
         if not name.startswith("train") and not tally.targets:
             of_set = name.removeprefix(f"{SETS}/")
-            key = f"task.{name}_files" if of_set == name else f"task.evaluation_sets.{of_set}"
+            split = name.partition("/")[0]  # of a mixture, a source follows
+            key = f"task.{split}_files" if of_set == name else f"task.evaluation_sets.{of_set}"
             raise DataError(
                 f"the rows of {name} are prompts without an answer, so that no model can be "
                 f"scored; set {key} to rows with a prompt and a completion"
             )
     trained, ends = learned(counts), _end_ids(tokenizer, student)
     special = {number for tally in trained for number in tally.special}
-    if any(tally.targets for tally in trained) and not special & ends:
+    cut_off = sum(tally.cut_off for tally in trained)
+    if cut_off == sum(tally.rows for tally in trained) > 0:
+        _refuse_ends(
+            task,
+            f"all {cut_off} training rows have an answer that was cut off (finish_reason: length), "
+            "so that the student would learn no end; give rows with whole answers, such as those "
+            "of megakd answer with a larger --max_new_tokens",
+        )
+    elif any(tally.targets for tally in trained) and not special & ends:
         problem = (
             f"no answer of the training rows ends with {_tokens(ends, tokenizer)} (eos_token of "
             "the tokenizer, and eos_token_id in the student's generation_config.json)"

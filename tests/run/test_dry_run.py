@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from golden_cases import classifier
 from tiny_runs import bert, review_task, run_in
+from transformers import AutoModel
 
 STUDENT_OF = {"name": "minidisc", "target_sparsity": 0.75, "sparsities": [0.5, 0.75]}
 
@@ -39,3 +41,17 @@ def test_every_stage_is_timed_and_nothing_is_written(one_rank, tmp_path, method,
     assert " ".join(table[-1]).startswith("Training takes about ")
     assert head.startswith(f"{method['name']}: 1 ranks (CPU")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_teacher_that_gets_its_head_by_fine_tuning_is_stepped_without_it(one_rank, tmp_path):
+    base = tmp_path / "base"
+    classifier(base, 2)
+    AutoModel.from_pretrained(base).save_pretrained(base)
+    teacher = {"model": str(base), "finetune": {"max_steps": 8}}
+    task = review_task(tmp_path, tokenizer=str(base))
+    sections = {"method": {"name": "single"}, "train": {"max_steps": 20}}
+    config = run_in(tmp_path, task, teacher=teacher, student={"model": bert(1)}, **sections)
+
+    outcome = one_rank.train("--config", config, "--dry_run", code=0)
+
+    assert "teacher-finetune" in outcome.out

@@ -66,7 +66,7 @@ def test_a_mixture_tells_its_sources_and_scores_documents_as_a_file_of_them_alon
 
     answer = finish(one_rank, config)
 
-    sources = re.findall(r"^train/\w+: \d+ conv", answer.out + answer.err, re.MULTILINE)
+    sources = re.findall(r"^train/\w+: \d+ (?:conv|doc)", answer.out + answer.err, re.MULTILINE)
     assert len(sources) == 2
     # Documents are cut, not packed, also where a file of them is scored alone.
     words = ("--data", files["long"], "--json")

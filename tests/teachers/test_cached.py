@@ -113,7 +113,7 @@ def test_a_start_that_was_killed_is_gone_on_with_and_no_row_is_asked_twice(tmp_p
     first, second, idle = Teacher(most=12), Teacher(), Teacher()
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path / "cache", rows, first)
-    with pytest.raises(TeacherError, match=r"holds 10 of 23 rows; complete the cache: launch"):
+    with pytest.raises(TeacherError, match="10 of 23 rows; complete the cache: megakd cache"):
         read(tmp_path / "cache")
     started = "23 rows of 12 bytes, 0.0 MB in 5 shards; 0 rows are already cached"
     assert started in caplog.messages[0]

@@ -54,6 +54,7 @@ class _Narrow:
             for number in range(len(layers) if "*" in starred else 1):
                 name = starred.removeprefix(bare).replace("*", str(number))
                 sizes[name] = dict.fromkeys(dimensions, int(config.hidden_size))
+        _narrow_heads(self, sizes, blocks, of_stock.hidden_size)
         for number, layer in enumerate(layers):
             for units in (narrow[kind]["layers"][number] for kind in ("heads", "neurons")):
                 for name, (dimension, rows) in units["parts"].items() if units else ():
@@ -112,6 +113,26 @@ def _set(config: Any, values: Mapping[str, Any]) -> Iterator[None]:
     finally:
         for key, value in earlier.items():
             setattr(config, key, value)
+
+
+def _narrow_heads(model: Any, sizes: dict[str, dict[int, int]], blocks: str, former: int) -> None:
+    """Add the sizes of the head of another task, which the model that was cut did not have.
+
+    Args:
+        sizes: by name, the sizes of weights by dimension.
+        blocks: name of the layers.
+        former: width of the hidden states of the stock model.
+    """
+    for path, part in model.named_modules():
+        weight, name = getattr(part, "weight", None), f"{path}.weight"
+        is_inside = name.startswith(f"{blocks}.") or isinstance(part, nn.Embedding)
+        if weight is None or name in sizes or is_inside:
+            continue
+        shape = getattr(weight, "ds_shape", weight.shape)
+        wide = [dimension for dimension, size in enumerate(shape) if size == former]
+        if len(shape) == 2 and shape[0] == model.config.num_labels:  # outputs are labels
+            wide = [dimension for dimension in wide if dimension > 0]
+        sizes[name] = dict.fromkeys(wide, int(model.config.hidden_size))
 
 
 def _resize(model: nn.Module, path: str, changes: Mapping[int, int]) -> None:
