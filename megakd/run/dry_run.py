@@ -7,6 +7,7 @@ import platform
 import shutil
 import tempfile
 import time
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +17,11 @@ from transformers import PreTrainedModel
 
 from megakd.config.run import RunConfig
 from megakd.config.sections import TeacherConfig
-from megakd.config.task import AUTO, FusedLayers
+from megakd.config.task import AUTO, Dtype, FusedLayers
 from megakd.engine.collectives import gather, node_name, on_main
 from megakd.engine.distributed import Ranks
 from megakd.engine.memory import device_name, forget_models, peak_memory_bytes, reset_peak_memory
+from megakd.models.fitting import ModelSource
 from megakd.process.terminal import aligned_rows
 from megakd.reports.plan import cluster_of, gigabytes, page, plan_run, process_bytes
 from megakd.reports.plan_phases import PlanningLab, check_method
@@ -39,9 +41,17 @@ STEPS = 3
 class _Unfinished(Assembly):
     """An assembly whose teachers may lack the head that their fine-tuning will give them."""
 
-    def _load(self, *parts: Any, need_head: bool, fused: FusedLayers) -> PreTrainedModel:
+    def _load(
+        self,
+        source: ModelSource,
+        ds: Mapping[str, Any],
+        dtype: Dtype,
+        *,
+        need_head: bool,
+        fused: FusedLayers,
+    ) -> PreTrainedModel:
         del need_head
-        return super()._load(*parts, need_head=False, fused=fused)
+        return super()._load(source, ds, dtype, need_head=False, fused=fused)
 
 
 class DryLab(PlanningLab):
