@@ -177,8 +177,9 @@ def _local(arguments: argparse.Namespace) -> Answers:
         tokenizer: Any = AutoTokenizer.from_pretrained(arguments.model)
         model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto")
     except (OSError, ValueError) as error:
-        problem = "is not a local folder and cannot be downloaded from the Hub"
-        problem = problem if silent else "is no causal language model"
+        problem = "is no causal language model"
+        if silent:
+            problem = "is not a local folder and cannot be downloaded from the Hub"
         raise ModelError(f"{arguments.model} {problem}: {silent or first_line(error)}") from error
     if tokenizer.chat_template is None:
         raise ModelError(

@@ -7,21 +7,16 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedModel
 
 from megakd.config.run import RunConfig
 from megakd.config.sections import TeacherConfig
-from megakd.config.task import AUTO, Dtype, FusedLayers
+from megakd.config.task import AUTO
 from megakd.engine.collectives import gather, node_name, on_main
 from megakd.engine.distributed import Ranks
 from megakd.engine.memory import device_name, forget_models, peak_memory_bytes, reset_peak_memory
-from megakd.models.fitting import ModelSource
 from megakd.process.terminal import aligned_rows
 from megakd.reports.plan import cluster_of, gigabytes, page, plan_run, process_bytes
 from megakd.reports.plan_phases import PlanningLab, check_method
@@ -38,22 +33,6 @@ from megakd.training.stage_run import StageRun
 STEPS = 3
 
 
-class _Unfinished(Assembly):
-    """An assembly whose teachers may lack the head that their fine-tuning will give them."""
-
-    def _load(
-        self,
-        source: ModelSource,
-        ds: Mapping[str, Any],
-        dtype: Dtype,
-        *,
-        need_head: bool,
-        fused: FusedLayers,
-    ) -> PreTrainedModel:
-        del need_head
-        return super()._load(source, ds, dtype, need_head=False, fused=fused)
-
-
 class DryLab(PlanningLab):
     """A lab that records the stages of a method, of which some steps can be taken."""
 
@@ -62,7 +41,9 @@ class DryLab(PlanningLab):
         super().__init__(
             prepared.config, prepared.sources, ranks=world, device=device, prepared=prepared
         )
-        self.assembly = _Unfinished(prepared=prepared, ranks=ranks, teachers=self._teachers)
+        self.assembly = Assembly(
+            prepared=prepared, ranks=ranks, teachers=self._teachers, are_finished=False
+        )
 
     def take_steps(self, stage: Stage) -> tuple[int, float, int]:
         """Take steps of a stage on real rows; a collective.

@@ -80,11 +80,13 @@ class Assembly:
     """The parts that engines are built from.
 
     teachers: the teachers that are ready, by name; a method may add teachers.
+    are_finished: False in a dry run, whose teachers may lack the head of their fine-tuning.
     """
 
     prepared: RunInputs
     ranks: Ranks
     teachers: Mapping[str, ReadyTeacher] = field(default_factory=dict)
+    are_finished: bool = True
 
     @property
     def config(self) -> RunConfig:
@@ -213,7 +215,8 @@ class Assembly:
         source, dtype, train = ready.source, self.teacher_dtype(ready), self.config.train
         check_dtype(dtype, self.ranks, "teacher.dtype")
         check_kernels(train.kernels, self.ranks, "train")
-        model = self._load(source, ds, dtype, need_head=True, fused=train.fused_layers)
+        need_head, fused = self.are_finished, train.fused_layers
+        model = self._load(source, ds, dtype, need_head=need_head, fused=fused)
         order = label_order(model.config, self.prepared.splits.label_names, where=source.where)
         return FrozenModel(model, needs=Needs(), label_order=order, kernels=train.kernels)
 

@@ -36,9 +36,10 @@ from megakd.data.batch import SOURCE_UNITS, Pass, teacher_names
 from megakd.engine.collectives import all_reduce_
 from megakd.engine.distributed import Ranks
 from megakd.engine.memory import device_name, peak_memory_bytes
+from megakd.engine.sharding import full_shape
 from megakd.errors import ConfigError, MegakdError, TrainingError, one_line
 from megakd.losses.objective import WEIGHTED_LOSS, Objective
-from megakd.models.elastic import full_shape, weight_axes
+from megakd.models.elastic import weight_axes
 from megakd.models.generation import TOKENS_PER_TEXT, TRUNCATED
 from megakd.models.structure import architecture_of
 from megakd.models.views import View

@@ -172,14 +172,14 @@ class StageRun:
                 seed_everything(self.config.seed, ranks.rank, step)
                 text += f", which {writers} ranks wrote; with {ranks.world_size} ranks, dropout "
                 text += "draws other numbers from here on"
-        elif step:
-            self.best.forget()
-            previous: Path = self.stage.start.folder
-            text = f"{name}: continues from {previous.name} at step {step}"
-            continue_window(previous, self.student, self.source, ranks)
         else:
             self.best.forget()
-            text = f"{name}: no checkpoint to resume from, starting at step 0"
+            if step:
+                previous: Path = self.stage.start.folder
+                text = f"{name}: continues from {previous.name} at step {step}"
+                continue_window(previous, self.student, self.source, ranks)
+            else:
+                text = f"{name}: no checkpoint to resume from, starting at step 0"
         logger.info(text)
         return step
 
