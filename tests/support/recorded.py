@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
 import math
@@ -48,25 +47,6 @@ def reported(out: Path) -> dict[str, Any]:
 
 def resolved(out: Path) -> Any:
     return yaml.safe_load((out / "config.yaml").read_text())
-
-
-def sentences(package: Path) -> list[str]:
-    """Return all texts of five words or more in the code of a package, without docstrings."""
-    trees = [ast.parse(path.read_text()) for path in package.rglob("*.py")]
-    return sorted({text for tree in trees for text in _texts(tree) if len(text.split()) > 4})
-
-
-def _texts(tree: ast.Module) -> Iterator[str]:
-    waiting: list[ast.AST] = [tree]
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, ast.JoinedStr):
-            parts = (part.value if isinstance(part, ast.Constant) else "{}" for part in node.values)
-            yield "".join(map(str, parts))
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            yield node.value
-        elif not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
-            waiting.extend(ast.iter_child_nodes(node))
 
 
 def digest(rows: Any) -> str:
