@@ -21,7 +21,7 @@ help:
 	echo 'make quickstart  distil a student on docstrings: some minutes on a CPU'
 	echo 'make test        the whole test suite (SLOW=1: the slow tests too)'
 	echo 'make test-oldest the tests of GPUs under torch 2.11 (5 GB)'
-	echo 'make lint        ruff and pyright'
+	echo 'make lint        format, ruff and pyright'
 	echo 'make docs        the documentation site, in build/site'
 	echo 'make clean       remove the environment and all caches; keeps runs/'
 
@@ -81,6 +81,8 @@ $(OLDEST)/installed: pyproject.toml constraints.txt
 
 lint: install
 	@$(ACTIVATE)
+	# CI only looks: whoever commits formats.
+	ruff format --quiet $(if $(CI),--check,) .
 	ruff check .
 	pyright --warnings
 

@@ -34,7 +34,7 @@ KERNEL_CHUNK_MB = 512
 
 
 @torch.library.custom_op("megakd::hidden_loss", mutates_args=())
-def hidden_loss(  # noqa: PLR0913, PLR0917, an operator takes flat arguments
+def hidden_loss(
     student: Tensor,
     projection: Tensor | None,
     teacher: Tensor,
@@ -169,7 +169,7 @@ class _Formed:
 
 
 @hidden_loss.register_fake
-def _(  # noqa: PLR0913, PLR0917, the signature of the operator
+def _(
     student: Tensor, projection: Tensor | None, teacher: Tensor, valid: Tensor,
     needed: Sequence[bool], kind: str, implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip

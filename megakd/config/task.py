@@ -238,7 +238,7 @@ class TaskConfig:
 
     @property
     def row_length(self) -> int:
-        """`max_length` of a task whose rows have been measured; see `inputs.run_data`."""
+        """`max_length` of a task whose rows have been measured; see `inputs.with_data`."""
         if self.max_length is None:
             raise ValueError("task.max_length is null, and the rows have not been measured")
         return self.max_length

@@ -36,7 +36,7 @@ Source = Literal["rollouts", "data"]
 UNITS = ("examples", "targets", "tokens")
 """The units of every run: rows, labelled rows or positions, and valid positions."""
 Unit = str
-"""The items that a loss term sums over; `unit_counts` names the units of every run."""
+"""The items that a loss term sums over; `UNITS` are the units of every run."""
 
 
 def on_source(name: str, source: Source | None) -> str:
@@ -462,7 +462,7 @@ def source_of(term: Term) -> Source | None:
 
 
 def term_name(term: Term) -> str:
-    """Return `loss`, or `loss_on_source` for a term that is limited to a source."""
+    """Return the name of the loss, with that of the source to which the term is limited, if any."""
     return on_source(term.loss, source_of(term))
 
 

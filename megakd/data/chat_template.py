@@ -198,7 +198,7 @@ class Rendered(NamedTuple):
     answers: the parts that count, as (first character, character after the last).
     prompts: the numbers of characters that a generator continues, for each answer that counts or
         for a row that is a prompt.
-    noticed: what is unusual about the row, among the keys of `counts.NOTICED`.
+    noticed: what is unusual about the row, among the keys of `chat_tokens.NOTICED`.
     """
 
     text: str

@@ -43,7 +43,7 @@ class Collator:
 
     For causal_lm, `inputs` has `input_ids` and `position_ids`, and the model must be called with
     `use_cache=False`; see `token_tables`. A row without `position_ids` is one document. For mlm,
-    no tokens are masked or labelled yet; see `masking`.
+    no tokens are masked or labelled yet; see `Masking`.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> None:

@@ -49,7 +49,7 @@ class Splits(NamedTuple):
     train, validation, test: columns `text`, `text_pair` (pairs only) and `label`. The label is an
         int64 class number or a float32 score, and -100 or NaN for a row without a label; or int8
         numbers by class, 1 for each label of the row, else 0, or all -100. mlm and
-        causal_lm have no column `label`, and conversations have those of `chat.conversations`.
+        causal_lm have no column `label`, and conversations have those of `conversations`.
         test is None unless its rows carry labels.
     label_names: class names in the order of their numbers; empty without classes.
     content_hash: sha256 of the sources of all rows and of their selection.

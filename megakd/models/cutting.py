@@ -166,7 +166,7 @@ def content_of(
     return ModelContent(config, named, tokenizer, cut_class_name(model, config))
 
 
-def reshape_folder(  # noqa: PLR0913  (each is another fact about the model)
+def reshape_folder(
     source: ModelSource,
     folder: Path,
     *,

@@ -134,8 +134,8 @@ def write_graphs(
     """Write the graphs of the student and the largest teacher, `reference`; a collective.
 
     Returns:
-        By row, such as `student_int8`: sizes and scores. The logits of an fp32 graph are the
-        model's, so are its scores.
+        By row (the name of a model, `_` and a form such as int8): sizes and scores. The logits
+        of an fp32 graph are the model's, so are its scores.
     """
     config = lab.config
     models = {STUDENT: (lab.assembly, student, measured[STUDENT].report)}

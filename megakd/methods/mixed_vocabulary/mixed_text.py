@@ -5,8 +5,7 @@ vocabulary with a probability, else with the teacher's. A masked piece is then p
 vocabulary.
 The `Collator` of the student reads the same rows. Columns, all lists of int32:
 
-- `input_ids`: the student's tokens with its special tokens, and `word_starts` for whole-word
-  masking (see `token_tables`).
+- `input_ids`: the student's tokens with its special tokens.
 - `teacher_ids`: the same words in the teacher's vocabulary, without special tokens.
 - `student_lengths`, `teacher_lengths`: number of pieces of each word, without special tokens.
 - `fixed`: by word, 0 if both vocabularies know the word, 1 if the student's vocabulary always cuts
