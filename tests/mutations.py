@@ -217,7 +217,7 @@ MUTATIONS = (
         "tests/models/test_lora.py",
     ),
     Mutation(
-        "megakd/training/pruning.py",
+        "megakd/training/importance.py",
         "(gradients / count.clamp(min=1)).abs()",
         "(gradients / count.clamp(min=1))",
         "tests/distributed/test_importance.py",

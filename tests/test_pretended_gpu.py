@@ -23,9 +23,10 @@ from megakd.methods.knowledge_selection.selecting import Selecting, Selector
 from megakd.models import packing
 from megakd.models.packing import set_attention
 from megakd.reports import plan_tracing as tracing
-from megakd.reports.plan_phases import PlanningLab, planned_sources
+from megakd.reports.plan_phases import PlannedWork, planned_phases, planned_sources
 from megakd.reports.plan_tracing import PhaseTraces, Trace, _ones
 from megakd.stage import Stage
+from megakd.training.facts import RunFacts
 from megakd_kernels import chunking
 
 # The elastic embedding recognises tokens by their memory, which pretended tensors do not have.
@@ -89,7 +90,7 @@ def run_on_gpu(
 
     def run(tree: Mapping[str, Any]) -> list[str]:
         config = load_config(write_config(tmp_path / "run.yaml", tree), [])
-        phases = PlanningLab(config, planned_sources(config), ranks=1, device="cuda").play()
+        phases = planned_phases(PlannedWork(RunFacts(config, planned_sources(config), world=1)))
         for phase in phases:
             with pretended_cuda():
                 OnGpu(phase, config, "cuda")

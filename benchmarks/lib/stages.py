@@ -16,9 +16,10 @@ from lib.options import parser_of
 from megakd.config.run import RunConfig
 from megakd.data.batch import Batch, Pass
 from megakd.engine.distributed import Ranks
-from megakd.run.run_lab import RunLab
+from megakd.run.run_work import RunWork
 from megakd.stage import Constant, Stage
 from megakd.training.inputs import prepare
+from megakd.training.lab import Lab
 from megakd.training.log import Reporter
 from megakd.training.stage_run import STOP, StageRun
 
@@ -142,7 +143,7 @@ class MeasuredStage(StageRun):
 def measured_stage(config: RunConfig, ranks: Ranks) -> Iterator[tuple[MeasuredStage, Any]]:
     """Build the stage that `single` plans and its teacher, and free both at the end."""
     reporter = Reporter(config.output_dir, is_main=ranks.is_main)
-    lab = RunLab(prepare(config), ranks, reporter)
+    lab = Lab(RunWork(prepare(config), ranks, reporter))
     name = lab.teacher()
     stage = Stage(
         name="student",
@@ -152,9 +153,9 @@ def measured_stage(config: RunConfig, ranks: Ranks) -> Iterator[tuple[MeasuredSt
         train=config.train,
     )
     with ExitStack() as stack:
-        teacher = lab.pool.open(name, stage)
+        teacher = lab.work.pool.open(name, stage)
         stack.callback(teacher.destroy)
         # The assembly knows the teachers that are ready.
-        run = MeasuredStage(stage, lab.assembly, teachers={name: teacher}, reporter=reporter)
+        run = MeasuredStage(stage, lab.work.assembly, teachers={name: teacher}, reporter=reporter)
         stack.callback(run.close)
         yield run, teacher

@@ -31,8 +31,9 @@ def run(arguments: argparse.Namespace) -> None:
         from megakd.run.finished_run import begin_run
         from megakd.run.holder import held
         from megakd.run.main import reporter_of, started
-        from megakd.run.run_lab import RunLab
+        from megakd.run.run_work import RunWork
         from megakd.training.inputs import prepare
+        from megakd.training.lab import Lab
         from megakd.training.precision import check_device
 
         with started(config) as ranks, ExitStack() as locks:
@@ -42,9 +43,9 @@ def run(arguments: argparse.Namespace) -> None:
             check_device(config, ranks)
             check_nodes(config)
             with closing(reporter_of(config, ranks)) as reporter:
-                lab = RunLab(prepare(config), ranks, reporter)
+                lab = Lab(RunWork(prepare(config), ranks, reporter))
                 on_main(lambda: begin_run(config, ranks))  # stages may be made below
-                folders = [lab.cache(lab.teacher(name)) for name in caches]
+                folders = [lab.work.cache(lab.teacher(name)) for name in caches]
     say("\n".join(map(str, folders)))
 
 

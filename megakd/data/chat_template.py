@@ -235,7 +235,7 @@ class ChatTemplate:
 
         def written(*, as_text: bool) -> Rendered:
             asked = [with_arguments(message, as_text=as_text) for message in messages]
-            return self._rendered(_View(self, hidden, asked, where))
+            return self._rendered(_Rendering(self, hidden, asked, where))
 
         try:
             return written(as_text=False)
@@ -253,15 +253,15 @@ class ChatTemplate:
         hidden = self.texts.hidden(message, leave=REASONING_MARKS if is_answer else ())
         return {**hidden, "role": message["role"]}
 
-    def _rendered(self, view: _View) -> Rendered:
-        conversation, messages = view.conversation, view.messages
-        view.require_calls()
+    def _rendered(self, rendering: _Rendering) -> Rendered:
+        conversation, messages = rendering.conversation, rendering.messages
+        rendering.require_calls()
         if conversation.is_prompt:
-            text = view.up_to(len(messages), prompted=True)
+            text = rendering.up_to(len(messages), prompted=True)
             return self._as_read(Rendered(text, [], [len(text)]))
         counted = conversation.counted[-1 if self.task.train_on == "last" else 0 :]
         has_marks = MARKS.search(self.source(conversation.tools)) is not None
-        whole = view.by_marks(counted) if has_marks else view.by_prefixes(counted)
+        whole = rendering.by_marks(counted) if has_marks else rendering.by_prefixes(counted)
         ends: list[tuple[int, int]] = []
         for begin, end in whole.answers:
             # White space after the token that ends a turn does not count.
@@ -308,7 +308,7 @@ class ChatTemplate:
         return self._sources[key]
 
 
-class _View(NamedTuple):
+class _Rendering(NamedTuple):
     template: ChatTemplate
     conversation: Conversation
     messages: list[Message]

@@ -133,7 +133,7 @@ def views_of(
 
 def view_of(config: AssistantOptions, lab: Lab, ranked: SortedTeacher, sparsity: float) -> View:
     """Return the view of one candidate."""
-    shape = Shape(lab.given(TEACHER).depth, width=0, vocabulary=0)
+    shape = Shape(lab.configured_model(TEACHER).depth, width=0, vocabulary=0)
     terms = [term for term in objective_of(lab) if isinstance(term, ATTENTION_TERMS)]
     pairs = [pair for term in terms for pair in layer_pairs(term, shape, shape)]
     return ranked.view_at(
@@ -149,19 +149,19 @@ def ranked_teacher(config: AssistantOptions, lab: Lab) -> tuple[str, SortedTeach
     """Return the name of the teacher, and the sorted teacher, with which these methods begin."""
     check_reach(config, lab)
     teacher = lab.teacher()
-    return teacher, lab.pruning.sorted_teacher(teacher)
+    return teacher, lab.work.unit_scores(teacher)
 
 
 def check_reach(config: AssistantOptions, lab: Lab) -> None:
     """Check, before any training, that all models can be cut that the method will cut."""
     if config.weighs:
-        lab.metric()
+        lab.facts.metric()
     for term in objective_of(lab):
         if isinstance(term, RelationKl):
-            _check_relations(term, lab.given(TEACHER).heads)
+            _check_relations(term, lab.configured_model(TEACHER).heads)
     # The distribution of units over the layers, and so the effect of rounding, is not yet known.
     exact = dataclasses.replace(config, round_to=1) if config.allocation != "uniform" else config
-    views_of(exact, lab, lab.pruning.unscored(), config.used_sparsities)
+    views_of(exact, lab, lab.facts.unscored(), config.used_sparsities)
 
 
 def _check_relations(term: RelationKl, heads: Heads) -> None:
@@ -185,7 +185,7 @@ def objective_of(lab: Lab) -> tuple[TermConfig, ...]:
     The paper's objective is that of its code, hidden states at seven depths and soft targets, with
     half weight each.
     """
-    teacher, given = lab.given(TEACHER), lab.config.objective
+    teacher, given = lab.configured_model(TEACHER), lab.config.objective
     if given is not None:
         heads = teacher.heads.queries
         return tuple(

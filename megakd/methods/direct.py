@@ -28,5 +28,5 @@ def run(config: DirectConfig, lab: Lab) -> StageResult:
     """Cut the target out of the sorted teacher and distil it."""
     teacher, ranked = ranked_teacher(config, lab)
     view = view_of(config, lab, ranked, config.target_sparsity)
-    start = lab.pruning.cut(ranked.source, view, "cut")
+    start = lab.work.cut(ranked.source, view, "cut")
     return lab.train(leg(lab, "student", teacher=teacher, start=start))

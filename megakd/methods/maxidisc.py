@@ -48,7 +48,7 @@ class Route(NamedTuple):
 def run(config: MaxiDiscConfig, lab: Lab) -> StageResult:
     """Train two legs per assistant, and return the student with the best validation score."""
     _, ranked = ranked_teacher(config, lab)
-    metric = lab.metric()
+    metric = lab.facts.metric()
     routes = [_route(config, lab, ranked, sparsity) for sparsity in config.used_sparsities]
     best = max(routes, key=lambda route: metric.of(route.student.metrics))
     for route in routes:
@@ -58,7 +58,7 @@ def run(config: MaxiDiscConfig, lab: Lab) -> StageResult:
             {
                 "iteration": 1,
                 "sparsity": route.sparsity,
-                "parameters": lab.pruning.parameters(ranked.source, view).parameters,
+                "parameters": lab.facts.parameters(ranked.source, view).parameters,
                 "metric_name": metric.name,
                 "metric": value,
                 "tradeoff": tradeoff(value, route.sparsity, config.tradeoff),
@@ -74,12 +74,12 @@ def run(config: MaxiDiscConfig, lab: Lab) -> StageResult:
 def _route(config: MaxiDiscConfig, lab: Lab, ranked: SortedTeacher, sparsity: float) -> Route:
     view = view_of(config, lab, ranked, sparsity)
     name = view_name(sparsity)
-    start = lab.pruning.cut(ranked.source, view, f"cut-{name}")
+    start = lab.work.cut(ranked.source, view, f"cut-{name}")
     first = lab.train(leg(lab, f"leg-{name}", teacher=lab.teacher(), start=start))
     if sparsity == config.target_sparsity:
         return Route(sparsity, first, first)
     target = view_of(config, lab, ranked, config.target_sparsity)
     assistant = lab.as_teacher(first)
-    start = lab.pruning.cut(lab.source(first.folder), target, f"cut-through-{name}")
+    start = lab.work.cut(lab.source(first.folder), target, f"cut-through-{name}")
     second = lab.train(leg(lab, f"student-through-{name}", teacher=assistant, start=start))
     return Route(sparsity, first, second)

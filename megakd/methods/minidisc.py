@@ -34,7 +34,9 @@ from megakd.methods.assistants import (
     views_of,
 )
 from megakd.stage import Scores, Stage, StageResult, Strategy, Verdict
-from megakd.training.lab import Lab, Metric, MetricJudge, Model, Row
+from megakd.training.lab import Lab, Model
+from megakd.training.ranking import Metric, MetricJudge
+from megakd.training.record import Row
 
 if TYPE_CHECKING:
     from megakd.training.allocation import SortedTeacher
@@ -87,9 +89,9 @@ def direct(config: MiniDiscConfig, lab: Lab, student: StageResult) -> Stage:
     """
     del student
     teacher = lab.teacher()
-    ranked = lab.pruning.sorted_teacher(teacher)
+    ranked = lab.work.unit_scores(teacher)
     view = view_of(config, lab, ranked, config.target_sparsity)
-    start = lab.pruning.cut(ranked.source, view, "cut-direct")
+    start = lab.work.cut(ranked.source, view, "cut-direct")
     stage = leg(lab, "direct", teacher=teacher, start=start)
     steps = sum(result.steps for result in lab.results if result.name.startswith(TRIAL))
     train = dataclasses.replace(lab.config.train, max_steps=steps) if steps else None
@@ -104,9 +106,9 @@ def trial(
 ) -> Stage:
     """Return the stage of a trial: all candidates from the link's sparsity on learn together."""
     sparsities = [s for s in config.sparsities if s >= link.sparsity]
-    metric, views = lab.metric(), views_of(config, lab, ranked, sparsities)
+    metric, views = lab.facts.metric(), views_of(config, lab, ranked, sparsities)
     # Units that no candidate has would take memory and communication without being trained.
-    start = lab.pruning.cut(link.start, views[view_name(sparsities[0])], f"start-{iteration}")
+    start = lab.work.cut(link.start, views[view_name(sparsities[0])], f"start-{iteration}")
     judge = TradeoffJudge(metric, tuple(sparsities), config.tradeoff, config.target_sparsity)
     is_last = iteration == config.iterations
     return Stage(
@@ -124,7 +126,7 @@ def _rows(
     config: MiniDiscConfig, lab: Lab, stage: Stage, result: StageResult, iteration: int
 ) -> Iterator[Row]:
     """Yield the rows of the report for a trial, with scores of the evaluation that decided."""
-    metric = lab.metric()
+    metric = lab.facts.metric()
     for sparsity in config.sparsities:
         name = view_name(sparsity)
         if name not in stage.views:
@@ -133,7 +135,7 @@ def _rows(
         row: Row = {
             "iteration": iteration,
             "sparsity": sparsity,
-            "parameters": lab.pruning.parameters(stage.start, stage.views[name]).parameters,
+            "parameters": lab.facts.parameters(stage.start, stage.views[name]).parameters,
             "metric_name": metric.name,
             "metric": value,
             "tradeoff": tradeoff(value, sparsity, config.tradeoff),

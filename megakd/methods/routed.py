@@ -66,7 +66,7 @@ def _unnamed(config: Any) -> Iterator[str]:
 
 def run(config: RoutedConfig, lab: Lab) -> StageResult:
     """Train with one pass per teacher over the micro-batches of its rows."""
-    names, rows = all_teachers(lab), lab.rows_of_teachers()
+    names, rows = all_teachers(lab), lab.facts.rows_of_teachers()
     stage = Stage(
         name="student",
         teachers=names,

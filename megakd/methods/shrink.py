@@ -102,15 +102,15 @@ class ShrinkConfig(ImportanceOptions):
 
 def run(config: ShrinkConfig, lab: Lab) -> StageResult:
     """Choose the shape, cut it out of the teacher, and repair the cut."""
-    shape = shape_of(config, lab, lab.given(TEACHER))
+    shape = shape_of(config, lab, lab.configured_model(TEACHER))
     teacher = lab.teacher()
     start = lab.model(teacher)
     if start.uncut is not None:
         logger.info("shrink: whole layers alone are left out: %s", start.uncut)
     elif (shape.heads, shape.neurons) != (start.units.heads[0], start.units.neurons[0]):
         # Only units that are cut need to be sorted, and their importance to be measured.
-        start = lab.pruning.sorted_teacher(teacher).source
-    scores = lab.pruning.layer_scores(teacher)
+        start = lab.work.unit_scores(teacher).source
+    scores = lab.work.layer_scores(teacher)
     if start.uncut is not None and config.speedup is None:
         # The layers may differ in size: now those that stay are known.
         shape = shape_of(config, lab, start, scores)
@@ -118,7 +118,7 @@ def run(config: ShrinkConfig, lab: Lab) -> StageResult:
     what = next(key for key in BUDGETS if getattr(config, key) is not None)
     lab.record.asked = {"what": what, "value": getattr(config, what)}
     lab.record.layers = view.layers
-    cut = lab.pruning.cut(start, view, "cut")
+    cut = lab.work.cut(start, view, "cut")
     return lab.train(leg(lab, STUDENT, teacher=teacher, start=cut, objective=objective_of(lab)))
 
 
@@ -270,14 +270,14 @@ def shape_of(
     def times(asked: Sequence[Shape], name: str) -> list[float]:
         numbered = {f"shape-{number}": one for number, one in enumerate(asked)}
         views = {name: view(one) for name, one in numbered.items() if one != shapes.corners[0]}
-        measured = lab.pruning.relative_times(model, views, name)
+        measured = lab.work.times(model, views, name)
         return [measured.get(name, 1.0) for name in numbered]
 
     def size(one: Shape) -> float:
-        count = lab.pruning.parameters(model, view(one))
+        count = lab.facts.parameters(model, view(one))
         if config.flops is None:
             return count.parameters
-        return count.encoder_parameters / lab.pruning.parameters(model, whole).encoder_parameters
+        return count.encoder_parameters / lab.facts.parameters(model, whole).encoder_parameters
 
     budget = _budget(config)
     if config.speedup is not None:
@@ -290,7 +290,7 @@ def shape_of(
             factors = {one.layers: size(one) / shapes.size(one) for one in depths}
             shapes = dataclasses.replace(shapes, factors=factors)
         shape = fewest_layers(shapes, budget)
-    lab.pruning.check_layers(model, view(shape))
+    lab.facts.check_layers(model, view(shape))
     return shape
 
 
@@ -332,7 +332,7 @@ def shapes_of(config: ShrinkConfig, lab: Lab, model: Model) -> Shapes:
 
     def is_stock(count: int) -> bool:
         view = Shape(depth, count, grid).view(range(depth), model.units)
-        return lab.pruning.has_stock_config(model, view)
+        return lab.facts.has_stock_config(model, view)
 
     # A model that no stock config describes keeps its heads, and brings the file of its class.
     stock = tuple(filter(is_stock, range(min(1, heads[0]), heads[0] + 1))) or (heads[0],)

@@ -21,7 +21,7 @@ from megakd.process import files
 from megakd.reports import table
 from megakd.reports.report_file import Curves, Points, curves_of, read_history, read_report
 from megakd.reports.table import is_number, short_count
-from megakd.training.lab import Report
+from megakd.training.record import Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -32,9 +32,10 @@ from megakd.reports.plan_memory import (
     Share,
     blocks,
 )
-from megakd.reports.plan_phases import Phase, PlanningLab, planned_sources
+from megakd.reports.plan_phases import Phase, PlannedWork, planned_phases, planned_sources
 from megakd.reports.plan_tracing import Device, PhaseTraces, Trace, planned_dtype
 from megakd.stage import Stage
+from megakd.training.facts import RunFacts
 from megakd.training.precision import TORCH_DTYPE, largest_step, training_dtype
 from megakd.training.recipes import learner_ds
 
@@ -435,9 +436,9 @@ class Plan:
 def plan_run(config: RunConfig, cluster: Cluster, *, process: int | None = None) -> Plan:
     """Plan a run from configs only; `process`: its bytes before models, if they are known."""
     process = process_bytes() if process is None else process
-    ranks, device = cluster.ranks, cluster.device
-    lab = PlanningLab(config, planned_sources(config), ranks=ranks, device=device)
-    phases = [PhasePlan(phase, config, cluster, process) for phase in lab.play()]
+    facts = RunFacts(config, planned_sources(config), world=cluster.ranks)
+    planned = planned_phases(PlannedWork(facts))
+    phases = [PhasePlan(phase, config, cluster, process) for phase in planned]
     return Plan(config=config, cluster=cluster, phases=phases, process_bytes=process)
 
 

@@ -8,16 +8,14 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from megakd.config.deepspeed import frozen_on, load_ds_config
 from megakd.config.run import RunConfig
-from megakd.config.sections import TeacherConfig, TrainConfig, learning_rate_schedule, total_steps
+from megakd.config.sections import TeacherConfig, TrainConfig, learning_rate_schedule
 from megakd.config.task import AUTO, LANGUAGE_TASKS, STUDENT, TaskConfig, TokenizerConfig
-from megakd.data.loader import StepShape, rows_with_targets
+from megakd.data.loader import StepShape
 from megakd.engine.distributed import Ranks
 from megakd.losses.objective import stage_losses
 from megakd.methods import run_method
@@ -27,18 +25,17 @@ from megakd.models.quantized import check_quantized
 from megakd.models.views import View
 from megakd.process.terminal import in_home
 from megakd.stage import Stage, StageResult
-from megakd.training.allocation import SortedTeacher
-from megakd.training.assembly import learning_models
+from megakd.training.allocation import BATCH_ROWS, SortedTeacher
+from megakd.training.assembly import Assembly, learning_models
 from megakd.training.evaluation import FEW
+from megakd.training.facts import RunFacts, shape_of_cut, unscored
 from megakd.training.inputs import RunInputs, UnencodedInputs, resolve, with_student
 from megakd.training.lab import Lab, baseline_stage
-from megakd.training.metrics import check_weighed
-from megakd.training.pruning import BATCH_ROWS, Shapes, shape_of_cut, unscored
 from megakd.training.recipes import scoring_preset
+from megakd.training.record import MethodRecord
 
 _TRAINED_VOCABULARY = 8000
-UNKNOWN_STEPS = 10**6
-Work = Literal["training", "importance", "scoring"]
+Activity = Literal["training", "importance", "scoring"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +53,7 @@ class Phase:
     """
 
     name: str
-    work: Work = "training"
+    work: Activity = "training"
     stage: Stage | None = None
     learners: Mapping[str, ModelSource] = field(default_factory=dict)
     bases: Mapping[str, ModelSource] = field(default_factory=dict)
@@ -118,94 +115,40 @@ def _counted(folder: Path) -> int | None:
         return None
 
 
-class PlanningLab(Lab, Shapes):
-    """Lab that records the stages of a method, and other work with models, instead of doing it.
+class PlannedWork:
+    """What records the stages of a method, and other work with models, instead of doing it."""
 
-    Without the data of the run (`prepared`), encoded, the numbers of steps are not known.
-    """
-
-    def __init__(
-        self,
-        config: RunConfig,
-        sources: Mapping[str, ModelSource],
-        *,
-        ranks: int,
-        device: str,
-        prepared: UnencodedInputs | None = None,
-    ) -> None:
-        super().__init__(config, sources)
-        Shapes.__init__(self, config, sources, classes=prepared and prepared.classes)
-        self.world, self._device, self._prepared = ranks, device, prepared
-        self._phases: dict[str, Phase] = {}
+    def __init__(self, facts: RunFacts) -> None:
+        self.facts = facts
+        self.teachers: dict[str, ReadyTeacher] = {}
+        self.results: list[StageResult] = []
+        self.record = MethodRecord()
+        self.assembly: Assembly | None = None
+        self.phases: dict[str, Phase] = {}
         self._models: dict[Path, ModelSource] = {}
 
-    @property
-    def pruning(self) -> PlanningLab:
-        """The lab itself, which has the tools of methods that cut models."""
-        return self
-
-    def play(self) -> list[Phase]:
-        """Run the method and the baselines, and return all phases of the run, in order.
-
-        If a method chooses an assistant by score, the plan uses the largest assistant.
-        """
-        student = run_method(self.config.method, self)
-        names = self.config.trained_baselines
-        baselines = [self.train(baseline_stage(self, name, student)) for name in names]
-        preset = scoring_preset(self.config.student.deepspeed)
-        for result in (student, *baselines, *self.record.assistants):
-            source = self._models[result.folder]
-            spec = TeacherConfig(model=source.name, deepspeed=preset)
-            self._score(f"{result.name}-scored", result.name, ReadyTeacher(source, spec))
-        for name, spec in self.config.teacher_specs.items():
-            if spec.server is None and name in self._teachers:
-                self._score(f"{name}-scored", name, self._teachers[name])
-        return list(self._phases.values())
-
-    def _source(self, folder: Path, role: str) -> ModelSource:
+    def model(self, folder: Path, role: str) -> ModelSource:
+        del role
         return self._models[folder]
 
-    def rows_of_teachers(self) -> dict[str, int]:
-        return dict.fromkeys(self.config.teacher_specs, 1)  # the rows are not read
+    def probe(self, stage: str) -> Any:
+        return self.assembly and self.assembly.probe(stage)
 
-    def steps_of_student(self) -> int:
-        return self._most_steps(self.config.train)
+    def read_file(self, result: StageResult, name: str, read: Any) -> None: ...
 
-    def check_schedule(self, stage: Stage) -> None:
-        """Check that the schedule of a stage fits into its steps, if these are known by now."""
-        # The rows of two vocabularies are counted when they are made; labelled rows are at most all
-        # rows.
-        if self.config.method.own_vocabulary is None or stage.role != STUDENT:
-            steps = stage.window.total if stage.window else self._most_steps(stage.train)
-            learning_rate_schedule(stage.train, steps)
-
-    def _most_steps(self, train: TrainConfig) -> int:
-        if not isinstance(self._prepared, RunInputs):
-            return train.max_steps or UNKNOWN_STEPS
-        shape = StepShape(
-            train.per_device_train_batch_size, train.gradient_accumulation_steps, 0, self.world
-        )
-        return total_steps(train, shape.steps_per_epoch(self._learned))
-
-    @cached_property
-    def _learned(self) -> int:
-        # Every stage asks, and the lengths of all rows are read for the answer.
-        encoded = self._prepared.encoded if isinstance(self._prepared, RunInputs) else None
-        return 0 if encoded is None else len(rows_with_targets(encoded.train))
-
-    def made_by(self, result: StageResult, name: str, read: Any) -> None: ...
-
-    def dev_score(self, name: str) -> float:
-        self._score(f"{name}-scored", name, self._teachers[name])
-        return 0.5
+    def score(self, teacher: str) -> Mapping[str, float]:
+        """Record the scoring of a teacher; return 0.5 for every metric."""
+        self.record_scoring(f"{teacher}-scored", teacher, self.teachers[teacher])
+        return defaultdict(lambda: 0.5)
 
     def _record(self, phase: Phase) -> None:
-        self._phases.setdefault(phase.name, phase)
+        self.phases.setdefault(phase.name, phase)
 
-    def _score(
+    def record_scoring(
         self, phase: str, model: str, ready: ReadyTeacher, forwards: int = 0, per_rows: int = 0
     ) -> None:
-        rows, teachers = self.config.eval_rows(), {model: ready}
+        """Record the forwards of a frozen model over held-out rows, once per name of a phase."""
+        rows, teachers = self.facts.config.eval_rows(), {model: ready}
         self._record(
             Phase(
                 name=phase,
@@ -217,11 +160,11 @@ class PlanningLab(Lab, Shapes):
             )
         )
 
-    def sorted_teacher(self, teacher: str) -> SortedTeacher:
+    def unit_scores(self, teacher: str) -> SortedTeacher:
         """Record the importance phase, once per run."""
-        ready = self._teachers[teacher]
-        most = self.config.train.rows_at_once(self.config.task.row_length)
-        shape = StepShape.of_batch(BATCH_ROWS, most, rank=0, world=self.world)
+        ready = self.teachers[teacher]
+        most = self.facts.config.train.rows_at_once(self.facts.config.task.row_length)
+        shape = StepShape.of_batch(BATCH_ROWS, most, rank=0, world=self.facts.world)
         self._record(
             Phase(
                 name="specification",
@@ -236,34 +179,40 @@ class PlanningLab(Lab, Shapes):
 
     def layer_scores(self, teacher: str) -> tuple[float, ...]:
         """Record the scoring of the teacher, once; return the same importance for all layers."""
-        ready = self._teachers[teacher]
-        batches = -(-FEW[self.config.task.type] // (self.config.eval_rows() * self.world))
-        self._score("layers", "layers", ready, forwards=(ready.source.depth + 1) * batches)
+        ready = self.teachers[teacher]
+        batches = -(
+            -FEW[self.facts.config.task.type] // (self.facts.config.eval_rows() * self.facts.world)
+        )
+        self.record_scoring("layers", "layers", ready, forwards=(ready.source.depth + 1) * batches)
         return (1.0,) * ready.source.depth
 
-    def relative_times(
+    def times(
         self, source: ModelSource, views: Mapping[str, View], name: str
     ) -> Mapping[str, float]:
         """Return the views' shares of the weights of the layers; a plan times nothing."""
         del name
-        whole = self.parameters(source, source.whole)
-        counts = {known: self.parameters(source, view) for known, view in views.items()}
+        whole = self.facts.parameters(source, source.whole)
+        counts = {known: self.facts.parameters(source, view) for known, view in views.items()}
         return {k: n.encoder_parameters / whole.encoder_parameters for k, n in counts.items()}
 
     def cut(self, source: ModelSource, view: View, name: str) -> ModelSource:
         """Return the shape of the cut model; the cut itself runs tensor by tensor on one rank."""
-        return shape_of_cut(source, view, self.config.task.type)
+        return shape_of_cut(source, view, self.facts.config.task.type)
 
-    def train(self, stage: Stage, files: Any = dict) -> StageResult:
+    def train(self, stage: Stage, files: Any) -> StageResult:
         """Record a stage; return a result with the widest view and 0.5 for every metric."""
-        stage = self._completed(stage)
-        learners = learning_models(stage, self._sources, self._teachers, self.config.student)
-        teachers = {name: self._teachers[name] for name in stage.models}
+        del files
+        learners = learning_models(
+            stage, self.facts.sources, self.teachers, self.facts.config.student
+        )
+        teachers = {name: self.teachers[name] for name in stage.models}
         for name, ready in teachers.items():
             if ready.spec.cache == AUTO:  # the pass that fills the cache, before it is read first
-                per_rows = self.config.eval_rows() * self.world
-                self._score(f"{name}-answers", name, ready, forwards=1, per_rows=per_rows)
-        bases = {n: teachers.pop(n).source for n in self.config.base_teachers if n in teachers}
+                per_rows = self.facts.config.eval_rows() * self.facts.world
+                self.record_scoring(f"{name}-answers", name, ready, forwards=1, per_rows=per_rows)
+        bases = {
+            n: teachers.pop(n).source for n in self.facts.config.base_teachers if n in teachers
+        }
         phase = Phase(
             name=stage.name,
             learners=learners,
@@ -278,36 +227,61 @@ class PlanningLab(Lab, Shapes):
         self._models |= {folder: model, **{folder / role: learners[role] for role in stage.beside}}
         metrics = defaultdict[str, float](lambda: 0.5)
         scores = dict.fromkeys(stage.views, metrics)
-        result = StageResult(
+        return StageResult(
             name=stage.name, folder=folder, metrics=metrics, scores=scores, view=view
         )
-        self.results.append(result)
-        return result
 
-    def metric(self, *, weighed: bool = True) -> Any:
-        if self._prepared is not None and weighed:
-            check_weighed(self._prepared.metric, self._prepared.metrics.names)
-        return SimpleNamespace(name="", of=lambda _: 0.5, worth=lambda _: 0.5)
+
+def planned_phases(work: PlannedWork) -> list[Phase]:
+    """Run the method and the baselines, and return all phases of the run, in order.
+
+    If a method chooses an assistant by score, the plan uses the largest assistant.
+    """
+    lab = Lab(work)
+    config = lab.config
+    student = run_method(config.method, lab)
+    names = config.trained_baselines
+    baselines = [lab.train(baseline_stage(lab, name, student)) for name in names]
+    preset = scoring_preset(config.student.deepspeed)
+    for result in (student, *baselines, *lab.record.assistants):
+        source = lab.source(result.folder)
+        spec = TeacherConfig(model=source.name, deepspeed=preset)
+        work.record_scoring(f"{result.name}-scored", result.name, ReadyTeacher(source, spec))
+    for name, spec in config.teacher_specs.items():
+        if spec.server is None and name in work.teachers:
+            work.score(name)
+    return list(work.phases.values())
+
+
+def check_schedule(stage: Stage, facts: RunFacts) -> None:
+    """Check that the schedule of a stage fits into its steps, if these are known by now."""
+    # The rows of two vocabularies are counted when they are made; labelled rows are at most all
+    # rows.
+    if facts.config.method.own_vocabulary is None or stage.role != STUDENT:
+        train = cast("TrainConfig", stage.train)
+        steps = stage.window.total if stage.window else facts.steps(train)
+        learning_rate_schedule(train, steps)
 
 
 def check_size(config: RunConfig, ranks: Ranks, inputs: UnencodedInputs) -> None:
     """Check that the student can be cut out of its teacher, before the rows are encoded."""
     if config.method.cuts_student:
-        world, device = ranks.world_size, ranks.device.type
-        PlanningLab(config, inputs.sources, ranks=world, device=device, prepared=inputs).play()
+        world = ranks.world_size
+        facts = RunFacts(config, inputs.sources, world=world, inputs=inputs)
+        planned_phases(PlannedWork(facts))
 
 
 def check_method(prepared: RunInputs, ranks: Ranks) -> None:
     """Check the method, its stages and the baselines, so that errors appear now and not later."""
-    config, world, device = prepared.config, ranks.world_size, ranks.device.type
+    config, world = prepared.config, ranks.world_size
     for name, spec in config.teacher_specs.items():
         if name in prepared.sources:
             ds = frozen_on(world, load_ds_config(spec.deepspeed, where="teacher.deepspeed"))
             check_quantized(prepared.sources[name], ds, is_frozen=spec.finetune is None)
-    lab = PlanningLab(config, prepared.sources, ranks=world, device=device, prepared=prepared)
-    for phase in lab.play():
+    facts = RunFacts(config, prepared.sources, world=world, inputs=prepared)
+    for phase in planned_phases(PlannedWork(facts)):
         if phase.stage is not None:
-            lab.check_schedule(phase.stage)
+            check_schedule(phase.stage, facts)
             losses = stage_losses(
                 phase.stage,
                 config.task.type,

@@ -41,6 +41,7 @@ from megakd.models.packing import VARLEN, set_attention
 from megakd.reports.plan_phases import Phase
 from megakd.stage import Stage
 from megakd.teachers.frozen import FrozenModel, joined, split
+from megakd.training.importance import GateGradients
 from megakd.training.precision import (
     TORCH_DTYPE,
     choice_of,
@@ -49,7 +50,6 @@ from megakd.training.precision import (
     largest_step,
     training_dtype,
 )
-from megakd.training.pruning import GateGradients
 from megakd_kernels.chunking import CPU_CHUNK_MB, GPU_CHUNK_MB, MEBIBYTE
 from megakd_kernels.hidden_ops import CHUNK_MB, KERNEL_CHUNK_MB
 

@@ -17,7 +17,8 @@ from megakd.config.task import STUDENT, TEACHER, TFIDF, THRESHOLD
 from megakd.errors import CheckpointError, listed
 from megakd.process import files
 from megakd.reports.table import is_number, score
-from megakd.training.lab import Report, lower_is_better
+from megakd.training.ranking import lower_is_better
+from megakd.training.record import Report
 
 if TYPE_CHECKING:
     import torch

@@ -19,7 +19,8 @@ from megakd.config.task import STUDENT, TEACHER, TEXT_METRIC, THRESHOLD, TaskTyp
 from megakd.models.model_folder import brings_code, hub_id, needs_5
 from megakd.process.files import CARD
 from megakd.process.terminal import aligned_rows, in_home
-from megakd.training.lab import Report, lower_is_better
+from megakd.training.ranking import lower_is_better
+from megakd.training.record import Report
 
 Rows = list[list[str]]
 

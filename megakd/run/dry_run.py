@@ -19,56 +19,44 @@ from megakd.engine.distributed import Ranks
 from megakd.engine.memory import device_name, forget_models, peak_memory_bytes, reset_peak_memory
 from megakd.process.terminal import aligned_rows
 from megakd.reports.plan import cluster_of, gigabytes, page, plan_run, process_bytes
-from megakd.reports.plan_phases import PlanningLab, check_method
+from megakd.reports.plan_phases import PlannedWork, check_method, planned_phases
 from megakd.reports.report_file import installed_versions
 from megakd.reports.table import duration
 from megakd.run.main import check_machines, checked_inputs, started
 from megakd.run.teacher_pool import TeacherPool
 from megakd.stage import Stage
 from megakd.training.assembly import Assembly
+from megakd.training.facts import RunFacts
 from megakd.training.generated_texts import run_name
-from megakd.training.inputs import RunInputs
 from megakd.training.stage_run import StageRun
 
 STEPS = 3
 
 
-class DryLab(PlanningLab):
-    """A lab that records the stages of a method, of which some steps can be taken."""
+def take_steps(assembly: Assembly, stage: Stage) -> tuple[int, float, int]:
+    """Take steps of a stage on real rows; a collective.
 
-    def __init__(self, prepared: RunInputs, ranks: Ranks) -> None:
-        world, device = ranks.world_size, ranks.device.type
-        super().__init__(
-            prepared.config, prepared.sources, ranks=world, device=device, prepared=prepared
-        )
-        self.assembly = Assembly(
-            prepared=prepared, ranks=ranks, teachers=self._teachers, are_finished=False
-        )
+    Models that the run would make before start from the shape that they have then.
 
-    def take_steps(self, stage: Stage) -> tuple[int, float, int]:
-        """Take steps of a stage on real rows; a collective.
-
-        Models that the run would make before start from the shape that they have then.
-
-        Returns:
-            Number of all steps, seconds of one, and the highest peak of a rank in bytes.
-        """
-        forget_models()
-        reset_peak_memory(self.assembly.ranks.device)
-        pool, seconds, bases = TeacherPool(self.assembly), list[float](), self.config.base_teachers
-        teachers = {name: pool.open(name, stage) for name in stage.teachers if name not in bases}
-        run = StageRun(stage, self.assembly, teachers=teachers)
-        stage.strategy.begin(run.student, run.first_step)
-        with closing(run), closing(run.batches(run.first_step)) as every:
-            for batches in itertools.islice(every, STEPS):
-                began = time.monotonic()
-                run.trainer.train_step(batches)
-                seconds.append(time.monotonic() - began)
-        peak = max(gather(peak_memory_bytes(self.assembly.ranks.device)))
-        for teacher in teachers.values():
-            teacher.destroy()
-        # The first step fills caches, and compiles.
-        return run.steps - run.first_step, min(seconds[1:] or seconds), peak
+    Returns:
+        Number of all steps, seconds of one, and the highest peak of a rank in bytes.
+    """
+    forget_models()
+    reset_peak_memory(assembly.ranks.device)
+    pool, seconds, bases = TeacherPool(assembly), list[float](), assembly.config.base_teachers
+    teachers = {name: pool.open(name, stage) for name in stage.teachers if name not in bases}
+    run = StageRun(stage, assembly, teachers=teachers)
+    stage.strategy.begin(run.student, run.first_step)
+    with closing(run), closing(run.batches(run.first_step)) as every:
+        for batches in itertools.islice(every, STEPS):
+            began = time.monotonic()
+            run.trainer.train_step(batches)
+            seconds.append(time.monotonic() - began)
+    peak = max(gather(peak_memory_bytes(assembly.ranks.device)))
+    for teacher in teachers.values():
+        teacher.destroy()
+    # The first step fills caches, and compiles.
+    return run.steps - run.first_step, min(seconds[1:] or seconds), peak
 
 
 def dry_run(config: RunConfig) -> str:
@@ -101,9 +89,14 @@ def _dry_run(config: RunConfig, ranks: Ranks) -> str:
     check_machines(config, ranks)
     prepared, device = checked_inputs(config, ranks), ranks.device
     check_method(prepared, ranks)
-    lab, process = DryLab(prepared, ranks), process_bytes(has_data=True)
-    stages = [phase.stage for phase in lab.play() if phase.stage is not None]
-    timed = {stage.name: lab.take_steps(stage) for stage in stages}
+    process = process_bytes(has_data=True)
+    facts = RunFacts(prepared.config, prepared.sources, world=ranks.world_size, inputs=prepared)
+    work = PlannedWork(facts)
+    work.assembly = assembly = Assembly(
+        prepared=prepared, ranks=ranks, teachers=work.teachers, are_finished=False
+    )
+    stages = [phase.stage for phase in planned_phases(work) if phase.stage is not None]
+    timed = {stage.name: take_steps(assembly, stage) for stage in stages}
     nodes = len(set(gather(node_name())))
     machines = {"ranks": ranks.world_size, "nodes": nodes, "device": device.type}
 

@@ -52,8 +52,8 @@ from megakd.process.terminal import in_home
 from megakd.reports.report_file import GRAPH, read_report, write_report
 from megakd.reports.table import model_card, result_table
 from megakd.run.holder import written_once
-from megakd.training.lab import Report
 from megakd.training.precision import training_dtype
+from megakd.training.record import Report
 from megakd.training.stage_folder import LENGTHS, files_beside_model, remake
 
 logger = logging.getLogger(__name__)

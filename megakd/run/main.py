@@ -30,10 +30,10 @@ from megakd.reports.plan_phases import check_method, check_size
 from megakd.reports.report_file import installed_versions
 from megakd.run.finished_run import begin_run, finished_table, publish, run_facts
 from megakd.run.holder import held
-from megakd.run.run_lab import RunLab
 from megakd.run.run_report import report_of
+from megakd.run.run_work import RunWork
 from megakd.training.inputs import RunInputs, prepare
-from megakd.training.lab import baseline_stage
+from megakd.training.lab import Lab, baseline_stage
 from megakd.training.log import Reporter, Trackers, check_trackers
 from megakd.training.precision import check_device
 
@@ -103,8 +103,8 @@ def _run(config: RunConfig, command: str, ranks: Ranks) -> str:
             prepared = checked_inputs(config, ranks)
         check_method(prepared, ranks)
         on_main(lambda: begin_run(config, ranks))
-        lab = RunLab(prepared, ranks, reporter)
-        with closing(lab):
+        lab = Lab(RunWork(prepared, ranks, reporter))
+        with closing(lab.work):
             with phase("training"):
                 student = run_method(config.method, lab)
                 baselines = {
@@ -113,7 +113,7 @@ def _run(config: RunConfig, command: str, ranks: Ranks) -> str:
                 }
             report = report_of(lab, student, baselines)
     return on_main(
-        lambda: publish(config, student.folder, report, dtype=lab.saved_dtype, command=command)
+        lambda: publish(config, student.folder, report, dtype=lab.work.saved_dtype, command=command)
     )
 
 

@@ -57,14 +57,15 @@ from megakd.reports.report_file import (
     read_history,
 )
 from megakd.reports.table import OF_STAGE
-from megakd.run.run_lab import RunLab
+from megakd.run.run_work import RunWork
 from megakd.run.teacher_pool import Measured
 from megakd.stage import StageResult
 from megakd.training.assembly import Assembly
 from megakd.training.evaluation import few
-from megakd.training.lab import Report
+from megakd.training.lab import Lab
 from megakd.training.metrics import decided, score_words
 from megakd.training.precision import TORCH_DTYPE, scoring_dtype
+from megakd.training.record import Report
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +130,7 @@ def remove_graphs(output_dir: Path) -> None:
 
 
 def write_graphs(
-    lab: RunLab, student: Path, reference: str | None, measured: Mapping[str, Measured]
+    lab: Lab[RunWork], student: Path, reference: str | None, measured: Mapping[str, Measured]
 ) -> dict[str, dict[str, Any]]:
     """Write the graphs of the student and the largest teacher, `reference`; a collective.
 
@@ -138,10 +139,10 @@ def write_graphs(
         of an fp32 graph are the model's, so are its scores.
     """
     config = lab.config
-    models = {STUDENT: (lab.assembly, student, measured[STUDENT].report)}
-    teacher = lab.pool.folders[reference] if reference else None
+    models = {STUDENT: (lab.work.assembly, student, measured[STUDENT].report)}
+    teacher = lab.work.pool.folders[reference] if reference else None
     if reference and teacher:
-        models[TEACHER] = lab.assembly.of(reference), teacher, measured[reference].report
+        models[TEACHER] = lab.work.assembly.of(reference), teacher, measured[reference].report
     rows = _served_rows(lab, {name: folder for name, (_, folder, _) in models.items()})
     if config.save.onnx and GRAPH not in rows:
         rows.append(GRAPH)
@@ -158,7 +159,7 @@ def write_graphs(
                 if form == "int8":
                     scores = _quantized(assembly, model, graph, scores.get(THRESHOLD))
                 else:
-                    saved = lab.saved_dtype if row == GRAPH else None
+                    saved = lab.work.saved_dtype if row == GRAPH else None
                     write_onnx(folder, to=graph, stored_as=saved)
             except Exception as error:  # noqa: BLE001 - onnx and its exporter raise any error
                 # All stages are finished, and the student is valid without a graph.
@@ -176,9 +177,9 @@ def write_graphs(
         return on_main(write)
 
 
-def _served_rows(lab: RunLab, folders: Mapping[str, Path]) -> list[str]:
+def _served_rows(lab: Lab[RunWork], folders: Mapping[str, Path]) -> list[str]:
     """Return the rows of an encoder that is trained on a CPU; none of another model."""
-    config, on_cpu = lab.config, lab.assembly.ranks.device.type == "cpu"
+    config, on_cpu = lab.config, lab.work.assembly.ranks.device.type == "cpu"
     is_timed = config.task.type not in LANGUAGE_TASKS and on_cpu and config.eval.latency
     if not is_timed or missing_packages():
         return []
@@ -247,16 +248,18 @@ def _outputs(
         yield torch.from_numpy(answers).double(), labels
 
 
-def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageResult]) -> Report:
+def report_of(
+    lab: Lab[RunWork], student: StageResult, baselines: Mapping[str, StageResult]
+) -> Report:
     """Score the finished models, measure their latency, and return the report; a collective."""
-    config, prepared, record = lab.config, lab.assembly.prepared, lab.record
-    teachers, ranks = [*lab.pool.folders], lab.assembly.ranks
+    config, prepared, record = lab.config, lab.work.assembly.prepared, lab.record
+    teachers, ranks = [*lab.work.pool.folders], lab.work.assembly.ranks
     folders = {one.name: one.folder for one in record.assistants} | {STUDENT: student.folder}
     folders |= {name: one.folder for name, one in baselines.items()}
     with phase("scoring"):
-        measured = {name: lab.pool.measured(name) for name in teachers}
+        measured = {name: lab.work.pool.measured(name) for name in teachers}
         for name, folder in folders.items():
-            measured[name] = lab.measure(folder)
+            measured[name] = lab.work.measure(folder)
         reference = max(teachers, key=lambda n: measured[n].report["parameters"], default=None)
         graphs = write_graphs(lab, student.folder, reference, measured)
         words = on_main(lambda: _words(lab)) if config.scores_words else {}
@@ -265,7 +268,7 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
     numbers: dict[str, Any] = _parts(lab, student.folder)
     numbers |= {f"{TFIDF}.{name}": value for name, value in words.items()}
     for name, one in measured.items():
-        numbers |= _entries(name, one, folders.get(name), theirs, stored_as=lab.saved_dtype)
+        numbers |= _entries(name, one, folders.get(name), theirs, stored_as=lab.work.saved_dtype)
         if name != STUDENT and (error := _loss_error(one.losses, measured[STUDENT].losses)):
             numbers[f"{name}.{LOSS_ERROR}"] = error
     for row, entries in graphs.items():
@@ -319,9 +322,9 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
 
 
 def _samples(
-    lab: RunLab, measured: Mapping[str, Measured], reference: str | None
+    lab: Lab[RunWork], measured: Mapping[str, Measured], reference: str | None
 ) -> list[dict[str, str | None]]:
-    prompts, mine = lab.pool.prompts, measured[STUDENT].answers
+    prompts, mine = lab.work.pool.prompts, measured[STUDENT].answers
     if prompts is None or mine is None:
         return []
     # A teacher with a tokenizer of its own cannot read the prompts.
@@ -348,15 +351,15 @@ def _loss_error(losses: Sequence[float], of_student: Sequence[float]) -> float:
     return float(np.std(np.subtract(losses, of_student), ddof=1)) / len(losses) ** 0.5
 
 
-def _parts(lab: RunLab, folder: Path) -> dict[str, str]:
-    ready = lab.assembly.teachers.get(lab.config.start_role)
+def _parts(lab: Lab[RunWork], folder: Path) -> dict[str, str]:
+    ready = lab.work.assembly.teachers.get(lab.config.start_role)
     if ready is None:  # the student is not made of a teacher
         return {}
     return {f"{STUDENT}.parts": parts_of(lab.source(folder), ready.source, lab.record.layers)}
 
 
-def _words(lab: RunLab) -> Mapping[str, float]:
-    prepared = lab.assembly.prepared
+def _words(lab: Lab[RunWork]) -> Mapping[str, float]:
+    prepared = lab.work.assembly.prepared
     try:
         return score_words(prepared.splits, prepared.metrics)
     except Exception as error:  # noqa: BLE001 - a comparison must not fail a finished run
@@ -398,9 +401,9 @@ def _entries(
 
 
 def _latency(
-    lab: RunLab, student: Path, reference: str | None, graphs: Sequence[str] = ()
+    lab: Lab[RunWork], student: Path, reference: str | None, graphs: Sequence[str] = ()
 ) -> dict[str, Any]:
-    teacher = lab.pool.folders[reference] if reference else None
+    teacher = lab.work.pool.folders[reference] if reference else None
     if not lab.config.eval.latency or reference is None or teacher is None:
         return {"batches": []}
     folders = {reference: teacher, STUDENT: student}
@@ -409,9 +412,9 @@ def _latency(
 
 
 def _times(
-    lab: RunLab, folders: Mapping[str, Path], reference: str, graphs: Sequence[str]
+    lab: Lab[RunWork], folders: Mapping[str, Path], reference: str, graphs: Sequence[str]
 ) -> dict[str, Any]:
-    config, device = lab.config, lab.assembly.ranks.device
+    config, device = lab.config, lab.work.assembly.ranks.device
     # On a CPU the models are timed in fp32, which doubles weights that are stored in 16 bits.
     room = 3 if device.type == "cpu" else 2
     needed, free = room * sum(map(weight_bytes, folders.values())), free_memory_bytes(device)
@@ -433,7 +436,7 @@ def _times(
         for row in graphs:
             model = loaded[STUDENT if row.startswith(STUDENT) else reference]
             models[row] = Graph(graph_path(config.output_dir, row), model)
-        lengths = lengths_of_rows(lab.assembly.prepared.encoded.held_out).tolist()
+        lengths = lengths_of_rows(lab.work.assembly.prepared.encoded.held_out).tolist()
         batches = batches_of(config.task.type)
         return latency_report(models, reference, lengths, batches, device=device, dtype=dtype)
     except Exception as error:  # noqa: BLE001 - the code of a model may raise any error

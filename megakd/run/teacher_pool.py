@@ -31,8 +31,8 @@ from megakd.reports.samples import held_out_prompts
 from megakd.teachers.cached import CachedTeacher
 from megakd.teachers.frozen import FrozenTeacher, SoftLabels
 from megakd.training.assembly import Assembly
-from megakd.training.lab import Row
 from megakd.training.precision import joins_micro_batches
+from megakd.training.record import Row
 
 if TYPE_CHECKING:
     from megakd.reports.samples import Prompts

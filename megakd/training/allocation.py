@@ -20,6 +20,9 @@ from megakd.models.views import Allocation, UnitOrder, View
 if TYPE_CHECKING:
     from megakd.models.fitting import ModelSource
 
+BATCH_ROWS = 32
+"""Rows of a batch over all ranks, of whose gradient importance is the absolute value."""
+
 Layers = tuple[tuple[float, ...], ...]
 """One number per unit, layer by layer."""
 

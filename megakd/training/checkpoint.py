@@ -53,7 +53,7 @@ from megakd.process.files import (
 )
 from megakd.process.seeding import random_state, set_random_state
 from megakd.stage import Scores, Verdict
-from megakd.training.lab import WHOLE
+from megakd.training.ranking import WHOLE
 from megakd.training.stage_folder import Length, is_longer
 
 logger = logging.getLogger(__name__)

@@ -19,8 +19,9 @@ from megakd.engine.distributed import Ranks
 from megakd.errors import CheckpointError
 from megakd.losses.bundle import StudentBundle
 from megakd.training.checkpoint import Checkpoints
-from megakd.training.lab import WHOLE, Row
 from megakd.training.metrics import TaskMetrics, language_model_metrics, summed_loss
+from megakd.training.ranking import WHOLE
+from megakd.training.record import Row
 from megakd.training.student import StudentEngine, device_batch
 from megakd.training.trainer import Trainer
 

@@ -39,8 +39,8 @@ from megakd.models.loading import check_model, resolve_model, with_vocabulary
 from megakd.models.lora import check_adapters
 from megakd.models.packing import check_varlen, packing_at
 from megakd.models.quantized import check_fp8
-from megakd.training.lab import Metric
 from megakd.training.metrics import TaskMetrics, task_metrics
+from megakd.training.ranking import Metric
 from megakd.training.recipes import as_student, specified
 from megakd.training.tokenizer_checks import (
     check_answers,

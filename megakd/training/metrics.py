@@ -36,7 +36,8 @@ from megakd.data.rows import is_labelled
 from megakd.data.splits import Splits
 from megakd.errors import ConfigError, DataError, MegakdError, TrainingError, one_line
 from megakd.plugins import is_metric, metric_of
-from megakd.training.lab import Metric, Row, lower_is_better
+from megakd.training.ranking import Metric, lower_is_better
+from megakd.training.record import Row
 
 logger = logging.getLogger(__name__)
 

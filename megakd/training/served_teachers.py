@@ -144,7 +144,7 @@ def ask_tokens(
         (size, width), rows = batch.valid.shape, batch.rows.clamp(min=0).numpy()
         keys = row_keys(0, 0, rows, size=size, domain=_DRAWS)[:, None]
         places = np.arange(1, width * spec.cache_draws + 1, dtype=np.uint64)
-        numbers = torch.from_numpy(uniform(keys, places)).view(size, width, spec.cache_draws)
+        numbers = torch.from_numpy(uniform(keys, places)).reshape(size, width, spec.cache_draws)
         ids, counts = model.draw(batch, numbers.to(batch.valid.device))
         broken, others = (ids < 0).all(-1), {"counts": counts}
     beyond = (0, 0, 0, length - ids.shape[1])

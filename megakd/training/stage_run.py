@@ -29,8 +29,9 @@ from megakd.stage import Stage, StageResult
 from megakd.training.assembly import Assembly, StageParts, row_batches
 from megakd.training.checkpoint import Best, Checkpoints, Evaluation
 from megakd.training.evaluation import HeldOutLosses, few
-from megakd.training.lab import WHOLE, Files, MetricJudge
+from megakd.training.lab import Files
 from megakd.training.log import Reporter, TrainMeter
+from megakd.training.ranking import WHOLE, MetricJudge
 from megakd.training.stage_folder import (
     WindowState,
     consume,

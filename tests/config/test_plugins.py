@@ -17,8 +17,8 @@ from megakd.config.terms import Shape
 from megakd.data.batch import Batch, Knowledge, LogitWarp, LossInputs
 from megakd.errors import ConfigError
 from megakd.losses.objective import PluginLoss, build_objective, logits_of, teacher_needs
-from megakd.training.lab import lower_is_better
 from megakd.training.metrics import task_metrics
+from megakd.training.ranking import lower_is_better
 
 CONFIG = {
     "output_dir": "runs/x",

@@ -19,9 +19,10 @@ from megakd.config.file import load_config
 from megakd.data.batch import Pass
 from megakd.engine import collectives, distributed
 from megakd.engine.sharding import full_shape, gathered_state
-from megakd.run.run_lab import RunLab
+from megakd.run.run_work import RunWork
 from megakd.stage import Constant, Stage, Strategy
 from megakd.training.inputs import prepare
+from megakd.training.lab import Lab
 from megakd.training.log import Reporter
 from megakd.training.stage_run import StageRun
 
@@ -29,16 +30,16 @@ from megakd.training.stage_run import StageRun
 @contextmanager
 def lab_of(
     config_path: str, overrides: Sequence[str] = (), *, writes: bool = False
-) -> Iterator[RunLab]:
+) -> Iterator[Lab[RunWork]]:
     """The lab of a run; with `writes`, rank 0 logs to metrics.jsonl."""
     config = load_config(Path(config_path), overrides)
     ranks = distributed.ranks()
     reporter = Reporter(config.output_dir, is_main=writes and ranks.is_main)
-    lab = RunLab(prepare(config), ranks, reporter)
+    lab = Lab(RunWork(prepare(config), ranks, reporter))
     try:
         yield lab
     finally:
-        lab.close()
+        lab.work.close()
 
 
 def command(*arguments: str) -> tuple[int, str]:
@@ -79,10 +80,10 @@ def started(
             strategy=strategy((Pass(teacher=name),)),
             train=config.train,
         )
-        teacher = None if name in config.base_teachers else lab.pool.open(name, stage)
+        teacher = None if name in config.base_teachers else lab.work.pool.open(name, stage)
         if scores:
-            lab.pool._measure_opened(name, teacher)
-        run = StageRun(stage, lab.assembly, teachers={name: teacher} if teacher else {})
+            lab.work.pool._measure_opened(name, teacher)
+        run = StageRun(stage, lab.work.assembly, teachers={name: teacher} if teacher else {})
         yield run, teacher
         run.close()
         if teacher:

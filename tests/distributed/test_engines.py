@@ -68,12 +68,12 @@ def consecutive_stages(config_path: str, out: str, *, closes: bool) -> int:
     """Two stages with one teacher, closed between them or not; how often it was opened."""
     with lab_of(config_path, [f"output_dir={out}"]) as lab:
         teacher, objective = lab.teacher(), lab.config.objective
-        with patch.object(lab.pool, "open", wraps=lab.pool.open) as opening:
+        with patch.object(lab.work.pool, "open", wraps=lab.work.pool.open) as opening:
             for name, terms in (("first", objective), ("second", objective[:1])):
                 strategy = Constant((Pass(teacher=teacher),))
                 lab.train(Stage(name=name, teachers=(teacher,), objective=terms, strategy=strategy))
                 if closes:
-                    lab.close()
+                    lab.work.close()
         return opening.call_count
 
 

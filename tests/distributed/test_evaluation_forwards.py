@@ -20,7 +20,7 @@ from megakd.methods.minidisc import Sandwich
 from megakd.models.views import View
 from megakd.stage import Stage
 from megakd.training.evaluation import HeldOutLosses
-from megakd.training.lab import WHOLE, Metric, MetricJudge
+from megakd.training.ranking import WHOLE, Metric, MetricJudge
 from megakd.training.recipes import completed
 from megakd.training.stage_run import StageRun, run_stage
 
@@ -48,7 +48,7 @@ def evaluated(config_path: str, overrides: list[str], kind: str) -> dict[str, An
             judge=MetricJudge(METRIC, next(iter(views), WHOLE)),
         )
         stage = completed(stage, lab.config)
-        frozen = lab.pool.open(teacher, stage)
+        frozen = lab.work.pool.open(teacher, stage)
         forwards, runs = Counter[tuple[str, int]](), list[Any]()
         forward, close = LlamaModel.forward, StageRun.close
 
@@ -62,14 +62,14 @@ def evaluated(config_path: str, overrides: list[str], kind: str) -> dict[str, An
         with mock.patch.object(LlamaModel, "forward", counted), open_run:
             result = run_stage(
                 stage,
-                lab.assembly,
+                lab.work.assembly,
                 teachers={teacher: frozen},
                 reporter=lab._reporter,
                 checkpoint=None,
             )
         (run,) = runs
         scores = result.scores or {WHOLE: result.metrics}
-        rows = lab.assembly.prepared.encoded.validation
+        rows = lab.work.assembly.prepared.encoded.validation
         facts = {
             "batches": sum(1 for _ in run.scorer.batches(rows)),
             "forwards": dict(forwards),

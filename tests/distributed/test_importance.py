@@ -35,14 +35,14 @@ ROWS_PER_BATCH = 6
 def measured(config_path: str, overrides: list[str], *, labelled: bool = True) -> dict:
     """Scores of the config's teacher on the validation split, or on its rows without a label."""
     with lab_of(config_path, overrides) as lab:
-        prepared = lab.assembly.prepared
+        prepared = lab.work.assembly.prepared
         rows = prepared.encoded.validation
         if not labelled:
             rows = rows.select([i for i, label in enumerate(rows["label"]) if label < 0])
         try:
             with watching() as facts:
                 scores = pruning.measure_importance(
-                    lab.assembly,
+                    lab.work.assembly,
                     ReadyTeacher(prepared.sources["teacher"], lab.config.teacher),
                     rows,
                     batch_size=ROWS_PER_BATCH,

@@ -57,7 +57,7 @@ def learned(config_path: str, overrides: list[str]) -> dict:
     asked: list[str] = []
     held: dict[str, int] = {}
     with lab_of(config_path, overrides) as lab:
-        frozen = lab.pool.open
+        frozen = lab.work.pool.open
 
         def watched(name, stage):
             teacher = frozen(name, stage)
@@ -65,7 +65,7 @@ def learned(config_path: str, overrides: list[str]) -> dict:
                 held[name] = sum(local(weight).numel() for weight in teacher.model.parameters())
             return Watched(name, teacher, asked)
 
-        lab.pool.open = watched
+        lab.work.pool.open = watched
         result = run_method(lab.config.method, lab)
     weights = load_file(result.folder / "model.safetensors")
     return {"asked": asked, "held": held, "weights": weights, "record": lab.record.pool}
@@ -74,7 +74,7 @@ def learned(config_path: str, overrides: list[str]) -> dict:
 def cache(config_path: str, overrides: list[str]) -> list[str]:
     """Makes the caches of a config's teachers: what rank 0 wrote, and how each is listed."""
     with lab_of(config_path, overrides) as lab:
-        folders = [lab.cache(lab.teacher(name)) for name in lab.config.teacher_specs]
+        folders = [lab.work.cache(lab.teacher(name)) for name in lab.config.teacher_specs]
     return [str(file) for folder in folders for file in sorted(folder.glob("*/*.npy"))]
 
 

@@ -26,15 +26,15 @@ def shrink(config_path: str, overrides: list[str]) -> dict[str, Any]:
     """Run the method; return the student's weights, and scores of the layers."""
     with lab_of(config_path, overrides, writes=True) as lab:
         result = run_method(lab.config.method, lab)
-        layers = lab.pruning.layer_scores("teacher")
+        layers = lab.work.layer_scores("teacher")
     return {"state": weights(result.folder), "layers": layers}
 
 
 def layer_losses(config_path: str, overrides: list[str]) -> tuple[list[float], list[float]]:
     """Return the scores of the layers, and the rise of the loss of models without each layer."""
     with lab_of(config_path, overrides, writes=True) as lab:
-        name, assembly = lab.teacher(), lab.assembly
-        scores, source = lab.pruning.layer_scores(name), lab.model(name)
+        name, assembly = lab.teacher(), lab.work.assembly
+        scores, source = lab.work.layer_scores(name), lab.model(name)
         rows = few(assembly.prepared.encoded.validation, assembly.config.task.type)
 
         def loss(layers: tuple[int, ...]) -> float:

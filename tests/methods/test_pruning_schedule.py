@@ -83,7 +83,9 @@ def test_cuts_follow_as_soon_as_their_share_of_the_units_is_masked():
 
 
 def test_pruning_ends_after_three_tenths_of_the_run_unless_the_config_says_when():
-    lab: Any = SimpleNamespace(steps_of_student=lambda: 1000)
+    facts = SimpleNamespace(steps=lambda train: train.max_steps)
+    train = SimpleNamespace(max_steps=1000)
+    lab: Any = SimpleNamespace(facts=facts, config=SimpleNamespace(train=train))
     configs = (
         HomoDistilConfig(name="homodistil", target_width=12, pruning_end=end) for end in (None, 7)
     )

@@ -51,8 +51,8 @@ def shapes(
     model = SimpleNamespace(
         depth=layers, units=View((heads,) * layers, (neurons,) * layers), uncut=None
     )
-    pruning = SimpleNamespace(has_stock_config=lambda _, view: is_stock(view))
-    lab: Any = SimpleNamespace(pruning=pruning)
+    facts = SimpleNamespace(has_stock_config=lambda _, view: is_stock(view))
+    lab: Any = SimpleNamespace(facts=facts)
     config: Any = SimpleNamespace(round_to=round_to)
     result = shapes_of(config, lab, model)
     return replace(result, sizes=tuple(map(size, result.corners)))

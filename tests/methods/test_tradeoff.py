@@ -19,8 +19,8 @@ from megakd.methods.minidisc import MiniDiscConfig, TradeoffJudge
 from megakd.models.fitting import ModelSource
 from megakd.models.structure import architecture_of
 from megakd.training.allocation import SortedTeacher, UnitScores
+from megakd.training.facts import unscored
 from megakd.training.metrics import check_weighed, headline
-from megakd.training.pruning import unscored
 
 LAMBDA = 0.2
 READ = 0.0025  # what the authors' figure can be read to
@@ -136,10 +136,9 @@ def lab(config: PretrainedConfig, objective=None):
     )
     return SimpleNamespace(
         config=SimpleNamespace(objective=objective),
-        given=lambda role: source,
-        pruning=SimpleNamespace(unscored=lambda: unscored(source)),
+        configured_model=lambda role: source,
+        facts=SimpleNamespace(unscored=lambda: unscored(source), metric=lambda: None),
         soft_terms=lambda weight: (SoftTargetKl(loss="soft_target_kl", weight=weight),),
-        metric=lambda: None,
     )
 
 
@@ -192,7 +191,7 @@ def test_a_metric_is_asked_for_only_where_something_is_weighed():
     teacher, asked = lab(BertConfig(**BASE)), list[str]()
 
     for config in (PLAIN, MaxiDiscConfig(name="maxidisc")):
-        teacher.metric = partial(asked.append, config.name)
+        teacher.facts.metric = partial(asked.append, config.name)
         check_reach(config, teacher)
 
     assert asked == ["maxidisc"]
@@ -203,7 +202,7 @@ def test_a_layer_whose_relations_are_compared_keeps_a_head():
     heads = tuple((float(layer != 3),) * 12 for layer in range(4))
     neurons = tuple((float(layer != 3),) * 3072 for layer in range(4))
     scores = UnitScores(heads, neurons)
-    ranked = SortedTeacher(source=teacher.pruning.unscored().source, scores=scores)
+    ranked = SortedTeacher(source=teacher.facts.unscored().source, scores=scores)
 
     view = views_of(PLAIN, teacher, ranked, [0.9])["sparsity-0.9"]
 

@@ -34,7 +34,7 @@ from megakd.models.layers import left_out, with_layers, without_layers
 from megakd.models.loading import resolve_model
 from megakd.models.structure import architecture_of
 from megakd.models.views import View, evenly_spaced
-from megakd.training.pruning import Shapes
+from megakd.training.facts import RunFacts
 
 KEEPS_HEADS = ("bert", "roberta", "distilbert", "electra", "gpt2")
 """Families whose stock class has heads as wide as the hidden states divided by their number."""
@@ -111,11 +111,9 @@ def test_a_view_counts_the_weights_that_its_cut_has(tmp_path_factory, layers, he
     model = build("mistral")
     view = depth_view(model, layers, heads=heads, neurons=neurons)
     source = source_of(saved(model, tmp_path_factory.mktemp("model")), "causal_lm")
-    lab: Any = SimpleNamespace(
-        config=SimpleNamespace(task=task("causal_lm")), _classes=None, _weights={}
-    )
+    config: Any = SimpleNamespace(task=task("causal_lm"))
 
-    counted = Shapes.parameters(lab, source, view).parameters
+    counted = RunFacts(config, {}, world=1).parameters(source, view).parameters
 
     smaller = cut(model, "causal_lm", view)
     assert counted == sum(weight.numel() for weight in smaller.parameters())

@@ -15,7 +15,7 @@ from tiny_runs import bert, config_tree, llama
 from megakd.config.file import config_of
 from megakd.models.architectures import OWN_MODELS
 from megakd.reports.table import model_card, result_table
-from megakd.training.lab import Report
+from megakd.training.record import Report
 
 OWN, SINGLE = next(iter(OWN_MODELS)), {"name": "single"}
 

@@ -10,7 +10,7 @@ from reports import candidates, entries, language_report, report_of
 from megakd.reports.html import html_report
 from megakd.reports.report_file import derived_warnings
 from megakd.reports.table import result_table
-from megakd.training.lab import Report
+from megakd.training.record import Report
 
 
 def labels(*recalls: float, rows: int = 20) -> dict[str, Any]:

@@ -22,8 +22,9 @@ from megakd.models.views import View
 from megakd.reports import plan
 from megakd.reports.plan import Cluster, Plan, page
 from megakd.reports.plan_memory import PARTS, Share
-from megakd.reports.plan_phases import PlanningLab, planned_sources
+from megakd.reports.plan_phases import PlannedWork, planned_phases, planned_sources
 from megakd.reports.plan_tracing import PhaseTraces
+from megakd.training.facts import RunFacts
 
 DECODERS = {
     "teacher": {"model": llama(3, width=32, vocab_size=64)},
@@ -123,7 +124,7 @@ def test_an_evaluation_that_is_the_peak_is_named_with_its_key(tmp_path):
 
 def test_an_evaluation_needs_no_more_than_training_where_no_batch_is_given(tmp_path):
     config = config_of(tmp_path)
-    phases = PlanningLab(config, planned_sources(config), ranks=1, device="cuda").play()
+    phases = planned_phases(PlannedWork(RunFacts(config, planned_sources(config), world=1)))
 
     traces = PhaseTraces(phases[0], config, "cuda")
 
@@ -352,14 +353,14 @@ def test_one_of_three_layers_takes_a_third_of_the_time_also_beside_a_decoder(fam
     folder = tiny_cuts.saved(tiny_cuts.build(family), tmp_path)
     source = tiny_cuts.source_of(folder, "classification")
     config = cast("Any", SimpleNamespace(task=tiny_cuts.task()))
-    pruning = PlanningLab(config, {}, ranks=1, device="cpu")
+    pruning = PlannedWork(RunFacts(config, {}, world=1))
     units = source.architecture.units(source.config)
     kept = {"layers": (1,), "width": None}
     for kind in ("heads", "neurons"):
         first, _, _, *others = getattr(units, kind)
         kept[kind] = (first, 0, 0, *others)
 
-    times = pruning.relative_times(source, {"one": View(**kept)}, "times")
+    times = pruning.times(source, {"one": View(**kept)}, "times")
 
     assert times["one"] == pytest.approx(1 / 3, abs=0.03)
 

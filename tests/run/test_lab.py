@@ -51,8 +51,8 @@ def test_no_model_is_loaded_on_top_of_one_that_nothing_uses(tmp_path, teacher, m
     monkeypatch.setattr("megakd.training.assembly.set_attention", lambda *_: None)
     gc.disable()
     try:
-        source = lab._prepared.sources["student"]
-        lab.assembly._load(source, {}, "fp32", need_head=False, fused="off")
+        source = lab.facts.sources["student"]
+        lab.work.assembly._load(source, {}, "fp32", need_head=False, fused="off")
     finally:
         gc.enable()
 
@@ -67,7 +67,9 @@ def test_steps_of_a_student_are_those_of_the_rows_that_it_learns_from(tmp_path, 
         train=TrainConfig(per_device_train_batch_size=2, num_train_epochs=1),
     )
     rows = {"input_ids": [[3, 4, 5]] * 8, PROMPT_LENGTH: [1, 3] * 4}
-    assert lab_of(config, rows=Dataset.from_dict(rows)).steps_of_student() == 2
+    lab = lab_of(config, rows=Dataset.from_dict(rows))
+
+    assert lab.facts.steps(config.train) == 2
 
 
 def test_a_stage_is_scored_as_many_rows_at_a_time_as_it_trains_with(tmp_path, teacher):
@@ -90,7 +92,7 @@ def test_a_model_that_becomes_a_teacher_does_not_answer_from_the_cache_of_anothe
     lab = lab_of(config_of(tmp_path, teacher=spec))
     made: Any = SimpleNamespace(name="student", folder=teacher)
     name = lab.as_teacher(made)
-    assert lab._teachers[name].spec == dataclasses.replace(spec, cache=None)
+    assert lab.work.teachers[name].spec == dataclasses.replace(spec, cache=None)
 
 
 def test_a_teacher_of_random_weights_that_is_not_trained_is_warned_about(tmp_path, caplog):
@@ -110,7 +112,9 @@ def test_a_measurement_is_made_once_and_kept_for_the_next_start_unless_it_fails(
     measured = list[str]()
     labs = [lab_of(config_of(tmp_path)) for _ in range(2)]
     for lab in labs:
-        monkeypatch.setattr(lab.pool, "score", lambda n: measured.append(n) or {"accuracy": 0.75})
+        monkeypatch.setattr(
+            lab.work.pool, "score", lambda n: measured.append(n) or {"accuracy": 0.75}
+        )
         lab.teacher()
 
     def fails() -> dict[str, float]:

@@ -20,9 +20,10 @@ from megakd.engine import distributed
 from megakd.engine.distributed import Ranks
 from megakd.methods.single import SingleConfig
 from megakd.models.loading import resolve_model
-from megakd.run.run_lab import RunLab
+from megakd.run.run_work import RunWork
 from megakd.stage import Stage
 from megakd.training.inputs import RunInputs
+from megakd.training.lab import Lab
 from megakd.training.metrics import TaskMetrics, headline
 
 SIZE = {
@@ -85,10 +86,10 @@ def prepared_of(config: RunConfig, content: str = "rows", rows: Any = None) -> R
     )
 
 
-def lab_of(config: RunConfig, content: str = "rows", rows: Any = None) -> RunLab:
+def lab_of(config: RunConfig, content: str = "rows", rows: Any = None) -> Lab[RunWork]:
     """`rows` are those of the training, and those that are held out."""
     reporter: Any = None
-    return RunLab(prepared_of(config, content, rows), ONE_RANK, reporter)
+    return Lab(RunWork(prepared_of(config, content, rows), ONE_RANK, reporter))
 
 
 def stage_of(**changes: Any) -> Stage:

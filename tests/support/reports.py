@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megakd.training.lab import Report, Row
+from megakd.training.record import Report, Row
 
 TRADEOFF = 0.2
 SCORES = {

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from megakd.errors import ConfigError, TeacherError
 from megakd.models.views import View
 from megakd.training.allocation import (
+    SortedTeacher,
     UnitScores,
     unit_order,
     view_at,
 )
-from megakd.training.pruning import SortedTeacher
 
 GRID = (0.0, 0.1, 0.3, 0.35, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 # Few different scores, so that many are equal.

@@ -27,7 +27,6 @@ from megakd.data.splits import load_splits
 from megakd.errors import ConfigError, DataError, TrainingError
 from megakd.stage import Verdict
 from megakd.training.evaluation import HeldOutLosses, few
-from megakd.training.lab import MetricJudge
 from megakd.training.metrics import (
     TaskMetrics,
     headline,
@@ -35,6 +34,7 @@ from megakd.training.metrics import (
     score_words,
     task_metrics,
 )
+from megakd.training.ranking import MetricJudge
 
 
 def metrics_of(names: tuple[str, ...], outputs: Tensor, labels: Tensor) -> dict[str, float]:

@@ -14,7 +14,7 @@ from megakd.models.cutting import cut_config
 from megakd.models.small_copy import new_model
 from megakd.models.structure import architecture_of
 from megakd.models.views import View
-from megakd.training.pruning import Gate, Gates
+from megakd.training.importance import Gate, Gates
 
 CPU = torch.device("cpu")
 

@@ -31,6 +31,6 @@ class Labels(AssistantOptions):
 def run(config: Labels, lab: Lab) -> StageResult:
     _, ranked = ranked_teacher(config, lab)
     view = view_of(config, lab, ranked, config.target_sparsity)
-    start = lab.pruning.cut(ranked.source, view, "cut")
+    start = lab.work.cut(ranked.source, view, "cut")
     objective = lab.hard_terms()
     return lab.train(Stage(name="student", objective=objective, start=start))

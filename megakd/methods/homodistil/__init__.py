@@ -113,8 +113,8 @@ def run(config: HomoDistilConfig, lab: Lab) -> StageResult:
     """Distil in windows; after each window but the last, removed units are cut out."""
     from megakd.methods.homodistil.strategy import PruningStrategy
 
-    model = lab.given(config.teacher or TEACHER)
-    rigid = lab.pruning.why_rigid(model)
+    model = lab.configured_model(config.teacher or TEACHER)
+    rigid = lab.facts.why_rigid(model)
     if rigid is not None:
         raise ConfigError(
             "method: homodistil narrows hidden states, and those of the teacher cannot lose "
@@ -133,8 +133,8 @@ def run(config: HomoDistilConfig, lab: Lab) -> StageResult:
             teacher,
             target,
             schedule,
-            metric=lab.metric(weighed=False),
-            size=lambda view, start=start: lab.pruning.parameters(start, view).parameters,
+            metric=lab.facts.metric(weighed=False),
+            size=lambda view, start=start: lab.facts.parameters(start, view).parameters,
         )
         stage = Stage(
             name=STUDENT if window.last == window.total else f"pruning-{number}",
@@ -148,14 +148,15 @@ def run(config: HomoDistilConfig, lab: Lab) -> StageResult:
         )
         results.append(lab.train(stage, pruning.files))
         lab.record.pruning += (
-            lab.made_by(results[-1], ROWS, lambda path: json.loads(Path(path).read_bytes())) or []
+            lab.work.read_file(results[-1], ROWS, lambda path: json.loads(Path(path).read_bytes()))
+            or []
         )
     return results[-1]
 
 
 def schedule_of(config: HomoDistilConfig, lab: Lab) -> Schedule:
     """Return the schedule of a run; pruning ends within the run."""
-    total = lab.steps_of_student()
+    total = lab.facts.steps(lab.config.train)
     end = config.pruning_end or max(1, int(SHARE_OF_RUN * total))
     if end > total:  # epochs, as train.max_steps is compared when the config is read
         raise ConfigError(

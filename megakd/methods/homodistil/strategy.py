@@ -17,7 +17,8 @@ from megakd.engine.collectives import agree, all_reduce_
 from megakd.methods.homodistil import ROWS, Schedule, Target
 from megakd.models.views import Axis, Columns, Cut, Kind, Maker, UnitOrder, View
 from megakd.stage import Scores, StepReport, Strategy, Verdict
-from megakd.training.lab import WHOLE, Metric, Row
+from megakd.training.ranking import WHOLE, Metric
+from megakd.training.record import Row
 
 BETA = 0.85
 """Decay of the average sensitivity."""

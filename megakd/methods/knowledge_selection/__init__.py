@@ -118,21 +118,21 @@ def _learned(
     from megakd.methods.knowledge_selection.selecting import SELECTOR, LearningToSelect, Selector
     from megakd.process.seeding import cpu_seeded
 
-    steps = config.episode_steps or lab.steps_of_student()
+    steps = config.episode_steps or lab.facts.steps(lab.config.train)
     phase = config.phase_steps or max(1, math.ceil(steps / 10))
     if phase > steps:
         raise ConfigError(
             f"method.phase_steps: a phase of {phase} steps does not fit into an episode of "
             f"{steps}; lower method.phase_steps, or raise method.episode_steps"
         )
-    widths = lab.given(STUDENT).width, lab.given(teacher).width
+    widths = lab.configured_model(STUDENT).width, lab.configured_model(teacher).width
     with cpu_seeded(lab.config.seed):
         new = Selector(widths, tuple(map(term_name, kinds)))
     strategy = LearningToSelect(
         teacher,
         new,
         config,
-        probe=lab.probe(STAGE),
+        probe=lab.work.probe(STAGE),
         steps=steps,
         phase_steps=phase,
         **_reading(lab),
@@ -146,7 +146,7 @@ def _learned(
         train=dataclasses.replace(lab.config.train, max_steps=steps, early_stopping_patience=None),
         window=Window(0, config.episodes * steps, steps),
     )
-    learned = lab.made_by(lab.train(stage, strategy.files), SELECTOR, load_file)
+    learned = lab.work.read_file(lab.train(stage, strategy.files), SELECTOR, load_file)
     if learned is not None:  # None in a plan
         new.load_state_dict(learned)
     return new
