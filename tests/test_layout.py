@@ -339,7 +339,7 @@ CEILINGS = {
     "late or type-only imports": 84,
     "names that several files define": 96,
     "methods called of": 14,
-    "annotations Any": 638,
+    "annotations Any": 640,
 }
 CEILINGS_OF_THE_PLAIN_RUN = {
     "plain run: lines of functions": 10_300,

@@ -84,7 +84,9 @@ def score_layers(assembly: Assembly, ready: ReadyTeacher) -> tuple[StageResult, 
 
 
 @doing("measuring the importance of layers")
-def rises_without_layers(assembly: Assembly, ready: ReadyTeacher, rows: Dataset) -> tuple[float, ...]:
+def rises_without_layers(
+    assembly: Assembly, ready: ReadyTeacher, rows: Dataset
+) -> tuple[float, ...]:
     """Return the rise of the loss without each layer, in nats per target; a collective.
 
     Each layer is left out alone, from the whole model, as in Shortened LLaMA (Kim et al. 2024,

@@ -64,7 +64,7 @@ def evaluated(config_path: str, overrides: list[str], kind: str) -> dict[str, An
                 stage,
                 lab.work.assembly,
                 teachers={teacher: frozen},
-                reporter=lab._reporter,
+                reporter=lab.work._reporter,
                 checkpoint=None,
             )
         (run,) = runs

@@ -25,7 +25,7 @@ from megakd.config.file import load_config
 from megakd.data.loader import evaluation_batches
 from megakd.errors import MegakdError
 from megakd.models.fitting import ReadyTeacher
-from megakd.training import pruning
+from megakd.training import importance
 from megakd.training.allocation import UnitScores, unit_order, view_at
 
 ROWS_PER_BATCH = 6
@@ -41,7 +41,7 @@ def measured(config_path: str, overrides: list[str], *, labelled: bool = True) -
             rows = rows.select([i for i, label in enumerate(rows["label"]) if label < 0])
         try:
             with watching() as facts:
-                scores = pruning.measure_importance(
+                scores = importance.measure_importance(
                     lab.work.assembly,
                     ReadyTeacher(prepared.sources["teacher"], lab.config.teacher),
                     rows,
@@ -59,7 +59,7 @@ def measured(config_path: str, overrides: list[str], *, labelled: bool = True) -
 def watching():
     """The engine's module; this rank's share of it; per batch, how many weights are whole."""
     facts, used = {"held": []}, []
-    start, gradients = pruning.frozen_engine, pruning.Gates.gradients
+    start, gradients = importance.frozen_engine, importance.Gates.gradients
 
     def note(module, inputs):
         used.append(StorageWeakRef(module.weight.untyped_storage()))
@@ -79,8 +79,8 @@ def watching():
         return gradients(gates, loss)
 
     with (
-        patch.object(pruning, "frozen_engine", engine),
-        patch.object(pruning.Gates, "gradients", at_the_backward),
+        patch.object(importance, "frozen_engine", engine),
+        patch.object(importance.Gates, "gradients", at_the_backward),
     ):
         yield facts
 

@@ -121,7 +121,7 @@ def test_a_measurement_is_made_once_and_kept_for_the_next_start_unless_it_fails(
         raise ValueError("no rows")
 
     with pytest.raises(ValueError, match="no rows"):
-        labs[0].assembly.measured_once("teacher-scored", fails)
+        labs[0].work.assembly.measured_once("teacher-scored", fails)
     assert not (tmp_path / "run" / "stages").exists()
     scores = [lab.dev_score("teacher") for lab in (labs[0], *labs)]
     assert (scores, measured) == ([0.75] * 3, ["teacher"])
