@@ -123,13 +123,13 @@ MUTATIONS = (
         "tests/models/test_generation.py",
     ),
     Mutation(
-        "megakd/training/checkpoint.py",
+        "megakd/training/best.py",
         "self._score, self.misses = score, 0",
         "self._score = score",
         "tests/training/test_early_stopping.py",
     ),
     Mutation(
-        "megakd/training/checkpoint.py",
+        "megakd/training/best.py",
         'not score > best["score"]',
         'score > best["score"]',
         "tests/training/test_best_checkpoint.py",

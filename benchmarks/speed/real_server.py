@@ -27,7 +27,8 @@ from lib.launching import ROOT
 from lib.options import command_of, parser_of
 from lib.tables import machine
 from megakd.config.sections import Sampling
-from megakd.models.generation import TextTokens, complete, end_tokens_of
+from megakd.models.end_tokens import TextTokens, end_tokens_of
+from megakd.models.generation import complete
 from megakd.teachers.servers import Requirements, ServedModel, VllmServer
 
 TOP_K, SCALE = 64, 1.02

@@ -22,7 +22,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from megakd.config.sections import Sampling
-from megakd.models.generation import TextTokens, complete
+from megakd.models.end_tokens import TextTokens
+from megakd.models.generation import complete
 
 LAST_TOKENS, LIMIT, MOST = 40, 24, 64
 Texts = list[list[int]]

@@ -167,7 +167,8 @@ def _local(arguments: argparse.Namespace) -> Answers:
 
     from megakd.config.sections import Sampling
     from megakd.data.files import silent_hub
-    from megakd.models.generation import TextTokens, complete, end_tokens_of
+    from megakd.models.end_tokens import TextTokens, end_tokens_of
+    from megakd.models.generation import complete
 
     folder = in_home(arguments.model)
     silent = None if folder.is_dir() else silent_hub()

@@ -28,6 +28,7 @@ from megakd.models.architectures import (
     narrow_maps,
 )
 from megakd.models.elastic import Elastic, check_view, output_module, weight_axes
+from megakd.models.end_tokens import generation_file
 from megakd.models.fitting import (
     ModelSource,
     label_order,
@@ -35,7 +36,6 @@ from megakd.models.fitting import (
     set_labels,
     valueless_model,
 )
-from megakd.models.generation import generation_file
 from megakd.models.knowledge import FILE, second_vocabulary, without_second_vocabulary
 from megakd.models.layers import check_depth, renumbered, without_layers
 from megakd.models.lora import adapter_config, merged_state

@@ -9,7 +9,7 @@ long.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
@@ -24,39 +24,19 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
-from transformers.utils import GENERATION_CONFIG_NAME
 
 from megakd.config.sections import Sampling
-from megakd.config.task import STUDENT
-from megakd.data.batch import Batch, TopK
-from megakd.data.tokenizers import rows_for
 from megakd.engine.sharding import evaluating
 from megakd.errors import DataError, ModelError
 from megakd.models.architectures import context_length
-from megakd.models.fitting import ModelSource
-from megakd.models.knowledge import LanguageModelHead, Needs, read_knowledge
+from megakd.models.end_tokens import TextTokens
 from megakd.models.packing import VARLEN
-from megakd.process.files import check_given
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    pass
 
 TOKENS_PER_TEXT, TRUNCATED = "rollout/tokens_per_text", "rollout/truncated"
 """Logged means over the texts of the steps since the last log: length, and share without an end."""
-
-
-class TextTokens(NamedTuple):
-    """The tokens of generated texts.
-
-    end: tokens that end a text; if empty, all texts reach `max_new_tokens`.
-    pad: token of the padding of prompts, which the model does not see.
-    known: tokens from this number on are never generated: models have more tokens than their
-        tokenizers. None: all tokens of the model.
-    """
-
-    end: frozenset[int]
-    pad: int = 0
-    known: int | None = None
 
 
 class Completion(NamedTuple):
@@ -205,113 +185,6 @@ def _cache_of(model: Any, output: Any, places: Tensor) -> dict[str, DynamicCache
     return {name: cache}
 
 
-def generation_config_of(source: ModelSource) -> GenerationConfig | None:
-    """Return the generation config in a model's folder, which may list further end tokens."""
-    if source.folder is None or not (source.folder / GENERATION_CONFIG_NAME).is_file():
-        return None
-    check_given(source.folder, source.where, wanted=lambda name: name == GENERATION_CONFIG_NAME)
-    try:
-        return GenerationConfig.from_pretrained(source.folder)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{source.where}: {GENERATION_CONFIG_NAME} in {source.folder} cannot be read: {error}"
-        ) from error
-
-
-def generation_of(
-    config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None
-) -> GenerationConfig:
-    """Return the model's generation settings, with the tokenizer's ids if the ids differ.
-
-    A Llama config defaults to bos 1 and eos 2. With other ids in the tokenizer, a text would never
-    end.
-    """
-    generation = GenerationConfig.from_model_config(config)
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        known: Any = getattr(generation, key)
-        wanted = getattr(tokenizer, key, None)
-        if wanted is not None and wanted not in (known if isinstance(known, list) else [known]):
-            setattr(generation, key, wanted)
-    return generation
-
-
-def generation_file(
-    source: ModelSource,
-    tokenizer: PreTrainedTokenizerBase,
-    learned: frozenset[int] = frozenset(),
-) -> Mapping[str, str]:
-    """Return the generation config of a student that begins as a model, as a file.
-
-    Its end tokens are those of `stated_ends`, that of the tokenizer, and the `learned` ones, which
-    end the answers of the training rows. A model without a file has the settings of its config.
-    """
-    generation = generation_config_of(source) or generation_of(source.config, tokenizer)
-    ends = listed_ends(tokenizer) | learned
-    if not ends <= listed_ends(generation):
-        generation.eos_token_id = sorted(ends | stated_ends(generation, tokenizer))
-    for key in ("bos_token_id", "pad_token_id"):
-        if getattr(tokenizer, key) is not None:
-            setattr(generation, key, getattr(tokenizer, key))
-    return {GENERATION_CONFIG_NAME: generation.to_json_string()}
-
-
-def text_tokens(
-    tokenizer: PreTrainedTokenizerBase, sources: Mapping[str, ModelSource]
-) -> TextTokens:
-    """Return the tokens of the texts that the student or a teacher of a run generates."""
-    source = sources[STUDENT]
-    sizes = [one.config.vocab_size for one in sources.values()]
-    return TextTokens(
-        end=end_tokens_of(tokenizer, source.config, generation_config_of(source)),
-        pad=getattr(tokenizer, "pad_token_id", None) or 0,
-        # No model can read a token that it does not have.
-        known=min(rows_for(tokenizer), *sizes),
-    )
-
-
-def end_tokens_of(
-    tokenizer: PreTrainedTokenizerBase,
-    config: PretrainedConfig,
-    generation: GenerationConfig | None = None,
-) -> frozenset[int]:
-    """Return the tokens that end a text: those of the tokenizer and of both configs.
-
-    A config may list end tokens without that of the tokenizer. They are default numbers in the
-    model's config (2 in Llama's), which is then left out; of the generation config see
-    `stated_ends`.
-    """
-    ends, of_model = listed_ends(tokenizer), listed_ends(config)
-    ends |= of_model if ends <= of_model else frozenset()
-    ends |= stated_ends(generation, tokenizer)
-    if not ends:
-        raise DataError(
-            "the tokenizer has no eos_token, and the model's config has no eos_token_id: a "
-            "generated text would never end; set eos_token in the folder of the tokenizer"
-        )
-    return ends
-
-
-def stated_ends(
-    generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase
-) -> frozenset[int]:
-    """Return the end tokens that a generation config states for the texts of a tokenizer.
-
-    If it lacks the tokenizer's end token, the tokens that were added to the vocabulary count, and
-    ordinary tokens are default numbers.
-    """
-    given = listed_ends(generation)
-    has_end = listed_ends(tokenizer) <= given
-    return given if has_end else given & {*tokenizer.added_tokens_decoder}
-
-
-def listed_ends(config: Any) -> frozenset[int]:
-    """Return the numbers of `eos_token_id`, which holds one number, a list of numbers, or None."""
-    ids = getattr(config, "eos_token_id", None)
-    if ids is None:
-        return frozenset()
-    return frozenset([ids] if isinstance(ids, int) else ids)
-
-
 def check_prompt_lengths(lengths: Sequence[int], max_new_tokens: int, context: int | None) -> None:
     """Check that every prompt has tokens, and leaves room for its completion."""
     longest = None if context is None else context - max_new_tokens
@@ -363,103 +236,3 @@ class EnoughHaveEnded(StoppingCriteria):
         # The host reads no value here: a read would wait for the device.
         is_enough = self._has_ended.sum() >= self._enough
         return cast("BoolTensor", is_enough.expand(len(input_ids)))
-
-
-LOGITS_AT_ONCE = {"cpu": 1 << 24, "cuda": 1 << 28}
-"""Most elements of a block of logits; a larger block reads the output matrix less often."""
-
-_ROOM_FOR_DRAWS = 4
-"""Memory of a draw over that of a choice of the largest: the cumulative sums are in fp64."""
-
-
-class TokenCounts(NamedTuple):
-    """Draws from a language model's next-token distribution, with replacement.
-
-    ids: [..., n] int32 different token numbers in ascending order; -1 in unused slots, and in all
-        slots if the logits are not finite.
-    counts: [..., n] uint8, how often each token was drawn; 0 in unused slots.
-    """
-
-    ids: Tensor
-    counts: Tensor
-
-
-def most_likely(model: nn.Module, batch: Batch, count: int) -> TopK:
-    """Return a language model's most likely next tokens at every position, [B, T, count].
-
-    Under ZeRO 3, call inside a module's forward.
-    """
-
-    def read(logits: Tensor, _: slice) -> TopK:
-        best, ids = logits.topk(min(count, logits.shape[1]), dim=-1)
-        return TopK(ids.int(), best - logits.logsumexp(-1, keepdim=True))
-
-    return TopK(*_of_logits(model, batch, read))
-
-
-def drawn(model: nn.Module, batch: Batch, numbers: Tensor) -> TokenCounts:
-    """Return draws from a language model's softmax at every position, [B, T, n].
-
-    Under ZeRO 3, call inside a module's forward. The numbers [B, T, n] are fp64 and random in [0,
-    1).
-    """
-    flat = numbers.flatten(0, 1)
-
-    def read(logits: Tensor, rows: slice) -> TokenCounts:
-        return count_draws(draw(logits, flat[rows]))
-
-    return TokenCounts(*_of_logits(model, batch, read, room=_ROOM_FOR_DRAWS))
-
-
-def draw(logits: Tensor, numbers: Tensor) -> Tensor:
-    """Draw int64 tokens [C, n] from softmax(logits [C, V]) by inversion of the cumulative sums.
-
-    The numbers [C, n] are fp64 and random in [0, 1). The sums are in fp64: in fp32, their rounding
-    exceeds the probability of most tokens of a large vocabulary. Rows with logits that are not
-    finite numbers or -inf get -1.
-    """
-    sums = logits.double().softmax(-1).cumsum_(-1)
-    total = sums[:, -1:]
-    # Rounding must not lift a place to the total: no token lies there.
-    places = torch.minimum(numbers * total, total.nextafter(torch.zeros_like(total)))
-    ids = torch.searchsorted(sums, places, right=True)
-    return torch.where(total.isfinite(), ids, -1)
-
-
-def count_draws(ids: Tensor) -> TokenCounts:
-    """Return the different tokens of each row of draws [C, n], with their counts.
-
-    There are at most 255 draws per row; -1 is no token.
-    """
-    ordered = ids.sort(-1).values
-    slots = (ordered.diff(dim=-1) != 0).cumsum(-1)
-    slots = functional.pad(slots, (1, 0))  # the first draw has slot 0
-    is_token = (ordered >= 0).to(torch.uint8)
-    return TokenCounts(
-        torch.full_like(ordered, -1).scatter_(-1, slots, ordered).int(),
-        torch.zeros_like(is_token).scatter_add_(-1, slots, is_token),
-    )
-
-
-def _of_logits(
-    model: nn.Module,
-    batch: Batch,
-    read: Callable[[Tensor, slice], tuple[Tensor, Tensor]],
-    *,
-    room: int = 1,
-) -> Iterator[Tensor]:
-    knowledge = read_knowledge(model, batch, Needs())
-    if knowledge.hidden is None:
-        raise TypeError("a language model was read without its hidden states")
-    head = LanguageModelHead(model)
-    hidden, answers = knowledge.hidden.flatten(0, -2), []
-    most = LOGITS_AT_ONCE.get(hidden.device.type, LOGITS_AT_ONCE["cpu"]) // room
-    with head.open():
-        weight, bias = head.read()
-        step = max(1, most // len(weight))
-        for start in range(0, len(hidden), step):
-            rows = slice(start, start + step)
-            logits = head.warp(functional.linear(hidden[rows], weight, bias).float())
-            answers.append(read(logits, rows))
-    shape = knowledge.hidden.shape[:-1]
-    return (torch.cat(parts).unflatten(0, shape) for parts in zip(*answers, strict=True))

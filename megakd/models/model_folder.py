@@ -33,7 +33,7 @@ from megakd.models.architectures import (
     narrow_maps,
     register_own_models,
 )
-from megakd.models.generation import generation_of
+from megakd.models.end_tokens import generation_of
 from megakd.models.modeling.modeling_cut import narrow_class
 from megakd.models.weights import (
     SAFETENSORS,

@@ -34,8 +34,9 @@ from megakd.run.run_report import report_of
 from megakd.run.run_work import RunWork
 from megakd.training.inputs import RunInputs, prepare
 from megakd.training.lab import Lab, baseline_stage
-from megakd.training.log import Reporter, Trackers, check_trackers
+from megakd.training.log import Reporter
 from megakd.training.precision import check_device
+from megakd.training.trackers import Trackers, check_trackers
 
 # The bases of the Hub's error are OSError and the error of its HTTP client, which has two names.
 _HUB_FAILURES = cast("tuple[type[Exception], ...]", (ValueError, *HfHubHTTPError.__bases__))

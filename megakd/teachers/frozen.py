@@ -14,7 +14,7 @@ from megakd.data.batch import IGNORE, Batch, Documents, Knowledge, Predictions, 
 from megakd.engine.initialize import frozen_engine
 from megakd.engine.memory import destroy
 from megakd.engine.sharding import Prefetch
-from megakd.models.generation import TokenCounts, drawn, most_likely
+from megakd.models.draws import TokenCounts, drawn, most_likely
 from megakd.models.knowledge import LanguageModelHead, Needs, predict, read_knowledge
 
 

@@ -25,12 +25,14 @@ from megakd.engine.collectives import agree, doing, on_main, together
 from megakd.engine.sharding import full_shape, is_first_rank, whole_model
 from megakd.errors import ServerError
 from megakd.models.cutting import content_of
-from megakd.models.generation import Completion, Generator, TextTokens, complete, text_tokens
+from megakd.models.end_tokens import TextTokens, text_tokens
+from megakd.models.generation import Completion, Generator, complete
 from megakd.models.lora import adapter_files
 from megakd.models.model_folder import ModelContent, fill_serving_folder
 from megakd.process import files
 from megakd.teachers.frozen import FrozenTeacher
-from megakd.teachers.rollouts import Prompts, RolloutSource, TextEvaluation, prompts_of
+from megakd.teachers.rollouts import Prompts, RolloutSource, prompts_of
+from megakd.teachers.scored_texts import TextEvaluation
 from megakd.teachers.servers import (
     FIRST_PATIENCE_S,
     PATIENCE_S,

@@ -20,7 +20,6 @@ import torch
 from datasets import Dataset
 from transformers import PretrainedConfig, PreTrainedModel
 
-from megakd.config.task import TaskConfig
 from megakd.data.arrow import recalled, remember, rows_key
 from megakd.data.loader import lengths_of_rows
 from megakd.engine.collectives import agree, doing, gather, on_main, told
@@ -136,11 +135,11 @@ def time_views(
     assembly: Assembly, source: ModelSource, views: Mapping[str, View], name: str
 ) -> StageResult:
     """Measure the median ratios of paired forwards of each view and the whole model."""
-    task, device = assembly.config.task, assembly.ranks.device
-    dtype = TORCH_DTYPE[scoring_dtype(assembly.config.train, device.type)]
+    task = assembly.config.task
+    dtype = TORCH_DTYPE[scoring_dtype(assembly.config.train, assembly.ranks.device.type)]
     rows, batch = assembly.prepared.encoded.validation, batches_of(task.type)[-1]
     texts = sample_lengths(lengths_of_rows(rows).tolist(), batch)
-    build = partial(_random_model, source, task, device=device, dtype=dtype)
+    build = partial(_random_model, assembly, source, dtype)
 
     def ratios() -> Mapping[str, float]:
         whole, times = calls_of(build(source.config), texts), dict[str, float]()
@@ -200,14 +199,10 @@ def write_reshaped(
 
 
 def _random_model(
-    source: ModelSource,
-    task: TaskConfig,
-    config: PretrainedConfig,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
+    assembly: Assembly, source: ModelSource, dtype: torch.dtype, config: PretrainedConfig
 ) -> PreTrainedModel:
-    model = build_empty(source, task, config, dtype).eval()
+    device = assembly.ranks.device
+    model = build_empty(source, assembly.config.task, config, dtype).eval()
     torch.nn.Module.to(model, device)  # transformers' own `to` is typed wrongly
     generator = torch.Generator(device).manual_seed(0)  # not the run's random state
     for parameter in model.parameters():

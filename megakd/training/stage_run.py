@@ -19,7 +19,7 @@ from megakd.data.chat_tokens import learned_ends
 from megakd.engine.collectives import all_reduce_, doing, gather, on_main, together
 from megakd.engine.memory import peak_memory_bytes
 from megakd.models.cutting import content_of
-from megakd.models.generation import generation_file
+from megakd.models.end_tokens import generation_file
 from megakd.models.lora import adapter_config, adapter_files, load_adapters
 from megakd.models.views import Cut
 from megakd.process import terminal
@@ -27,10 +27,12 @@ from megakd.process.files import RESULT, copy_finished, write_finished
 from megakd.process.seeding import seed_everything
 from megakd.stage import Stage, StageResult
 from megakd.training.assembly import Assembly, StageParts, row_batches
-from megakd.training.checkpoint import Best, Checkpoints, Evaluation
+from megakd.training.best import Best, Evaluation
+from megakd.training.checkpoint import Checkpoints
 from megakd.training.evaluation import HeldOutLosses, few
 from megakd.training.lab import Files
-from megakd.training.log import Reporter, TrainMeter
+from megakd.training.log import Reporter
+from megakd.training.meter import TrainMeter
 from megakd.training.ranking import WHOLE, MetricJudge
 from megakd.training.stage_folder import (
     WindowState,

@@ -19,6 +19,10 @@ from megakd.data.chat_tokens import SETS, ChatCounts, learned
 from megakd.data.conversations import is_chat
 from megakd.data.tokenizers import LOOKED_FOR, from_folder, has_tokenizer_files
 from megakd.errors import ConfigError, DataError, TeacherError
+from megakd.models.end_tokens import (
+    generation_config_of,
+    listed_ends,
+)
 from megakd.models.fitting import ModelSource, listed
 
 logger = logging.getLogger(__name__)
@@ -74,8 +78,6 @@ def _refuse_ends(task: TaskConfig, problem: str) -> None:
 
 
 def _end_ids(tokenizer: PreTrainedTokenizerBase, source: ModelSource) -> set[int]:
-    from megakd.models.generation import generation_config_of, listed_ends
-
     return {*listed_ends(tokenizer), *listed_ends(generation_config_of(source))}
 
 

@@ -16,7 +16,7 @@ from megakd.engine import collectives, distributed
 from megakd.engine.sharding import gathered_state, is_sharded, whole_model
 from megakd.errors import MegakdError
 from megakd.models import generation
-from megakd.models.generation import TextTokens
+from megakd.models.end_tokens import TextTokens
 from megakd.training.generated_texts import LocalGenerator
 
 PROMPTS = [[5, 6, 7], [8], [12, 3, 14, 5, 6], [9, 9], [60, 50, 40, 30]]

@@ -25,7 +25,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config,
 
 from megakd.config.sections import Sampling
 from megakd.errors import ServerError
-from megakd.models.generation import Completion, TextTokens, complete
+from megakd.models.end_tokens import TextTokens
+from megakd.models.generation import Completion, complete
 from megakd.teachers.servers import Requirements, ServedModel, VllmServer
 from megakd.training.generated_texts import check_texts
 from megakd.training.served_teachers import REPEATED

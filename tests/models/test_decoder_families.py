@@ -13,7 +13,7 @@ from megakd.data.batch import IGNORE, Batch, Pass, count_units
 from megakd.errors import ModelError
 from megakd.losses.bundle import StudentBundle
 from megakd.losses.objective import build_objective, logits_of
-from megakd.models.generation import most_likely
+from megakd.models.draws import most_likely
 from megakd.models.knowledge import LanguageModelHead, Needs, predict, read_knowledge
 from megakd.models.loading import check_model
 from megakd.teachers.frozen import FrozenModel

@@ -35,19 +35,10 @@ from megakd.config.sections import MOST_DRAWS, Sampling
 from megakd.data.batch import Batch
 from megakd.errors import DataError, ModelError
 from megakd.models import generation
+from megakd.models.draws import LOGITS_AT_ONCE, count_draws, draw, drawn, most_likely
 from megakd.models.elastic import Elastic
-from megakd.models.generation import (
-    TextTokens,
-    check_prompt_lengths,
-    complete,
-    context_length,
-    count_draws,
-    draw,
-    drawn,
-    generation_file,
-    most_likely,
-    text_tokens,
-)
+from megakd.models.end_tokens import TextTokens, generation_file, text_tokens
+from megakd.models.generation import check_prompt_lengths, complete, context_length
 from megakd.models.packing import VARLEN, register_packed_attention
 from megakd.models.views import Cut, View
 
@@ -429,7 +420,7 @@ def test_blocks_of_positions_change_neither_tokens_nor_draws(monkeypatch, at_onc
     model, numbers = tiny_cuts.build("llama"), random_numbers(3, 5, 6)
     ids = torch.randint(20, (3, 5), generator=torch.Generator().manual_seed(0))
     batch = Batch({"input_ids": ids}, ids, torch.ones(3, 5, dtype=torch.bool))
-    monkeypatch.setitem(generation.LOGITS_AT_ONCE, "cpu", at_once)
+    monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", at_once)
     logits = model(**batch.inputs).logits.detach()
     expected = count_draws(draw(logits.flatten(0, 1), numbers.flatten(0, 1)))
     best = logits.log_softmax(-1).topk(4)

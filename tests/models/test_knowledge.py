@@ -18,12 +18,7 @@ from megakd.data.batch import IGNORE, Batch
 from megakd.engine.sharding import gathered_state
 from megakd.errors import ModelError
 from megakd.models.elastic import Elastic
-from megakd.models.knowledge import (
-    LanguageModelHead,
-    Needs,
-    attentions_taken,
-    read_knowledge,
-)
+from megakd.models.knowledge import LanguageModelHead, Needs, attentions_taken, read_knowledge
 from megakd.models.packing import VARLEN, register_packed_attention
 from megakd.models.structure import architecture_of
 from megakd.models.views import View

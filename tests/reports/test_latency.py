@@ -14,7 +14,7 @@ from megakd.config.task import TaskConfig, TaskType
 from megakd.data.batch import Batch, TopK
 from megakd.data.token_tables import pack
 from megakd.models import onnx
-from megakd.models.generation import most_likely
+from megakd.models.draws import most_likely
 from megakd.reports.samples import NEW_TOKENS, PROMPTS, Prompts, held_out_prompts
 from megakd.run import run_report
 from megakd.run.run_report import latency_report

@@ -89,7 +89,7 @@ def _serve(requests: Connection, variables: dict[str, str]) -> None:
     import megakd.training.assembly
     from megakd import cli
     from megakd.engine import distributed
-    from megakd.training.log import TrainMeter
+    from megakd.training.meter import TrainMeter
 
     loaded: list[str] = []
     _note_loads(megakd.training.assembly, loaded)

@@ -13,7 +13,8 @@ from megakd.errors import MegakdError
 from megakd.models.views import Cut, UnitOrder, View
 from megakd.process.files import write_finished
 from megakd.stage import Verdict
-from megakd.training.checkpoint import Best, Evaluation, check_plain
+from megakd.training.best import Best, Evaluation
+from megakd.training.checkpoint import check_plain
 
 
 def best_of(folder: Path, *views: str) -> Any:

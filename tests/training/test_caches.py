@@ -14,7 +14,7 @@ from megakd.config.file import load_config
 from megakd.config.sections import ScratchModel, TeacherConfig
 from megakd.data.batch import Batch, TopK
 from megakd.errors import ConfigError, TeacherError
-from megakd.models.generation import TokenCounts, count_draws, draw
+from megakd.models.draws import TokenCounts, count_draws, draw
 from megakd.models.loading import resolve_model
 from megakd.training.inputs import check_caches
 from megakd.training.served_teachers import ask_tokens, bytes_per_token, whole_answers

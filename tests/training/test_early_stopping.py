@@ -12,7 +12,7 @@ from tiny_runs import review_task, run_in
 from whole_run import finish, forgotten, read, records, same_weights
 
 from megakd.stage import Verdict
-from megakd.training.checkpoint import Best, Evaluation
+from megakd.training.best import Best, Evaluation
 
 EVALUATED_EVERY, PATIENCE, PLANNED = 2, 2, 10
 STOPPED = EVALUATED_EVERY * (1 + PATIENCE)

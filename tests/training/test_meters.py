@@ -20,7 +20,7 @@ from megakd.engine.distributed import Ranks
 from megakd.errors import TrainingError
 from megakd.losses.objective import build_objective
 from megakd.stage import Stage, StepReport
-from megakd.training.log import TrainMeter
+from megakd.training.meter import TrainMeter
 from megakd.training.trainer import AnswerWatch, Stopwatch
 
 CE = HardCrossEntropy(loss="hard_cross_entropy")
@@ -214,7 +214,7 @@ def test_a_term_on_rollouts_is_logged_as_its_mean_over_the_steps_that_have_rollo
 
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     time = SimpleNamespace(now=100.0)
-    monkeypatch.setattr("megakd.training.log.time.perf_counter", lambda: time.now)
+    monkeypatch.setattr("megakd.training.meter.time.perf_counter", lambda: time.now)
     return time
 
 

@@ -14,7 +14,7 @@ from whole_run import finish, records
 from megakd.data.batch import Pass
 from megakd.models.views import View
 from megakd.teachers.frozen import FrozenTeacher
-from megakd.training.log import StepWork, peak_tflops, work_of
+from megakd.training.meter import StepWork, peak_tflops, work_of
 
 LENGTH, ROWS = 16, 4
 SIZES = {"vocab_size": 50, "hidden_size": 8, "intermediate_size": 12}

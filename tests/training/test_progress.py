@@ -18,7 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_runs import run_in
 
 from megakd.errors import MegakdError
-from megakd.training.log import Reporter, Trackers
+from megakd.training.log import Reporter
+from megakd.training.trackers import Trackers
 
 NUMBERS = {"train/loss": 0.12345678, "train/learning_rate": 3e-4, "train/tokens_per_s": 12345.6}
 NUMBERS |= {"train/memory_bytes": 2.5e9, "train/gradient_norm": 7.0}
@@ -108,7 +109,7 @@ def test_without_a_terminal_there_is_one_short_line_per_log_and_no_bar(
 ):
     monkeypatch.setattr(sys, "stderr", stream := io.StringIO())
     clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr("megakd.training.log.time.perf_counter", lambda: clock.now)
+    monkeypatch.setattr("megakd.training.meter.time.perf_counter", lambda: clock.now)
     reporter = Reporter(tmp_path, is_main=True)
     reporter.begin("distil", 4, **OF_TEN)
     clock.now += 2400

@@ -15,9 +15,11 @@ from transformers import LlamaConfig
 from megakd.config.sections import GenerationConfig, Sampling, SamplingConfig
 from megakd.data.batch import IGNORE
 from megakd.errors import DataError
-from megakd.models.generation import Completion, end_tokens_of
+from megakd.models.end_tokens import end_tokens_of
+from megakd.models.generation import Completion
 from megakd.teachers import rollouts
-from megakd.teachers.rollouts import Prompts, TextEvaluation, is_match
+from megakd.teachers.rollouts import Prompts
+from megakd.teachers.scored_texts import TextEvaluation, is_match
 
 LETTERS = " abcdefgh"
 
