@@ -224,7 +224,7 @@ class PlanningLab(Lab, Shapes):
         shape = StepShape.of_batch(BATCH_ROWS, most, rank=0, world=self.world)
         self._record(
             Phase(
-                name="specification",
+                name="sorted-teacher",
                 work="importance",
                 teachers={teacher: ready},
                 rows=shape.per_device,

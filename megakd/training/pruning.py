@@ -405,7 +405,7 @@ class ModelPruning(Shapes):
             text = json.dumps(scores._asdict())
             return {"order": unit_order(scores), "extra": {UNITS: text}}
 
-        result = self._listed(self._written("specification", ready.source, order))
+        result = self._listed(self._written("sorted-teacher", ready.source, order))
         # The folder's checksums were compared.
         tree = json.loads(on_main(lambda: (result.folder / UNITS).read_text(encoding="utf-8")))
         heads, neurons = (tuple(map(tuple, tree[kind])) for kind in UnitScores._fields)
