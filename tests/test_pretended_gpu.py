@@ -176,7 +176,7 @@ OWN = {"name": "mixed_vocabulary", "student_vocabulary": 200}
 HOMODISTIL = {"name": "homodistil", "target_width": 16, "cuts": 2, "pruning_end": 6}
 METHODS = {
     "finetune": ("classification", {"name": "finetune"}),
-    "direct": ("classification", {"name": "direct", **CUT}),
+    "direct": ("classification", {"name": "direct", "target_sparsity": 0.5}),
     "minidisc": ("classification", {"name": "minidisc", **CUT}),
     "maxidisc": ("classification", {"name": "maxidisc", **CUT}),
     "minidisc_lm": ("causal_lm", {"name": "minidisc", **CUT}),
@@ -193,7 +193,7 @@ def test_every_method_stays_on_the_gpu(run_on_gpu, tmp_path, name):
     teachers = {"teacher": {"model": model(family)}}
     if name in ("mean_of_teachers", "finetune"):
         teachers = {"teachers": POOL} if name == "mean_of_teachers" else {}
-    student = "from_teacher" if "sparsities" in method or name == "homodistil" else None
+    student = "from_teacher" if "target_sparsity" in method or name == "homodistil" else None
     student = student or model(family, width=16)
     if method["name"] == "mixed_vocabulary":
         del student["config"]["vocab_size"]

@@ -155,13 +155,12 @@ SELECTION_ARMS = {
 
 def _cut(sparsity: float, *, steps: float = 1.0, **method: Any) -> Arm:
     """Return the arm of a method that cuts the student out of the teacher."""
-    grid = {"target_sparsity": sparsity, "sparsities": [0.5, 0.7, 0.85, sparsity]}
 
     def config(place: Place) -> Config:
         return {
             "teacher": teacher_section(place),
             "student": {"model": "from_teacher", "deepspeed": "zero0"},
-            "method": {**grid, **method},
+            "method": {"target_sparsity": sparsity, **method},
         }
 
     return Arm(config=config, steps=steps)
@@ -179,7 +178,9 @@ def _cut_labels(sparsity: float) -> Arm:
 def assistant_arms(sparsity: float) -> dict[str, Arm]:
     return {
         # The target learns in two trials, each with half of the steps.
-        "minidisc": _cut(sparsity, steps=0.5, name="minidisc"),
+        "minidisc": _cut(
+            sparsity, steps=0.5, name="minidisc", sparsities=[0.5, 0.7, 0.85, sparsity]
+        ),
         "direct": _cut(sparsity, name="direct"),
         "labels": _cut_labels(sparsity),
     }

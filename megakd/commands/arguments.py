@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megakd.config.file import load_config, paths_ending_in, synonyms
+from megakd.config.file import load_config, missing, paths_ending_in, synonyms
 from megakd.config.run import RunConfig
 from megakd.errors import CheckpointError, ConfigError, suggestion
 from megakd.process.files import FINAL
@@ -34,8 +34,9 @@ class Parser(argparse.ArgumentParser):
             name = unknown[0].lstrip("-").partition("=")[0].replace("-", "_")
             settings = [f"{key}=value" for key in paths_ending_in(name)[:1] or synonyms(name)]
             near = suggestion(unknown[0], self._option_string_actions)
-            if settings:
-                near = f"; settings are written {' or '.join(settings)}"
+            written = f"settings are written {' or '.join(settings)}" if settings else ""
+            if hint := written or missing(name):
+                near = f"; {hint}"
             self.error(f"unknown option {unknown[0]}{near}")
         launched = [word for word in words if not word.startswith(("--local_rank", "--local-rank"))]
         arguments.prog, arguments.command = self.prog, f"{self.prog} {shlex.join(launched)}"

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import inspect
 import json
+import re
 import textwrap
 
 from megakd.commands.arguments import Parser, say
@@ -34,10 +35,16 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _entry(name: str, kind: type) -> str:
-    lines = [name, textwrap.indent(inspect.getdoc(kind) or "", "  ")]
+    help_text, *inherited = (inspect.getdoc(each) or "" for each in kind.__mro__[:-1])
+    lines, helps = list[str](), [help_text]
     for option in dataclasses.fields(kind):
         is_required = option.default is dataclasses.MISSING
         shown = "" if is_required else json.dumps(option.default, default=dataclasses.asdict)
         if option.name not in ("name", "loss"):
             lines.append(f"    {option.name}: {shown or 'required'}")
+        # Its paragraph in the docstring of the base class that has it.
+        pattern = re.compile(rf"^{option.name}: .*(\n .*)*", re.MULTILINE)
+        if not pattern.search(help_text) and (match := pattern.search("\n\n".join(inherited))):
+            helps += [match[0]] if len(helps) > 1 else ["", match[0]]
+    lines = [name, textwrap.indent("\n".join(helps), "  "), *lines]
     return "\n".join(lines)

@@ -44,7 +44,7 @@ _OTHER_NAMES = {
     "save.push_to_hub": "hub_model_id",
     "save.save_steps": "save_strategy",
     "seed": "data_seed random_seed",
-    "student.deepspeed": "fsdp fsdp_config zero_stage",
+    "student.deepspeed": "zero_stage",
     "student.lora": "adapter peft_config use_peft",
     "student.lora.alpha": "lora_alpha",
     "student.lora.dropout": "lora_dropout",
@@ -60,6 +60,7 @@ _OTHER_NAMES = {
     "task.max_eval_examples": "max_eval_samples val_set_size",
     "task.max_length": "block_size cutoff_len max_seq_len max_seq_length sequence_len",
     "task.text_columns": "dataset_text_field text_column text_column_name",
+    "task.type": "task_type",
     "task.tokenizer": "tokenizer_name tokenizer_name_or_path",
     "task.train_on": "assistant_only_loss completion_only_loss train_on_inputs",
     "teacher.dtype": "teacher_model_init_kwargs",
@@ -104,54 +105,39 @@ _OTHER_LOSSES = {
     '"soft_target_kl"': "forward_kl kd kl kl_div kl_loss kld kldiv",
     '"soft_target_mse" (logits) or "hidden_mse"': "l2 mse mse_loss",
 }
+_LOSSES = {name: loss for loss, names in _OTHER_LOSSES.items() for name in names.split()}
 
-_WITHOUT_A_CHOICE = (
-    "method.candidates method.gamma method.importance_batch_size method.importance_split "
-    "method.pruning_start method.selector method.selector_learning_rate method.trial_steps "
-    "rollout.server.time_limit teacher.cache_seed teacher.server.time_limit "
-    "train.early_stopping_threshold"
-)
-
-REMOVED: Mapping[str, str] = {
-    **dict.fromkeys(_WITHOUT_A_CHOICE.split(), "gone, without a choice now; remove the key"),
-    "eval.latency": "its keys are gone: models are timed at 1 and 32 texts (a decoder at 1)",
-    "eval.positive_label": "gone; list the label second in task.labels",
-    "method.metric": "gone; set eval.metric",
-    "method.name: gkd": "; GKD is method.name=single with a section rollout, see "
-    "launch/examples/gkd.yaml;",
-    "method.name: mt_bert": "; gone: use mean_of_teachers;",
-    "method.name: takd": "; gone: train each teacher as a student, and give it as the teacher;",
-    "method.on_policy_steps": "gone; train.max_steps counts all steps, and rollout.from_step those "
-    "on the data",
-    "method.projection_ratio": "gone; set method.epsilon",
-    "method.repair_steps": "gone; set train.max_steps",
-    "method.schedule": "gone; all units go at once if method.every is method.pruning_end",
-    "method.student_vocabulary": "its keys are gone: give the size, such as 4928",
-    "method.target_sparsity": "no key of this method; shrink cuts to parameters, flops or speedup, "
-    "homodistil to target_width",
-    **{
-        f"objective.loss: {name}": f"; did you mean {loss}?"
-        for loss, names in _OTHER_LOSSES.items()
-        for name in names.split()
-    },
-    "objective.t_squared": "gone; a soft target is multiplied by temperature², divide its weight",
-    "rollout.files": "gone; give texts that exist as task.train_files, with prompt and completion",
-    "rollout.mix_per": "gone; each step has one source, as in GKD, remove the key",
-    "rollout.server.kind": "gone; serve with vLLM, and remove the key",
-    "save.int8": "gone; megakd export --format onnx --int8 writes a graph with int8 weights",
-    "student.allow_pickle": "gone; convert the weights to safetensors, and remove the key",
-    "task.data_dir": "gone; name GLUE's files in task.train_files and task.validation_files, with "
-    "task.text_columns and task.label_column",
-    "task.encoded": "gone; `megakd encode` fills the cache that a run reads, remove the key",
-    "teacher.allow_pickle": "gone; convert the weights to safetensors, and remove the key",
-    "teacher.label_order": "gone; write the data's labels into id2label of the model's config.json",
-    "teacher.micro_batches_per_call": "gone; joins_micro_batches is true (all of a step) or false",
-    "teacher.server.kind": "gone; serve with vLLM, and remove the key",
-    "teacher.server.states": "gone; servers answer with teacher.server.top_k probabilities",
-    "train.resume_from_checkpoint": "gone; a run goes on by itself; to begin anew, set another "
-    "output_dir",
+# Names that other tools have for keys and tasks, and what to use in megakd, which has none.
+_MISSING = {
+    r"(sequence|context|ulysses|ring)_?parallel.*|[cs]p(_size|_degree)?|ulysses.*|ring_.*": "no "
+    "parallelism within a text; lower task.max_length, or set train.gradient_checkpointing",
+    r"(num_)?(tensor|pipeline|model|expert)_?(model_)?parallel.*|(auto)?_?[tpe]p(_size)?": (
+        "no tensor, pipeline or expert parallelism; student.deepspeed: zero3 and teacher.deepspeed:"
+        " teacher_zero3 split weights over GPUs (give a server such options where it starts)"
+    ),
+    r"fsdp.*|fully_shard.*": "no FSDP; student.deepspeed: zero3 shards weights in the same way",
+    r"ner|pos|(token|word)_?(classif|label).*|(ner|pos|sequence)_(label|tag).*|named_.*|tagg.*": (
+        "no task with labels of words; distil the encoder with task.type: mlm, and train final/ in "
+        "transformers for them"
+    ),
+    r"((sentence|text|semantic)_?)?(embed|embedd?ings?|similarity|transformers?|textual.*)|sts|"
+    r"retriev(al|er)|contrastive.*|re_?rank.*|(bi|cross)_?encoder|feature_extraction": "no task of "
+    "embeddings; distil the encoder with task.type: mlm, and train final/ in sentence-transformers,"
+    " or learn scores of pairs with task.type: regression and two task.text_columns",
+    r"(extractive_|question_)?(qa|answering)|seq_?2_?seq.*|summari[sz].*|translat.*|"
+    r"text_?2_?text.*|encoder_decoder": "no such task; a decoder learns it with task.type: "
+    "causal_lm from rows with a prompt and a completion",
 }
-"""By the path of a key, or by `path: value` for a choice of it."""
+
+
+def missing(word: object) -> str:
+    """Return what to use if megakd has nothing that other tools call `word`, else an empty text."""
+    # TokenClassification, token-classification and TOKEN_CLASSIFICATION are one name.
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])|[\W_]+", "_", str(word)).lower()
+    name = name.strip("_").removeprefix("auto_model_for_")
+    use = next((use for names, use in _MISSING.items() if re.fullmatch(names, name)), "")
+    return use and f"megakd has {use}"
+
 
 KeyPath = tuple[str | int, ...]
 
@@ -248,25 +234,24 @@ def _place(detail: ErrorDetails, tree: Any) -> tuple[KeyPath, bool]:
 
 def _line(path: KeyPath, details: Sequence[ErrorDetails], tree: Any) -> str:
     detail, where = details[0], dotted(path)
-    key = re.sub(r"s?\[\d+\]", "", where)  # also of one of several teachers
     kind, value = detail["type"], detail["input"]
     if kind == "missing":
         return f"{where}: missing, and it has no default"
     if kind == _UNKNOWN_KEY:
-        return f"{where} = {shown(value)}: {REMOVED.get(key) or _unknown_key(path, tree)}"
+        return f"{where} = {shown(value)}: {_unknown_key(path, tree)}"
     if kind == "value_error":
         error = detail.get("ctx", {})["error"]
         if isinstance(error, WrongNameError):
             where = dotted((*path, error.key))
-            gone = REMOVED.get(f"{key}.{error.key}: {value.get(error.key)}")
-            error = f"{error.problem}{gone} known: {', '.join(error.known)}" if gone else error
+            if meant := _LOSSES.get(str(value.get("loss")).lower()):
+                error = f"{error.problem}; did you mean {meant}? known: {', '.join(error.known)}"
         return f"{where}: {error}"
     first, *others = [detail["msg"] for detail in details]
     text = " or ".join([first, *(other.removeprefix("Input should be ") for other in others)])
     for theirs, ours in _WORDS.items():
         text = text.replace(theirs, ours)
-    hint = REMOVED.get(where, "") if kind.endswith("_type") else ""
-    if isinstance(value, str):
+    hint = missing(value) if where == "task.type" else ""
+    if isinstance(value, str) and not hint:
         near = suggestion(value, re.findall(r"'([^']*)'", text)).removeprefix("; ")
         hint = near or ("must be a list" in text) * f"write [{value}]"
     return f"{where or 'the config'}: {text} (got {shown(value)}){hint and f'; {hint}'}"
@@ -279,6 +264,12 @@ def _unknown_key(path: KeyPath, tree: Any) -> str:
     is_item = any(isinstance(part, int) for part in parent)
     others = () if is_item else synonyms(str(key), known) or paths_ending_in(str(key))[:1]
     meant = others or difflib.get_close_matches(str(key), known, n=1)
+    if not others and (hint := missing(key)):
+        return f"unknown key; {hint}"
+    names = METHODS.names() if parent == ["method"] else ()
+    if having := [name for name in names if key in METHODS.kind(name).__dataclass_fields__]:
+        name = tree["method"]["name"]
+        return f"an option of {', '.join(having)}, and not of method {name}; remove the key"
     if not meant:
         return f"unknown key; known: {', '.join(known)}"
     listed = " or ".join(f'"{path}"' for path in meant)

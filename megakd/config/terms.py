@@ -142,6 +142,7 @@ class Term:
     tasks: values of task.type that the loss supports.
     needs_teacher: whether the loss compares with a teacher.
     reads_hidden_states: whether the loss reads hidden states.
+    weight: factor of the loss in the sum that the student learns from.
     """
 
     tasks: ClassVar[tuple[str, ...]] = ("regression", *_OF_CLASSES)

@@ -75,12 +75,10 @@ class ImportanceOptions(MethodOptions):
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class AssistantOptions(ImportanceOptions):
-    """Options of all methods with teacher assistants.
+class SparsityOptions(ImportanceOptions):
+    """Options of the methods that cut the student to a sparsity.
 
     target_sparsity: share of the attention heads and of the neurons that the student lacks.
-    sparsities: grid of the candidates' sparsities; must contain the target (except for direct).
-    tradeoff: lambda, the weight of sparsity in metric + lambda * sparsity, with `eval.metric`.
     allocation: `global` ranks the units of all layers together, by importance in units of the L2
         norm of their layer, as in the authors' code; `uniform` removes the same share of every
         layer.
@@ -88,20 +86,13 @@ class AssistantOptions(ImportanceOptions):
     """
 
     target_sparsity: Sparsity = 0.9
-    sparsities: Grid = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
-    tradeoff: Weight = 0.2
     allocation: Allocation = "global"
     round_to: Count = 8
 
     @property
     def used_sparsities(self) -> tuple[float, ...]:
-        """The sparsities of the grid that the method cuts at; some methods override this."""
-        return self.sparsities
-
-    @property
-    def weighs(self) -> bool:
-        """True if the method weighs a metric against sparsity; some methods override this."""
-        return True
+        """The sparsities that the method cuts at."""
+        return (self.target_sparsity,)
 
     def problems(self, config: Any) -> Iterator[str]:
         yield from super().problems(config)
@@ -111,11 +102,42 @@ class AssistantOptions(ImportanceOptions):
                 "fewer heads than its teacher; use relation_kl, which supports different numbers "
                 "of heads"
             )
-        if self.target_sparsity not in self.used_sparsities:
-            grid = ", ".join(f"{sparsity:g}" for sparsity in self.sparsities)
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class AssistantOptions(SparsityOptions):
+    """Options of the methods with teacher assistants.
+
+    sparsities: grid of the candidates' sparsities; must contain the target.
+    tradeoff: lambda, the weight of sparsity in metric + lambda * sparsity, with `eval.metric`.
+    """
+
+    sparsities: Grid = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
+    tradeoff: Weight = 0.2
+
+    @property
+    def used_sparsities(self) -> tuple[float, ...]:
+        """The sparsities of the grid that the method cuts at; some methods override this."""
+        return self.sparsities
+
+    def problems(self, config: Any) -> Iterator[str]:
+        yield from super().problems(config)
+        target, grid = self.target_sparsity, ", ".join(f"{one:g}" for one in self.sparsities)
+        unused = [f"{one:g}" for one in self.sparsities if one not in self.used_sparsities]
+        if unused and self.sparsities != AssistantOptions.sparsities:  # not of the default grid
             yield (
-                f"method.target_sparsity: {self.target_sparsity:g} is not among method.sparsities "
-                f"({grid}); add the value to method.sparsities, or choose one of them"
+                f"method.sparsities: {', '.join(unused)} above method.target_sparsity {target:g} "
+                f"is never trained by method {self.name}; remove it"
+            )
+        if target not in self.sparsities:
+            yield (
+                f"method.target_sparsity: {target:g} is not among method.sparsities ({grid}); add "
+                "the value to method.sparsities, or choose one of them"
+            )
+        elif target == self.sparsities[0] and getattr(self, "iterations", None) != 1:
+            yield (
+                f"method.sparsities: ({grid}) has no sparsity below method.target_sparsity "
+                f"{target:g}, so that there is no assistant; add one, or set method.name to direct"
             )
 
 
@@ -125,13 +147,13 @@ def view_name(sparsity: float) -> str:
 
 
 def views_of(
-    config: AssistantOptions, lab: Lab, ranked: SortedTeacher, sparsities: Sequence[float]
+    config: SparsityOptions, lab: Lab, ranked: SortedTeacher, sparsities: Sequence[float]
 ) -> dict[str, View]:
     """Return the views of candidates by name, in the order of `sparsities`."""
     return {view_name(sparsity): view_of(config, lab, ranked, sparsity) for sparsity in sparsities}
 
 
-def view_of(config: AssistantOptions, lab: Lab, ranked: SortedTeacher, sparsity: float) -> View:
+def view_of(config: SparsityOptions, lab: Lab, ranked: SortedTeacher, sparsity: float) -> View:
     """Return the view of one candidate."""
     shape = Shape(lab.configured_model(TEACHER).depth, width=0, vocabulary=0)
     terms = [term for term in objective_of(lab) if isinstance(term, ATTENTION_TERMS)]
@@ -145,16 +167,16 @@ def view_of(config: AssistantOptions, lab: Lab, ranked: SortedTeacher, sparsity:
     )
 
 
-def ranked_teacher(config: AssistantOptions, lab: Lab) -> tuple[str, SortedTeacher]:
+def ranked_teacher(config: SparsityOptions, lab: Lab) -> tuple[str, SortedTeacher]:
     """Return the name of the teacher, and the sorted teacher, with which these methods begin."""
     check_reach(config, lab)
     teacher = lab.teacher()
     return teacher, lab.work.unit_scores(teacher)
 
 
-def check_reach(config: AssistantOptions, lab: Lab) -> None:
+def check_reach(config: SparsityOptions, lab: Lab) -> None:
     """Check, before any training, that all models can be cut that the method will cut."""
-    if config.weighs:
+    if isinstance(config, AssistantOptions):  # which weigh a metric against sparsity
         lab.facts.metric()
     for term in objective_of(lab):
         if isinstance(term, RelationKl):

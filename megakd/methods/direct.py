@@ -5,23 +5,14 @@ from __future__ import annotations
 from pydantic.dataclasses import dataclass
 
 from megakd.config.terms import STRICT
-from megakd.methods.assistants import AssistantOptions, leg, ranked_teacher, view_of
+from megakd.methods.assistants import SparsityOptions, leg, ranked_teacher, view_of
 from megakd.stage import StageResult
 from megakd.training.lab import Lab
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class DirectConfig(AssistantOptions):
+class DirectConfig(SparsityOptions):
     """The target is cut out of the sorted teacher and distilled from it."""
-
-    @property
-    def used_sparsities(self) -> tuple[float, ...]:
-        return (self.target_sparsity,)
-
-    @property
-    def weighs(self) -> bool:
-        """False: there is only one model."""
-        return False
 
 
 def run(config: DirectConfig, lab: Lab) -> StageResult:

@@ -268,10 +268,10 @@ def shape_of(
         return one.view(scores or range(model.depth, 0, -1), whole)
 
     def times(asked: Sequence[Shape], name: str) -> list[float]:
-        numbered = {f"shape-{number}": one for number, one in enumerate(asked)}
-        views = {name: view(one) for name, one in numbered.items() if one != shapes.corners[0]}
-        measured = lab.work.times(model, views, name)
-        return [measured.get(name, 1.0) for name in numbered]
+        views = {str(one): view(one) for one in asked if one != shapes.corners[0]}
+        stage = re.sub(r"\W+", "-", f"times of {name}")
+        measured = lab.work.times(model, views, stage)
+        return [measured.get(str(one), 1.0) for one in asked]
 
     def size(one: Shape) -> float:
         count = lab.facts.parameters(model, view(one))
@@ -281,9 +281,14 @@ def shape_of(
 
     budget = _budget(config)
     if config.speedup is not None:
-        estimated = dataclasses.replace(shapes, sizes=tuple(times(shapes.corners, "times")))
-        shape = timed(estimated, budget, lambda one, number: times([one], f"times-{number}")[0])
+        estimated = dataclasses.replace(shapes, sizes=tuple(times(shapes.corners, "extremes")))
+        shape = timed(estimated, budget, lambda one: times([one], str(one))[0])
     else:
+        total, inside = lab.pruning.parameters(model, whole)
+        if config.flops is None and 2 * (total - inside) > budget.target:
+            advice = f"; {total - inside:,} weights are embeddings and what else lies outside the "
+            advice += "layers: launch/trim_vocabulary.py writes a teacher with fewer"
+            budget = budget._replace(advice=advice)
         shapes = dataclasses.replace(shapes, sizes=tuple(map(size, shapes.corners)))
         if not whole.heads:  # whole layers may differ in size
             depths = [Shape(depth, 0, 0) for depth in range(1, model.depth + 1)]
@@ -379,21 +384,21 @@ def fitting(shapes: Shapes, budget: Budget) -> Shape | None:
     return None
 
 
-def timed(shapes: Shapes, budget: Budget, time: Callable[[Shape, int], float]) -> Shape:
+def timed(shapes: Shapes, budget: Budget, time: Callable[[Shape], float]) -> Shape:
     """Return a shape whose measured time, relative to the teacher's, is that of the budget.
 
     Sizes of shapes are estimates. Each measured time corrects those of as many layers, until a
     shape is near enough; if none is, twice the tolerance counts.
 
     Args:
-        time: measures a shape; the number counts the measurements from 1.
+        time: measures a shape.
     """
     loose, measured = budget._replace(tolerance=2 * budget.tolerance), dict[Shape, float]()
     while len(measured) < TIMINGS:
         shape = fitting(shapes, budget) or fitting(shapes, loose)
         if shape is None or shape in measured:
             break
-        measured[shape] = time(shape, len(measured) + 1)
+        measured[shape] = time(shape)
         if budget.error(measured[shape]) <= budget.tolerance:
             return shape
         factor = measured[shape] / shapes.size(shape) * shapes.factors.get(shape.layers, 1.0)

@@ -167,7 +167,7 @@ class PlannedWork:
         shape = StepShape.of_batch(BATCH_ROWS, most, rank=0, world=self.facts.world)
         self._record(
             Phase(
-                name="specification",
+                name="sorted-teacher",
                 work="importance",
                 teachers={teacher: ready},
                 rows=shape.per_device,

@@ -141,8 +141,8 @@ def view_at(
         problems.append(problem if allocation == "uniform" or not any(left) else None)
     for problem in filter(None, problems):
         raise TeacherError(
-            f"{problem} (at sparsity {sparsity:g}); lower method.target_sparsity and remove the "
-            "higher values from method.sparsities, lower method.round_to, or use a wider teacher"
+            f"{problem} (at sparsity {sparsity:g}); lower method.target_sparsity and the "
+            "highest method.sparsities (if any), lower method.round_to, or use a wider teacher"
         )
     return View(cuts[0], cuts[1])
 

@@ -57,7 +57,7 @@ def sort_units(assembly: Assembly, ready: ReadyTeacher) -> tuple[StageResult, Un
         scores = measure_importance(assembly, ready, rows, batch_size=BATCH_ROWS)
         return {"order": unit_order(scores), "extra": {UNITS: json.dumps(scores._asdict())}}
 
-    result = write_reshaped(assembly, "specification", ready.source, order)
+    result = write_reshaped(assembly, "sorted-teacher", ready.source, order)
     # The folder's checksums were compared.
     tree = json.loads(on_main(lambda: (result.folder / UNITS).read_text(encoding="utf-8")))
     heads, neurons = (tuple(map(tuple, tree[kind])) for kind in UnitScores._fields)

@@ -173,8 +173,11 @@ class StageRun:
             text = f"{name}: resumed at step {step} from {checkpoint}"
             if writers != ranks.world_size:
                 seed_everything(self.config.seed, ranks.rank, step)
-                text += f", which {writers} ranks wrote; with {ranks.world_size} ranks, dropout "
-                text += "draws other numbers from here on"
+                text += f", which {writers} ranks wrote, and {ranks.world_size} go on"
+                learner = self.assembly.learners(self.stage)[self.stage.role]
+                is_still = learner.with_dropout(0.0).config.to_dict() == learner.config.to_dict()
+                if not is_still or getattr(self.config.student.lora, "dropout", 0):
+                    text += "; dropout draws other numbers from here on"
         else:
             self.best.forget()
             if step:

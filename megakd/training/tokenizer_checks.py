@@ -161,35 +161,43 @@ def other_vocabularies(
     Another tokenizer that `task.tokenizer` names is accepted, with a line in the log.
     """
     sources, vocabulary = list(sources), tokenizer.get_vocab()
-    token, last = max(vocabulary.items(), key=lambda item: item[1])
-    for source in sources:
-        rows = source.config.vocab_size
-        if last >= rows and not source.wants_vocabulary:
-            cure = f"remove {token}" if source.folder else f"raise {source.where}.config.vocab_size"
-            yield (
-                f"{source.where}: the token {token} of the tokenizer has the number {last}, and "
-                f"the embedding of the model has {rows} rows; set task.tokenizer to a tokenizer "
-                f"with smaller numbers, or {cure}"
-            )
+    others = set[Path | None]()
     for folder, source in _pretrained(sources).items():
         if not has_tokenizer_files(folder):
             continue
         ids = from_folder(folder).get_vocab()
         other = sum(vocabulary.get(token) != number for token, number in ids.items())
         if ids != vocabulary and not isinstance(task.tokenizer, str):
+            others.add(folder)
             apart = sorted(ids.items() ^ vocabulary.items(), key=lambda pair: pair[1])
-            named = listed([f"{token} ({number})" for token, number in apart], 4)
+            # A token with two numbers tells more than one that is missing.
+            apart.sort(key=lambda pair: pair[0] not in ids or pair[0] not in vocabulary)
+            order = dict.fromkeys(token for token, _ in apart)
+            named = [f"{t} ({ids.get(t, 'none')}, {vocabulary.get(t, 'none')})" for t in order]
             yield (
-                f"{source.where} {source.name} has a tokenizer of {len(ids)} tokens, and the "
-                f"run has another tokenizer, of {len(vocabulary)} tokens (only one of them has "
-                f"{named}); soft targets need one vocabulary: choose models with the same "
-                "tokenizer, or set task.tokenizer to one that fits the embeddings of all models"
+                f"{source.where} {source.name} has another tokenizer than the run: "
+                f"{len(ids) - other} of its {len(ids)} tokens have the same number among the run's "
+                f"{len(vocabulary)}, and others differ: {listed(named, 4)}; soft targets need one "
+                "vocabulary: choose models with the same tokenizer, or set task.tokenizer to one "
+                "that fits the embeddings of all models"
             )
         elif other:
             logger.warning(
                 "%s: %d of the %d tokens of the model's own tokenizer have another id, or no id, "
                 "in task.tokenizer %s, which is used as configured",
                 *(source.where, other, len(ids), tokenizer.name_or_path),
+            )
+    for source in sources:
+        rows = source.config.vocab_size
+        beyond = sorted((number, token) for token, number in vocabulary.items() if number >= rows)
+        if beyond and not source.wants_vocabulary and source.folder not in others:
+            last, token = beyond[-1]
+            cure = f"remove {token if len(beyond) == 1 else f'its tokens from {rows} on'}"
+            cure = cure if source.folder else f"raise {source.where}.config.vocab_size"
+            yield (
+                f"{source.where}: the token {token} of the tokenizer has the number {last}, and "
+                f"the embedding of the model has {rows} rows; set task.tokenizer to a tokenizer "
+                f"with smaller numbers, or {cure}"
             )
 
 

@@ -79,7 +79,7 @@ def test_the_rate_follows_the_clock():
 
 def test_the_time_of_the_importance_is_spent_on_more_steps(monkeypatch, tmp_path):
     """A step takes 0.25 s; the evaluations of the repair, another 10 s, are not repeated."""
-    seconds = {"specification": 6, "layers": 4, "student": 20}
+    seconds = {"sorted-teacher": 6, "layers": 4, "student": 20}
     stages = [{"name": name, "seconds": one, "steps": 40} for name, one in seconds.items()]
     monkeypatch.setattr(benchmark, "shrink_leg", lambda *_: SimpleNamespace(output=tmp_path))
     monkeypatch.setattr(benchmark, "report_of", lambda *_, **__: {"stages": stages})

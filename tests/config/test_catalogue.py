@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from megakd import cli
@@ -32,6 +34,28 @@ def test_one_method_or_loss_is_listed_alone(words, absent, capsys):
     out = capsys.readouterr().out
     assert out.startswith(f"{words[0]}\n")
     assert absent not in out
+
+
+@pytest.mark.parametrize(
+    ("words", "options"),
+    [
+        (["direct"], "target_sparsity allocation round_to"),
+        (["maxidisc"], "target_sparsity allocation round_to sparsities tradeoff"),
+        (["minidisc"], "target_sparsity sparsities tradeoff iterations passes_per_backward"),
+        (["knowledge_selection"], "teacher policy"),
+        (["soft_target_kl", "--losses"], "weight temperature on"),
+    ],
+)
+def test_inherited_options_are_explained_once_and_options_without_effect_are_not_listed(
+    words, options, capsys
+):
+    assert cli.main(["methods", *words]) == 0
+
+    out = capsys.readouterr().out
+    for option in options.split():
+        assert len(re.findall(rf"^  {option}: [A-Za-z`]", out, re.MULTILINE)) == 1, option
+        assert len(re.findall(rf"^    {option}: ", out, re.MULTILINE)) == 1, option
+    assert words != ["direct"] or not {"tradeoff", "sparsities"} & {*re.findall(r"\w+", out)}
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ SERVED = "teacher={model: big, server: {url: ['http://a:1']}}"
 POOL = "teacher=null; teachers=[{name: a, model: m}, {name: b, model: n}]"
 NO_SET = f"{TEXT}; task.dataset=null"
 ROUTED = f"{TEXT}; {POOL}; method={{name: routed}}"
-CUT = "method={name: minidisc, target_sparsity: 0.5}"
+CUT = "method={name: minidisc, target_sparsity: 0.6}"
 URL = "url: ['http://a:1']"
 PUSH = "push: full, folder: w"
 NO_PUSH = "push: none"
@@ -38,12 +38,10 @@ TASK = [
     ("task.dataset=null; task.train_files=a; task.dataset_config=b", "no effect without task.data"),
     ("task.dataset=glue/sst2; task.text_columns=[a]", "task.text_columns: not supported with task"),
     ("task.dataset=glue/sst2; task.label_column=a", "task.label_column: not supported with task.d"),
-    ("task.data_dir=glue", "gone; name GLUE's files in task.train_files and task.validat"),
     (f"{TEXT}; task.labelled_examples=5", "task.labelled_examples: supported only for classificat"),
     (f"task.type=mlm; {KL}; task.labelled_examples=5", "and task.type is mlm; remove the key"),
     (f"{TEXT}; task.mlm_probability=0.2", "task.mlm_probability: supported only for mlm, and task"),
     ("task.streaming=true", "task.streaming: supported only for mlm and causal_lm, and task.type"),
-    ("task.encoded=e", "gone; `megakd encode` fills the cache that a run reads, remove the key"),
     ("task.train_on=last", "task.train_on: supported only for causal_lm, and task.type is classif"),
     (f"{TEXT}; task.text_columns=[a]; task.messages_column=b", "with task.text_columns, which nam"),
     (f"{TEXT}; task.messages_column=a; task.prompt_column=b", "with task.messages_column, which h"),
@@ -169,18 +167,7 @@ TRAIN = [
     ("baselines=[alone]; alone={bf16: true, fp16: true}", "alone: bf16 and fp16 are both true, h"),
     ("teacher.finetune.collective_timeout=5", 'unknown key; did you mean "train.collective_timeou'),
     ("teacher.finetune.packing=false", 'packing = false: unknown key; did you mean "train.packing'),
-    ("train.resume_from_checkpoint=false", "gone; a run goes on by itself; to begin anew, set"),
-    (
-        "objective.1.t_squared=false",
-        "gone; a soft target is multiplied by temperature², divide its",
-    ),
-    (
-        f"{POOL}; method.teacher=a; teachers.1.cache_seed=3",
-        "[1].cache_seed = 3: gone, without a ch",
-    ),
     ("train.torch_compile=true", 'did you mean "fused_layers"?'),
-    ("method.name=gkd", "GKD is method.name=single with a section rollout"),
-    ("train.fsdp=full_shard", 'did you mean "student.deepspeed"?'),
     ("train.packing=false", "train.packing: supported only for causal_lm, and task.type is cl"),
     ("train.activation_offload=true", "train.activation_offload: has no effect without train"),
     ("train.early_stopping_patience=2", "train.early_stopping_patience: has no effect without e"),
@@ -190,13 +177,9 @@ TRAIN = [
     ("baselines=[allone]", 'has no baseline "allone"; did you mean "alone"? (known: alone, tfidf)'),
     ("baselines=[direct]", 'has no baseline "direct" (known: alone, tfidf)'),
     ("eval.keep_best=true", "eval.keep_best: has no effect without eval.eval_st"),
-    ("eval.latency.tokens=512", 'eval.latency: must be true or false (got {"tokens": 512}); its k'),
+    ("eval.latency.tokens=512", 'eval.latency: must be true or false (got {"tokens": 512})'),
     ("eval.metric=f1_makro", 'task.type classification has no metric "f1_makro"; did you mean "f1'),
     ("eval.metrics=[accuracy, pearson]", "eval.metrics[1]: task.type classification has no metric"),
-    (
-        "eval.positive_label=x",
-        'eval.positive_label = "x": gone; list the label second in task.labels',
-    ),
 ]
 BUDGET = [
     ("train.tokens_per_rank=63", "train.tokens_per_rank: 63 is less than task.max_length 64"),
@@ -257,11 +240,9 @@ VALUES = [
         for section, text in {
             "mix: {rollout: 0.5, data: 0.5}": "rollout.mix: must be a valid number",
             "mix: 1.5": "rollout.mix: must be less than or equal to 1 (got 1.5)",
-            "mix_per: row": "gone; each step has one source",
             "sampling: {top_p: 0}": "rollout.sampling.top_p",
             "sampling: {temperature: -1}": "rollout.sampling.temperature",
             f"server: {{{URL}, push: some}}": "server.push",
-            f"server: {{{URL}, kind: sglang, {NO_PUSH}}}": "gone; serve with vLLM",
             f"server: {{{URL}}}": "server.push: missing",
         }.items()
     ),

@@ -73,6 +73,7 @@ def test_overrides_win_over_the_file_and_later_ones_over_earlier(run_file):
             "known: hard_cross_entropy, hard_mse, soft_target_kl,",
         ),
         ("objective.1.loss=kl_div", 'loss "kl_div"; did you mean "soft_target_kl"? known: hard_'),
+        ("objective.1.loss=KL_div", 'loss "KL_div"; did you mean "soft_target_kl"? known: hard_'),
         ("objective.0.loss=kd", 'loss "kd"; did you mean "soft_target_kl"? known: hard_cross_ent'),
         ("objective.0.loss=ce", 'loss "ce"; did you mean "hard_cross_entropy"? known: hard_cross'),
         ("objective.0.loss=mse", 'did you mean "soft_target_mse" (logits) or "hidden_mse"? known:'),
@@ -337,10 +338,70 @@ def test_mistakes_of_both_are_told_apart(run_file):
         ("rollout.lmbda=0.5", '"mix"'),
         ("train.eval_strategy=steps", '"eval.eval_steps"'),
         ("student.bf16=true", '"train.bf16"'),
+        ("task_type=ner", '"task.type"'),
     ],
 )
 def test_names_of_other_libraries_are_known_wherever_they_stand(run_file, override, meant):
     assert f"unknown key; did you mean {meant}?" in message_of(run_file, override)
+
+
+TASKS = "distil the encoder with task.type: mlm, and train final/ in "
+
+
+@pytest.mark.parametrize(
+    ("names", "use"),
+    [
+        (
+            "sequence_parallel_size context_parallel_size cp_size ulysses_sequence_parallel_size",
+            "megakd has no parallelism within a text; lower task.max_length, or set train.gradi",
+        ),
+        (
+            "tensor_parallel_size tensor_model_parallel_size tp_size autotp_size pp "
+            "pipeline-parallel-size expert_model_parallel_size",
+            "megakd has no tensor, pipeline or expert parallelism; student.deepspeed: zero3 and",
+        ),
+        (
+            "fsdp fsdp_config FSDP fsdp_transformer_layer_cls_to_wrap",
+            "megakd has no FSDP; student.deepspeed: zero3 shards weights in the same way",
+        ),
+        ("token_classification ner", f"megakd has no task with labels of words; {TASKS}transfo"),
+        ("embedding sentence_similarity", f"megakd has no task of embeddings; {TASKS}sentence-"),
+    ],
+)
+def test_what_megakd_lacks_is_said_with_what_to_use_wherever_it_is_asked_for(
+    run_file, names, use, capsys
+):
+    for name in names.split():
+        for override in (f"{name}=2", f"train.{name}=2", f"teacher.{name}={{a: 1}}"):
+            assert f": unknown key; {use}" in message_of(run_file, override)
+        assert cli.main(["train", "--config", str(run_file), f"--{name}", "2"]) == 2
+        assert f"unknown option --{name}; {use}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kinds", "use"),
+    [
+        (
+            "ner NER token-classification TokenClassification AutoModelForTokenClassification "
+            "pos-tagging sequence_labeling",
+            f"megakd has no task with labels of words; {TASKS}transformers for them",
+        ),
+        (
+            "embedding embeddings sentence-similarity SentenceTransformer feature-extraction "
+            "retrieval reranking sts contrastive",
+            f"megakd has no task of embeddings; {TASKS}sentence-transformers, or learn scores of",
+        ),
+        (
+            "seq2seq summarization translation question-answering text2text-generation QA",
+            "megakd has no such task; a decoder learns it with task.type: causal_lm from rows wi",
+        ),
+        ("text-classification sequence_classification", 'did you mean "classification"?'),
+        ("CAUSAL_LM", 'did you mean "causal_lm"?'),
+    ],
+)
+def test_a_task_that_megakd_lacks_is_answered_with_what_to_use(run_file, kinds, use):
+    for kind in kinds.split():
+        assert f'(got "{kind}"); {use}' in message_of(run_file, f"task.type={kind}")
 
 
 def test_an_option_named_as_hugging_face_names_it_is_told_as_a_setting(run_file, capsys):

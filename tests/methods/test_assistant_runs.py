@@ -24,7 +24,7 @@ def bench(one_rank, tmp_path_factory) -> Bench:
         folder,
         review_task(folder),
         student={"model": "from_teacher"},
-        method={"sparsities": GRID, "target_sparsity": TARGET, "round_to": 1},
+        method={"target_sparsity": TARGET, "round_to": 1},
         eval={"eval_steps": EVAL_STEPS},
         train={"per_device_train_batch_size": 8, "max_steps": STEPS},
     )
@@ -39,7 +39,7 @@ def minidisc(bench) -> Path:
     """Two trials: with little weight on size, a wide candidate wins the first."""
     return bench.run(
         "minidisc",
-        {"name": "minidisc", "tradeoff": TRADEOFF},
+        {"name": "minidisc", "sparsities": GRID, "tradeoff": TRADEOFF},
         baselines=["alone", "direct"],
         alone={"max_steps": 3},
         train={"learning_rate": 0.001},
@@ -78,7 +78,7 @@ def test_direct_is_the_target_cut_out_of_the_teacher_with_the_steps_of_all_trial
     student = [s["name"] for s in read(minidisc)["stages"] if s["name"].startswith("trial-")][-1]
     ours, direct, alone, start, ordered = (
         weights(minidisc / "stages" / stage)
-        for stage in (student, "direct", "alone", "cut-direct", "specification")
+        for stage in (student, "direct", "alone", "cut-direct", "sorted-teacher")
     )
     stages = [(stage["name"], stage["steps"]) for stage in read(minidisc)["stages"]]
 
@@ -100,7 +100,7 @@ def test_a_large_weight_on_size_ends_with_the_target_after_one_trial(bench):
     out = bench.run("sparse", method, student=sharded, train={"optim": "sgd"})
     report = read(out)
 
-    assert [stage["name"] for stage in report["stages"]] == ["specification", "trial-1"]
+    assert [stage["name"] for stage in report["stages"]] == ["sorted-teacher", "trial-1"]
     assert [row["sparsity"] for row in report["candidates"] if row["chosen"]] == [TARGET]
     assert report["assistants"] == []
     # What is kept is the target's own best evaluation.
@@ -129,15 +129,15 @@ def test_the_assistant_is_cut_and_teaches_the_second_trial(minidisc):
 
 
 def test_one_candidate_learns_what_a_cut_model_learns_alone(bench):
-    only = {"sparsities": [TARGET]}
-    trial = bench.run("single", {"name": "minidisc", "iterations": 1, **only})
-    leg = bench.run("direct", {"name": "direct", **only})
+    only = {"name": "minidisc", "iterations": 1, "sparsities": [TARGET]}
+    trial = bench.run("single", only)
+    leg = bench.run("direct", {"name": "direct"})
 
     assert furthest_students(trial, leg) <= 2e-5
 
 
 def test_maxidisc_keeps_the_best_student_and_trains_no_finished_leg_again(bench):
-    out = bench.run("maxidisc", {"name": "maxidisc"})
+    out = bench.run("maxidisc", {"name": "maxidisc", "sparsities": GRID})
     rows = read(out)["candidates"]
     (chosen,) = [row for row in rows if row["chosen"]]
     (out / "report.json").unlink()

@@ -71,9 +71,33 @@ REFUSED = {
         ("student.layers=2", "student.layers: method minidisc chooses"),
         ("objective=[{loss: attention_mse}]", "attention_mse compares attention head"),
         (MANY, "one teacher"),
+        *(
+            (
+                f"method.target_sparsity=0.8; method.sparsities={grid}",
+                f"method.sparsities: ({grid[1:-1]}) has no sparsity below method.target_sparsity "
+                "0.8, so that there is no assistant; add one, or set method.name to direct",
+            )
+            for grid in ("[0.8]", "[0.8, 0.9]")
+        ),
     ],
-    "maxidisc": [("method.target_sparsity=0.77", "0.77 is not among method.sparsities (0.5, ")],
-    "direct": [("method.iterations=3", "method.iterations")],
+    "maxidisc": [
+        ("method.target_sparsity=0.77", "0.77 is not among method.sparsities (0.5, "),
+        ("method.sparsities=[0.9]", "(0.9) has no sparsity below method.target_sparsity 0.9"),
+        (
+            "method.target_sparsity=0.5; method.sparsities=[0.25, 0.5, 0.75, 0.9]",
+            "method.sparsities: 0.75, 0.9 above method.target_sparsity 0.5 is never trained",
+        ),
+    ],
+    "direct": [
+        (
+            "method.iterations=3",
+            "method.iterations = 3: an option of minidisc, and not of method direct; remove the",
+        ),
+        *(
+            (f"method.{key}={value}", "an option of maxidisc, minidisc, and not of method direct")
+            for key, value in {"tradeoff": 0.2, "sparsities": [0.5, 0.9]}.items()
+        ),
+    ],
     "knowledge_selection": [
         ("method.policy=random_soft; method.action=hard", "random_soft has no selector"),
         ("method.policy=random_hard; method.exploration=0.5", "random_hard has no selector"),
@@ -108,8 +132,10 @@ REFUSED = {
     ],
     "shrink": [
         ("method.parameters=null", "exactly one of parameters"),
-        ("method.target_sparsity=0.5", "shrink cuts to parameters, flops or speedup"),
-        ("method.candidates=6", "gone, without a choice now; remove the key"),
+        (
+            "method.target_sparsity=0.5",
+            "an option of direct, maxidisc, minidisc, and not of method",
+        ),
         ("objective=[{loss: relation_kl}]", "attention cannot be compared"),
         ("student.model=bert-base", "method shrink cuts its teacher"),
         ("method.flops=0.5", "set exactly one of parameters"),
@@ -120,8 +146,6 @@ REFUSED = {
     ],
     "homodistil": [
         ("method.target_width=null", "method.target_width: must be a valid integer"),
-        ("method.pruning_start=6", "gone, without a choice now; remove the key"),
-        ("method.schedule=one_shot", "gone; all units go at once if method.every is"),
         ("method.pruning_end=9", "pruning_end: 9 is after the end of the run"),
         ("student.layers=1", "student.layers: method homodistil chooses"),
         ("objective=[{loss: hidden_mse}]", "set projection: identity in the term"),
@@ -162,6 +186,8 @@ def test_what_a_method_cannot_do_is_refused_with_its_key(tmp_path, name, changes
     ("name", "changes"),
     [
         ("direct", "method.target_sparsity=0.77"),  # outside the grid
+        ("maxidisc", "method.target_sparsity=0.8"),  # the default grid has sparsities above it
+        ("minidisc", "method.iterations=1; method.sparsities=[0.9]"),  # trains the target alone
         ("knowledge_selection", "method.episodes=2; method.phase_steps=5"),
         ("knowledge_selection", "method.policy=random_soft; method.episodes=5"),  # the default
     ],

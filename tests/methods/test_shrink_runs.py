@@ -98,7 +98,7 @@ def test_a_student_generates_with_the_settings_of_its_teacher(one_rank, shrunk, 
 
     finish(one_rank, config)
 
-    for folder in ("stages/specification", "stages/cut", "final"):
+    for folder in ("stages/sorted-teacher", "stages/cut", "final"):
         stored = GenerationConfig.from_pretrained(tmp_path / "out" / folder)
         assert {key: getattr(stored, key) for key in settings} == settings
         assert stored.eos_token_id == [9, eos]
@@ -186,7 +186,7 @@ def test_the_fewest_layers_of_a_classifier_are_cut_out_and_repaired(
     assert config["intermediate_size"] == intermediate_size
     # Whole layers need no importance of their units.
     measured = {one["name"] for one in report["stages"]} - {*trained}
-    assert ("specification" in measured) == (intermediate_size < 64)
+    assert ("sorted-teacher" in measured) == (intermediate_size < 64)
     assert "layers" in measured
     # The student has no dropout; its teacher answers once, as it is.
     teacher = json.loads((tmp_path / "out/stages/teacher-finetune/config.json").read_text())
@@ -246,8 +246,9 @@ def test_a_budget_that_cannot_be_met_is_refused_before_rows_are_encoded(one_rank
     for budget, message in (
         ({"flops": "0.1%"}, no_model),
         ({"parameters": "1B"}, "give a smaller size"),
+        ({"parameters": "1K"}, r"; 4,834 weights are .* launch/trim_vocabulary\.py writes a"),
     ):
-        config = shrinking_encoder(tmp_path / "".join(budget), **budget)
+        config = shrinking_encoder(tmp_path / "".join(budget.values()), **budget)
         outcome = one_rank.train("--config", config, code=2)
 
         assert re.search(message, outcome.err)
@@ -262,8 +263,10 @@ def test_a_speed_up_is_timed_before_the_teacher_learns(one_rank, tmp_path):
     assert "no model with a speed-up of 7.00x" in outcome.err
     assert "the nearest possible sizes are a speed-up of" in outcome.err
     stages = {folder.name for folder in (tmp_path / "out" / "stages").glob("*")}
-    assert "times" in stages
-    assert all(name.startswith("times") for name in stages)
+    assert "times-of-extremes" in stages
+    named = r"times-of-(extremes|\d+-layers-\d+-key-value-groups-\d+-neurons)"
+    assert all(re.fullmatch(named, name) for name in stages)
+    assert re.search(r"\d layers, \d key-value groups, \d+ neurons: .* times as fast", outcome.err)
 
 
 def test_weights_are_counted_with_the_head_that_the_labels_of_the_data_need(one_rank, tmp_path):

@@ -205,17 +205,17 @@ CUT = {"student": {"model": "from_teacher"}}
         # Importance is measured once.
         (
             {**CUT, "method": MINIDISC, "baselines": ["direct"]},
-            "specification trial-1 trial-2 direct trial-2-scored direct-scored trial-1-scored "
+            "sorted-teacher trial-1 trial-2 direct trial-2-scored direct-scored trial-1-scored "
             "teacher-scored",
         ),
         (
             {**CUT, "method": {**MINIDISC, "name": "maxidisc"}},
-            "specification leg-sparsity-0.25 student-through-sparsity-0.25 leg-sparsity-0.5 "
+            "sorted-teacher leg-sparsity-0.25 student-through-sparsity-0.25 leg-sparsity-0.5 "
             "student-through-sparsity-0.25-scored leg-sparsity-0.25-scored teacher-scored",
         ),
         (
-            {**CUT, "method": {**MINIDISC, "name": "direct"}},
-            "specification student student-scored teacher-scored",
+            {**CUT, "method": {"name": "direct", "target_sparsity": 0.5, "round_to": 1}},
+            "sorted-teacher student student-scored teacher-scored",
         ),
     ],
     ids=["fine-tuning", "single", "minidisc", "maxidisc", "direct"],
@@ -231,7 +231,7 @@ def test_every_phase_of_a_run_is_planned(tmp_path, sections, names):
     [
         (
             {**CUT, "method": MINIDISC},
-            "specification: 4 forwards of a rank for every 32 rows",
+            "sorted-teacher: 4 forwards of a rank for every 32 rows",
         ),
         (
             {"student": {"model": "from_teacher", "layers": 2}},

@@ -66,10 +66,12 @@ def teacher(tmp_path: Path) -> str:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((*WORDS, "<pad>"), r"9 tokens, .* 8 tokens \(only one of them has <pad> \(8\)"),
-        ((*WORDS[:-1], "movie"), r"only one of them has (film|movie) \(7\), (film|movie) \(7\)\)"),
+        ((*WORDS, "<pad>"), r"8 of its 9 tokens have the .* run's 8, .*: <pad> \(8, none\); "),
+        ((*WORDS[:-1], "movie"), r"7 of its 8 .* 8, .*: (film|movie) \((7, none|none, 7)\), "),
+        # Tokens of two numbers tell more than a lone one.
+        (("new", *WORDS), r"0 of its 9 .*: \[PAD\] \(1, 0\), \[UNK\] \(2, 1\), "),
     ],
-    ids=["more words", "other words"],
+    ids=["more words", "other words", "other numbers"],
 )
 def test_models_with_different_vocabularies_are_refused_unless_a_tokenizer_is_chosen(
     data, teacher, tmp_path, words, message
@@ -82,6 +84,23 @@ def test_models_with_different_vocabularies_are_refused_unless_a_tokenizer_is_ch
     for chosen, size in ((student, len(words)), (teacher, len(WORDS))):
         prepared = prepare(config_of(data, teacher=teacher, student=student, tokenizer=chosen))
         assert len(prepared.tokenizer) == size
+
+
+def test_of_another_tokenizer_no_single_token_is_to_be_removed(data, tmp_path):
+    """The tokenizer of the run has more tokens than the student's embedding has rows."""
+    teacher = model_folder(tmp_path / "t", (*WORDS, "film-noir", "ious"))
+    student = model_folder(tmp_path / "s", WORDS[:6], vocab_size=6)
+
+    for tokenizer, message in (
+        (
+            None,
+            r"^student\.model .* another tokenizer than the run: 6 of its 6 tokens have [^\n]*$",
+        ),
+        (teacher, r"^student\.model: .* 6 rows; .* numbers, or remove its tokens from 6 on$"),
+    ):
+        with pytest.raises(TeacherError, match=message) as refused:
+            prepare(config_of(data, teacher=teacher, student=student, tokenizer=tokenizer))
+        assert "remove ious" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +156,7 @@ def test_a_tokenizer_trained_on_the_text_does_not_replace_the_teachers_own(data,
     recipe = TokenizerConfig(type="wordpiece", vocab_size=300)
     config = dataclasses.replace(config, task=dataclasses.replace(config.task, tokenizer=recipe))
 
-    with pytest.raises(TeacherError, match=r"teacher has a tokenizer of 8 tokens"):
+    with pytest.raises(TeacherError, match=r"another tokenizer than the run: 5 of its 8"):
         prepare(config)
 
 

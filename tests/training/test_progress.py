@@ -9,16 +9,21 @@ import logging
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from accelerate import tracking
 from accelerate.tracking import GeneralTracker
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import run_in
+from transformers import BertConfig
 
+from megakd.config.sections import LoraConfig
 from megakd.errors import MegakdError
+from megakd.models.fitting import ModelSource
+from megakd.models.structure import architecture_of
 from megakd.training.log import Reporter
+from megakd.training.stage_run import StageRun
 from megakd.training.trackers import Trackers
 
 NUMBERS = {"train/loss": 0.12345678, "train/learning_rate": 3e-4, "train/tokens_per_s": 12345.6}
@@ -253,3 +258,38 @@ def test_curves_that_cannot_be_written_are_said_once_and_do_not_stop_a_run(tmp_p
     (message,) = caplog.messages
     assert "tensorboard failed ([Errno 28] No space left on device)" in message
     events.close()
+
+
+@pytest.mark.parametrize(
+    ("rate", "lora", "ending"),
+    [
+        (0.1, None, "; dropout draws other numbers from here on"),
+        (0.0, None, ""),
+        (0.0, LoraConfig(), ""),
+        (0.0, LoraConfig(dropout=0.1), "; dropout draws other numbers from here on"),
+    ],
+)
+def test_a_resume_on_other_ranks_speaks_of_dropout_where_there_is_some(
+    rate, lora, ending, tmp_path, caplog
+):
+    config = BertConfig(hidden_dropout_prob=rate, attention_probs_dropout_prob=0.0)
+    source = ModelSource(
+        name="m", folder=None, config=config, architecture=architecture_of(config), where="student"
+    )
+    run = SimpleNamespace(
+        stage=SimpleNamespace(name="student", role="student"),
+        first_step=0,
+        ranks=SimpleNamespace(rank=0, world_size=2),
+        saves=SimpleNamespace(load=lambda *_: (3, False)),
+        student=SimpleNamespace(load=None),
+        _states={},
+        trainer=SimpleNamespace(step=4),
+        config=SimpleNamespace(seed=1, student=SimpleNamespace(lora=lora)),
+        assembly=SimpleNamespace(learners=lambda _: {"student": source}),
+    )
+
+    with caplog.at_level(logging.INFO, logger="megakd"):
+        assert StageRun.resume(cast("Any", run), tmp_path) == 4
+
+    text = f"student: resumed at step 4 from {tmp_path}, which 3 ranks wrote, and 2 go on{ending}"
+    assert text in caplog.messages

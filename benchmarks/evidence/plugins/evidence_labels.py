@@ -9,23 +9,14 @@ from __future__ import annotations
 from pydantic.dataclasses import dataclass
 
 from megakd.config.terms import STRICT
-from megakd.methods.assistants import AssistantOptions, ranked_teacher, view_of
+from megakd.methods.assistants import SparsityOptions, ranked_teacher, view_of
 from megakd.stage import Stage, StageResult
 from megakd.training.lab import Lab
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class Labels(AssistantOptions):
+class Labels(SparsityOptions):
     """The target is cut out of the sorted teacher and learns from the labels."""
-
-    @property
-    def used_sparsities(self) -> tuple[float, ...]:
-        return (self.target_sparsity,)
-
-    @property
-    def weighs(self) -> bool:
-        """False: there is only one model."""
-        return False
 
 
 def run(config: Labels, lab: Lab) -> StageResult:
