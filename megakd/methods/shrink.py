@@ -284,7 +284,7 @@ def shape_of(
         estimated = dataclasses.replace(shapes, sizes=tuple(times(shapes.corners, "extremes")))
         shape = timed(estimated, budget, lambda one: times([one], str(one))[0])
     else:
-        total, inside = lab.pruning.parameters(model, whole)
+        total, inside = lab.facts.parameters(model, whole)
         if config.flops is None and 2 * (total - inside) > budget.target:
             advice = f"; {total - inside:,} weights are embeddings and what else lies outside the "
             advice += "layers: launch/trim_vocabulary.py writes a teacher with fewer"

@@ -180,7 +180,7 @@ def test_all_teachers_with_another_task_other_labels_or_tokens_are_named_at_once
         SKDBERT, teachers=[*bench.teachers("small"), other, {**other, "name": "again"}, speaks]
     )
 
-    before, tokenizers, _ = outcome.err.partition("has a tokenizer")
+    before, tokenizers, _ = outcome.err.partition("has another tokenizer")
     assert tokenizers
     assert "teachers[1].model" in before
     for fragment in (
