@@ -37,11 +37,12 @@ MOST_COMPARED = 1000
 NO_CLASS = -1
 """`datasets` writes this number into a column with class names for a row without a class."""
 
-BITS = {"1": True, "true": True, "0": False, "false": False, "": None, "none": None, "nan": None}
-"""What a cell of 0 and 1 says, in lower case and without decimals; None: nothing."""
+BITS = {"1": "1", "true": "1", "0": "0", "false": "0", "": "", "none": "", "nan": ""}
+"""What a cell of 0 and 1 says, in lower case and without decimals."""
 SEPARATORS = (",", ";", "|", "/", "\t")
 MANY_CELLS = 0.1
 """The share of cells with another separator from which the chosen one is doubted."""
+LIST_TEXT = re.compile(r"""(?s)\[.*\]|[({]\s*['"].*[)}]""")
 NUMPY_TEXT = re.compile(r"""['"]\s+['"]|\A\[[\s\d.]+\]\Z""")
 """A list as NumPy prints it, without commas; Python joins its words to one."""
 ROUNDING = 0.01
@@ -148,18 +149,15 @@ def _list_of(name: str, column: str, record: Record) -> list[object] | None:
     if isinstance(value, list | tuple | set):
         return list(cast("list[object]", value))
     word = value.strip() if isinstance(value, str) else ""
-    if not (word and word[0] in "[({" and word[-1] in "])}"):
+    if not LIST_TEXT.fullmatch(word):
         return None
-    for parse in (json.loads, ast.literal_eval):
+    is_printed = NUMPY_TEXT.search(word)
+    for parse in (json.loads,) if is_printed else (json.loads, ast.literal_eval):
         with suppress(ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
-            labels = parse(word)
-            if isinstance(labels, list | tuple | set) and not (
-                parse is ast.literal_eval and NUMPY_TEXT.search(word)
-            ):
-                return sorted(labels, key=str) if isinstance(labels, set) else list(labels)
-    is_name = word[0] != "[" or not (NUMPY_TEXT.search(word) or "," in word or word[1:2] in "'\"")
-    if is_name:
-        return None
+            if isinstance(labels := parse(word), list | tuple | set):
+                return list(labels)
+    if not (is_printed or "," in word or word[0] != "[" or word[1:2] in "'\""):
+        return None  # a name such as [joy]
     raise DataError(
         f"{name}, {record.place}: label {word!r} in column {column!r} looks like a list, but is "
         'neither JSON nor Python; write ["joy", "love"], or joy,love with task.label_separator'
@@ -338,52 +336,45 @@ def held_out_form(
 
 
 def _cells(table: Table, column: str) -> Iterator[Record]:
-    # The cells with a label.
     for row in table.records():
-        if isinstance(row, Record) and (value := row.values.get(column)) not in (None, "", IGNORE):
-            yield Record(row.place, {column: value})
+        if isinstance(row, Record) and row.values.get(column) not in (None, "", IGNORE):
+            yield row
 
 
 def _shape_of_lists(table: Table, column: str) -> tuple[bool, int]:
     # Whether the first label is a list; and the length of most lists, if they hold a 0 or 1 for
     # every label. Numbers of labels do not repeat in a list, nor have they two orders.
-    bits, others = Counter[tuple[bool | None, ...]](), 0
-    is_first = True
+    rows, is_list = Counter[tuple[str, ...]](), False
     for cell in _cells(table, column):
         labels: list[object] | None = []
         with suppress(DataError):  # a list that cannot be read
             labels = _list_of(table.name, column, cell)
-        if is_first and labels is None:
+        if not is_list and labels is None:
             return False, 0
-        is_first = False
-        words = list(map(_bit_word, labels or ()))
-        if all(word in BITS for word in words):
-            bits[tuple(BITS[word] for word in words)] += bool(words)
-        else:
-            others += 1
+        is_list = True
+        rows[tuple(map(_bit, labels or ()))] += bool(labels)
+    bits = {row: count for row, count in rows.items() if row and "?" not in row}
     lengths = Counter[int]()
     for row, count in bits.items():
         lengths[len(row)] += count
-    length, count = max(lengths.items(), key=lambda item: item[1], default=(0, 0))
-    repeats = any(row.count(True) > 1 or row.count(False) > 1 for row in bits)
-    is_flagged = repeats or {(True, False), (False, True)} <= bits.keys()
-    most = not others or 2 * count > sum(lengths.values()) + others
-    return not is_first, length if length > 1 and is_flagged and most else 0
+    ((length, most),) = lengths.most_common(1) or [(0, 0)]
+    repeats = any(row.count("1") > 1 or row.count("0") > 1 for row in bits)
+    is_flagged = length > 1 and (repeats or {("0", "1"), ("1", "0")} <= bits.keys())
+    is_usual = 2 * most > rows.total() or rows.total() == lengths.total()
+    return is_list, length if is_flagged and is_usual else 0
 
 
-def _bit_word(cell: object) -> str:
+def _bit(cell: object) -> str:
     word = str(_plain(cell)).strip().lower()
     integer = _integer(word)
-    return word if integer is None else str(integer)
+    return BITS.get(word if integer is None else str(integer), "?")
 
 
 def _doubt_separator(table: Table, column: str, separator: str) -> None:
     def counts() -> list[int]:
-        signs, cells = (separator, *SEPARATORS), [0] * (len(SEPARATORS) + 2)
-        for cell in _cells(table, column):
-            text = str(cell.values[column])
-            cells = [n + (sign in text) for n, sign in zip(cells, (*signs, ""), strict=True)]
-        return cells
+        texts = Counter(str(row.values[column]) for row in _cells(table, column))
+        signs = (separator, *SEPARATORS, "")
+        return [sum(n for text, n in texts.items() if sign in text) for sign in signs]
 
     mine, *others, cells = remembered(counts, "separators", table.digest, column, separator)
     most = max(others)
@@ -399,14 +390,13 @@ def label_words(name: str, column: str, record: Record, form: LabelForm) -> list
     """Return the labels of a row as texts, maybe none; None for a row whose labels are missing."""
     if form.columns:
         return _of_bits(name, record, form.columns)
-    value = record.values.get(column)
-    is_nan = isinstance(value, float) and math.isnan(value)
-    if is_nan or (not isinstance(value, np.ndarray) and value in (None, IGNORE, str(IGNORE))):
+    value: Any = _plain(record.values.get(column))
+    is_text, separator = isinstance(value, str), form.separator
+    if value != value or value in (None, IGNORE, str(IGNORE)):  # noqa: PLR0124 (NaN)
         return None
-    if form.separator is None and isinstance(value, str) and not value.strip():
+    if is_text and separator is None and not value.strip():
         return None
     labels = _list_of(name, column, record)
-    is_text = isinstance(value, str)
     if form.flags:
         if labels is None or len(labels) != len(form.flags):
             raise DataError(
@@ -414,13 +404,13 @@ def label_words(name: str, column: str, record: Record, form: LabelForm) -> list
                 f"{len(form.flags)} zeros and ones, one for each label of task.labels; correct it"
             )
         cells = Record(record.place, dict(zip(form.flags, labels, strict=True)))
-        return _of_bits(name, cells, form.flags, f"of the list {value!r} ")
-    if form.separator is not None and is_text and labels is None:
-        labels = [part for part in map(str.strip, value.split(form.separator)) if part]
-    elif labels is None or (form.separator is not None and not is_text):
+        return _of_bits(name, cells, form.flags, f"label %r of the list {value!r}")
+    if is_text and separator is not None and labels is None:
+        labels = [part for part in map(str.strip, value.split(separator)) if part]
+    elif labels is None or (separator is not None and not is_text):
         raise DataError(
             f"{name}, {record.place}: label {value!r} in column {column!r} stands beside "
-            f"{'lists' if form.separator is None else 'texts'} of labels; write all labels as "
+            f"{'lists' if separator is None else 'texts'} of labels; write all labels as "
             "lists, or all as texts, joined by task.label_separator"
         )
     cells = (Record(record.place, {column: one}) for one in labels)
@@ -434,21 +424,19 @@ def label_words(name: str, column: str, record: Record, form: LabelForm) -> list
 
 
 def _of_bits(
-    name: str, record: Record, labels: tuple[str, ...], where: str = "(task.label_column) "
+    name: str, record: Record, labels: tuple[str, ...], where: str = "column %r (task.label_column)"
 ) -> list[str] | None:
-    cells = {label: record.values.get(label) for label in labels}
-    words = {label: _bit_word(cell) for label, cell in cells.items()}
-    bits = {label: BITS.get(word) for label, word in words.items()}
-    if all(word in BITS and bits[label] is None for label, word in words.items()):
+    bits = {label: _bit(record.values.get(label)) for label in labels}
+    if not any(bits.values()):
         return None
-    wrong = next((label for label, bit in bits.items() if bit is None), None)
+    wrong = next((label for label, bit in bits.items() if bit not in ("0", "1")), None)
     if wrong is not None:
-        kind = "column" if where.startswith("(") else "label"
         raise DataError(
-            f"{name}, {record.place}: {kind} {wrong!r} {where}must be 0 or 1 (got "
-            f"{cells[wrong]!r}); a row whose labels are unknown has all of these cells empty"
+            f"{name}, {record.place}: {where.replace('%r', repr(wrong), 1)} must be 0 or 1 (got "
+            f"{record.values.get(wrong)!r}); a row whose labels are unknown has all of these cells "
+            "empty"
         )
-    return [label for label, bit in bits.items() if bit]
+    return [label for label, bit in bits.items() if bit == "1"]
 
 
 def soft_text(name: str, column: str, record: Record) -> str:
