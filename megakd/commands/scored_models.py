@@ -13,7 +13,7 @@ from megakd.config.run import RunConfig
 from megakd.config.task import STUDENT, THRESHOLD, TaskConfig, listed_files
 from megakd.data.files import scored_table
 from megakd.data.labels import Classes
-from megakd.data.rows import VALIDATION_FRACTION, default_metrics, scored_rows
+from megakd.data.rows import VALIDATION_FRACTION, RowKind, default_metrics, scored_rows
 from megakd.data.splits import Splits
 from megakd.data.tokenizers import from_folder, has_tokenizer_files, load_tokenizer
 from megakd.engine.collectives import main_first
@@ -123,7 +123,9 @@ def _rows_of(config: RunConfig, source: ModelSource, data: str) -> tuple[Splits,
             names = model_label_names(source.config)
             classes = Classes(names, numbered=True, folds_case=True)
         as_chat = task.mixture is not None  # whose documents are not packed
-        rows = scored_rows(table, task, classes, cache_dir=cache_folder(), as_chat=as_chat)
+        of_model = replace(task, labels=classes.names) if classes else task
+        kind = RowKind.of(of_model, table, as_chat=as_chat)
+        rows = scored_rows(table, kind, task, classes, cache_dir=cache_folder())
         names = classes.names if classes else ()
         metrics = default_metrics(task.type, rows)
         return Splits(rows, rows, None, names, metrics, table.digest), split

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import json
+import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
@@ -25,6 +27,8 @@ from megakd.data.batch import IGNORE, SOFT
 from megakd.data.readers import parse_json
 from megakd.errors import DataError, listed, suggestion
 
+logger = logging.getLogger(__name__)
+
 INTEGER = re.compile(r"[+-]?\d+(\.0*)?")
 PADDED = re.compile(r"0\d")
 MAX_NAMES_SHOWN = 8
@@ -33,7 +37,14 @@ MOST_COMPARED = 1000
 NO_CLASS = -1
 """`datasets` writes this number into a column with class names for a row without a class."""
 
-YES, NO = frozenset(("1", "1.0", "true")), frozenset(("0", "0.0", "false"))
+BITS = {"1": "1", "true": "1", "0": "0", "false": "0", "": "", "none": "", "nan": ""}
+"""What a cell of 0 and 1 says, in lower case and without decimals."""
+SEPARATORS = (",", ";", "|", "/", "\t")
+MANY_CELLS = 0.1
+"""The share of cells with another separator from which the chosen one is doubted."""
+LIST_TEXT = re.compile(r"""(?s)\[.*\]|[({]\s*['"].*[)}]""")
+NUMPY_TEXT = re.compile(r"""['"]\s+['"]|\A\[[\s\d.]+\]\Z""")
+"""A list as NumPy prints it, without commas; Python joins its words to one."""
 ROUNDING = 0.01
 """By how much probabilities of one label may miss the sum of 1, as rounded numbers do."""
 
@@ -45,12 +56,14 @@ class Classes:
     numbered: whether a number is a label, beside a name.
     folds_case: whether a name in another case is a class, where it can be only one.
     unlabelled: numbers that mean "no label".
+    are_of_rows: whether the training rows alone tell the names.
     """
 
     names: tuple[str, ...]
     numbered: bool
     unlabelled: frozenset[int] = frozenset({IGNORE})
     folds_case: bool = False
+    are_of_rows: bool = False
 
     @cached_property
     def _numbers(self) -> Mapping[str, int]:
@@ -76,10 +89,12 @@ class Classes:
             return number
         if integer in self.unlabelled:
             return IGNORE
+        whose = "the training rows" if self.are_of_rows else "this data set"
+        cure = "; correct it, or name all labels in task.labels" if self.are_of_rows else ""
         if integer is not None and {"0", str(len(self.names) - 1)} <= self._numbers.keys():
             raise DataError(
                 f"label {integer} is outside 0..{len(self.names) - 1}, the {len(self.names)} "
-                f"classes of this data set; a row without a label has an empty label or {IGNORE}"
+                f"classes of {whose}; a row without a label has an empty label or {IGNORE}{cure}"
             )
         close = difflib.get_close_matches(word, self.names[:MOST_COMPARED], n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -88,31 +103,64 @@ class Classes:
         shown = ", ".join(self.names[:MAX_NAMES_SHOWN])
         more = ", …" if len(self.names) > MAX_NAMES_SHOWN else ""
         raise DataError(
-            f"label {word!r} is not one of the {len(self.names)} classes of this data set "
-            f"({shown}{more}){hint}"
+            f"label {word!r} is not one of the {len(self.names)} classes of {whose} "
+            f"({shown}{more}){hint}{cure}"
         )
 
 
 def class_word(name: str, column: str, record: Record) -> str | None:
-    """Return the label of a row as text; None for a row without a label."""
-    value = record.values.get(column)
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        word = text_of(name, column, record).strip()
+    """Return the label of a row as text, maybe of a list with one; None: a row without a label."""
+    value = _plain(record.values.get(column))
+    labels = _list_of(name, column, record)
+    if labels is not None and len(labels) == 1:
+        return class_word(name, column, Record(record.place, {column: labels[0]}))
+    if isinstance(value, str) and labels is None:
+        cell = Record(record.place, {column: value})
+        word = text_of(name, column, cell).strip()
         return None if word.lower() in ("", "nan") or _integer(word) == IGNORE else word
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if value is None or value == IGNORE or (isinstance(value, float) and math.isnan(value)):
+    if value is None or value == IGNORE or value != value:  # noqa: PLR0124 (NaN)
         return None
-    if isinstance(value, int):
-        return str(value)
-    hint = "scores need task.type: regression"
-    if isinstance(value, list):
+    if isinstance(value, bool | int):
+        return str(value).lower()
+    hint = "scores need task.type: regression, and probabilities a column in task.soft_labels"
+    if labels is not None:
         hint = "where a row has several, every row has a list"
     raise DataError(
         f"{name}, {record.place}: label {value!r} in column {column!r} is not a class; a "
         f"class is a whole number or a word ({hint})"
+    )
+
+
+def _plain(value: object) -> object:
+    # Whole numbers of any type are ints; bytes are texts, where they are UTF-8.
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
+    if isinstance(value, bytes):
+        with suppress(UnicodeDecodeError):
+            return value.decode()
+    if isinstance(value, float | Decimal) and math.isfinite(value) and value == int(value):
+        return int(value)
+    return value
+
+
+def _list_of(name: str, column: str, record: Record) -> list[object] | None:
+    # The labels of a cell that holds a list, or is one as JSON or Python writes it; else None.
+    value = _plain(record.values.get(column))
+    if isinstance(value, list | tuple | set):
+        return list(cast("list[object]", value))
+    word = value.strip() if isinstance(value, str) else ""
+    if not LIST_TEXT.fullmatch(word):
+        return None
+    is_printed = NUMPY_TEXT.search(word)
+    for parse in (json.loads,) if is_printed else (json.loads, ast.literal_eval):
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
+            if isinstance(labels := parse(word), list | tuple | set):
+                return list(labels)
+    if not (is_printed or "," in word or word[0] != "[" or word[1:2] in "'\""):
+        return None  # a name such as [joy]
+    raise DataError(
+        f"{name}, {record.place}: label {word!r} in column {column!r} looks like a list, but is "
+        'neither JSON nor Python; write ["joy", "love"], or joy,love with task.label_separator'
     )
 
 
@@ -173,7 +221,7 @@ def find_classes(rows: Dataset, column: str, names: Sequence[str], *, name: str)
             f"{name}: the labels mix numbers and words: {shown}; use only numbers or only words"
         )
     if others:
-        return Classes(tuple(sorted(words)), numbered=False)
+        return Classes(tuple(sorted(words)), numbered=False, are_of_rows=True)
     count = len(numbers)
     wrong = next((n for n in sorted(numbers) if not 0 <= n < count), None)
     if wrong is not None:
@@ -182,7 +230,7 @@ def find_classes(rows: Dataset, column: str, names: Sequence[str], *, name: str)
             f"{count} different labels: classes are numbered from 0 without gaps; renumber the "
             "classes, or use words"
         )
-    return Classes(tuple(map(str, range(count))), numbered=True)
+    return Classes(tuple(map(str, range(count))), numbered=True, are_of_rows=True)
 
 
 def with_numbers(rows: Dataset, classes: Classes, *, bad: BadRows) -> Dataset:
@@ -193,11 +241,15 @@ def with_numbers(rows: Dataset, classes: Classes, *, bad: BadRows) -> Dataset:
     words, codes, rows_of = _words(rows)
     numbers = np.full(len(words) + 1, IGNORE, np.int64)  # the last one: rows without a label
     errors: dict[int, DataError] = {}
+    is_list = isinstance(rows.features["label"], List)
     for code, word in enumerate(words):
         try:
             numbers[code] = classes.number(word)
         except DataError as error:
             errors[code] = error
+        else:
+            if is_list and numbers[code] == IGNORE:
+                errors[code] = DataError(f"label {word} in a list means no label; remove it")
     is_wrong = np.isin(codes, list(errors))
     # The first wrong label of a row is named.
     wrong = dict(zip(rows_of[is_wrong][::-1].tolist(), codes[is_wrong][::-1].tolist(), strict=True))
@@ -206,9 +258,9 @@ def with_numbers(rows: Dataset, classes: Classes, *, bad: BadRows) -> Dataset:
             raise DataError(f"{rows[row][PLACE]}: {errors[wrong[row]]}")
     bad.finish()
     labels: NDArray = numbers[codes]
-    if isinstance(rows.features["label"], List):
+    if is_list:
         labels = np.zeros((len(rows), len(classes.names)), np.int8)
-        labels[rows_of, numbers[codes]] = 1
+        labels[rows_of[~is_wrong], numbers[codes[~is_wrong]]] = 1
         labels[cast("Any", rows.data.column("label")).is_null().to_numpy()] = IGNORE
     if wrong:
         right = np.setdiff1d(np.arange(len(rows)), list(wrong))
@@ -240,45 +292,128 @@ class LabelForm(NamedTuple):
 
     separator: the text between the labels in a cell.
     columns: a column of 0 and 1 per label.
+    flags: the labels, where the list of a row has a 0 or 1 for each of them.
     """
 
     separator: str | None = None
     columns: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
 
 
 def label_form(table: Table, column: str, task: TaskConfig) -> LabelForm | None:
-    """Return how several labels are written; None if a row has one, as the first label shows."""
+    """Return how several labels are written; None if a row has one, as the first label shows.
+
+    Raises a DataError if the lists hold 0 and 1 for labels that `task.labels` does not name.
+    """
     if task.type != "classification" or task.multi_label is False:
         return None
     if isinstance(task.label_column, tuple):
         return LabelForm(columns=task.label_column)
-    if task.label_separator is not None or task.multi_label:
+    if task.label_separator is not None:
+        _doubt_separator(table, column, task.label_separator)
         return LabelForm(task.label_separator)
 
-    def starts_with_list() -> bool:
-        values = (row.values.get(column) for row in table.records() if isinstance(row, Record))
-        return isinstance(next((v for v in values if v not in (None, "")), None), list)
+    is_list, count = remembered(
+        lambda: _shape_of_lists(table, column), "lists_of_labels", table.digest, column
+    )
+    names = task.labels or ()
+    if count and len(names) != count and column not in table.class_names:
+        raise DataError(
+            f"{table.name}: the lists in column {column!r} are {count} zeros and ones, one for "
+            f"each label; name these {count} labels in task.labels, in the order of the lists "
+            f"({f'it names {len(names)}' if names else 'it is not set'})"
+        )
+    flags = names if count and column not in table.class_names else ()
+    return LabelForm(flags=flags) if is_list or task.multi_label else None
 
-    is_list = remembered(starts_with_list, "label_form", table.digest, column)
-    return LabelForm() if is_list else None
+
+def held_out_form(
+    form: LabelForm | None, table: Table, column: str, task: TaskConfig
+) -> LabelForm | None:
+    """Return the form of held-out labels, that of the training unless only these are 0 and 1."""
+    of_table = label_form(table, column, task) if form == LabelForm() else None
+    return of_table if of_table is not None and of_table.flags else form
+
+
+def _cells(table: Table, column: str) -> Iterator[Record]:
+    for row in table.records():
+        if isinstance(row, Record) and row.values.get(column) not in (None, "", IGNORE):
+            yield row
+
+
+def _shape_of_lists(table: Table, column: str) -> tuple[bool, int]:
+    # Whether the first label is a list; and the length of most lists, if they hold a 0 or 1 for
+    # every label. Numbers of labels do not repeat in a list, nor have they two orders.
+    rows, is_list = Counter[tuple[str, ...]](), False
+    for cell in _cells(table, column):
+        labels: list[object] | None = []
+        with suppress(DataError):  # a list that cannot be read
+            labels = _list_of(table.name, column, cell)
+        if not is_list and labels is None:
+            return False, 0
+        is_list = True
+        rows[tuple(map(_bit, labels or ()))] += bool(labels)
+    bits = {row: count for row, count in rows.items() if row and "?" not in row}
+    lengths = Counter[int]()
+    for row, count in bits.items():
+        lengths[len(row)] += count
+    ((length, most),) = lengths.most_common(1) or [(0, 0)]
+    repeats = any(row.count("1") > 1 or row.count("0") > 1 for row in bits)
+    is_flagged = length > 1 and (repeats or {("0", "1"), ("1", "0")} <= bits.keys())
+    is_usual = 2 * most > rows.total() or rows.total() == lengths.total()
+    return is_list, length if is_flagged and is_usual else 0
+
+
+def _bit(cell: object) -> str:
+    word = str(_plain(cell)).strip().lower()
+    integer = _integer(word)
+    return BITS.get(word if integer is None else str(integer), "?")
+
+
+def _doubt_separator(table: Table, column: str, separator: str) -> None:
+    def counts() -> list[int]:
+        texts = Counter(str(row.values[column]) for row in _cells(table, column))
+        signs = (separator, *SEPARATORS, "")
+        return [sum(n for text, n in texts.items() if sign in text) for sign in signs]
+
+    mine, *others, cells = remembered(counts, "separators", table.digest, column, separator)
+    most = max(others)
+    if not mine and most > MANY_CELLS * cells:
+        logger.warning(
+            "%s: no cell of column %r contains %r (task.label_separator), %d of %d contain %r; set "
+            "the key to the text between the labels",
+            *(table.name, column, separator, most, cells, SEPARATORS[others.index(most)]),
+        )
 
 
 def label_words(name: str, column: str, record: Record, form: LabelForm) -> list[str] | None:
     """Return the labels of a row as texts, maybe none; None for a row whose labels are missing."""
     if form.columns:
-        return _of_columns(name, record, form.columns)
-    value = record.values.get(column)
-    if value in (None, IGNORE, str(IGNORE)) or (isinstance(value, float) and math.isnan(value)):
+        return _of_bits(name, record, form.columns)
+    value: Any = _plain(record.values.get(column))
+    is_text, separator = isinstance(value, str), form.separator
+    if value != value or value in (None, IGNORE, str(IGNORE)):  # noqa: PLR0124 (NaN)
         return None
-    if form.separator is not None and isinstance(value, str):
-        value = [part for part in map(str.strip, value.split(form.separator)) if part]
-    elif form.separator is not None or not isinstance(value, list):
+    if is_text and separator is None and not value.strip():
+        return None
+    labels = _list_of(name, column, record)
+    if form.flags:
+        if labels is None or len(labels) != len(form.flags):
+            raise DataError(
+                f"{name}, {record.place}: label {value!r} in column {column!r} is not a list of "
+                f"{len(form.flags)} zeros and ones, one for each label of task.labels; correct it"
+            )
+        cells = Record(record.place, dict(zip(form.flags, labels, strict=True)))
+        return _of_bits(name, cells, form.flags, f"label %r of the list {value!r}")
+    if is_text and separator is not None and labels is None:
+        labels = [part for part in map(str.strip, value.split(separator)) if part]
+    elif labels is None or (separator is not None and not is_text):
         raise DataError(
             f"{name}, {record.place}: label {value!r} in column {column!r} stands beside "
-            f"{'lists' if form.separator is None else 'texts'} of labels; write all labels as "
+            f"{'lists' if separator is None else 'texts'} of labels; write all labels as "
             "lists, or all as texts, joined by task.label_separator"
         )
-    cells = (Record(record.place, {column: one}) for one in cast("list[object]", value))
+    cells = (Record(record.place, {column: one}) for one in labels)
     words = [class_word(name, column, cell) for cell in cells]
     if None in words:
         raise DataError(
@@ -288,18 +423,20 @@ def label_words(name: str, column: str, record: Record, form: LabelForm) -> list
     return cast("list[str]", words)
 
 
-def _of_columns(name: str, record: Record, columns: tuple[str, ...]) -> list[str] | None:
-    cells = {column: record.values.get(column) for column in columns}
-    if all(cell is None or cell == "" for cell in cells.values()):
+def _of_bits(
+    name: str, record: Record, labels: tuple[str, ...], where: str = "column %r (task.label_column)"
+) -> list[str] | None:
+    bits = {label: _bit(record.values.get(label)) for label in labels}
+    if not any(bits.values()):
         return None
-    words = {column: str(cell).strip().lower() for column, cell in cells.items()}
-    wrong = next((column for column, word in words.items() if word not in YES | NO), None)
+    wrong = next((label for label, bit in bits.items() if bit not in ("0", "1")), None)
     if wrong is not None:
         raise DataError(
-            f"{name}, {record.place}: column {wrong!r} (task.label_column) must be 0 or 1 (got "
-            f"{cells[wrong]!r}); a row whose labels are unknown has all of these cells empty"
+            f"{name}, {record.place}: {where.replace('%r', repr(wrong), 1)} must be 0 or 1 (got "
+            f"{record.values.get(wrong)!r}); a row whose labels are unknown has all of these cells "
+            "empty"
         )
-    return [column for column, word in words.items() if word in YES]
+    return [label for label, bit in bits.items() if bit == "1"]
 
 
 def soft_text(name: str, column: str, record: Record) -> str:

@@ -60,6 +60,7 @@ from megakd.data.labels import (
     LabelForm,
     class_word,
     find_classes,
+    held_out_form,
     label_form,
     label_words,
     score,
@@ -173,7 +174,7 @@ def keep_labels(rows: Dataset, count: int | None, *, seed: int, name: str) -> Da
 
 
 # Increase this number when the same source results in different rows.
-VERSION = 8
+VERSION = 9
 
 ROWS, NOTES = "rows.arrow", "notes.json"
 
@@ -234,14 +235,14 @@ class RowKind:
         form = None if label is None else label_form(table, label, task)
         return RowKind(task.type, fields, as_chat, form=form)
 
-    def of_split(self, table: Table, split: str) -> RowKind:
+    def of_split(self, table: Table, split: str, task: TaskConfig) -> RowKind:
         """Return the kind of another split of texts; a test split may be without labels."""
         require(table, "task.text_columns", *self.fields.text)
         label = self.fields.label
         if label is None or (split == "test" and label not in table.columns):
             return replace(self, fields=self.fields._replace(label=None))
         require(table, "task.label_column", *((self.form and self.form.columns) or (label,)))
-        return self
+        return replace(self, form=held_out_form(self.form, table, label, task))
 
     def taught(self, table: Table, task: TaskConfig, name: str | None = None) -> RowKind:
         """Return the kind with teachers or answers from columns, or the teacher `name`, if any."""
@@ -396,11 +397,15 @@ class StreamedRows(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """The rows of a data set before a selection; columns and stream as in `splits.Splits`."""
+    """The rows of a data set before a selection; columns and stream as in `splits.Splits`.
+
+    form: how several labels of a training row are written.
+    """
 
     splits: Mapping[str, Dataset]
     classes: Classes | None
     source_hash: str
+    form: LabelForm | None = None
     stream: TextStream | None = None
 
 
@@ -426,12 +431,13 @@ def rows_of_tables(
         if split == "train" or as_chat:
             kind = kinds[key] = RowKind.of(task, table, as_chat=as_chat)
         else:
-            kinds[key] = kind.of_split(table, split)
+            kinds[key] = kind.of_split(table, split, task)
         if split == "train":  # only training rows have teachers
             teacher = (task.mixture or {})[source].teacher if source else None
             kinds[key] = kind.taught(table, task, teacher)
         rows[key] = rows_of(table, kinds[key], task, cache_dir=cache_dir, source=source or None)
     classes, first = None, order[0]
+    kind = kinds[first]
     label = kind.fields.label
     if label is not None and task.type == "classification":
         form, declared = kind.form, tables[first].class_names.get(label, ())
@@ -443,6 +449,7 @@ def rows_of_tables(
     return Corpus(
         splits={"train": train, **rows},
         classes=classes,
+        form=kind.form,
         source_hash=key_of(VERSION, task.type, classes and classes.names, digests),
     )
 
@@ -532,15 +539,9 @@ def _rows(
 
 
 def scored_rows(
-    table: Table,
-    task: TaskConfig,
-    classes: Classes | None,
-    *,
-    cache_dir: Path,
-    as_chat: bool = False,
+    table: Table, kind: RowKind, task: TaskConfig, classes: Classes | None, *, cache_dir: Path
 ) -> Dataset:
     """Return the rows of a file that is scored alone, neither trained on nor selected by."""
-    kind = RowKind.of(task, table, as_chat=as_chat)
     rows = rows_of(table, kind, task, cache_dir=cache_dir)
     if classes is not None:
         rows = numbered(rows, classes, task, kind)

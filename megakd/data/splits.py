@@ -19,9 +19,11 @@ from megakd.config.task import TaskConfig
 from megakd.data.arrow import Table, column_of, key_of, remembered
 from megakd.data.conversations import is_chat
 from megakd.data.files import local_tables, matching_files, named_files, refuse_twice
+from megakd.data.labels import SEPARATORS, held_out_form
 from megakd.data.readers import files_table
 from megakd.data.rows import (
     Corpus,
+    RowKind,
     TextStream,
     at_most,
     cut_validation,
@@ -127,7 +129,10 @@ def _set_rows(
     name: str, table: Table, task: TaskConfig, corpus: Corpus, cache_dir: Path
 ) -> Dataset:
     train = corpus.splits["train"]
-    rows = scored_rows(table, task, corpus.classes, cache_dir=cache_dir, as_chat=is_chat(train))
+    kind = RowKind.of(task, table, as_chat=is_chat(train))
+    if (label := kind.fields.label) is not None:
+        kind = replace(kind, form=held_out_form(corpus.form, table, label, task))
+    rows = scored_rows(table, kind, task, corpus.classes, cache_dir=cache_dir)
     mine, theirs = (
         "conversations"
         if is_chat(part)
@@ -203,8 +208,6 @@ def _is_on_hub(task: TaskConfig) -> bool:
     return not is_local
 
 
-SEPARATORS = (",", ";", "|")
-
 NO_LABEL = frozenset(("n/a", "na", "none", "null", "nan", "nil", "-", "?", "unknown", "undefined"))
 """Words that may stand for a missing label, in lower case."""
 
@@ -231,7 +234,8 @@ def read_warnings(splits: Splits, *, step_rows: int) -> Iterator[str]:
     """Yield warnings on labels and rows, each with counts; `step_rows`: rows of a step."""
     names = splits.label_names
     if names and splits.stream is None:
-        yield from _of_labels(names, _counts(splits.train, len(names)))
+        counts = _counts(splits.train, len(names))
+        yield from _of_labels(names, counts, is_list=splits.multi_label)
     if splits.stream is None and 0 < len(splits.train) < step_rows:
         yield (
             f"the {len(splits.train)} training rows are fewer than the {step_rows} of a step, "
@@ -252,7 +256,7 @@ def read_warnings(splits: Splits, *, step_rows: int) -> Iterator[str]:
         )
 
 
-def _of_labels(names: Sequence[str], counts: Sequence[int]) -> Iterator[str]:
+def _of_labels(names: Sequence[str], counts: Sequence[int], *, is_list: bool) -> Iterator[str]:
     rows = dict(zip(names, counts, strict=True))
     alike = defaultdict[str, list[str]](list)
     for name in names:
@@ -271,8 +275,14 @@ def _of_labels(names: Sequence[str], counts: Sequence[int]) -> Iterator[str]:
     if joined:
         yield (
             f"{len(joined)} classes are several others in one cell: {_shown(joined, rows)}; "
-            "a row has one class here, so each combination is learned as a class of its own; set "
-            "task.label_separator to give a row several labels"
+            "each combination is learned as a class of its own; "
+            f"{'split' if is_list else 'set task.label_separator to split'} them into labels"
+        )
+    unused = [name for name in names if any(counts) and rows[name] == 0]
+    if unused:
+        yield (
+            f"{len(unused)} classes have no training row: {_shown(unused, rows)}; the model never "
+            "learns them: check the names in task.labels, or add rows"
         )
     single = [name for name in names if rows[name] == 1]
     if single:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 from tiny_runs import config_tree, write_jsonl
 
 from megakd.config.file import config_of
+from megakd.data.arrow import Record
 from megakd.data.files import file_of_rows
+from megakd.data.labels import Classes, class_word
 from megakd.data.rows import is_labelled
-from megakd.data.splits import Splits, load_splits, read_line
+from megakd.data.splits import Splits, load_splits, read_line, read_warnings
 from megakd.errors import MegakdError
 
 NAMES = ("anger", "joy", "love")
@@ -76,6 +79,166 @@ def test_several_columns_are_a_label_each_in_their_order(tmp_path):
     )
 
     assert (splits.label_names, labels_of(splits)) == (NAMES, HOT)
+
+
+def bits(*labels: Any) -> list[dict[str, Any]]:
+    return [{"text": f"text {n}", "labels": one} for n, one in enumerate(labels)]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        int,
+        float,
+        bool,
+        str,
+    ],
+)
+def test_lists_of_zeros_and_ones_say_which_labels_a_row_has(tmp_path, kind):
+    rows = [[1, 0, 0], [0, 1, 1], [0, 0, 0]]
+    train = bits(*([kind(bit) for bit in row] for row in rows), None)
+
+    splits = splits_of(tmp_path, train, train[1:2], labels=NAMES)
+
+    assert (splits.label_names, labels_of(splits)) == (NAMES, [*rows, [-100] * 3])
+    assert splits.validation["label"] == [[0, 1, 1]]
+
+
+def test_lists_of_label_numbers_are_no_zeros_and_ones(tmp_path):
+    numbers = [[0], [0, 1], [1], []]
+
+    splits = splits_of(tmp_path, bits(*numbers), bits([0, 1]))
+
+    assert labels_of(splits) == [[1, 0], [1, 1], [0, 1], [0, 0]]
+    assert splits.validation["label"] == [[1, 1]]
+
+
+def test_held_out_lists_of_zeros_and_ones_are_read_beside_training_rows_of_words(tmp_path):
+    splits = splits_of(tmp_path, LISTS, bits([0, 1, 0], [0, 0, 0]), labels=NAMES)
+
+    assert (labels_of(splits), splits.validation["label"]) == (HOT, [[0, 1, 0], [0, 0, 0]])
+
+
+@pytest.mark.parametrize(
+    ("cells", "keys"),
+    [
+        (["['joy']", "['love', 'anger']", "[]", "", '["joy", "love", "joy"]'], {}),
+        (['["joy"]', "('love', 'anger')", "[]", "-100", "{'joy', 'love'}"], {}),
+        (["[1]", "[2, 0]", "[]", "", "[1, 2]"], {"labels": NAMES}),
+        (
+            ["[False, True, False]", "[1, 0, 1]", "[0, 0, 0]", "", "[0.0, 1.0, 1.0]"],
+            {"labels": NAMES},
+        ),
+        (["joy", "['love', 'anger']", "[]", "-100", "joy,love"], {"label_separator": ","}),
+    ],
+)
+def test_lists_that_a_table_holds_as_texts_are_lists(tmp_path, cells, keys):
+    splits = splits_of(tmp_path, bits(*cells), bits(cells[0]), **keys)
+
+    assert (splits.label_names, labels_of(splits)) == (NAMES, HOT)
+
+
+def test_brackets_alone_make_no_list(tmp_path):
+    splits = splits_of(tmp_path, bits("[joy]", "(love)"), bits("[joy]"))
+
+    assert (splits.multi_label, splits.label_names) == (False, ("(love)", "[joy]"))
+
+
+def test_a_separator_that_no_cell_contains_is_told_with_the_one_that_many_contain(tmp_path, caplog):
+    train = bits("joy,love", "joy,anger", "love")
+
+    splits = splits_of(tmp_path, train, bits("love"), label_separator=";")
+
+    assert (
+        "no cell of column 'labels' contains ';' (task.label_separator), 2 of 3 contain ','"
+        in caplog.text
+    )
+    assert not any(
+        "set task.label_separator" in line for line in read_warnings(splits, step_rows=1)
+    )
+
+
+def test_a_bad_row_with_several_labels_is_left_out(tmp_path):
+    splits = splits_of(
+        tmp_path,
+        [*LISTS, {"text": "odd", "labels": ["joy", "surprise"]}],
+        labels=NAMES,
+        bad_rows="drop",
+    )
+
+    assert labels_of(splits) == HOT
+
+
+@pytest.mark.parametrize("key", ["validation", "evaluation_sets"])
+@pytest.mark.parametrize(
+    ("train", "held", "text"),
+    [
+        (bits("joy", "love"), bits(["joy"], ["love"]), None),
+        (bits("joy", "love"), bits(["joy"], ["joy", "love"]), "line 2: label ['joy', 'love'] in"),
+        (LISTS, bits("joy"), "line 1: label 'joy' in column 'labels' stands beside lists of labe"),
+        (
+            bits("joy", "love"),
+            bits("joy", "fear"),
+            "line 2: label 'fear' is not one of the 2 classes of the training rows (joy, love); "
+            "correct it, or name all labels in task.labels",
+        ),
+    ],
+)
+def test_held_out_labels_of_another_form_are_read_or_refused(tmp_path, key, train, held, text):
+    other = write_jsonl(tmp_path / "other.jsonl", held)
+    keys = {"evaluation_sets": {"other": str(other)}} if key == "evaluation_sets" else {}
+
+    def read() -> Splits:
+        return splits_of(tmp_path, train, train[:1] if keys else held, **keys)
+
+    if text is None:
+        splits = read()
+        rows = splits.evaluation_sets["other"] if keys else splits.validation
+        assert rows["label"] == [0, 1]
+    else:
+        with pytest.raises(MegakdError, match=re.escape(text)):
+            read()
+
+
+def test_whole_decimals_are_classes(tmp_path):
+    labels = [Decimal("0.00"), Decimal("1.00"), None]
+    rows = Dataset.from_dict(
+        {"text": ["a", "b", "c"], "label": labels},
+        features=Features({"text": Value("string"), "label": Value("decimal128(4, 2)")}),
+    )
+    for name in ("train", "validation"):
+        rows.to_parquet(tmp_path / f"{name}.parquet")
+    task = {"type": "classification", "dataset": str(tmp_path)}
+    config = config_of(config_tree(tmp_path / "out", task))
+
+    splits = load_splits(config.task, seed=0, cache_dir=tmp_path / "cache")
+
+    assert (splits.label_names, splits.train["label"]) == (("0", "1"), [0, 1, -100])
+
+
+@pytest.mark.parametrize("of", [np.int64, np.float32, lambda n: str(float(n)), str, Decimal])
+def test_a_whole_number_of_any_type_is_a_class(of):
+    assert (
+        Classes(("0", "1"), numbered=True).number(
+            class_word("rows", "label", Record("row 1", {"label": of(1)})) or ""
+        )
+        == 1
+    )
+
+
+def test_bytes_are_the_text_that_they_encode():
+    assert (
+        class_word("rows", "label", Record("row 1", {"label": "fröhlich".encode()})) == "fröhlich"
+    )
+
+
+def test_a_label_without_a_row_is_told(tmp_path):
+    splits = splits_of(tmp_path, bits(["joy", "love"], ["joy", "love"]), labels=NAMES)
+
+    assert [line for line in read_warnings(splits, step_rows=1) if "no training row" in line] == [
+        '1 classes have no training row: "anger" (0 rows); the model never learns them: check the '
+        "names in task.labels, or add rows"
+    ]
 
 
 def test_named_labels_set_the_order(tmp_path):
@@ -176,10 +339,38 @@ def soft(*values: Any, lists: bool = False) -> list[dict[str, Any]]:
             "'joy' in column 'labels' stands beside lists of labels",
         ),
         (
-            [*SOFT, {"text": "f", "label": ["joy"]}],
+            [*SOFT, {"text": "f", "label": ["joy", "love"]}],
             {},
-            "line 3: label ['joy'] in column 'label' is not a class",
+            "line 3: label ['joy', 'love'] in column 'label' is not a class; a class is a whole",
         ),
+        (
+            bits([1, 0, 0], [0, 1, 1]),
+            {},
+            "3 zeros and ones, one for each label; name these 3 labels in task.labels, in the",
+        ),
+        (bits([1, 0, 0, 0], [0, 1, 1, 0]), {"labels": NAMES}, "of the lists (it names 3)"),
+        (bits("[1, 0, 0]", "[0, 1, 1]"), {}, "of the lists (it is not set)"),
+        (
+            bits([1, 0, 0], [0, 1, 1], [1, 0, 2]),
+            {"labels": NAMES},
+            "line 3: label 'love' of the list [1, 0, 2] must be 0 or 1 (got 2); a row whose",
+        ),
+        (
+            bits([1, 0, 0], [0, 1, 1], [1, 0]),
+            {"labels": NAMES},
+            "line 3: label [1, 0] in column 'labels' is not a list of 3 zeros and ones",
+        ),
+        (bits("['joy' 'love']"), {}, 'looks like a list, but is neither JSON nor Python; write ["'),
+        (bits("[0 1]", "[1 0]"), {}, "line 1: label '[0 1]' in column 'labels' looks like a list"),
+        (bits("[joy, love]"), {}, "line 1: label '[joy, love]' in column 'labels' looks like a l"),
+        (bits("joy", "['joy', 'love']"), {}, "line 2: label \"['joy', 'love']\" in column"),
+        (bits(["joy", None], ["love"]), {}, "the list ['joy', None] in column 'labels' has an em"),
+        (
+            bits([0, -1], [1, 0, 2]),
+            {"labels": NAMES},
+            "line 1: label -1 in a list means no label; remove it",
+        ),
+        (bits({"joy": 1}, "joy"), {}, "line 1: label {'joy': 1} in column 'labels' is not a class"),
         ([*LISTS, {"text": "f", "labels": [""]}], {}, "has an empty label; remove it"),
         (
             LISTS,
