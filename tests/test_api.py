@@ -292,7 +292,7 @@ def test_values_are_those_of_a_file_and_others_matter_only_where_they_are_read(t
         "uuid": (UUID(int=1), str(UUID(int=1))),
         "date": (date(2024, 1, 2), "2024-01-02"),
         "span": (pd.Timedelta(days=1), "1 days 00:00:00"),
-        "moment": (np.datetime64("2024-01-02"), "2024-01-02"),
+        "moment": (np.datetime64("2024-01-02"), "2024-01-02 00:00:00"),
         "decimal": ([Decimal(2), Decimal("1.5")], [2, 1.5]),
         "image": ({"bytes": b"x"}, {"bytes": {"bytes": "b'x'"}}),
     }

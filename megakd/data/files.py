@@ -385,8 +385,7 @@ def _rows(data: Any) -> Iterable[Any]:
         hasattr(one, "__len__") and not isinstance(one, str | bytes | Mapping)
         for one in data.values()
     ):
-        lengths = {key: len(column) for key, column in data.items()}
-        if len({*lengths.values()}) > 1:
+        if len({*(lengths := {key: len(column) for key, column in data.items()}).values()}) > 1:
             raise DataError(f"data: the columns have different numbers of rows: {lengths}")
         return (dict(zip(data, row, strict=True)) for row in zip(*data.values(), strict=True))
     if not isinstance(data, Iterable) or isinstance(data, Mapping):

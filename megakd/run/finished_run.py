@@ -15,6 +15,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from shlex import quote
@@ -25,6 +26,7 @@ from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 
 from megakd.config.file import config_tree, dump_config, dump_yaml, places
+from megakd.config.paths import DATA_SUFFIXES, data_suffix
 from megakd.config.run import RunConfig
 from megakd.data.arrow import remembered_of
 from megakd.engine.distributed import Ranks
@@ -123,8 +125,8 @@ def _is_free(key: str) -> bool:
 def _files(key: str, place: str, *, is_sampled: bool) -> Iterator[tuple[str, str]]:
     """Yield size, time and content of the files of a place, or the revision of a name of the Hub.
 
-    A copy may have the size and the time of the file before. The content is the digest that the
-    reading of data remembers; large files of models and of streams (`is_sampled`) are sampled.
+    The content of data is the digest that reading remembers; large files of models and streams
+    (`is_sampled`) are sampled.
     """
     paths = [Path(path) for path in sorted(glob.glob(str(in_home(place)), recursive=True))]  # noqa: PTH207
     for path in paths:
@@ -135,11 +137,12 @@ def _files(key: str, place: str, *, is_sampled: bool) -> Iterator[tuple[str, str
                 facts = file.stat()
                 when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(facts.st_mtime))
                 yield f"{_FILE}{key} {name}", f"{facts.st_size} bytes of {when}"
-                if is_sampled or key.endswith(".model"):
-                    digest = remembered_of(file, partial(files_identity, [file]), "sampled")
-                else:
-                    digest = remembered_of(file, partial(sha256_of, file), "sha256")
-                yield f"{_CONTENT}{key} {name}", digest[:12]
+                with suppress(OSError):  # whoever reads the file tells it
+                    if is_sampled or data_suffix(file) not in DATA_SUFFIXES:
+                        digest = remembered_of(file, partial(files_identity, [file]), "sampled")
+                    else:
+                        digest = remembered_of(file, partial(sha256_of, file), "sha256")
+                    yield f"{_CONTENT}{key} {name}", digest[:12]
     if not paths and (name := hub_id(place)) is not None:
         kind = "model" if key.endswith((".model", ".tokenizer")) else "dataset"
         folder = repo_folder_name(repo_id=name, repo_type=kind)
