@@ -354,7 +354,6 @@ def file_of_rows(data: Any, folder: Path) -> str:
 
 def _write_typed(data: Any, path: Path) -> int:
     if isinstance(data, pa.Table):
-        _refuse_doubled(data.column_names)
         pq.write_table(data, path)
     else:
         data.select_columns([*plain_features(data.features)]).to_parquet(path)
@@ -377,7 +376,8 @@ def _write_rows(data: Any, path: Path) -> int:
 
 def _rows(data: Any) -> Iterable[Any]:
     if isinstance(data, pd.DataFrame):
-        _refuse_doubled([*map(str, data.columns)])
+        for column in data.columns[data.columns.duplicated()]:
+            raise DataError(f"data: column {column!r} occurs more than once; rename one of the two")
         return cast("Any", data).to_dict("records")
     if isinstance(data, Mapping) and all(isinstance(one, Dataset) for one in data.values()):
         raise DataError(f"data: holds the splits {', '.join(map(str, data))}; give one of them")
@@ -394,14 +394,6 @@ def _rows(data: Any) -> Iterable[Any]:
             "datasets.Dataset, or a list of rows such as {'text': …, 'label': …}"
         )
     return data
-
-
-def _refuse_doubled(columns: Sequence[str]) -> None:
-    if doubled := [name for name in columns if columns.count(name) > 1]:
-        raise DataError(
-            f"data: column {doubled[0]!r} occurs more than once; rename or remove one of the "
-            "columns"
-        )
 
 
 def _field(column: object, value: Any, number: int) -> str:
