@@ -6,17 +6,26 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
+import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
-from datasets import ClassLabel, Dataset, Features, Value
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset, Value
 from tiny_runs import config_tree, write_config, write_reviews
 
 import megakd
+from megakd.data.arrow import Record
 from megakd.data.files import file_of_rows
+from megakd.data.readers import files_table
 from megakd.errors import ConfigError, MegakdError
 
 NOTEBOOK = """
@@ -212,6 +221,10 @@ def lines(path: str) -> list[dict[str, Any]]:
 
 
 ROWS = [{"text": "fine", "label": "good"}, {"text": None, "label": "bad"}]
+CLASSES = Dataset.from_list(
+    [{"text": "fine", "label": 1}, {"text": None, "label": 2}],
+    features=Features(text=Value("string"), label=ClassLabel(names=["unused", "good", "bad"])),
+)
 
 
 @pytest.mark.parametrize(
@@ -219,17 +232,26 @@ ROWS = [{"text": "fine", "label": "good"}, {"text": None, "label": "bad"}]
     [
         ROWS,
         pd.DataFrame([{"text": "fine", "label": "good"}, {"text": float("nan"), "label": "bad"}]),
-        Dataset.from_list(
-            [{"text": "fine", "label": 1}, {"text": None, "label": 0}],
-            features=Features(text=Value("string"), label=ClassLabel(names=["bad", "good"])),
-        ),
+        {"text": ["fine", None], "label": np.array(["good", "bad"])},
+        (row for row in ROWS),
+        CLASSES,
+        CLASSES.with_format("torch"),
+        CLASSES.with_format("pandas"),
+        CLASSES.to_iterable_dataset(),
+        CLASSES.data.table,
+        pa.table({"text": ["fine", None], "label": ["good", "bad"]}),
+        pa.table({"text": ["fine", None], "label": pa.array(["good", "bad"]).dictionary_encode()}),
     ],
-    ids=["list", "data frame", "data set"],
+    ids=lambda rows: type(rows).__name__,
 )
 def test_rows_are_a_file_that_is_named_by_its_content_and_written_once(tmp_path, rows):
+    rows = [*rows] if isinstance(rows, Iterator) else rows
     path = file_of_rows(rows, tmp_path)
 
-    assert lines(path) == ROWS
+    table = files_table([Path(path)], "data")
+    assert [record.values for record in table.records() if isinstance(record, Record)] == ROWS
+    declared = isinstance(rows, Dataset | IterableDataset) or rows is CLASSES.data.table
+    assert table.class_names == ({"label": ("unused", "good", "bad")} if declared else {})
     before = Path(path).stat().st_mtime_ns
     assert file_of_rows(rows, tmp_path) == path
     assert Path(path).stat().st_mtime_ns == before
@@ -243,7 +265,11 @@ def test_rows_are_a_file_that_is_named_by_its_content_and_written_once(tmp_path,
         ([], "there is no row"),
         (7, "is a int; give a path"),
         (["a text"], "row 1 is a str; a row is a mapping"),
-        ([{"text": "a", "label": {1, 2}}], "row 1 holds a set"),
+        ([{"text": "a"}, {"text": {("a", "b"): 1}}], "row 2, column 'text': keys must be str"),
+        (pd.DataFrame([["a", "b"]], columns=["text", "text"]), "column 'text' occurs more than"),
+        ({"text": ["a"], "label": [1, 2]}, "different numbers of rows: {'text': 1, 'label': 2}"),
+        ({"text": "a", "label": 1}, "is a dict; give a path"),
+        (DatasetDict({"train": CLASSES}), "holds the splits train; give one of them"),
     ],
 )
 def test_rows_that_are_none_are_refused(tmp_path, rows, message):
@@ -251,6 +277,28 @@ def test_rows_that_are_none_are_refused(tmp_path, rows, message):
         file_of_rows(rows, tmp_path)
 
     assert [*tmp_path.glob("data-*")] == []
+
+
+def test_values_are_those_of_a_file_and_others_matter_only_where_they_are_read(tmp_path):
+    call = [{"name": "f", "arguments": {"a": 0}}, {"name": "g", "arguments": {"b": 1.5, "c": None}}]
+    read = {
+        "number": (np.int64(3), 3),
+        "tensor": (torch.tensor([1, 2]), [1, 2]),
+        "calls": (call, call),
+        "none": ([pd.NA, pd.NaT, None], [None] * 3),
+        "time": (pd.NaT, None),
+        "path": (Path("a/b"), "a/b"),
+        "uuid": (UUID(int=1), str(UUID(int=1))),
+        "date": (date(2024, 1, 2), "2024-01-02"),
+        "span": (pd.Timedelta(days=1), "1 days 00:00:00"),
+        "moment": (np.datetime64("2024-01-02"), "2024-01-02 00:00:00"),
+        "decimal": ([Decimal(2), Decimal("1.5")], [2, 1.5]),
+        "image": ({"bytes": b"x"}, {"bytes": {"bytes": "b'x'"}}),
+    }
+    rows = pd.DataFrame([{key: value for key, (value, _) in read.items()}])
+
+    assert lines(file_of_rows(rows, tmp_path)) == [{key: value for key, (_, value) in read.items()}]
+    assert lines(file_of_rows(pd.Series(["a"]), tmp_path)) == [{"text": "a"}]
 
 
 def test_two_sizes_or_none_are_refused_before_anything_is_written(tmp_path):

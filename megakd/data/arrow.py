@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import generate_fingerprint
 from numpy.typing import NDArray
 
+from megakd.config.paths import without_compression
 from megakd.errors import DataError
 from megakd.process.files import read_signed, version_of, write_signed
 from megakd.process.terminal import in_home
@@ -200,8 +202,17 @@ def require(table: Table, key: str, *columns: str) -> None:
     for column in (name for name in columns if name not in table.columns):
         raise DataError(
             f"{table.name}: column {column!r} ({key}) does not exist; the columns are "
-            f"{', '.join(table.columns)}"
+            f"{', '.join(table.columns)}{no_header(table)}"
         )
+
+
+def no_header(table: Table) -> str:
+    """Return a question for messages about a table whose columns have the form of values."""
+    is_text = without_compression(table.name).endswith((".csv", ".tsv"))
+    is_value = (re.fullmatch(r"[-+.\d]+|.*\s\S+\s.*|.{40,}", name) for name in table.columns)
+    return (
+        " (no header line? the first line names the columns)" if is_text and any(is_value) else ""
+    )
 
 
 def document_of(name: str, columns: Sequence[str], record: Record) -> str:

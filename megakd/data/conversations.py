@@ -233,9 +233,11 @@ def _chat(where: str, record: Record, messages: list[Message], *, first: int) ->
             "nothing of the row is learned; remove the row, or give one of them weight 1"
         )
     roles = ", ".join(message["role"] for message in messages[first:])
+    known = ", ".join(dict.fromkeys(SHAREGPT_ROLES.values()))
     raise DataError(
-        f"{where}: no message of role {ASSISTANT!r} to learn from (roles: {roles}); remove the "
-        f"row, or give rows without an answer in a column {PROMPT!r} (task.prompt_column)"
+        f"{where}: no message of role {ASSISTANT!r} to learn from (roles: {roles}; known: "
+        f"{known}); rename the roles, remove the row, or give rows without an answer in a column "
+        f"{PROMPT!r} (task.prompt_column)"
     )
 
 
@@ -315,7 +317,10 @@ def _message(value: object, where: str) -> Message:
         message = _from_sharegpt(message, where)
     calls = message.pop("tool_calls", None)
     if calls is None and "content" not in message:
-        raise DataError(f"{where}: the message of role {message['role']!r} has no content")
+        raise DataError(
+            f"{where}: the message of role {message['role']!r} has no content "
+            f"(its keys are {', '.join(map(repr, message))})"
+        )
     if calls is not None and not isinstance(calls, list):
         raise DataError(f"{where}: tool_calls is not a list: {calls!r:.80}")
     content = message.get("content", "")

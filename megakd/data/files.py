@@ -8,19 +8,25 @@ such names, every file is a document. Files may also be given individually or by
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import date, time, timedelta
+from decimal import Decimal
 from fnmatch import fnmatch
 from functools import cache, partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, cast
+from uuid import UUID
 
 import datasets
 import httpx2
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets import Dataset
 from datasets.exceptions import DatasetsError
 from huggingface_hub import constants, get_session
@@ -29,8 +35,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from megakd.config.paths import DATA_SUFFIXES, data_suffix, without_compression
 from megakd.config.task import Files, TaskConfig, listed_files
 from megakd.data.arrow import SPLIT_ALIASES, SPLIT_NAMES, SplitName, Table, rows_key
-from megakd.data.readers import files_table, typed_table, untyped
+from megakd.data.readers import files_table, plain_features, typed_table
 from megakd.errors import ConfigError, DataError, first_line, suggestion
+from megakd.process.files import sha256_of
 from megakd.process.terminal import in_home
 
 WHOLE_FILE = "all rows"
@@ -312,31 +319,32 @@ def glue_task(task: TaskConfig) -> tuple[TaskConfig, tuple[str, ...]]:
     return task, metrics
 
 
-Rows = Iterable[Mapping[str, Any]]
-"""Rows by column; a pandas.DataFrame or a datasets.Dataset is one too."""
-
-
 def file_of_rows(data: Any, folder: Path) -> str:
     """Return a path or a name of the Hub as it is, and the file to which other rows are written.
 
-    The file is named after its content, so that the same rows go on with the same run.
+    The file is named after its content, so that the same rows go on with the same run. Rows with
+    types become a parquet file, which stores the names of classes in their order. All others
+    become jsonl, which keeps the keys and the types of each row.
 
     Raises:
-        DataError: the rows are not mappings, or hold values that JSON does not have.
+        DataError: the data has no rows, or columns that occur twice or differ in length.
     """
     if isinstance(data, str | Path):
         return str(data)
     folder.mkdir(parents=True, exist_ok=True)
-    digest, count, draft = hashlib.sha256(), 0, folder / ".data.jsonl"
+    if hasattr(data, "to_frame"):  # a series
+        data = data.to_frame(getattr(data, "name", None) or "text")
+    if hasattr(data, "to_arrow"):  # a data frame of polars
+        data = data.to_arrow()
+    is_set = isinstance(data, Dataset | datasets.IterableDataset)
+    is_typed = isinstance(data, pa.Table) or (is_set and data.features is not None)
+    suffix = ".parquet" if is_typed else ".jsonl"
+    draft = folder / f".data{suffix}"
     try:
-        with draft.open("wb") as file:
-            for count, row in enumerate(_rows(data), 1):
-                line = _line(row, count).encode() + b"\n"
-                digest.update(line)
-                file.write(line)
+        count = (_write_typed if is_typed else _write_rows)(data, draft)
         if count == 0:
             raise DataError("data: there is no row")
-        path = folder / f"data-{digest.hexdigest()[:12]}.jsonl"
+        path = folder / f"data-{sha256_of(draft)[:12]}{suffix}"
         if not path.exists():  # a new time of the file would be other data
             draft.rename(path)
     finally:
@@ -344,34 +352,70 @@ def file_of_rows(data: Any, folder: Path) -> str:
     return str(path)
 
 
-def _rows(data: Any) -> Iterator[Mapping[str, Any]]:
-    if hasattr(data, "to_dict") and hasattr(data, "iloc"):  # a data frame of pandas
-        data = data.to_dict("records")
-    features = getattr(data, "features", None) or {}
+def _write_typed(data: Any, path: Path) -> int:
+    if isinstance(data, pa.Table):
+        pq.write_table(data, path)
+    else:
+        data.select_columns([*plain_features(data.features)]).to_parquet(path)
+    return pq.read_metadata(path).num_rows
+
+
+def _write_rows(data: Any, path: Path) -> int:
+    count = 0
+    with path.open("w", encoding="utf-8") as file:
+        for count, row in enumerate(_rows(data), 1):
+            if not isinstance(row, Mapping):
+                raise DataError(
+                    f"data: row {count} is a {type(row).__name__}; a row is a mapping of columns, "
+                    "such as {'text': …, 'label': …}"
+                )
+            fields = [_field(column, value, count) for column, value in row.items()]
+            file.write(f"{{{', '.join(fields)}}}\n")
+    return count
+
+
+def _rows(data: Any) -> Iterable[Any]:
+    if isinstance(data, pd.DataFrame):
+        for column in data.columns[data.columns.duplicated()]:
+            raise DataError(f"data: column {column!r} occurs more than once; rename one of the two")
+        return cast("Any", data).to_dict("records")
+    if isinstance(data, Mapping) and all(isinstance(one, Dataset) for one in data.values()):
+        raise DataError(f"data: holds the splits {', '.join(map(str, data))}; give one of them")
+    if isinstance(data, Mapping) and all(
+        hasattr(one, "__len__") and not isinstance(one, str | bytes | Mapping)
+        for one in data.values()
+    ):
+        if len({*(lengths := {key: len(column) for key, column in data.items()}).values()}) > 1:
+            raise DataError(f"data: the columns have different numbers of rows: {lengths}")
+        return (dict(zip(data, row, strict=True)) for row in zip(*data.values(), strict=True))
     if not isinstance(data, Iterable) or isinstance(data, Mapping):
         raise DataError(
             f"data: is a {type(data).__name__}; give a path, a name of the Hub, a data frame, a "
             "datasets.Dataset, or a list of rows such as {'text': …, 'label': …}"
         )
-    for number, row in enumerate(cast("Dataset | Rows", data), 1):
-        if not isinstance(row, Mapping):
-            raise DataError(
-                f"data: row {number} is a {type(row).__name__}; a row is a mapping of columns, "
-                "such as {'text': …, 'label': …}"
-            )
-        # A class by its name: another file may number the classes in another way.
-        yield {key: untyped(value, features.get(key)) for key, value in row.items()}
+    return data
 
 
-def _line(row: Mapping[str, Any], number: int) -> str:
-    def plain(value: Any) -> Any:
-        if hasattr(value, "tolist"):  # a number or an array of NumPy
-            return value.tolist()
-        raise DataError(
-            f"data: row {number} holds a {type(value).__name__}; give texts, numbers and lists"
-        )
+def _field(column: object, value: Any, number: int) -> str:
+    # pandas has NaN, NaT and NA in the place of a missing value.
+    is_missing = pd.api.types.is_scalar(value) and pd.isna(value)
+    try:
+        text = json.dumps(None if is_missing else value, default=_in_json)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DataError(f"data: row {number}, column {column!r}: {error}") from error
+    return f"{json.dumps(str(column))}: {text}"
 
-    # pandas has NaN, which differs from itself, in the place of a missing text.
-    is_nan = {key for key, one in row.items() if isinstance(one, float) and one != one}  # noqa: PLR0124
-    values = {key: None if key in is_nan else value for key, value in row.items()}
-    return json.dumps(values, ensure_ascii=False, default=plain)
+
+def _in_json(value: Any) -> object:
+    if hasattr(value, "tolist") and not isinstance(value, np.datetime64 | np.timedelta64):
+        return value.tolist()  # a number or an array of NumPy, or a tensor
+    if value is pd.NA or value is pd.NaT:
+        return None
+    if isinstance(value, Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, date | time | timedelta | np.generic | PurePath | UUID):
+        return str(value)
+    # No text and no label: refused with its type where the column is read, and only there.
+    return {type(value).__name__: repr(value)[:60]}

@@ -315,7 +315,7 @@ def typed_table(name: str, rows: Dataset | IterableDataset, *, digest: str) -> T
     if rows.features is None:  # a stream whose first rows decide
         features: Mapping[str, object] = dict.fromkeys(next(iter(rows), {}))
     else:
-        features = _plain(rows.features)
+        features = plain_features(rows.features)
         rows = rows.select_columns([*features])
 
     def records() -> Iterator[Read]:
@@ -326,7 +326,7 @@ def typed_table(name: str, rows: Dataset | IterableDataset, *, digest: str) -> T
         name=name,
         columns=tuple(features),
         records=records,
-        digest=digest,
+        digest=key_of(digest, str(features)),  # the values are numbers of classes
         class_names=class_names_of(features),
     )
 
@@ -359,8 +359,8 @@ def untyped(value: object, feature: object) -> object:
     return value
 
 
-def _plain(features: Mapping[str, object]) -> Features:
-    # Texts, numbers, classes and JSON, and lists or objects of them.
+def plain_features(features: Mapping[str, object]) -> Features:
+    """Return the columns of texts, numbers, classes and JSON, and lists or objects of them."""
     return Features({name: kind for name, kind in features.items() if _is_plain(kind)})
 
 
@@ -386,11 +386,15 @@ def _features(path: Path) -> Features:
     known: list[pa.Field] = []
     with _parquet_errors(path):
         schema = pq.read_schema(path)
-        for field in schema:
+        for column in schema:
+            is_coded = pa.types.is_dictionary(column.type)  # a Categorical of pandas or polars
+            field = column.with_type(column.type.value_type) if is_coded else column
             with suppress(ValueError):  # a type unknown to `datasets`: the column has no values
                 Features.from_arrow_schema(pa.schema([field]))
                 known.append(field)
-        return _plain(Features.from_arrow_schema(pa.schema(known, metadata=schema.metadata)))
+        return plain_features(
+            Features.from_arrow_schema(pa.schema(known, metadata=schema.metadata))
+        )
 
 
 def _parquet_records(path: Path) -> Iterator[Read]:

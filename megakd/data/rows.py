@@ -33,6 +33,7 @@ from megakd.data.arrow import (
     column_of,
     document_of,
     key_of,
+    no_header,
     read_rows,
     remembered_of_rows,
     require,
@@ -335,9 +336,13 @@ def _text_columns(table: Table, task: TaskConfig) -> tuple[str, ...]:
     for columns in (*pairs, *zip(TEXT_DEFAULTS, strict=True)):
         if all(column in table.columns for column in columns):
             return columns
-    answers = " or, for prompts with answers, task.prompt_column and task.completion_column"
+    answers = (
+        " or, for prompts with answers, task.prompt_column and task.completion_column, or for "
+        "instructions or questions with answers task.as_messages: true"
+    )
     raise DataError(
-        f"{table.name}: column 'text' does not exist; the columns are {', '.join(table.columns)}; "
+        f"{table.name}: column 'text' does not exist; the columns are {', '.join(table.columns)}"
+        f"{no_header(table)}; "
         "set task.text_columns to the columns with the text"
         f"{answers if task.type == 'causal_lm' else ''}"
     )

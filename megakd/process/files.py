@@ -572,13 +572,14 @@ def files_identity(files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for path in files:
         facts = path.stat()
+        version = facts.st_dev, facts.st_ino, facts.st_mtime_ns, facts.st_ctime_ns
         digest.update(f"{path.name}:{facts.st_size}:".encode())
-        digest.update(_content(path, facts.st_size, (facts.st_ino, facts.st_mtime_ns)))
+        digest.update(_content(path, facts.st_size, version))
     return digest.hexdigest()
 
 
 @functools.cache
-def _content(path: Path, size: int, written: tuple[int, int]) -> bytes:
+def _content(path: Path, size: int, written: tuple[int, ...]) -> bytes:
     del written  # part of the cache key: a rewritten file is read again
     digest, step = hashlib.sha256(), _BLOCK if size <= _READ_WHOLE else _STRIDE
     with path.open("rb") as file:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from chat_tokenizers import asked, chat_tokenizer
-from datasets import Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from tiny_runs import SENTENCES, write_jsonl
 from transformers import PreTrainedTokenizerFast
 
@@ -85,6 +85,24 @@ def test_a_second_start_on_a_data_set_of_the_hub_reads_no_row(tmp_path, counts, 
 
     assert start(tmp_path, **keys) == first
     assert not counts
+
+
+def test_a_data_set_with_other_class_names_is_read_with_its_own(tmp_path, counts, monkeypatch):
+    def classes(names: str, *, many: bool) -> list[object]:
+        one = ClassLabel(names=[*names])
+        kind = Features(text=Value("string"), label=List(one) if many else one)
+        labels = [[n % 2] if many else n % 2 for n in range(20)]
+        rows = {"text": [f"text {n}" for n in range(20)], "label": labels}
+        loaded = DatasetDict()
+        loaded["train"] = loaded["validation"] = Dataset.from_dict(rows, features=kind)
+        monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: loaded)
+        task = TaskConfig(type="classification", dataset="user/texts")
+        return [*load_splits(task, seed=1, cache_dir=tmp_path / "cache").label_names]
+
+    for many in (False, True):
+        assert classes("ab", many=many) == ["a", "b"]
+        assert classes("ba", many=many) == ["b", "a"]
+        assert classes("xy", many=many) == ["x", "y"]
 
 
 @pytest.mark.parametrize("way", ["written over", "linked elsewhere"])

@@ -203,6 +203,8 @@ REFUSED: list[tuple[Any, ...]] = [
         ("line 1", "all 1 messages of role 'assistant' have weight 0"),
     ),
     ({"messages": "Hi"}, ("line 1", "'messages'", "list of messages")),
+    ({"messages": [{"role": "bot", "content": "Hi"}]}, ("roles: bot; known: system, user, assis",)),
+    ({"messages": [{"role": "user", "value": "Hi"}]}, ("no content (its keys are 'role', 'val",)),
     ({"messages": [{"role": "user"}]}, ("message 1", "'user'", "no content")),
     ({"messages": [{"text": "Hi"}]}, ("message 1", "role and content")),
     ({"messages": [{"role": None, "content": "Hi"}]}, ("message 1", "from and value")),

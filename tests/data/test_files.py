@@ -423,6 +423,17 @@ CASES: list[tuple[Any, ...]] = [
     # Columns
     ({"x.csv": "text,text\na,b\n"}, r"x\.csv: column 'text' occurs more than once"),
     ({"x.csv": "body,label\na,0\n"}, r"column 'text' does not exist; the columns are body, label;"),
+    ({"x.csv": "a good film,1\nb,0\n"}, r"columns are a good film, 1 \(no header line\?"),
+    (
+        {"x.tsv": "a good film\t1\nb\t0\n"},
+        r"columns are a good film, 1 \(no header line\?",
+        {"text_columns": ("text",)},
+    ),
+    (
+        {"x.jsonl": '{"instruction": "a", "input": "", "output": "b"}'},
+        r"instructions or questions with answers task\.as_messages: true",
+        LANGUAGE,
+    ),
     ({"x.jsonl": '{"question": "a"}'}, r"are question; .*prompts .*task\.prompt_column", LANGUAGE),
     ({"x.csv": "text,topic\na,0\n"}, r"column 'label' .* does not exist; .* are text, topic"),
     ({"train.csv": GOOD, "dev.csv": "text\na\n"}, r"dev\.csv: column 'label' .* does not exist"),

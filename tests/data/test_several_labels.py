@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from decimal import Decimal
 from pathlib import Path
@@ -17,6 +16,7 @@ from megakd.config.file import config_of
 from megakd.data.arrow import Record
 from megakd.data.files import file_of_rows
 from megakd.data.labels import Classes, class_word
+from megakd.data.readers import files_table
 from megakd.data.rows import is_labelled
 from megakd.data.splits import Splits, load_splits, read_line, read_warnings
 from megakd.errors import MegakdError
@@ -261,8 +261,11 @@ def test_lists_of_classes_keep_the_names_that_a_file_stores(tmp_path):
 
     assert splits.label_names == ("x", *NAMES)
     assert labels_of(splits) == [[0, 1, 0, 1], [0] * 4]
-    (written, _) = Path(file_of_rows(rows, tmp_path / "rows")).read_text().splitlines()
-    assert json.loads(written)["labels"] == ["love", "anger"]
+    table = files_table([Path(file_of_rows(rows, tmp_path / "rows"))], "data")
+    assert [
+        record.values["labels"] for record in table.records() if isinstance(record, Record)
+    ] == [["love", "anger"], []]
+    assert table.class_names == {"labels": ("x", *NAMES)}
 
 
 def test_rows_are_held_out_and_lose_labels_as_any_rows_do(tmp_path):

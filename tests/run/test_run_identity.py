@@ -13,7 +13,9 @@ from tiny_runs import bert, config_tree, review_task
 from megakd.config.file import config_of
 from megakd.engine.distributed import Ranks
 from megakd.errors import CheckpointError
+from megakd.process import files
 from megakd.process.files import differences, write_json
+from megakd.run import finished_run
 from megakd.run.finished_run import RUN, asked_of, begin_run, check_identity, run_facts
 from megakd.training.checkpoint import FORMAT
 
@@ -89,6 +91,30 @@ def test_a_file_of_the_data_or_of_a_model_that_changes_is_named_with_size_and_ti
     assert "file teacher.model teacher/config.json: '2 bytes of " in told
     assert "'2 bytes of 1970-01-01 00:00:00 UTC' here" in told
     assert "file task.dataset reviews/train.jsonl" in told
+
+
+@pytest.mark.parametrize("name", ["reviews/train.jsonl", "teacher/config.json"])
+def test_another_content_of_the_same_size_and_time_is_another_run(
+    facts, tmp_path, monkeypatch, name
+):
+    monkeypatch.setenv("MEGAKD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(files, "_SETTLED_NS", 0)
+    before, path = facts(), tmp_path / name
+    write(tmp_path, before)
+    for reader in ("sha256_of", "files_identity"):  # a file that has not changed is not read again
+        monkeypatch.setattr(finished_run, reader, lambda _: pytest.fail("a file is read again"))
+    assert differences(before, facts()) == ""
+    monkeypatch.setattr(finished_run, "sha256_of", files.sha256_of)
+    monkeypatch.setattr(finished_run, "files_identity", files.files_identity)
+    times = path.stat()
+    path.write_text(path.read_text()[::-1])
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+    with pytest.raises(CheckpointError, match=rf"config \(content of \S+ {name}: '\w+' there, '"):
+        check_identity(tmp_path, facts())
+    older = {key: value for key, value in before.items() if not key.startswith("content of ")}
+    write(tmp_path, older)  # a run of before the contents were compared
+    check_identity(tmp_path, facts())
 
 
 def test_a_revision_of_the_hub_counts_if_both_starts_know_it(facts, tmp_path, monkeypatch):
