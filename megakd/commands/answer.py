@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +19,23 @@ from megakd.process.terminal import in_home, print_aside
 
 if TYPE_CHECKING:
     from megakd.data.arrow import Record
+    from megakd.data.conversations import Conversation, Message
 
-Messages = list[dict[str, Any]]
-Answers = Callable[[Sequence[Messages]], list[tuple[str, str]]]
-"""Conversations -> the text of each answer and why it ended: `stop` or `length`."""
+logger = logging.getLogger(__name__)
+
 AT_ONCE = 8
 """Requests to a server at a time."""
-_REASONS = {True: "stop", False: "length"}
+MOST_REFUSED = 16
+"""Refused prompts before a first answer after which the settings are at fault, not the prompts."""
+REFUSED, UNREAD = "refused", "without a readable answer"
+PROMPT_STATUSES = (400, 413, 422, 500)
+"""Status codes with which a server refuses one prompt, such as one that is too long."""
+CUT = ("length", "max_tokens", "model_length")
+ENDED = (*CUT, "stop", "eos", "eos_token", "end_turn", "stop_sequence", "tool_calls")
+"""Finish reasons of answers; others, such as content_filter and abort, end none."""
+Answer = tuple["Message | None", str]
+"""An answer and why it ended, or None and why its prompt is left out."""
+Answers = Callable[[Sequence["Conversation"]], list[Answer]]
 
 
 def add_options(parser: Parser) -> None:
@@ -47,6 +58,8 @@ def add_options(parser: Parser) -> None:
     parser.add_argument(
         "--temperature", type=float, default=0.0, metavar="T", help="default: 0, the likeliest text"
     )
+    parser.add_argument("--top_p", type=float, metavar="P", help="default: the server's, or 1")
+    parser.add_argument("--system", metavar="TEXT", help="system message of prompts without one")
     parser.add_argument("--seed", type=int, default=0, metavar="S")
     parser.add_argument(
         "--rows_at_once", type=int, default=16, metavar="B", help="rows that are continued together"
@@ -55,39 +68,67 @@ def add_options(parser: Parser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Answer the prompts that have no answer yet, and print what is in the file."""
-    if min(arguments.max_new_tokens, arguments.rows_at_once) < 1 or arguments.temperature < 0:
+    names = ("model", "max_new_tokens", "temperature", "seed", "top_p")
+    sampling = {k: v for k in names if (v := getattr(arguments, k, None)) is not None}
+    counts, top_p = (arguments.max_new_tokens, arguments.rows_at_once), sampling.get("top_p", 1)
+    if min(counts) < 1 or arguments.temperature < 0 or not 0 < top_p <= 1:
         raise ConfigError(
-            "--max_new_tokens and --rows_at_once must be at least 1, --temperature at least 0"
+            "--max_new_tokens and --rows_at_once must be at least 1, --temperature at least 0, "
+            "--top_p above 0 and at most 1"
         )
-    prompts = read_prompts(arguments.data)
-    sampling = {k: getattr(arguments, k) for k in ("max_new_tokens", "temperature", "seed")}
-    sampling = {"model": arguments.model, **sampling}
-    size = arguments.rows_at_once
-    reasons = answered(arguments.to, prompts, sampling, rows_at_once=size)
+    prompts = read_prompts(arguments.data, system=getattr(arguments, "system", None))
+    reasons, left = answered(arguments.to, prompts, sampling), ""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("megakd").setLevel(logging.INFO)
     with print_aside():
         if len(reasons) < len(prompts):
-            from megakd.engine.collectives import doing, told
-
-            ask = _server(arguments) if arguments.url else _local(arguments)
-            starts = range(len(reasons), len(prompts), size)
-            with doing("answering"), arguments.to.open("a", encoding="utf-8") as file:
-                for first in told(starts, total=len(prompts) - len(reasons), each=size):
-                    block = prompts[first : first + size]
-                    for prompt, (text, reason) in zip(block, ask(block), strict=True):
-                        messages = [*prompt, {"role": "assistant", "content": text}]
-                        row = {"messages": messages, "finish_reason": reason, "sampling": sampling}
-                        file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                        reasons.append(reason)
-                    file.flush()
-                    os.fsync(file.fileno())
-    cut = reasons.count("length")
-    say(f"{arguments.to}: {len(reasons)} answers, of which {cut} reached --max_new_tokens")
+            left = _answer(arguments, prompts, sampling, reasons)
+    cut = [*reasons.values()].count("length")
+    say(f"{arguments.to}: {len(reasons)} answers, of which {cut} reached --max_new_tokens{left}")
 
 
-def read_prompts(path: Path) -> list[Messages]:
-    """Return the conversations of a file up to the last message of the user.
+def _answer(
+    arguments: argparse.Namespace,
+    prompts: Sequence[Conversation],
+    sampling: Mapping[str, Any],
+    reasons: dict[int, str],
+) -> str:
+    """Write the answers that the file lacks, and return how many prompts are left out, and why."""
+    from megakd.engine.collectives import doing, told
+
+    ask, size = (_server if arguments.url else _local)(arguments, sampling), arguments.rows_at_once
+    left: dict[str, list[str]] = {}
+    with doing("answering"), arguments.to.open("a", encoding="utf-8") as file:
+        for first in told(range(0, len(prompts), size), total=len(prompts), each=size):
+            asked = [n for n in range(len(prompts))[first : first + size] if n not in reasons]
+            if asked and not arguments.url:  # draws depend on the block, which a kill may have cut
+                asked = range(len(prompts))[first : first + size]
+            for n, (answer, reason) in zip(asked, ask([prompts[n] for n in asked]), strict=True):
+                if answer is None:
+                    texts = left.setdefault(reason.partition(":")[0], [])
+                    texts.append(f"prompt {n + 1} is left out: {reason}")
+                    if len(texts) <= 3:
+                        logger.warning("%s", texts[-1])
+                elif n not in reasons:
+                    row = {"messages": [*(prompts[n].messages or ()), answer], **_more(prompts[n])}
+                    row |= {"finish_reason": reason, "sampling": sampling}
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    reasons[n] = reason
+            file.flush()
+            os.fsync(file.fileno())
+            refused = (*left.get(REFUSED, ()), *left.get(UNREAD, ()))
+            if not reasons and len(refused) >= MOST_REFUSED:
+                break
+    counts = ", ".join(f"{len(texts)} {reason}" for reason, texts in left.items())
+    if not reasons:
+        first_text = next(iter(left.values()))[0]
+        raise ModelError(f"{arguments.model} answers no prompt ({counts}): {first_text}")
+    what = "prompts are left out, which the same command asks again"
+    return f"; {sum(map(len, left.values()))} {what}: {counts}" if left else ""
+
+
+def read_prompts(path: Path, *, system: str | None = None) -> list[Conversation]:
+    """Return the conversations of a file up to the last message of the user, with a system message.
 
     Raises:
         DataError: the file cannot be read, or a row is no conversation and no prompt.
@@ -105,143 +146,195 @@ def read_prompts(path: Path) -> list[Messages]:
             f"{path} holds no conversations: a row has {', '.join(known)}; it "
             f"has {', '.join(table.columns) or 'no column'}"
         )
-    return [_prompt(path, column, record) for record in table.records()]
+    return [_prompt(path, column, record, system) for record in table.records()]
 
 
-def _prompt(path: Path, column: str, record: Record | DataError) -> Messages:
-    from megakd.data.conversations import (
-        INPUT,
-        MESSAGES_DEFAULTS,
-        ChatColumns,
-        conversation_of,
-        messages_of,
-    )
+def _prompt(
+    path: Path, column: str, record: Record | DataError, system: str | None
+) -> Conversation:
+    from megakd.data import conversations as chats
 
     if isinstance(record, DataError):
         raise record
-    if column not in MESSAGES_DEFAULTS:
-        columns = ChatColumns(prompt=column, addition=INPUT, as_messages=True)
-        return conversation_of(str(path), columns, record).messages or []
-    where = f"{path}, {record.place}"
-    messages = messages_of(record.values.get(column), where=f"{where}: column {column!r}")
+    where, values = f"{path}, {record.place}", {**record.values}
+    if column in chats.MESSAGES_DEFAULTS:
+        values[column] = chats.messages_of(values.get(column), where=f"{where}: column {column!r}")
+    columns = chats.ChatColumns(prompt=column, addition=chats.INPUT, as_messages=True)
+    row = chats.conversation_of(str(path), columns, record._replace(values=values))
+    messages = row.messages or []
     asked = [n for n, one in enumerate(messages) if one["role"] in ("user", "tool")]
     if not asked:
         raise DataError(f"{where}: messages have no turn of the user to answer")
-    return messages[: asked[-1] + 1]
+    messages = messages[: asked[-1] + 1]
+    if system and not any(one["role"] in ("system", "developer") for one in messages):
+        messages = [{"role": "system", "content": system}, *messages]
+    prompt = replace(row, messages=messages, tools=row.tools or None)
+    prompt.to_json(where)  # what JSON cannot hold is refused here
+    return prompt
 
 
 def answered(
-    path: Path, prompts: Sequence[Messages], sampling: Mapping[str, Any], *, rows_at_once: int
-) -> list[str]:
-    """Return why each answer of an earlier start ended, and leave these answers in its file.
+    path: Path, prompts: Sequence[Conversation], sampling: Mapping[str, Any]
+) -> dict[int, str]:
+    """Return why the answers of earlier starts ended, by the numbers of their prompts.
 
-    A line that a kill has cut is removed, and a block of rows that was cut is drawn again as a
-    whole.
+    A line that a kill has cut is removed.
 
     Raises:
         DataError: the file holds answers to other prompts, or of other settings.
     """
     if not path.exists():
-        return []
+        return {}
+    from megakd.data.conversations import OPTIONS, TOOLS, Conversation, from_json
+
     # Not str.splitlines, which also cuts at U+2028 within a text.
     with path.open(encoding="utf-8", newline="\n") as file:
         lines = file.readlines()
-    whole, reasons = [line for line in lines if line.endswith("\n")], list[str]()
+    whole, reasons = [line for line in lines if line.endswith("\n")], dict[int, str]()
+    numbers: dict[str, list[int]] = {}
+    for number in reversed(range(len(prompts))):  # a prompt that occurs twice has two answers
+        numbers.setdefault(prompts[number].to_json(""), []).append(number)
     for number, line in enumerate(whole, 1):
-        row = json.loads(line) if line.startswith('{"messages": [') else {}
-        is_ours = number <= len(prompts) and row.get("messages", [])[:-1] == prompts[number - 1]
-        if not is_ours or row.get("sampling") != sampling:
-            other = f"settings ({row.get('sampling')})" if is_ours else "prompts"
+        row: Any = from_json(line) if line.startswith('{"messages": [') else None
+        row = row if isinstance(row, dict) else {"messages": []}
+        more = {"tools": row.get(TOOLS), "options": row.get(OPTIONS, {})}
+        left = numbers.get(Conversation(messages=row["messages"][:-1], **more).to_json(""))
+        if not left or row.get("sampling") != sampling:
+            other = f"settings ({row.get('sampling')})" if left else "prompts"
             raise DataError(f"{path}, line {number} is of other {other}; give another --to")
-        reasons.append(row["finish_reason"])
-    if len(whole) < len(prompts):
-        whole = whole[: len(whole) - len(whole) % rows_at_once]
+        reasons[left.pop()] = row["finish_reason"]
     if whole != lines:
         write_text(path, "".join(whole))
-    return reasons[: len(whole)]
+    return reasons
 
 
-def _local(arguments: argparse.Namespace) -> Answers:
+def _more(prompt: Conversation) -> dict[str, Any]:
+    # What a row has beside its messages, for requests and for the row of the answer.
+    more = {"tools": prompt.tools, "chat_template_kwargs": prompt.options}
+    return {key: value for key, value in more.items() if value}
+
+
+def _judged(message: Message, ending: str) -> Answer:
+    """Return a message with the keys that training reads, or None and why nothing is learned."""
+    from megakd.data.chat_template import REASONING_KEYS, without_reasoning
+    from megakd.data.conversations import Conversation, from_json, messages_of
+
+    if ending.lower() not in ENDED:
+        return None, f"finish_reason {ending}"
+    if message.get("refusal"):
+        return None, f"a refusal: {message['refusal']}"
+    is_cut = ending.lower() in CUT
+    reasoning = next((message[key] for key in REASONING_KEYS if message.get(key)), None)
+    calls = None if is_cut else message.get("tool_calls")  # a cut call is none
+    keys = {"content": message.get("content") or "", "tool_calls": calls or None}
+    keys |= {"role": "assistant", "reasoning_content": reasoning}
+    try:
+        (whole,) = messages_of([keys], where="its answer")
+        Conversation(messages=[whole]).to_json("its answer")
+    except DataError as error:
+        return None, f"{UNREAD}: {error}"
+    for call in whole.get("tool_calls", ()):
+        if not isinstance(from_json(call["function"]["arguments"] or {}), dict):
+            return None, f"{UNREAD}: the arguments of a call are no JSON object: {call}"
+    if not calls and not without_reasoning(whole["content"]).strip():
+        what = "reasoning without a text" if reasoning or whole["content"].strip() else "no text"
+        return None, f"{what} within --max_new_tokens" if is_cut else what
+    return whole, "length" if is_cut else "tool_calls" if calls else "stop"
+
+
+def _loaded(name: str) -> tuple[Any, Any]:
+    """Return the tokenizer and the model of a folder or of the Hub."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from megakd.config.sections import Sampling
     from megakd.data.files import silent_hub
-    from megakd.models.end_tokens import TextTokens, end_tokens_of
-    from megakd.models.generation import complete
 
-    folder = in_home(arguments.model)
+    folder = in_home(name)
     silent = None if folder.is_dir() else silent_hub()
     if folder.is_dir():
         check_given(folder, "TEACHER")
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(arguments.model)
-        model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto")
+        tokenizer: Any = AutoTokenizer.from_pretrained(name)
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
     except (OSError, ValueError) as error:
         problem = "is no causal language model"
         if silent:
             problem = "is not a local folder and cannot be downloaded from the Hub"
-        raise ModelError(f"{arguments.model} {problem}: {silent or first_line(error)}") from error
+        raise ModelError(f"{name} {problem}: {silent or first_line(error)}") from error
     if tokenizer.chat_template is None:
-        raise ModelError(
-            f"{arguments.model} has no chat template, which says where an answer begins"
-        )
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    ends = end_tokens_of(tokenizer, model.config, model.generation_config)
-    tokens = TextTokens(ends, tokenizer.pad_token_id or 0, len(tokenizer))
-    sampling = Sampling(arguments.max_new_tokens, arguments.temperature)
-    encode = partial(
-        tokenizer.apply_chat_template, add_generation_prompt=True, tokenize=True, return_dict=False
-    )
+        raise ModelError(f"{name} has no chat template, which says where an answer begins")
+    return tokenizer, model.to("cuda" if torch.cuda.is_available() else "cpu")
 
-    def answers(block: Sequence[Messages]) -> list[tuple[str, str]]:
-        prompts = [encode(messages) for messages in block]
+
+def _local(arguments: argparse.Namespace, how: Mapping[str, Any]) -> Answers:
+    from megakd.config.sections import Sampling
+    from megakd.config.task import TaskConfig
+    from megakd.data.chat_template import ChatTemplate
+    from megakd.models import generation
+    from megakd.models.architectures import context_length
+
+    tokenizer, model = _loaded(arguments.model)
+    ends = generation.end_tokens_of(tokenizer, model.config, model.generation_config)
+    tokens = generation.TextTokens(ends, tokenizer.pad_token_id or 0, len(tokenizer))
+    sampling = Sampling(arguments.max_new_tokens, arguments.temperature, how.get("top_p", 1.0))
+    template = ChatTemplate(tokenizer, TaskConfig(type="causal_lm"))
+    context, size = context_length(model.config), arguments.rows_at_once
+
+    def answers(block: Sequence[Conversation]) -> list[Answer]:
+        results: list[Answer] = [(None, REFUSED)] * len(block)
+        prompts: dict[int, list[int]] = {}
+        for number, prompt in enumerate(block):
+            try:
+                text = template.texts.shown(template.render(prompt, where="prompt 0").text)
+                ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+                generation.check_prompt_lengths([len(ids)], sampling.max_new_tokens, context)
+                prompts[number] = ids
+            except DataError as error:
+                results[number] = None, f"{REFUSED}: {str(error).removeprefix('prompt 0')}"
         # A seed by the prompts, so that a start that goes on draws as one that was never stopped.
-        seeds = [arguments.seed + sum(prompt) for prompt in prompts]
-        texts = complete(
-            model, prompts, seeds, sampling, tokens=tokens, rows_at_once=arguments.rows_at_once
+        seeds = [arguments.seed + sum(ids) for ids in prompts.values()]
+        texts = generation.complete(
+            model, [*prompts.values()], seeds, sampling, tokens=tokens, rows_at_once=size
         )
-        return [
-            (tokenizer.decode(one.ids, skip_special_tokens=True), _REASONS[one.finished])
-            for one in texts
-        ]
+        for number, text in zip(prompts, texts, strict=True):
+            content = tokenizer.decode(text.ids, skip_special_tokens=True)
+            results[number] = _judged({"content": content}, "stop" if text.finished else "length")
+        return results
 
     return answers
 
 
-def _server(arguments: argparse.Namespace) -> Answers:
+def _server(arguments: argparse.Namespace, how: Mapping[str, Any]) -> Answers:
     from pydantic import BaseModel
 
     from megakd.config.sections import address
+    from megakd.data.conversations import with_arguments
     from megakd.teachers.servers import JsonServer, running_calls
 
-    class Message(BaseModel):
-        content: str | None
-
     class Choice(BaseModel):
-        message: Message
+        message: dict[str, Any]
         finish_reason: str
 
     server = JsonServer(
         address(arguments.url), time_limit_s=600.0, key=os.environ.get("OPENAI_API_KEY")
     )
 
-    def ask(messages: Messages) -> tuple[str, str]:
-        body = {"model": arguments.model, "messages": messages, "seed": arguments.seed}
-        body |= {"max_tokens": arguments.max_new_tokens, "temperature": arguments.temperature}
-        choices = server.ask("/v1/chat/completions", body).read("choices", list[Choice])
-        if not choices:
-            raise ServerError(f"{arguments.url}: an answer has no choices")
-        text, reason = choices[0].message.content, choices[0].finish_reason
-        if text is None:
-            raise ServerError(
-                f"{arguments.url}: an answer of finish_reason {reason} has no content; start vLLM "
-                "without --reasoning-parser, which takes the reasoning out of the content, or "
-                "raise --max_new_tokens"
-            )
-        return text, reason
+    def ask(prompt: Conversation) -> Answer:
+        messages = [with_arguments(message, as_text=True) for message in prompt.messages or ()]
+        body = {**how, "messages": messages, **_more(prompt)}
+        body["max_tokens"] = body.pop("max_new_tokens")
+        reply = server.ask("/v1/chat/completions", body)
+        if reply.status not in (200, *PROMPT_STATUSES):
+            reply.check()
+        try:
+            choices = reply.read("choices", list[Choice])
+        except ServerError as error:
+            return None, f"{UNREAD if reply.status == 200 else REFUSED}: {error}"
+        each = [_judged(choice.message, choice.finish_reason) for choice in choices]
+        each.append((None, f"{UNREAD}: it has no choices"))
+        return next((answer for answer in each if answer[0]), each[0])
 
-    def answers(block: Sequence[Messages]) -> list[tuple[str, str]]:
+    def answers(block: Sequence[Conversation]) -> list[Answer]:
         return running_calls([partial(ask, one) for one in block], at_once=AT_ONCE)()
 
     return answers

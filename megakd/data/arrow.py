@@ -24,7 +24,7 @@ from datasets.fingerprint import generate_fingerprint
 from numpy.typing import NDArray
 
 from megakd.config.paths import without_compression
-from megakd.errors import DataError
+from megakd.errors import DataError, listed
 from megakd.process.files import read_signed, version_of, write_signed
 from megakd.process.terminal import in_home
 
@@ -236,12 +236,18 @@ def text_of(name: str, column: str, record: Record) -> str:
     return text
 
 
+PLACES_OF_A_CAUSE = 3
+CHARACTERS_OF_A_LINE = 300
+_PLACE = re.compile(r"(.*?, )((?:\S+ )?(?:line|row) \d+)(\b.*)", re.DOTALL)
+
+
 class BadRows(AbstractContextManager["BadRows"]):
     """A context that keeps the `DataError` of a row, so that the next rows are read too.
 
     Args:
         choice: `task.bad_rows`.
-        named: the number of errors to raise together, the last of them at once; or to log.
+        named: the number of errors to raise together, the last of them at once; or to log, of
+            which those with one cause are logged for its first three places.
     """
 
     def __init__(
@@ -249,26 +255,38 @@ class BadRows(AbstractContextManager["BadRows"]):
     ) -> None:
         self._drops, self._named = choice == "drop", named
         self.count, self.errors = 0, list[str]()
+        self._places: dict[tuple[str, str], list[str]] = {}  # by the text before and after them
 
     def __exit__(self, _: object, error: BaseException | None, trace: object) -> bool:
         if not isinstance(error, DataError):
             return False
         self.count += 1
-        if self._drops and self.count <= self._named:
-            logger.warning("a row is left out (task.bad_rows: drop): %s", error)
-        elif not self._drops:
+        if self.count <= self._named:
+            match = _PLACE.match(str(error))
+            before, place, after = match.groups() if match else (str(error), "", "")
+            places = self._places.setdefault((before, after), [])
+            # A stream is read several times.
+            if self._drops and place not in places and len({*places}) < PLACES_OF_A_CAUSE:
+                logger.warning("a row is left out (task.bad_rows: drop): %s", error)
+            places.append(place)
+        if not self._drops:
             self.errors.append(str(error))
             if self.count == self._named:
                 self.finish()
         return True
 
     def finish(self) -> None:
-        """Raise the kept errors as one, unless the rows are left out."""
+        """Raise the kept errors as one with a line per cause, unless the rows are left out."""
         if self.count == 1 and self.errors:
             raise DataError(self.errors[0])
         if self.errors:
+            lines = [f"{a}{listed(p, PLACES_OF_A_CAUSE)}{b}" for (a, b), p in self._places.items()]
             raise DataError(
                 f"{'the first ' if self.count == self._named else ''}{self.count} rows that cannot "
                 "be used (correct them, or set task.bad_rows: drop to leave them out):\n  "
-                + "\n  ".join(self.errors)
+                # The end of a message says what to do.
+                + "\n  ".join(
+                    line if len(line) <= CHARACTERS_OF_A_LINE else f"{line[:190]} … {line[-105:]}"
+                    for line in lines
+                )
             )

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
 from tiny_runs import write_jsonl
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -19,8 +21,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from megakd import cli
 from megakd.commands.answer import read_prompts
 from megakd.config.file import config_of
+from megakd.data.arrow import Record
+from megakd.data.conversations import ChatColumns, conversation_of
+from megakd.data.readers import files_table
 from megakd.data.splits import load_splits
 from megakd.errors import DataError
+from megakd.models import generation
+from megakd.models.generation import Completion
 
 UNKNOWN = "<unk>"
 WORDS = [UNKNOWN, "<pad>", "</s>", "user", "assistant", "what", "is", "a", "model"]
@@ -54,6 +61,7 @@ def teacher(tmp_path: Path) -> Path:
         vocab_size=len(WORDS), num_hidden_layers=1, max_position_embeddings=64, **sizes
     )
     folder = tmp_path / "teacher"
+    torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -68,7 +76,7 @@ def test_answers_of_weights_are_conversations_that_a_run_reads_and_go_on_after_a
 ):
     prompts, to = write_jsonl(tmp_path / "prompts.jsonl", QUESTIONS), tmp_path / "answers.jsonl"
     words = ["answer", str(teacher), f"--data={prompts}", f"--to={to}", "--max_new_tokens=5"]
-    words += ["--rows_at_once=2", "--temperature=1"]
+    words += ["--rows_at_once=2", "--temperature=1", "--seed=3"]
 
     assert cli.main(words) == 0
 
@@ -98,13 +106,14 @@ def test_answers_of_weights_are_conversations_that_a_run_reads_and_go_on_after_a
 
 
 @contextmanager
-def api(reply: dict[str, Any], asked: list[Any]) -> Iterator[str]:
+def api(reply: dict[str, Any], asked: list[Any], others: Any = None) -> Iterator[str]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             asked.append((self.path, self.headers.get("Authorization"), body))
-            text = json.dumps(reply).encode()
-            self.send_response(200)
+            status, tree = (others or {}).get(body["messages"][-1]["content"], (200, reply))
+            text = tree.encode() if isinstance(tree, str) else json.dumps(tree).encode()
+            self.send_response(status)
             self.send_header("Content-Length", str(len(text)))
             self.end_headers()
             self.wfile.write(text)
@@ -138,25 +147,154 @@ def test_an_api_is_asked_with_its_key_and_its_reasons_are_kept(tmp_path, monkeyp
     assert {body["model"] for *_, body in asked} == {"gpt"}
 
 
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+GOOD = {"choices": [{"message": {"content": "good"}, "finish_reason": "stop"}]}
+
+
+def ended(reason: str, **message: Any) -> tuple[int, Any]:
+    return 200, {"choices": [{"message": {"content": None, **message}, "finish_reason": reason}]}
+
+
 @pytest.mark.parametrize(
-    ("choice", "message"),
+    ("reply", "message"),
     [
-        ({"message": {"content": "one"}}, "choices.0.finish_reason: Field required"),
-        (
-            {"message": {"content": None, "reasoning": "one"}, "finish_reason": "length"},
-            "finish_reason length has no content; start vLLM without --reasoning-parser",
-        ),
+        ((200, {"choices": [{"message": {"content": "one"}}]}), "finish_reason: Field required"),
+        (ended("length", reasoning="one"), "3 reasoning without a text within --max_new_tokens"),
+        ((400, "max_tokens is unknown"), "(3 refused): prompt 1 is left out: refused: POST"),
+        ((404, "no such model"), "answered 404: no such model"),
     ],
 )
-def test_an_api_without_texts_or_finish_reasons_is_refused(tmp_path, capsys, choice, message):
+def test_an_api_that_answers_no_prompt_is_an_error(tmp_path, capsys, reply, message):
     prompts, to = write_jsonl(tmp_path / "prompts.jsonl", QUESTIONS), tmp_path / "answers.jsonl"
 
-    with api({"choices": [choice]}, []) as url:
+    with api({}, [], dict.fromkeys((row["question"] for row in QUESTIONS), reply)) as url:
         code = cli.main(["answer", "gpt", f"--data={prompts}", f"--to={to}", f"--url={url}"])
 
+    error = capsys.readouterr().err
     assert code == 2
-    assert message in capsys.readouterr().err
+    assert message in error
+    assert "vLLM" not in error
     assert to.read_text() == ""
+
+
+def test_settings_that_a_server_refuses_are_not_tried_with_all_prompts(tmp_path, capsys):
+    rows = [{"prompt": f"p{n}"} for n in range(40)]
+    prompts, to, asked = write_jsonl(tmp_path / "p.jsonl", rows), tmp_path / "a.jsonl", list[Any]()
+
+    with api({}, asked, {row["prompt"]: (400, "unknown key") for row in rows}) as url:
+        words = ["answer", "gpt", f"--data={prompts}", f"--to={to}", f"--url={url}"]
+        assert cli.main([*words, "--rows_at_once=8"]) == 2
+
+    assert len(asked) == 16
+    assert "answered 400: unknown key" in capsys.readouterr().err
+
+
+LEFT_OUT = {
+    "filter": (ended("content_filter", content="half of"), "finish_reason content_filter"),
+    "abort": (ended("abort", content="half of"), "finish_reason abort"),
+    "empty": (ended("stop", content=" "), "no text"),
+    "thought": (ended("stop", content="", reasoning_content="hm"), "reasoning without a text"),
+    "marked": (ended("stop", content="<think>hm</think>\n"), "reasoning without a text"),
+    "refusal": (ended("stop", refusal="I cannot"), "a refusal"),
+    "no call": (ended("tool_calls", tool_calls=[]), "no text"),
+    "half a call": (ended("length", tool_calls=[CALL]), "no text within --max_new_tokens"),
+    "too long": ((400, "the context has 16 tokens"), "refused"),
+    "no choice": ((200, {"choices": []}), "without a readable answer"),
+    "no json": ((200, '{"choices"'), "without a readable answer"),
+    "surrogate": (ended("stop", content="\ud800"), "without a readable answer"),
+    "bad call": (
+        ended("tool_calls", tool_calls=[{"function": {"name": "f", "arguments": "{a"}}]),
+        "without a readable answer",
+    ),
+}
+
+
+def test_prompts_without_an_answer_are_counted_by_reason_and_asked_again(tmp_path, capsys):
+    # Each is followed by one with an answer, which occurs more than once.
+    rows = [{"prompt": text} for name in LEFT_OUT for text in (name, "good")]
+    prompts, to = write_jsonl(tmp_path / "prompts.jsonl", rows), tmp_path / "answers.jsonl"
+    others, asked = {name: reply for name, (reply, _) in LEFT_OUT.items()}, list[Any]()
+    with api(GOOD, asked, others) as url:
+        words = ["answer", "gpt", f"--data={prompts}", f"--to={to}", f"--url={url}"]
+        words += ["--rows_at_once=4"]
+        first, line = cli.main(words), capsys.readouterr().out
+        again, same = cli.main(words), capsys.readouterr().out
+        del others["filter"]
+        cli.main(words)
+
+    assert (first, again) == (0, 0)
+    assert line == same
+    assert line.startswith(
+        f"{to}: 13 answers, of which 0 reached --max_new_tokens; 13 prompts are left out, "
+        "which the same command asks again: 1 finish_reason content_filter, "
+    )
+    counts = Counter(reason for _, reason in LEFT_OUT.values())
+    assert all(f"{count} {reason}" in line for reason, count in counts.items())
+    assert len(asked) == 26 + 13 + 13
+    assert [row["messages"][0]["content"] for row in rows_of(to)] == ["good"] * 13 + ["filter"]
+
+
+def test_tools_and_options_of_a_row_are_asked_kept_and_told_apart(tmp_path, capsys):
+    other = {"tools": TOOLS, "chat_template_kwargs": {"enable_thinking": False}, "id": 7}
+    turns = [{"role": "user", "content": "go"}, {"role": "assistant", "tool_calls": [CALL]}]
+    turns += [{"role": "tool", "content": "go on"}]
+    rows = [{"prompt": "go"}, {"prompt": "go", **other}, {"prompt": turns, **other}]
+    prompts, to = write_jsonl(tmp_path / "prompts.jsonl", rows), tmp_path / "answers.jsonl"
+    _, called = ended("tool_calls", tool_calls=[CALL], reasoning="hm", audio=None)
+    asked = list[Any]()
+    with api(called, asked) as url:
+        words = ["answer", "gpt", f"--data={prompts}", f"--to={to}", f"--url={url}"]
+        words += ["--top_p=0.5", "--rows_at_once=1"]
+        assert [cli.main(words), cli.main(words)] == [0, 0]
+        assert cli.main([*words, "--top_p=0.6"]) == 2
+        assert "is of other settings" in capsys.readouterr().err
+        write_jsonl(prompts, [rows[0], rows[2], {**rows[1], "tools": []}])
+        assert cli.main(words) == 2
+        assert "line 2 is of other prompts" in capsys.readouterr().err
+
+    written, bodies = rows_of(to), [body for *_, body in asked]
+    assert [body.get("tools") for body in bodies] == [None, TOOLS, TOOLS]
+    assert bodies[1]["chat_template_kwargs"] == {"enable_thinking": False}
+    assert {body["top_p"] for body in bodies} == {0.5}
+    assert bodies[2]["messages"][1]["tool_calls"][0]["function"]["arguments"] == '{"a": 1}'
+    assert [{*row} - {"messages", "sampling", "finish_reason"} for row in written] == [
+        set(),
+        {"tools", "chat_template_kwargs"},
+        {"tools", "chat_template_kwargs"},
+    ]
+    assert {row["finish_reason"] for row in written} == {"tool_calls"}
+    said = {"role": "assistant", "content": "", "reasoning_content": "hm", "tool_calls": [CALL]}
+    assert [row["messages"][-1] for row in written] == [said] * 3
+    columns, records = ChatColumns(messages="messages"), files_table([to], "answers").records()
+    read = [conversation_of("answers", columns, cast("Record", row)).tools for row in records]
+    assert read == [None, TOOLS, TOOLS]  # as training reads them
+
+
+def test_weights_read_tools_and_leave_out_what_does_not_fit(teacher, tmp_path, capsys, monkeypatch):
+    asked = list[str]()
+    template = "{% for t in tools or [] %}{{ t.function.name }} {% endfor %}" + TEMPLATE
+    (teacher / "chat_template.jinja").write_text(template + "{{ mood }}")
+    rows = [{"prompt": "what"}, {"prompt": "what " * 70}]
+    rows += [{"prompt": "small", "tools": TOOLS, "chat_template_kwargs": {"mood": "one"}}]
+    prompts, to = write_jsonl(tmp_path / "prompts.jsonl", rows), tmp_path / "answers.jsonl"
+
+    def complete(_: Any, ids: Any, *__: Any, **___: Any) -> list[Completion]:
+        asked.extend(" ".join(WORDS[token] for token in one) for one in ids)
+        return [Completion((WORDS.index("large"),), finished=True) for _ in ids]
+
+    monkeypatch.setattr(generation, "complete", complete)
+    code = cli.main(
+        ["answer", str(teacher), f"--data={prompts}", f"--to={to}", "--max_new_tokens=2"]
+    )
+
+    assert code == 0
+    assert asked == ["user what </s> assistant", "<unk> user small </s> assistant one"]
+    assert [row["messages"][-1]["content"] for row in rows_of(to)] == ["large", "large"]
+    assert rows_of(to)[1]["tools"] == TOOLS
+    assert (
+        "2 answers, of which 0 reached --max_new_tokens; 1 prompts are" in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize(
@@ -181,12 +319,22 @@ def test_tables_and_sharegpt_are_prompts_too(tmp_path):
     turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
     shared = write_jsonl(tmp_path / "prompts.jsonl", [{"conversations": turns}])
 
-    assert [row[0]["content"] for row in read_prompts(table)] == ["Sort.\n\nb, a", "Greet."]
-    assert read_prompts(shared) == [[{"role": "user", "content": "a"}]]
+    assert [row.text for row in read_prompts(table)] == ["Sort.\n\nb, a", "Greet."]
+    assert [row.messages for row in read_prompts(shared)] == [[{"role": "user", "content": "a"}]]
 
 
 def test_the_last_answer_of_a_conversation_is_left_out(tmp_path):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     path = write_jsonl(tmp_path / "prompts.jsonl", [{"messages": [*turns, *turns]}])
 
-    assert read_prompts(path) == [[*turns, turns[0]]]
+    assert [row.messages for row in read_prompts(path)] == [[*turns, turns[0]]]
+
+
+def test_a_system_message_goes_before_prompts_that_have_none(tmp_path):
+    own = [{"role": "system", "content": "own"}, {"role": "user", "content": "a"}]
+    path = write_jsonl(tmp_path / "prompts.jsonl", [{"messages": own}, {"messages": own[1:]}])
+
+    first, second = read_prompts(path, system="be brief")
+
+    assert first.messages == own
+    assert second.messages == [{"role": "system", "content": "be brief"}, own[1]]
