@@ -39,6 +39,9 @@ OF_STAGE = ("name", "steps", "seconds", "tokens_per_second", "peak_memory_bytes"
 FEW_LABELS, MOST_STEPS = 6, 12
 """Labels of which the terminal shows scores, and rows of a table over steps."""
 
+STANDARD_ERROR = "_standard_error"
+"""End of the keys of the standard errors of scores that are shares of rows."""
+
 _MOST_KEPT = 1.05
 
 LEAST_ROUNDS = 5
@@ -71,6 +74,7 @@ def tables(report: Report, *, most_labels: int) -> dict[str, Rows]:
             continue
         every = dict.fromkeys(key for one in items for key in one)
         keys = [key for key in every if any(one.get(key) is not None for one in items)]
+        keys = [key for key in keys if not key.endswith(STANDARD_ERROR)]
         if name == "stages":
             keys = [key for key in keys if key in OF_STAGE or is_text_metric(key)]
         if "step" in keys:  # evenly spaced, with both ends
@@ -78,7 +82,13 @@ def tables(report: Report, *, most_labels: int) -> dict[str, Rows]:
             most = min(len(items), MOST_STEPS)
             items = [items[number * last // max(1, most - 1)] for number in range(most)]
         titles = [key.removeprefix(TEXT_METRIC).replace("_", " ") for key in keys]
-        shown[title] = [titles, *([cell(key, one.get(key)) for key in keys] for one in items)]
+        shown[title] = [
+            titles,
+            *(
+                [cell(k, one.get(k)) + _spread(one.get(k + STANDARD_ERROR), ".4f") for k in keys]
+                for one in items
+            ),
+        ]
     return shown
 
 
@@ -143,6 +153,10 @@ def score(name: str, value: object) -> str:
     return f"{value:.3f}" if lower_is_better(name) else f"{value:.1%}"
 
 
+def _spread(error: object, form: str = ".1%") -> str:
+    return f" ±{error:{form}}" if is_number(error) else ""
+
+
 def model_rows(report: Report) -> Rows:
     """Return a row per model: sizes, scores, and times at each batch."""
     metrics, whole = shown_metrics(report), report.get(f"{TEACHER}.parameters")
@@ -155,7 +169,9 @@ def model_rows(report: Report) -> Rows:
         if whole:
             mine = report.get(f"{model}.parameters")
             row.append(("smaller", f"{whole / mine:.1f}x" if mine else "-"))
-        row += [(name, score(name, report.get(f"{model}.{name}"))) for name in metrics]
+        for name in metrics:
+            value, error = (report.get(f"{model}.{name}{end}") for end in ("", STANDARD_ERROR))
+            row.append((name, score(name, value) + _spread(error)))
         if whole:
             row.append((against, against_teacher(report, model)))
         for batch in report["batches"]:
@@ -213,6 +229,8 @@ def notes(report: Report) -> list[str]:
     get, lines = report.get, list[str]()
     if lower := [name for name in shown_metrics(report) if lower_is_better(name)]:
         lines.append(f"{', '.join(lower)}: lower is better")
+    if any(key.endswith(STANDARD_ERROR) for key in report):
+        lines.append(f"±: standard error of a share of the {report['rows']:,} scored rows")
     if parts := get(f"{STUDENT}.parts"):
         weights = cell("parameters", get(f"{STUDENT}.parameters"))
         lines.append(f"student: {parts} of its teacher · {weights} weights")

@@ -7,6 +7,7 @@ fp32 and as int8 graphs, if onnxruntime is installed.
 from __future__ import annotations
 
 import logging
+import operator
 import shutil
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from megakd.config.task import LANGUAGE_TASKS, STUDENT, TEACHER, TFIDF, THRESHOLD
+from megakd.config.task import LANGUAGE_TASKS, STUDENT, TEACHER, TFIDF, THRESHOLD, TaskType
 from megakd.data.batch import IGNORE
 from megakd.data.loader import evaluation_batches, lengths_of_rows
 from megakd.data.rows import is_labelled
@@ -55,6 +56,7 @@ from megakd.reports.report_file import (
     derived_warnings,
     environment,
     read_history,
+    standard_errors,
 )
 from megakd.reports.table import OF_STAGE
 from megakd.run.run_lab import RunLab
@@ -63,7 +65,7 @@ from megakd.stage import StageResult
 from megakd.training.assembly import Assembly
 from megakd.training.evaluation import few
 from megakd.training.lab import Report
-from megakd.training.metrics import decided, score_words
+from megakd.training.metrics import decided, right_shares, same_class, score_words
 from megakd.training.precision import TORCH_DTYPE, scoring_dtype
 
 logger = logging.getLogger(__name__)
@@ -208,7 +210,7 @@ def graph_scores(
             return right.masked_fill(labels[:, 0].isnan(), torch.nan)
         if labels.is_floating_point():
             return -((answers[:, 0] - labels) ** 2)
-        right = (answers.argmax(1) == labels).double()
+        right = torch.from_numpy(right_shares(answers.numpy(), labels.clamp(min=0).numpy()))
         return right.masked_fill(labels == IGNORE, torch.nan)
 
     sizes = (1, assembly.scorer().batch_size)
@@ -270,6 +272,8 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
             numbers[f"{name}.{LOSS_ERROR}"] = error
     for row, entries in graphs.items():
         numbers |= {f"{row}.{key}": value for key, value in entries.items()}
+    rows, classifies = row_count(prepared.splits.held_out), config.task.type == "classification"
+    numbers |= standard_errors(numbers, rows * classifies)
     numbers |= _latency(lab, student.folder, reference, [*graphs])
     if reference is not None:  # in a pool, `teacher` is the largest
         mine = [key for key in numbers if key.startswith(f"{reference}.")]
@@ -280,6 +284,7 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
         "data": read_line(prepared.splits),
         "metric_name": prepared.metric.name,
         "metrics": [n for n in measured[STUDENT].report["metrics"] if n != THRESHOLD],
+        "rows": rows,
         "evaluated_on": "test" if prepared.encoded.test is not None else "validation",
         "models": [
             *(name for name in (*teachers, *folders) if f"{name}.parameters" in numbers),
@@ -292,8 +297,9 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
         **numbers,
         **{f"{one.name}.sparsity": one.sparsity for one in record.assistants},
         "evaluation_sets": [
-            {"set": of_set, "model": name, "rows": row_count(rows), **one.sets[of_set]}
-            for of_set, rows in prepared.splits.evaluation_sets.items()
+            {"set": of_set, "model": name, "rows": (count := row_count(of)), **one.sets[of_set]}
+            | standard_errors(one.sets[of_set], count * classifies)
+            for of_set, of in prepared.splits.evaluation_sets.items()
             for name, one in measured.items()
         ],
         "candidates": record.candidates,
@@ -303,7 +309,7 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
         "pruning": record.pruning,
         "stages": [{**{k: getattr(o, k) for k in OF_STAGE}, **o.metrics} for o in lab.results],
         "samples": _samples(lab, measured, reference),
-        **_vocabulary(prepared.pair),
+        **_vocabulary(prepared.pair, config.task.type, len(prepared.tokenizer)),
         **{f"seconds.{name}": value for name, value in seconds().items()},
         **environment(
             ranks=ranks.world_size,
@@ -330,9 +336,9 @@ def _samples(
     return [{"prompt": prompt, "teacher": a, "student": b} for prompt, a, b in rows]
 
 
-def _vocabulary(pair: VocabularyPair | None) -> dict[str, Any]:
+def _vocabulary(pair: VocabularyPair | None, task: TaskType, size: int) -> dict[str, Any]:
     if pair is None:
-        return {}
+        return {"vocabulary.size": size} if task in LANGUAGE_TASKS else {}
     return {
         "vocabulary.type": "wordpiece",
         "vocabulary.size": len(pair.student),
@@ -392,8 +398,8 @@ def _entries(
         entries |= {} if trained is None else {"trained_parameters": trained}
         mine = measured.predicted
         if mine and len(mine) == len(theirs):
-            agreed = sum(a == b for a, b in zip(mine, theirs, strict=True))
-            entries["agreement"] = agreed / len(mine)
+            same = operator.eq if THRESHOLD in metrics else same_class
+            entries["agreement"] = statistics.fmean(map(same, mine, theirs))
     return {f"{name}.{key}": value for key, value in entries.items()}
 
 

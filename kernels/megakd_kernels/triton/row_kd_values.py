@@ -93,11 +93,10 @@ def store_values(
         loss = (hard_peak.to(tl.float64) - target) + tl.log(hard_sum)
         tl.store(values + CE_SLOT * rows + row, loss.to(tl.float32))
         hard_scale = (ce / hard_sum).to(tl.float32)
-        if SOFT & PARTS:
-            if not (TEMPERED & PARTS):
-                # The q of cross-entropy is the q of the divergences times a factor per row.
-                share = tl.exp2((peak - hard_peak) * LOG2_E) * (q_sum / hard_sum)
-                constant += ce * share.to(tl.float32)
+        if SOFT & PARTS and not (TEMPERED & PARTS):
+            # The q of cross-entropy is the q of the divergences times a factor per row.
+            share = tl.exp2((peak - hard_peak) * LOG2_E) * (q_sum / hard_sum)
+            constant += ce * share.to(tl.float32)
     factors = (
         (1.0 / q_sum).to(tl.float32), (factor * on_forward / p_sum).to(tl.float32),
         constant, factor * on_reverse, (1 - beta) * factor * on_jsd,
