@@ -198,7 +198,7 @@ def _guessing(report: Report) -> Iterator[str]:
 
 def _of_few_rows(report: Report) -> Iterator[str]:
     rows = report.get("rows", MANY_ROWS)
-    if rows < MANY_ROWS and "vocabulary.size" not in report:  # a text has many targets
+    if rows < MANY_ROWS:
         yield (
             f"only {rows} rows were scored, fewer than {MANY_ROWS}: small differences of scores "
             "are chance; set task.test_files or task.validation_files to more rows"

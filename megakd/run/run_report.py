@@ -22,7 +22,7 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from megakd.config.task import LANGUAGE_TASKS, STUDENT, TEACHER, TFIDF, THRESHOLD, TaskType
+from megakd.config.task import LANGUAGE_TASKS, STUDENT, TEACHER, TFIDF, THRESHOLD
 from megakd.data.batch import IGNORE
 from megakd.data.loader import evaluation_batches, lengths_of_rows
 from megakd.data.rows import is_labelled
@@ -272,9 +272,7 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
             numbers[f"{name}.{LOSS_ERROR}"] = error
     for row, entries in graphs.items():
         numbers |= {f"{row}.{key}": value for key, value in entries.items()}
-    rows, classifies = row_count(prepared.splits.held_out), config.task.type == "classification"
-    numbers |= standard_errors(numbers, rows * classifies)
-    numbers |= _latency(lab, student.folder, reference, [*graphs])
+    numbers |= _of_rows(lab, numbers) | _latency(lab, student.folder, reference, [*graphs])
     if reference is not None:  # in a pool, `teacher` is the largest
         mine = [key for key in numbers if key.startswith(f"{reference}.")]
         numbers |= {f"{TEACHER}{key.removeprefix(reference)}": numbers[key] for key in mine}
@@ -284,7 +282,6 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
         "data": read_line(prepared.splits),
         "metric_name": prepared.metric.name,
         "metrics": [n for n in measured[STUDENT].report["metrics"] if n != THRESHOLD],
-        "rows": rows,
         "evaluated_on": "test" if prepared.encoded.test is not None else "validation",
         "models": [
             *(name for name in (*teachers, *folders) if f"{name}.parameters" in numbers),
@@ -297,9 +294,9 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
         **numbers,
         **{f"{one.name}.sparsity": one.sparsity for one in record.assistants},
         "evaluation_sets": [
-            {"set": of_set, "model": name, "rows": (count := row_count(of)), **one.sets[of_set]}
-            | standard_errors(one.sets[of_set], count * classifies)
-            for of_set, of in prepared.splits.evaluation_sets.items()
+            {"set": of_set, "model": name, "rows": row_count(rows), **one.sets[of_set]}
+            | (standard_errors(one.sets[of_set], row_count(rows)) if "rows" in numbers else {})
+            for of_set, rows in prepared.splits.evaluation_sets.items()
             for name, one in measured.items()
         ],
         "candidates": record.candidates,
@@ -309,7 +306,7 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
         "pruning": record.pruning,
         "stages": [{**{k: getattr(o, k) for k in OF_STAGE}, **o.metrics} for o in lab.results],
         "samples": _samples(lab, measured, reference),
-        **_vocabulary(prepared.pair, config.task.type, len(prepared.tokenizer)),
+        **_vocabulary(prepared.pair),
         **{f"seconds.{name}": value for name, value in seconds().items()},
         **environment(
             ranks=ranks.world_size,
@@ -320,7 +317,8 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
     if ranks.is_main:
         remove_graphs(config.output_dir)
     history = config.output_dir / "metrics.jsonl"
-    report["warnings"] = on_main(lambda: derived_warnings(report, read_history(history)))
+    known = report if "rows" in report else {"vocabulary.size": len(prepared.tokenizer), **report}
+    report["warnings"] = on_main(lambda: derived_warnings(known, read_history(history)))
     return report
 
 
@@ -336,9 +334,17 @@ def _samples(
     return [{"prompt": prompt, "teacher": a, "student": b} for prompt, a, b in rows]
 
 
-def _vocabulary(pair: VocabularyPair | None, task: TaskType, size: int) -> dict[str, Any]:
+def _of_rows(lab: RunLab, scores: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the number of scored rows and the errors of shares of them; none of texts."""
+    if lab.config.task.type in LANGUAGE_TASKS:
+        return {}
+    rows = row_count(lab.assembly.prepared.splits.held_out)
+    return {"rows": rows, **standard_errors(scores, rows)}
+
+
+def _vocabulary(pair: VocabularyPair | None) -> dict[str, Any]:
     if pair is None:
-        return {"vocabulary.size": size} if task in LANGUAGE_TASKS else {}
+        return {}
     return {
         "vocabulary.type": "wordpiece",
         "vocabulary.size": len(pair.student),

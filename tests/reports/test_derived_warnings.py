@@ -76,7 +76,7 @@ REPEAT = "the baseline alone scores {}% accuracy, the student 70.0%; repeat both
         (several(0.628, 100, 50), "student: the loss 0.628 is not below 0.628, that of guessing"),
         (several(0.1, 100, 50, on="validation"), "the threshold was chosen on the rows that are"),
         (
-            language_report(**{"vocabulary.size": 10, "student__loss": math.log(10), "rows": 3}),
+            language_report(**{"vocabulary.size": 10, "student__loss": math.log(10)}),
             "student: the loss 2.303 is not below 2.303, that of guessing",
         ),
         (classified(rows=99), "only 99 rows were scored, fewer than 100: small differences"),
@@ -153,7 +153,7 @@ def test_a_warning_begins_the_page():
         classified(student__loss=0.69, teacher__loss=0.5, rows=100, student__calibration_error=0.2)
         | labels(0.9, 0.9, rows=50),
         several(0.62, 100, 50),
-        language_report(**{"vocabulary.size": 11, "rows": 3}),
+        language_report(**{"vocabulary.size": 11}),
     ],
 )
 def test_a_run_as_it_should_be_has_no_warning(report):
