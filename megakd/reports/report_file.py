@@ -156,8 +156,8 @@ NOISE = 0.01
 def derived_warnings(report: Report, history: Iterable[Mapping[str, Any]]) -> list[str]:
     """Return the warnings of a report and of the records of its metrics.jsonl."""
     rising = rising_teachers(report["teachers"], report["metric_name"], history)
-    beside = (*_chance(report), *_guessing(report), *_of_few_rows(report))
-    return [*_of_labels(report), *_of_scores(report), *rising, *beside]
+    parts = (_of_labels, _of_scores, _chance, _of_probabilities, _of_few_rows)
+    return [*rising, *(warning for part in parts for warning in part(report))]
 
 
 def standard_errors(scores: Mapping[str, Any], rows: int) -> dict[str, float]:
@@ -184,21 +184,25 @@ def _loss_of_guessing(report: Report) -> float:
     return (nats - sum((1 - s) * math.log(1 - s) for s in shares if s < 1)) / len(shares)
 
 
-def _guessing(report: Report) -> Iterator[str]:
+def _of_probabilities(report: Report) -> Iterator[str]:
     guess = _loss_of_guessing(report)
     for name in (TEACHER, STUDENT):
-        loss = report.get(f"{name}.loss")
+        loss, error = (report.get(f"{name}.{key}") for key in ("loss", "calibration_error"))
         if is_number(loss) and loss >= guess - ROUNDING:
             yield (
                 f"{name}: the loss {loss:.3f} is not below {guess:.3f}, that of guessing: it has "
                 "learnt nothing, or is sure of wrong answers; train longer, try another "
                 "train.learning_rate, and look for wrong labels"
             )
+        if is_number(error) and error > MOST_MISCALIBRATED:
+            yield (
+                f"{name}: the calibration error is {error:.1%}: do not use its probabilities as "
+                "such; train shorter, or fit a temperature on validation rows"
+            )
 
 
 def _of_few_rows(report: Report) -> Iterator[str]:
-    rows = report.get("rows", MANY_ROWS)
-    if rows < MANY_ROWS:
+    if (rows := report.get("rows", MANY_ROWS)) < MANY_ROWS:
         yield (
             f"only {rows} rows were scored, fewer than {MANY_ROWS}: small differences of scores "
             "are chance; set task.test_files or task.validation_files to more rows"
@@ -208,13 +212,6 @@ def _of_few_rows(report: Report) -> Iterator[str]:
             f"the {THRESHOLD} was chosen on the rows that are scored, so the scores are too good; "
             "set task.test_files to other rows"
         )
-    for name in (TEACHER, STUDENT):
-        error = report.get(f"{name}.calibration_error")
-        if is_number(error) and error > MOST_MISCALIBRATED:
-            yield (
-                f"{name}: the calibration error is {error:.1%}: do not use its probabilities as "
-                "such; train shorter, or fit a temperature on validation rows"
-            )
 
 
 def _of_labels(report: Report) -> Iterator[str]:

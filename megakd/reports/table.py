@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -82,13 +83,8 @@ def tables(report: Report, *, most_labels: int) -> dict[str, Rows]:
             most = min(len(items), MOST_STEPS)
             items = [items[number * last // max(1, most - 1)] for number in range(most)]
         titles = [key.removeprefix(TEXT_METRIC).replace("_", " ") for key in keys]
-        shown[title] = [
-            titles,
-            *(
-                [cell(k, one.get(k)) + _spread(one.get(k + STANDARD_ERROR), ".4f") for k in keys]
-                for one in items
-            ),
-        ]
+        texts = ([_with_error(one, key, partial(cell, key)) for key in keys] for one in items)
+        shown[title] = [titles, *texts]
     return shown
 
 
@@ -153,8 +149,10 @@ def score(name: str, value: object) -> str:
     return f"{value:.3f}" if lower_is_better(name) else f"{value:.1%}"
 
 
-def _spread(error: object, form: str = ".1%") -> str:
-    return f" ±{error:{form}}" if is_number(error) else ""
+def _with_error(values: Mapping[str, Any], key: str, shown: Callable[[object], str]) -> str:
+    """Return a value as text, with the standard error if there is one."""
+    error = values.get(key + STANDARD_ERROR)
+    return shown(values.get(key)) + (f" ±{shown(error)}" if is_number(error) else "")
 
 
 def model_rows(report: Report) -> Rows:
@@ -169,9 +167,9 @@ def model_rows(report: Report) -> Rows:
         if whole:
             mine = report.get(f"{model}.parameters")
             row.append(("smaller", f"{whole / mine:.1f}x" if mine else "-"))
-        for name in metrics:
-            value, error = (report.get(f"{model}.{name}{end}") for end in ("", STANDARD_ERROR))
-            row.append((name, score(name, value) + _spread(error)))
+        row += [
+            (name, _with_error(report, f"{model}.{name}", partial(score, name))) for name in metrics
+        ]
         if whole:
             row.append((against, against_teacher(report, model)))
         for batch in report["batches"]:
