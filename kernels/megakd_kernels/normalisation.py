@@ -72,7 +72,7 @@ class Normalisation:
             loss = weighted_total(objective, divergences, ce)
         else:
             loss = values.total * (reduction_scale(objective, count, ce) * self.magnitude)
-        return KDOutput.of(loss, divergences, ce, values.agrees & self.compared, count)
+        return KDOutput.of(loss, divergences, ce, values.agrees * self.compared, count)
 
 
 def _relative(

@@ -171,7 +171,7 @@ def _(  # noqa: PLR0913, PLR0917, the signature of the operator
     formed = StudentGradients.empty(
         Side(student_hidden, student_weight, None), Needed(*needed), kd_factor.dtype
     )
-    values = _empty_values(kd_factor, valid, divergences, with_teacher=teacher_hidden is not None)
+    values = _empty_values(kd_factor, divergences, with_teacher=teacher_hidden is not None)
     return (*values, formed.hidden, formed.weight, formed.bias)
 
 
@@ -286,20 +286,20 @@ def _(  # noqa: PLR0913, PLR0917, the signature of the operator
     implementation: str, *options: object,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     del labels, ce_factor, weights, numbers, shared, with_ce, options
-    values = _empty_values(kd_factor, valid, divergences, with_teacher=teacher_logits is not None)
+    values = _empty_values(kd_factor, divergences, with_teacher=teacher_logits is not None)
     gradient = _gradient_of_logits(student_logits, kd_factor, implementation, needed=needed)
     return (*values, gradient)
 
 
 def _empty_values(
-    factor: Tensor, valid: Tensor, divergences: str, *, with_teacher: bool
+    factor: Tensor, divergences: str, *, with_teacher: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     kinds = len(divergences.split(",")) if with_teacher else 0
     return (
         factor.new_empty(()),
         factor.new_empty(kinds, len(factor)),
         torch.empty_like(factor),
-        torch.empty_like(valid),
+        torch.empty_like(factor),
     )
 
 

@@ -43,12 +43,12 @@ def kd_loss(
     student = warped(_taken(student, kept).to(dtype), warps[0])
     values = student.new_zeros(0, len(student))
     if teacher is None:
-        agrees = _is_right(student, counted.labels) & counted.labelled
+        agrees = chance_of_label(student, counted.labels) * counted.labelled
     else:
         teacher = warped(_taken(teacher, kept).detach().to(dtype), warps[1])
         soft = _without_gradient_at_weight_0(student[:, :shared], objective)
         values = divergence_rows(soft, teacher[:, :shared], objective)
-        agrees = _share_a_maximum(student[:, :shared], teacher[:, :shared])
+        agrees = _chance_of_one_id(student[:, :shared], teacher[:, :shared])
     ce = _cross_entropy_rows(student, counted, objective)
     weighted = values * counted.weight
     total, count = weighted_total(objective, weighted, ce), rows.valid.sum()
@@ -59,7 +59,7 @@ def kd_loss(
         loss = total.sum() + student[:0].sum()
         loss = loss * reduction_scale(objective, count, total)
     divergences, hard = (_spread(part.detach(), kept, rows) for part in (weighted, ce))
-    agreed = agrees if kept is None else spread(agrees, kept, len(rows.valid))
+    agreed = _spread(agrees, kept, rows)
     return KDOutput.of(loss.to(rows.weight.dtype), divergences, hard, agreed, count)
 
 
@@ -165,18 +165,23 @@ def _without_gradient_at_weight_0(student: Tensor, objective: Objective) -> Tens
     return torch.where(weight != 0, student, student.detach())
 
 
-def _is_right(student: Tensor, labels: Tensor | None) -> Tensor:
-    """Return [N] bool: whether the label is a most likely id.
+def chance_of_label(student: Tensor, labels: Tensor | None) -> Tensor:
+    """Return [N], the probability that one of the most likely ids, drawn at random, is the label.
 
     Raises:
         ValueError: there are no labels.
     """
     if labels is None:
         raise ValueError("rows without a teacher need labels")
-    return (student.gather(1, labels[:, None]) == student.amax(-1, keepdim=True)).squeeze(1)
+    return _choices(student).gather(1, labels[:, None]).squeeze(1)
 
 
-def _share_a_maximum(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return [N] bool: whether some id is a most likely id of both models."""
-    is_top = student == student.amax(-1, keepdim=True)
-    return (is_top & (teacher == teacher.amax(-1, keepdim=True))).any(-1)
+def _chance_of_one_id(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return [N], the probability that both models draw the same of their most likely ids."""
+    return (_choices(student) * _choices(teacher)).sum(-1)
+
+
+def _choices(logits: Tensor) -> Tensor:
+    """Return [N, V], the distribution of the choice: one over the number of equal maxima."""
+    is_top = (logits == logits.detach().amax(-1, keepdim=True)).to(logits.dtype)
+    return is_top / is_top.sum(-1, keepdim=True).clamp(min=1)  # a row with NaN has no maximum

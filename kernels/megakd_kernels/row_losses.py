@@ -99,11 +99,12 @@ class RowLosses:
         if inputs.labels is None:
             raise ValueError("rows without a teacher need labels")
         hard = self._hard_softmax(student, inputs.labels, student)
+        agrees = _chance_of_match(hard.is_right, (hard.exponentials, hard.total))
         if self.plan.with_gradient:
             student.mul_(inputs.ce_factor[:, None] / hard.total)
             self._subtract_target_(student, inputs)
         empty = student.new_empty(0, len(student))
-        return RowTerms(empty, hard.loss.squeeze(1), hard.is_right)
+        return RowTerms(empty, hard.loss.squeeze(1), agrees)
 
     def _hard_softmax(self, student: Tensor, labels: Tensor, out: Tensor) -> _HardSoftmax:
         target = student.gather(1, labels[:, None])
@@ -123,11 +124,12 @@ class RowLosses:
         student.sub_(peak)
         teacher.sub_(teacher_peak)
         # Both are at most 0, and 0 at their maxima; an argmax would take eight times as long.
-        agrees = torch.add(student, teacher, out=product).amax(-1) == 0
+        is_common = torch.add(student, teacher, out=product).amax(-1) == 0
         bits = 1 / (LOG2 * temperature)  # exp2 is the cheapest exponential
         # Summed in fp64: an error of the sum is an error of every gap, and no mean removes it.
         q_sum = student.mul_(bits).exp2_().sum(-1, keepdim=True, dtype=torch.float64)
         p_sum = teacher.mul_(bits).exp2_().sum(-1, keepdim=True, dtype=torch.float64)
+        agrees = _chance_of_match(is_common, (student, q_sum), (teacher, p_sum))
         # The gap of an id that both models exclude is 0. A NaN logit still shows in q_sum or p_sum.
         gap.nan_to_num_(nan=0.0, posinf=_IMPOSSIBLE, neginf=-_IMPOSSIBLE)
         if temperature != 1.0:
@@ -184,6 +186,24 @@ class _HardSoftmax(NamedTuple):
     exponentials: Tensor  # [R, V]
     total: Tensor  # [R, 1]
     is_right: Tensor  # [R] bool, whether the target is a most likely id
+
+
+def _chance_of_match(is_common: Tensor, *models: tuple[Tensor, Tensor]) -> Tensor:
+    """Return [R], the probability that models draw the same of their equal maxima.
+
+    Args:
+        is_common: [R] bool, whether an id is a maximum of every model (of one model: whether the
+            label is one).
+        models: of each, exp of the logits minus their maximum [R, V], and the sum of a row [R, 1].
+    """
+    chance = is_common.to(models[0][0].dtype)
+    may_tie = is_common & (torch.cat([total for _, total in models], 1) >= 2).any(1)
+    # The rows are read only on a CPU, where reading is free: most rows need no pass.
+    rows = may_tie.nonzero().squeeze(1) if may_tie.is_cpu else slice(None)
+    tops = [exponentials[rows] == 1 for exponentials, _ in models]
+    common = (tops[0] & tops[1]).sum(1) if len(tops) > 1 else 1
+    chance[rows] *= common / math.prod(top.sum(1).clamp(min=1) for top in tops)
+    return chance
 
 
 def _near_(teacher: Tensor, teacher_peak: Tensor, peak: Tensor) -> Tensor:

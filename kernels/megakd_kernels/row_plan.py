@@ -82,7 +82,7 @@ NO_BIASES = Biases()
 
 
 class RowTerms(NamedTuple):
-    """Values per row: divergences [n_div, R] (with value_scale), ce [R], agrees [R] bool."""
+    """Values per row: divergences [n_div, R] (with value_scale), ce [R], agrees [R]."""
 
     divergences: Tensor
     ce: Tensor

@@ -31,7 +31,7 @@ class RowValues(NamedTuple):
     total: scalar, sum over rows of kd_factor * mixture . divergences + ce_factor * ce; the
         formed gradients are gradients of this total.
     divergences: [n_div, N], with value_scale, without weights.
-    ce: [N]. agrees: [N] bool.
+    ce, agrees: [N].
     """
 
     total: Tensor
@@ -83,7 +83,7 @@ class RowScorer:
     def __init__(self, kernel: RowKernel, plan: RowPlan, factors: RowFactors, block: int) -> None:
         self._kernel, self._plan, self._factors, self._block = kernel, plan, factors, block
         self._divergences = factors.kd.new_zeros(len(plan.mixture), len(factors.kd))
-        self._ce, self._agrees = torch.zeros_like(factors.kd), torch.zeros_like(factors.valid)
+        self._ce, self._agrees = torch.zeros_like(factors.kd), torch.zeros_like(factors.kd)
 
     def run_(
         self, rows: slice, student: Tensor, teacher: Tensor | None, gradient: Tensor | None

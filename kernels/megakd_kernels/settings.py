@@ -50,11 +50,11 @@ class KDOutput(NamedTuple):
         `t_squared`, times token_weight, summed over the valid rows. Empty without a teacher.
     ce_sum: token_weight times hard-label cross-entropy, summed; 0 if not requested.
     n_valid: number of rows that count, int64.
-    agreement: number of valid rows whose most likely shared id is the same for both models
-        (of several equal maxima, one in common is enough); without a teacher, number of valid
-        rows whose label is a most likely id. int64.
-    row_divergences, row_ce, row_agrees: [n_div, N], [N], [N] bool, the terms of these sums, 0 for
-        a row that does not count. They separate groups of rows that one call scores together.
+    agreement: number of valid rows whose most likely shared id is the same for both models;
+        without a teacher, number of valid rows whose label is the most likely id. Of several
+        equal maxima a model chooses one at random: a row counts with the probability of a match.
+    row_divergences, row_ce, row_agrees: [n_div, N], [N], [N], the terms of these sums, 0 for a
+        row that does not count. They separate groups of rows that one call scores together.
     """
 
     loss: Tensor

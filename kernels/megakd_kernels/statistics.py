@@ -24,9 +24,9 @@ class LinearStats(NamedTuple):
     ce_sum: token_weight * hard-label cross-entropy at temperature 1, nats; 0 without labels.
     teacher_entropy_sum: token_weight * entropy of the teacher at the temperature, nats. Its
         sum with kl_sum is the cross-entropy against the teacher; the entropy is the lower bound.
-    agreement: number of rows whose most likely shared id is the same for both models (of several
-        equal maxima, one in common is enough); without a teacher, number of rows whose label is
-        a most likely id. int64, not weighted.
+    agreement: number of rows whose most likely shared id is the same for both models; without a
+        teacher, number of rows whose label is the most likely id; not weighted. Of several equal
+        maxima a model chooses one at random: a row counts with the probability of a match.
     n_valid: number of rows that count, int64.
     """
 

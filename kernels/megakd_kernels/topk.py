@@ -205,13 +205,12 @@ def _reference(student: Side, teacher: TopK, rows: Rows, objective: Objective) -
     ce = torch.zeros_like(divergence)
     if objective.wants_ce and rows.labels is not None:
         ce = F.cross_entropy(logits, rows.labels[valid], reduction="none")
-    best = logits.detach().gather(1, kept.best.clamp(min=0)[:, None]).squeeze(1)
-    agrees = (kept.best >= 0) & (best == logits.detach().amax(1))
+    agrees = reference.chance_of_label(logits.detach(), kept.best.clamp(min=0)) * (kept.best >= 0)
     zeros = torch.zeros_like(rows.weight)
     divergence = zeros.masked_scatter(valid, divergence)
     ce = zeros.masked_scatter(valid, ce)
     normalised = Normalisation.of(rows, objective, with_teacher=True)
-    agreement = torch.zeros_like(valid).masked_scatter(valid, agrees)
+    agreement = zeros.masked_scatter(valid, agrees)
     values = normalised.factors.values([1.0], divergence[None], ce, agreement)
     # The sum over an empty slice keeps the graph connected if no row is valid.
     return normalised.output(values._replace(total=values.total + logits[:0].sum()))

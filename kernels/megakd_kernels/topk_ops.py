@@ -95,7 +95,7 @@ def _(  # noqa: PLR0913, PLR0917, the signature of the operator
     )
     return (
         kd_factor.new_empty(()), kd_factor.new_empty(1, len(kd_factor)),
-        torch.empty_like(ce_factor), torch.empty_like(valid),
+        torch.empty_like(ce_factor), torch.empty_like(ce_factor),
         formed.hidden, formed.weight, formed.bias,
     )  # fmt: skip
 
@@ -112,7 +112,7 @@ def _score(
     count, ids = len(student.hidden), len(student.weight)
     slope = kernel.plan.value_scale / kernel.plan.temperature
     divergence, ce = torch.zeros_like(factors.kd), torch.zeros_like(factors.kd)
-    agrees = torch.zeros_like(factors.valid)
+    agrees = torch.zeros_like(factors.kd)
 
     def score(rows: slice, logits: Tensor, gradient: Tensor | None) -> None:
         for part, here in row_blocks(rows, sizes.block):

@@ -142,7 +142,7 @@ def test_without_a_teacher_only_labelled_rows_can_agree(impl):
     )  # fmt: skip
 
     assert output.agreement.item() == 1
-    assert output.row_agrees.tolist() == [True, False, False]
+    assert output.row_agrees.tolist() == [1.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("impl", ["chunked", "triton"])

@@ -201,13 +201,23 @@ def test_without_a_teacher_agreement_is_accuracy(impl):
 
 
 @IMPLS
-def test_of_several_equal_maxima_one_in_common_is_enough(impl):
-    student = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0]])
-    teacher = torch.tensor([[0.0, 1.0, 1.0], [0.0, 0.0, 1.0]])
+def test_of_several_equal_maxima_each_model_draws_one(impl):
+    student = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0], [2.0, 0.0, 0.0]])
+    teacher = torch.tensor([[0.0, 1.0, 1.0], [0.0, 0.0, 1.0], [2.0, 2.0, 2.0], [1.0, 0.0, 0.0]])
 
     got = linear_stats(student, torch.eye(3), teacher, torch.eye(3), impl=impl)
 
-    assert got.agreement.item() == 1
+    # One of two with one of two, none, one of three, and one without a tie.
+    assert got.agreement.item() == pytest.approx(1 / 4 + 1 / 3 + 1)
+
+
+@IMPLS
+def test_a_collapsed_model_is_right_as_often_as_a_guess(impl):
+    labels = torch.tensor([0, 1, 4, -100])
+
+    got = linear_stats(torch.zeros(4, 2), torch.ones(5, 2), labels=labels, impl=impl)
+
+    assert got.agreement.item() == pytest.approx(3 / 5)
 
 
 @IMPLS

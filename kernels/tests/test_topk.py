@@ -193,6 +193,21 @@ def test_a_student_that_gives_the_tail_nothing_has_a_finite_gradient(make_cached
 
 
 @IMPLS
+@pytest.mark.parametrize(
+    ("logits", "chance"),
+    [([0.0] * 6, 1 / 6), ([1.0, 1.0, 0.0, 1.0, 0.0, 0.0], 1 / 3), ([1.0, 0, 0, 0, 2.0, 0], 0.0)],
+)
+def test_of_equal_maxima_the_student_draws_one(logits, chance, impl):
+    ids, logprobs = torch.tensor([[1, 0]]), torch.tensor([[0.6, 0.3]]).log()
+
+    output = topk_kd_loss(
+        torch.tensor([logits]), torch.eye(6), ids, logprobs, mode="tail", t_squared=True, impl=impl
+    )
+
+    assert output.row_agrees.tolist() == pytest.approx([chance])
+
+
+@IMPLS
 def test_cross_entropy_is_that_of_torch_and_agreement_compares_the_first_ids(make_cached, impl):
     cached = make_cached(dtype=torch.float64)
 

@@ -125,12 +125,17 @@ def warp(logits, how):
     return logits if how.softcap == 0 else how.softcap * torch.tanh(logits / how.softcap)
 
 
+def choice(logits):
+    is_top = (logits == logits.detach().amax(-1, keepdim=True)).to(logits.dtype)
+    return is_top / is_top.sum(-1, keepdim=True)
+
+
 def answer(case, plan, dtype=torch.float64):
     valid = case.valid
     raw = case.student.to(dtype).clone().requires_grad_()
     logits = warp(raw[valid], plan.student_warp)
     divergences = torch.zeros(len(plan.mixture), len(valid), dtype=dtype, device=DEVICE)
-    ce, agrees = torch.zeros_like(raw[:, 0]), torch.zeros_like(valid)
+    ce, agrees = torch.zeros_like(raw[:, 0]), torch.zeros_like(raw[:, 0])
     if case.teacher is not None:
         soft = warp(case.teacher.to(dtype)[valid], plan.teacher_warp)
         shared = logits[:, : plan.shared]
@@ -138,18 +143,17 @@ def answer(case, plan, dtype=torch.float64):
         log_p = F.log_softmax(soft / plan.temperature, -1)
         values = [divergence(name, log_p, log_q, plan) for name, _ in plan.mixture]
         divergences[:, valid] = torch.stack(values) * plan.value_scale
-        both = (shared == shared.amax(-1, keepdim=True)) & (soft == soft.amax(-1, keepdim=True))
-        agrees[valid] = both.any(-1)
+        agrees[valid] = (choice(shared) * choice(soft)).sum(-1)
     if plan.with_ce:
         labels = case.labels[valid]
         ce = ce.masked_scatter(valid, F.cross_entropy(logits, labels, reduction="none"))
         if case.teacher is None:
-            agrees[valid] = logits.gather(1, labels[:, None])[:, 0] == logits.amax(-1)
+            agrees[valid] = choice(logits).gather(1, labels[:, None])[:, 0]
     total = (ce * case.ce_weight).sum()
     for (_, weight), value in zip(plan.mixture, divergences, strict=True):
         total = total + weight * (value * case.weight).sum()
     (gradient,) = torch.autograd.grad(total, raw)
-    return Answer(divergences.detach(), ce.detach(), agrees, gradient)
+    return Answer(divergences.detach(), ce.detach(), agrees.detach(), gradient)
 
 
 def row_errors(got, expected):
@@ -173,7 +177,7 @@ def check(case, plan, result, *, values=1e-5, gradients=2e-5):
     soft = terms.divergences[..., None], truth.divergences[..., None], single.divergences[..., None]
     close("divergences", *soft, values)
     close("ce", terms.ce[:, None], truth.ce[:, None], single.ce[:, None], values)
-    assert torch.equal(terms.agrees, truth.agrees)
+    torch.testing.assert_close(terms.agrees.double(), truth.agrees, rtol=1e-6, atol=0)
     if gradient is not None:
         close("gradient", gradient, truth.gradient, single.gradient, gradients)
 
@@ -340,18 +344,20 @@ def test_rows_without_a_probability_show_as_nan():
     assert gradient.isnan().any(1).all()
 
 
-def test_agreement_takes_one_common_maximum_of_several():
-    case = make_case(4, invalid=())
+def test_agreement_is_the_chance_that_both_draw_the_same_of_equal_maxima():
+    case = make_case(5, invalid=())
     for row, (own, other) in enumerate([((3, 140), (140,)), ((3,), (140,)), ((3,), (3, 70))]):
         case.student[row, list(own)] = 50.0
         case.teacher[row, list(other)] = 50.0
     # In one lane, but not at one id.
     case.student[3, 8], case.teacher[3, 9] = 50.0, 50.0
+    case.student[4], case.teacher[4] = 0.0, 0.0  # collapsed
     plan = plan_of("forward_kl")
 
     terms, _ = case.run(plan, gradient=None)
 
-    assert terms.agrees.tolist() == [True, False, True, False]
+    expected = [0.5, 0.0, 0.5, 0.0, 1 / case.student.shape[1]]
+    assert terms.agrees.tolist() == pytest.approx(expected)
 
 
 def test_a_valid_row_of_weight_zero_is_valued_and_gets_no_gradient():

@@ -270,12 +270,12 @@ def _local(arguments: argparse.Namespace, how: Mapping[str, Any]) -> Answers:
     from megakd.config.sections import Sampling
     from megakd.config.task import TaskConfig
     from megakd.data.chat_template import ChatTemplate
-    from megakd.models import generation
+    from megakd.models import end_tokens, generation
     from megakd.models.architectures import context_length
 
     tokenizer, model = _loaded(arguments.model)
-    ends = generation.end_tokens_of(tokenizer, model.config, model.generation_config)
-    tokens = generation.TextTokens(ends, tokenizer.pad_token_id or 0, len(tokenizer))
+    ends = end_tokens.end_tokens_of(tokenizer, model.config, model.generation_config)
+    tokens = end_tokens.TextTokens(ends, tokenizer.pad_token_id or 0, len(tokenizer))
     sampling = Sampling(arguments.max_new_tokens, arguments.temperature, how.get("top_p", 1.0))
     template = ChatTemplate(tokenizer, TaskConfig(type="causal_lm"))
     context, size = context_length(model.config), arguments.rows_at_once

@@ -48,7 +48,7 @@ from megakd.losses.layer_terms import (
     Relations,
 )
 from megakd.losses.targets import (
-    AGREEMENTS,
+    STATISTICS,
     Evaluated,
     RegressionScores,
     TermGroup,
@@ -90,7 +90,7 @@ class Objective(nn.Module):
         """
         left_out = frozenset.intersection(*(reading.left_out for reading in readings))
         groups = cast("list[TermGroup]", list(self.groups))
-        wanted = [g for g in groups if not left_out.issuperset(g.units.keys() - AGREEMENTS)]
+        wanted = [g for g in groups if not left_out.issuperset(g.units.keys() - STATISTICS)]
         if not wanted:
             return [Evaluated(_zero(reading.student), {}) for reading in readings]
         readings = [replace(reading, left_out=left_out) for reading in readings]

@@ -54,8 +54,16 @@ DIVERGENCE = {
     "soft_target_tvd": "tvd",
 }
 AGREEMENT = "top1_agreement"
-AGREEMENTS = frozenset(on_source(AGREEMENT, source) for source in (None, *get_args(Source)))
-"""Names of the statistic, which no weight can leave out: over all targets, and of each source."""
+_OF_KEPT: Mapping[type, str] = {TopK: "soft_target_kl_top_k", Draws: "soft_target_kl_draws"}
+"""Forward KL to the kept part of an answer has names of its own: it is another quantity."""
+OUTSIDE_TOP_K = "mass_outside_top_k"
+"""The teacher's probability of all tokens that were not kept; the mean over targets."""
+STATISTICS = frozenset(
+    on_source(name, source)
+    for name in (AGREEMENT, *_OF_KEPT.values(), OUTSIDE_TOP_K)
+    for source in (None, *get_args(Source))
+)
+"""Names of what is measured beside the terms, over all targets, and of each source."""
 _HARD = "hard_cross_entropy"
 _SHARED = {"temperature": 1.0, "beta": 0.5, "skew": 0.1}
 """Options that all terms of a pass share, with their values in a pass whose terms lack them."""
@@ -129,13 +137,18 @@ class LanguageModelTargets(TermGroup):
         self.agreement = on_source(AGREEMENT, source)
         self.unit = "targets" if source is None else SOURCE_UNITS[source]
         names = [*([self.hard_name] if hard else []), *map(term_name, soft)]
-        self.units = dict.fromkeys([*names, *([self.agreement] if soft else [])], self.unit)
+        if soft:
+            names.append(self.agreement)
+        if [term.loss for term in soft] == ["soft_target_kl"]:  # may be of a kept part
+            names += [on_source(name, source) for name in (*_OF_KEPT.values(), OUTSIDE_TOP_K)]
+        self.units = dict.fromkeys(names, self.unit)
         self.counters = source_counters(source)
 
     def forward(self, reading: LossInputs) -> Evaluated:
         """Return nats (times T² for the soft terms), summed over positions with a label."""
-        out = self._scored(self._stacked([reading]), reading)
-        first = Evaluated(out.loss, self._sums(out, slice(None), 1.0))
+        rows = self._stacked([reading])
+        out = self._scored(rows, reading)
+        first = Evaluated(out.loss, self._sums(out, rows, slice(None), 1.0))
         student, batch = reading.student.second, second_targets(reading.batch)
         if student is None or batch is None:
             return first
@@ -165,7 +178,7 @@ class LanguageModelTargets(TermGroup):
         out = self._scored(rows, first)
         count = rows.labels.numel() // len(readings)
         sums = [
-            self._sums(out, slice(index * count, (index + 1) * count), reading.scale)
+            self._sums(out, rows, slice(index * count, (index + 1) * count), reading.scale)
             for index, reading in enumerate(readings)
         ]
         totals = [out.loss, *(out.loss.new_zeros(()) for _ in others)]
@@ -238,9 +251,19 @@ class LanguageModelTargets(TermGroup):
             impl=reading.kernels,
         )
 
-    def _sums(self, out: megakd_kernels.KDOutput, rows: slice, scale: float) -> dict[str, Tensor]:
-        divergences = out.row_divergences[:, rows].sum(1) / scale
+    def _sums(
+        self, out: megakd_kernels.KDOutput, targets: TargetRows, rows: slice, scale: float
+    ) -> dict[str, Tensor]:
+        divergences, kept = out.row_divergences[:, rows].sum(1) / scale, targets.kept
         sums = {term_name(t): divergences[i] for i, t in enumerate(self.soft)}
+        if kept is not None:
+            sums = {on_source(_OF_KEPT[type(kept)], self.source): divergences[0]}
+        if isinstance(kept, TopK):
+            is_kept, labels = kept.ids >= 0, targets.labels.flatten()
+            mass = kept.logprobs.float().exp().where(is_kept, 0.0).sum(-1).flatten()
+            counts = (labels != IGNORE) & is_kept.any(-1).flatten()
+            outside = (1.0 - mass).clamp(min=0.0).where(counts, 0.0)
+            sums[on_source(OUTSIDE_TOP_K, self.source)] = outside[rows].sum()
         if self.hard:
             sums[self.hard_name] = out.row_ce[rows].sum() / scale
         if self.soft:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 from megakd.config.task import STUDENT, TEACHER, TFIDF, THRESHOLD
 from megakd.errors import CheckpointError, listed
 from megakd.process import files
-from megakd.reports.table import is_number, score
+from megakd.reports.table import STANDARD_ERROR, is_number, score
 from megakd.training.ranking import lower_is_better
 from megakd.training.record import Report
 
@@ -146,6 +146,10 @@ LOSS_ERROR = "loss_difference_error"
 LEAST_ROWS = 5
 """Rows of a label below which no row that is recognised may be chance."""
 
+MANY_ROWS, MOST_MISCALIBRATED, ROUNDING = 100, 0.2, 1e-4
+"""Scored rows below which scores are chance, the largest calibration error of useful probabilities,
+and the rounding of a loss."""
+
 NOISE = 0.01
 """Difference of two evaluations that noise may explain: a point, or 1 % if lower is better."""
 
@@ -153,7 +157,62 @@ NOISE = 0.01
 def derived_warnings(report: Report, history: Iterable[Mapping[str, Any]]) -> list[str]:
     """Return the warnings of a report and of the records of its metrics.jsonl."""
     rising = rising_teachers(report["teachers"], report["metric_name"], history)
-    return [*_of_labels(report), *_of_scores(report), *rising, *_chance(report)]
+    parts = (_of_labels, _of_scores, _chance, _of_probabilities, _of_few_rows)
+    return [*rising, *(warning for part in parts for warning in part(report))]
+
+
+def standard_errors(scores: Mapping[str, Any], rows: int) -> dict[str, float]:
+    """Return the standard error of every score that is a share of `rows` rows, by its key."""
+    return {
+        key + STANDARD_ERROR: math.sqrt(max(0.0, value * (1 - value)) / rows)
+        for key, value in scores.items()
+        if key.rpartition(".")[2] in ("accuracy", "exact_match") and is_number(value) and rows
+    }
+
+
+def _loss_of_guessing(report: Report) -> float:
+    """Return the loss of the labels' shares, or of equal shares of the tokens; infinite: unknown.
+
+    Of several labels a row, the loss is the mean over the labels.
+    """
+    rows = report.get("rows", 0)
+    shares = [one["rows"] / rows for one in report.get(f"{STUDENT}.per_class", ()) if rows]
+    if not shares:
+        return math.log(report.get("vocabulary.size", math.inf))
+    nats = sum(-share * math.log(share) for share in shares if share)
+    if f"{STUDENT}.{THRESHOLD}" not in report:
+        return nats
+    return (nats - sum((1 - s) * math.log(1 - s) for s in shares if s < 1)) / len(shares)
+
+
+def _of_probabilities(report: Report) -> Iterator[str]:
+    guess = _loss_of_guessing(report)
+    for name in (TEACHER, STUDENT):
+        loss, error = (report.get(f"{name}.{key}") for key in ("loss", "calibration_error"))
+        if is_number(loss) and loss >= guess - ROUNDING:
+            yield (
+                f"{name}: the loss {loss:.3f} is not below {guess:.3f}, that of guessing: it has "
+                "learnt nothing, or is sure of wrong answers; train longer, try another "
+                "train.learning_rate, and look for wrong labels"
+            )
+        if is_number(error) and error > MOST_MISCALIBRATED:
+            yield (
+                f"{name}: the calibration error is {error:.1%}: do not use its probabilities as "
+                "such; train shorter, or fit a temperature on validation rows"
+            )
+
+
+def _of_few_rows(report: Report) -> Iterator[str]:
+    if (rows := report.get("rows", MANY_ROWS)) < MANY_ROWS:
+        yield (
+            f"only {rows} rows were scored, fewer than {MANY_ROWS}: small differences of scores "
+            "are chance; set task.test_files or task.validation_files to more rows"
+        )
+    if f"{STUDENT}.{THRESHOLD}" in report and report["evaluated_on"] == "validation":
+        yield (
+            f"the {THRESHOLD} was chosen on the rows that are scored, so the scores are too good; "
+            "set task.test_files to other rows"
+        )
 
 
 def _of_labels(report: Report) -> Iterator[str]:
@@ -174,7 +233,8 @@ def _noise(report: Report, model: str) -> float:
     """Return two standard errors of the difference of the main metric from the student's."""
     name = report["metric_name"]
     mine, theirs = (report.get(f"{one}.{name}") for one in (STUDENT, model))
-    rows = sum(one["rows"] for one in report.get(f"{STUDENT}.per_class", ()))
+    of_labels = [one["rows"] for one in report.get(f"{STUDENT}.per_class", ())]
+    rows = report.get("rows", sum(of_labels)) if of_labels else 0  # a row may have several labels
     if rows and model == TEACHER:  # only the rows on which both disagree make a difference
         return 2 * math.sqrt((1 - report.get(f"{STUDENT}.agreement", 0.0)) / rows)
     if rows:  # of two shares of the rows

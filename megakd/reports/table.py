@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -40,6 +41,9 @@ OF_STAGE = ("name", "steps", "seconds", "tokens_per_second", "peak_memory_bytes"
 FEW_LABELS, MOST_STEPS = 6, 12
 """Labels of which the terminal shows scores, and rows of a table over steps."""
 
+STANDARD_ERROR = "_standard_error"
+"""End of the keys of the standard errors of scores that are shares of rows."""
+
 _MOST_KEPT = 1.05
 
 LEAST_ROUNDS = 5
@@ -72,6 +76,7 @@ def tables(report: Report, *, most_labels: int) -> dict[str, Rows]:
             continue
         every = dict.fromkeys(key for one in items for key in one)
         keys = [key for key in every if any(one.get(key) is not None for one in items)]
+        keys = [key for key in keys if not key.endswith(STANDARD_ERROR)]
         if name == "stages":
             keys = [key for key in keys if key in OF_STAGE or is_text_metric(key)]
         if "step" in keys:  # evenly spaced, with both ends
@@ -79,7 +84,8 @@ def tables(report: Report, *, most_labels: int) -> dict[str, Rows]:
             most = min(len(items), MOST_STEPS)
             items = [items[number * last // max(1, most - 1)] for number in range(most)]
         titles = [key.removeprefix(TEXT_METRIC).replace("_", " ") for key in keys]
-        shown[title] = [titles, *([cell(key, one.get(key)) for key in keys] for one in items)]
+        texts = ([_with_error(one, key, partial(cell, key)) for key in keys] for one in items)
+        shown[title] = [titles, *texts]
     return shown
 
 
@@ -144,6 +150,12 @@ def score(name: str, value: object) -> str:
     return f"{value:.3f}" if lower_is_better(name) else f"{value:.1%}"
 
 
+def _with_error(values: Mapping[str, Any], key: str, shown: Callable[[object], str]) -> str:
+    """Return a value as text, with the standard error if there is one."""
+    error = values.get(key + STANDARD_ERROR)
+    return shown(values.get(key)) + (f" ±{shown(error)}" if is_number(error) else "")
+
+
 def model_rows(report: Report) -> Rows:
     """Return a row per model: sizes, scores, and times at each batch."""
     metrics, whole = shown_metrics(report), report.get(f"{TEACHER}.parameters")
@@ -156,7 +168,9 @@ def model_rows(report: Report) -> Rows:
         if whole:
             mine = report.get(f"{model}.parameters")
             row.append(("smaller", f"{whole / mine:.1f}x" if mine else "-"))
-        row += [(name, score(name, report.get(f"{model}.{name}"))) for name in metrics]
+        row += [
+            (name, _with_error(report, f"{model}.{name}", partial(score, name))) for name in metrics
+        ]
         if whole:
             row.append((against, against_teacher(report, model)))
         for batch in report["batches"]:
@@ -214,6 +228,8 @@ def notes(report: Report) -> list[str]:
     get, lines = report.get, list[str]()
     if lower := [name for name in shown_metrics(report) if lower_is_better(name)]:
         lines.append(f"{', '.join(lower)}: lower is better")
+    if any(key.endswith(STANDARD_ERROR) for key in report):
+        lines.append(f"±: standard error of a share of the {report['rows']:,} scored rows")
     if parts := get(f"{STUDENT}.parts"):
         weights = cell("parameters", get(f"{STUDENT}.parameters"))
         lines.append(f"student: {parts} of its teacher · {weights} weights")

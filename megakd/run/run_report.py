@@ -7,6 +7,7 @@ fp32 and as int8 graphs, if onnxruntime is installed.
 from __future__ import annotations
 
 import logging
+import operator
 import shutil
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -55,6 +56,7 @@ from megakd.reports.report_file import (
     derived_warnings,
     environment,
     read_history,
+    standard_errors,
 )
 from megakd.reports.table import OF_STAGE
 from megakd.run.run_work import RunWork
@@ -63,7 +65,7 @@ from megakd.stage import StageResult
 from megakd.training.assembly import Assembly
 from megakd.training.evaluation import few
 from megakd.training.lab import Lab
-from megakd.training.metrics import decided, score_words
+from megakd.training.metrics import decided, right_shares, same_class, score_words
 from megakd.training.precision import TORCH_DTYPE, scoring_dtype
 from megakd.training.record import Report
 
@@ -209,7 +211,7 @@ def graph_scores(
             return right.masked_fill(labels[:, 0].isnan(), torch.nan)
         if labels.is_floating_point():
             return -((answers[:, 0] - labels) ** 2)
-        right = (answers.argmax(1) == labels).double()
+        right = torch.from_numpy(right_shares(answers.numpy(), labels.clamp(min=0).numpy()))
         return right.masked_fill(labels == IGNORE, torch.nan)
 
     sizes = (1, assembly.scorer().batch_size)
@@ -273,7 +275,7 @@ def report_of(
             numbers[f"{name}.{LOSS_ERROR}"] = error
     for row, entries in graphs.items():
         numbers |= {f"{row}.{key}": value for key, value in entries.items()}
-    numbers |= _latency(lab, student.folder, reference, [*graphs])
+    numbers |= _of_rows(lab, numbers) | _latency(lab, student.folder, reference, [*graphs])
     if reference is not None:  # in a pool, `teacher` is the largest
         mine = [key for key in numbers if key.startswith(f"{reference}.")]
         numbers |= {f"{TEACHER}{key.removeprefix(reference)}": numbers[key] for key in mine}
@@ -296,6 +298,7 @@ def report_of(
         **{f"{one.name}.sparsity": one.sparsity for one in record.assistants},
         "evaluation_sets": [
             {"set": of_set, "model": name, "rows": row_count(rows), **one.sets[of_set]}
+            | (standard_errors(one.sets[of_set], row_count(rows)) if "rows" in numbers else {})
             for of_set, rows in prepared.splits.evaluation_sets.items()
             for name, one in measured.items()
         ],
@@ -317,7 +320,8 @@ def report_of(
     if ranks.is_main:
         remove_graphs(config.output_dir)
     history = config.output_dir / "metrics.jsonl"
-    report["warnings"] = on_main(lambda: derived_warnings(report, read_history(history)))
+    known = report if "rows" in report else {"vocabulary.size": len(prepared.tokenizer), **report}
+    report["warnings"] = on_main(lambda: derived_warnings(known, read_history(history)))
     return report
 
 
@@ -331,6 +335,14 @@ def _samples(
     theirs = (measured[reference].answers if reference else None) or [None] * len(mine)
     rows = zip(prompts.shown, theirs, mine, strict=True)
     return [{"prompt": prompt, "teacher": a, "student": b} for prompt, a, b in rows]
+
+
+def _of_rows(lab: RunLab, scores: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the number of scored rows and the errors of shares of them; none of texts."""
+    if lab.config.task.type in LANGUAGE_TASKS:
+        return {}
+    rows = row_count(lab.assembly.prepared.splits.held_out)
+    return {"rows": rows, **standard_errors(scores, rows)}
 
 
 def _vocabulary(pair: VocabularyPair | None) -> dict[str, Any]:
@@ -395,8 +407,8 @@ def _entries(
         entries |= {} if trained is None else {"trained_parameters": trained}
         mine = measured.predicted
         if mine and len(mine) == len(theirs):
-            agreed = sum(a == b for a, b in zip(mine, theirs, strict=True))
-            entries["agreement"] = agreed / len(mine)
+            same = operator.eq if THRESHOLD in metrics else same_class
+            entries["agreement"] = statistics.fmean(map(same, mine, theirs))
     return {f"{name}.{key}": value for key, value in entries.items()}
 
 

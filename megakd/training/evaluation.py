@@ -210,12 +210,14 @@ class HeldOutLosses:
         self._trainer, self._bundle, self._plan = trainer, bundle, plan
         # The sum and the count of each term.
         self._sums = torch.zeros(2, len(bundle.objective.units), dtype=torch.float64)
+        self._measured = set[str]()
 
     def add(self, batch: Batch) -> Predictions:
         """Measure a micro-batch, of which every rank has equally many; return its predictions."""
         answers = self._trainer.ask_teachers(self._plan, batch)
         measured = self._trainer.student.measure(batch, answers, self._plan)
         counts = count_units([batch], self._bundle.counters)
+        self._measured |= measured.parts.keys()
         for place, (term, unit) in enumerate(self._bundle.objective.units.items()):
             if term in measured.parts:
                 self._sums[0, place] += measured.parts[term].double().cpu()
@@ -225,7 +227,8 @@ class HeldOutLosses:
     def means(self) -> dict[str, float]:
         """Return the mean of every term over its own unit; a collective.
 
-        A term limited to a source (`on`) is left out if the rows have no text of this source.
+        A term that no pass measures is left out, as is one that is limited to a source (`on`) of
+        which the rows have no text.
         """
         sums, counts = all_reduce_(self._sums)
         means = (sums / counts.clamp(min=1)).tolist()
@@ -234,7 +237,7 @@ class HeldOutLosses:
             for (term, unit), mean, count in zip(
                 self._bundle.objective.units.items(), means, counts.tolist(), strict=True
             )
-            if count or unit not in SOURCE_UNITS.values()
+            if term in self._measured and (count or unit not in SOURCE_UNITS.values())
         }
 
 

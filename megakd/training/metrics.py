@@ -70,12 +70,29 @@ def _sigmoid(logits: Numbers) -> Numbers:
 def score_of(name: str, guessed: NDArray, truth: Numbers) -> float:
     """Return a metric of `config.task.METRICS` of classes [N] or of sets of labels [N, C].
 
-    As scikit-learn computes it: over the labels that occur or are predicted.
+    Means over labels are scikit-learn's, with 0 for an undefined score: of classes over those that
+    occur or are predicted; of sets over all labels, so that an absent one counts as 0.
     """
-    if name in ("exact_match", "accuracy"):
+    if name == "exact_match":
         return float((guessed == truth).reshape(len(truth), -1).all(axis=1).mean())
     kind, _, average = name.partition("_")
     return float(_sklearn(f"{kind}_score")(truth, guessed, average=average, zero_division=0))
+
+
+def most_likely(predicted: Numbers) -> NDArray[np.bool_]:
+    """Return [N, C] whether a class is a most likely one of a row."""
+    return predicted == predicted.max(axis=1, keepdims=True)
+
+
+def right_shares(predicted: Numbers, truth: NDArray) -> Numbers:
+    """Return [N], whether a row is right; of tied classes each is right as often as a guess."""
+    is_top = most_likely(predicted)
+    return is_top[np.arange(len(truth)), truth.astype(np.int64)] / is_top.sum(axis=1).clip(min=1)
+
+
+def same_class(one: int, other: int) -> float:
+    """Return the probability that two sets of tied classes, as bits, choose the same at random."""
+    return (one & other).bit_count() / max(1, one.bit_count() * other.bit_count())
 
 
 def scores_by_label(guessed: NDArray, truth: NDArray, label_names: Sequence[str]) -> list[Row]:
@@ -131,6 +148,8 @@ class TaskMetrics:
 
             of: Callable[..., Any] = getattr(stats, f"{name}r")
             return _correlation(name, lambda a, b: of(a, b)[0], predicted[:, 0], truth)
+        if name == "accuracy":
+            return float(right_shares(predicted, truth).mean())
         classes = predicted.argmax(axis=1).astype(np.float64)
         if name == "matthews_correlation":
             return _correlation(name, _sklearn("matthews_corrcoef"), classes, truth)
@@ -167,12 +186,13 @@ class TaskMetrics:
         }
 
     def answers(self, outputs: Tensor, labels: Tensor) -> list[int]:
-        """Return the class that is predicted for each row, or a number for its set of labels."""
+        """Return a number for each row, whose bits are its most likely classes or its labels."""
+        predicted = outputs.double().numpy()
         if labels.dim() == 1:
-            return outputs.argmax(dim=1).tolist()
-        threshold, _ = self._decided(*_scored_rows(outputs, labels))
-        sets = np.packbits(decided(outputs.double().numpy(), threshold), axis=1)
-        return [int.from_bytes(row.tobytes()) for row in sets]
+            chosen = most_likely(predicted)
+        else:
+            chosen = decided(predicted, self._decided(*_scored_rows(outputs, labels))[0])
+        return [int.from_bytes(row.tobytes()) for row in np.packbits(chosen, axis=1)]
 
 
 def _of_plugin(name: str, predicted: Numbers, truth: Numbers) -> float:
@@ -300,7 +320,7 @@ def calibration_error(predicted: Numbers, truth: Numbers) -> float:
     """
     shares = np.exp(predicted - predicted.max(axis=1, keepdims=True))
     confidence = shares.max(axis=1) / shares.sum(axis=1)
-    right = predicted.argmax(axis=1) == truth
+    right = right_shares(predicted, truth)
     bins = np.ceil(confidence * BINS).astype(np.int64) - 1
     gaps = np.bincount(bins, weights=right - confidence)
     return float(np.abs(gaps).sum() / len(truth))

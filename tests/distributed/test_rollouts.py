@@ -177,7 +177,7 @@ def test_texts_of_an_evaluation_are_reported_and_depend_on_neither_ranks_nor_sha
         (stage,) = read(out)["stages"]
         for name in ("match", "text_tokens", "text_truncated"):
             assert stage[name] == record[f"eval/{name}"]
-        assert read(out)["warnings"] == []
+        assert not [one for one in read(out)["warnings"] if "of guessing" not in one]
         return (out / "texts/student/step-00000002.jsonl").read_text().splitlines()
 
     alone = lines(0, 1)

@@ -138,9 +138,9 @@ def test_the_same_loss_on_both_sources_has_two_weights_and_two_values():
 def test_a_limited_term_and_its_agreement_are_counted_in_targets_of_the_source(source):
     objective = scene_of(KL, replace(SKEW, on=source)).objective
 
+    kept = ("soft_target_kl_top_k", "soft_target_kl_draws", "mass_outside_top_k")
     assert objective.units == {
-        "soft_target_kl": "targets",
-        "top1_agreement": "targets",
+        **dict.fromkeys(("soft_target_kl", "top1_agreement", *kept), "targets"),
         f"soft_target_skew_kl_on_{source}": UNITS[source],
         f"top1_agreement_on_{source}": UNITS[source],
     }
@@ -156,12 +156,39 @@ def test_the_loss_is_the_divergence_from_the_shares_of_the_draws():
 
     log_q = (hidden @ head.T).log_softmax(-1)
     rows = (torch.xlogy(shares, shares) - shares * log_q).sum(-1)[counted]
-    torch.testing.assert_close(actual.sums["soft_target_kl"], rows.sum().detach())
+    torch.testing.assert_close(actual.sums["soft_target_kl_draws"], rows.sum().detach())
+    assert "soft_target_kl" not in actual.sums
     gradients = torch.autograd.grad(rows.mean(), (hidden, head))
     for name, expected in zip(("hidden", "head"), gradients, strict=True):
         torch.testing.assert_close(actual.gradients[name], expected, rtol=1e-4, atol=1e-6)
     agree = log_q.argmax(-1) == shares.argmax(-1)
     assert actual.sums[AGREEMENT] == agree[counted].sum()
+
+
+@pytest.mark.parametrize("source", [None, "data"])
+def test_the_divergence_over_k_tokens_has_a_name_of_its_own_beside_the_mass_outside(source):
+    scene = scene_of(replace(KL_AT_1, on=source))
+    counted = scene.labels != IGNORE
+    made = torch.Generator().manual_seed(6)
+    log_p = torch.randn(ROWS, LENGTH, VOCABULARY, generator=made).log_softmax(-1)
+    best, ids = log_p.topk(3, dim=-1)
+    ids[0, 0] = -1  # a position without an answer
+
+    sums = scene.result(teacher=Knowledge(kept=TopK(ids, best))).sums
+
+    outside = 1 - best.exp().sum(-1)
+    outside[0, 0] = 0.0
+    log_q = (
+        (scene.leaves["hidden"] @ scene.leaves["head"].T)
+        .log_softmax(-1)
+        .gather(-1, ids.clamp(min=0))
+    )
+    rest = outside * (outside / (1 - log_q.exp().sum(-1))).log()
+    rows = ((best.exp() * (best - log_q)).sum(-1) + rest).masked_fill(ids[..., 0] < 0, 0.0)
+    end = "" if source is None else f"_on_{source}"
+    torch.testing.assert_close(sums[f"soft_target_kl_top_k{end}"], rows[counted].sum())
+    torch.testing.assert_close(sums[f"mass_outside_top_k{end}"], outside[counted].sum())
+    assert f"soft_target_kl{end}" not in sums
 
 
 @pytest.mark.parametrize("kind", [Draws, TopK])

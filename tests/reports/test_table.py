@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from reports import chosen_report, entries, language_report, report_of, timed
 
+from megakd.reports.report_file import standard_errors
 from megakd.reports.table import duration, result_table, short_count
 
 
@@ -109,6 +110,20 @@ def test_the_size_that_was_asked_for_and_what_was_cut_stand_below_the_table(what
 
     assert f"the student was asked to {text}" in lines.splitlines()
     assert f"student: {parts} of its teacher · 2.09M weights" in lines.splitlines()
+
+
+def test_shares_of_rows_have_their_standard_errors():
+    sets = [{"set": "s", "model": "student", "rows": 9, "accuracy": 0.5}]
+    sets[0] |= standard_errors(sets[0], 9)
+    student = {"accuracy": 0.75, "f1": 0.85}
+    scores = standard_errors(entries("student", student), 300)
+
+    table = result_table(report_of(**scores, rows=300, evaluation_sets=sets))
+
+    assert scores == {"student.accuracy_standard_error": 0.025}
+    assert cells(table, "student")[5:9] == ["75.0% ±2.5%", "85.0%", "80.0%", "94.1%"]
+    assert "±: standard error of a share of the 300 scored rows" in table
+    assert re.search(r"^s +student +9 +0\.5000 ±0\.1667$", table, re.MULTILINE)
 
 
 def test_a_classifier_has_its_scores_by_label():

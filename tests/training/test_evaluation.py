@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -31,6 +32,8 @@ from megakd.training.metrics import (
     TaskMetrics,
     headline,
     language_model_metrics,
+    same_class,
+    score_of,
     score_words,
     task_metrics,
 )
@@ -216,6 +219,35 @@ def test_the_calibration_error_weighs_the_gap_of_each_of_15_bins_by_its_rows():
     assert chosen((), "regression", ("pearson",)).of_classes(outputs[:, :1], truth.double()) == {}
 
 
+def test_of_tied_classes_a_row_is_right_as_often_as_a_guess():
+    outputs = torch.tensor([[0.0, 0.0, 0.0], [2.0, 2.0, 1.0], [1.0, 3.0, 1.0], [1.0, 1.0, 0.0]])
+    truth = torch.tensor([0, 1, 1, 2])
+    metrics = chosen()
+
+    shares = [1 / 3, 1 / 2, 1.0, 0.0]
+    assert metrics.of(outputs, truth)["accuracy"] == pytest.approx(sum(shares) / 4)
+    collapsed = metrics.of_classes(torch.zeros(4, 3), truth)
+    assert collapsed["calibration_error"] == pytest.approx(0.0)
+    rows = metrics.answers(outputs, truth)
+    other = metrics.answers(torch.tensor([[0.0, 0, 0], [2, 1, 2], [1, 1, 3], [2, 1, 0]]), truth)
+    assert [*map(same_class, rows, other)] == pytest.approx([1 / 3, 1 / 4, 0.0, 1 / 2])
+
+
+def test_means_over_labels_are_those_of_scikit_learn():
+    """Of classes an absent one is left out; of sets it counts as 0."""
+    truth, guessed = np.array([0.0, 0.0, 1.0, 3.0]), np.array([0.0, 1.0, 1.0, 0.0])
+    by_class = 2 / 4, 2 / 3, 0.0  # without class 2, with the missed class 3
+    assert score_of("f1_macro", guessed, truth) == pytest.approx(sum(by_class) / 3)
+    sets, found = np.eye(4)[[0, 0, 1, 3]], np.eye(4)[[0, 1, 1, 0]] == 1
+    assert score_of("f1_macro", found, sets) == pytest.approx(sum(by_class) / 4)
+    for name in ("f1_macro", "precision_macro", "recall_macro", "f1_weighted"):
+        kind, _, average = name.partition("_")
+        of = getattr(theirs, f"{kind}_score")
+        for a, b in ((truth, guessed), (sets, found)):
+            wanted = of(a, b, average=average, zero_division=0)
+            assert score_of(name, b, a) == pytest.approx(wanted)
+
+
 def test_the_official_metrics_rank_evaluations_unless_one_is_chosen():
     both = ("accuracy", "f1")
 
@@ -245,11 +277,17 @@ def test_a_run_keeps_the_best_evaluation_by_the_chosen_metric_and_shows_the_scor
     negative, positive = report["student.per_class"]
     assert (negative["label"], positive["label"]) == ("negative", "positive")
     assert positive["f1"] == best
-    assert negative["rows"] + positive["rows"] == 26
+    assert negative["rows"] + positive["rows"] == report["rows"] == 26
+    share = report["student.accuracy"]
+    error = report["student.accuracy_standard_error"]
+    assert error == pytest.approx((share * (1 - share) / 26) ** 0.5)
+    assert [w for w in report["warnings"] if w.startswith("only 26 rows were scored")]
+    assert f"{share:.1%} ±{error:.1%}" in outcome.out
     assert "\nScores by label\nlabel     precision  recall" in outcome.out
     page = one_rank.page(tmp_path / "out")
     assert "Scores by label" in page
     assert ">Confusions<" in page
+    assert f"{share:.1%} ±{error:.1%}" in page
 
 
 TERMS = tuple(HardCrossEntropy(loss="hard_cross_entropy", on=on) for on in (None, "rollouts"))

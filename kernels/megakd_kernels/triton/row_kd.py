@@ -30,6 +30,7 @@ from megakd_kernels.triton.row_kd_sweeps import (
     SOFT,
     TEMPERED,
     TVD,
+    chance_of_match,
     logit_of,
     means,
     statistics,
@@ -88,6 +89,10 @@ def _row_kernel(
     summary = statistics(
         logits, shared, width, bits, warp_s, warp_t, PARTS, WARP_S, WARP_T, BLOCK, STAGES
     )
+    chance = chance_of_match(
+        logits, summary, target, shared, width, warp_s, warp_t, PARTS, WARP_S, WARP_T, BLOCK
+    )
+    tl.store(agrees + row, chance)
     reach = reach_of(summary, inverse)
     mean = means(
         logits, shared, bits, inverse, reach, (summary[3], summary[4]), mixes, warp_s, warp_t,
@@ -100,7 +105,7 @@ def _row_kernel(
         weight_forward, weight_reverse, weight_jsd, weight_skew, weight_skew_reverse, weight_tvd
     )  # fmt: skip
     factors, hard_scale = store_values(
-        summary, reach, mean, target, values, agrees, row, rows, inverse, value_scale, mixes,
+        summary, reach, mean, target, values, row, rows, inverse, value_scale, mixes,
         weights, factor, ce, PARTS,
     )  # fmt: skip
     if GRADIENT & PARTS:
@@ -176,7 +181,7 @@ class TritonRows:
             "kd_factor": inputs.kd_factor, "ce_factor": inputs.ce_factor,
             # Rows that are not valid stay zero.
             "values": student.new_zeros(len(_KINDS) + 1, count, dtype=torch.float32),
-            "agrees": torch.zeros_like(inputs.valid),
+            "agrees": student.new_zeros(count, dtype=torch.float32),
             "rows": count, "width": width, "shared": plan.shared,
             "stride_s": student.stride(0),
             "stride_t": 0 if teacher is None else teacher.stride(0),

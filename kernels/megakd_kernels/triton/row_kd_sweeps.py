@@ -233,6 +233,40 @@ def statistics(
 
 
 @triton.jit
+def chance_of_match(
+    rows, summary, target, shared, width, warp_s, warp_t,
+    PARTS: tl.constexpr, WARP_S: tl.constexpr, WARP_T: tl.constexpr, BLOCK: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Return the probability that both models draw the same of their equal maxima.
+
+    Without a teacher, it is the probability that the student draws the label.
+    """
+    peak, peak_t, hard_peak, q_sum, p_sum, hard_sum, _, _, common, _ = summary
+    if SOFT & PARTS:
+        chance, may_tie, end = common.to(tl.float32), (q_sum >= 2) | (p_sum >= 2), shared
+    else:
+        chance, may_tie, end = (target == hard_peak).to(tl.float32), hard_sum >= 2, width
+        peak = hard_peak
+    # Few rows need another sweep: only where a maximum may be one of several.
+    if (chance > 0) & may_tie:
+        ours = tl.zeros([BLOCK], tl.float32)
+        theirs = tl.zeros([BLOCK], tl.float32)
+        both = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, end, BLOCK):
+            ids = start + tl.arange(0, BLOCK)
+            top = logits_of(rows[0], ids, end, warp_s, WARP_S, _RAGGED, _AGAIN) == peak
+            ours += top.to(tl.float32)
+            if SOFT & PARTS:
+                top_t = logits_of(rows[1], ids, end, warp_t, WARP_T, _RAGGED, _AGAIN) == peak_t
+                theirs += top_t.to(tl.float32)
+                both += (top & top_t).to(tl.float32)
+        chance = 1.0 / tl.sum(ours, 0)
+        if SOFT & PARTS:
+            chance *= tl.sum(both, 0) / tl.sum(theirs, 0)
+    return chance
+
+
+@triton.jit
 def compared(s, t, bits, inverse, reach) -> tuple[tl.tensor, ...]:
     """Return exp of the logits of both models (not normalised), and the gap.
 

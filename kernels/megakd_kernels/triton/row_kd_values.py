@@ -48,7 +48,7 @@ def reach_of(summary, inverse) -> tuple[tl.tensor, ...]:
 
 @triton.jit
 def store_values(
-    summary, reach, mean, target, values, agrees, row, rows, inverse, value_scale, mixes, weights,
+    summary, reach, mean, target, values, row, rows, inverse, value_scale, mixes, weights,
     factor, ce, PARTS: tl.constexpr,
 ) -> tuple[tl.tensor, ...]:  # fmt: skip
     """Store the values of a row; return the factors of `_write_soft`, and of cross-entropy.
@@ -56,7 +56,7 @@ def store_values(
     summary: as `statistics` returns it. reach: as `reach_of` does. mean: as `means` does.
     target: the label's logit.
     """
-    peak, peak_t, hard_peak, q_sum, p_sum, hard_sum, forward, reverse, common, depth = summary
+    peak, peak_t, hard_peak, q_sum, p_sum, hard_sum, forward, reverse, _, depth = summary
     jsd_p, jsd_q, skew_p, skew_q, skew_r, skew_v, tvd_p, tvd_q = mean
     on_forward, on_reverse, on_jsd, on_skew, on_skew_reverse, on_tvd = weights
     beta, skew = mixes[0][0], mixes[1][0]
@@ -89,19 +89,14 @@ def store_values(
         value = tl.log(p_sum) - depth / p_sum * inverse
         _store_value(values, 6, row, rows, value, value_scale, rest)
     hard_scale = 0.0
-    is_right = common > 0
     if HARD & PARTS:
         loss = (hard_peak.to(tl.float64) - target) + tl.log(hard_sum)
         tl.store(values + CE_SLOT * rows + row, loss.to(tl.float32))
         hard_scale = (ce / hard_sum).to(tl.float32)
-        if SOFT & PARTS:
-            if not (TEMPERED & PARTS):
-                # The q of cross-entropy is the q of the divergences times a factor per row.
-                share = tl.exp2((peak - hard_peak) * LOG2_E) * (q_sum / hard_sum)
-                constant += ce * share.to(tl.float32)
-        else:
-            is_right = target == hard_peak
-    tl.store(agrees + row, is_right)
+        if SOFT & PARTS and not (TEMPERED & PARTS):
+            # The q of cross-entropy is the q of the divergences times a factor per row.
+            share = tl.exp2((peak - hard_peak) * LOG2_E) * (q_sum / hard_sum)
+            constant += ce * share.to(tl.float32)
     factors = (
         (1.0 / q_sum).to(tl.float32), (factor * on_forward / p_sum).to(tl.float32),
         constant, factor * on_reverse, (1 - beta) * factor * on_jsd,

@@ -132,7 +132,16 @@ def _topk_kernel(
         log_rest = tl.log(others) + drop * inverse - log_total
         value += left * (tl.log(left) - log_rest)
     tl.store(divergence + row, (value * value_scale).to(tl.float32))
-    tl.store(agrees + row, (top >= 0) & (top_logit == peak))
+    chance = ((top >= 0) & (top_logit == peak)).to(tl.float32)
+    if (chance > 0) & (total >= 2):
+        tied = (kept_logits == peak).to(tl.float32)
+        ties = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, width, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            s = _logits(student, bias, columns, columns < width, MINUS_INFINITY, BIASED, _AGAIN)
+            ties += (s == peak).to(tl.float32)
+        chance = 1.0 / (tl.sum(tied, 0) + tl.sum(ties, 0))
+    tl.store(agrees + row, chance)
 
     ce = 0.0
     hard_total = total
@@ -196,8 +205,7 @@ class TritonTopKRows:
         plan = self.plan
         labels = inputs.labels if plan.with_ce else None
         # Rows that are not valid stay zero.
-        divergence, ce = student.new_zeros(2, count, dtype=torch.float32).unbind(0)
-        agrees = torch.zeros_like(inputs.valid)
+        divergence, ce, agrees = student.new_zeros(3, count, dtype=torch.float32).unbind(0)
         form = gradient if plan.with_gradient else None
         block = self.block or _block(width)
         kernel: Any = _topk_kernel
