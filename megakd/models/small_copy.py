@@ -47,8 +47,8 @@ def one_thread() -> Iterator[None]:
 class Valueless(TorchFunctionMode):
     """Mode for the meta device: unknown conditions are False, and unknown values are zero.
 
-    torch's checks of arguments hold. In a forward, tensors of one number that code states have their
-    value, from which sizes may follow; weights of a model may be made of others.
+    torch's checks of arguments hold. In a forward, numbers that code makes tensors of have their
+    value, from which sizes may follow; while a model is built, they may become weights.
 
     Args:
         is_forward: whether a forward runs.
@@ -59,9 +59,9 @@ class Valueless(TorchFunctionMode):
         self._is_forward = is_forward
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._is_forward and func is torch.tensor and isinstance(args[0], int | float):
-            return func(*args, **{**(kwargs or {}), "device": "cpu"})
-        tensor = args[0] if args else None
+        tensor, kwargs = args[0] if args else None, kwargs or {}
+        if self._is_forward and func is torch.tensor and isinstance(tensor, int | float):
+            kwargs = {**kwargs, "device": "cpu"}
         if isinstance(tensor, Tensor) and tensor.is_meta:
             if func in (Tensor.__bool__, Tensor.__contains__):
                 return False
@@ -75,11 +75,11 @@ class Valueless(TorchFunctionMode):
                 return tensor[:1]
             if func is Tensor.__getitem__:
                 args = (tensor, _known(args[1]))
-            if func is Tensor.split and isinstance(args[1], list):  # tokens of each expert
-                first, *others = args[1]
-                dim = (kwargs or {}).get("dim", 0)
-                args = (tensor, [first + tensor.shape[dim] - sum(args[1]), *others])
-        return func(*args, **(kwargs or {}))
+            if func is Tensor.split and len(args) > 1 and isinstance(args[1], list):
+                dim = (*args[2:], kwargs.get("dim", 0))[0]
+                if not any(args[1]):  # unknown numbers of tokens by expert
+                    args = (tensor, [tensor.shape[dim], *args[1][1:]], *args[2:])
+        return func(*args, **kwargs)
 
 
 def _known(index: Any) -> Any:
