@@ -407,6 +407,9 @@ _OVER_ROOT = ("scale_depth",)
 _FIRST = ("first_k_dense_replace", "num_dense_layers")
 """Config keys of the number of first layers that differ from the others."""
 
+_LAST = ("num_kv_shared_layers",)
+"""Config keys of the number of last layers that differ from the others."""
+
 _NUMBERS = re.compile(r"layer|block|idx|index|indices")
 """In names of config keys that may list layers by their numbers, from 0."""
 
@@ -459,6 +462,8 @@ def _cut_values(
             values[key] = value * math.sqrt(len(places) / count)
         elif name in _FIRST and isinstance(value, int):
             values[key] = sum(number < value for number in places)
+        elif name in _LAST and isinstance(value, int):
+            values[key] = sum(number >= count - value for number in places)
         elif isinstance(value, list | tuple) and not _NOT_OF_LAYERS.search(name):
             values[key] = _cut_list(name, value, count, places)
         elif isinstance(value, dict) and _is_by_number(name, value, count):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,6 +25,8 @@ from megakd.models.small_copy import TOKENS, copy_that_runs, logits_of, new_mode
 from megakd.models.structure import UNRELATED, architecture_of
 from megakd.models.views import View, evenly_spaced, most_important
 from megakd.models.weights import StoredTensor
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _OF_ALL_LAYERS = "relative_attention_bias"
@@ -74,7 +78,8 @@ def _stored_with_layers(
 def check_depth(source: ModelSource, numbers: Sequence[int], *, where: str) -> None:
     """Raise if the model of some layers is not the whole model with the others passed by.
 
-    A small copy of the model decides, of which no weight is read.
+    A small copy of the model decides, of which no weight is read. A warning says if it no longer
+    generates text with a cache, as a hybrid without its attention layers.
 
     Args:
         numbers: of the layers that stay, counted from 1, in their new order.
@@ -87,7 +92,9 @@ def check_depth(source: ModelSource, numbers: Sequence[int], *, where: str) -> N
         )
     if [*numbers] == [*range(1, architecture.number_of_layers(config) + 1)]:
         return
-    difference = _DIFFERENCES.of(config, architecture.tasks[0], *numbers)
+    difference, failed = _DIFFERENCES.of(config, architecture.tasks[0], *numbers)
+    if failed is not None:
+        _warn(where, failed)
     if difference is not None:
         raise ModelError(
             f"{where}: a {config.model_type} model cannot keep the layers "
@@ -98,25 +105,51 @@ def check_depth(source: ModelSource, numbers: Sequence[int], *, where: str) -> N
 
 
 @torch.no_grad()
-def _difference(config: PretrainedConfig, task: TaskType, *numbers: int) -> str | None:
-    # How the smaller model differs from what the larger one is without its other layers.
+def _difference(
+    config: PretrainedConfig, task: TaskType, *numbers: int
+) -> tuple[str | None, str | None]:
+    # How the smaller model differs from what the larger one is without its other layers, and why
+    # it alone does not generate.
     architecture = architecture_of(config)
     left = {*range(1, architecture.number_of_layers(config) + 1)} - {*numbers}
     whole = copy_that_runs(config, task, tokens=TOKENS)
     if whole is None:
-        return None if architecture.shares_bias else "no small copy of it runs, which would show it"
+        no_copy = "no small copy of it runs, which would show it"
+        return None if architecture.shares_bias else no_copy, None
     try:
         with left_out(whole, *left):
             expected = logits_of(whole, TOKENS)
-        actual = logits_of(_with_rest(whole, architecture, sorted(numbers)), TOKENS)
+        smaller = _with_rest(whole, architecture, sorted(numbers))
+        actual = logits_of(smaller, TOKENS)
+    except Exception as error:  # noqa: BLE001 - any model may fail in its own way
+        return one_line(error)[:200], None
+    if not (actual - expected).abs().max() <= 1e-5 * expected.abs().max():
+        return "its outputs are not those of the whole model with the other layers passed by", None
+    failed = _failed_to_generate(smaller) if task == "causal_lm" else None
+    if failed is None or _failed_to_generate(whole) is not None:
+        return None, None
+    return None, (
+        f"a {config.model_type} model of the layers {', '.join(map(str, numbers))} alone cannot "
+        f"generate text with a cache ({failed}); keep one of the attention layers too, or "
+        "generate with use_cache=False, which is slow"
+    )
+
+
+def _failed_to_generate(model: Any) -> str | None:
+    tokens = {"input_ids": TOKENS, "attention_mask": torch.ones_like(TOKENS)}
+    try:
+        model.generate(**tokens, max_new_tokens=2, min_new_tokens=2, do_sample=False)
     except Exception as error:  # noqa: BLE001 - any model may fail in its own way
         return one_line(error)[:200]
-    if not (actual - expected).abs().max() <= 1e-5 * expected.abs().max():
-        return "its outputs are not those of the whole model with the other layers passed by"
     return None
 
 
 _DIFFERENCES = Known(_difference, without=UNRELATED)
+
+
+@functools.cache
+def _warn(where: str, failed: str) -> None:  # once for each key
+    logger.warning("%s: %s", where, failed)
 
 
 def _with_rest(

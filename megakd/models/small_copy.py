@@ -45,20 +45,49 @@ def one_thread() -> Iterator[None]:
 
 
 class Valueless(TorchFunctionMode):
-    """Mode for the meta device: conditions on values are False, and read values are zero."""
+    """Mode for the meta device: unknown conditions are False, and unknown values are zero.
+
+    torch's checks of arguments hold. In a forward, numbers that code makes tensors of have their
+    value, from which sizes may follow; while a model is built, they may become weights.
+
+    Args:
+        is_forward: whether a forward runs.
+    """
+
+    def __init__(self, *, is_forward: bool = False) -> None:
+        super().__init__()
+        self._is_forward = is_forward
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        tensor = args[0] if args else None
+        tensor, kwargs = args[0] if args else None, kwargs or {}
+        if self._is_forward and func is torch.tensor and isinstance(tensor, int | float):
+            kwargs = {**kwargs, "device": "cpu"}
         if isinstance(tensor, Tensor) and tensor.is_meta:
             if func in (Tensor.__bool__, Tensor.__contains__):
                 return False
-            if func is Tensor.item:
+            if getattr(func, "__name__", "") == "_is_all_true":  # how distributions check arguments
+                return torch.ones((), dtype=torch.bool, device="cpu")
+            if func in (Tensor.item, Tensor.__int__, Tensor.__float__, Tensor.__index__):
                 return 0.0 if tensor.is_floating_point() else 0
             if func is Tensor.tolist:
                 return torch.zeros_like(tensor, device="cpu").tolist()
             if func is torch.unique_consecutive:  # as many end tokens in every text
                 return tensor[:1]
-        return func(*args, **(kwargs or {}))
+            if func is Tensor.__getitem__:
+                args = (tensor, _known(args[1]))
+            if func is Tensor.split and len(args) > 1 and isinstance(args[1], list):
+                dim = (*args[2:], kwargs.get("dim", 0))[0]
+                if not any(args[1]):  # unknown numbers of tokens by expert
+                    args = (tensor, [tensor.shape[dim], *args[1][1:]], *args[2:])
+        return func(*args, **kwargs)
+
+
+def _known(index: Any) -> Any:
+    # An index whose unknown numbers, such as that of an expert, are zero.
+    if isinstance(index, tuple):
+        return tuple(map(_known, index))
+    is_number = isinstance(index, Tensor) and index.is_meta and index.dim() == 0
+    return 0 if is_number and index.dtype is not torch.bool else index
 
 
 def new_model(config: PretrainedConfig, task: TaskType, **options: Any) -> PreTrainedModel:

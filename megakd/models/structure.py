@@ -248,7 +248,7 @@ def _run(model: PreTrainedModel, task: TaskType) -> Seen:
         seen.inputs = [] if head is None else hooks.enter_context(input_of(head, product))
         # A condition chooses every element.
         every = cast("Any", conditions).patch(meta_nonzero_assume_all_nonzero=True)
-        with Valueless(), every, torch.no_grad(), VALUELESS:
+        with Valueless(is_forward=True), every, torch.no_grad(), VALUELESS:
             ids = torch.ones((1, LENGTH), dtype=torch.long)
             seen.logits = model(input_ids=ids, **no_cache(model)).logits
     return seen

@@ -16,9 +16,9 @@ from megakd.errors import ModelError
 
 # Of different structure each; the slow test has all types.
 FAST = {
-    "causal_lm": "bart bloom camembert cohere2 ctrl falcon falcon_mamba gemma2 gpt_neox gpt2 "
-    "granite lfm2 llama mixtral modernbert-decoder mpt olmo2 opt stablelm",
-    "mlm": "albert deberta-v2 distilbert longformer modernbert mpnet",
+    "causal_lm": "bart bloom camembert cohere2 ctrl dbrx falcon falcon_mamba gemma2 gemma3n_text "
+    "gpt_neox gpt2 granite jetmoe lfm2 llama mixtral modernbert-decoder mpt olmo2 opt stablelm",
+    "mlm": "albert deberta deberta-v2 distilbert longformer modernbert mpnet",
     "classification": "bart bert deberta-v2 llama modernbert mpnet",
 }
 LEAST = 0.95

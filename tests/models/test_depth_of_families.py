@@ -131,6 +131,21 @@ def test_layers_that_would_not_compute_the_same_are_refused(tmp_path, model_type
         cut(tmp_path, task)
 
 
+@pytest.mark.parametrize(("layers", "generates"), [((1, 2), False), ((1, 3), True)])
+def test_a_hybrid_without_attention_is_said_to_generate_without_a_cache_alone(
+    tmp_path, caplog, layers, generates
+):
+    config = small_config("lfm3", "causal_lm", LAYERS)
+    assert config.layer_types == ["conv", "conv", "full_attention", "conv"]
+    build(config, "causal_lm").save_pretrained(tmp_path)
+    key = f"{KEY} of {tmp_path}"
+    with_layers(source(tmp_path, "causal_lm"), layers, where=key)
+    said = "layers 1, 2 alone cannot generate text with a cache"
+    assert [said in text for text in caplog.messages if text.startswith(key)] == [True] * (
+        not generates
+    )
+
+
 def test_a_number_of_layers_that_the_class_cannot_have_is_refused_in_words(tmp_path):
     config = CONFIG_MAPPING["rwkv"](vocab_size=512, hidden_size=64, num_hidden_layers=2)
     build(config, "causal_lm").save_pretrained(tmp_path)
@@ -176,6 +191,9 @@ def test_layers_in_lists_and_dictionaries_by_number_have_new_numbers():
     named = fewer("gemma4_text", (1, 3), per_layer_config={2: {"intermediate_size": 48}})
     assert named.to_dict()["per_layer_config"] == {"1": {"intermediate_size": 48}}
     assert fewer("deepseek_v3", (1, 4), first_k_dense_replace=3).first_k_dense_replace == 1
+    kinds = ["sliding_attention", "full_attention"] * 2
+    shared = fewer("gemma4_text", (1, 2, 4), layer_types=kinds, num_kv_shared_layers=2)
+    assert shared.num_kv_shared_layers == 1
 
 
 def test_lists_that_are_as_long_by_chance_stay():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
+from inspect import signature
+from itertools import product
 from typing import Any
 
 import torch
@@ -43,6 +45,7 @@ LARGEST = 30_000_000
 
 OWN = {
     "xmod": {"default_language": "en_XX"},
+    "deberta": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
     "gptj": {"rotary_dim": 8},
     "codegen": {"rotary_dim": 8},
     # Attentions with latent vectors have as many key heads as heads.
@@ -56,13 +59,49 @@ OWN = {
 }
 """Keys without which a tiny model of a family does not run."""
 
+PARTS = {
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 8),
+    **dict.fromkeys(("num_experts_per_tok", "top_k_experts", "moe_k", "moe_topk", "n_group"), 2),
+    **dict.fromkeys(("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"), 1),
+    **dict.fromkeys(("first_k_dense_replace", "num_dense_layers", "topk_group"), 1),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
+    # Attentions with latent vectors have as many key heads as heads.
+    **dict.fromkeys(("num_key_value_heads", "linear_num_value_heads"), 4),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim"), 16),
+    **dict.fromkeys(("qk_nope_head_dim", "v_head_dim", "kv_lora_rank", "state_size"), 16),
+    **dict.fromkeys(("qk_rope_head_dim", "hidden_size_per_layer_input", "laurel_rank"), 8),
+    **dict.fromkeys(("linear_num_key_heads", "altup_num_inputs"), 2),
+    "q_lora_rank": 32,
+    "vocab_size_per_layer_input": 512,
+    "sliding_window": 8,
+}
+"""Sizes of parts, of families that are large or do not run without them."""
+LATE_ATTENTION = ["sliding_attention"] * 2 + ["full_attention"] * 2
+OF_FAMILIES: dict[str, dict[str, Any]] = {
+    family: {"layer_types": LATE_ATTENTION, "num_kv_shared_layers": 1}
+    for family in ("gemma3n_text", "gemma4_text")
+}
+OF_FAMILIES["gemma3n_text"]["activation_sparsity_pattern"] = [0.0, 0.0, 0.95, 0.0]
+OF_FAMILIES |= {
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "zamba2": {"layer_types": ["mamba", "hybrid"] * 2, "n_mamba_heads": 8},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2, "state_size": 16},
+    "dbrx": {
+        "d_model": 64,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},
+        "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 32, "moe_num_experts": 4},
+    },
+}
+"""Keys of these families besides."""
+
 
 def small_configs(model_type: str, task: str, layers: int = 2) -> Iterator[Any]:
     """Small configs, of which models for the task can be built, though perhaps not run."""
-    for without in WITHOUT:
-        keys = {key: size for key, size in SMALL.items() if key not in without}
-        keys |= {"num_hidden_layers": layers, **OWN.get(model_type, {})}
+    parts = _parts_of(model_type, layers)
+    for more, without in product(({}, parts) if parts else ({},), WITHOUT):
+        keys = {**SMALL, "num_hidden_layers": layers, **OWN.get(model_type, {}), **more}
         try:
+            keys = {key: size for key, size in keys.items() if key not in without}
             config = CONFIG_MAPPING[model_type](**keys)
             with torch.device("meta"):
                 model = AUTO_CLASSES[task].from_config(config)
@@ -70,6 +109,18 @@ def small_configs(model_type: str, task: str, layers: int = 2) -> Iterator[Any]:
             continue
         if sum(weight.numel() for weight in model.parameters()) <= LARGEST:
             yield config
+
+
+def _parts_of(model_type: str, layers: int) -> dict[str, Any]:
+    # The sizes of `PARTS` that the config of a family states.
+    own = OF_FAMILIES.get(model_type, {})
+    known = signature(CONFIG_MAPPING[model_type]).parameters
+    parts = {key: size for key, size in PARTS.items() if key in known}
+    if not own and set(parts) <= {"num_key_value_heads", "sliding_window"}:
+        return {}
+    if model_type.startswith("gemma4"):
+        parts["global_head_dim"] = 16
+    return parts | {k: v[-layers:] if isinstance(v, list) else v for k, v in own.items()}
 
 
 @cache
