@@ -125,17 +125,27 @@ def test_the_head_of_a_tied_model_may_be_the_only_copy_and_no_second_value(tiny)
 
 
 @pytest.mark.parametrize("model_type", ["bert", "electra", "t5_encoder", "enct5"])
-def test_a_stored_head_is_kept_for_the_same_labels_and_new_for_others(tiny, model_type):
+def test_a_stored_head_is_kept_for_the_same_labels_and_new_for_others(tiny, model_type, caplog):
     folder = tiny.save(model_type, id2label=dict(enumerate(NAMES)))
     stored = AutoModelForSequenceClassification.from_pretrained(folder)
 
     same = tiny.load(folder, tiny.task(), label_names=NAMES, need_head=False)
-    reordered = tiny.load(folder, tiny.task(), label_names=NAMES[::-1], need_head=False)
+    others = ("fear", "joy", "anger")
+    reordered = [
+        tiny.load(folder, tiny.task(), label_names=others, need_head=is_frozen)
+        for is_frozen in (False, True)
+    ]
+    assert "a new head is drawn" not in caplog.text
     more = tiny.load(folder, tiny.task(), label_names=(*NAMES, "trust"), need_head=False)
 
     assert same_values(same, stored)
     assert torch.equal(same(tiny.input_ids).logits, stored(tiny.input_ids).logits)
-    assert not torch.equal(reordered(tiny.input_ids).logits, stored(tiny.input_ids).logits)
+    assert "joy, anger, fear, and the data have joy, anger, fear, trust: a new head" in caplog.text
+    for model in reordered:
+        assert torch.equal(
+            model(tiny.input_ids).logits, stored(tiny.input_ids).logits[:, [2, 0, 1]]
+        )
+        assert model.config.id2label == dict(enumerate(others))
     assert more(tiny.input_ids).logits.shape == (2, 4)
     assert same_values(more.get_input_embeddings(), stored.get_input_embeddings())
 
