@@ -1,5 +1,6 @@
 """Models as they are loaded, first values of weights that are not stored, and experts."""
 
+import dataclasses
 import logging
 
 import pytest
@@ -11,6 +12,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    EsmConfig,
+    LlamaForCausalLM,
 )
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 
@@ -325,3 +328,29 @@ def test_a_mixture_runs_without_values(tiny, family, dtype):
     model = valueless_model(source, task, source.config).to(dtype)
     send_tokens_to_one_expert(model)
     assert model(tiny.input_ids.to("meta")).logits.shape == (2, 12, 300)
+
+
+def test_a_frozen_model_has_in_fp32_what_transformers_keeps_so(tiny, monkeypatch):
+    folder = tiny.save("llama")
+    monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules_strict", ["mlp.*_proj"])
+    task, half = tiny.task("causal_lm"), torch.bfloat16
+
+    frozen = tiny.load(folder, task, dtype=half)
+
+    assert same_values(frozen, AutoModelForCausalLM.from_pretrained(folder, dtype=half))
+    assert frozen.model.layers[0].mlp.up_proj.weight.dtype == torch.float32
+    assert (
+        tiny.load(folder, task, dtype=half, need_head=False)
+        .model.layers[0]
+        .mlp.up_proj.weight.dtype
+        == half
+    )
+
+
+def test_dropout_is_set_where_a_config_has_a_rate_and_switches_stay(tiny):
+    config = EsmConfig(vocab_size=11, token_dropout=True, hidden_dropout_prob=0.1)
+    source = dataclasses.replace(
+        tiny.resolve(tiny.save("bert"), tiny.task()), config=config
+    ).with_dropout(0.0)
+    assert source.config.token_dropout is True
+    assert source.config.hidden_dropout_prob == 0.0
