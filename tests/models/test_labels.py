@@ -1,7 +1,8 @@
 import pytest
-from transformers import BertConfig
+from transformers import BertConfig, GPT2Config, LlamaConfig, RobertaConfig
 
 from megakd.errors import ModelError
+from megakd.models.architectures import pools_by_padding
 from megakd.models.fitting import head_order, label_order, set_labels
 
 
@@ -61,3 +62,9 @@ def test_labels_are_written_into_a_config():
     set_labels(regressor, ())
     assert (classifier.num_labels, classifier.label2id) == (3, {"x": 0, "y": 1, "z": 2})
     assert (regressor.num_labels, regressor.problem_type) == (1, "regression")
+
+
+def test_decoders_pool_by_the_padding_token_and_encoders_do_not():
+    assert all(pools_by_padding(c(), "classification") for c in (GPT2Config, LlamaConfig))
+    assert not any(pools_by_padding(c(), "classification") for c in (BertConfig, RobertaConfig))
+    assert not pools_by_padding(GPT2Config(), "causal_lm")
