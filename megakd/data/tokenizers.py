@@ -221,6 +221,11 @@ def load_tokenizer(
         needed = {}
     elif task.type == "mlm":
         needed["mask"] = "to put it in the place of the tokens to predict"
+    end = tokenizer.eos_token
+    if task.type in ("classification", "regression") and not (tokenizer.pad_token or end is None):
+        # A decoder is asked for its last token before the padding, in training as afterwards.
+        tokenizer.pad_token = end
+        logger.info("%s has no pad token: its end token %s is taken", origin, end)
     for role, why in needed.items():
         if getattr(tokenizer, f"{role}_token_id") is None:
             raise DataError(

@@ -12,6 +12,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime import bf16_optimizer, compiler
+from deepspeed.runtime.zero.partition_parameters import is_zero_param
 from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
 
@@ -75,8 +76,14 @@ def frozen_engine(model: nn.Module, *, ds: Mapping[str, Any], dtype: Dtype, rows
     gather_experts_together(model)
     config = frozen_ds_config(ds, dtype=dtype, micro_batch=rows)
     _import_muon_without_compiling()
+    # DeepSpeed casts them: scales of quantized weights, and what a family keeps in fp32.
+    whole = [p for p in model.parameters() if p.dtype == torch.float32 and not is_zero_param(p)]
+    values = [p.data for p in whole] if dtype != "fp32" else []
     with linear_left_alone():
         engine, *_ = deepspeed.initialize(model=model, config=config)
+    for parameter, value in zip(whole, values, strict=False):
+        if not is_zero_param(parameter):
+            parameter.data = value.to(parameter.device)
     note_fetches(engine)
     engine.eval()
     return engine

@@ -136,6 +136,15 @@ def set_values(tensor: Tensor, read: Callable[[int, int], Tensor]) -> None:
             tensor.copy_(read(0, tensor.numel()).reshape(tensor.shape))
 
 
+def in_fp32(tensor: Tensor) -> None:
+    """Give a tensor fp32 in place; a part that is quantized or lies on a disk stays as it is."""
+    part = getattr(tensor, "ds_tensor", None)
+    if part is None or (part.final_location is None and not hasattr(part, "ds_quant_scale")):
+        for one in (tensor, part):
+            if one is not None:
+                one.data = one.data.float()
+
+
 @contextmanager
 def linear_left_alone() -> Iterator[None]:
     """Put torch's linear back after the body, where DeepSpeed replaces it for the whole process.

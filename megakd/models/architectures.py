@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import json
 import math
 import re
@@ -25,7 +26,7 @@ from transformers import (
     PretrainedConfig,
 )
 
-from megakd.config.task import TaskType
+from megakd.config.task import LANGUAGE_TASKS, TaskType
 from megakd.config.terms import Heads
 from megakd.data.batch import LogitWarp
 from megakd.errors import ModelError, one_line
@@ -306,6 +307,12 @@ COUNTING = (
 def counts_padding(config: PretrainedConfig) -> bool:
     """Return whether position ids start after the padding id, which leaves fewer positions."""
     return any(name in config.model_type for name in COUNTING)
+
+
+def pools_by_padding(config: PretrainedConfig, task: TaskType) -> bool:
+    """Return whether a classifier reads its last token that is not `pad_token_id`: a decoder."""
+    model_class: Any = class_for(config, task) if task not in LANGUAGE_TASKS else None
+    return model_class is not None and "pad_token_id" in inspect.getsource(model_class.forward)
 
 
 def has_token_types(config: PretrainedConfig) -> bool:

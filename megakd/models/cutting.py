@@ -27,13 +27,11 @@ from megakd.models.architectures import (
     class_for,
     narrow_maps,
 )
-from megakd.models.elastic import Elastic, check_view, output_module, weight_axes
+from megakd.models.elastic import Elastic, check_view, weight_axes
 from megakd.models.end_tokens import generation_file
 from megakd.models.fitting import (
     ModelSource,
-    label_order,
     plan_loading,
-    set_labels,
     valueless_model,
 )
 from megakd.models.knowledge import FILE, second_vocabulary, without_second_vocabulary
@@ -187,18 +185,12 @@ def reshape_folder(
     whole, match = plan_loading(
         source, task, label_names, tokenizer_size=rows_for(tokenizer), need_head=True
     )
-    labels = label_order(whole, label_names, where=source.where)
-    if labels is not None:
-        set_labels(whole, label_names, multi_label=bool(task.multi_label))
     if view is not None and view.layers is not None:
         check_depth(source, view.layers, where=source.where)
     view = dataclasses.replace(source, config=whole).whole if view is None else view
     config = cut_config(whole, view, order)
     uncut, reader = valueless_model(source, task, whole), WeightReader(source.where)
     state = ((name, reader.read(stored)) for name, stored in match.in_disk_order())
-    if labels is not None:
-        last, rows = output_module(uncut, source.architecture.head), list(labels)
-        state = ((n, t[rows] if n.rpartition(".")[0] == last else t) for n, t in state)
     state = rescaled(cut_state(state, weight_axes(uncut), view, order), whole, view)
     settings = generation_file(source, tokenizer) if task.type == "causal_lm" else {}
     state, extra = renumbered(state, whole, view), {**settings, **(extra or {})}

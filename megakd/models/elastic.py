@@ -81,13 +81,6 @@ def unit_makers(model: PreTrainedModel) -> dict[str, Maker]:
     return makers
 
 
-def output_module(model: PreTrainedModel, head: str) -> str:
-    """Return the last module of a head, whose outputs are classes or tokens."""
-    inside = model.named_modules()
-    parts = [(path, part) for path, part in inside if f"{path}.".startswith(f"{head}.")]
-    return [path for path, part in parts if [*part.parameters(recurse=False)]][-1]
-
-
 def check_view(view: View, whole: View) -> None:
     """Raise if a model with these units (see `Architecture.prunable`) has no such sub-network."""
     counts = (view.heads, whole.heads), (view.neurons, whole.neurons)

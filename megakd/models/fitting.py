@@ -128,12 +128,13 @@ class ModelSource:
         return replace(self, folder=None, stored={})
 
     def with_dropout(self, dropout: float | None) -> ModelSource:
-        """Return the model with this dropout wherever its config has one; None: unchanged."""
+        """Return the model with this dropout wherever its config has a rate; None: unchanged."""
         if dropout is None:
             return self
         config = copy.deepcopy(self.config)
         for key, value in config.to_dict().items():
-            if _DROPOUT.search(key) and isinstance(value, int | float):
+            # A switch, such as ESM's `token_dropout`, is no rate.
+            if _DROPOUT.search(key) and type(value) in (int, float):
                 setattr(config, key, dropout)
         return replace(self, config=config)
 
@@ -200,11 +201,13 @@ class Match:
     stored: the model's tensors that the checkpoint has; tied ones under their first name.
     missing: parameters that the checkpoint lacks.
     unused: keys of the checkpoint that no parameter uses.
+    left_out: tensors that the checkpoint has, and that the model is to draw anew.
     """
 
     stored: Mapping[str, StoredTensor]
     missing: tuple[str, ...]
     unused: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
 
     def in_disk_order(self) -> list[tuple[str, StoredTensor]]:
         return sorted(self.stored.items(), key=lambda item: (item[1].file, item[1].offset))
@@ -220,6 +223,9 @@ def plan_loading(
 ) -> tuple[PretrainedConfig, Match]:
     """Return the config to build with and the matched checkpoint tensors, after all checks.
 
+    A stored head for the data's labels gives its outputs in the data's order; a head for other
+    labels is left out.
+
     For arguments and errors see `megakd.models.loading.check_model`.
     """
     if tokenizer_size > source.config.vocab_size:
@@ -234,10 +240,11 @@ def plan_loading(
         label_order(config, label_names, where=source.where)
         return config, Match(stored={}, missing=(), unused=())
     is_classifier = task.type not in LANGUAGE_TASKS
-    keeps_head = need_head or not is_classifier or labels_agree(config, label_names)
+    order = head_order(config, label_names)
+    keeps_head = need_head or not is_classifier or order is not None
     if not need_head:
         config.problem_type = None  # of a classifier that a language model starts from
-    if is_classifier and (source.folder is None or not need_head):
+    if is_classifier and (source.folder is None or not need_head or label_names):
         set_labels(config, label_names, multi_label=bool(task.multi_label))
     empty = valueless_model(source, task, config)
     leave_out = () if keeps_head else (source.architecture.head,)
@@ -254,7 +261,24 @@ def plan_loading(
             _check_head(match, source, task, label_names)
         _check_tensors(match, source, empty)
         _check_ties(empty, source)
+    if is_classifier and keeps_head and order is not None and list(order) != sorted(order):
+        match = _with_outputs(match, output_module(empty, source.architecture.head), order)
     return config, match
+
+
+def output_module(model: PreTrainedModel, head: str) -> str:
+    """Return the last module of a head, whose outputs are classes or tokens."""
+    inside = model.named_modules()
+    parts = [(path, part) for path, part in inside if f"{path}.".startswith(f"{head}.")]
+    return [path for path, part in parts if [*part.parameters(recurse=False)]][-1]
+
+
+def _with_outputs(match: Match, last: str, order: tuple[int, ...]) -> Match:
+    stored = {
+        name: replace(tensor, rows=order) if name.rpartition(".")[0] == last else tensor
+        for name, tensor in match.stored.items()
+    }
+    return replace(match, stored=stored)
 
 
 def check_length(source: ModelSource, task: TaskConfig) -> None:
@@ -348,7 +372,7 @@ def match_names(
     first = {id(tensor): name for name, tensor in reversed(tensors.items())}  # of tied tensors
     skipped = tuple(f"{module}." for module in leave_out)
     taken: dict[str, StoredTensor] = {}
-    unused: list[str] = []
+    unused, left_out = list[str](), list[str]()
     named, used = as_in_model(model, stored, tensors)
     for key, value in named.items():
         names = key, *(key.replace(part, "", 1) for part in TEXT_PARTS)
@@ -357,10 +381,11 @@ def match_names(
             taken[first[id(tensors[name])]] = value
         else:
             unused += used[key]
+            left_out += [] if name is None else used[key]
     missing = tuple(
         name for name, _ in model.named_parameters() if first[id(tensors[name])] not in taken
     )
-    return Match(stored=taken, missing=missing, unused=tuple(unused))
+    return Match(stored=taken, missing=missing, unused=tuple(unused), left_out=tuple(left_out))
 
 
 def as_in_model(
@@ -441,8 +466,8 @@ def label_order(
             f" {len(label_names)} ({listed(label_names)}); {_finetune(where)}give a model that"
             " was fine-tuned on these labels"
         )
-    order = _columns(names, label_names)
-    if sorted(order) != list(range(len(names))):
+    order = head_order(model_config, label_names)
+    if order is None:
         raise ModelError(
             f"{where}: the model's labels ({listed(names)}) are not those of the data"
             f" ({listed(label_names)}); {_finetune(where)}write the data's labels into id2label of"
@@ -451,12 +476,16 @@ def label_order(
     return None if order == tuple(range(len(names))) else order
 
 
-def labels_agree(model_config: PretrainedConfig, label_names: Sequence[str]) -> bool:
-    """Return true if a stored head has the data's labels in order, or one score without labels."""
+def head_order(
+    model_config: PretrainedConfig, label_names: Sequence[str]
+) -> tuple[int, ...] | None:
+    """Return the output of a stored head for each of the data's labels; None: it has others.
+
+    Without labels, a head has one score.
+    """
     names = model_label_names(model_config)
-    if not label_names:
-        return len(names) == 1
-    return _columns(names, label_names) == tuple(range(len(names)))
+    order = _columns(names, label_names) if label_names else (0,)
+    return order if sorted(order) == list(range(len(names))) else None
 
 
 def model_label_names(model_config: PretrainedConfig) -> tuple[str, ...]:

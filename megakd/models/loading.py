@@ -48,7 +48,15 @@ from megakd.models.architectures import (
     register_own_models,
     stated,
 )
-from megakd.models.fitting import Match, ModelSource, build_empty, listed, method_of, plan_loading
+from megakd.models.fitting import (
+    Match,
+    ModelSource,
+    build_empty,
+    listed,
+    method_of,
+    model_label_names,
+    plan_loading,
+)
 from megakd.models.modeling.modeling_t5 import EncT5Config, T5EncoderConfig
 from megakd.models.quantized import (
     check_quantized,
@@ -64,6 +72,7 @@ from megakd.models.weights import (
     WeightReader,
     check_weight_files,
     initialize_parameters,
+    keep_in_fp32,
 )
 from megakd.process.files import check_given
 from megakd.process.terminal import in_home, is_first_of_node
@@ -223,13 +232,13 @@ def load_model(  # noqa: PLR0913  (each is another fact about the run)
 
     Args:
         ds: A loaded `ds_configs` file; None for a model without an engine.
-        need_head: Whether the head must come with the weights; otherwise a head that is missing
-            or was made for other labels is replaced by a new one.
+        need_head: Whether the model is frozen and its head must come with the weights; otherwise a
+            head that is missing or was made for other labels is replaced by a new one.
         device: Device of a model that is not sharded; None: the CPU.
 
     Returns:
-        The model in training mode. With `need_head` the outputs are in the order of the
-        checkpoint's labels (see `label_order`), otherwise in the data's.
+        The model in training mode. The outputs are in the order of the data's labels, or in that
+        of the checkpoint's if the model is quantized (see `label_order`).
     """
     if source.quantization is not None:
         check_quantized(source, ds, is_frozen=need_head)
@@ -240,6 +249,7 @@ def load_model(  # noqa: PLR0913  (each is another fact about the run)
     )
     with sharded_construction(ds, dtype, device):
         model = build_empty(source, task, config, dtype)
+        keep_in_fp32(model, dtype, is_frozen=need_head)
         if source.fp8 and need_head:
             pack_linears(model, source, match.missing)
     _fill(model, match, source.where)
@@ -249,6 +259,13 @@ def load_model(  # noqa: PLR0913  (each is another fact about the run)
     if is_sharded(model) and whole:
         raise RuntimeError(f"{len(whole)} parameters are not sharded, among them {whole[0]}")
     _log_match(source, match, task)
+    if match.left_out and is_first_rank():
+        logger.warning(
+            "warning: %s: the head of %s is for the labels %s, and the data have %s: a new head is "
+            "drawn, and the old one is not used",
+            *(source.where, source.folder, listed(model_label_names(source.config))),
+            listed(label_names) or "one score",
+        )
     return model
 
 

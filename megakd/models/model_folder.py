@@ -12,12 +12,12 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModel
+from transformers import AutoModel, initialization
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from megakd.data.encoding import save_tokenizer
@@ -29,6 +29,8 @@ from megakd.models.architectures import (
     OWN_MODELS,
     T5_FILE,
     class_name,
+    class_of,
+    config_in,
     context_length,
     narrow_maps,
     register_own_models,
@@ -41,6 +43,7 @@ from megakd.models.weights import (
     StoredTensor,
     WeightReader,
     check_weight_files,
+    names_in_fp32,
     stored_tensors,
 )
 from megakd.process.files import sealed_folder, write_content, write_json
@@ -199,14 +202,19 @@ def _numbers_in(folder: Path, pattern: str) -> list[StoredTensor]:
 def write_weights_as(dtype: torch.dtype, source: Path, folder: Path) -> None:
     """Write the weights of a model folder into another one in a dtype, which its config states.
 
+    What transformers keeps in fp32 in this dtype is not rounded.
+
     Raises:
         ModelError: a weight is larger than the largest number of the dtype.
     """
-    reader = WeightReader(str(source))
+    register_own_models()
+    reader, config = WeightReader(str(source)), config_in(folder)
+    with torch.device("meta"), initialization.no_init_weights():
+        is_kept = names_in_fp32(cast("Any", class_of(config, str(source)))(config), dtype)
 
     def converted() -> Iterator[tuple[str, Tensor]]:
         for name, stored in check_weight_files(source, str(source)).items():
-            tensor = reader.read(stored.rounded(dtype))
+            tensor = reader.read(stored if is_kept(name) else stored.rounded(dtype))
             if tensor.dtype == torch.float16 and not tensor.isfinite().all():
                 raise ModelError(
                     f"{name} of {source} is too large for fp16; set save.dtype: fp32 and start the "

@@ -189,6 +189,8 @@ def open_quantized(
             trust_remote_code=source.trust_remote_code,
             **options,
         )
+        text = source.config.get_text_config()
+        model.config.get_text_config().pad_token_id = getattr(text, "pad_token_id", None)
         with torch.no_grad():  # some methods prepare the weights in the first forward of the model
             model(input_ids=torch.ones((1, 2), dtype=torch.long, device=device))
     except Exception as error:  # each method fails in its own way
@@ -321,7 +323,7 @@ def packed_linears(model: nn.Module) -> dict[str, Fp8Linear]:
 def _linears(model: nn.Module, source: ModelSource) -> Iterator[tuple[str, nn.Linear]]:
     for path in source.architecture.layer_paths(source.config):
         for name, part in model.get_submodule(path).named_modules(prefix=path):
-            if isinstance(part, nn.Linear):
+            if isinstance(part, nn.Linear) and part.weight.dtype == model.dtype:
                 sizes = part.in_features, part.out_features
                 if not any(size % MULTIPLE for size in sizes):
                     yield name, part

@@ -17,10 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PretrainedConfig
-from transformers.core_model_loading import WeightConverter
+from transformers.core_model_loading import WeightConverter, build_glob_alternation
 from transformers.modeling_utils import str_to_torch_dtype
 
-from megakd.engine.sharding import full_shape, set_values
+from megakd.engine.sharding import full_shape, in_fp32, set_values
 from megakd.errors import ModelError
 from megakd.process.seeding import cpu_seeded
 
@@ -39,6 +39,7 @@ class StoredTensor:
     """Location of one tensor: file, key in the file, and first byte.
 
     read_as: the dtype to which its values are rounded; None: the stored dtype.
+    rows: the stored rows that it has, in this order; None: all.
     """
 
     file: Path
@@ -47,6 +48,7 @@ class StoredTensor:
     dtype: torch.dtype
     offset: int
     read_as: torch.dtype | None = None
+    rows: tuple[int, ...] | None = None
 
     def rounded(self, dtype: torch.dtype | None) -> StoredTensor:
         """Return the tensor with values rounded to a dtype, if they are floating-point numbers."""
@@ -180,6 +182,9 @@ class WeightReader:
 
     def part(self, stored: StoredTensor, start: int, stop: int) -> Tensor:
         """Return some elements of the flattened tensor as stored, on the CPU, [stop - start]."""
+        if stored.rows is not None:
+            whole = self.read(replace(stored, rows=None))
+            return whole[list(stored.rows)].flatten()[start:stop]
         if isinstance(stored, StoredConverted):
             if self._converted[0] is not stored.conversion:  # the tensors of one follow each other
                 self._converted = stored.conversion, stored.conversion.run(self.read)
@@ -208,6 +213,23 @@ class WeightReader:
             digest.update(repr((tensor.shape, tensor.dtype)).encode())
             digest.update(values.contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+
+def names_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str], object]:
+    """Return a function that tells, by its name, a weight that transformers keeps in fp32."""
+    patterns: list[Any] = [*model._get_dtype_plan(dtype)]  # noqa: SLF001  (nothing public has it)
+    return build_glob_alternation(patterns or ["$^"])[0].search
+
+
+def keep_in_fp32(model: PreTrainedModel, dtype: torch.dtype, *, is_frozen: bool) -> None:
+    """Give fp32 to what transformers keeps so, before the model is filled.
+
+    Parameters that learn are left: DeepSpeed computes with one dtype, its optimizer in fp32.
+    """
+    is_kept = names_in_fp32(model, dtype)
+    for name, tensor in (*model.named_buffers(), *(model.named_parameters() if is_frozen else ())):
+        if is_kept(name) and tensor.is_floating_point():
+            in_fp32(tensor)
 
 
 Parameters = Mapping[str, Mapping[str, nn.Parameter]]

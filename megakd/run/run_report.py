@@ -337,11 +337,11 @@ def _samples(
     return [{"prompt": prompt, "teacher": a, "student": b} for prompt, a, b in rows]
 
 
-def _of_rows(lab: RunLab, scores: Mapping[str, Any]) -> dict[str, Any]:
+def _of_rows(lab: Lab[RunWork], scores: Mapping[str, Any]) -> dict[str, Any]:
     """Return the number of scored rows and the errors of shares of them; none of texts."""
     if lab.config.task.type in LANGUAGE_TASKS:
         return {}
-    rows = row_count(lab.assembly.prepared.splits.held_out)
+    rows = row_count(lab.work.assembly.prepared.splits.held_out)
     return {"rows": rows, **standard_errors(scores, rows)}
 
 

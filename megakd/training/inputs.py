@@ -5,6 +5,7 @@ Checks run from cheap to expensive: weight files, then data and tokenizer, then 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,7 +33,7 @@ from megakd.data.tokenizers import VocabularyPair, has_tokenizer_files, load_tok
 from megakd.engine.collectives import gather, main_first, node_name, on_main, once_per_node
 from megakd.errors import ConfigError, DataError, MegakdError, TeacherError
 from megakd.losses.objective import check_terms, shape_of, with_class_weights
-from megakd.models.architectures import class_for, context_length
+from megakd.models.architectures import class_for, context_length, pools_by_padding
 from megakd.models.fitting import ModelSource, label_order
 from megakd.models.fused_layers import check_fused_layers
 from megakd.models.loading import check_model, resolve_model, with_vocabulary
@@ -411,6 +412,10 @@ def _with_tokens(
 ) -> ModelSource:
     pad = cast("int | None", tokenizer.pad_token_id)  # transformers' own type allows several
     sized = with_vocabulary(source, rows_for(tokenizer), pad_token_id=pad)
+    text = sized.config.get_text_config()
+    if pools_by_padding(sized.config, task.type) and getattr(text, "pad_token_id", None) != pad:
+        sized = replace(sized, config=copy.deepcopy(sized.config))
+        sized.config.get_text_config().pad_token_id = pad
     is_end = pad in (None, tokenizer.eos_token_id)
     if source.wants_vocabulary and task.type == "causal_lm" and is_end:
         # A padding token has no gradient, and a decoder learns where texts end.

@@ -164,6 +164,15 @@ def test_a_bare_vocabulary_is_read(load, folder, files, task, text, ids, roles):
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == roles
 
 
+def test_a_classifier_without_a_pad_token_takes_the_end_token(load, folder, caplog):
+    load(recipe("bpe"), "causal_lm").save_pretrained(folder)
+    with caplog.at_level("INFO", logger="megakd"):
+        tokenizer = load(folder)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    assert "has no pad token: its end token <|endoftext|> is taken" in caplog.text
+    assert load(folder, "causal_lm").pad_token is None
+
+
 @pytest.mark.parametrize(
     ("role", "task", "other"),
     [("mask", "mlm", "classification"), ("pad", "classification", "causal_lm")],

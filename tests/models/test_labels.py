@@ -1,8 +1,9 @@
 import pytest
-from transformers import BertConfig
+from transformers import BertConfig, GPT2Config, LlamaConfig, RobertaConfig
 
 from megakd.errors import ModelError
-from megakd.models.fitting import label_order, labels_agree, set_labels
+from megakd.models.architectures import pools_by_padding
+from megakd.models.fitting import head_order, label_order, set_labels
 
 
 def named(*names):
@@ -13,7 +14,7 @@ def test_names_in_another_order_give_the_index_that_restores_the_datas_order():
     order = label_order(named("c", "a", "b"), ("a", "b", "c"), where="teacher.model")
     assert order == (1, 2, 0)
     assert [("c", "a", "b")[column] for column in order] == ["a", "b", "c"]
-    assert not labels_agree(named("b", "a"), ("a", "b"))
+    assert head_order(named("b", "a"), ("a", "b")) == (1, 0)
 
 
 @pytest.mark.parametrize(
@@ -28,7 +29,7 @@ def test_names_in_another_order_give_the_index_that_restores_the_datas_order():
 )
 def test_nothing_is_to_be_done_where_the_order_is_right(stored, data):
     assert label_order(named(*stored), data, where="teacher.model") is None
-    assert labels_agree(named(*stored), data)
+    assert head_order(named(*stored), data) == tuple(range(len(stored)))
 
 
 @pytest.mark.parametrize(
@@ -44,15 +45,15 @@ def test_nothing_is_to_be_done_where_the_order_is_right(stored, data):
     ],
 )
 def test_labels_that_do_not_match_are_an_error_with_both_lists(stored, data, message):
-    assert not labels_agree(named(*stored), tuple(data))
+    assert head_order(named(*stored), tuple(data)) is None
     with pytest.raises(ModelError, match=message):
         label_order(named(*stored), tuple(data), where="teacher.model")
 
 
 def test_labels_that_differ_only_in_case_are_matched_exactly():
     assert label_order(named("us", "Other", "US"), ("US", "us", "other"), where="x") == (2, 0, 1)
-    assert labels_agree(named("US", "us"), ("US", "us"))
-    assert not labels_agree(named("us", "US"), ("US", "us"))
+    assert head_order(named("US", "us"), ("US", "us")) == (0, 1)
+    assert head_order(named("us", "US"), ("US", "us")) == (1, 0)
 
 
 def test_labels_are_written_into_a_config():
@@ -61,3 +62,9 @@ def test_labels_are_written_into_a_config():
     set_labels(regressor, ())
     assert (classifier.num_labels, classifier.label2id) == (3, {"x": 0, "y": 1, "z": 2})
     assert (regressor.num_labels, regressor.problem_type) == (1, "regression")
+
+
+def test_decoders_pool_by_the_padding_token_and_encoders_do_not():
+    assert all(pools_by_padding(c(), "classification") for c in (GPT2Config, LlamaConfig))
+    assert not any(pools_by_padding(c(), "classification") for c in (BertConfig, RobertaConfig))
+    assert not pools_by_padding(GPT2Config(), "causal_lm")

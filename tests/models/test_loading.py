@@ -1,5 +1,6 @@
 """Models as they are loaded, first values of weights that are not stored, and experts."""
 
+import dataclasses
 import logging
 
 import pytest
@@ -11,6 +12,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    EsmConfig,
+    LlamaForCausalLM,
 )
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 
@@ -125,17 +128,27 @@ def test_the_head_of_a_tied_model_may_be_the_only_copy_and_no_second_value(tiny)
 
 
 @pytest.mark.parametrize("model_type", ["bert", "electra", "t5_encoder", "enct5"])
-def test_a_stored_head_is_kept_for_the_same_labels_and_new_for_others(tiny, model_type):
+def test_a_stored_head_is_kept_for_the_same_labels_and_new_for_others(tiny, model_type, caplog):
     folder = tiny.save(model_type, id2label=dict(enumerate(NAMES)))
     stored = AutoModelForSequenceClassification.from_pretrained(folder)
 
     same = tiny.load(folder, tiny.task(), label_names=NAMES, need_head=False)
-    reordered = tiny.load(folder, tiny.task(), label_names=NAMES[::-1], need_head=False)
+    others = ("fear", "joy", "anger")
+    reordered = [
+        tiny.load(folder, tiny.task(), label_names=others, need_head=is_frozen)
+        for is_frozen in (False, True)
+    ]
+    assert "a new head is drawn" not in caplog.text
     more = tiny.load(folder, tiny.task(), label_names=(*NAMES, "trust"), need_head=False)
 
     assert same_values(same, stored)
     assert torch.equal(same(tiny.input_ids).logits, stored(tiny.input_ids).logits)
-    assert not torch.equal(reordered(tiny.input_ids).logits, stored(tiny.input_ids).logits)
+    assert "joy, anger, fear, and the data have joy, anger, fear, trust: a new head" in caplog.text
+    for model in reordered:
+        assert torch.equal(
+            model(tiny.input_ids).logits, stored(tiny.input_ids).logits[:, [2, 0, 1]]
+        )
+        assert model.config.id2label == dict(enumerate(others))
     assert more(tiny.input_ids).logits.shape == (2, 4)
     assert same_values(more.get_input_embeddings(), stored.get_input_embeddings())
 
@@ -315,3 +328,29 @@ def test_a_mixture_runs_without_values(tiny, family, dtype):
     model = valueless_model(source, task, source.config).to(dtype)
     send_tokens_to_one_expert(model)
     assert model(tiny.input_ids.to("meta")).logits.shape == (2, 12, 300)
+
+
+def test_a_frozen_model_has_in_fp32_what_transformers_keeps_so(tiny, monkeypatch):
+    folder = tiny.save("llama")
+    monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules_strict", ["mlp.*_proj"])
+    task, half = tiny.task("causal_lm"), torch.bfloat16
+
+    frozen = tiny.load(folder, task, dtype=half)
+
+    assert same_values(frozen, AutoModelForCausalLM.from_pretrained(folder, dtype=half))
+    assert frozen.model.layers[0].mlp.up_proj.weight.dtype == torch.float32
+    assert (
+        tiny.load(folder, task, dtype=half, need_head=False)
+        .model.layers[0]
+        .mlp.up_proj.weight.dtype
+        == half
+    )
+
+
+def test_dropout_is_set_where_a_config_has_a_rate_and_switches_stay(tiny):
+    config = EsmConfig(vocab_size=11, token_dropout=True, hidden_dropout_prob=0.1)
+    source = dataclasses.replace(
+        tiny.resolve(tiny.save("bert"), tiny.task()), config=config
+    ).with_dropout(0.0)
+    assert source.config.token_dropout is True
+    assert source.config.hidden_dropout_prob == 0.0
