@@ -15,6 +15,7 @@ import torch
 from functorch.compile import make_boxed_func  # pyright: ignore[reportPrivateImportUsage]
 from slow_cases import slow
 from tiny_families import build, small_configs
+from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -198,6 +199,47 @@ def test_hooks_on_the_parts_of_a_fused_layer_are_called():
     model(input_ids=IDS, use_cache=False)
 
     assert seen == dict.fromkeys(names, 1)
+
+
+class Gated(nn.Module):
+    """A gated MLP with one thing more, which only some instances have."""
+
+    def __init__(self, **constants: Any) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 6)
+        self.act = nn.SiLU()
+        vars(self).update({"_limit": None, "scale": 1.0, "p": 0.0, "cuts": False, **constants})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate(x), self.up(x)
+        if self._limit is not None:
+            gate, up = gate.clamp(max=self._limit), up.clamp(-self._limit, self._limit)
+        inner = self.act(gate.detach() if self.cuts else gate) * up
+        return self.down(nn.functional.dropout(inner, self.p, self.training)) * self.scale
+
+
+def test_only_the_instances_that_compute_a_product_are_fused():
+    others = ({"_limit": 7.0}, {"_limit": 5000.0}, {"scale": 0.5}, {"p": 0.1}, {"cuts": True})
+    parts = nn.ModuleList([Gated(layer_idx=1), *(Gated(**one) for one in others), Gated()])
+    plain, kept = {}, torch.get_rng_state()
+
+    forwards = fused_forwards(parts, lambda product: plain.setdefault(product, product))
+
+    assert [part in forwards for part in parts] == [True, *[False] * len(others), True]
+    assert len(plain) == 1  # what is compiled is shared
+    assert torch.equal(torch.get_rng_state(), kept)
+    inputs = torch.randn(2, 3, 6)
+    assert torch.equal(forwards[parts[0]](parts[0], x=inputs), parts[0](inputs))
+
+
+def test_instances_with_other_activations_have_products_of_their_own():
+    parts = nn.ModuleList([Gated(), Gated()])
+    parts[1].act = nn.Tanh()
+
+    forwards = fused_forwards(parts, lambda product: product)
+
+    inputs = torch.randn(3, 6)
+    assert all(torch.equal(forwards[part](part, inputs), part(inputs)) for part in parts)
 
 
 CUDA = torch.device("cuda")
