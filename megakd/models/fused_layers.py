@@ -44,33 +44,26 @@ def fuse_layers(
 ) -> None:
     """Compile the norms, gated products and rotations of a loaded model; a collective.
 
-    auto: on a GPU, if the model has such parts and torch can compile there.
-
     Raises:
         ConfigError: they are asked for, and the model or the environment lacks them.
     """
-    if not is_fused(choice, device.type):
-        logger.debug("%s: not fused (%s: %s, %s)", source.where, KEY, choice, device.type)
+    if not is_fused(choice):
         return
     # All ranks compute alike, also if one of them lacks a compiler.
     reason = next(filter(None, gather(why_not_compiled(device))), None)
     forwards = {} if reason else fused_forwards(model)
     if not forwards:
-        reason = reason or NO_PARTS
-        if choice == "on":
-            raise _refused(source, reason)
-        logger.info("%s: the layers are not fused (%s): %s", source.where, KEY, reason)
-    else:
-        counts = Counter(type(part).__name__ for part in forwards)
-        parts = ", ".join(f"{count} {name}" for name, count in counts.items())
-        logger.info("%s: fused (%s): %s", source.where, KEY, parts)
+        raise _refused(source, reason or NO_PARTS)
+    counts = Counter(type(part).__name__ for part in forwards)
+    parts = ", ".join(f"{count} {name}" for name, count in counts.items())
+    logger.info("%s: fused (%s): %s", source.where, KEY, parts)
     for part, forward in forwards.items():
         part.forward = forward.__get__(part)
 
 
-def is_fused(choice: FusedLayers, device: str) -> bool:
-    """Return whether layers are fused on a type of device, if the model and torch can."""
-    return choice == "on" or (choice == "auto" and device != "cpu")
+def is_fused(choice: FusedLayers) -> bool:
+    """Return whether layers are fused; auto leaves them plain until a GPU has run fused ones."""
+    return choice == "on"
 
 
 def check_fused_layers(source: ModelSource, task: TaskType) -> None:

@@ -522,7 +522,7 @@ class PhaseTraces:
         send_tokens_to_one_expert(model)
         if source.attn_implementation in (None, VARLEN, "sdpa", "eager"):
             set_attention(model, source, self._task.type, torch.device(self._device))
-        if is_fused(fused, self._device):
+        if is_fused(fused):
             for part, forward in fused_forwards(model, one_kernel).items():
                 part.forward = forward.__get__(part)
         return model
