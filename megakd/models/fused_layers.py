@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from inspect import signature
 from itertools import permutations
 from types import FunctionType
@@ -47,7 +47,7 @@ def fuse_layers(
     Raises:
         ConfigError: they are asked for, and the model or the environment lacks them.
     """
-    if not is_fused(choice):
+    if choice != "on":  # auto: no GPU has run them
         return
     # All ranks compute alike, also if one of them lacks a compiler.
     reason = next(filter(None, gather(why_not_compiled(device))), None)
@@ -59,11 +59,6 @@ def fuse_layers(
     logger.info("%s: fused (%s): %s", source.where, KEY, parts)
     for part, forward in forwards.items():
         part.forward = forward.__get__(part)
-
-
-def is_fused(choice: FusedLayers) -> bool:
-    """Return whether layers are fused; auto leaves them plain until a GPU has run fused ones."""
-    return choice == "on"
 
 
 def check_fused_layers(source: ModelSource, task: TaskType) -> None:
@@ -184,19 +179,17 @@ def _is_product(part: nn.Module, way: tuple[str, ...]) -> bool:
         small = {name: nn.Linear(WIDTH, INNER) for name in (gate, up)}
         small[down] = nn.Linear(INNER, WIDTH)
         for child in small.values():
-            child.weight.data, child.bias.data = (
-                _rows(*child.weight.shape),
-                _rows(*child.bias.shape),
-            )
-            child.to(dtype)
+            for weight in child.parameters():
+                weight.data = _rows(*weight.shape).to(dtype)
         inputs, plain = rows.reshape(shape).to(dtype), _product(part, way, lambda product: product)
         exact = _tried(part, small, inputs, learns=learns)
         fused = _tried(part, small, inputs, plain, learns=learns)
-        if exact is None or fused is None:
-            return False
-        if not all(torch.allclose(*pair, rtol=1e-5) for pair in zip(exact, fused, strict=True)):
+        if exact is None or fused is None or not all(map(_is_close, exact, fused)):
             return False
     return True
+
+
+_is_close = partial(torch.allclose, rtol=1e-5)
 
 
 def _product(part: nn.Module, way: tuple[str, ...], fuse: Compile) -> Callable[..., Tensor]:

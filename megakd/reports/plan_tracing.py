@@ -34,7 +34,7 @@ from megakd.data.collation import DEFAULT_PROBABILITY
 from megakd.losses.bundle import StudentBundle, build_bundle
 from megakd.losses.objective import StageLosses, label_objective, stage_losses, with_even_weights
 from megakd.models.fitting import ModelSource, ReadyTeacher, build_empty
-from megakd.models.fused_layers import fused_forwards, is_fused
+from megakd.models.fused_layers import fused_forwards
 from megakd.models.knowledge import LanguageModelHead, Needs, SecondSize, build_second_vocabulary
 from megakd.models.lora import add_adapters
 from megakd.models.packing import VARLEN, set_attention
@@ -522,7 +522,7 @@ class PhaseTraces:
         send_tokens_to_one_expert(model)
         if source.attn_implementation in (None, VARLEN, "sdpa", "eager"):
             set_attention(model, source, self._task.type, torch.device(self._device))
-        if is_fused(fused):
+        if fused == "on":
             for part, forward in fused_forwards(model, one_kernel).items():
                 part.forward = forward.__get__(part)
         return model
