@@ -48,7 +48,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	[ $$missing = 0 ] || exit 1
 	if [ -e $@ ]; then rm $@; else "$$python" -m venv --clear $(VENV); fi
 	$(ACTIVATE)
-	python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev,lora,eval,onnx]'
+	python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev,lora,onnx]'
 	# CUDA builds of torch bring their own; elsewhere the kernels' tests need its interpreter.
 	python -c 'import triton' 2>/dev/null ||
 		python -m pip install --disable-pip-version-check --no-deps 'triton==$(TRITON)' ||
@@ -91,4 +91,4 @@ docs: install
 	mkdocs build
 
 clean:
-	rm -rf $(VENV) $(OLDEST) .cache build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) .cache build dist *.egg-info src/*.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import os
 import re
 import subprocess
 import sys
@@ -152,6 +153,34 @@ def test_the_installed_package_does_not_put_the_repository_on_the_path(tmp_path:
 
     assert str(ROOT) not in subprocess.check_output(command, text=True, cwd=tmp_path)
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_the_package_is_found_in_a_folder_that_holds_a_clone_of_its_name(
+    project: dict[str, Any], tmp_path: Path
+) -> None:
+    setuptools = project["tool"]["setuptools"]
+    links = {p.name: p.resolve() for p in (ROOT / "src").iterdir() if p.is_symlink()}
+    # With this layout, an editable install puts `src` on the path; a finder would come too late.
+    assert setuptools["package-dir"] == {"": "src"}
+    assert links.keys() == {name.partition(".")[0] for name in setuptools["packages"]}
+    (tmp_path / "megakd" / "megakd").mkdir(parents=True)
+    program = "import megakd_kernels; from megakd.config.deepspeed import preset_names as names"
+    command = [sys.executable, "-c", f"{program}; print(*names())"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+
+    printed = subprocess.check_output(command, text=True, cwd=tmp_path, env=environment)
+
+    assert printed.split() == sorted(p.stem for p in (ROOT / "ds_configs").glob("*.json"))
+
+
+def test_make_install_asks_for_extras_that_exist(project: dict[str, Any]) -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+
+    asked = {
+        name for extras in re.findall(r"'\.\[(.+?)\]'", makefile) for name in extras.split(",")
+    }
+
+    assert asked == {*project["project"]["optional-dependencies"]}
 
 
 def test_a_file_imports_from_its_own_room_or_a_lower_rank() -> None:

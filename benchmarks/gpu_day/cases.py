@@ -72,15 +72,19 @@ def billion_tree(folder: Path, *, rehearse: bool) -> Tree:
     return tree
 
 
-def llama_tree(folder: Path, *, rehearse: bool, fused: str = "auto") -> Tree:
+def llama_tree(folder: Path, *, rehearse: bool, untried: bool = False) -> Tree:
     """Return a run whose steps are profiled: a Llama of 1.2 billion weights learns from another.
 
     The shape is that of Llama 3.2 1B; the presets are the defaults of megakd.
+    untried: with what is off until a GPU has run it.
     """
     length, layers, width = (64, 2, 32) if rehearse else (4096, 16, 2048)
     model = llama(layers, width, length=length, vocab_size=512 if rehearse else 128256)
     tree = _profiled_tree(folder, model, model, rows=4, rehearse=rehearse)
-    return {**tree, "train": {**tree["train"], "fused_layers": fused}}
+    if untried:
+        clips = {"megakd": {"clip_on_device": True}, "zero_optimization": {"stage": 2}}
+        tree["train"]["fused_layers"], tree["student"]["deepspeed"] = "on", clips
+    return tree
 
 
 def smollm2_tree(folder: Path, *, rehearse: bool) -> Tree:

@@ -32,7 +32,7 @@ from megakd.run.main import started
 
 CASES = {
     "llama": gpu_day_cases.llama_tree,
-    "llama-plain": partial(gpu_day_cases.llama_tree, fused="off"),
+    "llama-untried": partial(gpu_day_cases.llama_tree, untried=True),
     "smollm2": gpu_day_cases.smollm2_tree,
 }
 # Operations are counted in the steps 1, 2, 4 and 8 of a stage, which takes a quarter longer.

@@ -44,7 +44,7 @@ PARTS = tuple(Part(*row[:3], program(*row[3:])) for row in (
     ("minidisc", "MiniDisc at ZeRO 3 / 3: evaluate, save, kill, resume", 270, "runs minidisc"),
     ("release", "memory before and after `destroy`", 90, "release"),
     ("llama", "Llama of 1B weights, bf16, packed 4 x 4096: three steps", 200, "llama llama"),
-    ("llama-plain", "The same with plain layers", 200, "llama llama-plain"),
+    ("llama-untried", "The same, fused, clipped on the device", 200, "llama llama-untried"),
     ("smollm2", "SmolLM2-135M from 360M, packed 16 x 2048: three steps", 120, "llama smollm2"),
     ("race", "the step of megakd, of a bare loop, and of TRL's GKD with and without Liger", 300,
      "race"),

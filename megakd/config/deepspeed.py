@@ -19,6 +19,7 @@ from megakd.process.terminal import in_home
 
 OWN_SECTION = "megakd"
 """The section with megakd's own keys, which DeepSpeed never gets."""
+_OWN_KEYS = ("shard_within_node", "clip_on_device")
 
 # Top-level keys of DeepSpeed, which ignores unknown ones silently: those that the run config sets,
 # by field of `train`, and those of a file. What is not listed, such as `checkpoint`, changes how
@@ -90,9 +91,12 @@ def load_ds_config(spec: str | Mapping[str, Any], *, where: str) -> dict[str, An
 
 def _check_roles(ds: Mapping[str, Any], source: str, *, is_trained: bool) -> None:
     stage, own = zero_stage(ds), _mapping(ds.get(OWN_SECTION, {}), f"{source}: {OWN_SECTION}")
-    within, problem = own.get("shard_within_node", False), ""
-    if own.keys() - {"shard_within_node"} or not isinstance(within, bool):
-        problem = f" has the one key shard_within_node, true or false (got {json.dumps(own)})"
+    problem, within = "", own.get("shard_within_node", False)
+    if own.keys() - {*_OWN_KEYS} or not all(isinstance(one, bool) for one in own.values()):
+        known = " and ".join(_OWN_KEYS)
+        problem = f" has the keys {known}, true or false (got {json.dumps(own)})"
+    elif clips_on_device(ds) and (stage not in (1, 2) or not is_trained):
+        problem = ".clip_on_device: true is for a model that learns at ZeRO stage 1 or 2; remove it"
     elif within and is_trained:
         problem = ".shard_within_node works only for a frozen model; use zero3, or remove the key"
     elif within and stage != 3:
@@ -168,6 +172,11 @@ def zero_stage(ds: Mapping[str, Any]) -> int:
 def shards_within_node(ds: Mapping[str, Any]) -> bool:
     """Return whether the weights are sharded over the ranks of a node, not over all ranks."""
     return ds.get(OWN_SECTION, {}).get("shard_within_node", False)
+
+
+def clips_on_device(ds: Mapping[str, Any]) -> bool:
+    """Return whether ZeRO 1 or 2 clips gradients in bf16 without a number on the host."""
+    return ds.get(OWN_SECTION, {}).get("clip_on_device", False)
 
 
 def merged_ds_config(ds: Mapping[str, Any], train: TrainConfig, *, dtype: Dtype) -> dict[str, Any]:

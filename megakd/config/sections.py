@@ -109,7 +109,7 @@ class TrainConfig:
     GPU."""
     fused_layers: FusedLayers = "auto"
     """Compile norms, gated MLPs and rotations of the student, and with those of `train` of frozen
-    models, to one kernel each. auto: on a GPU, where a model has them and torch can compile."""
+    models, to one kernel each. auto: off, because no GPU has run them."""
     collective_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 600.0
     """Seconds that a rank waits for the other ranks in a collective of tensors. Waits for rank 0,
     which reads, encodes or writes files, have a limit of 24 hours. Only in `train`."""

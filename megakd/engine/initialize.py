@@ -16,7 +16,7 @@ from deepspeed.runtime.zero.partition_parameters import is_zero_param
 from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
 
-from megakd.config.deepspeed import frozen_ds_config, merged_ds_config
+from megakd.config.deepspeed import clips_on_device, frozen_ds_config, merged_ds_config
 from megakd.config.sections import TrainConfig
 from megakd.config.task import Dtype
 from megakd.engine.sharding import linear_left_alone, note_fetches
@@ -61,7 +61,7 @@ def training_engine(
         # The norm tells whether gradients are finite. DeepSpeed looks at each gradient with six
         # kernels before: 27 of the 323 ms of a step of SmolLM2-135M on an H200.
         wrapper.check_overflow = lambda **_: None
-        if dtype == "bf16" and train.optim == "adamw":
+        if clips_on_device(ds) and (dtype, train.optim) == ("bf16", "adamw"):
             _clip_on_device(wrapper)
     note_fetches(engine)
     return engine

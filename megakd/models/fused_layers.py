@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
+from inspect import signature
 from itertools import permutations
 from types import FunctionType
 from typing import Any
@@ -24,6 +25,7 @@ from megakd.errors import ConfigError, one_line
 from megakd.models.fitting import ModelSource
 from megakd.models.quantized import scaled_rows
 from megakd.models.small_copy import without_values
+from megakd.process.seeding import cpu_seeded
 
 logger = logging.getLogger(__name__)
 Forwards = dict[nn.Module, Callable[..., Any]]
@@ -31,6 +33,9 @@ Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
 KEY = "train.fused_layers"
 WIDTH, INNER = 8, 12
 """Sizes of the small modules that are tried."""
+MAGNITUDES = (0.01, 0.1, 1.0, 10.0, 100.0, 1e3, 1e4, 1e5)
+"""Of the rows that are tried, an even number."""
+_CONSTANT = (bool, int, float, str, tuple, list, type(None))
 NO_PARTS = "it has no RMSNorm, gated MLP or rotation of queries and keys in a form that is known"
 
 
@@ -39,33 +44,21 @@ def fuse_layers(
 ) -> None:
     """Compile the norms, gated products and rotations of a loaded model; a collective.
 
-    auto: on a GPU, if the model has such parts and torch can compile there.
-
     Raises:
         ConfigError: they are asked for, and the model or the environment lacks them.
     """
-    if not is_fused(choice, device.type):
-        logger.debug("%s: not fused (%s: %s, %s)", source.where, KEY, choice, device.type)
+    if choice != "on":  # auto: no GPU has run them
         return
     # All ranks compute alike, also if one of them lacks a compiler.
     reason = next(filter(None, gather(why_not_compiled(device))), None)
     forwards = {} if reason else fused_forwards(model)
     if not forwards:
-        reason = reason or NO_PARTS
-        if choice == "on":
-            raise _refused(source, reason)
-        logger.info("%s: the layers are not fused (%s): %s", source.where, KEY, reason)
-    else:
-        counts = Counter(type(part).__name__ for part in forwards)
-        parts = ", ".join(f"{count} {name}" for name, count in counts.items())
-        logger.info("%s: fused (%s): %s", source.where, KEY, parts)
+        raise _refused(source, reason or NO_PARTS)
+    counts = Counter(type(part).__name__ for part in forwards)
+    parts = ", ".join(f"{count} {name}" for name, count in counts.items())
+    logger.info("%s: fused (%s): %s", source.where, KEY, parts)
     for part, forward in forwards.items():
         part.forward = forward.__get__(part)
-
-
-def is_fused(choice: FusedLayers, device: str) -> bool:
-    """Return whether layers are fused on a type of device, if the model and torch can."""
-    return choice == "on" or (choice == "auto" and device != "cpu")
 
 
 def check_fused_layers(source: ModelSource, task: TaskType) -> None:
@@ -100,71 +93,117 @@ def compiled(function: Any) -> Callable[..., Any]:
 def fused_forwards(model: nn.Module, fuse: Compile = compiled) -> Forwards:
     """Return the forwards of the parts of a model that can be fused; nothing is compiled yet.
 
-    The functions of parts are tried on small copies of these, whose weights are sharded at ZeRO 3.
+    Parts that differ in constants are tried on small copies, as weights are sharded at ZeRO 3.
 
     fuse: makes one kernel of a function without submodules.
     """
     forwards: Forwards = {}
-    by_kind: dict[object, Callable[..., Any] | None] = {}
+    ways: dict[object, tuple[str, ...] | None] = {}
+    fused: dict[object, Callable[..., Any] | None] = {}
     for part in model.modules():
         kind = type(part)
         is_plain = isinstance(kind.forward, FunctionType) and "forward" not in vars(part)
         if not is_plain or kind.__module__.startswith("torch."):
             continue
-        if kind not in by_kind:
-            by_kind[kind] = (
-                _fused_norm(part, fuse) or _fused_product(part, fuse) or _fused_rotation(part, fuse)
-            )
-        forward = by_kind[kind]
+        alike = kind, _constants(part)
+        if alike not in ways:
+            with cpu_seeded(0):  # a run goes on with the random numbers of plain layers
+                ways[alike] = () if _is_norm(part) else _names_of_product(part)
+        way = ways[alike]
+        # Parts that differ in other constants share what is compiled.
+        shared = kind, way, _constants(part.get_submodule(way[-1])) if way else None
+        if shared not in fused:
+            fused[shared] = _fused(part, way, fuse)
+        forward = fused[shared]
         if forward is not None:
             forwards[part] = forward
     return forwards
 
 
-def _fused_norm(part: nn.Module, fuse: Compile) -> Callable[..., Any] | None:
+def _fused(
+    part: nn.Module, way: tuple[str, ...] | None, fuse: Compile
+) -> Callable[..., Any] | None:
+    if way is None:
+        return _fused_rotation(part, fuse)
+    return _product(part, way, fuse) if way else fuse(type(part).forward)
+
+
+def _values(part: nn.Module) -> dict[str, Any]:
+    base = vars(nn.Module())
+    return {name: value for name, value in vars(part).items() if name not in base}
+
+
+def _constants(part: nn.Module) -> object:
+    """Return what parts of a class have in common if they compute alike with equal weights."""
+    plain = tuple(
+        (name, repr(one) if isinstance(one, _CONSTANT) or callable(one) else id(one))
+        for name, one in _values(part).items()
+    )
+    children = tuple((name, _constants(child)) for name, child in part.named_children())
+    return type(part), plain, (*part._parameters,), children  # noqa: SLF001
+
+
+def _is_norm(part: nn.Module) -> bool:
     # Its function is the same for a multiple of a row, and a factor for each column.
     if [*part._modules] or [*part._parameters] != ["weight"]:  # noqa: SLF001 - sharded are empty
-        return None
+        return False
     weight = nn.Parameter(torch.linspace(0.5, 2.0, WIDTH))
     rows = _rows(4 * WIDTH, WIDTH) * 100  # beside which epsilon is small
-    outputs = _tried(part, {"weight": weight}, rows)
-    if outputs is None or outputs.shape != rows.shape:
-        return None
+    outputs, *_ = _tried(part, {"weight": weight}, rows) or [rows[0]]
+    if outputs.shape != rows.shape:
+        return False
     factors = outputs / (rows * rows.square().mean(-1, keepdim=True).rsqrt())
-    is_norm = torch.allclose(factors, factors[:1].expand_as(factors), rtol=1e-4)
-    return fuse(type(part).forward) if is_norm else None
+    return torch.allclose(factors, factors[:1].expand_as(factors), rtol=1e-4)
 
 
-def _fused_product(part: nn.Module, fuse: Compile) -> Callable[..., Any] | None:
+def _names_of_product(part: nn.Module) -> tuple[str, ...] | None:
+    """Return the names of gate, up, down and activation; None: it is no gated MLP."""
     linear = [name for name, child in part.named_children() if isinstance(child, nn.Linear)]
-    others = [child for child in part.children() if not isinstance(child, nn.Linear)]
-    if len(linear) != 3 or len(others) != 1 or [*others[0].parameters()]:
+    others = [name for name, _ in part.named_children() if name not in linear]
+    if len(linear) != 3 or len(others) != 1 or [*part.get_submodule(others[0]).parameters()]:
         return None
-    (act,), rows = others, _rows(4, WIDTH)
+    if len(signature(type(part).forward).parameters) != 2:
+        return None
+    ways = ((*names, others[0]) for names in permutations(linear))
+    return next((way for way in ways if _is_product(part, way)), None)
+
+
+def _is_product(part: nn.Module, way: tuple[str, ...]) -> bool:
+    # Small and large values, with which limits are seen, in a training and in an evaluation.
+    rows = _rows(len(MAGNITUDES), WIDTH) * torch.tensor(MAGNITUDES)[:, None]
+    gate, up, down, _ = way
+    for dtype, shape, learns in (
+        (torch.float32, (2, -1, WIDTH), True),
+        (torch.bfloat16, (-1, WIDTH), False),
+    ):
+        small = {name: nn.Linear(WIDTH, INNER) for name in (gate, up)}
+        small[down] = nn.Linear(INNER, WIDTH)
+        for child in small.values():
+            for weight in child.parameters():
+                weight.data = _rows(*weight.shape).to(dtype)
+        inputs, plain = rows.reshape(shape).to(dtype), _product(part, way, lambda product: product)
+        exact = _tried(part, small, inputs, learns=learns)
+        fused = _tried(part, small, inputs, plain, learns=learns)
+        if exact is None or fused is None or not all(map(_is_close, exact, fused)):
+            return False
+    return True
+
+
+_is_close = partial(torch.allclose, rtol=1e-5)
+
+
+def _product(part: nn.Module, way: tuple[str, ...], fuse: Compile) -> Callable[..., Tensor]:
+    gate, up, down, name = way
+    act = part.get_submodule(name)
 
     def product(gate: Tensor, up: Tensor) -> Tensor:
         return act(gate) * up
 
-    for gate, up, down in permutations(linear):
-        small = {name: nn.Linear(WIDTH, INNER) for name in (gate, up)}
-        small[down] = nn.Linear(INNER, WIDTH)
-        for child in small.values():
-            child.weight.data.copy_(_rows(*child.weight.shape))
-            nn.init.zeros_(child.bias)
-        forward = _gated(product, gate, up, down)
-        outputs = _tried(part, small, rows)
-        if outputs is not None and torch.allclose(
-            outputs, _tried(part, small, rows, forward), rtol=1e-5
-        ):
-            return _gated(fuse(product), gate, up, down)
-    return None
+    fused = fuse(product)
 
-
-def _gated(
-    product: Callable[..., Tensor], gate: str, up: str, down: str
-) -> Callable[[Any, Tensor], Tensor]:
-    def forward(self: Any, hidden: Tensor) -> Tensor:
-        inner = product(getattr(self, gate)(hidden), getattr(self, up)(hidden))
+    def forward(self: Any, *args: Tensor, **named: Tensor) -> Tensor:
+        (hidden,) = (*args, *named.values())
+        inner = fused(getattr(self, gate)(hidden), getattr(self, up)(hidden))
         return getattr(self, down)(inner)
 
     return forward
@@ -210,19 +249,29 @@ def _tried(
     weights: dict[str, Any],
     rows: Tensor,
     forward: Callable[..., Any] | None = None,
-) -> Any:
-    """Return what a part computes of rows with other weights; None: it does not take them."""
+    *,
+    learns: bool = True,
+) -> list[Tensor] | None:
+    """Return what a part computes of rows with other weights, and gradients of rows and weights.
+
+    None: it does not take them.
+    """
     small: Any = type(part).__new__(type(part))
-    plain = {name: value for name, value in vars(part).items() if not name.startswith("_")}
     nn.Module.__init__(small)
-    vars(small).update(plain)
+    vars(small).update(_values(part))
     for name, child in part.named_children():
         small.add_module(name, child)
     for name, weight in weights.items():
         setattr(small, name, weight)
+    small.training, rows = learns, rows.clone().requires_grad_()
     try:
-        with torch.no_grad():
+        with torch.enable_grad():
             outputs = (forward or type(part).forward)(small, rows)
+            total = (outputs * _rows(*outputs.shape)).sum()
+            learning = [rows, *small.parameters()]
+            gradients = torch.autograd.grad(
+                total, learning, allow_unused=True, materialize_grads=True
+            )
     except Exception:  # noqa: BLE001 - any module may refuse one input
         return None
-    return outputs if isinstance(outputs, Tensor) else None
+    return [outputs.detach(), *gradients]

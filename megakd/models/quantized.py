@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ from megakd.engine.sharding import set_values
 from megakd.errors import ConfigError, ModelError, one_line
 from megakd.models.architectures import AUTO_CLASSES
 from megakd.models.fitting import GGUF, ModelSource, method_of, quantization_keys
-from megakd.models.small_copy import without_values
+from megakd.models.small_copy import TOKENS, copy_that_runs, logits_of, without_values
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -198,6 +199,14 @@ def open_quantized(
             f"{source.where}: transformers cannot open {source.folder}, which is quantized: "
             f"{one_line(error)}"
         ) from error
+    weights = {name: weight for name, weight in model.named_parameters() if weight.itemsize < 2}
+    dtypes = {name.removesuffix(".weight"): weight.dtype for name, weight in weights.items()}
+    if dtypes and _computes_with(dtypes, source.config, task.type) is False:
+        raise ModelError(
+            f"{source.where}: {source.folder} is quantized ({source.quantization}), and the code "
+            f"of a {source.config.model_type} model reads weights of its linear layers; give the "
+            "model in fp32, bf16 or fp16"
+        )
     head = model.get_output_embeddings() if task.type in LANGUAGE_TASKS else None
     weight = getattr(head, "weight", None)
     if head is not None and not (isinstance(weight, nn.Parameter) and weight.is_floating_point()):
@@ -230,17 +239,17 @@ class Fp8Linear(nn.Linear):
 
     DeepSpeed would round scales that are floating-point parameters to bf16.
 
-    weight: [O, I] uint8, the 8-bit numbers.
+    weight: [O, I] int8, the 8-bit numbers; T5 casts hidden states to any other dtype of a weight.
     scale: [O, 4] uint8, the fp32 factor of each row.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = linear.out_features, linear.in_features
-        kind: dict[str, Any] = {"dtype": torch.uint8, "device": linear.weight.device}
-        weight = torch.empty(self.out_features, self.in_features, **kind)
+        device = linear.weight.device
+        weight = torch.empty(self.out_features, self.in_features, dtype=torch.int8, device=device)
         self.weight = nn.Parameter(weight, requires_grad=False)
-        scale = torch.empty(self.out_features, 4, **kind)
+        scale = torch.empty(self.out_features, 4, dtype=torch.uint8, device=device)
         self.scale = nn.Parameter(scale, requires_grad=False)
         self.bias = linear.bias
 
@@ -262,7 +271,7 @@ class Fp8Linear(nn.Linear):
 
         def weights(start: int, stop: int) -> Tensor:
             first = start // width
-            numbers = packed(first, -(-stop // width))[0].view(torch.uint8).flatten()
+            numbers = packed(first, -(-stop // width))[0].view(torch.int8).flatten()
             return numbers[start - first * width : stop - first * width]
 
         def scales(start: int, stop: int) -> Tensor:
@@ -323,7 +332,8 @@ def packed_linears(model: nn.Module) -> dict[str, Fp8Linear]:
 def _linears(model: nn.Module, source: ModelSource) -> Iterator[tuple[str, nn.Linear]]:
     for path in source.architecture.layer_paths(source.config):
         for name, part in model.get_submodule(path).named_modules(prefix=path):
-            if isinstance(part, nn.Linear) and part.weight.dtype == model.dtype:
+            # Other classes compute something else; weights that stay in fp32 are wanted exactly.
+            if type(part) is nn.Linear and part.weight.dtype == model.dtype:
                 sizes = part.in_features, part.out_features
                 if not any(size % MULTIPLE for size in sizes):
                     yield name, part
@@ -339,12 +349,39 @@ def check_fp8(source: ModelSource, task: TaskType, *, is_trained: bool) -> None:
         reason = "it is a mixture of experts"
     elif source.folder is None and not is_trained:
         reason = "it has no stored weights"
-    elif not [*_linears(without_values(source.config, task), source)]:
-        reason = f"its layers have no linear maps whose sizes are multiples of {MULTIPLE}"
+    else:
+        names = [name for name, _ in _linears(without_values(source.config, task), source)]
+        if not names:
+            reason = f"its layers have no linear maps whose sizes are multiples of {MULTIPLE}"
+        elif not _computes_with(dict.fromkeys(names, torch.int8), source.config, task):
+            reason = "its code reads weights of its linear layers, which would be bytes"
     if reason is not None:
         raise ModelError(
             f"{owner}.dtype: fp8 is not supported for {source.name}: {reason}; use bf16"
         )
+
+
+def _computes_with(
+    weights: Mapping[str, torch.dtype], config: PretrainedConfig, task: TaskType
+) -> bool | None:
+    """Return whether the code of a model leaves weights of other dtypes to their linear layers.
+
+    A small copy decides, whose layers compute as before while such weights are 0; None: none runs.
+    """
+    model = copy_that_runs(config, task, tokens=TOKENS)
+    if model is None:
+        return None
+    try:
+        with torch.no_grad():
+            exact = logits_of(model, TOKENS)
+            for name, part in model.named_modules():
+                if name in weights and isinstance(part, nn.Linear):
+                    plain, empty = part.weight, torch.zeros_like(part.weight, dtype=weights[name])
+                    part.forward = partial(nn.functional.linear, weight=plain, bias=part.bias)
+                    part.weight = nn.Parameter(empty, requires_grad=False)
+            return torch.allclose(logits_of(model, TOKENS), exact, rtol=1e-4, atol=1e-6)
+    except Exception:  # noqa: BLE001 - code that computes with bytes fails in its own way
+        return False
 
 
 def check_fp8_device(device: torch.device, where: str) -> None:

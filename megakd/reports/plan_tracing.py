@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_iter, tree_unflatten
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -34,7 +34,7 @@ from megakd.data.collation import DEFAULT_PROBABILITY
 from megakd.losses.bundle import StudentBundle, build_bundle
 from megakd.losses.objective import StageLosses, label_objective, stage_losses, with_even_weights
 from megakd.models.fitting import ModelSource, ReadyTeacher, build_empty
-from megakd.models.fused_layers import fused_forwards, is_fused
+from megakd.models.fused_layers import fused_forwards
 from megakd.models.knowledge import LanguageModelHead, Needs, SecondSize, build_second_vocabulary
 from megakd.models.lora import add_adapters
 from megakd.models.packing import VARLEN, set_attention
@@ -61,6 +61,8 @@ MAPPED_BYTES = 32 << 20
 _STEPS = 100  # over which the use of teachers is counted
 # Positions of the chunk size in the arguments of the operators on heads; 0: the default.
 _CHUNK_ARGUMENT = {"megakd::linear_kd": 17, "megakd::topk_kd": 16}
+_GRADIENTS_ARGUMENT = {"megakd::linear_kd": 10, "megakd::topk_kd": 11}
+"""Positions of whether they form gradients."""
 _ROW_BUFFERS = 5 * MEBIBYTE  # of the row kernels on a CPU; a GPU has none
 _IN_KERNEL = ContextVar("_IN_KERNEL", default=False)
 """Whether the code that runs is one kernel in a run, whose intermediates have no memory."""
@@ -301,17 +303,22 @@ class _Kernel(torch.autograd.Function):
 
 
 def _operations(function: Any, args: Any, kwargs: Any, out: Any) -> float:
-    count = flop_registry.get(getattr(function, "overloadpacket", None))
+    packet, aten = getattr(function, "overloadpacket", None), torch.ops.aten
+    # The attention of a CPU, which torch does not count: a backward as two forwards, as in a log.
+    if packet is aten._scaled_dot_product_flash_attention_for_cpu:  # noqa: SLF001
+        return float(sdpa_flop_count(*(one.shape for one in args[:3])))
+    if packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:  # noqa: SLF001
+        return 2.0 * sdpa_flop_count(*(one.shape for one in args[1:4]))
+    count = flop_registry.get(packet)
     if count is not None:
-        # Before torch 2.13, the formula of attention refuses queries that share keys.
-        with suppress(AssertionError):
-            return float(count(*args, **kwargs, out_val=out))
-    if _name(function) != "megakd::linear_kd":
+        return float(count(*args, **kwargs, out_val=out))
+    # The losses multiply hidden states and heads themselves, and with a gradient they do so for
+    # both operands of the student's product in the forward.
+    if _name(function) not in _GRADIENTS_ARGUMENT:
         return 0.0
-    # The loss multiplies hidden states and heads itself, and with a gradient it does so for both
-    # operands of the student's product in the forward.
-    hidden, student, teacher = args[0], args[1], args[4]
-    products = student.numel() * (3 if any(args[10]) else 1)
+    hidden, student = args[:2]
+    teacher = args[4] if _name(function) == "megakd::linear_kd" else None
+    products = student.numel() * (3 if any(args[_GRADIENTS_ARGUMENT[_name(function)]]) else 1)
     return 2.0 * len(hidden) * (products + (teacher.numel() if teacher is not None else 0))
 
 
@@ -515,7 +522,7 @@ class PhaseTraces:
         send_tokens_to_one_expert(model)
         if source.attn_implementation in (None, VARLEN, "sdpa", "eager"):
             set_attention(model, source, self._task.type, torch.device(self._device))
-        if is_fused(fused, self._device):
+        if fused == "on":
             for part, forward in fused_forwards(model, one_kernel).items():
                 part.forward = forward.__get__(part)
         return model

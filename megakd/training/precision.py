@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
 
-from megakd.config.deepspeed import load_ds_config, zero_stage
+from megakd.config.deepspeed import clips_on_device, load_ds_config, zero_stage
 from megakd.config.run import RunConfig
 from megakd.config.sections import TeacherConfig, TrainConfig
 from megakd.config.task import FP8, STUDENT, Dtype, FusedLayers, Kernels, TaskConfig
@@ -91,7 +91,7 @@ def saved_dtype(config: RunConfig, sources: Mapping[str, ModelSource]) -> torch.
 
 
 def say_precision(config: RunConfig, device: str) -> None:
-    """Log the dtypes that a GPU chooses by default."""
+    """Log the dtypes that a GPU chooses by default, and what it leaves out."""
     if device == "cpu":
         return
     dtypes = [f"training in {training_dtype(config.train, device)} (train.bf16, train.fp16)"]
@@ -100,6 +100,12 @@ def say_precision(config: RunConfig, device: str) -> None:
             other = _default_dtype(device)
             dtypes.append(f"{name} in 16 bits as stored, or {other} ({config.key_of(name)}.dtype)")
     logger.info("precision on %s: %s", device, ", ".join(dtypes))
+    untried = [f"fused layers ({KEY}: on)"] if config.train.fused_layers == "auto" else []
+    ds = load_ds_config(config.student.deepspeed, where="student.deepspeed")
+    if zero_stage(ds) in (1, 2) and not clips_on_device(ds):
+        untried.append("clipping without the host (student.deepspeed: megakd.clip_on_device: true)")
+    if untried:
+        logger.info("off until a GPU has run them: %s", ", ".join(untried))
 
 
 def check_device(config: RunConfig, ranks: Ranks) -> None:

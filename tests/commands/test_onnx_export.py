@@ -8,12 +8,12 @@ import shutil
 import pytest
 import torch
 from onnxruntime import InferenceSession
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, CanineConfig, CanineForSequenceClassification
 from whole_run import logits_by_hand
 
 from megakd.cli import main
 from megakd.commands import scored_models
-from megakd.errors import DataError
+from megakd.errors import DataError, ModelError
 from megakd.models import onnx
 
 
@@ -85,3 +85,24 @@ def test_int8_without_a_graph_is_refused(one_rank, whole_run, tmp_path):
     outcome = one_rank.megakd(*words, code=2)
 
     assert "--int8 needs --format onnx" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("shapes", "reason"),
+    [
+        (onnx._SHAPES, r"it fails for inputs of the size \[1, 1\]: max_pool1d"),
+        pytest.param(
+            [(2, 7), (1, 19)], "its graph takes inputs of the size", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_a_model_that_needs_longer_texts_or_fixed_sizes_is_refused_with_the_cause(
+    monkeypatch, tmp_path, shapes, reason
+):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hash_buckets": 64}
+    config = CanineConfig(**sizes, num_hidden_layers=1, num_attention_heads=2)
+    CanineForSequenceClassification(config).save_pretrained(tmp_path)
+    monkeypatch.setattr(onnx, "_SHAPES", shapes)
+
+    with pytest.raises(ModelError, match=f"^a canine model cannot be expressed as ONNX .{reason}"):
+        onnx.write_onnx(tmp_path)

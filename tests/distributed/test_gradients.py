@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
@@ -22,7 +22,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megakd.config.deepspeed import load_ds_config
 from megakd.config.sections import TrainConfig
 from megakd.data.batch import Losses, Pass
-from megakd.engine import initialize
 from megakd.engine.initialize import training_engine
 from megakd.engine.optimizer_state import WEIGHT
 from megakd.engine.sharding import gathered, sharded_construction, writes_here
@@ -135,17 +134,13 @@ class Waits(TorchDispatchMode):
         return run
 
 
-def clipped(*given, clip: float, deepspeeds: bool = False) -> dict:
+def clipped(stage: int, *given, clip: float, on_device: bool = True) -> dict:
     """Train as `train` with clipping, by megakd or by DeepSpeed's step, and count the waits."""
+    ds = {"megakd": {"clip_on_device": on_device}, "zero_optimization": {"stage": stage}}
     waits, counted = Waits(), ("forward_backward", "step")
     methods = {name: waits.counted(getattr(StudentEngine, name)) for name in counted}
-    other = patch.object(initialize, "_clip_on_device", lambda _: None)
-    with (
-        patch.multiple(StudentEngine, **methods),
-        patch(f"{__name__}.CLIP", clip),
-        other if deepspeeds else nullcontext(),
-    ):
-        return {**train(*given), "waits": waits.count}
+    with patch.multiple(StudentEngine, **methods), patch(f"{__name__}.CLIP", clip):
+        return {**train(ds, *given), "waits": waits.count}
 
 
 @contextmanager
@@ -304,13 +299,14 @@ FACTORS = {1: 5.0, 2: float("inf"), 3: 30.0}
 
 
 @pytest.mark.parametrize(
-    ("preset", "clip", "ranks"),
-    [("zero2", 0.3, 2), ("zero1", 0.3, 2), *slow(("zero2", 0.0, 2), ("zero2", 0.3, 1))],
+    ("stage", "clip", "ranks"), [(2, 0.3, 2), (1, 0.3, 2), *slow((2, 0.0, 2), (2, 0.3, 1))]
 )
-def test_a_step_waits_for_no_number_and_is_that_of_deepspeed(learn, preset, clip, ranks):
+def test_a_step_that_clips_on_the_device_waits_for_no_number_and_is_that_of_deepspeed(
+    learn, stage, clip, ranks
+):
     settings = {"case": "clipped", "clip": clip, "ranks": ranks}
-    ours = learn(preset, "bf16", CLIPPED, FACTORS, **settings)
-    theirs = learn(preset, "bf16", CLIPPED, FACTORS, **settings, deepspeeds=True)
+    ours = learn(stage, "bf16", CLIPPED, FACTORS, **settings)
+    theirs = learn(stage, "bf16", CLIPPED, FACTORS, **settings, on_device=False)
 
     assert (ours["waits"], theirs["waits"] > 0) == (0, True)
     for mine, other in zip(ours["weights"], theirs["weights"], strict=True):
@@ -325,10 +321,10 @@ def test_a_step_waits_for_no_number_and_is_that_of_deepspeed(learn, preset, clip
 
 def test_a_run_goes_on_behind_a_skipped_step_as_if_it_had_not_ended(learn, tmp_path):
     folder, settings = str(tmp_path / "state"), {"case": "clipped", "clip": 0.3}
-    whole = learn("zero2", "bf16", CLIPPED[:4], FACTORS, **settings)
+    whole = learn(2, "bf16", CLIPPED[:4], FACTORS, **settings)
 
-    learn("zero2", "bf16", CLIPPED[:3], FACTORS, None, folder, **settings)
-    later = learn("zero2", "bf16", [[], [], [], CLIPPED[3]], FACTORS, folder, **settings)
+    learn(2, "bf16", CLIPPED[:3], FACTORS, None, folder, **settings)
+    later = learn(2, "bf16", [[], [], [], CLIPPED[3]], FACTORS, folder, **settings)
 
     first, last = later["weights"]
     assert difference(first, whole["weights"][3]) == 0

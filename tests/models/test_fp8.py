@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, MambaConfig, T5Config
+from transformers.models.t5.modeling_t5 import T5DenseGatedActDense
 
-from megakd.errors import ConfigError
+from megakd.errors import ConfigError, ModelError
 from megakd.models import fused_layers
-from megakd.models.quantized import Fp8Linear, check_fp8_device, scaled_rows
+from megakd.models.quantized import Fp8Linear, check_fp8, check_fp8_device, scaled_rows
+from megakd.models.structure import architecture_of
 
 INPUTS, OUTPUTS = 64, 48
 
@@ -18,10 +25,14 @@ INPUTS, OUTPUTS = 64, 48
 def pair() -> tuple[nn.Linear, Fp8Linear]:
     torch.manual_seed(0)
     linear = nn.Linear(INPUTS, OUTPUTS, dtype=torch.bfloat16)
+    return linear, packed_of(linear)
+
+
+def packed_of(linear: nn.Linear) -> Fp8Linear:
     flat = linear.weight.detach().flatten()
     packed = Fp8Linear(linear)
     packed.fill(lambda start, stop: flat[start:stop])
-    return linear, packed
+    return packed
 
 
 def relative(actual: torch.Tensor, exact: torch.Tensor) -> float:
@@ -41,6 +52,37 @@ def test_outputs_and_gradients_are_those_of_the_layer_up_to_rounding():
     assert relative(gradient, wanted) < 0.06
 
 
+def test_a_feed_forward_of_t5_does_not_cast_hidden_states_to_bytes():
+    sizes = {"d_model": INPUTS, "d_ff": INPUTS, "feed_forward_proj": "gated-gelu"}
+    part = T5DenseGatedActDense(T5Config(**sizes)).bfloat16().eval()
+    inputs = torch.randn(2, 5, INPUTS, dtype=torch.bfloat16)
+    exact = part(inputs)
+
+    for name, linear in list(part.named_children()):
+        if isinstance(linear, nn.Linear):
+            setattr(part, name, packed_of(linear))
+
+    assert relative(part(inputs), exact) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("config", "is_refused"),
+    [
+        (MambaConfig(hidden_size=32, num_hidden_layers=1, time_step_rank=16), True),
+        (MambaConfig(hidden_size=32, num_hidden_layers=1, time_step_rank=8), False),
+        (LlamaConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2), False),
+    ],
+    ids=["multiplies by dt_proj", "leaves dt_proj plain", "llama"],
+)
+def test_a_family_whose_code_reads_weights_of_linear_layers_is_refused(config, is_refused):
+    known = {"architecture": architecture_of(config), "quantization": None, "folder": Path("x")}
+    source: Any = SimpleNamespace(config=config, where="teacher.model", name="x", **known)
+    refused = pytest.raises(ModelError, match=r"^teacher.dtype: fp8 .* for x: its code reads weig")
+
+    with refused if is_refused else nullcontext():
+        check_fp8(source, "causal_lm", is_trained=False)
+
+
 def test_a_part_of_a_row_is_scaled_by_the_whole_row():
     linear, packed = pair()
     flat = linear.weight.detach().flatten()
@@ -49,7 +91,7 @@ def test_a_part_of_a_row_is_scaled_by_the_whole_row():
 
     def set_part(tensor: torch.Tensor, read) -> None:
         expected = numbers if tensor is packed.weight else scales
-        flat_expected = expected.view(torch.uint8).flatten()
+        flat_expected = expected.view(tensor.dtype).flatten()
         for start, stop in ((0, 7), (5, INPUTS + 3), (90, 90), (130, 192)):
             assert torch.equal(read(start, stop), flat_expected[start:stop])
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +19,11 @@ from megakd.errors import ModelError
 from megakd.models import quantized
 from megakd.models.knowledge import Needs, read_knowledge
 from megakd.models.loading import load_finished
-from megakd.models.quantized import check_quantized
+from megakd.models.modeling.modeling_t5 import (
+    T5EncoderConfig,
+    T5EncoderForSequenceClassification,
+)
+from megakd.models.quantized import check_quantized, open_quantized
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 ZERO_3 = {"zero_optimization": {"stage": 3}}
@@ -74,6 +82,25 @@ def test_weights_of_eight_bits_give_the_logits_of_transformers(tiny):
     keys = json.loads((tiny.folder / "config.json").read_text())
     assert keys["quantization_config"]["quant_method"] == "compressed-tensors"
     torch.testing.assert_close(logits, expected)
+
+
+def test_a_family_that_casts_to_the_dtype_of_a_quantized_weight_is_refused(monkeypatch):
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    config = T5EncoderConfig(**sizes, vocab_size=512, num_labels=2)
+    model = T5EncoderForSequenceClassification(config)
+    for name, part in model.named_modules():
+        if name.endswith(".wo"):
+            part.forward = partial(torch.nn.functional.linear, weight=part.weight.detach())
+            part.weight = torch.nn.Parameter(part.weight.byte(), requires_grad=False)
+            part.forward = lambda hidden, forward=part.forward: forward(hidden.float())
+    opened = SimpleNamespace(from_pretrained=lambda *_, **__: model)
+    monkeypatch.setattr(quantized, "AUTO_CLASSES", {"classification": opened})
+    facts = {"where": "teacher.model", "folder": Path("x"), "trust_remote_code": False}
+    source: Any = SimpleNamespace(config=config, quantization="bitsandbytes", **facts)
+    task: Any = SimpleNamespace(type="classification")
+
+    with pytest.raises(ModelError, match=r"x is quantized .* code of a t5_encoder model reads wei"):
+        open_quantized(source, task, torch.float32, torch.device("cpu"))
 
 
 PARTS = {

@@ -95,7 +95,7 @@ def test_fused_layers_need_less_on_a_gpu(tmp_path, more):
             config_of(tmp_path, f"train.fused_layers={choice}", *more, task=CAUSAL, **DECODERS),
             device="cuda",
         )
-        for choice in ("auto", "off")
+        for choice in ("on", "auto")
     )
 
     assert fused.part("student", "activations") < plain.part("student", "activations")
@@ -104,9 +104,9 @@ def test_fused_layers_need_less_on_a_gpu(tmp_path, more):
 
 @pytest.mark.parametrize(
     ("device", "sections"),
-    [("cpu", {"task": CAUSAL, **DECODERS}), ("cuda", {})],
+    [("cpu", {"task": CAUSAL, **DECODERS}), ("cuda", {"task": CAUSAL, **DECODERS}), ("cuda", {})],
 )
-def test_a_plan_without_fused_layers_does_not_change(tmp_path, device, sections):
+def test_a_plan_has_plain_layers_unless_it_is_asked(tmp_path, device, sections):
     fused, plain = (
         planned(config_of(tmp_path, f"train.fused_layers={choice}", **sections), device=device)
         for choice in ("auto", "off")

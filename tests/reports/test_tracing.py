@@ -12,14 +12,17 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from megakd.models.fused_layers import fused_forwards
+from megakd.models.packing import VARLEN, register_packed_attention
 from megakd.reports.plan_tracing import (
     VALUELESS,
     Trace,
+    _operations,
     loss_workspace,
     one_kernel,
     repeat_alike,
     trace_call,
 )
+from megakd.training.log import work_of
 
 ROWS, LENGTH = 2, 16
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -71,10 +74,10 @@ def held(trace: Trace) -> int:
     return trace.points[1].live
 
 
-def traced(make: Callable[[], nn.Module]) -> tuple[nn.Module, Trace]:
+def traced(make: Callable[[], nn.Module], length: int = LENGTH) -> tuple[nn.Module, Trace]:
     """A model without memory and its traced step."""
     with VALUELESS:
-        module, ids = make(), torch.ones(ROWS, LENGTH, dtype=torch.long)
+        module, ids = make(), torch.ones(ROWS, length, dtype=torch.long)
     return module, trace_call(module, lambda: module(ids), backward=True, device="cpu")[0]
 
 
@@ -107,6 +110,27 @@ def test_a_tied_weight_is_counted_once():
         for is_tied in (True, False)
     )
     assert apart - tied == 64 * 32
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", VARLEN])
+@pytest.mark.parametrize("length", [LENGTH, 32768])
+def test_a_trace_counts_the_operations_of_the_log_with_those_of_attention(length, attention):
+    register_packed_attention()
+
+    module, trace = traced(partial(llama, attn_implementation=attention), length)
+
+    weights, columns = work_of(module.model, learns=True)
+    expected = ROWS * length * (2 * weights + 4 * columns * length)
+    assert trace.flops == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(("needed", "products"), [((True,) * 3, 3), ((False,) * 3, 1)])
+def test_losses_on_cached_ids_count_the_products_of_the_head(needed, products):
+    args = (*ON_CACHED_IDS[:11], needed)
+
+    count = _operations(torch.ops.megakd.topk_kd.default, args, {}, None)
+
+    assert count == products * 2 * 8192 * 128256 * 64
 
 
 def repeating() -> nn.Module:

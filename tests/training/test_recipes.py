@@ -178,8 +178,14 @@ def test_the_log_says_what_a_gpu_chooses(run_file, caplog):
 
     assert caplog.messages == [
         "precision on cuda: training in bf16 (train.bf16, train.fp16), teacher in 16 bits as "
-        "stored, or bf16 (teacher.dtype)"
+        "stored, or bf16 (teacher.dtype)",
+        "off until a GPU has run them: fused layers (train.fused_layers: on), clipping without the "
+        "host (student.deepspeed: megakd.clip_on_device: true)",
     ]
+    caplog.clear()
+    settings = ["train.fused_layers=off", "student.deepspeed=zero3"]
+    say_precision(load_config(run_file, settings), "cuda")
+    assert len(caplog.messages) == 1
 
 
 @pytest.mark.parametrize(("trained", "scored"), [("zero0", "0"), ("zero2", "0"), ("zero3", "3")])
