@@ -91,4 +91,4 @@ docs: install
 	mkdocs build
 
 clean:
-	rm -rf $(VENV) $(OLDEST) .cache build dist *.egg-info src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv* .cache build dist *.egg-info src/*.egg-info .pytest_cache .ruff_cache .hypothesis
