@@ -22,7 +22,7 @@ from megakd.reports.plan_tracing import (
     repeat_alike,
     trace_call,
 )
-from megakd.training.log import work_of
+from megakd.training.meter import work_of
 
 ROWS, LENGTH = 2, 16
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}

@@ -205,7 +205,11 @@ REFUSED = [
     ("eval.metric=accuracy", "accuracy is about rows with one label, and a row"),
     ("task.multi_label=false", "(where a row has several, every row has a list)"),
     (SOFT, "task.soft_labels: not supported by method finetune; remove it, or use single"),
-    (SINGLE, "train.jsonl, line 1: soft labels (task.soft_labels) is not JSON"),
+    (
+        SINGLE,
+        "train.jsonl, line 1, line 2, line 3 and 17 more: soft labels (task.soft_labels) is "
+        "not JSON",
+    ),
     (
         f"{SINGLE}; teacher.model=./bert",
         "task.soft_labels: cannot be combined with teacher, which answers too; remove one",
