@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import os
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
+
+# An editable install finds the package by a link; files have their own names in tracebacks.
+__path__ = [os.path.realpath(folder) for folder in __path__]
 
 if TYPE_CHECKING:
     from megakd.api import RunResult, distil, evaluate, load_config, plan, shrink, train
