@@ -312,6 +312,17 @@ def test_bad_rows_of_texts_are_named_together_or_left_out(load, write_rows, tmp_
         assert "3 bad row(s) left out (task.bad_rows: drop)" in caplog.text
 
 
+def test_a_cause_with_other_values_in_each_row_is_told_once(load, tmp_path):
+    (tmp_path / "x.csv").write_text("text,label\n" + "".join(f"a,0.{n}5\n" for n in range(1, 6)))
+
+    with pytest.raises(DataError) as caught:
+        load(train_files=str(tmp_path / "x.csv"))
+
+    _, line = str(caught.value).splitlines()
+    assert "line 2: label '0.15' in column 'label' is not a class" in line
+    assert line.endswith(" (5 such rows: line 2, line 3, line 4 and 2 more)")
+
+
 @pytest.mark.parametrize(
     ("content", "texts"),
     [
