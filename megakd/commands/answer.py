@@ -221,11 +221,11 @@ def _judged(message: Message, ending: str) -> Answer:
         return None, f"finish_reason {ending}"
     if message.get("refusal"):
         return None, f"a refusal: {message['refusal']}"
+    thoughts = (message.get(key) for key in REASONING_KEYS)
+    thought = next((t for t in thoughts if isinstance(t, str) and t.strip()), None)
+    calls = None if is_cut else message.get("tool_calls")  # a cut call is none
     said = {"role": "assistant", "content": message.get("content") or ""}
-    thoughts = [t for key in REASONING_KEYS if isinstance(t := message.get(key), str) and t.strip()]
-    said |= {"reasoning_content": thoughts[0]} if thoughts else {}
-    if (calls := message.get("tool_calls")) and not is_cut:  # a cut call is none
-        said["tool_calls"] = calls
+    said |= {"reasoning_content": thought, "tool_calls": calls or None}
     try:
         (whole,) = messages_of([said], where="its answer")
         Conversation(messages=[whole]).to_json("its answer")
@@ -236,10 +236,10 @@ def _judged(message: Message, ending: str) -> Answer:
         if not isinstance(from_json(function["arguments"]), dict):
             return None, f"{UNREADABLE}: the arguments of a call are no JSON object: {function}"
     text = without_reasoning(whole["content"]).partition(REASONING_MARKS[0])[0]
-    if "tool_calls" not in whole and not text.strip():
-        what = "reasoning without a text" if thoughts or whole["content"].strip() else "no text"
+    if not calls and not text.strip():
+        what = "reasoning without a text" if thought or whole["content"].strip() else "no text"
         return None, f"{what} within --max_new_tokens" if is_cut else what
-    return whole, "length" if is_cut else "tool_calls" if "tool_calls" in whole else "stop"
+    return whole, "length" if is_cut else "tool_calls" if calls else "stop"
 
 
 def _loaded(name: str) -> tuple[Any, Any]:

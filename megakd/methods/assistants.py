@@ -126,8 +126,8 @@ class AssistantOptions(SparsityOptions):
         unused = [f"{one:g}" for one in self.sparsities if one not in self.used_sparsities]
         if unused and self.sparsities != AssistantOptions.sparsities:  # not of the default grid
             yield (
-                f"method.sparsities: {', '.join(unused)} above method.target_sparsity {target:g} "
-                f"is never trained by method {self.name}; remove it"
+                f"method.sparsities: method {self.name} trains nothing above method."
+                f"target_sparsity {target:g}; remove {', '.join(unused)}"
             )
         if target not in self.sparsities:
             yield (
