@@ -105,6 +105,7 @@ def _answer(
     if arguments.temperature and not arguments.url:  # draws depend on the block, which a kill cuts
         blocks = sorted({n // size for n in asked})
         asked = [n for block in blocks for n in range(len(prompts))[block * size :][:size]]
+    arguments.to.parent.mkdir(parents=True, exist_ok=True)
     with doing("answering"), arguments.to.open("a", encoding="utf-8") as file:
         for first in told(range(0, len(asked), size), total=len(asked), each=size):
             block = asked[first : first + size]
@@ -254,7 +255,7 @@ def _loaded(name: str) -> tuple[Any, Any]:
     if folder.is_dir():
         check_given(folder, "TEACHER")
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
     except (OSError, ValueError) as error:
         problem = "is no causal language model"
@@ -278,18 +279,25 @@ def _local(arguments: argparse.Namespace, how: Settings) -> Answers:
     template = ChatTemplate(tokenizer, TaskConfig(type="causal_lm"))
     context, size = context_length(model.config), arguments.rows_at_once
 
+    def encoded(prompt: Conversation) -> list[int]:
+        text = template.render(prompt, where="").text
+        if prompt.tools and text == template.render(replace(prompt, tools=None), where="").text:
+            raise DataError("the chat template of the teacher leaves out the tools")
+        ids = tokenizer(template.texts.shown(text), add_special_tokens=False)["input_ids"]
+        generation.check_prompt_lengths([len(ids)], sampling.max_new_tokens, context)
+        return ids
+
     def answers(block: Sequence[Conversation]) -> list[Answer]:
         results: list[Answer] = [(None, "")] * len(block)
         prompts: dict[int, list[int]] = {}
         for number, prompt in enumerate(block):
             try:
-                text = template.texts.shown(template.render(prompt, where="prompt 0").text)
-                ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-                generation.check_prompt_lengths([len(ids)], sampling.max_new_tokens, context)
-                prompts[number] = ids
+                prompts[number] = encoded(prompt)
             except DataError as error:
-                problem = str(error).removeprefix("prompt 0").lstrip(": ")
-                results[number] = None, f"refused: {problem}"
+                results[number] = (
+                    None,
+                    f"refused: {str(error).removeprefix('prompt 0').lstrip(': ')}",
+                )
         # A seed by the prompts, so that a start that goes on draws as one that was never stopped.
         seeds = [arguments.seed + sum(ids) for ids in prompts.values()]
         texts = generation.complete(
@@ -310,7 +318,7 @@ def _server(arguments: argparse.Namespace, sampling: Settings) -> Answers:
     from megakd.teachers.servers import JsonServer, running_calls
 
     class Choice(BaseModel):
-        message: dict[str, Any]
+        message: dict[str, object]
         finish_reason: str
 
     server = JsonServer(

@@ -365,6 +365,15 @@ def test_weights_read_tools_and_leave_out_what_does_not_fit(teacher, tmp_path, c
     assert "2 answers, of which 0 reached --max_new_tokens; left out, " in capsys.readouterr().out
 
 
+def test_tools_that_the_template_of_weights_leaves_out_are_not_answered(teacher, tmp_path, capsys):
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "what", "tools": TOOLS}])
+    words = ["answer", str(teacher), f"--data={prompts}", f"--to={tmp_path / 'new/a.jsonl'}"]
+
+    assert cli.main([*words, "--max_new_tokens=2"]) == 2
+
+    assert "the chat template of the teacher leaves out the tools" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
