@@ -115,9 +115,7 @@ _OTHER_VALUES = {
     },
     "name": {
         '"single" with a section rollout, as in launch/examples/gkd.yaml': "gkd onpolicy",
-        '"single"': "distillation kd",
         '"finetune"': "sft",
-        '"mean_of_teachers"': "ensemble mtbert",
     },
 }
 
@@ -417,20 +415,16 @@ def _read(path: Path) -> str:
         ) from error
 
 
-_UNKNOWN_TO_DEEPSPEED = re.compile(r'(deepspeed: unknown key "(.*?)").*')
-
-
-def _hinted(match: re.Match[str]) -> str:
-    hint = missing(match[2])
-    return f"{match[1]}; {hint}" if hint else match[0]
-
-
 def _checked(tree: dict[str, Any]) -> tuple[RunConfig | None, list[str]]:
     try:
         config = _RUN_CONFIG.validate_json(json.dumps(tree))
     except ValidationError as error:
         return None, schema_problems(error, tree)
-    return config, [_UNKNOWN_TO_DEEPSPEED.sub(_hinted, one) for one in config_problems(config)]
+    unknown = re.compile(r'(deepspeed: unknown key "(.*?)")(.*)')
+    return config, [
+        unknown.sub(lambda m: f"{m[1]}; {missing(m[2])}" if missing(m[2]) else m[0], problem)
+        for problem in config_problems(config)
+    ]
 
 
 def _error(

@@ -120,7 +120,7 @@ class AssistantOptions(SparsityOptions):
         """The sparsities of the grid that the method cuts at; some methods override this."""
         return self.sparsities
 
-    def problems(self, config: Any) -> Iterator[str]:
+    def problems(self, config: object) -> Iterator[str]:
         yield from super().problems(config)
         target, grid = self.target_sparsity, ", ".join(f"{one:g}" for one in self.sparsities)
         unused = [f"{one:g}" for one in self.sparsities if one not in self.used_sparsities]
