@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,26 +15,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megakd.commands.arguments import Parser, say
+from megakd.config.sections import Sampling, address
+from megakd.config.task import TaskConfig
 from megakd.errors import ConfigError, DataError, ModelError, ServerError, first_line
 from megakd.process.files import check_given, write_text
 from megakd.process.terminal import in_home, print_aside
 
 if TYPE_CHECKING:
-    from megakd.data.arrow import Record
     from megakd.data.conversations import Conversation, Message
 
 logger = logging.getLogger(__name__)
 
 AT_ONCE = 8
 """Requests to a server at a time."""
-MOST_REFUSED = 16
-"""Refused prompts before a first answer after which the settings are at fault, not the prompts."""
-REFUSED, UNREAD = "refused", "without a readable answer"
-PROMPT_STATUSES = (400, 413, 422, 500)
-"""Status codes with which a server refuses one prompt, such as one that is too long."""
-CUT = ("length", "max_tokens", "model_length")
-ENDED = (*CUT, "stop", "eos", "eos_token", "end_turn", "stop_sequence", "tool_calls")
-"""Finish reasons of answers; others, such as content_filter and abort, end none."""
+CUT = re.compile(r"(model_)?length|max(_output)?_tokens", re.IGNORECASE)
+ENDED = re.compile(r"stop.*|eos.*|end_turn|completed?|tool_.*|function_call", re.IGNORECASE)
+"""Finish reasons of whole answers; others, such as content_filter and abort, end none."""
+WITHOUT_REPLY, UNREADABLE = "without a reply", "without a readable answer"
+Settings = Mapping[str, Any]
 Answer = tuple["Message | None", str]
 """An answer and why it ended, or None and why its prompt is left out."""
 Answers = Callable[[Sequence["Conversation"]], list[Answer]]
@@ -71,12 +71,16 @@ def run(arguments: argparse.Namespace) -> None:
     names = ("model", "max_new_tokens", "temperature", "seed", "top_p")
     sampling = {k: v for k in names if (v := getattr(arguments, k, None)) is not None}
     counts, top_p = (arguments.max_new_tokens, arguments.rows_at_once), sampling.get("top_p", 1)
-    if min(counts) < 1 or arguments.temperature < 0 or not 0 < top_p <= 1:
+    is_finite = 0 <= arguments.temperature < math.inf
+    if min(counts) < 1 or not is_finite or not 0 < top_p <= 1:
         raise ConfigError(
             "--max_new_tokens and --rows_at_once must be at least 1, --temperature at least 0, "
             "--top_p above 0 and at most 1"
         )
-    prompts = read_prompts(arguments.data, system=getattr(arguments, "system", None))
+    system = getattr(arguments, "system", None)
+    if system is not None and not system.strip():
+        raise ConfigError("--system is empty; give it a text, or leave it out")
+    prompts = read_prompts(arguments.data, system=system)
     reasons, left = answered(arguments.to, prompts, sampling), ""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("megakd").setLevel(logging.INFO)
@@ -90,20 +94,23 @@ def run(arguments: argparse.Namespace) -> None:
 def _answer(
     arguments: argparse.Namespace,
     prompts: Sequence[Conversation],
-    sampling: Mapping[str, Any],
+    sampling: Settings,
     reasons: dict[int, str],
 ) -> str:
     """Write the answers that the file lacks, and return how many prompts are left out, and why."""
     from megakd.engine.collectives import doing, told
 
     ask, size = (_server if arguments.url else _local)(arguments, sampling), arguments.rows_at_once
-    left: dict[str, list[str]] = {}
+    asked, left = [n for n in range(len(prompts)) if n not in reasons], dict[str, list[str]]()
+    if arguments.temperature and not arguments.url:  # draws depend on the block, which a kill cuts
+        blocks = sorted({n // size for n in asked})
+        asked = [n for block in blocks for n in range(len(prompts))[block * size :][:size]]
+    arguments.to.parent.mkdir(parents=True, exist_ok=True)
     with doing("answering"), arguments.to.open("a", encoding="utf-8") as file:
-        for first in told(range(0, len(prompts), size), total=len(prompts), each=size):
-            asked = [n for n in range(len(prompts))[first : first + size] if n not in reasons]
-            if asked and not arguments.url:  # draws depend on the block, which a kill may have cut
-                asked = range(len(prompts))[first : first + size]
-            for n, (answer, reason) in zip(asked, ask([prompts[n] for n in asked]), strict=True):
+        for first in told(range(0, len(asked), size), total=len(asked), each=size):
+            block = asked[first : first + size]
+            answers = ask([prompts[n] for n in block])
+            for n, (answer, reason) in zip(block, answers, strict=True):
                 if answer is None:
                     texts = left.setdefault(reason.partition(":")[0], [])
                     texts.append(f"prompt {n + 1} is left out: {reason}")
@@ -116,15 +123,14 @@ def _answer(
                     reasons[n] = reason
             file.flush()
             os.fsync(file.fileno())
-            refused = (*left.get(REFUSED, ()), *left.get(UNREAD, ()))
-            if not reasons and len(refused) >= MOST_REFUSED:
-                break
+            if all(reason.startswith(WITHOUT_REPLY) for _, reason in answers):
+                raise ServerError(answers[0][1].removeprefix(f"{WITHOUT_REPLY}: "))
     counts = ", ".join(f"{len(texts)} {reason}" for reason, texts in left.items())
     if not reasons:
-        first_text = next(iter(left.values()))[0]
-        raise ModelError(f"{arguments.model} answers no prompt ({counts}): {first_text}")
-    what = "prompts are left out, which the same command asks again"
-    return f"; {sum(map(len, left.values()))} {what}: {counts}" if left else ""
+        raise ModelError(
+            f"{arguments.model} answers no prompt ({counts}): {next(iter(left.values()))[0]}"
+        )
+    return f"; left out, and asked again by the same command: {counts}" if left else ""
 
 
 def read_prompts(path: Path, *, system: str | None = None) -> list[Conversation]:
@@ -135,47 +141,40 @@ def read_prompts(path: Path, *, system: str | None = None) -> list[Conversation]
     """
     if not path.is_file():
         raise DataError(f"--data: {path} does not exist")
-    from megakd.data.conversations import MESSAGES_DEFAULTS, PAIRS
+    from megakd.data import conversations as chats
     from megakd.data.readers import files_table
 
     table = files_table([path], "--data")
-    known = (*MESSAGES_DEFAULTS, *(asked for asked, _ in PAIRS))
+    known = (*chats.MESSAGES_DEFAULTS, *(asked for asked, _ in chats.PAIRS))
     column = next((name for name in known if name in table.columns), None)
     if column is None:
         raise DataError(
             f"{path} holds no conversations: a row has {', '.join(known)}; it "
             f"has {', '.join(table.columns) or 'no column'}"
         )
-    return [_prompt(path, column, record, system) for record in table.records()]
-
-
-def _prompt(
-    path: Path, column: str, record: Record | DataError, system: str | None
-) -> Conversation:
-    from megakd.data import conversations as chats
-
-    if isinstance(record, DataError):
-        raise record
-    where, values = f"{path}, {record.place}", {**record.values}
-    if column in chats.MESSAGES_DEFAULTS:
-        values[column] = chats.messages_of(values.get(column), where=f"{where}: column {column!r}")
     columns = chats.ChatColumns(prompt=column, addition=chats.INPUT, as_messages=True)
-    row = chats.conversation_of(str(path), columns, record._replace(values=values))
-    messages = row.messages or []
-    asked = [n for n, one in enumerate(messages) if one["role"] in ("user", "tool")]
-    if not asked:
-        raise DataError(f"{where}: messages have no turn of the user to answer")
-    messages = messages[: asked[-1] + 1]
-    if system and not any(one["role"] in ("system", "developer") for one in messages):
-        messages = [{"role": "system", "content": system}, *messages]
-    prompt = replace(row, messages=messages, tools=row.tools or None)
-    prompt.to_json(where)  # what JSON cannot hold is refused here
-    return prompt
+    prompts: list[Conversation] = []
+    for record in table.records():
+        if isinstance(record, DataError):
+            raise record
+        where = f"{path}, {record.place}"
+        if column in chats.MESSAGES_DEFAULTS:  # a text would be a prompt
+            chats.messages_of(record.values.get(column), where=f"{where}: column {column!r}")
+        row = chats.conversation_of(str(path), columns, record)
+        messages = row.messages or []
+        asked = [n for n, one in enumerate(messages) if one["role"] in ("user", "tool")]
+        if not asked:
+            roles = ", ".join(one["role"] for one in messages)
+            raise DataError(f"{where}: no turn of the user to answer (roles: {roles})")
+        messages = messages[: asked[-1] + 1]
+        if system and not any(one["role"] in ("system", "developer") for one in messages):
+            messages = [{"role": "system", "content": system}, *messages]
+        prompts.append(replace(row, messages=messages, tools=row.tools or None))
+        prompts[-1].to_json(where)  # what JSON cannot hold is refused here
+    return prompts
 
 
-def answered(
-    path: Path, prompts: Sequence[Conversation], sampling: Mapping[str, Any]
-) -> dict[int, str]:
+def answered(path: Path, prompts: Sequence[Conversation], sampling: Settings) -> dict[int, str]:
     """Return why the answers of earlier starts ended, by the numbers of their prompts.
 
     A line that a kill has cut is removed.
@@ -185,7 +184,7 @@ def answered(
     """
     if not path.exists():
         return {}
-    from megakd.data.conversations import OPTIONS, TOOLS, Conversation, from_json
+    from megakd.data.conversations import OPTIONS, TOOLS, Conversation
 
     # Not str.splitlines, which also cuts at U+2028 within a text.
     with path.open(encoding="utf-8", newline="\n") as file:
@@ -195,20 +194,19 @@ def answered(
     for number in reversed(range(len(prompts))):  # a prompt that occurs twice has two answers
         numbers.setdefault(prompts[number].to_json(""), []).append(number)
     for number, line in enumerate(whole, 1):
-        row: Any = from_json(line) if line.startswith('{"messages": [') else None
-        row = row if isinstance(row, dict) else {"messages": []}
+        row = json.loads(line) if line.startswith('{"messages": [') else {"messages": []}
         more = {"tools": row.get(TOOLS), "options": row.get(OPTIONS, {})}
-        left = numbers.get(Conversation(messages=row["messages"][:-1], **more).to_json(""))
-        if not left or row.get("sampling") != sampling:
-            other = f"settings ({row.get('sampling')})" if left else "prompts"
+        same = numbers.get(Conversation(messages=row["messages"][:-1], **more).to_json(""))
+        if not same or row.get("sampling") != sampling:
+            other = f"settings ({row.get('sampling')})" if same else "prompts"
             raise DataError(f"{path}, line {number} is of other {other}; give another --to")
-        reasons[left.pop()] = row["finish_reason"]
+        reasons[same.pop()] = str(row["finish_reason"])
     if whole != lines:
         write_text(path, "".join(whole))
     return reasons
 
 
-def _more(prompt: Conversation) -> dict[str, Any]:
+def _more(prompt: Conversation) -> dict[str, object]:
     # What a row has beside its messages, for requests and for the row of the answer.
     more = {"tools": prompt.tools, "chat_template_kwargs": prompt.options}
     return {key: value for key, value in more.items() if value}
@@ -216,28 +214,31 @@ def _more(prompt: Conversation) -> dict[str, Any]:
 
 def _judged(message: Message, ending: str) -> Answer:
     """Return a message with the keys that training reads, or None and why nothing is learned."""
-    from megakd.data.chat_template import REASONING_KEYS, without_reasoning
+    from megakd.data.chat_template import REASONING_KEYS, REASONING_MARKS, without_reasoning
     from megakd.data.conversations import Conversation, from_json, messages_of
 
-    if ending.lower() not in ENDED:
+    is_cut = CUT.fullmatch(ending) is not None
+    if not is_cut and not ENDED.fullmatch(ending):
         return None, f"finish_reason {ending}"
     if message.get("refusal"):
         return None, f"a refusal: {message['refusal']}"
-    is_cut = ending.lower() in CUT
-    reasoning = next((message[key] for key in REASONING_KEYS if message.get(key)), None)
+    thoughts = (message.get(key) for key in REASONING_KEYS)
+    thought = next((t for t in thoughts if isinstance(t, str) and t.strip()), None)
     calls = None if is_cut else message.get("tool_calls")  # a cut call is none
-    keys = {"content": message.get("content") or "", "tool_calls": calls or None}
-    keys |= {"role": "assistant", "reasoning_content": reasoning}
+    said = {"role": "assistant", "content": message.get("content") or ""}
+    said |= {"reasoning_content": thought, "tool_calls": calls or None}
     try:
-        (whole,) = messages_of([keys], where="its answer")
+        (whole,) = messages_of([said], where="its answer")
         Conversation(messages=[whole]).to_json("its answer")
     except DataError as error:
-        return None, f"{UNREAD}: {error}"
-    for call in whole.get("tool_calls", ()):
-        if not isinstance(from_json(call["function"]["arguments"] or {}), dict):
-            return None, f"{UNREAD}: the arguments of a call are no JSON object: {call}"
-    if not calls and not without_reasoning(whole["content"]).strip():
-        what = "reasoning without a text" if reasoning or whole["content"].strip() else "no text"
+        return None, f"{UNREADABLE}: {error}"
+    for function in (call["function"] for call in whole.get("tool_calls", ())):
+        function["arguments"] = function["arguments"] or "{}"
+        if not isinstance(from_json(function["arguments"]), dict):
+            return None, f"{UNREADABLE}: the arguments of a call are no JSON object: {function}"
+    text = without_reasoning(whole["content"]).partition(REASONING_MARKS[0])[0]
+    if not calls and not text.strip():
+        what = "reasoning without a text" if thought or whole["content"].strip() else "no text"
         return None, f"{what} within --max_new_tokens" if is_cut else what
     return whole, "length" if is_cut else "tool_calls" if calls else "stop"
 
@@ -254,7 +255,7 @@ def _loaded(name: str) -> tuple[Any, Any]:
     if folder.is_dir():
         check_given(folder, "TEACHER")
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
     except (OSError, ValueError) as error:
         problem = "is no causal language model"
@@ -266,9 +267,7 @@ def _loaded(name: str) -> tuple[Any, Any]:
     return tokenizer, model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _local(arguments: argparse.Namespace, how: Mapping[str, Any]) -> Answers:
-    from megakd.config.sections import Sampling
-    from megakd.config.task import TaskConfig
+def _local(arguments: argparse.Namespace, how: Settings) -> Answers:
     from megakd.data.chat_template import ChatTemplate
     from megakd.models import end_tokens, generation
     from megakd.models.architectures import context_length
@@ -280,17 +279,25 @@ def _local(arguments: argparse.Namespace, how: Mapping[str, Any]) -> Answers:
     template = ChatTemplate(tokenizer, TaskConfig(type="causal_lm"))
     context, size = context_length(model.config), arguments.rows_at_once
 
+    def encoded(prompt: Conversation) -> list[int]:
+        text = template.render(prompt, where="").text
+        if prompt.tools and text == template.render(replace(prompt, tools=None), where="").text:
+            raise DataError("the chat template of the teacher leaves out the tools")
+        ids = tokenizer(template.texts.shown(text), add_special_tokens=False)["input_ids"]
+        generation.check_prompt_lengths([len(ids)], sampling.max_new_tokens, context)
+        return ids
+
     def answers(block: Sequence[Conversation]) -> list[Answer]:
-        results: list[Answer] = [(None, REFUSED)] * len(block)
+        results: list[Answer] = [(None, "")] * len(block)
         prompts: dict[int, list[int]] = {}
         for number, prompt in enumerate(block):
             try:
-                text = template.texts.shown(template.render(prompt, where="prompt 0").text)
-                ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-                generation.check_prompt_lengths([len(ids)], sampling.max_new_tokens, context)
-                prompts[number] = ids
+                prompts[number] = encoded(prompt)
             except DataError as error:
-                results[number] = None, f"{REFUSED}: {str(error).removeprefix('prompt 0')}"
+                results[number] = (
+                    None,
+                    f"refused: {str(error).removeprefix('prompt 0').lstrip(': ')}",
+                )
         # A seed by the prompts, so that a start that goes on draws as one that was never stopped.
         seeds = [arguments.seed + sum(ids) for ids in prompts.values()]
         texts = generation.complete(
@@ -304,35 +311,36 @@ def _local(arguments: argparse.Namespace, how: Mapping[str, Any]) -> Answers:
     return answers
 
 
-def _server(arguments: argparse.Namespace, how: Mapping[str, Any]) -> Answers:
+def _server(arguments: argparse.Namespace, sampling: Settings) -> Answers:
     from pydantic import BaseModel
 
-    from megakd.config.sections import address
     from megakd.data.conversations import with_arguments
     from megakd.teachers.servers import JsonServer, running_calls
 
     class Choice(BaseModel):
-        message: dict[str, Any]
+        message: dict[str, object]
         finish_reason: str
 
     server = JsonServer(
         address(arguments.url), time_limit_s=600.0, key=os.environ.get("OPENAI_API_KEY")
     )
+    settings = {**sampling, "max_tokens": sampling["max_new_tokens"]}
+    del settings["max_new_tokens"]
 
     def ask(prompt: Conversation) -> Answer:
         messages = [with_arguments(message, as_text=True) for message in prompt.messages or ()]
-        body = {**how, "messages": messages, **_more(prompt)}
-        body["max_tokens"] = body.pop("max_new_tokens")
-        reply = server.ask("/v1/chat/completions", body)
-        if reply.status not in (200, *PROMPT_STATUSES):
-            reply.check()
+        body, kind = {**settings, "messages": messages, **_more(prompt)}, WITHOUT_REPLY
         try:
-            choices = reply.read("choices", list[Choice])
+            reply = server.ask("/v1/chat/completions", body)
+            # The key and the address are those of all prompts.
+            kinds = {200: UNREADABLE, 401: WITHOUT_REPLY, 404: WITHOUT_REPLY}
+            kind = kinds.get(reply.status, "refused")
+            (choice,) = reply.read("choices", tuple[Choice])
         except ServerError as error:
-            return None, f"{UNREAD if reply.status == 200 else REFUSED}: {error}"
-        each = [_judged(choice.message, choice.finish_reason) for choice in choices]
-        each.append((None, f"{UNREAD}: it has no choices"))
-        return next((answer for answer in each if answer[0]), each[0])
+            return None, f"{kind}: {error}"
+        except ValueError as error:  # such as NaN
+            return None, f"refused: no JSON: {error}"
+        return _judged(choice.message, choice.finish_reason)
 
     def answers(block: Sequence[Conversation]) -> list[Answer]:
         return running_calls([partial(ask, one) for one in block], at_once=AT_ONCE)()

@@ -100,12 +100,31 @@ def synonyms(word: str, known: Iterable[str] = ()) -> tuple[str, ...]:
     return tuple(sorted(here)) or meant
 
 
-_OTHER_LOSSES = {
-    '"hard_cross_entropy"': "ce cross_entropy crossentropy nll nll_loss sft",
-    '"soft_target_kl"': "forward_kl kd kl kl_div kl_loss kld kldiv",
-    '"soft_target_mse" (logits) or "hidden_mse"': "l2 mse mse_loss",
+# By key: values of megakd, and what other tools call them, in small letters alone.
+_OTHER_VALUES = {
+    "loss": {
+        '"hard_cross_entropy"': "ce crossentropy nll sft",
+        '"soft_target_kl"': "forwardkl kd kl kldiv kld",
+        '"soft_target_mse" (logits) or "hidden_mse"': "l2 mse",
+    },
+    "type": {
+        '"causal_lm"': "causallm chat clm instruction languagemodeling sft textgeneration",
+        '"mlm"': "fillmask maskedlm maskedlanguagemodeling",
+        '"classification"': "multilabel nli sentiment seqcls",
+        '"regression"': "scoring stsb",
+    },
+    "name": {
+        '"single" with a section rollout, as in launch/examples/gkd.yaml': "gkd onpolicy",
+        '"finetune"': "sft",
+    },
 }
-_LOSSES = {name: loss for loss, names in _OTHER_LOSSES.items() for name in names.split()}
+
+
+def _meant(key: str, value: object) -> str:
+    name = _plain_name(value).replace("_", "").removesuffix("loss")
+    values = _OTHER_VALUES.get(key, {}).items()
+    return next((f"did you mean {ours}?" for ours, names in values if name in names.split()), "")
+
 
 # Names that other tools have for keys and tasks, and what to use in megakd, which has none.
 _MISSING = {
@@ -115,8 +134,9 @@ _MISSING = {
         "no tensor, pipeline or expert parallelism; student.deepspeed: zero3 and teacher.deepspeed:"
         " teacher_zero3 split weights over GPUs (give a server such options where it starts)"
     ),
+    r"resume.*": "no key to go on, a run does so by itself; to begin anew, set another output_dir",
     r"fsdp.*|fully_shard.*": "no FSDP; student.deepspeed: zero3 shards weights in the same way",
-    r"ner|pos|(token|word)_?(classif|label).*|(ner|pos|sequence)_(label|tag).*|named_.*|tagg.*": (
+    r"ner|pos|(token|word)_?(cl|label).*|(ner|pos|sequence)_(label|tag).*|named_.*|tagg.*": (
         "no task with labels of words; distil the encoder with task.type: mlm, and train final/ in "
         "transformers for them"
     ),
@@ -132,11 +152,15 @@ _MISSING = {
 
 def missing(word: object) -> str:
     """Return what to use if megakd has nothing that other tools call `word`, else an empty text."""
-    # TokenClassification, token-classification and TOKEN_CLASSIFICATION are one name.
-    name = re.sub(r"(?<=[a-z])(?=[A-Z])|[\W_]+", "_", str(word)).lower()
-    name = name.strip("_").removeprefix("auto_model_for_")
+    name = _plain_name(word)
     use = next((use for names, use in _MISSING.items() if re.fullmatch(names, name)), "")
     return use and f"megakd has {use}"
+
+
+def _plain_name(word: object) -> str:
+    # TokenClassification, token-classification and TOKEN_CLASSIFICATION are one name.
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])|[\W_]+", "_", str(word)).lower().strip("_")
+    return re.sub("^(auto_)?model_for_", "", name)
 
 
 KeyPath = tuple[str | int, ...]
@@ -243,14 +267,14 @@ def _line(path: KeyPath, details: Sequence[ErrorDetails], tree: Any) -> str:
         error = detail.get("ctx", {})["error"]
         if isinstance(error, WrongNameError):
             where = dotted((*path, error.key))
-            if meant := _LOSSES.get(str(value.get("loss")).lower()):
-                error = f"{error.problem}; did you mean {meant}? known: {', '.join(error.known)}"
+            if meant := _meant(error.key, value.get(error.key)):
+                error = f"{error.problem}; {meant} known: {', '.join(error.known)}"
         return f"{where}: {error}"
     first, *others = [detail["msg"] for detail in details]
     text = " or ".join([first, *(other.removeprefix("Input should be ") for other in others)])
     for theirs, ours in _WORDS.items():
         text = text.replace(theirs, ours)
-    hint = missing(value) if where == "task.type" else ""
+    hint = (_meant("type", value) or missing(value)) if where == "task.type" else ""
     if isinstance(value, str) and not hint:
         near = suggestion(value, re.findall(r"'([^']*)'", text)).removeprefix("; ")
         hint = near or ("must be a list" in text) * f"write [{value}]"
@@ -396,7 +420,11 @@ def _checked(tree: dict[str, Any]) -> tuple[RunConfig | None, list[str]]:
         config = _RUN_CONFIG.validate_json(json.dumps(tree))
     except ValidationError as error:
         return None, schema_problems(error, tree)
-    return config, config_problems(config)
+    unknown = re.compile(r'(deepspeed: unknown key "(.*?)")(.*)')
+    return config, [
+        unknown.sub(lambda m: f"{m[1]}; {missing(m[2])}" if missing(m[2]) else m[0], problem)
+        for problem in config_problems(config)
+    ]
 
 
 def _error(

@@ -197,10 +197,7 @@ class SoftTarget(Term):
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class SoftTargetKl(SoftTarget):
-    """KL(teacher || student) at a temperature (Hinton et al. 2015, section 2).
-
-    on: as in hard_cross_entropy; every soft target but soft_target_mse has this option.
-    """
+    """KL(teacher || student) at a temperature (Hinton et al. 2015, section 2)."""
 
     loss: Literal["soft_target_kl"]
 
@@ -216,8 +213,8 @@ class SoftTargetReverseKl(SoftTarget):
 class SoftTargetJsd(SoftTarget):
     """beta·KL(teacher || m) + (1-beta)·KL(student || m), m = beta·teacher + (1-beta)·student.
 
-    Agarwal et al. 2024, GKD, equation 1. beta 0 is forward KL and beta 1 is reverse KL, as in
-    other implementations.
+    beta: 0 is forward KL and 1 is reverse KL, as in other implementations of equation 1 of GKD
+        (Agarwal et al. 2024).
     """
 
     loss: Literal["soft_target_jsd"]
@@ -228,7 +225,7 @@ class SoftTargetJsd(SoftTarget):
 class SoftTargetSkewKl(SoftTarget):
     """KL(teacher || m), m = skew·teacher + (1-skew)·student.
 
-    Ko et al. 2024, DistiLLM; skew 0 is forward KL.
+    skew: 0 is forward KL (Ko et al. 2024, DistiLLM).
     """
 
     loss: Literal["soft_target_skew_kl"]
@@ -239,7 +236,7 @@ class SoftTargetSkewKl(SoftTarget):
 class SoftTargetSkewReverseKl(SoftTarget):
     """KL(student || m), m = (1-skew)·teacher + skew·student.
 
-    Ko et al. 2024, DistiLLM; skew 0 is reverse KL.
+    skew: 0 is reverse KL (Ko et al. 2024, DistiLLM).
     """
 
     loss: Literal["soft_target_skew_reverse_kl"]

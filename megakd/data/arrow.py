@@ -238,7 +238,9 @@ def text_of(name: str, column: str, record: Record) -> str:
 
 PLACES_OF_A_CAUSE = 3
 CHARACTERS_OF_A_LINE = 300
-_PLACE = re.compile(r"(.*?, )((?:\S+ )?(?:line|row) \d+)(\b.*)", re.DOTALL)
+_PLACE = re.compile(r"(?:[^\s,]+ )?(?:line|row) \d+")
+_VALUES = re.compile(r"(?<!column )'[^']*'|\d+(?:\.\d+)?")
+"""What errors with one cause have different."""
 
 
 class BadRows(AbstractContextManager["BadRows"]):
@@ -255,22 +257,21 @@ class BadRows(AbstractContextManager["BadRows"]):
     ) -> None:
         self._drops, self._named = choice == "drop", named
         self.count, self.errors = 0, list[str]()
-        self._places: dict[tuple[str, str], list[str]] = {}  # by the text before and after them
+        self._causes: dict[str, list[str]] = {}
 
     def __exit__(self, _: object, error: BaseException | None, trace: object) -> bool:
         if not isinstance(error, DataError):
             return False
+        text = str(error)
         self.count += 1
         if self.count <= self._named:
-            match = _PLACE.match(str(error))
-            before, place, after = match.groups() if match else (str(error), "", "")
-            places = self._places.setdefault((before, after), [])
+            same = self._causes.setdefault(_VALUES.sub("", text), [])
             # A stream is read several times.
-            if self._drops and place not in places and len({*places}) < PLACES_OF_A_CAUSE:
-                logger.warning("a row is left out (task.bad_rows: drop): %s", error)
-            places.append(place)
+            if self._drops and text not in same and len(same) < PLACES_OF_A_CAUSE:
+                logger.warning("a row is left out (task.bad_rows: drop): %s", text)
+            same.append(text)
         if not self._drops:
-            self.errors.append(str(error))
+            self.errors.append(text)
             if self.count == self._named:
                 self.finish()
         return True
@@ -280,13 +281,19 @@ class BadRows(AbstractContextManager["BadRows"]):
         if self.count == 1 and self.errors:
             raise DataError(self.errors[0])
         if self.errors:
-            lines = [f"{a}{listed(p, PLACES_OF_A_CAUSE)}{b}" for (a, b), p in self._places.items()]
             raise DataError(
                 f"{'the first ' if self.count == self._named else ''}{self.count} rows that cannot "
                 "be used (correct them, or set task.bad_rows: drop to leave them out):\n  "
-                # The end of a message says what to do.
-                + "\n  ".join(
-                    line if len(line) <= CHARACTERS_OF_A_LINE else f"{line[:190]} … {line[-105:]}"
-                    for line in lines
-                )
+                + "\n  ".join(map(_line_of, self._causes.values()))
             )
+
+
+def _line_of(errors: Sequence[str]) -> str:
+    # The end of a message says what to do.
+    text = errors[0]
+    if len(text) > CHARACTERS_OF_A_LINE:
+        text = f"{text[:190]} … {text[-105:]}"
+    if len(errors) > 1:
+        places = [match[0] for match in map(_PLACE.search, errors) if match]
+        text += f" ({len(errors)} such rows: {listed(places, PLACES_OF_A_CAUSE)})"
+    return text

@@ -120,14 +120,14 @@ class AssistantOptions(SparsityOptions):
         """The sparsities of the grid that the method cuts at; some methods override this."""
         return self.sparsities
 
-    def problems(self, config: Any) -> Iterator[str]:
+    def problems(self, config: object) -> Iterator[str]:
         yield from super().problems(config)
         target, grid = self.target_sparsity, ", ".join(f"{one:g}" for one in self.sparsities)
         unused = [f"{one:g}" for one in self.sparsities if one not in self.used_sparsities]
         if unused and self.sparsities != AssistantOptions.sparsities:  # not of the default grid
             yield (
-                f"method.sparsities: {', '.join(unused)} above method.target_sparsity {target:g} "
-                f"is never trained by method {self.name}; remove it"
+                f"method.sparsities: method {self.name} trains nothing above method."
+                f"target_sparsity {target:g}; remove {', '.join(unused)}"
             )
         if target not in self.sparsities:
             yield (

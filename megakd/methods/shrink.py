@@ -155,10 +155,8 @@ class Shape(NamedTuple):
     neurons: int
 
     def __str__(self) -> str:
-        heads = f", {self.heads} key-value groups" if self.heads else ""
-        return f"{self.layers} layers{heads}" + (
-            f", {self.neurons} neurons" if self.neurons else ""
-        )
+        units = zip(self, ("layer", "key-value group", "neuron"), strict=True)
+        return ", ".join(f"{count} {unit}{'s' * (count != 1)}" for count, unit in units if count)
 
     def view(self, layer_scores: Sequence[float], whole: View) -> View:
         """Return the shape as a view of the teacher with its most important layers.

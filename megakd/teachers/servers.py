@@ -117,7 +117,7 @@ class JsonServer:
                 answer = self._client.request(method, self.url + path, json=tree, timeout=timeout)
                 if answer.status_code not in BUSY:
                     return Reply(answer.status_code, answer.text, where)
-                reason = f"it is busy: {answer.status_code}: {answer.text[:_SHOWN]}"
+                reason = f"it is busy: {answer.status_code}: {answer.text[:_SHOWN]}; try later"
                 lost = math.inf
             except (httpx2.ReadTimeout, httpx2.WriteTimeout) as error:
                 raise ServerError(
@@ -126,13 +126,11 @@ class JsonServer:
             except httpx2.TransportError as error:
                 # A connection may be lost after a long wait for an answer: the patience begins
                 # there.
-                reason, lost = f"{type(error).__name__}: {error}", min(lost, time.monotonic())
+                reason = f"{type(error).__name__}: {error}; start it, or correct the address"
+                lost = min(lost, time.monotonic())
             now = time.monotonic()
             if now + pause >= min(began + self._limit, lost + self._patience):
-                raise ServerError(
-                    f"{where}: no answer in {now - began:.1f} s ({reason}); start the server, or "
-                    "correct the address"
-                )
+                raise ServerError(f"{where}: no answer in {now - began:.1f} s: {reason}")
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)
 

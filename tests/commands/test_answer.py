@@ -25,9 +25,10 @@ from megakd.data.arrow import Record
 from megakd.data.conversations import ChatColumns, conversation_of
 from megakd.data.readers import files_table
 from megakd.data.splits import load_splits
-from megakd.errors import DataError
+from megakd.errors import DataError, ServerError
 from megakd.models import generation
 from megakd.models.generation import Completion
+from megakd.teachers.servers import JsonServer, Reply
 
 UNKNOWN = "<unk>"
 WORDS = [UNKNOWN, "<pad>", "</s>", "user", "assistant", "what", "is", "a", "model"]
@@ -178,16 +179,63 @@ def test_an_api_that_answers_no_prompt_is_an_error(tmp_path, capsys, reply, mess
     assert to.read_text() == ""
 
 
-def test_settings_that_a_server_refuses_are_not_tried_with_all_prompts(tmp_path, capsys):
-    rows = [{"prompt": f"p{n}"} for n in range(40)]
+@pytest.mark.parametrize(
+    ("status", "code", "most"),
+    [(400, 0, 41), (500, 0, 41), (401, 2, 16), (404, 2, 16)],  # the last two hold for all prompts
+)
+def test_prompts_after_many_that_are_refused_are_answered(tmp_path, status, code, most):
+    rows = [{"prompt": f"p{n}"} for n in range(41)]
     prompts, to, asked = write_jsonl(tmp_path / "p.jsonl", rows), tmp_path / "a.jsonl", list[Any]()
 
-    with api({}, asked, {row["prompt"]: (400, "unknown key") for row in rows}) as url:
+    with api(GOOD, asked, {f"p{n}": (status, "no") for n in range(40)}) as url:
         words = ["answer", "gpt", f"--data={prompts}", f"--to={to}", f"--url={url}"]
-        assert cli.main([*words, "--rows_at_once=8"]) == 2
+        assert cli.main([*words, "--rows_at_once=16"]) == code
 
-    assert len(asked) == 16
-    assert "answered 400: unknown key" in capsys.readouterr().err
+    assert len(asked) == most
+    assert [row["messages"][0]["content"] for row in rows_of(to)] == ["p40"][code:]
+
+
+def test_a_prompt_without_a_reply_is_left_out_while_others_are_answered(
+    tmp_path, monkeypatch, capsys
+):
+    prompts, to = write_jsonl(tmp_path / "prompts.jsonl", QUESTIONS), tmp_path / "answers.jsonl"
+    question = QUESTIONS[1]["question"]
+
+    def ask(_: Any, __: str, body: Any) -> Reply:
+        if body["messages"][-1]["content"] == question:
+            raise ServerError("no answer within 600 s")
+        return Reply(200, json.dumps(GOOD), "POST")
+
+    monkeypatch.setattr(JsonServer, "ask", ask)
+    words = ["answer", "gpt", f"--data={prompts}", f"--to={to}", "--url=http://a:1"]
+    first, again = cli.main(words), cli.main(words)
+
+    out, error = capsys.readouterr()
+    assert (first, again) == (0, 2)  # the second start asks that prompt alone
+    assert "2 answers, of which 0 reached --max_new_tokens; left out, and asked again" in out
+    assert "1 without a reply" in out
+    assert "error: no answer within 600 s" in error
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--system= "], "--system is empty; give it a text, or leave it out"),
+        (["--temperature=nan"], "--temperature at least 0"),
+        (["--temperature=inf"], "--temperature at least 0"),
+        (["--top_p=nan"], "--top_p above 0 and at most 1"),
+    ],
+)
+def test_settings_without_a_meaning_are_refused_before_any_prompt_is_asked(
+    tmp_path, capsys, words, message
+):
+    prompts, to = write_jsonl(tmp_path / "prompts.jsonl", QUESTIONS), tmp_path / "answers.jsonl"
+    given = ["answer", "gpt", f"--data={prompts}", f"--to={to}", "--url=http://a:1", *words]
+
+    assert cli.main(given) == 2
+
+    assert message in capsys.readouterr().err
+    assert not to.exists()
 
 
 LEFT_OUT = {
@@ -195,11 +243,14 @@ LEFT_OUT = {
     "abort": (ended("abort", content="half of"), "finish_reason abort"),
     "empty": (ended("stop", content=" "), "no text"),
     "thought": (ended("stop", content="", reasoning_content="hm"), "reasoning without a text"),
+    "open": (ended("stop", content="<think>hm"), "reasoning without a text"),
+    "cut": (ended("length", content="<think>hm"), "reasoning without a text within"),
     "marked": (ended("stop", content="<think>hm</think>\n"), "reasoning without a text"),
     "refusal": (ended("stop", refusal="I cannot"), "a refusal"),
     "no call": (ended("tool_calls", tool_calls=[]), "no text"),
     "half a call": (ended("length", tool_calls=[CALL]), "no text within --max_new_tokens"),
     "too long": ((400, "the context has 16 tokens"), "refused"),
+    "moderated": ((403, "flagged"), "refused"),
     "no choice": ((200, {"choices": []}), "without a readable answer"),
     "no json": ((200, '{"choices"'), "without a readable answer"),
     "surrogate": (ended("stop", content="\ud800"), "without a readable answer"),
@@ -215,6 +266,7 @@ def test_prompts_without_an_answer_are_counted_by_reason_and_asked_again(tmp_pat
     rows = [{"prompt": text} for name in LEFT_OUT for text in (name, "good")]
     prompts, to = write_jsonl(tmp_path / "prompts.jsonl", rows), tmp_path / "answers.jsonl"
     others, asked = {name: reply for name, (reply, _) in LEFT_OUT.items()}, list[Any]()
+    count = len(LEFT_OUT)
     with api(GOOD, asked, others) as url:
         words = ["answer", "gpt", f"--data={prompts}", f"--to={to}", f"--url={url}"]
         words += ["--rows_at_once=4"]
@@ -226,13 +278,13 @@ def test_prompts_without_an_answer_are_counted_by_reason_and_asked_again(tmp_pat
     assert (first, again) == (0, 0)
     assert line == same
     assert line.startswith(
-        f"{to}: 13 answers, of which 0 reached --max_new_tokens; 13 prompts are left out, "
-        "which the same command asks again: 1 finish_reason content_filter, "
+        f"{to}: {count} answers, of which 0 reached --max_new_tokens; left out, and asked again "
+        "by the same command: 1 finish_reason content_filter, "
     )
     counts = Counter(reason for _, reason in LEFT_OUT.values())
-    assert all(f"{count} {reason}" in line for reason, count in counts.items())
-    assert len(asked) == 26 + 13 + 13
-    assert [row["messages"][0]["content"] for row in rows_of(to)] == ["good"] * 13 + ["filter"]
+    assert all(f"{number} {reason}" in line for reason, number in counts.items())
+    assert len(asked) == 4 * count
+    assert [row["messages"][0]["content"] for row in rows_of(to)] == ["good"] * count + ["filter"]
 
 
 def test_tools_and_options_of_a_row_are_asked_kept_and_told_apart(tmp_path, capsys):
@@ -271,6 +323,24 @@ def test_tools_and_options_of_a_row_are_asked_kept_and_told_apart(tmp_path, caps
     assert read == [None, TOOLS, TOOLS]  # as training reads them
 
 
+def test_calls_without_arguments_and_reasoning_that_is_no_text_are_written_as_training_reads_them(
+    tmp_path,
+):
+    def called(arguments: str | None) -> tuple[int, object]:
+        call = {"function": {"name": "f", "arguments": arguments}}
+        return ended("tool_calls", tool_calls=[call], reasoning_content=["hm"], thinking="aha")
+
+    rows = [{"prompt": "empty"}, {"prompt": "null"}]
+    prompts, to = write_jsonl(tmp_path / "prompts.jsonl", rows), tmp_path / "answers.jsonl"
+    with api({}, [], {"empty": called(""), "null": called(None)}) as url:
+        assert cli.main(["answer", "gpt", f"--data={prompts}", f"--to={to}", f"--url={url}"]) == 0
+
+    for row in rows_of(to):
+        answer = row["messages"][-1]
+        assert answer["tool_calls"][0]["function"]["arguments"] == "{}"
+        assert answer["reasoning_content"] == "aha"
+
+
 def test_weights_read_tools_and_leave_out_what_does_not_fit(teacher, tmp_path, capsys, monkeypatch):
     asked = list[str]()
     template = "{% for t in tools or [] %}{{ t.function.name }} {% endfor %}" + TEMPLATE
@@ -292,9 +362,16 @@ def test_weights_read_tools_and_leave_out_what_does_not_fit(teacher, tmp_path, c
     assert asked == ["user what </s> assistant", "<unk> user small </s> assistant one"]
     assert [row["messages"][-1]["content"] for row in rows_of(to)] == ["large", "large"]
     assert rows_of(to)[1]["tools"] == TOOLS
-    assert (
-        "2 answers, of which 0 reached --max_new_tokens; 1 prompts are" in capsys.readouterr().out
-    )
+    assert "2 answers, of which 0 reached --max_new_tokens; left out, " in capsys.readouterr().out
+
+
+def test_tools_that_the_template_of_weights_leaves_out_are_not_answered(teacher, tmp_path, capsys):
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "what", "tools": TOOLS}])
+    words = ["answer", str(teacher), f"--data={prompts}", f"--to={tmp_path / 'new/a.jsonl'}"]
+
+    assert cli.main([*words, "--max_new_tokens=2"]) == 2
+
+    assert "the chat template of the teacher leaves out the tools" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
 
 from megakd import cli
+from megakd.config.options import METHODS
+from megakd.config.terms import TERMS
 
 
 def test_methods_and_losses_are_listed_with_what_they_are_their_options_and_defaults(capsys):
@@ -36,26 +39,16 @@ def test_one_method_or_loss_is_listed_alone(words, absent, capsys):
     assert absent not in out
 
 
-@pytest.mark.parametrize(
-    ("words", "options"),
-    [
-        (["direct"], "target_sparsity allocation round_to"),
-        (["maxidisc"], "target_sparsity allocation round_to sparsities tradeoff"),
-        (["minidisc"], "target_sparsity sparsities tradeoff iterations passes_per_backward"),
-        (["knowledge_selection"], "teacher policy"),
-        (["soft_target_kl", "--losses"], "weight temperature on"),
-    ],
-)
-def test_inherited_options_are_explained_once_and_options_without_effect_are_not_listed(
-    words, options, capsys
-):
-    assert cli.main(["methods", *words]) == 0
+@pytest.mark.parametrize(("words", "kinds"), [([], METHODS), (["--losses"], TERMS)])
+def test_every_option_is_explained_once_also_those_that_are_inherited(words, kinds, capsys):
+    for name in kinds.names():
+        assert cli.main(["methods", name, *words]) == 0
 
-    out = capsys.readouterr().out
-    for option in options.split():
-        assert len(re.findall(rf"^  {option}: [A-Za-z`]", out, re.MULTILINE)) == 1, option
-        assert len(re.findall(rf"^    {option}: ", out, re.MULTILINE)) == 1, option
-    assert words != ["direct"] or not {"tradeoff", "sparsities"} & {*re.findall(r"\w+", out)}
+        out, fields = capsys.readouterr().out, dataclasses.fields(kinds.kind(name))
+        for option in {field.name for field in fields} - {"name", "loss"}:
+            assert len(re.findall(rf"^  {option}: \S", out, re.MULTILINE)) == 1, (name, option)
+            assert len(re.findall(rf"^    {option}: ", out, re.MULTILINE)) == 1, (name, option)
+        assert name != "direct" or not {"tradeoff", "sparsities"} & {*re.findall(r"\w+", out)}
 
 
 @pytest.mark.parametrize(

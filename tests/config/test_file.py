@@ -74,6 +74,11 @@ def test_overrides_win_over_the_file_and_later_ones_over_earlier(run_file):
         ),
         ("objective.1.loss=kl_div", 'loss "kl_div"; did you mean "soft_target_kl"? known: hard_'),
         ("objective.1.loss=KL_div", 'loss "KL_div"; did you mean "soft_target_kl"? known: hard_'),
+        ("objective.1.loss=KLDivLoss", 'did you mean "soft_target_kl"? known: hard_'),
+        ("method.name=gkd", '"gkd"; did you mean "single" with a section rollout, as in launch/ex'),
+        ("method.name=SFT", 'unknown method "SFT"; did you mean "finetune"? known: direct, '),
+        ("student.deepspeed={fsdp: 1}", 'deepspeed: unknown key "fsdp"; megakd has no FSDP; stu'),
+        ("student.deepspeed={tensor_parallel: {}}", 'parallel"; megakd has no tensor, pipeline'),
         ("objective.0.loss=kd", 'loss "kd"; did you mean "soft_target_kl"? known: hard_cross_ent'),
         ("objective.0.loss=ce", 'loss "ce"; did you mean "hard_cross_entropy"? known: hard_cross'),
         ("objective.0.loss=mse", 'did you mean "soft_target_mse" (logits) or "hidden_mse"? known:'),
@@ -364,6 +369,10 @@ TASKS = "distil the encoder with task.type: mlm, and train final/ in "
             "fsdp fsdp_config FSDP fsdp_transformer_layer_cls_to_wrap",
             "megakd has no FSDP; student.deepspeed: zero3 shards weights in the same way",
         ),
+        (
+            "resume_from_checkpoint resume",
+            "megakd has no key to go on, a run does so by itself; to begin anew, set another outp",
+        ),
         ("token_classification ner", f"megakd has no task with labels of words; {TASKS}transfo"),
         ("embedding sentence_similarity", f"megakd has no task of embeddings; {TASKS}sentence-"),
     ],
@@ -396,7 +405,13 @@ def test_what_megakd_lacks_is_said_with_what_to_use_wherever_it_is_asked_for(
             "megakd has no such task; a decoder learns it with task.type: causal_lm from rows wi",
         ),
         ("text-classification sequence_classification", 'did you mean "classification"?'),
-        ("CAUSAL_LM", 'did you mean "causal_lm"?'),
+        (
+            "CAUSAL_LM text-generation sft instruction AutoModelForCausalLM language-modeling",
+            'did you mean "causal_lm"?',
+        ),
+        ("fill-mask MaskedLM masked_language_modeling", 'did you mean "mlm"?'),
+        ("multi-label SEQ_CLS", 'did you mean "classification"?'),
+        ("TOKEN_CLS", f"megakd has no task with labels of words; {TASKS}transfo"),
     ],
 )
 def test_a_task_that_megakd_lacks_is_answered_with_what_to_use(run_file, kinds, use):

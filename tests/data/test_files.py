@@ -312,6 +312,18 @@ def test_bad_rows_of_texts_are_named_together_or_left_out(load, write_rows, tmp_
         assert "3 bad row(s) left out (task.bad_rows: drop)" in caplog.text
 
 
+def test_a_cause_with_other_values_in_each_row_is_told_once(load, tmp_path):
+    rows = "".join(f'{{"text": "a", "label": 0.{n}5}}\n' for n in range(1, 6))
+    (tmp_path / "x.jsonl").write_text(rows)
+
+    with pytest.raises(DataError) as caught:
+        load(train_files=str(tmp_path / "x.jsonl"))
+
+    _, line = str(caught.value).splitlines()
+    assert "line 1: label 0.15 in column 'label' is not a class" in line
+    assert line.endswith(" (5 such rows: line 1, line 2, line 3 and 2 more)")
+
+
 @pytest.mark.parametrize(
     ("content", "texts"),
     [

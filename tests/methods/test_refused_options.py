@@ -85,7 +85,7 @@ REFUSED = {
         ("method.sparsities=[0.9]", "(0.9) has no sparsity below method.target_sparsity 0.9"),
         (
             "method.target_sparsity=0.5; method.sparsities=[0.25, 0.5, 0.75, 0.9]",
-            "method.sparsities: 0.75, 0.9 above method.target_sparsity 0.5 is never trained",
+            "trains nothing above method.target_sparsity 0.5; remove 0.75, 0.9",
         ),
     ],
     "direct": [

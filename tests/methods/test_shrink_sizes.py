@@ -149,7 +149,7 @@ def test_a_shape_has_the_size_or_the_message_names_the_nearest_sizes(layers, hea
 
 def test_the_nearest_sizes_can_be_cut():
     possible = shapes(layers=2, heads=1, neurons=640)
-    with pytest.raises(ConfigError, match="1 layers, 1 key-value groups, 64 neurons") as error:
+    with pytest.raises(ConfigError, match="1 layer, 1 key-value group, 64 neurons") as error:
         chosen(possible, OUTSIDE // 2)
 
     (size,) = re.findall(r"nearest possible sizes are ([\d,]+) ", str(error.value))
@@ -242,7 +242,7 @@ def test_another_depth_is_timed_where_the_fewest_layers_turn_out_too_fast():
 
 
 def test_a_speed_up_that_no_shape_has_names_the_nearest():
-    with pytest.raises(ConfigError, match=r"no model with 0\.020 .*sizes are [\d.]+ \(1 layers"):
+    with pytest.raises(ConfigError, match=r"no model with 0\.020 .*sizes are [\d.]+ \(1 layer"):
         timed_shape(50)
     with pytest.raises(ConfigError, match=r"no model with 0\.333 "):
         timed_shape(3, time=lambda _: 2 * WHOLE)
