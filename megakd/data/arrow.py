@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
@@ -239,6 +240,28 @@ def text_of(name: str, column: str, record: Record) -> str:
 PLACES_OF_A_CAUSE = 3
 CHARACTERS_OF_A_LINE = 300
 _PLACE = re.compile(r"(.*?, )((?:\S+ )?(?:line|row) \d+)(\b.*)", re.DOTALL)
+_VALUE = re.compile(r"""(?<!column )(?:'[^']*'|"[^"]*"|\[[^]]*\]|\b\d[\d.]*)""")
+
+
+def _parts(error: str) -> tuple[str, str, str]:
+    # The text before the place of a row, the place, and the rest.
+    match = _PLACE.match(error)
+    return (match[1], match[2], match[3]) if match else ("", "", error)
+
+
+def _cause(error: str) -> str:
+    before, _, after = _parts(error)
+    return before + _VALUE.sub("", after)
+
+
+def _line_of(errors: Sequence[str]) -> str:
+    # All have one cause: with three places and three values. The end of a text says what to do.
+    before, _, after = _parts(errors[0])
+    places = listed([place for _, place, _ in map(_parts, errors) if place], PLACES_OF_A_CAUSE)
+    values = [value[0] for error in errors if (value := _VALUE.search(_parts(error)[2]))]
+    shown = listed([*dict.fromkeys(values)], PLACES_OF_A_CAUSE)
+    line = before + places + _VALUE.sub(lambda _: shown, after, count=1)
+    return line if len(line) <= CHARACTERS_OF_A_LINE else f"{line[:190]} … {line[-105:]}"
 
 
 class BadRows(AbstractContextManager["BadRows"]):
@@ -255,38 +278,34 @@ class BadRows(AbstractContextManager["BadRows"]):
     ) -> None:
         self._drops, self._named = choice == "drop", named
         self.count, self.errors = 0, list[str]()
-        self._places: dict[tuple[str, str], list[str]] = {}  # by the text before and after them
+        self._logged: dict[str, set[str]] = {}  # places by cause
 
     def __exit__(self, _: object, error: BaseException | None, trace: object) -> bool:
         if not isinstance(error, DataError):
             return False
         self.count += 1
-        if self.count <= self._named:
-            match = _PLACE.match(str(error))
-            before, place, after = match.groups() if match else (str(error), "", "")
-            places = self._places.setdefault((before, after), [])
-            # A stream is read several times.
-            if self._drops and place not in places and len({*places}) < PLACES_OF_A_CAUSE:
-                logger.warning("a row is left out (task.bad_rows: drop): %s", error)
-            places.append(place)
         if not self._drops:
             self.errors.append(str(error))
             if self.count == self._named:
                 self.finish()
+        elif self.count <= self._named:
+            places = self._logged.setdefault(_cause(str(error)), set())
+            # A stream is read several times.
+            if (place := _parts(str(error))[1]) not in places and len(places) < PLACES_OF_A_CAUSE:
+                places.add(place)
+                logger.warning("a row is left out (task.bad_rows: drop): %s", error)
         return True
 
     def finish(self) -> None:
         """Raise the kept errors as one with a line per cause, unless the rows are left out."""
         if self.count == 1 and self.errors:
             raise DataError(self.errors[0])
-        if self.errors:
-            lines = [f"{a}{listed(p, PLACES_OF_A_CAUSE)}{b}" for (a, b), p in self._places.items()]
+        causes = defaultdict[str, list[str]](list)
+        for error in self.errors:
+            causes[_cause(error)].append(error)
+        if causes:
             raise DataError(
                 f"{'the first ' if self.count == self._named else ''}{self.count} rows that cannot "
                 "be used (correct them, or set task.bad_rows: drop to leave them out):\n  "
-                # The end of a message says what to do.
-                + "\n  ".join(
-                    line if len(line) <= CHARACTERS_OF_A_LINE else f"{line[:190]} … {line[-105:]}"
-                    for line in lines
-                )
+                + "\n  ".join(map(_line_of, causes.values()))
             )

@@ -428,12 +428,12 @@ def rows_of_tables(
     order = [key for split in SPLIT_NAMES for key in tables if key.startswith(split)]
     as_chat = task.mixture is not None or any(chat_columns(t, task) for t in tables.values())
     kinds: dict[str, RowKind] = {}
-    kind = RowKind.of(task, tables[order[0]], as_chat=as_chat)
+    kind: RowKind | None = None
     rows: dict[str, Dataset] = {}
     for key in order:
         split, _, source = key.partition("/")
         table = tables[key]
-        if split == "train" or as_chat:
+        if kind is None or split == "train" or as_chat:
             kind = kinds[key] = RowKind.of(task, table, as_chat=as_chat)
         else:
             kinds[key] = kind.of_split(table, split, task)
@@ -447,7 +447,9 @@ def rows_of_tables(
     if label is not None and task.type == "classification":
         form, declared = kind.form, tables[first].class_names.get(label, ())
         names = task.labels or (form and form.columns) or declared
-        classes = find_classes(rows[first], label, names, name=tables[first].name)
+        has_lists = task.multi_label is None
+        name = tables[first].name
+        classes = find_classes(rows[first], label, names, name=name, has_lists=has_lists)
         rows = {split: numbered(rows[split], classes, task, kinds[split]) for split in rows}
     train = concatenate_datasets([rows.pop(key) for key in order if key.startswith("train")])
     digests = [(key, tables[key].digest, vars(kind)) for key, kind in kinds.items()]
