@@ -271,8 +271,8 @@ def test_rows_are_a_file_that_is_named_by_its_content_and_written_once(tmp_path,
         ({"text": iter("a"), "label": [1]}, "is a dict; give a path"),
         ({"text": ["a"], "label": np.array(1)}, "is a dict; give a path"),
         ({}, "is a dict; give a path"),
-        (DatasetDict({"train": CLASSES}), "holds the splits train; give one of them"),
-        ({"train": pd.DataFrame(ROWS)}, "holds the splits train; give one of them"),
+        (DatasetDict({"train": CLASSES}), "is a DatasetDict; give a path"),
+        ({"train": pd.DataFrame(ROWS)}, "is a dict; give a path"),
     ],
 )
 def test_rows_that_are_none_are_refused(tmp_path, rows, message):

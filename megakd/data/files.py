@@ -406,22 +406,16 @@ def _rows(data: Any) -> Iterable[Any]:
         for column in data.columns[data.columns.map(str).duplicated()]:
             raise DataError(f"data: column {column!r} occurs more than once; rename one of the two")
         return cast("Any", data).to_dict("records")
-    columns = [*data.values()] if isinstance(data, Mapping) else []
-    if columns and all(
-        isinstance(one, Dataset | IterableDataset | pd.DataFrame) for one in columns
-    ):
-        raise DataError(f"data: holds the splits {', '.join(map(str, data))}; give one of them")
-    if columns and all(
-        pd.api.types.is_list_like(one, allow_sets=False) and not isinstance(one, Mapping | Iterator)
-        for one in columns
-    ):
-        lengths = {key: len(column) for key, column in data.items()}
+    columns: list[Any] = [*data.values()] if isinstance(data, Mapping) else []
+    columns = [one.tolist() if hasattr(one, "tolist") else one for one in columns]
+    if columns and all(isinstance(one, Sequence) and not isinstance(one, str) for one in columns):
+        lengths = dict(zip(data, map(len, columns), strict=True))
         if len({*lengths.values()}) > 1:
             raise DataError(f"data: the columns have different numbers of rows: {lengths}")
         return (dict(zip(data, row, strict=True)) for row in zip(*columns, strict=True))
     if not isinstance(data, Iterable) or isinstance(data, Mapping):
         raise DataError(
-            f"data: is a {type(data).__name__}; give a path, a name of the Hub, a data frame, a "
+            f"data: is a {type(data).__name__}; give a path, a name of the Hub, a data frame, one "
             "datasets.Dataset, or a list of rows such as {'text': …, 'label': …}"
         )
     return data

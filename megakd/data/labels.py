@@ -40,8 +40,6 @@ NO_CLASS = -1
 BITS = {"1": "1", "true": "1", "0": "0", "false": "0", "": "", "none": "", "nan": ""}
 """What a cell of 0 and 1 says, in lower case and without decimals."""
 SEPARATORS = (",", ";", "|", "/", "\t")
-MANY_CELLS = 0.1
-"""The share of cells with another separator from which the chosen one is doubted."""
 NAME_SIGNS = " _-'."
 LIST_TEXT = re.compile(r"""(?s)(?:array\(|tensor\()?\[.*|[({]\s*['"].*[)}]|\(\)|set\(\)""")
 NUMPY_TEXT = re.compile(r"""['"]\s+['"]|\A\[(?:[\s\d.]|True|False)+\]\Z""")
@@ -341,21 +339,10 @@ def label_form(table: Table, column: str, task: TaskConfig) -> LabelForm | None:
     return LabelForm(separator, flags=names)
 
 
-def held_out_form(
-    form: LabelForm | None, table: Table, column: str, task: TaskConfig
-) -> LabelForm | None:
-    """Return the form of held-out labels, that of the training unless only these are 0 and 1."""
-    if form is None or form.columns or form.flags:
-        return form
-    of_table = label_form(table, column, task)
-    return of_table if of_table is not None and of_table.flags else form
-
-
 def _shape_of_lists(table: Table, column: str, separator: str | None) -> tuple[bool, int, str]:
-    # Whether the first label is a list; the length of most lists, if they hold a 0 or 1 for every
-    # label, else 0; and what speaks against the separator. Numbers of labels do not repeat in a
-    # list, nor have they two orders.
-    rows, signs, is_used = Counter[tuple[str, ...]](), Counter[str](), False
+    # Whether the first label is a list; how many zeros and ones the lists have, if they have one
+    # for each label; and what speaks against the separator.
+    seen, signs, is_used, count = set[tuple[str, ...]](), Counter[str](), False, 0
     for row in table.records():
         cell = row.values.get(column) if isinstance(row, Record) else None
         if isinstance(row, DataError) or cell in (None, "", IGNORE):
@@ -363,26 +350,22 @@ def _shape_of_lists(table: Table, column: str, separator: str | None) -> tuple[b
         labels: list[object] | None = []
         with suppress(DataError):  # a list that cannot be read
             labels = _list_of(table.name, column, row, separator)
-        if labels is None and not rows:
+        if labels is None and not seen:
             return False, 0, ""
-        rows[tuple(map(_bit, labels or ()))] += 1
+        seen.add(tuple(map(_bit, labels or ())))
+        count = count or (len(labels) if labels and _repeats_bits(labels) else 0)
         if separator is not None and isinstance(cell, str) and not LIST_TEXT.fullmatch(cell):
             is_used = is_used or separator in cell
             signs.update({sign for sign in cell if not (sign.isalnum() or sign in NAME_SIGNS)})
-    cells = rows.total()
-    sign, most = signs.most_common(1)[0] if signs else ("", 0)
-    doubt = "" if is_used or most <= MANY_CELLS * cells else f"{most} contain {sign!r}"
+    if {("0", "1"), ("1", "0")} <= seen and {*map(len, seen)} <= {0, 2}:
+        count = 2  # numbers of labels have no two orders
+    others = "".join(f"{n} contain {sign!r}" for sign, n in signs.most_common(1))
+    return bool(seen), count, "" if is_used else others
 
-    bits = {row: count for row, count in rows.items() if row and "?" not in row}
-    lengths = Counter[int]()
-    for row, count in bits.items():
-        lengths[len(row)] += count
-    ((length, most),) = lengths.most_common(1) or [(0, 0)]
-    cells -= rows[()]
-    repeats = any(row.count("1") > 1 or row.count("0") > 1 for row in bits)
-    is_flagged = repeats and (2 * most > cells or lengths.total() == cells)
-    has_both_orders = most == cells and {("0", "1"), ("1", "0")} <= bits.keys()
-    return bool(rows), length if length > 1 and (is_flagged or has_both_orders) else 0, doubt
+
+def _repeats_bits(labels: Sequence[object]) -> bool:
+    bits = {*map(_bit, labels)}
+    return bits <= {"0", "1"} and len(bits) < len(labels)
 
 
 def _bit(cell: object) -> str:
@@ -416,6 +399,11 @@ def label_words(name: str, column: str, record: Record, form: LabelForm) -> list
             )
         cells = Record(record.place, dict(zip(form.flags, labels, strict=True)))
         return _of_bits(name, cells, form.flags, f"label %r of the list {value!r}")
+    if _repeats_bits(labels):
+        raise DataError(
+            f"{name}, {record.place}: the list {value!r} in column {column!r} names a label twice; "
+            "name it once, or write a 0 or 1 for each label in the lists of all rows"
+        )
     cells = (Record(record.place, {column: one}) for one in labels)
     words = [class_word(name, column, cell) for cell in cells]
     if None in words:

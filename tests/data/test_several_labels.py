@@ -131,12 +131,6 @@ def test_lists_of_label_numbers_are_no_zeros_and_ones(tmp_path):
     assert splits.validation["label"] == [[1, 1]]
 
 
-def test_held_out_lists_of_zeros_and_ones_are_read_beside_training_rows_of_words(tmp_path):
-    splits = splits_of(tmp_path, LISTS, bits([0, 1, 0], [0, 0, 0]), labels=NAMES)
-
-    assert (labels_of(splits), splits.validation["label"]) == (HOT, [[0, 1, 0], [0, 0, 0]])
-
-
 @pytest.mark.parametrize(
     ("cells", "keys"),
     [
@@ -191,6 +185,7 @@ def test_a_bad_row_with_several_labels_is_left_out(tmp_path):
     [
         (bits("joy", "love"), bits(["joy"], ["love"]), None),
         (bits("joy", "love"), bits(["joy"], ["joy", "love"]), "line 2: label ['joy', 'love'] in"),
+        (LISTS, bits([0, 1, 0]), "for each label"),
         (LISTS, bits("joy"), "line 1: label 'joy' in column 'labels' stands beside lists of labe"),
         (
             bits("joy", "love"),
