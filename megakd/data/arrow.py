@@ -243,22 +243,22 @@ _PLACE = re.compile(r"(.*?, )((?:\S+ )?(?:line|row) \d+)(\b.*)", re.DOTALL)
 _VALUE = re.compile(r"""(?<!column )(?:'[^']*'|"[^"]*"|\[[^]]*\]|\b\d[\d.]*)""")
 
 
-def _parts(error: str) -> tuple[str, str, str]:
+def _by_place(error: str) -> tuple[str, str, str]:
     # The text before the place of a row, the place, and the rest.
     match = _PLACE.match(error)
     return (match[1], match[2], match[3]) if match else ("", "", error)
 
 
 def _cause(error: str) -> str:
-    before, _, after = _parts(error)
+    before, _, after = _by_place(error)
     return before + _VALUE.sub("", after)
 
 
 def _line_of(errors: Sequence[str]) -> str:
     # All have one cause: with three places and three values. The end of a text says what to do.
-    before, _, after = _parts(errors[0])
-    places = listed([place for _, place, _ in map(_parts, errors) if place], PLACES_OF_A_CAUSE)
-    values = [value[0] for error in errors if (value := _VALUE.search(_parts(error)[2]))]
+    before, _, after = _by_place(errors[0])
+    places = listed([place for _, place, _ in map(_by_place, errors) if place], PLACES_OF_A_CAUSE)
+    values = [value[0] for error in errors if (value := _VALUE.search(_by_place(error)[2]))]
     shown = listed([*dict.fromkeys(values)], PLACES_OF_A_CAUSE)
     line = before + places + _VALUE.sub(lambda _: shown, after, count=1)
     return line if len(line) <= CHARACTERS_OF_A_LINE else f"{line[:190]} … {line[-105:]}"
@@ -278,7 +278,7 @@ class BadRows(AbstractContextManager["BadRows"]):
     ) -> None:
         self._drops, self._named = choice == "drop", named
         self.count, self.errors = 0, list[str]()
-        self._logged: dict[str, set[str]] = {}  # places by cause
+        self._logged = defaultdict[str, set[str]](set)  # places by cause
 
     def __exit__(self, _: object, error: BaseException | None, trace: object) -> bool:
         if not isinstance(error, DataError):
@@ -289,9 +289,9 @@ class BadRows(AbstractContextManager["BadRows"]):
             if self.count == self._named:
                 self.finish()
         elif self.count <= self._named:
-            places = self._logged.setdefault(_cause(str(error)), set())
+            places, place = self._logged[_cause(str(error))], _by_place(str(error))[1]
             # A stream is read several times.
-            if (place := _parts(str(error))[1]) not in places and len(places) < PLACES_OF_A_CAUSE:
+            if place not in places and len(places) < PLACES_OF_A_CAUSE:
                 places.add(place)
                 logger.warning("a row is left out (task.bad_rows: drop): %s", error)
         return True

@@ -41,6 +41,7 @@ from megakd.data.arrow import (
     Row,
     SplitName,
     Table,
+    remembered_of,
     rows_key,
     tables_of_rows,
 )
@@ -52,7 +53,7 @@ from megakd.data.readers import (
     untyped,
 )
 from megakd.errors import ConfigError, DataError, first_line, suggestion
-from megakd.process.files import sha256_of
+from megakd.process.files import files_identity, sha256_of
 from megakd.process.terminal import in_home
 
 WHOLE_FILE = "all rows"
@@ -332,6 +333,16 @@ def glue_task(task: TaskConfig) -> tuple[TaskConfig, tuple[str, ...]]:
     splits = {"train": "train", "validation": held}
     task = replace(task, dataset=HUB_NAME, dataset_config=configuration, splits=splits, **columns)
     return task, metrics
+
+
+def content_of(file: Path, task: TaskConfig) -> str:
+    """Return a hash of a file, which is that of reading, if it is data that is read whole.
+
+    Others are sampled if they are large, such as models.
+    """
+    if task.streaming or data_suffix(file) not in DATA_SUFFIXES:
+        return remembered_of(file, partial(files_identity, [file]), "sampled")
+    return remembered_of(file, partial(sha256_of, file), "sha256")
 
 
 def file_of_rows(data: Any, folder: Path) -> str:

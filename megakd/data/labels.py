@@ -109,9 +109,9 @@ class Classes:
 
 def class_word(name: str, column: str, record: Record) -> str | None:
     """Return the label of a row as text, maybe of a list with one; None: a row without a label."""
-    value: Any = _plain(record.values.get(column))
-    if isinstance(value, list) and len(cast("list[object]", value)) == 1:
-        value = _plain(value[0])
+    value = _plain(record.values.get(column))
+    if isinstance(value, list) and len(labels := cast("list[object]", value)) == 1:
+        value = _plain(labels[0])
     if isinstance(value, str):
         word = text_of(name, column, Record(record.place, {column: value})).strip()
         return None if word.lower() in ("", "nan") or _integer(word) == IGNORE else word
@@ -378,7 +378,7 @@ def label_words(name: str, column: str, record: Record, form: LabelForm) -> list
     """Return the labels of a row as texts, maybe none; None for a row whose labels are missing."""
     if form.columns:
         return _of_bits(name, record, form.columns)
-    value: Any = _plain(record.values.get(column))
+    value = _plain(record.values.get(column))
     if value != value or value in (None, IGNORE, str(IGNORE)):  # noqa: PLR0124 (NaN)
         return None
     has_empty_cells = form.separator is None or form.flags  # else they have no label
