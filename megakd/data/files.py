@@ -335,7 +335,7 @@ def glue_task(task: TaskConfig) -> tuple[TaskConfig, tuple[str, ...]]:
     return task, metrics
 
 
-def content_of(file: Path, task: TaskConfig) -> str:
+def hash_of_file(file: Path, task: TaskConfig) -> str:
     """Return a hash of a file, which is that of reading, if it is data that is read whole.
 
     Others are sampled if they are large, such as models.

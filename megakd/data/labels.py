@@ -39,9 +39,9 @@ NO_CLASS = -1
 
 BITS = {"1": "1", "true": "1", "0": "0", "false": "0", "": "", "none": "", "nan": ""}
 """What a cell of 0 and 1 says, in lower case and without decimals."""
-SEPARATORS = (",", ";", "|", "/", "\t")
 NAME_SIGNS = " _-'."
-LIST_TEXT = re.compile(r"""(?s)(?:array\(|tensor\()?\[.*|[({]\s*['"].*[)}]|\(\)|set\(\)""")
+"""Signs that separate no labels."""
+LIST_TEXT = re.compile(r"""(?s)\[.*\]|(?:array|tensor)\(\[.*\)|[({]\s*['"].*[)}]|\(\)|set\(\)""")
 NUMPY_TEXT = re.compile(r"""['"]\s+['"]|\A\[(?:[\s\d.]|True|False)+\]\Z""")
 """A list as NumPy prints it, without commas; Python joins its words to one."""
 ROUNDING = 0.01

@@ -19,7 +19,6 @@ from megakd.config.task import TaskConfig
 from megakd.data.arrow import Table, column_of, key_of, remembered
 from megakd.data.conversations import is_chat
 from megakd.data.files import local_tables, matching_files, named_files, refuse_twice
-from megakd.data.labels import SEPARATORS
 from megakd.data.readers import files_table
 from megakd.data.rows import (
     Corpus,
@@ -205,6 +204,8 @@ def _is_on_hub(task: TaskConfig) -> bool:
             )
     return not is_local
 
+
+SEPARATORS = (",", ";", "|")
 
 NO_LABEL = frozenset(("n/a", "na", "none", "null", "nan", "nil", "-", "?", "unknown", "undefined"))
 """Words that may stand for a missing label, in lower case."""

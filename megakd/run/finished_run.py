@@ -27,7 +27,7 @@ from huggingface_hub.file_download import repo_folder_name
 from megakd.config.file import config_tree, dump_config, dump_yaml, places
 from megakd.config.run import RunConfig
 from megakd.config.task import TaskConfig
-from megakd.data.files import content_of
+from megakd.data.files import hash_of_file
 from megakd.engine.distributed import Ranks
 from megakd.errors import CheckpointError
 from megakd.models.architectures import current_files
@@ -131,7 +131,7 @@ def _files(key: str, place: str, task: TaskConfig) -> Iterator[tuple[str, str]]:
                 when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(facts.st_mtime))
                 yield f"{_FILE}{key} {name}", f"{facts.st_size} bytes of {when}"
                 with suppress(OSError):  # whoever reads the file tells it
-                    yield f"{_CONTENT}{key} {name}", content_of(file, task)[:12]
+                    yield f"{_CONTENT}{key} {name}", hash_of_file(file, task)[:12]
     if not paths and (name := hub_id(place)) is not None:
         kind = "model" if key.endswith((".model", ".tokenizer")) else "dataset"
         folder = repo_folder_name(repo_id=name, repo_type=kind)

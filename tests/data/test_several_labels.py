@@ -151,9 +151,10 @@ def test_lists_that_a_table_holds_as_texts_are_lists(tmp_path, cells, keys):
 
 
 def test_brackets_alone_make_no_list(tmp_path):
-    splits = splits_of(tmp_path, bits("[joy]", "(love)"), bits("[joy]"))
+    splits = splits_of(tmp_path, bits("[joy]", "(love)", "[18, 25)", "(25, 40]"), bits("[joy]"))
 
-    assert (splits.multi_label, splits.label_names) == (False, ("(love)", "[joy]"))
+    assert not splits.multi_label
+    assert splits.label_names == ("(25, 40]", "(love)", "[18, 25)", "[joy]")
 
 
 def test_a_separator_that_no_cell_contains_is_told_with_the_one_that_many_contain(tmp_path, caplog):
