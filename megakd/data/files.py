@@ -8,7 +8,9 @@ such names, every file is a document. Files may also be given individually or by
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,19 +27,33 @@ import datasets
 import httpx2
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset
+from datasets import Dataset, Features, IterableDataset
 from datasets.exceptions import DatasetsError
 from huggingface_hub import constants, get_session
 from huggingface_hub.errors import HfHubHTTPError
 
 from megakd.config.paths import DATA_SUFFIXES, data_suffix, without_compression
 from megakd.config.task import Files, TaskConfig, listed_files
-from megakd.data.arrow import SPLIT_ALIASES, SPLIT_NAMES, SplitName, Table, rows_key
-from megakd.data.readers import files_table, plain_features, typed_table
+from megakd.data.arrow import (
+    SPLIT_ALIASES,
+    SPLIT_NAMES,
+    Row,
+    SplitName,
+    Table,
+    remembered_of,
+    rows_key,
+    tables_of_rows,
+)
+from megakd.data.readers import (
+    class_names_of,
+    files_table,
+    plain_features,
+    typed_table,
+    untyped,
+)
 from megakd.errors import ConfigError, DataError, first_line, suggestion
-from megakd.process.files import sha256_of
+from megakd.process.files import files_identity, sha256_of
 from megakd.process.terminal import in_home
 
 WHOLE_FILE = "all rows"
@@ -319,12 +335,22 @@ def glue_task(task: TaskConfig) -> tuple[TaskConfig, tuple[str, ...]]:
     return task, metrics
 
 
+def hash_of_file(file: Path, task: TaskConfig) -> str:
+    """Return a hash of a file, which is that of reading, if it is data that is read whole.
+
+    Others are sampled if they are large, such as models.
+    """
+    if task.streaming or data_suffix(file) not in DATA_SUFFIXES:
+        return remembered_of(file, partial(files_identity, [file]), "sampled")
+    return remembered_of(file, partial(sha256_of, file), "sha256")
+
+
 def file_of_rows(data: Any, folder: Path) -> str:
     """Return a path or a name of the Hub as it is, and the file to which other rows are written.
 
-    The file is named after its content, so that the same rows go on with the same run. Rows with
-    types become a parquet file, which stores the names of classes in their order. All others
-    become jsonl, which keeps the keys and the types of each row.
+    The file is named after its content, so that the same rows go on with the same run. It is jsonl,
+    which keeps the keys and the types of each row; or parquet, if the data declares class names,
+    which it stores in their order.
 
     Raises:
         DataError: the data has no rows, or columns that occur twice or differ in length.
@@ -332,19 +358,18 @@ def file_of_rows(data: Any, folder: Path) -> str:
     if isinstance(data, str | Path):
         return str(data)
     folder.mkdir(parents=True, exist_ok=True)
-    if hasattr(data, "to_frame"):  # a series
-        data = data.to_frame(getattr(data, "name", None) or "text")
-    if hasattr(data, "to_arrow"):  # a data frame of polars
-        data = data.to_arrow()
-    is_set = isinstance(data, Dataset | datasets.IterableDataset)
-    is_typed = isinstance(data, pa.Table) or (is_set and data.features is not None)
-    suffix = ".parquet" if is_typed else ".jsonl"
-    draft = folder / f".data{suffix}"
+    suffix, write = ".jsonl", _write_rows
+    is_set = isinstance(data, Dataset | IterableDataset)
+    # A transform gives other columns than a Dataset has.
+    if is_set and not (isinstance(data, Dataset) and data.format["type"] == "custom"):
+        features = plain_features(data.features or {})
+        data = data.with_format(None).select_columns([*features]) if features else data
+        if class_names_of(features):
+            suffix, write = ".parquet", _write_typed
+    draft = folder / f".data-{os.getpid()}"
     try:
-        count = (_write_typed if is_typed else _write_rows)(data, draft)
-        if count == 0:
-            raise DataError("data: there is no row")
-        path = folder / f"data-{sha256_of(draft)[:12]}{suffix}"
+        digest = write(data, draft)
+        path = folder / f"data-{digest[:12]}{suffix}"
         if not path.exists():  # a new time of the file would be other data
             draft.rename(path)
     finally:
@@ -352,17 +377,23 @@ def file_of_rows(data: Any, folder: Path) -> str:
     return str(path)
 
 
-def _write_typed(data: Any, path: Path) -> int:
-    if isinstance(data, pa.Table):
-        pq.write_table(data, path)
-    else:
-        data.select_columns([*plain_features(data.features)]).to_parquet(path)
-    return pq.read_metadata(path).num_rows
+def _write_typed(data: Dataset | IterableDataset, path: Path) -> str:
+    features = cast("Features", data.features)
+    # Another version of Arrow writes other bytes.
+    digest = hashlib.sha256(repr(class_names_of(features)).encode())
+    with pq.ParquetWriter(path, features.arrow_schema) as file:
+        rows = cast("Iterable[Row]", map(features.encode_example, data))
+        for table in tables_of_rows(rows, features):
+            file.write_table(table)
+            for batch in table.combine_chunks().to_batches():
+                digest.update(batch.serialize())
+    return digest.hexdigest()
 
 
-def _write_rows(data: Any, path: Path) -> int:
+def _write_rows(data: Any, path: Path) -> str:
     count = 0
-    with path.open("w", encoding="utf-8") as file:
+    # Half of a surrogate pair becomes an escape of JSON.
+    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
         for count, row in enumerate(_rows(data), 1):
             if not isinstance(row, Mapping):
                 raise DataError(
@@ -371,26 +402,31 @@ def _write_rows(data: Any, path: Path) -> int:
                 )
             fields = [_field(column, value, count) for column, value in row.items()]
             file.write(f"{{{', '.join(fields)}}}\n")
-    return count
+    if count == 0:
+        raise DataError("data: there is no row")
+    return sha256_of(path)
 
 
 def _rows(data: Any) -> Iterable[Any]:
+    if isinstance(data, Dataset | IterableDataset):
+        kinds, rows = data.features or {}, cast("Iterable[Row]", data)
+        return ({key: untyped(one, kinds.get(key)) for key, one in row.items()} for row in rows)
+    if isinstance(data, pd.Series):
+        data = data.to_frame(data.name or "text")
     if isinstance(data, pd.DataFrame):
-        for column in data.columns[data.columns.duplicated()]:
+        for column in data.columns[data.columns.map(str).duplicated()]:
             raise DataError(f"data: column {column!r} occurs more than once; rename one of the two")
         return cast("Any", data).to_dict("records")
-    if isinstance(data, Mapping) and all(isinstance(one, Dataset) for one in data.values()):
-        raise DataError(f"data: holds the splits {', '.join(map(str, data))}; give one of them")
-    if isinstance(data, Mapping) and all(
-        hasattr(one, "__len__") and not isinstance(one, str | bytes | Mapping)
-        for one in data.values()
-    ):
-        if len({*(lengths := {key: len(column) for key, column in data.items()}).values()}) > 1:
+    columns: list[Any] = [*data.values()] if isinstance(data, Mapping) else []
+    columns = [one.tolist() if hasattr(one, "tolist") else one for one in columns]
+    if columns and all(isinstance(one, Sequence) and not isinstance(one, str) for one in columns):
+        lengths = dict(zip(data, map(len, columns), strict=True))
+        if len({*lengths.values()}) > 1:
             raise DataError(f"data: the columns have different numbers of rows: {lengths}")
-        return (dict(zip(data, row, strict=True)) for row in zip(*data.values(), strict=True))
+        return (dict(zip(data, row, strict=True)) for row in zip(*columns, strict=True))
     if not isinstance(data, Iterable) or isinstance(data, Mapping):
         raise DataError(
-            f"data: is a {type(data).__name__}; give a path, a name of the Hub, a data frame, a "
+            f"data: is a {type(data).__name__}; give a path, a name of the Hub, a data frame, one "
             "datasets.Dataset, or a list of rows such as {'text': …, 'label': …}"
         )
     return data
@@ -400,10 +436,10 @@ def _field(column: object, value: Any, number: int) -> str:
     # pandas has NaN, NaT and NA in the place of a missing value.
     is_missing = pd.api.types.is_scalar(value) and pd.isna(value)
     try:
-        text = json.dumps(None if is_missing else value, default=_in_json)
+        value = None if is_missing else value
+        return f"{_JSON.encode(str(column))}: {_JSON.encode(value)}"
     except (TypeError, ValueError, RecursionError) as error:
         raise DataError(f"data: row {number}, column {column!r}: {error}") from error
-    return f"{json.dumps(str(column))}: {text}"
 
 
 def _in_json(value: Any) -> object:
@@ -412,10 +448,13 @@ def _in_json(value: Any) -> object:
     if value is pd.NA or value is pd.NaT:
         return None
     if isinstance(value, Decimal):
-        return int(value) if value == value.to_integral_value() else float(value)
+        return int(value) if (number := float(value)).is_integer() else number
     if isinstance(value, Mapping):
         return dict(value)
     if isinstance(value, date | time | timedelta | np.generic | PurePath | UUID):
         return str(value)
     # No text and no label: refused with its type where the column is read, and only there.
-    return {type(value).__name__: repr(value)[:60]}
+    return {type(value).__name__: "…"}
+
+
+_JSON = json.JSONEncoder(ensure_ascii=False, default=_in_json)

@@ -9,7 +9,7 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
@@ -39,11 +39,10 @@ NO_CLASS = -1
 
 BITS = {"1": "1", "true": "1", "0": "0", "false": "0", "": "", "none": "", "nan": ""}
 """What a cell of 0 and 1 says, in lower case and without decimals."""
-SEPARATORS = (",", ";", "|", "/", "\t")
-MANY_CELLS = 0.1
-"""The share of cells with another separator from which the chosen one is doubted."""
-LIST_TEXT = re.compile(r"""(?s)\[.*\]|[({]\s*['"].*[)}]""")
-NUMPY_TEXT = re.compile(r"""['"]\s+['"]|\A\[[\s\d.]+\]\Z""")
+NAME_SIGNS = " _-'."
+"""Signs that separate no labels."""
+LIST_TEXT = re.compile(r"""(?s)\[.*\]|(?:array|tensor)\(\[.*\)|[({]\s*['"].*[)}]|\(\)|set\(\)""")
+NUMPY_TEXT = re.compile(r"""['"]\s+['"]|\A\[(?:[\s\d.]|True|False)+\]\Z""")
 """A list as NumPy prints it, without commas; Python joins its words to one."""
 ROUNDING = 0.01
 """By how much probabilities of one label may miss the sum of 1, as rounded numbers do."""
@@ -111,19 +110,17 @@ class Classes:
 def class_word(name: str, column: str, record: Record) -> str | None:
     """Return the label of a row as text, maybe of a list with one; None: a row without a label."""
     value = _plain(record.values.get(column))
-    labels = _list_of(name, column, record)
-    if labels is not None and len(labels) == 1:
-        return class_word(name, column, Record(record.place, {column: labels[0]}))
-    if isinstance(value, str) and labels is None:
-        cell = Record(record.place, {column: value})
-        word = text_of(name, column, cell).strip()
+    if isinstance(value, list) and len(labels := cast("list[object]", value)) == 1:
+        value = _plain(labels[0])
+    if isinstance(value, str):
+        word = text_of(name, column, Record(record.place, {column: value})).strip()
         return None if word.lower() in ("", "nan") or _integer(word) == IGNORE else word
     if value is None or value == IGNORE or value != value:  # noqa: PLR0124 (NaN)
         return None
     if isinstance(value, bool | int):
         return str(value).lower()
     hint = "scores need task.type: regression, and probabilities a column in task.soft_labels"
-    if labels is not None:
+    if isinstance(value, list):
         hint = "where a row has several, every row has a list"
     raise DataError(
         f"{name}, {record.place}: label {value!r} in column {column!r} is not a class; a "
@@ -132,36 +129,37 @@ def class_word(name: str, column: str, record: Record) -> str | None:
 
 
 def _plain(value: object) -> object:
-    # Whole numbers of any type are ints; bytes are texts, where they are UTF-8.
-    if isinstance(value, np.generic | np.ndarray):
-        value = value.tolist()
-    if isinstance(value, bytes):
-        with suppress(UnicodeDecodeError):
-            return value.decode()
     if isinstance(value, float | Decimal) and math.isfinite(value) and value == int(value):
         return int(value)
     return value
 
 
-def _list_of(name: str, column: str, record: Record) -> list[object] | None:
-    # The labels of a cell that holds a list, or is one as JSON or Python writes it; else None.
+def _list_of(
+    name: str, column: str, record: Record, separator: str | None = None
+) -> list[object] | None:
+    # The labels of a cell that holds a list, is one as JSON or Python writes it, or has texts with
+    # a separator; else None.
     value = _plain(record.values.get(column))
     if isinstance(value, list | tuple | set):
         return list(cast("list[object]", value))
-    word = value.strip() if isinstance(value, str) else ""
-    if not LIST_TEXT.fullmatch(word):
+    if not isinstance(value, str):
         return None
-    is_printed = NUMPY_TEXT.search(word)
-    for parse in (json.loads,) if is_printed else (json.loads, ast.literal_eval):
-        with suppress(ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
-            if isinstance(labels := parse(word), list | tuple | set):
-                return list(labels)
-    if not (is_printed or "," in word or word[0] != "[" or word[1:2] in "'\""):
-        return None  # a name such as [joy]
-    raise DataError(
-        f"{name}, {record.place}: label {word!r} in column {column!r} looks like a list, but is "
-        'neither JSON nor Python; write ["joy", "love"], or joy,love with task.label_separator'
-    )
+    word = value.strip()
+    if LIST_TEXT.fullmatch(word):
+        is_printed = NUMPY_TEXT.search(word)
+        for parse in (json.loads,) if is_printed else (json.loads, ast.literal_eval):
+            with suppress(ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
+                if isinstance(labels := parse(word), list | tuple | set):
+                    return list(labels)
+        if is_printed or "," in word or word[0] != "[" or word[1:2] in "'\"":  # no name like [joy]
+            raise DataError(
+                f"{name}, {record.place}: label {word!r} in column {column!r} looks like a list, "
+                'but is neither JSON nor Python; write ["joy", "love"], or joy,love with '
+                "task.label_separator; or set task.multi_label: false if it is a name"
+            )
+    if separator is None:
+        return None
+    return [part for part in map(str.strip, word.split(separator)) if part]
 
 
 def score(name: str, column: str, record: Record) -> float:
@@ -183,13 +181,16 @@ def score(name: str, column: str, record: Record) -> float:
     )
 
 
-def find_classes(rows: Dataset, column: str, names: Sequence[str], *, name: str) -> Classes:
+def find_classes(
+    rows: Dataset, column: str, names: Sequence[str], *, name: str, has_lists: bool = True
+) -> Classes:
     """Return the class names that the data declares, else the numbers 0..n-1, else the words.
 
     Args:
         rows: training rows with the labels as texts.
         column: column of the labels in the file, for messages, which call the rows `name`.
         names: the class names that the file declares.
+        has_lists: whether a text such as "['joy', 'love']" is no name.
     """
     if names:
         unlabelled = frozenset({NO_CLASS, IGNORE})
@@ -214,6 +215,12 @@ def find_classes(rows: Dataset, column: str, names: Sequence[str], *, name: str)
     def place(word: str) -> str:
         return rows[int(rows_of[codes == words.index(word)][0])][PLACE]
 
+    for word in others if has_lists and not isinstance(rows.features["label"], List) else ():
+        if _list_of(name, column, Record(place(word), {column: word})) is not None:
+            raise DataError(
+                f"{place(word)}: label {word!r} is a list beside single labels; write all labels "
+                "as lists, or set task.multi_label: false if it is a name"
+            )
     if others and numbers:
         pair = next(word for word in words if integers[word] is not None), others[0]
         shown = " and ".join(f"{word!r} ({place(word)})" for word in pair)
@@ -309,59 +316,56 @@ def label_form(table: Table, column: str, task: TaskConfig) -> LabelForm | None:
         return None
     if isinstance(task.label_column, tuple):
         return LabelForm(columns=task.label_column)
-    if task.label_separator is not None:
-        _doubt_separator(table, column, task.label_separator)
-        return LabelForm(task.label_separator)
-
-    is_list, count = remembered(
-        lambda: _shape_of_lists(table, column), "lists_of_labels", table.digest, column
+    separator = task.label_separator
+    is_list, count, doubt = remembered(
+        lambda: _shape_of_lists(table, column, separator),
+        *("shape_of_lists", table.digest, column, separator),
     )
+    if doubt:
+        logger.warning(
+            "%s, column %r: no cell contains %r (task.label_separator), %s; set the key to the "
+            "text between the labels",
+            *(table.name, column, separator, doubt),
+        )
     names = task.labels or ()
-    if count and len(names) != count and column not in table.class_names:
+    if column in table.class_names or not count:
+        return LabelForm(separator) if is_list or task.multi_label else None
+    if len(names) != count:
         raise DataError(
             f"{table.name}: the lists in column {column!r} are {count} zeros and ones, one for "
             f"each label; name these {count} labels in task.labels, in the order of the lists "
             f"({f'it names {len(names)}' if names else 'it is not set'})"
         )
-    flags = names if count and column not in table.class_names else ()
-    return LabelForm(flags=flags) if is_list or task.multi_label else None
+    return LabelForm(separator, flags=names)
 
 
-def held_out_form(
-    form: LabelForm | None, table: Table, column: str, task: TaskConfig
-) -> LabelForm | None:
-    """Return the form of held-out labels, that of the training unless only these are 0 and 1."""
-    of_table = label_form(table, column, task) if form == LabelForm() else None
-    return of_table if of_table is not None and of_table.flags else form
-
-
-def _cells(table: Table, column: str) -> Iterator[Record]:
+def _shape_of_lists(table: Table, column: str, separator: str | None) -> tuple[bool, int, str]:
+    # Whether the first label is a list; how many zeros and ones the lists have, if they have one
+    # for each label; and what speaks against the separator.
+    seen, signs, is_used, count = set[tuple[str, ...]](), Counter[str](), False, 0
     for row in table.records():
-        if isinstance(row, Record) and row.values.get(column) not in (None, "", IGNORE):
-            yield row
-
-
-def _shape_of_lists(table: Table, column: str) -> tuple[bool, int]:
-    # Whether the first label is a list; and the length of most lists, if they hold a 0 or 1 for
-    # every label. Numbers of labels do not repeat in a list, nor have they two orders.
-    rows, is_list = Counter[tuple[str, ...]](), False
-    for cell in _cells(table, column):
+        cell = row.values.get(column) if isinstance(row, Record) else None
+        if isinstance(row, DataError) or cell in (None, "", IGNORE):
+            continue
         labels: list[object] | None = []
         with suppress(DataError):  # a list that cannot be read
-            labels = _list_of(table.name, column, cell)
-        if not is_list and labels is None:
-            return False, 0
-        is_list = True
-        rows[tuple(map(_bit, labels or ()))] += bool(labels)
-    bits = {row: count for row, count in rows.items() if row and "?" not in row}
-    lengths = Counter[int]()
-    for row, count in bits.items():
-        lengths[len(row)] += count
-    ((length, most),) = lengths.most_common(1) or [(0, 0)]
-    repeats = any(row.count("1") > 1 or row.count("0") > 1 for row in bits)
-    is_flagged = length > 1 and (repeats or {("0", "1"), ("1", "0")} <= bits.keys())
-    is_usual = 2 * most > rows.total() or rows.total() == lengths.total()
-    return is_list, length if is_flagged and is_usual else 0
+            labels = _list_of(table.name, column, row, separator)
+        if labels is None and not seen:
+            return False, 0, ""
+        seen.add(tuple(map(_bit, labels or ())))
+        count = count or (len(labels) if labels and _repeats_bits(labels) else 0)
+        if separator is not None and isinstance(cell, str) and not LIST_TEXT.fullmatch(cell):
+            is_used = is_used or separator in cell
+            signs.update({sign for sign in cell if not (sign.isalnum() or sign in NAME_SIGNS)})
+    if {("0", "1"), ("1", "0")} <= seen and {*map(len, seen)} <= {0, 2}:
+        count = 2  # numbers of labels have no two orders
+    others = "".join(f"{n} contain {sign!r}" for sign, n in signs.most_common(1))
+    return bool(seen), count, "" if is_used else others
+
+
+def _repeats_bits(labels: Sequence[object]) -> bool:
+    bits = {*map(_bit, labels)}
+    return bits <= {"0", "1"} and len(bits) < len(labels)
 
 
 def _bit(cell: object) -> str:
@@ -370,48 +374,35 @@ def _bit(cell: object) -> str:
     return BITS.get(word if integer is None else str(integer), "?")
 
 
-def _doubt_separator(table: Table, column: str, separator: str) -> None:
-    def counts() -> list[int]:
-        texts = Counter(str(row.values[column]) for row in _cells(table, column))
-        signs = (separator, *SEPARATORS, "")
-        return [sum(n for text, n in texts.items() if sign in text) for sign in signs]
-
-    mine, *others, cells = remembered(counts, "separators", table.digest, column, separator)
-    most = max(others)
-    if not mine and most > MANY_CELLS * cells:
-        logger.warning(
-            "%s: no cell of column %r contains %r (task.label_separator), %d of %d contain %r; set "
-            "the key to the text between the labels",
-            *(table.name, column, separator, most, cells, SEPARATORS[others.index(most)]),
-        )
-
-
 def label_words(name: str, column: str, record: Record, form: LabelForm) -> list[str] | None:
     """Return the labels of a row as texts, maybe none; None for a row whose labels are missing."""
     if form.columns:
         return _of_bits(name, record, form.columns)
-    value: Any = _plain(record.values.get(column))
-    is_text, separator = isinstance(value, str), form.separator
+    value = _plain(record.values.get(column))
     if value != value or value in (None, IGNORE, str(IGNORE)):  # noqa: PLR0124 (NaN)
         return None
-    if is_text and separator is None and not value.strip():
+    has_empty_cells = form.separator is None or form.flags  # else they have no label
+    if has_empty_cells and isinstance(value, str) and not value.strip():
         return None
-    labels = _list_of(name, column, record)
+    labels = _list_of(name, column, record, form.separator)
+    if labels is None:
+        raise DataError(
+            f"{name}, {record.place}: label {value!r} in column {column!r} stands beside "
+            f"{'lists' if form.separator is None else 'texts'} of labels; write all labels as "
+            "lists, or all as texts, joined by task.label_separator"
+        )
     if form.flags:
-        if labels is None or len(labels) != len(form.flags):
+        if len(labels) != len(form.flags):
             raise DataError(
                 f"{name}, {record.place}: label {value!r} in column {column!r} is not a list of "
                 f"{len(form.flags)} zeros and ones, one for each label of task.labels; correct it"
             )
         cells = Record(record.place, dict(zip(form.flags, labels, strict=True)))
         return _of_bits(name, cells, form.flags, f"label %r of the list {value!r}")
-    if is_text and separator is not None and labels is None:
-        labels = [part for part in map(str.strip, value.split(separator)) if part]
-    elif labels is None or (separator is not None and not is_text):
+    if _repeats_bits(labels):
         raise DataError(
-            f"{name}, {record.place}: label {value!r} in column {column!r} stands beside "
-            f"{'lists' if separator is None else 'texts'} of labels; write all labels as "
-            "lists, or all as texts, joined by task.label_separator"
+            f"{name}, {record.place}: the list {value!r} in column {column!r} names a label twice; "
+            "name it once, or write a 0 or 1 for each label in the lists of all rows"
         )
     cells = (Record(record.place, {column: one}) for one in labels)
     words = [class_word(name, column, cell) for cell in cells]

@@ -326,8 +326,8 @@ def typed_table(name: str, rows: Dataset | IterableDataset, *, digest: str) -> T
         name=name,
         columns=tuple(features),
         records=records,
-        digest=key_of(digest, str(features)),  # the values are numbers of classes
-        class_names=class_names_of(features),
+        digest=key_of(digest, class_names := class_names_of(features)),  # the values are numbers
+        class_names=class_names,
     )
 
 

@@ -61,7 +61,6 @@ from megakd.data.labels import (
     LabelForm,
     class_word,
     find_classes,
-    held_out_form,
     label_form,
     label_words,
     score,
@@ -236,14 +235,14 @@ class RowKind:
         form = None if label is None else label_form(table, label, task)
         return RowKind(task.type, fields, as_chat, form=form)
 
-    def of_split(self, table: Table, split: str, task: TaskConfig) -> RowKind:
+    def of_split(self, table: Table, split: str) -> RowKind:
         """Return the kind of another split of texts; a test split may be without labels."""
         require(table, "task.text_columns", *self.fields.text)
         label = self.fields.label
         if label is None or (split == "test" and label not in table.columns):
             return replace(self, fields=self.fields._replace(label=None))
         require(table, "task.label_column", *((self.form and self.form.columns) or (label,)))
-        return replace(self, form=held_out_form(self.form, table, label, task))
+        return self
 
     def taught(self, table: Table, task: TaskConfig, name: str | None = None) -> RowKind:
         """Return the kind with teachers or answers from columns, or the teacher `name`, if any."""
@@ -428,15 +427,15 @@ def rows_of_tables(
     order = [key for split in SPLIT_NAMES for key in tables if key.startswith(split)]
     as_chat = task.mixture is not None or any(chat_columns(t, task) for t in tables.values())
     kinds: dict[str, RowKind] = {}
-    kind = RowKind.of(task, tables[order[0]], as_chat=as_chat)
+    kind: RowKind | None = None
     rows: dict[str, Dataset] = {}
     for key in order:
         split, _, source = key.partition("/")
         table = tables[key]
-        if split == "train" or as_chat:
+        if kind is None or split == "train" or as_chat:
             kind = kinds[key] = RowKind.of(task, table, as_chat=as_chat)
         else:
-            kinds[key] = kind.of_split(table, split, task)
+            kinds[key] = kind.of_split(table, split)
         if split == "train":  # only training rows have teachers
             teacher = (task.mixture or {})[source].teacher if source else None
             kinds[key] = kind.taught(table, task, teacher)
@@ -447,7 +446,9 @@ def rows_of_tables(
     if label is not None and task.type == "classification":
         form, declared = kind.form, tables[first].class_names.get(label, ())
         names = task.labels or (form and form.columns) or declared
-        classes = find_classes(rows[first], label, names, name=tables[first].name)
+        has_lists = task.multi_label is None
+        name = tables[first].name
+        classes = find_classes(rows[first], label, names, name=name, has_lists=has_lists)
         rows = {split: numbered(rows[split], classes, task, kinds[split]) for split in rows}
     train = concatenate_datasets([rows.pop(key) for key in order if key.startswith("train")])
     digests = [(key, tables[key].digest, vars(kind)) for key, kind in kinds.items()]

@@ -19,7 +19,6 @@ from megakd.config.task import TaskConfig
 from megakd.data.arrow import Table, column_of, key_of, remembered
 from megakd.data.conversations import is_chat
 from megakd.data.files import local_tables, matching_files, named_files, refuse_twice
-from megakd.data.labels import SEPARATORS, held_out_form
 from megakd.data.readers import files_table
 from megakd.data.rows import (
     Corpus,
@@ -129,9 +128,7 @@ def _set_rows(
     name: str, table: Table, task: TaskConfig, corpus: Corpus, cache_dir: Path
 ) -> Dataset:
     train = corpus.splits["train"]
-    kind = RowKind.of(task, table, as_chat=is_chat(train))
-    if (label := kind.fields.label) is not None:
-        kind = replace(kind, form=held_out_form(corpus.form, table, label, task))
+    kind = replace(RowKind.of(task, table, as_chat=is_chat(train)), form=corpus.form)
     rows = scored_rows(table, kind, task, corpus.classes, cache_dir=cache_dir)
     mine, theirs = (
         "conversations"
@@ -207,6 +204,8 @@ def _is_on_hub(task: TaskConfig) -> bool:
             )
     return not is_local
 
+
+SEPARATORS = (",", ";", "|")
 
 NO_LABEL = frozenset(("n/a", "na", "none", "null", "nan", "nil", "-", "?", "unknown", "undefined"))
 """Words that may stand for a missing label, in lower case."""

@@ -16,7 +16,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -26,9 +25,9 @@ from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 
 from megakd.config.file import config_tree, dump_config, dump_yaml, places
-from megakd.config.paths import DATA_SUFFIXES, data_suffix
 from megakd.config.run import RunConfig
-from megakd.data.arrow import remembered_of
+from megakd.config.task import TaskConfig
+from megakd.data.files import hash_of_file
 from megakd.engine.distributed import Ranks
 from megakd.errors import CheckpointError
 from megakd.models.architectures import current_files
@@ -47,11 +46,9 @@ from megakd.process.files import (
     copy_finished,
     differences,
     exported_stage,
-    files_identity,
     flatten,
     open_finished,
     read_record,
-    sha256_of,
     users_files,
 )
 from megakd.process.terminal import in_home
@@ -103,7 +100,7 @@ def run_facts(config: RunConfig, ranks: Ranks) -> Fingerprint:
             fields[f"{_DEVICE}{config.key_of(name)}"] = ranks.device.type
     for key, place in places(config):
         if key != "output_dir" and not key.endswith(".cache"):
-            fields |= _files(key, str(place), is_sampled=config.task.streaming)
+            fields |= _files(key, str(place), config.task)
     return json.loads(files.json_text(fields))
 
 
@@ -122,12 +119,8 @@ def _is_free(key: str) -> bool:
     return free or key.startswith(_FREE_SECTIONS) or key.endswith(_FREE)
 
 
-def _files(key: str, place: str, *, is_sampled: bool) -> Iterator[tuple[str, str]]:
-    """Yield size, time and content of the files of a place, or the revision of a name of the Hub.
-
-    The content of data is the digest that reading remembers; large files of models and streams
-    (`is_sampled`) are sampled.
-    """
+def _files(key: str, place: str, task: TaskConfig) -> Iterator[tuple[str, str]]:
+    """Yield size, time and content of the files of a place, or the revision of a Hub name."""
     paths = [Path(path) for path in sorted(glob.glob(str(in_home(place)), recursive=True))]  # noqa: PTH207
     for path in paths:
         inside = path.glob("*") if key.endswith(".model") else path.rglob("*")
@@ -138,11 +131,7 @@ def _files(key: str, place: str, *, is_sampled: bool) -> Iterator[tuple[str, str
                 when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(facts.st_mtime))
                 yield f"{_FILE}{key} {name}", f"{facts.st_size} bytes of {when}"
                 with suppress(OSError):  # whoever reads the file tells it
-                    if is_sampled or data_suffix(file) not in DATA_SUFFIXES:
-                        digest = remembered_of(file, partial(files_identity, [file]), "sampled")
-                    else:
-                        digest = remembered_of(file, partial(sha256_of, file), "sha256")
-                    yield f"{_CONTENT}{key} {name}", digest[:12]
+                    yield f"{_CONTENT}{key} {name}", hash_of_file(file, task)[:12]
     if not paths and (name := hub_id(place)) is not None:
         kind = "model" if key.endswith((".model", ".tokenizer")) else "dataset"
         folder = repo_folder_name(repo_id=name, repo_type=kind)
@@ -155,8 +144,7 @@ def check_identity(out: Path, facts: Fingerprint, *, is_finished: bool = False) 
     """Refuse another run than that of the folder, once it has a result.
 
     What a Hub's name stands for is compared if both starts had it in the cache, and the content of
-    a file if both starts read it. Files that are gone
-    and the device do not count for a finished run, which computes nothing.
+    a file if both read it. Files that are gone and the device do not count for a finished run.
     """
     record = read_record(out)
     if record is None or not _has_results(out):

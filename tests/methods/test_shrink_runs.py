@@ -266,7 +266,9 @@ def test_a_speed_up_is_timed_before_the_teacher_learns(one_rank, tmp_path):
     assert "times-of-extremes" in stages
     named = r"times-of-(extremes|\d+-layers?-\d+-key-value-groups?-\d+-neurons)"
     assert all(re.fullmatch(named, name) for name in stages)
-    assert re.search(r"\d layers?, \d key-value groups?, \d+ neurons: .* times as fast", outcome.err)
+    assert re.search(
+        r"\d layers?, \d key-value groups?, \d+ neurons: .* times as fast", outcome.err
+    )
 
 
 def test_weights_are_counted_with_the_head_that_the_labels_of_the_data_need(one_rank, tmp_path):

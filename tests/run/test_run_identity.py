@@ -11,11 +11,11 @@ import torch
 from tiny_runs import bert, config_tree, review_task
 
 from megakd.config.file import config_of
+from megakd.data import files as data_files
 from megakd.engine.distributed import Ranks
 from megakd.errors import CheckpointError
 from megakd.process import files
 from megakd.process.files import differences, write_json
-from megakd.run import finished_run
 from megakd.run.finished_run import RUN, asked_of, begin_run, check_identity, run_facts
 from megakd.training.checkpoint import FORMAT
 
@@ -102,10 +102,10 @@ def test_another_content_of_the_same_size_and_time_is_another_run(
     before, path = facts(), tmp_path / name
     write(tmp_path, before)
     for reader in ("sha256_of", "files_identity"):  # a file that has not changed is not read again
-        monkeypatch.setattr(finished_run, reader, lambda _: pytest.fail("a file is read again"))
+        monkeypatch.setattr(data_files, reader, lambda _: pytest.fail("a file is read again"))
     assert differences(before, facts()) == ""
-    monkeypatch.setattr(finished_run, "sha256_of", files.sha256_of)
-    monkeypatch.setattr(finished_run, "files_identity", files.files_identity)
+    monkeypatch.setattr(data_files, "sha256_of", files.sha256_of)
+    monkeypatch.setattr(data_files, "files_identity", files.files_identity)
     times = path.stat()
     path.write_text(path.read_text()[::-1])
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
