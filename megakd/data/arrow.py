@@ -255,7 +255,8 @@ class BadRows(AbstractContextManager["BadRows"]):
     def __init__(
         self, choice: Literal["error", "drop"] = "error", *, named: int = MOST_NAMED
     ) -> None:
-        self._drops, self._named, self.count = choice == "drop", named, 0
+        self._drops, self._named = choice == "drop", named
+        self.count, self.errors = 0, list[str]()
         self._causes: dict[str, list[str]] = {}
 
     def __exit__(self, _: object, error: BaseException | None, trace: object) -> bool:
@@ -265,25 +266,26 @@ class BadRows(AbstractContextManager["BadRows"]):
         self.count += 1
         if self.count <= self._named:
             same = self._causes.setdefault(_VALUES.sub("", text), [])
-            # A stream is read several times.
-            if self._drops and text not in same and len(same) < PLACES_OF_A_CAUSE:
-                logger.warning("a row is left out (task.bad_rows: drop): %s", text)
-            same.append(text)
-        if self.count == self._named:
-            self.finish()
+            if text not in same:  # a stream is read several times
+                if self._drops and len(same) < PLACES_OF_A_CAUSE:
+                    logger.warning("a row is left out (task.bad_rows: drop): %s", text)
+                same.append(text)
+        if not self._drops:
+            self.errors.append(text)
+            if self.count == self._named:
+                self.finish()
         return True
 
     def finish(self) -> None:
         """Raise the kept errors as one with a line per cause, unless the rows are left out."""
-        if self._drops or not self._causes:
-            return
-        if self.count == 1:
-            raise DataError(next(iter(self._causes.values()))[0])
-        raise DataError(
-            f"{'the first ' if self.count == self._named else ''}{self.count} rows that cannot "
-            "be used (correct them, or set task.bad_rows: drop to leave them out):\n  "
-            + "\n  ".join(map(_line_of, self._causes.values()))
-        )
+        if self.count == 1 and self.errors:
+            raise DataError(self.errors[0])
+        if self.errors:
+            raise DataError(
+                f"{'the first ' if self.count == self._named else ''}{self.count} rows that cannot "
+                "be used (correct them, or set task.bad_rows: drop to leave them out):\n  "
+                + "\n  ".join(map(_line_of, self._causes.values()))
+            )
 
 
 def _line_of(errors: Sequence[str]) -> str:

@@ -373,7 +373,7 @@ def soft(*values: Any, lists: bool = False) -> list[dict[str, Any]]:
         (
             bits("[0 1]", "[1 0]"),
             {},
-            "line 1, line 2: label '[0 1]', '[1 0]' in column 'labels' loo",
+            "line 1: label '[0 1]' in column 'labels' looks like a list, but",
         ),
         (bits("[ True False]"), {}, "line 1: label '[ True False]' in column 'labels' looks like"),
         (bits("[joy, love]"), {}, "line 1: label '[joy, love]' in column 'labels' looks like a l"),
