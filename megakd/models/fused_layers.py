@@ -113,8 +113,11 @@ def fused_forwards(model: nn.Module, fuse: Compile = compiled) -> Forwards:
         # Parts that differ in other constants share what is compiled.
         shared = kind, way, _constants(part.get_submodule(way[-1])) if way else None
         if shared not in fused:
-            norm_or_rotation = _fused_rotation(part, fuse) if way is None else fuse(kind.forward)
-            fused[shared] = _product(part, way, fuse) if way else norm_or_rotation
+            if way:
+                fused[shared] = _product(part, way, fuse)
+            else:
+                is_norm = way is not None
+                fused[shared] = fuse(kind.forward) if is_norm else _fused_rotation(part, fuse)
         forward = fused[shared]
         if forward is not None:
             forwards[part] = forward
