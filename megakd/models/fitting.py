@@ -244,7 +244,7 @@ def plan_loading(
     keeps_head = need_head or not is_classifier or order is not None
     if not need_head:
         config.problem_type = None  # of a classifier that a language model starts from
-    if is_classifier and (source.folder is None or not need_head or label_names):
+    if is_classifier:
         set_labels(config, label_names, multi_label=bool(task.multi_label))
     empty = valueless_model(source, task, config)
     leave_out = () if keeps_head else (source.architecture.head,)
@@ -261,8 +261,14 @@ def plan_loading(
             _check_head(match, source, task, label_names)
         _check_tensors(match, source, empty)
         _check_ties(empty, source)
-    if is_classifier and keeps_head and order is not None and list(order) != sorted(order):
-        match = _with_outputs(match, output_module(empty, source.architecture.head), order)
+    if order is not None and list(order) != sorted(order):
+        last = output_module(empty, source.architecture.head)
+        permuted = {
+            name: replace(stored, rows=order)
+            for name, stored in match.stored.items()
+            if name.rpartition(".")[0] == last
+        }
+        match = replace(match, stored={**match.stored, **permuted})
     return config, match
 
 
@@ -271,14 +277,6 @@ def output_module(model: PreTrainedModel, head: str) -> str:
     inside = model.named_modules()
     parts = [(path, part) for path, part in inside if f"{path}.".startswith(f"{head}.")]
     return [path for path, part in parts if [*part.parameters(recurse=False)]][-1]
-
-
-def _with_outputs(match: Match, last: str, order: tuple[int, ...]) -> Match:
-    stored = {
-        name: replace(tensor, rows=order) if name.rpartition(".")[0] == last else tensor
-        for name, tensor in match.stored.items()
-    }
-    return replace(match, stored=stored)
 
 
 def check_length(source: ModelSource, task: TaskConfig) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from inspect import signature
 from itertools import permutations
 from types import FunctionType
@@ -113,19 +113,15 @@ def fused_forwards(model: nn.Module, fuse: Compile = compiled) -> Forwards:
         # Parts that differ in other constants share what is compiled.
         shared = kind, way, _constants(part.get_submodule(way[-1])) if way else None
         if shared not in fused:
-            fused[shared] = _fused(part, way, fuse)
+            if way:
+                fused[shared] = _product(part, way, fuse)
+            else:
+                is_norm = way is not None
+                fused[shared] = fuse(kind.forward) if is_norm else _fused_rotation(part, fuse)
         forward = fused[shared]
         if forward is not None:
             forwards[part] = forward
     return forwards
-
-
-def _fused(
-    part: nn.Module, way: tuple[str, ...] | None, fuse: Compile
-) -> Callable[..., Any] | None:
-    if way is None:
-        return _fused_rotation(part, fuse)
-    return _product(part, way, fuse) if way else fuse(type(part).forward)
 
 
 def _values(part: nn.Module) -> dict[str, Any]:
@@ -189,7 +185,8 @@ def _is_product(part: nn.Module, way: tuple[str, ...]) -> bool:
     return True
 
 
-_is_close = partial(torch.allclose, rtol=1e-5)
+def _is_close(one: Tensor, other: Tensor) -> bool:  # also of a part that returns another dtype
+    return one.shape == other.shape and torch.allclose(one.float(), other.float(), rtol=1e-5)
 
 
 def _product(part: nn.Module, way: tuple[str, ...], fuse: Compile) -> Callable[..., Tensor]:

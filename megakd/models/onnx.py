@@ -91,7 +91,12 @@ def write_onnx(
     graph, names = to or folder / MODEL, _input_names(model, folder)
     # The exporter splits fused attention into operators whose strides T5's views refuse.
     model.set_attn_implementation("eager")
-    wanted = [_wanted(model, names, shape) for shape in _SHAPES]
+    try:
+        with torch.inference_mode():
+            wanted = [model(**_example(model, names, one)).logits.numpy() for one in _SHAPES]
+    except Exception as error:  # a family may refuse short texts in its own way
+        reason = f"it fails for texts of {_SHAPES[1][1]} to {_SHAPES[-1][1]} tokens"
+        raise _inexpressible(model, f"{reason}: {first_line(error)}") from error
     _export(model, names, graph)
     try:
         worst, largest = _differences(model, graph, wanted)
@@ -163,17 +168,6 @@ def _inexpressible(model: PreTrainedModel, reason: str) -> ModelError:
         f"a {model.config.model_type} model cannot be expressed as ONNX ({reason}); export the "
         "model without --format"
     )
-
-
-def _wanted(
-    model: PreTrainedModel, names: Sequence[str], shape: tuple[int, int]
-) -> NDArray[np.float32]:
-    try:
-        with torch.inference_mode():
-            return model(**_example(model, names, shape)).logits.numpy()
-    except Exception as error:  # a family may refuse short texts in its own way
-        reason = f"it fails for inputs of the size {[*shape]}: {first_line(error)}"
-        raise _inexpressible(model, reason) from error
 
 
 def _export(model: PreTrainedModel, names: Sequence[str], graph: Path) -> None:

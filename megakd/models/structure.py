@@ -133,7 +133,7 @@ def find_architecture(config: PretrainedConfig, task: TaskType) -> Architecture:
     backbone = _path_in(model, model.base_model)
     owners = [(layers or "")[:end] for end, sign in enumerate(layers or "") if sign == "."]
     inner = next((path for path in (backbone, *owners) if path and path in seen.states), None)
-    if inner is None or (embeddings is None and task in LANGUAGE_TASKS):
+    if inner is None or (embeddings is None and (task in LANGUAGE_TASKS or not lists)):
         raise ModelError(
             f"a {kind} model for {task} has no module whose forward gives last_hidden_state "
             f"(base_model: {backbone or 'the model itself'}, layers: {layers}), or no "

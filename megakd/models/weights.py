@@ -217,8 +217,8 @@ class WeightReader:
 
 def names_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str], object]:
     """Return a function that tells, by its name, a weight that transformers keeps in fp32."""
-    patterns: list[Any] = [*model._get_dtype_plan(dtype)]  # noqa: SLF001  (nothing public has it)
-    return build_glob_alternation(patterns or ["$^"])[0].search
+    patterns = (*model._get_dtype_plan(dtype), "$^")  # noqa: SLF001  (nothing public has it)
+    return build_glob_alternation([*patterns])[0].search
 
 
 def keep_in_fp32(model: PreTrainedModel, dtype: torch.dtype, *, is_frozen: bool) -> None:

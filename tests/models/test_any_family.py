@@ -9,10 +9,11 @@ import pytest
 import torch
 from family_reading import reading_of
 from tiny_families import SMALL, TYPES
-from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText
 
 from megakd.config.task import TaskConfig
 from megakd.errors import ModelError
+from megakd.models.structure import find_architecture
 
 # Of different structure each; the slow test has all types.
 FAST = {
@@ -94,3 +95,10 @@ def test_a_multimodal_model_without_a_class_for_its_text_is_refused(tiny):
 
     with pytest.raises(ModelError, match=r"has no AutoModelForCausalLM of a qwen2_vl model"):
         tiny.resolve(tiny.folder, TASK, with_weights=False)
+
+
+def test_a_model_without_layers_and_embeddings_is_refused():
+    config = AutoConfig.for_model("perceiver", num_latents=8, d_latents=16, d_model=16)
+
+    with pytest.raises(ModelError, match="has no module whose forward gives last_hidden_state"):
+        find_architecture(config, "classification")

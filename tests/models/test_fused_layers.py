@@ -208,18 +208,21 @@ class Gated(nn.Module):
         super().__init__()
         self.gate, self.up, self.down = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 6)
         self.act = nn.SiLU()
-        vars(self).update({"_limit": None, "scale": 1.0, "p": 0.0, "cuts": False, **constants})
+        plain = {"_limit": None, "scale": 1.0, "p": 0.0, "cuts": False, "wide": False}
+        vars(self).update(plain | constants)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate(x), self.up(x)
         if self._limit is not None:
             gate, up = gate.clamp(max=self._limit), up.clamp(-self._limit, self._limit)
         inner = self.act(gate.detach() if self.cuts else gate) * up
-        return self.down(nn.functional.dropout(inner, self.p, self.training)) * self.scale
+        outputs = self.down(nn.functional.dropout(inner, self.p, self.training)) * self.scale
+        return outputs.double() / 3 if self.wide else outputs
 
 
 def test_only_the_instances_that_compute_a_product_are_fused():
-    others = ({"_limit": 7.0}, {"_limit": 5000.0}, {"scale": 0.5}, {"p": 0.1}, {"cuts": True})
+    others = ({"_limit": 7.0}, {"_limit": 5000.0}, {"scale": 0.5}, {"p": 0.1})
+    others = (*others, {"cuts": True}, {"wide": True})
     parts = nn.ModuleList([Gated(layer_idx=1), *(Gated(**one) for one in others), Gated()])
     plain, kept = {}, torch.get_rng_state()
 
