@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megakd_kernels.inputs import Rows, all_count, compute_dtype
-from megakd_kernels.row_plan import Warp
 from megakd_kernels.row_losses import chance_of_id, chance_of_match
+from megakd_kernels.row_plan import Warp
 from megakd_kernels.row_terms import spread
 from megakd_kernels.settings import KDOutput, Objective, as_scalar, reduction_scale, weighted_total
 

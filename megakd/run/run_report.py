@@ -7,6 +7,7 @@ fp32 and as int8 graphs, if onnxruntime is installed.
 from __future__ import annotations
 
 import logging
+import math
 import operator
 import shutil
 import statistics
@@ -65,7 +66,13 @@ from megakd.stage import StageResult
 from megakd.training.assembly import Assembly
 from megakd.training.evaluation import few
 from megakd.training.lab import Lab
-from megakd.training.metrics import decided, right_shares, same_class, score_words
+from megakd.training.metrics import (
+    decided,
+    loss_of_guessing,
+    right_shares,
+    same_class,
+    score_words,
+)
 from megakd.training.precision import TORCH_DTYPE, scoring_dtype
 from megakd.training.record import Report
 
@@ -320,8 +327,7 @@ def report_of(
     if ranks.is_main:
         remove_graphs(config.output_dir)
     history = config.output_dir / "metrics.jsonl"
-    known = report if "rows" in report else {"vocabulary.size": len(prepared.tokenizer), **report}
-    report["warnings"] = on_main(lambda: derived_warnings(known, read_history(history)))
+    report["warnings"] = on_main(lambda: derived_warnings(report, read_history(history)))
     return report
 
 
@@ -338,11 +344,13 @@ def _samples(
 
 
 def _of_rows(lab: Lab[RunWork], scores: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the number of scored rows and the errors of shares of them; none of texts."""
-    if lab.config.task.type in LANGUAGE_TASKS:
-        return {}
-    rows = row_count(lab.work.assembly.prepared.splits.held_out)
-    return {"rows": rows, **standard_errors(scores, rows)}
+    """Return the loss of guessing, the number of scored rows and the errors of shares of them."""
+    prepared = lab.work.assembly.prepared
+    if lab.config.task.type in LANGUAGE_TASKS:  # whose shares are of tokens
+        return {"loss_of_guessing": math.log(len(prepared.tokenizer))}
+    held_out = prepared.splits.held_out
+    rows, guess = row_count(held_out), loss_of_guessing(held_out)
+    return {"loss_of_guessing": guess, "rows": rows, **standard_errors(scores, rows)}
 
 
 def _vocabulary(pair: VocabularyPair | None) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from megakd.config.task import (
     THRESHOLD,
     TaskType,
 )
+from megakd.data.arrow import column_of
 from megakd.data.batch import IGNORE
 from megakd.data.rows import is_labelled
 from megakd.data.splits import Splits
@@ -67,26 +69,35 @@ def _sigmoid(logits: Numbers) -> Numbers:
     return 0.5 + 0.5 * np.tanh(logits / 2)  # does not overflow
 
 
-def score_of(name: str, guessed: NDArray, truth: Numbers) -> float:
+def score_of(name: str, guessed: NDArray, truth: Numbers, weights: NDArray | None = None) -> float:
     """Return a metric of `config.task.METRICS` of classes [N] or of sets of labels [N, C].
 
     Means over labels are scikit-learn's, with 0 for an undefined score: of classes over those that
     occur or are predicted; of sets over all labels, so that an absent one counts as 0.
     """
-    if name == "exact_match":
-        return float((guessed == truth).reshape(len(truth), -1).all(axis=1).mean())
+    if name in ("exact_match", "accuracy"):
+        right = (guessed == truth).reshape(len(truth), -1).all(axis=1)
+        return float(np.average(right, weights=weights))
     kind, _, average = name.partition("_")
-    return float(_sklearn(f"{kind}_score")(truth, guessed, average=average, zero_division=0))
+    options: Any = {"average": average} if average else {}
+    score = _sklearn(f"{kind}_score")
+    return float(score(truth, guessed, sample_weight=weights, zero_division=0, **options))
 
 
-def most_likely(predicted: Numbers) -> NDArray[np.bool_]:
-    """Return [N, C] whether a class is a most likely one of a row."""
+def _are_top(predicted: Numbers) -> NDArray[np.bool_]:
     return predicted == predicted.max(axis=1, keepdims=True)
+
+
+def _by_class(predicted: Numbers, truth: Numbers) -> tuple[NDArray, NDArray, Numbers]:
+    """Return classes, labels and weights [M]: a row once for each of its tied classes."""
+    is_top = _are_top(predicted)
+    rows, classes = is_top.nonzero()
+    return classes, truth[rows].astype(np.int64), 1 / is_top.sum(axis=1)[rows]
 
 
 def right_shares(predicted: Numbers, truth: NDArray) -> Numbers:
     """Return [N], whether a row is right; of tied classes each is right as often as a guess."""
-    is_top = most_likely(predicted)
+    is_top = _are_top(predicted)
     return is_top[np.arange(len(truth)), truth.astype(np.int64)] / is_top.sum(axis=1).clip(min=1)
 
 
@@ -95,13 +106,16 @@ def same_class(one: int, other: int) -> float:
     return (one & other).bit_count() / max(1, one.bit_count() * other.bit_count())
 
 
-def scores_by_label(guessed: NDArray, truth: NDArray, label_names: Sequence[str]) -> list[Row]:
+def scores_by_label(
+    label_names: Sequence[str], guessed: NDArray, truth: NDArray, weights: NDArray | None = None
+) -> list[Row]:
     """Return a row of scores for each label."""
     scores, labels = _sklearn("precision_recall_fscore_support"), range(len(label_names))
-    parts = scores(truth, guessed, labels=labels, average=None, zero_division=0)
+    options: Any = {"labels": labels, "sample_weight": weights, "zero_division": 0}
+    parts = scores(truth, guessed, average=None, **options)
     columns = (np.asarray(part).tolist() for part in parts)
     return [
-        {"label": label, "precision": precision, "recall": recall, "f1": f1, "rows": int(rows)}
+        {"label": label, "precision": precision, "recall": recall, "f1": f1, "rows": round(rows)}
         for label, precision, recall, f1, rows in zip(label_names, *columns, strict=True)
     ]
 
@@ -148,21 +162,20 @@ class TaskMetrics:
 
             of: Callable[..., Any] = getattr(stats, f"{name}r")
             return _correlation(name, lambda a, b: of(a, b)[0], predicted[:, 0], truth)
-        if name == "accuracy":
-            return float(right_shares(predicted, truth).mean())
-        classes = predicted.argmax(axis=1).astype(np.float64)
-        if name == "matthews_correlation":
-            return _correlation(name, _sklearn("matthews_corrcoef"), classes, truth)
         if is_metric(name):
             return _of_plugin(name, predicted, truth)
-        if name not in ONE_LABEL_METRICS:
-            return score_of(name, classes, truth)
-        guessed, is_so = classes == 1, truth == 1
-        if not is_so.any() and not guessed.any():
-            logger.info(
-                "%s is undefined because no label and no prediction is positive: counted as 0", name
-            )
-        return float(_sklearn(f"{name}_score")(is_so, guessed, zero_division=0))
+        guessed, truths, weights = _by_class(predicted, truth)
+        if name == "matthews_correlation":
+            of = partial(_sklearn("matthews_corrcoef"), sample_weight=weights)
+            return _correlation(name, of, guessed, truths)
+        if name in ONE_LABEL_METRICS:
+            guessed, truths = guessed == 1, truths == 1
+            if not truths.any() and not guessed.any():
+                logger.info(
+                    "%s is undefined because no label and no prediction is positive: counted as 0",
+                    name,
+                )
+        return score_of(name, guessed, truths, weights)
 
     def of_classes(self, outputs: Tensor, labels: Tensor) -> Row:
         """Return scores by class, and of one label confusions and calibration; or nothing."""
@@ -171,16 +184,16 @@ class TaskMetrics:
         (predicted, truth), names = _scored_rows(outputs, labels), self.label_names
         if truth.ndim == 2:
             _, guessed = self._decided(predicted, truth)
-            return {"per_class": scores_by_label(guessed, truth, names)}
-        truths, guesses = truth.astype(np.int64), predicted.argmax(axis=1)
+            return {"per_class": scores_by_label(names, guessed, truth)}
+        guesses, truths, weights = _by_class(predicted, truth)
         # Of many classes, a table of all pairs would not fit into memory.
-        pairs, numbers = np.unique(truths * len(names) + guesses, return_counts=True)
-        confusion = {label: dict[str, int]() for label in names}
-        for pair, number in zip(pairs, numbers, strict=True):
+        pairs, places = np.unique(truths * len(names) + guesses, return_inverse=True)
+        confusion = {label: dict[str, float]() for label in names}
+        for pair, number in zip(pairs, np.bincount(places, weights), strict=True):
             label, guessed = (names[int(n)] for n in divmod(pair, len(names)))
-            confusion[label][guessed] = int(number)
+            confusion[label][guessed] = round(float(number), 3)
         return {
-            "per_class": scores_by_label(guesses, truths, names),
+            "per_class": scores_by_label(names, guesses, truths, weights),
             "confusion": confusion,
             "calibration_error": calibration_error(predicted, truth),
         }
@@ -189,7 +202,7 @@ class TaskMetrics:
         """Return a number for each row, whose bits are its most likely classes or its labels."""
         predicted = outputs.double().numpy()
         if labels.dim() == 1:
-            chosen = most_likely(predicted)
+            chosen = _are_top(predicted)
         else:
             chosen = decided(predicted, self._decided(*_scored_rows(outputs, labels))[0])
         return [int.from_bytes(row.tobytes()) for row in np.packbits(chosen, axis=1)]
@@ -286,6 +299,19 @@ def summed_loss(outputs: Tensor, labels: Tensor) -> Tensor:
         outputs.double(), labels, ignore_index=IGNORE, reduction="sum"
     )
     return torch.stack([missed, (labels != IGNORE).sum().double()])
+
+
+def loss_of_guessing(rows: Dataset) -> float:
+    """Return the loss of the best answer that is the same for all rows: shares, or a mean score."""
+    from scipy.special import entr
+
+    labels = column_of(rows, "label")[is_labelled(rows)]
+    if labels.ndim == 2:  # the mean over the classes of a row
+        shares = labels.mean(axis=0)
+        return float((entr(shares) + entr(1 - shares)).mean())
+    if labels.dtype.kind == "f":
+        return float(labels.var())
+    return float(entr(np.bincount(labels) / len(labels)).sum())
 
 
 def _sklearn(name: str) -> Callable[..., Any]:

@@ -32,6 +32,7 @@ from megakd.training.metrics import (
     TaskMetrics,
     headline,
     language_model_metrics,
+    loss_of_guessing,
     same_class,
     score_of,
     score_words,
@@ -228,9 +229,29 @@ def test_of_tied_classes_a_row_is_right_as_often_as_a_guess():
     assert metrics.of(outputs, truth)["accuracy"] == pytest.approx(sum(shares) / 4)
     collapsed = metrics.of_classes(torch.zeros(4, 3), truth)
     assert collapsed["calibration_error"] == pytest.approx(0.0)
+    assert [*collapsed["confusion"][LABELS[1]].values()] == pytest.approx([2 / 3] * 3, abs=1e-3)
+    assert [one["recall"] for one in collapsed["per_class"][:3]] == pytest.approx([1 / 3] * 3)
+    assert [one["rows"] for one in collapsed["per_class"][:3]] == [1, 2, 1]
+    binary = chosen(("no", "yes"), metrics=("f1", "matthews_correlation", "f1_macro"))
+    of_two = binary.of(torch.zeros(4, 2), torch.tensor([0, 0, 1, 1]))
+    wanted = {"accuracy": 0.5, "f1": 0.5, "f1_macro": 0.5, "matthews_correlation": 0.0}
+    assert {name: of_two[name] for name in wanted} == pytest.approx(wanted)
     rows = metrics.answers(outputs, truth)
     other = metrics.answers(torch.tensor([[0.0, 0, 0], [2, 1, 2], [1, 1, 3], [2, 1, 0]]), truth)
     assert [*map(same_class, rows, other)] == pytest.approx([1 / 3, 1 / 4, 0.0, 1 / 2])
+
+
+@pytest.mark.parametrize(
+    ("labels", "loss"),
+    [
+        ([0, 0, 0, 1, -100], (math.log(4) + 3 * math.log(4 / 3)) / 4),
+        ([2, 2], 0.0),
+        ([1.0, 3.0, math.nan], 1.0),  # the variance
+        ([[1.0, 0.0], [0.0, 0.0], [math.nan, math.nan]], math.log(2) / 2),
+    ],
+)
+def test_the_loss_of_guessing_is_that_of_the_best_constant_answer(labels, loss):
+    assert loss_of_guessing(Dataset.from_dict({"label": labels})) == pytest.approx(loss)
 
 
 def test_means_over_labels_are_those_of_scikit_learn():
