@@ -7,7 +7,6 @@ fp32 and as int8 graphs, if onnxruntime is installed.
 from __future__ import annotations
 
 import logging
-import math
 import operator
 import shutil
 import statistics
@@ -327,7 +326,9 @@ def report_of(
     if ranks.is_main:
         remove_graphs(config.output_dir)
     history = config.output_dir / "metrics.jsonl"
-    report["warnings"] = on_main(lambda: derived_warnings(report, read_history(history)))
+    guess = loss_of_guessing(prepared.splits.held_out, len(prepared.tokenizer))
+    known = {**report, "loss_of_guessing": guess}
+    report["warnings"] = on_main(lambda: derived_warnings(known, read_history(history)))
     return report
 
 
@@ -344,13 +345,11 @@ def _samples(
 
 
 def _of_rows(lab: Lab[RunWork], scores: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the loss of guessing, the number of scored rows and the errors of shares of them."""
-    prepared = lab.work.assembly.prepared
-    if lab.config.task.type in LANGUAGE_TASKS:  # whose shares are of tokens
-        return {"loss_of_guessing": math.log(len(prepared.tokenizer))}
-    held_out = prepared.splits.held_out
-    rows, guess = row_count(held_out), loss_of_guessing(held_out)
-    return {"loss_of_guessing": guess, "rows": rows, **standard_errors(scores, rows)}
+    """Return the number of scored rows and the errors of shares of them; none of texts."""
+    if lab.config.task.type in LANGUAGE_TASKS:
+        return {}
+    rows = row_count(lab.work.assembly.prepared.splits.held_out)
+    return {"rows": rows, **standard_errors(scores, rows)}
 
 
 def _vocabulary(pair: VocabularyPair | None) -> dict[str, Any]:

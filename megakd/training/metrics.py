@@ -301,10 +301,15 @@ def summed_loss(outputs: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([missed, (labels != IGNORE).sum().double()])
 
 
-def loss_of_guessing(rows: Dataset) -> float:
-    """Return the loss of the best answer that is the same for all rows: shares, or a mean score."""
+def loss_of_guessing(rows: Dataset, tokens: int) -> float:
+    """Return the loss of the best answer that is the same for all rows: shares, or a mean score.
+
+    Of a language model, all of its `tokens` have equal shares.
+    """
     from scipy.special import entr
 
+    if "label" not in rows.column_names:
+        return math.log(tokens)
     labels = column_of(rows, "label")[is_labelled(rows)]
     if labels.ndim == 2:  # the mean over the classes of a row
         shares = labels.mean(axis=0)

@@ -251,7 +251,8 @@ def test_of_tied_classes_a_row_is_right_as_often_as_a_guess():
     ],
 )
 def test_the_loss_of_guessing_is_that_of_the_best_constant_answer(labels, loss):
-    assert loss_of_guessing(Dataset.from_dict({"label": labels})) == pytest.approx(loss)
+    assert loss_of_guessing(Dataset.from_dict({"label": labels}), 0) == pytest.approx(loss)
+    assert loss_of_guessing(Dataset.from_dict({"text": labels}), 9) == math.log(9)
 
 
 def test_means_over_labels_are_those_of_scikit_learn():
