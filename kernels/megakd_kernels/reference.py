@@ -52,8 +52,9 @@ def kd_loss(
         teacher = warped(_taken(teacher, kept).detach().to(dtype), warps[1])
         soft = _without_gradient_at_weight_0(student[:, :shared], objective)
         values = divergence_rows(soft, teacher[:, :shared], objective)
-        tops = [x - x.amax(-1, keepdim=True) for x in (soft.detach(), teacher[:, :shared])]
-        agrees = chance_of_match(*tops, torch.empty_like(tops[0]))
+        both = (soft.detach(), teacher[:, :shared])
+        ours, theirs = (logits - logits.amax(-1, keepdim=True) for logits in both)
+        agrees = chance_of_match(ours, theirs, torch.empty_like(ours))
     ce = _cross_entropy_rows(student, counted, objective)
     weighted = values * counted.weight
     total, count = weighted_total(objective, weighted, ce), rows.valid.sum()

@@ -45,6 +45,9 @@ logger = logging.getLogger(__name__)
 
 Numbers = NDArray[np.float64]
 
+Guesses = tuple[NDArray, NDArray, Numbers | None]
+"""Predictions, labels and weights: of one label, a row once for each of its tied classes."""
+
 LOSS, BINS, THRESHOLDS = "loss", 15, np.arange(1, 100) / 100
 
 
@@ -79,20 +82,12 @@ def score_of(name: str, guessed: NDArray, truth: Numbers, weights: NDArray | Non
         right = (guessed == truth).reshape(len(truth), -1).all(axis=1)
         return float(np.average(right, weights=weights))
     kind, _, average = name.partition("_")
-    options: Any = {"average": average} if average else {}
-    score = _sklearn(f"{kind}_score")
-    return float(score(truth, guessed, sample_weight=weights, zero_division=0, **options))
+    score = partial(_sklearn(f"{kind}_score"), sample_weight=weights, zero_division=0)
+    return float(score(truth, guessed, average=average or "binary"))
 
 
 def _are_top(predicted: Numbers) -> NDArray[np.bool_]:
     return predicted == predicted.max(axis=1, keepdims=True)
-
-
-def _by_class(predicted: Numbers, truth: Numbers) -> tuple[NDArray, NDArray, Numbers]:
-    """Return classes, labels and weights [M]: a row once for each of its tied classes."""
-    is_top = _are_top(predicted)
-    rows, classes = is_top.nonzero()
-    return classes, truth[rows].astype(np.int64), 1 / is_top.sum(axis=1)[rows]
 
 
 def right_shares(predicted: Numbers, truth: NDArray) -> Numbers:
@@ -111,8 +106,7 @@ def scores_by_label(
 ) -> list[Row]:
     """Return a row of scores for each label."""
     scores, labels = _sklearn("precision_recall_fscore_support"), range(len(label_names))
-    options: Any = {"labels": labels, "sample_weight": weights, "zero_division": 0}
-    parts = scores(truth, guessed, average=None, **options)
+    parts = scores(truth, guessed, labels=labels, sample_weight=weights, zero_division=0)
     columns = (np.asarray(part).tolist() for part in parts)
     return [
         {"label": label, "precision": precision, "recall": recall, "f1": f1, "rows": round(rows)}
@@ -141,51 +135,33 @@ class TaskMetrics:
         none) or scores (NaN = none), or [N, C] 0 or 1 (NaN = none).
         """
         predicted, truth = _scored_rows(outputs, labels)
-        names, values = [name for name in self.names if name != LOSS], dict[str, float]()
+        guesses = self._guesses(predicted, truth)
+        values = {n: _value(n, predicted, truth, guesses) for n in self.names if n != LOSS}
         if truth.ndim == 2:
-            threshold, guessed = self._decided(predicted, truth)
-            values = {n: score_of(n, guessed, truth) for n in names if n in SET_METRICS}
-            values[THRESHOLD] = threshold
-        values |= {n: self._value(n, predicted, truth) for n in names if n not in values}
+            values[THRESHOLD] = self._threshold(predicted, truth)
         total, count = summed_loss(outputs, labels).tolist()
         values[LOSS] = total / count
         return values | {self.main.name: self.main.of(values)}
 
-    def _decided(self, predicted: Numbers, truth: Numbers) -> tuple[float, NDArray[np.bool_]]:
-        threshold = self.threshold
-        threshold = best_threshold(predicted, truth) if threshold is None else threshold
-        return threshold, decided(predicted, threshold)
+    def _threshold(self, predicted: Numbers, truth: Numbers) -> float:
+        return best_threshold(predicted, truth) if self.threshold is None else self.threshold
 
-    def _value(self, name: str, predicted: Numbers, truth: Numbers) -> float:
-        if name in ("pearson", "spearman"):
-            from scipy import stats
-
-            of: Callable[..., Any] = getattr(stats, f"{name}r")
-            return _correlation(name, lambda a, b: of(a, b)[0], predicted[:, 0], truth)
-        if is_metric(name):
-            return _of_plugin(name, predicted, truth)
-        guessed, truths, weights = _by_class(predicted, truth)
-        if name == "matthews_correlation":
-            of = partial(_sklearn("matthews_corrcoef"), sample_weight=weights)
-            return _correlation(name, of, guessed, truths)
-        if name in ONE_LABEL_METRICS:
-            guessed, truths = guessed == 1, truths == 1
-            if not truths.any() and not guessed.any():
-                logger.info(
-                    "%s is undefined because no label and no prediction is positive: counted as 0",
-                    name,
-                )
-        return score_of(name, guessed, truths, weights)
+    def _guesses(self, predicted: Numbers, truth: Numbers) -> Guesses:
+        if truth.ndim == 2:
+            return decided(predicted, self._threshold(predicted, truth)), truth, None
+        is_top = _are_top(predicted)
+        rows, classes = is_top.nonzero()
+        return classes, truth[rows].astype(np.int64), 1 / is_top.sum(axis=1)[rows]
 
     def of_classes(self, outputs: Tensor, labels: Tensor) -> Row:
         """Return scores by class, and of one label confusions and calibration; or nothing."""
         if not self.label_names:
             return {}
         (predicted, truth), names = _scored_rows(outputs, labels), self.label_names
+        guesses, truths, weights = self._guesses(predicted, truth)
+        per_class = scores_by_label(names, guesses, truths, weights)
         if truth.ndim == 2:
-            _, guessed = self._decided(predicted, truth)
-            return {"per_class": scores_by_label(names, guessed, truth)}
-        guesses, truths, weights = _by_class(predicted, truth)
+            return {"per_class": per_class}
         # Of many classes, a table of all pairs would not fit into memory.
         pairs, places = np.unique(truths * len(names) + guesses, return_inverse=True)
         confusion = {label: dict[str, float]() for label in names}
@@ -193,7 +169,7 @@ class TaskMetrics:
             label, guessed = (names[int(n)] for n in divmod(pair, len(names)))
             confusion[label][guessed] = round(float(number), 3)
         return {
-            "per_class": scores_by_label(names, guesses, truths, weights),
+            "per_class": per_class,
             "confusion": confusion,
             "calibration_error": calibration_error(predicted, truth),
         }
@@ -204,8 +180,30 @@ class TaskMetrics:
         if labels.dim() == 1:
             chosen = _are_top(predicted)
         else:
-            chosen = decided(predicted, self._decided(*_scored_rows(outputs, labels))[0])
+            chosen = decided(predicted, self._threshold(*_scored_rows(outputs, labels)))
         return [int.from_bytes(row.tobytes()) for row in np.packbits(chosen, axis=1)]
+
+
+def _value(name: str, predicted: Numbers, truth: Numbers, guesses: Guesses) -> float:
+    if name in ("pearson", "spearman"):
+        from scipy import stats
+
+        of: Callable[..., Any] = getattr(stats, f"{name}r")
+        return _correlation(name, lambda a, b: of(a, b)[0], predicted[:, 0], truth)
+    if is_metric(name):
+        return _of_plugin(name, predicted, truth)
+    guessed, truths, weights = guesses
+    if name == "matthews_correlation":
+        of = partial(_sklearn("matthews_corrcoef"), sample_weight=weights)
+        return _correlation(name, of, guessed, truths)
+    if name in ONE_LABEL_METRICS:
+        guessed, truths = guessed == 1, truths == 1
+        if not truths.any() and not guessed.any():
+            logger.info(
+                "%s is undefined because no label and no prediction is positive: counted as 0",
+                name,
+            )
+    return score_of(name, guessed, truths, weights)
 
 
 def _of_plugin(name: str, predicted: Numbers, truth: Numbers) -> float:
@@ -306,17 +304,16 @@ def loss_of_guessing(rows: Dataset, tokens: int) -> float:
 
     Of a language model, all of its `tokens` have equal shares.
     """
-    from scipy.special import entr
-
     if "label" not in rows.column_names:
         return math.log(tokens)
     labels = column_of(rows, "label")[is_labelled(rows)]
     if labels.ndim == 2:  # the mean over the classes of a row
-        shares = labels.mean(axis=0)
-        return float((entr(shares) + entr(1 - shares)).mean())
-    if labels.dtype.kind == "f":
+        shares = np.stack([labels.mean(axis=0), 1 - labels.mean(axis=0)])
+    elif labels.dtype.kind == "f":
         return float(labels.var())
-    return float(entr(np.bincount(labels) / len(labels)).sum())
+    else:
+        shares = np.bincount(labels)[:, None] / len(labels)
+    return float(-(shares * np.log(np.where(shares > 0, shares, 1))).sum(axis=0).mean())
 
 
 def _sklearn(name: str) -> Callable[..., Any]:
