@@ -161,7 +161,7 @@ def derived_warnings(report: Report, history: Iterable[Mapping[str, Any]]) -> li
     return [*rising, *(warning for part in parts for warning in part(report))]
 
 
-def standard_errors(scores: Mapping[str, Any], rows: int) -> dict[str, float]:
+def standard_errors(scores: Mapping[str, object], rows: int) -> dict[str, float]:
     """Return the standard error of every score that is a share of `rows` rows, by its key."""
     return {
         key + STANDARD_ERROR: math.sqrt(max(0.0, value * (1 - value)) / rows)

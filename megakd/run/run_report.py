@@ -344,7 +344,7 @@ def _samples(
     return [{"prompt": prompt, "teacher": a, "student": b} for prompt, a, b in rows]
 
 
-def _of_rows(lab: Lab[RunWork], scores: Mapping[str, Any]) -> dict[str, Any]:
+def _of_rows(lab: Lab[RunWork], scores: Mapping[str, object]) -> dict[str, float]:
     """Return the number of scored rows and the errors of shares of them; none of texts."""
     if lab.config.task.type in LANGUAGE_TASKS:
         return {}
