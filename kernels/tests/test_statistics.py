@@ -217,7 +217,8 @@ def test_a_maximum_whose_exponential_rounds_to_that_of_others_is_no_tie(temperat
     student, teacher = torch.zeros(1, 6), torch.zeros(1, 6)
     student[0, 2], teacher[0, 2] = 1e-8, 3e-8
 
-    got = linear_stats(student, torch.eye(6), teacher, torch.eye(6), temperature=temperature, impl=impl)
+    both = (student, torch.eye(6), teacher, torch.eye(6))
+    got = linear_stats(*both, temperature=temperature, impl=impl)
     alone = linear_stats(student, torch.eye(6), labels=torch.tensor([2]), impl=impl)
 
     assert (got.agreement.item(), alone.agreement.item()) == (1, 1)

@@ -167,7 +167,8 @@ class TaskMetrics:
         confusion = {label: dict[str, float]() for label in names}
         for pair, number in zip(pairs, np.bincount(places, weights), strict=True):
             label, guessed = (names[int(n)] for n in divmod(pair, len(names)))
-            confusion[label][guessed] = round(float(number), 3)
+            rows = round(float(number), 3)
+            confusion[label][guessed] = int(rows) if rows.is_integer() else rows  # a share of ties
         return {
             "per_class": per_class,
             "confusion": confusion,
