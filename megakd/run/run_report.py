@@ -401,14 +401,8 @@ def _entries(
 ) -> dict[str, Any]:
     # The keys of a model; of one in a folder of the run also those of its weights.
     of_model: dict[str, Any] = {**measured.report}
-    metrics, confusion = of_model.pop("metrics"), of_model.pop("confusion", {})
+    metrics = of_model.pop("metrics")
     entries = {**of_model, **metrics}
-    if confusion:
-        entries["confusion"] = [
-            {"label": label, "predicted": predicted, "rows": rows}
-            for label, counts in confusion.items()
-            for predicted, rows in counts.items()
-        ]
     if folder is not None:
         entries["bytes"], trained = weight_bytes(folder, stored_as), adapter_parameters(folder)
         entries |= {} if trained is None else {"trained_parameters": trained}

@@ -164,11 +164,15 @@ class TaskMetrics:
             return {"per_class": per_class}
         # Of many classes, a table of all pairs would not fit into memory.
         pairs, places = np.unique(truths * len(names) + guesses, return_inverse=True)
-        confusion = {label: dict[str, float]() for label in names}
-        for pair, number in zip(pairs, np.bincount(places, weights), strict=True):
-            label, guessed = (names[int(n)] for n in divmod(pair, len(names)))
-            rows = round(float(number), 3)
-            confusion[label][guessed] = int(rows) if rows.is_integer() else rows  # a share of ties
+        counts = np.bincount(places, weights).round(3).tolist()  # of ties shares of rows
+        confusion = [
+            {
+                "label": names[pair // len(names)],
+                "predicted": names[pair % len(names)],
+                "rows": int(count) if count.is_integer() else count,
+            }
+            for pair, count in zip(pairs.tolist(), counts, strict=True)
+        ]
         return {
             "per_class": per_class,
             "confusion": confusion,
