@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megakd_kernels.inputs import Rows, all_count, compute_dtype
+from megakd_kernels.row_losses import chance_of_id, chance_of_match
 from megakd_kernels.row_plan import Warp
 from megakd_kernels.row_terms import spread
 from megakd_kernels.settings import KDOutput, Objective, as_scalar, reduction_scale, weighted_total
@@ -43,12 +44,17 @@ def kd_loss(
     student = warped(_taken(student, kept).to(dtype), warps[0])
     values = student.new_zeros(0, len(student))
     if teacher is None:
-        agrees = chance_of_label(student, counted.labels) * counted.labelled
+        if counted.labels is None:
+            raise ValueError("rows without a teacher need labels")
+        agrees = chance_of_id(student.detach(), counted.labels, torch.empty_like(student))
+        agrees = agrees * counted.labelled
     else:
         teacher = warped(_taken(teacher, kept).detach().to(dtype), warps[1])
         soft = _without_gradient_at_weight_0(student[:, :shared], objective)
         values = divergence_rows(soft, teacher[:, :shared], objective)
-        agrees = _chance_of_one_id(student[:, :shared], teacher[:, :shared])
+        both = (soft.detach(), teacher[:, :shared])
+        ours, theirs = (logits - logits.amax(-1, keepdim=True) for logits in both)
+        agrees = chance_of_match(ours, theirs, torch.empty_like(ours))
     ce = _cross_entropy_rows(student, counted, objective)
     weighted = values * counted.weight
     total, count = weighted_total(objective, weighted, ce), rows.valid.sum()
@@ -163,25 +169,3 @@ def _without_gradient_at_weight_0(student: Tensor, objective: Objective) -> Tens
         return student if objective.kd_weight != 0 else student.detach()
     weight = as_scalar(objective.kd_weight, student)
     return torch.where(weight != 0, student, student.detach())
-
-
-def chance_of_label(student: Tensor, labels: Tensor | None) -> Tensor:
-    """Return [N], the probability that one of the most likely ids, drawn at random, is the label.
-
-    Raises:
-        ValueError: there are no labels.
-    """
-    if labels is None:
-        raise ValueError("rows without a teacher need labels")
-    return _choices(student).gather(1, labels[:, None]).squeeze(1)
-
-
-def _chance_of_one_id(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return [N], the probability that both models draw the same of their most likely ids."""
-    return (_choices(student) * _choices(teacher)).sum(-1)
-
-
-def _choices(logits: Tensor) -> Tensor:
-    """Return [N, V], the distribution of the choice: one over the number of equal maxima."""
-    is_top = (logits == logits.detach().amax(-1, keepdim=True)).to(logits.dtype)
-    return is_top / is_top.sum(-1, keepdim=True).clamp(min=1)  # a row with NaN has no maximum

@@ -98,8 +98,8 @@ class RowLosses:
         """Compute cross-entropy without divergences."""
         if inputs.labels is None:
             raise ValueError("rows without a teacher need labels")
+        agrees = chance_of_id(student, inputs.labels, self._take("product", student))
         hard = self._hard_softmax(student, inputs.labels, student)
-        agrees = _chance_of_match(hard.is_right, (hard.exponentials, hard.total))
         if self.plan.with_gradient:
             student.mul_(inputs.ce_factor[:, None] / hard.total)
             self._subtract_target_(student, inputs)
@@ -111,8 +111,7 @@ class RowLosses:
         peak = student.amax(-1, keepdim=True)
         torch.sub(student, peak, out=out).mul_(1 / LOG2).exp2_()
         total = out.sum(-1, keepdim=True)
-        is_right = (target == peak).squeeze(1)
-        return _HardSoftmax((peak - target) + total.log(), out, total, is_right)
+        return _HardSoftmax((peak - target) + total.log(), out, total)
 
     def _compare_(self, student: Tensor, teacher: Tensor) -> tuple[Block, Tensor, Tensor]:
         """Return both softmaxes with their gap, the student's row maximum, and row agreement."""
@@ -123,13 +122,11 @@ class RowLosses:
         gap = torch.sub(teacher, student, out=self._take("gap", student))
         student.sub_(peak)
         teacher.sub_(teacher_peak)
-        # Both are at most 0, and 0 at their maxima; an argmax would take eight times as long.
-        is_common = torch.add(student, teacher, out=product).amax(-1) == 0
+        agrees = chance_of_match(student, teacher, product)
         bits = 1 / (LOG2 * temperature)  # exp2 is the cheapest exponential
         # Summed in fp64: an error of the sum is an error of every gap, and no mean removes it.
         q_sum = student.mul_(bits).exp2_().sum(-1, keepdim=True, dtype=torch.float64)
         p_sum = teacher.mul_(bits).exp2_().sum(-1, keepdim=True, dtype=torch.float64)
-        agrees = _chance_of_match(is_common, (student, q_sum), (teacher, p_sum))
         # The gap of an id that both models exclude is 0. A NaN logit still shows in q_sum or p_sum.
         gap.nan_to_num_(nan=0.0, posinf=_IMPOSSIBLE, neginf=-_IMPOSSIBLE)
         if temperature != 1.0:
@@ -185,25 +182,28 @@ class _HardSoftmax(NamedTuple):
     loss: Tensor  # [R, 1] nats
     exponentials: Tensor  # [R, V]
     total: Tensor  # [R, 1]
-    is_right: Tensor  # [R] bool, whether the target is a most likely id
 
 
-def _chance_of_match(is_common: Tensor, *models: tuple[Tensor, Tensor]) -> Tensor:
-    """Return [R], the probability that models draw the same of their equal maxima.
+def chance_of_match(student: Tensor, teacher: Tensor, out: Tensor) -> Tensor:
+    """Return [R], the probability that both models draw the same of their equal maxima.
 
     Args:
-        is_common: [R] bool, whether an id is a maximum of every model (of one model: whether the
-            label is one).
-        models: of each, exp of the logits minus their maximum [R, V], and the sum of a row [R, 1].
+        student, teacher: [R, V] logits minus their maxima.
+        out: [R, V] buffer, overwritten.
     """
-    chance = is_common.to(models[0][0].dtype)
-    may_tie = is_common & (torch.cat([total for _, total in models], 1) >= 2).any(1)
-    # The rows are read only on a CPU, where reading is free: most rows need no pass.
-    rows = may_tie.nonzero().squeeze(1) if may_tie.is_cpu else slice(None)
-    tops = [exponentials[rows] == 1 for exponentials, _ in models]
-    common = (tops[0] & tops[1]).sum(1) if len(tops) > 1 else 1
-    chance[rows] *= common / math.prod(top.sum(1).clamp(min=1) for top in tops)
-    return chance
+    # At most 0, and 0 at a maximum. As numbers: to sum booleans takes five times as long.
+    both = torch.eq(torch.add(student, teacher, out=out), 0, out=out).sum(1)
+    drawn = [torch.eq(logits, 0, out=out).sum(1) for logits in (student, teacher)]
+    return both / (drawn[0] * drawn[1]).clamp(min=1)  # a row with NaN has no maximum
+
+
+def chance_of_id(logits: Tensor, ids: Tensor, out: Tensor) -> Tensor:
+    """Return [R], the probability that `ids` [R] are drawn of the equal maxima of their rows.
+
+    out: [R, V] buffer, overwritten.
+    """
+    is_top = torch.eq(logits, logits.amax(-1, keepdim=True), out=out)
+    return is_top.gather(1, ids[:, None]).squeeze(1) / is_top.sum(1).clamp(min=1)
 
 
 def _near_(teacher: Tensor, teacher_peak: Tensor, peak: Tensor) -> Tensor:

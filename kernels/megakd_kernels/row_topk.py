@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megakd_kernels.row_losses import LOG2
+from megakd_kernels.row_losses import LOG2, chance_of_id
 from megakd_kernels.row_plan import RowInputs, RowTerms, Scratch
 
 
@@ -86,14 +86,15 @@ class TopKRows:
         plan = self.plan
         index, is_kept = teacher.ids.clamp(min=0), teacher.ids >= 0
         kept = student.gather(1, index).masked_fill(~is_kept, -math.inf)
-        best = student.gather(1, teacher.best.clamp(min=0)[:, None])
+        agrees = chance_of_id(
+            student, teacher.best.clamp(min=0), self.scratch.take("hard", student.shape)
+        ) * (teacher.best >= 0)
         labels = inputs.labels if plan.with_ce else None
         target = None if labels is None else student.gather(1, labels[:, None])
         hard = self._hard_exponentials(student) if labels is not None else None
         # A missing entry adds 0 to the logit of id 0, which stays unchanged.
         student.scatter_add_(1, index, torch.where(is_kept, -math.inf, 0.0).to(student.dtype))
         row = self._exponentials_(student, kept)
-        agrees = self._agreement(best, row, student) * (teacher.best >= 0)
         log_q = row.kept / plan.temperature - row.log_total
         divergence = self._divergence(teacher, row, log_q)
         ce = torch.zeros_like(inputs.ce_factor)
@@ -130,19 +131,6 @@ class TopKRows:
         total = (kept / temperature).exp().sum(-1, keepdim=True)
         total = total + others * (drop / temperature).exp()
         return _Row(kept, peak, drop, others, total.log())
-
-    def _agreement(self, best: Tensor, row: _Row, others: Tensor) -> Tensor:
-        """Return [R], the probability that the id with the logit `best` is drawn of equal maxima.
-
-        others: [R, V] exp((logit - maximum of ids not in K) / T), 0 for the ids in K.
-        """
-        is_top = (best.double() == row.peak).squeeze(1)
-        chance, may_tie = is_top.to(best.dtype), is_top & (row.log_total.squeeze(1) > 0.6)
-        # log 2 is above 0.6. As in `row_losses`, only rows that may have equal maxima need a pass.
-        rows = may_tie.nonzero().squeeze(1) if may_tie.is_cpu else slice(None)
-        tied = (others[rows] == 1).sum(1) * (row.drop[rows] == 0).squeeze(1)
-        chance[rows] /= (tied + (row.kept[rows] == 0).sum(1)).clamp(min=1)
-        return chance
 
     def _divergence(self, teacher: TopK, row: _Row, log_q: Tensor) -> Tensor:
         log_p, rest = teacher.log_p.double(), teacher.rest.double()

@@ -28,6 +28,7 @@ from megakd_kernels.inputs import (
 )
 from megakd_kernels.linear_chunks import Side
 from megakd_kernels.normalisation import Normalisation
+from megakd_kernels.row_losses import chance_of_id
 from megakd_kernels.row_terms import RowValues
 from megakd_kernels.row_topk import TopK
 from megakd_kernels.settings import KDOutput, Number, Objective, one_of, resolve_implementation
@@ -205,7 +206,8 @@ def _reference(student: Side, teacher: TopK, rows: Rows, objective: Objective) -
     ce = torch.zeros_like(divergence)
     if objective.wants_ce and rows.labels is not None:
         ce = F.cross_entropy(logits, rows.labels[valid], reduction="none")
-    agrees = reference.chance_of_label(logits.detach(), kept.best.clamp(min=0)) * (kept.best >= 0)
+    agrees = chance_of_id(logits.detach(), kept.best.clamp(min=0), torch.empty_like(logits))
+    agrees = agrees * (kept.best >= 0)
     zeros = torch.zeros_like(rows.weight)
     divergence = zeros.masked_scatter(valid, divergence)
     ce = zeros.masked_scatter(valid, ce)

@@ -212,6 +212,19 @@ def test_of_several_equal_maxima_each_model_draws_one(impl):
 
 
 @IMPLS
+@pytest.mark.parametrize("temperature", [1.0, 8.0])
+def test_a_maximum_whose_exponential_rounds_to_that_of_others_is_no_tie(temperature, impl):
+    student, teacher = torch.zeros(1, 6), torch.zeros(1, 6)
+    student[0, 2], teacher[0, 2] = 1e-8, 3e-8
+
+    both = (student, torch.eye(6), teacher, torch.eye(6))
+    got = linear_stats(*both, temperature=temperature, impl=impl)
+    alone = linear_stats(student, torch.eye(6), labels=torch.tensor([2]), impl=impl)
+
+    assert (got.agreement.item(), alone.agreement.item()) == (1, 1)
+
+
+@IMPLS
 def test_a_collapsed_model_is_right_as_often_as_a_guess(impl):
     labels = torch.tensor([0, 1, 4, -100])
 

@@ -259,9 +259,8 @@ class LanguageModelTargets(TermGroup):
         if kept is not None:
             sums = {on_source(_OF_KEPT[type(kept)], self.source): divergences[0]}
         if isinstance(kept, TopK):
-            is_kept, labels = kept.ids >= 0, targets.labels.flatten()
-            mass = kept.logprobs.float().exp().where(is_kept, 0.0).sum(-1).flatten()
-            counts = (labels != IGNORE) & is_kept.any(-1).flatten()
+            mass = kept.logprobs.float().exp().where(kept.ids >= 0, 0.0).sum(-1).flatten()
+            counts = (targets.labels.flatten() != IGNORE) & (mass > 0)  # 0: without an answer
             outside = (1.0 - mass).clamp(min=0.0).where(counts, 0.0)
             sums[on_source(OUTSIDE_TOP_K, self.source)] = outside[rows].sum()
         if self.hard:

@@ -147,8 +147,8 @@ LEAST_ROWS = 5
 """Rows of a label below which no row that is recognised may be chance."""
 
 MANY_ROWS, MOST_MISCALIBRATED, ROUNDING = 100, 0.2, 1e-4
-"""Scored rows below which scores are chance, the largest calibration error of useful probabilities,
-and the rounding of a loss."""
+"""Fewest scored rows, largest calibration error of useful probabilities, relative error of a loss.
+"""
 
 NOISE = 0.01
 """Difference of two evaluations that noise may explain: a point, or 1 % if lower is better."""
@@ -161,7 +161,7 @@ def derived_warnings(report: Report, history: Iterable[Mapping[str, Any]]) -> li
     return [*rising, *(warning for part in parts for warning in part(report))]
 
 
-def standard_errors(scores: Mapping[str, Any], rows: int) -> dict[str, float]:
+def standard_errors(scores: Mapping[str, object], rows: int) -> dict[str, float]:
     """Return the standard error of every score that is a share of `rows` rows, by its key."""
     return {
         key + STANDARD_ERROR: math.sqrt(max(0.0, value * (1 - value)) / rows)
@@ -170,26 +170,11 @@ def standard_errors(scores: Mapping[str, Any], rows: int) -> dict[str, float]:
     }
 
 
-def _loss_of_guessing(report: Report) -> float:
-    """Return the loss of the labels' shares, or of equal shares of the tokens; infinite: unknown.
-
-    Of several labels a row, the loss is the mean over the labels.
-    """
-    rows = report.get("rows", 0)
-    shares = [one["rows"] / rows for one in report.get(f"{STUDENT}.per_class", ()) if rows]
-    if not shares:
-        return math.log(report.get("vocabulary.size", math.inf))
-    nats = sum(-share * math.log(share) for share in shares if share)
-    if f"{STUDENT}.{THRESHOLD}" not in report:
-        return nats
-    return (nats - sum((1 - s) * math.log(1 - s) for s in shares if s < 1)) / len(shares)
-
-
 def _of_probabilities(report: Report) -> Iterator[str]:
-    guess = _loss_of_guessing(report)
+    guess = report.get("loss_of_guessing", math.inf)
     for name in (TEACHER, STUDENT):
         loss, error = (report.get(f"{name}.{key}") for key in ("loss", "calibration_error"))
-        if is_number(loss) and loss >= guess - ROUNDING:
+        if is_number(loss) and 0 < guess <= loss * (1 + ROUNDING):  # 0: all rows have one label
             yield (
                 f"{name}: the loss {loss:.3f} is not below {guess:.3f}, that of guessing: it has "
                 "learnt nothing, or is sure of wrong answers; train longer, try another "
@@ -233,8 +218,7 @@ def _noise(report: Report, model: str) -> float:
     """Return two standard errors of the difference of the main metric from the student's."""
     name = report["metric_name"]
     mine, theirs = (report.get(f"{one}.{name}") for one in (STUDENT, model))
-    of_labels = [one["rows"] for one in report.get(f"{STUDENT}.per_class", ())]
-    rows = report.get("rows", sum(of_labels)) if of_labels else 0  # a row may have several labels
+    rows = report["rows"] if f"{STUDENT}.per_class" in report else 0
     if rows and model == TEACHER:  # only the rows on which both disagree make a difference
         return 2 * math.sqrt((1 - report.get(f"{STUDENT}.agreement", 0.0)) / rows)
     if rows:  # of two shares of the rows

@@ -150,7 +150,7 @@ def score(name: str, value: object) -> str:
     return f"{value:.3f}" if lower_is_better(name) else f"{value:.1%}"
 
 
-def _with_error(values: Mapping[str, Any], key: str, shown: Callable[[object], str]) -> str:
+def _with_error(values: Mapping[str, object], key: str, shown: Callable[[object], str]) -> str:
     """Return a value as text, with the standard error if there is one."""
     error = values.get(key + STANDARD_ERROR)
     return shown(values.get(key)) + (f" ±{shown(error)}" if is_number(error) else "")

@@ -65,7 +65,13 @@ from megakd.stage import StageResult
 from megakd.training.assembly import Assembly
 from megakd.training.evaluation import few
 from megakd.training.lab import Lab
-from megakd.training.metrics import decided, right_shares, same_class, score_words
+from megakd.training.metrics import (
+    decided,
+    loss_of_guessing,
+    right_shares,
+    same_class,
+    score_words,
+)
 from megakd.training.precision import TORCH_DTYPE, scoring_dtype
 from megakd.training.record import Report
 
@@ -320,7 +326,8 @@ def report_of(
     if ranks.is_main:
         remove_graphs(config.output_dir)
     history = config.output_dir / "metrics.jsonl"
-    known = report if "rows" in report else {"vocabulary.size": len(prepared.tokenizer), **report}
+    guess = loss_of_guessing(prepared.splits.held_out, len(prepared.tokenizer))
+    known = {**report, "loss_of_guessing": guess}
     report["warnings"] = on_main(lambda: derived_warnings(known, read_history(history)))
     return report
 
@@ -337,7 +344,7 @@ def _samples(
     return [{"prompt": prompt, "teacher": a, "student": b} for prompt, a, b in rows]
 
 
-def _of_rows(lab: Lab[RunWork], scores: Mapping[str, Any]) -> dict[str, Any]:
+def _of_rows(lab: Lab[RunWork], scores: Mapping[str, object]) -> dict[str, float]:
     """Return the number of scored rows and the errors of shares of them; none of texts."""
     if lab.config.task.type in LANGUAGE_TASKS:
         return {}
@@ -394,14 +401,8 @@ def _entries(
 ) -> dict[str, Any]:
     # The keys of a model; of one in a folder of the run also those of its weights.
     of_model: dict[str, Any] = {**measured.report}
-    metrics, confusion = of_model.pop("metrics"), of_model.pop("confusion", {})
+    metrics = of_model.pop("metrics")
     entries = {**of_model, **metrics}
-    if confusion:
-        entries["confusion"] = [
-            {"label": label, "predicted": predicted, "rows": rows}
-            for label, counts in confusion.items()
-            for predicted, rows in counts.items()
-        ]
     if folder is not None:
         entries["bytes"], trained = weight_bytes(folder, stored_as), adapter_parameters(folder)
         entries |= {} if trained is None else {"trained_parameters": trained}

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+import megakd_kernels
 from megakd.config.task import AUTO, SOFT_LABELS
 from megakd.data.batch import IGNORE
 from megakd.engine.collectives import all_reduce_, doing
@@ -73,13 +74,8 @@ def say_divergence(key: str, exact: Tensor, packed: Tensor) -> None:
     Raises:
         TeacherError: it is no number.
     """
-    sums = torch.stack(
-        [
-            torch.sum(exact.exp() * (exact - packed), dtype=torch.float64),
-            (exact.argmax(-1) == packed.argmax(-1)).sum().double(),
-            torch.tensor(float(len(exact)), dtype=torch.float64),
-        ]
-    )
+    out = megakd_kernels.kd_loss_from_logits(packed, exact, t_squared=True)
+    sums = torch.stack([out.loss.double(), out.agreement.double(), out.n_valid.double()])
     divergence, same, count = all_reduce_(sums).tolist()
     if not divergence < float("inf"):
         raise TeacherError(

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 
 from megakd.config.task import TaskType
-from megakd.data.batch import IGNORE, SOURCE_UNITS, Batch, Pass, Predictions, count_units
+from megakd.data.batch import IGNORE, Batch, Pass, Predictions, count_units
 from megakd.data.collation import Collator, Masking
 from megakd.data.loader import evaluation_batches
 from megakd.engine.collectives import all_reduce_, gather, on_main, told
@@ -210,35 +210,26 @@ class HeldOutLosses:
         self._trainer, self._bundle, self._plan = trainer, bundle, plan
         # The sum and the count of each term.
         self._sums = torch.zeros(2, len(bundle.objective.units), dtype=torch.float64)
-        self._measured = set[str]()
 
     def add(self, batch: Batch) -> Predictions:
         """Measure a micro-batch, of which every rank has equally many; return its predictions."""
         answers = self._trainer.ask_teachers(self._plan, batch)
         measured = self._trainer.student.measure(batch, answers, self._plan)
         counts = count_units([batch], self._bundle.counters)
-        self._measured |= measured.parts.keys()
         for place, (term, unit) in enumerate(self._bundle.objective.units.items()):
             if term in measured.parts:
                 self._sums[0, place] += measured.parts[term].double().cpu()
-            self._sums[1, place] += counts[unit].cpu()
+                self._sums[1, place] += counts[unit].cpu()
         return cast("Predictions", measured.predictions)
 
     def means(self) -> dict[str, float]:
         """Return the mean of every term over its own unit; a collective.
 
-        A term that no pass measures is left out, as is one that is limited to a source (`on`) of
-        which the rows have no text.
+        A term is left out if no pass measures it, or if the rows have none of its unit.
         """
-        sums, counts = all_reduce_(self._sums)
-        means = (sums / counts.clamp(min=1)).tolist()
-        return {
-            term: mean
-            for (term, unit), mean, count in zip(
-                self._bundle.objective.units.items(), means, counts.tolist(), strict=True
-            )
-            if term in self._measured and (count or unit not in SOURCE_UNITS.values())
-        }
+        sums, counts = all_reduce_(self._sums).tolist()
+        units = self._bundle.objective.units
+        return {t: s / count for t, s, count in zip(units, sums, counts, strict=True) if count}
 
 
 @dataclass(frozen=True)

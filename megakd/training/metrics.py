@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from megakd.config.task import (
     THRESHOLD,
     TaskType,
 )
+from megakd.data.arrow import column_of
 from megakd.data.batch import IGNORE
 from megakd.data.rows import is_labelled
 from megakd.data.splits import Splits
@@ -42,6 +44,9 @@ from megakd.training.record import Row
 logger = logging.getLogger(__name__)
 
 Numbers = NDArray[np.float64]
+
+Guesses = tuple[NDArray, NDArray, Numbers | None]
+"""Predictions, labels and weights: of one label, a row once for each of its tied classes."""
 
 LOSS, BINS, THRESHOLDS = "loss", 15, np.arange(1, 100) / 100
 
@@ -67,26 +72,27 @@ def _sigmoid(logits: Numbers) -> Numbers:
     return 0.5 + 0.5 * np.tanh(logits / 2)  # does not overflow
 
 
-def score_of(name: str, guessed: NDArray, truth: Numbers) -> float:
+def score_of(name: str, guessed: NDArray, truth: Numbers, weights: NDArray | None = None) -> float:
     """Return a metric of `config.task.METRICS` of classes [N] or of sets of labels [N, C].
 
     Means over labels are scikit-learn's, with 0 for an undefined score: of classes over those that
     occur or are predicted; of sets over all labels, so that an absent one counts as 0.
     """
-    if name == "exact_match":
-        return float((guessed == truth).reshape(len(truth), -1).all(axis=1).mean())
+    if name in ("exact_match", "accuracy"):
+        right = (guessed == truth).reshape(len(truth), -1).all(axis=1)
+        return float(np.average(right, weights=weights))
     kind, _, average = name.partition("_")
-    return float(_sklearn(f"{kind}_score")(truth, guessed, average=average, zero_division=0))
+    score = partial(_sklearn(f"{kind}_score"), sample_weight=weights, zero_division=0)
+    return float(score(truth, guessed, average=average or "binary"))
 
 
-def most_likely(predicted: Numbers) -> NDArray[np.bool_]:
-    """Return [N, C] whether a class is a most likely one of a row."""
+def _are_top(predicted: Numbers) -> NDArray[np.bool_]:
     return predicted == predicted.max(axis=1, keepdims=True)
 
 
 def right_shares(predicted: Numbers, truth: NDArray) -> Numbers:
     """Return [N], whether a row is right; of tied classes each is right as often as a guess."""
-    is_top = most_likely(predicted)
+    is_top = _are_top(predicted)
     return is_top[np.arange(len(truth)), truth.astype(np.int64)] / is_top.sum(axis=1).clip(min=1)
 
 
@@ -95,13 +101,15 @@ def same_class(one: int, other: int) -> float:
     return (one & other).bit_count() / max(1, one.bit_count() * other.bit_count())
 
 
-def scores_by_label(guessed: NDArray, truth: NDArray, label_names: Sequence[str]) -> list[Row]:
+def scores_by_label(
+    label_names: Sequence[str], guessed: NDArray, truth: NDArray, weights: NDArray | None = None
+) -> list[Row]:
     """Return a row of scores for each label."""
     scores, labels = _sklearn("precision_recall_fscore_support"), range(len(label_names))
-    parts = scores(truth, guessed, labels=labels, average=None, zero_division=0)
+    parts = scores(truth, guessed, labels=labels, sample_weight=weights, zero_division=0)
     columns = (np.asarray(part).tolist() for part in parts)
     return [
-        {"label": label, "precision": precision, "recall": recall, "f1": f1, "rows": int(rows)}
+        {"label": label, "precision": precision, "recall": recall, "f1": f1, "rows": round(rows)}
         for label, precision, recall, f1, rows in zip(label_names, *columns, strict=True)
     ]
 
@@ -127,60 +135,46 @@ class TaskMetrics:
         none) or scores (NaN = none), or [N, C] 0 or 1 (NaN = none).
         """
         predicted, truth = _scored_rows(outputs, labels)
-        names, values = [name for name in self.names if name != LOSS], dict[str, float]()
+        guesses = self._guesses(predicted, truth)
+        values = {n: _metric(n, predicted, truth, guesses) for n in self.names if n != LOSS}
         if truth.ndim == 2:
-            threshold, guessed = self._decided(predicted, truth)
-            values = {n: score_of(n, guessed, truth) for n in names if n in SET_METRICS}
-            values[THRESHOLD] = threshold
-        values |= {n: self._value(n, predicted, truth) for n in names if n not in values}
+            values[THRESHOLD] = self._threshold(predicted, truth)
         total, count = summed_loss(outputs, labels).tolist()
         values[LOSS] = total / count
         return values | {self.main.name: self.main.of(values)}
 
-    def _decided(self, predicted: Numbers, truth: Numbers) -> tuple[float, NDArray[np.bool_]]:
-        threshold = self.threshold
-        threshold = best_threshold(predicted, truth) if threshold is None else threshold
-        return threshold, decided(predicted, threshold)
+    def _threshold(self, predicted: Numbers, truth: Numbers) -> float:
+        return best_threshold(predicted, truth) if self.threshold is None else self.threshold
 
-    def _value(self, name: str, predicted: Numbers, truth: Numbers) -> float:
-        if name in ("pearson", "spearman"):
-            from scipy import stats
-
-            of: Callable[..., Any] = getattr(stats, f"{name}r")
-            return _correlation(name, lambda a, b: of(a, b)[0], predicted[:, 0], truth)
-        if name == "accuracy":
-            return float(right_shares(predicted, truth).mean())
-        classes = predicted.argmax(axis=1).astype(np.float64)
-        if name == "matthews_correlation":
-            return _correlation(name, _sklearn("matthews_corrcoef"), classes, truth)
-        if is_metric(name):
-            return _of_plugin(name, predicted, truth)
-        if name not in ONE_LABEL_METRICS:
-            return score_of(name, classes, truth)
-        guessed, is_so = classes == 1, truth == 1
-        if not is_so.any() and not guessed.any():
-            logger.info(
-                "%s is undefined because no label and no prediction is positive: counted as 0", name
-            )
-        return float(_sklearn(f"{name}_score")(is_so, guessed, zero_division=0))
+    def _guesses(self, predicted: Numbers, truth: Numbers) -> Guesses:
+        if truth.ndim == 2:
+            return decided(predicted, self._threshold(predicted, truth)), truth, None
+        is_top = _are_top(predicted)
+        rows, classes = is_top.nonzero()
+        return classes, truth[rows].astype(np.int64), 1 / is_top.sum(axis=1)[rows]
 
     def of_classes(self, outputs: Tensor, labels: Tensor) -> Row:
         """Return scores by class, and of one label confusions and calibration; or nothing."""
         if not self.label_names:
             return {}
         (predicted, truth), names = _scored_rows(outputs, labels), self.label_names
+        guesses, truths, weights = self._guesses(predicted, truth)
+        per_class = scores_by_label(names, guesses, truths, weights)
         if truth.ndim == 2:
-            _, guessed = self._decided(predicted, truth)
-            return {"per_class": scores_by_label(guessed, truth, names)}
-        truths, guesses = truth.astype(np.int64), predicted.argmax(axis=1)
+            return {"per_class": per_class}
         # Of many classes, a table of all pairs would not fit into memory.
-        pairs, numbers = np.unique(truths * len(names) + guesses, return_counts=True)
-        confusion = {label: dict[str, int]() for label in names}
-        for pair, number in zip(pairs, numbers, strict=True):
-            label, guessed = (names[int(n)] for n in divmod(pair, len(names)))
-            confusion[label][guessed] = int(number)
+        pairs, places = np.unique(truths * len(names) + guesses, return_inverse=True)
+        counts = np.bincount(places, weights).round(3).tolist()  # of ties shares of rows
+        confusion = [
+            {
+                "label": names[pair // len(names)],
+                "predicted": names[pair % len(names)],
+                "rows": int(count) if count.is_integer() else count,
+            }
+            for pair, count in zip(pairs.tolist(), counts, strict=True)
+        ]
         return {
-            "per_class": scores_by_label(guesses, truths, names),
+            "per_class": per_class,
             "confusion": confusion,
             "calibration_error": calibration_error(predicted, truth),
         }
@@ -189,10 +183,32 @@ class TaskMetrics:
         """Return a number for each row, whose bits are its most likely classes or its labels."""
         predicted = outputs.double().numpy()
         if labels.dim() == 1:
-            chosen = most_likely(predicted)
+            chosen = _are_top(predicted)
         else:
-            chosen = decided(predicted, self._decided(*_scored_rows(outputs, labels))[0])
+            chosen = decided(predicted, self._threshold(*_scored_rows(outputs, labels)))
         return [int.from_bytes(row.tobytes()) for row in np.packbits(chosen, axis=1)]
+
+
+def _metric(name: str, predicted: Numbers, truth: Numbers, guesses: Guesses) -> float:
+    if name in ("pearson", "spearman"):
+        from scipy import stats
+
+        of: Callable[..., Any] = getattr(stats, f"{name}r")
+        return _correlation(name, lambda a, b: of(a, b)[0], predicted[:, 0], truth)
+    if is_metric(name):
+        return _of_plugin(name, predicted, truth)
+    guessed, truths, weights = guesses
+    if name == "matthews_correlation":
+        of = partial(_sklearn("matthews_corrcoef"), sample_weight=weights)
+        return _correlation(name, of, guessed, truths)
+    if name in ONE_LABEL_METRICS:
+        guessed, truths = guessed == 1, truths == 1
+        if not truths.any() and not guessed.any():
+            logger.info(
+                "%s is undefined because no label and no prediction is positive: counted as 0",
+                name,
+            )
+    return score_of(name, guessed, truths, weights)
 
 
 def _of_plugin(name: str, predicted: Numbers, truth: Numbers) -> float:
@@ -286,6 +302,23 @@ def summed_loss(outputs: Tensor, labels: Tensor) -> Tensor:
         outputs.double(), labels, ignore_index=IGNORE, reduction="sum"
     )
     return torch.stack([missed, (labels != IGNORE).sum().double()])
+
+
+def loss_of_guessing(rows: Dataset, tokens: int) -> float:
+    """Return the loss of the best answer that is the same for all rows: shares, or a mean score.
+
+    Of a language model, all of its `tokens` have equal shares.
+    """
+    if "label" not in rows.column_names:
+        return math.log(tokens)
+    labels = column_of(rows, "label")[is_labelled(rows)]
+    if labels.ndim == 2:  # the mean over the classes of a row
+        shares = np.stack([labels.mean(axis=0), 1 - labels.mean(axis=0)])
+    elif labels.dtype.kind == "f":
+        return float(labels.var())
+    else:
+        shares = np.bincount(labels)[:, None] / len(labels)
+    return float(-(shares * np.log(np.where(shares > 0, shares, 1))).sum(axis=0).mean())
 
 
 def _sklearn(name: str) -> Callable[..., Any]:

@@ -32,6 +32,7 @@ from megakd.training.metrics import (
     TaskMetrics,
     headline,
     language_model_metrics,
+    loss_of_guessing,
     same_class,
     score_of,
     score_words,
@@ -192,9 +193,10 @@ def test_every_label_has_the_precision_and_recall_of_its_counts_also_if_the_labe
     for row, values in zip(by_class, wanted, strict=True):
         assert [row[key] for key in ("precision", "recall", "f1", "rows")] == pytest.approx(values)
     counts = theirs.confusion_matrix(TRUTH[KNOWN], PREDICTED[KNOWN], labels=range(4))
-    shown = actual["confusion"]
-    assert [[shown[a].get(b, 0) for b in shown] for a in shown] == counts.tolist()
-    assert shown["bad"] == {"bad": 2, "fine": 1}
+    shown = {(one["label"], one["predicted"]): one["rows"] for one in actual["confusion"]}
+    labels = [row["label"] for row in by_class]
+    assert [[shown.get((a, b), 0) for b in labels] for a in labels] == counts.tolist()
+    assert (shown["bad", "bad"], shown["bad", "fine"]) == (2, 1)
 
 
 def test_very_many_labels_are_counted_without_a_table_of_their_pairs():
@@ -202,7 +204,9 @@ def test_very_many_labels_are_counted_without_a_table_of_their_pairs():
 
     actual = chosen(names).of_classes(predicted, torch.tensor([3, 3]))
 
-    assert actual["confusion"]["3"] == {"3": 1, "70000": 1}
+    assert actual["confusion"] == [
+        {"label": "3", "predicted": guess, "rows": 1} for guess in ("3", "70000")
+    ]
     assert actual["per_class"][3]["recall"] == 0.5
 
 
@@ -228,9 +232,31 @@ def test_of_tied_classes_a_row_is_right_as_often_as_a_guess():
     assert metrics.of(outputs, truth)["accuracy"] == pytest.approx(sum(shares) / 4)
     collapsed = metrics.of_classes(torch.zeros(4, 3), truth)
     assert collapsed["calibration_error"] == pytest.approx(0.0)
+    numbers = [one["rows"] for one in collapsed["confusion"]]
+    assert numbers == pytest.approx([n / 3 for n in (1, 1, 1, 2, 2, 2, 1, 1, 1)], abs=1e-3)
+    assert [one["recall"] for one in collapsed["per_class"][:3]] == pytest.approx([1 / 3] * 3)
+    assert [one["rows"] for one in collapsed["per_class"][:3]] == [1, 2, 1]
+    binary = chosen(("no", "yes"), metrics=("f1", "matthews_correlation", "f1_macro"))
+    of_two = binary.of(torch.zeros(4, 2), torch.tensor([0, 0, 1, 1]))
+    wanted = {"accuracy": 0.5, "f1": 0.5, "f1_macro": 0.5, "matthews_correlation": 0.0}
+    assert {name: of_two[name] for name in wanted} == pytest.approx(wanted)
     rows = metrics.answers(outputs, truth)
     other = metrics.answers(torch.tensor([[0.0, 0, 0], [2, 1, 2], [1, 1, 3], [2, 1, 0]]), truth)
     assert [*map(same_class, rows, other)] == pytest.approx([1 / 3, 1 / 4, 0.0, 1 / 2])
+
+
+@pytest.mark.parametrize(
+    ("labels", "loss"),
+    [
+        ([0, 0, 0, 1, -100], (math.log(4) + 3 * math.log(4 / 3)) / 4),
+        ([2, 2], 0.0),
+        ([1.0, 3.0, math.nan], 1.0),  # the variance
+        ([[1.0, 0.0], [0.0, 0.0], [math.nan, math.nan]], math.log(2) / 2),
+    ],
+)
+def test_the_loss_of_guessing_is_that_of_the_best_constant_answer(labels, loss):
+    assert loss_of_guessing(Dataset.from_dict({"label": labels}), 0) == pytest.approx(loss)
+    assert loss_of_guessing(Dataset.from_dict({"text": labels}), 9) == math.log(9)
 
 
 def test_means_over_labels_are_those_of_scikit_learn():

@@ -90,7 +90,7 @@ def _row_kernel(
         logits, shared, width, bits, warp_s, warp_t, PARTS, WARP_S, WARP_T, BLOCK, STAGES
     )
     chance = chance_of_match(
-        logits, summary, target, shared, width, warp_s, warp_t, PARTS, WARP_S, WARP_T, BLOCK
+        logits, summary, target, label, shared, width, warp_s, warp_t, PARTS, WARP_S, WARP_T, BLOCK
     )
     tl.store(agrees + row, chance)
     reach = reach_of(summary, inverse)

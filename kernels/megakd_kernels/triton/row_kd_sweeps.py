@@ -234,7 +234,7 @@ def statistics(
 
 @triton.jit
 def chance_of_match(
-    rows, summary, target, shared, width, warp_s, warp_t,
+    rows, summary, target, label, shared, width, warp_s, warp_t,
     PARTS: tl.constexpr, WARP_S: tl.constexpr, WARP_T: tl.constexpr, BLOCK: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """Return the probability that both models draw the same of their equal maxima.
@@ -249,20 +249,18 @@ def chance_of_match(
         peak = hard_peak
     # Few rows need another sweep: only where a maximum may be one of several.
     if (chance > 0) & may_tie:
-        ours = tl.zeros([BLOCK], tl.float32)
-        theirs = tl.zeros([BLOCK], tl.float32)
-        both = tl.zeros([BLOCK], tl.float32)
+        ours, theirs, both = 0.0, 0.0, 0.0  # scalars, because lanes would take registers
         for start in range(0, end, BLOCK):
             ids = start + tl.arange(0, BLOCK)
             top = logits_of(rows[0], ids, end, warp_s, WARP_S, _RAGGED, _AGAIN) == peak
-            ours += top.to(tl.float32)
             if SOFT & PARTS:
                 top_t = logits_of(rows[1], ids, end, warp_t, WARP_T, _RAGGED, _AGAIN) == peak_t
-                theirs += top_t.to(tl.float32)
-                both += (top & top_t).to(tl.float32)
-        chance = 1.0 / tl.sum(ours, 0)
-        if SOFT & PARTS:
-            chance *= tl.sum(both, 0) / tl.sum(theirs, 0)
+            else:
+                top_t = ids == label
+            ours += tl.sum(top.to(tl.float32), 0)
+            theirs += tl.sum(top_t.to(tl.float32), 0)
+            both += tl.sum((top & top_t).to(tl.float32), 0)
+        chance = both / (ours * theirs)
     return chance
 
 

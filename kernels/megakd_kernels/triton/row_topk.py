@@ -134,13 +134,12 @@ def _topk_kernel(
     tl.store(divergence + row, (value * value_scale).to(tl.float32))
     chance = ((top >= 0) & (top_logit == peak)).to(tl.float32)
     if (chance > 0) & (total >= 2):
-        tied = (kept_logits == peak).to(tl.float32)
-        ties = tl.zeros([BLOCK], tl.float32)
+        ties = tl.sum((kept_logits == peak).to(tl.float32), 0)
         for start in range(0, width, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             s = _logits(student, bias, columns, columns < width, MINUS_INFINITY, BIASED, _AGAIN)
-            ties += (s == peak).to(tl.float32)
-        chance = 1.0 / (tl.sum(tied, 0) + tl.sum(ties, 0))
+            ties += tl.sum((s == peak).to(tl.float32), 0)
+        chance = 1.0 / ties
     tl.store(agrees + row, chance)
 
     ce = 0.0
