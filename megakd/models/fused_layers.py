@@ -124,7 +124,7 @@ def fused_forwards(model: nn.Module, fuse: Compile = compiled) -> Forwards:
     return forwards
 
 
-def _values(part: nn.Module) -> dict[str, Any]:
+def _attributes(part: nn.Module) -> dict[str, Any]:
     base = vars(nn.Module())
     return {name: value for name, value in vars(part).items() if name not in base}
 
@@ -133,7 +133,7 @@ def _constants(part: nn.Module) -> object:
     """Return what parts of a class have in common if they compute alike with equal weights."""
     plain = tuple(
         (name, repr(one) if isinstance(one, _CONSTANT) or callable(one) else id(one))
-        for name, one in _values(part).items()
+        for name, one in _attributes(part).items()
     )
     children = tuple((name, _constants(child)) for name, child in part.named_children())
     return type(part), plain, (*part._parameters,), children  # noqa: SLF001
@@ -255,7 +255,7 @@ def _tried(
     """
     small: Any = type(part).__new__(type(part))
     nn.Module.__init__(small)
-    vars(small).update(_values(part))
+    vars(small).update(_attributes(part))
     for name, child in part.named_children():
         small.add_module(name, child)
     for name, weight in weights.items():

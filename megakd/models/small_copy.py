@@ -74,7 +74,7 @@ class Valueless(TorchFunctionMode):
             if func is torch.unique_consecutive:  # as many end tokens in every text
                 return tensor[:1]
             if func is Tensor.__getitem__:
-                args = (tensor, _known(args[1]))
+                args = (tensor, _with_zeros(args[1]))
             if func is Tensor.split and len(args) > 1 and isinstance(args[1], list):
                 dim = (*args[2:], kwargs.get("dim", 0))[0]
                 if not any(args[1]):  # unknown numbers of tokens by expert
@@ -82,12 +82,13 @@ class Valueless(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _known(index: Any) -> Any:
+def _with_zeros(index: object) -> object:
     # An index whose unknown numbers, such as that of an expert, are zero.
     if isinstance(index, tuple):
-        return tuple(map(_known, index))
-    is_number = isinstance(index, Tensor) and index.is_meta and index.dim() == 0
-    return 0 if is_number and index.dtype is not torch.bool else index
+        return tuple(map(_with_zeros, index))
+    if isinstance(index, Tensor) and index.is_meta and index.dim() == 0:
+        return index if index.dtype is torch.bool else 0
+    return index
 
 
 def new_model(config: PretrainedConfig, task: TaskType, **options: Any) -> PreTrainedModel:

@@ -136,7 +136,7 @@ class TaskMetrics:
         """
         predicted, truth = _scored_rows(outputs, labels)
         guesses = self._guesses(predicted, truth)
-        values = {n: _metric(n, predicted, truth, guesses) for n in self.names if n != LOSS}
+        values = {n: _score_named(n, predicted, truth, guesses) for n in self.names if n != LOSS}
         if truth.ndim == 2:
             values[THRESHOLD] = self._threshold(predicted, truth)
         total, count = summed_loss(outputs, labels).tolist()
@@ -189,7 +189,7 @@ class TaskMetrics:
         return [int.from_bytes(row.tobytes()) for row in np.packbits(chosen, axis=1)]
 
 
-def _metric(name: str, predicted: Numbers, truth: Numbers, guesses: Guesses) -> float:
+def _score_named(name: str, predicted: Numbers, truth: Numbers, guesses: Guesses) -> float:
     if name in ("pearson", "spearman"):
         from scipy import stats
 
