@@ -371,10 +371,10 @@ CEILINGS = {
     "annotations Any": 639,
 }
 CEILINGS_OF_THE_PLAIN_RUN = {
-    "plain run: lines of functions": 10_300,
-    "plain run: files": 89,
-    "plain run: files before the first step": 75,
-    "plain run: changes of file before the first step": 3_520,
+    "plain run: lines of functions": 10_600,
+    "plain run: files": 92,
+    "plain run: files before the first step": 78,
+    "plain run: changes of file before the first step": 3_550,
 }
 
 

@@ -7,6 +7,7 @@ classifier enters. The identifiers of a feature are listed here: a rename is fol
 from __future__ import annotations
 
 import ast
+import os
 import re
 import sys
 import threading
@@ -160,6 +161,7 @@ def plain_run() -> dict[str, int]:
             first.append((len(files), changes))
 
     with TemporaryDirectory() as folder:
+        os.environ["MEGAKD_CACHE"] = f"{folder}/cache"  # a second start reads what is remembered
         words = [("good fine nice", "up"), ("bad sad poor", "down")]
         rows = (f"{words[n % 2][0]} {n},{words[n % 2][1]}\n" for n in range(200))
         Path(folder, "data.csv").write_text("text,label\n" + "".join(rows))
