@@ -244,7 +244,7 @@ def plan_loading(
     keeps_head = need_head or not is_classifier or order is not None
     if not need_head:
         config.problem_type = None  # of a classifier that a language model starts from
-    if is_classifier:
+    if is_classifier and (label_names or source.folder is None or not need_head):
         set_labels(config, label_names, multi_label=bool(task.multi_label))
     empty = valueless_model(source, task, config)
     leave_out = () if keeps_head else (source.architecture.head,)

@@ -207,8 +207,7 @@ REFUSED = [
     (SOFT, "task.soft_labels: not supported by method finetune; remove it, or use single"),
     (
         SINGLE,
-        "train.jsonl, line 1, line 2, line 3 and 17 more: soft labels (task.soft_labels) is "
-        "not JSON",
+        "train.jsonl, line 1: soft labels (task.soft_labels) is not JSON",
     ),
     (
         f"{SINGLE}; teacher.model=./bert",
