@@ -65,8 +65,8 @@ MUTATIONS = (
     ),
     Mutation(
         "megakd/losses/targets.py",
-        "return weight.detach(), None if bias",
-        "return weight, None if bias",
+        "(p if p is None else p.detach() for p in head.read())",
+        "(*head.read(),)",
         "tests/losses tests/training/test_trainer.py",
     ),
     Mutation(
@@ -236,8 +236,8 @@ MUTATIONS = (
     ),
     Mutation(
         "megakd/methods/homodistil/__init__.py",
-        "return (1 - Fraction(last, self.end - self.start)) ** 3",
-        "return 1 - Fraction(last, self.end - self.start)",
+        "return (1 - Fraction(step // self.every * self.every, self.end)) ** 3",
+        "return 1 - Fraction(step // self.every * self.every, self.end)",
         "tests/methods/test_pruning_schedule.py",
     ),
     Mutation(
