@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-oldest lint docs clean
+.PHONY: help install quickstart test quick test-oldest lint docs clean
 
 VENV := .venv
 OLDEST := .venv-oldest
@@ -20,6 +20,7 @@ help:
 	@echo 'make install     the environment alone, in $(VENV)'
 	echo 'make quickstart  distil a student on docstrings: some minutes on a CPU'
 	echo 'make test        the whole test suite (SLOW=1: the slow tests too)'
+	echo 'make quick       its cheapest tests, under a minute of CPU: rooms, config, losses, rows'
 	echo 'make test-oldest the tests of GPUs under torch 2.11 (5 GB)'
 	echo 'make lint        format, ruff and pyright'
 	echo 'make docs        the documentation site, in build/site'
@@ -63,6 +64,12 @@ test: install
 	@$(ACTIVATE)
 	# Two processes, each with ranks of its own: the files go to whoever is free.
 	pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(if $(SLOW),,-m 'not slow')
+
+quick: install
+	@$(ACTIVATE)
+	pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m 'not slow' tests/test_layout.py \
+		tests/config tests/losses tests/data/test_several_labels.py tests/data/test_chat_rows.py \
+		tests/data/test_splits.py
 
 # Before a release: the lowest torch that is supported, a CUDA build of 5 GB, with its Triton.
 test-oldest: $(OLDEST)/installed
