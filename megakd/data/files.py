@@ -47,6 +47,7 @@ from megakd.data.arrow import (
 )
 from megakd.data.readers import (
     class_names_of,
+    content_hash,
     files_table,
     plain_features,
     typed_table,
@@ -342,7 +343,7 @@ def hash_of_file(file: Path, task: TaskConfig) -> str:
     """
     if task.streaming or data_suffix(file) not in DATA_SUFFIXES:
         return remembered_of(file, partial(files_identity, [file]), "sampled")
-    return remembered_of(file, partial(sha256_of, file), "sha256")
+    return content_hash(file)
 
 
 def file_of_rows(data: Any, folder: Path) -> str:

@@ -114,7 +114,7 @@ def files_table(
 
     def digest(path: Path) -> str:
         with readable(path):
-            return remembered_of(path, lambda: sha256_of(path), "sha256")
+            return content_hash(path)
 
     return Table(
         name=str(paths[0]) if len(paths) == 1 else name or key,
@@ -127,6 +127,11 @@ def files_table(
         ),
         class_names=class_names_of(_features(first)) if suffixes[0] == ".parquet" else {},
     )
+
+
+def content_hash(path: Path) -> str:
+    """Return the sha256 of a file, which is read once for its size, time and place on the disk."""
+    return remembered_of(path, lambda: sha256_of(path), "sha256")
 
 
 def records_of(path: Path, *, piece: int = PIECE_CHARACTERS) -> Iterator[Read]:

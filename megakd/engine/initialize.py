@@ -77,11 +77,14 @@ def frozen_engine(model: nn.Module, *, ds: Mapping[str, Any], dtype: Dtype, rows
     config = frozen_ds_config(ds, dtype=dtype, micro_batch=rows)
     _import_muon_without_compiling()
     # DeepSpeed casts them: scales of quantized weights, and what a family keeps in fp32.
-    whole = [p for p in model.parameters() if p.dtype == torch.float32 and not is_zero_param(p)]
-    values = [p.data for p in whole] if dtype != "fp32" else []
+    whole = [
+        (parameter, parameter.data)
+        for parameter in model.parameters()
+        if dtype != "fp32" and parameter.dtype == torch.float32 and not is_zero_param(parameter)
+    ]
     with linear_left_alone():
         engine, *_ = deepspeed.initialize(model=model, config=config)
-    for parameter, value in zip(whole, values, strict=False):
+    for parameter, value in whole:
         if not is_zero_param(parameter):
             parameter.data = value.to(parameter.device)
     note_fetches(engine)
