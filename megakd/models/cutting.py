@@ -35,7 +35,7 @@ from megakd.models.fitting import (
     valueless_model,
 )
 from megakd.models.knowledge import FILE, second_vocabulary, without_second_vocabulary
-from megakd.models.layers import check_depth, renumbered, without_layers
+from megakd.models.layers import RemainingLayers, check_depth, without_layers
 from megakd.models.lora import adapter_config, merged_state
 from megakd.models.model_folder import Extra, ModelContent, fill_serving_folder, write_model_folder
 from megakd.models.proposed_units import Cuttable, are_of_maps, cut_part
@@ -160,7 +160,7 @@ def content_of(
     config = cut_config(whole, cut.view, cut.order, learns=learns)
     state = cut_state(state, weight_axes(model), cut.view, cut.order)
     state = state if learns else rescaled(state, whole, cut.view)
-    named = renumbered(state, whole, cut.view)
+    named = RemainingLayers(whole, cut.view.layers).select(state)
     return ModelContent(config, named, tokenizer, cut_class_name(model, config))
 
 
@@ -193,7 +193,10 @@ def reshape_folder(
     state = ((name, reader.read(stored)) for name, stored in match.in_disk_order())
     state = rescaled(cut_state(state, weight_axes(uncut), view, order), whole, view)
     settings = generation_file(source, tokenizer) if task.type == "causal_lm" else {}
-    state, extra = renumbered(state, whole, view), {**settings, **(extra or {})}
+    state, extra = (
+        RemainingLayers(whole, view.layers).select(state),
+        {**settings, **(extra or {})},
+    )
     content = ModelContent(config, state, tokenizer, cut_class_name(uncut, config), extra)
     write_model_folder(folder, content)
 

@@ -264,7 +264,7 @@ def plan_loading(
     if order is not None and list(order) != sorted(order):
         last = output_module(empty, source.architecture.head)
         permuted = {
-            name: replace(stored, rows=order)
+            name: stored.chosen(0, order)
             for name, stored in match.stored.items()
             if name.rpartition(".")[0] == last
         }

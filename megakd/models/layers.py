@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +21,20 @@ from megakd.engine.sharding import full_shape, sharded_construction
 from megakd.errors import ModelError, one_line
 from megakd.models.architectures import Architecture, Known, config_with_layers
 from megakd.models.fitting import ModelSource, as_in_model
-from megakd.models.small_copy import TOKENS, copy_that_runs, logits_of, new_model
+from megakd.models.small_copy import (
+    TOKENS,
+    copy_that_runs,
+    first_copy,
+    logits_of,
+    new_model,
+    without_values,
+)
 from megakd.models.structure import UNRELATED, architecture_of
 from megakd.models.views import View, evenly_spaced, most_important
 from megakd.models.weights import StoredTensor
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
 _OF_ALL_LAYERS = "relative_attention_bias"
 """T5's position bias, which is always stored in the first layer."""
 
@@ -62,17 +68,16 @@ def with_layers(
 def _stored_with_layers(
     source: ModelSource, numbers: Sequence[int]
 ) -> Iterator[tuple[str, StoredTensor]]:
-    stored, architecture = source.stored, source.architecture
+    stored, remaining = source.stored, RemainingLayers(source.config, numbers)
     if stored:
         # A file may have other names than the model, which transformers changes while it loads.
         with torch.device("meta"), sharded_construction(None, torch.float32):
             whole = new_model(source.config, source.architecture.tasks[0])
         stored, _ = as_in_model(whole, stored, whole.state_dict())
-    rename = renumbering(architecture, numbers)
     for name, tensor in stored.items():
-        renamed = rename(name)
+        renamed, block = remaining.name(name), remaining.block(name, tensor.shape)
         if renamed is not None:
-            yield renamed, tensor
+            yield renamed, tensor if block is None else tensor.chosen(*block)
 
 
 def check_depth(source: ModelSource, numbers: Sequence[int], *, where: str) -> None:
@@ -166,9 +171,8 @@ def _with_rest(
         raise ModelError(
             f"its class cannot be built with {len(numbers)} of them ({one_line(error)})"
         ) from error
-    rename, shapes = renumbering(architecture, numbers), smaller.state_dict()
-    named = ((rename(name), value) for name, value in whole.state_dict().items())
-    state = {name: value for name, value in named if name is not None}
+    remaining, shapes = RemainingLayers(whole.config, numbers), smaller.state_dict()
+    state = dict(remaining.select(whole.state_dict().items()))
     for name, value in state.items():
         if name in shapes and value.shape != shapes[name].shape:
             raise ModelError(
@@ -309,22 +313,74 @@ def without_layers(config: PretrainedConfig, view: View) -> tuple[PretrainedConf
     return config_with_layers(config, architecture, view.layers), kept
 
 
-def naming(config: PretrainedConfig, view: View) -> Callable[[str], str | None]:
-    """Return a function from a weight's name to its name after a cut; None: it is left out."""
-    if view.layers is None:
-        return lambda name: name
-    return renumbering(architecture_of(config), view.layers)
+def _find_blocks(config: PretrainedConfig) -> dict[str, int]:
+    # A model of all layers but one tells by its shapes which weights are meant.
+    architecture = architecture_of(config)
+    count, task = architecture.number_of_layers(config), architecture.tasks[0]
+    rename = renumbering(architecture, range(1, count))
+
+    def find(small: PretrainedConfig) -> dict[str, int]:
+        fewer = without_values(config_with_layers(small, architecture, range(1, count)), task)
+        shapes = {name: weight.shape for name, weight in fewer.named_parameters()}
+        return {
+            name: dimension
+            for name, weight in without_values(small, task).named_parameters()
+            if rename(name) in shapes
+            for dimension, (all_sizes, sizes) in enumerate(
+                zip(weight.shape, shapes[name], strict=True)
+            )
+            if sizes < all_sizes and sizes * count == all_sizes * (count - 1)
+        }
+
+    return first_copy(config, task, find)[0] or {}
 
 
-def renumbered(
-    state: Iterable[tuple[str, T]], config: PretrainedConfig, view: View
-) -> Iterator[tuple[str, T]]:
-    """Yield the weights of the layers that a view keeps, with the new numbers of their layers.
+_BLOCKS = Known(_find_blocks, without=UNRELATED)
+"""By name, the dimension along which a weight outside of the layers has a block for each layer."""
 
-    The config is that of the model before the cut.
+
+class RemainingLayers:
+    """Where the weights of a model go in the model of some of its layers.
+
+    Args:
+        config: of the whole model.
+        numbers: of the layers that stay, counted from 1, in their new order; None: all stay.
     """
-    rename = naming(config, view)
-    for name, value in state:
-        renamed = rename(name)
-        if renamed is not None:
-            yield renamed, value
+
+    def __init__(self, config: PretrainedConfig, numbers: Sequence[int] | None) -> None:
+        architecture = architecture_of(config)
+        self._numbers, self._count = numbers, architecture.number_of_layers(config)
+        self._rename = None if numbers is None else renumbering(architecture, numbers)
+        self._blocks = {} if numbers is None else _BLOCKS.of(config)
+
+    def name(self, name: str) -> str | None:
+        """Return the new name of a weight; None: it is left out."""
+        return name if self._rename is None else self._rename(name)
+
+    def block(self, name: str, shape: Sequence[int]) -> tuple[int, list[int]] | None:
+        """Return the dimension along which a weight is cut, and the places that stay."""
+        dimension = self._blocks.get(name)
+        if dimension is None or self._numbers is None:
+            return None
+        size = shape[dimension] // self._count
+        firsts = [size * (number - 1) for number in self._numbers]
+        return dimension, [first + place for first in firsts for place in range(size)]
+
+    def select(self, state: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the weights that stay by their new names.
+
+        An empty vector, which stands for a tensor on ranks that do not hold it, has no blocks.
+        """
+        for name, tensor in state:
+            renamed = self.name(name)
+            if renamed is None:
+                continue
+            block = None if tensor.shape == (0,) else self.block(name, tensor.shape)
+            if block is None:
+                yield renamed, tensor
+            else:
+                dimension, places = block
+                yield (
+                    renamed,
+                    tensor.index_select(dimension, torch.tensor(places, device=tensor.device)),
+                )

@@ -6,9 +6,9 @@ import copy
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -39,7 +39,6 @@ class StoredTensor:
     """Location of one tensor: file, key in the file, and first byte.
 
     read_as: the dtype to which its values are rounded; None: the stored dtype.
-    rows: the stored rows that it has, in this order; None: all.
     """
 
     file: Path
@@ -48,11 +47,18 @@ class StoredTensor:
     dtype: torch.dtype
     offset: int
     read_as: torch.dtype | None = None
-    rows: tuple[int, ...] | None = None
 
     def rounded(self, dtype: torch.dtype | None) -> StoredTensor:
         """Return the tensor with values rounded to a dtype, if they are floating-point numbers."""
         return replace(self, read_as=dtype if self.dtype.is_floating_point else None)
+
+    def chosen(self, dimension: int, places: Sequence[int]) -> StoredPart:
+        """Return the tensor with some rows (dimension 0) or columns (1), in the given order."""
+        shape = (*self.shape[:dimension], len(places), *self.shape[dimension + 1 :])
+        inherited = {one.name: getattr(self, one.name) for one in fields(StoredTensor)}
+        return StoredPart(
+            **{**inherited, "shape": shape}, whole=self, dimension=dimension, places=(*places,)
+        )
 
 
 @dataclass
@@ -100,6 +106,15 @@ class StoredConverted(StoredTensor):
 
     name: str
     conversion: Conversion = field(repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredPart(StoredTensor):
+    """Places along one of the first two dimensions of a stored tensor."""
+
+    whole: StoredTensor = field(repr=False)
+    dimension: int
+    places: tuple[int, ...] = field(repr=False)
 
 
 def check_weight_files(folder: Path, where: str) -> dict[str, StoredTensor]:
@@ -182,9 +197,12 @@ class WeightReader:
 
     def part(self, stored: StoredTensor, start: int, stop: int) -> Tensor:
         """Return some elements of the flattened tensor as stored, on the CPU, [stop - start]."""
-        if stored.rows is not None:
-            whole = self.read(replace(stored, rows=None))
-            return whole[list(stored.rows)].flatten()[start:stop]
+        if isinstance(stored, StoredPart) and start < stop:
+            # Rows alone are read that have any of the elements: a table may fill the memory.
+            width = math.prod(stored.shape[1:])
+            first = start // width
+            values = self._rows(stored, first, -(-stop // width)).flatten()[start - first * width :]
+            return values[: stop - start].to(stored.read_as or stored.dtype)
         if isinstance(stored, StoredConverted):
             if self._converted[0] is not stored.conversion:  # the tensors of one follow each other
                 self._converted = stored.conversion, stored.conversion.run(self.read)
@@ -203,6 +221,16 @@ class WeightReader:
                     )
                 done += count
         return data.view(stored.dtype).to(stored.read_as or stored.dtype)
+
+    def _rows(self, stored: StoredPart, first: int, last: int) -> Tensor:
+        whole, width = stored.whole, math.prod(stored.whole.shape[1:])
+        if stored.dimension == 1:
+            values = self.part(whole, first * width, last * width).unflatten(
+                0, (-1, *whole.shape[1:])
+            )
+            return values[:, list(stored.places)]
+        rows = stored.places[first:last]
+        return torch.stack([self.part(whole, row * width, (row + 1) * width) for row in rows])
 
     def sample(self, stored: Iterable[StoredTensor]) -> str:
         """Return a digest of some elements of some tensors, to tell other weights of one shape."""

@@ -21,7 +21,7 @@ from megakd.errors import ModelError
 from megakd.models.cutting import cut_config, is_stock, why_rigid
 from megakd.models.elastic import weight_axes, weights_inside
 from megakd.models.fitting import ModelSource, valueless_model
-from megakd.models.layers import check_depth, naming
+from megakd.models.layers import RemainingLayers, check_depth
 from megakd.models.proposed_units import lengths
 from megakd.models.structure import for_task
 from megakd.models.views import Axes, ParameterCounts, View
@@ -123,11 +123,15 @@ class RunFacts:
                 (name, weight.shape, axes.get(name, (None,) * weight.dim()), name in inside)
                 for name, weight in empty.named_parameters()
             ]
-        rename, total, encoder = naming(source.config, view), 0, 0
+        remaining, total, encoder = RemainingLayers(source.config, view.layers), 0, 0
         for name, shape, axes, is_inside in self._weights[model]:
-            if rename(name) is not None:
-                count = math.prod(lengths(shape, axes, view))
-                total, encoder = total + count, encoder + count * is_inside
+            if remaining.name(name) is not None:
+                sizes = [*lengths(shape, axes, view)]
+                block = remaining.block(name, sizes)
+                if block is not None:
+                    sizes[block[0]] = len(block[1])
+                total += math.prod(sizes)
+                encoder += math.prod(sizes) * is_inside
         return ParameterCounts(total, encoder)
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from tiny_cuts import reshaped
 from tiny_families import SMALL, TYPES, build, small_config
 from torch import Tensor
 from transformers import CONFIG_MAPPING
@@ -27,6 +29,7 @@ from megakd.models.loading import load_model, resolve_model
 from megakd.models.model_folder import write_model_folder
 from megakd.models.small_copy import logits_of
 from megakd.models.structure import architecture_of
+from megakd.training.facts import RunFacts
 
 LAYERS, STAY = 4, (1, 4)
 TOKENS = 5 + torch.arange(48).reshape(2, 24) * 11 % 500
@@ -42,10 +45,6 @@ REFUSED: dict[str, tuple[TaskType, str]] = {
     "diffllama": ("causal_lm", COUNTS),
     "zaya": ("causal_lm", COUNTS),
     "esmc": ("mlm", COUNTS),
-    "esm": (
-        "mlm",
-        "the size of esm.contact_head.regression.weight, a weight outside of the layers",
-    ),
     "hrm_text": ("causal_lm", "the layers of a hrm_text model are not found"),
 }
 
@@ -63,10 +62,10 @@ def source(folder: Path, task: TaskType) -> ModelSource:
     return resolve_model(str(folder), settings(task), where="student.model")
 
 
-def cut(folder: Path, task: TaskType) -> Path:
-    """The folder of the model without its inner layers, as a run writes it."""
+def cut(folder: Path, task: TaskType, stay: tuple[int, ...] = STAY) -> Path:
+    """The folder of the model with the layers that stay, as a run writes it."""
     model = load_model(
-        with_layers(source(folder, task), STAY, where=KEY),
+        with_layers(source(folder, task), stay, where=KEY),
         task=settings(task),
         label_names=(),
         tokenizer_size=SMALL["vocab_size"],
@@ -80,12 +79,12 @@ def cut(folder: Path, task: TaskType) -> Path:
 
 
 @torch.no_grad()
-def passed_by(folder: Path, task: TaskType) -> Tensor:
-    """The logits of the whole model, whose inner layers are passed by."""
+def passed_by(folder: Path, task: TaskType, stay: tuple[int, ...]) -> Tensor:
+    """The logits of the whole model, whose other layers are passed by."""
     whole = opened(folder, task)
     with ExitStack() as without:
         count = architecture_of(whole.config).number_of_layers(whole.config)
-        for layer in {*range(1, count + 1)} - {*STAY}:
+        for layer in {*range(1, count + 1)} - {*stay}:
             without.enter_context(left_out(whole, layer))
         return logits_of(whole, TOKENS)
 
@@ -104,10 +103,13 @@ def written(model_type: str, task: TaskType, folder: Path) -> bool:
         return False
 
 
-def assert_cut(folder: Path, task: TaskType) -> None:
+def assert_cut(folder: Path, task: TaskType, stay: tuple[int, ...] = STAY) -> None:
     with torch.no_grad():
-        actual = logits_of(opened(cut(folder, task), task), TOKENS)
-    expected = passed_by(folder, task)
+        actual = logits_of(opened(cut(folder, task, stay), task), TOKENS)
+    assert_same(actual, passed_by(folder, task, stay))
+
+
+def assert_same(actual: Tensor, expected: Tensor) -> None:
     assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
@@ -121,6 +123,28 @@ def test_the_layers_that_stay_compute_alone_what_they_compute_in_the_model(
 ):
     assert written(model_type, task, tmp_path)
     assert_cut(tmp_path, task)
+
+
+@pytest.mark.parametrize("model_type", ["gemma3n_text", "gemma4_text"])
+def test_weights_that_hold_a_block_for_each_layer_lose_those_of_the_others(tmp_path, model_type):
+    # The last layer takes its keys from the third; all have embeddings in one table.
+    assert written(model_type, "causal_lm", tmp_path)
+    assert_cut(tmp_path, "causal_lm", (1, 3, 4))
+    with pytest.raises(ModelError, match="cannot keep the layers 1, 4 alone"):
+        cut(tmp_path, "causal_lm")
+
+
+def test_a_view_of_some_layers_writes_and_counts_their_blocks_alone(tmp_path):
+    assert written("gemma4_text", "causal_lm", tmp_path)
+    teacher, stay = source(tmp_path, "causal_lm"), (3, 4)
+    view = teacher.whole._replace(layers=stay)
+    smaller = opened(reshaped(teacher, tmp_path / "cut", "causal_lm", view=view), "causal_lm")
+
+    with torch.no_grad():
+        assert_same(logits_of(smaller, TOKENS), passed_by(tmp_path, "causal_lm", stay))
+    config: Any = SimpleNamespace(task=settings("causal_lm"))
+    counted = RunFacts(config, {}, world=1).parameters(teacher, view).parameters
+    assert counted == sum(weight.numel() for weight in smaller.parameters())
 
 
 @pytest.mark.parametrize("model_type", REFUSED)

@@ -47,6 +47,25 @@ def test_a_whole_file_gives_its_tensors_with_shape_and_dtype(tmp_path):
         assert torch.equal(reader.part(stored["whole"], start, stop), part)
 
 
+@pytest.mark.parametrize(("dimension", "places"), [(0, (2, 0)), (1, (3, 1, 2)), (1, ())])
+def test_chosen_rows_and_columns_are_read_as_a_tensor_of_their_own(tmp_path, dimension, places):
+    whole = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    save_file({"whole": whole}, tmp_path / "model.safetensors")
+    stored = check_weight_files(tmp_path, "teacher.model")["whole"].chosen(dimension, places)
+    reader, expected = (
+        WeightReader("teacher.model"),
+        whole.index_select(dimension, torch.tensor(places, dtype=torch.long)),
+    )
+
+    assert stored.shape == tuple(expected.shape)
+    assert torch.equal(reader.read(stored), expected)
+    for start in range(expected.numel() + 1):
+        for stop in range(start, expected.numel() + 1):
+            assert torch.equal(reader.part(stored, start, stop), expected.flatten()[start:stop])
+    twice = stored.chosen(0, (1,)).rounded(torch.bfloat16)
+    assert torch.equal(reader.read(twice), expected[1:2].bfloat16())
+
+
 def test_shards_are_read_as_one_checkpoint(shards):
     stored = check_weight_files(shards, "teacher.model")
     reader = WeightReader("teacher.model")

@@ -23,7 +23,7 @@ from megakd.models.architectures import register_own_models
 from megakd.models.cutting import cut_config, cut_state, rescaled, reshape_folder
 from megakd.models.elastic import weight_axes
 from megakd.models.fitting import ModelSource
-from megakd.models.layers import renumbered
+from megakd.models.layers import RemainingLayers
 from megakd.models.loading import load_model, resolve_model
 from megakd.models.model_folder import ModelContent, write_model_folder
 from megakd.models.small_copy import new_model
@@ -200,7 +200,9 @@ def cut(
     made = new_model(cut_config(model.config, view, order, learns=learns), kind).eval()
     state = cut_state(model.state_dict().items(), weight_axes(model), view, order)
     state = state if learns else rescaled(state, model.config, view)
-    made.load_state_dict(dict(renumbered(state, model.config, view)), strict=True)
+    made.load_state_dict(
+        dict(RemainingLayers(model.config, view.layers).select(state)), strict=True
+    )
     made.tie_weights()
     return made
 
