@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megakd.commands.arguments import Parser, add_config, config_of, say, scored_model
+from megakd.config.task import STANDARD_ERROR
 from megakd.errors import DataError
 from megakd.process.files import json_text
 from megakd.process.terminal import in_home, print_aside
@@ -49,7 +50,11 @@ def _text(scores: Mapping[str, Any]) -> str:
     blocks += [(f"{n} ({one['file']})", one) for n, one in scores["evaluation_sets"].items()]
     lines: list[str] = []
     for head, one in blocks:
-        width = max(map(len, one["metrics"]), default=0)
+        metrics = {k: v for k, v in one["metrics"].items() if not k.endswith(STANDARD_ERROR)}
+        errors = {name: one["metrics"].get(name + STANDARD_ERROR) for name in metrics}
+        width = max(map(len, metrics), default=0)
         lines += ["", f"{head}: {one['rows']} rows"]
-        lines += [f"{name:{width}}  {value:.4f}" for name, value in one["metrics"].items()]
+        for name, value in metrics.items():
+            more = "" if errors[name] is None else f" ±{errors[name]:.4f}"
+            lines.append(f"{name:{width}}  {value:.4f}{more}")
     return "\n".join(lines[1:])

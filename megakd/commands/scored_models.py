@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from datasets import Dataset
 
 from megakd.commands.arguments import scored_model
 from megakd.config.run import RunConfig
@@ -22,6 +25,7 @@ from megakd.models.fitting import MULTI_LABEL, ModelSource, model_label_names
 from megakd.models.loading import resolve_model
 from megakd.models.onnx import MODEL, quantize_graph
 from megakd.models.packing import packing_at
+from megakd.reports.report_file import standard_errors
 from megakd.run.main import started
 from megakd.run.run_report import graph_scores, row_count
 from megakd.run.teacher_pool import set_metrics
@@ -52,7 +56,7 @@ def evaluate_model(
 
     Returns:
         `model`, `file`, `split`, `rows`, `metrics`, and `evaluation_sets`: by name `file`, `rows`
-        and `metrics`.
+        and `metrics`. A share among the metrics has its standard error beside it.
     """
     folder = scored_model(config.output_dir, model)
     if data == "":
@@ -74,18 +78,21 @@ def evaluate_model(
             metrics = scorer.score(loaded.predict, prepared.encoded.held_out)
             of_sets = set_metrics(assembly, scorer, loaded)
     files, splits = config.task.evaluation_sets, prepared.splits
+
+    def scored(file: str, rows: Dataset, scores: Mapping[str, float]) -> dict[str, Any]:
+        count = row_count(rows)
+        return {
+            "file": file,
+            "rows": count,
+            "metrics": {**scores, **standard_errors(scores, count)},
+        }
+
     return {
         "model": str(folder),
-        "file": config.task.data_name if data is None else data,
         "split": split,
-        "rows": row_count(splits.held_out),
-        "metrics": metrics,
+        **scored(config.task.data_name if data is None else data, splits.held_out, metrics),
         "evaluation_sets": {
-            name: {
-                "file": ", ".join(listed_files(files[name])),
-                "rows": row_count(splits.evaluation_sets[name]),
-                "metrics": of_set,
-            }
+            name: scored(", ".join(listed_files(files[name])), splits.evaluation_sets[name], of_set)
             for name, of_set in of_sets.items()
         },
     }

@@ -57,6 +57,9 @@ THRESHOLD = "threshold"
 """The probability from which a row has a label: a value of an evaluation, and a key of the config
 of a model."""
 
+STANDARD_ERROR = "_standard_error"
+"""End of the keys of the standard errors of scores that are shares of rows."""
+
 METRICS: dict[TaskType, tuple[str, ...]] = {
     "classification": (
         "accuracy",

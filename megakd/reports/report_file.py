@@ -13,10 +13,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from megakd.config.task import STUDENT, TEACHER, TFIDF, THRESHOLD
+from megakd.config.task import STANDARD_ERROR, STUDENT, TEACHER, TFIDF, THRESHOLD
 from megakd.errors import CheckpointError, listed
 from megakd.process import files
-from megakd.reports.table import STANDARD_ERROR, is_number, score
+from megakd.reports.table import is_number, score
 from megakd.training.ranking import lower_is_better
 from megakd.training.record import Report
 

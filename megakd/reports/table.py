@@ -16,7 +16,15 @@ from huggingface_hub import metadata_load, try_to_load_from_cache
 from transformers.utils.hub import CHAT_TEMPLATE_FILE
 
 from megakd.config.run import RunConfig
-from megakd.config.task import STUDENT, TEACHER, TEXT_METRIC, THRESHOLD, TaskType, is_text_metric
+from megakd.config.task import (
+    STANDARD_ERROR,
+    STUDENT,
+    TEACHER,
+    TEXT_METRIC,
+    THRESHOLD,
+    TaskType,
+    is_text_metric,
+)
 from megakd.models.model_folder import brings_code, hub_id, needs_5
 from megakd.process.files import CARD
 from megakd.process.terminal import aligned_rows, in_home
@@ -40,9 +48,6 @@ OF_STAGE = ("name", "steps", "seconds", "tokens_per_second", "peak_memory_bytes"
 
 FEW_LABELS, MOST_STEPS = 6, 12
 """Labels of which the terminal shows scores, and rows of a table over steps."""
-
-STANDARD_ERROR = "_standard_error"
-"""End of the keys of the standard errors of scores that are shares of rows."""
 
 _MOST_KEPT = 1.05
 
