@@ -31,13 +31,13 @@ from megakd.errors import MegakdError, ModelError, one_line  # noqa: E402
 from megakd.models.cutting import why_rigid  # noqa: E402
 from megakd.models.fitting import ModelSource  # noqa: E402
 from megakd.models.knowledge import Needs, read_knowledge  # noqa: E402
-from megakd.models.layers import check_depth  # noqa: E402
+from megakd.models.layers import check_depth, chosen_layers  # noqa: E402
 from megakd.models.packing import packing_of  # noqa: E402
 from megakd.models.small_copy import no_cache  # noqa: E402
 from megakd.models.structure import for_task  # noqa: E402
 from megakd.models.views import Kind  # noqa: E402
 
-LAYERS, STAY = 4, (1, 4)
+LAYERS, STAY = 4, 2
 TOKENS = 5 + torch.arange(24).reshape(2, 12) * 7 % 400
 TITLE = "## Families"
 NO, NOT_READ = "no", ""
@@ -141,8 +141,13 @@ def row_of(family: str, config: Any, task: str) -> Row | None:
         architecture=for_task(config, task),
         where=family,
     )
+
+    def layers() -> str:
+        check_depth(source, chosen_layers(source, STAY), where=family)
+        return "yes"
+
     cells = (
-        tried("layers", lambda: check_depth(source, STAY, where=family) or "yes"),
+        tried("layers", layers),
         tried("neurons", lambda: units(source, "neurons")),
         tried("heads", lambda: units(source, "heads")),
         tried("width", lambda: width(source)),

@@ -79,7 +79,7 @@ def evaluate_model(
             of_sets = set_metrics(assembly, scorer, loaded)
     files, splits = config.task.evaluation_sets, prepared.splits
 
-    def scored(file: str, rows: Dataset, scores: Mapping[str, float]) -> dict[str, Any]:
+    def scored(file: str, rows: Dataset, scores: Mapping[str, float]) -> dict[str, object]:
         count = row_count(rows)
         return {
             "file": file,

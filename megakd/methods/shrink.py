@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 BUDGETS = ("parameters", "flops", "speedup")
 TOLERANCE, SPEED_TOLERANCE = 0.03, 0.05
 """How far a size and a time may be from the budget, as a share of it."""
-TIMINGS = 8
-"""Shapes that are timed at most until one has the speed-up."""
+MOST_MEASURED = 8
+"""Shapes that are timed or counted at most until one has the size."""
 LARGEST_GRID = 64
 ERROR_WEIGHT = 10.0
 """A size that is 1 % off counts as much as shares of heads and neurons that differ by 0.1."""
@@ -105,16 +105,20 @@ def run(config: ShrinkConfig, lab: Lab) -> StageResult:
     shape = shape_of(config, lab, lab.configured_model(TEACHER))
     teacher = lab.teacher()
     start = lab.model(teacher)
+    is_like = has_like_layers(start)
     if start.uncut is not None:
         logger.info("shrink: whole layers alone are left out: %s", start.uncut)
-    elif (shape.heads, shape.neurons) != (start.units.heads[0], start.units.neurons[0]):
-        # Only units that are cut need to be sorted, and their importance to be measured.
+    elif not is_like or (shape.heads, shape.neurons) != (
+        start.units.heads[0],
+        start.units.neurons[0],
+    ):
+        # Only units that may be cut need to be sorted, and their importance to be measured.
         start = lab.work.unit_scores(teacher).source
     scores = lab.work.layer_scores(teacher)
-    if start.uncut is not None and config.speedup is None:
+    if config.speedup is None and not is_like:
         # The layers may differ in size: now those that stay are known.
         shape = shape_of(config, lab, start, scores)
-    view = shape.view(scores, start.whole)
+    view = shape.view(start, lab.facts.layers(start, shape.layers, scores))
     what = next(key for key in BUDGETS if getattr(config, key) is not None)
     lab.record.asked = {"what": what, "value": getattr(config, what)}
     lab.record.layers = view.layers
@@ -158,21 +162,28 @@ class Shape(NamedTuple):
         units = zip(self, ("layer", "key-value group", "neuron"), strict=True)
         return ", ".join(f"{count} {unit}{'s' * (count != 1)}" for count, unit in units if count)
 
-    def view(self, layer_scores: Sequence[float], whole: View) -> View:
-        """Return the shape as a view of the teacher with its most important layers.
+    def view(self, model: Model, layers: Sequence[int]) -> View:
+        """Return the shape as a view of a model with the layers that stay.
 
-        Args:
-            whole: the units of the teacher; what lies outside the layers stays.
+        A layer has no more units than in the model; what lies outside the layers stays.
         """
-        depth = len(layer_scores)
-        layers = most_important(layer_scores, self.layers)
-        if not self.neurons:  # the units of the teacher are not known, or are no units
-            return View((), (), layers=layers)
+        depth, whole = model.depth, model.whole
         heads, neurons = (
-            tuple(count if number in layers else 0 for number in range(1, depth + 1))
-            for count in (self.heads, self.neurons)
+            tuple(
+                most if number > depth else min(count, most) * (number in layers)
+                for number, most in enumerate(units, 1)
+            )
+            for count, units in ((self.heads, whole.heads), (self.neurons, whole.neurons))
         )
-        return View(heads + whole.heads[depth:], neurons + whole.neurons[depth:], layers=layers)
+        return View(heads, neurons, layers=(*layers,))
+
+
+def has_like_layers(model: Model) -> bool:
+    """Return whether all layers of a model have the same numbers of heads and neurons."""
+    units = model.whole
+    return bool(units.heads) and all(
+        len({*counts[: model.depth]}) == 1 for counts in (units.heads, units.neurons)
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -232,6 +243,7 @@ class Budget(NamedTuple):
     key: the option that asks for it.
     target: the size, in the unit of `Shapes.sizes`.
     tolerance: how far the size of a shape may be from the target, as a share of it.
+    loose: likewise, if none is as near.
     text: function that writes a size.
     advice: end of the message that no shape has the size.
     """
@@ -239,6 +251,7 @@ class Budget(NamedTuple):
     key: str
     target: float
     tolerance: float
+    loose: float
     text: Callable[[float], str]
     advice: str = ""
 
@@ -249,7 +262,7 @@ class Budget(NamedTuple):
 def shape_of(
     config: ShrinkConfig, lab: Lab, model: Model, scores: Sequence[float] | None = None
 ) -> Shape:
-    """Return the shape that has the budget of the config; see `fewest_layers`.
+    """Return the shape that has the budget of the config; see `fitting`.
 
     Args:
         scores: importance of the layers; None: it is not known yet.
@@ -258,12 +271,12 @@ def shape_of(
         ConfigError: no shape has the size; the message has the nearest sizes.
     """
     shapes, whole = shapes_of(config, lab, model), model.whole._replace(width=None)
+    budget = _budget(config)
+    if scores is not None:  # a shape has the size, though perhaps not of the layers that matter
+        budget = budget._replace(loose=math.inf)
 
     def view(one: Shape) -> View:
-        if scores is None and not one.neurons:
-            return View((), (), layers=evenly_spaced(model.depth, one.layers))
-        # Of a model whose layers can be cut, all layers have one size.
-        return one.view(scores or range(model.depth, 0, -1), whole)
+        return one.view(model, lab.facts.layers(model, one.layers, scores))
 
     def times(asked: Sequence[Shape], name: str) -> list[float]:
         views = {str(one): view(one) for one in asked if one != shapes.corners[0]}
@@ -271,28 +284,33 @@ def shape_of(
         measured = lab.work.times(model, views, stage)
         return [measured.get(str(one), 1.0) for one in asked]
 
-    def size(one: Shape) -> float:
-        count = lab.facts.parameters(model, view(one))
+    def size(one: Shape, layers: Sequence[int]) -> float:
+        count = lab.facts.parameters(model, one.view(model, layers))
         if config.flops is None:
             return count.parameters
         return count.encoder_parameters / lab.facts.parameters(model, whole).encoder_parameters
 
-    budget = _budget(config)
+    def estimate(one: Shape) -> float:  # that layers can do without the others is tried later
+        stay = evenly_spaced(model.depth, one.layers)
+        return size(one, stay if scores is None else most_important(scores, one.layers))
+
     if config.speedup is not None:
-        estimated = dataclasses.replace(shapes, sizes=tuple(times(shapes.corners, "extremes")))
-        shape = timed(estimated, budget, lambda one: times([one], str(one))[0])
+        shapes = dataclasses.replace(shapes, sizes=tuple(times(shapes.corners, "extremes")))
+        shape = measured_shape(shapes, budget, lambda one: times([one], str(one))[0])
     else:
         total, inside = lab.facts.parameters(model, whole)
         if config.flops is None and 2 * (total - inside) > budget.target:
             advice = f"; {total - inside:,} weights are embeddings and what else lies outside the "
             advice += "layers: launch/trim_vocabulary.py writes a teacher with fewer"
             budget = budget._replace(advice=advice)
-        shapes = dataclasses.replace(shapes, sizes=tuple(map(size, shapes.corners)))
-        if not whole.heads:  # whole layers may differ in size
-            depths = [Shape(depth, 0, 0) for depth in range(1, model.depth + 1)]
-            factors = {one.layers: size(one) / shapes.size(one) for one in depths}
+        shapes = dataclasses.replace(shapes, sizes=tuple(map(estimate, shapes.corners)))
+        if not has_like_layers(model):
+            depths = [shapes.corners[0]._replace(layers=n) for n in range(1, model.depth + 1)]
+            factors = {one.layers: estimate(one) / shapes.size(one) for one in depths}
             shapes = dataclasses.replace(shapes, factors=factors)
-        shape = fewest_layers(shapes, budget)
+        shape = measured_shape(
+            shapes, budget, lambda one: size(one, lab.facts.layers(model, one.layers, scores))
+        )
     lab.facts.check_layers(model, view(shape))
     return shape
 
@@ -303,64 +321,52 @@ def _budget(config: ShrinkConfig) -> Budget:
             "method.speedup",
             1 / config.speedup,
             SPEED_TOLERANCE,
+            2 * SPEED_TOLERANCE,
             lambda size: f"a speed-up of {1 / size:.2f}x",
             "; times beside other work are wrong: remove stages/times* of the run, and start again",
         )
     if config.flops is not None:
         text = "{:.1%} of the layers' operations".format
-        return Budget("method.flops", config.flops, TOLERANCE, text)
+        return Budget("method.flops", config.flops, TOLERANCE, TOLERANCE, text)
     text = "{:,.0f} weights".format
-    return Budget("method.parameters", config.parameters or 0, TOLERANCE, text)
+    return Budget("method.parameters", config.parameters or 0, TOLERANCE, TOLERANCE, text)
 
 
 def shapes_of(config: ShrinkConfig, lab: Lab, model: Model) -> Shapes:
-    """Return the shapes that can be cut out of a model, without their sizes."""
+    """Return the shapes that can be cut out of a model, without their sizes.
+
+    Layers that have heads, or neurons, all keep the same number; where their numbers differ
+    already, layers stay as they are.
+    """
     depth = model.depth
     if model.uncut is not None:
         return Shapes(depth=depth, heads=(0,), neurons=(0,))
-    heads, neurons = model.units.heads[:depth], model.units.neurons[:depth]
-    # Without heads that can be cut, a family states 0 of them, and loses neurons alone.
-    if len({*heads}) != 1 or len({*neurons}) != 1 or not neurons[0]:
+    units = model.units.heads[:depth], model.units.neurons[:depth]
+    heads, neurons = map(max, units)
+    if any(len({*counts} - {0}) > 1 for counts in units):
+        return Shapes(depth=depth, heads=(heads,), neurons=(neurons,))
+    grid = config.round_to or math.gcd(LARGEST_GRID, neurons)
+    if grid > neurons > 0:
         raise ConfigError(
-            "method: shrink needs a teacher whose layers all have the same numbers of heads "
-            f"and neurons (got {heads} key-value groups and {neurons} neurons); use a teacher "
-            "that was not cut layer by layer"
-        )
-    grid = config.round_to or math.gcd(LARGEST_GRID, neurons[0])
-    if grid > neurons[0]:
-        raise ConfigError(
-            f"method.round_to: {grid} is larger than {neurons[0]}, the number of neurons of the "
+            f"method.round_to: {grid} is larger than {neurons}, the number of neurons of the "
             "teacher's layers; lower method.round_to"
         )
 
     def is_stock(count: int) -> bool:
-        view = Shape(depth, count, grid).view(range(depth), model.units)
+        view = Shape(depth, count, grid).view(model, range(1, depth + 1))
         return lab.facts.has_stock_config(model, view)
 
     # A model that no stock config describes keeps its heads, and brings the file of its class.
-    stock = tuple(filter(is_stock, range(min(1, heads[0]), heads[0] + 1))) or (heads[0],)
-    return Shapes(depth=depth, heads=stock, neurons=(*range(grid, neurons[0], grid), neurons[0]))
-
-
-def fewest_layers(shapes: Shapes, budget: Budget) -> Shape:
-    """Return the shape of a size with the fewest layers; see `fitting`."""
-    target, whole = budget.target, shapes.corners[0]
-    if target >= shapes.size(whole):
-        raise ConfigError(
-            f"{budget.key}: the student would have {budget.text(target)}, and the teacher has "
-            f"{budget.text(shapes.size(whole))}; give a smaller size"
-        )
-    shape = fitting(shapes, budget)
-    if shape is None:
-        raise ConfigError(no_shape(shapes, budget))
-    return shape
+    stock = tuple(filter(is_stock, range(min(1, heads), heads + 1))) or (heads,)
+    return Shapes(depth=depth, heads=stock, neurons=(*range(grid, neurons, grid), neurons))
 
 
 def fitting(shapes: Shapes, budget: Budget) -> Shape | None:
     """Return the shape of a size with the fewest layers; None: no shape has the size.
 
     Layers are whole if a number of them is near the size. Else the share of the heads and the share
-    of the neurons that each keeps are as equal as possible.
+    of the neurons that each keeps are as equal as possible. If no size is within the tolerance, the
+    nearest one counts, within what is `loose`.
     """
 
     def error(one: Shape) -> float:
@@ -375,46 +381,61 @@ def fitting(shapes: Shapes, budget: Budget) -> Shape | None:
     if error(nearest) <= TOLERANCE:
         return nearest
     for depth in depths:
-        near = shapes.around(budget.target, depth)
-        near = [one for one in near if error(one) <= budget.tolerance]
+        every = [*shapes.around(budget.target, depth)]
+        near = [one for one in every if error(one) <= budget.tolerance]
         if near:
             return min(near, key=cost)
-    return None
+        nearest = min([nearest, *every], key=error)
+    return nearest if error(nearest) <= budget.loose else None
 
 
-def timed(shapes: Shapes, budget: Budget, time: Callable[[Shape], float]) -> Shape:
-    """Return a shape whose measured time, relative to the teacher's, is that of the budget.
+def measured_shape(shapes: Shapes, budget: Budget, measure: Callable[[Shape], float]) -> Shape:
+    """Return a shape whose measured size is that of the budget.
 
-    Sizes of shapes are estimates. Each measured time corrects those of as many layers, until a
-    shape is near enough; if none is, twice the tolerance counts.
+    Sizes of shapes are estimates: times, and weights of layers that differ. Each measured size
+    corrects those of as many layers, until a shape is near enough. If none seems to be, the nearest
+    ones are measured.
 
-    Args:
-        time: measures a shape.
+    Raises:
+        ConfigError: none is; the message has the nearest sizes.
     """
-    loose, measured = budget._replace(tolerance=2 * budget.tolerance), dict[Shape, float]()
-    while len(measured) < TIMINGS:
-        shape = fitting(shapes, budget) or fitting(shapes, loose)
+    target, whole, measured = budget.target, shapes.corners[0], dict[Shape, float]()
+    if target >= shapes.size(whole):
+        raise ConfigError(
+            f"{budget.key}: the student would have {budget.text(target)}, and the teacher has "
+            f"{budget.text(shapes.size(whole))}; give a smaller size"
+        )
+    while len(measured) < MOST_MEASURED:
+        shape = fitting(shapes, budget)
+        if shape is None:
+            near = (one for one in neighbours(shapes, budget) if one not in measured)
+            shape = next(near, None)
         if shape is None or shape in measured:
             break
-        measured[shape] = time(shape)
+        measured[shape] = measure(shape)
         if budget.error(measured[shape]) <= budget.tolerance:
             return shape
         factor = measured[shape] / shapes.size(shape) * shapes.factors.get(shape.layers, 1.0)
         shapes = dataclasses.replace(shapes, factors={**shapes.factors, shape.layers: factor})
     if measured:
         nearest = min(measured, key=lambda one: budget.error(measured[one]))
-        if budget.error(measured[nearest]) <= loose.tolerance:
+        if budget.error(measured[nearest]) <= budget.loose:
             return nearest
     raise ConfigError(no_shape(shapes, budget))
 
 
-def no_shape(shapes: Shapes, budget: Budget) -> str:
-    """Return the message that no shape has the size of the budget; it names the nearest ones."""
+def neighbours(shapes: Shapes, budget: Budget) -> list[Shape]:
+    """Return the shapes with the next size below and above that of the budget, if there are any."""
     every = (o for n in range(1, shapes.depth + 1) for o in shapes.around(budget.target, n))
     sizes = {one: shapes.size(one) for one in every}
     below = max((o for o in sizes if sizes[o] < budget.target), key=sizes.__getitem__, default=None)
     above = min((o for o in sizes if sizes[o] > budget.target), key=sizes.__getitem__, default=None)
-    near = [f"{budget.text(sizes[one])} ({one})" for one in (below, above) if one]
+    return [one for one in (below, above) if one is not None]
+
+
+def no_shape(shapes: Shapes, budget: Budget) -> str:
+    """Return the message that no shape has the size of the budget; it names the nearest ones."""
+    near = [f"{budget.text(shapes.size(one))} ({one})" for one in neighbours(shapes, budget)]
     whole = shapes.corners[0]
     return (
         f"{budget.key}: no model with {budget.text(budget.target)} (within {budget.tolerance:.0%}) "

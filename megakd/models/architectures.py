@@ -417,6 +417,9 @@ _FIRST = ("first_k_dense_replace", "num_dense_layers")
 _LAST = ("num_kv_shared_layers",)
 """Config keys of the number of last layers that differ from the others."""
 
+_REPEATED = ("block_types",)
+"""Config keys of a list that starts again after its end, until all layers have a value."""
+
 _NUMBERS = re.compile(r"layer|block|idx|index|indices")
 """In names of config keys that may list layers by their numbers, from 0."""
 
@@ -471,6 +474,8 @@ def _cut_values(
             values[key] = sum(number < value for number in places)
         elif name in _LAST and isinstance(value, int):
             values[key] = sum(number >= count - value for number in places)
+        elif name in _REPEATED and value:
+            values[key] = [value[number % len(value)] for number in places]
         elif isinstance(value, list | tuple) and not _NOT_OF_LAYERS.search(name):
             values[key] = _cut_list(name, value, count, places)
         elif isinstance(value, dict) and _is_by_number(name, value, count):

@@ -7,6 +7,7 @@ import functools
 import itertools
 import logging
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from tempfile import TemporaryDirectory
@@ -35,6 +36,7 @@ from megakd.models.weights import StoredTensor
 
 logger = logging.getLogger(__name__)
 
+_NO_COPY = "no small copy of it runs, which would show it"
 _OF_ALL_LAYERS = "relative_attention_bias"
 """T5's position bias, which is always stored in the first layer."""
 
@@ -54,8 +56,7 @@ def with_layers(
             layer, the last layer, and evenly spaced layers between them.
     """
     architecture = source.architecture
-    count = architecture.number_of_layers(source.config)
-    numbers = _numbers(wanted, count, where, scores)
+    numbers = _numbers(source, wanted, where, scores)
     check_depth(source, numbers, where=where)
     return dataclasses.replace(
         source,
@@ -119,8 +120,7 @@ def _difference(
     left = {*range(1, architecture.number_of_layers(config) + 1)} - {*numbers}
     whole = copy_that_runs(config, task, tokens=TOKENS)
     if whole is None:
-        no_copy = "no small copy of it runs, which would show it"
-        return None if architecture.shares_bias else no_copy, None
+        return None if architecture.shares_bias else _NO_COPY, None
     try:
         with left_out(whole, *left):
             expected = logits_of(whole, TOKENS)
@@ -183,10 +183,11 @@ def _with_rest(
 
 
 def _numbers(
-    wanted: int | Sequence[int], count: int, where: str, scores: Sequence[float] | None
+    source: ModelSource, wanted: int | Sequence[int], where: str, scores: Sequence[float] | None
 ) -> tuple[int, ...]:
+    count = source.depth
     if isinstance(wanted, int) and wanted <= count:
-        return evenly_spaced(count, wanted) if scores is None else most_important(scores, wanted)
+        return chosen_layers(source, wanted, scores)
     if isinstance(wanted, int):
         raise ModelError(
             f"{where}: must be at most {count}, the number of layers of the model (got {wanted})"
@@ -197,6 +198,46 @@ def _numbers(
             f"{where}: layer {beyond[0]} does not exist; the model has the layers 1 to {count}"
         )
     return tuple(wanted)
+
+
+def chosen_layers(
+    source: ModelSource, count: int, scores: Sequence[float] | None = None
+) -> tuple[int, ...]:
+    """Return as many layers as asked that can do without the others, counted from 1.
+
+    Those without which others do not compute the same are among them, such as the layer whose keys
+    later ones share, and one attention layer of a hybrid, without which it cannot generate.
+
+    Args:
+        scores: importance of every layer, by which the others are chosen; None: the first, the
+            last, and evenly spaced ones.
+    """
+    needed = list[int]()
+    while True:
+        others = [number for number in range(1, source.depth + 1) if number not in needed]
+        free = count - len(needed)
+        places = (
+            evenly_spaced(len(others), free)
+            if scores is None
+            else most_important([scores[number - 1] for number in others], free)
+        )
+        numbers = sorted([*needed, *(others[place - 1] for place in places)])
+        left = [number for number in others if number not in numbers]
+        if not free or not left or _can_stay(source, numbers):
+            return tuple(numbers)
+
+        def can_stay_with(
+            some: int, *, others: Sequence[int] = left, numbers: Sequence[int] = numbers
+        ) -> bool:
+            return some == len(others) or _can_stay(source, sorted([*numbers, *others[:some]]))
+
+        # More layers can always stay: the last of the fewest that help is one of those needed.
+        needed.append(left[bisect_left(range(1, len(left) + 1), x=True, key=can_stay_with)])
+
+
+def _can_stay(source: ModelSource, numbers: Sequence[int]) -> bool:
+    task = source.architecture.tasks[0]
+    return _DIFFERENCES.of(source.config, task, *numbers) in ((None, None), (_NO_COPY, None))
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import torch
@@ -21,7 +21,7 @@ from megakd.errors import ModelError
 from megakd.models.cutting import cut_config, is_stock, why_rigid
 from megakd.models.elastic import weight_axes, weights_inside
 from megakd.models.fitting import ModelSource, valueless_model
-from megakd.models.layers import RemainingLayers, check_depth
+from megakd.models.layers import RemainingLayers, check_depth, chosen_layers
 from megakd.models.proposed_units import lengths
 from megakd.models.structure import for_task
 from megakd.models.views import Axes, ParameterCounts, View
@@ -108,6 +108,12 @@ class RunFacts:
         """Raise if the layers of a view would not compute alone what they compute in the model."""
         if view.layers is not None:
             check_depth(source, view.layers, where=source.where)
+
+    def layers(
+        self, source: ModelSource, count: int, scores: Sequence[float] | None = None
+    ) -> tuple[int, ...]:
+        """Return the layers that stay of a model that keeps a number of them; from 1."""
+        return chosen_layers(source, count, scores)
 
     def parameters(self, source: ModelSource, view: View) -> ParameterCounts:
         """Return the number of weights of a view."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_runs import (
     bert,
     llama,
@@ -207,6 +208,68 @@ def test_a_decoder_that_can_lose_neurons_alone_is_shrunk_to_fewer_of_them(one_ra
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "final")
     assert (type(model).__name__, model.config.num_hidden_layers) == ("Olmo2ForCausalLM", 2)
     assert model.config.intermediate_size < 64
+
+
+KINDS = ["linear_attention", "linear_attention", "full_attention"] * 2
+SHARED = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_expand": 2}
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "lfm2": {"layer_types": ["conv", "conv", "full_attention"] * 2},
+    "gemma4_text": {
+        "layer_types": SHARED,
+        "num_kv_shared_layers": 3,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 320,
+        "head_dim": 8,
+        "global_head_dim": 8,
+    },
+    "granitemoehybrid": {
+        "layer_types": ["mamba", "mamba", "attention"] * 2,
+        "num_local_experts": 0,
+        "shared_intermediate_size": 64,
+        **MAMBA,
+    },
+    "qwen3_5_text": {
+        "layer_types": KINDS,
+        "head_dim": 8,
+        **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2),
+        **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 8),
+    },
+    "bamba": {"attn_layer_indices": [2, 5], **MAMBA},
+    "falcon_h1": {"head_dim": 8, "mamba_d_ssm": 64, **MAMBA},
+}
+FAST = ("lfm2", "gemma4_text")
+HYBRID_CASES = [
+    *FAST,
+    *(pytest.param(name, marks=pytest.mark.slow) for name in HYBRIDS if name not in FAST),
+]
+
+
+@pytest.mark.parametrize("family", HYBRID_CASES)
+def test_a_hybrid_loses_layers_and_generates_with_its_cache(one_rank, tmp_path, family):
+    sizes = {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 320,
+        **HYBRIDS[family],
+    }
+    teacher = llama(6, 32, tie_word_embeddings=True, **sizes)
+    teacher["config"]["model_type"] = family
+    spec = {"model": teacher, "finetune": {"max_steps": 2}}
+    # Four of six layers have these shares of the operations.
+    flops = "63%" if family == "granitemoehybrid" else "67%"
+    method = {"name": "shrink", "flops": flops, "round_to": 4}
+
+    train = {"max_steps": 2}
+    finish(one_rank, shrinking(tmp_path, teacher=spec, method=method, rollout=None, train=train))
+
+    final, report = tmp_path / "out/final", read(tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(final)
+    assert type(model).__module__.startswith("transformers.models.")
+    assert model.config.num_hidden_layers < 6
+    assert report["student.parameters"] == sum(one.numel() for one in model.parameters())
+    text = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, min_new_tokens=4)
+    assert text.shape == (1, 7)
 
 
 def test_a_first_layer_that_no_other_can_replace_stays(one_rank, tmp_path):

@@ -22,10 +22,9 @@ from megakd.methods.shrink import (
     Budget,
     Shape,
     Shapes,
-    fewest_layers,
     fitting,
+    measured_shape,
     shapes_of,
-    timed,
 )
 from megakd.models.views import View
 
@@ -39,6 +38,10 @@ def counted(shape: Shape) -> int:
     return OUTSIDE + shape.layers * (LAYER + shape.heads * HEAD + shape.neurons * NEURON)
 
 
+def teacher(units: View) -> Any:
+    return SimpleNamespace(depth=len(units.heads), units=units, whole=units, uncut=None)
+
+
 def shapes(
     layers: int = 36,
     heads: int = 8,
@@ -48,9 +51,7 @@ def shapes(
     is_stock: Callable[[View], bool] = lambda _: True,
     size: Callable[[Shape], float] = counted,
 ) -> Shapes:
-    model = SimpleNamespace(
-        depth=layers, units=View((heads,) * layers, (neurons,) * layers), uncut=None
-    )
+    model = teacher(View((heads,) * layers, (neurons,) * layers))
     facts = SimpleNamespace(has_stock_config=lambda _, view: is_stock(view))
     lab: Any = SimpleNamespace(facts=facts)
     config: Any = SimpleNamespace(round_to=round_to)
@@ -59,11 +60,12 @@ def shapes(
 
 
 def budget(target: float) -> Budget:
-    return Budget("method.parameters", target, TOLERANCE, "{:,.0f} weights".format)
+    text = "{:,.0f} weights".format
+    return Budget("method.parameters", target, TOLERANCE, TOLERANCE, text)
 
 
 def chosen(possible: Shapes, target: float) -> Shape:
-    return fewest_layers(possible, budget(target))
+    return measured_shape(possible, budget(target), possible.size)
 
 
 def config(**method: Any) -> Any:
@@ -168,12 +170,25 @@ def test_neurons_stay_on_a_grid_that_divides_the_teachers(neurons, round_to, gri
     assert result[-1] == neurons
 
 
-def test_a_grid_larger_than_the_teacher_and_layers_that_differ_are_refused():
+def test_a_grid_larger_than_the_teacher_is_refused():
     with pytest.raises(ConfigError, match=r"method\.round_to: 256 is larger than 172"):
         shapes(neurons=172, round_to=256)
-    model: Any = SimpleNamespace(depth=2, units=View((2, 1), (8, 8)), uncut=None)
-    with pytest.raises(ConfigError, match="all have the same numbers"):
-        shapes_of(config(parameters=7).method, model, model)
+
+
+def test_layers_of_a_teacher_that_was_cut_layer_by_layer_stay_as_they_are():
+    result = shapes_of(config(parameters=7).method, None, teacher(View((2, 1), (8, 8))))
+    assert (result.heads, result.neurons) == ((2,), (8,))
+    assert Shape(1, 2, 8).view(teacher(View((2, 1), (8, 8))), (2,)) == View(
+        (0, 1), (0, 8), layers=(2,)
+    )
+
+
+def test_a_hybrid_keeps_as_many_heads_in_each_layer_that_has_any():
+    lab: Any = SimpleNamespace(facts=SimpleNamespace(has_stock_config=lambda *_: True))
+    hybrid = teacher(View((0, 0, 4, 0, 0, 4), (0,) * 6))
+    assert shapes_of(config(parameters=7).method, lab, hybrid).heads == (1, 2, 3, 4)
+    view = Shape(3, 2, 0).view(hybrid, (1, 3, 4))
+    assert view == View((0, 0, 2, 0, 0, 0), (0,) * 6, layers=(1, 3, 4))
 
 
 def test_heads_that_no_stock_config_describes_are_not_cut_to():
@@ -181,8 +196,8 @@ def test_heads_that_no_stock_config_describes_are_not_cut_to():
     assert shapes(2, 4, 64, is_stock=lambda _: False).heads == (4,), "all heads stay"
 
 
-def test_the_most_important_layers_are_kept_in_their_order():
-    view = Shape(2, 3, 5).view((0.1, 0.9, 0.2, 0.9), View((8,) * 4, (8,) * 4))
+def test_the_layers_that_stay_have_the_units_of_the_shape():
+    view = Shape(2, 3, 5).view(teacher(View((8,) * 4, (8,) * 4)), (2, 4))
 
     assert view == View((0, 3, 0, 3), (0, 5, 0, 5), layers=(2, 4))
 
@@ -215,7 +230,9 @@ def timed_shape(
         return time(shape) / WHOLE
 
     text = "{:.3f}".format
-    return timed(possible, Budget("method.speedup", 1 / speedup, SPEED_TOLERANCE, text), measure)
+    target, loose = 1 / speedup, 2 * SPEED_TOLERANCE
+    speed = Budget("method.speedup", target, SPEED_TOLERANCE, loose, text)
+    return measured_shape(possible, speed, measure)
 
 
 @pytest.mark.parametrize("estimate", [1.0, 1.3, 0.7])
