@@ -280,8 +280,8 @@ def _local(arguments: argparse.Namespace, how: Settings) -> Answers:
     context, size = context_length(model.config), arguments.rows_at_once
 
     def encoded(prompt: Conversation) -> list[int]:
-        text = template.render(prompt, where="").text
-        if prompt.tools and text == template.render(replace(prompt, tools=None), where="").text:
+        text = template.render(prompt, where="")[0].text
+        if prompt.tools and text == template.render(replace(prompt, tools=None), where="")[0].text:
             raise DataError("the chat template of the teacher leaves out the tools")
         ids = tokenizer(template.texts.shown(text), add_special_tokens=False)["input_ids"]
         generation.check_prompt_lengths([len(ids)], sampling.max_new_tokens, context)

@@ -210,8 +210,9 @@ class TaskConfig:
     same name overrides them row by row. Only for causal_lm."""
     reasoning: Literal["keep", "strip"] = "keep"
     """strip: remove <think>…</think> and `reasoning_content` from answers. Only for causal_lm."""
-    train_on: Literal["all", "last"] = "all"
-    """The answers of a conversation whose tokens count. Only for causal_lm."""
+    train_on: Literal["all", "last", "each"] = "all"
+    """The answers of a conversation whose tokens count. each: a row for every answer, that ends
+    with it; all: likewise, where a chat template rewrites earlier answers. Only for causal_lm."""
     truncation: Literal["keep_start", "drop"] = "keep_start"
     """What happens to a conversation of more than max_length tokens. Only for causal_lm."""
     end_tokens: Literal["check", "accept"] = "check"

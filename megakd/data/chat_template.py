@@ -224,8 +224,14 @@ class ChatTemplate:
         self.end = cast("str | None", tokenizer.eos_token) or ""
         self._sources: dict[bool, str] = {}
 
-    def render(self, conversation: Conversation, *, where: str) -> Rendered:
-        """Return the text of a conversation and the parts that count."""
+    def render(self, conversation: Conversation, *, where: str) -> list[Rendered]:
+        """Return the texts of a conversation and the parts that count.
+
+        There is one text, unless the template writes the beginning of a conversation in another way
+        when the rest follows, as those that drop earlier reasoning: then each text ends with an
+        answer, and the answers that count in it are those that the model generates after the text
+        before them. With `train_on: each` every answer has a text of its own.
+        """
         hidden = replace(
             conversation,
             tools=self.texts.hidden(conversation.tools),
@@ -233,7 +239,7 @@ class ChatTemplate:
         )
         messages = [self._prepared(message) for message in conversation.messages or ()]
 
-        def written(*, as_text: bool) -> Rendered:
+        def written(*, as_text: bool) -> list[Rendered]:
             asked = [with_arguments(message, as_text=as_text) for message in messages]
             return self._rendered(_Rendering(self, hidden, asked, where))
 
@@ -253,34 +259,56 @@ class ChatTemplate:
         hidden = self.texts.hidden(message, leave=REASONING_MARKS if is_answer else ())
         return {**hidden, "role": message["role"]}
 
-    def _rendered(self, rendering: _Rendering) -> Rendered:
+    def _rendered(self, rendering: _Rendering) -> list[Rendered]:
         conversation, messages = rendering.conversation, rendering.messages
         rendering.require_calls()
         if conversation.is_prompt:
             text = rendering.up_to(len(messages), prompted=True)
-            return self._as_read(Rendered(text, [], [len(text)]))
+            return [self._as_read(Rendered(text, [], [len(text)]))]
         counted = conversation.counted[-1 if self.task.train_on == "last" else 0 :]
         has_marks = MARKS.search(self.source(conversation.tools)) is not None
-        whole = rendering.by_marks(counted) if has_marks else rendering.by_prefixes(counted)
-        ends: list[tuple[int, int]] = []
+        if has_marks and self.task.train_on != "each":
+            return [self._read(rendering, rendering.by_marks(counted), counted)]
+        texts = list[Rendered]()
+        while counted:
+            part, learned = rendering, counted
+            if texts or self.task.train_on == "each":
+                part = rendering.until(counted[-1])
+            if self.task.train_on == "each":
+                learned = counted[-1:]
+            try:
+                whole = part.by_marks(learned) if has_marks else part.by_prefixes(learned)
+            except _RewrittenError:
+                if len(part.messages) == counted[-1] + 1:
+                    raise
+                part = rendering.until(counted[-1])  # what follows rewrites the last answer
+                whole = part.by_prefixes(learned)
+            learned = learned[-len(whole.answers) :]
+            texts.insert(0, self._read(part, whole, learned))
+            counted = counted[: -len(learned)]
+        return texts
+
+    def _read(self, rendering: _Rendering, whole: Rendered, counted: Sequence[int]) -> Rendered:
+        messages, ends = rendering.messages, list[tuple[int, int]]()
         for begin, end in whole.answers:
             # White space after the token that ends a turn does not count.
             stripped = whole.text[begin:end].rstrip()
             ends.append((begin, begin + len(stripped) if stripped.endswith(self.special) else end))
-        if conversation.is_cut:
+        is_cut = rendering.conversation.is_cut and counted[-1] == rendering.conversation.counted[-1]
+        if is_cut:
             (begin, end), content = ends[-1], (messages[counted[-1]]["content"] or "").strip()
             place = whole.text.rfind(content, begin, end) if content else -1
             ends[-1] = begin, max(begin, place + len(content))
         shown = "".join(whole.text[begin:end] for begin, end in ends)
         contents = "".join(messages[number]["content"] or "" for number in counted)
         empty = [] if EMPTY_REASONING.search(contents) else EMPTY_REASONING.finditer(whole.text)
-        noticed = list[str]()
+        noticed = [*whole.noticed]
         if any(_reasoning(messages[n]) not in shown for n in counted):
             noticed.append("lost_reasoning")
         # Its first mark may be in the prompt.
         if any(begin < match.end() <= end for match in empty for begin, end in ends):
             noticed.append("empty_reasoning")
-        if conversation.is_cut:
+        if is_cut:
             noticed.append("cut_off")
         return self._as_read(whole._replace(answers=ends, noticed=tuple(noticed)))
 
@@ -317,25 +345,65 @@ class _Rendering(NamedTuple):
     def up_to(self, count: int, *, prompted: bool) -> str:
         return self._rendered(count, add_generation_prompt=prompted)[0]
 
+    def until(self, number: int) -> _Rendering:
+        """Return the conversation up to and including a message."""
+        return self._replace(messages=self.messages[: number + 1])
+
     def by_prefixes(self, counted: Sequence[int]) -> Rendered:
-        text = self._whole()[0]
+        """Return the text, and as many of the last answers as the model could have generated."""
+        text, noticed = self._whole()[0], ()
         answers: list[tuple[int, int]] = []
-        for number in counted:
-            begin = self._prefix(text, number, prompted=True)
+        for number in reversed(counted):
             is_last = number + 1 == len(self.messages)
-            end = len(text) if is_last else self._prefix(text, number + 1, begin, prompted=False)
-            answers.append((begin, end))
-        return Rendered(text, answers, [begin for begin, _ in answers])
+            try:
+                try:
+                    begin = self._prefix(text, number, prompted=True)
+                except _RewrittenError:
+                    if not is_last:
+                        raise
+                    text, begin, noticed = self._as_asked(text, number)
+                end = (
+                    len(text) if is_last else self._prefix(text, number + 1, begin, prompted=False)
+                )
+            except _RewrittenError:
+                if not answers:
+                    raise
+                break
+            answers.insert(0, (begin, end))
+        return Rendered(text, answers, [begin for begin, _ in answers], noticed)
+
+    def _as_asked(self, text: str, number: int) -> tuple[str, int, tuple[str, ...]]:
+        """Return what the model is asked with the last answer, its begin, and what is noticed."""
+        before, prompt = (self.up_to(number, prompted=prompted) for prompted in (False, True))
+        if text.startswith(before):
+            # The prompt of DeepSeek-R1 begins reasoning, which its template leaves out of answers.
+            return text, _same(prompt, text), ("begun",)
+        # With an answer gpt-oss leaves out the reasoning of the calls before it. What both texts
+        # have before the answer is longest where it begins.
+        begun = prompt.removeprefix(before)
+        places = [match.end() for match in re.finditer(re.escape(begun), text)] if begun else []
+        ends = {end: _same(prompt[::-1], text[:end][::-1]) for end in places}
+        end = max(ends, key=ends.__getitem__, default=0)
+        if ends.get(end, 0) <= len(begun):
+            self._prefix(text, number, prompted=True)
+        return prompt + text[end:], len(prompt), ()
 
     def by_marks(self, counted: Sequence[int]) -> Rendered:
         text, marks = self._whole(return_assistant_tokens_mask=True)
         turns = [n for n, m in enumerate(self.messages) if m["role"] == ASSISTANT]
         marks = [mark for mark in marks if mark[0] < mark[1]]
-        if len(marks) == len(turns):
+        count = len(marks)
+        if self.template.task.train_on == "each":
+            # What is marked may be parts of an answer.
+            begin = _same(self.up_to(counted[-1], prompted=True), text)
+            marks = [mark for mark in marks if mark[1] > begin]
+        elif len(marks) == len(turns):
             marks = [mark for mark, turn in zip(marks, turns, strict=True) if turn in counted]
-        elif len(counted) < len(turns) or not marks:
+        elif len(counted) < len(turns):
+            marks = []
+        if not marks:
             raise DataError(
-                f"{self.where}: the chat template marks {len(marks)} parts with generation, and "
+                f"{self.where}: the chat template marks {count} parts with generation, and "
                 f"the conversation has {len(turns)} answers, of which {len(counted)} count; mark "
                 "every answer once, or remove the marks"
             )
@@ -433,21 +501,17 @@ class _Rendering(NamedTuple):
         shown = self.template.texts.shown
         alone, whole = (shown(t[same:])[:SHOWN_CHARACTERS] for t in (prefix, text))
         answer = count + 1 if prompted else count
-        is_last = count >= self.conversation.counted[-1]
-        raise DataError(
+        raise _RewrittenError(
             f"{self.where}: the chat template renders the beginning of the conversation up to "
             f"answer {answer} differently when the rest follows: after "
             f"{shown(text[:same])[-SHOWN_CHARACTERS:]!r} it writes {alone!r} alone and "
             f"{whole!r} in the whole conversation, so that a model would not learn the "
-            "text that it generates; "
-            + (
-                "check task.chat_template_kwargs and task.reasoning (enable_thinking: false "
-                "contradicts answers with reasoning), or set task.chat_template"
-                if is_last
-                else "set task.train_on: last to learn only the last answer of each conversation, "
-                "or set task.chat_template to a template that does not rewrite earlier answers"
-            )
+            "text that it generates; set task.chat_template to a template that does not"
         )
+
+
+class _RewrittenError(DataError):
+    """A template writes a beginning in another way when the rest of the conversation follows."""
 
 
 def _same(*texts: str) -> int:

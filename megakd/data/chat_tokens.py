@@ -1,9 +1,10 @@
 """Conversations as token numbers, with next tokens as labels where the next token counts.
 
-A row of the result is one conversation, not packed. Columns: `input_ids` and `labels`, lists of
-int32 (see `PackedRow` for the labels), and `prompt_length`, the number of tokens that a generator
-continues: up to and including the generation prompt of the last answer. A document of a mixture is
-cut into rows of `max_length` without losing a target, and has no prompt: its length is 0.
+A row of the result is one conversation, or its part up to an answer where the chat template
+rewrites what was said before (see `ChatTemplate.render`), not packed. Columns: `input_ids` and
+`labels`, lists of int32 (see `PackedRow`), and `prompt_length`, the number of tokens that a
+generator continues: up to and including the generation prompt of the last answer. A document of a
+mixture is cut into rows of `max_length` without losing a target; its prompt has a length of 0.
 """
 
 from __future__ import annotations
@@ -50,6 +51,9 @@ NOTICED = {
     "student learns not to reason; if the template knows enable_thinking, "
     "task.chat_template_kwargs: {enable_thinking: false} moves it into the prompt; else set "
     "task.chat_template to a template that leaves it out",
+    "begun": "have a last answer that does not go on from the chat template's generation prompt, "
+    "in which reasoning begins or ends, so that the model is asked in another way than it learns; "
+    "set enable_thinking in task.chat_template_kwargs, or task.reasoning, as the answers are",
     "without_template": "are a prompt and a completion without the chat template of the tokenizer, "
     "in which the model will be asked; set task.as_messages: true to render them by it",
 }
@@ -61,6 +65,8 @@ class ChatCounts:
     """Numbers of conversations and tokens.
 
     rows, kept: conversations that were read, and encoded rows.
+    rewritten, parts, part_tokens: conversations of which each answer, or some answers, have a text
+        of their own, the texts besides the whole conversation, and their tokens.
     tokens, targets: tokens of the encoded rows, and the tokens that count.
     truncated: rows that were cut at max_length.
     prompts: rows without an answer.
@@ -70,6 +76,7 @@ class ChatCounts:
     lost_reasoning: rows in which the chat template leaves out the reasoning of an answer.
     empty_reasoning: rows in which the chat template writes reasoning without words into an answer.
     without_template: prompts and answers as texts, although the tokenizer has a chat template.
+    begun: rows whose last answer does not go on from the generation prompt of the template.
     cut_off: rows whose last answer was cut off before its end.
     special: by the number of a special token, how many of the tokens that count it is.
     ends: by the number of a special token, how many rows with a whole answer it ends.
@@ -89,8 +96,12 @@ class ChatCounts:
     lost_reasoning: int = 0
     empty_reasoning: int = 0
     without_template: int = 0
+    begun: int = 0
     cut_off: int = 0
     bad: int = 0
+    rewritten: int = 0
+    parts: int = 0
+    part_tokens: int = 0
     special: Counter[int] = field(default_factory=Counter[int])
     ends: Counter[int] = field(default_factory=Counter[int])
     lengths: Counter[int] = field(default_factory=Counter[int])
@@ -158,9 +169,17 @@ def say_chat(
             what = f"are longer than task.max_length; task.max_length={most} keeps 99 % whole"
             warnings.append((longer, what))
         warnings += [(getattr(tally, key), what) for key, what in NOTICED.items()]
+        if tally.rewritten:
+            logger.info(
+                "%s: %d of %d conversations have %d further rows with %d tokens, which end with "
+                "earlier answers: the chat template rewrites these when the conversation goes on, "
+                "or task.train_on is each; task.train_on: last learns the last answer alone",
+                *(name, tally.rewritten, tally.rows, tally.parts, tally.part_tokens),
+            )
         for number, what in warnings:
             if number:
-                logger.warning("%s: %d of %d rows %s", name, number, tally.rows, what)
+                texts = tally.rows + tally.parts
+                logger.warning("%s: %d of %d rows %s", name, number, texts, what)
     name = next(iter(rows))
     row = rows[name][0]
     counted = [False, *(label != IGNORE for label in row["labels"][:-1])]
@@ -297,31 +316,42 @@ class ChatEncoder:
     ) -> Iterator[tuple[list[ChatRow], ChatCounts]]:
         """Yield the rows of each conversation, and their numbers; errors name its place."""
         rendered = [self._rendered(c, p) for c, p in zip(conversations, places, strict=True)]
-        pieces = self._pieces([text.text if text else "" for text in rendered])
-        for conversation, text, whole, place in zip(
-            conversations, rendered, pieces, places, strict=True
-        ):
-            rows, counts = list[ChatRow](), ChatCounts(rows=1, bad=1)
-            if text is not None:
-                with self.bad:
-                    tokens = self._tokens(text, whole, place)
-                    rows, counts = self._rows(conversation, tokens, text)
-            yield rows, counts
+        pieces = self._pieces([text.text for texts in rendered for text in texts])
+        for conversation, texts, place in zip(conversations, rendered, places, strict=True):
+            parts = [next(pieces) for _ in texts]
+            result = list[ChatRow](), ChatCounts(rows=1, bad=1)
+            with self.bad:
+                tokens = [self._tokens(t, p, place) for t, p in zip(texts, parts, strict=True)]
+                if texts:
+                    result = self._all_rows(conversation, tokens, texts)
+            yield result
 
-    def _rendered(self, conversation: Conversation, place: str) -> Rendered | None:
+    def _all_rows(
+        self, conversation: Conversation, tokens: Sequence[Tokens], texts: Sequence[Rendered]
+    ) -> tuple[list[ChatRow], ChatCounts]:
+        rows, counts = self._rows(conversation, tokens[-1], texts[-1])
+        counts.rows, counts.rewritten = 1, int(len(texts) > 1)
+        for earlier, text in zip(reversed(tokens[:-1]), reversed(texts[:-1]), strict=True):
+            more, made = self._rows(conversation, earlier, text)
+            made.parts, made.part_tokens = 1, made.tokens
+            rows = more + rows
+            counts.add(made)
+        return rows, counts
+
+    def _rendered(self, conversation: Conversation, place: str) -> list[Rendered]:
         if conversation.messages is not None:
             self._template = self._template or ChatTemplate(self._tokenizer, self._task)
             with self.bad:
                 return self._template.render(conversation, where=place)
-            return None
+            return []
         prompt, answer = conversation.prompt, conversation.completion
         if answer is None:
-            return Rendered(prompt, [], [len(prompt)])
+            return [Rendered(prompt, [], [len(prompt)])]
         if self._task.reasoning == "strip":
             answer = without_reasoning(answer)
         text = prompt + answer
         noticed = ("cut_off",) * conversation.is_cut
-        return Rendered(text, [(len(prompt), len(text))], [len(prompt)], noticed)
+        return [Rendered(text, [(len(prompt), len(text))], [len(prompt)], noticed)]
 
     def _tokens(self, text: Rendered, pieces: _Pieces, place: str) -> Tokens:
         (ids, offsets), starts = pieces, np.unique([*text.prompts, *(a for a, _ in text.answers)])
@@ -370,7 +400,6 @@ class ChatEncoder:
     ) -> tuple[list[ChatRow], ChatCounts]:
         noticed: dict[str, Any] = dict.fromkeys(text.noticed, 1)
         made = ChatCounts(
-            rows=1,
             prompts=int(conversation.is_prompt),
             without_template=int(bool(conversation.prompt and self._tokenizer.chat_template)),
             **noticed,

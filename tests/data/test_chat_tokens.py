@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 from chat_tokenizers import FAMILIES, asked, chat_tokenizer, template_of
-from encoded_chats import ADD, CALL, IGNORE, assert_row, chat, encoded, task
+from encoded_chats import ADD, CALL, IGNORE, assert_row, chat, encoded, rows_of, task
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -155,17 +155,90 @@ def test_reasoning_is_stripped_on_request(begin):
     assert plain(stripped) == plain(encoded(tokenizer, chat(asked("Hi", "Hello"))))
 
 
-def test_a_template_that_rewrites_earlier_answers_is_refused_with_the_row_and_the_key():
+def test_answers_that_a_template_rewrites_later_have_rows_that_end_with_them():
     tokenizer = chat_tokenizer("qwen3")
     conversation = chat(asked("Hi", "Hello", "Bye", "See you"))
+    first = chat(asked("Hi", "Hello"))
 
-    with pytest.raises(DataError) as caught:
-        encoded(tokenizer, conversation)
-    row = encoded(tokenizer, conversation, train_on="last")
+    [(rows, counts)] = ChatEncoder(tokenizer, task())([conversation], ["row 1"])
+    last = encoded(tokenizer, conversation, train_on="last")
 
-    for words in ("row 1", "answer 2", "<think>", "'Hello", "task.train_on: last"):
-        assert words in str(caught.value)
-    assert learned(tokenizer, row) == "<think>\n\n</think>\n\nSee you<|im_end|>"
+    thought = "<think>\n\n</think>\n\n"
+    assert [learned(tokenizer, row) for row in rows] == [
+        f"{thought}Hello<|im_end|>",
+        f"{thought}See you<|im_end|>",
+    ]
+    assert [plain(row) for row in rows] == [plain(encoded(tokenizer, first)), plain(last)]
+    assert (counts.rows, counts.kept, counts.rewritten, counts.parts) == (1, 2, 1, 1)
+    assert counts.part_tokens == len(rows[0].input_ids)
+
+
+def test_each_answer_has_a_row_on_request_and_answers_that_stay_share_one():
+    tokenizer = chat_tokenizer("llama32")
+    conversation = chat(asked("Hi", "Hello", "Bye", "See you"))
+
+    rows = rows_of(tokenizer, conversation, train_on="each")
+
+    assert len(rows_of(tokenizer, conversation)) == 1
+    assert [learned(tokenizer, row) for row in rows] == ["Hello<|eot_id|>", "See you<|eot_id|>"]
+    begun = chat(asked("Hi", "Hello"))
+    assert plain(rows[0]) == plain(encoded(tokenizer, begun))
+
+
+def test_calls_and_results_end_rows_of_their_own_where_the_template_rewrites_them():
+    tokenizer = chat_tokenizer("qwen3")
+    conversation = chat([*asked("Hi", "Hello"), *ROUND])
+
+    texts = [learned(tokenizer, row) for row in rows_of(tokenizer, conversation)]
+
+    for text, words in zip(texts, ("Hello", "<tool_call>", "It is 4."), strict=True):
+        assert words in text
+        assert text.endswith("<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    "family", [name for name in FAMILIES if name != "llama32"]
+)  # writes a date
+def test_each_answer_follows_what_the_template_asks_with(family):
+    tokenizer = chat_tokenizer(family)
+    messages = asked("Hi", "Hello", "Bye", "See you")
+
+    rows = rows_of(tokenizer, chat(messages), train_on="each")
+
+    for row, before in zip(rows, (messages[:1], messages[:3]), strict=True):
+        prompt = tokenizer.apply_chat_template(before, add_generation_prompt=True, tokenize=False)
+        assert tokenizer.decode(row.input_ids[: row.prompt_length].tolist()) == prompt
+
+
+def test_an_answer_is_learned_after_the_reasoning_of_calls_that_the_template_drops_with_it():
+    """As gpt-oss: the reasoning of a call is read by the answer, and left out once it is there."""
+    tokenizer = chat_tokenizer("chatml")
+    tokenizer.chat_template = (
+        "{% set last = messages[-1].role == 'assistant' and not messages[-1].tool_calls %}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if m.tool_calls %}{% if not last %}{{ m.reasoning_content }}{% endif %}"
+        "{{ m.tool_calls[0].function.name }}{% else %}{{ m.content }}{% endif %}<|im_end|>"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    messages = [*asked("2 + 2?"), {**CALLING, "reasoning_content": "I add."}, RESULT, FOUR]
+
+    row = encoded(tokenizer, chat(messages))
+
+    assert learned(tokenizer, row) == "I add.add<|im_end|>It is 4.<|im_end|>"
+    prompt = tokenizer.apply_chat_template(messages[:3], add_generation_prompt=True, tokenize=False)
+    assert tokenizer.decode(row.input_ids.tolist()) == f"{prompt}It is 4.<|im_end|>"
+    assert "I add." in prompt
+
+
+def test_answers_that_contradict_the_generation_prompt_are_learned_and_counted():
+    tokenizer = chat_tokenizer("qwen3")
+    conversation = chat(asked("Hi", "<think>\nHm.\n</think>\n\nHello"))
+    encoder = ChatEncoder(tokenizer, task(chat_template_kwargs=NO_THINKING))
+
+    [([row], counts)] = encoder([conversation], ["row 1"])
+
+    assert counts.begun == 1
+    assert learned(tokenizer, row) == "Hm.\n</think>\n\nHello<|im_end|>"
 
 
 CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
@@ -182,12 +255,6 @@ REFUSED = {
         [{"role": "developer", "content": "Be kind"}, *asked("Hi", "Hello")],
         "developer.*leaves out|leaves out.*developer",
         {},
-    ),
-    "thinking": (
-        "qwen3",
-        asked("Hi", "<think>\nHm.\n</think>\n\nHello"),
-        r"task\.chat_template_kwargs and task\.reasoning",
-        {"chat_template_kwargs": NO_THINKING},
     ),
     # The answer would be learned, or read, as an empty answer.
     "call of a prompt": ("chatml", ROUND, LOST, {"train_on": "last"}),

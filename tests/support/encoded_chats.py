@@ -26,9 +26,13 @@ def chat(messages: list[dict[str, Any]], **keys: Any) -> Conversation:
 
 def encoded(tokenizer: Any, conversation: Conversation, **keys: Any) -> ChatRow:
     """The only row of a conversation."""
-    [(rows, _)] = ChatEncoder(tokenizer, task(**keys))([conversation], ["row 1"])
-    [row] = rows
+    [row] = rows_of(tokenizer, conversation, **keys)
     return row
+
+
+def rows_of(tokenizer: Any, conversation: Conversation, **keys: Any) -> list[ChatRow]:
+    [(rows, _)] = ChatEncoder(tokenizer, task(**keys))([conversation], ["row 1"])
+    return rows
 
 
 def reference(tokenizer: Any, *parts: tuple[str, bool]) -> tuple[list[int], list[int]]:
