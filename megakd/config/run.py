@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,7 +33,7 @@ from megakd.config.task import (
     Dtype,
     TaskConfig,
 )
-from megakd.config.terms import EACH_ONCE, STRICT, Count, TermConfig, as_tuple, matching
+from megakd.config.terms import EACH_ONCE, STRICT, Count, Positive, TermConfig, as_tuple, matching
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -72,7 +73,10 @@ Repository = Annotated[
 class SaveConfig:
     """Settings of checkpoints, of the upload to the Hub, and of the student's graph."""
 
-    save_steps: Count = 500
+    save_steps: Count | None = None
+    """Steps between checkpoints."""
+    save_minutes: Positive | None = None
+    """Minutes between checkpoints; null: 5 without save_steps, else steps alone count."""
     save_total_limit: Count | None = 2
     """Checkpoints to keep of a running stage; None: all, also of a finished one."""
     keep: bool = False
@@ -89,6 +93,12 @@ class SaveConfig:
     """The dtype of the weights in final/; auto: that in which the teacher is stored."""
     onnx: bool = False
     """Also write the student as a graph, final/model.onnx."""
+
+    @property
+    def seconds(self) -> float:
+        """The time after which a checkpoint is due, infinite if steps alone count."""
+        unset = math.inf if self.save_steps else 5.0
+        return 60 * (self.save_minutes or unset)
 
 
 Service = Literal[

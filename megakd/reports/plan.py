@@ -238,7 +238,7 @@ class PhasePlan(Ledger):
         copy = (MOMENTS[train.optim] + 1) * learner.part * FP32 + averages.total()
         fits = host is None or 2 * self._cluster.ranks_per_node * copy <= host
         is_copied = fits if save.asynchronous == "auto" else save.asynchronous
-        if is_copied and (train.max_steps is None or train.max_steps > save.save_steps):
+        if is_copied and (train.max_steps is None or train.max_steps > (save.save_steps or 0)):
             averages += learner.held("checkpoint", copy, "host")
         # A drawn teacher that waits on the host is copied from there.
         drawn = [

@@ -164,6 +164,7 @@ class Checkpoints:
             # On shared storage a rank may not see the files of another rank yet.
             files = {name: entry for of in gather(together(write)) for name, entry in of.items()}
             on_main(publish)
+        logger.info("the checkpoint of step %d in %s is whole", step, self.folder)
 
     def _remove_old(self) -> None:
         for step in steps_in(self.folder)[: -self.keep] if self.keep else []:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ from megakd.training.student import device_batch
 from megakd.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
-STOP, WRITING = "stop", "writing"
+STOP, WRITING, SAVE = "stop", "writing", "save"
 """Questions of `StepVotes`."""
 
 
@@ -88,7 +89,8 @@ def run_stage(
                     run.end_early(step, reporter)
                     ends = True
                 stops = run.votes.any(STOP)
-                if ends or stops or _due(step, config.save.save_steps):
+                is_due = _due(step, config.save.save_steps) or run.votes.any(SAVE)
+                if ends or stops or is_due:
                     run.save(step, is_last=ends or stops)
                 # A signal in the last step may be too late for the vote.
                 if (ends or stops) and (number := agreed_signal()):
@@ -123,9 +125,13 @@ class StageRun:
         )
         self.steps = window.last if window else steps
         rate = learning_rate_schedule(stage.train, steps)
-        self.saves = stage_checkpoints(stage, assembly)
+        self.saves, self._saved_at = stage_checkpoints(stage, assembly), monotonic()
         self.votes = StepVotes(
-            {STOP: lambda: terminal.requested() > 0, WRITING: lambda: self.saves.is_writing}
+            {
+                STOP: lambda: terminal.requested() > 0,
+                WRITING: lambda: self.saves.is_writing,
+                SAVE: lambda: monotonic() - self._saved_at >= self.config.save.seconds,
+            }
         )
         self.trainer = Trainer(
             student=self.student,
@@ -270,6 +276,7 @@ class StageRun:
         self.meter.check_finite(self._publish_newest)
         with self.meter.paused(), doing(f"saving step {step} of stage {self.stage.name}"):
             self.saves.save(step, self.student.files(), self._states, is_last=is_last)
+            self._saved_at = monotonic()
 
     def publish_written(self) -> None:
         """Give the checkpoint that all ranks have written, if there is one, its name."""

@@ -58,7 +58,7 @@ def test_overrides_win_over_the_file_and_later_ones_over_earlier(run_file):
     [
         ("train.lerning_rate=1", 'train.lerning_rate = 1: unknown key; did you mean "learning_ra'),
         ("learning_rate=1", 'learning_rate = 1: unknown key; did you mean "train.learning_rate"?'),
-        ("save.zzz=1", "save.zzz = 1: unknown key; known: save_steps, save_total_limit"),
+        ("save.zzz=1", "save.zzz = 1: unknown key; known: save_steps, save_minutes"),
         ("objective.1.temprature=2", 'objective[1].temprature = 2: unknown key; did you mean "te'),
         ("objective.0.temperature=2", "objective[0].temperature = 2: unknown key; known: loss, we"),
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ from forked_ranks import start_rank
 from one_rank import Outcome
 from tiny_runs import bert, review_task, run_in
 from whole_run import finish, read, records, same_weights
+
+from megakd.config.run import SaveConfig
 
 STEPS = 8
 # What does not depend on how long things take.
@@ -104,6 +107,26 @@ def test_a_longer_run_has_the_weights_of_one_that_was_as_long_from_the_start(sta
     steps = {stage["name"]: stage["steps"] for stage in read(bench.folder / "out")["stages"]}
     assert steps == {"student": 6, "alone": 6}
     assert same_weights(*(bench.folder / out / "final" for out in ("whole", "out")))
+
+
+@pytest.mark.parametrize(("minutes", "steps"), [(1e-9, [1, 2, 3]), (None, [3])])
+def test_a_run_saves_by_minutes_and_says_when_a_checkpoint_is_whole(start, bench, minutes, steps):
+    save = {"save_steps": None, "save_minutes": minutes, "save_total_limit": None}
+
+    outcome = start(f"minutes-{minutes}", {"max_steps": 3}, save=save)
+
+    folder = bench.folder / f"minutes-{minutes}" / "checkpoints" / "student"
+    assert sorted(path.name for path in folder.glob("step-*")) == [f"step-{n}" for n in steps]
+    for step in steps:
+        assert f"the checkpoint of step {step} in {folder} is whole" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("keys", "seconds"),
+    [({}, 300), ({"save_steps": 9}, math.inf), ({"save_steps": 9, "save_minutes": 2}, 120)],
+)
+def test_minutes_count_unless_steps_alone_are_set(keys, seconds):
+    assert SaveConfig(**keys).seconds == seconds
 
 
 def test_a_finished_run_whose_checkpoints_were_removed_gets_no_more_steps(start, bench):
