@@ -124,7 +124,7 @@ def _rows_of(config: RunConfig, source: ModelSource, data: str) -> tuple[Splits,
         task = replace(task, multi_label=problem == MULTI_LABEL)
 
     def load() -> tuple[Splits, str]:
-        table, split = scored_table(data)
+        table, split = scored_table(data, task)
         classes = None
         if task.type == "classification":  # matched as the model's labels are
             names = model_label_names(source.config)

@@ -59,6 +59,7 @@ _OTHER_NAMES = {
     "task.label_column": "label_column_name",
     "task.max_eval_examples": "max_eval_samples val_set_size",
     "task.max_length": "block_size cutoff_len max_seq_len max_seq_length sequence_len",
+    "task.train_files task.validation_files task.test_files": "data_files",
     "task.text_columns": "dataset_text_field text_column text_column_name",
     "task.type": "task_type",
     "task.tokenizer": "tokenizer_name tokenizer_name_or_path",

@@ -138,7 +138,7 @@ class MixtureSource:
 
     files: Files | None = None
     dataset: Place | None = None
-    """A data set of the Hub, in place of files."""
+    """A data set of the Hub, or a folder of one, in place of files."""
     dataset_config: str | None = None
     revision: str | None = None
     split: str = "train"

@@ -2,7 +2,8 @@
 
 A folder holds `train.*` and optionally `validation.*` (or `valid`, `val`, `dev`) and `test.*`. Each
 split may have several shards (`train-00000-of-00002.parquet`). In a folder of txt files without
-such names, every file is a document. Files may also be given individually or by patterns.
+such names, every file is a document. Files may also be given individually or by patterns. A folder
+that was copied from the Hub is read as the Hub's data set.
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 from datasets import Dataset, Features, IterableDataset
+from datasets import config as datasets_config
 from datasets.exceptions import DatasetsError
-from huggingface_hub import constants, get_session
+from huggingface_hub import constants, get_session, metadata_load
 from huggingface_hub.errors import HfHubHTTPError
+from yaml import YAMLError
 
 from megakd.config.paths import DATA_SUFFIXES, data_suffix, without_compression
 from megakd.config.task import Files, TaskConfig, listed_files
@@ -41,6 +44,7 @@ from megakd.data.arrow import (
     Row,
     SplitName,
     Table,
+    key_of,
     remembered_of,
     rows_key,
     tables_of_rows,
@@ -54,7 +58,7 @@ from megakd.data.readers import (
     untyped,
 )
 from megakd.errors import ConfigError, DataError, first_line, suggestion
-from megakd.process.files import files_identity, sha256_of
+from megakd.process.files import CARD, files_identity, sha256_of
 from megakd.process.terminal import in_home
 
 WHOLE_FILE = "all rows"
@@ -150,7 +154,7 @@ def refuse_twice(paths: Mapping[str, Sequence[Path]]) -> None:
             )
 
 
-def scored_table(given: str) -> tuple[Table, str]:
+def scored_table(given: str, task: TaskConfig) -> tuple[Table, str]:
     """Return the rows to score, and their split, for a file, pattern or folder given by the user.
 
     All rows of files are scored. Of a folder, the test rows are scored, or the validation rows if
@@ -159,14 +163,17 @@ def scored_table(given: str) -> tuple[Table, str]:
     path = in_home(given)
     if not path.is_dir():
         return files_table(matching_files(given, "--data"), "--data"), WHOLE_FILE
+    tables = {}
+    if is_hub_folder(path):
+        tables = hub_tables(replace(task, dataset=given, revision=None, splits=None))
     shards = _shards(path)
-    split: SplitName = "test" if "test" in shards else "validation"
-    if split not in shards:
+    split: SplitName = "test" if "test" in (tables or shards) else "validation"
+    if split not in (tables or shards):
         raise DataError(
-            f"--data: {path} holds {', '.join(shards) or 'no split'}, and neither a test nor a "
-            "validation split; give a file or folder with one of the two"
+            f"--data: {path} holds {', '.join(tables or shards) or 'no split'}, and neither a test "
+            "nor a validation split; give a file or folder with one of the two"
         )
-    return files_table(shards[split], "task.dataset", name=str(path)), split
+    return tables.get(split) or files_table(shards[split], "task.dataset", name=str(path)), split
 
 
 def _shards(folder: Path) -> dict[SplitName, list[Path]]:
@@ -238,10 +245,36 @@ def silent_hub() -> str | None:
     return None
 
 
+def is_hub_folder(path: Path) -> bool:
+    """Return whether a folder is laid out as a data set of the Hub: its card or subfolders say."""
+    if not path.is_dir():
+        return False
+    card = path / CARD
+    try:
+        says_files = card.is_file() and "configs" in (metadata_load(card) or {})
+    except (ValueError, YAMLError) as error:
+        raise DataError(f"{card}: its metadata cannot be read: {first_line(error)}") from error
+    inside = (data_suffix(file) in DATA_SUFFIXES for file in path.glob("*/*"))
+    return says_files or (not _data_files(path) and any(inside))
+
+
+def hub_source(task: TaskConfig) -> tuple[str, dict[str, Any]]:
+    """Return the name of a data set, of the Hub or a folder, and options, for `datasets`."""
+    path = in_home(task.data_name)
+    if not path.is_dir():
+        return task.data_name, {"revision": task.revision}
+    # `datasets` knows a folder again by the times of its files, which a copy may keep.
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    known = [remembered_of(one, partial(files_identity, [one]), "sampled") for one in files]
+    names = [str(one.relative_to(path)) for one in files]
+    cache = Path(datasets_config.HF_DATASETS_CACHE, key_of(names, known))
+    return str(path), {"cache_dir": str(cache)}
+
+
 def hub_tables(task: TaskConfig) -> dict[str, Table]:
-    """Return the rows of the splits of the Hub data set `task.dataset`."""
-    name = task.data_name
-    load = partial(datasets.load_dataset, name, name=task.dataset_config, revision=task.revision)
+    """Return the rows of the splits of `task.dataset`, of the Hub or of a folder of one."""
+    name, options = hub_source(task)
+    load = partial(datasets.load_dataset, name, name=task.dataset_config, **options)
     with hub_errors(name, task.dataset_config) as label:
         if task.splits is None:
             loaded = cast("Mapping[str, Dataset]", load())
@@ -262,12 +295,12 @@ def splits_of(names: list[str], label: str) -> dict[SplitName, str]:
         split = SPLIT_ALIASES.get(name.lower())
         if split is not None and splits.setdefault(split, name) != name:
             raise DataError(
-                f"the Hub data set {label}: {splits[split]!r} and {name!r} are names of the same "
+                f"the data set {label}: {splits[split]!r} and {name!r} are names of the same "
                 f"split ({split}); name the one to use in task.splits"
             )
     if "train" not in splits:
         raise DataError(
-            f"the Hub data set {label} has no split named 'train'; its splits are "
+            f"the data set {label} has no split named 'train'; its splits are "
             f"{', '.join(names)}: name those to use, as in task.splits: {{train: {names[0]}}}"
         )
     return splits
@@ -281,10 +314,15 @@ def hub_errors(name: str, configuration: str | None) -> Iterator[str]:
         "task.dataset may also be glue/<task>, or a local file or folder (which does not exist "
         "here); local files are named in task.train_files and task.validation_files"
     )
-    silent = silent_hub()
+    is_folder = in_home(name).is_dir()
+    silent = None if is_folder else silent_hub()
     try:
         yield label
     except (DatasetsError, HfHubHTTPError, OSError, RuntimeError, ValueError) as error:
+        if is_folder:
+            raise DataError(
+                f"the data set {label} cannot be loaded: {first_line(error)}"
+            ) from error
         problem = (
             f"the Hub cannot be reached to load the data set {label}, and it is not in the local "
             "cache"

@@ -193,16 +193,23 @@ def mixture_tables(task: TaskConfig) -> dict[str, Table]:
 
 
 def _is_on_hub(task: TaskConfig) -> bool:
+    """Return whether `datasets` reads the data: of the Hub, or of a folder that is laid out so."""
     if task.dataset is None:
         return False
-    is_local = in_home(task.dataset).exists() or looks_like_path(task.dataset)
-    for key in ("dataset_config", "revision", "splits"):
-        if is_local and (value := getattr(task, key)) is not None:
+    path = in_home(task.dataset)
+    if not path.exists() and not looks_like_path(task.dataset):
+        return True
+    from megakd.data.files import is_hub_folder
+
+    is_chosen = task.dataset_config is not None or task.splits is not None
+    is_folder = path.is_dir() and (is_chosen or is_hub_folder(path))
+    for key in ("revision",) if is_folder else ("dataset_config", "revision", "splits"):
+        if (value := getattr(task, key)) is not None:
             raise ConfigError(
                 f"task.{key}: {value!r} is for a data set of the Hub, but task.dataset "
                 f"{task.dataset!r} is a local path; remove the key"
             )
-    return not is_local
+    return is_folder
 
 
 SEPARATORS = (",", ";", "|")

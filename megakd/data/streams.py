@@ -28,7 +28,7 @@ from megakd.data.batch import Batch, BatchSource
 from megakd.data.chat_tokens import ChatEncoder, tables_of_conversations
 from megakd.data.collation import Collator, Masking
 from megakd.data.conversations import CONVERSATION, is_chat
-from megakd.data.files import hub_errors, local_tables, split_files, splits_of
+from megakd.data.files import hub_errors, hub_source, local_tables, split_files, splits_of
 from megakd.data.loader import StepShape, awaited, made_ahead
 from megakd.data.readers import records_of, typed_table, untyped
 from megakd.data.rows import (
@@ -71,15 +71,15 @@ def streamed_hub_rows(task: TaskConfig, *, cache_dir: Path) -> Corpus:
 
     These are the first `task.max_eval_examples` rows of a split.
     """
-    name, most = task.data_name, task.max_eval_examples
+    (name, options), most = hub_source(task), task.max_eval_examples
     with hub_errors(name, task.dataset_config) as label:
-        builder = datasets.load_dataset_builder(name, task.dataset_config, revision=task.revision)
+        builder = datasets.load_dataset_builder(name, task.dataset_config, **options)
         streams = cast("Mapping[str, IterableDataset]", builder.as_streaming_dataset())
         keys = task.splits or splits_of([*streams], label)
         for split, key in keys.items():
             if key not in streams:
                 raise DataError(
-                    f"task.splits.{split}: the Hub data set {label} has no split {key!r}, and a "
+                    f"task.splits.{split}: the data set {label} has no split {key!r}, and a "
                     f"stream reads no part of one; its splits are {', '.join(streams)}"
                 )
         files = str(builder.config.data_files and dict(builder.config.data_files))

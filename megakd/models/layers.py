@@ -8,7 +8,7 @@ import itertools
 import logging
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -281,7 +281,9 @@ def _added_nothing(_: nn.Module, inputs: object, named: object, output: Any) -> 
     return (torch.zeros_like(output[0]), *output[1:])
 
 
-def passed_by(_: nn.Module, given: Sequence[Any], named: dict[str, Any], output: Any) -> Any:
+def passed_by(
+    _: nn.Module, given: Sequence[object], named: Mapping[str, object], output: Any
+) -> Any:
     """Let a layer return the hidden states that it was given, as a hook."""
     first = output if isinstance(output, Tensor) else output[0]
     passed = (*given, *named.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -217,6 +218,89 @@ def test_a_split_that_the_hub_does_not_have_is_refused(load, hub_folder, split, 
 
     with pytest.raises(DataError, match=message):
         load("user/corpus", splits={"train": split}, **keys)
+
+
+@pytest.fixture
+def copied(tmp_path) -> Path:
+    """A folder as the Hub has it: two configurations that its card names, and other split names."""
+    folder = tmp_path / "copied"
+    for name in ("one", "two"):
+        (folder / name).mkdir(parents=True)
+        for split, count in (("train_sft", 8), ("test_sft", 3)):
+            rows = rows_of([f"{name} {split} {n}" for n in range(count)])
+            rows.to_parquet(folder / name / f"{split}-00000-of-00001.parquet")
+    listed = "".join(
+        f"- config_name: {name}\n  data_files:\n"
+        + "".join(f"  - {{split: {s}, path: {name}/{s}-*}}\n" for s in ("train_sft", "test_sft"))
+        for name in ("one", "two")
+    )
+    (folder / "README.md").write_text(f"---\nconfigs:\n{listed}---\n# Rows\n")
+    return folder
+
+
+SPLITS = {"train": "train_sft[:6]", "validation": "test_sft"}
+
+
+def test_a_folder_copied_from_the_hub_is_read_by_its_card(load, copied):
+    splits = load(str(copied), dataset_config="two", splits=SPLITS)
+
+    assert splits.train["text"][:] == [f"two train_sft {n}" for n in range(6)]
+    assert splits.validation["text"][:] == [f"two test_sft {n}" for n in range(3)]
+    whole = {"train": "train_sft", "validation": "test_sft"}
+    streamed = load(str(copied), dataset_config="one", splits=whole, **STREAMED)
+    assert len([*streamed.stream.read()]) == 8
+
+
+def test_a_folder_without_a_card_has_the_splits_that_datasets_reads(load, tmp_path, write_rows):
+    (tmp_path / "plain" / "data").mkdir(parents=True)
+    for split, count in (("train", 8), ("test", 3)):
+        rows = rows_of([f"{split} {n}" for n in range(count)])
+        rows.to_parquet(tmp_path / "plain" / "data" / f"{split}-00000-of-00001.parquet")
+
+    splits = load(str(tmp_path / "plain"))
+
+    assert len(splits.train) + len(splits.validation) == 8
+    assert splits.test["text"][:] == [f"test {n}" for n in range(3)]
+
+
+def test_a_folder_that_is_replaced_at_the_same_times_is_read_anew(load, copied):
+    keys = {"dataset_config": "one", "splits": SPLITS}
+    file = copied / "one" / "train_sft-00000-of-00001.parquet"
+    before, facts = load(str(copied), **keys), file.stat()
+    rows_of([f"one train_sfT {n}" for n in range(8)]).to_parquet(file)
+    os.utime(file, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+
+    after = load(str(copied), **keys)
+
+    assert after.train["text"][0] == "one train_sfT 0"
+    assert before.content_hash != after.content_hash
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"splits": SPLITS}, r"copied cannot be loaded: .*Config name is missing"),
+        ({"dataset_config": "three", "splits": SPLITS}, r"'three' not found.*'one', 'two'"),
+        ({"dataset_config": "one"}, r"copied \(one\) has no split named 'train'; .* test_sft"),
+        ({"dataset_config": "one", "splits": {"train": "dev"}}, r'"dev".*train_sft'),
+    ],
+)
+def test_what_a_copied_folder_lacks_is_named_with_what_it_has(load, copied, keys, message):
+    with pytest.raises(DataError, match=message):
+        load(str(copied), **keys)
+
+
+def test_a_copied_folder_and_files_are_mixed(load, copied, folder):
+    copy = MixtureSource(
+        dataset=str(copied), dataset_config="one", split="train_sft[:50%]", weight=1
+    )
+    files = MixtureSource(files="one.jsonl", weight=1)
+
+    splits = load(
+        type="causal_lm", mixture={"copy": copy, "files": files}, validation_files="dev.jsonl"
+    )
+
+    assert Counter(splits.train["source"]) == {"copy": 4, "files": 2}
 
 
 def test_files_and_splits_of_the_hub_are_mixed(load, hub_folder, folder):
