@@ -15,7 +15,7 @@ import os
 import random
 import signal
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
@@ -30,6 +30,7 @@ from megakd.process.files import FINAL, REPORT
 if TYPE_CHECKING:
     from typing import Unpack
 
+    from megakd.commands.predictions import Prediction, Text
     from megakd.reports.plan import Plan
 
 Config = str | Path | Mapping[str, Any] | RunConfig
@@ -54,16 +55,26 @@ class RunResult:
     table: str
 
     def pipeline(self, **options: Any) -> Any:
-        """Return the student in a `transformers.pipeline`; `options` are the pipeline's own."""
-        import transformers
+        """Return the student in a `transformers.pipeline`; `options` are the pipeline's own.
 
-        from megakd.models.model_folder import brings_code
-        from megakd.reports.table import AUTO_CLASSES
+        A student of rows with any number of labels gives the labels that reach its threshold.
+        """
+        from megakd.commands.predictions import pipeline_of
 
-        task = load_config(self.output_dir).task.type
-        trusted = {"trust_remote_code": True} if brings_code(self.student) else {}
-        name = cast("Any", AUTO_CLASSES[task][1])
-        return transformers.pipeline(name, model=str(self.student), **trusted, **options)
+        return pipeline_of(self.student, load_config(self.output_dir), **options)
+
+    def predict(self, texts: Iterable[Text]) -> list[Prediction]:
+        """Return what the student says of each text: a label, a list of labels, or a number.
+
+        Args:
+            texts: texts, or pairs of texts.
+
+        Raises:
+            MegakdError: the student is a language model, or a text is none.
+        """
+        from megakd.commands.predictions import predict_texts
+
+        return predict_texts(self.student, load_config(self.output_dir), texts)
 
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(self.table)}</pre>"
@@ -149,7 +160,7 @@ def train(config: Config, overrides: Sequence[str] = ()) -> RunResult:
 def shrink(
     model: str | Path,
     *,
-    data: Any,
+    data: object,
     output_dir: str | Path | None = None,
     overrides: Sequence[str] = (),
     **size: Unpack[Size],
@@ -161,7 +172,8 @@ def shrink(
     Args:
         model: a folder or a Hub id.
         data: a file, a folder, a Hub data set, a data frame, a `datasets.Dataset`, or rows by
-            column, such as `{"text": …, "label": …}` or `{"messages": […]}`.
+            column, such as `{"text": …, "label": …}` or `{"messages": […]}`; or several of these by
+            split, `{"train": …, "validation": …, "test": …}`, as in a `DatasetDict`.
         output_dir: the folder of the run; default: `runs/<model>-<size>`.
         overrides: settings such as `train.num_train_epochs=3`; later ones win.
         **size: one of `parameters` ("0.6B"), `flops` ("12%") and `speedup` ("8x").
@@ -182,7 +194,7 @@ def distil(
     teacher: str | Path,
     student: str | Path | Mapping[str, Any],
     *,
-    data: Any,
+    data: object,
     output_dir: str | Path | None = None,
     overrides: Sequence[str] = (),
 ) -> RunResult:
@@ -204,17 +216,17 @@ def distil(
 
 def _train_by_recipe(
     model: str | Path,
-    data: Any,
+    data: object,
     overrides: Sequence[str],
     output_dir: str | Path | None,
     **student: Any,
 ) -> RunResult:
     from megakd.commands.shrink import recipe
-    from megakd.data.files import file_of_rows
+    from megakd.data.files import sources_of_rows
 
     out = None if output_dir is None else Path(output_dir)
     tree = recipe(str(model), words=overrides, output_dir=out, **student)
-    tree["task"]["dataset"] = file_of_rows(data, Path(tree["output_dir"]))
+    tree["task"] |= sources_of_rows(data, Path(tree["output_dir"]))
     return train(tree, overrides)
 
 

@@ -20,11 +20,13 @@ import pandas as pd
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset, Value
-from tiny_runs import config_tree, write_config, write_reviews
+from tiny_runs import config_tree, save_tokenizer, write_config, write_reviews
+from transformers import BertConfig, BertForSequenceClassification
 
 import megakd
+from megakd.commands.predictions import pipeline_of, predict_texts
 from megakd.data.arrow import Record
-from megakd.data.files import file_of_rows
+from megakd.data.files import file_of_rows, sources_of_rows
 from megakd.data.readers import files_table
 from megakd.errors import ConfigError, MegakdError
 
@@ -271,15 +273,62 @@ def test_rows_are_a_file_that_is_named_by_its_content_and_written_once(tmp_path,
         ({"text": iter("a"), "label": [1]}, "is a dict; give a path"),
         ({"text": ["a"], "label": np.array(1)}, "is a dict; give a path"),
         ({}, "is a dict; give a path"),
-        (DatasetDict({"train": CLASSES}), "is a DatasetDict; give a path"),
-        ({"train": pd.DataFrame(ROWS)}, "is a dict; give a path"),
+        (DatasetDict({"sft": CLASSES}), r"in data has no split named 'train'; its splits are sft"),
+        ({"test": ROWS}, "in data has no split named 'train'; its splits are test"),
+        ({"train": ROWS, "text": ["a"]}, "data: text beside train: give rows by split"),
+        ({"train": 7}, "is a int; give a path"),
     ],
 )
 def test_rows_that_are_none_are_refused(tmp_path, rows, message):
     with pytest.raises(megakd.MegakdError, match=message):
-        file_of_rows(rows, tmp_path)
+        sources_of_rows(rows, tmp_path)
 
     assert [*tmp_path.glob("data-*")] == []
+
+
+@pytest.mark.parametrize("make", [dict, DatasetDict])
+def test_rows_by_split_are_a_file_each(tmp_path, make):
+    parts = {name: Dataset.from_list(ROWS) for name in ("train", "dev", "test")}
+
+    keys = sources_of_rows(make(parts), tmp_path)
+
+    assert [*keys] == ["train_files", "validation_files", "test_files"]
+    assert {*keys.values()} == {file_of_rows(ROWS, tmp_path)}
+    frames = {"train": pd.DataFrame(ROWS), "test": "held-out.csv"}
+    files = sources_of_rows(frames, tmp_path)
+    assert files == {"train_files": keys["train_files"], "test_files": "held-out.csv"}
+
+
+@pytest.fixture
+def several(tmp_path) -> tuple[Path, Any]:
+    """A model of three labels whose bias alone decides, and the config of a run that made it."""
+    keys = {"problem_type": "multi_label_classification", "threshold": 0.7, "num_labels": 3}
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = BertForSequenceClassification(BertConfig(**shape, intermediate_size=16, **keys))
+    torch.nn.init.zeros_(model.classifier.weight)
+    model.classifier.bias.data = torch.tensor([2.0, 0.5, 3.0])  # 0.88, 0.62, 0.95
+    model.save_pretrained(tmp_path / "final")
+    save_tokenizer(tmp_path / "final", ["a few words"], kind="wordpiece")
+    tree = config_tree(tmp_path, {"type": "classification", "dataset": "data.csv"})
+    return tmp_path / "final", megakd.load_config(tree)
+
+
+def test_a_text_gets_every_label_whose_probability_reaches_the_threshold(several):
+    folder, config = several
+
+    assert predict_texts(folder, config, ["a few", ("words", "a")]) == [["LABEL_2", "LABEL_0"]] * 2
+    [first] = pipeline_of(folder, config)(["a few words " * 9])
+    assert [one["label"] for one in first] == ["LABEL_2", "LABEL_0"]
+    assert predict_texts(folder, config, []) == []
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [("a text", "is one text"), (["a", 7], "number 2 is 7"), ([("a", "b", "c")], "number 1 is")],
+)
+def test_what_is_no_text_gets_no_prediction(several, texts, message):
+    with pytest.raises(megakd.MegakdError, match=message):
+        predict_texts(*several, texts)
 
 
 def test_the_name_of_a_file_of_rows_stays_over_versions_of_the_libraries(tmp_path):

@@ -10,7 +10,7 @@ from typing import Any
 from megakd.commands.arguments import Parser, add_config, config_of, say, scored_model
 from megakd.config.task import STANDARD_ERROR
 from megakd.errors import DataError
-from megakd.process.files import json_text
+from megakd.process.files import check_writable, json_text
 from megakd.process.terminal import in_home, print_aside
 
 
@@ -28,6 +28,12 @@ def add_options(parser: Parser) -> None:
         help="score all rows of this file, of the files that match a quoted pattern, or of the "
         "test split of this folder",
     )
+    parser.add_argument(
+        "--to",
+        metavar="OUT",
+        help="write the rows of --data with a column `prediction` to this jsonl file, instead of "
+        "scores; the rows need no labels",
+    )
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
 
 
@@ -35,9 +41,19 @@ def run(arguments: argparse.Namespace) -> None:
     """Print the scores of a model as text or JSON."""
     config, data = config_of(arguments), arguments.data
     # Before torch is imported, which takes seconds.
-    scored_model(config.output_dir, arguments.model)
+    folder = scored_model(config.output_dir, arguments.model)
     if data and not glob.has_magic(data) and not in_home(data).exists():
         raise DataError(f"--data: {data} does not exist")
+    if arguments.to is not None:
+        if not data:
+            raise DataError("--to: needs --data, the file whose rows get predictions")
+        check_writable((to := in_home(arguments.to)).parent, where="--to")
+        with print_aside():
+            from megakd.commands.predictions import write_predictions
+
+            count = write_predictions(config, folder, data, to)
+        say(f"{to}: {count} rows")
+        return
     with print_aside():
         from megakd.commands.scored_models import evaluate_model
 

@@ -29,7 +29,7 @@ import httpx2
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
-from datasets import Dataset, Features, IterableDataset
+from datasets import Dataset, DatasetDict, Features, IterableDataset
 from datasets import config as datasets_config
 from datasets.exceptions import DatasetsError
 from huggingface_hub import constants, get_session, metadata_load
@@ -288,8 +288,10 @@ def hub_tables(task: TaskConfig) -> dict[str, Table]:
     }
 
 
-def splits_of(names: list[str], label: str) -> dict[SplitName, str]:
-    """Return the name of every split among the names that a Hub data set has."""
+def splits_of(
+    names: list[str], label: str, *, key: str = "name those to use, as in task.splits:"
+) -> dict[SplitName, str]:
+    """Return the name of every split among the names that a data set has."""
     splits: dict[SplitName, str] = {}
     for name in names:
         split = SPLIT_ALIASES.get(name.lower())
@@ -301,7 +303,7 @@ def splits_of(names: list[str], label: str) -> dict[SplitName, str]:
     if "train" not in splits:
         raise DataError(
             f"the data set {label} has no split named 'train'; its splits are "
-            f"{', '.join(names)}: name those to use, as in task.splits: {{train: {names[0]}}}"
+            f"{', '.join(names)}: {key} {{train: {names[0]}}}"
         )
     return splits
 
@@ -384,6 +386,26 @@ def hash_of_file(file: Path, task: TaskConfig) -> str:
     return content_hash(file)
 
 
+def sources_of_rows(data: Any, folder: Path) -> dict[str, str]:
+    """Return the keys of `task` for the data of a Python call: one source, or rows by split.
+
+    Raises:
+        DataError: see `file_of_rows`; a name is no split, or there are no training rows.
+    """
+    names = [*map(str, data)] if isinstance(data, Mapping) else []
+    splits = {*names} & {*SPLIT_ALIASES}
+    if not splits and not isinstance(data, DatasetDict):
+        return {"dataset": file_of_rows(data, folder)}
+    other = {*names} - splits
+    if other and not isinstance(data, DatasetDict):
+        raise DataError(
+            f"data: {', '.join(sorted(other))} beside {', '.join(sorted(splits))}: give rows by "
+            "split (train, validation, test), or columns without such names"
+        )
+    chosen = splits_of(names, "in data", key="give them as")
+    return {f"{split}_files": file_of_rows(data[name], folder) for split, name in chosen.items()}
+
+
 def file_of_rows(data: Any, folder: Path) -> str:
     """Return a path or a name of the Hub as it is, and the file to which other rows are written.
 
@@ -429,7 +451,7 @@ def _write_typed(data: Dataset | IterableDataset, path: Path) -> str:
     return digest.hexdigest()
 
 
-def _write_rows(data: Any, path: Path) -> str:
+def _write_rows(data: object, path: Path) -> str:
     count = 0
     # Half of a surrogate pair becomes an escape of JSON.
     with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
@@ -446,7 +468,7 @@ def _write_rows(data: Any, path: Path) -> str:
     return sha256_of(path)
 
 
-def _rows(data: Any) -> Iterable[Any]:
+def _rows(data: Any) -> Iterable[object]:
     if isinstance(data, Dataset | IterableDataset):
         kinds, rows = data.features or {}, cast("Iterable[Row]", data)
         return ({key: untyped(one, kinds.get(key)) for key, one in row.items()} for row in rows)

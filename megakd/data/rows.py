@@ -231,7 +231,7 @@ class RowKind:
         if fields is not None:
             return RowKind(task.type, fields, is_chat=True)
         label = _label_column(table, task)
-        fields = ChatColumns(text=_text_columns(table, task), label=label)
+        fields = ChatColumns(text=text_columns(table, task), label=label)
         form = None if label is None else label_form(table, label, task)
         return RowKind(task.type, fields, as_chat, form=form)
 
@@ -327,7 +327,8 @@ def is_blank(row: Mapping[str, object]) -> bool:
     return not all(str(row[name]).strip() for name in ("text", "text_pair") if name in row)
 
 
-def _text_columns(table: Table, task: TaskConfig) -> tuple[str, ...]:
+def text_columns(table: Table, task: TaskConfig) -> tuple[str, ...]:
+    """Return the columns of the text, or of the two texts of a pair, of a table."""
     if task.text_columns is not None:
         require(table, "task.text_columns", *task.text_columns)
         return task.text_columns

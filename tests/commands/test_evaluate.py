@@ -47,6 +47,22 @@ def test_a_file_of_ones_own_is_scored_whole_and_the_output_says_so(one_rank, who
     assert any(re.fullmatch(rf"accuracy +{by_hand:.4f} ±{error:.4f}", line) for line in text)
 
 
+def test_rows_of_a_file_get_predictions_and_need_no_labels(one_rank, whole_run, mine, tmp_path):
+    rows = [json.loads(line) for line in mine.read_text().splitlines()]
+    texts = [{key: row[key] for key in row if key != "label"} for row in rows]
+    asked, to = write_jsonl(tmp_path / "asked.jsonl", texts), tmp_path / "answers.jsonl"
+
+    answer = one_rank.megakd("evaluate", whole_run.config, f"--data={asked}", f"--to={to}")
+
+    assert (answer.code, answer.out) == (0, f"{to}: 40 rows\n"), answer.err
+    answers = [json.loads(line) for line in to.read_text().splitlines()]
+    assert [{k: v for k, v in one.items() if k != "prediction"} for one in answers] == texts
+    right = sum(a["prediction"] == row["label"] for a, row in zip(answers, rows, strict=True))
+    assert right / 40 == pytest.approx(accuracy_by_hand(whole_run.out / "final", mine))
+    refused = one_rank.megakd("evaluate", whole_run.config, f"--to={to}")
+    assert (refused.code, "--to: needs --data" in refused.err) == (2, True)
+
+
 def test_rows_of_one_class_alone_class_numbers_and_other_cases_are_scored(
     one_rank, whole_run, tmp_path
 ):
