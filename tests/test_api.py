@@ -275,7 +275,7 @@ def test_rows_are_a_file_that_is_named_by_its_content_and_written_once(tmp_path,
         ({}, "is a dict; give a path"),
         (DatasetDict({"sft": CLASSES}), r"in data has no split named 'train'; its splits are sft"),
         ({"test": ROWS}, "in data has no split named 'train'; its splits are test"),
-        ({"train": ROWS, "text": ["a"]}, "data: text beside train: give rows by split"),
+        ({"train": ROWS, "text": ["a"]}, "data: names train and text: give rows by split"),
         ({"train": 7}, "is a int; give a path"),
     ],
 )

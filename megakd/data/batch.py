@@ -173,6 +173,11 @@ class Batch(NamedTuple):
         return self.labels.dim() == 2 and self.labels.is_floating_point()
 
     @property
+    def labels_tokens(self) -> bool:
+        """Whether the labels are tokens [B, T], as those of a language model."""
+        return self.labels.dim() == 2 and not self.labels.is_floating_point()
+
+    @property
     def target_labels(self) -> Tensor:
         """The labels at `targets` [N]; all labels if `targets` is None."""
         return self.labels if self.targets is None else self.labels.flatten()[self.targets]

@@ -399,7 +399,7 @@ def sources_of_rows(data: Any, folder: Path) -> dict[str, str]:
     other = {*names} - splits
     if other and not isinstance(data, DatasetDict):
         raise DataError(
-            f"data: {', '.join(sorted(other))} beside {', '.join(sorted(splits))}: give rows by "
+            f"data: names {', '.join(sorted(splits))} and {', '.join(sorted(other))}: give rows by "
             "split (train, validation, test), or columns without such names"
         )
     chosen = splits_of(names, "in data", key="give them as")

@@ -219,7 +219,7 @@ def read_knowledge(model: nn.Module, batch: Batch, needs: Needs) -> Knowledge:
 
 def _read(model: Any, batch: Batch) -> Knowledge:
     inputs, pieces = inputs_of_documents(model, batch), batch.second
-    if batch.labels.dim() != 2 or batch.multi_label:  # those of a language model are [B, T]
+    if not batch.labels_tokens:
         if not has_token_types(model.config):
             inputs.pop("token_type_ids", None)
         return Knowledge(logits=model(**inputs, **no_cache(model)).logits)
