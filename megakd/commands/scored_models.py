@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from megakd.commands.arguments import scored_model
 from megakd.config.run import RunConfig
-from megakd.config.task import STUDENT, THRESHOLD, TaskConfig, listed_files
+from megakd.config.task import LANGUAGE_TASKS, STUDENT, THRESHOLD, TaskConfig, listed_files
 from megakd.data.files import scored_table
 from megakd.data.labels import Classes
 from megakd.data.rows import VALIDATION_FRACTION, RowKind, default_metrics, scored_rows
@@ -80,12 +80,9 @@ def evaluate_model(
     files, splits = config.task.evaluation_sets, prepared.splits
 
     def scored(file: str, rows: Dataset, scores: Mapping[str, float]) -> dict[str, object]:
-        count = row_count(rows)
-        return {
-            "file": file,
-            "rows": count,
-            "metrics": {**scores, **standard_errors(scores, count)},
-        }
+        count, is_language = row_count(rows), config.task.type in LANGUAGE_TASKS
+        errors = {} if is_language else standard_errors(scores, count)
+        return {"file": file, "rows": count, "metrics": {**scores, **errors}}
 
     return {
         "model": str(folder),

@@ -325,10 +325,12 @@ def prepare(config: RunConfig, check: Callable[[UnencodedInputs], None] | None =
             None if teacher is None else encoded_rows(config, splits, teacher, with_train=trains)
         ),
     )
-    from megakd.teachers.rollouts import check_generated_texts
+    if config.task.type == "causal_lm":
+        from megakd.teachers.rollouts import check_generated_texts
 
-    check_generated_texts(config, inputs.encoded, inputs.sources[STUDENT])
-    check_answers(config.task, inputs.encoded.chat, inputs.tokenizer, inputs.sources[STUDENT])
+        check_generated_texts(config, inputs.encoded, inputs.sources[STUDENT])
+        chat = inputs.encoded.chat or {}
+        check_answers(config.task, chat, inputs.tokenizer, inputs.sources[STUDENT])
     return inputs
 
 
@@ -361,7 +363,8 @@ def unencoded_inputs(config: RunConfig) -> UnencodedInputs:
     problems += other_vocabularies(task, tokenizer, sharing.values())
     if problems:
         raise TeacherError("\n".join(problems))
-    check_chat_models(task, splits.train, tokenizer, sources)
+    if is_chat(splits.train):
+        check_chat_models(task, tokenizer, sources)
     student, teacher = tokenizer, None
     if vocabulary is not None:
         teacher = tokenizer

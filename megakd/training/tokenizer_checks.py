@@ -11,12 +11,10 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from megakd.config.task import STUDENT, TaskConfig
 from megakd.data.chat_tokens import SETS, ChatCounts, learned
-from megakd.data.conversations import is_chat
 from megakd.data.tokenizers import LOOKED_FOR, from_folder, has_tokenizer_files
 from megakd.errors import ConfigError, DataError, TeacherError
 from megakd.models.end_tokens import (
@@ -29,19 +27,13 @@ logger = logging.getLogger(__name__)
 
 
 def check_chat_models(
-    task: TaskConfig,
-    rows: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    sources: Mapping[str, ModelSource],
+    task: TaskConfig, tokenizer: PreTrainedTokenizerBase, sources: Mapping[str, ModelSource]
 ) -> None:
     """Compare the templates and the end tokens of the teachers with the student's.
 
-    Nothing is compared if the rows are no conversations. A student without a tokenizer of its own
-    uses the run's. `task.end_tokens` can accept a teacher whose end token does not end the
-    student's texts.
+    A student without a tokenizer of its own uses the run's. `task.end_tokens` can accept a teacher
+    whose end token does not end the student's texts.
     """
-    if not is_chat(rows):
-        return
     tokenizers = {
         role: from_folder(source.folder)
         for role, source in sources.items()
@@ -88,12 +80,12 @@ def _tokens(ids: set[int], tokenizer: PreTrainedTokenizerBase) -> str:
 
 def check_answers(
     task: TaskConfig,
-    counts: Mapping[str, ChatCounts] | None,
+    counts: Mapping[str, ChatCounts],
     tokenizer: PreTrainedTokenizerBase,
     student: ModelSource,
 ) -> None:
     """Check that held-out conversations have answers, and that an end token ends learned ones."""
-    for name, tally in (counts or {}).items():
+    for name, tally in counts.items():
         if not name.startswith("train") and not tally.targets:
             of_set = name.removeprefix(f"{SETS}/")
             split = name.partition("/")[0]  # of a mixture, a source follows
