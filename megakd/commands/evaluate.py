@@ -66,11 +66,10 @@ def _text(scores: Mapping[str, Any]) -> str:
     blocks += [(f"{n} ({one['file']})", one) for n, one in scores["evaluation_sets"].items()]
     lines: list[str] = []
     for head, one in blocks:
-        metrics = {k: v for k, v in one["metrics"].items() if not k.endswith(STANDARD_ERROR)}
-        errors = {name: one["metrics"].get(name + STANDARD_ERROR) for name in metrics}
+        metrics, errors = one["metrics"], one["standard_errors"]
         width = max(map(len, metrics), default=0)
         lines += ["", f"{head}: {one['rows']} rows"]
         for name, value in metrics.items():
-            more = "" if errors[name] is None else f" ±{errors[name]:.4f}"
-            lines.append(f"{name:{width}}  {value:.4f}{more}")
+            error = errors.get(name + STANDARD_ERROR)
+            lines.append(f"{name:{width}}  {value:.4f}" + (f" ±{error:.4f}" if error else ""))
     return "\n".join(lines[1:])

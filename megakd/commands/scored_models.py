@@ -56,7 +56,7 @@ def evaluate_model(
 
     Returns:
         `model`, `file`, `split`, `rows`, `metrics`, and `evaluation_sets`: by name `file`, `rows`
-        and `metrics`. A share among the metrics has its standard error beside it.
+        and `metrics`. `standard_errors` of all have the keys of report.json.
     """
     folder = scored_model(config.output_dir, model)
     if data == "":
@@ -82,7 +82,7 @@ def evaluate_model(
     def scored(file: str, rows: Dataset, scores: Mapping[str, float]) -> dict[str, object]:
         count, is_language = row_count(rows), config.task.type in LANGUAGE_TASKS
         errors = {} if is_language else standard_errors(scores, count)
-        return {"file": file, "rows": count, "metrics": {**scores, **errors}}
+        return {"file": file, "rows": count, "metrics": dict(scores), "standard_errors": errors}
 
     return {
         "model": str(folder),

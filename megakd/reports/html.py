@@ -26,7 +26,8 @@ from megakd.training.record import Report
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MANY_LABELS = 200
+MANY_LABELS, WORST = 200, 10
+"""Labels that the page lists, and rows of them that it shows unasked."""
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -62,12 +63,14 @@ def html_report(report: Report, history: Iterable[Mapping[str, Any]], *, config:
     prefixes = ("environment.", "versions.", "latency.", "seconds.", "vocabulary.")
     return templates.get_template("report.html.jinja").render(
         report=report,
+        headline=table.result_sentence(report),
         models=table.model_rows(report),
         notes=table.notes(report),
         sizes=size_figure(report),
         confusions=confusion_figure(report),
         candidates=candidate_figure(report),
         tables=table.tables(report, most_labels=MANY_LABELS),
+        worst=WORST,
         stages=stage_figures(report, curves_of(history)),
         facts={key: value for key, value in report.items() if key.startswith(prefixes)},
         config=config,

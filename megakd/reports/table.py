@@ -84,6 +84,8 @@ def tables(report: Report, *, most_labels: int) -> dict[str, Rows]:
         keys = [key for key in keys if not key.endswith(STANDARD_ERROR)]
         if name == "stages":
             keys = [key for key in keys if key in OF_STAGE or is_text_metric(key)]
+        if name.endswith("per_class") and "f1" in keys:  # the worst first
+            items = sorted(items, key=lambda one: one["f1"] if is_number(one["f1"]) else -1)
         if "step" in keys:  # evenly spaced, with both ends
             last = len(items) - 1
             most = min(len(items), MOST_STEPS)
@@ -184,6 +186,34 @@ def model_rows(report: Report) -> Rows:
         rows = rows or [[title for title, _ in row]]
         rows.append([text for _, text in row])
     return rows
+
+
+def result_sentence(report: Report) -> str:
+    """Return the result in a sentence, with the teacher in the same form; "" without a student.
+
+    The form is the smallest that both have: int8, a graph, or the model itself.
+    """
+    metric, forms = report["metric_name"], ("_int8", "_onnx", "")
+    has = report["models"]
+    both = (form for form in forms if {f"{STUDENT}{form}", f"{TEACHER}{form}"} <= {*has})
+    form = next(both, "")
+    mine, theirs = f"{STUDENT}{form}", f"{TEACHER}{form}"
+    if not is_number(report.get(f"{mine}.{metric}")):
+        return ""
+    name = metric.replace("_", " ")
+    parts = [f"{name} {_with_error(report, f'{mine}.{metric}', partial(score, metric))}"]
+    if is_number(size := report.get(f"{mine}.bytes")):
+        parts.append(f"{size / 1e6:,.1f} MB")
+    against = list[str]()
+    if report["batches"] and is_number(time := report.get(f"{mine}.ms_batch_1")):
+        parts.append(f"{time:.1f} ms a text")
+        if is_number(slow := report.get(f"{theirs}.ms_batch_1")) and time:
+            against.append(f"{slow / time:.1f} times as fast as")
+    if is_number(whole := report.get(f"{theirs}.bytes")) and is_number(size) and size:
+        against.append(f"{whole / size:.1f} times smaller than")
+    words = {"_int8": ", both in int8", "_onnx": ", both as graphs", "": ""}[form]
+    end = f": {' and '.join(against)} its teacher{words}" if against else ""
+    return f"The student: {', '.join(parts)}{end}."
 
 
 def shown_metrics(report: Report) -> list[str]:

@@ -279,6 +279,9 @@ def report_of(
         numbers |= _entries(name, one, folders.get(name), theirs, stored_as=lab.work.saved_dtype)
         if name != STUDENT and (error := _loss_error(one.losses, measured[STUDENT].losses)):
             numbers[f"{name}.{LOSS_ERROR}"] = error
+    for name, stored in lab.work.pool.folders.items():
+        if stored is not None and (size := weight_bytes(stored)):  # none of other formats
+            numbers[f"{name}.bytes"] = size
     for row, entries in graphs.items():
         numbers |= {f"{row}.{key}": value for key, value in entries.items()}
     numbers |= _of_rows(lab, numbers) | _latency(lab, student.folder, reference, [*graphs])

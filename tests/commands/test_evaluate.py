@@ -43,7 +43,7 @@ def test_a_file_of_ones_own_is_scored_whole_and_the_output_says_so(one_rank, who
     text = one_rank.megakd("evaluate", whole_run.config, argument).out.splitlines()
     assert text[0] == f"{mine}, all rows: 40 rows"
     error = (by_hand * (1 - by_hand) / 40) ** 0.5
-    assert result["metrics"]["accuracy_standard_error"] == pytest.approx(error)
+    assert result["standard_errors"]["accuracy_standard_error"] == pytest.approx(error)
     assert any(re.fullmatch(rf"accuracy +{by_hand:.4f} ±{error:.4f}", line) for line in text)
 
 

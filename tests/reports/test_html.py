@@ -91,6 +91,19 @@ def test_a_classifier_has_a_picture_of_its_confusions():
     assert ">7</text>" in text
 
 
+def test_the_worst_labels_stand_first_and_the_rest_is_folded():
+    scores = [n * 7 % 13 / 13 for n in range(13)]
+    classes = [{"label": f"l{n}", "f1": f1, "rows": 7} for n, f1 in enumerate(scores)]
+
+    text = html_report(report_of(**entries("student", {"per_class": classes})), [])
+
+    shown, _, folded = text.partition("<summary>3 more labels</summary>")
+    order = sorted(range(13), key=scores.__getitem__)
+    labels = [re.findall(r'<th scope="row">(l\d+)</th>', part) for part in (shown, folded)]
+    assert labels == [[f"l{n}" for n in part] for part in (order[:10], order[10:])]
+    assert "<strong>The student: " in shown
+
+
 def test_text_of_others_is_escaped_everywhere():
     bad = "<script>$x_1$ & \"q\" 'p'"
     report = chosen_report(task=bad, environment__python=bad, warnings=[bad])

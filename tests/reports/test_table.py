@@ -10,7 +10,7 @@ import pytest
 from reports import chosen_report, entries, language_report, report_of, timed
 
 from megakd.reports.report_file import standard_errors
-from megakd.reports.table import duration, result_table, short_count
+from megakd.reports.table import duration, result_sentence, result_table, short_count
 
 
 def cells(table: str, row: str) -> list[str]:
@@ -110,6 +110,27 @@ def test_the_size_that_was_asked_for_and_what_was_cut_stand_below_the_table(what
 
     assert f"the student was asked to {text}" in lines.splitlines()
     assert f"student: {parts} of its teacher · 2.09M weights" in lines.splitlines()
+
+
+def test_the_first_sentence_compares_the_student_with_its_teacher_in_the_same_form():
+    graphs = {
+        **entries("student_int8", {"accuracy": 0.765, "bytes": 13_532_470, "ms_batch_1": 1.25}),
+        **entries("student_int8", {"accuracy_standard_error": 0.013}),
+        **entries("teacher_int8", {"accuracy": 0.77, "bytes": 27_000_000, "ms_batch_1": 7.5}),
+    }
+    models = ["teacher", "student", "student_int8"]
+    keys = {"metric_name": "accuracy", "batches": [1], **graphs}
+
+    alone = result_sentence(report_of(models=models, **keys))
+    both = result_sentence(report_of(models=[*models, "teacher_int8"], **keys))
+
+    assert both == (
+        "The student: accuracy 76.5% ±1.3%, 13.5 MB, 1.2 ms a text: 6.0 times as fast as and 2.0 "
+        "times smaller than its teacher, both in int8."
+    )
+    size = report_of()["student.bytes"] / 1e6
+    assert alone == f"The student: accuracy 75.0%, {size:.1f} MB."
+    assert result_sentence(report_of(student__mean_accuracy_f1=None)) == ""
 
 
 def test_shares_of_rows_have_their_standard_errors():

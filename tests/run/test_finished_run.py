@@ -223,6 +223,7 @@ def test_the_student_is_stored_as_its_teacher_is_and_scored_as_it_is_stored(
     size = (out / "final" / WEIGHTS).stat().st_size
     assert abs(read(out)["student.bytes"] - size) < size / 20
     assert read(out)["alone.bytes"] == read(out)["student.bytes"]  # of one dtype too
+    assert read(out)["teacher.bytes"] > read(out)["student.bytes"]
 
     finish(one_rank, config, "save.dtype=fp32")
 
