@@ -13,6 +13,7 @@ import glob
 import itertools
 import json
 import logging
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -32,7 +33,7 @@ from megakd.engine.distributed import Ranks
 from megakd.errors import CheckpointError
 from megakd.models.architectures import current_files
 from megakd.models.model_folder import WEIGHT_FILE, dtypes_of, hub_id, write_weights_as
-from megakd.models.onnx import check_packages, write_onnx
+from megakd.models.onnx import MODEL, check_packages, write_onnx
 from megakd.process import files
 from megakd.process.files import (
     CARD,
@@ -226,6 +227,19 @@ def finished_table(config: RunConfig, facts: Fingerprint) -> str | None:
     return result_table(report, final=final)
 
 
+_GRAPHS = ".graphs"
+
+
+def graph_path(output_dir: Path, row: str) -> Path:
+    """Return the path of the graph of a row, which exists only while the run is finished."""
+    return output_dir / _GRAPHS / row / MODEL
+
+
+def remove_graphs(output_dir: Path) -> None:
+    """Remove the graphs of the report."""
+    shutil.rmtree(output_dir / _GRAPHS, ignore_errors=True)
+
+
 def publish(
     config: RunConfig, student: Path, report: Report, *, dtype: torch.dtype, command: str
 ) -> str:
@@ -242,9 +256,14 @@ def publish(
         names = (final.with_name(f"{FINAL}.unused-{number}") for number in itertools.count(1))
         aside = final.replace(next(name for name in names if not name.exists()))
         logger.warning("%s has files of yours: %s; it is now %s", final, ", ".join(changed), aside)
+
+    def add_graph(folder: Path) -> None:
+        shutil.copytree(graph_path(out, GRAPH).parent, folder, dirs_exist_ok=True)
+
     # The report knows whether the model can be expressed as a graph.
     has_graph = config.save.onnx and GRAPH in report["models"]
-    _copy(student, final, {CARD: card}, dtype=dtype, add=write_onnx if has_graph else None)
+    _copy(student, final, {CARD: card}, dtype=dtype, add=add_graph if has_graph else None)
+    remove_graphs(out)
     files.write_text(out / CONFIG, dump_config(config))
     published: dict[str, object] = {"student": student.name, "published": asked_of(config)}
     published["dtype"] = str(dtype).removeprefix("torch.")

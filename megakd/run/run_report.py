@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import operator
-import shutil
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -35,7 +34,6 @@ from megakd.models.loading import load_finished
 from megakd.models.lora import adapter_parameters
 from megakd.models.model_folder import weight_bytes
 from megakd.models.onnx import (
-    MODEL,
     MOST_IN_ONE_FILE,
     Graph,
     Logits,
@@ -59,6 +57,7 @@ from megakd.reports.report_file import (
     standard_errors,
 )
 from megakd.reports.table import OF_STAGE
+from megakd.run.finished_run import graph_path, remove_graphs
 from megakd.run.run_work import RunWork
 from megakd.run.teacher_pool import Measured
 from megakd.stage import StageResult
@@ -122,19 +121,6 @@ def latency_report(
                 f"{key}_high": ratios[-1 - outside],
             }
     return entries
-
-
-_FOLDER = ".graphs"
-
-
-def graph_path(output_dir: Path, row: str) -> Path:
-    """Return the path of the graph of a row, which exists only while the report is made."""
-    return output_dir / _FOLDER / row / MODEL
-
-
-def remove_graphs(output_dir: Path) -> None:
-    """Remove the graphs of the report."""
-    shutil.rmtree(output_dir / _FOLDER, ignore_errors=True)
 
 
 def write_graphs(
@@ -326,8 +312,6 @@ def report_of(
             corpus_content_hash=prepared.splits.content_hash,
         ),
     }
-    if ranks.is_main:
-        remove_graphs(config.output_dir)
     history = config.output_dir / "metrics.jsonl"
     guess = loss_of_guessing(prepared.splits.held_out, len(prepared.tokenizer))
     known = {**report, "loss_of_guessing": guess}
