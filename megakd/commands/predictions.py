@@ -16,7 +16,7 @@ from megakd.data.rows import text_columns
 from megakd.errors import ConfigError, DataError
 from megakd.models.fitting import MULTI_LABEL
 from megakd.models.model_folder import brings_code
-from megakd.process.files import json_text, write_text
+from megakd.process.files import check_given, json_text, write_text
 from megakd.reports.table import AUTO_CLASSES
 
 TEXTS_AT_ONCE = 32
@@ -39,6 +39,7 @@ class SetsPipeline(TextClassificationPipeline):
 
 def pipeline_of(folder: Path, config: RunConfig, **options: object) -> Any:
     """Return a student in a `transformers.pipeline`; one of several labels gives sets of them."""
+    check_given(folder, "the student")
     trusted = {"trust_remote_code": True} if brings_code(folder) else {}
     model_config = transformers.AutoConfig.from_pretrained(folder, **trusted)
     if getattr(model_config, "problem_type", None) == MULTI_LABEL:

@@ -105,7 +105,7 @@ def _held_out(config: RunConfig, source: ModelSource) -> tuple[RunInputs, str]:
     if prepared.pair is not None and folder is not None and has_tokenizer_files(folder):
         vocabulary = from_folder(folder).get_vocab()
         if vocabulary == prepared.pair.teacher.get_vocab():
-            prepared = prepared.of(next(role for role in prepared.sources if role != STUDENT))
+            prepared = prepared.for_role(next(role for role in prepared.sources if role != STUDENT))
     # The rows are in tokens of the run: a model with others is refused.
     check_vocabularies(_models_task(config), prepared.tokenizer, [source])
     split = "validation" if prepared.splits.test is None else "test"
@@ -128,7 +128,7 @@ def _rows_of(config: RunConfig, source: ModelSource, data: str) -> tuple[Splits,
             classes = Classes(names, numbered=True, folds_case=True)
         as_chat = task.mixture is not None  # whose documents are not packed
         of_model = replace(task, labels=classes.names) if classes else task
-        kind = RowKind.of(of_model, table, as_chat=as_chat)
+        kind = RowKind.from_task(of_model, table, as_chat=as_chat)
         rows = scored_rows(table, kind, task, classes, cache_dir=cache_folder())
         names = classes.names if classes else ()
         metrics = default_metrics(task.type, rows)

@@ -163,7 +163,7 @@ class Batch(NamedTuple):
     teacher: str | None = None
     soft: Tensor | None = None
 
-    def of(self, role: str | None) -> Batch:
+    def for_role(self, role: str | None) -> Batch:
         """Return the rows encoded for the model of a role; None: as they are."""
         return self.others.get(role, self) if self.others and role else self
 

@@ -223,7 +223,7 @@ class RowKind:
     soft: str | None = None
 
     @staticmethod
-    def of(task: TaskConfig, table: Table, *, as_chat: bool = False) -> RowKind:
+    def from_task(task: TaskConfig, table: Table, *, as_chat: bool = False) -> RowKind:
         """Return the kind of the rows; `as_chat` makes documents conversations without a prompt."""
         if not table.columns:
             raise DataError(f"{table.name} has no rows")
@@ -434,7 +434,7 @@ def rows_of_tables(
         split, _, source = key.partition("/")
         table = tables[key]
         if kind is None or split == "train" or as_chat:
-            kind = kinds[key] = RowKind.of(task, table, as_chat=as_chat)
+            kind = kinds[key] = RowKind.from_task(task, table, as_chat=as_chat)
         else:
             kinds[key] = kind.of_split(table, split)
         if split == "train":  # only training rows have teachers

@@ -128,7 +128,7 @@ def _set_rows(
     name: str, table: Table, task: TaskConfig, corpus: Corpus, cache_dir: Path
 ) -> Dataset:
     train = corpus.splits["train"]
-    kind = replace(RowKind.of(task, table, as_chat=is_chat(train)), form=corpus.form)
+    kind = replace(RowKind.from_task(task, table, as_chat=is_chat(train)), form=corpus.form)
     rows = scored_rows(table, kind, task, corpus.classes, cache_dir=cache_dir)
     mine, theirs = (
         "conversations"

@@ -58,7 +58,7 @@ def streamed_files(task: TaskConfig, *, cache_dir: Path) -> Corpus:
     """Return a stream of local files, in their order, and the rows of the held-out files."""
     tables = local_tables(task)
     paths, _ = split_files(task)
-    kind = RowKind.of(task, tables["train"])
+    kind = RowKind.from_task(task, tables["train"])
     # `datasets` gives each rank a part of what is in a list, so that a list holds only the files.
     rows = IterableDataset.from_generator(
         _rows, gen_kwargs={"paths": [*map(str, paths["train"])], "kind": kind}
@@ -88,7 +88,7 @@ def streamed_hub_rows(task: TaskConfig, *, cache_dir: Path) -> Corpus:
             digest = key_of(name, task.dataset_config, builder.hash, files, key, most)
             held = streams[key] if most is None or split == "train" else streams[key].take(most)
             tables[split] = typed_table(f"{name} ({key})", held, digest=digest)
-    kind = RowKind.of(task, tables["train"])
+    kind = RowKind.from_task(task, tables["train"])
     columns = [column for column in tables["train"].columns if column in kind.columns]
     raw = streams[keys["train"]].select_columns(columns)
     features = raw.features or {}
@@ -115,7 +115,7 @@ def _corpus(
     held: dict[str, Dataset] = {}
     for split, table in tables.items():
         if split != "train":
-            of_split = RowKind.of(task, table, as_chat=kind.is_chat)
+            of_split = RowKind.from_task(task, table, as_chat=kind.is_chat)
             held[split] = rows_of(table, of_split, task, cache_dir=cache_dir)
     if "validation" not in tables:
         if most is None:

@@ -166,7 +166,7 @@ class StudentBundle(nn.Module):
         if scored:
             with self._viewing(None):  # in which the output matrix is read
                 whole = outputs[self.role, None]
-                predictions = predictions_of(whole, batch.of(self.role), self.kernels)
+                predictions = predictions_of(whole, batch.for_role(self.role), self.kernels)
         total = functools.reduce(operator.add, totals)
         parts[WEIGHTED_LOSS] = total.detach() / self.world_size
         return Losses(total, parts, predictions)
@@ -178,7 +178,7 @@ class StudentBundle(nn.Module):
         with nullcontext() if elastic is None else elastic.sharing_embeddings():
             for role, view in dict.fromkeys(wanted):
                 with self._viewing(view):
-                    outputs[role, view] = self._run(role, batch.of(role))
+                    outputs[role, view] = self._run(role, batch.for_role(role))
         return outputs
 
     def _run(self, role: str, batch: Batch) -> Knowledge:
@@ -201,7 +201,7 @@ class StudentBundle(nn.Module):
         inputs = LossInputs(
             student=student,
             teacher=answers[planned.teacher] if planned.teacher else None,
-            batch=batch.of(learner),
+            batch=batch.for_role(learner),
             weights=self.objective.weights,
             # By the counts of the learner's own rows.
             per_unit={unit: scales.per_unit[name] for unit, name in units.items()},
@@ -264,7 +264,7 @@ def _weighted(inputs: LossInputs, planned: Pass) -> LossInputs:
 
 
 def _counted_as(role: str, count: UnitCounter, batch: Batch) -> Tensor:
-    return count(batch.of(role))
+    return count(batch.for_role(role))
 
 
 def build_bundle(

@@ -50,9 +50,9 @@ def run(config: MaxiDiscConfig, lab: Lab) -> StageResult:
     _, ranked = ranked_teacher(config, lab)
     metric = lab.facts.metric()
     routes = [_route(config, lab, ranked, sparsity) for sparsity in config.used_sparsities]
-    best = max(routes, key=lambda route: metric.of(route.student.metrics))
+    best = max(routes, key=lambda route: metric.mean(route.student.metrics))
     for route in routes:
-        value = metric.of(route.assistant.metrics)
+        value = metric.mean(route.assistant.metrics)
         view = view_of(config, lab, ranked, route.sparsity)
         lab.record.candidates.append(
             {
@@ -63,7 +63,7 @@ def run(config: MaxiDiscConfig, lab: Lab) -> StageResult:
                 "metric": value,
                 "tradeoff": tradeoff(value, route.sparsity, config.tradeoff),
                 "chosen": route is best,
-                "student_metric": metric.of(route.student.metrics),
+                "student_metric": metric.mean(route.student.metrics),
             }
         )
     if best.assistant is not best.student:

@@ -131,7 +131,7 @@ def _rows(
         name = view_name(sparsity)
         if name not in stage.views:
             continue
-        value = metric.of(result.scores[name])
+        value = metric.mean(result.scores[name])
         row: Row = {
             "iteration": iteration,
             "sparsity": sparsity,
@@ -142,7 +142,7 @@ def _rows(
             "chosen": name == result.view,
         }
         if row["chosen"]:
-            row["kept_metric"] = metric.of(result.metrics)
+            row["kept_metric"] = metric.mean(result.metrics)
         yield row
 
 
@@ -182,6 +182,6 @@ class TradeoffJudge:
         If the target wins, it is the student and ends the schedule, so the best evaluation of the
         target is kept as well.
         """
-        metrics = {s: self.metric.of(scores[view_name(s)]) for s in self.sparsities}
+        metrics = {s: self.metric.mean(scores[view_name(s)]) for s in self.sparsities}
         sparsity, highest = choose(metrics, weight=self.tradeoff, target=self.target)
         return Verdict(highest, view_name(sparsity), {view_name(self.target): metrics[self.target]})

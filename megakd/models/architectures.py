@@ -281,7 +281,7 @@ class Known(Generic[T]):
         self._by_content: dict[str, T] = {}
         self._by_config: dict[Any, tuple[weakref.ref[PretrainedConfig], T]] = {}
 
-    def of(self, config: PretrainedConfig, *facts: Any) -> T:
+    def answer(self, config: PretrainedConfig, *facts: Any) -> T:
         """Return the answer; only a config that was not seen yet is written out and compared."""
         key = (id(config), *facts)
         known = self._by_config.get(key)

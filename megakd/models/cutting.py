@@ -105,7 +105,7 @@ def rescaled(
     if factor == 1:
         yield from state
         return
-    of_heads = architecture.found_units(config).of("heads")
+    of_heads = architecture.found_units(config).parts_with("heads")
     queries = {f"{owner}.{units.makers[0]}" for _, owner, units in of_heads}
     for name, tensor in state:
         yield name, tensor * factor if name.rpartition(".")[0] in queries else tensor
@@ -304,7 +304,7 @@ def why_rigid(config: Any, architecture: Architecture) -> str | None:
     rigid = architecture.why_uncut(config) or architecture.found_units(config).rigid
     if rigid is not None or architecture.shares_bias or narrow_maps(config) is not None:
         return rigid
-    return _RIGID.of(config, architecture)
+    return _RIGID.answer(config, architecture)
 
 
 def _find(config: Any, architecture: Architecture) -> str | None:
@@ -321,7 +321,10 @@ def _is_exact(small: Any, task: TaskType, blocks: str, count: int) -> bool:
 
     The views keep half of the units, with and without another width than that of all heads.
     """
-    found, copied = OF_COPIES.of(small, task, blocks, count), SmallCopy(small, task, blocks, count)
+    found, copied = (
+        OF_COPIES.answer(small, task, blocks, count),
+        SmallCopy(small, task, blocks, count),
+    )
     model, config = copied.model, copy.deepcopy(small)
     setattr(config, NARROW, found.as_keys())  # what reads and writes views asks the config
     model.config, architecture = config, for_task(config, task)

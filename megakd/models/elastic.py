@@ -60,7 +60,7 @@ def unit_makers(model: PreTrainedModel) -> dict[str, Maker]:
     found, table = architecture_of(model.config).found_units(model.config), weight_axes(model)
     paths = {
         f"{owner}.{path}"
-        for _, owner, units in (*found.of("heads"), *found.of("neurons"))
+        for _, owner, units in (*found.parts_with("heads"), *found.parts_with("neurons"))
         for path in (*units.makers, units.output)
     }
     makers: dict[str, Maker] = {}
@@ -583,7 +583,7 @@ class Elastic:
         """Return the paths of projections that must give one head of zeros if a view has none."""
         needing: set[str] = set()
         found = architecture.found_units(model.config)
-        for _, owner, units in found.of("heads"):
+        for _, owner, units in found.parts_with("heads"):
             makers = [f"{owner}.{path}" for path in units.makers]
             core = model.get_submodule(f"{owner}.{units.core}".removesuffix("."))
             needs_heads = not getattr(core, "handles_no_heads", False)

@@ -98,7 +98,7 @@ def check_depth(source: ModelSource, numbers: Sequence[int], *, where: str) -> N
         )
     if [*numbers] == [*range(1, architecture.number_of_layers(config) + 1)]:
         return
-    difference, failed = _DIFFERENCES.of(config, architecture.tasks[0], *numbers)
+    difference, failed = _DIFFERENCES.answer(config, architecture.tasks[0], *numbers)
     if failed is not None:
         _warn(where, failed)
     if difference is not None:
@@ -237,7 +237,7 @@ def chosen_layers(
 
 def _can_stay(source: ModelSource, numbers: Sequence[int]) -> bool:
     task = source.architecture.tasks[0]
-    return _DIFFERENCES.of(source.config, task, *numbers) in ((None, None), (_NO_COPY, None))
+    return _DIFFERENCES.answer(source.config, task, *numbers) in ((None, None), (_NO_COPY, None))
 
 
 @contextmanager
@@ -394,7 +394,7 @@ class RemainingLayers:
         architecture = architecture_of(config)
         self._numbers, self._count = numbers, architecture.number_of_layers(config)
         self._rename = None if numbers is None else renumbering(architecture, numbers)
-        self._blocks = {} if numbers is None else _BLOCKS.of(config)
+        self._blocks = {} if numbers is None else _BLOCKS.answer(config)
 
     def name(self, name: str) -> str | None:
         """Return the new name of a weight; None: it is left out."""

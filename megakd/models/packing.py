@@ -175,7 +175,7 @@ def packing_of(config: PretrainedConfig, attention: str | None) -> Packing:
     Raises:
         ModelError: the model does not even compute a padded text as it computes it alone.
     """
-    return _PACKINGS.of(config, attention)
+    return _PACKINGS.answer(config, attention)
 
 
 def packing_at(where: str, config: PretrainedConfig, attention: str | None) -> Packing:

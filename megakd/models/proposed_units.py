@@ -111,7 +111,7 @@ class FoundUnits(NamedTuple):
     stating_width: tuple[str, ...] | None = None
     rigid: str | None = None
 
-    def of(self, kind: Kind) -> Iterator[tuple[int, str, Units]]:
+    def parts_with(self, kind: Kind) -> Iterator[tuple[int, str, Units]]:
         """Yield the number, the path of the owner and the units of each part that has some."""
         layers, more = (self.heads if kind == "heads" else self.neurons).layers, self.more
         owners = [f"{self.blocks}.{n}" for n in range(len(layers) - len(more.get(kind, ())))]
@@ -392,7 +392,7 @@ def as_wide(
 def _of_units(found: FoundUnits) -> Iterator[tuple[str, int, Axis]]:
     kinds: tuple[tuple[Kind, Cuttable], ...] = ("heads", found.heads), ("neurons", found.neurons)
     for kind, cuttable in kinds:
-        for number, owner, units in found.of(kind):
+        for number, owner, units in found.parts_with(kind):
             for name, (dimension, blocks) in units.parts.items():
                 if len({*blocks}) == 1:
                     is_score = name.startswith(tuple(f"{path}." for path in units.makers[:2]))

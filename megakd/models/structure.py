@@ -413,7 +413,7 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
         ModelError: the structure of the model cannot be read.
     """
     usual = (task for task in ("mlm", "causal_lm") if class_name(config, task))
-    return _FOUND.of(config, task_of(config) or next(usual, "classification"))
+    return _FOUND.answer(config, task_of(config) or next(usual, "classification"))
 
 
 # Keys of a config without which the parts of its model are where they are.

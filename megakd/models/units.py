@@ -98,7 +98,7 @@ def find_units(config: Any, architecture: Architecture, task: TaskType) -> Found
     blocks, empty = f"{architecture.backbone}.{architecture.blocks}", without_values(config, task)
     layers: list[nn.Module] = [*empty.get_submodule(blocks)]  # type: ignore[misc]
     firsts = _firsts(layers)
-    found, failed = in_copy(config, architecture, OF_COPIES.of)
+    found, failed = in_copy(config, architecture, OF_COPIES.answer)
     if found is None:
         reason = f"no small copy of it runs, which decides ({failed})"
         found = FoundUnits(Cuttable(uncut=reason), Cuttable(uncut=reason), blocks, rigid=reason)
@@ -148,7 +148,7 @@ def _units_of_t5(config: Any, architecture: Architecture, task: TaskType) -> Fou
     )
     others = {
         (f"{owner}.{name}", dimension)
-        for _, owner, units in (*found.of("heads"), *found.of("neurons"))
+        for _, owner, units in (*found.parts_with("heads"), *found.parts_with("neurons"))
         for name, (dimension, _) in units.parts.items()
     }
     others.add((f"{architecture.head}.weight", 0))
@@ -167,7 +167,7 @@ _FOUND = Known(
 
 def units_of(config: PretrainedConfig, architecture: Architecture) -> FoundUnits:
     """Return the units of a model."""
-    return _FOUND.of(config, architecture, architecture.tasks[0])
+    return _FOUND.answer(config, architecture, architecture.tasks[0])
 
 
 def _as_in(config: Any, task: TaskType, blocks: str, kind: Kind, decided: Cuttable) -> Cuttable:
@@ -526,7 +526,7 @@ class SmallCopy:
         """Return the outputs if the units that are not kept give nothing to hidden states."""
         values: dict[Tensor, Tensor] = {}
         for kind in KINDS:
-            for number, owner, units in found.of(kind):
+            for number, owner, units in found.parts_with(kind):
                 dimension, (size,) = units.parts[f"{units.output}.weight"]
                 output: Any = self.model.get_submodule(f"{owner}.{units.output}")
                 count = output.weight.shape[dimension]
@@ -555,7 +555,7 @@ class SmallCopy:
 
     def is_narrow(self, found: FoundUnits, cut: Cut) -> bool:
         """Return whether the layers themselves compute with fewer rows of their weights."""
-        layers = [units for kind in KINDS for units in found.of(kind)]
+        layers = [units for kind in KINDS for units in found.parts_with(kind)]
         paths = {f"{o}.{name}".rpartition(".")[0] for _, o, units in layers for name in units.parts}
         for part in map(self.model.get_submodule, paths):
             # What `models.elastic` can lay over: maps, and norms, which have only vectors.
@@ -571,14 +571,17 @@ class SmallCopy:
 
     def has_columns(self, found: FoundUnits) -> bool:
         """Return whether another order of the columns inside heads changes nothing."""
-        for _, owner, units in found.of("heads"):
+        for _, owner, units in found.parts_with("heads"):
             core = self.model.get_submodule(f"{owner}.{units.core}".removesuffix("."))
             if {of for _, of in units.parts.values()} != {(units.width,)} or not (
                 # Vectors are split by it.
                 len(units.makers) == 3 and hasattr(core, "attention_head_size")
             ):
                 return False
-        width, counts = next(units.width for _, _, units in found.of("heads")), found.heads.counts
+        width, counts = (
+            next(units.width for _, _, units in found.parts_with("heads")),
+            found.heads.counts,
+        )
         scores, values = (tuple((_turned(width, by),) * n for n in counts) for by in (1, 2))
         order = UnitOrder(tuple(tuple(range(n)) for n in counts), (), None, scores, values)
         return self.is_unmoved(found._replace(heads=found.heads._replace(columns=True)), order)

@@ -81,7 +81,7 @@ class UnitOrder(NamedTuple):
     queries: tuple[tuple[tuple[int, ...], ...], ...] | None = None
     values: tuple[tuple[tuple[int, ...], ...], ...] | None = None
 
-    def of(self, kind: Kind, number: int) -> tuple[int, ...] | None:
+    def places(self, kind: Kind, number: int) -> tuple[int, ...] | None:
         if kind == "width":
             return self.width
         return (self.heads if kind == "heads" else self.neurons)[number]
@@ -146,7 +146,7 @@ class Axis(NamedTuple):
         """Return whether an order lists the units of this dimension or the columns inside them."""
         if order is None:
             return False
-        moves = order.of(self.kind, self.number) is not None
+        moves = order.places(self.kind, self.number) is not None
         return moves or order.inside(self.columns, self.number) is not None
 
     def keeps_prefix(self, cut: Cut) -> bool:
@@ -160,7 +160,7 @@ class Axis(NamedTuple):
         `length`: rows or columns of the whole weight along this dimension.
         """
         part = length // self.parts
-        order = None if cut.order is None else cut.order.of(self.kind, self.number)
+        order = None if cut.order is None else cut.order.places(self.kind, self.number)
         inside = None if cut.order is None else cut.order.inside(self.columns, self.number)
         count = part // self.size
         units = (order or range(count))[: self.kept(cut.view)]

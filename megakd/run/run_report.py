@@ -136,7 +136,7 @@ def write_graphs(
     models = {STUDENT: (lab.work.assembly, student, measured[STUDENT].report)}
     teacher = lab.work.pool.folders[reference] if reference else None
     if reference and teacher:
-        models[TEACHER] = lab.work.assembly.of(reference), teacher, measured[reference].report
+        models[TEACHER] = lab.work.assembly.for_role(reference), teacher, measured[reference].report
     rows = _served_rows(lab, {name: folder for name, (_, folder, _) in models.items()})
     if config.save.onnx and GRAPH not in rows:
         rows.append(GRAPH)
@@ -222,7 +222,7 @@ def _quantized(
     batches = _outputs(assembly, OnnxModel(graph).logits, rows, batch_size=scorer.batch_size)
     outputs, labels = zip(*batches, strict=True)
     metrics = replace(scorer.metrics, threshold=threshold)
-    return metrics.of(torch.cat(outputs)[: len(rows)], torch.cat(labels)[: len(rows)])
+    return metrics.values(torch.cat(outputs)[: len(rows)], torch.cat(labels)[: len(rows)])
 
 
 def _outputs(

@@ -179,7 +179,7 @@ class TeacherPool:
 
     def _load(self, name: str) -> FrozenTeacher:
         """Load a teacher; what 8 bits change of its answers is compared once, with it in bf16."""
-        ready, assembly = self.assembly.teachers[name], self.assembly.of(name)
+        ready, assembly = self.assembly.teachers[name], self.assembly.for_role(name)
         source, exact = ready.source, None
         # Others have no distribution for a row or token.
         is_one = self._config.task.type != "regression" and not assembly.prepared.splits.multi_label
@@ -234,7 +234,7 @@ class TeacherPool:
             model.destroy()
 
     def score(self, name: str) -> Mapping[str, float]:
-        assembly = self.assembly.of(name)
+        assembly = self.assembly.for_role(name)
         with self.loaded(name) as model:
             return assembly.scorer().score(model.predict, assembly.prepared.encoded.validation)
 
@@ -260,7 +260,7 @@ class TeacherPool:
         return held_out_prompts(rows, prepared.tokenizer, self._config.task, device)
 
     def _measure(self, name: str, model: FrozenTeacher) -> None:
-        assembly, shared = self.assembly.of(name), self.assembly.prepared
+        assembly, shared = self.assembly.for_role(name), self.assembly.prepared
         prompts = self.prompts if shared.tokenizer_of(name) is shared.tokenizer else None
         with phase("scoring"), doing(f"scoring {name}"):
             self._known[name] = measure(assembly, model, prompts)

@@ -65,7 +65,7 @@ class Rounding(NamedTuple):
     least: int
 
     @staticmethod
-    def of(rows: int, round_to: int) -> Rounding:
+    def for_rows(rows: int, round_to: int) -> Rounding:
         """Return the rounding for units of `rows` rows, cut in multiples of `round_to` rows."""
         return Rounding(round_to // math.gcd(round_to, rows), -(-round_to // rows))
 
@@ -121,7 +121,7 @@ def view_at(
         )
     # The decimal number that is written: 0.35 of 90 is 31.5, unlike in floating point.
     share = Fraction(str(float(sparsity)))
-    of_heads, of_neurons = Rounding.of(head_width, round_to), Rounding.of(1, round_to)
+    of_heads, of_neurons = Rounding.for_rows(head_width, round_to), Rounding.for_rows(1, round_to)
     fewest = [of_heads.least if n in with_heads else 0 for n in range(len(scores.heads))]
     cuts, problems = list[tuple[int, ...]](), list[str | None]()
     for kind, rounding, least in (

@@ -92,9 +92,9 @@ class Assembly:
     def config(self) -> RunConfig:
         return self.prepared.config
 
-    def of(self, role: str) -> Assembly:
+    def for_role(self, role: str) -> Assembly:
         """Return the assembly with the tokenizer and the data of the model of a role."""
-        prepared = self.prepared.of(role)
+        prepared = self.prepared.for_role(role)
         return self if prepared is self.prepared else replace(self, prepared=prepared)
 
     def once(self, name: str, make: Callable[[Path], None]) -> StageResult:
@@ -302,7 +302,7 @@ class StageParts(NamedTuple):
     @property
     def of_model(self) -> Assembly:
         """The assembly with the tokenizer and the data of the stage's model."""
-        return self.assembly.of(self.stage.role)
+        return self.assembly.for_role(self.stage.role)
 
     @property
     def layout(self) -> StepLayout:

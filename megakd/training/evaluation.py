@@ -116,7 +116,7 @@ class Scorer:
         def measure() -> Scored:
             of_classes = metrics.of_classes(outputs, labels)
             classes = metrics.answers(outputs, labels) if of_classes else []
-            return Scored(metrics.of(outputs, labels), of_classes, classes, [])
+            return Scored(metrics.values(outputs, labels), of_classes, classes, [])
 
         return on_main(measure)
 
@@ -143,7 +143,7 @@ class Scorer:
     def _metrics(self, seen: Seen, count: int) -> dict[str, float]:
         if seen.outputs:
             outputs, labels = seen.gathered(count)
-            return on_main(lambda: self.metrics.of(outputs, labels))
+            return on_main(lambda: self.metrics.values(outputs, labels))
         all_reduce_(seen.sums)
         known = seen.sums if self.characters is not None else seen.sums[:3]
         return on_main(lambda: language_model_metrics(known))

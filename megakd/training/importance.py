@@ -165,7 +165,7 @@ class Gates:
         self._sizes = [1] * len(self.tensors)
         firsts: tuple[tuple[Kind, int], ...] = ("heads", 0), ("neurons", self._attentions)
         for kind, first in firsts:
-            for number, owner, units in found.of(kind):
+            for number, owner, units in found.parts_with(kind):
                 output = f"{owner}.{units.output}"
                 self._modules[first + number] = model.get_submodule(output)
                 axes = (axis for axis in table[f"{output}.weight"] if axis is not None)

@@ -283,7 +283,7 @@ class RunInputs(UnencodedInputs):
     teacher_encoded: Encoded | None = None
     method_rows: Dataset | None = None
 
-    def of(self, role: str) -> RunInputs:
+    def for_role(self, role: str) -> RunInputs:
         """Return the inputs with the tokenizer of a role, and with the data for this tokenizer."""
         tokenizer = self.tokenizer_of(role)
         if tokenizer is self.tokenizer or self.teacher_encoded is None:

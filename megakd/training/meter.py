@@ -95,7 +95,7 @@ class StepWork:
         self._trainer, self._divides_rows = trainer, divides_rows
         self._known: dict[tuple[str, str | None], tuple[int, int]] = {}
 
-    def of(self, plan: Sequence[Pass], counts: Mapping[Unit, int]) -> tuple[float, float]:
+    def operations(self, plan: Sequence[Pass], counts: Mapping[Unit, int]) -> tuple[float, float]:
         """Return the operations of students and of teachers in a step, over all ranks.
 
         A model that learns beside the student counts as a student, and an answer from a cache or a
@@ -211,7 +211,7 @@ class TrainMeter:
             window.steps += 1
             window.tokens += count["tokens"]
             window.without_targets += count["targets"] == 0
-            student, teacher = self._work.of(report.passes, count)
+            student, teacher = self._work.operations(report.passes, count)
             window.student_operations += student
             window.teacher_operations += teacher
             norm = self._norm = None if report.gradient_norm is None else next(norms)

@@ -128,7 +128,7 @@ class TaskMetrics:
     label_names: tuple[str, ...] = ()
     threshold: float | None = None
 
-    def of(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
+    def values(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
         """Return one value per name, the number that ranks evaluations, and the mean loss.
 
         `outputs` are [N, C] logits, or [N, 1] or [N] scores; `labels` are [N] class numbers (-100 =
@@ -141,7 +141,7 @@ class TaskMetrics:
             values[THRESHOLD] = self._threshold(predicted, truth)
         total, count = summed_loss(outputs, labels).tolist()
         values[LOSS] = total / count
-        return values | {self.main.name: self.main.of(values)}
+        return values | {self.main.name: self.main.mean(values)}
 
     def _threshold(self, predicted: Numbers, truth: Numbers) -> float:
         return best_threshold(predicted, truth) if self.threshold is None else self.threshold
@@ -444,8 +444,8 @@ def score_words(splits: Splits, metrics: TaskMetrics) -> Mapping[str, float]:
         shares[:, model.classes_] = model.predict_proba(words.transform(texts))
         outputs, truth = torch.from_numpy(shares), torch.tensor(truth)
         if splits.multi_label:
-            return metrics.of(outputs.logit(1e-6), truth.double())
-        return metrics.of(outputs.clamp(min=1e-6).log(), truth)
+            return metrics.values(outputs.logit(1e-6), truth.double())
+        return metrics.values(outputs.clamp(min=1e-6).log(), truth)
 
     if splits.multi_label:
         metrics = replace(metrics, threshold=scored(splits.validation, metrics)[THRESHOLD])

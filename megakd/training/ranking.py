@@ -33,13 +33,13 @@ class Metric:
     parts: tuple[str, ...]
     higher_is_better: bool
 
-    def of(self, values: Mapping[str, float]) -> float:
+    def mean(self, values: Mapping[str, float]) -> float:
         """Return the mean of the official metrics in `parts`."""
         return sum(values[part] for part in self.parts) / len(self.parts)
 
     def worth(self, values: Mapping[str, float]) -> float:
         """Return the mean, negated if lower values are better."""
-        return self.of(values) if self.higher_is_better else -self.of(values)
+        return self.mean(values) if self.higher_is_better else -self.mean(values)
 
 
 WHOLE = "whole"

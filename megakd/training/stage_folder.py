@@ -202,7 +202,7 @@ class WindowState(NamedTuple):
     rest: bytes
 
     @staticmethod
-    def of(
+    def from_stage(
         student: StudentEngine,
         batches: BatchSource,
         *,

@@ -108,7 +108,7 @@ class StageRun:
     ) -> None:
         self.stage, self.assembly = stage, assembly
         self.config, self.ranks = assembly.config, assembly.ranks
-        window, prepared = stage.window, assembly.of(stage.role).prepared
+        window, prepared = stage.window, assembly.for_role(stage.role).prepared
         self.first_step = window.first if window else 0
         seed_everything(self.config.seed, self.ranks.rank, self.first_step)
         self.student, self.bundle = assembly.student(stage)
@@ -215,7 +215,7 @@ class StageRun:
 
     def _tell_loss(self, layers: Sequence[int]) -> None:
         loss = self.scorer.loss(self.student.predict, few(self._rows, self.config.task.type))
-        guess = math.log(len(self.assembly.of(self.stage.role).prepared.tokenizer))
+        guess = math.log(len(self.assembly.for_role(self.stage.role).prepared.tokenizer))
         text = (
             f"{self.stage.name}: the loss of the layers {', '.join(map(str, layers))} before the "
         )
@@ -340,7 +340,9 @@ class StageRun:
             models[name] = content_of(model, prepared.tokenizer_of(name))
         window = None
         if stage.goes_on:
-            window = WindowState.of(self.student, self.source, axes=self.bundle.axes, cut=cut)
+            window = WindowState.from_stage(
+                self.student, self.source, axes=self.bundle.axes, cut=cut
+            )
 
         def write() -> None:
             if not self.ranks.is_main:
@@ -349,7 +351,7 @@ class StageRun:
             extra = dict(contents)
             if self.config.task.type == "causal_lm":
                 source = self.assembly.learners(stage)[role]
-                ends = learned_ends(prepared.of(role).encoded.chat)
+                ends = learned_ends(prepared.for_role(role).encoded.chat)
                 extra = {**generation_file(source, prepared.tokenizer_of(role), ends), **extra}
             write_stage_folder(folder, models, extra=extra, window=window)
 

@@ -33,7 +33,7 @@ class AnswerWatch:
     def add(self, knowledge: Mapping[str, Knowledge], batch: Batch) -> None:
         """Update the sums with the answers to a micro-batch, without a device sync."""
         for name, answer in knowledge.items():
-            self._sums[name] = self._sums.get(name, 0.0) + _sum_of(answer, batch.of(name))
+            self._sums[name] = self._sums.get(name, 0.0) + _sum_of(answer, batch.for_role(name))
 
     def failed(self, device: torch.device) -> list[str]:
         """Return the teachers with an answer that was not finite on any rank; a collective."""
@@ -137,7 +137,7 @@ class Trainer:
         # A micro-batch whose rows name their teacher has the passes of this teacher alone.
         answers = {
             name: self.teachers[name].answers(
-                [batch.of(name) for batch in batches if batch.teacher in (None, name)]
+                [batch.for_role(name) for batch in batches if batch.teacher in (None, name)]
             )
             for name in self._frozen(plan)
         }
@@ -150,7 +150,7 @@ class Trainer:
 
     def ask_teachers(self, plan: Sequence[Pass], batch: Batch) -> dict[str, Knowledge]:
         """Return the outputs of the frozen teachers of the passes for a held-out micro-batch."""
-        knowledge = {name: self.teachers[name](batch.of(name)) for name in self._frozen(plan)}
+        knowledge = {name: self.teachers[name](batch.for_role(name)) for name in self._frozen(plan)}
         self.watch.add(knowledge, batch)
         return knowledge
 

@@ -149,7 +149,7 @@ def test_a_metric_of_a_package_ranks_evaluations_as_it_says(monkeypatch):
     metrics = task_metrics(config.eval, "classification", ("accuracy",), ("a", "b"))
     outputs = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
 
-    result = metrics.of(outputs, torch.tensor([0, 0, 1, 1]))
+    result = metrics.values(outputs, torch.tensor([0, 0, 1, 1]))
 
     assert result["my_metrics:worst_label"] == 0.5
     assert result["accuracy"] == 0.75

@@ -39,7 +39,7 @@ def read(path: Path, **keys: Any) -> list[Conversation]:
     """The rows of a file."""
     table = files_table([path], "task.train_files")
     task = TaskConfig(type="causal_lm", train_files=str(path), **keys)
-    kind = RowKind.of(task, table, as_chat=True)
+    kind = RowKind.from_task(task, table, as_chat=True)
     rows = [kind.row(table.name, record) for record in table.records()]
     return [Conversation.from_json(str(row[CONVERSATION])) for row in rows if not is_blank(row)]
 

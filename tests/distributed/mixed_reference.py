@@ -154,6 +154,6 @@ def trained(pair: Pair, steps: list[list[Any]], train: dict, *, learners: list[s
 
 def _mean(pair: Pair, role: str, batches: list[Any]) -> Tensor:
     loss = pair.teacher_loss if role == "teacher" else pair.student_loss
-    parts = [batch.of(role) for batch in batches]
+    parts = [batch.for_role(role) for batch in batches]
     sums, counts = zip(*map(loss, parts), strict=True)
     return torch.stack(sums).sum() / sum(counts)

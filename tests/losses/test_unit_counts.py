@@ -153,8 +153,8 @@ def test_numbers_of_rows_stay_on_the_cpu():
     moved = device_batch(batch, torch.device("meta"))
 
     assert moved.labels.is_meta
-    assert moved.of("assistant").labels.is_meta
-    assert moved.rows.tolist() == moved.of("assistant").rows.tolist() == [7]
+    assert moved.for_role("assistant").labels.is_meta
+    assert moved.rows.tolist() == moved.for_role("assistant").rows.tolist() == [7]
     assert (moved.is_rollout, moved.teacher) == (True, "math")
 
 

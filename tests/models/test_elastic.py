@@ -231,7 +231,7 @@ def test_recomputed_activations_are_of_the_view_they_were_computed_for(
     if not is_enabled_first:
         recomputed.activation_checkpointing_enable({"use_reentrant": use_reentrant})
     found = architecture_of(recomputed.config).found_units(recomputed.config)
-    _, owner, units = next(found.of("neurons"))
+    _, owner, units = next(found.parts_with("neurons"))
     calls = count_calls(recomputed.get_submodule(f"{owner}.{units.makers[0]}"))
 
     several(recomputed, elastic)

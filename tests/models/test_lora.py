@@ -97,7 +97,7 @@ def test_new_adapters_change_no_output_and_only_they_learn_in_attention_and_mlp(
     found = entry.found_units(plain.config)
     wanted = {
         f"{owner}.{path}"
-        for _, owner, units in (*found.of("heads"), *found.of("neurons"))
+        for _, owner, units in (*found.parts_with("heads"), *found.parts_with("neurons"))
         for path in (*units.makers, units.output)
     }
     assert paths == wanted & {path for path, _ in plain.named_modules()}

@@ -63,7 +63,7 @@ def without_units(model, cut):
     architecture, before = architecture_of(model.config), {}
     table = weight_axes(model)
     found = architecture.found_units(model.config)
-    for _, owner, units in (*found.of("heads"), *found.of("neurons")):
+    for _, owner, units in (*found.parts_with("heads"), *found.parts_with("neurons")):
         weight = model.get_submodule(f"{owner}.{units.output}").weight
         axes = table[f"{owner}.{units.output}.weight"]
         (dimension,) = [n for n, axis in enumerate(axes) if axis not in (None, WIDTH)]

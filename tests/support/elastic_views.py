@@ -70,7 +70,7 @@ def masked(model, view: View):
     model = copy.deepcopy(model)
     found = architecture_of(model.config).found_units(model.config)
     for kind, counts in (("heads", view.heads), ("neurons", view.neurons)):
-        for number, owner, units in found.of(kind):
+        for number, owner, units in found.parts_with(kind):
             _, (per_unit,) = units.parts[f"{units.output}.weight"]
             _mask(model.get_submodule(f"{owner}.{units.output}"), counts[number] * per_unit)
     return model

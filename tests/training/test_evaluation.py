@@ -43,7 +43,7 @@ from megakd.training.ranking import MetricJudge
 
 def metrics_of(names: tuple[str, ...], outputs: Tensor, labels: Tensor) -> dict[str, float]:
     """The metrics, without the loss that is always there."""
-    values = TaskMetrics(names=names, main=headline(names)).of(outputs, labels)
+    values = TaskMetrics(names=names, main=headline(names)).values(outputs, labels)
     assert values.pop("loss") >= 0
     return values
 
@@ -160,9 +160,9 @@ def test_every_metric_that_a_config_may_name_is_that_of_scikit_learn():
     names = tuple(name for name in METRICS["classification"] if name not in ONE_LABEL_METRICS)
     binary = TRUTH[KNOWN] == 2, PREDICTED[KNOWN] == 2
 
-    values = chosen(metrics=names).of(OUTPUTS, TRUTH)
+    values = chosen(metrics=names).values(OUTPUTS, TRUTH)
     guessed = logits_of((PREDICTED == 2).long().tolist(), 2)
-    of_two = chosen(("other", "good"), metrics=ONE_LABEL_METRICS).of(
+    of_two = chosen(("other", "good"), metrics=ONE_LABEL_METRICS).values(
         guessed, torch.where(KNOWN, (TRUTH == 2).long(), -100)
     )
     values |= {name: of_two[name] for name in ONE_LABEL_METRICS}
@@ -175,7 +175,7 @@ def test_every_metric_that_a_config_may_name_is_that_of_scikit_learn():
         of = getattr(theirs, f"{kind}_score")
         assert values[name] == pytest.approx(of(truth, predicted, average=average or "binary"))
     names = METRICS["regression"]
-    values = chosen((), "regression", ("pearson",), metrics=names).of(
+    values = chosen((), "regression", ("pearson",), metrics=names).values(
         torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([1.0, 2.0, 2.0])
     )
     assert set(values) == set(names)
@@ -229,7 +229,7 @@ def test_of_tied_classes_a_row_is_right_as_often_as_a_guess():
     metrics = chosen()
 
     shares = [1 / 3, 1 / 2, 1.0, 0.0]
-    assert metrics.of(outputs, truth)["accuracy"] == pytest.approx(sum(shares) / 4)
+    assert metrics.values(outputs, truth)["accuracy"] == pytest.approx(sum(shares) / 4)
     collapsed = metrics.of_classes(torch.zeros(4, 3), truth)
     assert collapsed["calibration_error"] == pytest.approx(0.0)
     numbers = [one["rows"] for one in collapsed["confusion"]]
@@ -237,7 +237,7 @@ def test_of_tied_classes_a_row_is_right_as_often_as_a_guess():
     assert [one["recall"] for one in collapsed["per_class"][:3]] == pytest.approx([1 / 3] * 3)
     assert [one["rows"] for one in collapsed["per_class"][:3]] == [1, 2, 1]
     binary = chosen(("no", "yes"), metrics=("f1", "matthews_correlation", "f1_macro"))
-    of_two = binary.of(torch.zeros(4, 2), torch.tensor([0, 0, 1, 1]))
+    of_two = binary.values(torch.zeros(4, 2), torch.tensor([0, 0, 1, 1]))
     wanted = {"accuracy": 0.5, "f1": 0.5, "f1_macro": 0.5, "matthews_correlation": 0.0}
     assert {name: of_two[name] for name in wanted} == pytest.approx(wanted)
     rows = metrics.answers(outputs, truth)

@@ -28,7 +28,7 @@ def by_weights(model) -> list[torch.Tensor]:
     loss_of(model).backward()
     found = architecture_of(model.config).found_units(model.config)
     collected = []
-    for _, owner, units in (*found.of("heads"), *found.of("neurons")):
+    for _, owner, units in (*found.parts_with("heads"), *found.parts_with("neurons")):
         module, count = model.get_submodule(f"{owner}.{units.output}"), units.total
         products = module.weight.detach() * module.weight.grad
         columns = products.sum(0 if isinstance(module, nn.Linear) else 1)

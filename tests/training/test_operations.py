@@ -64,7 +64,7 @@ def test_every_view_is_a_forward_of_the_student_and_rows_of_a_teacher_are_its_ow
     whole, half, other = (12 * (2 * weights + 4 * columns * 3) for weights, columns in work)
 
     def of(*plan: Pass, divides_rows: bool = False) -> tuple[float, float]:
-        return StepWork(trainer, divides_rows=divides_rows).of(plan, counts)
+        return StepWork(trainer, divides_rows=divides_rows).operations(plan, counts)
 
     assert of(Pass(teacher="a"), Pass(teacher="b")) == (3 * whole, 2 * other)
     assert of(Pass(teacher="a", view="half"), Pass(teacher="a")) == (3 * (whole + half), other)

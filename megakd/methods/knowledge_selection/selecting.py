@@ -111,7 +111,7 @@ class Samples(NamedTuple):
     goes_on: Tensor
 
     @staticmethod
-    def of(phase: Transition) -> Samples:
+    def from_phase(phase: Transition) -> Samples:
         """Return the steps of a phase, which share its worth and the following summary."""
         steps, following = len(phase.summaries), phase.following
         then = phase.summaries[-1] if following is None else following
@@ -156,7 +156,7 @@ class ActorCritic:
         All stored falls have one scale, which a stored phase's own time cannot change. The result
         is the reward of the phase on this scale.
         """
-        known = Samples.of(phase)
+        known = Samples.from_phase(phase)
         if self._memory is not None:
             pairs = zip(self._memory, known, strict=True)
             known = Samples(*(torch.cat(pair)[-MEMORY:] for pair in pairs))

@@ -89,7 +89,7 @@ class MixedText:
         self._masking = masking
         self._collate = Collator(pair.teacher, task)
         self._offset = pair.offset
-        self._student, self._teacher = map(_Frame.of, pair)
+        self._student, self._teacher = map(_Frame.from_tokenizer, pair)
         self._probability = probability
 
     def __call__(
@@ -151,7 +151,7 @@ class _Frame(NamedTuple):
     after: NDArray[np.int64]
 
     @staticmethod
-    def of(tokenizer: PreTrainedTokenizerBase) -> _Frame:
+    def from_tokenizer(tokenizer: PreTrainedTokenizerBase) -> _Frame:
         return _Frame(*(np.array(ids, dtype=np.int64) for ids in frame(tokenizer)))
 
     @property
@@ -213,7 +213,7 @@ def encode_mixed(
             "max_length": task.row_length,
         }
     )
-    student, teacher = map(_Frame.of, pair)
+    student, teacher = map(_Frame.from_tokenizer, pair)
     room = task.row_length - max(student.size, teacher.size)
 
     def build(folder: Path) -> None:
