@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset, Value
 from tiny_runs import config_tree, save_tokenizer, write_config, write_reviews
 from transformers import BertConfig, BertForSequenceClassification
@@ -284,6 +285,15 @@ def test_rows_that_are_none_are_refused(tmp_path, rows, message):
         sources_of_rows(rows, tmp_path)
 
     assert [*tmp_path.glob("data-*")] == []
+
+
+def test_the_configs_for_those_who_come_from_other_tools_are_valid(repository):
+    page = (repository / "docs" / "coming-from.md").read_text(encoding="utf-8")
+    trees = [yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)]
+
+    names = [megakd.load_config(tree).method.name for tree in trees]
+
+    assert names == ["single", "finetune", "shrink"]
 
 
 @pytest.mark.parametrize("make", [dict, DatasetDict])

@@ -41,7 +41,7 @@ class Runs(types.ModuleType):
     ) -> dict[str, Any]:
         self.asked.append(("evaluate", config.task.dataset, model, data))
         result = {"file": "reviews", "split": "test", "rows": 7, "metrics": {"accuracy": 0.5}}
-        return {"model": "final", **result, "evaluation_sets": {}}
+        return {"model": "final", **result, "standard_errors": {}, "evaluation_sets": {}}
 
     def export_run(
         self, config: RunConfig, stage: str | None, to: Path, *, add: object = None

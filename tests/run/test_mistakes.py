@@ -181,10 +181,10 @@ OF_CHATS: dict[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
         "",
         ("message 1: the message of role 'user' has no content",),
     ),
-    "a split of the Hub for a file": (
+    "a split that a folder lacks": (
         {"messages": TURNS},
         "task.splits={train: a}",
-        ("task.splits", "remove the key"),
+        ('cannot be loaded: Unknown split "a"', "one of ['train']"),
     ),
     "another vocabulary": (
         {"messages": TURNS},
