@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megakd.config.task import STUDENT
+from megakd.config.task import STANDARD_ERROR, STUDENT
 from megakd.errors import CheckpointError
 from megakd.process import files
 from megakd.reports import table
@@ -161,12 +161,21 @@ def size_figure(report: Report) -> str:
 
         axes.set_xscale("log")
         for number, (name, x, y) in enumerate(places[key]):
-            axes.scatter([x], [y], color=colours.get(name, STUDENT_COLOUR), s=30)
+            error, colour = report.get(f"{name}.{metric}{STANDARD_ERROR}"), colours.get(name)
+            axes.errorbar(
+                [x], [y], yerr=error if is_number(error) else None,
+                color=colour or STUDENT_COLOUR, marker="o", markersize=5.5, elinewidth=0.8,
+            )  # fmt: skip
             # By turns above and below, because models of one size may have about one score.
             axes.annotate(
                 name, (x, y), (0, 5 if number % 2 == 0 else -12),
                 textcoords="offset points", ha="center", fontsize=8,
             )  # fmt: skip
+        for name, y in lines:
+            axes.axhline(y, color=COLOURS["baselines"], linestyle="--", linewidth=0.8)
+            axes.annotate(
+                name, (0, y), (2, 2), axes.get_yaxis_transform(), "offset points", fontsize=7
+            )
         axes.margins(x=0.3, y=0.25)
         axes.set_xlabel(measures[key])
         axes.set_ylabel(metric)
@@ -188,6 +197,9 @@ def size_figure(report: Report) -> str:
         )
         for key in measures
     }
+    sized = {name for key in measures for name, _, _ in places[key]}
+    rest = ((name, report.get(f"{name}.{metric}")) for name in report["models"])
+    lines = [(name, y) for name, y in rest if is_number(y) and name not in sized]
     drawings = [partial(draw, key) for key in measures if len(places[key]) > 1]
     return figure(f"{metric} against sizes", drawings, (3.9, 3.0))
 

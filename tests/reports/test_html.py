@@ -104,6 +104,17 @@ def test_the_worst_labels_stand_first_and_the_rest_is_folded():
     assert "<strong>The student: " in shown
 
 
+def test_a_baseline_without_a_size_is_a_line_of_its_score():
+    keys = {
+        **entries("tfidf", {"mean_accuracy_f1": 0.71}),
+        "models": ["teacher", "student", "tfidf"],
+    }
+
+    text = html_report(report_of(**keys), [])
+
+    assert text.count(">tfidf</text>") == 1
+
+
 def test_text_of_others_is_escaped_everywhere():
     bad = "<script>$x_1$ & \"q\" 'p'"
     report = chosen_report(task=bad, environment__python=bad, warnings=[bad])
