@@ -156,21 +156,25 @@ def size_figure(report: Report) -> str:
     measures = {"encoder_parameters": "parameters without embeddings"}
     measures |= {f"ms_batch_{batch}": f"ms (batch {batch})" for batch in report["batches"]}
 
+    def model_of(row: str) -> str:
+        return row.removesuffix("_onnx").removesuffix("_int8")
+
     def draw(key: str, axes: Axes) -> None:
         from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
         axes.set_xscale("log")
         for number, (name, x, y) in enumerate(places[key]):
-            error, colour = report.get(f"{name}.{metric}{STANDARD_ERROR}"), colours.get(name)
+            error, colour = (
+                report.get(f"{name}.{metric}{STANDARD_ERROR}"),
+                colours.get(model_of(name)),
+            )
             axes.errorbar(
                 [x], [y], yerr=error if is_number(error) else None,
                 color=colour or STUDENT_COLOUR, marker="o", markersize=5.5, elinewidth=0.8,
             )  # fmt: skip
-            # By turns above and below, because models of one size may have about one score.
-            axes.annotate(
-                name, (x, y), (0, 5 if number % 2 == 0 else -12),
-                textcoords="offset points", ha="center", fontsize=8,
-            )  # fmt: skip
+            # By turns left above and right below: models of one size may have about one score.
+            shift, side = ((4, 5), "right") if number % 2 == 0 else ((-4, -12), "left")
+            axes.annotate(name, (x, y), shift, textcoords="offset points", ha=side, fontsize=8)
         for name, y in lines:
             axes.axhline(y, color=COLOURS["baselines"], linestyle="--", linewidth=0.8)
             axes.annotate(
@@ -189,6 +193,8 @@ def size_figure(report: Report) -> str:
             (
                 (name, x, y)
                 for name in report["models"]
+                # A graph has the parameters of its model, and about its score.
+                if key != "encoder_parameters" or name == model_of(name)
                 if is_number(x := report.get(f"{name}.{key}"))
                 and x > 0
                 and is_number(y := report.get(f"{name}.{metric}"))
