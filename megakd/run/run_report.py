@@ -266,7 +266,8 @@ def report_of(
         if name != STUDENT and (error := _loss_error(one.losses, measured[STUDENT].losses)):
             numbers[f"{name}.{LOSS_ERROR}"] = error
     for name, stored in lab.work.pool.folders.items():
-        if stored is not None and (size := weight_bytes(stored)):  # none of other formats
+        # In the dtype of the student, as sizes are compared; there are none in other formats.
+        if stored is not None and (size := weight_bytes(stored, lab.work.saved_dtype)):
             numbers[f"{name}.bytes"] = size
     for row, entries in graphs.items():
         numbers |= {f"{row}.{key}": value for key, value in entries.items()}
