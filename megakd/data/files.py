@@ -163,15 +163,17 @@ def scored_table(given: str, task: TaskConfig) -> tuple[Table, str]:
     path = in_home(given)
     if not path.is_dir():
         return files_table(matching_files(given, "--data"), "--data"), WHOLE_FILE
-    tables = {}
+    tables, shards = dict[str, Table](), dict[SplitName, list[Path]]()
     if is_hub_folder(path):
         tables = hub_tables(replace(task, dataset=given, revision=None, splits=None))
-    shards = _shards(path)
-    split: SplitName = "test" if "test" in (tables or shards) else "validation"
-    if split not in (tables or shards):
+    else:
+        shards = _shards(path)
+    there = [*tables, *shards]
+    split: SplitName = "test" if "test" in there else "validation"
+    if split not in there:
         raise DataError(
-            f"--data: {path} holds {', '.join(tables or shards) or 'no split'}, and neither a test "
-            "nor a validation split; give a file or folder with one of the two"
+            f"--data: {path} holds {', '.join(there) or 'no split'}, and neither a test nor a "
+            "validation split; give a file or folder with one of the two"
         )
     return tables.get(split) or files_table(shards[split], "task.dataset", name=str(path)), split
 
