@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
 from megakd.config import file as config_file
-from megakd.config.file import shown
+from megakd.config.messages import shown
 from megakd.config.run import RunConfig
 from megakd.errors import ConfigError
-from megakd.process import terminal
-from megakd.process.files import FINAL, REPORT
+from megakd.process import signals
+from megakd.process.record import FINAL, REPORT
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -222,7 +222,7 @@ def _train_by_recipe(
     **student: Any,
 ) -> RunResult:
     from megakd.commands.shrink import recipe
-    from megakd.data.files import sources_of_rows
+    from megakd.data.python_rows import sources_of_rows
 
     out = None if output_dir is None else Path(output_dir)
     tree = recipe(str(model), words=overrides, output_dir=out, **student)
@@ -283,9 +283,9 @@ def plan(config: Config, overrides: Sequence[str] = (), **cluster: Unpack[Cluste
 def _stopped_by_signals() -> Iterator[None]:
     """Let a signal stop the run as it stops the command, and raise what Python's own would."""
     try:
-        with terminal.watched():
+        with signals.watched():
             yield
-    except terminal.Stopped as stop:
+    except signals.Stopped as stop:
         if stop.number == signal.SIGINT:
             raise KeyboardInterrupt(str(stop)) from None
         logging.getLogger("megakd").warning("%s", stop)

@@ -30,7 +30,8 @@ from megakd.commands import (
 )
 from megakd.commands.arguments import Parser, say
 from megakd.errors import ConfigError, MegakdError, PeerLostError, suggestion
-from megakd.process.terminal import Stopped, is_first_of_node, is_rank_0, watched
+from megakd.process.signals import Stopped, watched
+from megakd.process.terminal import is_first_of_node, is_rank_0
 
 _USER_ERROR = 2
 _OWNER = "change its owner or mode, or that of a parent"

@@ -26,9 +26,9 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import megakd
 from megakd.commands.predictions import pipeline_of, predict_texts
-from megakd.data.arrow import Record
-from megakd.data.files import file_of_rows, sources_of_rows
+from megakd.data.python_rows import file_of_rows, sources_of_rows
 from megakd.data.readers import files_table
+from megakd.data.records import Record
 from megakd.errors import ConfigError, MegakdError
 
 NOTEBOOK = """

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from megakd.config.file import config_tree, load_config
-from megakd.process.files import differences, flatten
+from megakd.process.record import differences, flatten
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
 ROOT = BENCHMARKS.parent

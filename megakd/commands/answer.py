@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megakd.commands.arguments import Parser, say
+from megakd.config.paths import in_home
 from megakd.config.sections import Sampling, address
 from megakd.config.task import TaskConfig
 from megakd.errors import ConfigError, DataError, ModelError, ServerError, first_line
-from megakd.process.files import check_given, write_text
-from megakd.process.terminal import in_home, print_aside
+from megakd.process.files import write_text
+from megakd.process.seals import check_given
+from megakd.process.terminal import print_aside
 
 if TYPE_CHECKING:
     from megakd.data.conversations import Conversation, Message
@@ -248,7 +250,7 @@ def _loaded(name: str) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from megakd.data.files import silent_hub
+    from megakd.data.hub import silent_hub
 
     folder = in_home(name)
     silent = None if folder.is_dir() else silent_hub()

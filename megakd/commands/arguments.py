@@ -8,11 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megakd.config.file import load_config, missing, paths_ending_in, synonyms
+from megakd.config.file import load_config
+from megakd.config.messages import paths_ending_in
+from megakd.config.other_names import missing, synonyms
+from megakd.config.paths import in_home
 from megakd.config.run import RunConfig
 from megakd.errors import CheckpointError, ConfigError, suggestion
-from megakd.process.files import FINAL
-from megakd.process.terminal import in_home, is_rank_0, tell
+from megakd.process.record import FINAL
+from megakd.process.terminal import is_rank_0, tell
 
 
 class Parser(argparse.ArgumentParser):

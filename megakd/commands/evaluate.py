@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from megakd.commands.arguments import Parser, add_config, config_of, say, scored_model
+from megakd.config.paths import in_home
 from megakd.config.task import STANDARD_ERROR
 from megakd.errors import DataError
 from megakd.process.files import check_writable, json_text
-from megakd.process.terminal import in_home, print_aside
+from megakd.process.terminal import print_aside
 
 
 def add_options(parser: Parser) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from megakd.commands.arguments import Parser, add_config, config_of, named_folder, say
 from megakd.config.run import RunConfig
 from megakd.errors import ConfigError
-from megakd.process.files import exported_stage
+from megakd.process.record import exported_stage
 from megakd.process.terminal import print_aside
 
 

@@ -16,7 +16,8 @@ from megakd.data.rows import text_columns
 from megakd.errors import ConfigError, DataError
 from megakd.models.fitting import MULTI_LABEL
 from megakd.models.model_folder import brings_code
-from megakd.process.files import check_given, json_text, write_text
+from megakd.process.files import json_text, write_text
+from megakd.process.seals import check_given
 from megakd.reports.table import AUTO_CLASSES
 
 TEXTS_AT_ONCE = 32

@@ -14,12 +14,14 @@ from typing import Any
 from megakd.commands.arguments import Parser, named_folder, say
 from megakd.commands.plan import print_plan
 from megakd.commands.train import train
-from megakd.config.file import config_of, dump_config, dump_yaml, load_config, with_overrides
+from megakd.config.file import config_of, dump_config, load_config, with_overrides
+from megakd.config.paths import in_home
 from megakd.config.run import RunConfig
 from megakd.config.task import AUTO, FROM_TEACHER
+from megakd.config.yaml_text import dump_yaml
 from megakd.errors import ConfigError
-from megakd.process.files import REPORT, check_writable, write_text
-from megakd.process.terminal import in_home
+from megakd.process.files import check_writable, write_text
+from megakd.process.record import REPORT
 
 
 def recipe(
@@ -90,7 +92,7 @@ def _keys_of(model: str) -> Mapping[str, Any]:
         if not path.parent.exists():
             from huggingface_hub import hf_hub_download
 
-            from megakd.data.files import silent_hub
+            from megakd.data.hub import silent_hub
 
             silent_hub()  # which may end at once what is asked next
             path = Path(hf_hub_download(model, "config.json"))

@@ -10,8 +10,9 @@ import psutil
 from megakd.commands.arguments import Parser, add_config, config_of, say
 from megakd.config.file import check_paths, dump_config
 from megakd.config.run import RunConfig
-from megakd.process.files import REPORT
-from megakd.process.terminal import counted, is_rank_0
+from megakd.process.clock import counted
+from megakd.process.record import REPORT
+from megakd.process.terminal import is_rank_0
 from megakd.run.holder import check_free
 
 

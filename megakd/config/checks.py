@@ -14,6 +14,7 @@ from typing import Any
 
 from megakd.config.deepspeed import load_ds_config
 from megakd.config.options import file_of, methods_with, no_such_teacher
+from megakd.config.paths import in_home
 from megakd.config.run import RunConfig
 from megakd.config.sections import RolloutServerConfig, ScratchModel, TeacherConfig
 from megakd.config.task import (
@@ -40,7 +41,6 @@ from megakd.config.terms import (
 )
 from megakd.errors import ConfigError, suggestion
 from megakd.plugins import is_metric, metric_of
-from megakd.process.terminal import in_home
 
 
 def config_problems(config: RunConfig) -> list[str]:

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megakd.config.paths import in_home
 from megakd.config.sections import TrainConfig
 from megakd.config.task import Dtype
 from megakd.errors import ConfigError, one_line, suggestion
-from megakd.process.terminal import in_home
 
 OWN_SECTION = "megakd"
 """The section with megakd's own keys, which DeepSpeed never gets."""

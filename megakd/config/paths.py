@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +10,6 @@ from typing import Annotated
 from pydantic import AfterValidator, BeforeValidator
 
 from megakd.errors import ConfigError
-from megakd.process.terminal import with_variables
 
 DATA_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".json", ".txt")
 """Endings of data files, in lower case."""
@@ -24,6 +24,15 @@ def without_compression(name: str) -> str:
 def data_suffix(path: str | Path) -> str:
     """Return the ending that tells the format of a file, in lower case."""
     return Path(without_compression(str(path))).suffix.lower()
+
+
+def data_files_in(folder: Path) -> list[Path]:
+    """Return the data files of a folder by name, without hidden ones."""
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if data_suffix(path) in DATA_SUFFIXES and not path.name.startswith(".")
+    )
 
 
 def is_path(name: str) -> bool:
@@ -84,3 +93,24 @@ Place = Annotated[Name, AfterValidator(_is_no_address)]
 """A path, or a name on the Hub."""
 Folder = Annotated[Path, BeforeValidator(_is_folder), AfterValidator(_expanded)]
 """A path in which `~` is the home folder, with the values of variables."""
+
+
+def in_home(text: str | Path) -> Path:
+    """Return a path with ~ or ~name at its beginning replaced by the home folder of the user.
+
+    Shells leave `--to=~/folder` unchanged. A name that is no user stays as written. Variables are
+    replaced too, see `with_variables`.
+    """
+    path = with_variables(str(text))
+    return Path(os.path.expanduser(path))  # noqa: PTH111, Path.expanduser raises RuntimeError
+
+
+def with_variables(path: str) -> str:
+    """Return a path with the values of `$NAME` and `${NAME}`; one that exists as written stays."""
+    names = (name.strip("{}") for name in re.findall(r"\$([A-Za-z_]\w*|\{[^}]*\})", path))
+    unset = [name for name in names if not os.environ.get(name)]
+    if unset and not os.path.lexists(path):
+        raise ConfigError(
+            f"the variable {unset[0]} is not set (got {path!r}); set it, or write the path out"
+        )
+    return path if unset else os.path.expandvars(path)

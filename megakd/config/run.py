@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -196,8 +195,7 @@ class RunConfig:
             return False
         if isinstance(kept, KeptLayers) and kept.by is not None:
             return kept.by == "importance"
-        teacher = self.teacher_specs[self.start_role]
-        return not isinstance(teacher.cache, Path) and teacher.server is None
+        return self.teacher_specs[self.start_role].is_loaded
 
     @property
     def overrides(self) -> dict[str, TrainOverrides]:

@@ -408,6 +408,11 @@ class TeacherConfig(ModelConfig):
     memory."""
 
     @property
+    def is_loaded(self) -> bool:
+        """Whether the model itself answers, and not a folder of answers or servers."""
+        return self.cache in (None, "auto") and self.server is None
+
+    @property
     def served_model(self) -> str | None:
         """Name of the model that the teacher's servers have to serve; None if it has no name."""
         if not isinstance(self.model, str) or self.model == STUDENT_BASE:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
@@ -246,6 +247,24 @@ class TaskConfig:
         if self.max_length is None:
             raise ValueError("task.max_length is null, and the rows have not been measured")
         return self.max_length
+
+    @property
+    def looks_for_conversations(self) -> bool:
+        """Whether a table may have columns of conversations."""
+        return self.type == "causal_lm" and self.text_columns is None
+
+    def files(self) -> Iterator[tuple[str, str]]:
+        """Yield the keys of the files that the task names, with each file or pattern."""
+        named = {
+            f"{split}_files": getattr(self, f"{split}_files")
+            for split in ("train", "validation", "test")
+        }
+        named |= {f"evaluation_sets.{name}": files for name, files in self.evaluation_sets.items()}
+        named |= {
+            f"mixture.{name}.files": part.files for name, part in (self.mixture or {}).items()
+        }
+        for key, files in named.items():
+            yield from ((f"task.{key}", file) for file in listed_files(files))
 
     @property
     def data_name(self) -> str:

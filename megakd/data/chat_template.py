@@ -31,11 +31,11 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from megakd.config.paths import in_home
 from megakd.config.task import TaskConfig
 from megakd.data.arrow import arrow_batches, remembered_of_rows
 from megakd.data.conversations import ASSISTANT, CONVERSATION, Conversation, Message, with_arguments
 from megakd.errors import DataError
-from megakd.process.terminal import in_home
 
 T = TypeVar("T")
 

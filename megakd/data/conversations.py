@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, cast
 from datasets import Dataset
 
 from megakd.config.task import TaskConfig
-from megakd.data.arrow import Record, Table, document_of, require, text_of
+from megakd.data.records import Record, Table, document_of, require, text_of
 from megakd.errors import DataError
 
 CONVERSATION = "conversation"
@@ -152,8 +152,6 @@ def chat_columns(table: Table, task: TaskConfig) -> ChatColumns | None:
     Columns that the task names decide. Otherwise messages come first, then a prompt with a
     completion, then a text, then a prompt alone.
     """
-    if task.type != "causal_lm" or task.text_columns is not None:
-        return None
     has = set(table.columns).__contains__
     named = ChatColumns(task.messages_column, task.prompt_column, task.completion_column)
     if any(named):

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from megakd.config.task import MixtureSource, TaskConfig
-from megakd.data.arrow import BadRows, key_of, read_rows, rows_key, write_tables
+from megakd.data.arrow import key_of, read_rows, rows_key, write_tables
 from megakd.data.batch import SOFT
 from megakd.data.chat_template import special_tokens
 from megakd.data.chat_tokens import (
@@ -28,11 +28,13 @@ from megakd.data.chat_tokens import (
     tables_of_conversations,
 )
 from megakd.data.conversations import is_chat
+from megakd.data.records import BadRows
 from megakd.data.rows import StreamedRows, is_labelled
 from megakd.data.splits import Splits
 from megakd.data.token_tables import check_room_for_text, tables_of_texts
 from megakd.errors import DataError
-from megakd.process.files import files_of, sha256_of, whole_folder, write_json
+from megakd.process.files import sha256_of, write_json
+from megakd.process.seals import files_of, whole_folder
 
 logger = logging.getLogger(__name__)
 ROWS, COUNTS = "rows.arrow", "counts.json"

@@ -22,9 +22,10 @@ from datasets import Dataset, List
 from numpy.typing import NDArray
 
 from megakd.config.task import TaskConfig
-from megakd.data.arrow import PLACE, BadRows, Record, Table, remembered, text_of, with_column
+from megakd.data.arrow import PLACE, remembered, with_column
 from megakd.data.batch import IGNORE, SOFT
 from megakd.data.readers import parse_json
+from megakd.data.records import BadRows, Record, Table, text_of
 from megakd.errors import DataError, listed, suggestion
 
 logger = logging.getLogger(__name__)

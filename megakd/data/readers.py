@@ -28,7 +28,8 @@ import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, Features, IterableDataset, LargeList, List, Value
 
 from megakd.config.paths import DATA_SUFFIXES, data_suffix
-from megakd.data.arrow import Record, Table, key_of, remembered_of
+from megakd.data.arrow import key_of, remembered_of
+from megakd.data.records import Record, Table
 from megakd.errors import DataError
 from megakd.process.files import sha256_of
 

@@ -24,21 +24,13 @@ from transformers import PreTrainedTokenizerBase
 from megakd.config.task import LANGUAGE_TASKS, TaskConfig, TaskType
 from megakd.data.arrow import (
     PLACE,
-    SPLIT_NAMES,
     TEXTS_AT_ONCE,
-    BadRows,
-    Record,
-    Table,
     arrow_batches,
     column_of,
-    document_of,
     key_of,
-    no_header,
     read_rows,
     remembered_of_rows,
-    require,
     tables_of_rows,
-    text_of,
     with_column,
     write_tables,
 )
@@ -68,8 +60,18 @@ from megakd.data.labels import (
     with_numbers,
     with_soft_labels,
 )
+from megakd.data.records import (
+    SPLIT_NAMES,
+    BadRows,
+    Record,
+    Table,
+    document_of,
+    no_header,
+    require,
+    text_of,
+)
 from megakd.errors import DataError, suggestion
-from megakd.process.files import whole_folder
+from megakd.process.seals import whole_folder
 
 logger = logging.getLogger(__name__)
 
@@ -227,7 +229,7 @@ class RowKind:
         """Return the kind of the rows; `as_chat` makes documents conversations without a prompt."""
         if not table.columns:
             raise DataError(f"{table.name} has no rows")
-        fields = chat_columns(table, task)
+        fields = chat_columns(table, task) if task.looks_for_conversations else None
         if fields is not None:
             return RowKind(task.type, fields, is_chat=True)
         label = _label_column(table, task)
@@ -426,7 +428,9 @@ def rows_of_tables(
     beside conversations, and all of a mixture, become conversations without a prompt.
     """
     order = [key for split in SPLIT_NAMES for key in tables if key.startswith(split)]
-    as_chat = task.mixture is not None or any(chat_columns(t, task) for t in tables.values())
+    as_chat = task.mixture is not None or (
+        task.looks_for_conversations and any(chat_columns(t, task) for t in tables.values())
+    )
     kinds: dict[str, RowKind] = {}
     kind: RowKind | None = None
     rows: dict[str, Dataset] = {}

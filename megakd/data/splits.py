@@ -14,12 +14,13 @@ import numpy as np
 from datasets import Dataset, List
 from datasets.fingerprint import generate_fingerprint
 
-from megakd.config.paths import looks_like_path
+from megakd.config.paths import in_home, looks_like_path
 from megakd.config.task import TaskConfig
-from megakd.data.arrow import Table, column_of, key_of, remembered
+from megakd.data.arrow import column_of, key_of, remembered
 from megakd.data.conversations import is_chat
 from megakd.data.files import local_tables, matching_files, named_files, refuse_twice
 from megakd.data.readers import files_table
+from megakd.data.records import Table
 from megakd.data.rows import (
     Corpus,
     RowKind,
@@ -35,7 +36,6 @@ from megakd.data.rows import (
     without_teachers,
 )
 from megakd.errors import ConfigError, DataError, listed
-from megakd.process.terminal import in_home
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ def _read(task: TaskConfig, cache_dir: Path) -> tuple[Corpus, tuple[str, ...] | 
     # A run imports the reader of its own source alone.
     metrics = None
     if (task.dataset or "").startswith("glue/"):
-        from megakd.data.files import glue_task
+        from megakd.data.hub import glue_task
 
         task, metrics = glue_task(task)
     is_on_hub = _is_on_hub(task)
@@ -157,7 +157,7 @@ def _read(task: TaskConfig, cache_dir: Path) -> tuple[Corpus, tuple[str, ...] | 
 
         return (streamed_hub_rows if is_on_hub else streamed_files)(task, cache_dir=cache_dir), None
     if is_on_hub:
-        from megakd.data.files import hub_tables
+        from megakd.data.hub import hub_tables
 
         tables = hub_tables(task)
     else:
@@ -175,7 +175,7 @@ def mixture_tables(task: TaskConfig) -> dict[str, Table]:
             paths[key] = matching_files(source.files, key)
             tables[f"train/{name}"] = files_table(paths[key], key)
         else:
-            from megakd.data.files import hub_tables
+            from megakd.data.hub import hub_tables
 
             of_hub = replace(
                 task,
@@ -199,7 +199,7 @@ def _is_on_hub(task: TaskConfig) -> bool:
     path = in_home(task.dataset)
     if not path.exists() and not looks_like_path(task.dataset):
         return True
-    from megakd.data.files import is_hub_folder
+    from megakd.data.hub import is_hub_folder
 
     is_chosen = task.dataset_config is not None or task.splits is not None
     is_folder = path.is_dir() and (is_chosen or is_hub_folder(path))

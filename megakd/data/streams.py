@@ -23,14 +23,16 @@ from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
 
 from megakd.config.task import TaskConfig
-from megakd.data.arrow import BadRows, Record, Table, key_of
+from megakd.data.arrow import key_of
 from megakd.data.batch import Batch, BatchSource
 from megakd.data.chat_tokens import ChatEncoder, tables_of_conversations
 from megakd.data.collation import Collator, Masking
 from megakd.data.conversations import CONVERSATION, is_chat
-from megakd.data.files import hub_errors, hub_source, local_tables, split_files, splits_of
+from megakd.data.files import local_tables, split_files
+from megakd.data.hub import hub_errors, hub_source, splits_of
 from megakd.data.loader import StepShape, awaited, made_ahead
 from megakd.data.readers import records_of, typed_table, untyped
+from megakd.data.records import BadRows, Record, Table
 from megakd.data.rows import (
     ERROR,
     VERSION,

@@ -32,15 +32,14 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from megakd.config.paths import is_path
+from megakd.config.paths import in_home, is_path
 from megakd.config.task import TaskConfig, TaskType, TokenizerConfig
 from megakd.data.arrow import arrow_batches, key_of, rows_key
 from megakd.data.chat_template import read_template
-from megakd.data.files import silent_hub
+from megakd.data.hub import silent_hub
 from megakd.data.splits import Splits
 from megakd.errors import DataError, first_line
-from megakd.process.files import check_given, whole_folder
-from megakd.process.terminal import in_home
+from megakd.process.seals import check_given, whole_folder
 
 logger = logging.getLogger(__name__)
 
@@ -195,6 +194,15 @@ class VocabularyPair(NamedTuple):
         pieces = set(self.student.get_vocab()).difference(self.student.all_special_tokens)
         known = set(self.teacher.get_vocab()).difference(self.teacher.all_special_tokens)
         return len(pieces & known) / max(1, len(pieces))
+
+    def summary(self) -> dict[str, str | float]:
+        """Return what the report says of the student's vocabulary."""
+        return {
+            "vocabulary.type": "wordpiece",
+            "vocabulary.size": len(self.student),
+            "vocabulary.teacher_size": len(self.teacher),
+            "vocabulary.overlap": self.overlap,
+        }
 
 
 def load_tokenizer(

@@ -390,7 +390,7 @@ def class_of(config: PretrainedConfig, where: str) -> type[PreTrainedModel]:
     `where` names the config's file in messages.
     """
     name = (config.architectures or ["none"])[0]
-    for home in (modeling_t5, modeling_cut, transformers):
+    for home in (modeling_t5, transformers, modeling_cut):
         model_class = getattr(home, name, None)
         if isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel):
             return model_class

@@ -34,11 +34,11 @@ from megakd.models.fitting import (
     plan_loading,
     valueless_model,
 )
-from megakd.models.knowledge import FILE, second_vocabulary, without_second_vocabulary
 from megakd.models.layers import RemainingLayers, check_depth, without_layers
 from megakd.models.lora import adapter_config, merged_state
 from megakd.models.model_folder import Extra, ModelContent, fill_serving_folder, write_model_folder
 from megakd.models.proposed_units import Cuttable, are_of_maps, cut_part
+from megakd.models.second_vocabulary import FILE, SECOND, without_second_vocabulary
 from megakd.models.small_copy import widths_of
 from megakd.models.structure import architecture_of, for_task
 from megakd.models.units import (
@@ -154,7 +154,7 @@ def content_of(
         if adapter_config(model) is not None:
             state, files = merged_state(model)
             extra |= files
-        if second_vocabulary(model) is not None:
+        if hasattr(model, SECOND):
             state, extra[FILE] = without_second_vocabulary(state)
         return ModelContent(whole, state, tokenizer, type(model).__name__, extra)
     config = cut_config(whole, cut.view, cut.order, learns=learns)

@@ -34,7 +34,7 @@ from megakd.models.layers import passed_by
 from megakd.models.proposed_units import WIDTH, axes_of
 from megakd.models.structure import architecture_of
 from megakd.models.units import KINDS
-from megakd.models.views import Axes, Axis, Cut, Kind, Maker, ParameterCounts, View
+from megakd.models.views import Axes, Axis, Cut, Kind, Maker, View
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -94,32 +94,6 @@ def check_view(view: View, whole: View) -> None:
             f"the model cannot be cut to {view}, because it has {whole}: only some families lose "
             "columns of hidden states (width) or of heads, see docs/families.md"
         )
-
-
-def weights_inside(model: Any) -> set[str]:
-    """Return the names of the weights of the backbone but those of embeddings and poolers."""
-    architecture = architecture_of(model.config)
-    layers = tuple(f"{path}." for path in architecture.layer_paths(model.config))
-    others = (f"{architecture.backbone}.{architecture.embeddings}", *architecture.renewed)
-    outside = tuple(f"{path}." for path in others)
-    return {
-        full
-        for path, module in model.named_modules()
-        for name, _ in module.named_parameters(recurse=False)
-        if (full := f"{path}.{name}").startswith(f"{architecture.backbone}.")
-        and (
-            full.startswith(layers)
-            or not (isinstance(module, nn.Embedding) or full.startswith(outside))
-        )
-    }
-
-
-def parameter_counts(model: Any) -> ParameterCounts:
-    """Count the weights of a model, sharded or not; tied weights count once."""
-    inside, sizes = weights_inside(model), dict[str, int]()
-    for name, weight in model.named_parameters():
-        sizes[name] = full_shape(weight).numel()
-    return ParameterCounts(sum(sizes.values()), sum(sizes[n] for n in inside & sizes.keys()))
 
 
 class Kept(NamedTuple):

@@ -14,7 +14,7 @@ from megakd.config.task import STUDENT
 from megakd.data.tokenizers import rows_for
 from megakd.errors import DataError, ModelError
 from megakd.models.fitting import ModelSource
-from megakd.process.files import check_given
+from megakd.process.seals import check_given
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megakd.config.task import FusedLayers, TaskType
+from megakd.config.task import TaskType
 from megakd.engine.collectives import gather
 from megakd.errors import ConfigError, one_line
 from megakd.models.fitting import ModelSource
@@ -39,16 +39,12 @@ _CONSTANT = (bool, int, float, str, tuple, list, type(None))
 NO_PARTS = "it has no RMSNorm, gated MLP or rotation of queries and keys in a form that is known"
 
 
-def fuse_layers(
-    model: nn.Module, source: ModelSource, choice: FusedLayers, device: torch.device
-) -> None:
+def fuse_layers(model: nn.Module, source: ModelSource, device: torch.device) -> None:
     """Compile the norms, gated products and rotations of a loaded model; a collective.
 
     Raises:
-        ConfigError: they are asked for, and the model or the environment lacks them.
+        ConfigError: the model or the environment lacks them.
     """
-    if choice != "on":  # auto: no GPU has run them
-        return
     # All ranks compute alike, also if one of them lacks a compiler.
     reason = next(filter(None, gather(why_not_compiled(device))), None)
     forwards = {} if reason else fused_forwards(model)

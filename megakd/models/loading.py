@@ -24,9 +24,10 @@ import transformers
 from huggingface_hub import snapshot_download
 from transformers import CONFIG_MAPPING
 
+from megakd.config.paths import in_home
 from megakd.config.sections import ScratchModel
 from megakd.config.task import LANGUAGE_TASKS, TaskConfig
-from megakd.data.files import silent_hub
+from megakd.data.hub import silent_hub
 from megakd.engine.collectives import gather, node_name, together
 from megakd.engine.sharding import (
     is_first_rank,
@@ -74,8 +75,8 @@ from megakd.models.weights import (
     initialize_parameters,
     keep_in_fp32,
 )
-from megakd.process.files import check_given
-from megakd.process.terminal import in_home, is_first_of_node
+from megakd.process.seals import check_given
+from megakd.process.terminal import is_first_of_node
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

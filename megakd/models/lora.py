@@ -29,7 +29,7 @@ from megakd.models.architectures import Architecture
 from megakd.models.fitting import ModelSource, match_names, random_head, valueless_model
 from megakd.models.model_folder import Extra
 from megakd.models.weights import stored_tensors
-from megakd.process.files import check_given
+from megakd.process.seals import check_given
 from megakd.process.seeding import cpu_seeded
 
 if TYPE_CHECKING:

@@ -46,7 +46,8 @@ from megakd.models.weights import (
     names_in_fp32,
     stored_tensors,
 )
-from megakd.process.files import sealed_folder, write_content, write_json
+from megakd.process.files import write_content, write_json
+from megakd.process.seals import sealed_folder
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -139,21 +138,17 @@ class FoundUnits(NamedTuple):
         return TypeAdapter(cls).validate_python({key: narrow[key] for key in cls._fields})
 
 
-def _named(*names: str) -> re.Pattern[str]:
-    return re.compile(rf"(^|\.)({'|'.join(names)})(\.linear)?$", re.IGNORECASE)
+QUERIES = ("q", "query", "q_proj", "q_lin", "wq", "query_proj", "q_b_proj", "project_q")
 
+KEYS = ("k", "key", "k_proj", "k_lin", "wk", "key_proj", "project_k")
 
-QUERIES = _named("q", "query", "q_proj", "q_lin", "wq", "query_proj", "q_b_proj", "project_q")
+VALUES = ("v", "value", "v_proj", "v_lin", "wv", "value_proj", "project_v")
 
-KEYS = _named("k", "key", "k_proj", "k_lin", "wk", "key_proj", "project_k")
+LATENT = ("kv_b_proj",)
 
-VALUES = _named("v", "value", "v_proj", "v_lin", "wv", "value_proj", "project_v")
+FUSED = ("qkv_proj", "qkv", "query_key_value", "c_attn", "wqkv", "in_proj", "att_proj")
 
-LATENT = _named("kv_b_proj")
-
-FUSED = _named("qkv_proj", "qkv", "query_key_value", "c_attn", "wqkv", "in_proj", "att_proj")
-
-OUTPUT = _named(
+OUTPUT = (
     "o", "o_proj", "out_proj", "out_lin", "wo", "dense", "c_proj", "attn_out", "attention_out",
     "output",
 )  # fmt: skip
@@ -189,6 +184,10 @@ def _parts_of(
     return parts
 
 
+def _is_named(path: str, names: Sequence[str]) -> bool:
+    return path.lower().removesuffix(".linear").rpartition(".")[2] in names
+
+
 def _parent(path: str) -> str:
     return path.rpartition(".")[0]
 
@@ -196,7 +195,7 @@ def _parent(path: str) -> str:
 def propose_neurons(layer: nn.Module, config: Any) -> list[Units]:
     """Return the readings of the feed-forward of a layer; none if it has no or several ones."""
     width = config.hidden_size
-    cores = {_parent(path) for path in _maps(layer) if QUERIES.search(path) or FUSED.search(path)}
+    cores = {_parent(path) for path in _maps(layer) if _is_named(path, QUERIES + FUSED)}
     sizes = {
         path: _size(part)
         for path, part in _maps(layer).items()
@@ -268,13 +267,13 @@ def propose_heads(layer: nn.Module, config: Any) -> list[Units]:
 def _projections_of(layer: nn.Module, maps: Mapping[str, nn.Module]) -> tuple[str, ...] | None:
     """Return the maps of queries, keys and values; of queries and latent keys; or of all three."""
 
-    def one(pattern: re.Pattern[str]) -> str | None:
-        named = [path for path in maps if pattern.search(path)]
+    def one(names: Sequence[str]) -> str | None:
+        named = [path for path in maps if _is_named(path, names)]
         return named[0] if len(named) == 1 else None
 
-    for patterns in ((QUERIES, KEYS, VALUES), (QUERIES, LATENT), (FUSED,)):
-        paths = [path for pattern in patterns if (path := one(pattern)) is not None]
-        if len(paths) == len(patterns):
+    for parts in ((QUERIES, KEYS, VALUES), (QUERIES, LATENT), (FUSED,)):
+        paths = [path for names in parts if (path := one(names)) is not None]
+        if len(paths) == len(parts):
             return tuple(paths)
     return None
 
@@ -319,7 +318,7 @@ def _output_of(layer: nn.Module, core: str, config: Any, projections: set[str]) 
             if path not in projections
             and (not top or path.startswith(f"{top}."))
             and _size(part)[1] == config.hidden_size
-            and OUTPUT.search(path)
+            and _is_named(path, OUTPUT)
         ]
         if len(named) == 1:
             return named[0]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from megakd.config.task import LANGUAGE_TASKS, TaskType
 from megakd.data.batch import LogitWarp
+from megakd.engine.sharding import full_shape
 from megakd.errors import ModelError, one_line
 from megakd.models.architectures import (
     AUTO_CLASSES,
@@ -36,6 +37,10 @@ from megakd.models.architectures import (
 )
 from megakd.models.small_copy import VALUELESS, Valueless, experts_in, no_cache, without_values
 from megakd.models.units import units_of
+from megakd.models.views import ParameterCounts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LENGTH = 8
 """Tokens of the row of the forward."""
@@ -441,3 +446,29 @@ def for_task(config: PretrainedConfig, task: TaskType) -> Architecture:
         raise ModelError(f"transformers has no {auto} of a {config.model_type} model")
     config.architectures = [name]
     return architecture_of(config)
+
+
+def weights_inside(model: Any) -> set[str]:
+    """Return the names of the weights of the backbone but those of embeddings and poolers."""
+    architecture = architecture_of(model.config)
+    layers = tuple(f"{path}." for path in architecture.layer_paths(model.config))
+    others = (f"{architecture.backbone}.{architecture.embeddings}", *architecture.renewed)
+    outside = tuple(f"{path}." for path in others)
+    return {
+        full
+        for path, module in model.named_modules()
+        for name, _ in module.named_parameters(recurse=False)
+        if (full := f"{path}.{name}").startswith(f"{architecture.backbone}.")
+        and (
+            full.startswith(layers)
+            or not (isinstance(module, nn.Embedding) or full.startswith(outside))
+        )
+    }
+
+
+def parameter_counts(model: Any) -> ParameterCounts:
+    """Count the weights of a model, sharded or not; tied weights count once."""
+    inside, sizes = weights_inside(model), dict[str, int]()
+    for name, weight in model.named_parameters():
+        sizes[name] = full_shape(weight).numel()
+    return ParameterCounts(sum(sizes.values()), sum(sizes[n] for n in inside & sizes.keys()))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from megakd.config.deepspeed import frozen_on, load_ds_config
+from megakd.config.paths import in_home
 from megakd.config.run import RunConfig
 from megakd.config.sections import TeacherConfig, TrainConfig, learning_rate_schedule
 from megakd.config.task import AUTO, LANGUAGE_TASKS, STUDENT, TaskConfig, TokenizerConfig
@@ -23,7 +24,6 @@ from megakd.models.fitting import ModelSource, ReadyTeacher, check_length
 from megakd.models.loading import with_vocabulary
 from megakd.models.quantized import check_quantized
 from megakd.models.views import View
-from megakd.process.terminal import in_home
 from megakd.stage import Stage, StageResult
 from megakd.training.allocation import BATCH_ROWS, SortedTeacher
 from megakd.training.assembly import Assembly, learning_models

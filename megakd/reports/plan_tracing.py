@@ -35,9 +35,10 @@ from megakd.losses.bundle import StudentBundle, build_bundle
 from megakd.losses.objective import StageLosses, label_objective, stage_losses, with_even_weights
 from megakd.models.fitting import ModelSource, ReadyTeacher, build_empty
 from megakd.models.fused_layers import fused_forwards
-from megakd.models.knowledge import LanguageModelHead, Needs, SecondSize, build_second_vocabulary
+from megakd.models.knowledge import LanguageModelHead, Needs
 from megakd.models.lora import add_adapters
 from megakd.models.packing import VARLEN, set_attention
+from megakd.models.second_vocabulary import SecondSize, build_second_vocabulary
 from megakd.reports.plan_phases import Phase
 from megakd.stage import Stage
 from megakd.teachers.frozen import FrozenModel, joined, split

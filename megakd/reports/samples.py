@@ -30,15 +30,13 @@ TEXT_TOKENS = 32
 def held_out_prompts(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: TaskConfig, device: torch.device
 ) -> Prompts | None:
-    """Return the prompts of a language model's report; None for any other task."""
+    """Return the prompts of a language model's report; None if no text is long enough."""
     first = [cast("Mapping[str, Any]", row) for row in rows.select(range(min(32, len(rows))))]
     if task.type == "mlm":
         masked = [_masked(row["input_ids"], tokenizer) for row in first]
         ids = [one for one in masked if tokenizer.mask_token_id in one]
-    elif task.type == "causal_lm":
-        ids = [one for row in first if 0 < len(one := _beginning(row)) < task.row_length]
     else:
-        return None
+        ids = [one for row in first if 0 < len(one := _beginning(row)) < task.row_length]
     return Prompts(ids[:PROMPTS], tokenizer, task, device) if ids else None
 
 

@@ -15,6 +15,7 @@ import yaml
 from huggingface_hub import metadata_load, try_to_load_from_cache
 from transformers.utils.hub import CHAT_TEMPLATE_FILE
 
+from megakd.config.paths import in_home
 from megakd.config.run import RunConfig
 from megakd.config.task import (
     STANDARD_ERROR,
@@ -26,8 +27,8 @@ from megakd.config.task import (
     is_text_metric,
 )
 from megakd.models.model_folder import brings_code, hub_id, needs_5
-from megakd.process.files import CARD
-from megakd.process.terminal import aligned_rows, in_home
+from megakd.process.seals import CARD
+from megakd.process.terminal import aligned_rows
 from megakd.training.ranking import lower_is_better
 from megakd.training.record import Report
 

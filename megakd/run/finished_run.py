@@ -25,9 +25,11 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 
-from megakd.config.file import config_tree, dump_config, dump_yaml, places
+from megakd.config.file import config_tree, dump_config, places
+from megakd.config.paths import in_home
 from megakd.config.run import RunConfig
 from megakd.config.task import TaskConfig
+from megakd.config.yaml_text import dump_yaml
 from megakd.data.files import hash_of_file
 from megakd.engine.distributed import Ranks
 from megakd.errors import CheckpointError
@@ -35,24 +37,20 @@ from megakd.models.architectures import current_files
 from megakd.models.model_folder import WEIGHT_FILE, dtypes_of, hub_id, write_weights_as
 from megakd.models.onnx import MODEL, check_packages, write_onnx
 from megakd.process import files
-from megakd.process.files import (
-    CARD,
+from megakd.process.files import check_writable
+from megakd.process.record import (
     CONFIG,
     FINAL,
     FORMAT,
     REPORT,
     RUN,
     Fingerprint,
-    check_writable,
-    copy_finished,
     differences,
     exported_stage,
     flatten,
-    open_finished,
     read_record,
-    users_files,
 )
-from megakd.process.terminal import in_home
+from megakd.process.seals import CARD, copy_finished, open_finished, users_files
 from megakd.reports.report_file import GRAPH, read_report, write_report
 from megakd.reports.table import model_card, result_table
 from megakd.run.holder import written_once

@@ -24,8 +24,10 @@ from megakd.engine.memory import earlier_objects_left_alone, keep_freed_memory
 from megakd.errors import ConfigError, first_line
 from megakd.methods import run_method
 from megakd.models.onnx import check_packages
-from megakd.process.files import FINAL, REPORT, check_writable, differences, flatten
-from megakd.process.terminal import Stopped, counted, phase
+from megakd.process.clock import counted, phase
+from megakd.process.files import check_writable
+from megakd.process.record import FINAL, REPORT, differences, flatten
+from megakd.process.signals import Stopped
 from megakd.reports.plan_phases import check_method, check_size
 from megakd.reports.report_file import installed_versions
 from megakd.run.finished_run import begin_run, finished_table, publish, run_facts
@@ -145,8 +147,10 @@ def checked_inputs(config: RunConfig, ranks: Ranks) -> RunInputs:
 def reporter_of(config: RunConfig, ranks: Ranks) -> Reporter:
     """Return the reporter that logs a run; a collective."""
     services = config.log.report_to
-    on_main(lambda: check_trackers(services))
-    trackers = Trackers(services, config.output_dir, config_tree(config))
+    trackers = None
+    if services:
+        on_main(lambda: check_trackers(services))
+        trackers = Trackers(services, config.output_dir, config_tree(config))
     reporter = Reporter(config.output_dir, is_main=ranks.is_main, trackers=trackers)
     on_main(reporter.check)
     return reporter

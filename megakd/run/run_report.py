@@ -26,7 +26,6 @@ from megakd.data.batch import IGNORE
 from megakd.data.loader import evaluation_batches, lengths_of_rows
 from megakd.data.rows import is_labelled
 from megakd.data.splits import read_line
-from megakd.data.tokenizers import VocabularyPair
 from megakd.engine.collectives import doing, on_main
 from megakd.engine.memory import device_name, forget_models, free_memory_bytes
 from megakd.models.fitting import parts_of
@@ -35,19 +34,14 @@ from megakd.models.lora import adapter_parameters
 from megakd.models.model_folder import weight_bytes
 from megakd.models.onnx import (
     MOST_IN_ONE_FILE,
-    Graph,
     Logits,
     OnnxModel,
-    Timed,
-    batches_of,
-    by_turns,
-    calls_of,
     missing_packages,
     quantize_graph,
-    sample_lengths,
     write_onnx,
 )
-from megakd.process.terminal import phase, seconds
+from megakd.models.timing import Graph, Timed, batches_of, by_turns, calls_of, sample_lengths
+from megakd.process.clock import phase, seconds
 from megakd.reports.report_file import (
     GRAPH,
     LOSS_ERROR,
@@ -64,15 +58,10 @@ from megakd.stage import StageResult
 from megakd.training.assembly import Assembly
 from megakd.training.evaluation import few
 from megakd.training.lab import Lab
-from megakd.training.metrics import (
-    decided,
-    loss_of_guessing,
-    right_shares,
-    same_class,
-    score_words,
-)
+from megakd.training.metrics import decided, loss_of_guessing, right_shares, same_class
 from megakd.training.precision import TORCH_DTYPE, scoring_dtype
 from megakd.training.record import Report
+from megakd.training.tfidf import score_words
 
 logger = logging.getLogger(__name__)
 
@@ -305,7 +294,7 @@ def report_of(
         "pruning": record.pruning,
         "stages": [{**{k: getattr(o, k) for k in OF_STAGE}, **o.metrics} for o in lab.results],
         "samples": _samples(lab, measured, reference),
-        **_vocabulary(prepared.pair),
+        **({} if prepared.pair is None else prepared.pair.summary()),
         **{f"seconds.{name}": value for name, value in seconds().items()},
         **environment(
             ranks=ranks.world_size,
@@ -338,17 +327,6 @@ def _of_rows(lab: Lab[RunWork], scores: Mapping[str, object]) -> dict[str, float
         return {}
     rows = row_count(lab.work.assembly.prepared.splits.held_out)
     return {"rows": rows, **standard_errors(scores, rows)}
-
-
-def _vocabulary(pair: VocabularyPair | None) -> dict[str, Any]:
-    if pair is None:
-        return {}
-    return {
-        "vocabulary.type": "wordpiece",
-        "vocabulary.size": len(pair.student),
-        "vocabulary.teacher_size": len(pair.teacher),
-        "vocabulary.overlap": pair.overlap,
-    }
 
 
 def _loss_error(losses: Sequence[float], of_student: Sequence[float]) -> float:

@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 
 import megakd_kernels
-from megakd.config.task import AUTO, SOFT_LABELS
+from megakd.config.task import AUTO, LANGUAGE_TASKS, SOFT_LABELS
 from megakd.data.batch import IGNORE
 from megakd.engine.collectives import all_reduce_, doing
 from megakd.engine.memory import forget_models, left_out_of_peak, reset_peak_memory
 from megakd.errors import TeacherError
 from megakd.losses.objective import logits_of
-from megakd.models.elastic import parameter_counts
 from megakd.models.fitting import ReadyTeacher
-from megakd.process.terminal import phase
+from megakd.models.structure import parameter_counts
+from megakd.process.clock import phase
 from megakd.reports.samples import held_out_prompts
 from megakd.teachers.cached import CachedTeacher
 from megakd.teachers.frozen import FrozenTeacher, SoftLabels
@@ -255,6 +255,8 @@ class TeacherPool:
     @cached_property
     def prompts(self) -> Prompts | None:
         """The prompts of the report; None if the task has no prompts."""
+        if self._config.task.type not in LANGUAGE_TASKS:
+            return None
         prepared, device = self.assembly.prepared, self.assembly.ranks.device
         rows = prepared.encoded.held_out
         return held_out_prompts(rows, prepared.tokenizer, self._config.task, device)

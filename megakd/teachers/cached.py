@@ -27,15 +27,8 @@ from megakd.data.batch import Batch, Draws, Knowledge, Teacher, TopK
 from megakd.engine.collectives import gather, on_main, together
 from megakd.engine.distributed import Ranks
 from megakd.errors import TeacherError
-from megakd.process.files import (
-    Fingerprint,
-    damage,
-    differences,
-    entries,
-    read_signed,
-    sealed_folder,
-    write_signed,
-)
+from megakd.process.record import Fingerprint, differences
+from megakd.process.seals import damage, entries, read_signed, sealed_folder, write_signed
 
 if TYPE_CHECKING:
     from megakd.teachers.frozen import FrozenTeacher

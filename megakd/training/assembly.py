@@ -31,13 +31,15 @@ from megakd.losses.bundle import StudentBundle, build_bundle
 from megakd.losses.objective import StageLosses, stage_losses, with_class_weights
 from megakd.models.fitting import ModelSource, ReadyTeacher, label_order
 from megakd.models.fused_layers import fuse_layers
-from megakd.models.knowledge import Needs, SecondSize, add_second_vocabulary
+from megakd.models.knowledge import Needs
 from megakd.models.loading import check_finite, load_model
 from megakd.models.lora import add_adapters
 from megakd.models.packing import set_attention
-from megakd.process.files import RESULT, write_finished
+from megakd.models.second_vocabulary import SecondSize, add_second_vocabulary
+from megakd.process.clock import phase
+from megakd.process.record import RESULT
+from megakd.process.seals import write_finished
 from megakd.process.seeding import cpu_seeded
-from megakd.process.terminal import phase
 from megakd.stage import Stage, StageResult
 from megakd.teachers.frozen import FrozenModel, FrozenTeacher
 from megakd.training.checkpoint import Checkpoints, read_states
@@ -288,7 +290,8 @@ class Assembly:
         check_finite(model, source)
         torch.nn.Module.to(model, self.ranks.device)  # transformers' own `to` is typed wrongly
         set_attention(model, source, self.config.task.type, self.ranks.device)
-        fuse_layers(model, source, fused, self.ranks.device)
+        if fused == "on":  # auto: no GPU has run them
+            fuse_layers(model, source, self.ranks.device)
         return model
 
 

@@ -20,9 +20,7 @@ from typing import Any, NamedTuple
 from megakd.engine.collectives import on_main
 from megakd.errors import CheckpointError
 from megakd.models.views import Cut, UnitOrder, View
-from megakd.process.files import (
-    damage,
-)
+from megakd.process.seals import damage
 from megakd.stage import Scores, Verdict
 from megakd.training.checkpoint import PARTIAL, steps_in
 from megakd.training.ranking import WHOLE

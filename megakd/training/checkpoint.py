@@ -31,16 +31,9 @@ from megakd.engine.collectives import gather, node_name, on_main, together
 from megakd.engine.distributed import Ranks
 from megakd.engine.memory import free_memory_bytes
 from megakd.errors import CheckpointError, MegakdError
-from megakd.process.files import (
-    FORMAT,
-    Entries,
-    damage_of,
-    entries,
-    files_of,
-    full_disk_reason,
-    write_files,
-    write_manifest,
-)
+from megakd.process.files import full_disk_reason
+from megakd.process.record import FORMAT
+from megakd.process.seals import Entries, damage_of, entries, files_of, write_files, write_manifest
 from megakd.process.seeding import random_state, set_random_state
 from megakd.training.stage_folder import Length, is_longer
 

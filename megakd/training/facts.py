@@ -19,11 +19,11 @@ from megakd.data.batch import ROUTE, teacher_number
 from megakd.data.loader import StepShape, rows_with_targets
 from megakd.errors import ModelError
 from megakd.models.cutting import cut_config, is_stock, why_rigid
-from megakd.models.elastic import weight_axes, weights_inside
+from megakd.models.elastic import weight_axes
 from megakd.models.fitting import ModelSource, valueless_model
 from megakd.models.layers import RemainingLayers, check_depth, chosen_layers
 from megakd.models.proposed_units import lengths
-from megakd.models.structure import for_task
+from megakd.models.structure import for_task, weights_inside
 from megakd.models.views import Axes, ParameterCounts, View
 from megakd.training.allocation import SortedTeacher, UnitScores
 from megakd.training.inputs import RunInputs, UnencodedInputs

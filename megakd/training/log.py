@@ -58,7 +58,7 @@ class Reporter:
         self, output_dir: Path, *, is_main: bool, trackers: Trackers | None = None
     ) -> None:
         self._path = output_dir / "metrics.jsonl"
-        self._is_main, self._trackers = is_main, trackers or Trackers((), output_dir, {})
+        self._is_main, self._trackers = is_main, trackers
         self._stage, self._first, self._last = "", 0, 0
         self._steps_per_epoch = 1
         self._bar: tqdm | None = None
@@ -84,7 +84,8 @@ class Reporter:
                 kept = [line for line in lines if _stays(line, stage, step)]
                 if len(kept) < len(lines):
                     files.write_text(self._path, "".join(kept))
-        self._trackers.begin(stage, step)
+        if self._trackers is not None:
+            self._trackers.begin(stage, step)
         self._stage, self._first, self._last = stage, step, last
         self._steps_per_epoch = steps_per_epoch
         self._began = time.perf_counter()
@@ -115,7 +116,8 @@ class Reporter:
             with self._path.open("ab", buffering=0) as file:
                 if file.write(line) < len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self._trackers.log(step, values)
+        if self._trackers is not None:
+            self._trackers.log(step, values)
         shown = _shown(values)
         if self._bar is not None:
             self.advance(step)
@@ -133,7 +135,8 @@ class Reporter:
         """Close the bar and the trackers."""
         if self._bar is not None:
             self._bar.close()
-        self._trackers.close()
+        if self._trackers is not None:
+            self._trackers.close()
 
 
 def _shown(scalars: Mapping[str, float]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Metrics of outputs, by task and by label, and the baseline of the words alone.
+"""Metrics of outputs, by task and by label.
 
 Shapes: N rows, C classes. `predicted` are logits [N, C]; `truth` is [N] classes or scores, or of
 rows with any number of labels [N, C] 0 or 1.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,14 +27,12 @@ from megakd.config.task import (
     METRICS,
     ONE_LABEL_METRICS,
     SET_METRICS,
-    TFIDF,
     THRESHOLD,
     TaskType,
 )
 from megakd.data.arrow import column_of
 from megakd.data.batch import IGNORE
 from megakd.data.rows import is_labelled
-from megakd.data.splits import Splits
 from megakd.errors import ConfigError, DataError, MegakdError, TrainingError, one_line
 from megakd.plugins import is_metric, metric_of
 from megakd.training.ranking import Metric, lower_is_better
@@ -142,6 +139,10 @@ class TaskMetrics:
         total, count = summed_loss(outputs, labels).tolist()
         values[LOSS] = total / count
         return values | {self.main.name: self.main.mean(values)}
+
+    def decided_on(self, values: Mapping[str, float]) -> TaskMetrics:
+        """Return the metrics with the threshold that was best for rows with these values."""
+        return replace(self, threshold=values[THRESHOLD])
 
     def _threshold(self, predicted: Numbers, truth: Numbers) -> float:
         return best_threshold(predicted, truth) if self.threshold is None else self.threshold
@@ -401,65 +402,3 @@ def language_model_metrics(sums: Tensor) -> dict[str, float]:
     if characters:
         metrics["nats_per_character"] = nats / max(1.0, characters[0])
     return metrics
-
-
-MOST_ROWS, MOST_TERMS, MOST_CHARACTERS = 20_000, 50_000, 1_000
-"""Rows that are learned at most, of more rows evenly spaced ones; words and pairs of words; and the
-characters that are read of a text. The baseline takes seconds."""
-
-
-def score_words(splits: Splits, metrics: TaskMetrics) -> Mapping[str, float]:
-    """Return the metrics of TF-IDF with logistic regression on the held-out rows.
-
-    Empty if the training rows have labels of fewer than two classes, or no words.
-    """
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import SGDClassifier
-    from sklearn.multiclass import OneVsRestClassifier
-
-    began = time.perf_counter()
-    texts, labels = _labelled(splits.train, most=MOST_ROWS)
-    if not splits.multi_label and len(set(labels)) < 2:
-        return {}
-    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, max_features=MOST_TERMS)
-    try:
-        learned = words.fit_transform(texts)
-    except ValueError:  # no text has a word
-        return {}
-    # As good as `LogisticRegression(C=10)` on banking77 and SST-2, and ten times faster there.
-    passes, count = min(100, max(10, 100_000 // len(labels))), len(labels)
-    options: Any = {"tol": None}  # as many passes, whatever the loss
-    model: Any = SGDClassifier(
-        loss="log_loss", alpha=0.1 / count, max_iter=passes, random_state=0, **options
-    )
-    if splits.multi_label:
-        model = OneVsRestClassifier(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a label that all rows have, or none
-        model.fit(learned, np.array(labels))
-
-    def scored(rows: Dataset, metrics: TaskMetrics) -> Mapping[str, float]:
-        texts, truth = _labelled(rows)
-        shares = np.zeros((len(texts), len(splits.label_names)))  # a class without a row gets none
-        shares[:, model.classes_] = model.predict_proba(words.transform(texts))
-        outputs, truth = torch.from_numpy(shares), torch.tensor(truth)
-        if splits.multi_label:
-            return metrics.values(outputs.logit(1e-6), truth.double())
-        return metrics.values(outputs.clamp(min=1e-6).log(), truth)
-
-    if splits.multi_label:
-        metrics = replace(metrics, threshold=scored(splits.validation, metrics)[THRESHOLD])
-    logger.info("%s: %d labels learned in %.1f s", TFIDF, count, time.perf_counter() - began)
-    return scored(splits.held_out, metrics)
-
-
-def _labelled(rows: Dataset, *, most: int | None = None) -> tuple[list[str], list[Any]]:
-    numbers = is_labelled(rows).nonzero()[0]
-    if most is not None:
-        numbers = numbers[:: max(1, -(-len(numbers) // most))]
-    chosen = rows.select(numbers)[:]
-    texts = [text[:MOST_CHARACTERS] for text in chosen["text"]]
-    if "text_pair" in chosen:
-        pairs = zip(texts, chosen["text_pair"], strict=True)
-        texts = [f"{text} {pair[:MOST_CHARACTERS]}" for text, pair in pairs]
-    return texts, chosen["label"]

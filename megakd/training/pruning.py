@@ -28,9 +28,9 @@ from megakd.errors import ModelError, TeacherError
 from megakd.models.cutting import cut_config, reshape_folder
 from megakd.models.fitting import ModelSource, ReadyTeacher, build_empty
 from megakd.models.layers import check_depth, left_out
-from megakd.models.onnx import batches_of, by_turns, calls_of, sample_lengths
+from megakd.models.timing import batches_of, by_turns, calls_of, sample_lengths
 from megakd.models.views import View
-from megakd.process.files import RESULT
+from megakd.process.record import RESULT
 from megakd.stage import StageResult
 from megakd.teachers.frozen import FrozenTeacher
 from megakd.training.allocation import BATCH_ROWS, UnitScores, unit_order

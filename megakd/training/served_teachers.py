@@ -31,7 +31,7 @@ from megakd.engine.collectives import doing, on_main, together, told
 from megakd.engine.distributed import Ranks
 from megakd.errors import ServerError, TeacherError
 from megakd.models.fitting import ModelSource, ReadyTeacher
-from megakd.process.files import Fingerprint, files_identity, flatten
+from megakd.process.record import Fingerprint, files_identity, flatten
 from megakd.teachers.cached import CachedTeacher, missing_rows, write_shard
 from megakd.teachers.frozen import FrozenTeacher
 from megakd.teachers.servers import (

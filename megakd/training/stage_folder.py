@@ -41,14 +41,8 @@ from megakd.models.model_folder import (
 from megakd.models.views import Axes, Cut
 from megakd.models.weights import WeightReader, check_weight_files
 from megakd.process import files
-from megakd.process.files import (
-    CHECKSUMS,
-    RESULT,
-    check_given,
-    differences,
-    open_finished,
-    sealed_folder,
-)
+from megakd.process.record import RESULT, differences
+from megakd.process.seals import CHECKSUMS, check_given, open_finished, sealed_folder
 from megakd.process.seeding import random_state, set_random_state
 from megakd.stage import Stage, StageResult
 from megakd.training.metrics import numbers

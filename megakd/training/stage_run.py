@@ -23,8 +23,9 @@ from megakd.models.cutting import content_of
 from megakd.models.end_tokens import generation_file
 from megakd.models.lora import adapter_config, adapter_files, load_adapters
 from megakd.models.views import Cut
-from megakd.process import terminal
-from megakd.process.files import RESULT, copy_finished, write_finished
+from megakd.process import signals
+from megakd.process.record import RESULT
+from megakd.process.seals import copy_finished, write_finished
 from megakd.process.seeding import seed_everything
 from megakd.stage import Stage, StageResult
 from megakd.training.assembly import Assembly, StageParts, row_batches
@@ -72,7 +73,7 @@ def run_stage(
             start = step = run.resume(checkpoint)
         run.prepare(start, reporter)
         training = doing(f"training stage {stage.name}")
-        with training, terminal.deferred(), closing(run.batches(start)) as every:
+        with training, signals.deferred(), closing(run.batches(start)) as every:
             for batches in every:
                 if step > start and step % run.round == 0:  # a window of several rounds
                     strategy.begin(run.student, step)
@@ -94,7 +95,7 @@ def run_stage(
                     run.save(step, is_last=ends or stops)
                 # A signal in the last step may be too late for the vote.
                 if (ends or stops) and (number := agreed_signal()):
-                    raise terminal.stopped(number, f"{stage.name} saved at step {step}")
+                    raise signals.stopped(number, f"{stage.name} saved at step {step}")
                 if ends:
                     break
         return run.write(files)
@@ -128,7 +129,7 @@ class StageRun:
         self.saves, self._saved_at = stage_checkpoints(stage, assembly), monotonic()
         self.votes = StepVotes(
             {
-                STOP: lambda: terminal.requested() > 0,
+                STOP: lambda: signals.requested() > 0,
                 WRITING: lambda: self.saves.is_writing,
                 SAVE: lambda: monotonic() - self._saved_at >= self.config.save.seconds,
             }
@@ -402,7 +403,7 @@ class StepVotes:
 
 def agreed_signal() -> int:
     """Return the stop signal that any rank has received, or 0; a collective."""
-    return max(gather(terminal.requested()))
+    return max(gather(signals.requested()))
 
 
 def batches_of(parts: StageParts) -> BatchSource:

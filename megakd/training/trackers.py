@@ -26,8 +26,6 @@ _RUN_IDS = "trackers.json"
 
 def check_trackers(names: Sequence[str]) -> None:
     """Raise ConfigError if the package of a service of `log.report_to` is not installed."""
-    if not names:
-        return
     from accelerate.tracking import get_available_trackers
 
     for name in set(names).difference(map(str, get_available_trackers())):

@@ -21,9 +21,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from megakd import cli
 from megakd.commands.answer import read_prompts
 from megakd.config.file import config_of
-from megakd.data.arrow import Record
 from megakd.data.conversations import ChatColumns, conversation_of
 from megakd.data.readers import files_table
+from megakd.data.records import Record
 from megakd.data.splits import load_splits
 from megakd.errors import DataError, ServerError
 from megakd.models import generation

@@ -9,9 +9,9 @@ import pytest
 from run_files import message_of
 
 from megakd.config.file import dump_config, load_config
+from megakd.config.paths import in_home
 from megakd.config.run import RunConfig
 from megakd.config.sections import RolloutConfig, RolloutServerConfig, Sampling, rollout_block
-from megakd.process.terminal import in_home
 from megakd.training.inputs import cache_folder
 
 TEXT = ("task={type: causal_lm, dataset: rows.jsonl}", "objective=[{loss: soft_target_kl}]")

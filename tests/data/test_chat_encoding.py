@@ -14,9 +14,9 @@ from tiny_runs import write_jsonl
 
 from megakd.config.task import TaskConfig
 from megakd.data import chat_tokens, encoding
-from megakd.data.arrow import BadRows
 from megakd.data.chat_tokens import ChatCounts, ChatEncoder, learned_ends
 from megakd.data.encoding import Encoded, encode_splits
+from megakd.data.records import BadRows
 from megakd.data.splits import Splits, load_splits
 from megakd.data.tokenizers import load_tokenizer, training_texts
 from megakd.errors import DataError

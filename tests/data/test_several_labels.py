@@ -13,10 +13,10 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 from tiny_runs import config_tree, write_jsonl
 
 from megakd.config.file import config_of
-from megakd.data.arrow import Record
-from megakd.data.files import file_of_rows
 from megakd.data.labels import Classes, class_word
+from megakd.data.python_rows import file_of_rows
 from megakd.data.readers import files_table
+from megakd.data.records import Record
 from megakd.data.rows import is_labelled
 from megakd.data.splits import Splits, load_splits, read_line, read_warnings
 from megakd.errors import MegakdError

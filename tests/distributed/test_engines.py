@@ -26,7 +26,7 @@ from megakd.engine import distributed
 from megakd.engine.memory import forget_models
 from megakd.engine.sharding import gathered_state
 from megakd.models.structure import architecture_of
-from megakd.process.files import write_files
+from megakd.process.seals import write_files
 from megakd.run import teacher_pool
 from megakd.stage import Constant, Stage
 

@@ -25,7 +25,7 @@ from megakd.data.batch import Losses, Pass
 from megakd.engine.initialize import training_engine
 from megakd.engine.optimizer_state import WEIGHT
 from megakd.engine.sharding import gathered, sharded_construction, writes_here
-from megakd.process.files import write_files
+from megakd.process.seals import write_files
 from megakd.training.student import StudentEngine
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 from megakd.engine.sharding import gathered_state
 from megakd.methods import run_method
 from megakd.methods.mixed_vocabulary.parameter_projections import LayerErrors
-from megakd.models.knowledge import FILE
+from megakd.models.second_vocabulary import FILE
 from megakd.training.assembly import Assembly
 from megakd.training.trainer import Trainer
 

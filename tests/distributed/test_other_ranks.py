@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from slow_cases import slow
 
 from megakd.engine.sharding import gathered_state
-from megakd.process.files import write_files
+from megakd.process.seals import write_files
 
 ZERO2_OFFLOADED = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
 ZERO3_OFFLOADED = {

@@ -15,17 +15,17 @@ from unit_counts import counts_of, numbers
 from whole_run import read
 
 from megakd.engine.distributed import ranks
-from megakd.process import terminal
+from megakd.process import signals
 from megakd.training.stage_run import StepVotes, agreed_signal
 from megakd.training.trainer import Trainer
 
 
 def votes(stopping_rank: int) -> dict:
     """One rank gets SIGUSR1 between two steps: what all of them count and decide."""
-    vote = StepVotes({"never": lambda: False, "stop": lambda: terminal.requested() > 0})
+    vote = StepVotes({"never": lambda: False, "stop": lambda: signals.requested() > 0})
     counts = counts_of(3, 2, 1 + ranks().rank)
     decided, summed = [vote.any("stop")], []
-    with suppress(terminal.Stopped), terminal.watched(), terminal.deferred():
+    with suppress(signals.Stopped), signals.watched(), signals.deferred():
         for step in range(3):
             summed.append(numbers(vote.sum_counts(counts)))
             if step == 1 and ranks().rank == stopping_rank:

@@ -24,8 +24,8 @@ from megakd.engine.initialize import _optimizer, _parameter_groups
 from megakd.engine.optimizer_state import OptimizerState, StoredParts, file_of
 from megakd.errors import CheckpointError
 from megakd.losses.layer_terms import Projections
-from megakd.models.knowledge import SecondSize, SecondVocabulary
-from megakd.process.files import write_files
+from megakd.models.second_vocabulary import SecondSize, SecondVocabulary
+from megakd.process.seals import write_files
 from megakd.training import student
 from megakd.training.student import StudentEngine
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 from whole_run import finish, read, same_weights
 
 from megakd.errors import CheckpointError, ModelError
-from megakd.process.files import check_given, open_finished
+from megakd.process.seals import check_given, open_finished
 
 
 def same_models(one: Path, other: Path) -> bool:

@@ -10,9 +10,9 @@ from transformers import AutoModelForMaskedLM, ElectraConfig, ElectraForMaskedLM
 
 from megakd.models.architectures import AUTO_CLASSES
 from megakd.models.cutting import cut_config
-from megakd.models.elastic import parameter_counts, unit_makers, weight_axes
+from megakd.models.elastic import unit_makers, weight_axes
 from megakd.models.proposed_units import WIDTH, cut_part
-from megakd.models.structure import architecture_of, for_task
+from megakd.models.structure import architecture_of, for_task, parameter_counts
 from megakd.models.views import Axis, Cut, UnitOrder, View
 
 MASKED = [name for name, entry in FAMILIES.items() if "mlm" in entry.tasks]

@@ -33,7 +33,7 @@ from megakd.errors import MegakdError
 from megakd.models import model_folder as export
 from megakd.models.architectures import CUT_FILE
 from megakd.models.model_folder import brings_code, file_of_code, hub_id, write_weights
-from megakd.process.files import CHECKSUMS, copy_finished, damage, seal
+from megakd.process.seals import CHECKSUMS, copy_finished, damage, seal
 from megakd.run.finished_run import export_run
 
 

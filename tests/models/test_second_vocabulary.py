@@ -11,11 +11,10 @@ from torch.nn import functional
 from megakd.data.batch import IGNORE, Batch, LossInputs, Targets
 from megakd.engine.sharding import gathered_state
 from megakd.losses.targets import LanguageModelTargets
-from megakd.models.knowledge import (
-    Needs,
+from megakd.models.knowledge import Needs, read_knowledge
+from megakd.models.second_vocabulary import (
     SecondSize,
     add_second_vocabulary,
-    read_knowledge,
     second_vocabulary,
     without_second_vocabulary,
 )

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from megakd.errors import ModelError
-from megakd.models.elastic import parameter_counts
+from megakd.models.structure import parameter_counts
 
 SHAPE = {"d_model": 16, "d_kv": 6, "num_heads": 4, "d_ff": 32, "vocab_size": 300}
 NAMES = ("a", "b", "c")

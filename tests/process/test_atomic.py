@@ -18,14 +18,13 @@ from safetensors.torch import save_file
 
 from megakd.errors import MegakdError
 from megakd.process.files import (
-    copy_finished,
     json_text,
     replaced_folder,
     reports_full_disk,
-    sealed_folder,
     write_json,
     write_text,
 )
+from megakd.process.seals import copy_finished, sealed_folder
 
 
 def folder_with(path: Path, text: str) -> Path:

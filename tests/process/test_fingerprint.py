@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megakd.process.files import differences, files_identity, flatten
+from megakd.process.record import differences, files_identity, flatten
 
 MEGABYTE = 1 << 20
 

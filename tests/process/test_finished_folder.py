@@ -10,7 +10,7 @@ import pytest
 
 from megakd.errors import CheckpointError, ModelError
 from megakd.process import files
-from megakd.process.files import (
+from megakd.process.seals import (
     CARD,
     CHECKSUMS,
     check_given,

@@ -13,13 +13,13 @@ from contextlib import contextmanager, suppress
 import pytest
 
 from megakd import cli
-from megakd.process import terminal
-from megakd.process.terminal import Stopped, deferred, requested, watched
+from megakd.process import signals
+from megakd.process.signals import Stopped, deferred, requested, watched
 
 WAIT_S = 60
 FORKED = """
 import os, signal, time
-from megakd.process import terminal as signals
+from megakd.process import signals as signals
 with signals.watched(), signals.deferred():
     child = os.fork()
     if child == 0:
@@ -46,7 +46,7 @@ def send(number: int) -> None:
     time.sleep(WAIT_S)  # the signal ends it
 
 
-@pytest.mark.parametrize("number", terminal.STOP_SIGNALS)
+@pytest.mark.parametrize("number", signals.STOP_SIGNALS)
 def test_a_command_that_does_not_train_ends_at_once_with_one_line_of_rank_0(
     capsys, monkeypatch, number
 ):
@@ -128,7 +128,7 @@ def test_an_error_of_a_stage_is_not_hidden_by_a_signal():
 def test_a_signal_after_the_agreed_stop_does_not_disturb_the_clean_up():
     with watched():
         with pytest.raises(Stopped) as raised, deferred():
-            raise terminal.stopped(signal.SIGTERM, "student saved at step 8")
+            raise signals.stopped(signal.SIGTERM, "student saved at step 8")
         signal.raise_signal(signal.SIGTERM)
 
     assert str(raised.value) == (
@@ -138,14 +138,14 @@ def test_a_signal_after_the_agreed_stop_does_not_disturb_the_clean_up():
 
 def test_an_ignored_signal_stays_ignored_and_afterwards_all_are_as_before():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    before = [signal.getsignal(number) for number in terminal.STOP_SIGNALS]
+    before = [signal.getsignal(number) for number in signals.STOP_SIGNALS]
 
     with watched():
         signal.raise_signal(signal.SIGINT)
         assert requested() == 0
-        assert [signal.getsignal(number) for number in terminal.STOP_SIGNALS] != before
+        assert [signal.getsignal(number) for number in signals.STOP_SIGNALS] != before
 
-    assert [signal.getsignal(number) for number in terminal.STOP_SIGNALS] == before
+    assert [signal.getsignal(number) for number in signals.STOP_SIGNALS] == before
 
 
 @pytest.mark.parametrize(
@@ -160,8 +160,8 @@ def test_an_ignored_signal_stays_ignored_and_afterwards_all_are_as_before():
 )
 def test_a_second_signal_ends_a_process_at_once(capfd, monkeypatch, names, seconds, *, ends):
     now, codes = [1.0], []
-    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(terminal.os, "_exit", codes.append)
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(signals.os, "_exit", codes.append)
     numbers = [signal.Signals[f"SIG{name}"] for name in names.split()]
 
     with suppress(Stopped), watched(), deferred():

@@ -14,7 +14,7 @@ import pytest
 
 from megakd.errors import DataError, MegakdError
 from megakd.process import terminal
-from megakd.process.terminal import counted, phase, seconds
+from megakd.process.clock import counted, phase, seconds
 from megakd.process.workers import in_processes
 
 WAIT_S = 30

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from megakd.config.task import TaskConfig, TaskType
 from megakd.data.batch import Batch, TopK
 from megakd.data.token_tables import pack
-from megakd.models import onnx
+from megakd.models import timing
 from megakd.models.draws import most_likely
 from megakd.reports.samples import NEW_TOKENS, PROMPTS, Prompts, held_out_prompts
 from megakd.run import run_report
@@ -67,15 +67,15 @@ def test_a_forward_is_of_texts_of_the_data_without_dropout_or_gradient():
     ],
 )
 def test_texts_of_the_data_have_the_lengths_of_its_quantiles(batch, batches):
-    assert onnx.sample_lengths(LENGTHS, batch) == batches
-    assert onnx.sample_lengths([5] * 40, batch) == [[5] * batch]
+    assert timing.sample_lengths(LENGTHS, batch) == batches
+    assert timing.sample_lengths([5] * 40, batch) == [[5] * batch]
     # A decoder is timed with one text at a time.
-    assert (onnx.batches_of("causal_lm"), onnx.batches_of("mlm")) == ((1,), (1, 32))
+    assert (timing.batches_of("causal_lm"), timing.batches_of("mlm")) == ((1,), (1, 32))
 
 
 @pytest.mark.parametrize(("ms", "rounds"), [(1.0, 9), (60.0, 5), (3000.0, 2), (15_000.0, 1)])
 def test_a_time_is_that_of_one_batch_and_slow_models_are_timed_less_often(monkeypatch, ms, rounds):
-    monkeypatch.setattr(onnx, "milliseconds", lambda _: ms)
+    monkeypatch.setattr(timing, "milliseconds", lambda _: ms)
 
     result = timed({"a": llama(), "b": llama()}, [4], [1])
 

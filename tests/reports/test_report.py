@@ -10,7 +10,7 @@ import torch
 from reports import chosen_report, language_report
 
 from megakd.errors import CheckpointError
-from megakd.models.elastic import parameter_counts
+from megakd.models.structure import parameter_counts
 from megakd.reports.html import html_report
 from megakd.reports.report_file import curves_of, read_history, read_report, write_report
 from megakd.reports.table import result_table

@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from megakd.commands.shrink import recipe
 from megakd.config.run import SaveConfig
 from megakd.config.task import TaskConfig
-from megakd.data.files import silent_hub
+from megakd.data.hub import silent_hub
 from megakd.data.splits import load_splits
 from megakd.data.tokenizers import load_tokenizer
 from megakd.errors import ConfigError, DataError, ModelError

@@ -18,7 +18,7 @@ from transformers import BertConfig
 from megakd.config.run import EvalConfig
 from megakd.config.sections import FinetuneOverrides, ScratchModel, TeacherConfig, TrainConfig
 from megakd.data.chat_tokens import PROMPT_LENGTH
-from megakd.process.files import flatten
+from megakd.process.record import flatten
 from megakd.stage import Stage
 from megakd.training.inputs import check_run
 from megakd.training.recipes import completed

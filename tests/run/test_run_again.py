@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 from whole_run import finish, read, same_weights
 
-from megakd.process.files import write_finished
+from megakd.process.seals import write_finished
 
 
 def test_a_finished_run_started_again_prints_its_table_and_loads_nothing(

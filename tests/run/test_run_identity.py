@@ -15,7 +15,8 @@ from megakd.data import files as data_files
 from megakd.engine.distributed import Ranks
 from megakd.errors import CheckpointError
 from megakd.process import files
-from megakd.process.files import differences, write_json
+from megakd.process.files import write_json
+from megakd.process.record import differences, files_identity
 from megakd.run.finished_run import RUN, asked_of, begin_run, check_identity, run_facts
 from megakd.training.checkpoint import FORMAT
 
@@ -105,7 +106,7 @@ def test_another_content_of_the_same_size_and_time_is_another_run(
         monkeypatch.setattr(data_files, reader, lambda _: pytest.fail("a file is read again"))
     assert differences(before, facts()) == ""
     monkeypatch.setattr(data_files, "sha256_of", files.sha256_of)
-    monkeypatch.setattr(data_files, "files_identity", files.files_identity)
+    monkeypatch.setattr(data_files, "files_identity", files_identity)
     times = path.stat()
     path.write_text(path.read_text()[::-1])
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))

@@ -10,7 +10,7 @@ from typing import Any
 from one_rank import OneRank, Outcome
 from tiny_runs import bert, config_tree, write_config
 
-from megakd.process.files import CHECKSUMS
+from megakd.process.seals import CHECKSUMS
 
 # A teacher that is fine-tuned first would make a late message cost hours.
 LATE = {"model": bert(2), "finetune": {}}

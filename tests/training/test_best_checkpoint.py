@@ -11,7 +11,7 @@ import pytest
 
 from megakd.errors import MegakdError
 from megakd.models.views import Cut, UnitOrder, View
-from megakd.process.files import write_finished
+from megakd.process.seals import write_finished
 from megakd.stage import Verdict
 from megakd.training.best import Best, Evaluation
 from megakd.training.checkpoint import check_plain

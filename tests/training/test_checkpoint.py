@@ -33,7 +33,8 @@ from checkpoint_store import (
 
 from megakd.engine.distributed import Ranks
 from megakd.errors import CheckpointError
-from megakd.process.files import CHECKSUMS, entries, write_tensors
+from megakd.process.files import write_tensors
+from megakd.process.seals import CHECKSUMS, entries
 from megakd.process.seeding import random_state, seed_everything
 from megakd.training import checkpoint
 from megakd.training import checkpoint as checkpoint_module

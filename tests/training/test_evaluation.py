@@ -35,10 +35,10 @@ from megakd.training.metrics import (
     loss_of_guessing,
     same_class,
     score_of,
-    score_words,
     task_metrics,
 )
 from megakd.training.ranking import MetricJudge
+from megakd.training.tfidf import score_words
 
 
 def metrics_of(names: tuple[str, ...], outputs: Tensor, labels: Tensor) -> dict[str, float]:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from megakd.errors import CheckpointError
-from megakd.process.files import write_finished
+from megakd.process.seals import write_finished
 from megakd.stage import StageResult
 from megakd.training.stage_folder import RESULT, read_result, result_text
 

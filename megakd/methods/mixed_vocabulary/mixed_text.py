@@ -49,7 +49,7 @@ from megakd.methods.mixed_vocabulary.shared_words import (
     SharedWords,
     WordCutter,
 )
-from megakd.process.files import whole_folder
+from megakd.process.seals import whole_folder
 from megakd.training.assembly import StageParts, row_batches
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from megakd.data.batch import Batch, LossInputs, UnitCounter
 from megakd.engine.sharding import full_shape
 from megakd.losses.targets import Evaluated, TermGroup
 from megakd.methods.mixed_vocabulary import ParameterProjection
-from megakd.models.knowledge import second_vocabulary
+from megakd.models.second_vocabulary import second_vocabulary
 from megakd.models.structure import architecture_of
 
 NAME = "parameter_projection"

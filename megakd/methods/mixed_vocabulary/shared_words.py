@@ -20,7 +20,7 @@ from megakd.data.token_tables import plain_encoding
 from megakd.data.tokenizers import VERSION as TRAINER_VERSION
 from megakd.data.tokenizers import VocabularyPair, from_folder, train_tokenizer, training_texts
 from megakd.errors import DataError
-from megakd.process.files import whole_folder
+from megakd.process.seals import whole_folder
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
