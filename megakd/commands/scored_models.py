@@ -30,6 +30,7 @@ from megakd.run.main import started
 from megakd.run.run_report import graph_scores, row_count
 from megakd.run.teacher_pool import set_metrics
 from megakd.training.assembly import Assembly
+from megakd.training.evaluation import scorer_of_model
 from megakd.training.inputs import (
     RunInputs,
     cache_folder,
@@ -74,7 +75,7 @@ def evaluate_model(
             prepared = _read_by(source, config, splits)
         assembly = Assembly(prepared=prepared, ranks=ranks)
         with assembly.scored(source) as loaded:
-            scorer = assembly.scorer_of(loaded)
+            scorer = scorer_of_model(assembly, loaded)
             metrics = scorer.score(loaded.predict, prepared.encoded.held_out)
             of_sets = set_metrics(assembly, scorer, loaded)
     files, splits = config.task.evaluation_sets, prepared.splits
@@ -132,7 +133,7 @@ def _rows_of(config: RunConfig, source: ModelSource, data: str) -> tuple[Splits,
         rows = scored_rows(table, kind, task, classes, cache_dir=cache_folder())
         names = classes.names if classes else ()
         metrics = default_metrics(task.type, rows)
-        return Splits(rows, rows, None, names, metrics, table.digest), split
+        return Splits(rows, rows, None, names, metrics, table.digest, kind), split
 
     return main_first(load)
 

@@ -448,15 +448,19 @@ def second_targets(batch: Batch) -> Batch | None:
     return batch._replace(labels=labels, targets=None, second=None)
 
 
+def has_label(labels: Tensor) -> Tensor:
+    """Return a bool per element: whether it is a label, and not -100 or NaN."""
+    return ~labels.isnan() if labels.is_floating_point() else labels != IGNORE
+
+
 def _targets(batch: Batch) -> Tensor:
     labels = batch.labels[:, 0] if batch.multi_label else batch.labels
-    count = (~labels.isnan() if labels.is_floating_point() else labels != IGNORE).sum()
-    second = batch.second
-    return count if second is None else count + (second.labels != IGNORE).sum()
+    count, second = has_label(labels).sum(), batch.second
+    return count if second is None else count + has_label(second.labels).sum()
 
 
 def _targets_on(source: Source, batch: Batch) -> Tensor:
-    return (batch.labels != IGNORE).sum() * is_of(source, batch)
+    return has_label(batch.labels).sum() * is_of(source, batch)
 
 
 COUNTERS: Mapping[Unit, UnitCounter] = MappingProxyType(

@@ -20,8 +20,6 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, NamedTuple, cast
 
-from datasets import Dataset
-
 from megakd.config.task import TaskConfig
 from megakd.data.records import Record, Table, document_of, require, text_of
 from megakd.errors import DataError
@@ -120,11 +118,6 @@ def _text_of_message(message: Message) -> str:
     parts = [message.get("reasoning_content", ""), message["content"]]
     parts += [json.dumps(call, ensure_ascii=False) for call in message.get("tool_calls", ())]
     return "\n".join(part for part in parts if isinstance(part, str) and part)
-
-
-def is_chat(rows: Dataset) -> bool:
-    """Return whether the rows of a split are conversations."""
-    return CONVERSATION in rows.column_names
 
 
 class ChatColumns(NamedTuple):

@@ -27,9 +27,8 @@ from megakd.data.chat_tokens import (
     say_chat,
     tables_of_conversations,
 )
-from megakd.data.conversations import is_chat
 from megakd.data.records import BadRows
-from megakd.data.rows import StreamedRows, is_labelled
+from megakd.data.rows import RowKind, StreamedRows, is_labelled
 from megakd.data.splits import Splits
 from megakd.data.token_tables import check_room_for_text, tables_of_texts
 from megakd.errors import DataError
@@ -104,7 +103,7 @@ def encode_splits(
     chat: CountsByName = {}
     for name, rows in ((name, rows) for name, rows in parts.items() if rows is not None):
         made[name], counts = encode_rows(
-            rows, tokenizer, task, name=name, cache_dir=cache_dir, packed=packed
+            rows, splits.kind, tokenizer, task, name=name, cache_dir=cache_dir, packed=packed
         )
         special_tokens(tokenizer).say(rows, name=name)
         chat |= counts
@@ -125,6 +124,7 @@ def encode_splits(
 
 def encode_rows(
     rows: Dataset,
+    kind: RowKind,
     tokenizer: PreTrainedTokenizerBase,
     task: TaskConfig,
     *,
@@ -140,13 +140,13 @@ def encode_rows(
     def build(folder: Path) -> None:
         logger.info("encoding the rows of %s", name)
         counts: CountsByName = {}
-        if is_chat(rows):
+        if kind.is_chat:
             encoder = ChatEncoder(tokenizer, task, bad=BadRows(task.bad_rows))
             tables = tables_of_conversations(rows, encoder, counts=counts)
         else:
             tables = tables_of_texts(rows, tokenizer, task, packed=packed)
         if not write_tables(folder / ROWS, tables):
-            raise no_tokens(rows, task, split=name, counts=counts)
+            raise no_tokens(rows, task, split=name, counts=counts if kind.is_chat else None)
         write_json(folder / COUNTS, {source: vars(tally) for source, tally in counts.items()})
 
     parts: dict[str, object] = {
@@ -157,7 +157,7 @@ def encode_rows(
         "type": task.type,
         "packed": packed,
     }
-    if is_chat(rows):
+    if kind.is_chat:
         keys = ("chat_template_kwargs", "train_on", "reasoning", "truncation", "bad_rows")
         parts["chat"] = [tokenizer.chat_template, *(getattr(task, key) for key in keys)]
     folder = whole_folder(cache_dir / "encoded" / key_of(parts), build)
@@ -172,14 +172,17 @@ def encode_rows(
 def no_tokens(
     rows: Dataset, task: TaskConfig, *, split: str, counts: CountsByName | None = None
 ) -> DataError:
-    """Return the error of rows that have no tokens, or whose conversations are all left out."""
-    if not is_chat(rows):
+    """Return the error of rows that have no tokens, or whose conversations are all left out.
+
+    counts: of conversations; None: the rows are texts.
+    """
+    if counts is None:
         return DataError(
             f"the {split} split has {len(rows)} rows and no tokens; check that task.text_columns "
             "names the text and that the text is not blank"
         )
     total = ChatCounts()
-    for part in (counts or {}).values():
+    for part in counts.values():
         total.add(part)
     return DataError(
         f"the {split} split has no conversation that can be learned from (task.max_length is "

@@ -14,9 +14,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
@@ -34,7 +35,7 @@ from megakd.data.arrow import (
     with_column,
     write_tables,
 )
-from megakd.data.batch import IGNORE, ROUTE, SOFT
+from megakd.data.batch import IGNORE, ROUTE, SOFT, has_label
 from megakd.data.conversations import (
     CONVERSATION,
     FINISH,
@@ -43,10 +44,8 @@ from megakd.data.conversations import (
     TEXT_DEFAULTS,
     TOOLS,
     ChatColumns,
-    Conversation,
     chat_columns,
     conversation_of,
-    is_chat,
 )
 from megakd.data.labels import (
     Classes,
@@ -95,10 +94,7 @@ def row_keys(rows: Dataset, *, salt: str = "") -> NDArray[np.uint64]:
 
 def prompt_keys(rows: Dataset) -> NDArray[np.uint64]:
     """Return one hash per row, of the prompt of a conversation, or else of the text."""
-    if CONVERSATION not in rows.column_names:
-        return row_keys(rows)
-    asked = (Conversation.from_json(text).asked for (text,) in _values(rows, [CONVERSATION]))
-    return np.fromiter(map(text_hash, asked), dtype=np.uint64)
+    return column_of(rows, ASKED).view(np.uint64) if ASKED in rows.column_names else row_keys(rows)
 
 
 def _values(rows: Dataset, columns: list[str]) -> Iterator[tuple[str, ...]]:
@@ -112,7 +108,7 @@ def is_labelled(rows: Dataset) -> NDArray[np.bool_]:
         return np.ones(len(rows), dtype=np.bool_)
     labels = column_of(rows, "label")
     labels = labels[:, 0] if labels.ndim == 2 else labels  # 0 or 1 for every class
-    return ~np.isnan(labels) if labels.dtype.kind == "f" else labels != IGNORE
+    return has_label(torch.tensor(labels)).numpy()
 
 
 def cut_validation(rows: Dataset, *, name: str) -> tuple[Dataset, Dataset]:
@@ -176,9 +172,12 @@ def keep_labels(rows: Dataset, count: int | None, *, seed: int, name: str) -> Da
 
 
 # Increase this number when the same source results in different rows.
-VERSION = 9
+VERSION = 10
 
 ROWS, NOTES = "rows.arrow", "notes.json"
+
+ASKED = "asked"
+"""Column with a hash of the prompt of a conversation, as a signed number, which Arrow infers."""
 
 ERROR = "__error__"
 """Column of the rows of a stream: why a row cannot be read."""
@@ -254,6 +253,17 @@ class RowKind:
         return replace(self, teacher_column=column, teacher=name, soft=soft)
 
     @property
+    def in_words(self) -> str:
+        """What the rows hold, for messages."""
+        if self.is_chat:
+            return "conversations"
+        return f"{'pairs of' if self.has_pairs else 'single'} texts"
+
+    @property
+    def has_pairs(self) -> bool:
+        return self.keeps_blank and len(self.fields.text) == 2
+
+    @property
     def is_taught(self) -> bool:
         """Whether the rows name their teachers."""
         return bool(self.teacher or self.teacher_column)
@@ -279,12 +289,14 @@ class RowKind:
         texts = {
             "text": True,
             CONVERSATION: self.is_chat,
-            "text_pair": self.keeps_blank and len(self.fields.text) == 2,
+            "text_pair": self.has_pairs,
             ROUTE: self.is_taught,
             SOFT: self.soft is not None,
             PLACE: self.is_chat or self.is_taught or self.type == "classification",
         }
         columns: dict[str, Value | List] = {n: Value("string") for n, has in texts.items() if has}
+        if self.is_chat:
+            columns[ASKED] = Value("int64")
         if self.keeps_blank:
             columns["label"] = Value("string" if self.type == "classification" else "float32")
         if self.form is not None:
@@ -299,6 +311,8 @@ class RowKind:
             where = f"{name}, {record.place}"
             conversation = conversation_of(name, self.fields, record)
             row |= {"text": conversation.text, CONVERSATION: conversation.to_json(where)}
+            number = text_hash(conversation.asked)
+            row[ASKED] = number - HASH_RANGE * (number >= HASH_RANGE // 2)
         elif not self.keeps_blank:
             row["text"] = document_of(name, self.fields.text, record)
         else:
@@ -379,7 +393,7 @@ class TextStream:
     held_out: frozenset[int] = frozenset()
     bad: BadRows
 
-    def read(self, rows: Iterable[Mapping[str, str]] | None = None) -> Iterator[dict[str, str]]:
+    def read(self, rows: Iterable[Mapping[str, Any]] | None = None) -> Iterator[dict[str, Any]]:
         """Yield the rows with a text that are not held out: of a share, or of all ranks."""
         for row in self.rows if rows is None else rows:
             with self.bad:
@@ -387,9 +401,8 @@ class TextStream:
                     raise DataError(row[ERROR])
             if ERROR in row or is_blank(row):
                 continue
-            chat = row.get(CONVERSATION)
-            asked = Conversation.from_json(chat).asked if chat else row["text"]
-            if text_hash(asked) not in self.held_out:
+            asked = row[ASKED] % HASH_RANGE if ASKED in row else text_hash(row["text"])
+            if asked not in self.held_out:
                 yield dict(row)
 
 
@@ -406,13 +419,13 @@ class StreamedRows(NamedTuple):
 class Corpus:
     """The rows of a data set before a selection; columns and stream as in `splits.Splits`.
 
-    form: how several labels of a training row are written.
+    kind: of the training rows.
     """
 
     splits: Mapping[str, Dataset]
     classes: Classes | None
     source_hash: str
-    form: LabelForm | None = None
+    kind: RowKind
     stream: TextStream | None = None
 
 
@@ -460,7 +473,7 @@ def rows_of_tables(
     return Corpus(
         splits={"train": train, **rows},
         classes=classes,
-        form=kind.form,
+        kind=kind,
         source_hash=key_of(VERSION, task.type, classes and classes.names, digests),
     )
 
@@ -564,7 +577,7 @@ def scored_rows(
 def without_teachers(rows: Dataset) -> Dataset:
     """Return rows without the columns of their teachers, such as held-out rows."""
     # Conversations have places of their own.
-    gone = {ROUTE, SOFT} if is_chat(rows) else {ROUTE, SOFT, PLACE}
+    gone = {ROUTE, SOFT} if CONVERSATION in rows.column_names else {ROUTE, SOFT, PLACE}
     return rows.remove_columns([name for name in rows.column_names if name in gone])
 
 

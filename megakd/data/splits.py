@@ -11,13 +11,12 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
-from datasets import Dataset, List
+from datasets import Dataset
 from datasets.fingerprint import generate_fingerprint
 
 from megakd.config.paths import in_home, looks_like_path
 from megakd.config.task import TaskConfig
 from megakd.data.arrow import column_of, key_of, remembered
-from megakd.data.conversations import is_chat
 from megakd.data.files import local_tables, matching_files, named_files, refuse_twice
 from megakd.data.readers import files_table
 from megakd.data.records import Table
@@ -54,6 +53,7 @@ class Splits(NamedTuple):
         test is None unless its rows carry labels.
     label_names: class names in the order of their numbers; empty without classes.
     content_hash: sha256 of the sources of all rows and of their selection.
+    kind: of the training rows; all other rows have the same columns of text.
     evaluation_sets: further rows to score, by name; always with labels.
     is_cut: whether the validation rows were cut from the training rows.
     stream: the training texts with `task.streaming`; `train` is then empty.
@@ -65,6 +65,7 @@ class Splits(NamedTuple):
     label_names: tuple[str, ...]
     metrics: tuple[str, ...]
     content_hash: str
+    kind: RowKind
     evaluation_sets: Mapping[str, Dataset] = MappingProxyType({})
     is_cut: bool = False
     stream: TextStream | None = None
@@ -72,7 +73,7 @@ class Splits(NamedTuple):
     @property
     def multi_label(self) -> bool:
         """Whether a row has any number of labels."""
-        return isinstance(self.train.features.get("label"), List)
+        return self.kind.form is not None
 
     @property
     def held_out(self) -> Dataset:
@@ -118,6 +119,7 @@ def load_splits(task: TaskConfig, *, seed: int, cache_dir: Path) -> Splits:
         label_names=corpus.classes.names if corpus.classes else (),
         metrics=metrics or default_metrics(task.type, train),
         content_hash=key_of(corpus.source_hash, chosen, digests),
+        kind=corpus.kind,
         evaluation_sets=scored,
         is_cut=is_cut,
         stream=corpus.stream,
@@ -127,15 +129,11 @@ def load_splits(task: TaskConfig, *, seed: int, cache_dir: Path) -> Splits:
 def _set_rows(
     name: str, table: Table, task: TaskConfig, corpus: Corpus, cache_dir: Path
 ) -> Dataset:
-    train = corpus.splits["train"]
-    kind = replace(RowKind.from_task(task, table, as_chat=is_chat(train)), form=corpus.form)
-    rows = scored_rows(table, kind, task, corpus.classes, cache_dir=cache_dir)
-    mine, theirs = (
-        "conversations"
-        if is_chat(part)
-        else f"{'pairs of' if 'text_pair' in part.column_names else 'single'} texts"
-        for part in (rows, train)
+    kind = replace(
+        RowKind.from_task(task, table, as_chat=corpus.kind.is_chat), form=corpus.kind.form
     )
+    rows = scored_rows(table, kind, task, corpus.classes, cache_dir=cache_dir)
+    mine, theirs = kind.in_words, corpus.kind.in_words
     if mine != theirs:
         raise DataError(
             f"task.evaluation_sets.{name}: {table.name} holds {mine}, and the training rows are "

@@ -27,7 +27,7 @@ from megakd.data.arrow import key_of
 from megakd.data.batch import Batch, BatchSource
 from megakd.data.chat_tokens import ChatEncoder, tables_of_conversations
 from megakd.data.collation import Collator, Masking
-from megakd.data.conversations import CONVERSATION, is_chat
+from megakd.data.conversations import CONVERSATION
 from megakd.data.files import local_tables, split_files
 from megakd.data.hub import hub_errors, hub_source, splits_of
 from megakd.data.loader import StepShape, awaited, made_ahead
@@ -138,6 +138,7 @@ def _corpus(
     return Corpus(
         splits={"train": held["validation"].select([]), **held},
         classes=None,
+        kind=kind,
         source_hash=key_of("stream", VERSION, digests),
         stream=stream,
     )
@@ -197,11 +198,11 @@ def _block_size(rows: StreamedRows) -> int:
     return max(1, characters * len(lengths) // sum(lengths))
 
 
-def _encoded(texts: list[dict[str, str]], how: StreamedRows) -> Iterable[pa.Table]:
+def _encoded(texts: list[dict[str, Any]], how: StreamedRows) -> Iterable[pa.Table]:
     if not texts:
         return []
     rows = Dataset.from_list(texts)
-    if not is_chat(rows):
+    if not how.texts.kind.is_chat:
         return tables_of_texts(rows, how.tokenizer, how.task, packed=how.packed)
     encoder = ChatEncoder(how.tokenizer, how.task, bad=how.texts.bad)
     return tables_of_conversations(rows, encoder, counts={}, beside_training=True)

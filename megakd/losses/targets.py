@@ -39,6 +39,7 @@ from megakd.data.batch import (
     LossInputs,
     TopK,
     UnitCounter,
+    has_label,
     is_of,
     second_targets,
     source_counters,
@@ -260,7 +261,7 @@ class LanguageModelTargets(TermGroup):
             sums = {on_source(_OF_KEPT[type(kept)], self.source): divergences[0]}
         if isinstance(kept, TopK):
             mass = kept.logprobs.float().exp().where(kept.ids >= 0, 0.0).sum(-1).flatten()
-            counts = (targets.labels.flatten() != IGNORE) & (mass > 0)  # 0: without an answer
+            counts = has_label(targets.labels.flatten()) & (mass > 0)  # 0: without an answer
             outside = (1.0 - mass).clamp(min=0.0).where(counts, 0.0)
             sums[on_source(OUTSIDE_TOP_K, self.source)] = outside[rows].sum()
         if self.hard:
@@ -446,7 +447,7 @@ class WeightedClasses(TermGroup):
             # [C] fp32, not a buffer: DeepSpeed would round a buffer to the model's dtype.
             self._on_device = torch.tensor(self.class_weights, device=logits.device)
         # Masked before the softmax: the gradient of the softmax at NaN is NaN, even times 0.
-        known = (labels != IGNORE).unsqueeze(-1)
+        known = has_label(labels).unsqueeze(-1)
         total = functional.cross_entropy(
             logits.float().where(known, 0.0),
             labels,
@@ -474,7 +475,7 @@ class RegressionScores(TermGroup):
             counts = reading.batch.valid.any(dim=1)
         else:
             target = reading.batch.labels.float()
-            counts = ~target.isnan()
+            counts = has_label(target)
         # Masked before the square: the gradient of the square at NaN is NaN, even times 0.
         error = (scores - target).where(counts, torch.zeros_like(scores))
         return self.of_one_term(reading, error.square().sum())

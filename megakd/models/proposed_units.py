@@ -217,8 +217,8 @@ def propose_neurons(layer: nn.Module, config: Any) -> list[Units]:
     if len(oblong) > 1:
         return []
     forms: dict[str, Callable[[int], Blocks]] = {
-        "blocks": lambda fused: (1,) * fused,
-        "in turns": lambda fused: (fused,),
+        "blocks": lambda joined: (1,) * joined,
+        "in turns": lambda joined: (joined,),
     }
     return [
         Units(
@@ -227,12 +227,12 @@ def propose_neurons(layer: nn.Module, config: Any) -> list[Units]:
             output=down,
             core=_parent(down),
             width=1,
-            parts=_parts_of(layer, {path: blocks(fused) for path in makers}, down, 1),
+            parts=_parts_of(layer, {path: blocks(joined) for path in makers}, down, 1),
             form=form,
         )
-        for makers, down, count, fused in oblong or pairs
+        for makers, down, count, joined in oblong or pairs
         for form, blocks in forms.items()
-        if fused > 1 or form == "blocks"
+        if joined > 1 or form == "blocks"
     ]
 
 

@@ -26,11 +26,12 @@ from megakd.models.quantized import check_quantized
 from megakd.models.views import View
 from megakd.stage import Stage, StageResult
 from megakd.training.allocation import BATCH_ROWS, SortedTeacher
-from megakd.training.assembly import Assembly, learning_models
-from megakd.training.evaluation import FEW
+from megakd.training.assembly import Assembly
+from megakd.training.evaluation import FEW, probe_for
 from megakd.training.facts import RunFacts, shape_of_cut, unscored
 from megakd.training.inputs import RunInputs, UnencodedInputs, resolve, with_student
 from megakd.training.lab import Lab, baseline_stage
+from megakd.training.learners import learning_models
 from megakd.training.recipes import scoring_preset
 from megakd.training.record import MethodRecord
 
@@ -132,7 +133,7 @@ class PlannedWork:
         return self._models[folder]
 
     def probe(self, stage: str) -> Any:
-        return self.assembly and self.assembly.probe(stage)
+        return self.assembly and probe_for(self.assembly, stage)
 
     def read_file(self, result: StageResult, name: str, read: Any) -> None: ...
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from megakd.config.task import LANGUAGE_TASKS, STUDENT, TEACHER, TFIDF, THRESHOLD
-from megakd.data.batch import IGNORE
+from megakd.data.batch import IGNORE, has_label
 from megakd.data.loader import evaluation_batches, lengths_of_rows
 from megakd.data.rows import is_labelled
 from megakd.data.splits import read_line
@@ -56,7 +56,7 @@ from megakd.run.run_work import RunWork
 from megakd.run.teacher_pool import Measured
 from megakd.stage import StageResult
 from megakd.training.assembly import Assembly
-from megakd.training.evaluation import few
+from megakd.training.evaluation import few, scorer_for
 from megakd.training.lab import Lab
 from megakd.training.metrics import decided, loss_of_guessing, right_shares, same_class
 from megakd.training.precision import TORCH_DTYPE, scoring_dtype
@@ -185,17 +185,17 @@ def graph_scores(
     def score(answers: Tensor, labels: Tensor) -> Tensor:  # [B]
         if answers.ndim == 3:
             nats = cross_entropy(answers.mT, labels, ignore_index=IGNORE, reduction="none")
-            return -nats.sum(1) / (labels != IGNORE).sum(1)
+            return -nats.sum(1) / has_label(labels).sum(1)
         if labels.dim() == 2:  # any number of labels
             guessed = torch.from_numpy(decided(answers.numpy(), threshold or 0.5))
             right = (guessed == (labels == 1)).all(1).double()
-            return right.masked_fill(labels[:, 0].isnan(), torch.nan)
+            return right.masked_fill(~has_label(labels[:, 0]), torch.nan)
         if labels.is_floating_point():
             return -((answers[:, 0] - labels) ** 2)
         right = torch.from_numpy(right_shares(answers.numpy(), labels.clamp(min=0).numpy()))
-        return right.masked_fill(labels == IGNORE, torch.nan)
+        return right.masked_fill(~has_label(labels), torch.nan)
 
-    sizes = (1, assembly.scorer().batch_size)
+    sizes = (1, scorer_for(assembly).batch_size)
     outputs = [_outputs(assembly, logits, rows, batch_size=size) for size in sizes]
     return torch.stack([torch.cat([score(*one) for one in of])[: len(rows)] for of in outputs])
 
@@ -207,7 +207,7 @@ def _quantized(
     # Of few rows, one by one they take as long as all in batches.
     scores = partial(graph_scores, assembly, threshold, times=1)
     logger.info("%s: %s", graph.parent.name, *quantize_graph(whole, graph, scores))
-    rows, scorer = assembly.prepared.encoded.held_out, assembly.scorer()
+    rows, scorer = assembly.prepared.encoded.held_out, scorer_for(assembly)
     batches = _outputs(assembly, OnnxModel(graph).logits, rows, batch_size=scorer.batch_size)
     outputs, labels = zip(*batches, strict=True)
     metrics = replace(scorer.metrics, threshold=threshold)
@@ -218,7 +218,7 @@ def _outputs(
     assembly: Assembly, logits: Logits, rows: Dataset, *, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the fp64 outputs of a graph and the labels by batch; dummy rows fill the last one."""
-    scorer = assembly.scorer()
+    scorer = scorer_for(assembly)
     for batch in evaluation_batches(
         rows, scorer.collate, batch_size=batch_size, rank=0, world=1, masking=scorer.masking
     ):

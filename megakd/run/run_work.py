@@ -22,8 +22,9 @@ from megakd.reports.report_file import read_history, rising_teachers
 from megakd.run.teacher_pool import Measured, TeacherPool, measure
 from megakd.stage import Stage, StageResult
 from megakd.training.allocation import SortedTeacher
-from megakd.training.assembly import Assembly, check_stream
-from megakd.training.evaluation import StageProbe
+from megakd.training.assembly import Assembly
+from megakd.training.batches import check_stream
+from megakd.training.evaluation import StageProbe, probe_for
 from megakd.training.facts import RunFacts
 from megakd.training.inputs import RunInputs
 from megakd.training.lab import Files
@@ -38,7 +39,7 @@ from megakd.training.pruning import (
 )
 from megakd.training.recipes import specified
 from megakd.training.record import MethodRecord
-from megakd.training.stage_folder import length_of, may_grow, read_result
+from megakd.training.stage_folder import cached_metrics, length_of, may_grow, read_result
 from megakd.training.stage_run import run_stage, stage_checkpoints
 
 logger = logging.getLogger(__name__)
@@ -116,7 +117,7 @@ class RunWork:
 
     def score(self, teacher: str) -> Mapping[str, float]:
         scores = partial(self.pool.score, teacher)
-        return self.assembly.measured_once(f"{teacher}-scored", scores).metrics
+        return cached_metrics(self.assembly.stage_folder(f"{teacher}-scored"), scores).metrics
 
     def unit_scores(self, teacher: str) -> SortedTeacher:
         self.close()
@@ -146,7 +147,7 @@ class RunWork:
         return self.model(result.folder, STUDENT)
 
     def probe(self, stage: str) -> StageProbe:
-        return self.assembly.probe(stage)
+        return probe_for(self.assembly, stage)
 
     def _list(self, result: StageResult) -> None:
         # As metrics of a stage, the scores of layers would be columns of the report.

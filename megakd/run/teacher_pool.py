@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 
 import megakd_kernels
 from megakd.config.task import AUTO, LANGUAGE_TASKS, SOFT_LABELS
-from megakd.data.batch import IGNORE
+from megakd.data.batch import has_label
 from megakd.engine.collectives import all_reduce_, doing
 from megakd.engine.memory import forget_models, left_out_of_peak, reset_peak_memory
 from megakd.errors import TeacherError
@@ -32,6 +33,8 @@ from megakd.reports.samples import held_out_prompts
 from megakd.teachers.cached import CachedTeacher
 from megakd.teachers.frozen import FrozenTeacher, SoftLabels
 from megakd.training.assembly import Assembly
+from megakd.training.evaluation import scorer_for, scorer_of_model
+from megakd.training.learners import losses_for
 from megakd.training.precision import joins_micro_batches
 from megakd.training.record import Row
 
@@ -50,10 +53,8 @@ POSITIONS = 256
 
 
 @torch.no_grad()
-def log_probabilities(assembly: Assembly, teacher: FrozenTeacher) -> Tensor:
+def log_probabilities(scorer: Scorer, rows: Dataset, teacher: FrozenTeacher) -> Tensor:
     """Return [N, C] of this rank's first held-out rows, on the CPU; a collective at ZeRO 3."""
-    scorer = assembly.scorer()
-    rows = assembly.prepared.encoded.validation
     first = rows.select(range(min(len(rows), scorer.batch_size * scorer.ranks.world_size)))
     (batch,) = scorer.batches(first)
     answer = teacher(batch)
@@ -61,7 +62,7 @@ def log_probabilities(assembly: Assembly, teacher: FrozenTeacher) -> Tensor:
         return logits_of(answer)[:POSITIONS].log_softmax(-1).cpu()
     with answer.head.open():
         # Padding and prompts count for no loss.
-        counted = batch.target_labels.flatten() != IGNORE
+        counted = has_label(batch.target_labels.flatten())
         few = answer._replace(hidden=answer.hidden.flatten(0, -2)[counted][:POSITIONS])
         return logits_of(few).log_softmax(-1).cpu()
 
@@ -155,7 +156,7 @@ class TeacherPool:
         if name == SOFT_LABELS:
             return SoftLabels()
         ready = self.assembly.teachers[name]
-        self.assembly.losses(stage).check_outputs(self._config.key_of(name), ready)
+        losses_for(self.assembly, stage).check_outputs(self._config.key_of(name), ready)
         if ready.spec.server is not None:
             from megakd.training.served_teachers import served_teacher
 
@@ -180,16 +181,18 @@ class TeacherPool:
     def _load(self, name: str) -> FrozenTeacher:
         """Load a teacher; what 8 bits change of its answers is compared once, with it in bf16."""
         ready, assembly = self.assembly.teachers[name], self.assembly.for_role(name)
+        scorer, rows = scorer_for(assembly), assembly.prepared.encoded.validation
         source, exact = ready.source, None
         # Others have no distribution for a row or token.
         is_one = self._config.task.type != "regression" and not assembly.prepared.splits.multi_label
         if source.fp8 and is_one and source.folder not in self._compared:
             self._compared.add(source.folder)
             with assembly.loaded(ready._replace(source=replace(source, fp8=False))) as model:
-                exact = log_probabilities(assembly, model)
+                exact = log_probabilities(scorer, rows, model)
         teacher = assembly.frozen(ready)
         if exact is not None:
-            say_divergence(self._config.key_of(name), exact, log_probabilities(assembly, teacher))
+            packed = log_probabilities(scorer, rows, teacher)
+            say_divergence(self._config.key_of(name), exact, packed)
         return teacher
 
     def cache_folder(self, name: str) -> Path:
@@ -202,7 +205,10 @@ class TeacherPool:
     def _ask(self, teacher: Opened, name: str, stage: Stage) -> None:
         if not isinstance(teacher, FrozenTeacher):
             return
-        ready, needs = self.assembly.teachers[name], self.assembly.losses(stage).teacher_needs()
+        ready, needs = (
+            self.assembly.teachers[name],
+            losses_for(self.assembly, stage).teacher_needs(),
+        )
         joins = joins_micro_batches(
             ready,
             needs,
@@ -236,7 +242,7 @@ class TeacherPool:
     def score(self, name: str) -> Mapping[str, float]:
         assembly = self.assembly.for_role(name)
         with self.loaded(name) as model:
-            return assembly.scorer().score(model.predict, assembly.prepared.encoded.validation)
+            return scorer_for(assembly).score(model.predict, assembly.prepared.encoded.validation)
 
     def measured(self, name: str) -> Measured:
         """Return what the report says of a teacher; load it if no stage has; a collective."""
@@ -270,7 +276,7 @@ class TeacherPool:
 
 def measure(assembly: Assembly, model: FrozenTeacher, prompts: Prompts | None) -> Measured:
     """Return what the report says of a loaded model; a collective."""
-    scorer = assembly.scorer_of(model)
+    scorer = scorer_of_model(assembly, model)
     scored = scorer.scored(model.predict, assembly.prepared.encoded.held_out)
     counts = parameter_counts(model.model)
     report: Row = {

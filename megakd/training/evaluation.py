@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, cast
 
 import torch
 from datasets import Dataset
 
-from megakd.config.task import TaskType
-from megakd.data.batch import IGNORE, Batch, Pass, Predictions, count_units
-from megakd.data.collation import Collator, Masking
+from megakd.config.sections import TrainConfig
+from megakd.config.task import THRESHOLD, TaskType
+from megakd.data.batch import Batch, Pass, Predictions, count_units, has_label
+from megakd.data.collation import Collator, Masking, task_masking
 from megakd.data.loader import evaluation_batches
 from megakd.engine.collectives import all_reduce_, gather, on_main, told
 from megakd.engine.distributed import Ranks
 from megakd.errors import CheckpointError
 from megakd.losses.bundle import StudentBundle
+from megakd.teachers.frozen import FrozenTeacher
+from megakd.training.assembly import Assembly
 from megakd.training.checkpoint import Checkpoints
 from megakd.training.metrics import TaskMetrics, language_model_metrics, summed_loss
 from megakd.training.ranking import WHOLE
@@ -127,7 +130,7 @@ class Scorer:
             characters = 0
             if self.characters is not None:
                 labels = batch.labels.cpu()
-                characters = int(self.characters[labels[labels != IGNORE]].sum())
+                characters = int(self.characters[labels[has_label(labels)]].sum())
             for name, predictions in predict(batch).items():
                 seen = views.setdefault(name, Seen(torch.zeros(4, dtype=torch.float64), [], [], []))
                 if predictions.sums is not None:
@@ -260,3 +263,37 @@ class StageProbe:
                 f"{folder} is damaged: {reason}, and the next episodes start from this student; "
                 f"remove {folder.parent} to train the stage again"
             )
+
+
+def scorer_for(assembly: Assembly, train: TrainConfig | None = None) -> Scorer:
+    """Return a scorer on held-out rows; `train`: the settings of the evaluated stage."""
+    inputs, config = assembly.prepared, assembly.config
+    return Scorer(
+        metrics=inputs.metrics,
+        collate=Collator(inputs.tokenizer, config.task),
+        batch_size=config.eval_rows(train),
+        ranks=assembly.ranks,
+        masking=task_masking(inputs.tokenizer, config.task),
+        characters=inputs.characters,
+    )
+
+
+def scorer_of_model(assembly: Assembly, model: FrozenTeacher) -> Scorer:
+    """Return a scorer with the threshold of a model whose rows have any number of labels.
+
+    It is that of the model's config, or the best on the validation rows; a collective.
+    """
+    scorer, splits = scorer_for(assembly), assembly.prepared.splits
+    if not splits.multi_label or scorer.metrics.threshold is not None:
+        return scorer
+    threshold = getattr(model.model.config, THRESHOLD, None)
+    if threshold is None and splits.test is not None:
+        threshold = scorer.score(model.predict, assembly.prepared.encoded.validation)[THRESHOLD]
+    return replace(scorer, metrics=replace(scorer.metrics, threshold=threshold))
+
+
+def probe_for(assembly: Assembly, stage: str) -> StageProbe:
+    """Return the probe of a stage that starts anew several times."""
+    folder = assembly.config.output_dir / "checkpoints" / stage / "beginning"
+    beginning = Checkpoints(folder=folder, keep=None, ranks=assembly.ranks)
+    return StageProbe(scorer_for(assembly), assembly.prepared.encoded.validation, beginning)

@@ -40,8 +40,9 @@ from megakd.teachers.servers import (
     VllmServer,
     running_calls,
 )
-from megakd.training.assembly import StageParts
+from megakd.training.batches import StageParts
 from megakd.training.checkpoint import steps_in
+from megakd.training.evaluation import scorer_for
 from megakd.training.inputs import RunInputs
 from megakd.training.student import StudentEngine
 
@@ -335,7 +336,7 @@ def rollout_batches(parts: StageParts, rollouts: RolloutConfig) -> RolloutSource
         raise TypeError(f"a {type(student).__name__} does not learn")
     train = prepared.encoded.train
     prompts = prompts_of(train, rollouts, config, prepared.sources[STUDENT])
-    collate = parts.of_model.scorer(parts.stage.train).collate
+    collate = scorer_for(parts.of_model, parts.stage.train).collate
     data = None
     if "data" in rollouts.draws:
         data = StepLoader(train, collate, layout=layout, seed=config.seed)

@@ -42,6 +42,7 @@ from megakd.training.allocation import (
     UnitScores,
 )
 from megakd.training.assembly import Assembly
+from megakd.training.evaluation import scorer_for
 from megakd.training.student import device_batch
 
 logger = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ def measure_importance(
     shape = StepShape.of_batch(batch_size, most, rank=ranks.rank, world=ranks.world_size)
     frozen = assembly.frozen_module(ready, ds)
     objective = label_objective(source, assembly.config.task.type, assembly.prepared.classes)
-    device, scorer = ranks.device, assembly.scorer()
+    device, scorer = ranks.device, scorer_for(assembly)
     module = GateGradients(frozen, objective, device)
     engine = frozen_engine(module, ds=ds, dtype=dtype, rows=shape.per_device)
     try:

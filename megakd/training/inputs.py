@@ -10,10 +10,11 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TypeVar, cast
 
 import numpy as np
+import torch
 from datasets import Dataset
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
@@ -24,12 +25,17 @@ from megakd.config.task import MOST_TOKENS, ONE_LABEL_METRICS, STUDENT, TaskConf
 from megakd.config.terms import HardCrossEntropy, Shape, looks_inside
 from megakd.data.arrow import cache_folder, longest_of
 from megakd.data.batch import LogitWarp
-from megakd.data.conversations import is_chat
-from megakd.data.encoding import Encoded, encode_rows, encode_splits, mixed
+from megakd.data.encoding import Encoded, encode_rows, encode_splits, mixed, tokens_key
 from megakd.data.loader import lengths_of_rows, prompt_lengths
-from megakd.data.rows import check_row_teachers
+from megakd.data.rows import RowKind, check_row_teachers
 from megakd.data.splits import Splits, load_splits, read_line, read_warnings
-from megakd.data.tokenizers import VocabularyPair, has_tokenizer_files, load_tokenizer, rows_for
+from megakd.data.tokenizers import (
+    VocabularyPair,
+    characters_of_tokens,
+    has_tokenizer_files,
+    load_tokenizer,
+    rows_for,
+)
 from megakd.engine.collectives import gather, main_first, node_name, on_main, once_per_node
 from megakd.errors import ConfigError, DataError, MegakdError, TeacherError
 from megakd.losses.objective import check_terms, shape_of, with_class_weights
@@ -119,11 +125,12 @@ def with_data(
         config = replace(config, task=replace(config.task, multi_label=splits.multi_label))
     # Nobody knows the rows of a stream, so that its held-out rows are measured.
     rows = splits.train if splits.stream is None else splits.validation
-    return _with_row_length(_with_packing(config, rows, sources), rows, tokenizer, sources)
+    packing = _with_packing(config, splits.kind, sources)
+    return _with_row_length(packing, rows, splits.kind, tokenizer, sources)
 
 
 def _with_packing(
-    config: RunConfig, rows: Dataset, sources: Mapping[str, ModelSource]
+    config: RunConfig, kind: RowKind, sources: Mapping[str, ModelSource]
 ) -> RunConfig:
     train = config.train
     if config.task.type != "causal_lm" or train.packing is False:
@@ -149,7 +156,7 @@ def _with_packing(
             f"{packs[0]} packs several texts into a row, and {mixing} would not compute them there "
             "as it computes them alone; remove the key, so that every row has one text"
         )
-    if not is_chat(rows):
+    if not kind.is_chat:
         logger.info(
             "train.packing: false (auto): every row has one text, because %s would not compute "
             "several texts in a row as it computes them alone",
@@ -161,6 +168,7 @@ def _with_packing(
 def _with_row_length(
     config: RunConfig,
     rows: Dataset,
+    kind: RowKind,
     tokenizer: PreTrainedTokenizerBase,
     sources: Mapping[str, ModelSource],
 ) -> RunConfig:
@@ -171,16 +179,16 @@ def _with_row_length(
     """
     task = config.task
     # mlm splits texts into windows; the lines of conversations tell their lengths.
-    if task.type == "mlm" or (task.max_length is not None and is_chat(rows)):
+    if task.type == "mlm" or (task.max_length is not None and kind.is_chat):
         return config
-    tokens, prompts, read = once(config, lambda: _lengths(rows, tokenizer, task))
+    tokens, prompts, read = once(config, lambda: _lengths(rows, kind, tokenizer, task))
     parts = {name: longest_of(tokens, part) for name, part in PARTS.items()}
     told = ", ".join(f"{name} {length:,}" for name, length in parts.items()) + " tokens"
     if read < len(rows):
         told += f" ({read:,} of {len(rows):,} rows)"
     if task.max_length is None:
         # Documents of a mixture are not measured.
-        is_single = is_chat(rows) or config.train.packing is False
+        is_single = kind.is_chat or config.train.packing is False
         least = 2 if is_single and len(tokens) else LEAST_PACKED
         prompt = longest_of(prompts, 0.99)
         length, limit = _chosen_length(max(least, parts["p99"]), prompt, config, sources)
@@ -214,7 +222,7 @@ def _chosen_length(
 
 
 def _lengths(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: TaskConfig
+    rows: Dataset, kind: RowKind, tokenizer: PreTrainedTokenizerBase, task: TaskConfig
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
     # [n] tokens of whole rows, [n] of the prompts in them, and the number of rows that were read.
     sample = rows.select(np.random.default_rng(0).permutation(len(rows))[:MOST_ROWS])
@@ -222,10 +230,10 @@ def _lengths(
     sample = sample.select(range(min(1 + np.searchsorted(sizes, MOST_CHARACTERS), len(sample))))
     whole = replace(task, max_length=MOST_TOKENS, truncation="keep_start")
     made, _ = encode_rows(
-        sample, tokenizer, whole, name="a sample", cache_dir=cache_folder(), packed=False
+        sample, kind, tokenizer, whole, name="a sample", cache_dir=cache_folder(), packed=False
     )
     tokens = lengths_of_rows(made)
-    if not is_chat(rows):
+    if not kind.is_chat:
         return tokens, np.zeros_like(tokens), len(sample)
     prompts = prompt_lengths(made)
     # Documents beside conversations are cut anywhere.
@@ -282,6 +290,16 @@ class RunInputs(UnencodedInputs):
     encoded: Encoded
     teacher_encoded: Encoded | None = None
     method_rows: Dataset | None = None
+
+    @cached_property
+    def texts_key(self) -> str:
+        """A key of the training rows as a teacher reads them; computing it reads all rows."""
+        return on_main(lambda: tokens_key(self.encoded.train))
+
+    @cached_property
+    def characters(self) -> torch.Tensor | None:
+        """[V] the number of characters of every token of a masked model's tokenizer."""
+        return characters_of_tokens(self.tokenizer) if self.config.task.type == "mlm" else None
 
     def for_role(self, role: str) -> RunInputs:
         """Return the inputs with the tokenizer of a role, and with the data for this tokenizer."""
@@ -363,7 +381,7 @@ def unencoded_inputs(config: RunConfig) -> UnencodedInputs:
     problems += other_vocabularies(task, tokenizer, sharing.values())
     if problems:
         raise TeacherError("\n".join(problems))
-    if is_chat(splits.train):
+    if splits.kind.is_chat:
         check_chat_models(task, tokenizer, sources)
     student, teacher = tokenizer, None
     if vocabulary is not None:

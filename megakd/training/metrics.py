@@ -31,7 +31,7 @@ from megakd.config.task import (
     TaskType,
 )
 from megakd.data.arrow import column_of
-from megakd.data.batch import IGNORE
+from megakd.data.batch import IGNORE, has_label
 from megakd.data.rows import is_labelled
 from megakd.errors import ConfigError, DataError, MegakdError, TrainingError, one_line
 from megakd.plugins import is_metric, metric_of
@@ -270,39 +270,39 @@ def task_metrics(
 
 
 def _scored_rows(outputs: Tensor, labels: Tensor) -> tuple[Numbers, Numbers]:
-    truth = labels.detach().cpu().double().numpy()
-    truth = truth if truth.ndim == 2 else truth.reshape(-1)
-    has_label = np.isfinite(truth) if labels.is_floating_point() else truth != IGNORE
-    has_label = has_label[:, 0] if has_label.ndim == 2 else has_label
+    labels = labels.detach().cpu() if labels.dim() == 2 else labels.detach().cpu().reshape(-1)
+    truth, known = labels.double().numpy(), has_label(labels).numpy()
+    known = known[:, 0] if known.ndim == 2 else known
     predicted = outputs.detach().cpu().double().numpy().reshape(len(truth), -1)
-    if not has_label.any():
+    if not known.any():
         raise DataError(
             f"none of the {len(truth)} held-out rows has a label, so no metric can be computed"
         )
-    bad = int((~np.isfinite(predicted[has_label])).any(axis=1).sum())
+    bad = int((~np.isfinite(predicted[known])).any(axis=1).sum())
     if bad:
         raise TrainingError(
-            f"the model's outputs are not finite for {bad} of {int(has_label.sum())} held-out "
+            f"the model's outputs are not finite for {bad} of {int(known.sum())} held-out "
             "rows: training has diverged; lower train.learning_rate"
         )
-    return predicted[has_label], truth[has_label]
+    return predicted[known], truth[known]
 
 
 def summed_loss(outputs: Tensor, labels: Tensor) -> Tensor:
     """Return [2] fp64: the summed loss of the labelled rows, and their number."""
     if labels.dim() == 2:  # the mean over the classes of a row
-        known = ~labels[:, 0].isnan()
+        known = has_label(labels[:, 0])
         missed = functional.binary_cross_entropy_with_logits(
             outputs.double()[known], labels.double()[known], reduction="none"
         )
         return torch.stack([missed.mean(dim=1).sum(), known.sum().double()])
     if labels.is_floating_point():
         error = (outputs.double().reshape(len(labels), -1)[:, 0] - labels.double()).square()
-        return torch.stack([error.nansum(), (~error.isnan()).sum().double()])
+        known = has_label(labels)
+        return torch.stack([error[known].sum(), known.sum().double()])
     missed = functional.cross_entropy(
         outputs.double(), labels, ignore_index=IGNORE, reduction="sum"
     )
-    return torch.stack([missed, (labels != IGNORE).sum().double()])
+    return torch.stack([missed, has_label(labels).sum().double()])
 
 
 def loss_of_guessing(rows: Dataset, tokens: int) -> float:

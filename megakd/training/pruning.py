@@ -35,11 +35,11 @@ from megakd.stage import StageResult
 from megakd.teachers.frozen import FrozenTeacher
 from megakd.training.allocation import BATCH_ROWS, UnitScores, unit_order
 from megakd.training.assembly import Assembly
-from megakd.training.evaluation import few
+from megakd.training.evaluation import few, scorer_for
 from megakd.training.importance import measure_importance
 from megakd.training.precision import TORCH_DTYPE, scoring_dtype
 from megakd.training.served_teachers import model_identity
-from megakd.training.stage_folder import result_text
+from megakd.training.stage_folder import cached_metrics, result_text, stage_once
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def score_layers(assembly: Assembly, ready: ReadyTeacher) -> tuple[StageResult, 
         scores = rises_without_layers(assembly, ready, rows)
         return {f"layer_{number}": score for number, score in enumerate(scores, start=1)}
 
-    result = assembly.measured_once("layers", measure)
+    result = cached_metrics(assembly.stage_folder("layers"), measure)
     layers = range(1, len(result.metrics) + 1)
     scores = [result.metrics[f"layer_{number}"] for number in layers]
     try:
@@ -93,7 +93,7 @@ def rises_without_layers(
     order). A loss is measured once for a model, rows and ranks: a stopped measurement goes on, and
     another size of the student needs none.
     """
-    config, ranks, scorer = assembly.config, assembly.ranks, assembly.scorer()
+    config, ranks, scorer = assembly.config, assembly.ranks, scorer_for(assembly)
     source, place, dtype = ready.source, ready.spec.deepspeed, assembly.teacher_dtype(ready)
     of_model = on_main(lambda: model_identity(source, seed=config.seed))
     of_rows = (on_main(lambda: rows_key(rows)), scorer.batch_size, repr(scorer.masking))
@@ -150,7 +150,7 @@ def time_views(
         return times
 
     with doing("timing shapes"):
-        return assembly.measured_once(name, lambda: on_main(ratios))
+        return cached_metrics(assembly.stage_folder(name), lambda: on_main(ratios))
 
 
 def keeps_all(source: ModelSource, view: View) -> bool:
@@ -195,7 +195,7 @@ def write_reshaped(
             )
         )
 
-    return assembly.once(name, make)
+    return stage_once(assembly.stage_folder(name), make)
 
 
 def _random_model(

@@ -42,6 +42,7 @@ from megakd.teachers.servers import (
     running_calls,
 )
 from megakd.training.assembly import Assembly
+from megakd.training.evaluation import scorer_for
 from megakd.training.generated_texts import replicas_of
 from megakd.training.inputs import RunInputs
 
@@ -66,7 +67,7 @@ def fill_cache(assembly: Assembly, ready: ReadyTeacher, folder: Path) -> None:
     Raises:
         MegakdError: the teacher cannot be used, or the folder holds other answers.
     """
-    task, spec, scorer = assembly.config.task, ready.spec, assembly.scorer()
+    task, spec, scorer = assembly.config.task, ready.spec, scorer_for(assembly)
     has_texts, labels = task.type == "causal_lm", assembly.prepared.splits.label_names
     size = task.row_length * bytes_per_token(spec) if has_texts else 4 * max(1, len(labels))
     rows, facts = assembly.prepared.encoded.train, _facts(assembly, ready)
@@ -93,7 +94,7 @@ def _facts(assembly: Assembly, ready: ReadyTeacher) -> Fingerprint:
         "task": task.type,
         "labels": list(prepared.splits.label_names),
         "max_length": task.row_length,
-        "texts": assembly.texts_key,
+        "texts": assembly.prepared.texts_key,
         "tokenizer": tokenizer_content(prepared.tokenizer),
         "teacher": model_identity(ready.source, seed=assembly.config.seed),
         "dtype": FP8 if ready.source.fp8 else assembly.teacher_dtype(ready),

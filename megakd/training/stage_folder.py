@@ -13,9 +13,10 @@ from __future__ import annotations
 import io
 import json
 import logging
+import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,7 +43,13 @@ from megakd.models.views import Axes, Cut
 from megakd.models.weights import WeightReader, check_weight_files
 from megakd.process import files
 from megakd.process.record import RESULT, differences
-from megakd.process.seals import CHECKSUMS, check_given, open_finished, sealed_folder
+from megakd.process.seals import (
+    CHECKSUMS,
+    check_given,
+    open_finished,
+    sealed_folder,
+    write_finished,
+)
 from megakd.process.seeding import random_state, set_random_state
 from megakd.stage import Stage, StageResult
 from megakd.training.metrics import numbers
@@ -141,6 +148,32 @@ def _stored_result(folder: Path) -> tuple[StageResult, Length] | None:
         raise CheckpointError(
             f"{path} is not a result of this version ({error}); {remedy}"
         ) from error
+
+
+def stage_once(folder: Path, make: Callable[[Path], None]) -> StageResult:
+    """Return the result of an untrained stage; make its folder if missing; a collective.
+
+    `make` writes the folder.
+    """
+    result = read_result(folder)
+    if result is None:
+        make(folder)
+        result = read_result(folder)
+    if result is None:
+        raise CheckpointError(f"{folder} was removed while megakd wrote it; start the run again")
+    return result
+
+
+def cached_metrics(folder: Path, measure: Callable[[], Mapping[str, float]]) -> StageResult:
+    """Return the result of a measurement, see `stage_once`; `measure` returns the metrics."""
+
+    def make(folder: Path) -> None:
+        began = time.perf_counter()
+        result = StageResult(name=folder.name, folder=folder, metrics=measure())
+        result = replace(result, seconds=time.perf_counter() - began)
+        on_main(lambda: write_finished(folder, {RESULT: result_text(result, {})}))
+
+    return stage_once(folder, make)
 
 
 def remake(folder: Path) -> str:

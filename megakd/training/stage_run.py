@@ -28,11 +28,13 @@ from megakd.process.record import RESULT
 from megakd.process.seals import copy_finished, write_finished
 from megakd.process.seeding import seed_everything
 from megakd.stage import Stage, StageResult
-from megakd.training.assembly import Assembly, StageParts, row_batches
+from megakd.training.assembly import Assembly
+from megakd.training.batches import StageParts, row_batches
 from megakd.training.best import Best, Evaluation
 from megakd.training.checkpoint import Checkpoints
-from megakd.training.evaluation import HeldOutLosses, few
+from megakd.training.evaluation import HeldOutLosses, few, scorer_for
 from megakd.training.lab import Files
+from megakd.training.learners import learners, student_engine
 from megakd.training.log import Reporter
 from megakd.training.meter import TrainMeter
 from megakd.training.ranking import WHOLE, MetricJudge
@@ -112,7 +114,8 @@ class StageRun:
         window, prepared = stage.window, assembly.for_role(stage.role).prepared
         self.first_step = window.first if window else 0
         seed_everything(self.config.seed, self.ranks.rank, self.first_step)
-        self.student, self.bundle = assembly.student(stage)
+        self.sources = learners(assembly, stage)
+        self.student, self.bundle = student_engine(assembly, stage)
         parts = StageParts(stage, assembly, {STUDENT: self.student, **teachers})
         self.source = batches_of(parts)
         self._texts, generation = None, self.config.eval.generation
@@ -144,7 +147,10 @@ class StageRun:
             learning_rate=lambda step: rate(step % steps),
             step=self.first_step,
         )
-        self._rows, self.scorer = prepared.encoded.validation, parts.of_model.scorer(stage.train)
+        self._rows, self.scorer = (
+            prepared.encoded.validation,
+            scorer_for(parts.of_model, stage.train),
+        )
         self._judge = stage.judge or MetricJudge(prepared.metric)
         keeps, every = self.config.eval.keep_best, self.config.eval.eval_steps
         self.best = Best(
@@ -181,7 +187,7 @@ class StageRun:
             if writers != ranks.world_size:
                 seed_everything(self.config.seed, ranks.rank, step)
                 text += f", which {writers} ranks wrote, and {ranks.world_size} go on"
-                learner = self.assembly.learners(self.stage)[self.stage.role]
+                learner = self.sources[self.stage.role]
                 is_still = learner.with_dropout(0.0).config.to_dict() == learner.config.to_dict()
                 if not is_still or getattr(self.config.student.lora, "dropout", 0):
                     text += "; dropout draws other numbers from here on"
@@ -208,7 +214,7 @@ class StageRun:
         self.meter.begin()
         if step > 0:
             return
-        kept = self.assembly.learners(stage)[stage.role].layers
+        kept = self.sources[stage.role].layers
         if kept is not None and self.config.task.type in LANGUAGE_TASKS:
             self._tell_loss(kept)
         if stage.measured:
@@ -351,7 +357,7 @@ class StageRun:
                 return
             extra = dict(contents)
             if self.config.task.type == "causal_lm":
-                source = self.assembly.learners(stage)[role]
+                source = self.sources[role]
                 ends = learned_ends(prepared.for_role(role).encoded.chat)
                 extra = {**generation_file(source, prepared.tokenizer_of(role), ends), **extra}
             write_stage_folder(folder, models, extra=extra, window=window)

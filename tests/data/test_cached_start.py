@@ -25,7 +25,7 @@ from megakd.data.encoding import encode_splits, tokenizer_content
 from megakd.data.loader import RowOrder, StepShape
 from megakd.data.splits import load_splits
 from megakd.data.tokenizers import train_tokenizer
-from megakd.process import files
+from megakd.process import seals
 
 TEXTS = [{"text": f"text {n:03}", "label": "ab"[n % 2]} for n in range(60)]
 CHATS = [{"messages": asked(f"Question {n // 2}", f"Answer {n}")} for n in range(60)]
@@ -35,7 +35,7 @@ CHATS = [{"messages": asked(f"Question {n // 2}", f"Answer {n}")} for n in range
 def counts(tmp_path, monkeypatch) -> dict[str, int]:
     """Count the calls of each function that reads rows; files count as settled at once."""
     monkeypatch.setenv("MEGAKD_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(files, "_SETTLED_NS", 0)
+    monkeypatch.setattr(seals, "_SETTLED_NS", 0)
     calls: dict[str, int] = {}
 
     def count(name: str, original: Any, *args: Any) -> Any:
@@ -140,7 +140,7 @@ def test_a_file_that_was_just_written_is_not_remembered(tmp_path, monkeypatch):
         return len(read)
 
     assert [reads(), reads()] == [1, 2]
-    monkeypatch.setattr(files, "_SETTLED_NS", 0)
+    monkeypatch.setattr(seals, "_SETTLED_NS", 0)
     assert [reads(), reads()] == [3, 3]
 
 

@@ -16,7 +16,7 @@ from datasets import Dataset, Json, List
 from tiny_runs import write_jsonl
 
 from megakd.config.task import MixtureSource, TaskConfig
-from megakd.data.conversations import CONVERSATION, Conversation, is_chat
+from megakd.data.conversations import CONVERSATION, Conversation
 from megakd.data.readers import files_table
 from megakd.data.rows import RowKind, is_blank, text_hash
 from megakd.errors import DataError
@@ -92,7 +92,7 @@ def test_a_prompt_has_no_answer_to_learn_and_plain_text_stays_text(tmp_path, row
 
 
 def test_a_table_with_text_and_a_prompt_is_read_as_text(load):
-    assert not is_chat(load([{"text": f"a {n}", "prompt": "b"} for n in range(9)]).train)
+    assert not load([{"text": f"a {n}", "prompt": "b"} for n in range(9)]).kind.is_chat
 
 
 @pytest.mark.parametrize("arguments", [{"a": 2, "b": 2}, '{"a": 2, "b": 2}'])

@@ -27,7 +27,9 @@ from megakd.config.task import MixtureSource, TaskConfig
 from megakd.data import encoding, token_tables
 from megakd.data.chat_tokens import ChatCounts
 from megakd.data.collation import Collator
+from megakd.data.conversations import ChatColumns
 from megakd.data.encoding import Encoded, encode_splits, labelled_only, mixed, tokenizer_content
+from megakd.data.rows import RowKind
 from megakd.data.splits import Splits, load_splits
 from megakd.data.token_tables import PackedRow, pack, single_documents
 from megakd.data.tokenizers import encoder_template
@@ -37,6 +39,7 @@ SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "se
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 WORDS = [*SPECIAL.values(), *LETTERS]
 MARKER = "<|endoftext|>"
+KIND = RowKind("mlm", ChatColumns(text=("text",)))
 
 
 def key_of_rows(encoded: Encoded) -> str:
@@ -45,7 +48,7 @@ def key_of_rows(encoded: Encoded) -> str:
 
 
 def _splits(train: Dataset, validation: Any, test: Any = None) -> Splits:
-    return Splits(train, validation, test, (), (), "content")
+    return Splits(train, validation, test, (), (), "content", KIND)
 
 
 def _bert(words=WORDS, **keys) -> PreTrainedTokenizerFast:

@@ -8,7 +8,11 @@ from collections.abc import Mapping
 import pytest
 from datasets import Dataset
 
+from megakd.data.conversations import ChatColumns
+from megakd.data.rows import RowKind
 from megakd.data.splits import Splits, read_line, read_warnings
+
+KIND = RowKind("classification", ChatColumns(text=("text",), label="label"))
 
 
 def splits(train: Mapping[str, str], held_out: Mapping[str, str] | None = None) -> Splits:
@@ -20,7 +24,7 @@ def splits(train: Mapping[str, str], held_out: Mapping[str, str] | None = None) 
         labels = [names.index(label) if label else -100 for label in of.values()]
         return Dataset.from_dict({"text": [*of], "label": labels})
 
-    return Splits(rows(train), rows(held_out), None, names, ("accuracy",), "hash")
+    return Splits(rows(train), rows(held_out), None, names, ("accuracy",), "hash", KIND)
 
 
 PLAIN = {f"{word} {n}": word for n in range(3) for word in ("play", "stop")}

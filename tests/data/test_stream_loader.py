@@ -28,7 +28,7 @@ from megakd.data.rows import StreamedRows
 from megakd.data.streams import StreamedShare, StreamLoader, streamed_files
 from megakd.data.tokenizers import train_tokenizer
 from megakd.errors import ConfigError, DataError
-from megakd.training.assembly import row_batches
+from megakd.training.batches import row_batches
 from megakd.training.checkpoint import check_plain
 
 WORDS = [f"w{number}" for number in range(60)]
@@ -108,7 +108,8 @@ def seen(steps: Any) -> list[Any]:
 def expected(scene: Scene, tmp_path: Path, texts: Sequence[str]) -> Counter[tuple[int, ...]]:
     """The rows that the same texts have without streaming."""
     rows = Dataset.from_dict({"text": list(texts)})
-    made, _ = encode_rows(rows, scene.rows.tokenizer, scene.task, name="train", cache_dir=tmp_path)
+    kind, tokenizer = scene.rows.texts.kind, scene.rows.tokenizer
+    made, _ = encode_rows(rows, kind, tokenizer, scene.task, name="train", cache_dir=tmp_path)
     return Counter(map(tuple, made["input_ids"]))
 
 

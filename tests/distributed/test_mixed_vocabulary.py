@@ -24,17 +24,17 @@ from megakd.engine.sharding import gathered_state
 from megakd.methods import run_method
 from megakd.methods.mixed_vocabulary.parameter_projections import LayerErrors
 from megakd.models.second_vocabulary import FILE
-from megakd.training.assembly import Assembly
+from megakd.training import stage_run
 from megakd.training.trainer import Trainer
 
 
 def learn(config_path: str, overrides: list[str]) -> dict[str, Any]:
     """Run the method; return by stage: initial weights, batches, gradients and final weights."""
     notes: dict[str, dict[str, Any]] = {}
-    build, step = Assembly.student, Trainer.train_step
+    build, step = stage_run.student_engine, Trainer.train_step
 
-    def building(self, stage):
-        engine, bundle = build(self, stage)
+    def building(assembly, stage):
+        engine, bundle = build(assembly, stage)
         notes[stage.name] = {"initial": dict(gathered_state(bundle)), "batches": [], "parts": []}
         return engine, bundle
 
@@ -46,7 +46,7 @@ def learn(config_path: str, overrides: list[str]) -> dict[str, Any]:
         return report
 
     with (
-        patch.object(Assembly, "student", building),
+        patch.object(stage_run, "student_engine", building),
         patch.object(Trainer, "train_step", stepping),
         lab_of(config_path, overrides, writes=True) as lab,
     ):

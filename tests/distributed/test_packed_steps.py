@@ -56,7 +56,7 @@ def train_offloaded(config_path: str, overrides: list[str], steps: int) -> dict:
         with patch("torch.cuda.is_available", return_value=True):
             return build_bundle(*arguments, **keys)
 
-    building = patch("megakd.training.assembly.build_bundle", build)
+    building = patch("megakd.training.learners.build_bundle", build)
     with building, patch("transformers.modeling_utils.save_on_cpu", moving):
         return {**train(config_path, overrides, steps), "moved": len(moved)}
 

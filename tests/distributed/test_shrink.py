@@ -19,7 +19,7 @@ from megakd.config.sections import TeacherConfig
 from megakd.methods import run_method
 from megakd.models.fitting import ReadyTeacher
 from megakd.models.layers import with_layers
-from megakd.training.evaluation import few
+from megakd.training.evaluation import few, scorer_for
 
 
 def shrink(config_path: str, overrides: list[str]) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def layer_losses(config_path: str, overrides: list[str]) -> tuple[list[float], l
             fewer = with_layers(source, layers, where="student.layers")
             spec = TeacherConfig(model="fewer", deepspeed="teacher_zero0")
             with assembly.loaded(ReadyTeacher(fewer, spec)) as model:
-                return assembly.scorer().loss(model.predict, rows)
+                return scorer_for(assembly).loss(model.predict, rows)
 
         numbers = range(1, len(scores) + 1)
         whole = loss(tuple(numbers))

@@ -13,18 +13,21 @@ from whole_run import finish, records
 
 from megakd.config.file import load_config
 from megakd.config.terms import source_of
+from megakd.data.conversations import ChatColumns
+from megakd.data.rows import RowKind
 from megakd.data.splits import Splits
 from megakd.errors import ConfigError
 from megakd.losses.objective import with_class_weights
 from megakd.training.recipes import label_terms
 
 KL = term_of("soft_target_kl")
+KIND = RowKind("classification", ChatColumns(text=("text",), label="label"))
 
 
 def resolved(class_weights: Any, labels: list[int]) -> Any:
     term = term_of("hard_cross_entropy", class_weights=class_weights)
     train, nothing = Dataset.from_dict({"label": labels}), cast("Any", None)
-    splits = Splits(train, nothing, None, ("bad", "good", "rare"), ("accuracy",), "rows")
+    splits = Splits(train, nothing, None, ("bad", "good", "rare"), ("accuracy",), "rows", KIND)
     return with_class_weights((KL, term), splits)
 
 

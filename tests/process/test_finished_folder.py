@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megakd.errors import CheckpointError, ModelError
-from megakd.process import files
+from megakd.process import seals
 from megakd.process.seals import (
     CARD,
     CHECKSUMS,
@@ -109,9 +109,9 @@ def test_a_file_is_read_once_in_a_process_until_it_is_written_again(finished, mo
         read.append(path.name)
         return real(path)
 
-    real = files.sha256_of
-    monkeypatch.setattr(files, "sha256_of", reading)
-    monkeypatch.setattr(files, "_SETTLED_NS", 0)
+    real = seals.sha256_of
+    monkeypatch.setattr(seals, "sha256_of", reading)
+    monkeypatch.setattr(seals, "_SETTLED_NS", 0)
     copy = shutil.copytree(finished, finished.with_name("copy"))
     for _ in range(3):
         open_finished(copy, remedy=REMEDY)

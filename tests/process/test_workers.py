@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from megakd.errors import DataError, MegakdError
-from megakd.process import terminal
+from megakd.process import clock as phases
 from megakd.process.clock import counted, phase, seconds
 from megakd.process.workers import in_processes
 
@@ -71,7 +71,7 @@ def _runs(process: int) -> bool:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     now = SimpleNamespace(value=100.0)
-    monkeypatch.setattr(terminal, "time", SimpleNamespace(perf_counter=lambda: now.value))
+    monkeypatch.setattr(phases, "time", SimpleNamespace(perf_counter=lambda: now.value))
     return now
 
 

@@ -20,20 +20,19 @@ from megakd.run.teacher_pool import log_probabilities, say_divergence
 LABELS = torch.tensor([[IGNORE, 7, 8, IGNORE], [4, 5, IGNORE, IGNORE]])
 HIDDEN = torch.arange(LABELS.numel() * 64).sin().reshape(*LABELS.shape, 64)
 COUNTED = LABELS != IGNORE
-ROWS = SimpleNamespace(encoded=SimpleNamespace(validation=Dataset.from_dict({"row": [0, 1]})))
+ROWS = Dataset.from_dict({"row": [0, 1]})
 
 
 def logged(caplog: Any, hidden: torch.Tensor, targets: torch.Tensor | None) -> str:
     """What is said of a teacher with these last hidden states, and `HIDDEN` in bf16."""
     batch = Batch({}, LABELS, torch.ones_like(COUNTED), targets)
-    scorer = SimpleNamespace(batch_size=2, ranks=ONE_RANK, batches=lambda _: [batch])
-    assembly: Any = SimpleNamespace(scorer=lambda: scorer, prepared=ROWS)
+    scorer: Any = SimpleNamespace(batch_size=2, ranks=ONE_RANK, batches=lambda _: [batch])
     head = LanguageModelHead(build(next(small_configs("llama", "causal_lm")), "causal_lm"))
 
     def answers(states: torch.Tensor) -> torch.Tensor:
         read = states if targets is None else states.flatten(0, 1)[targets]
         teacher: Any = lambda _: Knowledge(hidden=read, head=head)  # noqa: E731
-        return log_probabilities(assembly, teacher)
+        return log_probabilities(scorer, ROWS, teacher)
 
     with caplog.at_level(logging.INFO, "megakd"):
         say_divergence("teacher", answers(HIDDEN), answers(hidden))

@@ -23,6 +23,7 @@ from megakd.stage import Stage
 from megakd.training.inputs import check_run
 from megakd.training.recipes import completed
 from megakd.training.served_teachers import model_identity
+from megakd.training.stage_folder import cached_metrics
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +53,7 @@ def test_no_model_is_loaded_on_top_of_one_that_nothing_uses(tmp_path, teacher, m
     gc.disable()
     try:
         source = lab.facts.sources["student"]
-        lab.work.assembly._load(source, {}, "fp32", need_head=False, fused="off")
+        lab.work.assembly.load(source, {}, "fp32", need_head=False, fused="off")
     finally:
         gc.enable()
 
@@ -121,7 +122,7 @@ def test_a_measurement_is_made_once_and_kept_for_the_next_start_unless_it_fails(
         raise ValueError("no rows")
 
     with pytest.raises(ValueError, match="no rows"):
-        labs[0].work.assembly.measured_once("teacher-scored", fails)
+        cached_metrics(labs[0].work.assembly.stage_folder("teacher-scored"), fails)
     assert not (tmp_path / "run" / "stages").exists()
     scores = [lab.dev_score("teacher") for lab in (labs[0], *labs)]
     assert (scores, measured) == ([0.75] * 3, ["teacher"])

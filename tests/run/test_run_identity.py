@@ -12,11 +12,12 @@ from tiny_runs import bert, config_tree, review_task
 
 from megakd.config.file import config_of
 from megakd.data import files as data_files
+from megakd.data import readers
 from megakd.engine.distributed import Ranks
 from megakd.errors import CheckpointError
-from megakd.process import files
+from megakd.process import seals
 from megakd.process.files import write_json
-from megakd.process.record import differences, files_identity
+from megakd.process.record import differences
 from megakd.run.finished_run import RUN, asked_of, begin_run, check_identity, run_facts
 from megakd.training.checkpoint import FORMAT
 
@@ -99,14 +100,13 @@ def test_another_content_of_the_same_size_and_time_is_another_run(
     facts, tmp_path, monkeypatch, name
 ):
     monkeypatch.setenv("MEGAKD_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(files, "_SETTLED_NS", 0)
+    monkeypatch.setattr(seals, "_SETTLED_NS", 0)
     before, path = facts(), tmp_path / name
     write(tmp_path, before)
-    for reader in ("sha256_of", "files_identity"):  # a file that has not changed is not read again
-        monkeypatch.setattr(data_files, reader, lambda _: pytest.fail("a file is read again"))
-    assert differences(before, facts()) == ""
-    monkeypatch.setattr(data_files, "sha256_of", files.sha256_of)
-    monkeypatch.setattr(data_files, "files_identity", files_identity)
+    with monkeypatch.context() as patched:  # a file that has not changed is not read again
+        for module, reader in ((readers, "sha256_of"), (data_files, "files_identity")):
+            patched.setattr(module, reader, lambda _: pytest.fail("a file is read again"))
+        assert differences(before, facts()) == ""
     times = path.stat()
     path.write_text(path.read_text()[::-1])
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))

@@ -14,7 +14,9 @@ from megakd.config.run import RunConfig
 from megakd.config.sections import ScratchModel, StudentConfig, TeacherConfig
 from megakd.config.task import TaskConfig
 from megakd.config.terms import SoftTargetKl
+from megakd.data.conversations import ChatColumns
 from megakd.data.encoding import Encoded
+from megakd.data.rows import RowKind
 from megakd.data.splits import Splits
 from megakd.engine import distributed
 from megakd.engine.distributed import Ranks
@@ -69,13 +71,18 @@ class Vocabulary(dict[str, int]):
         return self
 
 
+KIND = RowKind("classification", ChatColumns(text=("text",), label="label"))
+
+
 def prepared_of(config: RunConfig, content: str = "rows", rows: Any = None) -> RunInputs:
     nothing: Any = None
     specs = {**config.teacher_specs, "student": config.student}
     tokenizer: Any = Vocabulary({str(number): number for number in range(20)})
     return RunInputs(
         config=config,
-        splits=Splits(Dataset.from_dict({}), nothing, None, ("no", "yes"), ("accuracy",), content),
+        splits=Splits(
+            KIND, Dataset.from_dict({}), nothing, None, ("no", "yes"), ("accuracy",), content
+        ),
         metrics=TaskMetrics(names=("accuracy",), main=headline(["accuracy"])),
         encoded=Encoded(rows, rows, None, content, 8.0),
         tokenizer=tokenizer,

@@ -38,7 +38,7 @@ from megakd.process.seals import CHECKSUMS, entries
 from megakd.process.seeding import random_state, seed_everything
 from megakd.training import checkpoint
 from megakd.training import checkpoint as checkpoint_module
-from megakd.training.assembly import check_stream
+from megakd.training.batches import check_stream
 from megakd.training.checkpoint import Checkpoints, check_plain
 
 

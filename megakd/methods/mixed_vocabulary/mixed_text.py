@@ -50,7 +50,7 @@ from megakd.methods.mixed_vocabulary.shared_words import (
     WordCutter,
 )
 from megakd.process.seals import whole_folder
-from megakd.training.assembly import StageParts, row_batches
+from megakd.training.batches import StageParts, row_batches
 
 if TYPE_CHECKING:
     from datasets import Dataset
