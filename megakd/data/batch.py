@@ -99,9 +99,6 @@ Counts = Mapping[Unit, "Tensor"]
 
 IGNORE = -100
 
-SOFT = "soft_label"
-"""Column with the probabilities of the labels: a text of JSON, in encoded rows float32 by class."""
-
 ROUTE = "route"
 """Column with the teacher of a row: its name in rows of text, its number in encoded rows."""
 
@@ -148,7 +145,6 @@ class Batch(NamedTuple):
     is_rollout: whether a model has generated the texts during the run, the same on all ranks.
     teacher: the teacher that all rows name, and that alone teaches them; None if the rows name no
         teachers.
-    soft: [B, C] fp32 the probabilities of the labels that the rows themselves hold.
     """
 
     inputs: dict[str, Tensor]
@@ -161,7 +157,6 @@ class Batch(NamedTuple):
     second: Targets | None = None
     is_rollout: bool = False
     teacher: str | None = None
-    soft: Tensor | None = None
 
     def for_role(self, role: str | None) -> Batch:
         """Return the rows encoded for the model of a role; None: as they are."""

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from megakd.config.task import TaskConfig
-from megakd.data.batch import IGNORE, SOFT, Batch, Documents, Targets
+from megakd.data.batch import IGNORE, Batch, Documents, Targets
 
 LENGTH_MULTIPLE = 8
 
@@ -75,11 +75,7 @@ class Collator:
                 padded[name][valid] = values
         if self._type == "causal_lm":
             return _language_batch(padded, valid, lengths)
-        batch = self._text_batch(padded, columns.get("label", _NOTHING)[0], valid)
-        if SOFT not in columns:
-            return batch
-        soft = np.pad(columns[SOFT][0], ((0, dummy_rows), (0, 0)))
-        return batch._replace(soft=torch.from_numpy(soft))
+        return self._text_batch(padded, columns.get("label", _NOTHING)[0], valid)
 
     def _text_batch(self, padded: Mapping[str, NDArray], given: NDArray, valid: NDArray) -> Batch:
         # A dummy row attends to its first position, to avoid NaN.

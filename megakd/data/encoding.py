@@ -17,7 +17,6 @@ from transformers import PreTrainedTokenizerBase
 
 from megakd.config.task import MixtureSource, TaskConfig
 from megakd.data.arrow import key_of, read_rows, rows_key, write_tables
-from megakd.data.batch import SOFT
 from megakd.data.chat_template import special_tokens
 from megakd.data.chat_tokens import (
     SETS,
@@ -44,7 +43,7 @@ NOT_EXPORTED = ("is_local", "local_files_only")
 READ_ALIKE = ("BertTokenizer", "RobertaTokenizer", "GPT2Tokenizer", "Qwen2Tokenizer")
 """Classes that transformers 4 has, and that leave there what tokenizer.json says."""
 # Part of every key: increase this number when the encoded rows would differ.
-VERSION = 4
+VERSION = 5
 
 
 class Encoded(NamedTuple):
@@ -192,7 +191,7 @@ def no_tokens(
 
 def tokens_key(rows: Dataset) -> str:
     """Return a sha256 of the model inputs, without labels, in all rows of a split, in order."""
-    return rows_key(rows.select_columns([*{*rows.column_names} - {"label", "labels", SOFT}]))
+    return rows_key(rows.select_columns([*{*rows.column_names} - {"label", "labels"}]))
 
 
 def labelled_only(rows: Dataset) -> Dataset:

@@ -1,4 +1,4 @@
-"""Labels of rows: one class or several, scores, and soft labels, read strictly."""
+"""Labels of rows: one class or several, and scores, read strictly."""
 
 from __future__ import annotations
 
@@ -23,10 +23,9 @@ from numpy.typing import NDArray
 
 from megakd.config.task import TaskConfig
 from megakd.data.arrow import PLACE, remembered, with_column
-from megakd.data.batch import IGNORE, SOFT
-from megakd.data.readers import parse_json
+from megakd.data.batch import IGNORE
 from megakd.data.records import BadRows, Record, Table, text_of
-from megakd.errors import DataError, listed, suggestion
+from megakd.errors import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +44,6 @@ NAME_SIGNS = " _-'."
 LIST_TEXT = re.compile(r"""(?s)\[.*\]|(?:array|tensor)\(\[.*\)|[({]\s*['"].*[)}]|\(\)|set\(\)""")
 NUMPY_TEXT = re.compile(r"""['"]\s+['"]|\A\[(?:[\s\d.]|True|False)+\]\Z""")
 """A list as NumPy prints it, without commas; Python joins its words to one."""
-ROUNDING = 0.01
-"""By how much probabilities of one label may miss the sum of 1, as rounded numbers do."""
 
 
 @dataclass(frozen=True)
@@ -292,7 +289,7 @@ def _integer(word: str) -> int | None:
     return int(float(word)) if INTEGER.fullmatch(word) and len(word) < 16 else None
 
 
-# Several labels of a row, and soft labels
+# Several labels of a row
 
 
 class LabelForm(NamedTuple):
@@ -429,62 +426,3 @@ def _of_bits(
             "empty"
         )
     return [label for label, bit in bits.items() if bit == "1"]
-
-
-def soft_text(name: str, column: str, record: Record) -> str:
-    """Return the probabilities of a row as JSON."""
-    value = record.values.get(column)
-    if value is None or value == "":
-        raise DataError(
-            f"{name}, {record.place}: column {column!r} (task.soft_labels) is empty, and every "
-            "training row needs the answers of the teacher; fill it, or remove the row"
-        )
-    return value if isinstance(value, str) else json.dumps(value, default=float)
-
-
-def with_soft_labels(rows: Dataset, names: Sequence[str], *, bad: BadRows) -> Dataset:
-    """Return rows with their probabilities as float32 by class; those of one label sum to 1."""
-    adds_up = not isinstance(rows.features["label"], List)
-    soft, right = np.zeros((len(rows), len(names)), np.float32), list[int]()
-    for number, (place, text) in enumerate(zip(rows[PLACE], rows[SOFT], strict=True)):
-        with bad:
-            soft[number] = _probabilities(place, text, names, adds_up=adds_up)
-            right.append(number)
-    bad.finish()
-    if adds_up:
-        soft[right] /= soft[right].sum(axis=1, keepdims=True)
-    whole = rows if len(right) == len(rows) else rows.select(right)
-    return with_column(whole, SOFT, soft[right])
-
-
-def _probabilities(place: str, text: str, names: Sequence[str], *, adds_up: bool) -> list[float]:
-    where = f"{place}: soft labels (task.soft_labels)"
-    value: Any = parse_json(text, where)
-    if isinstance(value, dict):
-        by_name = cast("dict[str, Any]", value)
-        other = next((name for name in by_name if name not in names), None)
-        if other is not None:
-            raise DataError(
-                f"{where} name {other!r}, which is not one of the {len(names)} labels "
-                f"({listed(list(names))}){suggestion(other, names)}"
-            )
-        value = [by_name.get(name) for name in names]
-    if not isinstance(value, list) or len(value) != len(names):
-        count = f"{len(value)} numbers" if isinstance(value, list) else repr(value)
-        raise DataError(
-            f"{where} are {count}, and there are {len(names)} labels ({listed(list(names))}); give "
-            "a number for each, in this order or by name"
-        )
-    for name, one in zip(names, value, strict=True):
-        is_number = isinstance(one, int | float) and not isinstance(one, bool)
-        if not (is_number and 0 <= one <= 1):
-            raise DataError(
-                f"{where}: {name!r} has {one!r}, which is no probability from 0 to 1; apply a "
-                f"{'softmax' if adds_up else 'sigmoid'} to logits, divide per cents by 100"
-            )
-    if adds_up and abs(sum(value) - 1) > ROUNDING:
-        raise DataError(
-            f"{where} sum to {sum(value):.3g}, and a row has one label; normalise them to a sum "
-            "of 1, or write the labels as lists if a row may have several"
-        )
-    return value

@@ -35,7 +35,7 @@ from megakd.data.arrow import (
     with_column,
     write_tables,
 )
-from megakd.data.batch import IGNORE, ROUTE, SOFT, has_label
+from megakd.data.batch import IGNORE, ROUTE, has_label
 from megakd.data.conversations import (
     CONVERSATION,
     FINISH,
@@ -55,9 +55,7 @@ from megakd.data.labels import (
     label_form,
     label_words,
     score,
-    soft_text,
     with_numbers,
-    with_soft_labels,
 )
 from megakd.data.records import (
     SPLIT_NAMES,
@@ -69,6 +67,7 @@ from megakd.data.records import (
     require,
     text_of,
 )
+from megakd.data.soft_labels import SOFT, soft_text, with_soft_labels
 from megakd.errors import DataError, suggestion
 from megakd.process.seals import whole_folder
 
@@ -212,7 +211,7 @@ class RowKind:
     is_chat: whether the rows are conversations; documents beside them have no prompt.
     teacher_column, teacher: the column with the teachers of training rows, or the teacher of all.
     form: how the labels of a row with any number of them are written; None: a row has one label.
-    soft: the column with the probabilities of the labels of training rows, if there is one.
+    soft_labels: the column with the probabilities of the labels of training rows, if there is one.
     """
 
     type: TaskType
@@ -221,7 +220,7 @@ class RowKind:
     teacher_column: str | None = None
     teacher: str | None = None
     form: LabelForm | None = None
-    soft: str | None = None
+    soft_labels: str | None = None
 
     @staticmethod
     def from_task(task: TaskConfig, table: Table, *, as_chat: bool = False) -> RowKind:
@@ -247,10 +246,10 @@ class RowKind:
 
     def taught(self, table: Table, task: TaskConfig, name: str | None = None) -> RowKind:
         """Return the kind with teachers or answers from columns, or the teacher `name`, if any."""
-        column, soft = None if name else task.teacher_column, task.soft_labels
-        require(table, "task.soft_labels", *filter(None, [soft]))
+        column, answers = None if name else task.teacher_column, task.soft_labels
+        require(table, "task.soft_labels", *filter(None, [answers]))
         require(table, "task.teacher_column", *filter(None, [column]))
-        return replace(self, teacher_column=column, teacher=name, soft=soft)
+        return replace(self, teacher_column=column, teacher=name, soft_labels=answers)
 
     @property
     def in_words(self) -> str:
@@ -291,7 +290,7 @@ class RowKind:
             CONVERSATION: self.is_chat,
             "text_pair": self.has_pairs,
             ROUTE: self.is_taught,
-            SOFT: self.soft is not None,
+            SOFT: self.soft_labels is not None,
             PLACE: self.is_chat or self.is_taught or self.type == "classification",
         }
         columns: dict[str, Value | List] = {n: Value("string") for n, has in texts.items() if has}
@@ -324,8 +323,8 @@ class RowKind:
                 row["label"] = label and class_word(name, label, record)
             else:
                 row["label"] = math.nan if label is None else score(name, label, record)
-        if self.soft is not None:
-            row[SOFT] = soft_text(name, self.soft, record)
+        if self.soft_labels is not None:
+            row[SOFT] = soft_text(name, self.soft_labels, record)
         if (column := self.teacher_column) is not None:
             if (value := record.values.get(column)) in (None, ""):
                 raise DataError(
@@ -481,7 +480,7 @@ def rows_of_tables(
 def numbered(rows: Dataset, classes: Classes, task: TaskConfig, kind: RowKind) -> Dataset:
     """Return rows with class numbers as labels."""
     rows = with_numbers(rows, classes, bad=BadRows(task.bad_rows))
-    if kind.soft is not None:
+    if kind.soft_labels is not None:
         rows = with_soft_labels(rows, classes.names, bad=BadRows(task.bad_rows))
     return rows if kind.is_taught else rows.remove_columns(PLACE)
 

@@ -23,7 +23,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from megakd.config.task import LANGUAGE_TASKS, TaskConfig
 from megakd.data.arrow import TEXTS_AT_ONCE, arrow_batches, column_of
-from megakd.data.batch import IGNORE, ROUTE, SOFT, teacher_number
+from megakd.data.batch import IGNORE, ROUTE, teacher_number
 from megakd.data.chat_template import special_tokens
 from megakd.errors import DataError
 
@@ -93,8 +93,6 @@ def _text_tables(
         labels = batch.column("label").combine_chunks()
         is_set = pa.types.is_fixed_size_list(labels.type)  # several labels: 0 or 1 by class
         made["label"] = labels if is_set else labels.cast(label_type)
-        if SOFT in batch.column_names:
-            made[SOFT] = batch.column(SOFT).combine_chunks()
         if ROUTE in batch.column_names:
             made[ROUTE] = numbers_of(batch.column(ROUTE).to_pylist())
         yield pa.table(made)

@@ -31,7 +31,8 @@ from megakd.models.structure import parameter_counts
 from megakd.process.clock import phase
 from megakd.reports.samples import held_out_prompts
 from megakd.teachers.cached import CachedTeacher
-from megakd.teachers.frozen import FrozenTeacher, SoftLabels
+from megakd.teachers.frozen import FrozenTeacher
+from megakd.teachers.soft_labels import SoftLabels
 from megakd.training.assembly import Assembly
 from megakd.training.evaluation import scorer_for, scorer_of_model
 from megakd.training.learners import losses_for
@@ -154,7 +155,7 @@ class TeacherPool:
     def open(self, name: str, stage: Stage) -> Opened:
         """Return a teacher that gives the outputs that the losses of a stage read; a collective."""
         if name == SOFT_LABELS:
-            return SoftLabels()
+            return SoftLabels(self.assembly.prepared.splits.train, self.assembly.ranks.device)
         ready = self.assembly.teachers[name]
         losses_for(self.assembly, stage).check_outputs(self._config.key_of(name), ready)
         if ready.spec.server is not None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megakd.config.task import Dtype, Kernels
-from megakd.data.batch import IGNORE, Batch, Documents, Knowledge, Predictions, Teacher, TopK
+from megakd.data.batch import IGNORE, Batch, Documents, Knowledge, Predictions, TopK
 from megakd.engine.initialize import frozen_engine
 from megakd.engine.memory import destroy
 from megakd.engine.sharding import Prefetch
@@ -216,28 +216,3 @@ class FrozenTeacher:
     def destroy(self) -> None:
         self._prefetch.drop()
         destroy(self._engine)
-
-
-NEVER = -1e4
-"""The logarithm of a probability of 0: finite, and 0 again at any temperature below 100."""
-
-
-class SoftLabels(Teacher):
-    """A teacher that answers with the probabilities that a batch brings along.
-
-    The logits are log p, or of several labels log p/(1-p), so that a loss at temperature T softens
-    a distribution to p^(1/T), normalised over the classes, or over yes and no.
-    """
-
-    def __call__(self, batch: Batch) -> Knowledge:
-        """Return [B, C] logits."""
-        soft = batch.soft
-        if soft is None:
-            raise TypeError("only training rows have soft labels, and this batch has none")
-        logits = soft.log().clamp(min=NEVER)
-        if batch.multi_label:
-            logits = logits - (-soft).log1p().clamp(min=NEVER)
-        return Knowledge(logits=logits)
-
-    def destroy(self) -> None:
-        """Do nothing: there is no model."""

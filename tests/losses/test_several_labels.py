@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from loss_scene import CLASSES, Scene, term_of
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from megakd.data.batch import Batch
-from megakd.teachers.frozen import SoftLabels, joined
+from megakd.data.soft_labels import SOFT
+from megakd.teachers.frozen import joined
+from megakd.teachers.soft_labels import SoftLabels
 
 NAN = float("nan")
 # The labels of the third row are unknown, the last row is a dummy row.
@@ -90,11 +93,14 @@ def test_labels_of_micro_batches_of_other_lengths_are_joined_by_rows():
 @pytest.mark.parametrize("heat", [1.0, 2.0])
 def test_soft_labels_are_softened_as_the_root_of_the_probabilities(heat):
     soft = torch.tensor([[0.5, 0.3, 0.2], [1.0, 0.0, 0.0]])
-    batch = Batch({}, torch.tensor([0, 1]), torch.ones(2, 1, dtype=torch.bool), soft=soft)
+    rows = torch.tensor([1, 0, -1])
+    batch = Batch({}, torch.zeros(3).long(), torch.ones(3, 1, dtype=torch.bool), rows=rows)
+    teacher = SoftLabels(Dataset.from_dict({SOFT: soft.tolist()}), torch.device("cpu"))
 
-    of_one = (SoftLabels()(batch).logits / heat).softmax(-1)
-    of_many = (SoftLabels()(batch._replace(labels=torch.zeros(2, 3))).logits / heat).sigmoid()
+    of_one = (teacher(batch).logits / heat).softmax(-1)[[1, 0]]
+    of_many = (teacher(batch._replace(labels=torch.zeros(3, 3))).logits / heat).sigmoid()[[1, 0]]
 
+    assert teacher(batch).logits[2].isfinite().all()
     yes, no = soft ** (1 / heat), (1 - soft) ** (1 / heat)
     assert torch.allclose(of_one, yes / yes.sum(-1, keepdim=True))
     assert torch.allclose(of_many, yes / (yes + no))

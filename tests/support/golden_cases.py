@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,8 @@ LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
 ROLLOUT = {"max_new_tokens": 6, "prompt_tokens": 6, "mix": 0.5}
 
 
-def _reviews(data: Path, **task: Any) -> Tree:
-    return {"type": "classification", "dataset": str(data / "reviews"), **task}
+def _reviews(data: Path, folder: str = "reviews", **task: Any) -> Tree:
+    return {"type": "classification", "dataset": str(data / folder), **task}
 
 
 def _text(data: Path, kind: str, **task: Any) -> Tree:
@@ -105,6 +106,8 @@ def cases(data: Path) -> dict[str, Tree]:
             },
             "train": {"warmup_ratio": 0.2},
         },
+        "soft_labels": {"task": _reviews(data, "soft", soft_labels="p"), "method": single},
+        "soft_sets": {"task": _reviews(data, "sets", soft_labels="p"), "method": single},
         "masked": masked,
         # Its models are timed.
         "causal": {**causal, "eval": {**causal["eval"], "latency": True}},
@@ -217,6 +220,21 @@ def classifier(folder: Path, layers: int) -> None:
     BertForSequenceClassification(config).save_pretrained(folder)
 
 
+def write_soft_labels(folder: Path) -> None:
+    """Write reviews with probabilities of one label, and of any number of labels."""
+    for name in ("soft", "sets"):
+        write_reviews(folder / name)
+        train = folder / name / "train.jsonl"
+        rows = [json.loads(line) for line in train.read_text().splitlines()]
+        for number, row in enumerate(rows):
+            share = (number % 9 + 1) / 10
+            row["p"] = [share, 1 - share] if name == "soft" else [share, (number % 5) / 4]
+        write_jsonl(train, rows)
+    for file in (folder / "sets").glob("*.jsonl"):
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        write_jsonl(file, [{**row, "label": [row["label"]]} for row in rows])
+
+
 def write_data(folder: Path) -> Path:
     """Write the data of all cases, and the two decoders in ChatML."""
     write_reviews(folder / "reviews")
@@ -229,6 +247,7 @@ def write_data(folder: Path) -> Path:
         for n in range(40)
     ]
     write_jsonl(folder / "chat.jsonl", rows)
+    write_soft_labels(folder)
     write_reviews(folder / "routed")
     labelled = folder / "routed" / "train.jsonl"
     named = [

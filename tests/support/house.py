@@ -41,7 +41,7 @@ FEATURES: Mapping[str, str] = {
     "servers": r"servers?|\w*Server\w*|served_\w+|serves",
     "windows": r"Window|WindowState|goes_on|pruned_to|continue_window|averages|AVERAGES"
     r"|TRAINING_STATE|window",
-    "soft labels": r"soft_labels|SOFT_LABELS|SoftLabels|SOFT|soft|reads_soft_labels"
+    "soft labels": r"soft_labels|SOFT_LABELS|SoftLabels|SOFT|reads_soft_labels"
     r"|with_soft_labels|soft_text",
     "fewer bits": r"\w*fp8\w*|\w*FP8\w*|\w*quantiz\w*|GGUF|gguf\w*|packed_linears|pack_linears",
     "mixtures": r"mixture|MixtureSource|as_chat|SOURCE|mixture_tables",
