@@ -30,8 +30,8 @@ from megakd.data.batch import Batch  # noqa: E402
 from megakd.errors import MegakdError, ModelError, one_line  # noqa: E402
 from megakd.models.cutting import why_rigid  # noqa: E402
 from megakd.models.fitting import ModelSource  # noqa: E402
-from megakd.models.knowledge import Needs, read_knowledge  # noqa: E402
 from megakd.models.layers import check_depth, chosen_layers  # noqa: E402
+from megakd.models.outputs import Needs, read_outputs  # noqa: E402
 from megakd.models.packing import packing_of  # noqa: E402
 from megakd.models.small_copy import no_cache  # noqa: E402
 from megakd.models.structure import for_task  # noqa: E402
@@ -169,7 +169,7 @@ def logits_read(model: torch.nn.Module, task: str) -> torch.Tensor:
     labels = TOKENS if task in LANGUAGE_TASKS else torch.zeros(len(TOKENS), dtype=torch.long)
     batch = Batch(inputs, labels, torch.ones_like(TOKENS, dtype=torch.bool))
     with torch.no_grad():
-        read = read_knowledge(model, batch, Needs())
+        read = read_outputs(model, batch, Needs())
         if read.logits is not None:
             return read.logits
         weight, bias = read.head.read()
@@ -188,8 +188,8 @@ def units(source: ModelSource, kind: Kind) -> str:
     """Return how a model without some units of a kind is written."""
     found = source.architecture.found_units(source.config)
     cuttable = found.heads if kind == "heads" else found.neurons
-    if cuttable.uncut is not None:
-        raise ModelError(cuttable.uncut)
+    if cuttable.why_fixed is not None:
+        raise ModelError(cuttable.why_fixed)
     return "yes" if cuttable.keys or source.architecture.shares_bias else "file"
 
 

@@ -187,7 +187,7 @@ class Stage:
         return tuple(self.learners)[1:]
 
     @property
-    def goes_on(self) -> bool:
+    def has_next_window(self) -> bool:
         """True if another window of the run follows: the stage then returns its last step."""
         return self.window is not None and self.window.last < self.window.total
 

@@ -29,8 +29,8 @@ MUTATIONS = (
     # Losses: signs, masks, divisions.
     Mutation(
         "megakd/data/batch.py",
-        "isnan() if labels.is_floating_point() else labels != IGNORE).sum()",
-        "isnan() if labels.is_floating_point() else labels == labels).sum()",
+        "isnan() if labels.is_floating_point() else labels != IGNORE",
+        "isnan() if labels.is_floating_point() else labels == labels",
         "tests/losses/test_unit_counts.py",
     ),
     Mutation(
@@ -41,8 +41,8 @@ MUTATIONS = (
     ),
     Mutation(
         "megakd/losses/targets.py",
-        "**divergence_options(soft, reading.weights)",
-        '**divergence_options(soft, reading.weights) | {"t_squared": False}',
+        "**divergence_options(soft, inputs.weights)",
+        '**divergence_options(soft, inputs.weights) | {"t_squared": False}',
         "tests/losses",
     ),
     Mutation(

@@ -349,7 +349,7 @@ def test_every_test_that_is_listed_as_slow_exists():
 # What a reader must know, measured by tests/support/house.py. A ceiling only falls.
 CEILINGS = {
     "files that name views": 40,
-    "files that name adapters": 28,
+    "files that name adapters": 27,
     "files that name generated texts": 20,
     "files that name several learners": 21,
     "files that name mixed vocabulary": 20,
@@ -357,24 +357,24 @@ CEILINGS = {
     "files that name routed rows": 17,
     "files that name streams": 19,
     "files that name servers": 19,
-    "files that name windows": 18,
-    "files that name soft labels": 19,
-    "files that name fewer bits": 15,
+    "files that name windows": 17,
+    "files that name soft labels": 12,
+    "files that name fewer bits": 14,
     "files that name mixtures": 15,
     "files that name cached answers": 11,
     "files that name fused layers": 10,
-    "files that name kept layers": 9,
-    "files that import over 20": 9,
+    "files that name kept layers": 8,
+    "files that import over 20": 8,
     "late or type-only imports": 84,
     "names that several files define": 96,
     "methods called of": 0,
     "annotations Any": 639,
 }
 CEILINGS_OF_THE_PLAIN_RUN = {
-    "plain run: lines of functions": 10_500,
-    "plain run: files": 90,
+    "plain run: lines of functions": 10_400,
+    "plain run: files": 87,
     "plain run: files before the first step": 76,
-    "plain run: changes of file before the first step": 3_550,
+    "plain run: changes of file before the first step": 3_480,
 }
 
 

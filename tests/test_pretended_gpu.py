@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from megakd.config.file import load_config
 from megakd.config.terms import TERMS
-from megakd.data.batch import Batch, Documents, Knowledge, LossInputs, backward_groups, copied_to
+from megakd.data.batch import Batch, Documents, LossInputs, Outputs, backward_groups, copied_to
 from megakd.methods.knowledge_selection import KnowledgeSelectionConfig
 from megakd.methods.knowledge_selection.selecting import Selecting, Selector
 from megakd.models import packing
@@ -43,7 +43,7 @@ class OnGpu(PhaseTraces):
             return NO_TRACE, module(*args, **options)
 
     def _learner(
-        self, stage: Stage, bundle: Any, batch: Batch, knowledge: Mapping[str, Knowledge]
+        self, stage: Stage, bundle: Any, batch: Batch, knowledge: Mapping[str, Outputs]
     ) -> list[Trace]:
         passes = [replace(one, weigh=None) for one in stage.strategy.passes(0)]
         for group in backward_groups(passes):
@@ -207,7 +207,7 @@ def test_knowledge_selection_reads_its_action_on_the_host():
     config = KnowledgeSelectionConfig(name="knowledge_selection")
     strategy = Selecting("teacher", Selector((2, 3), ("labels", "responses")), config, seed=1)
     with pretended_cuda():
-        answers = [Knowledge(hidden_states=(torch.zeros(4, 5, n, device=CUDA),)) for n in (2, 3)]
+        answers = [Outputs(hidden_states=(torch.zeros(4, 5, n, device=CUDA),)) for n in (2, 3)]
         batch = Batch({}, torch.zeros(4, device=CUDA), torch.ones(4, 5, device=CUDA) > 0)
         reading = LossInputs(answers[0], answers[1], batch, {}, {})
 

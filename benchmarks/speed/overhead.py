@@ -37,7 +37,7 @@ from lib.options import parsed
 from lib.tables import Spread, print_rows, ratio_of, spread_of
 from megakd.config.file import load_config
 from megakd.config.run import RunConfig
-from megakd.data.batch import Batch, Knowledge, Pass
+from megakd.data.batch import Batch, Outputs, Pass
 from megakd.data.loader import STEPS_AHEAD, STEPS_AT_ONCE
 from megakd.engine.collectives import gather
 from megakd.engine.distributed import Ranks
@@ -67,7 +67,7 @@ class BareStudent(StudentBundle):
     def forward(
         self,
         batch: Batch,
-        knowledge: Mapping[str, Knowledge] | None = None,
+        knowledge: Mapping[str, Outputs] | None = None,
         plan: Sequence[Pass] | None = None,
         counts: Tensor | None = None,
         soft: Tensor | None = None,

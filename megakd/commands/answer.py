@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megakd.commands.arguments import Parser, say
-from megakd.config.paths import in_home
+from megakd.config.paths import expand_path
 from megakd.config.sections import Sampling, address
 from megakd.config.task import TaskConfig
 from megakd.errors import ConfigError, DataError, ModelError, ServerError, first_line
@@ -46,11 +46,13 @@ def add_options(parser: Parser) -> None:
     parser.add_argument(
         "--data",
         metavar="F",
-        type=in_home,
+        type=expand_path,
         required=True,
         help="rows of messages (a last answer is left out), prompt, question or instruction",
     )
-    parser.add_argument("--to", metavar="F", type=in_home, required=True, help="jsonl of answers")
+    parser.add_argument(
+        "--to", metavar="F", type=expand_path, required=True, help="jsonl of answers"
+    )
     parser.add_argument(
         "--url",
         metavar="U",
@@ -100,7 +102,7 @@ def _answer(
     reasons: dict[int, str],
 ) -> str:
     """Write the answers that the file lacks, and return how many prompts are left out, and why."""
-    from megakd.engine.collectives import doing, told
+    from megakd.engine.collectives import activity, progress
 
     ask, size = (_server if arguments.url else _local)(arguments, sampling), arguments.rows_at_once
     asked, left = [n for n in range(len(prompts)) if n not in reasons], dict[str, list[str]]()
@@ -108,8 +110,8 @@ def _answer(
         blocks = sorted({n // size for n in asked})
         asked = [n for block in blocks for n in range(len(prompts))[block * size :][:size]]
     arguments.to.parent.mkdir(parents=True, exist_ok=True)
-    with doing("answering"), arguments.to.open("a", encoding="utf-8") as file:
-        for first in told(range(0, len(asked), size), total=len(asked), each=size):
+    with activity("answering"), arguments.to.open("a", encoding="utf-8") as file:
+        for first in progress(range(0, len(asked), size), total=len(asked), each=size):
             block = asked[first : first + size]
             answers = ask([prompts[n] for n in block])
             for n, (answer, reason) in zip(block, answers, strict=True):
@@ -216,8 +218,9 @@ def _more(prompt: Conversation) -> dict[str, object]:
 
 def _judged(message: Message, ending: str) -> Answer:
     """Return a message with the keys that training reads, or None and why nothing is learned."""
-    from megakd.data.chat_template import REASONING_KEYS, REASONING_MARKS, without_reasoning
+    from megakd.data.chat_template import REASONING_KEYS, without_reasoning
     from megakd.data.conversations import Conversation, from_json, messages_of
+    from megakd.data.token_tables import REASONING_MARKS
 
     is_cut = CUT.fullmatch(ending) is not None
     if not is_cut and not ENDED.fullmatch(ending):
@@ -252,7 +255,7 @@ def _loaded(name: str) -> tuple[Any, Any]:
 
     from megakd.data.hub import silent_hub
 
-    folder = in_home(name)
+    folder = expand_path(name)
     silent = None if folder.is_dir() else silent_hub()
     if folder.is_dir():
         check_given(folder, "TEACHER")

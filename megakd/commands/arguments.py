@@ -11,11 +11,11 @@ from typing import Any, NoReturn
 from megakd.config.file import load_config
 from megakd.config.messages import paths_ending_in
 from megakd.config.other_names import missing, synonyms
-from megakd.config.paths import in_home
+from megakd.config.paths import expand_path
 from megakd.config.run import RunConfig
 from megakd.errors import CheckpointError, ConfigError, suggestion
 from megakd.process.record import FINAL
-from megakd.process.terminal import is_rank_0, tell
+from megakd.process.terminal import is_rank_0, print_out
 
 
 class Parser(argparse.ArgumentParser):
@@ -50,12 +50,12 @@ def named_folder(text: str) -> Path:
     """Return the folder that an option names; an unset variable of a script names none."""
     if not text:
         raise argparse.ArgumentTypeError('names no folder (got ""); give . for the current one')
-    return in_home(text)
+    return expand_path(text)
 
 
 def add_config(parser: Parser) -> None:
     """Add the run config and the settings that override it."""
-    parser.add_argument("--config", metavar="F", type=in_home, help="the run's YAML file")
+    parser.add_argument("--config", metavar="F", type=expand_path, help="the run's YAML file")
     parser.add_argument(
         "overrides",
         nargs="*",
@@ -71,7 +71,7 @@ def config_of(arguments: argparse.Namespace) -> RunConfig:
     """Return the checked config of the arguments."""
     path, overrides = arguments.config, list(arguments.overrides)
     if path is None and overrides and "=" not in overrides[0]:
-        path = in_home(overrides.pop(0))
+        path = expand_path(overrides.pop(0))
     if path is None:
         raise ConfigError(
             f"--config is missing; give the run's YAML file: {arguments.prog} --config F"
@@ -85,7 +85,7 @@ def scored_model(out: Path, model: str | None) -> Path:
     Raises:
         CheckpointError: the folder does not exist.
     """
-    folder = out / FINAL if model is None else in_home(model)
+    folder = out / FINAL if model is None else expand_path(model)
     if model == "" or not folder.exists():
         raise CheckpointError(
             f"{folder} does not exist; train first, or give --model FOLDER"
@@ -99,4 +99,4 @@ def scored_model(out: Path, model: str | None) -> Path:
 def say(text: str) -> None:
     """Print a text, by rank 0 alone."""
     if is_rank_0():
-        tell(text)
+        print_out(text)

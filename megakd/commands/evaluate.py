@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megakd.commands.arguments import Parser, add_config, config_of, say, scored_model
-from megakd.config.paths import in_home
+from megakd.config.paths import expand_path
 from megakd.config.task import STANDARD_ERROR
 from megakd.errors import DataError
 from megakd.process.files import check_writable, json_text
@@ -43,12 +43,12 @@ def run(arguments: argparse.Namespace) -> None:
     config, data = config_of(arguments), arguments.data
     # Before torch is imported, which takes seconds.
     folder = scored_model(config.output_dir, arguments.model)
-    if data and not glob.has_magic(data) and not in_home(data).exists():
+    if data and not glob.has_magic(data) and not expand_path(data).exists():
         raise DataError(f"--data: {data} does not exist")
     if arguments.to is not None:
         if not data:
             raise DataError("--to: needs --data, the file whose rows get predictions")
-        check_writable((to := in_home(arguments.to)).parent, where="--to")
+        check_writable((to := expand_path(arguments.to)).parent, where="--to")
         with print_aside():
             from megakd.commands.predictions import write_predictions
 

@@ -14,11 +14,10 @@ from typing import Any
 from megakd.commands.arguments import Parser, named_folder, say
 from megakd.commands.plan import print_plan
 from megakd.commands.train import train
-from megakd.config.file import config_of, dump_config, load_config, with_overrides
-from megakd.config.paths import in_home
+from megakd.config.file import config_of, dump_config, dump_yaml, load_config, with_overrides
+from megakd.config.paths import expand_path
 from megakd.config.run import RunConfig
 from megakd.config.task import AUTO, FROM_TEACHER
-from megakd.config.yaml_text import dump_yaml
 from megakd.errors import ConfigError
 from megakd.process.files import check_writable, write_text
 from megakd.process.record import REPORT
@@ -88,7 +87,7 @@ def _sections(keys: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
 def _keys_of(model: str) -> Mapping[str, Any]:
     """Return the keys of a model's config.json; none if the file cannot be read here."""
     try:
-        path = in_home(model) / "config.json"
+        path = expand_path(model) / "config.json"
         if not path.parent.exists():
             from huggingface_hub import hf_hub_download
 

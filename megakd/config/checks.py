@@ -14,7 +14,7 @@ from typing import Any
 
 from megakd.config.deepspeed import load_ds_config
 from megakd.config.options import file_of, methods_with, no_such_teacher
-from megakd.config.paths import in_home
+from megakd.config.paths import expand_path
 from megakd.config.run import RunConfig
 from megakd.config.sections import RolloutServerConfig, ScratchModel, TeacherConfig
 from megakd.config.task import (
@@ -304,7 +304,7 @@ def _task(config: RunConfig) -> Iterator[str]:
             yield f"task.mixture.{name}.files: must be set, or dataset, and not both"
     if task.completion_column and not (task.prompt_column or task.messages_column):
         yield "task.prompt_column: missing, and task.completion_column is set; set the key too"
-    if task.chat_template and not in_home(task.chat_template).is_file():
+    if task.chat_template and not expand_path(task.chat_template).is_file():
         yield f"task.chat_template: the file {task.chat_template} does not exist; give one"
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megakd.config.paths import in_home
+from megakd.config.paths import expand_path
 from megakd.config.sections import TrainConfig
 from megakd.config.task import Dtype
 from megakd.errors import ConfigError, one_line, suggestion
@@ -229,7 +229,7 @@ def _preset_folder() -> Path:
 
 def _read(spec: str, *, where: str) -> tuple[str, Any]:
     # The name of the file and its content.
-    path, preset = in_home(spec), _preset_folder() / f"{spec}.json"
+    path, preset = expand_path(spec), _preset_folder() / f"{spec}.json"
     is_file = path.suffix == ".json" or len(path.parts) != 1
     if not is_file and not preset.is_file():
         hint, known = suggestion(spec, preset_names()) or ";", ", ".join(preset_names())

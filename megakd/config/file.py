@@ -7,21 +7,18 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from megakd.config.checks import config_problems
 from megakd.config.messages import cut, schema_problems, shown
 from megakd.config.other_names import missing
-from megakd.config.paths import in_home, looks_like_path
+from megakd.config.paths import expand_path, looks_like_path
 from megakd.config.run import RunConfig
 from megakd.config.task import STUDENT
-from megakd.config.yaml_text import (
-    dump_yaml,
-    parse_yaml,
-)
-from megakd.errors import ConfigError
+from megakd.errors import ConfigError, one_line
 
 
 def places(config: RunConfig) -> Iterator[tuple[str, str | Path]]:
@@ -51,7 +48,7 @@ def check_paths(config: RunConfig) -> None:
         for key, value in places(config)
         if key not in unread and not key.endswith(".cache") and not glob.has_magic(str(value))
         if "files" in key or "evaluation_sets" in key or looks_like_path(str(value))
-        if not (path := in_home(value)).exists()
+        if not (path := expand_path(value)).exists()
     ]
     if missing:
         count = f"{len(missing)} problems\n  " if len(missing) > 1 else ""
@@ -209,3 +206,71 @@ def _apply(override: str, tree: dict[str, Any]) -> None:
 def _keys(override: str) -> list[str]:
     # The form `objective[0].weight` is also accepted.
     return re.sub(r"\[(\d+)\]", r".\1", override.partition("=")[0].strip()).split(".")
+
+
+_TAG = "tag:yaml.org,2002:"
+
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?\Z")
+
+# `safe_load` reads YAML 1.1, in which `2e-5` is text, `on` is true, and the layer pair `7:1` 421.
+_SCALARS = {
+    "null": re.compile(r"(null|Null|NULL|~|)\Z"),
+    "bool": re.compile(r"(true|True|TRUE|false|False|FALSE)\Z"),
+    "int": re.compile(r"[-+]?[0-9]+\Z"),
+    "float": _FLOAT,
+}
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: ClassVar = {None: [(_TAG + k, v) for k, v in _SCALARS.items()]}
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
+    # Keys stay as written: `1:` and `on:` are text.
+    values: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        if (key := loader.construct_scalar(key_node)) in values:
+            problem = f'the key "{key}" is given twice'
+            raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+        values[key] = loader.construct_object(value_node, deep=True)
+    return values
+
+
+_Loader.add_constructor(f"{_TAG}map", _mapping)
+_Loader.add_constructor(f"{_TAG}int", lambda loader, node: int(node.value))
+
+# The emitter in C is a few times as fast, where PyYAML was built with it.
+_SafeDumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+
+
+class _Dumper(_SafeDumper):
+    def ignore_aliases(self, data: object) -> bool:
+        return True  # a value that occurs twice is written twice
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    # PyYAML treats these characters like a newline, unless they are escaped.
+    style = '"' if any(character in text for character in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar(f"{_TAG}str", text, style=style)
+
+
+_Dumper.add_representer(str, _text)
+_Dumper.add_implicit_resolver(f"{_TAG}float", _FLOAT, list("-+.0123456789"))  # quotes such texts
+
+
+def parse_yaml(text: str, *, source: str) -> Any:
+    """Return the value of the single document in `text`; raise ConfigError with the line."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506  # _Loader builds plain values only
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f"line {mark.line + 1}: " if mark else ""
+        problem = " ".join(part for part in (error.context, error.problem) if part)
+        raise ConfigError(f"{source}: {line}{problem}") from error
+    except (RecursionError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{source}: cannot be read: {one_line(error)}") from error
+
+
+def dump_yaml(tree: Any) -> str:
+    """Return YAML text of plain values that YAML 1.2 and 1.1 readers read alike."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)

@@ -95,7 +95,7 @@ Folder = Annotated[Path, BeforeValidator(_is_folder), AfterValidator(_expanded)]
 """A path in which `~` is the home folder, with the values of variables."""
 
 
-def in_home(text: str | Path) -> Path:
+def expand_path(text: str | Path) -> Path:
     """Return a path with ~ or ~name at its beginning replaced by the home folder of the user.
 
     Shells leave `--to=~/folder` unchanged. A name that is no user stays as written. Variables are

@@ -384,7 +384,7 @@ class PluginTerm(Term):
     def total(self, student: Any, teacher: Any, batch: Any) -> Tensor:
         """Return the sum over the unit in fp32, without `weight`, as a 0-dimensional tensor.
 
-        `student`, `teacher`: the outputs (`data.batch.Knowledge`); the teacher's are None without
+        `student`, `teacher`: the outputs (`data.batch.Outputs`); the teacher's are None without
         a teacher. `batch`: the micro-batch (`data.batch.Batch`).
         """
         raise TypeError(f"{type(self).__name__} does not implement total()")

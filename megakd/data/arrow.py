@@ -20,7 +20,7 @@ from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import generate_fingerprint
 from numpy.typing import NDArray
 
-from megakd.config.paths import in_home
+from megakd.config.paths import expand_path
 from megakd.process.seals import read_signed, version_of, write_signed
 
 T = TypeVar("T")
@@ -42,7 +42,7 @@ def key_of(*parts: object) -> str:
 
 def cache_folder() -> Path:
     """Return the folder of encoded data and built corpora, which `MEGAKD_CACHE` can change."""
-    return in_home(os.environ.get("MEGAKD_CACHE") or "~/.cache/megakd")
+    return expand_path(os.environ.get("MEGAKD_CACHE") or "~/.cache/megakd")
 
 
 def remembered(compute: Callable[[], T], *parts: object) -> T:

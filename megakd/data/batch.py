@@ -79,11 +79,11 @@ class Teacher(Protocol):
     By default, a step asks for one micro-batch after the other, and nothing is prepared or freed.
     """
 
-    def __call__(self, batch: Batch) -> Knowledge:
+    def __call__(self, batch: Batch) -> Outputs:
         """Return the outputs for a micro-batch that the student's losses need, detached."""
         ...
 
-    def answers(self, batches: Sequence[Batch]) -> Iterator[Knowledge]:
+    def answers(self, batches: Sequence[Batch]) -> Iterator[Outputs]:
         """Yield the outputs for every micro-batch of a step, in order."""
         return map(self, batches)
 
@@ -258,7 +258,7 @@ class Draws(NamedTuple):
     logprobs: Tensor
 
 
-class Knowledge(NamedTuple):
+class Outputs(NamedTuple):
     """Outputs of one model for one micro-batch; outputs of a frozen teacher carry no gradient.
 
     logits: [B, C] of a classifier or regressor, None for a language model.
@@ -279,7 +279,7 @@ class Knowledge(NamedTuple):
     hidden_states: tuple[Tensor | None, ...] = ()
     attention: tuple[AttentionVectors | None, ...] = ()
     kept: TopK | Draws | None = None
-    second: Knowledge | None = None
+    second: Outputs | None = None
 
     def states(self, layer: int) -> Tensor:
         """Return the hidden states [B, T, D] of a layer; negative numbers count from the end."""
@@ -293,7 +293,7 @@ class Knowledge(NamedTuple):
         logits: Callable[[Tensor], Tensor],
         hidden: Callable[[Tensor], Tensor],
         states: Callable[[Tensor], Tensor],
-    ) -> Knowledge:
+    ) -> Outputs:
         """Return the outputs with functions applied to logits, `hidden`, and values of layers."""
         return self._replace(
             logits=None if self.logits is None else logits(self.logits),
@@ -302,7 +302,7 @@ class Knowledge(NamedTuple):
             attention=tuple(None if a is None else a.mapped(states) for a in self.attention),
         )
 
-    def detached(self) -> Knowledge:
+    def detached(self) -> Outputs:
         """Return the outputs detached from the graph."""
         detach = operator.methodcaller("detach")
         second = None if self.second is None else self.second.detached()
@@ -350,8 +350,8 @@ class LossInputs:
     left_out: terms that the pass skips; within the objective, those that all passes skip.
     """
 
-    student: Knowledge
-    teacher: Knowledge | None
+    student: Outputs
+    teacher: Outputs | None
     batch: Batch
     weights: Mapping[str, float]
     per_unit: Mapping[Unit, Tensor]
@@ -360,7 +360,7 @@ class LossInputs:
     left_out: frozenset[str] = frozenset()
 
     @functools.cached_property
-    def taught(self) -> Knowledge:
+    def taught(self) -> Outputs:
         """The teacher's outputs, detached; in `teacher`, a teacher that learns has a gradient."""
         if self.teacher is None:
             raise TypeError("a term that compares with a teacher was planned without a teacher")

@@ -27,10 +27,10 @@ from transformers import PreTrainedTokenizerBase
 from megakd.config.task import TaskConfig
 from megakd.data.arrow import PLACE, longest_of
 from megakd.data.batch import IGNORE, ROUTE
-from megakd.data.chat_template import ChatTemplate, Rendered, special_tokens, without_reasoning
+from megakd.data.chat_template import ChatTemplate, Rendered, without_reasoning
 from megakd.data.conversations import CONVERSATION, SOURCE, Conversation
 from megakd.data.records import BadRows
-from megakd.data.token_tables import document_ends, numbers_of, plain_encoding
+from megakd.data.token_tables import document_ends, numbers_of, plain_encoding, special_tokens
 from megakd.errors import DataError
 from megakd.process.workers import in_processes, processes_for
 

@@ -17,7 +17,6 @@ from transformers import PreTrainedTokenizerBase
 
 from megakd.config.task import MixtureSource, TaskConfig
 from megakd.data.arrow import key_of, read_rows, rows_key, write_tables
-from megakd.data.chat_template import special_tokens
 from megakd.data.chat_tokens import (
     SETS,
     ChatCounts,
@@ -29,7 +28,7 @@ from megakd.data.chat_tokens import (
 from megakd.data.records import BadRows
 from megakd.data.rows import RowKind, StreamedRows, is_labelled
 from megakd.data.splits import Splits
-from megakd.data.token_tables import check_room_for_text, tables_of_texts
+from megakd.data.token_tables import check_room_for_text, special_tokens, tables_of_texts
 from megakd.errors import DataError
 from megakd.process.files import sha256_of, write_json
 from megakd.process.seals import files_of, whole_folder

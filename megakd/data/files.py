@@ -20,7 +20,7 @@ from megakd.config.paths import (
     DATA_SUFFIXES,
     data_files_in,
     data_suffix,
-    in_home,
+    expand_path,
     without_compression,
 )
 from megakd.config.task import Files, TaskConfig, listed_files
@@ -43,7 +43,7 @@ SHARD = re.compile(r"-(\d+)-of-(\d+)(-[0-9a-f]+)?$")
 def local_tables(task: TaskConfig) -> dict[str, Table]:
     """Return the rows of the file or folder `task.dataset`, or of the files that the task names."""
     paths, key = split_files(task)
-    name = None if task.dataset is None else str(in_home(task.dataset))
+    name = None if task.dataset is None else str(expand_path(task.dataset))
     is_streamed, is_cut = task.streaming, "validation" not in paths
     return {
         split: files_table(
@@ -61,7 +61,7 @@ def split_files(task: TaskConfig) -> tuple[dict[SplitName, list[Path]], str]:
     """Return the local files of a task by split, and the setting that names a `{split}`."""
     if task.dataset is None:
         return named_files(task), "task.{split}_files"
-    path, key = in_home(task.dataset), "task.dataset"
+    path, key = expand_path(task.dataset), "task.dataset"
     if not path.exists():
         raise DataError(f"{key}: {path} does not exist")
     if not path.is_dir():
@@ -94,7 +94,7 @@ def matching_files(files: Files, key: str) -> list[Path]:
     """Return the files that a setting names, in order; files of a pattern are sorted by name."""
     paths: list[Path] = []
     for given in listed_files(files):
-        path = in_home(given)
+        path = expand_path(given)
         if path.is_file():
             paths.append(path)
         elif path.is_dir():
@@ -133,7 +133,7 @@ def scored_table(given: str, task: TaskConfig) -> tuple[Table, str]:
     All rows of files are scored. Of a folder, the test rows are scored, or the validation rows if
     it has no test split.
     """
-    path = in_home(given)
+    path = expand_path(given)
     if not path.is_dir():
         return files_table(matching_files(given, "--data"), "--data"), WHOLE_FILE
     tables, shards = dict[str, Table](), dict[SplitName, list[Path]]()

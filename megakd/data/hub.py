@@ -18,7 +18,7 @@ from huggingface_hub import constants, get_session, metadata_load
 from huggingface_hub.errors import HfHubHTTPError
 from yaml import YAMLError
 
-from megakd.config.paths import DATA_SUFFIXES, data_files_in, data_suffix, in_home
+from megakd.config.paths import DATA_SUFFIXES, data_files_in, data_suffix, expand_path
 from megakd.config.task import TaskConfig
 from megakd.data.arrow import key_of, remembered_of, rows_key
 from megakd.data.readers import (
@@ -61,7 +61,7 @@ def is_hub_folder(path: Path) -> bool:
 
 def hub_source(task: TaskConfig) -> tuple[str, dict[str, Any]]:
     """Return the name of a data set, of the Hub or a folder, and options, for `datasets`."""
-    path = in_home(task.data_name)
+    path = expand_path(task.data_name)
     if not path.is_dir():
         return task.data_name, {"revision": task.revision}
     # `datasets` knows a folder again by the times of its files, which a copy may keep.
@@ -117,7 +117,7 @@ def hub_errors(name: str, configuration: str | None) -> Iterator[str]:
         "task.dataset may also be glue/<task>, or a local file or folder (which does not exist "
         "here); local files are named in task.train_files and task.validation_files"
     )
-    is_folder = in_home(name).is_dir()
+    is_folder = expand_path(name).is_dir()
     silent = None if is_folder else silent_hub()
     try:
         yield label

@@ -93,7 +93,9 @@ def row_keys(rows: Dataset, *, salt: str = "") -> NDArray[np.uint64]:
 
 def prompt_keys(rows: Dataset) -> NDArray[np.uint64]:
     """Return one hash per row, of the prompt of a conversation, or else of the text."""
-    return column_of(rows, ASKED).view(np.uint64) if ASKED in rows.column_names else row_keys(rows)
+    return (
+        column_of(rows, ASKED).astype(np.uint64) if ASKED in rows.column_names else row_keys(rows)
+    )
 
 
 def _values(rows: Dataset, columns: list[str]) -> Iterator[tuple[str, ...]]:

@@ -14,7 +14,7 @@ import numpy as np
 from datasets import Dataset
 from datasets.fingerprint import generate_fingerprint
 
-from megakd.config.paths import in_home, looks_like_path
+from megakd.config.paths import expand_path, looks_like_path
 from megakd.config.task import TaskConfig
 from megakd.data.arrow import column_of, key_of, remembered
 from megakd.data.files import local_tables, matching_files, named_files, refuse_twice
@@ -194,7 +194,7 @@ def _is_on_hub(task: TaskConfig) -> bool:
     """Return whether `datasets` reads the data: of the Hub, or of a folder that is laid out so."""
     if task.dataset is None:
         return False
-    path = in_home(task.dataset)
+    path = expand_path(task.dataset)
     if not path.exists() and not looks_like_path(task.dataset):
         return True
     from megakd.data.hub import is_hub_folder

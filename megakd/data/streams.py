@@ -198,7 +198,7 @@ def _block_size(rows: StreamedRows) -> int:
     return max(1, characters * len(lengths) // sum(lengths))
 
 
-def _encoded(texts: list[dict[str, Any]], how: StreamedRows) -> Iterable[pa.Table]:
+def _encoded(texts: list[dict[str, object]], how: StreamedRows) -> Iterable[pa.Table]:
     if not texts:
         return []
     rows = Dataset.from_list(texts)

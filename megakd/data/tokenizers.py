@@ -32,7 +32,7 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from megakd.config.paths import in_home, is_path
+from megakd.config.paths import expand_path, is_path
 from megakd.config.task import TaskConfig, TaskType, TokenizerConfig
 from megakd.data.arrow import arrow_batches, key_of, rows_key
 from megakd.data.chat_template import read_template
@@ -256,7 +256,7 @@ def has_tokenizer_files(folder: Path) -> bool:
 
 
 def _named(spec: str) -> PreTrainedTokenizerBase:
-    folder = in_home(spec)
+    folder = expand_path(spec)
     if folder.is_dir() and has_tokenizer_files(folder):
         return from_folder(folder)
     if folder.exists() or is_path(spec):

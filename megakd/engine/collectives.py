@@ -2,7 +2,7 @@
 
 Tensors go through the default process group, with the limit of `train.collective_timeout`: the
 ranks compute the same, so that none waits long. Python objects go through a group of their own on
-the CPU, where ranks wait hours for a rank that reads, encodes or writes files. `doing` says what
+the CPU, where ranks wait hours for a rank that reads, encodes or writes files. `activity` says what
 the ranks do, in the log and in the error of a rank that waits too long.
 """
 
@@ -62,7 +62,7 @@ def all_reduce_(tensor: torch.Tensor, *, largest: bool = False) -> torch.Tensor:
     return tensor
 
 
-def agree(value: T) -> T:
+def broadcast(value: T) -> T:
     """Return rank 0's value on every rank, for values that decide control flow; a collective."""
     if dist.get_world_size() == 1:
         return value
@@ -82,7 +82,7 @@ def gather(value: T) -> list[T]:
 
 def on_main(action: Callable[[], T]) -> T:
     """Run `action` on rank 0, and return its result or raise its error on every rank."""
-    result, error = agree(_outcome(action) if dist.get_rank() == 0 else (None, None))
+    result, error = broadcast(_outcome(action) if dist.get_rank() == 0 else (None, None))
     if error is not None:
         raise error
     return result  # type: ignore[return-value]
@@ -95,7 +95,7 @@ def main_first(action: Callable[[], T]) -> T:
     """
     made: list[T] = []  # on rank 0
     on_main(lambda: made.append(action()))
-    return together(lambda: made[0] if made else action())
+    return raise_on_all(lambda: made[0] if made else action())
 
 
 def once_per_node(action: Callable[[], T], *, place: str) -> T:
@@ -121,9 +121,9 @@ def once_per_node(action: Callable[[], T], *, place: str) -> T:
     first = nodes.index(nodes[dist.get_rank()])  # the first rank of this node
     is_first = first == dist.get_rank()
     # The files of rank 0 are there on its own node, and on every node that shares the folder.
-    lacks = together(lambda: is_first and not results and not _can_open(made))
-    filled = gather(together(pickled if lacks else bytes))
-    return together(lambda: results[0] if results else pickle.loads(filled[first] or made))  # noqa: S301
+    lacks = raise_on_all(lambda: is_first and not results and not _can_open(made))
+    filled = gather(raise_on_all(pickled if lacks else bytes))
+    return raise_on_all(lambda: results[0] if results else pickle.loads(filled[first] or made))  # noqa: S301
 
 
 def node_name() -> str:
@@ -146,12 +146,12 @@ def reports_lost_peer() -> Iterator[None]:
     except RuntimeError as error:
         first = (str(error).splitlines() or [""])[0]
         rank = f"rank {os.environ.get('RANK', '0')} on {node_name()}"
-        doing = next(iter(getattr(error, "__notes__", ())), "starting")  # see `doing`
+        work = next(iter(getattr(error, "__notes__", ())), "starting")  # see `activity`
         if isinstance(error, dist.DistNetworkError | dist.DistStoreError):
             place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise PeerLostError(
                 f"{rank} does not meet all of {os.environ.get('WORLD_SIZE')} ranks at {place} "
-                f"while {doing} ({first}); see the output of the others, and start all nodes with "
+                f"while {work} ({first}); see the output of the others, and start all nodes with "
                 "the same number of nodes and of ranks per node"
             ) from error
         if any(words in first for words in _NOT_CONNECTED):
@@ -164,14 +164,14 @@ def reports_lost_peer() -> Iterator[None]:
         if any(words in str(error) for words in _TIMED_OUT):
             raise CollectiveTimeoutError(
                 f"{rank} has waited longer than train.collective_timeout for the other ranks while "
-                f"{doing}; see their output, or raise train.collective_timeout if that work may "
+                f"{work}; see their output, or raise train.collective_timeout if that work may "
                 "take so long"
             ) from error
         reason = next((words for words in _LOST if words in str(error)), None)
         if reason is None:
             raise
         raise PeerLostError(
-            f"{rank} ends because another rank has ended while {doing} ({reason}); see the output "
+            f"{rank} ends because another rank has ended while {work} ({reason}); see the output "
             "of the other ranks or of their launcher"
         ) from error
 
@@ -184,7 +184,7 @@ def _can_open(made: bytes) -> bool:
     return True
 
 
-def together(action: Callable[[], T]) -> T:
+def raise_on_all(action: Callable[[], T]) -> T:
     """Run `action`, which has no collectives, on every rank; raise on all ranks if one fails."""
     result, error = _outcome(action)
     rank, first = next(((r, e) for r, e in enumerate(gather(error)) if e is not None), (0, None))
@@ -226,7 +226,7 @@ _TOLD_EVERY_S = 60.0
 
 
 @contextmanager
-def doing(what: str) -> Iterator[None]:
+def activity(what: str) -> Iterator[None]:
     """Log the activity of the body, such as `reading the data`, unless it is part of another."""
     if not _running:
         logger.info("%s", what)
@@ -240,8 +240,8 @@ def doing(what: str) -> Iterator[None]:
         _running.pop()
 
 
-def told(items: Iterable[T], *, total: int, each: int = 1, unit: str = "rows") -> Iterator[T]:
-    """Yield the items and tell how far the activity is, see `doing`.
+def progress(items: Iterable[T], *, total: int, each: int = 1, unit: str = "rows") -> Iterator[T]:
+    """Yield the items and tell how far the activity is, see `activity`.
 
     A terminal gets a bar if it takes more than some seconds, another standard error a line a
     minute, both from rank 0.

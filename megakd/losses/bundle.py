@@ -17,9 +17,9 @@ from megakd.config.terms import Unit
 from megakd.data.batch import (
     Batch,
     Counts,
-    Knowledge,
     Losses,
     LossInputs,
+    Outputs,
     Pass,
     Predictions,
     UnitCounter,
@@ -28,8 +28,8 @@ from megakd.data.batch import (
 )
 from megakd.losses.objective import WEIGHTED_LOSS, Objective, StageLosses
 from megakd.models.elastic import Elastic, weight_axes
-from megakd.models.knowledge import Needs, predict, predictions_of, read_knowledge
 from megakd.models.lora import base_model
+from megakd.models.outputs import Needs, predict, predictions_of, read_outputs
 from megakd.models.proposed_units import WIDTH
 from megakd.models.views import Axes, View
 
@@ -38,7 +38,7 @@ Forward = tuple[str, str | None]
 
 A role that no learner has is the first learner without its adapters.
 """
-Outputs = Mapping[Forward, Knowledge]
+OutputsByForward = Mapping[Forward, Outputs]
 
 
 class StudentBundle(nn.Module):
@@ -119,7 +119,7 @@ class StudentBundle(nn.Module):
     def forward(
         self,
         batch: Batch,
-        knowledge: Mapping[str, Knowledge] | None = None,
+        knowledge: Mapping[str, Outputs] | None = None,
         plan: Sequence[Pass] | None = None,
         counts: Counts | None = None,
         *,
@@ -145,15 +145,15 @@ class StudentBundle(nn.Module):
         wanted: list[Forward] = [(name, None) for name in (*learning, *[self.role] * scored)]
         outputs = self._outputs(batch, [*wanted, *trained])
         answers |= {name: outputs[name, None] for name in learning}
-        readings: dict[tuple[str, int | None], list[tuple[Forward, LossInputs]]] = {}
+        all_inputs: dict[tuple[str, int | None], list[tuple[Forward, LossInputs]]] = {}
         for planned, forward in zip(plan, trained, strict=True):
             width = self.views[planned.view].width if planned.view in self.views else None
-            reading = self._reading(batch, planned, outputs[forward], answers, scales)
-            readings.setdefault((forward[0], width), []).append((forward, reading))
+            inputs = self._reading(batch, planned, outputs[forward], answers, scales)
+            all_inputs.setdefault((forward[0], width), []).append((forward, inputs))
         totals: list[Tensor] = []
         parts: dict[str, Tensor] = {}
         # Losses of all views of a width run together: a head has one gradient, not one per view.
-        for group in readings.values():
+        for group in all_inputs.values():
             forwards, inputs = zip(*group, strict=True)
             with self._viewing(forwards[0][1]):
                 evaluated = self.objective(inputs)
@@ -171,8 +171,8 @@ class StudentBundle(nn.Module):
         parts[WEIGHTED_LOSS] = total.detach() / self.world_size
         return Losses(total, parts, predictions)
 
-    def _outputs(self, batch: Batch, wanted: Sequence[Forward]) -> Outputs:
-        outputs: dict[Forward, Knowledge] = {}
+    def _outputs(self, batch: Batch, wanted: Sequence[Forward]) -> OutputsByForward:
+        outputs: dict[Forward, Outputs] = {}
         # Embeddings are looked up once for all views: each gradient is as large as the table.
         elastic = self.elastic if len(set(wanted)) > 1 else None
         with nullcontext() if elastic is None else elastic.sharing_embeddings():
@@ -181,19 +181,19 @@ class StudentBundle(nn.Module):
                     outputs[role, view] = self._run(role, batch.for_role(role))
         return outputs
 
-    def _run(self, role: str, batch: Batch) -> Knowledge:
+    def _run(self, role: str, batch: Batch) -> Outputs:
         if role not in self._roles:
             with base_model(self.student) as base:
-                return read_knowledge(base, batch, self._teacher_needs)
+                return read_outputs(base, batch, self._teacher_needs)
         needs = self.objective.needs if role == self.role else self._teacher_needs
-        return read_knowledge(self.learners[self._roles.index(role)], batch, needs)
+        return read_outputs(self.learners[self._roles.index(role)], batch, needs)
 
     def _reading(
         self,
         batch: Batch,
         planned: Pass,
-        student: Knowledge,
-        answers: Mapping[str, Knowledge],
+        student: Outputs,
+        answers: Mapping[str, Outputs],
         scales: UnitScales,
     ) -> LossInputs:
         learner = planned.learner or self.role

@@ -29,10 +29,10 @@ from megakd.config.terms import (
     StateTerm,
     Unit,
 )
-from megakd.data.batch import AttentionVectors, Batch, Knowledge, LossInputs, first_positions
+from megakd.data.batch import AttentionVectors, Batch, LossInputs, Outputs, first_positions
 from megakd.losses.targets import Evaluated, TermGroup
 from megakd.models.elastic import weights_in_view
-from megakd.models.knowledge import Needs
+from megakd.models.outputs import Needs
 from megakd_kernels.formed import refuse_second_derivative
 
 MATRIX_ELEMENTS = 1 << 24
@@ -49,13 +49,13 @@ class LayerTerm(TermGroup):
         add = Needs().with_attention if isinstance(term, ATTENTION_TERMS) else Needs().with_hidden
         self.needs = add(*(student for student, _ in pairs))
 
-    def layers(self, reading: LossInputs) -> list[Tensor]:
+    def layers(self, inputs: LossInputs) -> list[Tensor]:
         """Return the sum over the unit of every pair of layers."""
         raise TypeError(f"{type(self).__name__} does not implement layers()")
 
-    def forward(self, reading: LossInputs) -> Evaluated:
+    def forward(self, inputs: LossInputs) -> Evaluated:
         """Return the mean over layers of each layer's sum over the unit."""
-        return self.of_one_term(reading, torch.stack(self.layers(reading)).mean())
+        return self.of_one_term(inputs, torch.stack(self.layers(inputs)).mean())
 
 
 class Projections(nn.ModuleList):
@@ -93,17 +93,17 @@ class FspMatrices(LayerTerm):
         self.units = {term.loss: "examples"}
         self.projections = Projections(len(pairs), *widths)
 
-    def layers(self, reading: LossInputs) -> list[Tensor]:
-        valid, ours = reading.batch.valid, list[Tensor]()
+    def layers(self, inputs: LossInputs) -> list[Tensor]:
+        valid, ours = inputs.batch.valid, list[Tensor]()
         # A state is cast once for the two flows that use it, so its gradients are added in fp32.
         for index, (student, _) in enumerate(self.pairs):
-            state = counted(reading.student.states(student), valid)
+            state = counted(inputs.student.states(student), valid)
             weight = self.projections.weight(index)
             ours.append(
                 state if weight is None else functional.linear(state, weight.to(state.dtype))
             )
-        theirs = [counted(reading.taught.states(teacher), valid) for _, teacher in self.pairs]
-        return flow_errors(ours, theirs, lengths=valid.sum(1), kernels=reading.kernels)
+        theirs = [counted(inputs.taught.states(teacher), valid) for _, teacher in self.pairs]
+        return flow_errors(ours, theirs, lengths=valid.sum(1), kernels=inputs.kernels)
 
 
 class HiddenStates(LayerTerm):
@@ -126,15 +126,15 @@ class HiddenStates(LayerTerm):
         if self.first_alone:
             self.units = {term.loss: "examples"}
 
-    def layers(self, reading: LossInputs) -> list[Tensor]:
-        losses, batch = [], reading.batch
+    def layers(self, inputs: LossInputs) -> list[Tensor]:
+        losses, batch = [], inputs.batch
         valid = batch.valid.any(1) if self.first_alone else batch.valid
         for index, (student, teacher) in enumerate(self.pairs):
-            ours, theirs = reading.student.states(student), reading.taught.states(teacher)
+            ours, theirs = inputs.student.states(student), inputs.taught.states(teacher)
             if self.first_alone:
                 ours, theirs = (first_positions(states, batch.valid) for states in (ours, theirs))
             weight = self.projections.weight(index)
-            losses.append(self.loss(ours, weight, theirs, valid=valid, impl=reading.kernels))
+            losses.append(self.loss(ours, weight, theirs, valid=valid, impl=inputs.kernels))
         return losses
 
 
@@ -149,12 +149,12 @@ class AttentionMatrices(LayerTerm):
         super().__init__(term, pairs)
         self.fit, self.causal = term.fit, causal
 
-    def layers(self, reading: LossInputs) -> list[Tensor]:
-        losses, valid = [], reading.batch.valid
-        seen = visible_keys(reading.batch, causal=self.causal)[:, None]  # [B, 1, T, T]
+    def layers(self, inputs: LossInputs) -> list[Tensor]:
+        losses, valid = [], inputs.batch.valid
+        seen = visible_keys(inputs.batch, causal=self.causal)[:, None]  # [B, 1, T, T]
         for student, teacher in self.pairs:
-            ours = self._matrix(_vectors(reading.student, student), valid, seen)
-            theirs = self._matrix(_vectors(reading.taught, teacher), valid, seen)
+            ours = self._matrix(_vectors(inputs.student, student), valid, seen)
+            theirs = self._matrix(_vectors(inputs.taught, teacher), valid, seen)
             error = (ours - theirs).where(seen, torch.zeros_like(ours))
             rows = error.square().sum(-1) / seen.sum(-1).clamp(min=1)  # [B, heads, T]
             losses.append(rows.mean(1).sum())
@@ -183,19 +183,19 @@ class Relations(LayerTerm):
         super().__init__(term, pairs)
         self.relations, self.relation_heads, self.causal = term.relations, heads, causal
 
-    def layers(self, reading: LossInputs) -> list[Tensor]:
+    def layers(self, inputs: LossInputs) -> list[Tensor]:
         """Return KL(teacher's relation || student's) in nats, summed over the visible keys."""
         loss = functools.partial(
             megakd_kernels.relation_kl_loss,
             heads=self.relation_heads,
-            valid=reading.batch.valid,
+            valid=inputs.batch.valid,
             causal=self.causal,
-            segments=documents(reading.batch) if self.causal else None,
-            impl=reading.kernels,
+            segments=documents(inputs.batch) if self.causal else None,
+            impl=inputs.kernels,
         )
         losses = []
         for student, teacher in self.pairs:
-            ours, theirs = _vectors(reading.student, student), _vectors(reading.taught, teacher)
+            ours, theirs = _vectors(inputs.student, student), _vectors(inputs.taught, teacher)
             values = []
             for relation in self.relations:
                 our_queries, our_keys = _sides(relation, ours)
@@ -215,7 +215,7 @@ def _sides(relation: Relation, vectors: AttentionVectors) -> tuple[Tensor, Tenso
     return vectors.queries, keys.repeat_interleave(groups, dim=2).flatten(2)
 
 
-def _vectors(knowledge: Knowledge, layer: int) -> AttentionVectors:
+def _vectors(knowledge: Outputs, layer: int) -> AttentionVectors:
     vectors = knowledge.attention[layer] if knowledge.attention else None
     if vectors is None:
         raise TypeError(f"the attention of layer {layer} was not read")

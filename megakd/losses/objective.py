@@ -37,7 +37,7 @@ from megakd.config.terms import (
     layer_pairs,
     term_name,
 )
-from megakd.data.batch import COUNTERS, Knowledge, LossInputs, UnitCounter
+from megakd.data.batch import COUNTERS, LossInputs, Outputs, UnitCounter
 from megakd.data.splits import Splits
 from megakd.errors import ConfigError, TeacherError, suggestion
 from megakd.losses.layer_terms import (
@@ -56,7 +56,7 @@ from megakd.losses.targets import (
     language_model_groups,
 )
 from megakd.models.fitting import ModelSource, ReadyTeacher
-from megakd.models.knowledge import Needs
+from megakd.models.outputs import Needs
 from megakd.stage import Stage
 
 WEIGHTED_LOSS = "loss"
@@ -82,19 +82,19 @@ class Objective(nn.Module):
             self.needs = self.needs.with_hidden(*group.needs.hidden_layers)
             self.needs = self.needs.with_attention(*group.needs.attention_layers)
 
-    def forward(self, readings: Sequence[LossInputs]) -> list[Evaluated]:
+    def forward(self, all_inputs: Sequence[LossInputs]) -> list[Evaluated]:
         """Return for each reading the weighted and scaled total with gradient, and detached sums.
 
         The readings are of one batch, by views of one width. A group may put the total of several
         readings into one of them, so only the sum of all totals has a meaning.
         """
-        left_out = frozenset.intersection(*(reading.left_out for reading in readings))
+        left_out = frozenset.intersection(*(inputs.left_out for inputs in all_inputs))
         groups = cast("list[TermGroup]", list(self.groups))
         wanted = [g for g in groups if not left_out.issuperset(g.units.keys() - STATISTICS)]
         if not wanted:
-            return [Evaluated(_zero(reading.student), {}) for reading in readings]
-        readings = [replace(reading, left_out=left_out) for reading in readings]
-        of_groups = [group.of_all(readings) for group in wanted]
+            return [Evaluated(_zero(inputs.student), {}) for inputs in all_inputs]
+        all_inputs = [replace(inputs, left_out=left_out) for inputs in all_inputs]
+        of_groups = [group.of_all(all_inputs) for group in wanted]
         return [
             Evaluated(
                 functools.reduce(operator.add, [part.total.float() for part in parts]),
@@ -114,7 +114,7 @@ class Objective(nn.Module):
         return [cast("nn.Linear", linear) for module in learned for linear in module]
 
 
-def _zero(answer: Knowledge) -> Tensor:
+def _zero(answer: Outputs) -> Tensor:
     """Return 0 with a gradient of 0 for every weight that a model's outputs were computed with.
 
     A constant would have no backward, with which ZeRO reduces gradients and frees gathered weights.
@@ -405,18 +405,18 @@ class PluginLoss(TermGroup):
         if term.reads_hidden_states:
             self.needs = self.needs.with_hidden(*range(layers + 1))
 
-    def forward(self, reading: LossInputs) -> Evaluated:
-        total = self.term.total(reading.student, reading.teacher, reading.batch)
+    def forward(self, inputs: LossInputs) -> Evaluated:
+        total = self.term.total(inputs.student, inputs.teacher, inputs.batch)
         if not isinstance(total, Tensor) or total.dim() != 0:
             given = f"shape {tuple(total.shape)}" if isinstance(total, Tensor) else type(total)
             raise ConfigError(
                 f"objective: {self.term.loss} returned {given}; total() must return the sum over "
                 f"{self.term.unit} as a tensor without dimensions"
             )
-        return self.of_one_term(reading, total.float())
+        return self.of_one_term(inputs, total.float())
 
 
-def logits_of(knowledge: Knowledge) -> Tensor:
+def logits_of(knowledge: Outputs) -> Tensor:
     """Return [N, C] fp32 logits: of a classifier's rows, or of a language model's targets.
 
     The logits of a language model are formed for this call, all N x vocabulary elements at once;

@@ -34,9 +34,9 @@ from megakd.data.batch import (
     SOURCE_UNITS,
     Draws,
     Head,
-    Knowledge,
     LogitWarp,
     LossInputs,
+    Outputs,
     TopK,
     UnitCounter,
     has_label,
@@ -44,7 +44,7 @@ from megakd.data.batch import (
     second_targets,
     source_counters,
 )
-from megakd.models.knowledge import Needs
+from megakd.models.outputs import Needs
 
 DIVERGENCE = {
     "soft_target_kl": "forward_kl",
@@ -98,22 +98,22 @@ class TermGroup(nn.Module):
     def bind(self, learners: Mapping[str, nn.Module]) -> None:
         """Do nothing; a group that reads weights finds them in the learners, by role."""
 
-    def forward(self, reading: LossInputs) -> Evaluated:
+    def forward(self, inputs: LossInputs) -> Evaluated:
         """Return the weighted total of the group, not yet scaled, and the sums of its terms."""
         raise TypeError(f"{type(self).__name__} does not implement forward()")
 
-    def of_one_term(self, reading: LossInputs, total: Tensor) -> Evaluated:
+    def of_one_term(self, inputs: LossInputs, total: Tensor) -> Evaluated:
         """Return the result of a group whose only term has the sum `total` over its unit."""
         ((name, unit),) = self.units.items()
-        scale = reading.weights[name] * reading.per_unit[unit]
+        scale = inputs.weights[name] * inputs.per_unit[unit]
         return Evaluated(total * scale, {name: total.detach()})
 
-    def of_all(self, readings: Sequence[LossInputs]) -> list[Evaluated]:
+    def of_all(self, all_inputs: Sequence[LossInputs]) -> list[Evaluated]:
         """Return one result per reading; only the sum of the scaled totals has a meaning."""
-        results = [self(reading) for reading in readings]
+        results = [self(inputs) for inputs in all_inputs]
         return [
-            one._replace(total=one.total * reading.scale)
-            for one, reading in zip(results, readings, strict=True)
+            one._replace(total=one.total * inputs.scale)
+            for one, inputs in zip(results, all_inputs, strict=True)
         ]
 
 
@@ -145,54 +145,54 @@ class LanguageModelTargets(TermGroup):
         self.units = dict.fromkeys(names, self.unit)
         self.counters = source_counters(source)
 
-    def forward(self, reading: LossInputs) -> Evaluated:
+    def forward(self, inputs: LossInputs) -> Evaluated:
         """Return nats (times T² for the soft terms), summed over positions with a label."""
-        rows = self._stacked([reading])
-        out = self._scored(rows, reading)
+        rows = self._stacked([inputs])
+        out = self._scored(rows, inputs)
         first = Evaluated(out.loss, self._sums(out, rows, slice(None), 1.0))
-        student, batch = reading.student.second, second_targets(reading.batch)
+        student, batch = inputs.student.second, second_targets(inputs.batch)
         if student is None or batch is None:
             return first
-        if reading.teacher is not None:
+        if inputs.teacher is not None:
             raise TypeError("soft targets need one vocabulary, and this model predicts from two")
-        second = self(replace(reading, student=student, batch=batch))
+        second = self(replace(inputs, student=student, batch=batch))
         sums = {name: value + second.sums[name] for name, value in first.sums.items()}
         return Evaluated(first.total + second.total, sums)
 
-    def of_all(self, readings: Sequence[LossInputs]) -> list[Evaluated]:
+    def of_all(self, all_inputs: Sequence[LossInputs]) -> list[Evaluated]:
         """Compute readings together if they differ only in the student's outputs and in scale."""
         groups: dict[object, list[int]] = {}
-        for index, reading in enumerate(readings):
-            alike = (id(reading.teacher), tuple(reading.weights.items()))
-            groups.setdefault(alike if reading.scale > 0 else index, []).append(index)
+        for index, inputs in enumerate(all_inputs):
+            alike = (id(inputs.teacher), tuple(inputs.weights.items()))
+            groups.setdefault(alike if inputs.scale > 0 else index, []).append(index)
         results: dict[int, Evaluated] = {}
         for indices in groups.values():
-            together = self._together([readings[index] for index in indices])
+            together = self._together([all_inputs[index] for index in indices])
             results.update(zip(indices, together, strict=True))
-        return [results[index] for index in range(len(readings))]
+        return [results[index] for index in range(len(all_inputs))]
 
-    def _together(self, readings: Sequence[LossInputs]) -> list[Evaluated]:
-        first, *others = readings
+    def _together(self, all_inputs: Sequence[LossInputs]) -> list[Evaluated]:
+        first, *others = all_inputs
         if not others or first.student.second is not None:
-            return super().of_all(readings)
-        rows = self._stacked(readings)
+            return super().of_all(all_inputs)
+        rows = self._stacked(all_inputs)
         out = self._scored(rows, first)
-        count = rows.labels.numel() // len(readings)
+        count = rows.labels.numel() // len(all_inputs)
         sums = [
-            self._sums(out, rows, slice(index * count, (index + 1) * count), reading.scale)
-            for index, reading in enumerate(readings)
+            self._sums(out, rows, slice(index * count, (index + 1) * count), inputs.scale)
+            for index, inputs in enumerate(all_inputs)
         ]
         totals = [out.loss, *(out.loss.new_zeros(()) for _ in others)]
         return [Evaluated(*pair) for pair in zip(totals, sums, strict=True)]
 
-    def _scored(self, rows: TargetRows, reading: LossInputs) -> megakd_kernels.KDOutput:
+    def _scored(self, rows: TargetRows, inputs: LossInputs) -> megakd_kernels.KDOutput:
         if rows.kept is not None:
-            return self._scored_from_cache(rows, rows.kept, reading)
-        _, head = _language(reading.student)
+            return self._scored_from_cache(rows, rows.kept, inputs)
+        _, head = _language(inputs.student)
         weight, bias = head.read()
         ours, theirs, of_teacher = head.warp, LogitWarp(), (None, None)
         if self.soft:
-            _, head = _language(reading.taught)
+            _, head = _language(inputs.taught)
             theirs, of_teacher = head.warp, (p if p is None else p.detach() for p in head.read())
         teacher_weight, teacher_bias = of_teacher
         return megakd_kernels.linear_kd_loss(
@@ -201,11 +201,11 @@ class LanguageModelTargets(TermGroup):
             rows.teacher,
             teacher_weight,
             rows.labels,
-            **divergence_options(self.soft, reading.weights),
-            ce_weight=self._hard_weight(reading),
+            **divergence_options(self.soft, inputs.weights),
+            ce_weight=self._hard_weight(inputs),
             token_weight=rows.weight,
             ignore_index=IGNORE,
-            num_items=1.0 / reading.per_unit[self.unit],
+            num_items=1.0 / inputs.per_unit[self.unit],
             reduction="num_items",
             student_bias=bias,
             teacher_bias=teacher_bias,
@@ -214,11 +214,11 @@ class LanguageModelTargets(TermGroup):
             logit_scale_s=ours.scale,
             logit_scale_t=theirs.scale,
             chunk_mb=_CPU_CHUNK_MB if rows.student.is_cpu else None,
-            impl=reading.kernels,
+            impl=inputs.kernels,
         )
 
     def _scored_from_cache(
-        self, rows: TargetRows, kept: TopK | Draws, reading: LossInputs
+        self, rows: TargetRows, kept: TopK | Draws, inputs: LossInputs
     ) -> megakd_kernels.KDOutput:
         """Compute the loss from a cache of the most likely tokens or of random draws.
 
@@ -227,7 +227,7 @@ class LanguageModelTargets(TermGroup):
         the gradient softmax(student) - shares is an unbiased estimate of the gradient of forward KL
         (Anshumann et al. 2025, https://arxiv.org/abs/2503.16870).
         """
-        _, head = _language(reading.student)
+        _, head = _language(inputs.student)
         if head.warp != LogitWarp():
             raise TypeError("a loss on cached probabilities has no factor or cap of logits")
         weight, bias = head.read()
@@ -242,14 +242,14 @@ class LanguageModelTargets(TermGroup):
             rows.labels,
             mode="renorm" if isinstance(kept, Draws) else "tail",
             t_squared=True,
-            kd_weight=reading.weights[term_name(term)],
-            ce_weight=self._hard_weight(reading),
+            kd_weight=inputs.weights[term_name(term)],
+            ce_weight=self._hard_weight(inputs),
             token_weight=rows.weight,
             ignore_index=IGNORE,
-            num_items=1.0 / reading.per_unit[self.unit],
+            num_items=1.0 / inputs.per_unit[self.unit],
             reduction="num_items",
             student_bias=bias,
-            impl=reading.kernels,
+            impl=inputs.kernels,
         )
 
     def _sums(
@@ -270,8 +270,8 @@ class LanguageModelTargets(TermGroup):
             sums[self.agreement] = out.row_agrees[rows].sum()
         return sums
 
-    def _stacked(self, readings: Sequence[LossInputs]) -> TargetRows:
-        first, count = readings[0], len(readings)
+    def _stacked(self, all_inputs: Sequence[LossInputs]) -> TargetRows:
+        first, count = all_inputs[0], len(all_inputs)
         of_source = is_of(self.source, first.batch)
 
         def chosen(values: Tensor) -> Tensor:
@@ -288,10 +288,10 @@ class LanguageModelTargets(TermGroup):
             return TargetRows(chosen(_language(first.student)[0]), taught, labels, None, kept)
         labels = labels.flatten()
         # Filled on the device: copying a list to a GPU would wait for the GPU.
-        scales = [torch.full_like(labels, one.scale, dtype=torch.float32) for one in readings]
+        scales = [torch.full_like(labels, one.scale, dtype=torch.float32) for one in all_inputs]
         return TargetRows(
             torch.cat(
-                [chosen(_language(reading.student)[0]).flatten(0, -2) for reading in readings]
+                [chosen(_language(inputs.student)[0]).flatten(0, -2) for inputs in all_inputs]
             ),
             None if taught is None else taught.flatten(0, -2).repeat(count, 1),
             labels.repeat(count),
@@ -299,11 +299,11 @@ class LanguageModelTargets(TermGroup):
             None if kept is None else kept._make(p.flatten(0, -2).repeat(count, 1) for p in kept),
         )
 
-    def _hard_weight(self, reading: LossInputs) -> float | Tensor:
+    def _hard_weight(self, inputs: LossInputs) -> float | Tensor:
         """Return the weight as a tensor: the number 0 would remove the term from the report."""
         if not self.hard:
             return 0.0
-        return reading.per_unit[self.unit].new_full((), reading.weights[self.hard_name])
+        return inputs.per_unit[self.unit].new_full((), inputs.weights[self.hard_name])
 
 
 class TargetRows(NamedTuple):
@@ -316,7 +316,7 @@ class TargetRows(NamedTuple):
     kept: TopK | Draws | None = None
 
 
-def _language(knowledge: Knowledge) -> tuple[Tensor, Head]:
+def _language(knowledge: Outputs) -> tuple[Tensor, Head]:
     if knowledge.hidden is None or knowledge.head is None:
         raise TypeError("a loss on (hidden, head) received a classifier, which has logits")
     return knowledge.hidden, knowledge.head
@@ -383,12 +383,12 @@ class ClassTargets(TermGroup):
         if hard is not None:
             self.units[_HARD] = _unit_of_labels(hard)
 
-    def forward(self, reading: LossInputs) -> Evaluated:
+    def forward(self, inputs: LossInputs) -> Evaluated:
         """Return nats (times T² for the soft terms), summed over rows."""
-        soft = [term for term in self.soft if term.loss not in reading.left_out]
-        has_labels = self.hard is not None and _HARD not in reading.left_out
-        per_unit, batch = reading.per_unit, reading.batch
-        student, taught = _logits(reading.student), _logits(reading.taught) if soft else None
+        soft = [term for term in self.soft if term.loss not in inputs.left_out]
+        has_labels = self.hard is not None and _HARD not in inputs.left_out
+        per_unit, batch = inputs.per_unit, inputs.batch
+        student, taught = _logits(inputs.student), _logits(inputs.taught) if soft else None
         labels, valid, classes = batch.labels, batch.valid.any(dim=1), 1
         if batch.multi_label:
             classes = labels.shape[1]
@@ -400,12 +400,12 @@ class ClassTargets(TermGroup):
             student,
             taught,
             labels if has_labels else None,
-            **divergence_options(soft, reading.weights),
+            **divergence_options(soft, inputs.weights),
             kd_weight=per_unit["examples"],
-            ce_weight=reading.weights[_HARD] * per_unit[self.units[_HARD]] if has_labels else 0.0,
+            ce_weight=inputs.weights[_HARD] * per_unit[self.units[_HARD]] if has_labels else 0.0,
             ignore_index=IGNORE,
             valid=valid if soft else None,
-            impl=reading.kernels,
+            impl=inputs.kernels,
         )
         sums = {term.loss: out.divergence_sums[index] for index, term in enumerate(soft)}
         if soft:
@@ -437,12 +437,12 @@ class WeightedClasses(TermGroup):
         self.class_weights = None if weights is None else tuple(weights.values())
         self._on_device: Tensor | None = None
 
-    def forward(self, reading: LossInputs) -> Evaluated:
+    def forward(self, inputs: LossInputs) -> Evaluated:
         """Return the sum over labelled rows, in nats.
 
         A row has the value (1 - s)·w[y]·-log p[y] + s/C·sum of w[c]·-log p[c].
         """
-        logits, labels = _logits(reading.student), reading.batch.labels
+        logits, labels = _logits(inputs.student), inputs.batch.labels
         if self.class_weights is not None and self._on_device is None:
             # [C] fp32, not a buffer: DeepSpeed would round a buffer to the model's dtype.
             self._on_device = torch.tensor(self.class_weights, device=logits.device)
@@ -456,7 +456,7 @@ class WeightedClasses(TermGroup):
             ignore_index=IGNORE,
             reduction="sum",
         )
-        return self.of_one_term(reading, total)
+        return self.of_one_term(inputs, total)
 
 
 class RegressionScores(TermGroup):
@@ -467,18 +467,18 @@ class RegressionScores(TermGroup):
         self.needs_teacher = isinstance(term, SoftTargetMse)
         self.units = {term.loss: "examples" if self.needs_teacher else "targets"}
 
-    def forward(self, reading: LossInputs) -> Evaluated:
+    def forward(self, inputs: LossInputs) -> Evaluated:
         """Return the squared error, summed over labelled rows or, with a teacher, valid rows."""
-        scores = _logits(reading.student).float().squeeze(-1)
+        scores = _logits(inputs.student).float().squeeze(-1)
         if self.needs_teacher:
-            target = _logits(reading.taught).float().squeeze(-1)
-            counts = reading.batch.valid.any(dim=1)
+            target = _logits(inputs.taught).float().squeeze(-1)
+            counts = inputs.batch.valid.any(dim=1)
         else:
-            target = reading.batch.labels.float()
+            target = inputs.batch.labels.float()
             counts = has_label(target)
         # Masked before the square: the gradient of the square at NaN is NaN, even times 0.
         error = (scores - target).where(counts, torch.zeros_like(scores))
-        return self.of_one_term(reading, error.square().sum())
+        return self.of_one_term(inputs, error.square().sum())
 
 
 def class_groups(
@@ -499,7 +499,7 @@ def _unit_of_labels(term: HardCrossEntropy) -> Unit:
     return "examples" if term.count == "rows" else "targets"
 
 
-def _logits(knowledge: Knowledge) -> Tensor:
+def _logits(knowledge: Outputs) -> Tensor:
     if knowledge.logits is None:
         raise TypeError("a loss on logits received a language model, which has (hidden, head)")
     return knowledge.logits

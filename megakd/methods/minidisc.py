@@ -35,7 +35,7 @@ from megakd.methods.assistants import (
 )
 from megakd.stage import Scores, Stage, StageResult, Strategy, Verdict
 from megakd.training.lab import Lab, Model
-from megakd.training.ranking import Metric, MetricJudge
+from megakd.training.metrics import Metric, MetricJudge
 from megakd.training.record import Row
 
 if TYPE_CHECKING:

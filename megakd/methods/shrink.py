@@ -106,8 +106,8 @@ def run(config: ShrinkConfig, lab: Lab) -> StageResult:
     teacher = lab.teacher()
     start = lab.model(teacher)
     is_like = has_like_layers(start)
-    if start.uncut is not None:
-        logger.info("shrink: whole layers alone are left out: %s", start.uncut)
+    if start.why_fixed is not None:
+        logger.info("shrink: whole layers alone are left out: %s", start.why_fixed)
     elif not is_like or (shape.heads, shape.neurons) != (
         start.units.heads[0],
         start.units.neurons[0],
@@ -339,7 +339,7 @@ def shapes_of(config: ShrinkConfig, lab: Lab, model: Model) -> Shapes:
     already, layers stay as they are.
     """
     depth = model.depth
-    if model.uncut is not None:
+    if model.why_fixed is not None:
         return Shapes(depth=depth, heads=(0,), neurons=(0,))
     units = model.units.heads[:depth], model.units.neurons[:depth]
     heads, neurons = map(max, units)

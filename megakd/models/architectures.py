@@ -182,11 +182,11 @@ class Architecture:
         """Return the reason why no units can be cut; None: some can."""
         found = self.found_units(config)
         heads, neurons = found.heads, found.neurons
-        if heads.uncut is None or neurons.uncut is None:
+        if heads.why_fixed is None or neurons.why_fixed is None:
             return None
-        if heads.uncut == neurons.uncut:
-            return heads.uncut
-        return f"of its heads, {heads.uncut}, and of its neurons, {neurons.uncut}"
+        if heads.why_fixed == neurons.why_fixed:
+            return heads.why_fixed
+        return f"of its heads, {heads.why_fixed}, and of its neurons, {neurons.why_fixed}"
 
     def units(self, config: PretrainedConfig) -> View:
         """Return the numbers of units of a config's model; layers have 0 of those that stay.
@@ -206,7 +206,7 @@ class Architecture:
     def prunable(self, config: PretrainedConfig) -> View:
         """Return the units; `head_width` is set if columns of heads can be cut one by one."""
         found = self.found_units(config)
-        is_cut = found.rigid is None and found.heads.columns
+        is_cut = found.rigid is None and found.heads.can_lose_columns
         return self.units(config)._replace(head_width=self.heads(config).width if is_cut else None)
 
     def of_the_task(self, name: str) -> bool:

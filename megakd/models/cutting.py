@@ -35,7 +35,7 @@ from megakd.models.fitting import (
     valueless_model,
 )
 from megakd.models.layers import RemainingLayers, check_depth, without_layers
-from megakd.models.lora import adapter_config, merged_state
+from megakd.models.lora import merged_state
 from megakd.models.model_folder import Extra, ModelContent, fill_serving_folder, write_model_folder
 from megakd.models.proposed_units import Cuttable, are_of_maps, cut_part
 from megakd.models.second_vocabulary import FILE, SECOND, without_second_vocabulary
@@ -151,7 +151,7 @@ def content_of(
     whole, state = model.config, gathered_state(model)
     if cut is None or cut.view is None:
         extra: dict[str, Any] = {}
-        if adapter_config(model) is not None:
+        if hasattr(model, "peft_config"):
             state, files = merged_state(model)
             extra |= files
         if hasattr(model, SECOND):
@@ -289,8 +289,8 @@ def _check_narrow(
 ) -> None:
     """Raise if the class that is stored with a cut model does not compute its layers."""
     empty = any(u is not None and not n for u, n in zip(before.layers, counts, strict=True))
-    is_narrow = before.is_narrow and are_of_maps(before.layers)
-    if not any(before.layers) or (is_narrow and (before.to_zero or not empty)):
+    layers_run_narrow = before.layers_run_narrow and are_of_maps(before.layers)
+    if not any(before.layers) or (layers_run_narrow and (before.can_lose_all or not empty)):
         return
     raise ModelError(
         f"a {config.model_type} model cannot keep {tuple(counts)} {kind} in its layers: {why}; "

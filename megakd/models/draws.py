@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megakd.data.batch import Batch, TopK
-from megakd.models.knowledge import LanguageModelHead, Needs, read_knowledge
+from megakd.models.outputs import LanguageModelHead, Needs, read_outputs
 
 if TYPE_CHECKING:
     pass
@@ -100,7 +100,7 @@ def _of_logits(
     *,
     room: int = 1,
 ) -> Iterator[Tensor]:
-    knowledge = read_knowledge(model, batch, Needs())
+    knowledge = read_outputs(model, batch, Needs())
     if knowledge.hidden is None:
         raise TypeError("a language model was read without its hidden states")
     head = LanguageModelHead(model)

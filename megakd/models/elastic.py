@@ -387,7 +387,7 @@ class ElasticHeads(ElasticModule):
 
     @property
     def attention_head_size(self) -> int:
-        """The number of columns of each head, which may lose some (`Cuttable.columns`)."""
+        """The number of columns of each head, which may lose some (`Cuttable.can_lose_columns`)."""
         cut, (axis, *_) = self.elasticity.views.current, self.elasticity.axes["heads"]
         if cut is None or axis is None:
             return vars(self)["attention_head_size"]
@@ -529,7 +529,7 @@ class Elastic:
         table = weight_axes(model)
         found = architecture.found_units(model.config)
         # Modules between the maps of these units do not take fewer of them.
-        filling: set[Kind] = {kind for kind in KINDS if not getattr(found, kind).is_narrow}
+        filling: set[Kind] = {kind for kind in KINDS if not getattr(found, kind).layers_run_narrow}
         needing_heads = self._prepare_attentions(model, architecture, table)
         for path, module in model.named_modules():
             # In a cut model, a weight without elements is a buffer.
@@ -562,8 +562,8 @@ class Elastic:
             core = model.get_submodule(f"{owner}.{units.core}".removesuffix("."))
             needs_heads = not getattr(core, "handles_no_heads", False)
             needing |= {*makers} if needs_heads else set()
-            is_split = found.heads.is_narrow and hasattr(core, "split_size")
-            if is_split or found.heads.columns:
+            is_split = found.heads.layers_run_narrow and hasattr(core, "split_size")
+            if is_split or found.heads.can_lose_columns:
                 axes = table[f"{makers[0]}.weight"]
                 heads = tuple(axis for axis in axes if axis is not None and axis.kind == "heads")
                 elasticity = Elasticity(self._views, {"heads": heads}, needs_heads=needs_heads)

@@ -22,8 +22,8 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from megakd.config.sections import TeacherConfig
-from megakd.config.task import AUTO, LANGUAGE_TASKS, TaskConfig
+from megakd.config.sections import StudentConfig, TeacherConfig
+from megakd.config.task import AUTO, FP8, LANGUAGE_TASKS, TaskConfig
 from megakd.config.terms import Heads
 from megakd.engine.sharding import sharded_construction
 from megakd.errors import ModelError, one_line
@@ -96,7 +96,7 @@ class ModelSource:
         return self.architecture.prunable(self.config)
 
     @property
-    def uncut(self) -> str | None:
+    def why_fixed(self) -> str | None:
         """Why only whole layers of the model can be left out; None: units can be cut too."""
         return self.architecture.why_uncut(self.config)
 
@@ -107,7 +107,7 @@ class ModelSource:
     @property
     def whole(self) -> View:
         """The view of the whole model; without heads and neurons if these are not cut."""
-        return self.architecture.units(self.config) if self.uncut is None else View((), ())
+        return self.architecture.units(self.config) if self.why_fixed is None else View((), ())
 
     @property
     def quantization(self) -> str | None:
@@ -529,3 +529,9 @@ def _finetune(where: str) -> str:
 def listed(names: Sequence[str], most: int = 5) -> str:
     """Return the first names as text for a message."""
     return ", ".join(names[:most]) + (", …" if len(names) > most else "")
+
+
+def specified(source: ModelSource, spec: TeacherConfig | StudentConfig) -> ModelSource:
+    """Return a model with the attention and, of a teacher, the 8 bits that its section asks for."""
+    has_fp8 = isinstance(spec, TeacherConfig) and spec.dtype == FP8
+    return replace(source, attn_implementation=spec.attn_implementation, fp8=has_fp8)

@@ -10,6 +10,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -17,11 +18,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from megakd.config.run import RunConfig
+from megakd.config.sections import KeptLayers
 from megakd.config.task import TaskType
 from megakd.engine.sharding import full_shape, sharded_construction
 from megakd.errors import ModelError, one_line
 from megakd.models.architectures import Architecture, Known, config_with_layers
-from megakd.models.fitting import ModelSource, as_in_model
+from megakd.models.fitting import ModelSource, as_in_model, specified
 from megakd.models.small_copy import (
     TOKENS,
     copy_that_runs,
@@ -427,3 +430,15 @@ class RemainingLayers:
                     renamed,
                     tensor.index_select(dimension, torch.tensor(places, device=tensor.device)),
                 )
+
+
+def as_student(
+    source: ModelSource, config: RunConfig, scores: Sequence[float] | None = None
+) -> ModelSource:
+    """Return the model that the student starts as, with the layers that the student keeps."""
+    student = specified(replace(source, where="student.model"), config.student)
+    layers = config.student.layers
+    wanted = layers.keep if isinstance(layers, KeptLayers) else layers
+    if wanted is None:
+        return student
+    return with_layers(student, wanted, where="student.layers", scores=scores)

@@ -24,11 +24,11 @@ import transformers
 from huggingface_hub import snapshot_download
 from transformers import CONFIG_MAPPING
 
-from megakd.config.paths import in_home
+from megakd.config.paths import expand_path
 from megakd.config.sections import ScratchModel
 from megakd.config.task import LANGUAGE_TASKS, TaskConfig
 from megakd.data.hub import silent_hub
-from megakd.engine.collectives import gather, node_name, together
+from megakd.engine.collectives import gather, node_name, raise_on_all
 from megakd.engine.sharding import (
     is_first_rank,
     is_sharded,
@@ -60,6 +60,7 @@ from megakd.models.fitting import (
 )
 from megakd.models.modeling.modeling_t5 import EncT5Config, T5EncoderConfig
 from megakd.models.quantized import (
+    Fp8Linear,
     check_quantized,
     gguf_config,
     gguf_file,
@@ -141,7 +142,7 @@ def resolve_model(
         return _scratch_source(spec.config, task, where, architecture)
     patterns = HUB_FILES if with_weights else (CONFIG,)
     folder = _folder_of(spec, where, [*patterns, *(["*.py"] if trust_remote_code else [])])
-    file = gguf_file(folder, where)
+    file = gguf_file(folder, where) if _has_gguf(folder) else None
     if file is not None:
         config = _checked_config(partial(gguf_config, file, task, where), f"{where}: {file}")
         _built_as(config.model_type, architecture, where)
@@ -208,7 +209,8 @@ def check_model(
             "supported as a teacher without finetune only, because training would need a loss that "
             "balances the experts; use a dense model"
         )
-    check_quantized(source, None, is_frozen=need_head)
+    if source.quantization is not None:
+        check_quantized(source, None, is_frozen=need_head)
     source = with_vocabulary(source, tokenizer_size)
     plan_loading(source, task, label_names, tokenizer_size=tokenizer_size, need_head=need_head)
 
@@ -253,7 +255,7 @@ def load_model(  # noqa: PLR0913  (each is another fact about the run)
         keep_in_fp32(model, dtype, is_frozen=need_head)
         if source.fp8 and need_head:
             pack_linears(model, source, match.missing)
-    _fill(model, match, source.where)
+    _fill(model, match, source.where, packed_linears(model) if source.fp8 else {})
     parameters = dict(model.named_parameters())
     initialize_parameters(model, [parameters[name] for name in match.missing], seed=seed)
     whole = [name for name, parameter in parameters.items() if not hasattr(parameter, "ds_id")]
@@ -288,7 +290,7 @@ def load_finished(
         ModelError: the folder is damaged or incomplete, its config cannot be read, its class does
             not exist, or it is quantised.
     """
-    if gguf_file(folder, where) is not None:
+    if _has_gguf(folder) and gguf_file(folder, where) is not None:
         raise ModelError(f"{where}: {folder} is a GGUF file; give the model in fp32, bf16 or fp16")
     check_given(folder, where)
     register_own_models()
@@ -465,7 +467,7 @@ def _source(
 
 
 def _folder_of(spec: str, where: str, patterns: Sequence[str]) -> Path:
-    path = in_home(spec)
+    path = expand_path(spec)
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.exists():
@@ -513,7 +515,9 @@ def _read_config(folder: Path, where: str, *, trust_remote_code: bool, hint: str
     return keys
 
 
-def _fill(model: PreTrainedModel, match: Match, where: str) -> None:
+def _fill(
+    model: PreTrainedModel, match: Match, where: str, packed: Mapping[str, Fp8Linear]
+) -> None:
     """Copy the stored tensors into the model in disk order; each rank reads its own part.
 
     Raise if a node has other weights in its files than the node of rank 0.
@@ -521,7 +525,7 @@ def _fill(model: PreTrainedModel, match: Match, where: str) -> None:
     tensors, reader = model.state_dict(keep_vars=True), WeightReader(where)
     if is_sharded(model):
         stored = [tensor for _, tensor in match.in_disk_order()]
-        samples = gather((together(lambda: reader.sample(stored)), node_name()))
+        samples = gather((raise_on_all(lambda: reader.sample(stored)), node_name()))
         other = next((rank for rank, one in enumerate(samples) if one[0] != samples[0][0]), None)
         if other is not None:
             raise ModelError(
@@ -529,10 +533,13 @@ def _fill(model: PreTrainedModel, match: Match, where: str) -> None:
                 f"{samples[other][1]} than for rank 0 on {samples[0][1]}; give all nodes the same "
                 "files"
             )
-    packed = packed_linears(model)
     for name, tensor in match.in_disk_order():
         fill = packed[name].fill if name in packed else partial(set_values, tensors[name])
         fill(partial(reader.part, tensor))
+
+
+def _has_gguf(path: Path) -> bool:
+    return path.suffix == ".gguf" or any(path.glob("*.gguf"))
 
 
 def _log_match(source: ModelSource, match: Match, task: TaskConfig) -> None:

@@ -246,10 +246,7 @@ def _peft_name(name: str) -> str:
     return f"base_model.model.{name}".replace(f".{_NAME}.weight", ".weight")
 
 
-def adapter_parameters(folder: Path) -> int | None:
-    """Return how many weights the adapters of a model's folder have; None without adapters."""
-    file = folder / WEIGHTS
-    if not file.is_file():
-        return None
-    stored = stored_tensors(file, str(folder)).values()
+def adapter_parameters(folder: Path) -> int:
+    """Return how many weights the adapters beside a model have."""
+    stored = stored_tensors(folder / WEIGHTS, str(folder)).values()
     return sum(torch.Size(tensor.shape).numel() for tensor in stored)

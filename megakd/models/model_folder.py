@@ -36,7 +36,7 @@ from megakd.models.architectures import (
     register_own_models,
 )
 from megakd.models.end_tokens import generation_of
-from megakd.models.modeling.modeling_cut import narrow_class
+from megakd.models.modeling import modeling_cut
 from megakd.models.weights import (
     SAFETENSORS,
     SAFETENSORS_INDEX,
@@ -128,14 +128,14 @@ def fill_serving_folder(
             for auto in (AutoModel, *AUTO_CLASSES.values())
         }
         config.auto_map = {
-            name: f"{file.stem}.{(narrow_class(cls) if is_narrow else cls).__name__}"
+            name: f"{file.stem}.{(modeling_cut.narrow_class(cls) if is_narrow else cls).__name__}"
             for name, cls in {**classes, "AutoConfig": type(config)}.items()
             if isinstance(cls, type)
         }
     # save_pretrained refuses the generation keys that older configs on the Hub carry.
     keys = json.loads(config.to_json_string())
     if is_narrow:  # transformers 4 has no class of it
-        keys["model_type"] = narrow_class(type(config)).model_type
+        keys["model_type"] = modeling_cut.narrow_class(type(config)).model_type
     else:
         keys |= rotary_keys_of_4(keys)
     write_json(folder / CONFIG, keys)

@@ -289,8 +289,6 @@ def inputs_of_documents(model: nn.Module, batch: Batch) -> dict[str, Any]:
     Rows of a model that cannot keep documents apart have one document each, padded on the right.
     """
     inputs, config = dict(batch.inputs), model.config
-    if "position_ids" not in inputs:
-        return inputs
     name: str = config._attn_implementation or ""  # type: ignore[union-attr, operator]  # noqa: SLF001
     packing = packing_of(config, name)  # type: ignore[arg-type]
     if packing == "apart":

@@ -65,20 +65,20 @@ class Cuttable(NamedTuple):
     keys: of the config, whose numbers shrink with the units; none: no config states fewer.
     stated: units of a layer that these keys state; None: as many as there are.
     head_width: key of the config that then states the width of heads; None: none has to.
-    is_narrow: the modules between the maps take fewer units as they are; else they take zeros.
-    to_zero: a layer of the class that is stored with a model can lose them all.
-    columns: the columns of a head can be cut one by one; rotary positions pair columns.
-    uncut: reason why no units can go; None: some can.
+    layers_run_narrow: the modules between the maps take fewer units as they are; else zeros.
+    can_lose_all: a layer of the class that is stored with a model can lose them all.
+    can_lose_columns: the columns of a head can be cut one by one; rotary positions pair columns.
+    why_fixed: reason why no units can go; None: some can.
     """
 
     layers: tuple[Units | None, ...] = ()
     keys: tuple[str, ...] = ()
     stated: int | None = None
     head_width: str | None = None
-    is_narrow: bool = False
-    to_zero: bool = False
-    columns: bool = False
-    uncut: str | None = None
+    layers_run_narrow: bool = False
+    can_lose_all: bool = False
+    can_lose_columns: bool = False
+    why_fixed: str | None = None
 
     def fewer(self, counts: Sequence[int], width: int | None = None) -> Cuttable:
         """Return the units of layers that keep some, see `Units.fewer`; None: whole heads."""
@@ -396,7 +396,7 @@ def _of_units(found: FoundUnits) -> Iterator[tuple[str, int, Axis]]:
                 if len({*blocks}) == 1:
                     is_score = name.startswith(tuple(f"{path}." for path in units.makers[:2]))
                     columns: Columns = "queries" if is_score else "values"
-                    inside = columns if cuttable.columns else None
+                    inside = columns if cuttable.can_lose_columns else None
                     axis = Axis(kind, number, blocks[0], len(blocks), inside)
                 else:
                     axis = Axis(kind, number, sum(blocks), blocks=blocks)

@@ -89,7 +89,7 @@ def find_units(config: Any, architecture: Architecture, task: TaskType) -> Found
         if architecture.blocks is not None:
             shared = "all its layers share their weights"
             reason = shared if architecture.repeats else "its lists have parts of layers"
-        return FoundUnits(Cuttable(uncut=reason), Cuttable(uncut=reason), "", rigid=reason)
+        return FoundUnits(Cuttable(why_fixed=reason), Cuttable(why_fixed=reason), "", rigid=reason)
     narrow = narrow_maps(config)
     if narrow is not None:
         return FoundUnits.from_keys(narrow)
@@ -101,7 +101,9 @@ def find_units(config: Any, architecture: Architecture, task: TaskType) -> Found
     found, failed = in_copy(config, architecture, OF_COPIES.answer)
     if found is None:
         reason = f"no small copy of it runs, which decides ({failed})"
-        found = FoundUnits(Cuttable(uncut=reason), Cuttable(uncut=reason), blocks, rigid=reason)
+        found = FoundUnits(
+            Cuttable(why_fixed=reason), Cuttable(why_fixed=reason), blocks, rigid=reason
+        )
     kinds = dict[str, Cuttable]()
     for kind, decided in zip(KINDS, (found.heads, found.neurons), strict=True):
         forms = [decided.layers[first] if decided.layers else None for first in firsts]
@@ -141,8 +143,8 @@ def _units_of_t5(config: Any, architecture: Architecture, task: TaskType) -> Fou
             units = Units(total, tuple(makers), output, core, width, parts, "one")
             layers[is_attention].append(units)
     found = FoundUnits(
-        Cuttable(tuple(layers[True]), is_narrow=True, to_zero=True),
-        Cuttable(tuple(layers[False]), is_narrow=True, to_zero=True),
+        Cuttable(tuple(layers[True]), layers_run_narrow=True, can_lose_all=True),
+        Cuttable(tuple(layers[False]), layers_run_narrow=True, can_lose_all=True),
         f"{architecture.backbone}.{architecture.blocks}",
         {"heads": more * 2, "neurons": more},
     )
@@ -172,15 +174,15 @@ def units_of(config: PretrainedConfig, architecture: Architecture) -> FoundUnits
 
 def _as_in(config: Any, task: TaskType, blocks: str, kind: Kind, decided: Cuttable) -> Cuttable:
     """Return the units of a model as it has them; the reason if it differs from a small copy."""
-    uncut = decided.uncut
-    if uncut is None and not any(decided.layers):
-        uncut = f"its layers have no {kind} by shape and name, unlike those of a small copy"
+    why_fixed = decided.why_fixed
+    if why_fixed is None and not any(decided.layers):
+        why_fixed = f"its layers have no {kind} by shape and name, unlike those of a small copy"
     elif decided.keys and not _states_shapes(config, task, blocks, decided):
         decided = decided._replace(keys=())
-        if not (decided.is_narrow and are_of_maps(decided.layers)):
-            uncut = f"its config does not state fewer {kind}, unlike that of a small copy"
-    layers = decided.layers if uncut is None else (None,) * len(decided.layers)
-    return decided._replace(layers=layers, uncut=uncut)
+        if not (decided.layers_run_narrow and are_of_maps(decided.layers)):
+            why_fixed = f"its config does not state fewer {kind}, unlike that of a small copy"
+    layers = decided.layers if why_fixed is None else (None,) * len(decided.layers)
+    return decided._replace(layers=layers, why_fixed=why_fixed)
 
 
 def _states_shapes(config: Any, task: TaskType, blocks: str, stated: Cuttable) -> bool:
@@ -233,7 +235,7 @@ OF_COPIES = Known(_decided_by_copy, without=())
 def decide(copied: SmallCopy, kind: Kind) -> Cuttable:
     """Return which units of a small copy can go, and the keys of its config that state it."""
     if kind == "neurons" and experts_in(copied.model) is not None:
-        return Cuttable(uncut=ROUTES_TOKENS)
+        return Cuttable(why_fixed=ROUTES_TOKENS)
     readings: dict[str, dict[int, list[Units]]] = {}
     for number, layer in enumerate(copied.layers):
         proposed = PROPOSALS[kind](layer, copied.config)
@@ -241,13 +243,13 @@ def decide(copied: SmallCopy, kind: Kind) -> Cuttable:
             readings.setdefault(signature_of(layer), {})[number] = proposed
     if not readings:
         parts = {"heads": "attention", "neurons": "feed-forward"}[kind]
-        return Cuttable(uncut=f"no layer has the maps of one {parts} by shape and name")
+        return Cuttable(why_fixed=f"no layer has the maps of one {parts} by shape and name")
     holding, failed = _holding(copied, kind, readings)
     every = {number: units for layers in holding for number, units in layers.items()}
-    last = Cuttable(uncut=failed)
+    last = Cuttable(why_fixed=failed)
     for layers in [every, *(holding if len(holding) > 1 else ())] if holding else ():
         last = _stated(copied, kind, copied.of_layers(kind, layers))
-        if last.uncut is None:
+        if last.why_fixed is None:
             return last
     return last
 
@@ -273,15 +275,18 @@ def _holding(
 def _stated(copied: SmallCopy, kind: Kind, found: FoundUnits) -> Cuttable:
     shown, cut = found.heads if kind == "heads" else found.neurons, _halved(found)
     known = [units for units in shown.layers if units is not None]
-    is_narrow, of_maps = _tried(lambda: copied.is_narrow(found, cut)), are_of_maps(known)
-    if is_narrow and of_maps:
+    layers_run_narrow, of_maps = (
+        _tried(lambda: copied.layers_run_narrow(found, cut)),
+        are_of_maps(known),
+    )
+    if layers_run_narrow and of_maps:
         first = copied.of_layers(kind, {shown.layers.index(known[0]): known[0]})
         none = (0,) * len(shown.layers)
         nothing = Cut(None, View(none, none))
         is_exact = kind == "neurons" or _tried(lambda: copied.is_exact_as_narrow(first, nothing))
         columns = kind == "heads" and copied.has_columns(found)
-        shown = shown._replace(to_zero=bool(is_exact), columns=columns)
-    shown = shown._replace(is_narrow=bool(is_narrow))
+        shown = shown._replace(can_lose_all=bool(is_exact), can_lose_columns=columns)
+    shown = shown._replace(layers_run_narrow=bool(layers_run_narrow))
     for keys, head_width in candidates(copied.config, kind, known[0]):
         stated = shown._replace(keys=keys, head_width=head_width)
         config = partial(with_units, copied.config, stated, known[0], known[0].total // 2)
@@ -290,11 +295,11 @@ def _stated(copied: SmallCopy, kind: Kind, found: FoundUnits) -> Cuttable:
             return stated
         if holds is not None:
             what = f"a model of its class without some of its {kind} computes something else"
-            return Cuttable(uncut=what)
-    if is_narrow and of_maps:  # for a class that is stored with the model
+            return Cuttable(why_fixed=what)
+    if layers_run_narrow and of_maps:  # for a class that is stored with the model
         return shown
     more = ", and takes their width from that of the hidden states" if kind == "heads" else ""
-    return Cuttable(uncut=f"no key of its config states fewer {kind} alone{more}")
+    return Cuttable(why_fixed=f"no key of its config states fewer {kind} alone{more}")
 
 
 def decide_width(copied: SmallCopy, found: FoundUnits) -> FoundUnits:
@@ -553,7 +558,7 @@ class SmallCopy:
         setattr(config, NARROW, found._replace(heads=heads, neurons=neurons).as_keys())
         return self.is_exact(found, cut, config)
 
-    def is_narrow(self, found: FoundUnits, cut: Cut) -> bool:
+    def layers_run_narrow(self, found: FoundUnits, cut: Cut) -> bool:
         """Return whether the layers themselves compute with fewer rows of their weights."""
         layers = [units for kind in KINDS for units in found.parts_with(kind)]
         paths = {f"{o}.{name}".rpartition(".")[0] for _, o, units in layers for name in units.parts}
@@ -584,7 +589,9 @@ class SmallCopy:
         )
         scores, values = (tuple((_turned(width, by),) * n for n in counts) for by in (1, 2))
         order = UnitOrder(tuple(tuple(range(n)) for n in counts), (), None, scores, values)
-        return self.is_unmoved(found._replace(heads=found.heads._replace(columns=True)), order)
+        return self.is_unmoved(
+            found._replace(heads=found.heads._replace(can_lose_columns=True)), order
+        )
 
     def widths(self, found: FoundUnits) -> Iterator[dict[str, tuple[int, ...]]]:
         """Yield readings of the dimensions of weights that are as long as hidden states are wide.

@@ -30,7 +30,7 @@ def print_aside(*, when: bool = True) -> Iterator[None]:
         os.close(saved)
 
 
-def tell(text: str) -> None:
+def print_out(text: str) -> None:
     """Print a text; end quietly if the program that reads it has ended, as `head` does."""
     try:
         sys.stdout.write(text if text.endswith("\n") else f"{text}\n")

@@ -36,8 +36,8 @@ from megakd.reports.plan_phases import Phase, PlannedWork, planned_phases, plann
 from megakd.reports.plan_tracing import Device, PhaseTraces, Trace, planned_dtype
 from megakd.stage import Stage
 from megakd.training.facts import RunFacts
+from megakd.training.learners import learner_ds
 from megakd.training.precision import TORCH_DTYPE, largest_step, training_dtype
-from megakd.training.recipes import learner_ds
 
 GIGA = 10**9
 MOMENTS = {"adamw": 2, "sgd": 0}
@@ -253,7 +253,7 @@ class PhasePlan(Ledger):
         largest = learner.largest * learner.itemsize
         written = min(learner.numel * learner.itemsize, SHARD_BYTES + largest)
         self.look("writing the model", learner.held("weights", written, "host"))
-        if stage.goes_on:  # rank 0 gathers the training state for the next window
+        if stage.has_next_window:  # rank 0 gathers the training state for the next window
             state = min(learner.numel * FP32 * (1 + MOMENTS[train.optim]), SHARD_BYTES)
             state += learner.largest * FP32
             state /= learner.itemsize

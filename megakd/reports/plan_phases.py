@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from megakd.config.deepspeed import frozen_on, load_ds_config
-from megakd.config.paths import in_home
+from megakd.config.paths import expand_path
 from megakd.config.run import RunConfig
 from megakd.config.sections import TeacherConfig, TrainConfig, learning_rate_schedule
 from megakd.config.task import AUTO, LANGUAGE_TASKS, STUDENT, TaskConfig, TokenizerConfig
@@ -26,13 +26,12 @@ from megakd.models.quantized import check_quantized
 from megakd.models.views import View
 from megakd.stage import Stage, StageResult
 from megakd.training.allocation import BATCH_ROWS, SortedTeacher
-from megakd.training.assembly import Assembly
+from megakd.training.assembly import Assembly, scoring_preset
 from megakd.training.evaluation import FEW, probe_for
 from megakd.training.facts import RunFacts, shape_of_cut, unscored
 from megakd.training.inputs import RunInputs, UnencodedInputs, resolve, with_student
 from megakd.training.lab import Lab, baseline_stage
 from megakd.training.learners import learning_models
-from megakd.training.recipes import scoring_preset
 from megakd.training.record import MethodRecord
 
 _TRAINED_VOCABULARY = 8000
@@ -98,7 +97,7 @@ def planned_sources(config: RunConfig) -> dict[str, ModelSource]:
 def _vocabulary(task: TaskConfig, sources: Mapping[str, ModelSource]) -> int:
     if isinstance(task.tokenizer, TokenizerConfig):
         return task.tokenizer.vocab_size
-    counted = _counted(in_home(task.tokenizer)) if task.tokenizer else None
+    counted = _counted(expand_path(task.tokenizer)) if task.tokenizer else None
     known = [s.config.vocab_size for s in sources.values() if not s.wants_vocabulary]
     return counted or (known[0] if known else _TRAINED_VOCABULARY)
 
@@ -276,7 +275,7 @@ def check_method(prepared: RunInputs, ranks: Ranks) -> None:
     """Check the method, its stages and the baselines, so that errors appear now and not later."""
     config, world = prepared.config, ranks.world_size
     for name, spec in config.teacher_specs.items():
-        if name in prepared.sources:
+        if name in prepared.sources and prepared.sources[name].quantization is not None:
             ds = frozen_on(world, load_ds_config(spec.deepspeed, where="teacher.deepspeed"))
             check_quantized(prepared.sources[name], ds, is_frozen=spec.finetune is None)
     facts = RunFacts(config, prepared.sources, world=world, inputs=prepared)

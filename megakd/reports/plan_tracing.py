@@ -29,14 +29,14 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from megakd.config.run import RunConfig
 from megakd.config.task import SOFT_LABELS, Dtype, FusedLayers
 from megakd.config.terms import Unit, source_of
-from megakd.data.batch import Batch, Documents, Knowledge, Targets, backward_groups, teacher_names
+from megakd.data.batch import Batch, Documents, Outputs, Targets, backward_groups, teacher_names
 from megakd.data.collation import DEFAULT_PROBABILITY
 from megakd.losses.bundle import StudentBundle, build_bundle
 from megakd.losses.objective import StageLosses, label_objective, stage_losses, with_even_weights
 from megakd.models.fitting import ModelSource, ReadyTeacher, build_empty
 from megakd.models.fused_layers import fused_forwards
-from megakd.models.knowledge import LanguageModelHead, Needs
 from megakd.models.lora import add_adapters
+from megakd.models.outputs import LanguageModelHead, Needs
 from megakd.models.packing import VARLEN, set_attention
 from megakd.models.second_vocabulary import SecondSize, build_second_vocabulary
 from megakd.reports.plan_phases import Phase
@@ -427,7 +427,7 @@ class PhaseTraces:
         knowledge = {name: next(split(answer, [batch])) for name, answer in answers.items()}
         if SOFT_LABELS in stage.teachers:
             of_rows = torch.empty(len(batch.valid), classes, device=batch.valid.device)
-            knowledge[SOFT_LABELS] = Knowledge(logits=of_rows)
+            knowledge[SOFT_LABELS] = Outputs(logits=of_rows)
         sizes = {name: _answer_bytes(answer) for name, answer in answers.items()}
         plans = [teacher_names(strategy.passes(number)) for number in range(_STEPS)]
         if config.method.routes_rows:  # a micro-batch has rows of one teacher
@@ -455,8 +455,8 @@ class PhaseTraces:
 
     def _asked(
         self, needs: Needs, batch: Batch, per_call: Mapping[str, int]
-    ) -> tuple[dict[str, Trace], dict[str, Knowledge]]:
-        teachers, knowledge = dict[str, Trace](), dict[str, Knowledge]()
+    ) -> tuple[dict[str, Trace], dict[str, Outputs]]:
+        teachers, knowledge = dict[str, Trace](), dict[str, Outputs]()
         for name, ready in self._phase.teachers.items():
             frozen = self._frozen(ready, needs)
             together = joined([batch] * per_call[name]) if per_call[name] > 1 else batch
@@ -466,7 +466,7 @@ class PhaseTraces:
         return teachers, knowledge
 
     def _learner(
-        self, stage: Stage, bundle: StudentBundle, batch: Batch, knowledge: Mapping[str, Knowledge]
+        self, stage: Stage, bundle: StudentBundle, batch: Batch, knowledge: Mapping[str, Outputs]
     ) -> list[Trace]:
         # Without values, no weights can be chosen by outputs.
         passes = [replace(one, weigh=None) for one in stage.strategy.passes(0)]
@@ -553,7 +553,7 @@ def _ones(bundle: StudentBundle) -> dict[Unit, torch.Tensor]:
     return dict.fromkeys(bundle.counters, torch.ones((), dtype=torch.long, device=VALUELESS))
 
 
-def _answer_bytes(answer: Knowledge) -> int:
+def _answer_bytes(answer: Outputs) -> int:
     attention = [part for vectors in answer.attention if vectors for part in vectors[:3]]
     tensors = (answer.logits, answer.hidden, *answer.hidden_states, *attention)
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)

@@ -15,7 +15,7 @@ import yaml
 from huggingface_hub import metadata_load, try_to_load_from_cache
 from transformers.utils.hub import CHAT_TEMPLATE_FILE
 
-from megakd.config.paths import in_home
+from megakd.config.paths import expand_path
 from megakd.config.run import RunConfig
 from megakd.config.task import (
     STANDARD_ERROR,
@@ -29,7 +29,7 @@ from megakd.config.task import (
 from megakd.models.model_folder import brings_code, hub_id, needs_5
 from megakd.process.seals import CARD
 from megakd.process.terminal import aligned_rows
-from megakd.training.ranking import lower_is_better
+from megakd.training.metrics import lower_is_better
 from megakd.training.record import Report
 
 Rows = list[list[str]]
@@ -407,7 +407,7 @@ def model_card(config: RunConfig, stage: Path, report: Report, command: str) -> 
 
 
 def _metadata(spec: str) -> Mapping[str, Any]:
-    cached = try_to_load_from_cache(spec, CARD) if hub_id(spec) else in_home(spec) / CARD
+    cached = try_to_load_from_cache(spec, CARD) if hub_id(spec) else expand_path(spec) / CARD
     try:
         return metadata_load(cached) or {} if isinstance(cached, str | Path) else {}
     except (OSError, ValueError, yaml.YAMLError):

@@ -25,11 +25,10 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 
-from megakd.config.file import config_tree, dump_config, places
-from megakd.config.paths import in_home
+from megakd.config.file import config_tree, dump_config, dump_yaml, places
+from megakd.config.paths import expand_path
 from megakd.config.run import RunConfig
 from megakd.config.task import TaskConfig
-from megakd.config.yaml_text import dump_yaml
 from megakd.data.files import hash_of_file
 from megakd.engine.distributed import Ranks
 from megakd.errors import CheckpointError
@@ -103,7 +102,7 @@ def run_facts(config: RunConfig, ranks: Ranks) -> Fingerprint:
     return json.loads(files.json_text(fields))
 
 
-def asked_of(config: RunConfig) -> Fingerprint:
+def growable_keys(config: RunConfig) -> Fingerprint:
     """Return the keys that a finished run may change to do more: lengths, times, `final/`."""
     fields = flatten(config_tree(config)).items()
     keys = (*_LENGTHS, "save.onnx", "save.dtype")
@@ -120,7 +119,7 @@ def _is_free(key: str) -> bool:
 
 def _files(key: str, place: str, task: TaskConfig) -> Iterator[tuple[str, str]]:
     """Yield size, time and content of the files of a place, or the revision of a Hub name."""
-    paths = [Path(path) for path in sorted(glob.glob(str(in_home(place)), recursive=True))]  # noqa: PTH207
+    paths = [Path(path) for path in sorted(glob.glob(str(expand_path(place)), recursive=True))]  # noqa: PTH207
     for path in paths:
         inside = path.glob("*") if key.endswith(".model") else path.rglob("*")
         for file in [path] if path.is_file() else sorted(inside):
@@ -205,7 +204,8 @@ HEADER = """\
 def finished_table(config: RunConfig, facts: Fingerprint) -> str | None:
     """Return the result table of a finished run, or None if a run has something to do.
 
-    A removed model is made again, and so is the report of a run that asks for more, see `asked_of`.
+    A removed model is made again, and so is the report of a run that asks for more (see
+    `growable_keys`).
 
     Raises:
         CheckpointError: the folder holds another run, or a model of it is damaged.
@@ -214,7 +214,7 @@ def finished_table(config: RunConfig, facts: Fingerprint) -> str | None:
     is_finished = (out / REPORT).is_file()
     check_identity(out, facts, is_finished=is_finished)
     record = read_record(out)
-    if not is_finished or record is None or record.get("published") != asked_of(config):
+    if not is_finished or record is None or record.get("published") != growable_keys(config):
         return None
     report = read_report(out / REPORT)
     final = out / FINAL
@@ -263,7 +263,7 @@ def publish(
     _copy(student, final, {CARD: card}, dtype=dtype, add=add_graph if has_graph else None)
     remove_graphs(out)
     files.write_text(out / CONFIG, dump_config(config))
-    published: dict[str, object] = {"student": student.name, "published": asked_of(config)}
+    published: dict[str, object] = {"student": student.name, "published": growable_keys(config)}
     published["dtype"] = str(dtype).removeprefix("torch.")
     files.write_json(out / RUN, {**(read_record(out) or {}), **published})
     _write_next_config(config, final)

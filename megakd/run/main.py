@@ -18,7 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from megakd.config.file import config_tree
 from megakd.config.run import RunConfig, SaveConfig
 from megakd.engine import distributed
-from megakd.engine.collectives import doing, gather, node_name, on_main, reports_lost_peer
+from megakd.engine.collectives import activity, gather, node_name, on_main, reports_lost_peer
 from megakd.engine.distributed import Ranks, check_nodes
 from megakd.engine.memory import earlier_objects_left_alone, keep_freed_memory
 from megakd.errors import ConfigError, first_line
@@ -102,7 +102,7 @@ def check_same_everywhere(config: RunConfig) -> None:
 def _run(config: RunConfig, command: str, ranks: Ranks) -> str:
     with closing(reporter_of(config, ranks)) as reporter:
         check_machines(config, ranks)
-        with phase("data"), doing("reading the data"):
+        with phase("data"), activity("reading the data"):
             prepared = checked_inputs(config, ranks)
         check_method(prepared, ranks)
         on_main(lambda: begin_run(config, ranks))

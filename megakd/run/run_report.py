@@ -26,11 +26,11 @@ from megakd.data.batch import IGNORE, has_label
 from megakd.data.loader import evaluation_batches, lengths_of_rows
 from megakd.data.rows import is_labelled
 from megakd.data.splits import read_line
-from megakd.engine.collectives import doing, on_main
+from megakd.engine.collectives import activity, on_main
 from megakd.engine.memory import device_name, forget_models, free_memory_bytes
 from megakd.models.fitting import parts_of
 from megakd.models.loading import load_finished
-from megakd.models.lora import adapter_parameters
+from megakd.models.lora import WEIGHTS, adapter_parameters
 from megakd.models.model_folder import weight_bytes
 from megakd.models.onnx import (
     MOST_IN_ONE_FILE,
@@ -156,7 +156,7 @@ def write_graphs(
 
     if not rows:
         return {}
-    with doing("writing ONNX graphs"):
+    with activity("writing ONNX graphs"):
         return on_main(write)
 
 
@@ -370,8 +370,9 @@ def _entries(
     metrics = of_model.pop("metrics")
     entries = {**of_model, **metrics}
     if folder is not None:
-        entries["bytes"], trained = weight_bytes(folder, stored_as), adapter_parameters(folder)
-        entries |= {} if trained is None else {"trained_parameters": trained}
+        entries["bytes"] = weight_bytes(folder, stored_as)
+        if (folder / WEIGHTS).is_file():
+            entries["trained_parameters"] = adapter_parameters(folder)
         mine = measured.predicted
         if mine and len(mine) == len(theirs):
             same = operator.eq if THRESHOLD in metrics else same_class
@@ -386,7 +387,7 @@ def _latency(
     if not lab.config.eval.latency or reference is None or teacher is None:
         return {"batches": []}
     folders = {reference: teacher, STUDENT: student}
-    with phase("latency"), doing("measuring latency"):
+    with phase("latency"), activity("measuring latency"):
         return on_main(lambda: _times(lab, folders, reference, graphs))
 
 

@@ -12,10 +12,10 @@ from typing import TypeVar
 import torch
 
 from megakd.config.task import STUDENT
-from megakd.engine.collectives import doing, main_first, on_main
+from megakd.engine.collectives import activity, main_first, on_main
 from megakd.engine.distributed import Ranks
 from megakd.errors import CheckpointError
-from megakd.models.fitting import ModelSource, ReadyTeacher, parts_of
+from megakd.models.fitting import ModelSource, ReadyTeacher, parts_of, specified
 from megakd.models.loading import resolve_model
 from megakd.models.views import View
 from megakd.reports.report_file import read_history, rising_teachers
@@ -37,7 +37,6 @@ from megakd.training.pruning import (
     time_views,
     write_reshaped,
 )
-from megakd.training.recipes import specified
 from megakd.training.record import MethodRecord
 from megakd.training.stage_folder import cached_metrics, length_of, may_grow, read_result
 from megakd.training.stage_run import run_stage, stage_checkpoints
@@ -168,7 +167,7 @@ class RunWork:
         """The dtype of the weights of the student in `final/`."""
         return saved_dtype(self.facts.config, self._prepared.sources)
 
-    @doing("scoring a finished model")
+    @activity("scoring a finished model")
     def measure(self, folder: Path) -> Measured:
         """Return what the report says of a finished model of the run; a collective.
 

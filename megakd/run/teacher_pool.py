@@ -22,7 +22,7 @@ from torch import Tensor
 import megakd_kernels
 from megakd.config.task import AUTO, LANGUAGE_TASKS, SOFT_LABELS
 from megakd.data.batch import has_label
-from megakd.engine.collectives import all_reduce_, doing
+from megakd.engine.collectives import activity, all_reduce_
 from megakd.engine.memory import forget_models, left_out_of_peak, reset_peak_memory
 from megakd.errors import TeacherError
 from megakd.losses.objective import logits_of
@@ -271,7 +271,7 @@ class TeacherPool:
     def _measure(self, name: str, model: FrozenTeacher) -> None:
         assembly, shared = self.assembly.for_role(name), self.assembly.prepared
         prompts = self.prompts if shared.tokenizer_of(name) is shared.tokenizer else None
-        with phase("scoring"), doing(f"scoring {name}"):
+        with phase("scoring"), activity(f"scoring {name}"):
             self._known[name] = measure(assembly, model, prompts)
 
 

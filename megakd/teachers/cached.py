@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from megakd.data.batch import Batch, Draws, Knowledge, Teacher, TopK
-from megakd.engine.collectives import gather, on_main, together
+from megakd.data.batch import Batch, Draws, Outputs, Teacher, TopK
+from megakd.engine.collectives import gather, on_main, raise_on_all
 from megakd.engine.distributed import Ranks
 from megakd.errors import TeacherError
 from megakd.process.record import Fingerprint, differences
@@ -89,7 +89,7 @@ def _shards_in(folder: Path) -> list[Path]:
 def _damaged(folder: Path, ranks: Ranks) -> dict[Path, str]:
     """Return the shards that are not whole with the reason, of which each rank reads a part."""
     mine = on_main(lambda: _shards_in(folder))[ranks.rank :: ranks.world_size]
-    reasons = gather(together(lambda: [(shard, damage(shard)) for shard in mine]))
+    reasons = gather(raise_on_all(lambda: [(shard, damage(shard)) for shard in mine]))
     return {shard: reason for part in reasons for shard, reason in part if reason is not None}
 
 
@@ -157,14 +157,14 @@ class CachedTeacher(Teacher):
             )
 
     @override
-    def __call__(self, batch: Batch) -> Knowledge:
+    def __call__(self, batch: Batch) -> Outputs:
         return self._stored(batch) if self.model is None else self.model(batch)
 
     @override
-    def answers(self, batches: Sequence[Batch]) -> Iterator[Knowledge]:
+    def answers(self, batches: Sequence[Batch]) -> Iterator[Outputs]:
         return map(self._stored, batches)
 
-    def _stored(self, batch: Batch) -> Knowledge:
+    def _stored(self, batch: Batch) -> Outputs:
         # Dummy rows get zeros.
         if batch.rows is None:
             raise TypeError("a cache holds only training rows, and this batch has no row numbers")
@@ -175,13 +175,13 @@ class CachedTeacher(Teacher):
         }
         moved = {key: tensor.to(self._device) for key, tensor in stored.items()}
         if "logits" in moved:
-            return Knowledge(logits=moved["logits"])
+            return Outputs(logits=moved["logits"])
         length = batch.valid.shape[1]
         ids, others = (tensor[:, :length] for tensor in (moved.pop("ids"), *moved.values()))
         if "counts" not in self._shards[0]:
-            return Knowledge(kept=TopK(ids, others))
+            return Outputs(kept=TopK(ids, others))
         shares = others.float() / others.sum(-1, keepdim=True).clamp(min=1)
-        return Knowledge(kept=Draws(ids, shares.log()))
+        return Outputs(kept=Draws(ids, shares.log()))
 
     @override
     def evict(self) -> None:

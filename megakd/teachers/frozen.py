@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megakd.config.task import Dtype, Kernels
-from megakd.data.batch import IGNORE, Batch, Documents, Knowledge, Predictions, TopK
+from megakd.data.batch import IGNORE, Batch, Documents, Outputs, Predictions, TopK
 from megakd.engine.initialize import frozen_engine
 from megakd.engine.memory import destroy
 from megakd.engine.sharding import Prefetch
 from megakd.models.draws import TokenCounts, drawn, most_likely
-from megakd.models.knowledge import LanguageModelHead, Needs, predict, read_knowledge
+from megakd.models.outputs import LanguageModelHead, Needs, predict, read_outputs
 
 
 def joined(batches: Sequence[Batch]) -> Batch:
@@ -81,7 +81,7 @@ def _documents(batches: Sequence[Batch], length: int) -> Documents | None:
     return Documents(torch.cat([*starts, end]).sort().values, longest)
 
 
-def split(outputs: Knowledge, batches: Sequence[Batch]) -> Iterator[Knowledge]:
+def split(outputs: Outputs, batches: Sequence[Batch]) -> Iterator[Outputs]:
     """Yield the outputs for each micro-batch of `joined(batches)`, without a copy."""
     row = target = 0
     for batch in batches:
@@ -91,7 +91,7 @@ def split(outputs: Knowledge, batches: Sequence[Batch]) -> Iterator[Knowledge]:
         row, target = row + rows, target + targets
 
 
-def _part(outputs: Knowledge, rows: slice, length: int, targets: slice) -> Knowledge:
+def _part(outputs: Outputs, rows: slice, length: int, targets: slice) -> Outputs:
     def cut(values: Tensor) -> Tensor:
         return values[rows, :length]
 
@@ -128,7 +128,7 @@ class FrozenModel(nn.Module):
         scoring: bool = False,
         top_k: int | None = None,
         numbers: torch.Tensor | None = None,
-    ) -> Knowledge | Predictions | TopK | TokenCounts:
+    ) -> Outputs | Predictions | TopK | TokenCounts:
         """Return the outputs for the student's losses, predictions, `top_k` tokens, or draws."""
         if top_k is not None:
             return most_likely(self.model, batch, top_k)
@@ -140,9 +140,9 @@ class FrozenModel(nn.Module):
         # The student's engine reads the head; DeepSpeed cannot handle a module in the outputs.
         return self.read(batch)._replace(head=None)
 
-    def read(self, batch: Batch) -> Knowledge:
+    def read(self, batch: Batch) -> Outputs:
         """Return the model's outputs for a micro-batch; called inside the engine's forward."""
-        read = read_knowledge(self.model, batch, self.needs)
+        read = read_outputs(self.model, batch, self.needs)
         return read._replace(logits=self._ordered(read.logits))
 
     def _ordered(self, logits: torch.Tensor | None) -> torch.Tensor | None:
@@ -179,14 +179,14 @@ class FrozenTeacher:
         self._prefetch.drop()
 
     @torch.no_grad()
-    def __call__(self, batch: Batch) -> Knowledge:
+    def __call__(self, batch: Batch) -> Outputs:
         self._prefetch.wait()
-        read: Knowledge = self._engine(batch)
+        read: Outputs = self._engine(batch)
         if read.hidden is None:
             return read
         return read._replace(head=LanguageModelHead(self.model))
 
-    def answers(self, batches: Sequence[Batch]) -> Iterator[Knowledge]:
+    def answers(self, batches: Sequence[Batch]) -> Iterator[Outputs]:
         """Yield the outputs for every micro-batch of a step."""
         if self.joins and len(batches) > 1:
             yield from split(self(joined(batches)), batches)

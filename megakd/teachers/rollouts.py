@@ -37,7 +37,7 @@ from megakd.data.loader import (
     prompt_lengths,
     rows_with_targets,
 )
-from megakd.engine.collectives import doing, gather, on_main
+from megakd.engine.collectives import activity, gather, on_main
 from megakd.errors import ConfigError, DataError
 from megakd.models.architectures import context_length
 from megakd.models.fitting import ModelSource
@@ -350,7 +350,7 @@ class RolloutSource(BatchSource):
 
         def write() -> None:
             began = time.perf_counter()
-            with doing(f"generating {len(every)} texts at step {steps[0]}"):
+            with activity(f"generating {len(every)} texts at step {steps[0]}"):
                 answers = zip(mine, prompts, texts(), seeds, strict=True)
             self._sums["microseconds"] += round(1e6 * (time.perf_counter() - began))
             parts = gather([Rollout(row, p, *text, version, s) for (_, row), p, text, s in answers])

@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 
 from megakd.data.arrow import column_of
-from megakd.data.batch import Batch, Knowledge, Teacher
+from megakd.data.batch import Batch, Outputs, Teacher
 from megakd.data.soft_labels import SOFT
 
 NEVER = -1e4
@@ -24,7 +24,7 @@ class SoftLabels(Teacher):
     def __init__(self, rows: Dataset, device: torch.device) -> None:
         self._rows, self._device = rows, device
 
-    def __call__(self, batch: Batch) -> Knowledge:
+    def __call__(self, batch: Batch) -> Outputs:
         """Return [B, C] logits; dummy rows have the probability 0 of every class."""
         if batch.rows is None:
             raise TypeError("only training rows have soft labels, and this batch has no numbers")
@@ -35,7 +35,7 @@ class SoftLabels(Teacher):
         logits = soft.log().clamp(min=NEVER)
         if batch.multi_label:
             logits = logits - (-soft).log1p().clamp(min=NEVER)
-        return Knowledge(logits=logits)
+        return Outputs(logits=logits)
 
     def destroy(self) -> None:
         """Do nothing: there is no model."""

@@ -167,7 +167,7 @@ class SortedTeacher:
     ) -> View:
         """Return the prefix of every layer that remains at a sparsity; see `allocation.view_at`."""
         architecture, config = self.source.architecture, self.source.config
-        if not architecture.found_units(config).heads.to_zero:
+        if not architecture.found_units(config).heads.can_lose_all:
             with_heads = [number for number, one in enumerate(self.scores.heads) if one]
         return view_at(
             self.scores.scaled(),

@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from megakd.config.deepspeed import frozen_on, load_ds_config
+from megakd.config.deepspeed import frozen_on, load_ds_config, zero_stage
 from megakd.config.run import RunConfig
 from megakd.config.sections import TeacherConfig
 from megakd.config.task import Dtype, FusedLayers
-from megakd.engine.collectives import doing
+from megakd.engine.collectives import activity
 from megakd.engine.distributed import Ranks
 from megakd.engine.memory import forget_models, freed_memory_returned
 from megakd.models.fitting import ModelSource, ReadyTeacher, label_order
 from megakd.models.fused_layers import fuse_layers
-from megakd.models.knowledge import Needs
 from megakd.models.loading import check_finite, load_model
+from megakd.models.outputs import Needs
 from megakd.models.packing import set_attention
 from megakd.process.clock import phase
 from megakd.teachers.frozen import FrozenModel, FrozenTeacher
@@ -33,7 +33,6 @@ from megakd.training.precision import (
     frozen_dtype,
     scoring_dtype,
 )
-from megakd.training.recipes import scoring_preset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +61,7 @@ class Assembly:
         return self.config.output_dir / "stages" / name
 
     @phase("models")
-    @doing("loading a model")
+    @activity("loading a model")
     def frozen(self, ready: ReadyTeacher) -> FrozenTeacher:
         ds, rows = self.frozen_ds(ready), self.config.train.per_device_train_batch_size
         module = self.frozen_module(ready, ds)
@@ -126,7 +125,14 @@ class Assembly:
             )
         check_finite(model, source)
         torch.nn.Module.to(model, self.ranks.device)  # transformers' own `to` is typed wrongly
-        set_attention(model, source, self.config.task.type, self.ranks.device)
+        if source.attn_implementation is not None or self.config.task.type == "causal_lm":
+            set_attention(model, source, self.config.task.type, self.ranks.device)
         if fused == "on":  # auto: no GPU has run them
             fuse_layers(model, source, self.ranks.device)
         return model
+
+
+def scoring_preset(deepspeed: str | Mapping[str, Any]) -> str:
+    """Return the preset for scoring a finished student: sharded if it was trained sharded."""
+    ds = load_ds_config(deepspeed, where="student.deepspeed")
+    return "teacher_zero3" if zero_stage(ds) == 3 else "teacher_zero0"

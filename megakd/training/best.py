@@ -23,7 +23,7 @@ from megakd.models.views import Cut, UnitOrder, View
 from megakd.process.seals import damage
 from megakd.stage import Scores, Verdict
 from megakd.training.checkpoint import PARTIAL, steps_in
-from megakd.training.ranking import WHOLE
+from megakd.training.metrics import WHOLE
 
 logger = logging.getLogger(__name__)
 

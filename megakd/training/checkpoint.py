@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from megakd.engine.collectives import gather, node_name, on_main, together
+from megakd.engine.collectives import gather, node_name, on_main, raise_on_all
 from megakd.engine.distributed import Ranks
 from megakd.engine.memory import free_memory_bytes
 from megakd.errors import CheckpointError, MegakdError
@@ -155,7 +155,9 @@ class Checkpoints:
 
         with self._cleared_on_failure(step):
             # On shared storage a rank may not see the files of another rank yet.
-            files = {name: entry for of in gather(together(write)) for name, entry in of.items()}
+            files = {
+                name: entry for of in gather(raise_on_all(write)) for name, entry in of.items()
+            }
             on_main(publish)
         logger.info("the checkpoint of step %d in %s is whole", step, self.folder)
 

@@ -15,15 +15,14 @@ from megakd.config.task import THRESHOLD, TaskType
 from megakd.data.batch import Batch, Pass, Predictions, count_units, has_label
 from megakd.data.collation import Collator, Masking, task_masking
 from megakd.data.loader import evaluation_batches
-from megakd.engine.collectives import all_reduce_, gather, on_main, told
+from megakd.engine.collectives import all_reduce_, gather, on_main, progress
 from megakd.engine.distributed import Ranks
 from megakd.errors import CheckpointError
 from megakd.losses.bundle import StudentBundle
 from megakd.teachers.frozen import FrozenTeacher
 from megakd.training.assembly import Assembly
 from megakd.training.checkpoint import Checkpoints
-from megakd.training.metrics import TaskMetrics, language_model_metrics, summed_loss
-from megakd.training.ranking import WHOLE
+from megakd.training.metrics import WHOLE, TaskMetrics, language_model_metrics, summed_loss
 from megakd.training.record import Row
 from megakd.training.student import StudentEngine, device_batch
 from megakd.training.trainer import Trainer
@@ -196,7 +195,7 @@ class Scorer:
             world=ranks.world_size,
             masking=self.masking,
         )
-        for batch in told(dealt, total=len(rows), each=self.batch_size * ranks.world_size):
+        for batch in progress(dealt, total=len(rows), each=self.batch_size * ranks.world_size):
             yield device_batch(batch, ranks.device)
 
 

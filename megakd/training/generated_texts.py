@@ -21,7 +21,7 @@ from megakd.config.sections import GenerationConfig, RolloutConfig, Sampling, Se
 from megakd.config.task import STUDENT, TEXTS
 from megakd.data.batch import Teacher
 from megakd.data.loader import RowOrder, StepLoader
-from megakd.engine.collectives import agree, doing, on_main, together
+from megakd.engine.collectives import activity, broadcast, on_main, raise_on_all
 from megakd.engine.sharding import full_shape, is_first_rank, whole_model
 from megakd.errors import ServerError
 from megakd.models.cutting import content_of
@@ -142,7 +142,7 @@ def server_generator(inputs: RunInputs, model: nn.Module, *, rank: int) -> Serve
         # adapters, also of unloaded ones: other weights under a used name or path would continue
         # prompts from the old prefixes.
         run = run_name(inputs.config.output_dir)
-        folder = server.folder.resolve() / run / f"{run}-{agree(uuid4().hex[:8])}"
+        folder = server.folder.resolve() / run / f"{run}-{broadcast(uuid4().hex[:8])}"
         if server.push == "full":
             push = full_push(model, servers, folder)
         else:
@@ -198,7 +198,7 @@ def full_push(model: nn.Module, servers: Sequence[VllmServer], folder: Path) -> 
     def push(version: int) -> dict[str, Any]:
         target, name = folder / f"version-{version}", f"{folder.name}-{version}"
         learned = content_of(model, None)
-        together(lambda: write(target, learned))
+        raise_on_all(lambda: write(target, learned))
         on_main(lambda: _each(servers, lambda server: server.load_weights(target, name)))
         return {"weights": name}
 
@@ -271,7 +271,7 @@ class ServerGenerator:
     def update(self, version: int) -> None:
         """Push the weights that the student has now, once per version; a collective."""
         if self._push is not None and version != self._version:
-            with doing(f"sending the weights of step {version} to the servers"):
+            with activity(f"sending the weights of step {version} to the servers"):
                 changes = self._push(version)
             self._models = [model._replace(**changes) for model in self._models]
             self._version = version
@@ -285,7 +285,7 @@ class ServerGenerator:
             replica = (self._rank + number) % len(self._servers)
             ask = partial(self._servers[replica].complete, model=self._models[replica])
             calls.append(partial(ask, tuple(prompt), seed, sampling, self._requirements))
-        return partial(together, running_calls(calls, at_once=self._at_once))
+        return partial(raise_on_all, running_calls(calls, at_once=self._at_once))
 
 
 class LocalGenerator:
@@ -313,7 +313,7 @@ class LocalGenerator:
                 module = self._engine.student
             with whole_model(module) as model:
                 # Ranks that finish early wait here, however long the others generate.
-                return together(lambda: self._complete(model, prompts, seeds, sampling))
+                return raise_on_all(lambda: self._complete(model, prompts, seeds, sampling))
 
         return generate
 

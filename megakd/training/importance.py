@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from megakd.data.batch import Batch, LossInputs, count_units
 from megakd.data.loader import StepShape, global_batches
-from megakd.engine.collectives import agree, all_reduce_, doing
+from megakd.engine.collectives import activity, all_reduce_, broadcast
 from megakd.engine.initialize import Engine, frozen_engine
 from megakd.engine.memory import (
     destroy,
@@ -71,7 +71,7 @@ class GateGradients(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Return [units + 1] fp32: gradients of the summed loss, and the number of labels."""
         with torch.enable_grad(), weights_let_go(), self.gates.in_place():
-            reading = LossInputs(
+            inputs = LossInputs(
                 student=self.frozen.read(batch),
                 teacher=None,
                 batch=batch,
@@ -79,12 +79,12 @@ class GateGradients(nn.Module):
                 per_unit=self.per_unit,
                 kernels=self.frozen.kernels,
             )
-            gradients = self.gates.gradients(self.objective([reading])[0].total)
+            gradients = self.gates.gradients(self.objective([inputs])[0].total)
         labels = count_units([batch])["targets"]
         return torch.cat([gradients, labels[None].float()])
 
 
-@doing("measuring the importance of units")
+@activity("measuring the importance of units")
 def measure_importance(
     assembly: Assembly,
     ready: ReadyTeacher,
@@ -123,7 +123,7 @@ def measure_importance(
             "rows of the validation split"
         )
     # The last digits of a sum may differ between ranks, but the order of units must be equal.
-    return module.gates.scores(agree(totals.cpu()))
+    return module.gates.scores(broadcast(totals.cpu()))
 
 
 @torch.no_grad()

@@ -40,15 +40,14 @@ from megakd.engine.collectives import gather, main_first, node_name, on_main, on
 from megakd.errors import ConfigError, DataError, MegakdError, TeacherError
 from megakd.losses.objective import check_terms, shape_of, with_class_weights
 from megakd.models.architectures import class_for, context_length, pools_by_padding
-from megakd.models.fitting import ModelSource, label_order
+from megakd.models.fitting import ModelSource, label_order, specified
 from megakd.models.fused_layers import check_fused_layers
+from megakd.models.layers import as_student
 from megakd.models.loading import check_model, resolve_model, with_vocabulary
 from megakd.models.lora import check_adapters
 from megakd.models.packing import check_varlen, packing_at
 from megakd.models.quantized import check_fp8
-from megakd.training.metrics import TaskMetrics, task_metrics
-from megakd.training.ranking import Metric
-from megakd.training.recipes import as_student, specified
+from megakd.training.metrics import Metric, TaskMetrics, task_metrics
 from megakd.training.tokenizer_checks import (
     check_answers,
     check_chat_models,

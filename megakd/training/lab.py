@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeAlias, TypeVar
 
 from megakd.config.options import file_of
-from megakd.config.sections import inherit
+from megakd.config.run import RunConfig
+from megakd.config.sections import TeacherConfig, inherit
 from megakd.config.task import FROM_TEACHER, STUDENT, TEACHER
-from megakd.config.terms import TermConfig, hard_terms, soft_terms
+from megakd.config.terms import HardCrossEntropy, TermConfig, hard_terms, soft_terms
 from megakd.stage import Stage, StageResult
 from megakd.training.record import Assistant, MethodRecord
 
 if TYPE_CHECKING:
-    from megakd.config.sections import TeacherConfig
     from megakd.models.fitting import ModelSource, ReadyTeacher
     from megakd.models.views import View
     from megakd.training.allocation import SortedTeacher
@@ -114,8 +114,6 @@ class Lab(Generic[W]):
 
     def teacher(self, name: str | None = None) -> str:
         """Fine-tune a teacher if the config asks for it; return its name. None: the only one."""
-        from megakd.training.recipes import label_terms
-
         name = name or TEACHER
         if name not in self.work.teachers:
             spec, source = self.config.teacher_specs[name], self.configured_model(name)
@@ -170,8 +168,6 @@ class Lab(Generic[W]):
         Raises:
             MegakdError: bad input, a loss that is not finite, or a checkpoint of another config.
         """
-        from megakd.training.recipes import completed
-
         stage = completed(stage, self.config)
         if stage.start is None and stage.role == STUDENT:
             stage = replace(stage, start=self._start())
@@ -184,7 +180,7 @@ class Lab(Generic[W]):
         role = self.config.start_role
         if role == STUDENT or self.config.student.layers is None:
             return None
-        from megakd.training.recipes import as_student
+        from megakd.models.layers import as_student
 
         teacher = self.teacher(role)
         scores = self.work.layer_scores(teacher) if self.config.ranks_layers else None
@@ -202,8 +198,6 @@ class Lab(Generic[W]):
 
 def baseline_stage(lab: Lab, name: str, student: StageResult) -> Stage:
     """Return the stage of a baseline that the config lists; methods define all but `alone`."""
-    from megakd.training.recipes import label_terms
-
     config = lab.config
     if name != "alone":
         return file_of(config.method).BASELINES[name](config.method, lab, student)
@@ -216,3 +210,38 @@ def baseline_stage(lab: Lab, name: str, student: StageResult) -> Stage:
         start=lab.source(student.folder).fresh if is_cut else None,
         train=inherit(config.train, config.alone) if config.alone else None,
     )
+
+
+def label_terms(config: RunConfig, *, smoothed: bool = True) -> tuple[TermConfig, ...]:
+    """Return the loss on labels alone, with the options that the objective gives to this term.
+
+    Teachers are trained without smoothing: the outputs of a smoothed teacher say less about the
+    similarity of labels (Mueller et al. 2019).
+    """
+    terms = [t for t in config.objective or () if isinstance(t, HardCrossEntropy)]
+    if not terms:
+        return hard_terms(config.task.type)
+    # These stages train on the data: a term on generated texts would be 0 at every step.
+    term = replace(terms[0], weight=1.0, on=None)
+    return (term if smoothed else replace(term, label_smoothing=0.0),)
+
+
+def completed(stage: Stage, config: RunConfig) -> Stage:
+    """Return a stage with unset options taken from the sections of the run.
+
+    A teacher that learns, from any source, uses its `finetune` section if it is set.
+    """
+    teacher = config.teacher_specs.get(stage.role)
+    finetune = teacher.finetune if teacher else None
+    train = stage.train or (inherit(config.train, finetune) if finetune else config.train)
+    objective = tuple(
+        replace(term, class_weights=train.class_weights)
+        if isinstance(term, HardCrossEntropy) and term.class_weights is None
+        else term
+        for term in stage.objective
+    )
+    measured = stage.measured
+    if config.eval.losses and not (measured or stage.views):
+        # Weights chosen by outputs are decisions of a step, and held-out rows decide nothing.
+        measured = tuple(replace(one, weigh=None) for one in stage.strategy.passes(0))
+    return replace(stage, objective=objective, train=train, measured=measured)

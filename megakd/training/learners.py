@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
+from megakd.config.deepspeed import load_ds_config
+from megakd.config.run import RunConfig
 from megakd.config.sections import StudentConfig
 from megakd.config.task import STUDENT
-from megakd.engine.collectives import doing
+from megakd.engine.collectives import activity
 from megakd.engine.initialize import training_engine
 from megakd.losses.bundle import StudentBundle, build_bundle
 from megakd.losses.objective import StageLosses, stage_losses, with_class_weights
@@ -25,7 +28,6 @@ from megakd.training.precision import (
     choice_of,
     training_dtype,
 )
-from megakd.training.recipes import learner_ds
 from megakd.training.student import StudentEngine
 
 
@@ -66,7 +68,7 @@ def losses_for(assembly: Assembly, stage: Stage) -> StageLosses:
 
 
 @phase("models")
-@doing("loading a model")
+@activity("loading a model")
 def student_engine(assembly: Assembly, stage: Stage) -> tuple[StudentEngine, StudentBundle]:
     """Return the engine of the models that learn in this stage, and the bundle in it."""
     losses = losses_for(assembly, stage)
@@ -108,3 +110,17 @@ def student_engine(assembly: Assembly, stage: Stage) -> tuple[StudentEngine, Stu
         rates=bundle.rates(stage.learners),
     )
     return StudentEngine(engine), bundle
+
+
+def learner_ds(stage: Stage, config: RunConfig, *, ranks: int, device: str) -> dict[str, Any]:
+    """Return the DeepSpeed config of the models that learn in a completed stage."""
+    teacher, train = config.teacher_specs.get(stage.role), stage.train
+    deepspeed = ((teacher and teacher.finetune) or config.student).deepspeed
+    if deepspeed == "auto" and ranks == 1:
+        # ZeRO 2, which `auto` is else, only copies there. In 16 bits ZeRO 2 adds up gradients in
+        # fp32, and ZeRO 0 does not. ZeRO 0 in 16 bits was measured on a CPU alone, without views.
+        is_split = train.gradient_accumulation_steps > 1 or train.tokens_per_rank is not None
+        is_measured = device == "cpu" and not stage.views
+        if training_dtype(train, device) == "fp32" or (is_measured and not is_split):
+            deepspeed = "zero0"
+    return load_ds_config(deepspeed, where="student.deepspeed")

@@ -18,7 +18,7 @@ from megakd.engine.distributed import Ranks, supported_dtypes
 from megakd.errors import ConfigError
 from megakd.models.fitting import ModelSource, ReadyTeacher
 from megakd.models.fused_layers import KEY, why_not_compiled
-from megakd.models.knowledge import Needs
+from megakd.models.outputs import Needs
 from megakd.models.quantized import check_fp8_device
 from megakd.stage import Stage
 from megakd_kernels.settings import resolve_implementation

@@ -22,7 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from megakd.data.arrow import recalled, remember, rows_key
 from megakd.data.loader import lengths_of_rows
-from megakd.engine.collectives import agree, doing, gather, on_main, told
+from megakd.engine.collectives import activity, broadcast, gather, on_main, progress
 from megakd.engine.memory import forget_models, peak_memory_bytes, reset_peak_memory
 from megakd.errors import ModelError, TeacherError
 from megakd.models.cutting import cut_config, reshape_folder
@@ -82,7 +82,7 @@ def score_layers(assembly: Assembly, ready: ReadyTeacher) -> tuple[StageResult, 
     return result, tuple(scores)
 
 
-@doing("measuring the importance of layers")
+@activity("measuring the importance of layers")
 def rises_without_layers(
     assembly: Assembly, ready: ReadyTeacher, rows: Dataset
 ) -> tuple[float, ...]:
@@ -109,7 +109,7 @@ def rises_without_layers(
     count = source.architecture.number_of_layers(source.config) + 1
     with ExitStack() as opened:
         model: FrozenTeacher | None = None
-        for layer in told(range(count), total=count, unit="passes, the first with all layers"):
+        for layer in progress(range(count), total=count, unit="passes, the first with all layers"):
             loss = on_main(partial(recalled, *parts, layer))
             if loss is None:
                 model = model or opened.enter_context(assembly.loaded(ready))
@@ -125,7 +125,7 @@ def rises_without_layers(
             "layers cannot be ranked; set teacher.dtype to fp32, or use another teacher"
         )
     # Processors may round differently, but the order of layers must be equal on all ranks.
-    scores = agree(tuple(loss - losses[0] for loss in losses[1:]))
+    scores = broadcast(tuple(loss - losses[0] for loss in losses[1:]))
     text = "layers: the loss on %d held-out rows is %.3f; without layer 1, 2, … it rises by %s"
     logger.info(text, len(rows), losses[0], " ".join(f"{score:.3f}" for score in scores))
     return scores
@@ -149,7 +149,7 @@ def time_views(
             logger.info("%s: %.1f times as fast as the whole model", known, 1 / times[known])
         return times
 
-    with doing("timing shapes"):
+    with activity("timing shapes"):
         return cached_metrics(assembly.stage_folder(name), lambda: on_main(ratios))
 
 

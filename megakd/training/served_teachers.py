@@ -24,10 +24,10 @@ from torch.nn import functional
 
 from megakd.config.sections import TeacherConfig, TeacherServerConfig
 from megakd.config.task import FP8, STUDENT
-from megakd.data.batch import IGNORE, Batch, Knowledge, Teacher, TopK
+from megakd.data.batch import IGNORE, Batch, Outputs, Teacher, TopK
 from megakd.data.collation import row_keys, uniform
 from megakd.data.encoding import tokenizer_content
-from megakd.engine.collectives import doing, on_main, together, told
+from megakd.engine.collectives import activity, on_main, progress, raise_on_all
 from megakd.engine.distributed import Ranks
 from megakd.errors import ServerError, TeacherError
 from megakd.models.fitting import ModelSource, ReadyTeacher
@@ -75,9 +75,9 @@ def fill_cache(assembly: Assembly, ready: ReadyTeacher, folder: Path) -> None:
     if not missing:
         return
     counts = [len(numbers) for numbers in missing]
-    with assembly.loaded(ready) as model, doing("asking the teacher about the training rows"):
+    with assembly.loaded(ready) as model, activity("asking the teacher about the training rows"):
         ask = partial(ask_tokens, model, spec=spec, length=task.row_length)
-        for numbers in told(missing, total=sum(counts), each=max(counts)):
+        for numbers in progress(missing, total=sum(counts), each=max(counts)):
             part, first = rows.select(numbers), numbers.start
             if has_texts:
                 answers = whole_answers(scorer.answers(ask, part, first=first), first=first)
@@ -203,17 +203,17 @@ class ServedTeacher(Teacher):
         self._servers, self._models, self._ranks = servers, models, ranks
         self._top_k, self._vocabulary = top_k, vocabulary
 
-    def __call__(self, batch: Batch) -> Knowledge:
+    def __call__(self, batch: Batch) -> Outputs:
         return next(self.answers([batch]))
 
-    def answers(self, batches: Sequence[Batch]) -> Iterator[Knowledge]:
+    def answers(self, batches: Sequence[Batch]) -> Iterator[Outputs]:
         """Yield the outputs for every micro-batch of a step, which are asked for together."""
         documents = [(batch, *place) for batch in batches for place in _documents(batch)]
         calls = [
             partial(self._ask, (self._ranks.rank + number) % len(self._servers), ids)
             for number, (_, _, _, ids) in enumerate(documents)
         ]
-        answers = together(running_calls(calls, at_once=AT_ONCE))
+        answers = raise_on_all(running_calls(calls, at_once=AT_ONCE))
         for batch in batches:
             size = (*batch.valid.shape, self._top_k)
             ids, logprobs = torch.full(size, -1, dtype=torch.int32), torch.zeros(size)  # [B, T, k]
@@ -222,7 +222,7 @@ class ServedTeacher(Teacher):
                     here = slice(first, first + len(best.ids))
                     ids[row, here], logprobs[row, here] = map(torch.from_numpy, best)
             device = self._ranks.device
-            yield Knowledge(kept=TopK(ids.to(device), logprobs.to(device)))
+            yield Outputs(kept=TopK(ids.to(device), logprobs.to(device)))
 
     def _ask(self, replica: int, ids: tuple[int, ...]) -> BestTokens:
         server = self._servers[replica]

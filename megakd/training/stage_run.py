@@ -17,11 +17,11 @@ from megakd.config.sections import learning_rate_schedule, total_steps
 from megakd.config.task import LANGUAGE_TASKS, STUDENT, THRESHOLD
 from megakd.data.batch import Batch, BatchSource, Counts, Teacher, count_units
 from megakd.data.chat_tokens import learned_ends
-from megakd.engine.collectives import all_reduce_, doing, gather, on_main, together
+from megakd.engine.collectives import activity, all_reduce_, gather, on_main, raise_on_all
 from megakd.engine.memory import peak_memory_bytes
 from megakd.models.cutting import content_of
 from megakd.models.end_tokens import generation_file
-from megakd.models.lora import adapter_config, adapter_files, load_adapters
+from megakd.models.lora import adapter_files, load_adapters
 from megakd.models.views import Cut
 from megakd.process import signals
 from megakd.process.record import RESULT
@@ -37,7 +37,7 @@ from megakd.training.lab import Files
 from megakd.training.learners import learners, student_engine
 from megakd.training.log import Reporter
 from megakd.training.meter import TrainMeter
-from megakd.training.ranking import WHOLE, MetricJudge
+from megakd.training.metrics import WHOLE, MetricJudge
 from megakd.training.stage_folder import (
     WindowState,
     consume,
@@ -71,10 +71,10 @@ def run_stage(
     """
     config, strategy = assembly.config, stage.strategy
     with closing(StageRun(stage, assembly, teachers=teachers)) as run:
-        with doing(f"loading stage {stage.name}"):
+        with activity(f"loading stage {stage.name}"):
             start = step = run.resume(checkpoint)
         run.prepare(start, reporter)
-        training = doing(f"training stage {stage.name}")
+        training = activity(f"training stage {stage.name}")
         with training, signals.deferred(), closing(run.batches(start)) as every:
             for batches in every:
                 if step > start and step % run.round == 0:  # a window of several rounds
@@ -115,6 +115,7 @@ class StageRun:
         self.first_step = window.first if window else 0
         seed_everything(self.config.seed, self.ranks.rank, self.first_step)
         self.sources = learners(assembly, stage)
+        self._has_adapters = self.config.lora_of(stage.role) is not None
         self.student, self.bundle = student_engine(assembly, stage)
         parts = StageParts(stage, assembly, {STUDENT: self.student, **teachers})
         self.source = batches_of(parts)
@@ -157,8 +158,8 @@ class StageRun:
             self.saves.folder,
             self._write_best,
             tuple(stage.views),
-            keeps=not stage.goes_on and (every is not None if keeps is None else keeps),
-            patience=None if stage.goes_on else stage.train.early_stopping_patience,
+            keeps=not stage.has_next_window and (every is not None if keeps is None else keeps),
+            patience=None if stage.has_next_window else stage.train.early_stopping_patience,
         )
         self.meter = TrainMeter(
             self.bundle.objective,
@@ -258,7 +259,7 @@ class StageRun:
     def evaluate(self, step: int, reporter: Reporter) -> None:
         """Score the student, report the scores, and keep its weights if they are the best."""
         self.meter.check_finite(self._publish_newest)
-        with self.meter.paused(), doing(f"scoring stage {self.stage.name} at step {step}"):
+        with self.meter.paused(), activity(f"scoring stage {self.stage.name} at step {step}"):
             scores = self._scores()
             verdict = self._judge(scores, step)
             evaluation = Evaluation(scores, verdict.view, verdict.cut)
@@ -281,7 +282,7 @@ class StageRun:
 
     def save(self, step: int, *, is_last: bool) -> None:
         self.meter.check_finite(self._publish_newest)
-        with self.meter.paused(), doing(f"saving step {step} of stage {self.stage.name}"):
+        with self.meter.paused(), activity(f"saving step {step} of stage {self.stage.name}"):
             self.saves.save(step, self.student.files(), self._states, is_last=is_last)
             self._saved_at = monotonic()
 
@@ -311,7 +312,7 @@ class StageRun:
             view=chosen.view if stage.views else None,
         )
         contents = {RESULT: result_text(result, self.saves.length), **files()}
-        if source is not None and adapter_config(self.bundle.student) is not None:
+        if source is not None and self._has_adapters:
             load_adapters(self.bundle.student, source)
             source = None
         if source is None:
@@ -324,7 +325,7 @@ class StageRun:
 
     def _write_best(self, folder: Path, evaluation: Evaluation) -> None:
         learner = self.bundle.student
-        if adapter_config(learner) is None:
+        if not self._has_adapters:
             self._write(folder, {}, evaluation)
         else:
             contents = adapter_files(learner)
@@ -341,12 +342,14 @@ class StageRun:
             model_config: Any = first.config
             model_config.threshold = evaluation.metrics[THRESHOLD]
         models = {
-            role: content_of(first, prepared.tokenizer_of(role), cut=cut, learns=stage.goes_on)
+            role: content_of(
+                first, prepared.tokenizer_of(role), cut=cut, learns=stage.has_next_window
+            )
         }
         for name, model in zip(stage.beside, beside, strict=True):
             models[name] = content_of(model, prepared.tokenizer_of(name))
         window = None
-        if stage.goes_on:
+        if stage.has_next_window:
             window = WindowState.from_stage(
                 self.student, self.source, axes=self.bundle.axes, cut=cut
             )
@@ -362,7 +365,7 @@ class StageRun:
                 extra = {**generation_file(source, prepared.tokenizer_of(role), ends), **extra}
             write_stage_folder(folder, models, extra=extra, window=window)
 
-        together(write)
+        raise_on_all(write)
 
     def close(self) -> None:
         self.saves.close()

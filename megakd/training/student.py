@@ -15,8 +15,8 @@ from megakd.data.batch import (
     Batch,
     Counts,
     Documents,
-    Knowledge,
     Losses,
+    Outputs,
     Pass,
     Predictions,
     Targets,
@@ -24,7 +24,7 @@ from megakd.data.batch import (
     backward_groups,
     copied_to,
 )
-from megakd.engine.collectives import together
+from megakd.engine.collectives import raise_on_all
 from megakd.engine.initialize import RATE, Engine
 from megakd.engine.memory import destroy
 from megakd.engine.optimizer_state import (
@@ -72,7 +72,7 @@ class StudentEngine:
     def forward_backward(
         self,
         batch: Batch,
-        knowledge: Mapping[str, Knowledge],
+        knowledge: Mapping[str, Outputs],
         plan: Sequence[Pass],
         counts: Counts,
         *,
@@ -97,7 +97,7 @@ class StudentEngine:
     def _forward(
         self,
         batch: Batch,
-        knowledge: Mapping[str, Knowledge],
+        knowledge: Mapping[str, Outputs],
         plan: Sequence[Pass],
         counts: Counts,
         **options: Any,
@@ -169,7 +169,7 @@ class StudentEngine:
     def measure(
         self,
         batch: Batch,
-        knowledge: Mapping[str, Knowledge],
+        knowledge: Mapping[str, Outputs],
         plan: Sequence[Pass],
     ) -> Losses:
         """Return the losses and the predictions of one micro-batch, out of one forward.
@@ -211,7 +211,7 @@ class StudentEngine:
         """Read a state that any number of ranks wrote; a collective."""
         values = self.optimizer_state
         # On shared storage, a rank may not see all files.
-        stored = together(lambda: _stored(folder, values))
+        stored = raise_on_all(lambda: _stored(folder, values))
         values.load(stored.read, steps=stored.facts["steps"])
         self._engine.skipped_steps = stored.facts["skipped_steps"]
         self._loss_scale.update(stored.facts["loss_scale"])

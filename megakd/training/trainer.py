@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megakd.config.sections import Schedule
-from megakd.data.batch import Batch, Counts, Knowledge, Pass, Teacher, add_parts, teacher_names
+from megakd.data.batch import Batch, Counts, Outputs, Pass, Teacher, add_parts, teacher_names
 from megakd.engine.collectives import all_reduce_
 from megakd.stage import StepReport, Strategy
 
@@ -30,7 +30,7 @@ class AnswerWatch:
     def __init__(self) -> None:
         self._sums: dict[str, Tensor | float] = {}
 
-    def add(self, knowledge: Mapping[str, Knowledge], batch: Batch) -> None:
+    def add(self, knowledge: Mapping[str, Outputs], batch: Batch) -> None:
         """Update the sums with the answers to a micro-batch, without a device sync."""
         for name, answer in knowledge.items():
             self._sums[name] = self._sums.get(name, 0.0) + _sum_of(answer, batch.for_role(name))
@@ -44,7 +44,7 @@ class AnswerWatch:
         return [name for name, flag in zip(self._sums, seen, strict=True) if flag]
 
 
-def _sum_of(answer: Knowledge, batch: Batch) -> Tensor | float:
+def _sum_of(answer: Outputs, batch: Batch) -> Tensor | float:
     # Over the rows that count, in fp32, in which fp16 does not overflow.
     valid = batch.valid
     if answer.logits is not None:
@@ -133,7 +133,7 @@ class Trainer:
 
     def _answered(
         self, plan: Sequence[Pass], batches: Sequence[Batch]
-    ) -> Iterator[tuple[Batch, Sequence[Pass], dict[str, Knowledge]]]:
+    ) -> Iterator[tuple[Batch, Sequence[Pass], dict[str, Outputs]]]:
         # A micro-batch whose rows name their teacher has the passes of this teacher alone.
         answers = {
             name: self.teachers[name].answers(
@@ -148,7 +148,7 @@ class Trainer:
                 self.watch.add(knowledge, batch)
             yield batch, passes, knowledge
 
-    def ask_teachers(self, plan: Sequence[Pass], batch: Batch) -> dict[str, Knowledge]:
+    def ask_teachers(self, plan: Sequence[Pass], batch: Batch) -> dict[str, Outputs]:
         """Return the outputs of the frozen teachers of the passes for a held-out micro-batch."""
         knowledge = {name: self.teachers[name](batch.for_role(name)) for name in self._frozen(plan)}
         self.watch.add(knowledge, batch)

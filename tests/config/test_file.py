@@ -14,12 +14,11 @@ from hypothesis import strategies as st
 from run_files import RUN, message_of
 
 from megakd import cli
-from megakd.config.file import dump_config, load_config
+from megakd.config.file import dump_config, dump_yaml, load_config, parse_yaml
 from megakd.config.messages import keys_at
 from megakd.config.other_names import SYNONYMS
 from megakd.config.sections import FinetuneOverrides, ScratchModel, TeacherConfig, TrainConfig
 from megakd.config.terms import SoftTargetKl
-from megakd.config.yaml_text import dump_yaml, parse_yaml
 from megakd.errors import ConfigError
 
 OVERRIDES = (

@@ -14,11 +14,10 @@ from torch.nn import functional
 
 from megakd.config.file import config_of, config_tree, dump_config, load_config
 from megakd.config.terms import Shape
-from megakd.data.batch import Batch, Knowledge, LogitWarp, LossInputs
+from megakd.data.batch import Batch, LogitWarp, LossInputs, Outputs
 from megakd.errors import ConfigError
 from megakd.losses.objective import PluginLoss, build_objective, logits_of, teacher_needs
-from megakd.training.metrics import task_metrics
-from megakd.training.ranking import lower_is_better
+from megakd.training.metrics import lower_is_better, task_metrics
 
 CONFIG = {
     "output_dir": "runs/x",
@@ -182,8 +181,8 @@ def test_its_sum_is_weighed_and_counted_like_any_other_and_ignores_empty_rows():
     theirs = torch.zeros(3, 2)
     valid = torch.tensor([[True], [True], [False]])
     reading = LossInputs(
-        student=Knowledge(logits=ours),
-        teacher=Knowledge(logits=theirs),
+        student=Outputs(logits=ours),
+        teacher=Outputs(logits=theirs),
         batch=Batch({}, torch.tensor([0, 1, -100]), valid),
         weights=objective.weights,
         per_unit={"examples": torch.tensor(0.5)},
@@ -207,7 +206,7 @@ def test_a_plugin_gets_hidden_states_of_both_models_and_is_named_without_a_singl
     config = config_of({**CONFIG, "objective": [{"loss": "broken_plugins:Vector"}]})
     group = PluginLoss(config.objective[0], layers=1)
     batch = Batch({}, torch.zeros(1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool))
-    answer = Knowledge(logits=torch.zeros(1, 2))
+    answer = Outputs(logits=torch.zeros(1, 2))
     units = {"examples": torch.tensor(1.0)}
     reading = LossInputs(answer, answer, batch, {group.term.loss: 1.0}, units)
 
@@ -222,7 +221,7 @@ def test_logits_of_a_language_model_are_formed_at_its_targets():
         def read(self):
             return torch.eye(3, 2), torch.ones(3)
 
-    read = logits_of(Knowledge(hidden=torch.tensor([[1.0, 2.0]]), head=Head()))
+    read = logits_of(Outputs(hidden=torch.tensor([[1.0, 2.0]]), head=Head()))
 
     assert read.tolist() == [[2.0, 3.0, 1.0]]
 

@@ -9,7 +9,7 @@ import pytest
 from run_files import message_of
 
 from megakd.config.file import dump_config, load_config
-from megakd.config.paths import in_home
+from megakd.config.paths import expand_path
 from megakd.config.run import RunConfig
 from megakd.config.sections import RolloutConfig, RolloutServerConfig, Sampling, rollout_block
 from megakd.training.inputs import cache_folder
@@ -179,7 +179,7 @@ def test_a_dollar_sign_that_names_no_variable_of_a_path_stays(run_file, home, mo
 
     assert (config.task.dataset, config.task.label_column) == ("in$USD.csv", "$USD")
     assert config.output_dir == Path("a$5")
-    assert in_home("in$USD.csv") == Path("in$USD.csv")
+    assert expand_path("in$USD.csv") == Path("in$USD.csv")
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_the_cache_variable_may_be_empty_or_name_the_home_folder(home, monkeypat
 def test_the_home_folder_is_put_in_where_a_path_begins_with_it(text, path, monkeypatch):
     monkeypatch.setenv("HOME", "me")
 
-    assert in_home(text) == Path(path)
+    assert expand_path(text) == Path(path)
 
 
 NO_TRACKER = [(names, ()) for names in ("none", "None", "[none]", "[]", "null")]

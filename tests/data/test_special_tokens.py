@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from megakd.data.chat_template import SpecialTokens, special_tokens
-from megakd.data.token_tables import tables_of_texts
+from megakd.data.token_tables import SpecialTokens, special_tokens, tables_of_texts
 from megakd.data.tokenizers import encoder_template, train_tokenizer
 
 CORPUS = ("the cat sees the dog", "[MASK] of a king </s> and [SEP]")

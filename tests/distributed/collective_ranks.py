@@ -12,7 +12,14 @@ import torch
 import torch.distributed as dist
 
 from megakd.engine import distributed
-from megakd.engine.collectives import agree, all_reduce_, doing, gather, on_main, reports_lost_peer
+from megakd.engine.collectives import (
+    activity,
+    all_reduce_,
+    broadcast,
+    gather,
+    on_main,
+    reports_lost_peer,
+)
 from megakd.errors import CollectiveTimeoutError, PeerLostError
 
 LIMIT_S = 2.0
@@ -26,7 +33,7 @@ def late() -> None:
     with (
         pytest.raises(CollectiveTimeoutError) as raised,
         reports_lost_peer(),
-        doing("training stage student"),
+        activity("training stage student"),
     ):
         all_reduce_(torch.ones(1))
     sys.stdout.write(str(raised.value))
@@ -38,7 +45,7 @@ def killed() -> None:
     gather(0)
     if ranks.rank == int(sys.argv[2]):
         os.kill(os.getpid(), signal.SIGKILL)
-    with pytest.raises(PeerLostError) as raised, reports_lost_peer(), doing("reading the data"):
+    with pytest.raises(PeerLostError) as raised, reports_lost_peer(), activity("reading the data"):
         gather(1)
     sys.stdout.write(str(raised.value))
     sys.stdout.flush()
@@ -60,7 +67,7 @@ def accelerators() -> None:
     rank = dist.get_rank()
     assert all_reduce_(torch.tensor([rank, 1.0], dtype=torch.float64)).tolist() == [1, 2]
     assert all_reduce_(torch.tensor([rank]), largest=True).item() == 1
-    assert (agree(rank), gather(rank)) == (0, [0, 1])
+    assert (broadcast(rank), gather(rank)) == (0, [0, 1])
 
 
 CASES = {case.__name__: case for case in (late, killed, work, accelerators)}

@@ -182,7 +182,9 @@ def command(workers: Callable[[int], GlooWorkers]) -> Callable[..., Ended]:
 
 
 @pytest.fixture
-def goes_on(command: Callable[..., Ended], tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
+def has_next_window(
+    command: Callable[..., Ended], tmp_path: Path
+) -> Callable[..., tuple[Path, Path]]:
     """Two ranks finish a run; others go on from a step of a stage at a ZeRO stage; both folders.
 
     words: overrides for both.

@@ -118,7 +118,7 @@ PROGRAM = Path(__file__).with_name("collective_ranks.py")
 
 
 @pytest.mark.parametrize(
-    ("kind", "failing"), [("together", 1), ("main_first", 0), ("main_first", 1)]
+    ("kind", "failing"), [("raise_on_all", 1), ("main_first", 0), ("main_first", 1)]
 )
 def test_an_error_of_one_rank_keeps_the_others_from_going_on(workers, kind, failing):
     first, second = workers(2).run("test_collectives.errors", kind, failing)

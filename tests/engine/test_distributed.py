@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from megakd.engine import collectives, distributed
-from megakd.engine.collectives import backend_for, doing, node_name, reports_lost_peer, told
+from megakd.engine.collectives import activity, backend_for, node_name, progress, reports_lost_peer
 from megakd.engine.distributed import remove_dead_locks
 from megakd.errors import CollectiveTimeoutError, ConfigError, MegakdError, PeerLostError
 
@@ -285,11 +285,11 @@ def test_a_lock_that_is_younger_than_this_process_stays(lock, tmp_path):
 def test_an_activity_is_one_line_of_the_log_and_what_is_part_of_it_none(caplog):
     caplog.set_level(logging.INFO, logger="megakd")
 
-    with doing("training stage student"), doing("saving step 5 of stage student"):
+    with activity("training stage student"), activity("saving step 5 of stage student"):
         pass
-    with pytest.raises(ValueError, match="row"), doing("reading the data"):
+    with pytest.raises(ValueError, match="row"), activity("reading the data"):
         raise ValueError("row")
-    with doing("measuring latency"):
+    with activity("measuring latency"):
         pass
 
     assert [record.getMessage() for record in caplog.records] == [
@@ -300,7 +300,7 @@ def test_an_activity_is_one_line_of_the_log_and_what_is_part_of_it_none(caplog):
 
 
 def test_an_error_of_a_collective_carries_the_innermost_activity_first():
-    with pytest.raises(RuntimeError) as error, doing("training"), doing("saving step 5"):
+    with pytest.raises(RuntimeError) as error, activity("training"), activity("saving step 5"):
         raise RuntimeError("timed out")
 
     assert error.value.__notes__ == ["saving step 5", "training"]
@@ -313,10 +313,10 @@ def test_a_long_activity_says_every_minute_how_far_it_is(caplog, monkeypatch):
     monkeypatch.setattr(collectives.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(collectives.sys, "stderr", io.StringIO())
 
-    with doing("scoring teacher"):
+    with activity("scoring teacher"):
         # What is part of it tells nothing of its own.
-        for _ in told(range(3), total=2500, each=1000):
-            assert [*told(range(2), total=2)] == [0, 1]
+        for _ in progress(range(3), total=2500, each=1000):
+            assert [*progress(range(2), total=2)] == [0, 1]
 
     assert [record.getMessage() for record in caplog.records] == [
         "scoring teacher",

@@ -145,7 +145,7 @@ def test_every_slice_is_read_from_whichever_ranks_have_it(tmp_path_factory, cuts
 
 
 def test_a_part_that_is_not_there_is_an_error_before_anything_is_set(tmp_path, monkeypatch):
-    monkeypatch.setattr(student, "together", lambda read: read())
+    monkeypatch.setattr(student, "raise_on_all", lambda read: read())
     write(tmp_path, [9])
     model = torch.nn.ParameterDict({"w": torch.nn.Parameter(torch.zeros(SIZE))})
     optimizer: Any = torch.optim.SGD(model.parameters())

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import megakd_kernels
 from megakd.config.task import Kernels
 from megakd.config.terms import Shape
-from megakd.data.batch import IGNORE, Batch, Knowledge, Losses, Pass, Predictions, count_units
+from megakd.data.batch import IGNORE, Batch, Losses, Outputs, Pass, Predictions, count_units
 from megakd.losses.bundle import StudentBundle
 from megakd.losses.objective import build_objective
 from megakd.models.views import View
@@ -48,8 +48,8 @@ def bundle(world_size: int = 1, smoothing: float = 0.0) -> StudentBundle:
     return StudentBundle({"student": Classifier()}, objective, world_size=world_size)
 
 
-def taught(seed: int) -> Knowledge:
-    return Knowledge(logits=torch.randn(4, 3, generator=torch.Generator().manual_seed(seed)))
+def taught(seed: int) -> Outputs:
+    return Outputs(logits=torch.randn(4, 3, generator=torch.Generator().manual_seed(seed)))
 
 
 def losses(student: StudentBundle, *plan: Pass) -> Losses:
@@ -98,9 +98,9 @@ def test_a_pass_without_any_term_has_a_loss_of_zero_with_gradients_of_zero(last)
             assert not weight.grad.any(), name
 
 
-def weigh(reading: Any) -> dict[str, float]:
+def weigh(inputs: Any) -> dict[str, float]:
     """Return factors when both models have answered."""
-    assert reading.student.logits.shape == reading.taught.logits.shape == (4, 3)
+    assert inputs.student.logits.shape == inputs.taught.logits.shape == (4, 3)
     return {"soft_target_kl": 0.0, "hard_cross_entropy": 0.5}
 
 

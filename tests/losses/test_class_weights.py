@@ -18,7 +18,7 @@ from megakd.data.rows import RowKind
 from megakd.data.splits import Splits
 from megakd.errors import ConfigError
 from megakd.losses.objective import with_class_weights
-from megakd.training.recipes import label_terms
+from megakd.training.lab import label_terms
 
 KL = term_of("soft_target_kl")
 KIND = RowKind("classification", ChatColumns(text=("text",), label="label"))

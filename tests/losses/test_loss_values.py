@@ -15,7 +15,7 @@ from torch import Tensor
 from unit_counts import counts_of
 
 from megakd.config.terms import Shape, TermConfig
-from megakd.data.batch import IGNORE, AttentionVectors, Batch, Knowledge, LossInputs, count_units
+from megakd.data.batch import IGNORE, AttentionVectors, Batch, LossInputs, Outputs, count_units
 from megakd.losses import layer_terms
 from megakd.losses.bundle import unit_scales
 from megakd.losses.layer_terms import AttentionMatrices, HiddenStates, Relations
@@ -27,8 +27,8 @@ KL, REVERSE, JSD, SKEW, SKEW_REVERSE, TVD = (term_of(f"soft_target_{name}") for 
 ONE_EACH = unit_scales(counts_of(1, 1, 1), 1).per_unit
 
 
-def answer_of(hidden: torch.Tensor, head: torch.Tensor) -> Knowledge:
-    return Knowledge(hidden=hidden, head=Matrix(head))  # type: ignore[arg-type]
+def answer_of(hidden: torch.Tensor, head: torch.Tensor) -> Outputs:
+    return Outputs(hidden=hidden, head=Matrix(head))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("count", "divisor"), [("labels", 2), ("rows", 4)])
@@ -38,7 +38,7 @@ def test_the_loss_on_labels_is_divided_by_the_labelled_rows_or_by_all_rows(count
     labels = torch.tensor([0, IGNORE, 1, IGNORE])
     batch = Batch({}, labels, torch.ones(4, 1, dtype=torch.bool))
     logits = torch.tensor([[1 / 4, 3 / 4], [1 / 8, 7 / 8]]).log().repeat_interleave(2, 0)
-    student = Knowledge(logits=logits.requires_grad_())
+    student = Outputs(logits=logits.requires_grad_())
     units = unit_scales(count_units([batch]), 1).per_unit
 
     (actual,) = objective([LossInputs(student, None, batch, objective.weights, units)])
@@ -116,27 +116,27 @@ def test_terms_of_a_language_model_share_a_call_or_get_their_own(calls, terms, o
 )
 def test_views_of_one_head_are_scored_in_one_call_unless_of_another_kind(calls, change, count):
     scene = Scene("causal_lm", CE, KL, TVD)
-    objective, first = scene.objective, scene.reading()
+    objective, first = scene.objective, scene.inputs()
     leaves = [torch.randn(4, 5, WIDTHS[0]).requires_grad_() for _ in range(3)]
-    readings = [
-        replace(first, student=Knowledge(hidden=leaf, head=first.student.head), scale=scale)
+    all_inputs = [
+        replace(first, student=Outputs(hidden=leaf, head=first.student.head), scale=scale)
         for leaf, scale in zip(leaves, (0.5, 0.3, 0.2), strict=True)
     ]
-    readings[1] = replace(readings[1], **change)
+    all_inputs[1] = replace(all_inputs[1], **change)
 
-    together = objective(readings)
+    together = objective(all_inputs)
 
     assert len(calls) == count
     total = torch.stack([one.total for one in together]).sum()
     gradients = torch.autograd.grad(total, leaves)
-    for one, actual, leaf, gradient in zip(readings, together, leaves, gradients, strict=True):
+    for one, actual, leaf, gradient in zip(all_inputs, together, leaves, gradients, strict=True):
         (alone,) = objective([replace(one, scale=1.0)])
         (expected,) = torch.autograd.grad(alone.total * one.scale, leaf)
         torch.testing.assert_close(gradient, expected)
         assert one.scale == 0 or actual.sums.keys() == alone.sums.keys()
         for name, value in alone.sums.items():
             torch.testing.assert_close(actual.sums[name].float(), value.float())
-    alone_totals = [objective([one])[0].total for one in readings]
+    alone_totals = [objective([one])[0].total for one in all_inputs]
     torch.testing.assert_close(total, torch.stack(alone_totals).sum())
 
 
@@ -149,7 +149,7 @@ def test_agreement_counts_where_both_choose_the_same(task):
         answers = answer_of(eye[None], eye), answer_of(eye[None], away)
     else:  # the last row is no row
         batch = Batch({}, torch.full((3,), IGNORE), torch.tensor([[1], [1], [0]]).bool())
-        answers = Knowledge(logits=eye), Knowledge(logits=away[[0, 1, 0]])
+        answers = Outputs(logits=eye), Outputs(logits=away[[0, 1, 0]])
 
     result = objective([LossInputs(*answers, batch, objective.weights, ONE_EACH)])[0]
 
@@ -158,9 +158,9 @@ def test_agreement_counts_where_both_choose_the_same(task):
     assert objective.units["top1_agreement"] == unit
 
 
-def vectors(part: Tensor) -> Knowledge:
+def vectors(part: Tensor) -> Outputs:
     """One layer with one head, whose queries, keys and values are equal."""
-    return Knowledge(attention=(None, AttentionVectors(part, part, part, part.shape[-1])))
+    return Outputs(attention=(None, AttentionVectors(part, part, part, part.shape[-1])))
 
 
 def whole(*lengths: int, **inputs: Any) -> Batch:
@@ -168,7 +168,7 @@ def whole(*lengths: int, **inputs: Any) -> Batch:
     return Batch(inputs, torch.zeros(len(lengths)), valid)
 
 
-def sum_of(group: Any, ours: Knowledge, theirs: Knowledge, batch: Batch) -> float:
+def sum_of(group: Any, ours: Outputs, theirs: Outputs, batch: Batch) -> float:
     (name,) = group.units
     result = group(LossInputs(ours, theirs, batch, {name: 1.0}, ONE_EACH))
     assert result.total.item() == pytest.approx(result.sums[name].item())
@@ -196,7 +196,7 @@ def test_the_first_position_is_the_first_that_counts_wherever_padding_is():
     group = HiddenStates(term, ((0, 0),), (1, 1))
     states = torch.tensor([[[1.0], [2.0], [4.0]], [[3.0], [5.0], [7.0]], [[9.0], [9.0], [9.0]]])
     valid = torch.tensor([[0, 1, 1], [1, 1, 0], [0, 0, 0]]).bool()
-    ours, theirs = Knowledge(hidden_states=(states,)), Knowledge(hidden_states=(states * 0,))
+    ours, theirs = Outputs(hidden_states=(states,)), Outputs(hidden_states=(states * 0,))
 
     assert sum_of(group, ours, theirs, Batch({}, torch.zeros(3), valid)) == 2.0**2 + 3.0**2
 
@@ -206,7 +206,7 @@ def test_attention_that_was_not_read_is_an_error_that_names_the_layer():
     group = AttentionMatrices(term, ((1, 1),), causal=False)
 
     with pytest.raises(TypeError, match="attention of layer 1 was not read"):
-        sum_of(group, Knowledge(attention=(None, None)), vectors(torch.zeros(1, 2, 1)), whole(2))
+        sum_of(group, Outputs(attention=(None, None)), vectors(torch.zeros(1, 2, 1)), whole(2))
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from loss_scene import term_of
 from megakd.config.terms import Heads, Shape, layer_pairs
 from megakd.errors import ConfigError, TeacherError
 from megakd.losses.objective import build_objective, check_terms, relation_heads, teacher_needs
-from megakd.models.knowledge import Needs
+from megakd.models.outputs import Needs
 
 CE = term_of("hard_cross_entropy")
 SOFT = ("kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "mse")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from loss_scene import VOCABULARIES, Matrix, Scene, term_of
 
-from megakd.data.batch import IGNORE, Draws, Knowledge, Targets, TopK
+from megakd.data.batch import IGNORE, Draws, Outputs, Targets, TopK
 from megakd.losses.targets import AGREEMENT
 
 CE = term_of("hard_cross_entropy")
@@ -87,7 +87,7 @@ def test_cached_answers_to_texts_of_the_other_source_give_zero(kind):
     draws = draws_of(drawn_shares())
 
     actual = scene_of(replace(KL_AT_1, on="rollouts")).result(
-        teacher=Knowledge(kept=kind(draws.ids, draws.logprobs))
+        teacher=Outputs(kept=kind(draws.ids, draws.logprobs))
     )
 
     assert actual.total.item() == 0.0
@@ -100,19 +100,19 @@ def test_cached_answers_to_texts_of_the_other_source_give_zero(kind):
 def test_readings_together_equal_each_by_itself(terms, kind):
     scene = scene_of(*terms)
     hidden, head = scene.leaves["hidden"], Matrix(scene.leaves["head"])
-    one, other = scene.reading(scale=0.5), Knowledge(hidden=hidden * 0.3, head=head)
+    one, other = scene.inputs(scale=0.5), Outputs(hidden=hidden * 0.3, head=head)
     if kind == "draws":
-        one = replace(one, teacher=Knowledge(kept=draws_of(drawn_shares())))
+        one = replace(one, teacher=Outputs(kept=draws_of(drawn_shares())))
     elif kind == "two vocabularies":
         positions = (scene.labels != IGNORE).flatten().nonzero()[::2, 0]
         second = Targets(positions, scene.labels.flatten()[positions])
-        of_second = Knowledge(hidden=hidden.flatten(0, 1)[positions], head=head)
-        other = Knowledge(hidden=hidden, head=head, second=of_second)
+        of_second = Outputs(hidden=hidden.flatten(0, 1)[positions], head=head)
+        other = Outputs(hidden=hidden, head=head, second=of_second)
         one = replace(one, teacher=None, batch=scene.batch()._replace(second=second), student=other)
-    readings = [one, replace(one, student=other, scale=0.25)]
+    all_inputs = [one, replace(one, student=other, scale=0.25)]
 
-    together = scene.objective(readings)
-    alone = [scene.objective([reading])[0] for reading in readings]
+    together = scene.objective(all_inputs)
+    alone = [scene.objective([inputs])[0] for inputs in all_inputs]
 
     totals = [torch.stack([each.total for each in both]).sum() for both in (together, alone)]
     torch.testing.assert_close(*totals)
@@ -152,7 +152,7 @@ def test_the_loss_is_the_divergence_from_the_shares_of_the_draws():
     counted = scene.labels != IGNORE
     hidden, head = (scene.leaves[name].clone().requires_grad_() for name in ("hidden", "head"))
 
-    actual = scene.result(teacher=Knowledge(kept=draws_of(shares)))
+    actual = scene.result(teacher=Outputs(kept=draws_of(shares)))
 
     log_q = (hidden @ head.T).log_softmax(-1)
     rows = (torch.xlogy(shares, shares) - shares * log_q).sum(-1)[counted]
@@ -161,8 +161,8 @@ def test_the_loss_is_the_divergence_from_the_shares_of_the_draws():
     gradients = torch.autograd.grad(rows.mean(), (hidden, head))
     for name, expected in zip(("hidden", "head"), gradients, strict=True):
         torch.testing.assert_close(actual.gradients[name], expected, rtol=1e-4, atol=1e-6)
-    agree = log_q.argmax(-1) == shares.argmax(-1)
-    assert actual.sums[AGREEMENT] == agree[counted].sum()
+    broadcast = log_q.argmax(-1) == shares.argmax(-1)
+    assert actual.sums[AGREEMENT] == broadcast[counted].sum()
 
 
 @pytest.mark.parametrize("source", [None, "data"])
@@ -174,7 +174,7 @@ def test_the_divergence_over_k_tokens_has_a_name_of_its_own_beside_the_mass_outs
     best, ids = log_p.topk(3, dim=-1)
     ids[0, 0] = -1  # a position without an answer
 
-    sums = scene.result(teacher=Knowledge(kept=TopK(ids, best))).sums
+    sums = scene.result(teacher=Outputs(kept=TopK(ids, best))).sums
 
     outside = 1 - best.exp().sum(-1)
     outside[0, 0] = 0.0
@@ -198,7 +198,7 @@ def test_tokens_that_only_the_teachers_table_has_are_left_to_the_rest(kind):
 
     actual, expected = (
         scene.result(
-            teacher=Knowledge(kept=kind(draws.ids.masked_fill(missing, ids), draws.logprobs - 1))
+            teacher=Outputs(kept=kind(draws.ids.masked_fill(missing, ids), draws.logprobs - 1))
         )
         for ids in (VOCABULARY + 3, -1)
     )

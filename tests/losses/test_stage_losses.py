@@ -15,11 +15,11 @@ from megakd.config.terms import soft_terms
 from megakd.data.batch import Pass
 from megakd.losses.objective import stage_losses
 from megakd.models.fitting import ReadyTeacher
-from megakd.models.knowledge import Needs
+from megakd.models.outputs import Needs
 from megakd.reports.plan_phases import Phase, planned_sources
 from megakd.reports.plan_tracing import PhaseTraces
 from megakd.stage import Constant, Stage
-from megakd.training.recipes import completed
+from megakd.training.lab import completed
 
 KL = term_of("soft_target_kl")
 LENGTH, ROWS, WIDTH = 16, 2, 32
@@ -39,7 +39,7 @@ def config(tmp_path) -> RunConfig:
     return load_config(write_config(tmp_path / "run.yaml", tree))
 
 
-def weigh(reading: Any) -> dict[str, float]:
+def weigh(inputs: Any) -> dict[str, float]:
     """Weigh the terms by the last hidden states."""
     raise NotImplementedError
 

@@ -23,8 +23,8 @@ from megakd.config.terms import (
 from megakd.data.batch import (
     IGNORE,
     Batch,
-    Knowledge,
     LossInputs,
+    Outputs,
     Pass,
     backward_groups,
     count_units,
@@ -35,7 +35,7 @@ from megakd.losses.bundle import StudentBundle
 from megakd.losses.objective import Objective, build_objective
 from megakd.losses.targets import ClassTargets, Evaluated, TermGroup
 from megakd.methods.minidisc import Sandwich
-from megakd.training.ranking import lower_is_better
+from megakd.training.metrics import lower_is_better
 
 CE = HardCrossEntropy(loss="hard_cross_entropy")
 
@@ -73,9 +73,9 @@ class Words(TermGroup):
         self.units = {"word_length": "words"}
         self.counters = {"words": lambda batch: batch.inputs["words"].sum()}
 
-    def forward(self, reading: LossInputs) -> Evaluated:
-        total = (reading.student.logits[:, 0] * reading.batch.inputs["words"]).sum()
-        weight = reading.weights["word_length"] * reading.per_unit["words"]
+    def forward(self, inputs: LossInputs) -> Evaluated:
+        total = (inputs.student.logits[:, 0] * inputs.batch.inputs["words"]).sum()
+        weight = inputs.weights["word_length"] * inputs.per_unit["words"]
         return Evaluated(total * weight, {"word_length": total.detach()})
 
 
@@ -88,10 +88,10 @@ def step(cuts: list[slice], monkeypatch: pytest.MonkeyPatch) -> tuple[float, flo
     The model has one weight: the logits of row i are i times the weight.
     """
 
-    def read(model: torch.nn.ParameterList, batch: Batch, needs: object) -> Knowledge:
-        return Knowledge(logits=(batch.inputs["numbers"] * model[0])[:, None].repeat(1, 3))
+    def read(model: torch.nn.ParameterList, batch: Batch, needs: object) -> Outputs:
+        return Outputs(logits=(batch.inputs["numbers"] * model[0])[:, None].repeat(1, 3))
 
-    monkeypatch.setattr("megakd.losses.bundle.read_knowledge", read)
+    monkeypatch.setattr("megakd.losses.bundle.read_outputs", read)
     objective = Objective([ClassTargets((), CE), Words()], {CE.loss: 0.5, "word_length": 1.0})
     model = torch.nn.ParameterList([torch.tensor(2.0)])
     bundle = StudentBundle({"student": model}, objective, world_size=1)

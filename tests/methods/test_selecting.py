@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from megakd.data.batch import Knowledge
+from megakd.data.batch import Outputs
 from megakd.methods.knowledge_selection import KnowledgeSelectionConfig
 from megakd.methods.knowledge_selection import selecting as choosing_module
 from megakd.methods.knowledge_selection.selecting import (
@@ -56,7 +56,7 @@ def reading_at(step: int, valid: torch.Tensor | None = None) -> Any:
     generator = torch.Generator().manual_seed(step)
     valid = torch.ones(2, 3, dtype=torch.bool) if valid is None else valid
     student, teacher = (
-        Knowledge(hidden_states=(torch.randn(2, 3, width, generator=generator),))
+        Outputs(hidden_states=(torch.randn(2, 3, width, generator=generator),))
         for width in (STUDENT, TEACHER)
     )
     return SimpleNamespace(batch=SimpleNamespace(valid=valid), student=student, taught=teacher)

@@ -39,7 +39,7 @@ def counted(shape: Shape) -> int:
 
 
 def teacher(units: View) -> Any:
-    return SimpleNamespace(depth=len(units.heads), units=units, whole=units, uncut=None)
+    return SimpleNamespace(depth=len(units.heads), units=units, whole=units, why_fixed=None)
 
 
 def shapes(

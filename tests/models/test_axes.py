@@ -117,9 +117,9 @@ def test_narrow_embeddings_and_the_matrix_that_raises_them_make_the_hidden_state
     makers = unit_makers(model)
 
     embeddings = [name for name in makers if "embeddings" in name]
-    is_narrow = width < model.config.hidden_size
-    assert ("electra.embeddings_project.weight" in embeddings) == is_narrow
-    assert ("electra.embeddings.word_embeddings.weight" in embeddings) != is_narrow
+    layers_run_narrow = width < model.config.hidden_size
+    assert ("electra.embeddings_project.weight" in embeddings) == layers_run_narrow
+    assert ("electra.embeddings.word_embeddings.weight" in embeddings) != layers_run_narrow
 
 
 def test_the_output_bias_of_a_masked_electra_is_not_counted_with_its_encoder():

@@ -14,8 +14,8 @@ from megakd.errors import ModelError
 from megakd.losses.bundle import StudentBundle
 from megakd.losses.objective import build_objective, logits_of
 from megakd.models.draws import most_likely
-from megakd.models.knowledge import LanguageModelHead, Needs, predict, read_knowledge
 from megakd.models.loading import check_model
+from megakd.models.outputs import LanguageModelHead, Needs, predict, read_outputs
 from megakd.teachers.frozen import FrozenModel
 
 TERMS = (
@@ -95,7 +95,7 @@ def test_scores_caches_and_plugins_see_the_models_own_logits(tiny, family):
         logits = own_logits(model, batch)
         sums = predict(model, batch).sums
         cached = most_likely(model, batch, 5)
-        plugged = logits_of(read_knowledge(model, batch, Needs()))
+        plugged = logits_of(read_outputs(model, batch, Needs()))
 
     chosen = batch.labels != IGNORE
     missed = functional.cross_entropy(logits[chosen], batch.labels[chosen], reduction="sum")

@@ -18,7 +18,7 @@ from megakd.data.batch import IGNORE, Batch
 from megakd.engine.sharding import gathered_state
 from megakd.errors import ModelError
 from megakd.models.elastic import Elastic
-from megakd.models.knowledge import LanguageModelHead, Needs, attentions_taken, read_knowledge
+from megakd.models.outputs import LanguageModelHead, Needs, attentions_taken, read_outputs
 from megakd.models.packing import VARLEN, register_packed_attention
 from megakd.models.structure import architecture_of
 from megakd.models.views import View
@@ -45,7 +45,7 @@ def test_a_classifier_is_read_as_its_logits_and_its_hidden_states(tiny, family):
     model = model_of(tiny, family)
     theirs = model(input_ids=IDS, attention_mask=MASK, output_hidden_states=True)
 
-    read = read_knowledge(model, batch(torch.tensor([0, 1])), STATES)
+    read = read_outputs(model, batch(torch.tensor([0, 1])), STATES)
 
     torch.testing.assert_close(read.logits, theirs.logits)
     torch.testing.assert_close(read.hidden_states, tuple(theirs.hidden_states))
@@ -58,7 +58,7 @@ def test_a_classifier_is_read_as_its_logits_and_its_hidden_states(tiny, family):
 )
 def test_only_the_states_of_the_layers_asked_for_are_read(tiny, family, layers):
     model, given = model_and_batch(tiny, family)
-    everything = read_knowledge(model, given, STATES)
+    everything = read_outputs(model, given, STATES)
     passing = []
     architecture_of(model.config).block_of(model, 1).register_forward_hook(
         lambda _, __, output: passing.append(
@@ -67,7 +67,7 @@ def test_only_the_states_of_the_layers_asked_for_are_read(tiny, family, layers):
     )
 
     with torch.no_grad():
-        read = read_knowledge(model, given, Needs(hidden_layers=layers))
+        read = read_outputs(model, given, Needs(hidden_layers=layers))
 
     assert [state() for state in passing] == [None]  # no memory for what nobody asked for
     for layer in layers:
@@ -83,8 +83,8 @@ def test_only_the_states_of_the_layers_asked_for_are_read(tiny, family, layers):
 def test_the_second_texts_type_reaches_only_models_that_know_one(tiny, family, reads_them):
     types = {"type_vocab_size": 1} if family == "roberta" else {}
     model, labels = model_of(tiny, family, **types), torch.tensor([0, 1])
-    plain = read_knowledge(model, batch(labels), Needs())
-    typed = read_knowledge(model, batch(labels, token_type_ids=MASK), Needs())
+    plain = read_outputs(model, batch(labels), Needs())
+    typed = read_outputs(model, batch(labels, token_type_ids=MASK), Needs())
     assert torch.equal(plain.logits, typed.logits) != reads_them
 
 
@@ -96,7 +96,7 @@ def test_a_causal_lm_is_read_as_hidden_states_and_a_head_that_stand_for_its_logi
     theirs = model(input_ids=IDS, attention_mask=MASK).logits
     monkeypatch.setattr(model.lm_head, "forward", None)  # the logits are never formed
 
-    read = read_knowledge(model, batch(IDS), STATES)
+    read = read_outputs(model, batch(IDS), STATES)
 
     assert (read.logits, read.attention) == (None, ())
     assert read.hidden is not None
@@ -107,7 +107,7 @@ def test_a_causal_lm_is_read_as_hidden_states_and_a_head_that_stand_for_its_logi
     torch.testing.assert_close(read.hidden @ weight.T, theirs)
     assert bias is None
     assert len(read.hidden_states) == 3
-    assert read_knowledge(model, batch(IDS), Needs()).hidden_states == ()
+    assert read_outputs(model, batch(IDS), Needs()).hidden_states == ()
 
 
 @pytest.mark.parametrize("kind", ["tied", "untied", "masked"])
@@ -120,7 +120,7 @@ def test_the_head_is_as_narrow_as_the_view_and_teaches_the_whole_weight(tiny, ki
 
     with Elastic(model).viewing(View((1, 1), (3, 8), width=6)):
         theirs = model(input_ids=IDS, attention_mask=MASK).logits
-        read = read_knowledge(model, batch(IDS), Needs())
+        read = read_outputs(model, batch(IDS), Needs())
         assert read.head is not None
         weight, bias = read.head.read()
         torch.testing.assert_close(nn.functional.linear(read.hidden, weight, bias), theirs)
@@ -133,9 +133,9 @@ def test_the_head_is_as_narrow_as_the_view_and_teaches_the_whole_weight(tiny, ki
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_attention_is_read_of_the_layers_that_are_needed_beside_all_else(tiny, family):
     model, given = model_and_batch(tiny, family)
-    plain = read_knowledge(model, given, STATES)
+    plain = read_outputs(model, given, STATES)
 
-    read = read_knowledge(model, given, STATES._replace(attention_layers=(2,)))
+    read = read_outputs(model, given, STATES._replace(attention_layers=(2,)))
 
     assert [layer is None for layer in read.attention] == [True, True, False]
     torch.testing.assert_close(read.hidden_states, plain.hidden_states)
@@ -269,7 +269,7 @@ def test_a_masked_lm_is_that_of_transformers_and_its_head_stands_for_its_logits(
     given = masked_batch(tiny, targets=False)
     theirs = model(**given.inputs, output_hidden_states=True)
 
-    read = read_knowledge(model, given, Needs(hidden_layers=(0, 1, 2)))
+    read = read_outputs(model, given, Needs(hidden_layers=(0, 1, 2)))
 
     assert read.logits is None
     with read.head.open():
@@ -290,11 +290,11 @@ def test_a_masked_lm_is_that_of_transformers_and_its_head_stands_for_its_logits(
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "distilbert", "electra"])
 def test_the_head_is_asked_at_the_targets_alone(tiny, model_type, monkeypatch):
     model = tiny.load(saved_masked(tiny, model_type), tiny.task("mlm"))
-    everywhere = read_knowledge(model, masked_batch(tiny, targets=False), Needs()).hidden
+    everywhere = read_outputs(model, masked_batch(tiny, targets=False), Needs()).hidden
     head = LanguageModelHead(model)
     monkeypatch.setattr(head._module, "forward", None)
 
-    read = read_knowledge(model, masked_batch(tiny, targets=True), Needs())
+    read = read_outputs(model, masked_batch(tiny, targets=True), Needs())
 
     assert len(read.hidden) == 3
     torch.testing.assert_close(read.hidden, everywhere[LABELS != IGNORE])

@@ -18,7 +18,7 @@ from megakd.data.collation import Collator, documents_of
 from megakd.data.loader import packed_row
 from megakd.data.token_tables import pack, single_documents
 from megakd.errors import ModelError
-from megakd.models.knowledge import Needs, read_knowledge
+from megakd.models.outputs import Needs, read_outputs
 from megakd.models.packing import VARLEN, Packing, attend, packing_of, set_attention
 from megakd.models.structure import for_task
 
@@ -80,7 +80,7 @@ def model_of(model_type: str):
 
 def logits(model, batch: Batch) -> torch.Tensor:
     with torch.no_grad():
-        read = read_knowledge(model, batch, Needs())
+        read = read_outputs(model, batch, Needs())
         weight, bias = read.head.read()
         product = read.hidden @ weight.T
         return read.head.warp(product if bias is None else product + bias)
@@ -163,7 +163,7 @@ def attend_with(model, name, device="cpu"):
 def hidden_and_gradient(model, batch, name):
     model.set_attn_implementation(name)
     model.zero_grad()
-    hidden = read_knowledge(model, batch, Needs()).hidden
+    hidden = read_outputs(model, batch, Needs()).hidden
     (hidden.float() * batch.valid[..., None]).square().sum().backward()
     gradients = {n: p.grad.float() for n, p in model.named_parameters() if p.grad is not None}
     scaled = {name: gradient / gradient.abs().max() for name, gradient in gradients.items()}
@@ -196,7 +196,7 @@ def test_no_mask_is_built(tiny):
         lambda _, __, named: masks.append(named.get("attention_mask")), with_kwargs=True
     )
 
-    read_knowledge(model, batch_of(), Needs())
+    read_outputs(model, batch_of(), Needs())
 
     assert masks == [None]
 
@@ -279,7 +279,7 @@ def test_texts_of_a_row_longer_than_the_models_positions_are_read_as_alone(tiny,
 
     def hidden(batch):
         with torch.no_grad():
-            return read_knowledge(model, batch, Needs()).hidden[batch.valid]
+            return read_outputs(model, batch, Needs()).hidden[batch.valid]
 
     together = packed_row(collate(rows), most=128)
 

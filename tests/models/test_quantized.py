@@ -17,12 +17,12 @@ from megakd.config.task import TaskConfig
 from megakd.data.batch import Batch
 from megakd.errors import ModelError
 from megakd.models import quantized
-from megakd.models.knowledge import Needs, read_knowledge
 from megakd.models.loading import load_finished
 from megakd.models.modeling.modeling_t5 import (
     T5EncoderConfig,
     T5EncoderForSequenceClassification,
 )
+from megakd.models.outputs import Needs, read_outputs
 from megakd.models.quantized import check_quantized, open_quantized
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
@@ -75,7 +75,7 @@ def test_weights_of_eight_bits_give_the_logits_of_transformers(tiny):
     loaded = tiny.load(tiny.folder, tiny.task("causal_lm"))
     ids = tiny.input_ids
     batch = Batch({"input_ids": ids}, ids, torch.ones_like(ids, dtype=torch.bool))
-    read = read_knowledge(loaded, batch, Needs((1,)))
+    read = read_outputs(loaded, batch, Needs((1,)))
     with read.head.open():
         logits = read.hidden @ read.head.read()[0].T
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 from megakd.data.batch import IGNORE, Batch, LossInputs, Targets
 from megakd.engine.sharding import gathered_state
 from megakd.losses.targets import LanguageModelTargets
-from megakd.models.knowledge import Needs, read_knowledge
+from megakd.models.outputs import Needs, read_outputs
 from megakd.models.second_vocabulary import (
     SecondSize,
     add_second_vocabulary,
@@ -51,7 +51,7 @@ def batch_of(ids: list[int], first: dict[int, int], second: dict[int, int]) -> B
 
 
 def loss_of(model, batch: Batch) -> torch.Tensor:
-    read = read_knowledge(model, batch, Needs())
+    read = read_outputs(model, batch, Needs())
     reading = LossInputs(
         student=read,
         teacher=None,

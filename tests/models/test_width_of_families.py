@@ -207,6 +207,6 @@ def test_no_family_differs_silently(task, model_type, tmp_path):
     except (ModelError, NotImplementedError) as error:
         pytest.skip(f"not read: {error}")
     units = find_units(config, architecture, task)
-    if None not in (units.heads.uncut, units.neurons.uncut):
-        pytest.skip(f"heads: {units.heads.uncut}; neurons: {units.neurons.uncut}")
+    if None not in (units.heads.why_fixed, units.neurons.why_fixed):
+        pytest.skip(f"heads: {units.heads.why_fixed}; neurons: {units.neurons.why_fixed}")
     check_cut(tiny_families.build(config, task), task, tmp_path / "cut")

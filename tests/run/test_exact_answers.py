@@ -12,8 +12,8 @@ from datasets import Dataset
 from lab_scene import ONE_RANK, pretend_one_rank
 from tiny_families import build, small_configs
 
-from megakd.data.batch import IGNORE, Batch, Knowledge
-from megakd.models.knowledge import LanguageModelHead
+from megakd.data.batch import IGNORE, Batch, Outputs
+from megakd.models.outputs import LanguageModelHead
 from megakd.run.teacher_pool import log_probabilities, say_divergence
 
 # The first row has a prompt of two tokens, the second one padding.
@@ -31,7 +31,7 @@ def logged(caplog: Any, hidden: torch.Tensor, targets: torch.Tensor | None) -> s
 
     def answers(states: torch.Tensor) -> torch.Tensor:
         read = states if targets is None else states.flatten(0, 1)[targets]
-        teacher: Any = lambda _: Knowledge(hidden=read, head=head)  # noqa: E731
+        teacher: Any = lambda _: Outputs(hidden=read, head=head)  # noqa: E731
         return log_probabilities(scorer, ROWS, teacher)
 
     with caplog.at_level(logging.INFO, "megakd"):

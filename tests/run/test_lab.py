@@ -21,7 +21,7 @@ from megakd.data.chat_tokens import PROMPT_LENGTH
 from megakd.process.record import flatten
 from megakd.stage import Stage
 from megakd.training.inputs import check_run
-from megakd.training.recipes import completed
+from megakd.training.lab import completed
 from megakd.training.served_teachers import model_identity
 from megakd.training.stage_folder import cached_metrics
 

@@ -18,7 +18,7 @@ from megakd.errors import CheckpointError
 from megakd.process import seals
 from megakd.process.files import write_json
 from megakd.process.record import differences
-from megakd.run.finished_run import RUN, asked_of, begin_run, check_identity, run_facts
+from megakd.run.finished_run import RUN, begin_run, check_identity, growable_keys, run_facts
 from megakd.training.checkpoint import FORMAT
 
 CPU = torch.device("cpu")
@@ -181,7 +181,7 @@ def test_a_run_is_written_once_and_one_of_another_version_is_refused(tmp_path):
     text = (out / RUN).read_text()
     begin_run(config, ALONE)
     assert (out / RUN).read_text() == text
-    assert asked_of(config)["train.max_steps"] == config.train.max_steps
+    assert growable_keys(config)["train.max_steps"] == config.train.max_steps
 
     other = "holds a run of another version of megakd"
     for content, message in ((text[:40], r"run\.json is damaged"), ('{"format": 5}', other)):

@@ -13,8 +13,8 @@ from megakd.config.task import TaskConfig
 from megakd.data.batch import Batch
 from megakd.errors import MegakdError
 from megakd.models.architectures import AUTO_CLASSES
-from megakd.models.knowledge import Needs, read_knowledge
 from megakd.models.loading import load_model, resolve_model
+from megakd.models.outputs import Needs, read_outputs
 from megakd.models.small_copy import no_cache
 from megakd.models.structure import architecture_of
 
@@ -93,7 +93,7 @@ def _compared(of: Any, folder: Path, plain: Any, ids: Any, expected: Any) -> Rea
     labels = torch.zeros(len(ids), dtype=torch.long) if is_classifier else ids
     batch = Batch(inputs, labels, torch.ones_like(ids, dtype=torch.bool))
     with torch.no_grad():
-        read = read_knowledge(model, batch, Needs())
+        read = read_outputs(model, batch, Needs())
         logits = read.logits
         if read.head is not None:
             weight, bias = read.head.read()
@@ -101,7 +101,7 @@ def _compared(of: Any, folder: Path, plain: Any, ids: Any, expected: Any) -> Rea
         error, hidden = difference(logits, expected), _of_states(model, plain, batch)
         if task.type == "mlm":
             rows = torch.tensor([1, 5, 14])
-            some = read_knowledge(model, batch._replace(targets=rows), Needs()).hidden
+            some = read_outputs(model, batch._replace(targets=rows), Needs()).hidden
             error = max(error, difference(some, read.hidden.flatten(0, 1)[rows]))
     result = "equal" if error <= CLOSE and not hidden.startswith("states differ") else "differs"
     return Reading(*of, result, f"{error:.0e}", hidden)
@@ -111,7 +111,7 @@ def _of_states(model: Any, plain: Any, batch: Batch) -> str:
     # Empty if all hidden states are those of transformers.
     count = architecture_of(model.config).number_of_layers(model.config)
     try:
-        states = read_knowledge(model, batch, Needs(hidden_layers=(0, 1, count))).hidden_states
+        states = read_outputs(model, batch, Needs(hidden_layers=(0, 1, count))).hidden_states
     except MegakdError:
         return "refused"
     ids = batch.inputs["input_ids"]

@@ -39,7 +39,7 @@ FEATURES: Mapping[str, str] = {
     r"|is_taught|check_row_teachers|rows_of_teachers|numbers_of",
     "streams": r"streaming|\w*[sS]tream(ed)?\w*",
     "servers": r"servers?|\w*Server\w*|served_\w+|serves",
-    "windows": r"Window|WindowState|goes_on|pruned_to|continue_window|averages|AVERAGES"
+    "windows": r"Window|WindowState|has_next_window|pruned_to|continue_window|averages|AVERAGES"
     r"|TRAINING_STATE|window",
     "soft labels": r"soft_labels|SOFT_LABELS|SoftLabels|SOFT|reads_soft_labels"
     r"|with_soft_labels|soft_text",

@@ -16,9 +16,9 @@ from megakd.data.batch import (
     AttentionVectors,
     Batch,
     Counts,
-    Knowledge,
     LogitWarp,
     LossInputs,
+    Outputs,
     count_units,
 )
 from megakd.losses.bundle import unit_scales
@@ -146,14 +146,14 @@ class Scene:
         """Total, sums and gradients of some rows, divided by `counts` or by the scene's own."""
         leaves = {n: v.detach().clone().requires_grad_() for n, v in self.leaves.items()}
         self.objective.zero_grad()
-        reading = self.reading(rows, counts, student=knowledge(leaves, rows), **changes)
-        ((total, sums),) = self.objective([reading])
+        inputs = self.inputs(rows, counts, student=knowledge(leaves, rows), **changes)
+        ((total, sums),) = self.objective([inputs])
         total.backward()
         gradients = {n: v.grad for n, v in leaves.items() if v.grad is not None}
         gradients |= {n: p.grad for n, p in self.objective.named_parameters()}
         return Result(total.detach(), sums, gradients)
 
-    def reading(
+    def inputs(
         self, rows: slice = slice(None), counts: Counts | None = None, **changes: Any
     ) -> LossInputs:
         """The inputs of some rows, as `result` has them; `changes` replace their parts."""
@@ -181,7 +181,7 @@ class Result:
         self.total, self.sums, self.gradients = total, sums, gradients
 
 
-def knowledge(contents: dict[str, torch.Tensor], rows: slice) -> Knowledge:
+def knowledge(contents: dict[str, torch.Tensor], rows: slice) -> Outputs:
     states = tuple(v[rows] for name, v in contents.items() if name.startswith("state"))
     layers = sum(name.startswith("queries") for name in contents)
     width = contents["queries1"].shape[-1] // QUERY_HEADS
@@ -189,7 +189,7 @@ def knowledge(contents: dict[str, torch.Tensor], rows: slice) -> Knowledge:
         AttentionVectors(*(contents[f"{part}{i}"][rows] for part in PARTS), width)
         for i in range(1, layers + 1)
     )
-    inner = Knowledge(hidden_states=states, attention=(None, *vectors))
+    inner = Outputs(hidden_states=states, attention=(None, *vectors))
     if "logits" in contents:
         return inner._replace(logits=contents["logits"][rows])
     return inner._replace(hidden=contents["hidden"][rows], head=Matrix(contents["head"]))  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from tiny_runs import write_config
 from megakd.config.file import load_config
 from megakd.config.run import RunConfig
 from megakd.models.fitting import ReadyTeacher
-from megakd.models.knowledge import Needs
+from megakd.models.outputs import Needs
 from megakd.reports.plan import Cluster, PhasePlan, Plan, plan_run
 from megakd.reports.plan_phases import planned_sources
 from megakd.training.precision import joins_micro_batches, largest_step

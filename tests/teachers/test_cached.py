@@ -14,11 +14,11 @@ from checkpoint_store import flip
 from datasets import Dataset
 from torch import Tensor, nn
 
-from megakd.data.batch import Batch, Draws, Knowledge, Predictions
+from megakd.data.batch import Batch, Draws, Outputs, Predictions
 from megakd.engine import distributed
 from megakd.engine.distributed import Ranks
 from megakd.errors import TeacherError
-from megakd.models.knowledge import Needs
+from megakd.models.outputs import Needs
 from megakd.teachers import cached
 from megakd.teachers.cached import CachedTeacher, missing_rows, write_shard
 from megakd.teachers.frozen import FrozenModel
@@ -196,7 +196,7 @@ def test_a_teachers_classes_are_put_into_the_order_of_the_data(order, expected):
 
     taught, scored = module(batch), module(batch, scoring=True)
 
-    assert isinstance(taught, Knowledge)
+    assert isinstance(taught, Outputs)
     assert isinstance(scored, Predictions)
     assert taught.logits.tolist() == scored.outputs.tolist() == expected
     assert module.state_dict() == {}

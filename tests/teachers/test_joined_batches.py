@@ -10,10 +10,10 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
 from megakd.config.task import TaskConfig
-from megakd.data.batch import AttentionVectors, Batch, Knowledge
+from megakd.data.batch import AttentionVectors, Batch, Outputs
 from megakd.data.collation import Collator
 from megakd.data.token_tables import pack
-from megakd.models.knowledge import Needs, read_knowledge
+from megakd.models.outputs import Needs, read_outputs
 from megakd.teachers.frozen import joined, split
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
@@ -39,7 +39,7 @@ def texts(lengths, targets=()):
     return Batch(inputs, ids.clone(), valid, torch.tensor(targets) if targets else None)
 
 
-def outputs(knowledge: Knowledge, batch: Batch) -> list[torch.Tensor | None]:
+def outputs(knowledge: Outputs, batch: Batch) -> list[torch.Tensor | None]:
     """The outputs where positions count; padding may hold anything."""
     layers = [*knowledge.hidden_states]
     for vectors in knowledge.attention:
@@ -50,10 +50,10 @@ def outputs(knowledge: Knowledge, batch: Batch) -> list[torch.Tensor | None]:
 
 def assert_answered_as_one_by_one(model, batches):
     with torch.no_grad():
-        together = read_knowledge(model, joined(batches), NEEDS)
+        together = read_outputs(model, joined(batches), NEEDS)
         for batch, part in zip(batches, split(together, batches), strict=True):
             of_part = outputs(part, batch)
-            expected = outputs(read_knowledge(model, batch, NEEDS), batch)
+            expected = outputs(read_outputs(model, batch, NEEDS), batch)
             torch.testing.assert_close(of_part, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -85,7 +85,7 @@ def test_masked_texts_are_answered_together_as_one_by_one(predicted):
 def test_logits_and_vectors_are_cut_by_rows_and_length():
     batches = [texts((3, 5)), texts((16,))]
     vectors = AttentionVectors(*(torch.arange(3 * 16 * 2.0).view(3, 16, 2) for _ in range(3)), 2)
-    answer = Knowledge(logits=torch.arange(3.0)[:, None], attention=(None, vectors))
+    answer = Outputs(logits=torch.arange(3.0)[:, None], attention=(None, vectors))
 
     first, second = split(answer, batches)
 

@@ -31,7 +31,7 @@ head_widths = st.sampled_from([4, 12, 16, 64])
 
 
 def ranked(result):
-    found = SimpleNamespace(heads=SimpleNamespace(to_zero=True))
+    found = SimpleNamespace(heads=SimpleNamespace(can_lose_all=True))
     architecture = SimpleNamespace(found_units=lambda _: found, rows_of_heads=lambda _: 8)
     source: Any = SimpleNamespace(architecture=architecture, config=None)
     return SortedTeacher(source=source, scores=result)

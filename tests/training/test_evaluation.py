@@ -29,6 +29,7 @@ from megakd.errors import ConfigError, DataError, TrainingError
 from megakd.stage import Verdict
 from megakd.training.evaluation import HeldOutLosses, few
 from megakd.training.metrics import (
+    MetricJudge,
     TaskMetrics,
     headline,
     language_model_metrics,
@@ -37,7 +38,6 @@ from megakd.training.metrics import (
     score_of,
     task_metrics,
 )
-from megakd.training.ranking import MetricJudge
 from megakd.training.tfidf import score_words
 
 

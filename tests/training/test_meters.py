@@ -15,7 +15,7 @@ from unit_counts import counts_of
 from megakd.config.sections import TrainConfig
 from megakd.config.task import TaskType
 from megakd.config.terms import HardCrossEntropy, Shape, SoftTargetKl, TermConfig
-from megakd.data.batch import Batch, Knowledge
+from megakd.data.batch import Batch, Outputs
 from megakd.engine.distributed import Ranks
 from megakd.errors import TrainingError
 from megakd.losses.objective import build_objective
@@ -134,11 +134,11 @@ def test_steps_that_all_overflow_under_fp16_stop_the_run():
         check(watched)
 
 
-def failed(*answers: Knowledge, targets: torch.Tensor | None = None) -> list[str]:
+def failed(*answers: Outputs, targets: torch.Tensor | None = None) -> list[str]:
     watch = AnswerWatch()
     for answer in answers:
         batch = Batch({}, torch.zeros(3, dtype=torch.long), VALID, targets)
-        watch.add({"calm": Knowledge(logits=torch.zeros(3, 2)), "seen": answer}, batch)
+        watch.add({"calm": Outputs(logits=torch.zeros(3, 2)), "seen": answer}, batch)
     return watch.failed(CPU)
 
 
@@ -146,22 +146,22 @@ def failed(*answers: Knowledge, targets: torch.Tensor | None = None) -> list[str
 def test_a_teacher_with_an_answer_that_is_not_finite_is_named_unless_it_is_about_padding(bad):
     logits, hidden = torch.zeros(3, 2), torch.zeros(3, 2, 4)
     logits[2] = hidden[0, 1] = hidden[2] = bad  # padding and an empty row
-    for fine in ((Knowledge(logits=logits),), (Knowledge(hidden=hidden),), (Knowledge(),), ()):
+    for fine in ((Outputs(logits=logits),), (Outputs(hidden=hidden),), (Outputs(),), ()):
         assert failed(*fine) == []
 
     logits[1, 0] = hidden[1, 1, 2] = bad
 
-    assert failed(Knowledge(logits=logits)) == failed(Knowledge(hidden=hidden)) == ["seen"]
-    assert failed(Knowledge(hidden=hidden[1]), targets=torch.tensor([2, 3])) == ["seen"]
+    assert failed(Outputs(logits=logits)) == failed(Outputs(hidden=hidden)) == ["seen"]
+    assert failed(Outputs(hidden=hidden[1]), targets=torch.tensor([2, 3])) == ["seen"]
     # A good answer does not make up for it.
-    assert failed(Knowledge(logits=logits), Knowledge(logits=torch.zeros(3, 2))) == ["seen"]
+    assert failed(Outputs(logits=logits), Outputs(logits=torch.zeros(3, 2))) == ["seen"]
 
 
 def test_a_teacher_whose_answers_are_not_finite_is_blamed_in_place_of_the_learning_rate():
     watched = Watched()
     batch = Batch({}, torch.zeros(1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool))
     answers = {"calm": 1.0, "mad": math.nan}
-    known = {name: Knowledge(logits=torch.tensor([[x]])) for name, x in answers.items()}
+    known = {name: Outputs(logits=torch.tensor([[x]])) for name, x in answers.items()}
     watched.trainer.watch.add(known, batch)
     watched.step(loss=math.nan)
 

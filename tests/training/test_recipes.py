@@ -25,8 +25,10 @@ from megakd.methods.skdbert import SkdbertConfig
 from megakd.models.views import View
 from megakd.stage import Stage
 from megakd.training import precision
+from megakd.training.assembly import scoring_preset
+from megakd.training.lab import completed
+from megakd.training.learners import learner_ds
 from megakd.training.precision import frozen_dtype, say_precision, scoring_dtype, training_dtype
-from megakd.training.recipes import completed, learner_ds, scoring_preset
 
 WARM = {"warmup_steps": 9, "warmup_ratio": 0.5}
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from waiting import Waiting, no_waiting
 
-from megakd.data.batch import IGNORE, Batch, Counts, Knowledge, Pass, count_units
+from megakd.data.batch import IGNORE, Batch, Counts, Outputs, Pass, count_units
 from megakd.stage import Strategy
 from megakd.training.trainer import Trainer
 
@@ -23,7 +23,7 @@ class Student:
         self.told = told
 
     def forward_backward(
-        self, batch: Batch, knowledge: Mapping[str, Knowledge], plan: Any, counts: Counts, **options
+        self, batch: Batch, knowledge: Mapping[str, Outputs], plan: Any, counts: Counts, **options
     ) -> dict[str, Tensor]:
         self.told.append(("forward_backward", tuple(knowledge), options["boundary"]))
         return {"term": torch.tensor(1.0)}
@@ -38,11 +38,11 @@ class Teacher:
     def __init__(self, told: list[Any], name: str) -> None:
         self.told, self.name = told, name
 
-    def __call__(self, batch: Batch) -> Knowledge:
+    def __call__(self, batch: Batch) -> Outputs:
         self.told.append(("asked", self.name))
-        return Knowledge()
+        return Outputs()
 
-    def answers(self, batches: Sequence[Batch]) -> Iterator[Knowledge]:
+    def answers(self, batches: Sequence[Batch]) -> Iterator[Outputs]:
         return map(self, batches)
 
     def prefetch(self) -> None:
@@ -106,20 +106,20 @@ def test_where_no_teacher_is_idle_nothing_is_planned_ahead(teachers):
 class Answering(Teacher):
     """Knows something about two rows of three tokens."""
 
-    def __init__(self, known: Knowledge) -> None:
+    def __init__(self, known: Outputs) -> None:
         super().__init__([], "teacher")
         self.known = known
 
-    def __call__(self, batch: Batch) -> Knowledge:
+    def __call__(self, batch: Batch) -> Outputs:
         return self.known
 
 
 @pytest.mark.parametrize(
     ("labels", "known"),
     [
-        ([1, IGNORE], Knowledge(logits=torch.zeros(2, 3))),
-        ([1.5, math.nan], Knowledge(logits=torch.zeros(2, 1))),
-        ([[1, 2, 3], [4, IGNORE, IGNORE]], Knowledge(hidden=torch.zeros(2, 3, 4))),
+        ([1, IGNORE], Outputs(logits=torch.zeros(2, 3))),
+        ([1.5, math.nan], Outputs(logits=torch.zeros(2, 1))),
+        ([[1, 2, 3], [4, IGNORE, IGNORE]], Outputs(hidden=torch.zeros(2, 3, 4))),
     ],
     ids=["classification", "regression", "causal_lm"],
 )

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from megakd.data.batch import Pass
-from megakd.engine.collectives import agree, all_reduce_
+from megakd.engine.collectives import all_reduce_, broadcast
 from megakd.methods.homodistil import ROWS, Schedule, Target
 from megakd.models.views import Axis, Columns, Cut, Kind, Maker, UnitOrder, View
 from megakd.stage import Scores, StepReport, Strategy, Verdict
-from megakd.training.ranking import WHOLE, Metric
+from megakd.training.metrics import WHOLE, Metric
 from megakd.training.record import Row
 
 BETA = 0.85
@@ -95,7 +95,7 @@ class PruningStrategy(Strategy):
         if self.schedule.prunes_after(step + 1):
             here = unit_sums(values, student.makers, student.units, self.cut)
             # Ranks may round differently, and would then remove different units.
-            self._scores = agree(all_reduce_(here))
+            self._scores = broadcast(all_reduce_(here))
 
     def after_update(self, report: StepReport) -> dict[str, float]:
         """Remove the units with the lowest scores if a removal is due; return the size."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megakd.data.batch import LossInputs, Pass, first_positions
-from megakd.engine.collectives import agree, all_reduce_
+from megakd.engine.collectives import all_reduce_, broadcast
 from megakd.methods.knowledge_selection import KnowledgeSelectionConfig
 from megakd.stage import StepReport, Strategy
 from megakd.training.evaluation import StageProbe
@@ -239,17 +239,17 @@ class Selecting(Strategy):
         """Return one pass; its weights are chosen after the forward of both models."""
         return (Pass(teacher=self.teacher, weigh=functools.partial(self.weigh, step)),)
 
-    def weigh(self, step: int, reading: LossInputs) -> Mapping[str, float]:
+    def weigh(self, step: int, inputs: LossInputs) -> Mapping[str, float]:
         """Return the action of a step, the same for all its micro-batches and on all ranks."""
         if self._decided is None or self._decided[0] != step:
-            self._decided = step, self._chosen(step, self._summaries(reading))
+            self._decided = step, self._chosen(step, self._summaries(inputs))
         return dict(zip(self.selector.kinds, self._decided[1], strict=True))
 
     @torch.no_grad()
-    def _summaries(self, reading: LossInputs) -> Tensor:
+    def _summaries(self, inputs: LossInputs) -> Tensor:
         """Return [S + T], the mean states of student and teacher, on the CPU."""
-        valid = reading.batch.valid
-        both = [answer.states(-1) for answer in (reading.student, reading.taught)]
+        valid = inputs.batch.valid
+        both = [answer.states(-1) for answer in (inputs.student, inputs.taught)]
         if self.whole_texts:
             rows, sums = valid, [_sum_of(states.flatten(0, 1), valid.flatten()) for states in both]
         else:
@@ -269,7 +269,7 @@ class Selecting(Strategy):
             chosen = tuple(min(max(value, 0.0), 1.0) for value in values)
         # The last digits differ between kinds of processors, and ranks that use different kinds of
         # knowledge would wait for each other forever.
-        return agree(chosen)
+        return broadcast(chosen)
 
     def _noise(self, step: int, kinds: int) -> Tensor:
         del step, kinds

@@ -145,11 +145,11 @@ class ParameterProjections(TermGroup):
                 self.elements += math.prod(pair.other.shape)
             self.layers.append(LayerErrors(tuple(compared), self.projections))
 
-    def forward(self, reading: LossInputs) -> Evaluated:
+    def forward(self, inputs: LossInputs) -> Evaluated:
         """Return the loss, which does not depend on the batch."""
         total = torch.stack([layer() for layer in self.layers]).sum()
         total = total / (self.term.epsilon or self.elements)
-        scale = reading.weights[NAME] * reading.per_unit["once"]
+        scale = inputs.weights[NAME] * inputs.per_unit["once"]
         return Evaluated(total * scale, {NAME: total.detach()})
 
 

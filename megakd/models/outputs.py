@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import megakd_kernels
 from megakd.config.task import Kernels
 from megakd.config.terms import Heads
-from megakd.data.batch import IGNORE, AttentionVectors, Batch, Knowledge, Predictions
+from megakd.data.batch import IGNORE, AttentionVectors, Batch, Outputs, Predictions
 from megakd.engine.sharding import gathered, is_sharded
 from megakd.models.architectures import counts_padding, has_token_types
 from megakd.models.elastic import weights_in_view
@@ -83,7 +83,7 @@ class LanguageModelHead:
             yield
 
 
-def read_knowledge(model: nn.Module, batch: Batch, needs: Needs) -> Knowledge:
+def read_outputs(model: nn.Module, batch: Batch, needs: Needs) -> Outputs:
     """Run the model once and return the outputs that the losses need.
 
     A classifier or regressor gives logits [B, C]. A language model runs up to its output matrix:
@@ -103,12 +103,14 @@ def read_knowledge(model: nn.Module, batch: Batch, needs: Needs) -> Knowledge:
     )
 
 
-def _read(model: Any, batch: Batch) -> Knowledge:
-    inputs, pieces = inputs_of_documents(model, batch), batch.second
+def _read(model: Any, batch: Batch) -> Outputs:
+    inputs, pieces = dict(batch.inputs), batch.second
+    if "position_ids" in inputs:
+        inputs = inputs_of_documents(model, batch)
     if not batch.labels_tokens:
         if not has_token_types(model.config):
             inputs.pop("token_type_ids", None)
-        return Knowledge(logits=model(**inputs, **no_cache(model)).logits)
+        return Outputs(logits=model(**inputs, **no_cache(model)).logits)
     architecture = architecture_of(model.config)
     if "position_ids" in inputs and counts_padding(model.config):
         inputs["position_ids"] = inputs["position_ids"] + model.config.pad_token_id + 1
@@ -126,19 +128,19 @@ def _read(model: Any, batch: Batch) -> Knowledge:
     else:
         states = backbone(**inputs, **no_cache(backbone)).last_hidden_state
         hidden = states if rows is None else states.flatten(0, 1)[rows]
-    read = Knowledge(hidden=hidden, head=LanguageModelHead(model))
+    read = Outputs(hidden=hidden, head=LanguageModelHead(model))
     if second is None or pieces is None:
         return read
     hidden, chosen = hidden.tensor_split((-len(pieces.positions),))
-    return read._replace(hidden=hidden, second=Knowledge(hidden=chosen, head=SecondHead(second)))
+    return read._replace(hidden=hidden, second=Outputs(hidden=chosen, head=SecondHead(second)))
 
 
 def predict(model: nn.Module, batch: Batch, kernels: Kernels = "auto") -> Predictions:
     """Return logits or scores of a micro-batch; for a language model, the sums for its metrics."""
-    return predictions_of(read_knowledge(model, batch, Needs()), batch, kernels)
+    return predictions_of(read_outputs(model, batch, Needs()), batch, kernels)
 
 
-def predictions_of(read: Knowledge, batch: Batch, kernels: Kernels = "auto") -> Predictions:
+def predictions_of(read: Outputs, batch: Batch, kernels: Kernels = "auto") -> Predictions:
     """Return the predictions in a model's outputs for a micro-batch; see `predict`."""
     if read.logits is not None:
         return Predictions(outputs=read.logits.float(), sums=None)
