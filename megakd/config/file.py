@@ -42,7 +42,7 @@ def check_paths(config: RunConfig) -> None:
     """
     specs = {f"{config.key_of(name)}.model": spec for name, spec in config.teacher_specs.items()}
     unread = {"output_dir", "task.chat_template"}
-    unread |= {key for key, spec in specs.items() if not spec.is_loaded}
+    unread |= {key for key, spec in specs.items() if not spec.reads_model}
     missing = [
         f"{key}: {path} does not exist"
         for key, value in places(config)

@@ -195,7 +195,7 @@ class RunConfig:
             return False
         if isinstance(kept, KeptLayers) and kept.by is not None:
             return kept.by == "importance"
-        return self.teacher_specs[self.start_role].is_loaded
+        return self.teacher_specs[self.start_role].reads_model
 
     @property
     def overrides(self) -> dict[str, TrainOverrides]:

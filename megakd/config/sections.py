@@ -408,7 +408,7 @@ class TeacherConfig(ModelConfig):
     memory."""
 
     @property
-    def is_loaded(self) -> bool:
+    def reads_model(self) -> bool:
         """Whether the model itself answers, and not a folder of answers or servers."""
         return self.cache in (None, "auto") and self.server is None
 
