@@ -25,7 +25,7 @@ from megakd.config.task import (
     STUDENT,
     STUDENT_BASE,
     TEACHER,
-    TFIDF,
+    UNTRAINED,
     TokenizerConfig,
 )
 from megakd.config.terms import (
@@ -172,7 +172,7 @@ def _teachers(config: RunConfig) -> Iterator[str]:
     if config.teacher is not None and config.teachers:
         yield "teachers: teacher is set too; move it into the list, and set teacher=null"
     names = [spec.name for spec in config.teachers]
-    taken = [STUDENT, TEACHER, TFIDF, *config.trained_baselines, *names]
+    taken = [STUDENT, TEACHER, *UNTRAINED, *config.trained_baselines, *names]
     for name, count in Counter(taken).items():
         if count > 1 and name in names:
             yield f'teachers: the name "{name}" is used {count} times in the run; choose another'
@@ -356,7 +356,7 @@ def _stream(config: RunConfig) -> Iterator[str]:
 def _trainings(config: RunConfig) -> Iterator[str]:
     task, of_method = config.task, getattr(file_of(config.method), "BASELINES", {})
     known = ("alone", *of_method)
-    known = (*known, TFIDF) if task.type == "classification" else known
+    known = (*known, *UNTRAINED) if task.type == "classification" else known
     if config.alone is not None and "alone" not in config.trained_baselines:
         yield "alone: baselines does not list alone; add baselines: [alone], or remove the section"
     for name in (name for name in config.baselines or () if name not in known):

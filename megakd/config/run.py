@@ -28,7 +28,7 @@ from megakd.config.task import (
     STUDENT,
     STUDENT_BASE,
     TEACHER,
-    TFIDF,
+    UNTRAINED,
     Dtype,
     TaskConfig,
 )
@@ -163,14 +163,14 @@ class RunConfig:
     @property
     def trained_baselines(self) -> tuple[str, ...]:
         """The baselines that are trained as models of the student's shape."""
-        return tuple(name for name in self.baselines or () if name != TFIDF)
+        return tuple(name for name in self.baselines or () if name not in UNTRAINED)
 
     @property
-    def scores_words(self) -> bool:
-        """Whether the report has the baseline `tfidf`."""
+    def untrained_baselines(self) -> tuple[str, ...]:
+        """The baselines of a classifier that the report has beside models."""
         if self.baselines is None:
-            return self.task.type == "classification"
-        return TFIDF in self.baselines
+            return UNTRAINED if self.task.type == "classification" else ()
+        return tuple(name for name in self.baselines if name in UNTRAINED)
 
     @property
     def loaded_models(self) -> dict[str, TeacherConfig | StudentConfig]:

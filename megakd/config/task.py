@@ -45,6 +45,12 @@ STUDENT_BASE = "student_base"
 TFIDF = "tfidf"
 """The baseline of a classifier that knows the words of a text alone."""
 
+FROZEN = "frozen"
+"""The baseline of a linear classifier on the vectors of a pretrained model as it is."""
+
+UNTRAINED = (TFIDF, FROZEN)
+"""The baselines that are no models of the student's shape."""
+
 LANGUAGE_TASKS: tuple[TaskType, ...] = ("mlm", "causal_lm")
 """Tasks whose labels are tokens of the text itself."""
 

@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from megakd.config.task import STANDARD_ERROR, STUDENT, TEACHER, TFIDF, THRESHOLD
+from megakd.config.task import FROZEN, STANDARD_ERROR, STUDENT, TEACHER, TFIDF, THRESHOLD
 from megakd.errors import CheckpointError, listed
 from megakd.process import files
 from megakd.reports.table import is_number, score
@@ -231,22 +231,40 @@ def _noise(report: Report, model: str) -> float:
     return 2 * error * (theirs if name == "perplexity" or not loss else theirs / loss)
 
 
+AGAIN = "repeat both with another seed, and take the baseline's settings if it is ahead again"
+
+ABOVE = {
+    TFIDF: "words alone do better: train the teacher longer (teacher.finetune), label more rows, "
+    "or serve the baseline",
+    FROZEN: "a linear classifier on the vectors of the pretrained model does better: train the "
+    "teacher longer or with a smaller rate (teacher.finetune), or label more rows",
+}
+"""By baseline without training, what to do if it is ahead of the student."""
+
+TEACHES_LESS = {
+    TFIDF: "it teaches less than words alone tell; train it longer (teacher.finetune)",
+    FROZEN: "its fine-tuning has lost what its vectors told; train it longer or with a smaller "
+    "rate (teacher.finetune)",
+}
+
+
 def _of_scores(report: Report) -> Iterator[str]:
     name = report["metric_name"]
     mine, whole = (report.get(f"{model}.{name}") for model in (STUDENT, TEACHER))
     for baseline in report["baselines"]:
         theirs = report.get(f"{baseline}.{name}")
         if _gain(name, theirs, mine) > _noise(report, baseline):
-            cure = (
-                "repeat both with another seed, and take the baseline's settings if it is ahead "
-                "again"
-                if baseline != TFIDF
-                else "words alone do better: train the teacher longer (teacher.finetune), label "
-                "more rows, or serve the baseline"
-            )
+            cure = ABOVE.get(baseline, AGAIN)
             yield (
                 f"the baseline {baseline} scores {score(name, theirs)} {name}, the student "
                 f"{score(name, mine)}; {cure}"
+            )
+    for baseline in (one for one in report["baselines"] if one in ABOVE):
+        theirs = report.get(f"{baseline}.{name}")
+        if _gain(name, theirs, whole) > 0:
+            yield (
+                f"the baseline {baseline} scores {score(name, theirs)} {name}, the teacher "
+                f"{score(name, whole)}: {TEACHES_LESS[baseline]}"
             )
     if _gain(name, mine, whole) > _noise(report, TEACHER):
         yield (

@@ -21,7 +21,7 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from megakd.config.task import LANGUAGE_TASKS, STUDENT, TEACHER, TFIDF, THRESHOLD
+from megakd.config.task import FROZEN, LANGUAGE_TASKS, STUDENT, TEACHER, TFIDF, THRESHOLD
 from megakd.data.batch import IGNORE, has_label
 from megakd.data.loader import evaluation_batches, lengths_of_rows
 from megakd.data.rows import is_labelled
@@ -57,6 +57,7 @@ from megakd.run.teacher_pool import Measured
 from megakd.stage import StageResult
 from megakd.training.assembly import Assembly
 from megakd.training.evaluation import few, scorer_for
+from megakd.training.frozen_vectors import score_frozen
 from megakd.training.lab import Lab
 from megakd.training.metrics import decided, loss_of_guessing, right_shares, same_class
 from megakd.training.precision import TORCH_DTYPE, scoring_dtype
@@ -245,11 +246,12 @@ def report_of(
             measured[name] = lab.work.measure(folder)
         reference = max(teachers, key=lambda n: measured[n].report["parameters"], default=None)
         graphs = write_graphs(lab, student.folder, reference, measured)
-        words = on_main(lambda: _words(lab)) if config.scores_words else {}
+        untrained = _untrained(lab)
     forget_models()
     theirs = measured[reference].predicted if reference else []
     numbers: dict[str, Any] = _parts(lab, student.folder)
-    numbers |= {f"{TFIDF}.{name}": value for name, value in words.items()}
+    for baseline, values in untrained.items():
+        numbers |= {f"{baseline}.{name}": value for name, value in values.items()}
     for name, one in measured.items():
         numbers |= _entries(name, one, folders.get(name), theirs, stored_as=lab.work.saved_dtype)
         if name != STUDENT and (error := _loss_error(one.losses, measured[STUDENT].losses)):
@@ -274,11 +276,11 @@ def report_of(
         "models": [
             *(name for name in (*teachers, *folders) if f"{name}.parameters" in numbers),
             *graphs,
-            *([TFIDF] if words else []),
+            *untrained,
         ],
         "teachers": teachers,
         "assistants": [one.name for one in record.assistants],
-        "baselines": [*baselines, *([TFIDF] if words else [])],
+        "baselines": [*baselines, *untrained],
         **numbers,
         **{f"{one.name}.sparsity": one.sparsity for one in record.assistants},
         "evaluation_sets": [
@@ -343,13 +345,23 @@ def _parts(lab: Lab[RunWork], folder: Path) -> dict[str, str]:
     return {f"{STUDENT}.parts": parts_of(lab.source(folder), ready.source, lab.record.layers)}
 
 
-def _words(lab: Lab[RunWork]) -> Mapping[str, float]:
-    prepared = lab.work.assembly.prepared
-    try:
-        return score_words(prepared.splits, prepared.metrics)
-    except Exception as error:  # noqa: BLE001 - a comparison must not fail a finished run
-        logger.warning("the baseline %s was not scored: %s", TFIDF, error)
-        return {}
+def _untrained(lab: Lab[RunWork]) -> dict[str, Mapping[str, float]]:
+    """Return the metrics of the baselines that are no models of a run; a collective."""
+    assembly, scored = lab.work.assembly, dict[str, Mapping[str, float]]()
+    prepared, names = assembly.prepared, lab.config.untrained_baselines
+
+    def words() -> Mapping[str, float]:
+        try:
+            return score_words(prepared.splits, prepared.metrics)
+        except Exception as error:  # noqa: BLE001 - a comparison must not fail a finished run
+            logger.warning("the baseline %s was not scored: %s", TFIDF, error)
+            return {}
+
+    if TFIDF in names:
+        scored[TFIDF] = on_main(words)
+    if FROZEN in names:
+        scored[FROZEN] = score_frozen(assembly)
+    return {name: values for name, values in scored.items() if values}
 
 
 def row_count(rows: Dataset) -> int:
