@@ -19,7 +19,7 @@ from megakd import cli
 from megakd.config.file import load_config
 from megakd.config.run import RunConfig
 from megakd.errors import MegakdError, ModelError
-from megakd.run.holder import LOCK, written_once
+from megakd.run.holder import LOCK, locked
 
 
 class Runs(types.ModuleType):
@@ -170,7 +170,7 @@ def test_help_and_what_is_refused_load_no_heavy_library(tmp_path, words, code, m
     (tmp_path / "run.yaml").write_text(RUN.replace("runs/x", "out"))
     (tmp_path / "rows.csv").touch()
 
-    with written_once(tmp_path / "out"):
+    with locked(tmp_path / "out"):
         ended = without("torch deepspeed transformers datasets", tmp_path, words.split())
         assert [path.name for path in (tmp_path / "out").iterdir()] == [LOCK]
 

@@ -121,13 +121,13 @@ class MeasuredStage(StageRun):
     def __init__(self, *arguments: Any, reporter: Reporter, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.reporter = reporter
-        loader: Any = self.source
+        loader: Any = self.batch_source
         self.watched = loader._collate = WatchedCollate(loader._collate)  # noqa: SLF001
 
     def steps_one_by_one(self) -> Iterator[None]:
         """Take the steps of `run_stage`, without evaluations and saves, which are never due."""
-        epoch = self.source.steps_per_epoch
-        self.reporter.begin(self.stage.name, 0, last=self.steps, steps_per_epoch=epoch)
+        epoch = self.batch_source.steps_per_epoch
+        self.reporter.begin(self.stage.name, 0, last=self.last_step, steps_per_epoch=epoch)
         self.meter.begin()
         with closing(self.batches(0)) as every:
             for step, batches in enumerate(every, start=1):

@@ -67,7 +67,7 @@ def add_config(parser: Parser) -> None:
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
 
-def config_of(arguments: argparse.Namespace) -> RunConfig:
+def config_of_arguments(arguments: argparse.Namespace) -> RunConfig:
     """Return the checked config of the arguments."""
     path, overrides = arguments.config, list(arguments.overrides)
     if path is None and overrides and "=" not in overrides[0]:

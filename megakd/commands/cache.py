@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from contextlib import ExitStack, closing
 from pathlib import Path
 
-from megakd.commands.arguments import add_config, config_of, say
+from megakd.commands.arguments import add_config, config_of_arguments, say
 from megakd.config.run import RunConfig
 from megakd.errors import ConfigError
 from megakd.process.terminal import print_aside
@@ -18,7 +18,7 @@ add_options = add_config
 
 def run(arguments: argparse.Namespace) -> None:
     """Write the caches of a config and print their folders."""
-    config = config_of(arguments)
+    config = config_of_arguments(arguments)
     caches = {n: s.cache for n, s in config.teacher_specs.items() if s.cache is not None}
     if not caches:
         raise ConfigError(
@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> None:
         from megakd.engine.collectives import on_main
         from megakd.engine.distributed import check_nodes
         from megakd.run.finished_run import begin_run
-        from megakd.run.holder import held
+        from megakd.run.holder import locked_on_main
         from megakd.run.main import reporter_of, started
         from megakd.run.run_work import RunWork
         from megakd.training.inputs import prepare
@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
         with started(config) as ranks, ExitStack() as locks:
             # Runs with other output folders may share a cache.
             for folder in on_main(lambda: _held_folders(config, caches.values())):
-                locks.enter_context(held(folder))
+                locks.enter_context(locked_on_main(folder))
             check_device(config, ranks)
             check_nodes(config)
             with closing(reporter_of(config, ranks)) as reporter:

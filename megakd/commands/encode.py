@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from megakd.commands.arguments import add_config, config_of, say
+from megakd.commands.arguments import add_config, config_of_arguments, say
 from megakd.process.terminal import print_aside
 
 add_options = add_config
@@ -12,7 +12,7 @@ add_options = add_config
 
 def run(arguments: argparse.Namespace) -> None:
     """Read and encode the data of a config as its run does, and print where the rows are."""
-    config = config_of(arguments)
+    config = config_of_arguments(arguments)
     with print_aside():
         from megakd.run.main import started
         from megakd.training.inputs import cache_folder, prepare

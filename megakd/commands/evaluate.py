@@ -7,7 +7,7 @@ import glob
 from collections.abc import Mapping
 from typing import Any
 
-from megakd.commands.arguments import Parser, add_config, config_of, say, scored_model
+from megakd.commands.arguments import Parser, add_config, config_of_arguments, say, scored_model
 from megakd.config.paths import expand_path
 from megakd.config.task import STANDARD_ERROR
 from megakd.errors import DataError
@@ -40,7 +40,7 @@ def add_options(parser: Parser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the scores of a model as text or JSON."""
-    config, data = config_of(arguments), arguments.data
+    config, data = config_of_arguments(arguments), arguments.data
     # Before torch is imported, which takes seconds.
     folder = scored_model(config.output_dir, arguments.model)
     if data and not glob.has_magic(data) and not expand_path(data).exists():

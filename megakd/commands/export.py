@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from megakd.commands.arguments import Parser, add_config, config_of, named_folder, say
+from megakd.commands.arguments import Parser, add_config, config_of_arguments, named_folder, say
 from megakd.config.run import RunConfig
 from megakd.errors import ConfigError
 from megakd.process.record import exported_stage
@@ -35,7 +35,7 @@ def add_options(parser: Parser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Export the stage; print the folder, and how far a graph is from torch."""
-    config = config_of(arguments)
+    config = config_of_arguments(arguments)
     if arguments.to is None:
         raise ConfigError("--to is missing; give the folder to write the model to")
     if arguments.int8 and arguments.format != "onnx":

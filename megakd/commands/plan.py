@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from megakd.commands.arguments import Parser, add_config, config_of, say
+from megakd.commands.arguments import Parser, add_config, config_of_arguments, say
 from megakd.config.run import RunConfig
 from megakd.errors import ConfigError
 from megakd.process.files import json_text
@@ -44,7 +44,7 @@ def add_options(parser: Parser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the plan of a run."""
-    print_plan(config_of(arguments), arguments)
+    print_plan(config_of_arguments(arguments), arguments)
 
 
 def plan_of(config: RunConfig, machines: Mapping[str, Any]) -> Plan:

@@ -14,7 +14,13 @@ from typing import Any
 from megakd.commands.arguments import Parser, named_folder, say
 from megakd.commands.plan import print_plan
 from megakd.commands.train import train
-from megakd.config.file import config_of, dump_config, dump_yaml, load_config, with_overrides
+from megakd.config.file import (
+    config_of,
+    dump_config,
+    dump_yaml,
+    load_config,
+    with_overrides,
+)
 from megakd.config.paths import expand_path
 from megakd.config.run import RunConfig
 from megakd.config.task import AUTO, FROM_TEACHER

@@ -7,7 +7,7 @@ import time
 
 import psutil
 
-from megakd.commands.arguments import Parser, add_config, config_of, say
+from megakd.commands.arguments import Parser, add_config, config_of_arguments, say
 from megakd.config.file import check_paths, dump_config
 from megakd.config.run import RunConfig
 from megakd.process.clock import counted
@@ -33,7 +33,7 @@ def add_options(parser: Parser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Train and print the result table, or print the config, or what three steps take."""
-    config = config_of(arguments)
+    config = config_of_arguments(arguments)
     if arguments.print_config:
         say(dump_config(config))
     elif arguments.dry_run:

@@ -115,7 +115,7 @@ class Targets(NamedTuple):
 
 
 class Documents(NamedTuple):
-    """The documents in packed rows; padding at the end of a row is a document too.
+    """The documents in the rows of causal_lm; padding at the end of a row is a document too.
 
     starts: [documents + 1] int32, the first position of each in the flattened [B * T], and B * T.
     longest: length of the longest document.
@@ -137,7 +137,7 @@ class Batch(NamedTuple):
         not numbered.
     targets: [N] int64 positions of the flattened [B * T] that a language model predicts: the
         labelled positions, and at least one position; None predicts all positions.
-    documents: the documents in packed rows; None without packing.
+    documents: of the rows of causal_lm, packed or not; None for other tasks.
     others: by role, the same rows encoded for models with another tokenizer.
     second: what the model predicts from its second vocabulary; `labels` and `targets` are then
         those of its first vocabulary. In `input_ids`, numbers of the second vocabulary follow those
@@ -345,6 +345,9 @@ class Predictions(NamedTuple):
 class LossInputs:
     """Inputs of a group of loss terms.
 
+    student, teacher: the outputs of the model that learns and of the one that it learns from.
+    weights: by the name of a term.
+    per_unit: the factor of a sum over a unit: ranks / count of the unit in the step, on all ranks.
     kernels: the code path of megakd_kernels, named like `train.kernels`.
     scale: the scale of the pass that is computed.
     left_out: terms that the pass skips; within the objective, those that all passes skip.

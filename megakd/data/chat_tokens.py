@@ -148,7 +148,7 @@ def learned_ends(counts: Mapping[str, ChatCounts] | None) -> frozenset[int]:
     )
 
 
-def say_chat(
+def log_chat(
     rows: Mapping[str, Dataset], counts: CountsByName, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """Log the numbers of each split, and the first row with its counted parts marked."""

@@ -22,7 +22,7 @@ from megakd.data.chat_tokens import (
     ChatCounts,
     ChatEncoder,
     CountsByName,
-    say_chat,
+    log_chat,
     tables_of_conversations,
 )
 from megakd.data.records import BadRows
@@ -106,7 +106,7 @@ def encode_splits(
         special_tokens(tokenizer).say(rows, name=name)
         chat |= counts
     if chat:
-        say_chat(made, chat, tokenizer)
+        log_chat(made, chat, tokenizer)
     counted = made.get("train", made["validation"])
     ids = counted.data.column("input_ids")
     return Encoded(

@@ -323,7 +323,7 @@ class SpecialTokens:
         names, texts = {*self.names}, {"text", "text_pair"}.intersection(rows.column_names)
         if CONVERSATION in rows.column_names:
             names, texts = names.difference(REASONING_MARKS), {CONVERSATION}
-        count = partial(_counts_of, rows.select_columns(sorted(texts)), _one_of(names))
+        count = partial(_matches, rows.select_columns(sorted(texts)), _one_of(names))
         some, counts = remembered_of_rows(rows, ("special", sorted(names)), count)
         if some:
             listed = ", ".join(f"{token} {n} times" for token, n in counts[:_MOST_NAMED])
@@ -334,7 +334,7 @@ class SpecialTokens:
             )
 
 
-def _counts_of(rows: Dataset, pattern: re.Pattern[str]) -> tuple[int, list[tuple[str, int]]]:
+def _matches(rows: Dataset, pattern: re.Pattern[str]) -> tuple[int, list[tuple[str, int]]]:
     """Return the number of rows that match, and the matches with their numbers."""
     counts, some, arrow = Counter[str](), 0, cast("Any", pyarrow.compute)
     for table in arrow_batches(rows, _ROWS_AT_ONCE):

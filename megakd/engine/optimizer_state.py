@@ -172,7 +172,7 @@ class OptimizerState:
             self._set_steps(owners.values(), steps)
 
     def put_together(self, name: str, part: Tensor) -> Tensor:
-        """Return a whole tensor on the CPU, of the parts [n] as `local_shards` splits a weight."""
+        """Return a whole tensor on the CPU, of the parts [n] as `shards` splits a weight."""
         parameter = self._parameters[name]
         offset, shape = self._slot(parameter).offset, full_shape(parameter)
         whole = torch.zeros(shape.numel(), device=parameter.device)
@@ -180,7 +180,7 @@ class OptimizerState:
         return all_reduce_(whole).cpu().reshape(shape)
 
     def part_of(self, name: str) -> slice:
-        """Return this rank's part of a flattened weight, as `local_shards` splits the weight."""
+        """Return this rank's part of a flattened weight, as `shards` splits the weight."""
         slot = self._slot(self._parameters[name])
         return slice(slot.offset, slot.offset + slot.size)
 

@@ -119,7 +119,7 @@ class StudentBundle(nn.Module):
     def forward(
         self,
         batch: Batch,
-        knowledge: Mapping[str, Outputs] | None = None,
+        answers: Mapping[str, Outputs] | None = None,
         plan: Sequence[Pass] | None = None,
         counts: Counts | None = None,
         *,
@@ -139,7 +139,7 @@ class StudentBundle(nn.Module):
         if plan is None or counts is None:
             with self._viewing(view):
                 return predict(self.student, batch, self.kernels)
-        answers, scales = dict(knowledge or {}), unit_scales(counts, self.world_size)
+        answers, scales = dict(answers or {}), unit_scales(counts, self.world_size)
         learning = [name for name in teacher_names(plan) if name not in answers]
         trained = [(planned.learner or self.role, planned.view) for planned in plan]
         wanted: list[Forward] = [(name, None) for name in (*learning, *[self.role] * scored)]

@@ -215,8 +215,8 @@ def _sides(relation: Relation, vectors: AttentionVectors) -> tuple[Tensor, Tenso
     return vectors.queries, keys.repeat_interleave(groups, dim=2).flatten(2)
 
 
-def _vectors(knowledge: Outputs, layer: int) -> AttentionVectors:
-    vectors = knowledge.attention[layer] if knowledge.attention else None
+def _vectors(outputs: Outputs, layer: int) -> AttentionVectors:
+    vectors = outputs.attention[layer] if outputs.attention else None
     if vectors is None:
         raise TypeError(f"the attention of layer {layer} was not read")
     return vectors

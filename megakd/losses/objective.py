@@ -416,17 +416,17 @@ class PluginLoss(TermGroup):
         return self.of_one_term(inputs, total.float())
 
 
-def logits_of(knowledge: Outputs) -> Tensor:
+def logits_of(outputs: Outputs) -> Tensor:
     """Return [N, C] fp32 logits: of a classifier's rows, or of a language model's targets.
 
     The logits of a language model are formed for this call, all N x vocabulary elements at once;
     megakd's own losses compute them in parts.
     """
-    if knowledge.logits is not None:
-        return knowledge.logits.float()
-    if knowledge.hidden is None or knowledge.head is None:
+    if outputs.logits is not None:
+        return outputs.logits.float()
+    if outputs.hidden is None or outputs.head is None:
         raise TypeError("the hidden states or the head, which form the logits, were not kept")
-    weight, bias = knowledge.head.read()
-    logits = (knowledge.hidden.to(weight.dtype) @ weight.T).float()  # [N, V]
+    weight, bias = outputs.head.read()
+    logits = (outputs.hidden.to(weight.dtype) @ weight.T).float()  # [N, V]
     logits = logits if bias is None else logits + bias.float()
-    return knowledge.head.warp(logits).flatten(0, -2)
+    return outputs.head.warp(logits).flatten(0, -2)

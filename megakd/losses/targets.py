@@ -205,6 +205,7 @@ class LanguageModelTargets(TermGroup):
             ce_weight=self._hard_weight(inputs),
             token_weight=rows.weight,
             ignore_index=IGNORE,
+            # The kernel divides by it: count / ranks, the inverse of the factor.
             num_items=1.0 / inputs.per_unit[self.unit],
             reduction="num_items",
             student_bias=bias,
@@ -316,10 +317,10 @@ class TargetRows(NamedTuple):
     kept: TopK | Draws | None = None
 
 
-def _language(knowledge: Outputs) -> tuple[Tensor, Head]:
-    if knowledge.hidden is None or knowledge.head is None:
+def _language(outputs: Outputs) -> tuple[Tensor, Head]:
+    if outputs.hidden is None or outputs.head is None:
         raise TypeError("a loss on (hidden, head) received a classifier, which has logits")
-    return knowledge.hidden, knowledge.head
+    return outputs.hidden, outputs.head
 
 
 def divergence_options(terms: Sequence[SoftTarget], weights: Mapping[str, float]) -> dict[str, Any]:
@@ -499,7 +500,7 @@ def _unit_of_labels(term: HardCrossEntropy) -> Unit:
     return "examples" if term.count == "rows" else "targets"
 
 
-def _logits(knowledge: Outputs) -> Tensor:
-    if knowledge.logits is None:
+def _logits(outputs: Outputs) -> Tensor:
+    if outputs.logits is None:
         raise TypeError("a loss on logits received a language model, which has (hidden, head)")
-    return knowledge.logits
+    return outputs.logits

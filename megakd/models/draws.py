@@ -100,11 +100,11 @@ def _of_logits(
     *,
     room: int = 1,
 ) -> Iterator[Tensor]:
-    knowledge = read_outputs(model, batch, Needs())
-    if knowledge.hidden is None:
+    outputs = read_outputs(model, batch, Needs())
+    if outputs.hidden is None:
         raise TypeError("a language model was read without its hidden states")
     head = LanguageModelHead(model)
-    hidden, answers = knowledge.hidden.flatten(0, -2), []
+    hidden, answers = outputs.hidden.flatten(0, -2), []
     most = LOGITS_AT_ONCE.get(hidden.device.type, LOGITS_AT_ONCE["cpu"]) // room
     with head.open():
         weight, bias = head.read()
@@ -113,5 +113,5 @@ def _of_logits(
             rows = slice(start, start + step)
             logits = head.warp(functional.linear(hidden[rows], weight, bias).float())
             answers.append(read(logits, rows))
-    shape = knowledge.hidden.shape[:-1]
+    shape = outputs.hidden.shape[:-1]
     return (torch.cat(parts).unflatten(0, shape) for parts in zip(*answers, strict=True))

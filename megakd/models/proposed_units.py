@@ -184,7 +184,7 @@ def _parts_of(
     return parts
 
 
-def _is_named(path: str, names: Sequence[str]) -> bool:
+def _has_name(path: str, names: Sequence[str]) -> bool:
     return path.lower().removesuffix(".linear").rpartition(".")[2] in names
 
 
@@ -195,7 +195,7 @@ def _parent(path: str) -> str:
 def propose_neurons(layer: nn.Module, config: Any) -> list[Units]:
     """Return the readings of the feed-forward of a layer; none if it has no or several ones."""
     width = config.hidden_size
-    cores = {_parent(path) for path in _maps(layer) if _is_named(path, QUERIES + FUSED)}
+    cores = {_parent(path) for path in _maps(layer) if _has_name(path, QUERIES + FUSED)}
     sizes = {
         path: _size(part)
         for path, part in _maps(layer).items()
@@ -268,7 +268,7 @@ def _projections_of(layer: nn.Module, maps: Mapping[str, nn.Module]) -> tuple[st
     """Return the maps of queries, keys and values; of queries and latent keys; or of all three."""
 
     def one(names: Sequence[str]) -> str | None:
-        named = [path for path in maps if _is_named(path, names)]
+        named = [path for path in maps if _has_name(path, names)]
         return named[0] if len(named) == 1 else None
 
     for parts in ((QUERIES, KEYS, VALUES), (QUERIES, LATENT), (FUSED,)):
@@ -318,7 +318,7 @@ def _output_of(layer: nn.Module, core: str, config: Any, projections: set[str]) 
             if path not in projections
             and (not top or path.startswith(f"{top}."))
             and _size(part)[1] == config.hidden_size
-            and _is_named(path, OUTPUT)
+            and _has_name(path, OUTPUT)
         ]
         if len(named) == 1:
             return named[0]

@@ -1,6 +1,6 @@
 """Finished folders and files, with a checksum of each file in them.
 
-The manifest, `checksums.json`, is written last. `open_finished` (for a folder of a run) and
+The manifest, `checksums.json`, is written last. `verified_entries` (for a folder of a run) and
 `check_given` (for a folder that a user names) compare the files with it before any is used. A
 record of JSON may carry a checksum of its own.
 """
@@ -83,7 +83,7 @@ def copy_finished(
         changes: file name -> content of the file in the copy, or None to leave the file out.
         add: called with the new folder, to write files that belong to the folder.
     """
-    listed = open_finished(source, remedy=remedy)
+    listed = verified_entries(source, remedy=remedy)
     with sealed_folder(target) as temporary:
         for name in listed.keys() - changes.keys():
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ def copy_finished(
             add(temporary)
 
 
-def open_finished(folder: Path, *, remedy: str) -> Entries:
+def verified_entries(folder: Path, *, remedy: str) -> Entries:
     """Verify a folder that a run has finished, and return the entries of its files.
 
     The message about a damaged folder ends with the `remedy`.

@@ -264,7 +264,7 @@ def check_schedule(stage: Stage, facts: RunFacts) -> None:
 
 
 def check_size(config: RunConfig, ranks: Ranks, inputs: UnencodedInputs) -> None:
-    """Check that the student can be cut out of its teacher, before the rows are encoded."""
+    """Plan a method that cuts once before rows are encoded: it raises if a cut is impossible."""
     if config.method.cuts_student:
         world = ranks.world_size
         facts = RunFacts(config, inputs.sources, world=world, inputs=inputs)

@@ -424,10 +424,10 @@ class PhaseTraces:
         }
         self.teachers, answers = self._asked(needs, batch, self.per_call)
         # Of the first of the micro-batches of a call.
-        knowledge = {name: next(split(answer, [batch])) for name, answer in answers.items()}
+        outputs = {name: next(split(answer, [batch])) for name, answer in answers.items()}
         if SOFT_LABELS in stage.teachers:
             of_rows = torch.empty(len(batch.valid), classes, device=batch.valid.device)
-            knowledge[SOFT_LABELS] = Outputs(logits=of_rows)
+            outputs[SOFT_LABELS] = Outputs(logits=of_rows)
         sizes = {name: _answer_bytes(answer) for name, answer in answers.items()}
         plans = [teacher_names(strategy.passes(number)) for number in range(_STEPS)]
         if config.method.routes_rows:  # a micro-batch has rows of one teacher
@@ -435,7 +435,7 @@ class PhaseTraces:
         self.asked = {name: sum(name in plan for plan in plans) / len(plans) for name in sizes}
         self.answers = max(sum(sizes.get(name, 0) for name in plan) for plan in plans)
         bundle = self._bundle(stage, losses)
-        self.learner = self._learner(stage, bundle, batch, knowledge)
+        self.learner = self._learner(stage, bundle, batch, outputs)
         names = bundle.elastic.makers if bundle.elastic is not None and stage.pruned_to else ()
         self.units = sum(bundle.student.get_parameter(name).numel() for name in names)
         rows = self._batch(config.eval_rows(stage.train))
@@ -456,24 +456,24 @@ class PhaseTraces:
     def _asked(
         self, needs: Needs, batch: Batch, per_call: Mapping[str, int]
     ) -> tuple[dict[str, Trace], dict[str, Outputs]]:
-        teachers, knowledge = dict[str, Trace](), dict[str, Outputs]()
+        teachers, outputs = dict[str, Trace](), dict[str, Outputs]()
         for name, ready in self._phase.teachers.items():
             frozen = self._frozen(ready, needs)
             together = joined([batch] * per_call[name]) if per_call[name] > 1 else batch
             teachers[name], answer = self._forward(frozen, together)
             head = None if answer.hidden is None else LanguageModelHead(frozen.model)
-            knowledge[name] = answer._replace(head=head)
-        return teachers, knowledge
+            outputs[name] = answer._replace(head=head)
+        return teachers, outputs
 
     def _learner(
-        self, stage: Stage, bundle: StudentBundle, batch: Batch, knowledge: Mapping[str, Outputs]
+        self, stage: Stage, bundle: StudentBundle, batch: Batch, outputs: Mapping[str, Outputs]
     ) -> list[Trace]:
         # Without values, no weights can be chosen by outputs.
         passes = [replace(one, weigh=None) for one in stage.strategy.passes(0)]
         passes = passes[:1] if self._config.method.routes_rows else passes
         return [
             self._trace(
-                bundle, partial(bundle, batch, knowledge, group, _ones(bundle)), backward=True
+                bundle, partial(bundle, batch, outputs, group, _ones(bundle)), backward=True
             )[0]
             for group in backward_groups(passes)
         ]

@@ -29,7 +29,7 @@ TEXT_TOKENS = 32
 
 def held_out_prompts(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: TaskConfig, device: torch.device
-) -> Prompts | None:
+) -> SamplePrompts | None:
     """Return the prompts of a language model's report; None if no text is long enough."""
     first = [cast("Mapping[str, Any]", row) for row in rows.select(range(min(32, len(rows))))]
     if task.type == "mlm":
@@ -37,11 +37,11 @@ def held_out_prompts(
         ids = [one for one in masked if tokenizer.mask_token_id in one]
     else:
         ids = [one for row in first if 0 < len(one := _beginning(row)) < task.row_length]
-    return Prompts(ids[:PROMPTS], tokenizer, task, device) if ids else None
+    return SamplePrompts(ids[:PROMPTS], tokenizer, task, device) if ids else None
 
 
 @dataclass(frozen=True)
-class Prompts:
+class SamplePrompts:
     """Tokens of texts with masks, or of beginnings that a decoder continues greedily."""
 
     ids: Sequence[Sequence[int]]

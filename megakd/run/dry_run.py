@@ -56,7 +56,7 @@ def take_steps(assembly: Assembly, stage: Stage) -> tuple[int, float, int]:
     for teacher in teachers.values():
         teacher.destroy()
     # The first step fills caches, and compiles.
-    return run.steps - run.first_step, min(seconds[1:] or seconds), peak
+    return run.last_step - run.first_step, min(seconds[1:] or seconds), peak
 
 
 def dry_run(config: RunConfig) -> str:
@@ -93,7 +93,7 @@ def _dry_run(config: RunConfig, ranks: Ranks) -> str:
     facts = RunFacts(prepared.config, prepared.sources, world=ranks.world_size, inputs=prepared)
     work = PlannedWork(facts)
     work.assembly = assembly = Assembly(
-        prepared=prepared, ranks=ranks, teachers=work.teachers, are_finished=False
+        prepared=prepared, ranks=ranks, teachers=work.teachers, teachers_have_heads=False
     )
     stages = [phase.stage for phase in planned_phases(work) if phase.stage is not None]
     timed = {stage.name: take_steps(assembly, stage) for stage in stages}

@@ -1,8 +1,9 @@
 """The identity of a run, what its results depend on, and what a finished run holds.
 
-`run.json` holds the resolved config without the keys on which no result depends, the size and time
-of every data file and of every file of a local model, and the revisions of models of the Hub. Later
-starts compare it once: stages and checkpoints in the folder are this run's.
+`run.json` holds the resolved config without the keys on which no result depends, the size, time and
+hash of every data file and of every file of a local model, the revisions of models of the Hub, and
+the dtypes on this device. A later start compares it before any work, and again when the files of
+the Hub are there: stages and checkpoints in the folder are this run's.
 
 A run is finished when its output folder has a report.json, which is written last.
 """
@@ -49,10 +50,10 @@ from megakd.process.record import (
     flatten,
     read_record,
 )
-from megakd.process.seals import CARD, copy_finished, open_finished, users_files
+from megakd.process.seals import CARD, copy_finished, users_files, verified_entries
 from megakd.reports.report_file import GRAPH, read_report, write_report
 from megakd.reports.table import model_card, result_table
-from megakd.run.holder import written_once
+from megakd.run.holder import locked
 from megakd.training.precision import training_dtype
 from megakd.training.record import Report
 from megakd.training.stage_folder import LENGTHS, files_beside_model, remake
@@ -81,7 +82,7 @@ _ROWS = "rows of a step of all ranks"
 _FILE, _CONTENT, _REVISION, _DEVICE = "file ", "content of ", "revision ", "on this device "
 
 
-def run_facts(config: RunConfig, ranks: Ranks) -> Fingerprint:
+def fingerprint_of(config: RunConfig, ranks: Ranks) -> Fingerprint:
     """Return everything that the results of a run depend on; megakd's version does not count."""
     fields = {k: v for k, v in flatten(config_tree(config)).items() if not _is_free(k)}
     best = fields.get("eval.keep_best")
@@ -180,7 +181,7 @@ def begin_run(config: RunConfig, ranks: Ranks) -> None:
     Call on rank 0 while the folder is held, when the inputs were read: models and data of the Hub
     are in the cache then.
     """
-    out, facts = config.output_dir, run_facts(config, ranks)
+    out, facts = config.output_dir, fingerprint_of(config, ranks)
     check_identity(out, facts)
     if read_record(out) is None or not _has_results(out):
         files.write_text(out / CONFIG, dump_config(config))
@@ -221,7 +222,7 @@ def finished_table(config: RunConfig, facts: Fingerprint) -> str | None:
     if not final.is_dir():
         return None
     again = "start the same command again: it is copied again from its stage"
-    open_finished(final, remedy=f"remove {final} and {again}")
+    verified_entries(final, remedy=f"remove {final} and {again}")
     return result_table(report, final=final)
 
 
@@ -281,7 +282,7 @@ def _copy(
     add: Callable[[Path], object] | None,
 ) -> None:
     """Copy the model of a finished stage with its weights in a dtype; None: as they are."""
-    files = open_finished(stage, remedy=remake(stage))
+    files = verified_entries(stage, remedy=remake(stage))
     changed = {**dict.fromkeys(files_beside_model(files)), **current_files(files), **changes}
     is_other = dtype is not None and dtypes_of(stage) != {dtype}
     if is_other:
@@ -330,7 +331,7 @@ def export_run(
     if add is None and config.save.onnx:
         check_packages("save.onnx")
         add = write_onnx
-    with written_once(files.sibling(to.absolute(), "lock")):
+    with locked(files.sibling(to.absolute(), "lock")):
         if to.exists() or to.is_symlink():
             raise CheckpointError(f"{to} already exists; give a folder that does not exist")
         _copy(folder, to, {}, dtype=dtype, add=add)

@@ -24,13 +24,13 @@ LOCK, VISIBLE_WITHIN_S = "lock.json", 90
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def locked_on_main(folder: Path) -> Iterator[None]:
     """Hold an output folder on rank 0 while the body runs; a collective, also in its errors."""
     from megakd.engine.collectives import gather, node_name, on_main  # torch takes seconds
 
     path, blind = folder / LOCK, list[str]()
     with ExitStack() as lock:
-        text = on_main(lambda: lock.enter_context(written_once(folder)))
+        text = on_main(lambda: lock.enter_context(locked(folder)))
         for _ in range(VISIBLE_WITHIN_S):
             place = f"{path.absolute()} on {node_name()}"
             sees = path.exists() and path.read_text(encoding="utf-8") == text
@@ -48,7 +48,7 @@ def held(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def written_once(folder: Path) -> Iterator[str]:
+def locked(folder: Path) -> Iterator[str]:
     """Hold a folder, which is created, while the body runs; yield the text of its lock.
 
     Raises:

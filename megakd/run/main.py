@@ -30,8 +30,8 @@ from megakd.process.record import FINAL, REPORT, differences, flatten
 from megakd.process.signals import Stopped
 from megakd.reports.plan_phases import check_method, check_size
 from megakd.reports.report_file import installed_versions
-from megakd.run.finished_run import begin_run, finished_table, publish, run_facts
-from megakd.run.holder import held
+from megakd.run.finished_run import begin_run, fingerprint_of, finished_table, publish
+from megakd.run.holder import locked_on_main
 from megakd.run.run_report import report_of
 from megakd.run.run_work import RunWork
 from megakd.training.inputs import RunInputs, prepare
@@ -49,9 +49,9 @@ def run(config: RunConfig, *, command: str) -> str:
     check_output_folder(config)
     with counted(), ExitStack() as lock:
         with started(config) as ranks:
-            table = on_main(lambda: finished_table(config, run_facts(config, ranks)))
+            table = on_main(lambda: finished_table(config, fingerprint_of(config, ranks)))
             if table is None:
-                lock.enter_context(held(config.output_dir))
+                lock.enter_context(locked_on_main(config.output_dir))
                 table = _run(config, command, ranks)
         # All ranks have left the process group, so no rank waits for the upload.
         if config.save.push_to_hub is not None and ranks.is_main:

@@ -197,7 +197,7 @@ def graph_scores(
         return right.masked_fill(~has_label(labels), torch.nan)
 
     sizes = (1, scorer_for(assembly).batch_size)
-    outputs = [_outputs(assembly, logits, rows, batch_size=size) for size in sizes]
+    outputs = [_graph_outputs(assembly, logits, rows, batch_size=size) for size in sizes]
     return torch.stack([torch.cat([score(*one) for one in of])[: len(rows)] for of in outputs])
 
 
@@ -209,13 +209,13 @@ def _quantized(
     scores = partial(graph_scores, assembly, threshold, times=1)
     logger.info("%s: %s", graph.parent.name, *quantize_graph(whole, graph, scores))
     rows, scorer = assembly.prepared.encoded.held_out, scorer_for(assembly)
-    batches = _outputs(assembly, OnnxModel(graph).logits, rows, batch_size=scorer.batch_size)
+    batches = _graph_outputs(assembly, OnnxModel(graph).logits, rows, batch_size=scorer.batch_size)
     outputs, labels = zip(*batches, strict=True)
     metrics = replace(scorer.metrics, threshold=threshold)
     return metrics.values(torch.cat(outputs)[: len(rows)], torch.cat(labels)[: len(rows)])
 
 
-def _outputs(
+def _graph_outputs(
     assembly: Assembly, logits: Logits, rows: Dataset, *, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the fp64 outputs of a graph and the labels by batch; dummy rows fill the last one."""

@@ -40,7 +40,7 @@ from megakd.training.precision import joins_micro_batches
 from megakd.training.record import Row
 
 if TYPE_CHECKING:
-    from megakd.reports.samples import Prompts
+    from megakd.reports.samples import SamplePrompts
     from megakd.stage import Stage
     from megakd.training.evaluation import Scorer
     from megakd.training.served_teachers import ServedTeacher
@@ -68,7 +68,7 @@ def log_probabilities(scorer: Scorer, rows: Dataset, teacher: FrozenTeacher) -> 
         return logits_of(few).log_softmax(-1).cpu()
 
 
-def say_divergence(key: str, exact: Tensor, packed: Tensor) -> None:
+def log_divergence(key: str, exact: Tensor, packed: Tensor) -> None:
     """Log the mean KL divergence of 8-bit answers from those in bf16; a collective.
 
     key: of the teacher in the config.
@@ -193,7 +193,7 @@ class TeacherPool:
         teacher = assembly.frozen(ready)
         if exact is not None:
             packed = log_probabilities(scorer, rows, teacher)
-            say_divergence(self._config.key_of(name), exact, packed)
+            log_divergence(self._config.key_of(name), exact, packed)
         return teacher
 
     def cache_folder(self, name: str) -> Path:
@@ -260,7 +260,7 @@ class TeacherPool:
         return {name: ready[name].source.folder for name in names}
 
     @cached_property
-    def prompts(self) -> Prompts | None:
+    def prompts(self) -> SamplePrompts | None:
         """The prompts of the report; None if the task has no prompts."""
         if self._config.task.type not in LANGUAGE_TASKS:
             return None
@@ -275,7 +275,7 @@ class TeacherPool:
             self._known[name] = measure(assembly, model, prompts)
 
 
-def measure(assembly: Assembly, model: FrozenTeacher, prompts: Prompts | None) -> Measured:
+def measure(assembly: Assembly, model: FrozenTeacher, prompts: SamplePrompts | None) -> Measured:
     """Return what the report says of a loaded model; a collective."""
     scorer = scorer_of_model(assembly, model)
     scored = scorer.scored(model.predict, assembly.prepared.encoded.held_out)

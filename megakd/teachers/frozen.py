@@ -1,4 +1,4 @@
-"""Frozen teachers: a model with an engine of its own, or answers that the rows themselves hold."""
+"""Frozen teachers: models that answer, each with an engine of its own."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ class FrozenTeacher:
 
     @torch.no_grad()
     def draw(self, batch: Batch, numbers: torch.Tensor) -> TokenCounts:
-        """Return draws of next tokens of a language model, see `generation.drawn`."""
+        """Return draws of next tokens of a language model, see `draws.drawn`."""
         return self._engine(batch, numbers=numbers)
 
     @property

@@ -1,4 +1,4 @@
-"""Texts that a model generates: their prompts, files, training batches, and evaluation.
+"""The prompts, files and training batches of generated texts, whoever generates them.
 
 rollouts/<stage>/step-00000012.jsonl     a line with the number of texts, then a line per text
 """

@@ -46,7 +46,7 @@ class Assembly:
     prepared: RunInputs
     ranks: Ranks
     teachers: Mapping[str, ReadyTeacher] = field(default_factory=dict)
-    are_finished: bool = True
+    teachers_have_heads: bool = True
 
     @property
     def config(self) -> RunConfig:
@@ -92,7 +92,7 @@ class Assembly:
         source, dtype, train = ready.source, self.teacher_dtype(ready), self.config.train
         check_dtype(dtype, self.ranks, "teacher.dtype")
         check_kernels(train.kernels, self.ranks, "train")
-        need_head, fused = self.are_finished, train.fused_layers
+        need_head, fused = self.teachers_have_heads, train.fused_layers
         model = self.load(source, ds, dtype, need_head=need_head, fused=fused)
         order = label_order(model.config, self.prepared.splits.label_names, where=source.where)
         return FrozenModel(model, needs=Needs(), label_order=order, kernels=train.kernels)

@@ -155,15 +155,15 @@ class Best:
         self._latest = Evaluation.read(state["latest"])
         self._score, self.misses = state["score"], state["misses"]
         self._best = {name: state["weights"].get(name) for name in self._best}
-        on_main(self._check)
+        on_main(self._remove_later_and_verify)
 
-    def forget(self) -> None:
+    def remove(self) -> None:
         """Remove all weights, which are of a start without a checkpoint; a collective."""
-        on_main(self._check)
+        on_main(self._remove_later_and_verify)
 
-    def _check(self) -> None:
+    def _remove_later_and_verify(self) -> None:
         for name, best in self._best.items():
-            last = -1 if best is None else best["step"]
+            last = -1 if best is None else best["step"]  # without a best, every folder is later
             for step in steps_in(self._folder / name):
                 if step > last:  # the run finds such an evaluation again, or another one
                     shutil.rmtree(self._folder / name / f"step-{step}", ignore_errors=True)

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -34,36 +34,39 @@ from megakd.training.assembly import Assembly
 from megakd.training.evaluation import scorer_for
 from megakd.training.metrics import TaskMetrics
 
+if TYPE_CHECKING:
+    from sklearn.pipeline import Pipeline
+
 logger = logging.getLogger(__name__)
 
 POOLING = Path("1_Pooling") / "config.json"
-MOST_ROWS = 20_000
+MOST_ROWS = 5_000
 """Training rows that are learned at most, of more rows evenly spaced ones."""
 NEVER = -1e4
 """The score of a class without a training row."""
 
 
-class Pretrained(NamedTuple):
+class BeforeTuning(NamedTuple):
     """A model before its fine-tuning, and what loads it."""
 
     source: ModelSource
     opened: AbstractContextManager[FrozenTeacher]
 
 
-def pretrained_model(assembly: Assembly) -> Pretrained | None:
+def pretrained_model(assembly: Assembly) -> BeforeTuning | None:
     """Return the pretrained model that a run fine-tunes, as it was; None without one.
 
     It is that of the first teacher with `finetune`, or without teachers the student.
     """
     sources, specs = assembly.prepared.sources, assembly.config.teacher_specs
-    assembly = replace(assembly, are_finished=False)  # the head is new
+    assembly = replace(assembly, teachers_have_heads=False)  # the head is new
     for name, spec in specs.items():
         if spec.finetune is not None and name in sources and sources[name].stored:
             ready = ReadyTeacher(sources[name], spec)
-            return Pretrained(ready.source, assembly.loaded(ready))
+            return BeforeTuning(ready.source, assembly.loaded(ready))
     if specs or not sources[STUDENT].stored:
         return None
-    return Pretrained(sources[STUDENT], assembly.scored(sources[STUDENT]))
+    return BeforeTuning(sources[STUDENT], assembly.scored(sources[STUDENT]))
 
 
 @activity("scoring a regression on frozen vectors")
@@ -83,7 +86,7 @@ def score_frozen(assembly: Assembly) -> Mapping[str, float]:
     if labels.ndim == 1 and len(np.unique(labels)) < 2:
         return {}
     with pretrained.opened as model:
-        vectors = _vectors(assembly, pretrained.source, model, parts)
+        vectors = _text_vectors(assembly, pretrained.source, model, parts)
 
     def score() -> dict[str, float]:
         learned = _regression(vectors["train"], labels)
@@ -110,7 +113,7 @@ def score_frozen(assembly: Assembly) -> Mapping[str, float]:
     return result
 
 
-def _vectors(
+def _text_vectors(
     assembly: Assembly, source: ModelSource, model: FrozenTeacher, parts: Mapping[str, Dataset]
 ) -> dict[str, NDArray[np.float32]]:
     scorer, last = scorer_for(assembly), source.depth
@@ -134,7 +137,7 @@ def _takes_first(folder: Path) -> bool:
         return False
 
 
-def _regression(vectors: NDArray[np.float32], labels: NDArray) -> Any:
+def _regression(vectors: NDArray[np.float32], labels: NDArray) -> Pipeline:
     """Return a ridge regression on the labels, whose penalty leave-one-out validation chooses."""
     from sklearn.linear_model import RidgeClassifierCV
     from sklearn.pipeline import make_pipeline

@@ -1,4 +1,4 @@
-"""Generated texts in a stage: their generators and servers, training batches, and evaluation.
+"""The generators of a stage, engines or servers, and the batches and scores of their texts.
 
 The student's weights reach them by a folder. They are gathered one parameter at a time, and rank 0
 writes them in small shards, so no rank holds the whole model.

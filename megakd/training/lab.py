@@ -43,7 +43,7 @@ class Work(Protocol):
     record: MethodRecord
 
     def train(self, stage: Stage, files: Files) -> StageResult:
-        """Run a completed stage, or return its result if it has finished before."""
+        """Run a stage whose options are all set, or return its result if it has finished before."""
         ...
 
     def model(self, folder: Path, role: str) -> ModelSource:
@@ -168,7 +168,7 @@ class Lab(Generic[W]):
         Raises:
             MegakdError: bad input, a loss that is not finite, or a checkpoint of another config.
         """
-        stage = completed(stage, self.config)
+        stage = with_defaults(stage, self.config)
         if stage.start is None and stage.role == STUDENT:
             stage = replace(stage, start=self._start())
         result = self.work.train(stage, files)
@@ -226,7 +226,7 @@ def label_terms(config: RunConfig, *, smoothed: bool = True) -> tuple[TermConfig
     return (term if smoothed else replace(term, label_smoothing=0.0),)
 
 
-def completed(stage: Stage, config: RunConfig) -> Stage:
+def with_defaults(stage: Stage, config: RunConfig) -> Stage:
     """Return a stage with unset options taken from the sections of the run.
 
     A teacher that learns, from any source, uses its `finetune` section if it is set.

@@ -49,7 +49,7 @@ def learning_models(
     return learners
 
 
-def learners(assembly: Assembly, stage: Stage) -> dict[str, ModelSource]:
+def learner_sources(assembly: Assembly, stage: Stage) -> dict[str, ModelSource]:
     """Return the models that learn in a stage, by role; the first is the stage's own model."""
     sources, student = assembly.prepared.sources, assembly.config.student
     return learning_models(stage, sources, assembly.teachers, student)
@@ -61,7 +61,7 @@ def losses_for(assembly: Assembly, stage: Stage) -> StageLosses:
     return stage_losses(
         replace(stage, objective=terms),
         assembly.config.task.type,
-        learners=learners(assembly, stage),
+        learners=learner_sources(assembly, stage),
         teachers=[assembly.teachers[name].source for name in stage.models],
         classes=assembly.prepared.classes,
     )
@@ -73,12 +73,12 @@ def student_engine(assembly: Assembly, stage: Stage) -> tuple[StudentEngine, Stu
     """Return the engine of the models that learn in this stage, and the bundle in it."""
     losses = losses_for(assembly, stage)
     losses.check()  # before anything is loaded
-    ranks, device = assembly.ranks.world_size, assembly.ranks.device.type
-    ds = learner_ds(stage, assembly.config, ranks=ranks, device=device)
+    ranks, device_type = assembly.ranks, assembly.ranks.device.type
+    ds = learner_ds(stage, assembly.config, ranks=ranks.world_size, device=device_type)
     dtype = training_dtype(stage.train, assembly.ranks.device.type)
     check_dtype(dtype, assembly.ranks, "train")
     check_kernels(stage.train.kernels, assembly.ranks, "train")
-    sources = learners(assembly, stage)
+    sources = learner_sources(assembly, stage)
     models = {
         role: assembly.load(source, ds, dtype, need_head=False, fused=choice_of(stage))
         for role, source in sources.items()
@@ -113,7 +113,7 @@ def student_engine(assembly: Assembly, stage: Stage) -> tuple[StudentEngine, Stu
 
 
 def learner_ds(stage: Stage, config: RunConfig, *, ranks: int, device: str) -> dict[str, Any]:
-    """Return the DeepSpeed config of the models that learn in a completed stage."""
+    """Return the DeepSpeed config of what learns in a stage, whose options are all set."""
     teacher, train = config.teacher_specs.get(stage.role), stage.train
     deepspeed = ((teacher and teacher.finetune) or config.student).deepspeed
     if deepspeed == "auto" and ranks == 1:

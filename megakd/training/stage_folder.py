@@ -46,8 +46,8 @@ from megakd.process.record import RESULT, differences
 from megakd.process.seals import (
     CHECKSUMS,
     check_given,
-    open_finished,
     sealed_folder,
+    verified_entries,
     write_finished,
 )
 from megakd.process.seeding import random_state, set_random_state
@@ -137,7 +137,7 @@ def _stored_result(folder: Path) -> tuple[StageResult, Length] | None:
     if not folder.exists():
         return None
     path, remedy = folder / RESULT, remake(folder)
-    open_finished(folder, remedy=remedy)
+    verified_entries(folder, remedy=remedy)
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         length, metrics = dict(record.pop("length")), numbers(record.pop("metrics"))

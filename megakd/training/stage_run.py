@@ -34,7 +34,7 @@ from megakd.training.best import Best, Evaluation
 from megakd.training.checkpoint import Checkpoints
 from megakd.training.evaluation import HeldOutLosses, few, scorer_for
 from megakd.training.lab import Files
-from megakd.training.learners import learners, student_engine
+from megakd.training.learners import learner_sources, student_engine
 from megakd.training.log import Reporter
 from megakd.training.meter import TrainMeter
 from megakd.training.metrics import WHOLE, MetricJudge
@@ -77,13 +77,13 @@ def run_stage(
         training = activity(f"training stage {stage.name}")
         with training, signals.deferred(), closing(run.batches(start)) as every:
             for batches in every:
-                if step > start and step % run.round == 0:  # a window of several rounds
+                if step > start and step % run.steps_per_round == 0:  # a window of several rounds
                     strategy.begin(run.student, step)
                 run.meter.add(run.trainer.train_step(batches))
                 step += 1
                 reporter.advance(step)
                 run.publish_written()
-                ends = step == run.steps
+                ends = step == run.last_step
                 if ends or _due(step, config.log.logging_steps):
                     run.log(step, reporter)
                 if ends or _due(step, config.eval.eval_steps):
@@ -114,21 +114,21 @@ class StageRun:
         window, prepared = stage.window, assembly.for_role(stage.role).prepared
         self.first_step = window.first if window else 0
         seed_everything(self.config.seed, self.ranks.rank, self.first_step)
-        self.sources = learners(assembly, stage)
+        self.learner_sources = learner_sources(assembly, stage)
         self._has_adapters = self.config.lora_of(stage.role) is not None
         self.student, self.bundle = student_engine(assembly, stage)
         parts = StageParts(stage, assembly, {STUDENT: self.student, **teachers})
-        self.source = batches_of(parts)
+        self.batch_source = batches_of(parts)
         self._texts, generation = None, self.config.eval.generation
         if generation is not None and stage.role == STUDENT and not stage.views:
             from megakd.training.generated_texts import text_evaluation
 
             self._texts = text_evaluation(parts, generation)
         # The steps until the rate begins again, and the number of the last step.
-        self.round = steps = (
-            window.total if window else total_steps(stage.train, self.source.steps_per_epoch)
+        self.steps_per_round = steps = (
+            window.total if window else total_steps(stage.train, self.batch_source.steps_per_epoch)
         )
-        self.steps = window.last if window else steps
+        self.last_step = window.last if window else steps
         rate = learning_rate_schedule(stage.train, steps)
         self.saves, self._saved_at = stage_checkpoints(stage, assembly), monotonic()
         self.votes = StepVotes(
@@ -168,10 +168,11 @@ class StageRun:
             self.ranks,
             divides_rows=self.config.method.routes_rows,
         )
-        # In the order of loading.
+        # In the order of loading; `Checkpoints.load` loads the engine before them, and the random
+        # numbers after.
         self._states = {
             "trainer": self.trainer,
-            "batches": self.source,
+            "batches": self.batch_source,
             "meter": self.meter,
             "best": self.best,
         }
@@ -188,16 +189,16 @@ class StageRun:
             if writers != ranks.world_size:
                 seed_everything(self.config.seed, ranks.rank, step)
                 text += f", which {writers} ranks wrote, and {ranks.world_size} go on"
-                learner = self.sources[self.stage.role]
+                learner = self.learner_sources[self.stage.role]
                 is_still = learner.with_dropout(0.0).config.to_dict() == learner.config.to_dict()
                 if not is_still or getattr(self.config.student.lora, "dropout", 0):
                     text += "; dropout draws other numbers from here on"
         else:
-            self.best.forget()
+            self.best.remove()
             if step:
                 previous: Path = self.stage.start.folder
                 text = f"{name}: continues from {previous.name} at step {step}"
-                continue_window(previous, self.student, self.source, ranks)
+                continue_window(previous, self.student, self.batch_source, ranks)
             else:
                 text = f"{name}: no checkpoint to resume from, starting at step 0"
         logger.info(text)
@@ -208,20 +209,22 @@ class StageRun:
 
         `step`: the steps that are taken.
         """
-        stage, epoch = self.stage, self.source.steps_per_epoch
+        stage, epoch = self.stage, self.batch_source.steps_per_epoch
         # On rank 0; a full disk there is an error on all ranks.
-        on_main(lambda: reporter.begin(stage.name, step, last=self.steps, steps_per_epoch=epoch))
+        on_main(
+            lambda: reporter.begin(stage.name, step, last=self.last_step, steps_per_epoch=epoch)
+        )
         stage.strategy.begin(self.student, step)
         self.meter.begin()
         if step > 0:
             return
-        kept = self.sources[stage.role].layers
+        kept = self.learner_sources[stage.role].layers
         if kept is not None and self.config.task.type in LANGUAGE_TASKS:
-            self._tell_loss(kept)
+            self._log_loss(kept)
         if stage.measured:
             self.evaluate(0, reporter)
 
-    def _tell_loss(self, layers: Sequence[int]) -> None:
+    def _log_loss(self, layers: Sequence[int]) -> None:
         loss = self.scorer.loss(self.student.predict, few(self._rows, self.config.task.type))
         guess = math.log(len(self.assembly.for_role(self.stage.role).prepared.tokenizer))
         text = (
@@ -236,8 +239,8 @@ class StageRun:
     def batches(self, start: int) -> Generator[Sequence[Batch], None, None]:
         """Yield the micro-batches of each step that is left after `start`, on the device."""
         # A stage that had stopped early before it was killed has no step left.
-        stop = start if self.best.is_stale else self.steps
-        with closing(self.source.iterate(start, stop)) as steps:
+        stop = start if self.best.is_stale else self.last_step
+        with closing(self.batch_source.iterate(start, stop)) as steps:
             for batches in steps:
                 yield [device_batch(batch, self.ranks.device) for batch in batches]
 
@@ -247,13 +250,13 @@ class StageRun:
         logger.info(
             "%s: stopped at step %d of %d, because %d evaluations in a row were not better "
             "(train.early_stopping_patience)",
-            *(self.stage.name, step, self.steps, self.best.misses),
+            *(self.stage.name, step, self.last_step, self.best.misses),
         )
 
     def log(self, step: int, reporter: Reporter) -> None:
         self.meter.check_finite(self._publish_newest)
-        scalars = self.meter.scalars(waited_s=self.source.waited_s)
-        scalars |= self.source.scalars()
+        scalars = self.meter.scalars(waited_s=self.batch_source.waited_s)
+        scalars |= self.batch_source.scalars()
         on_main(lambda: reporter.log(step, scalars))
 
     def evaluate(self, step: int, reporter: Reporter) -> None:
@@ -351,7 +354,7 @@ class StageRun:
         window = None
         if stage.has_next_window:
             window = WindowState.from_stage(
-                self.student, self.source, axes=self.bundle.axes, cut=cut
+                self.student, self.batch_source, axes=self.bundle.axes, cut=cut
             )
 
         def write() -> None:
@@ -360,7 +363,7 @@ class StageRun:
                 return
             extra = dict(contents)
             if self.config.task.type == "causal_lm":
-                source = self.sources[role]
+                source = self.learner_sources[role]
                 ends = learned_ends(prepared.for_role(role).encoded.chat)
                 extra = {**generation_file(source, prepared.tokenizer_of(role), ends), **extra}
             write_stage_folder(folder, models, extra=extra, window=window)

@@ -72,7 +72,7 @@ class StudentEngine:
     def forward_backward(
         self,
         batch: Batch,
-        knowledge: Mapping[str, Outputs],
+        answers: Mapping[str, Outputs],
         plan: Sequence[Pass],
         counts: Counts,
         *,
@@ -89,7 +89,7 @@ class StudentEngine:
             is_last = boundary and number == len(groups)
             self._gradients.begin(is_last=is_last)
             with memory_efficient_linear(self._engine):
-                losses = self._forward(batch, knowledge, group, counts)
+                losses = self._forward(batch, answers, group, counts)
                 self._gradients.backward(losses.total, is_last=is_last)
             add_parts(parts, losses.parts)
         return parts
@@ -97,16 +97,16 @@ class StudentEngine:
     def _forward(
         self,
         batch: Batch,
-        knowledge: Mapping[str, Outputs],
+        answers: Mapping[str, Outputs],
         plan: Sequence[Pass],
         counts: Counts,
         **options: Any,
     ) -> Losses:
         with ExitStack() as stack:
-            for answer in knowledge.values():
+            for answer in answers.values():
                 if answer.head is not None:
                     stack.enter_context(answer.head.open())
-            return self._engine(batch, knowledge, plan, counts, **options)
+            return self._engine(batch, answers, plan, counts, **options)
 
     def local_shards(self) -> Iterator[Shard]:
         """Yield this rank's part of the first learner's weights and gradients.
@@ -169,7 +169,7 @@ class StudentEngine:
     def measure(
         self,
         batch: Batch,
-        knowledge: Mapping[str, Outputs],
+        answers: Mapping[str, Outputs],
         plan: Sequence[Pass],
     ) -> Losses:
         """Return the losses and the predictions of one micro-batch, out of one forward.
@@ -181,7 +181,7 @@ class StudentEngine:
             torch.ones((), dtype=torch.long, device=batch.valid.device),
         )
         with evaluating(self.bundle):
-            return self._forward(batch, knowledge, plan, counts, scored=True)
+            return self._forward(batch, answers, plan, counts, scored=True)
 
     @torch.no_grad()
     def predict(self, batch: Batch, view: str | None = None) -> Predictions:

@@ -91,7 +91,7 @@ class Trackers:
         return tracker
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Record numbers of an optimiser step of the stage that has begun."""
+        """Record numbers of an optimizer step of the stage that has begun."""
         named = {re.sub(r"[^\w. /-]", "_", key): value for key, value in values.items()}
         for name, tracker in [*self._running.items()]:
             with self._dropped_on_failure(name):

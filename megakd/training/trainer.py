@@ -30,9 +30,9 @@ class AnswerWatch:
     def __init__(self) -> None:
         self._sums: dict[str, Tensor | float] = {}
 
-    def add(self, knowledge: Mapping[str, Outputs], batch: Batch) -> None:
+    def add(self, outputs: Mapping[str, Outputs], batch: Batch) -> None:
         """Update the sums with the answers to a micro-batch, without a device sync."""
-        for name, answer in knowledge.items():
+        for name, answer in outputs.items():
             self._sums[name] = self._sums.get(name, 0.0) + _sum_of(answer, batch.for_role(name))
 
     def failed(self, device: torch.device) -> list[str]:
@@ -90,7 +90,7 @@ class Stopwatch:
 
 @dataclass
 class Trainer:
-    """Takes one optimiser step after another; `strategy` plans each step.
+    """Takes one optimizer step after another; `strategy` plans each step.
 
     The caller logs, evaluates and saves between two steps. The state of the trainer is `step`, the
     number of steps taken, and that of the strategy.
@@ -111,16 +111,16 @@ class Trainer:
     watch: AnswerWatch = field(default_factory=AnswerWatch)
 
     def train_step(self, batches: Sequence[Batch]) -> StepReport:
-        """Take an optimiser step on the micro-batches and return its report."""
+        """Take an optimizer step on the micro-batches and return its report."""
         plan = self.strategy.passes(self.step)
         counts, parts = self.sum_counts(batches), dict[str, Tensor]()
-        for index, (batch, passes, knowledge) in enumerate(self._answered(plan, batches), start=1):
+        for index, (batch, passes, outputs) in enumerate(self._answered(plan, batches), start=1):
             is_last = index == len(batches)
             if is_last:
                 self._prefetch(plan)
             add_parts(
                 parts,
-                self.student.forward_backward(batch, knowledge, passes, counts, boundary=is_last),
+                self.student.forward_backward(batch, outputs, passes, counts, boundary=is_last),
             )
         self.strategy.before_update(self.step, self.student)
         norm = self.student.step(self.learning_rate(self.step))
@@ -144,15 +144,15 @@ class Trainer:
         for batch in batches:
             passes = [one for one in plan if batch.teacher in (None, one.teacher)]
             with self.teacher_clock.running():
-                knowledge = {name: next(answers[name]) for name in self._frozen(passes)}
-                self.watch.add(knowledge, batch)
-            yield batch, passes, knowledge
+                outputs = {name: next(answers[name]) for name in self._frozen(passes)}
+                self.watch.add(outputs, batch)
+            yield batch, passes, outputs
 
     def ask_teachers(self, plan: Sequence[Pass], batch: Batch) -> dict[str, Outputs]:
         """Return the outputs of the frozen teachers of the passes for a held-out micro-batch."""
-        knowledge = {name: self.teachers[name](batch.for_role(name)) for name in self._frozen(plan)}
-        self.watch.add(knowledge, batch)
-        return knowledge
+        outputs = {name: self.teachers[name](batch.for_role(name)) for name in self._frozen(plan)}
+        self.watch.add(outputs, batch)
+        return outputs
 
     def _frozen(self, plan: Sequence[Pass]) -> list[str]:
         return [name for name in teacher_names(plan) if name in self.teachers]

@@ -91,7 +91,7 @@ def held_folder(folders: list[str]) -> str:
         patch.setenv("GROUP_RANK", str(rank))
         patch.setattr(holder, "VISIBLE_WITHIN_S", 2)
         try:
-            with holder.held(Path(folders[rank])):
+            with holder.locked_on_main(Path(folders[rank])):
                 return "held"
         except ConfigError as error:
             return str(error)

@@ -20,7 +20,7 @@ from megakd.methods.minidisc import Sandwich
 from megakd.models.views import View
 from megakd.stage import Stage
 from megakd.training.evaluation import HeldOutLosses
-from megakd.training.lab import completed
+from megakd.training.lab import with_defaults
 from megakd.training.metrics import WHOLE, Metric, MetricJudge
 from megakd.training.stage_run import StageRun, run_stage
 
@@ -47,7 +47,7 @@ def evaluated(config_path: str, overrides: list[str], kind: str) -> dict[str, An
             views=views,
             judge=MetricJudge(METRIC, next(iter(views), WHOLE)),
         )
-        stage = completed(stage, lab.config)
+        stage = with_defaults(stage, lab.config)
         frozen = lab.work.pool.open(teacher, stage)
         forwards, runs = Counter[tuple[str, int]](), list[Any]()
         forward, close = LlamaModel.forward, StageRun.close

@@ -19,7 +19,7 @@ from megakd.models.outputs import Needs
 from megakd.reports.plan_phases import Phase, planned_sources
 from megakd.reports.plan_tracing import PhaseTraces
 from megakd.stage import Constant, Stage
-from megakd.training.lab import completed
+from megakd.training.lab import with_defaults
 
 KL = term_of("soft_target_kl")
 LENGTH, ROWS, WIDTH = 16, 2, 32
@@ -74,7 +74,7 @@ def test_a_plan_holds_the_hidden_states_by_which_terms_are_weighed(config):
     teachers = {TEACHER: ReadyTeacher(sources[TEACHER], config.teacher_specs[TEACHER])}
 
     def answers(weigh: Any) -> int:
-        stage = completed(distilled(*soft_terms("classification"), weigh=weigh), config)
+        stage = with_defaults(distilled(*soft_terms("classification"), weigh=weigh), config)
         phase = Phase(name="student", learners=learners, stage=stage, teachers=teachers)
         return PhaseTraces(phase, config, "cpu").answers
 

@@ -12,7 +12,7 @@ from benches import Bench, furthest
 from tiny_runs import NO_DROPOUT, bert, llama, review_task, text_task, write_config
 from whole_run import finish, records, weights
 
-from megakd.run.holder import written_once
+from megakd.run.holder import locked
 
 VOCABULARY = 320
 # Large weights: a teacher that says the same of every row would hide a wrong row.
@@ -241,7 +241,7 @@ def test_a_student_learns_from_draws_and_comes_nearer_to_the_teachers_with_more(
 
 def test_a_cache_that_another_command_fills_is_left_to_it(language):
     folder, config = language.folder / "shared", language.config("second", cache="shared")
-    with written_once(folder):
+    with locked(folder):
         refused = language.one_rank.megakd("cache", config, code=2)
 
     assert f"{folder} is in use by another run" in refused.err

@@ -16,7 +16,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 from whole_run import finish, read, same_weights
 
 from megakd.errors import CheckpointError, ModelError
-from megakd.process.seals import check_given, open_finished
+from megakd.process.seals import check_given, verified_entries
 
 
 def same_models(one: Path, other: Path) -> bool:
@@ -78,7 +78,7 @@ def test_damage_of_a_model_that_learned_beside_another_is_found(trained, tmp_pat
     flip(stage / "teacher" / "model.safetensors")
 
     with pytest.raises(CheckpointError, match=r"checksum of teacher/model\.safetensors differs"):
-        open_finished(stage, remedy="")
+        verified_entries(stage, remedy="")
     with pytest.raises(ModelError, match=r"checksum of model\.safetensors differs"):
         check_given(stage / "teacher", "teacher.model")
 

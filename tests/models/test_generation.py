@@ -49,12 +49,12 @@ SAMPLED = Sampling(8)
 OPTIONS = {"tokens": TextTokens(frozenset(), pad=1), "rows_at_once": 8}
 
 
-def completed(model, sampling=SAMPLED, *, prompts=PROMPTS, seeds=SEEDS, **options):
+def with_defaults(model, sampling=SAMPLED, *, prompts=PROMPTS, seeds=SEEDS, **options):
     return complete(model, prompts, seeds, sampling, **{**OPTIONS, **options})
 
 
 def texts(model, sampling=SAMPLED, **options):
-    return [completion.ids for completion in completed(model, sampling, **options)]
+    return [completion.ids for completion in with_defaults(model, sampling, **options)]
 
 
 @pytest.mark.parametrize("sampling", [SAMPLED, Sampling(12, temperature=0.0)])
@@ -77,12 +77,12 @@ def test_prompts_without_tokens_or_room_are_refused(prompts, message):
 
     assert context_length(CONFIG_MAPPING["bloom"]()) is None  # which takes prompts of any length
     check_prompt_lengths([10**9], 10, None)
-    assert completed(model, prompts=[], seeds=[]) == []
+    assert with_defaults(model, prompts=[], seeds=[]) == []
     assert len(texts(model, prompts=[[3] * 8], seeds=[0])[0]) == 8
     with pytest.raises(DataError, match=message):
-        completed(model, prompts=prompts, seeds=[0, 0])
+        with_defaults(model, prompts=prompts, seeds=[0, 0])
     with pytest.raises(ModelError, match="DistilBertForSequenceClassification cannot generate"):
-        completed(family_model("distilbert"))
+        with_defaults(family_model("distilbert"))
 
 
 def test_the_models_own_generation_config_changes_nothing_and_is_kept():
@@ -129,7 +129,7 @@ def test_a_model_with_the_attention_of_packed_rows_keeps_it_also_after_a_failure
     assert texts(model) == expected
     monkeypatch.setattr(nn.Linear, "forward", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        completed(model)
+        with_defaults(model)
 
     assert model.generation_config is given
     assert model.config._attn_implementation == VARLEN

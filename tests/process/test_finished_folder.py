@@ -16,9 +16,9 @@ from megakd.process.seals import (
     check_given,
     copy_finished,
     damage,
-    open_finished,
     sealed_folder,
     users_files,
+    verified_entries,
 )
 
 FILES = {"model.safetensors": "weights", "config.json": "{}", "tokenizer.json": "[]", CARD: "card"}
@@ -44,7 +44,7 @@ def test_a_changed_file_is_refused_naming_the_file_and_what_to_do(finished, tmp_
 
     message = f"{finished} is damaged: the checksum of {name} differs; {REMEDY}"
     with pytest.raises(CheckpointError, match=message):
-        open_finished(finished, remedy=REMEDY)
+        verified_entries(finished, remedy=REMEDY)
     with pytest.raises(ModelError, match=f"teacher.model: .*{name} differs; copy the folder again"):
         check_given(finished, "teacher.model")
     # Only files that are read have to be whole.
@@ -59,7 +59,7 @@ def test_a_changed_card_and_added_files_are_the_users_own(finished, tmp_path):
     (finished / CARD).write_text("what I think of the model")
     (finished / "notes.txt").write_text("mine")
 
-    open_finished(finished, remedy=REMEDY)
+    verified_entries(finished, remedy=REMEDY)
     check_given(finished, "teacher.model")
     assert users_files(finished) == [CARD, "notes.txt"]
     (finished / CHECKSUMS).unlink()
@@ -72,7 +72,7 @@ def test_a_missing_file_is_damage_in_a_run_and_allowed_in_a_folder_from_elsewher
     (finished / name).unlink()
 
     with pytest.raises(CheckpointError, match=name):
-        open_finished(finished, remedy=REMEDY)
+        verified_entries(finished, remedy=REMEDY)
     check_given(finished, "teacher.model")
 
 
@@ -81,7 +81,7 @@ def test_damaged_checksums_are_damage_themselves(finished, text):
     (finished / CHECKSUMS).write_text(text)
 
     with pytest.raises(CheckpointError, match=f"{CHECKSUMS} cannot be read"):
-        open_finished(finished, remedy=REMEDY)
+        verified_entries(finished, remedy=REMEDY)
     with pytest.raises(ModelError, match=f"{CHECKSUMS} cannot be read"):
         check_given(finished, "teacher.model")
 
@@ -98,7 +98,7 @@ def test_a_copy_has_checksums_of_its_own_and_no_file_of_a_user(finished, tmp_pat
 
     assert names(target) == {"model.safetensors", "config.json", CARD, "added", CHECKSUMS}
     assert (target / CARD).read_text() == "new"
-    assert open_finished(target, remedy=REMEDY).keys() == names(target) - {CHECKSUMS}
+    assert verified_entries(target, remedy=REMEDY).keys() == names(target) - {CHECKSUMS}
     assert names(finished) == {*FILES, "notes.txt", CHECKSUMS}
 
 
@@ -114,7 +114,7 @@ def test_a_file_is_read_once_in_a_process_until_it_is_written_again(finished, mo
     monkeypatch.setattr(seals, "_SETTLED_NS", 0)
     copy = shutil.copytree(finished, finished.with_name("copy"))
     for _ in range(3):
-        open_finished(copy, remedy=REMEDY)
+        verified_entries(copy, remedy=REMEDY)
     assert sorted(read) == ["config.json", "model.safetensors", "tokenizer.json"]
 
     (copy / "config.json").write_text("{ }")

@@ -15,7 +15,7 @@ from megakd.data.batch import Batch, TopK
 from megakd.data.token_tables import pack
 from megakd.models import timing
 from megakd.models.draws import most_likely
-from megakd.reports.samples import NEW_TOKENS, PROMPTS, Prompts, held_out_prompts
+from megakd.reports.samples import NEW_TOKENS, PROMPTS, SamplePrompts, held_out_prompts
 from megakd.run import run_report
 from megakd.run.run_report import latency_report
 
@@ -166,7 +166,7 @@ def packed(*documents: tuple[int, int], row: int = 64) -> Dataset:
     return Dataset.from_list([{k: v.tolist() for k, v in r._asdict().items()} for r in rows])
 
 
-def prompts_of(rows: Dataset, kind: TaskType = "causal_lm", length: int = 64) -> Prompts:
+def prompts_of(rows: Dataset, kind: TaskType = "causal_lm", length: int = 64) -> SamplePrompts:
     task = TaskConfig(type=kind, dataset="texts", max_length=length)
     prompts = held_out_prompts(rows, Letters(), task, CPU)  # type: ignore[arg-type]
     assert prompts is not None

@@ -14,7 +14,7 @@ from tiny_families import build, small_configs
 
 from megakd.data.batch import IGNORE, Batch, Outputs
 from megakd.models.outputs import LanguageModelHead
-from megakd.run.teacher_pool import log_probabilities, say_divergence
+from megakd.run.teacher_pool import log_divergence, log_probabilities
 
 # The first row has a prompt of two tokens, the second one padding.
 LABELS = torch.tensor([[IGNORE, 7, 8, IGNORE], [4, 5, IGNORE, IGNORE]])
@@ -35,7 +35,7 @@ def logged(caplog: Any, hidden: torch.Tensor, targets: torch.Tensor | None) -> s
         return log_probabilities(scorer, ROWS, teacher)
 
     with caplog.at_level(logging.INFO, "megakd"):
-        say_divergence("teacher", answers(HIDDEN), answers(hidden))
+        log_divergence("teacher", answers(HIDDEN), answers(hidden))
     return caplog.messages[-1]
 
 

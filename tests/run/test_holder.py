@@ -14,13 +14,13 @@ from typing import TextIO
 import pytest
 
 from megakd.errors import InUseError
-from megakd.run.holder import LOCK, check_free, written_once
+from megakd.run.holder import LOCK, check_free, locked
 
 
 def leave_lock(folder: Path, **facts: object) -> Path:
     """Leave the lock of a process of this host, as a run that was killed does."""
     folder.mkdir(exist_ok=True)
-    with written_once(folder):
+    with locked(folder):
         lock = json.loads((folder / LOCK).read_text())
     (folder / LOCK).write_text(json.dumps({**lock, **facts}))
     return folder / LOCK
@@ -30,11 +30,11 @@ def leave_lock(folder: Path, **facts: object) -> Path:
 def test_the_lock_names_its_process_and_goes_with_it_and_with_a_new_empty_folder(tmp_path, left):
     out = tmp_path / "out"
 
-    with written_once(out):
+    with locked(out):
         assert json.loads((out / LOCK).read_text())["pid"] == os.getpid()
         for name in left:
             (out / name).touch()
-        with pytest.raises(InUseError, match=f"process {os.getpid()}"), written_once(out):
+        with pytest.raises(InUseError, match=f"process {os.getpid()}"), locked(out):
             pass
         assert (out / LOCK).exists()
 
@@ -61,9 +61,9 @@ def test_the_lock_of_a_process_that_was_killed_is_taken_over(tmp_path):
     check_free(tmp_path)  # a zombie, whose launcher has not asked for its exit code
     process.communicate()
 
-    with written_once(tmp_path):
+    with locked(tmp_path):
         assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
-        with pytest.raises(InUseError), written_once(tmp_path):
+        with pytest.raises(InUseError), locked(tmp_path):
             pass
 
 
@@ -76,7 +76,7 @@ def test_a_lock_that_its_holder_removes_meanwhile_is_not_taken(tmp_path, monkeyp
         lock(file, kind)
 
     monkeypatch.setattr(fcntl, "flock", lock_of_a_file_that_is_gone)
-    with pytest.raises(InUseError), written_once(tmp_path):
+    with pytest.raises(InUseError), locked(tmp_path):
         pass
 
 
@@ -87,7 +87,7 @@ def test_storage_without_locks_refuses_what_another_run_has_left(tmp_path, monke
     monkeypatch.setattr(fcntl, "flock", unsupported)
     path = leave_lock(tmp_path)
 
-    with pytest.raises(InUseError, match=f"remove {path}$"), written_once(tmp_path):
+    with pytest.raises(InUseError, match=f"remove {path}$"), locked(tmp_path):
         pass
 
 
@@ -96,11 +96,11 @@ def test_a_process_of_another_host_is_refused_with_the_file_to_remove(tmp_path):
     path = leave_lock(tmp_path, pid=4711, host="node-7", since=since)
 
     message = rf"process 4711 on node-7, since {since}; wait .*remove {path}$"
-    with pytest.raises(InUseError, match=message), written_once(tmp_path):
+    with pytest.raises(InUseError, match=message), locked(tmp_path):
         pass
 
     path.unlink()
-    with written_once(tmp_path):
+    with locked(tmp_path):
         pass
 
 
@@ -114,7 +114,7 @@ def test_half_a_lock_is_refused_with_the_file_to_remove(tmp_path):
 def test_a_folder_that_another_export_is_writing_is_left_to_it(one_rank, whole_run, tmp_path):
     words = ("export", whole_run.config, "--to", tmp_path / "copy")
 
-    with written_once(tmp_path / ".copy.lock"):
+    with locked(tmp_path / ".copy.lock"):
         refused = one_rank.megakd(*words, code=2)
 
     assert f"is in use by another run: process {os.getpid()}" in refused.err

@@ -21,7 +21,7 @@ from megakd.data.chat_tokens import PROMPT_LENGTH
 from megakd.process.record import flatten
 from megakd.stage import Stage
 from megakd.training.inputs import check_run
-from megakd.training.lab import completed
+from megakd.training.lab import with_defaults
 from megakd.training.served_teachers import model_identity
 from megakd.training.stage_folder import cached_metrics
 
@@ -77,10 +77,10 @@ def test_a_stage_is_scored_as_many_rows_at_a_time_as_it_trains_with(tmp_path, te
     finetune = FinetuneOverrides(per_device_train_batch_size=2)
     spec = TeacherConfig(model=str(teacher), finetune=finetune)
     config = config_of(tmp_path, teacher=spec, train=TrainConfig(per_device_train_batch_size=5))
-    finetuned = completed(Stage(name="f", learners={"teacher": 1.0}), config).train
+    finetuned = with_defaults(Stage(name="f", learners={"teacher": 1.0}), config).train
 
     assert config.eval_rows(finetuned) == 2
-    assert config.eval_rows(completed(stage_of(), config).train) == 5
+    assert config.eval_rows(with_defaults(stage_of(), config).train) == 5
     assert config.eval_rows() == 5
     given = dataclasses.replace(config, eval=EvalConfig(per_device_eval_batch_size=7))
     assert given.eval_rows() == given.eval_rows(finetuned) == 7

@@ -18,7 +18,7 @@ from megakd.errors import CheckpointError
 from megakd.process import seals
 from megakd.process.files import write_json
 from megakd.process.record import differences
-from megakd.run.finished_run import RUN, begin_run, check_identity, growable_keys, run_facts
+from megakd.run.finished_run import RUN, begin_run, check_identity, fingerprint_of, growable_keys
 from megakd.training.checkpoint import FORMAT
 
 CPU = torch.device("cpu")
@@ -37,7 +37,7 @@ def facts(tmp_path):
     def of(*words: str, ranks: int = 1) -> dict[str, Any]:
         sections = {"teacher": {"model": str(model)}, "method": {"name": "single"}}
         config = config_of(config_tree(tmp_path / "out", task, **sections), list(words))
-        return run_facts(config, Ranks(0, ranks, 0, CPU))
+        return fingerprint_of(config, Ranks(0, ranks, 0, CPU))
 
     return of
 
@@ -154,7 +154,7 @@ def test_servers_may_be_elsewhere_and_not_others(tmp_path, place):
     tree = config_tree(tmp_path, task, **models)
     words = [f"rollout.server.{place}"]
 
-    here, there = (run_facts(config_of(tree, some), ALONE) for some in ((), words))
+    here, there = (fingerprint_of(config_of(tree, some), ALONE) for some in ((), words))
 
     assert bool(differences(here, there)) == place.startswith("model")
 

@@ -84,7 +84,7 @@ def test_weights_that_no_checkpoint_knows_are_removed(tmp_path):
     """Those of a start without a checkpoint may be of another length."""
     evaluated(best_of(tmp_path), {3: 0.5})
     best = best_of(tmp_path)
-    best.forget()
+    best.remove()
     assert (step_of(best), stored(tmp_path)) == (None, [])
     assert step_of(evaluated(best, {3: 0.1})) == 3
 

@@ -285,7 +285,7 @@ def test_a_resume_on_other_ranks_speaks_of_dropout_where_there_is_some(
         _states={},
         trainer=SimpleNamespace(step=4),
         config=SimpleNamespace(seed=1, student=SimpleNamespace(lora=lora)),
-        sources={"student": source},
+        learner_sources={"student": source},
     )
 
     with caplog.at_level(logging.INFO, logger="megakd"):

@@ -26,7 +26,7 @@ from megakd.models.views import View
 from megakd.stage import Stage
 from megakd.training import precision
 from megakd.training.assembly import scoring_preset
-from megakd.training.lab import completed
+from megakd.training.lab import with_defaults
 from megakd.training.learners import learner_ds
 from megakd.training.precision import frozen_dtype, say_precision, scoring_dtype, training_dtype
 
@@ -66,7 +66,7 @@ def two_teachers() -> RunConfig:
 
 
 def stage_of(role: str, config: RunConfig) -> Stage:
-    return completed(Stage(name="any", learners={role: 1.0}, objective=()), config)
+    return with_defaults(Stage(name="any", learners={role: 1.0}, objective=()), config)
 
 
 def zero_of(stage: Stage, config: RunConfig, *, ranks: int = 2, device: str = "cpu") -> int:
@@ -110,7 +110,7 @@ def test_one_rank_shards_nothing_unless_asked_or_to_add_16_bits(role, ranks, dev
     assert zero_of(stage_of(role, config), config, ranks=ranks, device=device) == zero
     if changes == BF16:
         stage = Stage(name="any", objective=(), views={"half": View((1,), (1,))})
-        assert zero_of(completed(stage, config), config, ranks=ranks, device=device) == 2
+        assert zero_of(with_defaults(stage, config), config, ranks=ranks, device=device) == 2
 
 
 def test_labels_are_weighed_in_every_training_that_learns_them_unless_a_term_says_otherwise():
@@ -121,9 +121,9 @@ def test_labels_are_weighed_in_every_training_that_learns_them_unless_a_term_say
 
     for role in ("student", "small"):
         stage = Stage(name="x", learners={role: 1.0}, objective=(hard, soft))
-        weighed, other = completed(stage, config).objective
+        weighed, other = with_defaults(stage, config).objective
         assert (weighed.class_weights, other) == ("balanced", soft)
-    kept = completed(Stage(name="x", objective=(chosen,)), config).objective
+    kept = with_defaults(Stage(name="x", objective=(chosen,)), config).objective
     assert kept == (chosen,)
 
 
