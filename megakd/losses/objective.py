@@ -139,7 +139,7 @@ def build_objective(
     """Build the objective of a stage from its terms; without a teacher, for supervised training.
 
     Args:
-        balances: whether a model that learns may be a mixture of experts whose routers are balanced.
+        balances: whether the routers of a model that learns may be balanced.
     """
     check_terms(terms, student, teacher)
     soft = tuple(t for t in terms if isinstance(t, SoftTarget))

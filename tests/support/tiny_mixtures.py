@@ -16,9 +16,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "granitemoe": {"num_local_experts": 4, "initializer_range": 0.2, **COEFFICIENT},
     # No loss balances its experts; a shared one is beside them, and the first layer has none.
     "deepseek_v3": {
-        **{"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "n_shared_experts": 1},
-        **{"moe_intermediate_size": 16, "first_k_dense_replace": 1, "num_key_value_heads": 4},
-        **{**LATENT, "qk_rope_head_dim": 4},
+        "n_routed_experts": 8,
+        "n_group": 2,
+        "topk_group": 1,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": 16,
+        "first_k_dense_replace": 1,
+        "num_key_value_heads": 4,
+        **LATENT,
+        "qk_rope_head_dim": 4,
     },
 }
 
@@ -26,9 +32,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def keys_of(family: str, layers: int = 2, **changes: Any) -> dict[str, Any]:
     """Keys of a config, with which routers choose between experts that differ."""
     usual = {
-        **{"model_type": family, "num_hidden_layers": layers, "hidden_size": 16},
-        **{"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 16},
-        **{"max_position_embeddings": 64, "num_experts_per_tok": 2, "initializer_range": 0.5},
+        "model_type": family,
+        "num_hidden_layers": layers,
+        "hidden_size": 16,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 16,
+        "max_position_embeddings": 64,
+        "num_experts_per_tok": 2,
+        "initializer_range": 0.5,
     }
     return {**usual, **FAMILIES[family], **changes}
 
