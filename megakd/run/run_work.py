@@ -7,11 +7,11 @@ import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
-from megakd.config.task import STUDENT
+from megakd.config.task import STUDENT, TEACHER
 from megakd.engine.collectives import doing, main_first, on_main
 from megakd.engine.distributed import Ranks
 from megakd.errors import CheckpointError
@@ -142,7 +142,18 @@ class RunWork:
         """Return a model cut to a view in `stages/<name>`, untrained; `source` for a whole view."""
         if keeps_all(source, view):
             return source
-        result = write_reshaped(self.assembly, name, source, lambda: {"view": view})
+
+        def change() -> Mapping[str, Any]:
+            count = view.experts
+            if count is None:
+                return {"view": view}
+            from megakd.training.expert_importance import expert_order
+
+            self.close()
+            ready = ReadyTeacher(source, self.facts.config.teacher_specs[TEACHER])
+            return {"view": view, "order": expert_order(self.assembly, ready, count)}
+
+        result = write_reshaped(self.assembly, name, source, change)
         return self.model(result.folder, STUDENT)
 
     def probe(self, stage: str) -> StageProbe:
