@@ -179,7 +179,7 @@ class Shape(NamedTuple):
             )
             for count, units in ((self.heads, whole.heads), (self.neurons, whole.neurons))
         )
-        experts = None if self.experts in (0, model.experts.count) else self.experts
+        experts = None if self.experts in (0, model.experts.total) else self.experts
         return View(heads, neurons, layers=(*layers,), experts=experts)
 
 

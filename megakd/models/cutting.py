@@ -73,7 +73,8 @@ def cut_config(
         learns: whether the model continues to learn with its optimizer's state, so that its weights
             must not be rescaled; see `rescaled`.
     """
-    config, view = with_fewer_experts(*without_layers(config, view))
+    config, view = without_layers(config, view)
+    config, view = with_fewer_experts(config, view.experts), view._replace(experts=None)
     if not view.heads:
         return copy.deepcopy(config)
     architecture = architecture_of(config)

@@ -18,18 +18,17 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from megakd.config.task import TaskType
 from megakd.errors import ModelError
 from megakd.models.architectures import Architecture, Known, narrow_maps, stated
 from megakd.models.proposed_units import cut_part
 from megakd.models.small_copy import without_values
 from megakd.models.structure import architecture_of
 from megakd.models.units import in_copy, in_double, is_same, outputs_of
-from megakd.models.views import Axes, Axis, Cut, UnitOrder, View
+from megakd.models.views import Axes, Axis, Cut, UnitOrder
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
-
-    from megakd.config.task import TaskType
 
 COUNTS = (
     *("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
@@ -45,17 +44,17 @@ NEVER = 60.0
 class FoundExperts(NamedTuple):
     """The experts that a mixture can lose, as many in each of its layers.
 
-    count: experts of a layer; 0: the model is dense.
+    total: experts of a layer; 0: the model is dense.
     chosen: experts that a token is routed to.
     groups: a layer keeps a multiple of this number.
     least: fewest experts of a layer.
-    key: of the config, which states the count.
+    key: of the config, which states the total.
     axes: of the weights with rows of experts, by name on the model.
     blocks: by the number of its layer, from 0, the path of the module with the experts.
     uncut: reason why no experts can go; None: some can.
     """
 
-    count: int = 0
+    total: int = 0
     chosen: int = 0
     groups: int = 1
     least: int = 0
@@ -67,7 +66,7 @@ class FoundExperts(NamedTuple):
     @property
     def counts(self) -> tuple[int, ...]:
         """The numbers of experts that a layer can keep, in rising order."""
-        return tuple(range(self.least, self.count + 1, self.groups))
+        return tuple(range(self.least, self.total + 1, self.groups))
 
     def order(self, scores: Mapping[int, Sequence[float]], count: int) -> UnitOrder:
         """Return the order by which layers keep the experts with the highest scores.
@@ -77,14 +76,14 @@ class FoundExperts(NamedTuple):
         Args:
             scores: of the experts of a layer, by its number from 0.
         """
-        size, kept = self.count // self.groups, count // self.groups
+        size, kept = self.total // self.groups, count // self.groups
         layers = dict[int, tuple[int, ...]]()
         for number, of_layer in scores.items():
             stay = list[int]()
-            for first in range(0, self.count, size):
+            for first in range(0, self.total, size):
                 group = range(first, first + size)
                 stay += sorted(sorted(group, key=[-score for score in of_layer].__getitem__)[:kept])
-            layers[number] = (*stay, *(n for n in range(self.count) if n not in stay))
+            layers[number] = (*stay, *(n for n in range(self.total) if n not in stay))
         every = range(max(layers) + 1)
         return UnitOrder((), (), experts=tuple(layers.get(number, ()) for number in every))
 
@@ -97,24 +96,24 @@ def experts_of(config: PretrainedConfig) -> FoundExperts:
     return _FOUND.answer(config, architecture)
 
 
-def with_fewer_experts(config: PretrainedConfig, view: View) -> tuple[PretrainedConfig, View]:
-    """Return the config of a model with the experts of a view, and the rest of the view.
+def with_fewer_experts(config: PretrainedConfig, count: int | None) -> PretrainedConfig:
+    """Return the config of a model whose layers keep some of their experts; None: all.
 
     Raises:
         ModelError: the layers cannot keep this number.
     """
-    if view.experts is None:
-        return config, view
+    if count is None:
+        return config
     found = experts_of(config)
     if found.uncut is not None:
         raise ModelError(f"the experts of a {config.model_type} model cannot go: {found.uncut}")
-    if view.experts not in found.counts:
+    if count not in found.counts:
         raise ModelError(
-            f"a layer of this {config.model_type} model cannot keep {view.experts} of its "
-            f"{found.count} experts: it keeps at least {found.least}, because a token is routed to "
+            f"a layer of this {config.model_type} model cannot keep {count} of its {found.total} "
+            f"experts: it keeps at least {found.least}, because a token is routed to "
             f"{found.chosen}, and a multiple of {found.groups}"
         )
-    return _with_count(config, found.key, view.experts), view._replace(experts=None)
+    return _with_count(config, found.key, count)
 
 
 def with_expert_axes(config: PretrainedConfig, table: Mapping[str, Axes]) -> Mapping[str, Axes]:
@@ -141,7 +140,7 @@ def find_experts(config: PretrainedConfig, architecture: Architecture) -> FoundE
     found = _by_shape(config, architecture)
     if found.uncut is not None:
         return found
-    decided, failed = in_copy(config, architecture, partial(_decided, found, architecture))
+    decided, failed = in_copy(config, architecture, partial(_by_copy, found, architecture))
     if decided is None:
         return found._replace(uncut=f"no small copy of it runs, which decides ({failed})")
     chosen, uncut = decided
@@ -228,7 +227,7 @@ def _routers(found: FoundExperts, model: nn.Module) -> Iterator[tuple[int, str]]
 
 
 @torch.no_grad()
-def _decided(
+def _by_copy(
     of_model: FoundExperts,
     architecture: Architecture,
     small: PretrainedConfig,
@@ -240,7 +239,7 @@ def _decided(
     It has 16 to 64 experts or more, of which a quarter goes.
     """
     key, unit = of_model.key, 4 * of_model.groups
-    count = -(-max(16, min(of_model.count, 64)) // unit) * unit
+    count = -(-max(16, min(of_model.total, 64)) // unit) * unit
     small = _with_count(small, key, count)
     model, found = in_double(small, task), _by_shape(small, architecture)
     if found.uncut is not None:
@@ -259,13 +258,11 @@ def _decided(
         gone = [*(order.places("experts", number) or ())][kept:]
         _never_choose(model, found, name, gone)
     expected, cut = outputs_of(model), in_double(_with_count(small, key, kept), task)
-    view = View((), (), experts=kept)
-    cut.load_state_dict(
-        {
-            name: cut_part(tensor, found.axes.get(name, (None,) * tensor.dim()), Cut(order, view))
-            for name, tensor in model.state_dict().items()
-        }
-    )
+    sizes, state = _sizes(cut), dict[str, Tensor]()
+    for name, tensor in model.state_dict().items():
+        whole = cut_part(tensor, found.axes.get(name, (None,) * tensor.dim()), Cut(order, None))
+        state[name] = whole[tuple(map(slice, sizes[name]))]
+    cut.load_state_dict(state)
     same = is_same(outputs_of(cut), expected)
     return chosen, None if same else "a model of its class with fewer experts computes other things"
 
@@ -336,7 +333,7 @@ def contributions_taken(model: nn.Module, found: FoundExperts) -> Iterator[Contr
     A token's experts run in as many calls, each with one of them, so that an expert needs to be
     known by its call alone.
     """
-    taken = Contributions(found.count)
+    taken = Contributions(found.total)
     with ExitStack() as changes:
         for number, path in found.blocks.items():
             part = model.get_submodule(path)

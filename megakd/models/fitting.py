@@ -189,7 +189,7 @@ def parts_of(cut: ModelSource, whole: ModelSource, layers: tuple[int, ...] | Non
         least, most, total = min(left), max(left), max(before)
         some = f"{least}" if least == most else f"{least} to {most}"
         parts.append(f"{total} {name}" if least == total else f"{some} of {total} {name}")
-    left, total = cut.experts.count, whole.experts.count
+    left, total = cut.experts.total, whole.experts.total
     if total:
         parts.append(f"{total} experts" if left == total else f"{left} of {total} experts")
     return " · ".join(parts)

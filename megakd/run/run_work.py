@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -24,6 +24,7 @@ from megakd.stage import Stage, StageResult
 from megakd.training.allocation import SortedTeacher
 from megakd.training.assembly import Assembly, check_stream
 from megakd.training.evaluation import StageProbe
+from megakd.training.expert_importance import expert_order
 from megakd.training.facts import RunFacts
 from megakd.training.inputs import RunInputs
 from megakd.training.lab import Files
@@ -143,12 +144,10 @@ class RunWork:
         if keeps_all(source, view):
             return source
 
-        def change() -> Mapping[str, Any]:
+        def change() -> Mapping[str, object]:
             count = view.experts
             if count is None:
                 return {"view": view}
-            from megakd.training.expert_importance import expert_order
-
             self.close()
             ready = ReadyTeacher(source, self.facts.config.teacher_specs[TEACHER])
             return {"view": view, "order": expert_order(self.assembly, ready, count)}

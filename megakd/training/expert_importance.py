@@ -55,6 +55,6 @@ def expert_order(assembly: Assembly, ready: ReadyTeacher, count: int) -> UnitOrd
     stay = sum(scores[n][expert] for n in numbers for expert in (order.experts or ())[n][:count])
     logger.info(
         "experts: %d of %d stay in each of %d layers, with %.1f %% of what all give to %d rows",
-        *(count, found.count, len(numbers), 100 * stay / sums.sum().item(), len(rows)),
+        *(count, found.total, len(numbers), 100 * stay / sums.sum().item(), len(rows)),
     )
     return order

@@ -6,6 +6,7 @@ import random
 import re
 
 import pytest
+import torch
 from equal_runs import difference, zero
 from slow_cases import slow
 from test_families import LETTERS, LOGITS, TIMEOUT_S, assert_same
@@ -78,3 +79,31 @@ def test_adapters_of_a_mixture_learn_on_two_ranks_as_on_one(on_one_and_two, text
     assert all("lora_" in name for name in moved)
     first, second = (losses["router_balance"] for losses in result["losses"])
     assert first != second
+
+
+@pytest.mark.slow
+def test_two_sharded_ranks_keep_and_train_the_experts_of_one(workers, texts, tmp_path):
+    """Ranks read other rows, and a sharded model gathers all experts of a layer together."""
+    teacher = write_mixture(tmp_path / "teacher", "qwen3_moe", texts)
+    rows = [{"text": text} for text in texts]
+    data = [write_jsonl(tmp_path / "data" / f"{n}.jsonl", rows) for n in ("train", "validation")]
+
+    def shrunk(ranks):
+        config = run_in(
+            tmp_path / str(ranks),
+            {"type": "causal_lm", "dataset": str(data[0].parent)},
+            teacher={"model": str(teacher), "deepspeed": zero(0 if ranks == 1 else 3)},
+            student={"model": "from_teacher", "deepspeed": zero(0 if ranks == 1 else 3)},
+            method={"name": "shrink", "parameters": 18_000},
+            train={"per_device_train_batch_size": 6 // ranks, "adam_epsilon": 0.01, "max_steps": 2},
+        )
+        return workers(ranks).run("test_shrink.shrink", str(config), [], timeout_s=TIMEOUT_S)
+
+    (one,) = shrunk(1)
+
+    for rank in shrunk(2):
+        assert rank["state"].keys() == one["state"].keys()
+        for name, weight in one["state"].items():
+            torch.testing.assert_close(rank["state"][name], weight, atol=1e-4, rtol=1e-3)
+    experts = {name for name in one["state"] if ".experts." in name}
+    assert 0 < len(experts) < 2 * 8 * 3

@@ -73,16 +73,16 @@ def without_experts(monkeypatch, model, gone):
 def orders(found, seed=0):
     """Random scores of each layer's experts, and the order by them."""
     rng = random.Random(seed)
-    return {number: [rng.random() for _ in range(found.count)] for number in found.blocks}
+    return {number: [rng.random() for _ in range(found.total)] for number in found.blocks}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_experts_in_another_order_with_their_routers_change_nothing(family):
     config = config_of(family)
     model, found = model_of(config), experts_of(config)
-    size = found.count // found.groups
+    size = found.total // found.groups
     # The experts of each group backwards.
-    mixed = tuple(n // size * size + size - 1 - n % size for n in range(found.count))
+    mixed = tuple(n // size * size + size - 1 - n % size for n in range(found.total))
     layers = tuple(mixed if number in found.blocks else () for number in range(2))
 
     result = cut(model, ALL, UnitOrder((), (), experts=layers))
@@ -100,7 +100,7 @@ def test_a_cut_model_computes_what_the_whole_one_does_without_the_experts(monkey
     config = config_of(family)
     model, found = model_of(config), experts_of(config)
     kept, rng = found.counts[-2], random.Random(0)
-    scores = {number: [rng.random() for _ in range(found.count)] for number in found.blocks}
+    scores = {number: [rng.random() for _ in range(found.total)] for number in found.blocks}
     order = found.order(scores, kept)
 
     result = cut(model, ALL._replace(experts=kept), order)
@@ -133,7 +133,7 @@ def test_experts_that_are_never_chosen_go_without_a_trace(family):
 
     result = cut(model, ALL._replace(experts=used), found.order(scores, used))
 
-    assert used < found.count
+    assert used < found.total
     assert_equal(outputs_of(result), expected)
 
 
@@ -142,7 +142,7 @@ def test_importance_is_the_norm_of_what_an_expert_gives_summed_over_valid_tokens
     model, found = model_of(config), experts_of(config)
     block, given = model.model.layers[1].mlp, []
     hook = block.experts.register_forward_pre_hook(lambda _, inputs: given.append(inputs))
-    expected, plain = torch.zeros(found.count, dtype=torch.float64), outputs_of(model)
+    expected, plain = torch.zeros(found.total, dtype=torch.float64), outputs_of(model)
     hook.remove()
     ((hidden, chosen, weights),) = given
     valid = torch.arange(len(hidden)) % 3 > 0
@@ -163,7 +163,7 @@ def test_importance_is_the_norm_of_what_an_expert_gives_summed_over_valid_tokens
 
 
 def test_each_group_keeps_as_many_of_its_experts_in_their_order():
-    found = FoundExperts(count=8, groups=2, least=4, chosen=2, uncut=None)
+    found = FoundExperts(total=8, groups=2, least=4, chosen=2, uncut=None)
 
     order = found.order({1: [0, 9, 8, 7, 1, 2, 4, 3]}, 4)
 
