@@ -28,7 +28,7 @@ class RouterBalance(TermGroup):
     def forward(self, reading: LossInputs) -> Evaluated:
         """Return the sum over the tokens of this rank; a collective if the model has a routing."""
         routing = reading.student.routing
-        if routing is None:  # of a model that is dense, or evaluated
+        if routing is None or not routing.logits:  # of a model that is dense, or evaluated
             return Evaluated(reading.per_unit["tokens"].float() * 0, {})
         valid = reading.batch.valid.flatten()  # [B * T]
         tokens = valid.float()

@@ -12,6 +12,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -163,29 +164,25 @@ def _by_shape(config: PretrainedConfig, architecture: Architecture) -> FoundExpe
     whole = without_values(config, task)
     sizes = _sizes(whole)
     for key in COUNTS:
-        count = stored.get(config.attribute_map.get(key, key))
-        if not isinstance(count, int) or count < 2 * groups:
+        total = stored.get(config.attribute_map.get(key, key))
+        if not isinstance(total, int) or total < 2 * groups:
             continue
-        fewer = count // groups // 2 * groups
+        fewer = total - groups
         try:
             others = _sizes(without_values(_with_count(config, key, fewer), task))
+            pairs = {n: [*zip(size, others[n], strict=True)] for n, size in sizes.items()}
         except Exception:  # noqa: BLE001, S112 - a family refuses a number in its own way
             continue
+        changed = {n: each for n, each in pairs.items() if any(a != b for a, b in each)}
+        is_even = all(a == b or a * fewer == b * total for each in pairs.values() for a, b in each)
+        if not (changed and is_even and all(name.startswith(start) for name in changed)):
+            continue
         axes = dict[str, Axes]()
-        for name, size in sizes.items():
-            pairs = [*zip(size, others.get(name, ()), strict=False)]
-            if size != others.get(name) and name.startswith(start):
-                number = int(name.removeprefix(start).partition(".")[0])
-                axes[name] = tuple(
-                    None if a == b else Axis("experts", number, a // count) for a, b in pairs
-                )
-        is_even = sizes.keys() == others.keys() and all(
-            a * fewer == b * count or a == b
-            for name, size in sizes.items()
-            for a, b in zip(size, others[name], strict=True)
-        )
-        if axes and is_even:
-            return _with_routers(FoundExperts(count, 0, groups, 0, key, axes, uncut=None), whole)
+        for name, each in changed.items():
+            number = int(name.removeprefix(start).partition(".")[0])
+            of_experts = (None if a == b else Axis("experts", number, a // total) for a, b in each)
+            axes[name] = tuple(of_experts)
+        return _with_routers(FoundExperts(total, 0, groups, 0, key, axes, uncut=None), whole)
     return FoundExperts(uncut="no key of its config states fewer experts alone")
 
 
@@ -195,35 +192,31 @@ def _sizes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def _with_routers(found: FoundExperts, model: PreTrainedModel) -> FoundExperts:
     """Return the experts with the module that has them in each layer, which a router is beside."""
+    owners = {name.rpartition(".")[0]: axes for name, axes in found.axes.items()}
+    blocks = dict[int, str]()
+    for path, axes in owners.items():
+        forward = inspect.unwrap(type(model.get_submodule(path)).forward)
+        # Of itself, hidden states, the chosen experts and their weights.
+        if len(inspect.signature(forward).parameters) == 4:
+            number = next(axis.number for axis in axes if axis is not None)
+            if number in blocks:
+                return found._replace(uncut="a layer has several modules of experts by shape")
+            blocks[number] = path
+    found = found._replace(blocks=blocks)
+    routers = [number for number, _ in _routers(found)]
     layers = {axis.number for axes in found.axes.values() for axis in axes if axis is not None}
-    blocks = dict[int, list[str]]({number: [] for number in layers})
-    for path, part in model.named_modules():
-        names = {f"{path}.{name}" for name, _ in part.named_parameters(recurse=False)}
-        cut = [axis for name in names & found.axes.keys() for axis in found.axes[name] if axis]
-        if cut and len(_arguments(part)) == 3:
-            blocks[cut[0].number].append(path)
-    if any(len(paths) != 1 for paths in blocks.values()):
-        return found._replace(uncut="a layer has no module of experts by shape, or several ones")
-    chosen = {number: paths[0] for number, paths in blocks.items()}
-    found = found._replace(blocks=chosen)
-    if len({*_routers(found, model)}) != len(layers):
-        return found._replace(uncut="not each layer has a router with one output matrix by shape")
+    if not set(routers) == {*blocks} == layers or len(routers) > len(layers):
+        uncut = "not each layer has a module of experts and a router with one matrix by shape"
+        return found._replace(uncut=uncut)
     return found
 
 
-def _arguments(part: nn.Module) -> list[str]:
-    # Those of experts are hidden states, the chosen experts and their weights.
-    return [*inspect.signature(inspect.unwrap(type(part).forward)).parameters][1:]
-
-
-def _routers(found: FoundExperts, model: nn.Module) -> Iterator[tuple[int, str]]:
+def _routers(found: FoundExperts) -> Iterator[tuple[int, str]]:
     """Yield for each matrix [E, D] beside the experts the number of its layer and its name."""
     inside = tuple(f"{path}." for path in found.blocks.values())
-    for name, axes in found.axes.items():
-        owner = model.get_submodule(name.rpartition(".")[0])
-        is_matrix = len(axes) == 2 and axes[0] is not None and not isinstance(owner, nn.Embedding)
-        if axes[0] is not None and is_matrix and not name.startswith(inside):
-            yield axes[0].number, name
+    for name, (axis, *others) in found.axes.items():
+        if axis is not None and others == [None] and not name.startswith(inside):
+            yield axis.number, name
 
 
 @torch.no_grad()
@@ -254,7 +247,7 @@ def _by_copy(
     draws = torch.rand(count - 1, generator=torch.Generator().manual_seed(0)).tolist()
     scores = {number: [-1.0, *draws[number:], *draws[:number]] for number in found.blocks}
     order = found.order(scores, kept)
-    for number, name in _routers(found, model):  # a router reads what the layers before it give
+    for number, name in _routers(found):  # a router reads what the layers before it give
         gone = [*(order.places("experts", number) or ())][kept:]
         _never_choose(model, found, name, gone)
     expected, cut = outputs_of(model), in_double(_with_count(small, key, kept), task)
@@ -292,6 +285,7 @@ def _never_choose(
             tensor.index_fill_(axes.index(number), places, -NEVER)
 
 
+@dataclass
 class Contributions:
     """What experts give to hidden states, in forwards of a model.
 
@@ -301,44 +295,40 @@ class Contributions:
     valid: [N] bool, the tokens of the next forward that count; None: all.
     """
 
-    def __init__(self, count: int) -> None:
-        self.sums: dict[int, Tensor] = {}
-        self.chosen = 0
-        self.valid: Tensor | None = None
-        self._count = count
-
-    def forward(
-        self, number: int, experts: Callable[..., Tensor], *inputs: Tensor, **named: Tensor
-    ) -> Tensor:
-        """Return the sum of what the experts of a layer give, each alone."""
-        hidden, chosen, weights = (*inputs, *named.values())
-        self.chosen = chosen.shape[-1]
-        # A number beyond the last expert stands for none.
-        sums = torch.zeros(self._count + 1, dtype=torch.float64, device=hidden.device)
-        parts = list[Tensor]()
-        for place in range(self.chosen):
-            one = slice(place, place + 1)
-            parts.append(experts(hidden, chosen[..., one], weights[..., one]))
-            norms = parts[-1].detach().flatten(0, -2).double().norm(dim=-1)
-            norms = norms if self.valid is None else norms.where(self.valid, 0.0)
-            sums.scatter_add_(0, chosen[..., place].flatten(), norms)
-        self.sums[number] = self.sums.get(number, 0) + sums[:-1]
-        return torch.stack(parts).sum(0)
+    sums: dict[int, Tensor] = field(default_factory=dict)
+    chosen: int = 0
+    valid: Tensor | None = None
 
 
 @contextmanager
 def contributions_taken(model: nn.Module, found: FoundExperts) -> Iterator[Contributions]:
-    """Yield what the experts give in forwards in the body, which compute them one by one.
+    """Yield what the experts give in forwards in the body.
 
-    A token's experts run in as many calls, each with one of them, so that an expert needs to be
-    known by its call alone.
+    There the experts of a token run in as many calls, so that the output of a call is of one.
     """
-    taken = Contributions(found.total)
+    taken = Contributions()
+
+    def one_by_one(
+        number: int, experts: Callable[..., Tensor], *inputs: Tensor, **named: Tensor
+    ) -> Tensor:
+        hidden, chosen, weights = (*inputs, *named.values())
+        taken.chosen, parts = chosen.shape[-1], list[Tensor]()
+        # A number beyond the last expert stands for none.
+        sums = torch.zeros(found.total + 1, dtype=torch.float64, device=hidden.device)
+        for one in chosen.split(1, dim=-1):
+            place = slice(len(parts), len(parts) + 1)
+            parts.append(experts(hidden, one, weights[..., place]))
+            norms = parts[-1].flatten(0, -2).double().norm(dim=-1)
+            norms = norms if taken.valid is None else norms.where(taken.valid, 0.0)
+            sums.scatter_add_(0, one.flatten(), norms)
+        taken.sums[number] = taken.sums.get(number, 0) + sums[:-1]
+        return torch.stack(parts).sum(0)
+
     with ExitStack() as changes:
         for number, path in found.blocks.items():
             part = model.get_submodule(path)
             before = {key: value for key, value in vars(part).items() if key == "forward"}
             changes.callback(vars(part).update, before)
             changes.callback(vars(part).pop, "forward", None)
-            part.forward = partial(taken.forward, number, part.forward)
+            part.forward = partial(one_by_one, number, part.forward)
         yield taken

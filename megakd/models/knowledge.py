@@ -244,7 +244,8 @@ def _read(model: Any, batch: Batch) -> Knowledge:
         states = output.last_hidden_state
         hidden = states if rows is None else states.flatten(0, 1)[rows]
     if routing is not None:
-        routing = routing._replace(logits=tuple(one.flatten(0, -2) for one in output.router_logits))
+        logits = output.router_logits or ()  # all layers of the model may be dense
+        routing = routing._replace(logits=tuple(one.flatten(0, -2) for one in logits))
     read = Knowledge(hidden=hidden, head=LanguageModelHead(model), routing=routing)
     if second is None or pieces is None:
         return read

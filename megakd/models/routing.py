@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from typing import TYPE_CHECKING, cast
@@ -30,6 +31,7 @@ def has_balance(config: PretrainedConfig, task: TaskType) -> bool:
     return model_class is not None and _adds_balance(model_class)
 
 
+@functools.cache
 def _adds_balance(model_class: type) -> bool:
     # Through decorators, and the class that is laid over that of a cut model.
     for one in model_class.__mro__:

@@ -122,3 +122,12 @@ def test_no_router_logits_are_kept_where_nothing_is_balanced(family, changes, le
     assert read_knowledge(model, batch_of(9), Needs()).routing is None
     assert has_balance(model.config, "causal_lm") == (family == "mixtral")
     assert not has_balance(model.config, "classification")
+
+
+def test_a_model_whose_layers_are_all_dense_balances_nothing():
+    model = model_of("qwen3_moe", mlp_only_layers=[0, 1])
+
+    (losses,) = loss_of(model, [batch_of(9)])
+
+    assert model.model.layers[0].mlp.__class__.__name__ == "Qwen3MoeMLP"
+    assert "router_balance" not in losses.parts
