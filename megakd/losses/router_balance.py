@@ -15,8 +15,8 @@ class RouterBalance(TermGroup):
     """E * sum over the experts of f * P, as in transformers (Switch Transformer, equations 4 to 6).
 
     Of an expert, f is the share of the tokens that are routed to it, and P is its mean probability,
-    over the tokens of all layers. The loss is at least the number of experts per token.
-    (Fedus et al. 2021, https://arxiv.org/abs/2101.03961)
+    over the tokens of all layers (Fedus et al. 2021, https://arxiv.org/abs/2101.03961). The loss is
+    the number of experts per token where tokens are spread evenly.
 
     The product of two means does not add up over ranks. f is therefore counted over the tokens of a
     micro-batch on all ranks, so that the loss and its gradient do not depend on how the rows of the

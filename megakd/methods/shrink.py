@@ -315,9 +315,11 @@ def shape_of(
         return size(one, stay if scores is None else most_important(scores, one.layers))
 
     if len(shapes.experts) > 1:
-        least, count, chosen = shapes.experts[0], shapes.experts[-1], model.experts.chosen
-        advice = f"; a layer keeps at least {least} of its {count} experts, because a token is "
+        least, total, chosen = shapes.experts[0], shapes.experts[-1], model.experts.chosen
+        advice = f"; a layer keeps at least {least} of its {total} experts, because a token is "
         budget = budget._replace(advice=f"{advice}routed to {chosen}")
+    elif config.parameters is not None and model.experts.why_kept is not None:
+        budget = budget._replace(advice=f"; its experts stay: {model.experts.why_kept}")
     if config.speedup is not None:
         shapes = dataclasses.replace(shapes, sizes=tuple(times(shapes.corners, "extremes")))
         shape = measured_shape(shapes, budget, lambda one: times([one], str(one))[0])

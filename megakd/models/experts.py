@@ -38,6 +38,7 @@ COUNTS = (
 """Config keys of the number of experts, as the families name them."""
 GROUPS, CHOSEN_GROUPS = "n_group", "topk_group"
 """Config keys of groups of experts, one after the other, of which a router first chooses some."""
+DENSE = "it is a dense model"
 NEVER = 60.0
 """A router's score is minus this for an expert that it is never to choose."""
 
@@ -62,7 +63,12 @@ class FoundExperts(NamedTuple):
     key: str = ""
     axes: Mapping[str, Axes] = {}
     blocks: Mapping[int, str] = {}
-    uncut: str | None = "it is a dense model"
+    uncut: str | None = DENSE
+
+    @property
+    def why_kept(self) -> str | None:
+        """Why a mixture keeps all its experts; None: some can go, or the model is dense."""
+        return None if self.uncut == DENSE else self.uncut
 
     @property
     def counts(self) -> tuple[int, ...]:

@@ -105,15 +105,30 @@ def test_a_smaller_budget_takes_layers_too(one_rank, teacher, tmp_path):
     assert (config.num_hidden_layers, config.num_local_experts) == (2, 2)
 
 
-def test_a_budget_below_the_experts_of_a_token_is_refused_before_weights_are_loaded(
-    one_rank, teacher, tmp_path
+@pytest.mark.parametrize(
+    ("family", "changes", "advice"),
+    [
+        (
+            "mixtral",
+            {},
+            "a layer keeps at least 2 of its 4 experts, because a token is routed to 2",
+        ),
+        (
+            "llama4_text",
+            {"num_local_experts": 4, "intermediate_size_mlp": 16, "head_dim": 4},
+            "its experts stay: not each layer has a module of experts and a router with one matrix",
+        ),
+    ],
+)
+def test_a_budget_that_no_number_of_experts_meets_is_refused_before_weights_are_loaded(
+    one_rank, teacher, tmp_path, family, changes, advice
 ):
-    start, size = teacher("mixtral")
+    start, size = teacher(family, **changes)
     config = config_of(tmp_path, start, {"name": "shrink", "parameters": size // 100})
 
     outcome = one_rank.train("--config", config)
 
     assert outcome.code != 0
     (line,) = [line for line in outcome.err.splitlines() if "method.parameters" in line]
-    assert "a layer keeps at least 2 of its 4 experts, because a token is routed to 2" in line
+    assert advice in line
     assert not outcome.loaded

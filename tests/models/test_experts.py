@@ -176,7 +176,11 @@ def test_each_group_keeps_as_many_of_its_experts_in_their_order():
     [
         ("mixtral", 1, "cannot keep 1 of its 4 experts: .* at least 2, because a token .* to 2"),
         ("deepseek_v3", 5, "cannot keep 5 of its 8 experts: .* a multiple of 2"),
-        ("jetmoe", 4, "experts of a jetmoe model cannot go: not each layer has a module of experts"),
+        (
+            "jetmoe",
+            4,
+            "of a jetmoe model cannot go: not each layer has a module of experts",
+        ),
         ("llama", 4, "experts of a llama model cannot go: it is a dense model"),
     ],
 )

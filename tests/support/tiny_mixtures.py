@@ -42,7 +42,7 @@ def keys_of(family: str, layers: int = 2, **changes: Any) -> dict[str, Any]:
         "num_experts_per_tok": 2,
         "initializer_range": 0.5,
     }
-    return {**usual, **FAMILIES[family], **changes}
+    return {**usual, **FAMILIES.get(family, {}), **changes}
 
 
 def write_mixture(
