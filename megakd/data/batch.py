@@ -258,6 +258,19 @@ class Draws(NamedTuple):
     logprobs: Tensor
 
 
+class Routing(NamedTuple):
+    """What the routers of a mixture of experts gave for the positions of a micro-batch.
+
+    logits: [B * T, E] by router.
+    chosen: experts per token.
+    coefficient: factor of the loss that balances the experts.
+    """
+
+    logits: tuple[Tensor, ...]
+    chosen: int
+    coefficient: float
+
+
 class Outputs(NamedTuple):
     """Outputs of one model for one micro-batch; outputs of a frozen teacher carry no gradient.
 
@@ -271,6 +284,7 @@ class Outputs(NamedTuple):
         requested.
     kept: the part of a language model's answer that a cache keeps; replaces `hidden` and `head`.
     second: `hidden` and `head` at the positions that the batch predicts from a second vocabulary.
+    routing: of a mixture of experts that learns; None if its experts are not balanced.
     """
 
     logits: Tensor | None = None
@@ -280,6 +294,7 @@ class Outputs(NamedTuple):
     attention: tuple[AttentionVectors | None, ...] = ()
     kept: TopK | Draws | None = None
     second: Outputs | None = None
+    routing: Routing | None = None
 
     def states(self, layer: int) -> Tensor:
         """Return the hidden states [B, T, D] of a layer; negative numbers count from the end."""

@@ -27,6 +27,7 @@ from megakd.data.batch import (
     teacher_names,
 )
 from megakd.losses.objective import WEIGHTED_LOSS, Objective, StageLosses
+from megakd.losses.router_balance import ROUTER_BALANCE
 from megakd.models.elastic import Elastic, weight_axes
 from megakd.models.lora import base_model
 from megakd.models.outputs import Needs, predict, predictions_of, read_outputs
@@ -260,6 +261,8 @@ def _weighted(inputs: LossInputs, planned: Pass) -> LossInputs:
         factors = planned.weigh(replace(inputs, weights=weights))
         chosen = {name: weights[name] * factor for name, factor in factors.items()}
     left_out = frozenset(name for name, weight in chosen.items() if weight == 0)
+    if left_out >= weights.keys() - {ROUTER_BALANCE}:  # the loss of the pass is 0
+        left_out |= {ROUTER_BALANCE}
     return replace(inputs, weights={**weights, **chosen}, left_out=left_out)
 
 

@@ -47,6 +47,7 @@ from megakd.losses.layer_terms import (
     Projections,
     Relations,
 )
+from megakd.losses.router_balance import ROUTER_BALANCE, RouterBalance
 from megakd.losses.targets import (
     STATISTICS,
     Evaluated,
@@ -57,6 +58,7 @@ from megakd.losses.targets import (
 )
 from megakd.models.fitting import ModelSource, ReadyTeacher
 from megakd.models.outputs import Needs
+from megakd.models.routing import has_balance
 from megakd.stage import Stage
 
 WEIGHTED_LOSS = "loss"
@@ -127,9 +129,18 @@ def _zero(answer: Outputs) -> Tensor:
 
 
 def build_objective(
-    terms: Sequence[TermConfig], task: TaskType, student: Shape, teacher: Shape | None
+    terms: Sequence[TermConfig],
+    task: TaskType,
+    student: Shape,
+    teacher: Shape | None,
+    *,
+    balances: bool = False,
 ) -> Objective:
-    """Build the objective of a stage from its terms; without a teacher, for supervised training."""
+    """Build the objective of a stage from its terms; without a teacher, for supervised training.
+
+    Args:
+        balances: whether the routers of a model that learns may be balanced.
+    """
     check_terms(terms, student, teacher)
     soft = tuple(t for t in terms if isinstance(t, SoftTarget))
     hard = tuple(t for t in terms if isinstance(t, HardCrossEntropy))
@@ -143,7 +154,11 @@ def build_objective(
     groups.extend(t.group() for t in terms if isinstance(t, MethodTerm))
     if teacher is not None:
         groups.extend(_intermediate_groups(terms, task, student, teacher))
-    return Objective(groups, {term_name(t): t.weight for t in terms})
+    weights = {term_name(t): t.weight for t in terms}
+    if balances:
+        groups.append(RouterBalance())
+        weights[ROUTER_BALANCE] = 1.0
+    return Objective(groups, weights)
 
 
 def _intermediate_groups(
@@ -258,6 +273,7 @@ class StageLosses:
     teacher: the shape of the first teacher; None without a teacher. If losses compare layers, all
         teachers of a stage have the same shape.
     families: the families of the models that learn, in their order.
+    balances: see `build_objective`.
     """
 
     stage: Stage
@@ -265,6 +281,7 @@ class StageLosses:
     student: Shape
     teacher: Shape | None
     families: tuple[str, ...] = ()
+    balances: bool = False
 
     def check_outputs(self, key: str, teacher: ReadyTeacher) -> None:
         """Raise if the losses read more of a teacher than its cache or its server gives."""
@@ -290,7 +307,9 @@ class StageLosses:
 
     def objective(self) -> Objective:
         """Build the objective, which also states the outputs needed from the student's forward."""
-        made = build_objective(self.stage.objective, self.task, self.student, self.teacher)
+        made = build_objective(
+            self.stage.objective, self.task, self.student, self.teacher, balances=self.balances
+        )
         made.needs = self._with_states(made.needs, self.student)
         return made
 
@@ -314,7 +333,15 @@ def stage_losses(
     if SOFT_LABELS in stage.teachers:
         teacher = Shape(0, 0, classes)
     families = tuple(source.config.model_type for source in learners.values())
-    return StageLosses(stage=stage, task=task, student=student, teacher=teacher, families=families)
+    return StageLosses(
+        stage=stage,
+        task=task,
+        student=student,
+        teacher=teacher,
+        families=families,
+        balances=task == "causal_lm"
+        and any(has_balance(source.config) for source in learners.values()),
+    )
 
 
 def label_objective(source: ModelSource, task: TaskType, classes: int) -> Objective:

@@ -106,7 +106,9 @@ def run(config: ShrinkConfig, lab: Lab) -> StageResult:
     teacher = lab.teacher()
     start = lab.model(teacher)
     is_like = has_like_layers(start)
-    if start.why_fixed is not None:
+    if shape.experts:
+        logger.info("shrink: experts are left out first, then layers")
+    elif start.why_fixed is not None:
         logger.info("shrink: whole layers alone are left out: %s", start.why_fixed)
     elif not is_like or (shape.heads, shape.neurons) != (
         start.units.heads[0],
@@ -152,14 +154,16 @@ class Shape(NamedTuple):
     """Numbers of layers, and of key-value groups with their queries and neurons of each layer.
 
     Heads are 0 if the model can lose none, and neurons if only whole layers can be left out.
+    Experts are 0 if none of a layer is left out for its size.
     """
 
     layers: int
     heads: int
     neurons: int
+    experts: int = 0
 
     def __str__(self) -> str:
-        units = zip(self, ("layer", "key-value group", "neuron"), strict=True)
+        units = zip(self, ("layer", "key-value group", "neuron", "expert"), strict=True)
         return ", ".join(f"{count} {unit}{'s' * (count != 1)}" for count, unit in units if count)
 
     def view(self, model: Model, layers: Sequence[int]) -> View:
@@ -175,14 +179,20 @@ class Shape(NamedTuple):
             )
             for count, units in ((self.heads, whole.heads), (self.neurons, whole.neurons))
         )
-        return View(heads, neurons, layers=(*layers,))
+        experts = None if self.experts in (0, model.experts.total) else self.experts
+        return View(heads, neurons, layers=(*layers,), experts=experts)
 
 
 def has_like_layers(model: Model) -> bool:
-    """Return whether all layers of a model have the same numbers of heads and neurons."""
+    """Return whether all layers of a model have the same numbers of heads and neurons.
+
+    Some layers of a mixture may have no experts.
+    """
     units = model.whole
-    return bool(units.heads) and all(
-        len({*counts[: model.depth]}) == 1 for counts in (units.heads, units.neurons)
+    return (
+        bool(units.heads)
+        and len(model.experts.blocks) in (0, model.depth)
+        and all(len({*counts[: model.depth]}) == 1 for counts in (units.heads, units.neurons))
     )
 
 
@@ -194,6 +204,7 @@ class Shapes:
 
     depth: layers of the model.
     heads, neurons: possible numbers of key-value groups and of neurons per layer, in rising order.
+    experts: likewise of experts; more than one of a mixture whose experts go before its layers.
     sizes: sizes of the `corners`, from which all others follow.
     factors: by number of layers, a factor of the sizes.
     """
@@ -203,38 +214,47 @@ class Shapes:
     neurons: tuple[int, ...]
     sizes: tuple[float, ...] = ()
     factors: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    experts: tuple[int, ...] = (0,)
 
     @property
-    def corners(self) -> tuple[Shape, Shape, Shape, Shape]:
-        """The whole model, and with the fewest heads, with the fewest neurons, with one layer."""
-        whole = Shape(self.depth, self.heads[-1], self.neurons[-1])
+    def corners(self) -> tuple[Shape, ...]:
+        """The whole model, and with the fewest heads, neurons and experts, and with one layer."""
+        whole = Shape(self.depth, self.heads[-1], self.neurons[-1], self.experts[-1])
         return (
             whole,
             whole._replace(heads=self.heads[0]),
             whole._replace(neurons=self.neurons[0]),
+            whole._replace(experts=self.experts[0]),
             whole._replace(layers=1),
         )
 
     def size(self, shape: Shape) -> float:
-        whole, fewest_heads, fewest_neurons, one_layer = self.sizes
+        whole, fewest_heads, fewest_neurons, fewest_experts, one_layer = self.sizes
         layer = (whole - one_layer) / (self.depth - 1) if self.depth > 1 else whole
         # A time may rise with fewer units by chance.
         per_head = max(whole - fewest_heads, 0) / max(self.heads[-1] - self.heads[0], 1)
         per_neuron = max(whole - fewest_neurons, 0) / max(self.neurons[-1] - self.neurons[0], 1)
         lost = (self.heads[-1] - shape.heads) * per_head
         lost += (self.neurons[-1] - shape.neurons) * per_neuron
+        per_expert = (whole - fewest_experts) / max(self.experts[-1] - self.experts[0], 1)
+        lost += (self.experts[-1] - shape.experts) * per_expert
         outside = whole - self.depth * layer
         size = outside + shape.layers * (layer - lost / self.depth)
         return size * self.factors.get(shape.layers, 1.0)
 
     def around(self, target: float, layers: int) -> Iterator[Shape]:
         """Yield for each number of heads the shapes with the next size below and above a size."""
+        # The neurons of a mixture stay.
+        key = "neurons" if len(self.experts) == 1 else "experts"
+        counts: tuple[int, ...] = getattr(self, key)
         for heads in self.heads:
-            above = bisect_right(
-                self.neurons, target, key=lambda count: self.size(Shape(layers, heads, count))
-            )
-            for neurons in self.neurons[max(above - 1, 0) : above + 1]:
-                yield Shape(layers, heads, neurons)
+            one = Shape(layers, heads, self.neurons[-1], self.experts[-1])
+
+            def changed(count: int, one: Shape = one) -> Shape:
+                return one._replace(**{key: count})
+
+            above = bisect_right(counts, target, key=lambda n, to=changed: self.size(to(n)))
+            yield from map(changed, counts[max(above - 1, 0) : above + 1])
 
 
 class Budget(NamedTuple):
@@ -294,14 +314,22 @@ def shape_of(
         stay = evenly_spaced(model.depth, one.layers)
         return size(one, stay if scores is None else most_important(scores, one.layers))
 
+    if len(shapes.experts) > 1:
+        least, total, chosen = shapes.experts[0], shapes.experts[-1], model.experts.chosen
+        advice = f"; a layer keeps at least {least} of its {total} experts, because a token is "
+        budget = budget._replace(advice=f"{advice}routed to {chosen}")
+    elif config.parameters is not None and model.experts.why_kept is not None:
+        budget = budget._replace(advice=f"; its experts stay: {model.experts.why_kept}")
     if config.speedup is not None:
         shapes = dataclasses.replace(shapes, sizes=tuple(times(shapes.corners, "extremes")))
         shape = measured_shape(shapes, budget, lambda one: times([one], str(one))[0])
     else:
         total, inside = lab.facts.parameters(model, whole)
         if config.flops is None and 2 * (total - inside) > budget.target:
-            advice = f"; {total - inside:,} weights are embeddings and what else lies outside the "
-            advice += "layers: launch/trim_vocabulary.py writes a teacher with fewer"
+            advice = f"{budget.advice}; {total - inside:,} weights are embeddings and what else "
+            advice += (
+                "lies outside the layers: launch/trim_vocabulary.py writes a teacher with fewer"
+            )
             budget = budget._replace(advice=advice)
         shapes = dataclasses.replace(shapes, sizes=tuple(map(estimate, shapes.corners)))
         if not has_like_layers(model):
@@ -336,9 +364,14 @@ def shapes_of(config: ShrinkConfig, lab: Lab, model: Model) -> Shapes:
     """Return the shapes that can be cut out of a model, without their sizes.
 
     Layers that have heads, or neurons, all keep the same number; where their numbers differ
-    already, layers stay as they are.
+    already, layers stay as they are. A mixture loses experts in place of heads for fewer weights:
+    that a token is routed to as many of fewer experts saves no operations.
     """
-    depth = model.depth
+    depth, experts = model.depth, model.experts
+    if config.parameters is not None and experts.why_fixed is None:
+        heads, neurons = (max(units, default=0) for units in model.whole[:2])
+        every = experts.counts
+        return Shapes(depth=depth, heads=(heads,), neurons=(neurons,), experts=every)
     if model.why_fixed is not None:
         return Shapes(depth=depth, heads=(0,), neurons=(0,))
     units = model.units.heads[:depth], model.units.neurons[:depth]
@@ -366,7 +399,7 @@ def fitting(shapes: Shapes, budget: Budget) -> Shape | None:
 
     Layers are whole if a number of them is near the size. Else the share of the heads and the share
     of the neurons that each keeps are as equal as possible. If no size is within the tolerance, the
-    nearest one counts, within what is `loose`.
+    nearest one counts, within what is `loose`. A mixture keeps the most layers, with fewer experts.
     """
 
     def error(one: Shape) -> float:
@@ -378,9 +411,10 @@ def fitting(shapes: Shapes, budget: Budget) -> Shape | None:
 
     depths = range(1, shapes.depth + 1)
     nearest = min((shapes.corners[0]._replace(layers=depth) for depth in depths), key=error)
-    if error(nearest) <= TOLERANCE:
+    loses_experts = len(shapes.experts) > 1
+    if error(nearest) <= TOLERANCE and not loses_experts:
         return nearest
-    for depth in depths:
+    for depth in reversed(depths) if loses_experts else depths:
         every = [*shapes.around(budget.target, depth)]
         near = [one for one in every if error(one) <= budget.tolerance]
         if near:

@@ -29,6 +29,7 @@ from megakd.models.architectures import (
 )
 from megakd.models.elastic import Elastic, check_view, weight_axes
 from megakd.models.end_tokens import generation_file
+from megakd.models.experts import with_fewer_experts
 from megakd.models.fitting import (
     ModelSource,
     plan_loading,
@@ -73,6 +74,7 @@ def cut_config(
             must not be rescaled; see `rescaled`.
     """
     config, view = without_layers(config, view)
+    config, view = with_fewer_experts(config, view.experts), view._replace(experts=None)
     if not view.heads:
         return copy.deepcopy(config)
     architecture = architecture_of(config)

@@ -30,6 +30,7 @@ from transformers.pytorch_utils import Conv1D
 from megakd.engine.sharding import full_shape
 from megakd.errors import ModelError
 from megakd.models.architectures import Architecture
+from megakd.models.experts import with_expert_axes
 from megakd.models.layers import passed_by
 from megakd.models.proposed_units import WIDTH, axes_of
 from megakd.models.structure import architecture_of
@@ -45,10 +46,10 @@ def weight_axes(model: PreTrainedModel) -> Mapping[str, Axes]:
 
     The result is empty for a family that cannot be cut.
     """
-    architecture = architecture_of(model.config)
-    if architecture.why_uncut(model.config) is not None:
-        return {}
-    return axes_of(model, architecture.found_units(model.config))
+    architecture, table = architecture_of(model.config), dict[str, Axes]()
+    if architecture.why_uncut(model.config) is None:
+        table.update(axes_of(model, architecture.found_units(model.config)))
+    return with_expert_axes(model.config, table)
 
 
 def unit_makers(model: PreTrainedModel) -> dict[str, Maker]:

@@ -28,6 +28,7 @@ from megakd.config.terms import Heads
 from megakd.engine.sharding import sharded_construction
 from megakd.errors import ModelError, one_line
 from megakd.models.architectures import Architecture, context_length
+from megakd.models.experts import FoundExperts, experts_of
 from megakd.models.small_copy import new_model
 from megakd.models.views import View
 from megakd.models.weights import Conversion, StoredTensor, WeightReader
@@ -110,6 +111,11 @@ class ModelSource:
         return self.architecture.units(self.config) if self.why_fixed is None else View((), ())
 
     @property
+    def experts(self) -> FoundExperts:
+        """The experts that the layers can lose."""
+        return experts_of(self.config)
+
+    @property
     def quantization(self) -> str | None:
         """The method by which its weights are quantized; None: they are not."""
         is_gguf = self.folder is not None and self.folder.is_file()
@@ -183,6 +189,9 @@ def parts_of(cut: ModelSource, whole: ModelSource, layers: tuple[int, ...] | Non
         least, most, total = min(left), max(left), max(before)
         some = f"{least}" if least == most else f"{least} to {most}"
         parts.append(f"{total} {name}" if least == total else f"{some} of {total} {name}")
+    left, total = cut.experts.total, whole.experts.total
+    if total:
+        parts.append(f"{total} experts" if left == total else f"{left} of {total} experts")
     return " · ".join(parts)
 
 

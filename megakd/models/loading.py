@@ -203,12 +203,6 @@ def check_model(
 
     With `need_head`, the head must come with the weights (a teacher that is not trained).
     """
-    if source.architecture.experts is not None and not need_head:
-        raise ModelError(
-            f"{source.where}: a {source.config.model_type} model is a mixture of experts, which is "
-            "supported as a teacher without finetune only, because training would need a loss that "
-            "balances the experts; use a dense model"
-        )
     if source.quantization is not None:
         check_quantized(source, None, is_frozen=need_head)
     source = with_vocabulary(source, tokenizer_size)

@@ -74,7 +74,10 @@ def adapted_modules(
     inside = tuple(
         path
         for path, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and path.startswith(tuple(blocks))
+        if isinstance(module, nn.Linear | Conv1D)
+        and path.startswith(tuple(blocks))
+        # Some routers of experts are linear layers with outputs of their own.
+        and type(module).forward in (nn.Linear.forward, Conv1D.forward)
     )
     if lora.target_modules is None:
         return inside

@@ -21,6 +21,7 @@ from megakd.engine.sharding import gathered, is_sharded
 from megakd.models.architectures import counts_padding, has_token_types
 from megakd.models.elastic import weights_in_view
 from megakd.models.packing import inputs_of_documents
+from megakd.models.routing import ASKED, balance_of
 from megakd.models.second_vocabulary import SecondHead, second_vocabulary
 from megakd.models.small_copy import no_cache
 from megakd.models.structure import Vectors, architecture_of, attentions_seen, input_of, only_rows
@@ -117,18 +118,23 @@ def _read(model: Any, batch: Batch) -> Outputs:
     second = None if pieces is None else second_vocabulary(model)
     if second is not None:
         inputs["inputs_embeds"] = second(inputs.pop("input_ids"), model.get_input_embeddings())
-    rows, backbone = batch.targets, architecture.backbone_of(model)
+    rows, backbone, routing = batch.targets, architecture.backbone_of(model), balance_of(model)
+    asked = {} if routing is None else ASKED
     if rows is not None and second is not None and pieces is not None:
         rows = torch.cat([rows, pieces.positions])
     if architecture.reads_head_input:
         # The transform of a masked language model computes these rows alone too.
         with input_of(model.get_output_embeddings()) as seen, only_rows(backbone, rows):
-            model(**inputs, **no_cache(model))
+            output = model(**inputs, **no_cache(model), **asked)
         hidden = seen[0] if rows is None else seen[0][0]
     else:
-        states = backbone(**inputs, **no_cache(backbone)).last_hidden_state
+        output = backbone(**inputs, **no_cache(backbone), **asked)
+        states = output.last_hidden_state
         hidden = states if rows is None else states.flatten(0, 1)[rows]
-    read = Outputs(hidden=hidden, head=LanguageModelHead(model))
+    if routing is not None:
+        logits = output.router_logits or ()  # all layers of the model may be dense
+        routing = routing._replace(logits=tuple(one.flatten(0, -2) for one in logits))
+    read = Outputs(hidden=hidden, head=LanguageModelHead(model), routing=routing)
     if second is None or pieces is None:
         return read
     hidden, chosen = hidden.tensor_split((-len(pieces.positions),))

@@ -19,7 +19,7 @@ class ParameterCounts(NamedTuple):
     encoder_parameters: int
 
 
-Kind = Literal["heads", "neurons", "width"]
+Kind = Literal["heads", "neurons", "width", "experts"]
 
 Columns = Literal["queries", "values"]
 """Columns inside each head: those of its queries and keys, or those of its values."""
@@ -39,6 +39,7 @@ class View(NamedTuple):
         all columns.
     layers: numbers, from 1, of the layers that the model has once it is cut; None keeps all. The
         other layers have no heads and no neurons in this view, and hidden states pass them by.
+    experts: experts kept in every layer that has some, once the model is cut; None keeps all.
     """
 
     heads: tuple[int, ...]
@@ -46,6 +47,7 @@ class View(NamedTuple):
     width: int | None = None
     head_width: int | None = None
     layers: tuple[int, ...] | None = None
+    experts: int | None = None
 
     def within(self, other: View) -> bool:
         """Return whether `other` contains this view."""
@@ -73,6 +75,7 @@ class UnitOrder(NamedTuple):
     heads: one list per attention. neurons: one list per feed-forward. width: None keeps the order.
     queries, values: per attention, and per head of the stored model, the columns inside the head;
         None keeps the order.
+    experts: one list per layer, those of a group beside each other; None keeps the order.
     """
 
     heads: tuple[tuple[int, ...], ...]
@@ -80,11 +83,14 @@ class UnitOrder(NamedTuple):
     width: tuple[int, ...] | None = None
     queries: tuple[tuple[tuple[int, ...], ...], ...] | None = None
     values: tuple[tuple[tuple[int, ...], ...], ...] | None = None
+    experts: tuple[tuple[int, ...], ...] | None = None
 
     def places(self, kind: Kind, number: int) -> tuple[int, ...] | None:
+        """Return the order of the units of an owner; None: they stay in theirs."""
         if kind == "width":
             return self.width
-        return (self.heads if kind == "heads" else self.neurons)[number]
+        listed = {"heads": self.heads, "neurons": self.neurons, "experts": self.experts}[kind]
+        return listed[number] if listed else None
 
     def inside(self, columns: Columns | None, number: int) -> tuple[tuple[int, ...], ...] | None:
         """Return the order of the columns inside each head of one attention; None: unchanged."""
@@ -128,9 +134,10 @@ class Axis(NamedTuple):
         """Return the number of units that a view keeps of this dimension; None: all."""
         if view is None:
             return None
-        if self.kind == "width":
-            return view.width
-        return (view.heads if self.kind == "heads" else view.neurons)[self.number]
+        if self.kind in ("width", "experts"):  # the same number for all owners
+            return view.width if self.kind == "width" else view.experts
+        listed = view.heads if self.kind == "heads" else view.neurons
+        return listed[self.number] if listed else None
 
     def length(self, view: View | None) -> int | None:
         """Return the number of rows or columns that a view keeps; None: all."""

@@ -176,10 +176,12 @@ def _attention(
     **options: Any,
 ) -> Tensor:
     # On a CPU attention is fused unless it has dropout or learns a bias; on a GPU it is always
-    # fused, and holds the same memory.
+    # fused, and holds the same memory. Values of another width than queries
+    # count as not fused, as on a CPU.
     aten, bias = torch.ops.aten, attn_mask
     is_learned = bias is not None and bias.requires_grad and query.requires_grad
-    if device == "cpu" and (dropout_p > 0 or is_learned):
+    is_fused = query.shape[-1] == value.shape[-1]
+    if not is_fused or (device == "cpu" and (dropout_p > 0 or is_learned)):
         inputs = (query, key, value, bias, dropout_p)
         return aten._scaled_dot_product_attention_math(*inputs, **options)[0]  # noqa: SLF001
     if options.pop("enable_gqa", False):

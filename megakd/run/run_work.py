@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 
-from megakd.config.task import STUDENT
+from megakd.config.task import STUDENT, TEACHER
 from megakd.engine.collectives import activity, main_first, on_main
 from megakd.engine.distributed import Ranks
 from megakd.errors import CheckpointError
@@ -25,6 +25,7 @@ from megakd.training.allocation import SortedTeacher
 from megakd.training.assembly import Assembly
 from megakd.training.batches import check_stream
 from megakd.training.evaluation import StageProbe, probe_for
+from megakd.training.expert_importance import expert_order
 from megakd.training.facts import RunFacts
 from megakd.training.inputs import RunInputs
 from megakd.training.lab import Files
@@ -142,7 +143,16 @@ class RunWork:
         """Return a model cut to a view in `stages/<name>`, untrained; `source` for a whole view."""
         if keeps_all(source, view):
             return source
-        result = write_reshaped(self.assembly, name, source, lambda: {"view": view})
+
+        def change() -> Mapping[str, object]:
+            count = view.experts
+            if count is None:
+                return {"view": view}
+            self.close()
+            ready = ReadyTeacher(source, self.facts.config.teacher_specs[TEACHER])
+            return {"view": view, "order": expert_order(self.assembly, ready, count)}
+
+        result = write_reshaped(self.assembly, name, source, change)
         return self.model(result.folder, STUDENT)
 
     def probe(self, stage: str) -> StageProbe:

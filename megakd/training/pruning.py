@@ -156,7 +156,7 @@ def time_views(
 def keeps_all(source: ModelSource, view: View) -> bool:
     """Return whether a view leaves out nothing of a model."""
     whole, every = source.whole, tuple(range(1, source.depth + 1))
-    if not view.heads and view.layers == every:
+    if not view.heads and view.layers == every and view.experts is None:
         return True
     return view._replace(width=view.width or whole.width) == whole
 

@@ -26,6 +26,7 @@ from megakd.methods.shrink import (
     measured_shape,
     shapes_of,
 )
+from megakd.models.experts import FoundExperts
 from megakd.models.views import View
 
 # Qwen3-8B: 36 layers, 8 key-value groups of 4 query heads of 128, 12288 neurons, width 4096.
@@ -39,7 +40,8 @@ def counted(shape: Shape) -> int:
 
 
 def teacher(units: View) -> Any:
-    return SimpleNamespace(depth=len(units.heads), units=units, whole=units, why_fixed=None)
+    depth, experts = len(units.heads), FoundExperts()
+    return SimpleNamespace(depth=depth, units=units, whole=units, why_fixed=None, experts=experts)
 
 
 def shapes(
@@ -54,7 +56,7 @@ def shapes(
     model = teacher(View((heads,) * layers, (neurons,) * layers))
     facts = SimpleNamespace(has_stock_config=lambda _, view: is_stock(view))
     lab: Any = SimpleNamespace(facts=facts)
-    config: Any = SimpleNamespace(round_to=round_to)
+    config: Any = SimpleNamespace(round_to=round_to, parameters=1)
     result = shapes_of(config, lab, model)
     return replace(result, sizes=tuple(map(size, result.corners)))
 
