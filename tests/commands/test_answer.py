@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from megakd import cli
 from megakd.commands.answer import read_prompts
-from megakd.config.file import config_of_arguments
+from megakd.config.file import config_of
 from megakd.data.conversations import ChatColumns, conversation_of
 from megakd.data.readers import files_table
 from megakd.data.records import Record
@@ -101,7 +101,7 @@ def test_answers_of_weights_are_conversations_that_a_run_reads_and_go_on_after_a
 
     task = {"type": "causal_lm", "dataset": str(to), "max_length": 64}
     tree = {"output_dir": "out", "task": task, "student": {"model": str(teacher)}}
-    config = config_of_arguments({**tree, "method": {"name": "finetune"}})
+    config = config_of({**tree, "method": {"name": "finetune"}})
     splits = load_splits(config.task, seed=0, cache_dir=tmp_path / "cache")
     assert len(splits.train) + len(splits.validation) == 3
 
