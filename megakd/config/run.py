@@ -52,6 +52,9 @@ class EvalConfig:
     keep_best: bool | None = None
     """Export the weights of the best evaluation instead of the last step; None: true if eval_steps
     is set."""
+    threshold: Literal["one", "each"] = "one"
+    """Whether one probability, the best for micro F1 on the validation rows, decides on all labels
+    of a row with any number of them, or each label has its own, the best for its F1."""
     losses: bool = False
     """Also report the losses of the objective on the validation rows, without dropout."""
     generation: GenerationConfig | None = None

@@ -47,6 +47,7 @@ from megakd.models.onnx import (
     sample_lengths,
     write_onnx,
 )
+from megakd.models.thresholds import Threshold, is_threshold, threshold_in, with_threshold
 from megakd.process.terminal import phase, seconds
 from megakd.reports.report_file import (
     GRAPH,
@@ -151,7 +152,7 @@ def write_graphs(
             graph.parent.mkdir(parents=True)
             try:
                 if form == "int8":
-                    scores = _quantized(assembly, model, graph, scores.get(THRESHOLD))
+                    scores = _quantized(assembly, model, graph, threshold_in(scores))
                 else:
                     saved = lab.work.saved_dtype if row == GRAPH else None
                     write_onnx(folder, to=graph, stored_as=saved)
@@ -162,7 +163,7 @@ def write_graphs(
             # The weights of a large graph are in a file beside it.
             size = sum(path.stat().st_size for path in graph.parent.iterdir())
             sizes = {key: report[key] for key in ("parameters", "encoder_parameters")}
-            entries[row] = {**sizes, **scores, "bytes": size}
+            entries[row] = {**sizes, **with_threshold(scores), "bytes": size}
         return entries
 
     if not rows:
@@ -183,7 +184,7 @@ def _served_rows(lab: Lab[RunWork], folders: Mapping[str, Path]) -> list[str]:
 
 
 def graph_scores(
-    assembly: Assembly, threshold: float | None, logits: Logits, *, times: int = 4
+    assembly: Assembly, threshold: Threshold | None, logits: Logits, *, times: int = 4
 ) -> Tensor:
     """Return the scores [2, N] of held-out rows, one by one and in batches; see `Scores`.
 
@@ -212,7 +213,7 @@ def graph_scores(
 
 
 def _quantized(
-    assembly: Assembly, model: str, graph: Path, threshold: float | None
+    assembly: Assembly, model: str, graph: Path, threshold: Threshold | None
 ) -> dict[str, float]:
     whole = graph_path(assembly.config.output_dir, f"{model}_onnx")
     # Of few rows, one by one they take as long as all in batches.
@@ -280,7 +281,7 @@ def report_of(
         "task": config.task.data_name,
         "data": read_line(prepared.splits),
         "metric_name": prepared.metric.name,
-        "metrics": [n for n in measured[STUDENT].report["metrics"] if n != THRESHOLD],
+        "metrics": [n for n in measured[STUDENT].report["metrics"] if not is_threshold(n)],
         "evaluated_on": "test" if prepared.encoded.test is not None else "validation",
         "models": [
             *(name for name in (*teachers, *folders) if f"{name}.parameters" in numbers),
@@ -293,7 +294,12 @@ def report_of(
         **numbers,
         **{f"{one.name}.sparsity": one.sparsity for one in record.assistants},
         "evaluation_sets": [
-            {"set": of_set, "model": name, "rows": row_count(rows), **one.sets[of_set]}
+            {
+                "set": of_set,
+                "model": name,
+                "rows": row_count(rows),
+                **with_threshold(one.sets[of_set]),
+            }
             | (standard_errors(one.sets[of_set], row_count(rows)) if "rows" in numbers else {})
             for of_set, rows in prepared.splits.evaluation_sets.items()
             for name, one in measured.items()
@@ -303,7 +309,10 @@ def report_of(
         "pool": [*record.pool["teachers"]] if record.pool else [],
         **({"pool.distribution": record.pool["distribution"]} if record.pool else {}),
         "pruning": record.pruning,
-        "stages": [{**{k: getattr(o, k) for k in OF_STAGE}, **o.metrics} for o in lab.results],
+        "stages": [
+            {**{k: getattr(o, k) for k in OF_STAGE}, **with_threshold(o.metrics)}
+            for o in lab.results
+        ],
         "samples": _samples(lab, measured, reference),
         **_vocabulary(prepared.pair),
         **{f"seconds.{name}": value for name, value in seconds().items()},
@@ -390,13 +399,13 @@ def _entries(
     # The keys of a model; of one in a folder of the run also those of its weights.
     of_model: dict[str, Any] = {**measured.report}
     metrics = of_model.pop("metrics")
-    entries = {**of_model, **metrics}
+    entries = {**of_model, **with_threshold(metrics)}
     if folder is not None:
         entries["bytes"], trained = weight_bytes(folder, stored_as), adapter_parameters(folder)
         entries |= {} if trained is None else {"trained_parameters": trained}
         mine = measured.predicted
         if mine and len(mine) == len(theirs):
-            same = operator.eq if THRESHOLD in metrics else same_class
+            same = operator.eq if THRESHOLD in entries else same_class
             entries["agreement"] = statistics.fmean(map(same, mine, theirs))
     return {f"{name}.{key}": value for key, value in entries.items()}
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from megakd.config.deepspeed import frozen_on, load_ds_config
 from megakd.config.run import RunConfig
 from megakd.config.sections import StudentConfig, TeacherConfig, TrainConfig
-from megakd.config.task import STUDENT, THRESHOLD, Dtype, FusedLayers
+from megakd.config.task import STUDENT, Dtype, FusedLayers
 from megakd.data.batch import BatchSource, Teacher
 from megakd.data.collation import Collator, task_masking
 from megakd.data.encoding import Encoded, labelled_only, tokens_key
@@ -35,6 +35,7 @@ from megakd.models.knowledge import Needs, SecondSize, add_second_vocabulary
 from megakd.models.loading import check_finite, load_model
 from megakd.models.lora import add_adapters
 from megakd.models.packing import set_attention
+from megakd.models.thresholds import stored_threshold, threshold_in
 from megakd.process.files import RESULT, write_finished
 from megakd.process.seeding import cpu_seeded
 from megakd.process.terminal import phase
@@ -249,9 +250,10 @@ class Assembly:
         scorer, splits = self.scorer(), self.prepared.splits
         if not splits.multi_label or scorer.metrics.threshold is not None:
             return scorer
-        threshold = getattr(model.model.config, THRESHOLD, None)
+        threshold = stored_threshold(model.model.config, splits.label_names)
         if threshold is None and splits.test is not None:
-            threshold = scorer.score(model.predict, self.prepared.encoded.validation)[THRESHOLD]
+            values = scorer.score(model.predict, self.prepared.encoded.validation)
+            threshold = threshold_in(values)
         return replace(scorer, metrics=replace(scorer.metrics, threshold=threshold))
 
     @cached_property

@@ -8,13 +8,12 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from time import monotonic
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from megakd.config.sections import learning_rate_schedule, total_steps
-from megakd.config.task import LANGUAGE_TASKS, STUDENT, THRESHOLD
+from megakd.config.task import LANGUAGE_TASKS, STUDENT
 from megakd.data.batch import Batch, BatchSource, Counts, Teacher, count_units
 from megakd.data.chat_tokens import learned_ends
 from megakd.engine.collectives import all_reduce_, doing, gather, on_main, together
@@ -22,6 +21,7 @@ from megakd.engine.memory import peak_memory_bytes
 from megakd.models.cutting import content_of
 from megakd.models.end_tokens import generation_file
 from megakd.models.lora import adapter_config, adapter_files, load_adapters
+from megakd.models.thresholds import store_threshold
 from megakd.models.views import Cut
 from megakd.process import terminal
 from megakd.process.files import RESULT, copy_finished, write_finished
@@ -330,9 +330,7 @@ class StageRun:
         view = stage.views.get(evaluation.view or "")
         cut = evaluation.cut or (None if view is None else Cut(None, view))
         prepared = self.assembly.prepared
-        if THRESHOLD in evaluation.metrics:
-            model_config: Any = first.config
-            model_config.threshold = evaluation.metrics[THRESHOLD]
+        store_threshold(first.config, evaluation.metrics)
         models = {
             role: content_of(first, prepared.tokenizer_of(role), cut=cut, learns=stage.goes_on)
         }
