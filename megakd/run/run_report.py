@@ -310,7 +310,11 @@ def report_of(
         **({"pool.distribution": record.pool["distribution"]} if record.pool else {}),
         "pruning": record.pruning,
         "stages": [
-            {**{k: getattr(o, k) for k in OF_STAGE}, **with_threshold(o.metrics)}
+            {
+                **{k: getattr(o, k) for k in OF_STAGE},
+                "meaning": o.meaning,
+                **with_threshold(o.metrics),
+            }
             for o in lab.results
         ],
         "samples": _samples(lab, measured, reference),

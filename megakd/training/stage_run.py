@@ -295,6 +295,7 @@ class StageRun:
         result = StageResult(
             name=stage.name,
             folder=folder,
+            meaning=stage.meaning,
             metrics=evaluation.metrics,
             steps=self.trainer.step - self.first_step,
             seconds=self.meter.elapsed_seconds(),
