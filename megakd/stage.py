@@ -140,6 +140,7 @@ class Stage:
     """One training: learner, teachers, losses and strategy. `lab.train` runs the stage.
 
     name: names the folders `checkpoints/<name>` and `stages/<name>`.
+    meaning: what the stage is, as a phrase for the report; empty for the student.
     learners: the models that learn in one engine, by role (`student`, or a teacher's name), each
         with the factor of its learning rate. The stage's model is the first; the others are named
         by passes, and are written into folders of the stage's folder that have the names of their
@@ -160,6 +161,7 @@ class Stage:
     """
 
     name: str
+    meaning: str = ""
     learners: Mapping[str, float] = field(default_factory=lambda: {STUDENT: 1.0})
     teachers: tuple[str, ...] = ()
     objective: tuple[Any, ...] = ()
@@ -206,6 +208,7 @@ class Stage:
 class StageResult:
     """A finished stage: its Hugging Face folder, and the results of its training, if it has steps.
 
+    meaning: see `Stage`; of a measurement, what was measured.
     metrics: metrics of the model in the folder.
     scores: metrics of all views in the evaluation that chose `view`.
     view: the view that the folder's model was cut to.
@@ -213,6 +216,7 @@ class StageResult:
 
     name: str
     folder: Path
+    meaning: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
     steps: int = 0
     seconds: float = 0.0

@@ -371,7 +371,7 @@ CEILINGS = {
     "annotations Any": 639,
 }
 CEILINGS_OF_THE_PLAIN_RUN = {
-    "plain run: lines of functions": 10_400,
+    "plain run: lines of functions": 10_480,
     "plain run: files": 87,
     "plain run: files before the first step": 76,
     "plain run: changes of file before the first step": 3_480,

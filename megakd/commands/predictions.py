@@ -10,12 +10,13 @@ import transformers
 from transformers import TextClassificationPipeline
 
 from megakd.config.run import RunConfig
-from megakd.config.task import LANGUAGE_TASKS, THRESHOLD
+from megakd.config.task import LANGUAGE_TASKS
 from megakd.data.files import scored_table
 from megakd.data.rows import text_columns
 from megakd.errors import ConfigError, DataError
-from megakd.models.fitting import MULTI_LABEL
+from megakd.models.fitting import MULTI_LABEL, model_label_names
 from megakd.models.model_folder import brings_code
+from megakd.models.thresholds import deciding_threshold, stored_threshold
 from megakd.process.files import json_text, write_text
 from megakd.process.seals import check_given
 from megakd.reports.table import AUTO_CLASSES
@@ -29,13 +30,15 @@ Prediction = str | list[str] | float
 
 
 class SetsPipeline(TextClassificationPipeline):
-    """A pipeline that gives every label whose probability reaches the threshold of the config."""
+    """A pipeline that gives every label whose probability reaches its threshold in the config."""
 
     def postprocess(self, model_outputs: Any, *_: object, **__: object) -> Any:
         every = len(self.model.config.id2label or ())
         scored: Any = super().postprocess(model_outputs, top_k=every, _legacy=False)
-        threshold = getattr(self.model.config, THRESHOLD, 0.5)
-        return [one for one in scored if one["score"] >= threshold]
+        least, names = deciding_threshold(self.model.config), model_label_names(self.model.config)
+        of_labels = least if isinstance(least, tuple) else [least] * every
+        by_label = dict(zip(names, of_labels, strict=True))
+        return [one for one in scored if one["score"] >= by_label[one["label"]]]
 
 
 def pipeline_of(folder: Path, config: RunConfig, **options: object) -> Any:
@@ -44,6 +47,7 @@ def pipeline_of(folder: Path, config: RunConfig, **options: object) -> Any:
     trusted = {"trust_remote_code": True} if brings_code(folder) else {}
     model_config = transformers.AutoConfig.from_pretrained(folder, **trusted)
     if getattr(model_config, "problem_type", None) == MULTI_LABEL:
+        stored_threshold(model_config)  # raises before the weights are loaded
         options = {"pipeline_class": SetsPipeline, **options}
     name: Any = AUTO_CLASSES[config.task.type][1]
     return transformers.pipeline(name, model=str(folder), **{**trusted, **options})

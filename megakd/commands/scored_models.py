@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from megakd.commands.arguments import scored_model
 from megakd.config.run import RunConfig
-from megakd.config.task import LANGUAGE_TASKS, STUDENT, THRESHOLD, TaskConfig, listed_files
+from megakd.config.task import LANGUAGE_TASKS, STUDENT, TaskConfig, listed_files
 from megakd.data.files import scored_table
 from megakd.data.labels import Classes
 from megakd.data.rows import VALIDATION_FRACTION, RowKind, default_metrics, scored_rows
@@ -25,6 +25,7 @@ from megakd.models.fitting import MULTI_LABEL, ModelSource, model_label_names
 from megakd.models.loading import resolve_model
 from megakd.models.onnx import MODEL, quantize_graph
 from megakd.models.packing import packing_at
+from megakd.models.thresholds import deciding_threshold
 from megakd.reports.report_file import standard_errors
 from megakd.run.main import started
 from megakd.run.run_report import graph_scores, row_count
@@ -163,7 +164,7 @@ def _read_by(source: ModelSource, config: RunConfig, splits: Splits) -> RunInput
     names, is_set = splits.label_names, splits.multi_label
     metrics = task_metrics(config.eval, task.type, splits.metrics, names, multi_label=is_set)
     if is_set:  # these rows choose none
-        metrics = replace(metrics, threshold=getattr(source.config, THRESHOLD, 0.5))
+        metrics = replace(metrics, threshold=deciding_threshold(source.config))
     return RunInputs(
         config=config,
         splits=splits,

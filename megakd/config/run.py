@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, ValidationInfo
 from pydantic.dataclasses import dataclass
 
 from megakd.config.options import METHODS, MethodOptions
@@ -21,6 +21,7 @@ from megakd.config.sections import (
     TeacherConfig,
     TrainConfig,
     TrainOverrides,
+    decoder_defaults,
     inherit,
 )
 from megakd.config.task import (
@@ -51,6 +52,9 @@ class EvalConfig:
     keep_best: bool | None = None
     """Export the weights of the best evaluation instead of the last step; None: true if eval_steps
     is set."""
+    threshold: Literal["one", "each"] = "one"
+    """Whether one probability, the best for micro F1 on the validation rows, decides on all labels
+    of a row with any number of them, or each label has its own, the best for its F1."""
     losses: bool = False
     """Also report the losses of the objective on the validation rows, without dropout."""
     generation: GenerationConfig | None = None
@@ -127,6 +131,25 @@ class LogConfig:
     """Trackers that get the logged values in addition to metrics.jsonl; none with `none`."""
 
 
+NO_KEYS = ()
+"""`train` of a config without this section."""
+
+
+def _with_defaults(train: object, info: ValidationInfo) -> object:
+    keys = {} if train == NO_KEYS else train  # a section that was checked before has all its keys
+    task, student = info.data.get("task"), info.data.get("student")
+    teachers = [info.data.get("teacher"), *info.data.get("teachers", ())]
+    teachers = [teacher for teacher in teachers if teacher is not None]
+    if not isinstance(keys, dict) or not task or not student or not teachers:
+        return keys
+    if task.type != "causal_lm":
+        return keys
+    tuned = [teacher.finetune for teacher in teachers if teacher.finetune is not None]
+    # A teacher that inherits the rate trains all its weights.
+    inherits = any(one.learning_rate is None for one in tuned)
+    return {**decoder_defaults(adapters=student.lora is not None and not inherits), **keys}
+
+
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class RunConfig:
     """One run, from the teacher to the exported student."""
@@ -147,7 +170,9 @@ class RunConfig:
     method."""
     rollout: RolloutConfig | None = None
     """Train the student on texts that it generates."""
-    train: TrainConfig = TrainConfig()
+    train: Annotated[TrainConfig, BeforeValidator(_with_defaults), Field(validate_default=True)] = (
+        cast("TrainConfig", NO_KEYS)
+    )
     eval: EvalConfig = EvalConfig()
     save: SaveConfig = SaveConfig()
     log: LogConfig = LogConfig()

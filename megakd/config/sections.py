@@ -63,7 +63,10 @@ ScheduleName = Literal[
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class TrainConfig:
-    """Settings of a stage's training, with the names and defaults of Hugging Face's Trainer."""
+    """Settings of a stage's training, with the names and defaults of Hugging Face's Trainer.
+
+    Of a decoder that learns from a teacher some defaults are others, see `decoder_defaults`.
+    """
 
     per_device_train_batch_size: Count = 8
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=2**20)] = 1
@@ -119,6 +122,18 @@ class TrainConfig:
         if self.tokens_per_rank is None:
             return self.per_device_train_batch_size
         return max(1, min(self.per_device_train_batch_size, self.tokens_per_rank // max_length))
+
+
+def decoder_defaults(*, adapters: bool) -> dict[str, Any]:
+    """Return the keys of `train` whose defaults are others where a decoder learns from a teacher.
+
+    adapters: whether adapters learn alone; they take a higher rate than weights.
+    """
+    return {
+        "learning_rate": 2e-4 if adapters else 5e-5,
+        "lr_scheduler_type": "cosine",
+        "warmup_ratio": 0.03,
+    }
 
 
 if TYPE_CHECKING:

@@ -230,10 +230,12 @@ def leg(
     teacher: str,
     start: Model,
     objective: tuple[TermConfig, ...] | None = None,
+    meaning: str = "",
 ) -> Stage:
     """Return a stage with one teacher and one model of fixed size; None: `objective_of`."""
     return Stage(
         name=name,
+        meaning=meaning,
         teachers=(teacher,),
         start=start,
         objective=objective or objective_of(lab),

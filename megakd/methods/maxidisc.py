@@ -75,11 +75,15 @@ def _route(config: MaxiDiscConfig, lab: Lab, ranked: SortedTeacher, sparsity: fl
     view = view_of(config, lab, ranked, sparsity)
     name = view_name(sparsity)
     start = lab.work.cut(ranked.source, view, f"cut-{name}")
-    first = lab.train(leg(lab, f"leg-{name}", teacher=lab.teacher(), start=start))
+    meaning = f"the teacher without a share of {sparsity:g} of its units, taught by the teacher"
+    stage = leg(lab, f"leg-{name}", teacher=lab.teacher(), start=start, meaning=meaning)
+    first = lab.train(stage)
     if sparsity == config.target_sparsity:
         return Route(sparsity, first, first)
     target = view_of(config, lab, ranked, config.target_sparsity)
     assistant = lab.as_teacher(first)
     start = lab.work.cut(lab.source(first.folder), target, f"cut-through-{name}")
-    second = lab.train(leg(lab, f"student-through-{name}", teacher=assistant, start=start))
+    meaning = f"the student's size, cut out of leg-{name} and taught by it"
+    stage = leg(lab, f"student-through-{name}", teacher=assistant, start=start, meaning=meaning)
+    second = lab.train(stage)
     return Route(sparsity, first, second)

@@ -92,7 +92,8 @@ def direct(config: MiniDiscConfig, lab: Lab, student: StageResult) -> Stage:
     ranked = lab.work.unit_scores(teacher)
     view = view_of(config, lab, ranked, config.target_sparsity)
     start = lab.work.cut(ranked.source, view, "cut-direct")
-    stage = leg(lab, "direct", teacher=teacher, start=start)
+    meaning = "the student's size, cut out of the teacher and taught by it without an assistant"
+    stage = leg(lab, "direct", teacher=teacher, start=start, meaning=meaning)
     steps = sum(result.steps for result in lab.results if result.name.startswith(TRIAL))
     train = dataclasses.replace(lab.config.train, max_steps=steps) if steps else None
     return dataclasses.replace(stage, train=train)
@@ -113,6 +114,8 @@ def trial(
     is_last = iteration == config.iterations
     return Stage(
         name=f"{TRIAL}{iteration}",
+        meaning="candidates of several sparsities that learn together; the chosen one teaches the "
+        "next trial, or is the student",
         teachers=(link.teacher,),
         start=start,
         objective=objective_of(lab),

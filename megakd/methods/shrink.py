@@ -144,7 +144,9 @@ def random_start(config: ShrinkConfig, lab: Lab, student: StageResult) -> Stage:
     """Return the stage of the baseline `random`: the student's shape from random weights."""
     del config
     start, teacher = lab.source(student.folder).fresh, lab.teacher()
-    return leg(lab, "random", teacher=teacher, start=start, objective=objective_of(lab))
+    meaning = "the student's shape from random weights, taught by the same teacher"
+    objective = objective_of(lab)
+    return leg(lab, "random", teacher=teacher, start=start, objective=objective, meaning=meaning)
 
 
 BASELINES = {"random": random_start}

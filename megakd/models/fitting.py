@@ -23,7 +23,7 @@ from transformers.core_model_loading import (
 )
 
 from megakd.config.sections import StudentConfig, TeacherConfig
-from megakd.config.task import AUTO, FP8, LANGUAGE_TASKS, TaskConfig
+from megakd.config.task import AUTO, FP8, LANGUAGE_TASKS, THRESHOLD, TaskConfig
 from megakd.config.terms import Heads
 from megakd.engine.sharding import sharded_construction
 from megakd.errors import ModelError, one_line
@@ -278,6 +278,9 @@ def plan_loading(
             if name.rpartition(".")[0] == last
         }
         match = replace(match, stored={**match.stored, **permuted})
+        threshold = getattr(config, THRESHOLD, None)
+        if isinstance(threshold, list) and len(threshold) == len(order):
+            setattr(config, THRESHOLD, [threshold[column] for column in order])
     return config, match
 
 

@@ -66,6 +66,7 @@ def html_report(report: Report, history: Iterable[Mapping[str, Any]], *, config:
         headline=table.result_sentence(report),
         models=table.model_rows(report),
         notes=table.notes(report),
+        meanings=meanings_of(report),
         sizes=size_figure(report),
         confusions=confusion_figure(report),
         candidates=candidate_figure(report),
@@ -75,6 +76,17 @@ def html_report(report: Report, history: Iterable[Mapping[str, Any]], *, config:
         facts={key: value for key, value in report.items() if key.startswith(prefixes)},
         config=config,
     )
+
+
+def meanings_of(report: Report) -> dict[str, dict[str, str]]:
+    """Return the meanings of stages by name, at the table that names them first.
+
+    `models` are the stages whose models are in the first table, `stages` the others.
+    """
+    known = {row["name"]: row["meaning"] for row in report["stages"] if row.get("meaning")}
+    models = {name: text for name, text in known.items() if name in report["models"]}
+    rest = {name: text for name, text in known.items() if name not in models}
+    return {"models": models, "stages": rest}
 
 
 logging.getLogger("matplotlib").setLevel(logging.ERROR)

@@ -22,11 +22,11 @@ from megakd.config.task import (
     STUDENT,
     TEACHER,
     TEXT_METRIC,
-    THRESHOLD,
     TaskType,
     is_text_metric,
 )
 from megakd.models.model_folder import brings_code, hub_id, needs_5
+from megakd.models.thresholds import threshold_lines
 from megakd.process.seals import CARD
 from megakd.process.terminal import aligned_rows
 from megakd.training.metrics import lower_is_better
@@ -81,7 +81,8 @@ def tables(report: Report, *, most_labels: int) -> dict[str, Rows]:
         if not items or (name.endswith("per_class") and len(items) > most_labels):
             continue
         every = dict.fromkeys(key for one in items for key in one)
-        keys = [key for key in every if any(one.get(key) is not None for one in items)]
+        values = {key: [one.get(key) for one in items] for key in every}
+        keys = [key for key in every if any(isinstance(v, str | int | float) for v in values[key])]
         keys = [key for key in keys if not key.endswith(STANDARD_ERROR)]
         if name == "stages":
             keys = [key for key in keys if key in OF_STAGE or is_text_metric(key)]
@@ -281,10 +282,7 @@ def notes(report: Report) -> list[str]:
     errors = {name: get(f"{name}.calibration_error") for name in (STUDENT, TEACHER)}
     if known := [f"{name} {value:.1%}" for name, value in errors.items() if is_number(value)]:
         lines.append(f"expected calibration error: {', '.join(known)}")
-    thresholds = {name: get(f"{name}.{THRESHOLD}") for name in (STUDENT, TEACHER)}
-    if known := [f"{name} {value:g}" for name, value in thresholds.items() if is_number(value)]:
-        chosen = "a row has a label from this probability on, chosen on the validation rows"
-        lines.append(f"{THRESHOLD}: {', '.join(known)}; {chosen}")
+    lines += threshold_lines(report)
     if report["batches"]:
         lines.append(
             f"ms: median of one forward, texts of {report['latency.tokens']} tokens on average, "

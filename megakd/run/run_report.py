@@ -40,6 +40,7 @@ from megakd.models.onnx import (
     quantize_graph,
     write_onnx,
 )
+from megakd.models.thresholds import Threshold, is_threshold, threshold_in, with_threshold
 from megakd.models.timing import Graph, Timed, batches_of, by_turns, calls_of, sample_lengths
 from megakd.process.clock import phase, seconds
 from megakd.reports.report_file import (
@@ -141,7 +142,7 @@ def write_graphs(
             graph.parent.mkdir(parents=True)
             try:
                 if form == "int8":
-                    scores = _quantized(assembly, model, graph, scores.get(THRESHOLD))
+                    scores = _quantized(assembly, model, graph, threshold_in(scores))
                 else:
                     saved = lab.work.saved_dtype if row == GRAPH else None
                     write_onnx(folder, to=graph, stored_as=saved)
@@ -152,7 +153,7 @@ def write_graphs(
             # The weights of a large graph are in a file beside it.
             size = sum(path.stat().st_size for path in graph.parent.iterdir())
             sizes = {key: report[key] for key in ("parameters", "encoder_parameters")}
-            entries[row] = {**sizes, **scores, "bytes": size}
+            entries[row] = {**sizes, **with_threshold(scores), "bytes": size}
         return entries
 
     if not rows:
@@ -173,7 +174,7 @@ def _served_rows(lab: Lab[RunWork], folders: Mapping[str, Path]) -> list[str]:
 
 
 def graph_scores(
-    assembly: Assembly, threshold: float | None, logits: Logits, *, times: int = 4
+    assembly: Assembly, threshold: Threshold | None, logits: Logits, *, times: int = 4
 ) -> Tensor:
     """Return the scores [2, N] of held-out rows, one by one and in batches; see `Scores`.
 
@@ -202,7 +203,7 @@ def graph_scores(
 
 
 def _quantized(
-    assembly: Assembly, model: str, graph: Path, threshold: float | None
+    assembly: Assembly, model: str, graph: Path, threshold: Threshold | None
 ) -> dict[str, float]:
     whole = graph_path(assembly.config.output_dir, f"{model}_onnx")
     # Of few rows, one by one they take as long as all in batches.
@@ -271,7 +272,7 @@ def report_of(
         "task": config.task.data_name,
         "data": read_line(prepared.splits),
         "metric_name": prepared.metric.name,
-        "metrics": [n for n in measured[STUDENT].report["metrics"] if n != THRESHOLD],
+        "metrics": [n for n in measured[STUDENT].report["metrics"] if not is_threshold(n)],
         "evaluated_on": "test" if prepared.encoded.test is not None else "validation",
         "models": [
             *(name for name in (*teachers, *folders) if f"{name}.parameters" in numbers),
@@ -284,7 +285,12 @@ def report_of(
         **numbers,
         **{f"{one.name}.sparsity": one.sparsity for one in record.assistants},
         "evaluation_sets": [
-            {"set": of_set, "model": name, "rows": row_count(rows), **one.sets[of_set]}
+            {
+                "set": of_set,
+                "model": name,
+                "rows": row_count(rows),
+                **with_threshold(one.sets[of_set]),
+            }
             | (standard_errors(one.sets[of_set], row_count(rows)) if "rows" in numbers else {})
             for of_set, rows in prepared.splits.evaluation_sets.items()
             for name, one in measured.items()
@@ -294,7 +300,14 @@ def report_of(
         "pool": [*record.pool["teachers"]] if record.pool else [],
         **({"pool.distribution": record.pool["distribution"]} if record.pool else {}),
         "pruning": record.pruning,
-        "stages": [{**{k: getattr(o, k) for k in OF_STAGE}, **o.metrics} for o in lab.results],
+        "stages": [
+            {
+                **{k: getattr(o, k) for k in OF_STAGE},
+                "meaning": o.meaning,
+                **with_threshold(o.metrics),
+            }
+            for o in lab.results
+        ],
         "samples": _samples(lab, measured, reference),
         **({} if prepared.pair is None else prepared.pair.summary()),
         **{f"seconds.{name}": value for name, value in seconds().items()},
@@ -345,7 +358,7 @@ def _parts(lab: Lab[RunWork], folder: Path) -> dict[str, str]:
     return {f"{STUDENT}.parts": parts_of(lab.source(folder), ready.source, lab.record.layers)}
 
 
-def _untrained(lab: Lab[RunWork]) -> dict[str, Mapping[str, float]]:
+def _untrained(lab: Lab[RunWork]) -> dict[str, Mapping[str, object]]:
     """Return the metrics of the baselines that are no models of a run; a collective."""
     assembly, scored = lab.work.assembly, dict[str, Mapping[str, float]]()
     prepared, names = assembly.prepared, lab.config.untrained_baselines
@@ -361,7 +374,7 @@ def _untrained(lab: Lab[RunWork]) -> dict[str, Mapping[str, float]]:
         scored[TFIDF] = on_main(words)
     if FROZEN in names:
         scored[FROZEN] = score_frozen(assembly)
-    return {name: values for name, values in scored.items() if values}
+    return {name: with_threshold(values) for name, values in scored.items() if values}
 
 
 def row_count(rows: Dataset) -> int:
@@ -380,14 +393,14 @@ def _entries(
     # The keys of a model; of one in a folder of the run also those of its weights.
     of_model: dict[str, Any] = {**measured.report}
     metrics = of_model.pop("metrics")
-    entries = {**of_model, **metrics}
+    entries = {**of_model, **with_threshold(metrics)}
     if folder is not None:
         entries["bytes"] = weight_bytes(folder, stored_as)
         if (folder / WEIGHTS).is_file():
             entries["trained_parameters"] = adapter_parameters(folder)
         mine = measured.predicted
         if mine and len(mine) == len(theirs):
-            same = operator.eq if THRESHOLD in metrics else same_class
+            same = operator.eq if THRESHOLD in entries else same_class
             entries["agreement"] = statistics.fmean(map(same, mine, theirs))
     return {f"{name}.{key}": value for key, value in entries.items()}
 

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 
 from megakd.config.sections import TrainConfig
-from megakd.config.task import THRESHOLD, TaskType
+from megakd.config.task import TaskType
 from megakd.data.batch import Batch, Pass, Predictions, count_units, has_label
 from megakd.data.collation import Collator, Masking, task_masking
 from megakd.data.loader import evaluation_batches
@@ -19,6 +19,7 @@ from megakd.engine.collectives import all_reduce_, gather, on_main, progress
 from megakd.engine.distributed import Ranks
 from megakd.errors import CheckpointError
 from megakd.losses.bundle import StudentBundle
+from megakd.models.thresholds import stored_threshold, threshold_in
 from megakd.teachers.frozen import FrozenTeacher
 from megakd.training.assembly import Assembly
 from megakd.training.checkpoint import Checkpoints
@@ -285,9 +286,10 @@ def scorer_of_model(assembly: Assembly, model: FrozenTeacher) -> Scorer:
     scorer, splits = scorer_for(assembly), assembly.prepared.splits
     if not splits.multi_label or scorer.metrics.threshold is not None:
         return scorer
-    threshold = getattr(model.model.config, THRESHOLD, None)
+    threshold = stored_threshold(model.model.config, splits.label_names)
     if threshold is None and splits.test is not None:
-        threshold = scorer.score(model.predict, assembly.prepared.encoded.validation)[THRESHOLD]
+        values = scorer.score(model.predict, assembly.prepared.encoded.validation)
+        threshold = threshold_in(values)
     return replace(scorer, metrics=replace(scorer.metrics, threshold=threshold))
 
 

@@ -119,7 +119,12 @@ class Lab(Generic[W]):
             spec, source = self.config.teacher_specs[name], self.configured_model(name)
             if spec.finetune is not None:
                 objective = label_terms(self.config, smoothed=False)
-                stage = Stage(name=f"{name}-finetune", learners={name: 1.0}, objective=objective)
+                stage = Stage(
+                    name=f"{name}-finetune",
+                    meaning="the teacher, trained on the labels before it teaches",
+                    learners={name: 1.0},
+                    objective=objective,
+                )
                 source = self.work.model(self.train(stage).folder, name)
             self._register(name, source, spec)
         return name
@@ -206,6 +211,7 @@ def baseline_stage(lab: Lab, name: str, student: StageResult) -> Stage:
     is_cut = config.student.model == FROM_TEACHER and config.student.layers is None
     return Stage(
         name="alone",
+        meaning="the student's start or shape, trained on the labels without a teacher",
         objective=label_terms(config),
         start=lab.source(student.folder).fresh if is_cut else None,
         train=inherit(config.train, config.alone) if config.alone else None,

@@ -27,13 +27,13 @@ from megakd.config.task import (
     METRICS,
     ONE_LABEL_METRICS,
     SET_METRICS,
-    THRESHOLD,
     TaskType,
 )
 from megakd.data.arrow import column_of
 from megakd.data.batch import IGNORE, has_label
 from megakd.data.rows import is_labelled
 from megakd.errors import ConfigError, DataError, MegakdError, TrainingError, one_line
+from megakd.models.thresholds import Threshold, named_threshold, threshold_in
 from megakd.plugins import is_metric, metric_of
 from megakd.stage import Scores, Verdict
 from megakd.training.record import Row
@@ -60,7 +60,13 @@ def best_threshold(predicted: Numbers, truth: Numbers) -> float:
     return float(THRESHOLDS[np.lexsort((nearest, -f1))[0]])
 
 
-def decided(predicted: Numbers, threshold: float) -> NDArray[np.bool_]:
+def best_by_label(predicted: Numbers, truth: Numbers) -> tuple[float, ...]:
+    """Return the threshold of each label with its best F1; without a row, the common one."""
+    common, columns = best_threshold(predicted, truth), zip(predicted.T, truth.T, strict=True)
+    return tuple(best_threshold(p, t) if t.any() else common for p, t in columns)
+
+
+def decided(predicted: Numbers, threshold: Threshold) -> NDArray[np.bool_]:
     """Return [N, C] whether a row has a label."""
     return _sigmoid(predicted) >= threshold
 
@@ -118,12 +124,14 @@ class TaskMetrics:
     names: metric names in the order of the report; the loss on labels is always computed too.
     threshold: the probability from which a row with any number of labels has a label; None: the
         best of the rows that are scored, which are then validation rows.
+    by_label: whether the best is chosen for each label.
     """
 
     names: tuple[str, ...]
     main: Metric
     label_names: tuple[str, ...] = ()
-    threshold: float | None = None
+    threshold: Threshold | None = None
+    by_label: bool = False
 
     def values(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
         """Return one value per name, the number that ranks evaluations, and the mean loss.
@@ -135,17 +143,19 @@ class TaskMetrics:
         guesses = self._guesses(predicted, truth)
         values = {n: _score_named(n, predicted, truth, guesses) for n in self.names if n != LOSS}
         if truth.ndim == 2:
-            values[THRESHOLD] = self._threshold(predicted, truth)
+            values |= named_threshold(self._threshold(predicted, truth), self.label_names)
         total, count = summed_loss(outputs, labels).tolist()
         values[LOSS] = total / count
         return values | {self.main.name: self.main.mean(values)}
 
     def decided_on(self, values: Mapping[str, float]) -> TaskMetrics:
         """Return the metrics with the threshold that was best for rows with these values."""
-        return replace(self, threshold=values[THRESHOLD])
+        return replace(self, threshold=threshold_in(values))
 
-    def _threshold(self, predicted: Numbers, truth: Numbers) -> float:
-        return best_threshold(predicted, truth) if self.threshold is None else self.threshold
+    def _threshold(self, predicted: Numbers, truth: Numbers) -> Threshold:
+        if self.threshold is not None:
+            return self.threshold
+        return (best_by_label if self.by_label else best_threshold)(predicted, truth)
 
     def _guesses(self, predicted: Numbers, truth: Numbers) -> Guesses:
         if truth.ndim == 2:
@@ -162,6 +172,10 @@ class TaskMetrics:
         guesses, truths, weights = self._guesses(predicted, truth)
         per_class = scores_by_label(names, guesses, truths, weights)
         if truth.ndim == 2:
+            threshold = self._threshold(predicted, truth)
+            if isinstance(threshold, tuple):
+                for row, one in zip(per_class, threshold, strict=True):
+                    row["threshold"] = one
             return {"per_class": per_class}
         # Of many classes, a table of all pairs would not fit into memory.
         pairs, places = np.unique(truths * len(names) + guesses, return_inverse=True)
@@ -262,8 +276,16 @@ def task_metrics(
             f"eval.metric: {about_one[0]} is about the second of two labels, and the data have "
             f"{len(label_names)}; use {about_one[0]}_macro"
         )
+    if config.threshold == "each" and not multi_label:
+        raise ConfigError(
+            "eval.threshold: each is about rows with any number of labels, and a row of these data "
+            "has one; remove the key"
+        )
     metrics = TaskMetrics(
-        names=names, main=headline(chosen or official), label_names=tuple(label_names)
+        names=names,
+        main=headline(chosen or official),
+        label_names=tuple(label_names),
+        by_label=config.threshold == "each",
     )
     _try_plugins(metrics, task, multi_label=multi_label)
     return metrics

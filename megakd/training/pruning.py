@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,8 @@ def sort_units(assembly: Assembly, ready: ReadyTeacher) -> tuple[StageResult, Un
     # The folder's checksums were compared.
     tree = json.loads(on_main(lambda: (result.folder / UNITS).read_text(encoding="utf-8")))
     heads, neurons = (tuple(map(tuple, tree[kind])) for kind in UnitScores._fields)
-    return result, UnitScores(heads, neurons)
+    meaning = "the teacher with the heads and neurons of every layer in the order of importance"
+    return replace(result, meaning=meaning), UnitScores(heads, neurons)
 
 
 def score_layers(assembly: Assembly, ready: ReadyTeacher) -> tuple[StageResult, tuple[float, ...]]:
@@ -79,7 +81,8 @@ def score_layers(assembly: Assembly, ready: ReadyTeacher) -> tuple[StageResult, 
         check_depth(ready.source, layers[1:] or layers, where="student.layers")
     except ModelError:  # the first layer of ModernBERT has no norm, and must stay the first
         scores[0] = math.inf
-    return result, tuple(scores)
+    meaning = "how much the loss of the teacher rises without each of its layers"
+    return replace(result, meaning=meaning), tuple(scores)
 
 
 @activity("measuring the importance of layers")
@@ -150,7 +153,8 @@ def time_views(
         return times
 
     with activity("timing shapes"):
-        return cached_metrics(assembly.stage_folder(name), lambda: on_main(ratios))
+        result = cached_metrics(assembly.stage_folder(name), lambda: on_main(ratios))
+    return replace(result, meaning="the time of a forward of shapes that the student may have")
 
 
 def keeps_all(source: ModelSource, view: View) -> bool:

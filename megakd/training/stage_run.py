@@ -8,13 +8,12 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from time import monotonic
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from megakd.config.sections import learning_rate_schedule, total_steps
-from megakd.config.task import LANGUAGE_TASKS, STUDENT, THRESHOLD
+from megakd.config.task import LANGUAGE_TASKS, STUDENT
 from megakd.data.batch import Batch, BatchSource, Counts, Teacher, count_units
 from megakd.data.chat_tokens import learned_ends
 from megakd.engine.collectives import activity, all_reduce_, gather, on_main, raise_on_all
@@ -22,6 +21,7 @@ from megakd.engine.memory import peak_memory_bytes
 from megakd.models.cutting import content_of
 from megakd.models.end_tokens import generation_file
 from megakd.models.lora import adapter_files, load_adapters
+from megakd.models.thresholds import store_threshold
 from megakd.models.views import Cut
 from megakd.process import signals
 from megakd.process.record import RESULT
@@ -306,6 +306,7 @@ class StageRun:
         result = StageResult(
             name=stage.name,
             folder=folder,
+            meaning=stage.meaning,
             metrics=evaluation.metrics,
             steps=self.trainer.step - self.first_step,
             seconds=self.meter.elapsed_seconds(),
@@ -341,9 +342,7 @@ class StageRun:
         view = stage.views.get(evaluation.view or "")
         cut = evaluation.cut or (None if view is None else Cut(None, view))
         prepared = self.assembly.prepared
-        if THRESHOLD in evaluation.metrics:
-            model_config: Any = first.config
-            model_config.threshold = evaluation.metrics[THRESHOLD]
+        store_threshold(first.config, evaluation.metrics)
         models = {
             role: content_of(
                 first, prepared.tokenizer_of(role), cut=cut, learns=stage.has_next_window

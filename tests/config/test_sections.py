@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from run_files import message_of
 
-from megakd.config.file import dump_config, load_config
+from megakd.config.file import config_of, config_tree, dump_config, load_config
 from megakd.config.paths import expand_path
 from megakd.config.run import RunConfig
-from megakd.config.sections import RolloutConfig, RolloutServerConfig, Sampling, rollout_block
+from megakd.config.sections import (
+    RolloutConfig,
+    RolloutServerConfig,
+    Sampling,
+    TrainConfig,
+    rollout_block,
+)
+from megakd.errors import ConfigError
 from megakd.training.inputs import cache_folder
 
 TEXT = ("task={type: causal_lm, dataset: rows.jsonl}", "objective=[{loss: soft_target_kl}]")
@@ -213,3 +221,54 @@ def test_values_are_reported_to_one_tracker_several_or_none(run_file, value, tra
     assert load_config(run_file, [f"log.report_to={value}"]).log.report_to == trackers
     message = message_of(run_file, "log.report_to=[none, wandb]")
     assert "must be 'tensorboard', 'wandb', 'mlflow', " in message
+
+
+LEARNT = {
+    "output_dir": "out",
+    "task": {"type": "causal_lm", "dataset": "rows.jsonl"},
+    "teacher": {"model": "large"},
+    "student": {"model": "small"},
+    "method": {"name": "single"},
+    "objective": [{"loss": "soft_target_kl"}],
+}
+WEIGHTS, ADAPTERS, OTHERS = (5e-5, "cosine", 0.03), (2e-4, "cosine", 0.03), (5e-5, "linear", 0.0)
+ADAPTED = {"student": {"model": "small", "lora": {}}}
+TUNED = {"teacher": {"model": "large", "finetune": {"max_steps": 3}}}
+POOL = {"teacher": None, "teachers": [{"name": "a", "model": "b"}, {"name": "c", "model": "d"}]}
+CLASSES = {"task": {"type": "classification", "dataset": "rows.jsonl"}}
+UNTAUGHT = {"teacher": None, "objective": None, "method": {"name": "finetune"}}
+
+
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        ({}, WEIGHTS),
+        ({"train": {"max_steps": 3}}, WEIGHTS),
+        (ADAPTED, ADAPTERS),
+        ({**ADAPTED, **TUNED}, WEIGHTS),  # the teacher inherits the rate for all its weights
+        (
+            {**ADAPTED, "teacher": {"model": "large", "finetune": {"learning_rate": 1e-5}}},
+            ADAPTERS,
+        ),
+        ({**POOL, "method": {"name": "mean_of_teachers"}}, WEIGHTS),
+        (CLASSES, OTHERS),
+        (UNTAUGHT, OTHERS),
+        ({**ADAPTED, "train": {"learning_rate": 5e-5}}, (5e-5, "cosine", 0.03)),
+        ({"train": {"lr_scheduler_type": "linear", "warmup_ratio": 0}}, OTHERS),
+    ],
+)
+def test_a_decoder_that_learns_from_a_teacher_has_defaults_of_its_own(sections, expected):
+    config = config_of({**LEARNT, **sections})
+
+    train = config.train
+    assert (train.learning_rate, train.lr_scheduler_type, train.warmup_ratio) == expected
+    assert config_of(config_tree(config)) == config
+    assert replace(config, train=TrainConfig()).train == TrainConfig()  # which has all its keys
+
+
+def test_a_wrong_train_section_is_told_in_one_line_whatever_the_task():
+    for section, problem in (([1], "must be a mapping"), ({"learning_rat": 1}, "unknown key")):
+        with pytest.raises(ConfigError) as refused:
+            config_of({**LEARNT, "train": section})
+        assert problem in str(refused.value)
+        assert "\n" not in str(refused.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import equal_runs
@@ -78,3 +79,37 @@ def test_soft_labels_teach_two_ranks_as_one(command, data, tmp_path):
 
     for name, weight in final[0].items():
         assert torch.allclose(final[1][name], weight, atol=1e-6), name
+
+
+@pytest.fixture(scope="module")
+def one_by_one(data, tmp_path_factory):
+    """The config of a run whose labels have a threshold each, and its thresholds on one rank."""
+    folder = tmp_path_factory.mktemp("thresholds")
+    task = {"type": "classification", "dataset": str(data)}
+    task["tokenizer"] = {"type": "wordpiece", "vocab_size": 320}
+    return run_in(
+        folder,
+        task,
+        student={"model": bert(1, **NO_DROPOUT)},
+        train={
+            "adam_epsilon": 0.01,
+            "per_device_train_batch_size": 12,
+            "learning_rate": 0.1,
+            "max_steps": 20,
+        },
+        eval={"threshold": "each", "eval_steps": 5},
+    )
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_two_ranks_choose_the_thresholds_of_one(command, one_by_one, tmp_path, stage):
+    out, chosen = one_by_one.parent / "out", []
+    command("--config", str(one_by_one), world=1, code=0)  # returns at once if it is finished
+    words = (f"student.deepspeed=zero{stage}", "train.per_device_train_batch_size=6")
+    command("--config", str(one_by_one), *words, f"output_dir={tmp_path}/out", world=2, code=0)
+    for folder in (out, tmp_path / "out"):
+        chosen.append(json.loads((folder / "final" / "config.json").read_text())["threshold"])
+        assert json.loads((folder / "report.json").read_text())["student.threshold"] == chosen[-1]
+
+    assert chosen[0] == chosen[1]
+    assert len({*chosen[0]}) > 1

@@ -10,7 +10,7 @@ from golden_cases import CASES, STEPS, write_data
 from one_rank import OneRank
 from recorded import check_recorded, digest, learned, reported, resolved
 from tiny_runs import config_tree, write_config
-from whole_run import finish
+from whole_run import finish, unexplained
 
 from megakd.config.file import load_config
 from megakd.training.inputs import prepare
@@ -39,6 +39,7 @@ def test_a_run_learns_and_reports_what_was_recorded(one_rank: OneRank, data: Pat
     finish(one_rank, config)
 
     out = data.parent / name
+    assert unexplained(out) == []
     check_recorded(
         name,
         {

@@ -10,7 +10,7 @@ import torch
 from benches import Bench, furthest_students
 from tiny_runs import NO_DROPOUT, bert, review_task, text_task
 from transformers import AutoModelForCausalLM
-from whole_run import finish, finish_in, read, records, weights
+from whole_run import finish, finish_in, read, records, unexplained, weights
 
 GRID, TARGET, TRADEOFF = [0.25, 0.5, 0.75], 0.75, 0.01
 STEPS, EVAL_STEPS = 8, 4
@@ -91,6 +91,7 @@ def test_direct_is_the_target_cut_out_of_the_teacher_with_the_steps_of_all_trial
     assert torch.equal(start[embeddings], ordered[embeddings])
     assert not torch.equal(direct[embeddings], start[embeddings])
     assert set(read(minidisc)["baselines"]) == {"alone", "direct"}
+    assert unexplained(minidisc) == []
 
 
 def test_a_large_weight_on_size_ends_with_the_target_after_one_trial(bench):

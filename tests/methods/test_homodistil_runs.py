@@ -16,7 +16,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
 )
-from whole_run import finish, read, records, same_weights, weights
+from whole_run import finish, read, records, same_weights, unexplained, weights
 
 METHOD = {"name": "homodistil", "target_width": 12, "cuts": 2, "pruning_end": 6}
 TRAIN = {"max_steps": 8, "per_device_train_batch_size": 4, "learning_rate": 0.01}
@@ -214,6 +214,7 @@ def test_best_evaluations_and_early_stopping_count_only_after_the_end_of_pruning
     assert not (out / "checkpoints/pruning-1/best").exists()
     assert json.loads((out / "final" / "config.json").read_text())["hidden_size"] == 12
     assert {*read(out)["baselines"]} == {"alone", "random"}
+    assert unexplained(out) == []
     student, random = (
         {name: weight.shape for name, weight in weights(out / "stages" / stage).items()}
         for stage in ("student", "random")

@@ -13,7 +13,7 @@ from mixed_runs import mixed, plain, words
 from safetensors.torch import load_file
 from tiny_runs import NO_DROPOUT, bert, write_jsonl
 from transformers import AutoModelForMaskedLM, AutoTokenizer
-from whole_run import finish, read, same_weights
+from whole_run import finish, read, same_weights, unexplained
 
 from megakd.errors import CheckpointError, ModelError
 from megakd.process.seals import check_given, verified_entries
@@ -92,6 +92,7 @@ def test_the_report_compares_models_by_nats_per_character(one_rank, trained):
     assert report["vocabulary.teacher_size"] > 100
     assert 0.5 < report["vocabulary.overlap"] <= 1
     assert {*report["baselines"]} == {"alone", "patient_kd"}
+    assert unexplained(trained) == []
     assert report["student.nats_per_character"] > 0
     assert report["teacher.nats_per_character"] > 0
     assert report["samples"]

@@ -21,7 +21,15 @@ from tiny_runs import (
     write_text,
 )
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
-from whole_run import finish, finish_in, read, records, same_weights, weights
+from whole_run import (
+    finish,
+    finish_in,
+    read,
+    records,
+    same_weights,
+    unexplained,
+    weights,
+)
 
 REPAIR, STEPS = 3, 5
 ROLLOUT = {"max_new_tokens": 4, "prompt_tokens": 4, "from_step": REPAIR}
@@ -74,6 +82,7 @@ def test_the_student_opens_as_a_stock_model_of_the_wanted_size(shrunk):
 
     model = AutoModelForCausalLM.from_pretrained(shrunk / "final")
 
+    assert unexplained(shrunk) == []
     assert type(model).__name__ == "LlamaForCausalLM"
     size = sum(weight.numel() for weight in model.parameters())
     assert size == report["student.parameters"] == pytest.approx(24_000, rel=0.03)

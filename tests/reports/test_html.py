@@ -79,6 +79,31 @@ def test_the_figures_show_sizes_candidates_and_every_stage(text, page):
     assert "hidden mse" not in text
 
 
+def test_a_stage_is_explained_once_where_the_page_first_names_it():
+    meanings = {
+        "teacher-finetune": "trained before it teaches",
+        "trial-1": "candidates learn together",
+        "alone": "learns without a <teacher>",
+        "student": "",
+    }
+    stages = [{"name": name, "meaning": text, "steps": 3} for name, text in meanings.items()]
+    models = ["teacher", "trial-1", "student", "alone"]
+
+    text = html_report(report_of(models=models, stages=stages), [])
+
+    beneath, below = (text.index(f"<dt>{name}</dt>") for name in ("trial-1", "teacher-finetune"))
+    assert text.index("<tbody>") < beneath < text.index("<h2>Stages</h2>") < below
+    assert below < text.index('<th scope="row">teacher-finetune</th>')
+    assert "<dd>learns without a &lt;teacher&gt;</dd>" in text
+    assert text.count("<dt>") == 3
+    assert "<dt>student</dt>" not in text
+    assert Page(text).faults == []
+
+
+def test_a_report_of_before_has_no_meanings():
+    assert "<dt>" not in html_report(report_of(), [])
+
+
 def test_a_classifier_has_a_picture_of_its_confusions():
     classes = [{"label": x, "precision": 1, "recall": 1, "f1": 1, "rows": 7} for x in ("a", "b$1$")]
     pairs = [{"label": "a", "predicted": "b$1$", "rows": 7}]

@@ -25,8 +25,9 @@ OF_CASE = {"knowledge_selection": 3e-2}
 # Keys that tell the time, the machine or the place of a run.
 TIMES = ("seconds", "latency", "environment", "versions", "tokens_per_second", "peak_memory_bytes")
 OF_STEPS = ("fits_in", "ms", "bytes", "teacher_share", "time", "low", "high", "overhead")
-# Warnings and measured sizes tell numbers as text, which are not compared as numbers.
-VARIES = (*TIMES, *OF_STEPS, "warnings", "measured")
+# Warnings and measured sizes tell numbers as text, which are not compared as numbers; the meanings
+# of stages are for readers.
+VARIES = (*TIMES, *OF_STEPS, "warnings", "measured", "meaning")
 
 
 def learned(out: Path) -> dict[str, list[list[float]]]:

@@ -44,6 +44,11 @@ def read(out: Path) -> dict[str, Any]:
     return json.loads((out / "report.json").read_text())
 
 
+def unexplained(out: Path) -> list[str]:
+    """Stages, but the student, whose names the report does not explain."""
+    return [s["name"] for s in read(out)["stages"] if not s["meaning"] and s["name"] != "student"]
+
+
 def of_model(report: Mapping[str, Any], name: str) -> dict[str, Any]:
     start = f"{name}."
     return {k.removeprefix(start): v for k, v in report.items() if k.startswith(start)}

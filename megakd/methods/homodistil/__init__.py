@@ -138,6 +138,7 @@ def run(config: HomoDistilConfig, lab: Lab) -> StageResult:
         )
         stage = Stage(
             name=STUDENT if window.last == window.total else f"pruning-{number}",
+            meaning=f"the student while it is pruned, up to step {window.last} of {window.total}",
             teachers=(teacher,),
             start=start,
             objective=objective,
@@ -201,6 +202,7 @@ def random_start(config: HomoDistilConfig, lab: Lab, student: StageResult) -> St
     objective = objective_of(lab, lab.model(teacher), start.units)
     return Stage(
         name="random",
+        meaning="the student's shape from random weights, taught by the same teacher",
         teachers=(teacher,),
         start=start,
         objective=tuple(

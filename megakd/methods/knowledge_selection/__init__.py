@@ -139,6 +139,7 @@ def _learned(
     )
     stage = Stage(
         name=STAGE,
+        meaning="students that are trained in turn, from which the selector of knowledge learns",
         teachers=(teacher,),
         objective=kinds,
         strategy=strategy,

@@ -192,6 +192,7 @@ def patient_kd(config: MixedVocabularyConfig, lab: Lab, student: StageResult) ->
     patient = HiddenCosine(loss="hidden_cosine", positions="first", weight=PATIENT_KD_WEIGHT)
     return Stage(
         name=PATIENT_KD,
+        meaning="the same student, taught by the hidden states of the frozen teacher (Patient KD)",
         teachers=(teacher,),
         objective=(*lab.hard_terms(), patient),
         strategy=Constant((Pass(teacher=teacher),)),
