@@ -33,9 +33,8 @@ from megakd.methods.assistants import (
     view_of,
     views_of,
 )
-from megakd.stage import Scores, Stage, StageResult, Strategy, Verdict
+from megakd.stage import Metric, MetricJudge, Scores, Stage, StageResult, Strategy, Verdict
 from megakd.training.lab import Lab, Model
-from megakd.training.metrics import Metric, MetricJudge
 from megakd.training.record import Row
 
 if TYPE_CHECKING:

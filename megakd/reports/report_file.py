@@ -17,7 +17,7 @@ from megakd.config.task import FROZEN, STANDARD_ERROR, STUDENT, TEACHER, TFIDF, 
 from megakd.errors import CheckpointError, listed
 from megakd.process import files
 from megakd.reports.table import is_number, score
-from megakd.training.metrics import lower_is_better
+from megakd.stage import lower_is_better
 from megakd.training.record import Report
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ from megakd.models.model_folder import brings_code, hub_id, needs_5
 from megakd.models.thresholds import threshold_lines
 from megakd.process.seals import CARD
 from megakd.process.terminal import aligned_rows
-from megakd.training.metrics import lower_is_better
+from megakd.stage import lower_is_better
 from megakd.training.record import Report
 
 Rows = list[list[str]]

@@ -21,9 +21,8 @@ from megakd.engine.collectives import on_main
 from megakd.errors import CheckpointError
 from megakd.models.views import Cut, UnitOrder, View
 from megakd.process.seals import damage
-from megakd.stage import Scores, Verdict
+from megakd.stage import WHOLE, Scores, Verdict
 from megakd.training.checkpoint import PARTIAL, steps_in
-from megakd.training.metrics import WHOLE
 
 logger = logging.getLogger(__name__)
 

@@ -20,10 +20,11 @@ from megakd.engine.distributed import Ranks
 from megakd.errors import CheckpointError
 from megakd.losses.bundle import StudentBundle
 from megakd.models.thresholds import stored_threshold, threshold_in
+from megakd.stage import WHOLE
 from megakd.teachers.frozen import FrozenTeacher
 from megakd.training.assembly import Assembly
 from megakd.training.checkpoint import Checkpoints
-from megakd.training.metrics import WHOLE, TaskMetrics, language_model_metrics, summed_loss
+from megakd.training.metrics import TaskMetrics, language_model_metrics, summed_loss
 from megakd.training.record import Row
 from megakd.training.student import StudentEngine, device_batch
 from megakd.training.trainer import Trainer

@@ -25,9 +25,10 @@ from megakd.models.layers import RemainingLayers, check_depth, chosen_layers
 from megakd.models.proposed_units import lengths
 from megakd.models.structure import for_task, weights_inside
 from megakd.models.views import Axes, ParameterCounts, View
+from megakd.stage import Metric
 from megakd.training.allocation import SortedTeacher, UnitScores
 from megakd.training.inputs import RunInputs, UnencodedInputs
-from megakd.training.metrics import Metric, check_weighed
+from megakd.training.metrics import check_weighed
 
 UNKNOWN_STEPS = 10**6
 """Steps of a stage that trains for epochs of rows that are not read."""

@@ -47,7 +47,8 @@ from megakd.models.loading import check_model, resolve_model, with_vocabulary
 from megakd.models.lora import check_adapters
 from megakd.models.packing import check_varlen, packing_at
 from megakd.models.quantized import check_fp8
-from megakd.training.metrics import Metric, TaskMetrics, task_metrics
+from megakd.stage import Metric
+from megakd.training.metrics import TaskMetrics, task_metrics
 from megakd.training.tokenizer_checks import (
     check_answers,
     check_chat_models,

@@ -27,7 +27,7 @@ from megakd.process import signals
 from megakd.process.record import RESULT
 from megakd.process.seals import copy_finished, write_finished
 from megakd.process.seeding import seed_everything
-from megakd.stage import Stage, StageResult
+from megakd.stage import WHOLE, MetricJudge, Stage, StageResult
 from megakd.training.assembly import Assembly
 from megakd.training.batches import StageParts, row_batches
 from megakd.training.best import Best, Evaluation
@@ -37,7 +37,6 @@ from megakd.training.lab import Files
 from megakd.training.learners import learner_sources, student_engine
 from megakd.training.log import Reporter
 from megakd.training.meter import TrainMeter
-from megakd.training.metrics import WHOLE, MetricJudge
 from megakd.training.stage_folder import (
     WindowState,
     consume,

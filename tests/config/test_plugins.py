@@ -17,7 +17,8 @@ from megakd.config.terms import Shape
 from megakd.data.batch import Batch, LogitWarp, LossInputs, Outputs
 from megakd.errors import ConfigError
 from megakd.losses.objective import PluginLoss, build_objective, logits_of, teacher_needs
-from megakd.training.metrics import lower_is_better, task_metrics
+from megakd.stage import lower_is_better
+from megakd.training.metrics import task_metrics
 
 CONFIG = {
     "output_dir": "runs/x",

@@ -18,10 +18,9 @@ from transformers import LlamaModel
 from megakd.data.batch import Pass
 from megakd.methods.minidisc import Sandwich
 from megakd.models.views import View
-from megakd.stage import Stage
+from megakd.stage import WHOLE, Metric, MetricJudge, Stage
 from megakd.training.evaluation import HeldOutLosses
 from megakd.training.lab import with_defaults
-from megakd.training.metrics import WHOLE, Metric, MetricJudge
 from megakd.training.stage_run import StageRun, run_stage
 
 VIEWS = {"wide": View((2, 2), (12, 12)), "slim": View((1, 1), (8, 8)), "thin": View((1, 1), (4, 4))}

@@ -35,7 +35,7 @@ from megakd.losses.bundle import StudentBundle
 from megakd.losses.objective import Objective, build_objective
 from megakd.losses.targets import ClassTargets, Evaluated, TermGroup
 from megakd.methods.minidisc import Sandwich
-from megakd.training.metrics import lower_is_better
+from megakd.stage import lower_is_better
 
 CE = HardCrossEntropy(loss="hard_cross_entropy")
 

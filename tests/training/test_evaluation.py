@@ -26,10 +26,9 @@ from megakd.config.terms import HardCrossEntropy
 from megakd.data.batch import Pass
 from megakd.data.splits import load_splits
 from megakd.errors import ConfigError, DataError, TrainingError
-from megakd.stage import Verdict
+from megakd.stage import MetricJudge, Verdict
 from megakd.training.evaluation import HeldOutLosses, few
 from megakd.training.metrics import (
-    MetricJudge,
     TaskMetrics,
     headline,
     language_model_metrics,

@@ -16,8 +16,7 @@ from megakd.data.batch import Pass
 from megakd.engine.collectives import all_reduce_, broadcast
 from megakd.methods.homodistil import ROWS, Schedule, Target
 from megakd.models.views import Axis, Columns, Cut, Kind, Maker, UnitOrder, View
-from megakd.stage import Scores, StepReport, Strategy, Verdict
-from megakd.training.metrics import WHOLE, Metric
+from megakd.stage import WHOLE, Metric, Scores, StepReport, Strategy, Verdict
 from megakd.training.record import Row
 
 BETA = 0.85
