@@ -227,7 +227,7 @@ def opened_megakd(case: Path, count: int) -> Iterator[Any]:
 
     config = load_config(case / RUN)
     with started(config) as ranks, measured_stage(config, ranks) as (stage, teacher):
-        source: Any = stage.source
+        source: Any = stage.batch_source
         batches = [device_batch(source.step(n)[0], ranks.device) for n in range(count)]
         steps: Any = stage.steps_one_by_one()
         yield Megakd()

@@ -132,7 +132,7 @@ def measure(config: RunConfig, ranks: Ranks, given: argparse.Namespace) -> dict[
     with stages.measured_stage(config, ranks) as (stage, teacher):
         bare = BareLoop(stage, teacher)
         count = given.warm_up + given.pairs
-        batches = [device_batch(stage.source.step(i)[0], ranks.device) for i in range(count)]
+        batches = [device_batch(stage.batch_source.step(i)[0], ranks.device) for i in range(count)]
         stage.watched.forget()
         steps = stage.steps_one_by_one()
         sides = [
@@ -152,10 +152,10 @@ def megakd_step(stage: stages.MeasuredStage, steps: Iterator[None], index: int) 
 
 def data_share(stage: StageRun, steps: Iterator[None], count: int) -> float:
     """Return the share of wall-clock that steps as a run takes them wait for their data."""
-    waited, began = stage.source.waited_s, time.perf_counter()
+    waited, began = stage.batch_source.waited_s, time.perf_counter()
     for _ in range(count):
         next(steps)
-    return (stage.source.waited_s - waited) / (time.perf_counter() - began)
+    return (stage.batch_source.waited_s - waited) / (time.perf_counter() - began)
 
 
 def show(pairs: Sequence[Sequence[Clocks]], share: float, given: argparse.Namespace) -> None:

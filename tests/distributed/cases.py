@@ -159,7 +159,7 @@ def train(config_path: str, overrides: list[str], steps: int) -> dict:
     """Train `steps` steps of a run config's student; return weights, gradients and losses."""
     with started(config_path, overrides, strategy=Watching) as (run, _):
         initial = dict(gathered_state(run.student.bundle))
-        reports = (run.trainer.train_step(run.source.step(step)) for step in range(steps))
+        reports = (run.trainer.train_step(run.batch_source.step(step)) for step in range(steps))
         losses = [summed(one.parts) for one in reports]
         rows = run.assembly.prepared.encoded.validation
         return {

@@ -40,7 +40,7 @@ def two_engines(config_path: str, folder: str) -> tuple[float, str, int]:
     with started(config_path) as (run, teacher):
         weights = list(teacher.model.parameters())
         before = [local(p).clone() for p in weights]
-        run.trainer.train_step(run.source.step(0))
+        run.trainer.train_step(run.batch_source.step(0))
         write_files(Path(folder) / "saved", run.student.files())
         after = [local(p) for p in weights]
         assert all(map(torch.equal, before, after))
@@ -59,7 +59,7 @@ def losses(config_path: str, *, scores: bool) -> tuple[bool, list[dict[str, floa
         patch.object(teacher_pool, "measure", wraps=teacher_pool.measure) as measuring,
         started(config_path, scores=scores) as (run, _),
     ):
-        reports = [run.trainer.train_step(run.source.step(step)) for step in range(3)]
+        reports = [run.trainer.train_step(run.batch_source.step(step)) for step in range(3)]
         parts = [{name: float(value) for name, value in r.parts.items()} for r in reports]
         return measuring.called, parts
 
@@ -116,7 +116,7 @@ def gathers(config_path: str, overrides: list[str]) -> list[dict[str, int]]:
 
         run.trainer.student.forward_backward = counting
         for step in range(2):
-            run.trainer.train_step(run.source.step(step))
+            run.trainer.train_step(run.batch_source.step(step))
         return per_micro_batch
 
 
@@ -125,7 +125,7 @@ def resident_memory(config_path: str, stages: int) -> list[int]:
     sizes = []
     for _ in range(stages):
         with started(config_path) as (run, teacher):
-            run.trainer.train_step(run.source.step(0))
+            run.trainer.train_step(run.batch_source.step(0))
         del run, teacher
         forget_models()
         sizes.append(psutil.Process().memory_info().rss)
@@ -136,11 +136,13 @@ def taught(config_path: str, overrides: list[str], count: int) -> dict:
     """Two steps with a teacher on `count` nodes: losses, weights, shards, and the gathers."""
     with claimed_nodes(count), sizes_of_gathers() as groups:
         with started(config_path, overrides) as (run, teacher):
-            batches = run.source.step(0)
+            batches = run.batch_source.step(0)
             groups.clear()
             logits = teacher(batches[0]).logits
             answering = list(groups)
-            losses = [summed(run.trainer.train_step(run.source.step(n)).parts) for n in range(2)]
+            losses = [
+                summed(run.trainer.train_step(run.batch_source.step(n)).parts) for n in range(2)
+            ]
             shards = [local(p) for p in teacher.model.parameters()]
             facts = {
                 "logits": logits,

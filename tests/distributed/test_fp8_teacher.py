@@ -27,7 +27,7 @@ def steps(config_path: str, overrides: list[str]) -> dict:
         with answer.head.open():
             logits = logits_of(answer)
         weights = [getattr(p, "ds_tensor", p) for p in teacher.model.parameters()]
-        losses = [run.trainer.train_step(run.source.step(step)).parts for step in range(2)]
+        losses = [run.trainer.train_step(run.batch_source.step(step)).parts for step in range(2)]
         return {
             "state": dict(gathered_state(teacher.model)),
             "logits": logits.float(),

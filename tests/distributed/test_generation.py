@@ -68,7 +68,7 @@ def training(config_path: str, overrides: list[str], *, generates: bool) -> dict
     answers = []
     with started(config_path, overrides) as (run, teacher):
         for step in range(2):
-            batches = run.source.step(step)
+            batches = run.batch_source.step(step)
             run.student.predict(batches[0])  # leaves some weights gathered at ZeRO 3
             run.student.bundle.train()
             if generates:

@@ -40,7 +40,7 @@ def leg(config: str, before: str | None, first: int, last: int, after: str) -> d
             run.student.load(Path(before))
         run.trainer.step = first
         losses = [
-            summed(run.trainer.train_step(run.source.step(step)).parts)
+            summed(run.trainer.train_step(run.batch_source.step(step)).parts)
             for step in range(first, last)
         ]
         write_files(Path(after), run.student.files())

@@ -211,7 +211,7 @@ def full(config_path: str, folder: str, urls: list[str]) -> str | None:
     with pushing(config_path, folder, urls, full_push) as (run, push):
         with patch("megakd.training.generated_texts.SHARD_BYTES", 3000):
             for version in (1, 2):
-                run.trainer.train_step(run.source.step(version - 1))
+                run.trainer.train_step(run.batch_source.step(version - 1))
                 pushed = push(version)
         models = {"student": content_of(run.student.student, None)}
         if distributed.ranks().is_main:
@@ -231,7 +231,7 @@ def failing(config_path: str, folder: str, urls: list[str]) -> list[str]:
                     push(1)
             except MegakdError as error:
                 answers.append(str(error))
-        run.trainer.train_step(run.source.step(0))
+        run.trainer.train_step(run.batch_source.step(0))
     return answers
 
 
@@ -240,7 +240,7 @@ def adapters(config_path: str, folder: str, urls: list[str]) -> list[str]:
     names = []
     with pushing(config_path, folder, urls, adapter_push, keep=2) as (run, push):
         for version in (1, 2, 3):
-            run.trainer.train_step(run.source.step(version - 1))
+            run.trainer.train_step(run.batch_source.step(version - 1))
             names.append(push(version)["name"])
     return names
 
