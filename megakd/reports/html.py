@@ -184,15 +184,17 @@ def size_figure(report: Report) -> str:
                 [x], [y], yerr=error if is_number(error) else None,
                 color=colour or STUDENT_COLOUR, marker="o", markersize=5.5, elinewidth=0.8,
             )  # fmt: skip
-            # By turns left above and right below: models of one size may have about one score.
-            shift, side = ((4, 5), "right") if number % 2 == 0 else ((-4, -12), "left")
+            # By turns left above and right below, on two heights each: a model and its graphs have
+            # about one score, and names wider than their distance.
+            further, is_below = 11 * (number // 2 % 2), number % 2
+            shift, side = ((-4, -12 - further), "left") if is_below else ((4, 5 + further), "right")
             axes.annotate(name, (x, y), shift, textcoords="offset points", ha=side, fontsize=8)
         for name, y in lines:
             axes.axhline(y, color=COLOURS["baselines"], linestyle="--", linewidth=0.8)
             axes.annotate(
                 name, (0, y), (2, 2), axes.get_yaxis_transform(), "offset points", fontsize=7
             )
-        axes.margins(x=0.3, y=0.25)
+        axes.margins(x=0.3, y=0.35)
         axes.set_xlabel(measures[key])
         axes.set_ylabel(metric)
         # 300k rather than a power of ten.
