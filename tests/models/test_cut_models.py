@@ -76,7 +76,7 @@ def pruned(model, *, seed=0, width=17, neurons=(7, 20, 1), head_width=None, head
 
 
 def cuts_of(model):
-    if architecture_of(model.config).found_units(model.config).heads.columns:
+    if architecture_of(model.config).found_units(model.config).heads.can_lose_columns:
         return pruned(model, head_width=3)
     return pruned(model, heads=tuple(1 + (number % 2) for number in range(3)))
 
