@@ -136,7 +136,9 @@ NO_KEYS = ()
 
 
 def _with_defaults(train: object, info: ValidationInfo) -> object:
-    keys = {} if train == NO_KEYS else train  # a section that was checked before has all its keys
+    if train == NO_KEYS:  # an instance, since a config may be built without JSON
+        return TrainConfig(**cast("dict[str, Any]", _with_defaults({}, info)))
+    keys = train  # a section that was checked before has all its keys
     task, student = info.data.get("task"), info.data.get("student")
     teachers = [info.data.get("teacher"), *info.data.get("teachers", ())]
     teachers = [teacher for teacher in teachers if teacher is not None]

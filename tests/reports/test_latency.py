@@ -227,9 +227,3 @@ def test_a_masked_model_fills_hidden_tokens_that_are_not_special():
     # The mask is token 2, and Counting says the next one.
     assert answers == ["a, a", "a"]
     assert (model.asked[0].inputs["input_ids"] == 2).sum() == 3
-
-
-def test_other_tasks_have_no_prompt():
-    rows = Dataset.from_dict({"input_ids": [[3, 4]], "label": [1]})
-    task = TaskConfig(type="classification", dataset="texts", max_length=64)
-    assert held_out_prompts(rows, Letters(), task, CPU) is None  # type: ignore[arg-type]

@@ -43,8 +43,8 @@ def test_the_lock_names_its_process_and_goes_with_it_and_with_a_new_empty_folder
 
 HOLD = """
 import sys, pathlib
-from megakd.run.holder import written_once
-with written_once(pathlib.Path(sys.argv[1])):
+from megakd.run.holder import locked
+with locked(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     input()
 """

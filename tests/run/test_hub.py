@@ -92,9 +92,9 @@ def test_a_run_uploads_when_no_other_rank_waits_for_it(api, monkeypatch, tmp_pat
 
     parts = {
         "started": lambda _: noting("left the group", ALONE),
-        "held": lambda _: noting("released the folder"),
+        "locked_on_main": lambda _: noting("released the folder"),
         "on_main": lambda work: work(),
-        "run_facts": lambda *_: {},
+        "fingerprint_of": lambda *_: {},
         "check_output_folder": lambda _: None,
         "_run": lambda *_: "table",
         "finished_table": lambda *_: "table" if finished else None,

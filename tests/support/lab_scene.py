@@ -81,7 +81,7 @@ def prepared_of(config: RunConfig, content: str = "rows", rows: Any = None) -> R
     return RunInputs(
         config=config,
         splits=Splits(
-            KIND, Dataset.from_dict({}), nothing, None, ("no", "yes"), ("accuracy",), content
+            Dataset.from_dict({}), nothing, None, ("no", "yes"), ("accuracy",), content, KIND
         ),
         metrics=TaskMetrics(names=("accuracy",), main=headline(["accuracy"])),
         encoded=Encoded(rows, rows, None, content, 8.0),
