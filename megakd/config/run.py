@@ -137,19 +137,21 @@ NO_KEYS = ()
 
 def _with_defaults(train: object, info: ValidationInfo) -> object:
     if train == NO_KEYS:  # an instance, since a config may be built without JSON
-        return TrainConfig(**cast("dict[str, Any]", _with_defaults({}, info)))
-    keys = train  # a section that was checked before has all its keys
+        return TrainConfig(**_defaults(info))
+    # A section that was checked before has all its keys.
+    return {**_defaults(info), **train} if isinstance(train, dict) else train
+
+
+def _defaults(info: ValidationInfo) -> dict[str, Any]:
     task, student = info.data.get("task"), info.data.get("student")
     teachers = [info.data.get("teacher"), *info.data.get("teachers", ())]
     teachers = [teacher for teacher in teachers if teacher is not None]
-    if not isinstance(keys, dict) or not task or not student or not teachers:
-        return keys
-    if task.type != "causal_lm":
-        return keys
+    if not (task and student and teachers) or task.type != "causal_lm":
+        return {}
     tuned = [teacher.finetune for teacher in teachers if teacher.finetune is not None]
     # A teacher that inherits the rate trains all its weights.
     inherits = any(one.learning_rate is None for one in tuned)
-    return {**decoder_defaults(adapters=student.lora is not None and not inherits), **keys}
+    return decoder_defaults(adapters=student.lora is not None and not inherits)
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

@@ -175,6 +175,3 @@ def glue_task(task: TaskConfig) -> tuple[TaskConfig, tuple[str, ...]]:
     splits = {"train": "train", "validation": held}
     task = replace(task, dataset=HUB_NAME, dataset_config=configuration, splits=splits, **columns)
     return task, metrics
-
-
-PAIR, ACCURACY, BOTH = ("sentence1", "sentence2"), ("accuracy",), ("accuracy", "f1")

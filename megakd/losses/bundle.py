@@ -149,7 +149,7 @@ class StudentBundle(nn.Module):
         all_inputs: dict[tuple[str, int | None], list[tuple[Forward, LossInputs]]] = {}
         for planned, forward in zip(plan, trained, strict=True):
             width = self.views[planned.view].width if planned.view in self.views else None
-            inputs = self._reading(batch, planned, outputs[forward], answers, scales)
+            inputs = self._inputs(batch, planned, outputs[forward], answers, scales)
             all_inputs.setdefault((forward[0], width), []).append((forward, inputs))
         totals: list[Tensor] = []
         parts: dict[str, Tensor] = {}
@@ -189,7 +189,7 @@ class StudentBundle(nn.Module):
         needs = self.objective.needs if role == self.role else self._teacher_needs
         return read_outputs(self.learners[self._roles.index(role)], batch, needs)
 
-    def _reading(
+    def _inputs(
         self,
         batch: Batch,
         planned: Pass,

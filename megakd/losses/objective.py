@@ -85,10 +85,10 @@ class Objective(nn.Module):
             self.needs = self.needs.with_attention(*group.needs.attention_layers)
 
     def forward(self, all_inputs: Sequence[LossInputs]) -> list[Evaluated]:
-        """Return for each reading the weighted and scaled total with gradient, and detached sums.
+        """Return for each the weighted and scaled total with gradient, and detached sums.
 
-        The readings are of one batch, by views of one width. A group may put the total of several
-        readings into one of them, so only the sum of all totals has a meaning.
+        The inputs are of one batch, by views of one width. A group may put the total of several
+        of them into one, so only the sum of all totals has a meaning.
         """
         left_out = frozenset.intersection(*(inputs.left_out for inputs in all_inputs))
         groups = cast("list[TermGroup]", list(self.groups))

@@ -109,7 +109,7 @@ class TermGroup(nn.Module):
         return Evaluated(total * scale, {name: total.detach()})
 
     def of_all(self, all_inputs: Sequence[LossInputs]) -> list[Evaluated]:
-        """Return one result per reading; only the sum of the scaled totals has a meaning."""
+        """Return one result for each; only the sum of the scaled totals has a meaning."""
         results = [self(inputs) for inputs in all_inputs]
         return [
             one._replace(total=one.total * inputs.scale)
@@ -120,7 +120,7 @@ class TermGroup(nn.Module):
 class LanguageModelTargets(TermGroup):
     """Hard and soft targets of a language model, computed from (hidden, head) without [B, T, V].
 
-    Terms and readings share a pass over the rows where possible, so that there is one gradient of
+    Terms and inputs share a pass over the rows where possible, so that there is one gradient of
     the head. Each target of a model with two vocabularies is predicted by one of two heads.
 
     soft: soft targets of one source.
@@ -160,7 +160,7 @@ class LanguageModelTargets(TermGroup):
         return Evaluated(first.total + second.total, sums)
 
     def of_all(self, all_inputs: Sequence[LossInputs]) -> list[Evaluated]:
-        """Compute readings together if they differ only in the student's outputs and in scale."""
+        """Compute inputs together that differ only in the student's outputs and in scale."""
         groups: dict[object, list[int]] = {}
         for index, inputs in enumerate(all_inputs):
             alike = (id(inputs.teacher), tuple(inputs.weights.items()))

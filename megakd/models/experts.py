@@ -53,7 +53,7 @@ class FoundExperts(NamedTuple):
     key: of the config, which states the total.
     axes: of the weights with rows of experts, by name on the model.
     blocks: by the number of its layer, from 0, the path of the module with the experts.
-    uncut: reason why no experts can go; None: some can.
+    why_fixed: reason why no experts can go; None: some can.
     """
 
     total: int = 0

@@ -29,6 +29,9 @@ LAST_POSITIONS = "logits_to_keep"
 
 WARM_UP = 2
 
+LEAST_ROUNDS, MOST_ROUNDS, ENOUGH_MS, MOST_MS = 5, 9, 500.0, 20_000.0
+"""Timing ends after `ENOUGH_MS` over all models, before `LEAST_ROUNDS` only after `MOST_MS`."""
+
 
 class Graph(nn.Module):
     """The graph of a model, which answers on one thread of the CPU."""
@@ -122,7 +125,3 @@ def _inputs(model: Timed, texts: Sequence[int]) -> dict[str, Any]:
     mask = (torch.arange(ids.shape[1]) < lengths).to(ids.dtype)
     device = next(model.parameters()).device
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-
-
-LEAST_ROUNDS, MOST_ROUNDS, ENOUGH_MS, MOST_MS = 5, 9, 500.0, 20_000.0
-"""Timing ends after `ENOUGH_MS` over all models, before `LEAST_ROUNDS` only after `MOST_MS`."""

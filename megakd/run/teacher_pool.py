@@ -182,17 +182,16 @@ class TeacherPool:
     def _load(self, name: str) -> FrozenTeacher:
         """Load a teacher; what 8 bits change of its answers is compared once, with it in bf16."""
         ready, assembly = self.assembly.teachers[name], self.assembly.for_role(name)
-        scorer, rows = scorer_for(assembly), assembly.prepared.encoded.validation
-        source, exact = ready.source, None
+        source, exact, rows = ready.source, None, assembly.prepared.encoded.validation
         # Others have no distribution for a row or token.
         is_one = self._config.task.type != "regression" and not assembly.prepared.splits.multi_label
         if source.fp8 and is_one and source.folder not in self._compared:
             self._compared.add(source.folder)
             with assembly.loaded(ready._replace(source=replace(source, fp8=False))) as model:
-                exact = log_probabilities(scorer, rows, model)
+                exact = log_probabilities(scorer_for(assembly), rows, model)
         teacher = assembly.frozen(ready)
         if exact is not None:
-            packed = log_probabilities(scorer, rows, teacher)
+            packed = log_probabilities(scorer_for(assembly), rows, teacher)
             log_divergence(self._config.key_of(name), exact, packed)
         return teacher
 
@@ -206,10 +205,8 @@ class TeacherPool:
     def _ask(self, teacher: Opened, name: str, stage: Stage) -> None:
         if not isinstance(teacher, FrozenTeacher):
             return
-        ready, needs = (
-            self.assembly.teachers[name],
-            losses_for(self.assembly, stage).teacher_needs(),
-        )
+        ready = self.assembly.teachers[name]
+        needs = losses_for(self.assembly, stage).teacher_needs()
         joins = joins_micro_batches(
             ready,
             needs,

@@ -81,10 +81,13 @@ def score_frozen(assembly: Assembly) -> Mapping[str, float]:
     began, encoded = time.perf_counter(), assembly.prepared.encoded
     rows = labelled_only(encoded.train)
     rows = rows.select(range(0, len(rows), max(1, -(-len(rows) // MOST_ROWS))))
-    parts = {"train": rows, "validation": encoded.validation, "held out": encoded.held_out}
-    labels = column_of(rows, "label")
+    parts, labels = {"train": rows, "held out": encoded.held_out}, column_of(rows, "label")
     if labels.ndim == 1 and len(np.unique(labels)) < 2:
         return {}
+    # Of rows with any number of labels, the validation rows decide the threshold.
+    deciding = "held out" if encoded.test is None else "validation"
+    if labels.ndim == 2:
+        parts[deciding] = encoded.validation
     with pretrained.opened as model:
         vectors = _text_vectors(assembly, pretrained.source, model, parts)
 
@@ -104,8 +107,8 @@ def score_frozen(assembly: Assembly) -> Mapping[str, float]:
             return metrics.values(outputs, truth)
 
         metrics = assembly.prepared.metrics
-        if labels.ndim == 2:  # a row has any number of labels
-            metrics = metrics.decided_on(scored("validation", metrics))
+        if labels.ndim == 2:
+            metrics = metrics.decided_on(scored(deciding, metrics))
         return scored("held out", metrics)
 
     result = on_main(score)

@@ -13,14 +13,16 @@ import torch
 from datasets import Dataset
 from numpy.typing import NDArray
 
-from megakd.config.task import (
-    TFIDF,
-)
+from megakd.config.task import TFIDF
 from megakd.data.rows import is_labelled
 from megakd.data.splits import Splits
 from megakd.training.metrics import TaskMetrics
 
 logger = logging.getLogger(__name__)
+
+MOST_ROWS, MOST_TERMS, MOST_CHARACTERS = 20_000, 50_000, 1_000
+"""Rows that are learned at most, of more rows evenly spaced ones; words and pairs of words; and the
+characters that are read of a text. The baseline takes seconds."""
 
 
 def score_words(splits: Splits, metrics: TaskMetrics) -> Mapping[str, float]:
@@ -44,9 +46,12 @@ def score_words(splits: Splits, metrics: TaskMetrics) -> Mapping[str, float]:
         return {}
     # As good as `LogisticRegression(C=10)` on banking77 and SST-2, and ten times faster there.
     passes, count = min(100, max(10, 100_000 // len(labels))), len(labels)
-    options: Any = {"tol": None}  # as many passes, whatever the loss
     model: Any = SGDClassifier(
-        loss="log_loss", alpha=0.1 / count, max_iter=passes, random_state=0, **options
+        loss="log_loss",
+        alpha=0.1 / count,
+        max_iter=passes,
+        random_state=0,
+        tol=None,  # type: ignore[arg-type]  # as many passes, whatever the loss
     )
     if is_set:
         model = OneVsRestClassifier(model)
@@ -79,8 +84,3 @@ def _labelled(rows: Dataset, *, most: int | None = None) -> tuple[list[str], NDA
         pairs = zip(texts, chosen["text_pair"], strict=True)
         texts = [f"{text} {pair[:MOST_CHARACTERS]}" for text, pair in pairs]
     return texts, np.array(chosen["label"])
-
-
-MOST_ROWS, MOST_TERMS, MOST_CHARACTERS = 20_000, 50_000, 1_000
-"""Rows that are learned at most, of more rows evenly spaced ones; words and pairs of words; and the
-characters that are read of a text. The baseline takes seconds."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 from golden_cases import classifier
 from sklearn.linear_model import RidgeClassifierCV
+from sklearn.metrics import f1_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from tiny_runs import config_tree, write_config, write_reviews
@@ -82,3 +83,33 @@ def test_a_model_that_is_not_pretrained_or_not_fine_tuned_gives_no_such_row(
     finish(one_rank, run_of(tmp_path, teacher))
 
     assert read(tmp_path / "out")["baselines"] == []
+
+
+@pytest.mark.parametrize("has_test", [False, True], ids=["validation alone", "test too"])
+def test_rows_with_any_number_of_labels_are_decided_by_the_best_threshold(
+    one_rank, tmp_path, has_test
+):
+    write_reviews(tmp_path / "reviews")
+    classifier(tmp_path / "teacher", 2)
+    for file in (tmp_path / "reviews").glob("*.jsonl"):
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        sets = [{**row, "label": [row["label"]]} for row in rows]
+        file.write_text("".join(json.dumps(row) + "\n" for row in sets))
+    if has_test:
+        held_out = (tmp_path / "reviews" / "validation.jsonl").read_text()
+        (tmp_path / "reviews" / "test.jsonl").write_text(held_out)
+    teacher = {"model": str(tmp_path / "teacher"), "finetune": {"max_steps": 2}}
+
+    finish(one_rank, run_of(tmp_path, teacher))
+
+    (texts, labels), (others, truth) = (
+        rows_of(tmp_path / "reviews", split) for split in ("train", "validation")
+    )
+    known = np.array([[name in row for name in ("negative", "positive")] for row in labels])
+    wanted = np.array([[name in row for name in ("negative", "positive")] for row in truth])
+    ridge = make_pipeline(StandardScaler(), RidgeClassifierCV(alphas=np.logspace(-1, 5, 13)))
+    ridge.fit(vectors(tmp_path / "teacher", texts, first=False), known.astype(int))
+    scores = ridge.decision_function(vectors(tmp_path / "teacher", others, first=False))
+    shares = 1 / (1 + np.exp(-scores))
+    best = max(f1_score(wanted, shares >= at / 100, average="micro") for at in range(1, 100))
+    assert read(tmp_path / "out")["frozen.f1_micro"] == pytest.approx(best)
